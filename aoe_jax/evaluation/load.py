@@ -1,0 +1,83 @@
+"""Load statistics as a table, as JSON and as a picture like the paper's Fig. 3.
+
+L layers, n experts. All from the `LayerStats` of an evaluation.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from aoe_jax.experts.balance import LayerStats, load_entropy, load_spread
+
+
+def load_statistics(stats: LayerStats, kind):
+    """The statistics of every layer, JSON-ready.
+
+    Args:
+      stats: stacked over layers, mean over tokens.
+      kind: `experts.kind`; AoE's mean scores are norms, a router's are logits.
+
+    Returns:
+      `load` `[L][n]` (fraction of the tokens that each expert processes), `load_entropy` and `confidence_entropy` `[L]` in
+      nats, `mean_norm` or `mean_logit` `[L][n]`, `load_spread`, `experts_per_token` and `dead_experts` (no token at all).
+    """
+    load = np.asarray(stats.load)
+    return {
+        "load": load.tolist(),
+        "load_entropy": np.asarray(load_entropy(load)).tolist(),
+        "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
+        "mean_norm" if kind == "aoe" else "mean_logit": np.asarray(stats.mean_score).tolist(),
+        "load_spread": float(load_spread(load)),
+        "experts_per_token": float(load.sum(axis=-1).mean()),
+        "dead_experts": int((load == 0).sum()),
+    }
+
+
+def load_table(statistics):
+    """The statistics as lines of text, a row a layer; loads in percent of the layer's total."""
+    load = np.array(statistics["load"])
+    share = load / load.sum(axis=1, keepdims=True)
+    head = "layer  Ent_load  Ent_conf  " + " ".join(f"{f'E{i}':>5}" for i in range(load.shape[1]))
+    rows = [
+        f"{layer:>5}  {statistics['load_entropy'][layer]:>8.3f}  {statistics['confidence_entropy'][layer]:>8.3f}  "
+        + " ".join(f"{100 * s:>4.1f}%" for s in share[layer])
+        for layer in range(len(load))
+    ]
+    foot = (
+        f"Ent_load is at most {np.log(load.shape[1]):.3f}; load spread {statistics['load_spread']:.3f}; "
+        f"{statistics['experts_per_token']:.2f} experts per token; {statistics['dead_experts']} dead experts"
+    )
+    return "\n".join([head, *rows, foot])
+
+
+def draw_load_heatmap(statistics, path: Path, title):
+    """Writes a PNG: layers x experts, coloured by share of load, with Ent_load and Ent_conf of each layer beside it."""
+    load = np.array(statistics["load"])
+    share = load / load.sum(axis=1, keepdims=True)
+    n_layers, n_experts = load.shape
+    figure = Figure(figsize=(2.5 + 0.62 * (n_experts + 2), 1.7 + 0.42 * n_layers), layout="constrained")
+    grid = figure.add_gridspec(1, 3, width_ratios=[n_experts, 1, 1])
+    panels = [
+        ("share of load", share, "viridis", (0, max(2 / n_experts, share.max())), [f"E{i}" for i in range(n_experts)]),
+        ("Ent_load", np.array(statistics["load_entropy"])[:, None], "Blues", (0, np.log(n_experts)), []),
+        ("Ent_conf", np.array(statistics["confidence_entropy"])[:, None], "Oranges", (0, np.log(n_experts)), []),
+    ]
+    for position, (name, values, colours, limits, ticks) in enumerate(panels):
+        axes = figure.add_subplot(grid[position])
+        image = axes.imshow(values, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1])
+        for row, column in np.ndindex(values.shape):
+            value = values[row, column]
+            light = image.norm(value) < 0.5 if colours == "viridis" else image.norm(value) > 0.6
+            text = f"{100 * value:.0f}%" if position == 0 else f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+        axes.set_yticks(range(n_layers) if position == 0 else [], range(n_layers) if position == 0 else [], fontsize=8)
+        if position == 0:
+            axes.set_ylabel("layer", fontsize=9)
+            figure.colorbar(image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.0f}%").ax.tick_params(
+                labelsize=7
+            )
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)

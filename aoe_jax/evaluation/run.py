@@ -1,0 +1,76 @@
+"""Evaluating a trained run: `evaluate_workdir(workdir)` restores the newest checkpoint and scores a held-out split."""
+
+import logging
+from pathlib import Path
+
+import jax
+
+from aoe_jax.config import Config
+from aoe_jax.data import open_corpus
+from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
+from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.training.checkpoint import Checkpoints, claim_data, read_config_json, write_json
+from aoe_jax.training.loop import log_run, one_device_mesh
+from aoe_jax.training.step import init_state
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("validation", "test")
+
+
+def evaluate_workdir(workdir: Path, split="test"):
+    """Scores the newest checkpoint on a held-out split.
+
+    Prints a table; writes `eval.json` and, for models with experts, `load.png`.
+
+    Returns:
+      What `eval.json` holds: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte` and `load_statistics` (None
+      for a dense model).
+
+    Raises:
+      UserError: unknown split, no run or no readable checkpoint in `workdir`.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
+    config = Config.from_config_dict(read_config_json(workdir / "config.json"))
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"--workdir={workdir} has no complete checkpoint yet; train on")
+    log_run(config)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    claim_data(workdir, corpus.directory)
+    replicated, by_batch = one_device_mesh()
+    abstract = jax.eval_shape(lambda: init_state(config, config.train.seed)).params
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
+    params = checkpoints.restore_params(step, abstract)
+    store = {"validation": corpus.validation, "test": corpus.test}[split]
+    result = evaluate(
+        jax.jit(make_eval_step(config), out_shardings=replicated),
+        params,
+        eval_batches(store, config.data.seq_len, config.train.batch_size),
+        lambda batch: jax.device_put(batch, by_batch),
+        store.text_bytes,
+    )
+    statistics = None if config.experts.kind == "dense" else load_statistics(result.stats, config.experts.kind)
+    report = {
+        "split": split,
+        "step": step,
+        "tokens": result.tokens,
+        "nll": result.nll,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "load_statistics": statistics,
+    }
+    write_json(workdir / "eval.json", report)
+    print(
+        f"{split}: {result.tokens} tokens, step {step}\n"
+        f"nll {result.nll:.4f}   perplexity {result.perplexity:.2f}   bits per byte {result.bits_per_byte:.4f}"
+    )
+    if statistics:
+        print(load_table(statistics))
+        draw_load_heatmap(statistics, workdir / "load.png", f"{config.experts.kind}, {split}, step {step}")
+        log.info("wrote %s and %s", workdir / "eval.json", workdir / "load.png")
+    return report

@@ -1,0 +1,58 @@
+"""The balance station: auxiliary losses and load diagnostics, from scores and assignment alone.
+
+T tokens, n experts, L layers. All in float32. Stacked layers `[L, n]` work wherever `[n]` does.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LayerStats(NamedTuple):
+    """What one layer of experts says about a batch; everything but the gradient of the balance losses stops here."""
+
+    load: jax.Array  # [n], fraction of the tokens that each expert processes (f_i of Eq. 2); sums to experts per token
+    mean_probability: jax.Array  # [n], mean over tokens of the softmax over all n scores (P_i of Eq. 2)
+    confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
+    mean_score: jax.Array  # [n], mean norm (AoE) or router logit of each expert (Fig. 4)
+
+
+def layer_stats(scores, assignment, token_weights):
+    """Statistics of one layer.
+
+    Args:
+      scores: `[T, n]` float32, norms or logits.
+      assignment: the `Assignment` made of them.
+      token_weights: `[T]` float32, 1 for a token that counts and 0 for padding.
+    """
+    n_experts = scores.shape[1]
+    total = jnp.maximum(token_weights.sum(), 1)
+    token_weights = (token_weights / total).astype(scores.dtype)
+    chosen = assignment.expert[:, None] == jnp.arange(n_experts)
+    load = jnp.sum(jnp.where(chosen, token_weights[assignment.token][:, None], 0), axis=0)
+    log_probability = jax.nn.log_softmax(scores)
+    probability = jnp.exp(log_probability)
+    entropy = -jnp.sum(probability * log_probability, axis=1)
+    return LayerStats(
+        load=jax.lax.stop_gradient(load),
+        mean_probability=token_weights @ probability,
+        confidence_entropy=token_weights @ entropy,
+        mean_score=jax.lax.stop_gradient(token_weights @ scores),
+    )
+
+
+def balance_loss(load, mean_probability):
+    """`n sum_i f_i P_i` (Eq. 2 and 6 without alpha): `[..., n] -> [...]`; perfect balance gives the experts per token."""
+    return load.shape[-1] * jnp.sum(load * mean_probability, axis=-1)
+
+
+def load_entropy(load):
+    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]`; at most log n, reached in perfect balance."""
+    share = load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1e-9)
+    return -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0), axis=-1)
+
+
+def load_spread(load):
+    """Sum over layers of the largest minus the smallest load: `[L, n] -> []`."""
+    return jnp.sum(load.max(axis=-1) - load.min(axis=-1))

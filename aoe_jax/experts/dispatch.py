@@ -1,0 +1,86 @@
+"""The dispatch and combine stations: from tokens to rows in expert order, and back. They know nothing of methods.
+
+T tokens, n experts, P slots (rows), d model width.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """How slots are laid out as rows by expert; unused slots come last."""
+
+    order: jax.Array  # [P] int32, the slot of each row
+    inverse: jax.Array  # [P] int32, the row of each slot
+    token: jax.Array  # [P] int32, the token of each row
+    group_sizes: jax.Array  # [n] int32, rows of each expert
+
+
+def plan_rows(assignment, n_experts):
+    """Sorts the slots of an `Assignment` by expert: one stable sort, the order of tokens within an expert is kept."""
+    expert = assignment.expert
+    slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
+    _, order = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
+    group_sizes = jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    return Plan(order, inverse, assignment.token[order], group_sizes)
+
+
+def dispatch(x, assignment, plan):
+    """The rows `[P, d]` of the tokens `x [T, d]`, in expert order."""
+    if assignment.slots_per_token is None:
+        return x[plan.token]
+    return _gather_tokens(x, plan.token, plan.inverse, assignment.slots_per_token)
+
+
+def take_activations(cache, assignment, plan):
+    """The low-rank activations of each row's own expert: `cache [T, n, r]` -> `[P, r]`; zeros for unused rows."""
+    expert = assignment.expert[plan.order]
+    return cache.at[plan.token, expert].get(mode="fill", fill_value=0)
+
+
+def combine(rows, assignment, plan, n_tokens):
+    """The weighted sum of each token's rows: `rows [P, d]` in expert order -> `[n_tokens, d]`, dtype of `rows`.
+
+    The sum runs in float32 at least.
+    """
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    if assignment.slots_per_token is None:
+        weighted = rows.astype(dtype) * assignment.weight[plan.order][:, None]
+        return jax.ops.segment_sum(weighted, plan.token, n_tokens).astype(rows.dtype)
+    by_slot = _permute(rows, plan.inverse, plan.order).reshape(n_tokens, assignment.slots_per_token, -1)
+    weight = assignment.weight.reshape(n_tokens, assignment.slots_per_token)
+    return jnp.einsum("tkd,tk->td", by_slot.astype(dtype), weight.astype(dtype)).astype(rows.dtype)
+
+
+# Autodiff turns a gather into a scatter-add, which is slow everywhere; where the index is a permutation, the inverse
+# permutation gathers instead.
+@jax.custom_vjp
+def _permute(rows, index, inverse):
+    return rows[index]
+
+
+_permute.defvjp(
+    lambda rows, index, inverse: (rows[index], inverse),
+    lambda inverse, g: (g[inverse], None, None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather_tokens(x, token, inverse, slots_per_token):
+    return x[token]
+
+
+def _gather_tokens_backward(slots_per_token, inverse, g):
+    by_slot = g[inverse].reshape(-1, slots_per_token, g.shape[-1])
+    dtype = jnp.promote_types(g.dtype, jnp.float32)
+    return jnp.sum(by_slot, axis=1, dtype=dtype).astype(g.dtype), None, None
+
+
+_gather_tokens.defvjp(
+    lambda x, token, inverse, slots_per_token: (x[token], inverse),
+    _gather_tokens_backward,
+)

@@ -1,0 +1,108 @@
+"""Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of every fast path.
+
+Slow and obvious on purpose: every expert processes every token, and a weight of zero drops what was not chosen. Plain
+functions of plain arrays, in the dtype of their inputs (float64 included), differentiable.
+
+T tokens, d model width, n experts, K chosen per token, r low rank (d_low), f expert width, w AoE expert width (d_wide).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def l2_norm(c):
+    """L2 norm over the last axis; its gradient at a zero vector is zero, not NaN."""
+    square = jnp.sum(c * c, axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def top_k_weights(p, top_k, gate="chosen"):
+    """Weights `[T, n]` of token-choice top-K on scores `p [T, n]`; ties go to the lower expert number.
+
+    `gate="chosen"` takes the softmax over the K chosen scores (the paper), `gate="all"` the softmax over all n without
+    renormalising (the authors' released code).
+    """
+    rows = []
+    for t in range(p.shape[0]):
+        chosen = jnp.argsort(-p[t], stable=True)[:top_k]
+        weights = jax.nn.softmax(p[t, chosen]) if gate == "chosen" else jax.nn.softmax(p[t])[chosen]
+        rows.append(jnp.zeros_like(p[t]).at[chosen].set(weights))
+    return jnp.stack(rows)
+
+
+def top_p_weights(p, threshold):
+    """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum exceeds the threshold."""
+    rows = []
+    for t in range(p.shape[0]):
+        probability = jax.nn.softmax(p[t])
+        weights, total = jnp.zeros_like(probability), 0.0
+        for i in jnp.argsort(-probability, stable=True):
+            weights = jnp.where(total <= threshold, weights.at[i].set(probability[i]), weights)
+            total = total + jax.lax.stop_gradient(probability[i])
+        rows.append(weights)
+    return jnp.stack(rows)
+
+
+def expert_choice_weights(p, capacity):
+    """Weights `[T, n]` of expert choice (Zhou et al. 2022): each expert takes the `capacity` tokens that rate it highest."""
+    probability = jax.nn.softmax(p, axis=-1)
+    columns = []
+    for i in range(p.shape[1]):
+        chosen = jnp.argsort(-probability[:, i], stable=True)[:capacity]
+        columns.append(jnp.zeros_like(probability[:, i]).at[chosen].set(probability[chosen, i]))
+    return jnp.stack(columns, axis=1)
+
+
+def aoe_scores(x, w_down):
+    """Norms `[T, n]` of the low-rank activations `x Wdown_i`; `x [T, d]`, `w_down [n, d, r]`."""
+    return jnp.stack([l2_norm(x @ w_down[i]) for i in range(w_down.shape[0])], axis=1)
+
+
+def aoe_experts(x, weights, w_down, w_up, w_p, w_o):
+    """`sum_i weights[:, i] E_i(x)` with AoE experts; shapes as in `aoe_layer`, `weights [T, n]`."""
+    y = jnp.zeros_like(x)
+    for i in range(w_down.shape[0]):
+        expert = (jax.nn.silu((x @ w_down[i]) @ w_up[i]) * (x @ w_p[i])) @ w_o[i]
+        y = y + weights[:, i : i + 1] * expert
+    return y
+
+
+def router_experts(x, weights, w_g, w_p, w_o):
+    """`sum_i weights[:, i] E_i(x)` with traditional SwiGLU experts; shapes as in `router_layer`, `weights [T, n]`."""
+    y = jnp.zeros_like(x)
+    for i in range(w_g.shape[0]):
+        expert = (jax.nn.silu(x @ w_g[i]) * (x @ w_p[i])) @ w_o[i]
+        y = y + weights[:, i : i + 1] * expert
+    return y
+
+
+def aoe_layer(x, w_down, w_up, w_p, w_o, *, top_k, gate="chosen"):
+    """Algorithm 2, the Autonomy-of-Experts layer.
+
+    Args:
+      x: tokens `[T, d]`.
+      w_down: `[n, d, r]`. w_up: `[n, r, w]`. w_p: `[n, d, w]`. w_o: `[n, w, d]`.
+      top_k: experts chosen per token (K).
+      gate: `"chosen"` or `"all"`, see `top_k_weights`.
+
+    Returns:
+      `[T, d]`.
+    """
+    weights = top_k_weights(aoe_scores(x, w_down), top_k, gate)
+    return aoe_experts(x, weights, w_down, w_up, w_p, w_o)
+
+
+def router_layer(x, w_router, w_g, w_p, w_o, *, top_k, gate="chosen"):
+    """Algorithm 1, the traditional mixture-of-experts layer.
+
+    Args:
+      x: tokens `[T, d]`.
+      w_router: `[d, n]`. w_g: `[n, d, f]`. w_p: `[n, d, f]`. w_o: `[n, f, d]`.
+      top_k: experts chosen per token (K).
+      gate: `"chosen"` or `"all"`, see `top_k_weights`.
+
+    Returns:
+      `[T, d]`.
+    """
+    weights = top_k_weights(x @ w_router, top_k, gate)
+    return router_experts(x, weights, w_g, w_p, w_o)

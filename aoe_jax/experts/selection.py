@@ -1,0 +1,96 @@
+"""The select station: from scores `[T, n]` (norms or logits, it doesn't matter which) to an `Assignment`.
+
+T tokens, n experts, K chosen per token, C tokens per expert, P slots.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps what bears this name.
+SELECTION = "selection"
+
+
+class Assignment(NamedTuple):
+    """Which expert processes which token, and with what weight, as P flat slots.
+
+    An unused slot has expert number n and weight 0. Token-choice methods lay their slots out token by token, an equal
+    number for each (`slots_per_token`); `None` says that the order is arbitrary.
+    """
+
+    token: jax.Array  # [P] int32
+    expert: jax.Array  # [P] int32
+    weight: jax.Array  # [P] float32
+    slots_per_token: int | None
+
+
+def _by_token(expert, weight):
+    """An assignment from `expert [T, k]` and `weight [T, k]`."""
+    n_tokens, k = expert.shape
+    token = jnp.repeat(jnp.arange(n_tokens, dtype=jnp.int32), k)
+    return Assignment(token, expert.reshape(-1), weight.reshape(-1), k)
+
+
+def top_k(scores, k, gate="chosen"):
+    """Token choice: each token goes to the `k` experts of highest score; ties go to the lower expert number.
+
+    Args:
+      scores: `[T, n]` float32.
+      k: experts per token.
+      gate: weights are the softmax over the `"chosen"` scores (Algorithms 1 and 2), or over `"all"` n scores and not
+        renormalised (the authors' released code).
+
+    Returns:
+      An `Assignment` with `P = T k`.
+    """
+    expert = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1], SELECTION)
+    if gate == "all":
+        weight = jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1)
+    else:
+        weight = jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1))
+    return _by_token(expert, weight)
+
+
+def top_p(scores, threshold):
+    """Token choice of uneven size (Huang et al. 2024, arXiv 2403.07652): the most probable experts whose sum passes p.
+
+    The expert that crosses the threshold is included. Weights are the softmax values themselves, not renormalised.
+    `scores [T, n]` -> an `Assignment` with `P = T n`, most slots of it unused.
+    """
+    n_experts = scores.shape[1]
+    probability = jax.nn.softmax(scores)
+    values, expert = jax.lax.top_k(jax.lax.stop_gradient(probability), n_experts)
+    chosen = jnp.cumsum(values, axis=1) - values <= threshold
+    expert = checkpoint_name(jnp.where(chosen, expert, n_experts), SELECTION)
+    weight = jnp.take_along_axis(probability, expert, axis=1, mode="fill", fill_value=0)
+    return _by_token(expert, weight)
+
+
+def expert_choice(scores, capacity_factor):
+    """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes the `C` tokens that rate it highest.
+
+    NOT CAUSAL: whether a token is taken depends on every other token of the batch, later ones included, so a causal
+    language model trained with it sees the future. Its training loss is not comparable with token-choice losses.
+
+    Args:
+      scores: `[T, n]` float32.
+      capacity_factor: mean number of experts per token; `C = T capacity_factor / n`, rounded up.
+
+    Returns:
+      An `Assignment` with `P = n C`; weights are the softmax values over experts, not renormalised.
+    """
+    n_tokens, n_experts = scores.shape
+    capacity = expert_capacity(n_tokens, n_experts, capacity_factor)
+    probability = jax.nn.softmax(scores).T
+    token = jax.lax.top_k(jax.lax.stop_gradient(probability), capacity)[1]
+    token = checkpoint_name(token, SELECTION)
+    weight = jnp.take_along_axis(probability, token, axis=1)
+    expert = jnp.repeat(jnp.arange(n_experts, dtype=jnp.int32), capacity)
+    return Assignment(token.reshape(-1), expert, weight.reshape(-1), None)
+
+
+def expert_capacity(n_tokens, n_experts, capacity_factor):
+    """Tokens that each expert takes under expert choice, `ceil(T capacity_factor / n)` and at most T."""
+    return min(n_tokens, -int(-n_tokens * capacity_factor // n_experts))

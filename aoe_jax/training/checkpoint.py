@@ -1,0 +1,148 @@
+"""Orbax checkpoints of model state and data position together, and the identity of a workdir."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from aoe_jax.config import CheckpointConfig, Config
+from aoe_jax.errors import UserError
+
+# What may differ when a run goes on: how long it runs and how it reports, not what it computes.
+FREE_FIELDS = {"train.steps", "train.log_every", "train.eval_every", "data.cache", "data.path"}
+FREE_GROUPS = {"checkpoint"}
+
+
+def _flat(config):
+    return {f"{group}.{name}": value for group, values in config.items() for name, value in values.items()}
+
+
+def claim_workdir(workdir: Path, config: Config):
+    """Writes `config.json`, or checks that the one there says the same.
+
+    Raises:
+      UserError: the directory can't be written, or belongs to another configuration; nothing is overwritten then.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        found, wanted = _flat(read_config_json(path)), _flat(config.to_dict())
+        differing = [
+            f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name) and name not in FREE_FIELDS and name.split(".")[0] not in FREE_GROUPS
+        ]
+        if differing:
+            raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config.to_dict())
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
+
+
+def claim_data(workdir: Path, token_store: Path):
+    """Notes which token store a run reads, with a copy of its tokenizer, or checks that it is still the same.
+
+    Raises:
+      UserError: the corpus or the tokenizer has changed since the run began.
+    """
+    path = workdir / "data.json"
+    name = {"token_store": token_store.name}
+    if path.exists():
+        found = read_config_json(path)
+        if found != name:
+            raise UserError(
+                f"workdir {workdir} was trained on token store {found.get('token_store')}, this is {token_store.name}: the "
+                "text or the tokenizer has changed. Bring the old text back (data.path), or use another --workdir"
+            )
+        return
+    shutil.copyfile(token_store / "tokenizer.json", workdir / "tokenizer.json")
+    write_json(path, name)
+
+
+def read_config_json(path: Path):
+    """The nested dict of a `config.json`; UserError if it can't be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} can't be read ({e}); name the workdir of a training run") from e
+
+
+def write_json(path: Path, value):
+    """Writes JSON so that a kill leaves the old file or the new one, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+        """Opens `workdir/checkpoints`; without a configuration, for reading only."""
+        self.directory = workdir.absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if config is not None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep, save_interval_steps=config.every, enable_async_checkpointing=True
+            )
+        elif not self.directory.is_dir():
+            raise UserError(f"--workdir={workdir} has no checkpoints; train first")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_names=("state", "data"),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
+        )
+
+    def latest_step(self):
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, state, data_iterator, force=False):
+        """Saves in the background where `step` is due (or `force`); returns at once."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data_iterator)
+            ),
+            force=force,
+        )
+
+    def restore(self, step, abstract_state, data_iterator):
+        """State, straight into the shardings of `abstract_state`, and the data iterator moved to its position."""
+        items = {"state": ocp.args.StandardRestore(abstract_state)}
+        items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
+        return self._restore(step, items)["state"]
+
+    def restore_params(self, step, abstract_params):
+        """The parameters alone."""
+        restore_args = jax.tree.map(lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), abstract_params)
+        args = ocp.args.PyTreeRestore(
+            item={"params": abstract_params}, restore_args={"params": restore_args}, partial_restore=True
+        )
+        path = self.directory / str(step) / "state"
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return self._readable(step, lambda: checkpointer.restore(path, args=args)["params"])
+
+    def _restore(self, step, items):
+        return self._readable(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
+
+    def _readable(self, step, restore):
+        try:
+            return restore()
+        except Exception as e:  # Orbax, tensorstore and the file system each raise kinds of their own
+            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} can't be read: {reason}\n"
+                "Move that folder away to go on from the checkpoint before it, if there is one."
+            ) from e
+
+    def close(self):
+        """Waits for what is being saved."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,154 @@
+"""Training from start to end: `train(config, workdir)` reads like the list of what happens."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from aoe_jax.config import Config
+from aoe_jax.counts import forward_flops_per_token, parameter_counts
+from aoe_jax.data import open_corpus
+from aoe_jax.data.pipeline import eval_batches, train_batches
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.training.checkpoint import Checkpoints, claim_data, claim_workdir, write_json
+from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.training.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+EXPERT_CHOICE_WARNING = (
+    "expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so the losses below "
+    "are not those of a causal language model and compare with no token-choice run"
+)
+
+
+def one_device_mesh():
+    """The mesh of one device: `(shardings of state, shardings of a batch)`, through the same code as any mesh."""
+    if jax.device_count() > 1:
+        log.warning("using 1 of %d devices", jax.device_count())
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def log_run(config: Config):
+    """Logs what is about to run: parameters by both conventions, FLOPs, and what to beware of."""
+    log.info("%s", parameter_counts(config))
+    log.info("%.1f MFLOPs per token in a training step", 3 * forward_flops_per_token(config) / 1e6)
+    if config.experts.selection == "expert_choice" and config.experts.kind != "dense":
+        log.warning("%s", EXPERT_CHOICE_WARNING)
+
+
+def train(config: Config, workdir: Path):
+    """Trains, or goes on from the newest checkpoint of `workdir`.
+
+    Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer.json` and, at the end,
+    `summary.json`. A run that is stopped anywhere and started again ends in the same state, bit for bit on CPU.
+
+    Returns:
+      The summary.
+
+    Raises:
+      UserError: see `aoe_jax.errors`; `train.steps` already reached is one.
+    """
+    started = time.perf_counter()
+    claim_workdir(workdir, config)
+    log_run(config)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    claim_data(workdir, corpus.directory)
+    replicated, by_batch = one_device_mesh()
+
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    first_step = checkpoints.latest_step() or 0
+    if first_step >= config.train.steps:
+        checkpoints.close()
+        raise UserError(
+            f"config.train.steps={config.train.steps}: {workdir} is already at step {first_step}; raise it to go on, "
+            "or use another --workdir"
+        )
+    data = iter(
+        train_batches(
+            corpus.train,
+            config.data.seq_len,
+            config.train.batch_size,
+            config.train.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+    )
+
+    def new_state():
+        return init_state(config, config.train.seed)
+
+    if first_step:
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), jax.eval_shape(new_state)
+        )
+        state = checkpoints.restore(first_step, abstract, data)
+        log.info("going on from step %d", first_step)
+    else:
+        state = jax.jit(new_state, out_shardings=replicated)()
+
+    def put(batch):
+        return jax.device_put(batch, by_batch)
+
+    batch = put(next(data))
+    compile_started = time.perf_counter()
+    train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=replicated)
+    train_step = train_step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - compile_started
+    log.info("compiled the train step in %.1f s", compile_seconds)
+    eval_step = jax.jit(make_eval_step(config), out_shardings=replicated)
+
+    def validate(state):
+        batches = eval_batches(corpus.validation, config.data.seq_len, config.train.batch_size)
+        return evaluate(eval_step, state.params, batches, put, corpus.validation.text_bytes)
+
+    tokens_per_step = config.train.batch_size * config.data.seq_len
+    telemetry = Telemetry(workdir, first_step, config.train.steps, tokens_per_step)
+    loop_started = time.perf_counter()
+    previous = None  # (step, metrics) of the step before, fetched while the current one runs
+    with jax.transfer_guard("disallow"):
+        for step in range(first_step + 1, config.train.steps + 1):
+            state, metrics = train_step(state, batch)
+            if previous:
+                telemetry.train(previous[0], jax.device_get(previous[1]))
+            previous = (step, metrics) if step % config.train.log_every == 0 or step == config.train.steps else None
+            checkpoints.save(step, state, data, force=step == config.train.steps)
+            if step < config.train.steps:
+                batch = put(next(data))
+            if config.train.eval_every and step % config.train.eval_every == 0 and step < config.train.steps:
+                result = validate(state)
+                telemetry.evaluation(step, result.nll, result.bits_per_byte)
+    last_metrics = jax.device_get(previous[1])
+    telemetry.train(previous[0], last_metrics)
+    loop_seconds = time.perf_counter() - loop_started
+    result = validate(state)
+    telemetry.evaluation(config.train.steps, result.nll, result.bits_per_byte)
+    telemetry.close()
+    checkpoints.close()
+
+    summary = {
+        "metrics": {
+            "step": config.train.steps,
+            "tokens": config.train.steps * tokens_per_step,
+            "train_loss": float(last_metrics["loss"]),
+            "train_nll": float(last_metrics["nll"]),
+            "validation_nll": result.nll,
+            "validation_perplexity": result.perplexity,
+            "validation_bits_per_byte": result.bits_per_byte,
+        },
+        "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
+        "timing": {
+            "tokens_per_second": (config.train.steps - first_step) * tokens_per_step / loop_seconds,
+            "compile_seconds": compile_seconds,
+            "total_seconds": time.perf_counter() - started,
+        },
+    }
+    write_json(workdir / "summary.json", summary)
+    log.info("done: %s", json.dumps(summary["metrics"]))
+    return summary

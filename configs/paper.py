@@ -1,0 +1,78 @@
+"""Every configuration of the paper (arXiv 2501.13074): `--config=configs/paper.py:VARIANT`.
+
+Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux` ... `aoe_r512_aux`.
+Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE with r = 256).
+Table 5: `moe_4b`, `aoe_4b`.
+
+Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its corpus, RedPajama, has to be
+named on the command line (`--config.data.name`, `--config.data.tokenizer` with 32,000 pieces); the default is the embedded
+corpus, which trains a vocabulary of its own.
+"""
+
+from aoe_jax.config import default_config
+from aoe_jax.errors import UserError
+
+RANKS = (64, 128, 256, 512)
+LARGE_RANK = 400  # of the 4B model
+ABLATION_RANK = 256  # of rows 3 and 4 of Table 2, and of Table 3
+
+MOE = {"experts": {"kind": "router"}, "balance": {"aux_weight": 0.0}}
+AUX = {"balance": {"aux_weight": 0.01}}
+# Top-p: Huang et al. 2024 keep L_aux and add the entropy loss. Expert choice is balanced by construction.
+TOP_P = {"experts": {"selection": "top_p", "top_p": 0.6}, "balance": {"aux_weight": 0.01, "entropy_weight": 1e-4}}
+EXPERT_CHOICE = {"experts": {"selection": "expert_choice", "capacity_factor": 2.0}, "balance": {"aux_weight": 0.0}}
+LARGE = {
+    "model": {"n_layers": 24, "n_heads": 20, "d_model": 1280},
+    "experts": {"d_ffn": 5120},
+    "train": {"learning_rate": 3.2e-4},
+}
+
+
+def _aoe(rank):
+    return {"experts": {"kind": "aoe", "d_low": rank}, "balance": {"aux_weight": 0.0}}
+
+
+# Each variant is a list of changes to the small model, in order.
+VARIANTS = {
+    "moe": [MOE],
+    "moe_aux": [MOE, AUX],
+    "moe_aux_factorised": [MOE, AUX, {"experts": {"factorised_gate": True, "d_low": ABLATION_RANK}}],
+    "moe_aux_large_router": [MOE, AUX, {"experts": {"large_router": True, "d_low": ABLATION_RANK}}],
+    **{f"aoe_r{rank}": [_aoe(rank)] for rank in RANKS},
+    **{f"aoe_r{rank}_aux": [_aoe(rank), AUX] for rank in RANKS},
+    "moe_top_p": [MOE, TOP_P],
+    "aoe_top_p": [_aoe(ABLATION_RANK), TOP_P],
+    "moe_expert_choice": [MOE, EXPERT_CHOICE],
+    "aoe_expert_choice": [_aoe(ABLATION_RANK), EXPERT_CHOICE],
+    "moe_4b": [MOE, AUX, LARGE],
+    "aoe_4b": [_aoe(LARGE_RANK), AUX, LARGE, {"experts": {"d_wide": 6470}}],  # Eq. 5 gives 6469.2
+}
+
+
+def get_config(variant=None):
+    if variant not in VARIANTS:
+        raise UserError(
+            f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}"
+        )
+    config = default_config()
+    config.model.update(
+        n_layers=12, n_heads=12, d_model=768, vocab_size=32_000, max_len=2048, dtype="bfloat16", remat="layer"
+    )
+    config.experts.update(n_experts=8, top_k=2, d_ffn=3072)
+    config.data.seq_len = 2048
+    config.train.update(
+        steps=23_800,
+        batch_size=2048,
+        learning_rate=2e-4,
+        warmup_steps=4800,
+        final_learning_rate=1.28e-5,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        log_every=10,
+        eval_every=1000,
+    )
+    config.checkpoint.update(every=1000, keep=3)
+    for change in VARIANTS[variant]:
+        for group, values in change.items():
+            config[group].update(values)
+    return config

@@ -1,0 +1,33 @@
+"""The default job: a small model on the embedded corpus, minutes on two CPU cores.
+
+Variants: `tiny.py` (AoE), `tiny.py:moe` and `tiny.py:dense` (baselines at the same total parameters), and
+`tiny.py:dense_active` (a dense model with the active parameters of the MoE, and so about its FLOPs).
+"""
+
+from aoe_jax.config import default_config
+from aoe_jax.errors import UserError
+
+VARIANTS = ("aoe", "moe", "dense", "dense_active")
+
+
+def get_config(variant="aoe"):
+    if variant not in VARIANTS:
+        raise UserError(f"configs/tiny.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}")
+    config = default_config()
+    config.model.update(n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32")
+    config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=512, d_low=32)
+    config.balance.aux_weight = 0.01
+    config.data.update(name="sotu", seq_len=256)
+    config.train.update(
+        steps=400, batch_size=16, learning_rate=3e-3, warmup_steps=40, final_learning_rate=3e-4, log_every=10
+    )
+    config.checkpoint.update(every=100, keep=2)
+    if variant == "moe":
+        config.experts.kind = "router"
+    elif variant == "dense":
+        config.experts.update(kind="dense", d_ffn=config.experts.n_experts * config.experts.d_ffn)
+        config.balance.aux_weight = 0.0
+    elif variant == "dense_active":
+        config.experts.update(kind="dense", d_ffn=config.experts.top_k * config.experts.d_ffn)
+        config.balance.aux_weight = 0.0
+    return config

@@ -1,0 +1,168 @@
+import logging
+import shutil
+
+import pytest
+import tensorflow_datasets as tfds
+
+from aoe_jax.data.corpora import SPLITS, load_corpus
+from aoe_jax.errors import UserError
+
+
+class OnlyTrain(tfds.core.GeneratorBasedBuilder):
+    """A data set with a train split of 45 documents."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"body": tfds.features.Text(), "words": tfds.features.Sequence(tfds.features.Text())}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(45):
+            yield i, {"body": f"document {i}", "words": []}
+
+
+class NoNetwork(OnlyTrain):
+    """A data set that cannot be downloaded."""
+
+    def _split_generators(self, dl_manager):
+        raise OSError("network is unreachable")
+
+
+class NeedsPackage(OnlyTrain):
+    """A data set that needs a package to be prepared."""
+
+    def _split_generators(self, dl_manager):
+        raise ModuleNotFoundError("No module named 'apache_beam'")
+
+
+class OnlyTest(OnlyTrain):
+    """A data set without a train split."""
+
+    def _split_generators(self, dl_manager):
+        return {"test": self._generate_examples()}
+
+
+def documents(corpus):
+    return {split: list(corpus.documents(split)) for split in SPLITS}
+
+
+def test_text_folder_has_every_file_once(text_folder, tmp_path):
+    found = documents(load_corpus("text", str(text_folder), str(tmp_path)))
+    assert all(found.values())
+    contents = sorted(path.read_bytes().decode() for path in text_folder.rglob("*.txt"))
+    assert sorted(text for texts in found.values() for text in texts) == contents
+
+
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_small_text_folder_has_no_empty_split(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    found = documents(load_corpus("text", str(tmp_path), str(tmp_path)))
+    assert all(found.values())
+    assert sum(map(len, found.values())) == count
+
+
+def test_added_files_move_no_others(tmp_path):
+    def add(numbers):
+        for i in numbers:
+            (tmp_path / f"{i}.txt").write_text(f"document {i}")
+        return documents(load_corpus("text", str(tmp_path), str(tmp_path)))
+
+    before, after = add(range(400)), add(range(400, 800))
+    for split in SPLITS:
+        assert set(before[split]) <= set(after[split])
+    assert 20 <= len(after["validation"]) <= 60 and 20 <= len(after["test"]) <= 60
+
+
+def test_fingerprint_follows_names_and_contents(text_folder, tmp_path):
+    def fingerprint(folder):
+        return load_corpus("text", str(folder), str(tmp_path)).fingerprint
+
+    original = fingerprint(text_folder)
+    copy = shutil.copytree(text_folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert fingerprint(copy) == original
+    (copy / "00.txt").rename(copy / "renamed.txt")
+    assert fingerprint(copy) != original
+    (text_folder / "00.txt").write_text("Document 1: end.")  # as long as before
+    assert fingerprint(text_folder) != original
+
+
+def test_empty_files_are_skipped_with_a_warning(text_folder, tmp_path, caplog):
+    (text_folder / "empty.txt").touch()
+    with caplog.at_level(logging.WARNING, logger="aoe_jax"):
+        found = documents(load_corpus("text", str(text_folder), str(tmp_path)))
+    assert "empty.txt" in caplog.text
+    assert sum(map(len, found.values())) == 40
+
+
+def test_text_folder_mistakes(tmp_path):
+    folder = tmp_path / "texts"
+    for missing in (str(folder), None):
+        with pytest.raises(UserError, match=r"data.path=.*no such folder"):
+            load_corpus("text", missing, str(tmp_path))
+    folder.mkdir()
+    (folder / "readme.md").write_text("not text")
+    with pytest.raises(UserError, match=r"data.path='.*texts'.*no .txt file"):
+        load_corpus("text", str(folder), str(tmp_path))
+    for name, content in {"a": "some", "b": "more", "c": ""}.items():
+        (folder / f"{name}.txt").write_text(content)
+    with pytest.raises(UserError, match=r"2 non-empty .txt file.*at least 3"):
+        load_corpus("text", str(folder), str(tmp_path))
+
+
+def test_file_that_is_not_utf8_is_named(text_folder, tmp_path):
+    for path in text_folder.rglob("*.txt"):
+        path.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"data.path=.*\.txt is not UTF-8 at byte 3"):
+        documents(load_corpus("text", str(text_folder), str(tmp_path)))
+
+
+def test_missing_tfds_splits_are_cut_from_train(tmp_path):
+    corpus = load_corpus("only_train", str(tmp_path), "unused", "body")
+    found = documents(corpus)
+    assert {split: len(texts) for split, texts in found.items()} == {"train": 41, "validation": 2, "test": 2}
+    assert {text for texts in found.values() for text in texts} == {f"document {i}" for i in range(45)}
+    again = load_corpus("only_train:1.0.0", str(tmp_path), "unused", "body")
+    assert documents(again) == found
+    assert again.fingerprint == corpus.fingerprint
+
+
+def test_tfds_data_lies_in_the_cache_by_default(tmp_path):
+    load_corpus("only_train", None, str(tmp_path), "body")
+    assert (tmp_path / "tfds" / "only_train" / "1.0.0").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "text_field", "message"),
+    [
+        ("lm1bb", "text", r"data.name='lm1bb': unknown; give sotu, text, or a TFDS name.*close names:.*lm1b"),
+        ("wiki40/en", "text", r"data.name='wiki40/en': unknown.*wiki40b"),
+        ("../texts", "text", r"data.name='../texts': TFDS cannot load it: ValueError"),
+        ("only_train:7.0.0", "body", r"data.name='only_train:7.0.0': TFDS cannot load it"),
+        ("only_train", "text", r"data.text_field='text': the text features of only_train are \['body'\]"),
+        ("only_test", "body", r"data.name='only_test': has no train split, only \['test'\]"),
+        ("no_network", "body", r"data.name='no_network': TFDS cannot prepare it: OSError: .*network is unreachable"),
+        ("needs_package", "body", r"data.name='needs_package': .*apache_beam.*data.path"),
+    ],
+)
+def test_tfds_mistakes(tmp_path, name, text_field, message):
+    with pytest.raises(UserError, match=message):
+        load_corpus(name, str(tmp_path), "unused", text_field)
+
+
+def test_tfds_data_in_another_file_format(tmp_path):
+    OnlyTrain(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    info = tmp_path / "only_train" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"data.name='only_train': TFDS cannot load it.*TFRECORD.*\n.*array_record"):
+        load_corpus("only_train", str(tmp_path), "unused", "body")
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file.*cannot be written.*data.cache"):
+        load_corpus("sotu", None, str(tmp_path / "file"))

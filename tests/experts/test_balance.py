@@ -1,0 +1,60 @@
+"""Losses and diagnostics on loads whose values are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.experts.balance import balance_loss, layer_stats, load_entropy, load_spread
+from aoe_jax.experts.selection import expert_choice, top_k, top_p
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_perfect_balance_gives_the_experts_per_token(k):
+    np.testing.assert_allclose(balance_loss(jnp.full(8, k / 8), jnp.full(8, 1 / 8)), k)
+
+
+def test_collapse_gives_n():
+    one = jnp.zeros(8).at[3].set(1.0)
+    np.testing.assert_allclose(balance_loss(one, one), 8)
+
+
+def test_entropies():
+    np.testing.assert_allclose(load_entropy(jnp.full((2, 8), 0.25)), np.log(8), atol=1e-6)
+    np.testing.assert_allclose(load_entropy(jnp.zeros(8).at[2].set(2.0)), 0, atol=1e-6)
+    np.testing.assert_allclose(load_spread(jnp.array([[0.5, 1.0], [0.2, 0.9]])), 1.2, atol=1e-6)
+
+
+def test_statistics_against_numpy():
+    scores = jax.random.normal(jax.random.key(0), (50, 6))
+    stats = layer_stats(scores, top_k(scores, 2), jnp.ones(50))
+    p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    chosen = np.argsort(-np.asarray(scores), axis=1)[:, :2]
+    load = np.bincount(chosen.ravel(), minlength=6) / 50
+    np.testing.assert_allclose(stats.load, load, atol=1e-6)
+    np.testing.assert_allclose(stats.mean_probability, p.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(stats.confidence_entropy, -(p * np.log(p)).sum(axis=1).mean(), atol=1e-6)
+    np.testing.assert_allclose(stats.mean_score, np.asarray(scores).mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("select", [lambda s: top_k(s, 2), lambda s: top_p(s, 0.6)])
+def test_padding_counts_in_nothing(select):
+    scores = jax.random.normal(jax.random.key(0), (20, 6))
+    weights = jnp.concatenate([jnp.ones(12), jnp.zeros(8)])
+    got = layer_stats(scores, select(scores), weights)
+    want = layer_stats(scores[:12], select(scores[:12]), jnp.ones(12))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_load_carries_no_gradient_and_probability_does():
+    scores = jax.random.normal(jax.random.key(0), (20, 6))
+
+    def stats(scores):
+        return layer_stats(scores, expert_choice(scores, 2.0), jnp.ones(20))
+
+    assert (jax.grad(lambda s: stats(s).load[0])(scores) == 0).all()
+    gradient = jax.grad(lambda s: balance_loss(stats(s).load, stats(s).mean_probability))(scores)
+    load = stats(scores).load
+    want = jax.grad(lambda s: 6 * jnp.sum(load * jax.nn.softmax(s).mean(axis=0)))(scores)
+    np.testing.assert_allclose(gradient, want, atol=1e-7)

@@ -1,0 +1,84 @@
+"""Every backend against a plain loop, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.experts.grouped_matmul import BACKENDS, grouped_matmul
+
+GROUP_SIZES = {
+    "random": [37, 5, 0, 120, 61, 1],
+    "empty groups at both ends": [0, 0, 90, 0, 134, 0],
+    "all rows in one group": [0, 224, 0, 0, 0, 0],
+    "groups of one row": [1, 1, 1, 1, 1, 1],
+    "rows past the last group": [10, 50, 3, 0, 7, 40],
+    "no rows at all": [0, 0, 0, 0, 0, 0],
+}
+M, D, F = 224, 24, 40
+
+
+def reference(rows, weights, group_sizes):
+    out, start = [], 0
+    for expert, size in enumerate(group_sizes):
+        out.append(rows[start : start + size] @ weights[expert])
+        start += size
+    return jnp.concatenate([*out, jnp.zeros((rows.shape[0] - start, weights.shape[2]), rows.dtype)])
+
+
+def inputs(group_sizes, dtype, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    rows = jax.random.normal(keys[0], (M, D), dtype)
+    weights = jax.random.normal(keys[1], (len(group_sizes), D, F), dtype)
+    cotangent = jax.random.normal(keys[2], (M, F), dtype)
+    return rows, weights, jnp.array(group_sizes, jnp.int32), cotangent
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", GROUP_SIZES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_values_and_gradients(backend, case, dtype, tolerance):
+    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES[case], dtype)
+    got, pull_back = jax.vjp(lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), rows, weights)
+    exact = [a.astype(jnp.float32) for a in (rows, weights, cotangent)]
+    want, pull_back_reference = jax.vjp(lambda r, w: reference(r, w, GROUP_SIZES[case]), *exact[:2])
+    for a, b in zip((got, *pull_back(cotangent)), (want, *pull_back_reference(exact[2])), strict=True):
+        assert a.dtype == jnp.dtype(dtype)
+        scale = max(float(jnp.abs(b).max()), 1.0)
+        np.testing.assert_allclose(np.asarray(a, np.float32) / scale, np.asarray(b) / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_leaks_from_unused_rows(backend):
+    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES["rows past the last group"], "float32")
+    used = int(group_sizes.sum())
+    poisoned = rows.at[used:].set(jnp.nan)
+    got, pull_back = jax.vjp(lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), poisoned, weights)
+    d_rows, d_weights = pull_back(cotangent.at[used:].set(jnp.nan))
+    np.testing.assert_array_equal(got[used:], 0)
+    np.testing.assert_array_equal(d_rows[used:], 0)
+    assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()
+
+
+@pytest.mark.parametrize("n_experts", [1, 3, 64])
+@pytest.mark.parametrize("m", [1, 7, 500, 2000])
+def test_random_group_sizes(n_experts, m):
+    rng = np.random.default_rng(n_experts * m)
+    sizes = rng.multinomial(rng.integers(m + 1), rng.dirichlet(np.full(n_experts, 0.3)))
+    rows = jnp.asarray(rng.standard_normal((m, 8)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((n_experts, 8, 4)), jnp.float32)
+    got = grouped_matmul(rows, weights, jnp.asarray(sizes, jnp.int32), backend="blocked")
+    np.testing.assert_allclose(got, reference(rows, weights, sizes), atol=1e-5)
+
+
+def test_bad_arguments_are_named():
+    rows, weights, group_sizes, _ = inputs(GROUP_SIZES["random"], "float32")
+    with pytest.raises(UserError, match="backend='dense' is unknown; use auto, blocked"):
+        grouped_matmul(rows, weights, group_sizes, backend="dense")
+    with pytest.raises(ValueError, match="rows \\[M, D\\]"):
+        grouped_matmul(rows[:, :-1], weights, group_sizes)
+    with pytest.raises(ValueError, match="group_sizes \\[6\\]"):
+        grouped_matmul(rows, weights, group_sizes[:-1])
+    with pytest.raises(ValueError, match="one dtype"):
+        grouped_matmul(rows, weights.astype(jnp.bfloat16), group_sizes)

@@ -1,0 +1,64 @@
+"""Selections on scores whose outcome is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.experts.selection import expert_capacity, expert_choice, top_k, top_p
+
+
+def dense_weights(assignment, n_tokens, n_experts):
+    """Weights `[T, n]`; also checks that unused slots weigh nothing."""
+    weights = np.zeros((n_tokens, n_experts + 1))
+    np.add.at(weights, (np.asarray(assignment.token), np.asarray(assignment.expert)), np.asarray(assignment.weight))
+    np.testing.assert_array_equal(weights[:, n_experts], 0)
+    return weights[:, :n_experts]
+
+
+def test_top_k_weighs_the_chosen():
+    scores = jnp.log(jnp.array([[1.0, 2, 3, 4], [4, 4, 1, 1]]))
+    np.testing.assert_allclose(
+        dense_weights(top_k(scores, 2), 2, 4), [[0, 0, 3 / 7, 4 / 7], [0.5, 0.5, 0, 0]], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        dense_weights(top_k(scores, 2, gate="all"), 2, 4), [[0, 0, 0.3, 0.4], [0.4, 0.4, 0, 0]], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("threshold", "experts"), [(0.4, 7), (0.5, 9), (0.01, 1)])
+def test_top_p_on_uniform_scores(threshold, experts):
+    """The sum must exceed the threshold: 9 of 16 experts at 0.5, not 8."""
+    weights = dense_weights(top_p(jnp.zeros((3, 16)), threshold), 3, 16)
+    np.testing.assert_array_equal((weights > 0).sum(axis=1), experts)
+    np.testing.assert_allclose(weights[weights > 0], 1 / 16)
+
+
+def test_top_p_takes_one_sure_expert_and_is_equivariant():
+    scores = jnp.array([[0.0, 50, 0, 0], [1, 2, 3, 4]])
+    weights = dense_weights(top_p(scores, 0.6), 2, 4)
+    np.testing.assert_allclose(weights[0], [0, 1, 0, 0], atol=1e-6)
+    order = jnp.array([2, 0, 3, 1])
+    np.testing.assert_allclose(dense_weights(top_p(scores[:, order], 0.6), 2, 4), weights[:, order], atol=1e-7)
+    counts = [(dense_weights(top_p(scores, p), 2, 4) > 0).sum() for p in (0.1, 0.5, 0.7, 0.95)]
+    assert counts == sorted(counts) and counts[-1] > counts[0]
+
+
+def test_expert_choice_fills_every_expert():
+    scores = jax.random.normal(jax.random.key(0), (40, 8))
+    weights = dense_weights(expert_choice(scores, 2.0), 40, 8)
+    np.testing.assert_array_equal((weights > 0).sum(axis=0), 10)
+    probability = np.asarray(jax.nn.softmax(scores))
+    for expert in range(8):
+        best = np.argsort(-probability[:, expert])[:10]
+        np.testing.assert_allclose(weights[best, expert], probability[best, expert])
+
+
+def test_expert_choice_of_everything():
+    scores = jax.random.normal(jax.random.key(0), (6, 3))
+    np.testing.assert_allclose(dense_weights(expert_choice(scores, 3.0), 6, 3), jax.nn.softmax(scores), atol=1e-6)
+
+
+def test_capacity_rounds_up():
+    assert [expert_capacity(t, 8, 2.0) for t in (8, 9, 40, 3, 1)] == [2, 3, 10, 1, 1]
+    assert expert_capacity(5, 4, 4.0) == 5

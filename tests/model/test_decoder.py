@@ -1,0 +1,147 @@
+"""The decoder: causality by gradient, rotary positions, document masks, remat, dtypes, a shared table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax import Decoder
+from aoe_jax.config import ExpertsConfig, ModelConfig
+from aoe_jax.model.attention import rotary
+
+MODEL = ModelConfig(n_layers=2, n_heads=2, d_model=16, vocab_size=50, dtype="float32")
+EXPERTS = ExpertsConfig(n_experts=4, top_k=2, d_ffn=24, d_low=4)
+TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+
+
+def build(model=MODEL, **experts):
+    decoder = Decoder(model, dataclasses.replace(EXPERTS, **experts))
+    return decoder, decoder.init(jax.random.key(0), TOKENS)
+
+
+def reach(decoder, variables, position):
+    """Absolute gradient of the logits at `position` with respect to each position's embedding, `[S]`."""
+    embedding = variables["params"]["embed"]["embedding"]
+
+    def logits(inputs):
+        # One-hot tokens through the table make the inputs differentiable, each position apart.
+        params = dict(variables["params"], embed={"embedding": inputs.reshape(-1, inputs.shape[-1])})
+        numbers = jnp.arange(TOKENS.size).reshape(TOKENS.shape)
+        hidden, _ = Decoder(dataclasses.replace(decoder.model, vocab_size=TOKENS.size), decoder.experts).apply(
+            {"params": params}, numbers, method="features"
+        )
+        return (hidden[0, position] * jnp.arange(1.0, hidden.shape[-1] + 1)).sum()
+
+    return np.abs(jax.grad(logits)(embedding[TOKENS])).sum(axis=(0, 2))
+
+
+CAUSAL = {
+    "aoe": {},
+    "aoe gate=all": {"gate": "all"},
+    "aoe top_p": {"selection": "top_p"},
+    "router": {"kind": "router"},
+    "router top_p": {"kind": "router", "selection": "top_p"},
+    "dense": {"kind": "dense"},
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_token_choice_is_causal(name):
+    decoder, variables = build(**CAUSAL[name])
+    gradient = reach(decoder, variables, position=5)
+    assert (gradient[:6] > 0).all()
+    np.testing.assert_array_equal(gradient[6:], 0)
+
+
+def changed_by_the_future(decoder, variables):
+    """Whether the logits of the first half change when the second half is replaced."""
+    other = TOKENS.at[:, 6:].set((TOKENS[:, 6:] + 17) % 50)
+    a, b = (decoder.apply(variables, tokens)[0][:, :6] for tokens in (TOKENS, other))
+    return float(jnp.abs(a - b).max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_token_choice_does_not_see_the_future(name):
+    assert not changed_by_the_future(*build(**CAUSAL[name]))
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_expert_choice_is_not_causal(kind):
+    """Which tokens an expert takes depends on later ones: a jump that no gradient shows, but the outputs do."""
+    assert changed_by_the_future(*build(kind=kind, selection="expert_choice"))
+
+
+def test_rotary_depends_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 8))
+    q, k = (jnp.broadcast_to(a, (1, 10, 3, 8)) for a in (q, k))
+    positions = jnp.arange(10)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", rotary(q, positions), rotary(k, positions))
+    np.testing.assert_allclose(scores[..., :-1, :-1], scores[..., 1:, 1:], atol=1e-4)
+    np.testing.assert_allclose(jnp.linalg.norm(rotary(q, positions), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+    assert float(jnp.abs(scores[0, 0, 0] - scores[0, 0, 0, 0]).max()) > 0.1
+
+
+def test_document_mask_separates_documents():
+    decoder, variables = build()
+    segment_ids = jnp.where(jnp.arange(12) < 5, 1, 2)[None].repeat(2, 0)
+    together = decoder.apply(variables, TOKENS, segment_ids)[0]
+    changed = TOKENS.at[:, :5].set((TOKENS[:, :5] + 3) % 50)
+    np.testing.assert_allclose(decoder.apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5)
+    alone = decoder.apply(variables, TOKENS[:, 5:])[0]
+    np.testing.assert_allclose(together[:, 5:], alone, atol=1e-4)  # rotary positions are relative
+    assert float(jnp.abs(decoder.apply(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
+def test_remat_changes_memory_but_no_gradient(kind):
+    saved = {}
+    grads = {}
+    for remat in ("none", "layer"):
+        decoder, variables = build(dataclasses.replace(MODEL, remat=remat), kind=kind)
+        loss = lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean()  # noqa: E731
+        saved[remat] = sum(a.size for a in jax.tree.leaves(jax.vjp(loss, variables)[1]))
+        grads[remat] = jax.grad(loss)(variables)
+    assert saved["layer"] < 0.6 * saved["none"]
+    for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads["layer"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_remat_keeps_the_selection():
+    """Ties must not break the other way when a layer is recomputed: the chosen experts are saved, `[L, T, K]`."""
+    decoder, variables = build(dataclasses.replace(MODEL, remat="layer"))
+    residuals = jax.tree.leaves(jax.vjp(lambda v: decoder.apply(v, TOKENS)[0].sum(), variables)[1])
+    assert (2, TOKENS.size, 2) in [a.shape for a in residuals if a.dtype == jnp.int32]
+
+
+def test_layers_are_scanned_and_the_table_is_shared():
+    _, variables = build()
+    params = variables["params"]
+    assert params["layers"]["experts"]["w_down"].shape == (2, 4, 16, 4)
+    assert set(params) == {"embed", "layers", "final_norm"}
+    _, untied = build(dataclasses.replace(MODEL, tie_embeddings=False))
+    assert untied["params"]["output"]["embedding"].shape == (50, 16)
+
+
+def test_layers_start_different():
+    w = build()[1]["params"]["layers"]["experts"]["w_p"]
+    assert float(jnp.abs(w[0] - w[1]).max()) > 0.01
+
+
+def test_dtypes():
+    decoder, variables = build(dataclasses.replace(MODEL, dtype="bfloat16"))
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, stats = decoder.apply(variables, TOKENS)
+    hidden, _ = decoder.apply(variables, TOKENS, method="features")
+    assert (logits.dtype, hidden.dtype) == (jnp.float32, jnp.bfloat16)
+    assert {a.dtype for a in stats} == {jnp.dtype("float32")}
+    exact = build()[0].apply(variables, TOKENS)[0]
+    assert float(jnp.abs(logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+def test_statistics_are_stacked_over_layers():
+    decoder, variables = build()
+    stats = decoder.apply(variables, TOKENS)[1]
+    assert stats.load.shape == (2, 4) and stats.confidence_entropy.shape == (2,)
+    np.testing.assert_allclose(stats.load.sum(axis=1), 2, atol=1e-5)

@@ -1,0 +1,99 @@
+"""Validation names the field, the value and what would be right; Eq. 5 gives the paper's widths."""
+
+import dataclasses
+
+import pytest
+
+from aoe_jax.config import Config, ExpertsConfig, default_config, matched_width
+from aoe_jax.errors import UserError
+
+
+def test_defaults_are_the_dataclass_defaults():
+    assert Config.from_config_dict(default_config()) == Config()
+
+
+def test_round_trip_through_a_dict():
+    config = Config.from_config_dict({"experts": {"d_wide": 77}, "train": {"learning_rate": 1}})
+    assert config.experts.d_wide == 77 and config.train.learning_rate == 1.0
+    assert Config.from_config_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("d_model", "d_ffn", "d_low", "round_to", "width"),
+    [
+        (768, 3072, 64, 1, 4393),
+        (768, 3072, 128, 1, 4194),
+        (768, 3072, 256, 1, 3840),
+        (768, 3072, 512, 1, 3264),
+        (1280, 5120, 400, 1, 6469),
+        (768, 3072, 64, 128, 4352),
+        (1280, 5120, 400, 128, 6528),
+        (16, 16, 8, 128, 128),
+    ],
+)
+def test_matched_width(d_model, d_ffn, d_low, round_to, width):
+    assert matched_width(d_model, d_ffn, d_low, round_to) == width
+
+
+def test_width_of_each_kind():
+    assert ExpertsConfig(kind="router", d_ffn=100).width(64) == 100
+    assert ExpertsConfig(kind="dense", d_ffn=100).width(64) == 100
+    assert ExpertsConfig(kind="aoe", d_wide=99).width(64) == 99
+    assert ExpertsConfig(kind="router", factorised_gate=True, d_ffn=3072, d_low=256).width(768) == 3840
+
+
+BAD = {
+    "experts.top_k=9": ("experts", {"top_k": 9}, "n_experts=8"),
+    "experts.d_low=128": ("experts", {"d_low": 128}, "smaller than model.d_model=128"),
+    "experts.d_low=0": ("experts", {"d_low": 0}, "greater than 0"),
+    "experts.d_low=-4": ("experts", {"d_low": -4}, "greater than 0"),
+    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, dense"),
+    "experts.selection='top_q'": ("experts", {"selection": "top_q"}, "top_k, top_p, expert_choice"),
+    "experts.gate='some'": ("experts", {"gate": "some"}, "chosen, all"),
+    "experts.gate='all'": ("experts", {"gate": "all", "selection": "top_p"}, "top_k"),
+    "experts.top_p=1.0": ("experts", {"top_p": 1.0}, "between 0 and 1"),
+    "experts.capacity_factor=9.0": ("experts", {"capacity_factor": 9.0, "selection": "expert_choice"}, "n_experts=8"),
+    "experts.d_wide=0": ("experts", {"d_wide": 0}, "greater than 0"),
+    "experts.d_wide='8'": ("experts", {"d_wide": "8"}, "int or None"),
+    "experts.factorised_gate=True": ("experts", {"factorised_gate": True}, "kind='router'"),
+    "experts.large_router=True": ("experts", {"large_router": True}, "kind='router'"),
+    "model.n_heads=3": ("model", {"n_heads": 3}, "d_model=128"),
+    "model.n_heads=128": ("model", {"n_heads": 128}, "even width"),
+    "model.dtype='float16'": ("model", {"dtype": "float16"}, "bfloat16"),
+    "model.remat='some'": ("model", {"remat": "some"}, "none, layer"),
+    "model.n_layers=2.5": ("model", {"n_layers": 2.5}, "int"),
+    "model.tie_embeddings=1": ("model", {"tie_embeddings": 1}, "bool"),
+    "model.layers is unknown": ("model", {"layers": 2}, "n_layers"),
+    "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "0 or greater"),
+    "data.name=''": ("data", {"name": ""}, "sotu"),
+    "data.path=None": ("data", {"name": "text"}, "folder"),
+    "data.seq_len=4096": ("data", {"seq_len": 4096}, "max_len=2048"),
+    "train.warmup_steps=1000": ("train", {"warmup_steps": 1000}, "train.steps=1000"),
+    "train.accumulate=3": ("train", {"accumulate": 3}, "batch_size=16"),
+    "train.steps=0": ("train", {"steps": 0}, "greater than 0"),
+    "train.final_learning_rate=1.0": ("train", {"final_learning_rate": 1.0}, "learning_rate"),
+    "checkpoint.keep=0": ("checkpoint", {"keep": 0}, "greater than 0"),
+}
+
+
+@pytest.mark.parametrize("start", BAD)
+def test_bad_values_are_named(start):
+    group, values, hint = BAD[start]
+    with pytest.raises(UserError) as error:
+        Config.from_config_dict({group: values})
+    assert str(error.value).startswith(f"config.{start}") and hint in str(error.value)
+
+
+def test_both_ablations_at_once_are_refused():
+    with pytest.raises(UserError, match="experts.large_router=True"):
+        Config.from_config_dict({"experts": {"kind": "router", "large_router": True, "factorised_gate": True}})
+
+
+def test_unknown_group():
+    with pytest.raises(UserError, match="config.optimizer is unknown; known are model, experts"):
+        Config.from_config_dict({"optimizer": {}})
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.d_model = 3

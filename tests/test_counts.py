@@ -1,0 +1,91 @@
+"""Counts without allocating, against the paper's figures and against the model itself."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from aoe_jax import Decoder
+from aoe_jax.config import Config
+from aoe_jax.counts import forward_flops_per_token, parameter_counts
+from configs import paper, tiny
+
+ALL = {f"paper:{name}": paper for name in paper.VARIANTS} | {f"tiny:{name}": tiny for name in tiny.VARIANTS}
+
+
+def config_of(name):
+    return Config.from_config_dict(ALL[name].get_config(name.split(":")[1]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_variant_builds_and_counts_agree(name):
+    config = config_of(name)
+    shapes = jax.eval_shape(
+        Decoder.from_config(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    )
+    assert sum(a.size for a in jax.tree.leaves(shapes)) == parameter_counts(config).total
+    assert {a.dtype for a in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("paper:moe_aux", "732M", "247M"),
+        *((f"paper:aoe_r{r}_aux", "732M", "247M") for r in paper.RANKS),
+        ("paper:moe_4b", "3.97B", "1.18B"),
+        ("paper:aoe_4b", "3.97B", "1.18B"),
+    ],
+)
+def test_the_papers_figures(name, total, active):
+    """Total with the shared table once, active with the table as input and as output."""
+
+    def rounded(count):
+        return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+    counts = parameter_counts(config_of(name))
+    assert (rounded(counts.total), rounded(counts.active)) == (total, active)
+
+
+def test_the_papers_parts():
+    counts = parameter_counts(config_of("paper:moe"))
+    assert round(counts.attention / 1e6, 1) == 28.3
+    assert round(counts.embedding / 1e6, 1) == 24.6
+    assert round(counts.experts / 1e6, 1) == 679.6  # 679.5M of experts and 0.07M of routers
+    assert "732.46M parameters" in str(counts) and "247.43M active" in str(counts)
+
+
+def test_baselines_of_tiny_match_in_total_parameters():
+    totals = [parameter_counts(config_of(f"tiny:{name}")).total for name in ("aoe", "moe", "dense")]
+    assert max(totals) / min(totals) < 1.002
+
+
+def test_large_router_has_the_stated_parameters():
+    large, plain = (parameter_counts(config_of(f"paper:{name}")) for name in ("moe_aux_large_router", "moe_aux"))
+    config = config_of("paper:moe_aux_large_router")
+    wanted = 12 * 8 * 256 * 768
+    assert abs(large.experts - plain.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
+    assert config.experts.d_low == 256
+
+
+def test_flops_against_the_compiler():
+    """A forward pass of one dense layer; XLA counts the whole attention square, we the causal half."""
+    settings = {
+        "model": {"n_layers": 1, "d_model": 64, "n_heads": 4, "vocab_size": 512, "dtype": "float32"},
+        "experts": {"kind": "dense", "d_ffn": 256},
+        "data": {"seq_len": 32},
+    }
+    config = Config.from_config_dict(settings)
+    model = Decoder.from_config(config)
+    tokens = jnp.zeros((4, 32), jnp.int32)
+    params = model.init(jax.random.key(0), tokens)
+    compiled = jax.jit(lambda p, t: model.apply(p, t)[0]).lower(params, tokens).compile().cost_analysis()["flops"]
+    ours = forward_flops_per_token(config) * tokens.size
+    assert 0.95 < ours / compiled < 1.0
+
+
+def test_aoe_scores_every_expert():
+    """Scoring costs 2 d r for each expert a token doesn't choose; the rest is what equal parameters cost."""
+    moe, aoe = config_of("paper:moe"), config_of("paper:aoe_r256")
+    extra = forward_flops_per_token(aoe) - forward_flops_per_token(moe)
+    scoring = 2 * 12 * (8 - 2) * 768 * 256
+    router = 2 * 12 * 768 * 8
+    assert abs(extra - (scoring - router)) < 1e-3 * scoring

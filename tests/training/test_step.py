@@ -1,0 +1,126 @@
+"""The train step: every configuration of the paper in small, the optimiser, and gradient accumulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aoe_jax.config import Config, TrainConfig
+from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
+from aoe_jax.training.step import init_state, make_train_step, training_loss
+from configs import paper
+
+SMALL = {
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 61, "dtype": "float32"},
+    "experts": {"d_ffn": 48, "n_experts": 4},
+    "data": {"seq_len": 24},
+    "train": {"batch_size": 4, "warmup_steps": 1, "steps": 3},
+}
+
+
+def batch_of(batch_size=4, seq_len=24, seed=0):
+    tokens = jax.random.randint(jax.random.key(seed), (batch_size, seq_len + 1), 0, 61)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": jnp.ones((batch_size, seq_len), jnp.int32),
+        "weights": jnp.ones((batch_size, seq_len)),
+    }
+
+
+def shrunken(variant):
+    """A small twin of a configuration of the paper, its rank in proportion."""
+    config = paper.get_config(variant)
+    d_low = max(4, round(config.experts.d_low * 32 / config.model.d_model))
+    for group, values in SMALL.items():
+        config[group].update(values)
+    config.experts.update(d_low=d_low, d_wide=None)
+    return Config.from_config_dict(config)
+
+
+@pytest.mark.parametrize("variant", paper.VARIANTS)
+def test_every_configuration_of_the_paper_trains(variant):
+    """Two steps; every gradient is finite and every parameter receives one."""
+    config = shrunken(variant)
+    state, batch = init_state(config, 0), batch_of()
+    grads = jax.jit(jax.grad(lambda p, b: training_loss(config, p, b)[0]))(state.params, batch)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(gradient).all(), name
+        stacked = gradient.reshape(*gradient.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1)
+        if "embedding" not in name:  # tokens that don't occur in the batch have output gradients only
+            assert (np.abs(stacked).max(axis=-1) > 0).all(), name
+    step = jax.jit(make_train_step(config))
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all() and losses[2] < losses[0]
+    assert int(state.step) == 3
+
+
+def test_losses_are_weighted_as_configured():
+    batch, params = batch_of(), init_state(shrunken("aoe_r64_aux"), 0).params
+    values = {}
+    for aux, entropy in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+        settings = shrunken("aoe_r64_aux").to_dict()
+        settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
+        loss, values[aux, entropy] = training_loss(Config.from_config_dict(settings), params, batch)
+    plain, with_aux, with_entropy = values.values()
+    np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
+    np.testing.assert_allclose(with_aux["loss"], plain["nll"] + 0.5 * plain["aux_loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        with_entropy["loss"], plain["nll"] + 0.5 * plain["confidence_entropy"].mean(), rtol=1e-5
+    )
+    assert 2 <= float(plain["aux_loss"]) < 4  # K in perfect balance, n K / K = 4 in collapse
+
+
+def test_accumulation_is_the_mean_over_micro_batches():
+    settings = shrunken("aoe_r64").to_dict()
+    batch, states = batch_of(), []
+    for accumulate in (1, 4):
+        settings["train"] |= {"accumulate": accumulate, "warmup_steps": 0}
+        config = Config.from_config_dict(settings)
+        states.append(jax.jit(make_train_step(config))(init_state(config, 0), batch))
+    np.testing.assert_allclose(states[0][1]["nll"], states[1][1]["nll"], rtol=1e-5)
+    np.testing.assert_allclose(states[0][1]["load"], states[1][1]["load"], rtol=1e-5)
+    np.testing.assert_allclose(states[0][1]["grad_norm"], states[1][1]["grad_norm"], rtol=1e-4)
+
+
+def test_optimiser_is_the_papers():
+    """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only, by hand."""
+    config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5)
+    params = {"kernel": jnp.array([[3.0, -2.0]]), "norm": {"scale": jnp.array([1.0])}, "embedding": jnp.array([[4.0]])}
+    grads = {"kernel": jnp.array([[3.0, 4.0]]), "norm": {"scale": jnp.array([12.0])}, "embedding": jnp.array([[0.0]])}
+    optimizer = make_optimizer(config)
+    state, m, v = optimizer.init(params), 0.0, 0.0
+    kernel, want = params["kernel"], np.array([[3.0, -2.0]])
+    for t in (1, 2):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = np.array([[3.0, 4.0]]) / 13
+        m, v = 0.9 * m + 0.1 * clipped, 0.95 * v + 0.05 * clipped**2
+        rate = float(learning_rate_schedule(config)(t - 1))
+        want = want - rate * ((m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + 0.5 * want)
+    np.testing.assert_allclose(params["kernel"], want, rtol=1e-5)
+    np.testing.assert_allclose(params["embedding"], [[4.0]])  # no gradient, no decay
+    assert not np.allclose(params["kernel"], kernel)
+
+
+def test_what_decays():
+    params = init_state(shrunken("aoe_r64"), 0).params
+    flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))}
+    assert {name for name, flag in flags.items() if not flag} == {
+        "['embed']['embedding']",
+        "['final_norm']['scale']",
+        "['layers']['attention_norm']['scale']",
+        "['layers']['experts_norm']['scale']",
+    }
+
+
+def test_schedule():
+    schedule = learning_rate_schedule(
+        TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    )
+    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
