@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import sys
 import traceback
@@ -28,7 +29,7 @@ def define_config_flag():
 
 def parsed_config(flag):
     """The checked `Config` of a config flag."""
-    if flag.value is None:
+    if flag.value is None and not FLAGS["config"].present:
         raise UserError("--config is missing; name a configuration file, such as --config=configs/tiny.py")
     file = FLAGS["config"].config_filename
     try:
@@ -58,12 +59,15 @@ def run(main):
         if arguments[1:]:
             raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
         _set_up_logging()
+        if not debug:
+            _hide_background_errors()
         main()
     except UserError as e:
         if debug:
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # not sys.exit: what still runs in the background would print tracebacks
 
 
 def _parse(argv):
@@ -137,6 +141,18 @@ def _config_mistake(error):
     lines = [line for line in lines if "ml_collections" not in line.filename and line.filename != __file__]
     where = f" (line {lines[-1].lineno} of {lines[-1].filename})" if lines else ""
     return f"{type(cause).__name__}: {text}{where}"
+
+
+def _hide_background_errors():
+    """Hides what Orbax's other reads print when one has failed; the failure itself is raised and reported."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+
+    def hook(kind, error, trace):
+        if str(error) != "Event loop is closed":
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _set_up_logging():

@@ -98,7 +98,9 @@ class ExpertsConfig:
             self.capacity_factor,
             f"must lie between 0 and experts.n_experts={self.n_experts}",
         )
-        _require(self.d_wide is None or self.d_wide > 0, "experts.d_wide", self.d_wide, "must be greater than 0, or None")
+        _require(
+            self.d_wide is None or self.d_wide > 0, "experts.d_wide", self.d_wide, "must be greater than 0, or None"
+        )
         router_only = "belongs to experts.kind='router'"
         _require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
         _require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
@@ -187,7 +189,9 @@ class TrainConfig:
 
     def __post_init__(self):
         _require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
-        _require_not_negative("train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every")
+        _require_not_negative(
+            "train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every"
+        )
         _require(
             self.warmup_steps < self.steps,
             "train.warmup_steps",
@@ -254,7 +258,9 @@ class Config:
         """
         groups = {f.name: f.type for f in dataclasses.fields(cls)}
         _refuse_unknown(dict(config), groups, "")
-        return cls(**{name: _build(group, name, dict(config[name])) for name, group in groups.items() if name in config})
+        return cls(
+            **{name: _build(group, name, dict(config[name])) for name, group in groups.items() if name in config}
+        )
 
     def to_dict(self):
         """Nested plain dict, JSON-ready."""

@@ -51,9 +51,7 @@ VARIANTS = {
 
 def get_config(variant=None):
     if variant not in VARIANTS:
-        raise UserError(
-            f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}"
-        )
+        raise UserError(f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}")
     config = default_config()
     config.model.update(
         n_layers=12, n_heads=12, d_model=768, vocab_size=32_000, max_len=2048, dtype="bfloat16", remat="layer"

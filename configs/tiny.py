@@ -15,11 +15,11 @@ def get_config(variant="aoe"):
         raise UserError(f"configs/tiny.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}")
     config = default_config()
     config.model.update(n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32")
-    config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=512, d_low=32)
+    config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
     config.balance.aux_weight = 0.01
     config.data.update(name="sotu", seq_len=256)
     config.train.update(
-        steps=400, batch_size=16, learning_rate=3e-3, warmup_steps=40, final_learning_rate=3e-4, log_every=10
+        steps=700, batch_size=8, learning_rate=5e-3, warmup_steps=50, final_learning_rate=2e-4, log_every=20
     )
     config.checkpoint.update(every=100, keep=2)
     if variant == "moe":

@@ -76,8 +76,8 @@ def draw_load_heatmap(statistics, path: Path, title):
         axes.set_yticks(range(n_layers) if position == 0 else [], range(n_layers) if position == 0 else [], fontsize=8)
         if position == 0:
             axes.set_ylabel("layer", fontsize=9)
-            figure.colorbar(image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.0f}%").ax.tick_params(
-                labelsize=7
-            )
+            figure.colorbar(
+                image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.0f}%"
+            ).ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)

@@ -11,7 +11,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
-from aoe_jax.training.checkpoint import Checkpoints, claim_data, read_config_json, write_json
+from aoe_jax.training.checkpoint import Checkpoints, check_data, read_config_json, write_json
 from aoe_jax.training.loop import log_run, one_device_mesh
 from aoe_jax.training.step import init_state
 
@@ -26,7 +26,7 @@ def evaluate_workdir(workdir: Path, split="test"):
     Prints a table; writes `eval.json` and, for models with experts, `load.png`.
 
     Returns:
-      What `eval.json` holds: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte` and `load_statistics` (None
+      What `eval.json` holds: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`, `load_statistics` (None
       for a dense model).
 
     Raises:
@@ -38,10 +38,10 @@ def evaluate_workdir(workdir: Path, split="test"):
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest_step()
     if step is None:
-        raise UserError(f"--workdir={workdir} has no complete checkpoint yet; train on")
+        raise UserError(f"--workdir={workdir} has no complete checkpoint; train first")
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
-    claim_data(workdir, corpus.directory)
+    check_data(workdir, corpus.directory)
     replicated, by_batch = one_device_mesh()
     abstract = jax.eval_shape(lambda: init_state(config, config.train.seed)).params
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)

@@ -22,25 +22,29 @@ def top_k_weights(p, top_k, gate="chosen"):
     `gate="chosen"` takes the softmax over the K chosen scores (the paper), `gate="all"` the softmax over all n without
     renormalising (the authors' released code).
     """
-    rows = []
-    for t in range(p.shape[0]):
-        chosen = jnp.argsort(-p[t], stable=True)[:top_k]
-        weights = jax.nn.softmax(p[t, chosen]) if gate == "chosen" else jax.nn.softmax(p[t])[chosen]
-        rows.append(jnp.zeros_like(p[t]).at[chosen].set(weights))
-    return jnp.stack(rows)
+
+    def weights_of_token(p):
+        chosen = jnp.argsort(-p, stable=True)[:top_k]
+        weights = jax.nn.softmax(p[chosen]) if gate == "chosen" else jax.nn.softmax(p)[chosen]
+        return jnp.zeros_like(p).at[chosen].set(weights)
+
+    return jax.vmap(weights_of_token)(p)
 
 
 def top_p_weights(p, threshold):
     """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum exceeds the threshold."""
-    rows = []
-    for t in range(p.shape[0]):
-        probability = jax.nn.softmax(p[t])
-        weights, total = jnp.zeros_like(probability), 0.0
-        for i in jnp.argsort(-probability, stable=True):
-            weights = jnp.where(total <= threshold, weights.at[i].set(probability[i]), weights)
-            total = total + jax.lax.stop_gradient(probability[i])
-        rows.append(weights)
-    return jnp.stack(rows)
+
+    def weights_of_token(p):
+        probability = jax.nn.softmax(p)
+        order = jnp.argsort(-probability, stable=True)
+        weights, total = jnp.zeros_like(p), 0.0
+        for i in range(p.shape[0]):
+            weight = probability[order[i]]
+            weights = weights.at[order[i]].set(jnp.where(total <= threshold, weight, 0))
+            total = total + jax.lax.stop_gradient(weight)
+        return weights
+
+    return jax.vmap(weights_of_token)(p)
 
 
 def expert_choice_weights(p, capacity):

@@ -59,6 +59,4 @@ class Attention(nn.Module):
         q, k, v = rotary(project("q"), positions), rotary(project("k"), positions), project("v")
         mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        return nn.DenseGeneral(
-            d_model, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="o"
-        )(y)
+        return nn.DenseGeneral(d_model, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="o")(y)

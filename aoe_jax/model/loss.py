@@ -63,9 +63,7 @@ def _forward(hidden, table, targets, weights):
         return (total + jnp.sum(w * nll), d_table), d_hidden
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(table))
-    (total, d_table), d_hidden = jax.lax.scan(
-        chunk_gradient, start, _chunks(hidden, targets, weights)
-    )
+    (total, d_table), d_hidden = jax.lax.scan(chunk_gradient, start, _chunks(hidden, targets, weights))
     return total, (d_hidden.reshape(hidden.shape), d_table)
 
 

@@ -21,55 +21,78 @@ def _flat(config):
     return {f"{group}.{name}": value for group, values in config.items() for name, value in values.items()}
 
 
-def claim_workdir(workdir: Path, config: Config):
-    """Writes `config.json`, or checks that the one there says the same.
+def check_workdir(workdir: Path, config: Config):
+    """Checks that `workdir` is free or belongs to the same configuration; writes nothing.
 
     Raises:
-      UserError: the directory can't be written, or belongs to another configuration; nothing is overwritten then.
+      UserError: it is a file, or a run of another configuration.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a directory")
     path = workdir / "config.json"
-    if path.exists():
-        found, wanted = _flat(read_config_json(path)), _flat(config.to_dict())
-        differing = [
-            f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name) and name not in FREE_FIELDS and name.split(".")[0] not in FREE_GROUPS
-        ]
-        if differing:
-            raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, config.to_dict())
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
+    if not path.exists():
+        return
+    found, wanted = _flat(read_config_json(path)), _flat(config.to_dict())
+    differing = [
+        f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name) and name not in FREE_FIELDS and name.split(".")[0] not in FREE_GROUPS
+    ]
+    if differing:
+        raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
 
 
-def claim_data(workdir: Path, token_store: Path):
-    """Notes which token store a run reads, with a copy of its tokenizer, or checks that it is still the same.
+def check_data(workdir: Path, token_store: Path):
+    """Checks that the run in `workdir`, if any, read this token store; writes nothing.
 
     Raises:
       UserError: the corpus or the tokenizer has changed since the run began.
     """
     path = workdir / "data.json"
-    name = {"token_store": token_store.name}
-    if path.exists():
-        found = read_config_json(path)
-        if found != name:
-            raise UserError(
-                f"workdir {workdir} was trained on token store {found.get('token_store')}, this is {token_store.name}: the "
-                "text or the tokenizer has changed. Bring the old text back (data.path), or use another --workdir"
-            )
+    if not path.exists():
         return
-    shutil.copyfile(token_store / "tokenizer.json", workdir / "tokenizer.json")
-    write_json(path, name)
+    found = _read_json(path).get("token_store")
+    if found != token_store.name:
+        raise UserError(
+            f"workdir {workdir} was trained on token store {found}, this is {token_store.name}: the text or the "
+            "tokenizer has changed. Bring the old text back (data.path), or use another --workdir"
+        )
+
+
+def claim_workdir(workdir: Path, config: Config, token_store: Path):
+    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be wrong is checked.
+
+    Raises:
+      UserError: the directory can't be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(token_store / "tokenizer.json", workdir / "tokenizer.json")
+        write_json(workdir / "data.json", {"token_store": token_store.name})
+        write_json(workdir / "config.json", config.to_dict())
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
 
 
 def read_config_json(path: Path):
     """The nested dict of a `config.json`; UserError if it can't be read."""
+    groups = _read_json(path)
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path} can't be read: {name} is no group of fields; name the workdir of a training run")
+    return groups
+
+
+def _read_json(path: Path):
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        value = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror}); name the workdir of a training run") from e
+    except ValueError as e:
         raise UserError(f"{path} can't be read ({e}); name the workdir of a training run") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} can't be read: it holds no JSON object; name the workdir of a training run")
+    return value
 
 
 def write_json(path: Path, value):
@@ -83,15 +106,15 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
-        """Opens `workdir/checkpoints`; without a configuration, for reading only."""
+        """Opens `workdir/checkpoints`; without a configuration, for reading only: then nothing is made there."""
         self.directory = workdir.absolute() / "checkpoints"
+        self._every = config.every if config else None
+        self._manager = None
+        if config is None and not self.directory.is_dir():
+            return
         options = ocp.CheckpointManagerOptions(read_only=True)
         if config is not None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep, save_interval_steps=config.every, enable_async_checkpointing=True
-            )
-        elif not self.directory.is_dir():
-            raise UserError(f"--workdir={workdir} has no checkpoints; train first")
+            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
@@ -101,16 +124,20 @@ class Checkpoints:
 
     def latest_step(self):
         """The step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return self._manager.latest_step() if self._manager else None
 
-    def save(self, step, state, data_iterator, force=False):
-        """Saves in the background where `step` is due (or `force`); returns at once."""
+    def due(self, step):
+        """Whether `checkpoint.every` asks for a checkpoint of `step`."""
+        return step % self._every == 0
+
+    def save(self, step, state, data_iterator):
+        """Saves in the background; returns as soon as `state` may be donated."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data_iterator)
             ),
-            force=force,
+            force=True,  # `due` decides
         )
 
     def restore(self, step, abstract_state, data_iterator):
@@ -136,7 +163,10 @@ class Checkpoints:
         try:
             return restore()
         except Exception as e:  # Orbax, tensorstore and the file system each raise kinds of their own
-            reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+            root = e
+            while root.__cause__:
+                root = root.__cause__
+            reason = (str(root).strip().splitlines() or [type(root).__name__])[0][:300]
             raise UserError(
                 f"checkpoint {self.directory / str(step)} can't be read: {reason}\n"
                 "Move that folder away to go on from the checkpoint before it, if there is one."
@@ -144,5 +174,6 @@ class Checkpoints:
 
     def close(self):
         """Waits for what is being saved."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if self._manager:
+            self._manager.wait_until_finished()
+            self._manager.close()

@@ -2,11 +2,11 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aoe_jax.config import Config
@@ -15,15 +15,15 @@ from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
-from aoe_jax.training.checkpoint import Checkpoints, claim_data, claim_workdir, write_json
+from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir, claim_workdir, write_json
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 EXPERT_CHOICE_WARNING = (
-    "expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so the losses below "
-    "are not those of a causal language model and compare with no token-choice run"
+    "expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so the losses "
+    "below are not those of a causal language model and compare with no token-choice run"
 )
 
 
@@ -56,16 +56,19 @@ def train(config: Config, workdir: Path):
       UserError: see `aoe_jax.errors`; `train.steps` already reached is one.
     """
     started = time.perf_counter()
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
-    claim_data(workdir, corpus.directory)
+    check_data(workdir, corpus.directory)
     replicated, by_batch = one_device_mesh()
 
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    first_step = checkpoints.latest_step() or 0
+    earlier = Checkpoints(workdir)
+    first_step = earlier.latest_step() or 0
+    summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
+    if first_step == config.train.steps and pending_summary.exists():  # stopped after its last checkpoint
+        os.replace(pending_summary, summary_file)
+        return json.loads(summary_file.read_text())
     if first_step >= config.train.steps:
-        checkpoints.close()
         raise UserError(
             f"config.train.steps={config.train.steps}: {workdir} is already at step {first_step}; raise it to go on, "
             "or use another --workdir"
@@ -88,10 +91,14 @@ def train(config: Config, workdir: Path):
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), jax.eval_shape(new_state)
         )
-        state = checkpoints.restore(first_step, abstract, data)
+        state = earlier.restore(first_step, abstract, data)
         log.info("going on from step %d", first_step)
     else:
         state = jax.jit(new_state, out_shardings=replicated)()
+    earlier.close()
+    claim_workdir(workdir, config, corpus.directory)
+    summary_file.unlink(missing_ok=True)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
 
     def put(batch):
         return jax.device_put(batch, by_batch)
@@ -111,26 +118,32 @@ def train(config: Config, workdir: Path):
     tokens_per_step = config.train.batch_size * config.data.seq_len
     telemetry = Telemetry(workdir, first_step, config.train.steps, tokens_per_step)
     loop_started = time.perf_counter()
-    previous = None  # (step, metrics) of the step before, fetched while the current one runs
+    logged = None  # (step, metrics), fetched while the next step runs
     with jax.transfer_guard("disallow"):
         for step in range(first_step + 1, config.train.steps + 1):
             state, metrics = train_step(state, batch)
-            if previous:
-                telemetry.train(previous[0], jax.device_get(previous[1]))
-            previous = (step, metrics) if step % config.train.log_every == 0 or step == config.train.steps else None
-            checkpoints.save(step, state, data, force=step == config.train.steps)
-            if step < config.train.steps:
-                batch = put(next(data))
-            if config.train.eval_every and step % config.train.eval_every == 0 and step < config.train.steps:
+            if logged:
+                telemetry.train(logged[0], jax.device_get(logged[1]))
+            logged = (step, metrics) if step % config.train.log_every == 0 or step == config.train.steps else None
+            if step == config.train.steps:
+                break
+            validating = config.train.eval_every and step % config.train.eval_every == 0
+            # A step is reported before it is saved, so that a kill in between loses no line of metrics.jsonl.
+            if logged and (validating or checkpoints.due(step)):
+                telemetry.train(logged[0], jax.device_get(logged[1]))
+                logged = None
+            if validating:
                 result = validate(state)
                 telemetry.evaluation(step, result.nll, result.bits_per_byte)
-    last_metrics = jax.device_get(previous[1])
-    telemetry.train(previous[0], last_metrics)
+            if checkpoints.due(step):
+                checkpoints.save(step, state, data)
+            batch = put(next(data))
+    last_metrics = jax.device_get(logged[1])
+    telemetry.train(logged[0], last_metrics)
     loop_seconds = time.perf_counter() - loop_started
     result = validate(state)
     telemetry.evaluation(config.train.steps, result.nll, result.bits_per_byte)
     telemetry.close()
-    checkpoints.close()
 
     summary = {
         "metrics": {
@@ -149,6 +162,9 @@ def train(config: Config, workdir: Path):
             "total_seconds": time.perf_counter() - started,
         },
     }
-    write_json(workdir / "summary.json", summary)
+    write_json(pending_summary, summary)  # before the checkpoint, as are the metrics: a run that has it lacks nothing
+    checkpoints.save(config.train.steps, state, data)
+    checkpoints.close()
+    os.replace(pending_summary, summary_file)
     log.info("done: %s", json.dumps(summary["metrics"]))
     return summary

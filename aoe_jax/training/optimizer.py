@@ -26,7 +26,5 @@ def make_optimizer(config: TrainConfig):
     """The optimiser as an optax transformation."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed
-        ),
+        optax.adamw(learning_rate_schedule(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed),
     )

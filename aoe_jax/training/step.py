@@ -43,9 +43,7 @@ def sequence_nll(config: Config, params, batch):
     """
     model = Decoder.from_config(config)
     segment_ids = batch["segment_ids"] if config.data.document_mask else None
-    hidden, stats = model.apply(
-        {"params": params}, batch["inputs"], segment_ids, batch["weights"], method="features"
-    )
+    hidden, stats = model.apply({"params": params}, batch["inputs"], segment_ids, batch["weights"], method="features")
     with jax.named_scope("loss"):
         nll = cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),

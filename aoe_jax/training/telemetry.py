@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class Telemetry:
         self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start_step]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, self._path)
         self._file = self._path.open("a")
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._last_step, self._last_time = start_step, time.perf_counter()
@@ -91,5 +94,5 @@ class Telemetry:
 def _step_of(line):
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the half line of a killed run
+    except (ValueError, KeyError, TypeError):  # the half line of a killed run
         return float("inf")

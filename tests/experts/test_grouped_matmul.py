@@ -1,5 +1,7 @@
 """Every backend against a plain loop, values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import BACKENDS, grouped_matmul
+
+pytestmark = pytest.mark.smoke
 
 GROUP_SIZES = {
     "random": [37, 5, 0, 120, 61, 1],
@@ -35,15 +39,21 @@ def inputs(group_sizes, dtype, seed=0):
     return rows, weights, jnp.array(group_sizes, jnp.int32), cotangent
 
 
+@partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, rows, weights, group_sizes, cotangent):
+    value, pull_back = jax.vjp(lambda r, w: function(r, w, group_sizes), rows, weights)
+    return value, *pull_back(cotangent)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", GROUP_SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_values_and_gradients(backend, case, dtype, tolerance):
     rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES[case], dtype)
-    got, pull_back = jax.vjp(lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), rows, weights)
+    got = value_and_gradients(partial(grouped_matmul, backend=backend), rows, weights, group_sizes, cotangent)
     exact = [a.astype(jnp.float32) for a in (rows, weights, cotangent)]
-    want, pull_back_reference = jax.vjp(lambda r, w: reference(r, w, GROUP_SIZES[case]), *exact[:2])
-    for a, b in zip((got, *pull_back(cotangent)), (want, *pull_back_reference(exact[2])), strict=True):
+    want = value_and_gradients(lambda r, w, _: reference(r, w, GROUP_SIZES[case]), *exact[:2], group_sizes, exact[2])
+    for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.dtype(dtype)
         scale = max(float(jnp.abs(b).max()), 1.0)
         np.testing.assert_allclose(np.asarray(a, np.float32) / scale, np.asarray(b) / scale, atol=tolerance)
@@ -54,8 +64,8 @@ def test_nothing_leaks_from_unused_rows(backend):
     rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES["rows past the last group"], "float32")
     used = int(group_sizes.sum())
     poisoned = rows.at[used:].set(jnp.nan)
-    got, pull_back = jax.vjp(lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), poisoned, weights)
-    d_rows, d_weights = pull_back(cotangent.at[used:].set(jnp.nan))
+    function, cotangent = partial(grouped_matmul, backend=backend), cotangent.at[used:].set(jnp.nan)
+    got, d_rows, d_weights = value_and_gradients(function, poisoned, weights, group_sizes, cotangent)
     np.testing.assert_array_equal(got[used:], 0)
     np.testing.assert_array_equal(d_rows[used:], 0)
     assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()

@@ -1,6 +1,7 @@
-"""The fast path against the plain loops of `reference.py`: outputs and gradients, every kind and every selection."""
+"""The jitted path against the plain loops of `reference.py`: outputs and gradients, every kind and every selection."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config import ExpertsConfig
 from aoe_jax.experts import reference, scoring, selection
 from aoe_jax.experts.layer import LAYERS
+
+pytestmark = pytest.mark.smoke
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
 WEIGHTS = {"aoe": ("w_down", "w_up", "w_p", "w_o"), "router": ("w_router", "w_g", "w_p", "w_o")}
@@ -28,7 +31,7 @@ def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, **settings):
     config = ExpertsConfig(kind=kind, **settings)
     layer = LAYERS[kind](config, jnp.dtype(dtype))
     x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
-    params = layer.init(jax.random.key(seed + 1), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(seed + 1), x)["params"]
     return layer, jax.tree.map(lambda a: a.astype(dtype), params), x
 
 
@@ -46,11 +49,8 @@ def reference_apply(layer, params, x):
     if config.kind == "aoe":
         weights = reference_weights(config, reference.aoe_scores(x, params["w_down"]))
         return reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
-    if config.large_router:
-        p = jax.nn.silu(x @ params["w_router_hidden"]) @ params["w_router"]
-    else:
-        p = x @ params["w_router"]
-    weights = reference_weights(config, p)
+    hidden = jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x
+    weights = reference_weights(config, hidden @ params["w_router"])
     if config.factorised_gate:
         return reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
     return reference.router_experts(x, weights, params["w_g"], params["w_p"], params["w_o"])
@@ -59,9 +59,14 @@ def reference_apply(layer, params, x):
 def assert_agree(layer, params, x, tolerance):
     """Outputs, and gradients of a random projection of them in parameters and tokens."""
     cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
-    got, pull_back = jax.vjp(lambda p, x: layer.apply({"params": p}, x)[0], params, x)
-    want, pull_back_reference = jax.vjp(lambda p, x: reference_apply(layer, p, x), params, x)
-    got, want = (got, *pull_back(cotangent)), (want, *pull_back_reference(cotangent))
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradients(function, params, x):
+        value, pull_back = jax.vjp(function, params, x)
+        return value, *pull_back(cotangent)
+
+    got = value_and_gradients(lambda p, x: layer.apply({"params": p}, x)[0], params, x)
+    want = value_and_gradients(lambda p, x: reference_apply(layer, p, x), params, x)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.abs(b).max()), 1.0)
@@ -119,6 +124,7 @@ def test_bfloat16(kind):
     chosen = [layer.apply({"params": p}, t)[1].load for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))]
     np.testing.assert_allclose(*chosen, atol=1e-6)
 
+    @partial(jax.jit, static_argnums=0)
     def gradient(layer, params, x):
         return jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum(), (0, 1))(params, x)
 
@@ -133,7 +139,7 @@ def test_bfloat16(kind):
 def test_ties_go_to_the_lower_expert(x64, kind):
     layer, params, x = make(kind)
     params = {k: jnp.repeat(v[:1], v.shape[0], 0) if k != "w_router" else jnp.ones_like(v) for k, v in params.items()}
-    _, stats = layer.apply({"params": params}, x)
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
     np.testing.assert_allclose(stats.load, [1, 1, 0, 0, 0], atol=1e-12)
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
@@ -142,7 +148,7 @@ def test_ties_go_to_the_lower_expert(x64, kind):
 def test_zero_tokens_have_finite_gradients(x64, variant):
     layer, params, x = make("aoe", **VARIANTS[variant])
     x = x.at[:7].set(0)
-    grads = jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1))(params, x)
+    grads = jax.jit(jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1)))(params, x)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
@@ -157,10 +163,10 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
     else:
         x = x.at[:, 0].set(50.0)
         params["w_router"] = params["w_router"].at[0].set(jnp.array([0.0, 1, 0, 2, 0]))
-    _, stats = layer.apply({"params": params}, x)
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
     np.testing.assert_allclose(stats.load, [0, top_k - 1, 0, 1, 0], atol=1e-12)
     assert_agree(layer, params, x, TOLERANCE["float64"])
-    grads = jax.grad(lambda p: layer.apply({"params": p}, x)[0].sum())(params)
+    grads = jax.jit(jax.grad(lambda p: layer.apply({"params": p}, x)[0].sum()))(params)
     for name in ("w_p", "w_o"):
         np.testing.assert_array_equal(grads[name][0], 0)
 
@@ -204,8 +210,9 @@ def test_public_reference_signatures(x64):
     for kind, function in (("aoe", reference.aoe_layer), ("router", reference.router_layer)):
         for gate in ("chosen", "all"):
             layer, params, x = make(kind, gate=gate)
-            got = function(x, *(params[name] for name in WEIGHTS[kind]), top_k=2, gate=gate)
-            np.testing.assert_allclose(got, layer.apply({"params": params}, x)[0], atol=1e-10)
+            jitted = jax.jit(partial(function, top_k=2, gate=gate))
+            got = jitted(x, *(params[name] for name in WEIGHTS[kind]))
+            np.testing.assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10)
 
 
 def test_scoring_is_one_matmul():

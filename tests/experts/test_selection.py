@@ -7,6 +7,8 @@ import pytest
 
 from aoe_jax.experts.selection import expert_capacity, expert_choice, top_k, top_p
 
+pytestmark = pytest.mark.smoke
+
 
 def dense_weights(assignment, n_tokens, n_experts):
     """Weights `[T, n]`; also checks that unused slots weigh nothing."""

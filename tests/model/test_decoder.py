@@ -11,6 +11,8 @@ from aoe_jax import Decoder
 from aoe_jax.config import ExpertsConfig, ModelConfig
 from aoe_jax.model.attention import rotary
 
+pytestmark = pytest.mark.smoke
+
 MODEL = ModelConfig(n_layers=2, n_heads=2, d_model=16, vocab_size=50, dtype="float32")
 EXPERTS = ExpertsConfig(n_experts=4, top_k=2, d_ffn=24, d_low=4)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
@@ -18,7 +20,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
 
 def build(model=MODEL, **experts):
     decoder = Decoder(model, dataclasses.replace(EXPERTS, **experts))
-    return decoder, decoder.init(jax.random.key(0), TOKENS)
+    return decoder, jax.jit(decoder.init)(jax.random.key(0), TOKENS)
 
 
 def reach(decoder, variables, position):
@@ -34,7 +36,7 @@ def reach(decoder, variables, position):
         )
         return (hidden[0, position] * jnp.arange(1.0, hidden.shape[-1] + 1)).sum()
 
-    return np.abs(jax.grad(logits)(embedding[TOKENS])).sum(axis=(0, 2))
+    return np.abs(jax.jit(jax.grad(logits))(embedding[TOKENS])).sum(axis=(0, 2))
 
 
 CAUSAL = {
@@ -58,7 +60,7 @@ def test_token_choice_is_causal(name):
 def changed_by_the_future(decoder, variables):
     """Whether the logits of the first half change when the second half is replaced."""
     other = TOKENS.at[:, 6:].set((TOKENS[:, 6:] + 17) % 50)
-    a, b = (decoder.apply(variables, tokens)[0][:, :6] for tokens in (TOKENS, other))
+    a, b = (jax.jit(decoder.apply)(variables, tokens)[0][:, :6] for tokens in (TOKENS, other))
     return float(jnp.abs(a - b).max()) > 1e-4
 
 
@@ -86,12 +88,14 @@ def test_rotary_depends_on_distance_only():
 def test_document_mask_separates_documents():
     decoder, variables = build()
     segment_ids = jnp.where(jnp.arange(12) < 5, 1, 2)[None].repeat(2, 0)
-    together = decoder.apply(variables, TOKENS, segment_ids)[0]
+    together = jax.jit(decoder.apply)(variables, TOKENS, segment_ids)[0]
     changed = TOKENS.at[:, :5].set((TOKENS[:, :5] + 3) % 50)
-    np.testing.assert_allclose(decoder.apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5)
-    alone = decoder.apply(variables, TOKENS[:, 5:])[0]
+    np.testing.assert_allclose(
+        jax.jit(decoder.apply)(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5
+    )
+    alone = jax.jit(decoder.apply)(variables, TOKENS[:, 5:])[0]
     np.testing.assert_allclose(together[:, 5:], alone, atol=1e-4)  # rotary positions are relative
-    assert float(jnp.abs(decoder.apply(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
+    assert float(jnp.abs(jax.jit(decoder.apply)(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
@@ -102,7 +106,7 @@ def test_remat_changes_memory_but_no_gradient(kind):
         decoder, variables = build(dataclasses.replace(MODEL, remat=remat), kind=kind)
         loss = lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean()  # noqa: E731
         saved[remat] = sum(a.size for a in jax.tree.leaves(jax.vjp(loss, variables)[1]))
-        grads[remat] = jax.grad(loss)(variables)
+        grads[remat] = jax.jit(jax.grad(loss))(variables)
     assert saved["layer"] < 0.6 * saved["none"]
     for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads["layer"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -132,7 +136,7 @@ def test_layers_start_different():
 def test_dtypes():
     decoder, variables = build(dataclasses.replace(MODEL, dtype="bfloat16"))
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, stats = decoder.apply(variables, TOKENS)
+    logits, stats = jax.jit(decoder.apply)(variables, TOKENS)
     hidden, _ = decoder.apply(variables, TOKENS, method="features")
     assert (logits.dtype, hidden.dtype) == (jnp.float32, jnp.bfloat16)
     assert {a.dtype for a in stats} == {jnp.dtype("float32")}
@@ -142,6 +146,6 @@ def test_dtypes():
 
 def test_statistics_are_stacked_over_layers():
     decoder, variables = build()
-    stats = decoder.apply(variables, TOKENS)[1]
+    stats = jax.jit(decoder.apply)(variables, TOKENS)[1]
     assert stats.load.shape == (2, 4) and stats.confidence_entropy.shape == (2,)
     np.testing.assert_allclose(stats.load.sum(axis=1), 2, atol=1e-5)

@@ -7,6 +7,8 @@ import pytest
 
 from aoe_jax.model import loss
 
+pytestmark = pytest.mark.smoke
+
 
 def inputs(n_tokens, dtype="float32"):
     keys = jax.random.split(jax.random.key(0), 4)

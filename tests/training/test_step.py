@@ -29,6 +29,10 @@ def batch_of(batch_size=4, seq_len=24, seed=0):
     }
 
 
+def new_state(config):
+    return jax.jit(lambda: init_state(config, 0))()
+
+
 def shrunken(variant):
     """A small twin of a configuration of the paper, its rank in proportion."""
     config = paper.get_config(variant)
@@ -43,36 +47,40 @@ def shrunken(variant):
 def test_every_configuration_of_the_paper_trains(variant):
     """Two steps; every gradient is finite and every parameter receives one."""
     config = shrunken(variant)
-    state, batch = init_state(config, 0), batch_of()
-    grads = jax.jit(jax.grad(lambda p, b: training_loss(config, p, b)[0]))(state.params, batch)
+    state, batch = new_state(config), batch_of()
+    train_step = make_train_step(config)
+
+    @jax.jit
+    def step(state, batch):
+        grads = jax.grad(lambda p: training_loss(config, p, batch)[0])(state.params)
+        return grads, *train_step(state, batch)
+
+    grads, state, metrics = step(state, batch)
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(gradient).all(), name
         stacked = gradient.reshape(*gradient.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1)
         if "embedding" not in name:  # tokens that don't occur in the batch have output gradients only
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
-    step = jax.jit(make_train_step(config))
-    losses = []
-    for _ in range(3):
-        state, metrics = step(state, batch)
+    losses = [float(metrics["loss"])]
+    for _ in range(2):
+        _, state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
 
 
 def test_losses_are_weighted_as_configured():
-    batch, params = batch_of(), init_state(shrunken("aoe_r64_aux"), 0).params
+    batch, params = batch_of(), new_state(shrunken("aoe_r64_aux")).params
     values = {}
     for aux, entropy in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
         settings = shrunken("aoe_r64_aux").to_dict()
         settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
-        loss, values[aux, entropy] = training_loss(Config.from_config_dict(settings), params, batch)
+        _, values[aux, entropy] = training_loss(Config.from_config_dict(settings), params, batch)
     plain, with_aux, with_entropy = values.values()
     np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
     np.testing.assert_allclose(with_aux["loss"], plain["nll"] + 0.5 * plain["aux_loss"], rtol=1e-5)
-    np.testing.assert_allclose(
-        with_entropy["loss"], plain["nll"] + 0.5 * plain["confidence_entropy"].mean(), rtol=1e-5
-    )
+    np.testing.assert_allclose(with_entropy["loss"], plain["nll"] + 0.5 * plain["confidence_entropy"].mean(), rtol=1e-5)
     assert 2 <= float(plain["aux_loss"]) < 4  # K in perfect balance, n K / K = 4 in collapse
 
 
@@ -82,7 +90,7 @@ def test_accumulation_is_the_mean_over_micro_batches():
     for accumulate in (1, 4):
         settings["train"] |= {"accumulate": accumulate, "warmup_steps": 0}
         config = Config.from_config_dict(settings)
-        states.append(jax.jit(make_train_step(config))(init_state(config, 0), batch))
+        states.append(jax.jit(make_train_step(config))(new_state(config), batch))
     np.testing.assert_allclose(states[0][1]["nll"], states[1][1]["nll"], rtol=1e-5)
     np.testing.assert_allclose(states[0][1]["load"], states[1][1]["load"], rtol=1e-5)
     np.testing.assert_allclose(states[0][1]["grad_norm"], states[1][1]["grad_norm"], rtol=1e-4)
@@ -109,7 +117,7 @@ def test_optimiser_is_the_papers():
 
 
 def test_what_decays():
-    params = init_state(shrunken("aoe_r64"), 0).params
+    params = new_state(shrunken("aoe_r64")).params
     flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))}
     assert {name for name, flag in flags.items() if not flag} == {
         "['embed']['embedding']",

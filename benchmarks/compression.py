@@ -1,0 +1,52 @@
+"""Bits per byte of a trained model beside those of `xz -9e` on the same held-out text.
+
+`python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR [--split=...]`.
+
+The compressor gets what the model got: the bytes of the held-out split are what `xz` adds to the train text when it
+compresses both in one stream.
+"""
+
+import lzma
+from pathlib import Path
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config import Config
+from aoe_jax.data.corpora import load_corpus
+from aoe_jax.training.checkpoint import read_config_json, write_json
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def xz_size(text: bytes):
+    """Bytes that `xz -9e` compresses the text to."""
+    return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+
+
+def main():
+    """Prints the comparison."""
+    workdir = Path(cli.required(_WORKDIR))
+    data = Config.from_config_dict(read_config_json(workdir / "config.json")).data
+    evaluation = read_config_json(workdir / "eval.json")
+    corpus = load_corpus(data.name, data.path, data.cache, data.text_field)
+    train = "".join(corpus.documents("train")).encode()
+    held_out = "".join(corpus.documents(evaluation["split"])).encode()
+    figures = {
+        "split": evaluation["split"],
+        "bytes": len(held_out),
+        "xz_bits_per_byte": 8 * (xz_size(train + held_out) - xz_size(train)) / len(held_out),
+        "model_bits_per_byte": evaluation["bits_per_byte"],
+    }
+    figures["ratio"] = figures["model_bits_per_byte"] / figures["xz_bits_per_byte"]
+    print(
+        f"{figures['split']} bits per byte: model {figures['model_bits_per_byte']:.4f}, "
+        f"xz -9e with the train text {figures['xz_bits_per_byte']:.4f}, ratio {figures['ratio']:.3f}"
+    )
+    if _JSON.value:
+        write_json(Path(_JSON.value), figures)
+
+
+if __name__ == "__main__":
+    cli.run(main)

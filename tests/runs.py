@@ -1,0 +1,177 @@
+"""Tiny runs for the end-to-end tests: a folder of texts, settings, and command lines as a user types them."""
+
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from aoe_jax.config import Config, default_config
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY, LOG_EVERY = 24, 3, 2
+
+SETTINGS = {
+    "model.n_layers": 2,
+    "model.n_heads": 2,
+    "model.d_model": 32,
+    "model.vocab_size": 512,
+    "model.max_len": 64,
+    "model.dtype": "float32",
+    "experts.n_experts": 4,
+    "experts.top_k": 2,
+    "experts.d_ffn": 32,
+    "experts.d_low": 8,
+    "balance.aux_weight": 0.0,
+    "data.name": "text",
+    "data.seq_len": 32,
+    "train.steps": STEPS,
+    "train.batch_size": 4,
+    "train.learning_rate": 3e-3,
+    "train.final_learning_rate": 3e-4,
+    "train.warmup_steps": 2,
+    "train.log_every": LOG_EVERY,
+    "train.eval_every": 10,
+    "checkpoint.every": EVERY,
+    "checkpoint.keep": 2,
+}
+
+
+@functools.cache
+def _scratch():
+    return tempfile.TemporaryDirectory(prefix="aoe_jax_tests_")
+
+
+def scratch(name):
+    """A folder that lasts as long as the test session."""
+    folder = Path(_scratch().name, name)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def write_texts(folder, count=40, seed=0):
+    """Documents of three to six hundred words, so shorter and longer than a sequence."""
+    words = ["the", "of", "state", "union", "war", "peace", "congress", "law", "great", "people", "army", "year"]
+    choice = random.Random(seed)
+    for i in range(count):
+        length = choice.choice([3, 20, 100, 600])
+        (folder / f"{i:02d}.txt").write_text(" ".join(choice.choice(words) for _ in range(length)))
+    return folder
+
+
+@functools.cache
+def corpus_folder():
+    """The folder of texts that all runs share."""
+    return write_texts(scratch("texts"))
+
+
+def settings(**changes):
+    """`SETTINGS` with the corpus and with changes, `group__field=value`."""
+    shared = {"data.path": str(corpus_folder()), "data.cache": str(scratch("cache"))}
+    return SETTINGS | shared | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def tiny_config(**changes):
+    """The same as a `Config`."""
+    config = default_config()
+    config.update_from_flattened_dict(settings(**changes))
+    return Config.from_config_dict(config)
+
+
+def train_command(workdir, **changes):
+    """The command line that trains with these settings."""
+    overrides = [f"--config.{name}={value}" for name, value in settings(**changes).items()]
+    return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
+
+
+def start(command):
+    """Starts a command line in the root of the repository."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes longer than a tiny run
+        "JAX_COMPILATION_CACHE_DIR": str(scratch("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process):
+    """`(exit status, stdout, stderr)`."""
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout, stderr
+
+
+def run(command):
+    """Runs a command line: `(exit status, stdout, stderr)`."""
+    return finish(start(command))
+
+
+KINDS = {
+    "aoe, gate=all": {"experts__gate": "all", "balance__aux_weight": 0.01},
+    "router": {"experts__kind": "router", "balance__aux_weight": 0.01},
+    "dense": {"experts__kind": "dense"},
+    "top_p": {"experts__selection": "top_p", "balance__entropy_weight": 1e-4},
+    "expert_choice": {"experts__selection": "expert_choice"},
+}
+_SHORT = {"train__steps": 6, "train__eval_every": 0, "train__learning_rate": 1e-2, "checkpoint__every": 100}
+
+
+def kind_config(kind):
+    """The configuration of a run of `kind_runs`."""
+    return tiny_config(**_SHORT, **KINDS[kind])
+
+
+@functools.cache
+def kind_runs():
+    """Short runs of `KINDS`, two at a time: `{kind: (workdir, stderr)}`."""
+    corpus_folder()
+
+    def train_kind(kind):
+        workdir = scratch("kinds") / kind
+        status, _, stderr = run(train_command(workdir, **_SHORT, **KINDS[kind]))
+        assert status == 0, stderr
+        return workdir, stderr
+
+    with ThreadPool(2) as pool:
+        return dict(zip(KINDS, pool.map(train_kind, KINDS, chunksize=1), strict=True))
+
+
+@functools.cache
+def finished_runs():
+    """Workdirs of two uninterrupted runs, `{train.accumulate: workdir}`; copy one before changing it."""
+    workdirs = {accumulate: scratch("runs") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
+    processes = [start(train_command(workdir, train__accumulate=n)) for n, workdir in workdirs.items()]
+    for process in processes:
+        status, _, stderr = finish(process)
+        assert status == 0, stderr
+    return workdirs
+
+
+def finished_run():
+    """Workdir of the uninterrupted run without accumulation."""
+    return finished_runs()[1]
+
+
+def read_metrics(workdir):
+    """The lines of `metrics.jsonl`: `(training lines, validation lines)`."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "validation_nll" in line]
+
+
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def truncate_state(workdir):
+    """Cuts the largest files of the newest checkpoint's state in half; returns the step's folder."""
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    files = sorted((newest / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    for path in files[-2:]:
+        os.truncate(path, path.stat().st_size // 2)
+    return newest

@@ -1,0 +1,302 @@
+"""A user's mistake: exit status 2, a line or two that name what is wrong, no traceback, and nothing touched."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.training.loop import train
+from configs import paper, tiny
+from tests.runs import (
+    STEPS,
+    contents,
+    finished_run,
+    run,
+    scratch,
+    tiny_config,
+    train_command,
+    truncate_state,
+    write_texts,
+)
+
+CONFIG = "--config=configs/tiny.py"
+
+
+@dataclass
+class Mistake:
+    """A command line and words of its message; `{workdir}` and `{here}` stand for folders of its own."""
+
+    command: list
+    words: list
+    prepare: callable = lambda workdir, here: None
+    changes: dict = field(default_factory=dict)  # of a training with the settings of `tests.runs`
+
+
+def flags(*arguments):
+    return ["train.py", "--workdir={workdir}", *arguments]
+
+
+def wrong_config(*overrides, config=CONFIG):
+    return flags(config, *(f"--config.{override}" for override in overrides))
+
+
+def with_file(name, text):
+    return lambda workdir, here: (here / name).write_text(text)
+
+
+COMMAND_LINE = {
+    "top_k": Mistake(wrong_config("experts.top_k=9"), ["config.experts.top_k=9", "n_experts=8"]),
+    "variant of tiny.py": Mistake(flags(f"{CONFIG}:nope"), ["tiny.py:nope", "aoe, moe, dense"]),
+    "no config": Mistake(flags(), ["--config is missing", "configs/tiny.py"]),
+    "no workdir": Mistake(["train.py", CONFIG], ["--workdir is missing"]),
+    "mistyped field": Mistake(wrong_config("train.stepz=3"), ["config.train.stepz", "unknown", "steps, batch_size"]),
+    "mistyped group": Mistake(wrong_config("nonsense.x=1"), ["config.nonsense", "unknown", "model, experts"]),
+    "word for a number": Mistake(wrong_config("train.steps=abc"), ["--config.train.steps=abc", "whole number"]),
+    "word for a switch": Mistake(
+        wrong_config("model.tie_embeddings=maybe"), ["--config.model.tie_embeddings=maybe", "true or false"]
+    ),
+    "no value": Mistake(wrong_config("train.steps"), ["--config.train.steps", "Missing value"]),
+    "unknown flag": Mistake(flags(CONFIG, "--foo"), ["--foo is no flag"]),
+    "stray word": Mistake(flags(CONFIG, "extra"), ["'extra'", "--name=value"]),
+    "no config file, but an override": Mistake(
+        wrong_config("train.steps=3", config="--config={here}/nope.py"), ["nope.py", "no such file"]
+    ),
+    "config file with a syntax error": Mistake(
+        flags("--config={here}/broken.py"),
+        ["broken.py", "SyntaxError", "line 2"],
+        with_file("broken.py", "x = 1\nx = (\n"),
+    ),
+    "config file that fails": Mistake(
+        flags("--config={here}/fails.py"),
+        ["{here}/fails.py", "ZeroDivisionError", "line 2"],
+        with_file("fails.py", "def get_config():\n    return 1 / 0\n"),
+    ),
+    "config file that returns nothing": Mistake(
+        flags("--config={here}/nothing.py"),
+        ["nothing.py", "ConfigDict"],
+        with_file("nothing.py", "def get_config():\n    pass\n"),
+    ),
+}
+
+
+def finished(workdir, here):
+    shutil.copytree(finished_run(), workdir)
+
+
+def finished_with(name, text):
+    def prepare(workdir, here):
+        finished(workdir, here)
+        (workdir / name).write_text(text)
+
+    return prepare
+
+
+def finished_and_truncated(workdir, here):
+    finished(workdir, here)
+    truncate_state(workdir)
+
+
+def finished_and_changed_texts(workdir, here):
+    finished(workdir, here)
+    (here / "texts").mkdir()
+    write_texts(here / "texts", seed=1)
+
+
+def finished_elsewhere(workdir, here):
+    """A run whose configuration names a folder of texts that has changed since."""
+    finished_and_changed_texts(workdir, here)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["path"] = str(here / "texts")
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
+def empty_texts(workdir, here):
+    (here / "texts").mkdir()
+
+
+def latin_1_texts(workdir, here):
+    (here / "texts").mkdir()
+    for name in "abc":
+        (here / "texts" / f"{name}.txt").write_bytes(b"caf\xe9")
+
+
+TEXTS = {"data__path": "{here}/texts", "data__cache": "{here}/cache"}
+TRAIN, EVAL = "train", ["eval.py", "--workdir={workdir}"]
+RUNS = {
+    "unknown data set": Mistake(TRAIN, ["data.name='lm1bb'", "lm1b"], changes={"data__name": "lm1bb"}),
+    "empty folder of texts": Mistake(TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS),
+    "text that isn't UTF-8": Mistake(TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS),
+    "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
+    "another configuration": Mistake(
+        TRAIN,
+        ["another configuration", "experts.d_low is 8 there, 16 here", "train.seed is 0 there, 1 here"],
+        finished,
+        {"experts__d_low": 16, "train__seed": 1, "train__steps": 99},
+    ),
+    "changed texts": Mistake(
+        TRAIN, ["token store", "data.path"], finished_and_changed_texts, TEXTS | {"train__steps": STEPS + 1}
+    ),
+    "truncated checkpoint": Mistake(
+        TRAIN,
+        [f"{{workdir}}/checkpoints/{STEPS}", "can't be read"],
+        finished_and_truncated,
+        {"train__steps": STEPS + 1},
+    ),
+    "config.json isn't JSON": Mistake(
+        TRAIN,
+        ["{workdir}/config.json", "can't be read"],
+        finished_with("config.json", "{"),
+        {"train__steps": STEPS + 1},
+    ),
+    "workdir is a file": Mistake(
+        TRAIN, ["--workdir={workdir}", "file"], lambda workdir, here: workdir.write_text("mine")
+    ),
+    "workdir lies in a file": Mistake(
+        ["train.py", CONFIG, "--workdir={here}/file/run"],
+        ["--workdir={here}/file/run", "can't be written"],
+        with_file("file", "mine"),
+        {"train__steps": 6},
+    ),
+    "eval: no workdir": Mistake(EVAL, ["{workdir}/config.json", "can't be read"]),
+    "eval: no checkpoint": Mistake(
+        EVAL,
+        ["{workdir}", "no complete checkpoint"],
+        lambda workdir, here: shutil.copytree(finished_run(), workdir, ignore=shutil.ignore_patterns("checkpoints")),
+    ),
+    "eval: truncated checkpoint": Mistake(
+        EVAL, [f"{{workdir}}/checkpoints/{STEPS}", "can't be read"], finished_and_truncated
+    ),
+    "eval: changed texts": Mistake(EVAL, ["token store", "data.path"], finished_elsewhere),
+    "eval: unknown split": Mistake([*EVAL, "--split=train"], ["--split=train", "validation, test"], finished),
+}
+MISTAKES = COMMAND_LINE | RUNS
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """`{name: (exit status, stderr, what changed in its folder, the folder)}`, run a few at a time."""
+    finished_run()
+
+    def outcome(numbered):
+        number, (name, mistake) = numbered
+        here = scratch("mistakes") / str(number)
+        here.mkdir()
+        places = {"here": str(here), "workdir": str(here / "run")}
+        mistake.prepare(here / "run", here)
+        changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in mistake.changes.items()}
+        command = mistake.command
+        if command == TRAIN:
+            command = train_command(here / "run", **changes)
+        elif changes:
+            command = [*command, *train_command(here, **changes)[3:]]
+        before = contents(here)
+        status, stdout, stderr = run([part.format(**places) for part in command])
+        after = {path: content for path, content in contents(here).items() if not path.startswith("cache/")}
+        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        return name, (status, stdout, stderr, changed, here)
+
+    with ThreadPool(3) as pool:
+        return dict(pool.map(outcome, enumerate(MISTAKES.items()), chunksize=1))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(outcomes, name):
+    status, stdout, stderr, changed, here = outcomes[name]
+    assert status == 2, stderr
+    assert stdout == ""
+    progress, error, message = stderr.rpartition("error: ")
+    assert error and len(message.splitlines()) <= 2
+    # A run logs what it does before it comes upon the mistake; a wrong command line says one thing only.
+    assert all(line[:2].isdigit() and line[2] == ":" for line in progress.splitlines())
+    assert progress == "" or name in RUNS
+    for word in MISTAKES[name].words:
+        assert word.format(here=here, workdir=here / "run") in message
+    assert "Traceback" not in stderr
+    assert changed == []
+    assert not (here / "run").exists() or MISTAKES[name].prepare is not Mistake.prepare
+
+
+VALUES = {
+    "config.experts.top_k=5": ({"experts__top_k": 5}, "n_experts=4"),
+    "config.experts.d_low=32": ({"experts__d_low": 32}, "smaller than model.d_model=32"),
+    "config.experts.d_low=0": ({"experts__d_low": 0}, "greater than 0"),
+    "config.experts.selection='top_q'": ({"experts__selection": "top_q"}, "top_k, top_p, expert_choice"),
+    "config.model.n_heads=3": ({"model__n_heads": 3}, "d_model=32"),
+    "config.data.seq_len=65": ({"data__seq_len": 65}, "max_len=64"),
+    "config.train.accumulate=3": ({"train__accumulate": 3}, "batch_size=4"),
+    "config.train.warmup_steps=24": ({"train__warmup_steps": 24}, "train.steps=24"),
+}
+
+
+@pytest.mark.parametrize("start", VALUES)
+def test_values_that_do_not_fit_the_run(start):
+    changes, hint = VALUES[start]
+    with pytest.raises(UserError) as error:
+        tiny_config(**changes)
+    assert str(error.value).startswith(start) and hint in str(error.value)
+
+
+DATA = {
+    "data.path=": {"data__path": "/nowhere/at/all"},
+    "model.vocab_size=200": {"model__vocab_size": 200},
+    "data.seq_len=99999": {"data__seq_len": 99999, "model__max_len": 99999},
+}
+
+
+@pytest.mark.parametrize("start", DATA)
+def test_data_that_does_not_fit_leaves_no_workdir(start, tmp_path):
+    with pytest.raises(UserError, match=f"^{start}"):
+        train(tiny_config(**DATA[start]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variants", [tiny, paper])
+def test_variants_are_listed(variants):
+    with pytest.raises(UserError) as error:
+        variants.get_config("nope")
+    assert ":nope" in str(error.value) and ", ".join(variants.VARIANTS) in str(error.value)
+
+
+def test_paper_needs_a_variant():
+    with pytest.raises(UserError, match="moe_aux"):
+        paper.get_config()
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", '{"train": 3}', '{"train": {"stepz": 3}}', '{"train": {"steps": 0}}']
+)
+def test_config_json_that_cannot_be_read(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json|config\.train\.step"):
+        evaluate_workdir(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_no_half_token_store_is_left(outcomes):
+    here = outcomes["text that isn't UTF-8"][-1]
+    assert not [path for path in Path(here, "cache", "tokens").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("flag", ["--debug", "--debug=true"])
+def test_debug_shows_the_traceback(tmp_path, flag):
+    status, _, stderr = run(["train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.experts.top_k=9", flag])
+    assert status == 2
+    assert "Traceback" in stderr and "in from_config_dict" in stderr
+    assert stderr.splitlines()[-1].startswith("error: config.experts.top_k=9")
+
+
+def test_debug_off(tmp_path):
+    status, _, stderr = run(["train.py", CONFIG, f"--workdir={tmp_path}", "--config.experts.top_k=9", "--nodebug"])
+    assert status == 2 and "Traceback" not in stderr
+
+
+def test_help_lists_the_flags():
+    _, stdout, stderr = run(["train.py", "--help"])
+    assert "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr

@@ -1,0 +1,131 @@
+"""eval.py: what it prints and writes, and that its nll is that of the plain definition."""
+
+import json
+import math
+import shutil
+import struct
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from aoe_jax.config import Config
+from aoe_jax.data import open_corpus
+from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.training.step import init_state
+from tests.runs import STEPS, contents, finish, finished_run, kind_runs, start
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """`{split: (workdir, stdout, eval.json)}`."""
+    workdirs = {
+        split: shutil.copytree(finished_run(), tmp_path_factory.mktemp(split) / "run")
+        for split in ("validation", "test")
+    }
+    commands = {split: ["eval.py", f"--workdir={workdir}", f"--split={split}"] for split, workdir in workdirs.items()}
+    commands["test"].pop()  # the default
+    processes = {split: start(command) for split, command in commands.items()}
+    results = {}
+    for split, process in processes.items():
+        status, stdout, stderr = finish(process)
+        assert status == 0, stderr
+        results[split] = workdirs[split], stdout, json.loads((workdirs[split] / "eval.json").read_text())
+    return results
+
+
+def png_size(path):
+    """Checks every chunk's CRC and decompresses the pixels; returns width and height."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    position, chunks = 8, []
+    while position < len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        body = data[position + 8 : position + 8 + length]
+        assert struct.unpack(">I", data[position + 8 + length : position + 12 + length])[0] == zlib.crc32(kind + body)
+        chunks.append((kind, body))
+        position += 12 + length
+    assert chunks[-1][0] == b"IEND"
+    assert len(zlib.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT"))) > 0
+    return struct.unpack(">II", chunks[0][1][:8])
+
+
+@pytest.mark.smoke
+def test_validation_is_that_of_training(evaluated):
+    workdir, _, report = evaluated["validation"]
+    summary = json.loads((workdir / "summary.json").read_text())["metrics"]
+    assert (report["split"], report["step"]) == ("validation", STEPS)
+    np.testing.assert_allclose(report["nll"], summary["validation_nll"], rtol=1e-6)
+    np.testing.assert_allclose(report["perplexity"], math.exp(report["nll"]), rtol=1e-9)
+    np.testing.assert_allclose(report["bits_per_byte"], summary["validation_bits_per_byte"], rtol=1e-6)
+
+
+def test_splits_differ(evaluated):
+    (_, _, validation), (_, _, test) = evaluated.values()
+    assert test["split"] == "test"
+    assert validation["tokens"] != test["tokens"] and abs(validation["nll"] - test["nll"]) > 1e-3
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_table(evaluated, split):
+    _, stdout, report = evaluated[split]
+    assert f"{split}: {report['tokens']} tokens" in stdout
+    assert f"nll {report['nll']:.4f}" in stdout and f"{report['bits_per_byte']:.4f}" in stdout
+    statistics = report["load_statistics"]
+    load = np.array(statistics["load"])
+    assert load.shape == (2, 4) == np.array(statistics["mean_norm"]).shape
+    np.testing.assert_allclose(load.sum(axis=1), 2, rtol=1e-6)
+    np.testing.assert_allclose(statistics["experts_per_token"], 2, rtol=1e-6)
+    share = load / 2
+    entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1)
+    np.testing.assert_allclose(statistics["load_entropy"], entropy, rtol=1e-5)
+    for layer in range(2):
+        row = next(line for line in stdout.splitlines() if line.split()[:1] == [str(layer)])
+        assert [float(cell.rstrip("%")) for cell in row.split()[-4:]] == pytest.approx(100 * share[layer], abs=0.051)
+        assert float(row.split()[1]) == pytest.approx(entropy[layer], abs=6e-4)
+
+
+def test_only_its_own_files_are_written(evaluated):
+    workdir = evaluated["validation"][0]
+    before, after = contents(finished_run()), contents(workdir)
+    assert after.keys() - before.keys() == {"eval.json", "load.png"}
+    assert all(after[name] == content for name, content in before.items())
+    width, height = png_size(workdir / "load.png")
+    assert width > 200 and height > 100
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_nll_is_exact(evaluated, split):
+    """Window after window of the stream, unpadded and unbatched, from the logits, in float64."""
+    workdir, _, report = evaluated[split]
+    config = Config.from_config_dict(json.loads((workdir / "config.json").read_text()))
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    store = getattr(corpus, split)
+    tokens = store.read(0, len(store))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(lambda: init_state(config, 0)).params
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
+    params = Checkpoints(workdir).restore_params(STEPS, abstract)
+    apply = jax.jit(lambda inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0])
+    total, length = 0.0, config.data.seq_len
+    for begin in range(0, len(tokens) - 1, length):
+        window = tokens[begin : begin + length + 1]
+        logits = np.asarray(apply(window[None, :-1])[0], np.float64)
+        log_normaliser = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+        total += (log_normaliser - logits[np.arange(len(window) - 1), window[1:]]).sum()
+    assert report["tokens"] == len(tokens) - 1
+    assert report["tokens"] % (length * config.train.batch_size)  # so the last batch is padded
+    np.testing.assert_allclose(report["nll"], total / (len(tokens) - 1), rtol=1e-5)
+    np.testing.assert_allclose(report["bits_per_byte"], total / math.log(2) / store.text_bytes, rtol=1e-5)
+
+
+def test_dense_model_has_no_load(tmp_path, capsys):
+    workdir = shutil.copytree(kind_runs()["dense"][0], tmp_path / "run")
+    report = evaluate_workdir(workdir, "validation")
+    assert report["load_statistics"] is None and not (workdir / "load.png").exists()
+    summary = json.loads((workdir / "summary.json").read_text())
+    np.testing.assert_allclose(report["nll"], summary["metrics"]["validation_nll"], rtol=1e-6)
+    assert "layer" not in capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""Whole training runs: what they leave behind, and that a killed one ends as if it hadn't been killed."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.runs import (
+    EVERY,
+    KINDS,
+    LOG_EVERY,
+    STEPS,
+    corpus_folder,
+    finish,
+    finished_run,
+    finished_runs,
+    kind_config,
+    kind_runs,
+    read_metrics,
+    run,
+    scratch,
+    start,
+    tiny_config,
+    train_command,
+)
+
+LOGGED = list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
+LINE = {"step", "loss", "nll", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second"}
+EXPERT_LINE = LINE | {"load_entropy", "load_spread", "confidence_entropy", "experts_per_token"}
+
+
+def raw_checkpoint(workdir, step):
+    """Every array of a checkpoint by its path, without the library's own code; and the position in the data."""
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(folder / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    arrays = {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(state)}
+    position = {path.name: path.read_bytes() for path in (folder / "data").glob("process_*")}
+    return arrays, position
+
+
+@pytest.mark.smoke
+def test_what_a_run_leaves_behind():
+    workdir = finished_run()
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json",
+        "data.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert json.loads((workdir / "config.json").read_text()) == tiny_config().to_dict()
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [STEPS - EVERY, STEPS]
+    (events,) = (workdir / "tensorboard").iterdir()
+    assert events.name.startswith("events.out.tfevents") and events.stat().st_size > 1000
+
+    lines, validations = read_metrics(workdir)
+    assert [line["step"] for line in lines] == LOGGED
+    assert all(line.keys() == EXPERT_LINE for line in lines)
+    assert [line["step"] for line in validations] == [10, 20, STEPS]
+
+    summary = json.loads((workdir / "summary.json").read_text())
+    metrics = summary["metrics"]
+    assert (metrics["step"], metrics["tokens"]) == (STEPS, STEPS * 4 * 32)
+    assert (metrics["train_loss"], metrics["train_nll"]) == (lines[-1]["loss"], lines[-1]["nll"])
+    assert metrics["validation_nll"] == validations[-1]["validation_nll"]
+    assert metrics["validation_bits_per_byte"] == validations[-1]["validation_bits_per_byte"]
+    arrays, _ = raw_checkpoint(workdir, STEPS)
+    parameters = sum(array.size for path, array in arrays.items() if path.startswith("['params']"))
+    assert summary["parameters"]["total"] == parameters
+    assert summary["timing"].keys() == {"tokens_per_second", "compile_seconds", "total_seconds"}
+
+
+def test_loss_goes_down():
+    lines, validations = read_metrics(finished_run())
+    assert lines[-1]["nll"] < lines[0]["nll"] - 1
+    assert validations[-1]["validation_nll"] < validations[0]["validation_nll"]
+
+
+def test_accumulation_changes_only_rounding():
+    (one, one_validation), (two, two_validation) = (read_metrics(workdir) for workdir in finished_runs().values())
+    np.testing.assert_allclose([line["nll"] for line in one[:4]], [line["nll"] for line in two[:4]], rtol=1e-5)
+    np.testing.assert_allclose([line["nll"] for line in one], [line["nll"] for line in two], rtol=1e-3)
+    np.testing.assert_allclose(one_validation[-1]["validation_nll"], two_validation[-1]["validation_nll"], rtol=1e-3)
+
+
+def kill_when(process, condition):
+    """Kills a process once `condition()` holds; fails if it ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.02))
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def killed_runs():
+    """Runs with the settings of `finished_runs`, killed before a checkpoint, after one, then finished."""
+    workdirs = {accumulate: scratch("killed") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
+    for accumulate, workdir in workdirs.items():
+        command = train_command(workdir, train__accumulate=accumulate)
+        kill_when(start(command), (workdir / "config.json").exists)
+        assert not list((workdir / "checkpoints").glob("[0-9]"))
+        first = random.choice([1, 2, 3]) * EVERY
+        kill_when(start(command), (workdir / "checkpoints" / str(first)).exists)
+        assert not (workdir / "summary.json").exists()
+        status, _, stderr = run(command)
+        assert status == 0, stderr
+        assert "going on from step" in stderr
+    return workdirs
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_killed_run_ends_as_an_uninterrupted_one(killed_runs, accumulate):
+    whole, killed = finished_runs()[accumulate], killed_runs[accumulate]
+    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, killed)]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"]
+
+    (arrays, position), (killed_arrays, killed_position) = (raw_checkpoint(w, STEPS) for w in (whole, killed))
+    assert arrays.keys() == killed_arrays.keys()
+    assert any("opt_state" in path for path in arrays) and any("params" in path for path in arrays)
+    assert arrays["['step']"] == STEPS
+    for path, array in arrays.items():
+        assert array.dtype == killed_arrays[path].dtype and array.tobytes() == killed_arrays[path].tobytes(), path
+    assert position and position == killed_position
+
+    (lines, validations), (killed_lines, killed_validations) = read_metrics(whole), read_metrics(killed)
+    assert [line["step"] for line in killed_lines] == LOGGED
+    for line, killed_line in zip(lines, killed_lines, strict=True):
+        assert line | {"tokens_per_second": 0} == killed_line | {"tokens_per_second": 0}
+    assert validations == killed_validations
+
+
+def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    summary = (workdir / "summary.json").read_text()
+    (workdir / "summary.json").rename(workdir / "summary.json.pending")
+    assert run(train_command(workdir))[0] == 0
+    assert (workdir / "summary.json").read_text() == summary
+    assert not (workdir / "summary.json.pending").exists()
+
+
+def test_finished_run_goes_on_with_more_steps(tmp_path):
+    """Also with its texts moved and another cache: neither is part of what a run computes."""
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    before = (workdir / "metrics.jsonl").read_text()
+    moved = {
+        "data__path": str(shutil.copytree(corpus_folder(), tmp_path / "texts")),
+        "data__cache": str(tmp_path / "cache"),
+    }
+    status, _, stderr = run(train_command(workdir, train__steps=STEPS + 4, checkpoint__every=100, **moved))
+    assert status == 0, stderr
+    assert (workdir / "metrics.jsonl").read_text().startswith(before)
+    assert [line["step"] for line in read_metrics(workdir)[0]] == [*LOGGED, STEPS + 2, STEPS + 4]
+    assert json.loads((workdir / "summary.json").read_text())["metrics"]["step"] == STEPS + 4
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == STEPS + 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains(kind):
+    workdir, stderr = kind_runs()[kind]
+    config = kind_config(kind)
+    lines, validations = read_metrics(workdir)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line.keys() == (LINE if kind == "dense" else EXPERT_LINE) for line in lines)
+    assert lines[-1]["nll"] < lines[0]["nll"] - 0.3
+    for line in lines:
+        aux, entropy = line["aux_loss"], line.get("confidence_entropy", 0)
+        expected = line["nll"] + config.balance.aux_weight * aux + config.balance.entropy_weight * entropy
+        np.testing.assert_allclose(line["loss"], expected, rtol=1e-6)
+    if kind in ("aoe, gate=all", "router", "expert_choice"):  # expert choice: capacity factor 2
+        np.testing.assert_allclose([line["experts_per_token"] for line in lines], 2, rtol=1e-6)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["metrics"]["validation_nll"] == validations[-1]["validation_nll"]
+    assert ("expert choice is not causal" in stderr) == (kind == "expert_choice")
