@@ -3,9 +3,7 @@
 Initialisation preserves variance, for every kind alike: matrices are drawn at `1 / sqrt(fan_in)`, so that for tokens of
 unit mean square the gate pre-activations start at variance 1, be they `x Wg` or `(x Wdown) Wup`. Where the paper is silent:
 with both factors drawn at one small std, the product would start the gate many times smaller than an unfactorised one.
-Between the two factors the scale is free, and Wdown's decides how sharp the softmax over norms starts: drawn at `NORM_GAIN`
-of its fan-in scale (and Wup at its inverse), norms start near `NORM_GAIN sqrt(r)` with a spread over experts of
-`NORM_GAIN / sqrt(2)`. At a gain of 1 that softmax saturates early and L_aux, whose gradient it carries, can't balance.
+The norms then start near `sqrt(r)` with a spread of `1 / sqrt(2)` over experts, close to the spread 1 of router logits.
 
 T tokens, d model width, n experts, P rows, r low rank (d_low), w expert width.
 """
@@ -23,10 +21,7 @@ from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.swiglu import swiglu
 
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-NORM_GAIN = 0.25
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
-down_init = nn.initializers.variance_scaling(NORM_GAIN**2, "fan_in", "normal", batch_axis=0)
-up_init = nn.initializers.variance_scaling(NORM_GAIN**-2, "fan_in", "normal", batch_axis=0)
 
 # A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings.
 SELECTIONS = {
@@ -86,8 +81,8 @@ class AoELayer(_ExpertsModule):
         """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
         c, d = self.config, x.shape[-1]
         width = c.width(d)
-        w_down = self.weight("w_down", (c.n_experts, d, c.d_low), down_init)
-        w_up = self.weight("w_up", (c.n_experts, c.d_low, width), up_init)
+        w_down = self.weight("w_down", (c.n_experts, d, c.d_low))
+        w_up = self.weight("w_up", (c.n_experts, c.d_low, width))
         w_p = self.weight("w_p", (c.n_experts, d, width))
         w_o = self.weight("w_o", (c.n_experts, width, d))
         with jax.named_scope("score"):
@@ -119,8 +114,8 @@ class RouterLayer(_ExpertsModule):
         w_p = self.weight("w_p", (c.n_experts, d, width))
         w_o = self.weight("w_o", (c.n_experts, width, d))
         if c.factorised_gate:
-            w_down = self.weight("w_down", (c.n_experts, d, c.d_low), down_init)
-            w_up = self.weight("w_up", (c.n_experts, c.d_low, width), up_init)
+            w_down = self.weight("w_down", (c.n_experts, d, c.d_low))
+            w_up = self.weight("w_up", (c.n_experts, c.d_low, width))
 
             def gate(rows, assignment, plan):
                 return grouped_matmul(grouped_matmul(rows, w_down, plan.group_sizes), w_up, plan.group_sizes)
