@@ -101,6 +101,22 @@ class ExpertsConfig:
         _require(
             self.d_wide is None or self.d_wide > 0, "experts.d_wide", self.d_wide, "must be greater than 0, or None"
         )
+        if not self.low_rank:
+            only = "belongs to experts with a factorised gate; set the width of the others with experts.d_ffn"
+            _require(self.d_wide is None, "experts.d_wide", self.d_wide, only)
+            _require(self.round_to == 1, "experts.round_to", self.round_to, only)
+        _require(
+            self.round_to == 1 or self.d_wide is None,
+            "experts.round_to",
+            self.round_to,
+            "rounds the width of Eq. 5; leave experts.d_wide at None for it",
+        )
+        _require(
+            self.kind != "dense" or (self.selection, self.gate) == ("top_k", "chosen"),
+            "experts.selection",
+            self.selection,
+            "a dense layer selects nothing; leave selection and gate at their defaults",
+        )
         router_only = "belongs to experts.kind='router'"
         _require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
         _require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
@@ -136,7 +152,7 @@ class ExpertsConfig:
 def matched_width(d_model, d_ffn, d_low, round_to=1):
     """Eq. 5: the width `(3 d f - r d) / (r + 2 d)` that gives an AoE expert the parameters of a traditional one."""
     exact = (3 * d_model * d_ffn - d_low * d_model) / (d_low + 2 * d_model)
-    return max(round_to, math.floor(exact / round_to + 0.5) * round_to)
+    return math.floor(exact / round_to + 0.5) * round_to
 
 
 @dataclass(frozen=True)
@@ -247,6 +263,21 @@ class Config:
                 "experts.d_low",
                 self.experts.d_low,
                 f"must be smaller than model.d_model={self.model.d_model}, or the gate is no low-rank product",
+            )
+
+            _require(
+                self.experts.width(self.model.d_model) > 0,
+                "experts.d_ffn",
+                self.experts.d_ffn,
+                f"Eq. 5 finds no width for d_low={self.experts.d_low} and round_to={self.experts.round_to}; set a larger "
+                "d_ffn, or experts.d_wide",
+            )
+        for name in ("aux_weight", "entropy_weight"):
+            _require(
+                self.experts.kind != "dense" or getattr(self.balance, name) == 0,
+                f"balance.{name}",
+                getattr(self.balance, name),
+                "a dense layer has no load to balance; set it to 0",
             )
 
     @classmethod

@@ -1,9 +1,13 @@
 """Tiny runs for the end-to-end tests: a folder of texts, settings, and command lines as a user types them."""
 
+import atexit
+import fcntl
 import functools
 import json
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +15,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from aoe_jax.config import Config, default_config
+from aoe_jax.data.locking import exclusive
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, LOG_EVERY = 24, 3, 2
@@ -43,12 +48,48 @@ SETTINGS = {
 
 @functools.cache
 def _scratch():
-    return tempfile.TemporaryDirectory(prefix="aoe_jax_tests_")
+    """One folder for all workers of pytest-xdist; the last one to end removes it."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if not session:
+        return Path(tempfile.mkdtemp(prefix="aoe_jax_tests_")), None
+    folder = Path(tempfile.gettempdir(), f"aoe_jax_tests_{session}")
+    folder.mkdir(exist_ok=True)
+    users = (folder / "users").open("w")
+    fcntl.flock(users, fcntl.LOCK_SH)
+    return folder, users
+
+
+@atexit.register
+def _remove_scratch():
+    if _scratch.cache_info().currsize:
+        folder, users = _scratch()
+        try:
+            if users:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return  # another worker is still at it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def shared(build):
+    """Makes `build()` run once in a test session, whichever worker comes first; its value is pickled for the others."""
+
+    @functools.cache
+    @functools.wraps(build)
+    def value():
+        folder = scratch("shared")
+        with exclusive(folder / f"{build.__name__}.lock"):
+            file = folder / build.__name__
+            if not file.exists():
+                file.write_bytes(pickle.dumps(build()))
+            return pickle.loads(file.read_bytes())
+
+    return value
 
 
 def scratch(name):
     """A folder that lasts as long as the test session."""
-    folder = Path(_scratch().name, name)
+    folder = _scratch()[0] / name
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -63,7 +104,7 @@ def write_texts(folder, count=40, seed=0):
     return folder
 
 
-@functools.cache
+@shared
 def corpus_folder():
     """The folder of texts that all runs share."""
     return write_texts(scratch("texts"))
@@ -126,7 +167,7 @@ def kind_config(kind):
     return tiny_config(**_SHORT, **KINDS[kind])
 
 
-@functools.cache
+@shared
 def kind_runs():
     """Short runs of `KINDS`, two at a time: `{kind: (workdir, stderr)}`."""
     corpus_folder()
@@ -141,7 +182,7 @@ def kind_runs():
         return dict(zip(KINDS, pool.map(train_kind, KINDS, chunksize=1), strict=True))
 
 
-@functools.cache
+@shared
 def finished_runs():
     """Workdirs of two uninterrupted runs, `{train.accumulate: workdir}`; copy one before changing it."""
     workdirs = {accumulate: scratch("runs") / f"accumulate_{accumulate}" for accumulate in (1, 2)}

@@ -18,6 +18,7 @@ from tests.runs import (
     finished_run,
     run,
     scratch,
+    shared,
     tiny_config,
     train_command,
     truncate_state,
@@ -177,7 +178,7 @@ RUNS = {
 MISTAKES = COMMAND_LINE | RUNS
 
 
-@pytest.fixture(scope="module")
+@shared
 def outcomes():
     """`{name: (exit status, stderr, what changed in its folder, the folder)}`, run a few at a time."""
     finished_run()
@@ -205,8 +206,8 @@ def outcomes():
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(outcomes, name):
-    status, stdout, stderr, changed, here = outcomes[name]
+def test_mistake(name):
+    status, stdout, stderr, changed, here = outcomes()[name]
     assert status == 2, stderr
     assert stdout == ""
     progress, error, message = stderr.rpartition("error: ")
@@ -279,8 +280,8 @@ def test_config_json_that_cannot_be_read(tmp_path, text):
     assert contents(tmp_path) == before
 
 
-def test_no_half_token_store_is_left(outcomes):
-    here = outcomes["text that isn't UTF-8"][-1]
+def test_no_half_token_store_is_left():
+    here = outcomes()["text that isn't UTF-8"][-1]
     assert not [path for path in Path(here, "cache", "tokens").iterdir() if path.is_dir()]
 
 

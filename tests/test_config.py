@@ -28,7 +28,6 @@ def test_round_trip_through_a_dict():
         (1280, 5120, 400, 1, 6469),
         (768, 3072, 64, 128, 4352),
         (1280, 5120, 400, 128, 6528),
-        (16, 16, 8, 128, 128),
     ],
 )
 def test_matched_width(d_model, d_ffn, d_low, round_to, width):
@@ -53,6 +52,13 @@ BAD = {
     "experts.gate='all'": ("experts", {"gate": "all", "selection": "top_p"}, "top_k"),
     "experts.top_p=1.0": ("experts", {"top_p": 1.0}, "between 0 and 1"),
     "experts.capacity_factor=9.0": ("experts", {"capacity_factor": 9.0, "selection": "expert_choice"}, "n_experts=8"),
+    "experts.d_wide=99": ("experts", {"d_wide": 99, "kind": "router"}, "d_ffn"),
+    "experts.round_to=128": ("experts", {"round_to": 128, "kind": "router"}, "d_ffn"),
+    "experts.round_to=8": ("experts", {"round_to": 8, "d_wide": 64}, "Eq. 5"),
+    "experts.selection='top_p'": ("experts", {"kind": "dense", "selection": "top_p"}, "selects nothing"),
+    "experts.d_ffn=8": ("experts", {"d_ffn": 8}, "Eq. 5 finds no width for d_low=32"),
+    "experts.d_ffn=512": ("experts", {"round_to": 4096}, "round_to=4096"),
+    "balance.aux_weight=0.01": ("experts", {"kind": "dense"}, "set it to 0"),
     "experts.d_wide=0": ("experts", {"d_wide": 0}, "greater than 0"),
     "experts.d_wide='8'": ("experts", {"d_wide": "8"}, "int or None"),
     "experts.factorised_gate=True": ("experts", {"factorised_gate": True}, "kind='router'"),

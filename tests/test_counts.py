@@ -71,6 +71,7 @@ def test_flops_against_the_compiler():
     settings = {
         "model": {"n_layers": 1, "d_model": 64, "n_heads": 4, "vocab_size": 512, "dtype": "float32"},
         "experts": {"kind": "dense", "d_ffn": 256},
+        "balance": {"aux_weight": 0.0},
         "data": {"seq_len": 32},
     }
     config = Config.from_config_dict(settings)

@@ -16,14 +16,14 @@ from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
-from tests.runs import STEPS, contents, finish, finished_run, kind_runs, start
+from tests.runs import STEPS, contents, finish, finished_run, kind_runs, scratch, shared, start
 
 
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+@shared
+def evaluated():
     """`{split: (workdir, stdout, eval.json)}`."""
     workdirs = {
-        split: shutil.copytree(finished_run(), tmp_path_factory.mktemp(split) / "run")
+        split: shutil.copytree(finished_run(), scratch(f"evaluated_{split}") / "run")
         for split in ("validation", "test")
     }
     commands = {split: ["eval.py", f"--workdir={workdir}", f"--split={split}"] for split, workdir in workdirs.items()}
@@ -54,8 +54,8 @@ def png_size(path):
 
 
 @pytest.mark.smoke
-def test_validation_is_that_of_training(evaluated):
-    workdir, _, report = evaluated["validation"]
+def test_validation_is_that_of_training():
+    workdir, _, report = evaluated()["validation"]
     summary = json.loads((workdir / "summary.json").read_text())["metrics"]
     assert (report["split"], report["step"]) == ("validation", STEPS)
     np.testing.assert_allclose(report["nll"], summary["validation_nll"], rtol=1e-6)
@@ -63,15 +63,15 @@ def test_validation_is_that_of_training(evaluated):
     np.testing.assert_allclose(report["bits_per_byte"], summary["validation_bits_per_byte"], rtol=1e-6)
 
 
-def test_splits_differ(evaluated):
-    (_, _, validation), (_, _, test) = evaluated.values()
+def test_splits_differ():
+    (_, _, validation), (_, _, test) = evaluated().values()
     assert test["split"] == "test"
     assert validation["tokens"] != test["tokens"] and abs(validation["nll"] - test["nll"]) > 1e-3
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_table(evaluated, split):
-    _, stdout, report = evaluated[split]
+def test_table(split):
+    _, stdout, report = evaluated()[split]
     assert f"{split}: {report['tokens']} tokens" in stdout
     assert f"nll {report['nll']:.4f}" in stdout and f"{report['bits_per_byte']:.4f}" in stdout
     statistics = report["load_statistics"]
@@ -88,8 +88,8 @@ def test_table(evaluated, split):
         assert float(row.split()[1]) == pytest.approx(entropy[layer], abs=6e-4)
 
 
-def test_only_its_own_files_are_written(evaluated):
-    workdir = evaluated["validation"][0]
+def test_only_its_own_files_are_written():
+    workdir = evaluated()["validation"][0]
     before, after = contents(finished_run()), contents(workdir)
     assert after.keys() - before.keys() == {"eval.json", "load.png"}
     assert all(after[name] == content for name, content in before.items())
@@ -98,9 +98,9 @@ def test_only_its_own_files_are_written(evaluated):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_nll_is_exact(evaluated, split):
+def test_nll_is_exact(split):
     """Window after window of the stream, unpadded and unbatched, from the logits, in float64."""
-    workdir, _, report = evaluated[split]
+    workdir, _, report = evaluated()[split]
     config = Config.from_config_dict(json.loads((workdir / "config.json").read_text()))
     corpus = open_corpus(config.data, config.model.vocab_size)
     store = getattr(corpus, split)

@@ -25,6 +25,7 @@ from tests.runs import (
     read_metrics,
     run,
     scratch,
+    shared,
     start,
     tiny_config,
     train_command,
@@ -106,7 +107,7 @@ def kill_when(process, condition):
     assert finish(process)[0] == -signal.SIGKILL
 
 
-@pytest.fixture(scope="module")
+@shared
 def killed_runs():
     """Runs with the settings of `finished_runs`, killed before a checkpoint, after one, then finished."""
     workdirs = {accumulate: scratch("killed") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
@@ -124,8 +125,8 @@ def killed_runs():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_killed_run_ends_as_an_uninterrupted_one(killed_runs, accumulate):
-    whole, killed = finished_runs()[accumulate], killed_runs[accumulate]
+def test_killed_run_ends_as_an_uninterrupted_one(accumulate):
+    whole, killed = finished_runs()[accumulate], killed_runs()[accumulate]
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, killed)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
 

@@ -50,7 +50,7 @@ def evaluate_workdir(workdir: Path, split="test"):
     result = evaluate(
         jax.jit(make_eval_step(config), out_shardings=replicated),
         params,
-        eval_batches(store, config.data.seq_len, config.train.batch_size),
+        eval_batches(store, config.data.seq_len, config.train.batch_size // config.train.accumulate),
         lambda batch: jax.device_put(batch, by_batch),
         store.text_bytes,
     )

@@ -34,11 +34,15 @@ def layer_stats(scores, assignment, token_weights):
     log_probability = jax.nn.log_softmax(scores)
     probability = jnp.exp(log_probability)
     entropy = -jnp.sum(probability * log_probability, axis=1)
+
+    def token_mean(values):
+        return jnp.einsum("t,t...->...", token_weights, values, precision=jax.lax.Precision.HIGHEST)
+
     return LayerStats(
         load=jax.lax.stop_gradient(load),
-        mean_probability=token_weights @ probability,
-        confidence_entropy=token_weights @ entropy,
-        mean_score=jax.lax.stop_gradient(token_weights @ scores),
+        mean_probability=token_mean(probability),
+        confidence_entropy=token_mean(entropy),
+        mean_score=jax.lax.stop_gradient(token_mean(scores)),
     )
 
 

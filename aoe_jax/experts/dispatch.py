@@ -53,7 +53,8 @@ def combine(rows, assignment, plan, n_tokens):
         return jax.ops.segment_sum(weighted, plan.token, n_tokens).astype(rows.dtype)
     by_slot = _permute(rows, plan.inverse, plan.order).reshape(n_tokens, assignment.slots_per_token, -1)
     weight = assignment.weight.reshape(n_tokens, assignment.slots_per_token)
-    return jnp.einsum("tkd,tk->td", by_slot.astype(dtype), weight.astype(dtype)).astype(rows.dtype)
+    y = jnp.einsum("tkd,tk->td", by_slot.astype(dtype), weight.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    return y.astype(rows.dtype)
 
 
 # Autodiff turns a gather into a scatter-add, which is slow everywhere; where the index is a permutation, the inverse

@@ -23,18 +23,21 @@ from aoe_jax.experts.swiglu import swiglu
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 
-# A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings.
+# A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings, and the token
+# weights [T] where tokens compete with each other.
 SELECTIONS = {
-    "top_k": lambda c: partial(selection.top_k, k=c.top_k, gate=c.gate),
-    "top_p": lambda c: partial(selection.top_p, threshold=c.top_p),
-    "expert_choice": lambda c: partial(selection.expert_choice, capacity_factor=c.capacity_factor),
+    "top_k": lambda c, _: partial(selection.top_k, k=c.top_k, gate=c.gate),
+    "top_p": lambda c, _: partial(selection.top_p, threshold=c.top_p),
+    "expert_choice": lambda c, token_weights: partial(
+        selection.expert_choice, capacity_factor=c.capacity_factor, token_weights=token_weights
+    ),
 }
 
 
 def _run_pipeline(x, token_weights, config, scores, gate, w_p, w_o):
     """The stations after scoring; `gate(rows, assignment, plan) -> [P, w]` is what the kinds of expert differ in."""
     with jax.named_scope("select"):
-        assignment = SELECTIONS[config.selection](config)(scores)
+        assignment = SELECTIONS[config.selection](config, token_weights)(scores)
     with jax.named_scope("balance"):
         stats = balance.layer_stats(scores, assignment, token_weights)
     with jax.named_scope("dispatch"):

@@ -68,7 +68,7 @@ def top_p(scores, threshold):
     return _by_token(expert, weight)
 
 
-def expert_choice(scores, capacity_factor):
+def expert_choice(scores, capacity_factor, token_weights=None):
     """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes the `C` tokens that rate it highest.
 
     NOT CAUSAL: whether a token is taken depends on every other token of the batch, later ones included, so a causal
@@ -77,6 +77,7 @@ def expert_choice(scores, capacity_factor):
     Args:
       scores: `[T, n]` float32.
       capacity_factor: mean number of experts per token; `C = T capacity_factor / n`, rounded up.
+      token_weights: `[T]`, 0 for padding, which takes no place from other tokens; None: all count.
 
     Returns:
       An `Assignment` with `P = n C`; weights are the softmax values over experts, not renormalised.
@@ -84,11 +85,12 @@ def expert_choice(scores, capacity_factor):
     n_tokens, n_experts = scores.shape
     capacity = expert_capacity(n_tokens, n_experts, capacity_factor)
     probability = jax.nn.softmax(scores).T
-    token = jax.lax.top_k(jax.lax.stop_gradient(probability), capacity)[1]
+    real = jnp.ones(n_tokens, bool) if token_weights is None else token_weights > 0
+    token = jax.lax.top_k(jnp.where(real, jax.lax.stop_gradient(probability), -1), capacity)[1]
     token = checkpoint_name(token, SELECTION)
-    weight = jnp.take_along_axis(probability, token, axis=1)
-    expert = jnp.repeat(jnp.arange(n_experts, dtype=jnp.int32), capacity)
-    return Assignment(token.reshape(-1), expert, weight.reshape(-1), None)
+    weight = jnp.where(real[token], jnp.take_along_axis(probability, token, axis=1), 0)
+    expert = jnp.where(real[token], jnp.arange(n_experts, dtype=jnp.int32)[:, None], n_experts)
+    return Assignment(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):

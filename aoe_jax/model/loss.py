@@ -10,10 +10,15 @@ CHUNK_TOKENS = 1024
 
 
 def _chunks(hidden, targets, weights):
-    """Cuts the token axis into chunks of the largest size up to `CHUNK_TOKENS` that divides it: `[N / c, c, ...]`."""
+    """Cuts the token axis into chunks of `CHUNK_TOKENS`, the last one filled up with tokens of weight 0."""
     n_tokens = hidden.shape[0]
-    size = max(size for size in range(1, min(n_tokens, CHUNK_TOKENS) + 1) if n_tokens % size == 0)
-    return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (hidden, targets, weights))
+    size = min(n_tokens, CHUNK_TOKENS)
+
+    def cut(a):
+        padded = jnp.pad(a, ((0, -n_tokens % size), *((0, 0) for _ in a.shape[1:])))
+        return padded.reshape(-1, size, *a.shape[1:])
+
+    return jax.tree.map(cut, (hidden, targets, weights))
 
 
 def _logits(hidden, table):
@@ -64,7 +69,7 @@ def _forward(hidden, table, targets, weights):
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(table))
     (total, d_table), d_hidden = jax.lax.scan(chunk_gradient, start, _chunks(hidden, targets, weights))
-    return total, (d_hidden.reshape(hidden.shape), d_table)
+    return total, (d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], d_table)
 
 
 def _backward(residuals, g):

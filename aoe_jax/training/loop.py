@@ -39,7 +39,9 @@ def log_run(config: Config):
     """Logs what is about to run: parameters by both conventions, FLOPs, and what to beware of."""
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", 3 * forward_flops_per_token(config) / 1e6)
-    if config.experts.selection == "expert_choice" and config.experts.kind != "dense":
+    if config.experts.selection == "top_p":
+        log.info("both count experts.top_k=%d experts per token; top-p takes more or fewer", config.experts.top_k)
+    if config.experts.selection == "expert_choice":
         log.warning("%s", EXPERT_CHOICE_WARNING)
 
 
@@ -112,7 +114,9 @@ def train(config: Config, workdir: Path):
     eval_step = jax.jit(make_eval_step(config), out_shardings=replicated)
 
     def validate(state):
-        batches = eval_batches(corpus.validation, config.data.seq_len, config.train.batch_size)
+        batches = eval_batches(
+            corpus.validation, config.data.seq_len, config.train.batch_size // config.train.accumulate
+        )
         return evaluate(eval_step, state.params, batches, put, corpus.validation.text_bytes)
 
     tokens_per_step = config.train.batch_size * config.data.seq_len

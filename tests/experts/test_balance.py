@@ -37,12 +37,20 @@ def test_statistics_against_numpy():
     np.testing.assert_allclose(stats.mean_score, np.asarray(scores).mean(axis=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("select", [lambda s: top_k(s, 2), lambda s: top_p(s, 0.6)])
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda s, w: top_k(s, 2),
+        lambda s, w: top_p(s, 0.6),
+        # Twelve real tokens of 20: a capacity of 5 each way.
+        lambda s, w: expert_choice(s, 5 * 6 / len(w), w),
+    ],
+)
 def test_padding_counts_in_nothing(select):
     scores = jax.random.normal(jax.random.key(0), (20, 6))
     weights = jnp.concatenate([jnp.ones(12), jnp.zeros(8)])
-    got = layer_stats(scores, select(scores), weights)
-    want = layer_stats(scores[:12], select(scores[:12]), jnp.ones(12))
+    got = layer_stats(scores, select(scores, weights), weights)
+    want = layer_stats(scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 

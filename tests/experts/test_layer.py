@@ -10,7 +10,8 @@ import pytest
 
 from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config import ExpertsConfig
-from aoe_jax.experts import reference, scoring, selection
+from aoe_jax.experts import reference, selection
+from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.layer import LAYERS
 
 pytestmark = pytest.mark.smoke
@@ -47,26 +48,37 @@ def reference_weights(config, p):
 def reference_apply(layer, params, x):
     config = layer.config
     if config.kind == "aoe":
-        weights = reference_weights(config, reference.aoe_scores(x, params["w_down"]))
-        return reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
-    hidden = jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x
-    weights = reference_weights(config, hidden @ params["w_router"])
-    if config.factorised_gate:
-        return reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
-    return reference.router_experts(x, weights, params["w_g"], params["w_p"], params["w_o"])
+        p = reference.aoe_scores(x, params["w_down"])
+    else:
+        p = (jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x) @ params["w_router"]
+    weights = reference_weights(config, p)
+    if config.low_rank:
+        y = reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
+    else:
+        y = reference.router_experts(x, weights, params["w_g"], params["w_p"], params["w_o"])
+    # Eq. 2 and Eq. 8, as they are written.
+    probability = jax.nn.softmax(p)
+    load = jax.lax.stop_gradient((weights > 0).astype(p.dtype).mean(axis=0))
+    aux_loss = config.n_experts * (load * probability.mean(axis=0)).sum()
+    return y, aux_loss, -(probability * jnp.log(probability)).sum(axis=1).mean()
+
+
+def fast_apply(layer, params, x):
+    y, stats = layer.apply({"params": params}, x)
+    return y, balance_loss(stats.load, stats.mean_probability), stats.confidence_entropy
 
 
 def assert_agree(layer, params, x, tolerance):
-    """Outputs, and gradients of a random projection of them in parameters and tokens."""
+    """Outputs, balance loss and Ent_conf; gradients of a random projection of them in parameters and tokens."""
     cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
 
     @partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, params, x):
         value, pull_back = jax.vjp(function, params, x)
-        return value, *pull_back(cotangent)
+        return value, *pull_back((cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2])))
 
-    got = value_and_gradients(lambda p, x: layer.apply({"params": p}, x)[0], params, x)
-    want = value_and_gradients(lambda p, x: reference_apply(layer, p, x), params, x)
+    got = value_and_gradients(partial(fast_apply, layer), params, x)
+    want = value_and_gradients(partial(reference_apply, layer), params, x)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.abs(b).max()), 1.0)
@@ -129,7 +141,7 @@ def test_bfloat16(kind):
         return jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum(), (0, 1))(params, x)
 
     got = (got, gradient(layer, params, x))
-    want = (reference_apply(exact, *to_float32), gradient(exact, *to_float32))
+    want = (reference_apply(exact, *to_float32)[0], gradient(exact, *to_float32))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = float(jnp.abs(b).max())
         np.testing.assert_allclose(np.asarray(a, float) / scale, np.asarray(b) / scale, atol=TOLERANCE["bfloat16"])
@@ -216,7 +228,7 @@ def test_public_reference_signatures(x64):
 
 
 def test_scoring_is_one_matmul():
-    """Eq. 4: the scores of all experts come from a single matrix product."""
-    x, w_down = jnp.ones((16, 8)), jnp.ones((4, 8, 3))
-    text = jax.jit(scoring.low_rank_activations).lower(x, w_down).as_text()
-    assert text.count("dot_general") == 1
+    """Eq. 4: in the whole layer, Wdown of all experts takes part in a single matrix product."""
+    layer, params, x = make("aoe", dtype="float32")
+    lines = jax.jit(layer.apply).lower({"params": params}, x).as_text().splitlines()
+    assert sum("dot_general" in line and "5x12x4xf32" in line for line in lines) == 1

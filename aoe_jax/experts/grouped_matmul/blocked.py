@@ -19,6 +19,8 @@ MIN_BLOCK = 32
 
 def blocked_matmul(rows, weights, group_sizes):
     """`grouped_matmul` by blocks; shapes as there."""
+    if rows.shape[0] == 0:
+        return jnp.zeros((0, weights.shape[2]), rows.dtype)
     return _blocked(rows, weights, group_sizes, _block_size(rows.shape[0], weights.shape[0]))
 
 
