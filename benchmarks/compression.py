@@ -14,7 +14,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config import Config
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.training.checkpoint import read_config_json, write_json
+from aoe_jax.training.checkpoint import read_config_json, read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
@@ -29,7 +29,7 @@ def main():
     """Prints the comparison."""
     workdir = Path(cli.required(_WORKDIR))
     data = Config.from_config_dict(read_config_json(workdir / "config.json")).data
-    evaluation = read_config_json(workdir / "eval.json")
+    evaluation = read_json(workdir / "eval.json")
     corpus = load_corpus(data.name, data.path, data.cache, data.text_field)
     train = "".join(corpus.documents("train")).encode()
     held_out = "".join(corpus.documents(evaluation["split"])).encode()

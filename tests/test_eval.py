@@ -16,7 +16,7 @@ from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
-from tests.runs import STEPS, contents, finish, finished_run, kind_runs, scratch, shared, start
+from tests.runs import STEPS, contents, finish, finished_run, kind_runs, run, scratch, shared, start
 
 
 @shared
@@ -129,3 +129,16 @@ def test_dense_model_has_no_load(tmp_path, capsys):
     summary = json.loads((workdir / "summary.json").read_text())
     np.testing.assert_allclose(report["nll"], summary["metrics"]["validation_nll"], rtol=1e-6)
     assert "layer" not in capsys.readouterr().out
+
+
+def test_compression_benchmark(tmp_path):
+    """`benchmarks.compression` repeats the model's figure and computes the compressor's from the same text."""
+    workdir, _, report = evaluated()["validation"]
+    figures_file = tmp_path / "figures.json"
+    status, stdout, stderr = run(["-m", "benchmarks.compression", f"--workdir={workdir}", f"--json={figures_file}"])
+    assert status == 0, stderr
+    figures = json.loads(figures_file.read_text())
+    assert figures["model_bits_per_byte"] == report["bits_per_byte"]
+    assert 0 < figures["xz_bits_per_byte"] < 8
+    np.testing.assert_allclose(figures["ratio"] * figures["xz_bits_per_byte"], figures["model_bits_per_byte"])
+    assert f"ratio {figures['ratio']:.3f}" in stdout

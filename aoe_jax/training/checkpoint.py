@@ -51,7 +51,7 @@ def check_data(workdir: Path, token_store: Path):
     path = workdir / "data.json"
     if not path.exists():
         return
-    found = _read_json(path).get("token_store")
+    found = read_json(path).get("token_store")
     if found != token_store.name:
         raise UserError(
             f"workdir {workdir} was trained on token store {found}, this is {token_store.name}: the text or the "
@@ -76,14 +76,15 @@ def claim_workdir(workdir: Path, config: Config, token_store: Path):
 
 def read_config_json(path: Path):
     """The nested dict of a `config.json`; UserError if it can't be read."""
-    groups = _read_json(path)
+    groups = read_json(path)
     for name, values in groups.items():
         if not isinstance(values, dict):
             raise UserError(f"{path} can't be read: {name} is no group of fields; name the workdir of a training run")
     return groups
 
 
-def _read_json(path: Path):
+def read_json(path: Path):
+    """The JSON object in a file of a workdir; UserError if it can't be read."""
     try:
         value = json.loads(path.read_text())
     except OSError as e:
