@@ -48,7 +48,9 @@ class ModelConfig:
     max_len: int = 2048
     tie_embeddings: bool = True
     dtype: str = "bfloat16"  # of the computation; parameters, logits and loss are float32
-    remat: str = "none"  # none | layer: keep a layer's input and its selection only, recompute the rest
+    # What the backward pass recomputes. none; experts: all that is cheap to recompute inside the experts (of an AoE expert
+    # C and x Wp are kept, of a traditional one x Wg and x Wp); layer: all but a layer's input, its scores and selection.
+    remat: str = "none"
 
     def __post_init__(self):
         _require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len")
@@ -59,7 +61,7 @@ class ModelConfig:
             f"must divide d_model={self.d_model} into heads of even width (rotary positions turn pairs)",
         )
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _require_choice("model.remat", self.remat, ("none", "layer"))
+        _require_choice("model.remat", self.remat, ("none", "experts", "layer"))
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class ExpertsConfig:
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
     capacity_factor: float = 2.0  # expert_choice: mean number of experts per token
     gate: str = "chosen"  # top_k: softmax over the chosen scores (the paper) or over all (the authors' released code)
+    # aoe: sparse: only the chosen norms carry a gradient, and only the chosen activations are kept (exact for gate=chosen);
+    # dense: every norm does, and the whole cache is kept (as published). None: sparse where it is exact.
+    score_gradient: str | None = None
     factorised_gate: bool = False  # router: Wg = Wdown Wup inside each expert (Table 2, row 3)
     large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
 
@@ -132,6 +137,25 @@ class ExpertsConfig:
             self.gate,
             f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
         )
+        _require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
+        _require(
+            self.score_gradient is None or self.kind == "aoe",
+            "experts.score_gradient",
+            self.score_gradient,
+            "belongs to experts.kind='aoe'; leave it at None",
+        )
+        _require(
+            self.score_gradient != "sparse" or (self.selection, self.gate) == ("top_k", "chosen"),
+            "experts.score_gradient",
+            self.score_gradient,
+            "is exact for selection top_k with gate='chosen' only, elsewhere every norm carries a gradient; use 'dense'",
+        )
+
+    @property
+    def sparse_scoring(self):
+        """Whether AoE scores without a gradient and computes the chosen norms again (`score_gradient`)."""
+        exact = (self.selection, self.gate) == ("top_k", "chosen")
+        return self.kind == "aoe" and (self.score_gradient or ("sparse" if exact else "dense")) == "sparse"
 
     @property
     def low_rank(self):
@@ -157,13 +181,39 @@ def matched_width(d_model, d_ffn, d_low, round_to=1):
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """Auxiliary losses; each is averaged over layers and added to the negative log-likelihood."""
+    """Auxiliary losses, each averaged over layers and added to the negative log-likelihood, and loss-free balancing."""
 
     aux_weight: float = 0.01  # alpha of L_aux (Eq. 2 and 6)
     entropy_weight: float = 0.0  # of Ent_conf, minimised (top-p; Huang et al. 2024 use 1e-4)
+    aux_tokens: float = 1.0  # fraction of the tokens, 1 / a whole number, that the softmax in both is averaged over
+    # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's selection bias, as a fraction of
+    # the standard deviation of a token's scores over experts; 0: none.
+    bias_rate: float = 0.0
 
     def __post_init__(self):
-        _require_not_negative("balance", self, "aux_weight", "entropy_weight")
+        _require_not_negative("balance", self, "aux_weight", "entropy_weight", "bias_rate")
+        _require(
+            0 < self.aux_tokens <= 1 and abs(1 / self.aux_tokens - self.aux_stride) < 1e-6,
+            "balance.aux_tokens",
+            self.aux_tokens,
+            "must be 1 or a whole fraction of it, such as 0.5 or 0.125",
+        )
+        _require(
+            self.aux_tokens == 1 or self.has_loss,
+            "balance.aux_tokens",
+            self.aux_tokens,
+            "belongs to the balance losses; set aux_weight or entropy_weight, or leave it at 1",
+        )
+
+    @property
+    def aux_stride(self):
+        """Every how many tokens one takes part in the balance losses."""
+        return round(1 / self.aux_tokens)
+
+    @property
+    def has_loss(self):
+        """Whether a balance loss sends a gradient."""
+        return self.aux_weight > 0 or self.entropy_weight > 0
 
 
 @dataclass(frozen=True)
@@ -272,7 +322,19 @@ class Config:
                 f"Eq. 5 finds no width for d_low={self.experts.d_low} and round_to={self.experts.round_to}; set a larger "
                 "d_ffn, or experts.d_wide",
             )
-        for name in ("aux_weight", "entropy_weight"):
+        _require(
+            self.balance.bias_rate == 0 or self.experts.selection == "top_k",
+            "balance.bias_rate",
+            self.balance.bias_rate,
+            f"biases the choice of selection top_k; leave it at 0 with {self.experts.selection}",
+        )
+        _require(
+            self.experts.kind != "dense" or self.model.remat != "experts",
+            "model.remat",
+            self.model.remat,
+            "belongs to layers of experts; use none or layer with a dense model",
+        )
+        for name in ("aux_weight", "entropy_weight", "bias_rate"):
             _require(
                 self.experts.kind != "dense" or getattr(self.balance, name) == 0,
                 f"balance.{name}",

@@ -88,17 +88,36 @@ def parameter_counts(config: Config):
     )
 
 
+def idle_scoring_flops(config: Config):
+    """Forward FLOPs per token of what AoE computes of the experts it does not choose, over all layers."""
+    m, c = config.model, config.experts
+    if c.kind != "aoe":
+        return 0
+    idle = c.n_experts - (experts_per_token(config) or c.top_k)
+    return 2 * m.n_layers * round(idle * c.d_low * m.d_model)
+
+
+def training_flops_per_token(config: Config):
+    """Useful matmul FLOPs per token of a training step: the forward pass and twice as much backward.
+
+    Scoring an expert that is not chosen has a backward pass only where its norm carries a gradient: for every token with
+    `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise.
+    """
+    idle = idle_scoring_flops(config)
+    fraction = config.balance.aux_tokens if config.balance.has_loss else 0.0
+    if not config.experts.sparse_scoring:
+        fraction = 1.0
+    return 3 * (forward_flops_per_token(config) - idle) + round((1 + 2 * fraction) * idle)
+
+
 def forward_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a forward pass (a training step takes three times as many).
+    """Useful matmul FLOPs per token of a forward pass.
 
     Causal attention counts the lower triangle only; AoE scoring counts all n experts; norms, softmax and the embedding
     look-up count nothing. Under top-p the experts counted are `top_k`.
     """
-    m, c = config.model, config.experts
+    m = config.model
     counts = parameter_counts(config)
     macs = counts.active_experts + counts.attention + counts.embedding
     macs += m.n_layers * m.d_model * config.data.seq_len  # scores and values over half the positions on average
-    if c.kind == "aoe":
-        idle = c.n_experts - (experts_per_token(config) or c.top_k)
-        macs += m.n_layers * round(idle * c.d_low * m.d_model)
-    return 2 * macs
+    return 2 * macs + idle_scoring_flops(config)

@@ -66,10 +66,16 @@ BAD = {
     "model.n_heads=3": ("model", {"n_heads": 3}, "d_model=128"),
     "model.n_heads=128": ("model", {"n_heads": 128}, "even width"),
     "model.dtype='float16'": ("model", {"dtype": "float16"}, "bfloat16"),
-    "model.remat='some'": ("model", {"remat": "some"}, "none, layer"),
+    "model.remat='some'": ("model", {"remat": "some"}, "none, experts, layer"),
     "model.n_layers=2.5": ("model", {"n_layers": 2.5}, "int"),
     "model.tie_embeddings=1": ("model", {"tie_embeddings": 1}, "bool"),
     "model.layers is unknown": ("model", {"layers": 2}, "n_layers"),
+    "experts.score_gradient='none'": ("experts", {"score_gradient": "none"}, "sparse, dense"),
+    "experts.score_gradient='dense'": ("experts", {"score_gradient": "dense", "kind": "router"}, "kind='aoe'"),
+    "experts.score_gradient='sparse'": ("experts", {"score_gradient": "sparse", "gate": "all"}, "use 'dense'"),
+    "balance.aux_tokens=0.3": ("balance", {"aux_tokens": 0.3}, "whole fraction"),
+    "balance.aux_tokens=0.0": ("balance", {"aux_tokens": 0.0}, "whole fraction"),
+    "balance.aux_tokens=0.5": ("balance", {"aux_tokens": 0.5, "aux_weight": 0.0}, "belongs to the balance losses"),
     "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "0 or greater"),
     "data.name=''": ("data", {"name": ""}, "sotu"),
     "data.path=None": ("data", {"name": "text"}, "folder"),
@@ -103,3 +109,39 @@ def test_unknown_group():
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.d_model = 3
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"balance": {"bias_rate": 0.01}, "experts": {"selection": "top_p"}},
+            "balance.bias_rate=0.01: biases the choice",
+        ),
+        (
+            {"balance": {"bias_rate": 0.01, "aux_weight": 0.0}, "experts": {"kind": "dense"}},
+            "balance.bias_rate=0.01: a dense layer has no load",
+        ),
+        (
+            {"model": {"remat": "experts"}, "experts": {"kind": "dense"}, "balance": {"aux_weight": 0.0}},
+            "model.remat='experts': belongs to layers of experts",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together(groups, message):
+    with pytest.raises(UserError, match=message):
+        Config.from_config_dict(groups)
+
+
+def test_scoring_is_sparse_where_that_is_exact():
+    sparse = {
+        name: ExpertsConfig(**settings).sparse_scoring
+        for name, settings in {
+            "chosen": {},
+            "all": {"gate": "all"},
+            "top_p": {"selection": "top_p"},
+            "router": {"kind": "router"},
+            "as published": {"score_gradient": "dense"},
+        }.items()
+    }
+    assert sparse == {"chosen": True, "all": False, "top_p": False, "router": False, "as published": False}

@@ -6,7 +6,7 @@ import pytest
 
 from aoe_jax import Decoder
 from aoe_jax.config import Config
-from aoe_jax.counts import forward_flops_per_token, parameter_counts
+from aoe_jax.counts import forward_flops_per_token, parameter_counts, training_flops_per_token
 from configs import paper, tiny
 
 ALL = {f"paper:{name}": paper for name in paper.VARIANTS} | {f"tiny:{name}": tiny for name in tiny.VARIANTS}
@@ -64,6 +64,25 @@ def test_large_router_has_the_stated_parameters():
     wanted = 12 * 8 * 256 * 768
     assert abs(large.experts - plain.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
     assert config.experts.d_low == 256
+
+
+@pytest.mark.parametrize(
+    ("experts", "balance", "backward"),
+    [
+        ({"kind": "router"}, {}, None),
+        ({"score_gradient": "dense"}, {"aux_weight": 0.0}, 2.0),
+        ({}, {"aux_weight": 0.0}, 0.0),
+        ({}, {"aux_weight": 0.01}, 2.0),
+        ({}, {"aux_weight": 0.01, "aux_tokens": 0.125}, 0.25),
+    ],
+)
+def test_training_flops(experts, balance, backward):
+    """Three times the forward pass, but for the scoring of idle experts: once and what of it has a gradient."""
+    config = Config.from_config_dict({"experts": experts, "balance": balance})
+    idle = 2 * 4 * (8 - 2) * 128 * 32  # 2 FLOPs, layers, idle experts, d, r
+    forward = forward_flops_per_token(config)
+    want = 3 * forward if backward is None else 3 * (forward - idle) + (1 + backward) * idle
+    assert training_flops_per_token(config) == want
 
 
 def test_flops_against_the_compiler():

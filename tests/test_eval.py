@@ -106,9 +106,9 @@ def test_nll_is_exact(split):
     store = getattr(corpus, split)
     tokens = store.read(0, len(store))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(lambda: init_state(config, 0)).params
+    abstract = jax.eval_shape(lambda: init_state(config, 0))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
-    params = Checkpoints(workdir).restore_params(STEPS, abstract)
+    params, _ = Checkpoints(workdir).restore_model(STEPS, abstract)
     apply = jax.jit(lambda inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0])
     total, length = 0.0, config.data.seq_len
     for begin in range(0, len(tokens) - 1, length):

@@ -3,6 +3,7 @@
 L layers, n experts.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -40,28 +41,30 @@ class Evaluation:
 
 
 def make_eval_step(config: Config):
-    """`(params, batch) -> (nll sum, tokens, stats)`; jit it."""
+    """`(params, selection_bias, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit it."""
+    config = dataclasses.replace(config, balance=dataclasses.replace(config.balance, aux_tokens=1.0))
 
-    def eval_step(params, batch):
-        nll, stats = sequence_nll(config, params, batch)
+    def eval_step(params, selection_bias, batch):
+        nll, stats = sequence_nll(config, params, selection_bias, batch)
         return nll, batch["weights"].sum(), stats
 
     return eval_step
 
 
-def evaluate(eval_step, params, batches, put, text_bytes):
+def evaluate(eval_step, params, selection_bias, batches, put, text_bytes):
     """Runs `eval_step` over all batches.
 
     Args:
       eval_step: a jitted `make_eval_step`.
       params: the decoder's parameters.
+      selection_bias: `[L, n]` of loss-free balancing, or None.
       batches: host batches that cover the split once.
       put: moves a host batch to the devices.
       text_bytes: bytes of UTF-8 text in the split.
     """
     nll_sum, tokens, weighted = 0.0, 0.0, None
     for batch in batches:
-        nll, count, stats = jax.device_get(eval_step(params, put(batch)))
+        nll, count, stats = jax.device_get(eval_step(params, selection_bias, put(batch)))
         nll_sum += float(nll)
         tokens += float(count)
         scaled = jax.tree.map(lambda a, count=count: np.asarray(a, np.float64) * count, stats)

@@ -43,13 +43,14 @@ def evaluate_workdir(workdir: Path, split="test"):
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)
     replicated, by_batch = one_device_mesh()
-    abstract = jax.eval_shape(lambda: init_state(config, config.train.seed)).params
+    abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
-    params = checkpoints.restore_params(step, abstract)
+    params, selection_bias = checkpoints.restore_model(step, abstract)
     store = {"validation": corpus.validation, "test": corpus.test}[split]
     result = evaluate(
         jax.jit(make_eval_step(config), out_shardings=replicated),
         params,
+        selection_bias,
         eval_batches(store, config.data.seq_len, config.train.batch_size // config.train.accumulate),
         lambda batch: jax.device_put(batch, by_batch),
         store.text_bytes,

@@ -16,34 +16,52 @@ class LayerStats(NamedTuple):
     mean_probability: jax.Array  # [n], mean over tokens of the softmax over all n scores (P_i of Eq. 2)
     confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
     mean_score: jax.Array  # [n], mean norm (AoE) or router logit of each expert (Fig. 4)
+    score_spread: jax.Array  # [], mean over tokens of the standard deviation of the scores over experts
 
 
-def layer_stats(scores, assignment, token_weights):
+def layer_stats(scores, balance_scores, assignment, token_weights, stride=1):
     """Statistics of one layer.
 
     Args:
       scores: `[T, n]` float32, norms or logits.
-      assignment: the `Assignment` made of them.
+      balance_scores: `[ceil(T / stride), n]`, those of every `stride`-th token, with the gradient of the balance losses:
+        `mean_probability` and `confidence_entropy` are means over these tokens.
+      assignment: the `Assignment` made of the scores.
       token_weights: `[T]` float32, 1 for a token that counts and 0 for padding.
+      stride: a whole number from 1, `BalanceConfig.aux_stride`.
     """
-    n_experts = scores.shape[1]
-    total = jnp.maximum(token_weights.sum(), 1)
-    token_weights = (token_weights / total).astype(scores.dtype)
-    chosen = assignment.expert[:, None] == jnp.arange(n_experts)
+    scores = jax.lax.stop_gradient(scores)
+    token_weights = token_weights.astype(scores.dtype)
+    chosen = assignment.expert[:, None] == jnp.arange(scores.shape[1])
     load = jnp.sum(jnp.where(chosen, token_weights[assignment.token][:, None], 0), axis=0)
-    log_probability = jax.nn.log_softmax(scores)
+    log_probability = jax.nn.log_softmax(balance_scores)
     probability = jnp.exp(log_probability)
     entropy = -jnp.sum(probability * log_probability, axis=1)
 
-    def token_mean(values):
-        return jnp.einsum("t,t...->...", token_weights, values, precision=jax.lax.Precision.HIGHEST)
+    def token_mean(values, weights):
+        weights = weights / jnp.maximum(weights.sum(), 1)
+        return jnp.einsum("t,t...->...", weights, values, precision=jax.lax.Precision.HIGHEST)
 
     return LayerStats(
-        load=jax.lax.stop_gradient(load),
-        mean_probability=token_mean(probability),
-        confidence_entropy=token_mean(entropy),
-        mean_score=jax.lax.stop_gradient(token_mean(scores)),
+        load=load / jnp.maximum(token_weights.sum(), 1),
+        mean_probability=token_mean(probability, token_weights[::stride]),
+        confidence_entropy=token_mean(entropy, token_weights[::stride]),
+        mean_score=token_mean(scores, token_weights),
+        score_spread=token_mean(jnp.std(scores, axis=1), token_weights),
     )
+
+
+def updated_bias(bias, load, score_spread, rate):
+    """Loss-free balancing (Wang et al. 2024, arXiv 2408.15664): `bias + rate * spread * sign(mean load - load)`.
+
+    The published rate, 0.001, is for scores in (0, 1). Norms and logits have a scale of their own, which training changes,
+    so the rate is relative to how far a token's scores lie apart.
+
+    Args:
+      bias: `[L, n]`. load: `[L, n]`. score_spread: `[L]`.
+      rate: `BalanceConfig.bias_rate`.
+    """
+    return bias + rate * score_spread[:, None] * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
 
 
 def balance_loss(load, mean_probability):

@@ -42,46 +42,64 @@ def take_activations(cache, assignment, plan):
     return cache.at[plan.token, expert].get(mode="fill", fill_value=0)
 
 
+def row_weights(assignment, plan):
+    """The weight of each row, `[P]`."""
+    return _permute(assignment.weight, plan.order, plan.inverse)
+
+
+def slot_values(values, plan):
+    """From row order to slot order: `[P]` -> `[P]`."""
+    return _permute(values, plan.inverse, plan.order)
+
+
 def combine(rows, assignment, plan, n_tokens):
-    """The weighted sum of each token's rows: `rows [P, d]` in expert order -> `[n_tokens, d]`, dtype of `rows`.
+    """The sum of each token's rows: `rows [P, d]` in expert order -> `[n_tokens, d]`, dtype of `rows`.
 
     The sum runs in float32 at least.
     """
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
     if assignment.slots_per_token is None:
-        weighted = rows.astype(dtype) * assignment.weight[plan.order][:, None]
-        return jax.ops.segment_sum(weighted, plan.token, n_tokens).astype(rows.dtype)
-    by_slot = _permute(rows, plan.inverse, plan.order).reshape(n_tokens, assignment.slots_per_token, -1)
-    weight = assignment.weight.reshape(n_tokens, assignment.slots_per_token)
-    y = jnp.einsum("tkd,tk->td", by_slot.astype(dtype), weight.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-    return y.astype(rows.dtype)
+        dtype = jnp.promote_types(rows.dtype, jnp.float32)
+        return jax.ops.segment_sum(rows.astype(dtype), plan.token, n_tokens).astype(rows.dtype)
+    return _sum_by_token(rows, plan.token, plan.inverse, assignment.slots_per_token)
 
 
 # Autodiff turns a gather into a scatter-add, which is slow everywhere; where the index is a permutation, the inverse
 # permutation gathers instead.
 @jax.custom_vjp
-def _permute(rows, index, inverse):
-    return rows[index]
+def _permute(values, index, inverse):
+    return values[index]
 
 
 _permute.defvjp(
-    lambda rows, index, inverse: (rows[index], inverse),
+    lambda values, index, inverse: (values[index], inverse),
     lambda inverse, g: (g[inverse], None, None),
 )
 
 
+def _sum_slots(rows, inverse, slots_per_token):
+    by_slot = rows[inverse].reshape(-1, slots_per_token, rows.shape[-1])
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.sum(by_slot, axis=1, dtype=dtype).astype(rows.dtype)
+
+
+# Dispatch and combine are each other's transpose.
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _gather_tokens(x, token, inverse, slots_per_token):
     return x[token]
 
 
-def _gather_tokens_backward(slots_per_token, inverse, g):
-    by_slot = g[inverse].reshape(-1, slots_per_token, g.shape[-1])
-    dtype = jnp.promote_types(g.dtype, jnp.float32)
-    return jnp.sum(by_slot, axis=1, dtype=dtype).astype(g.dtype), None, None
-
-
 _gather_tokens.defvjp(
     lambda x, token, inverse, slots_per_token: (x[token], inverse),
-    _gather_tokens_backward,
+    lambda slots_per_token, inverse, g: (_sum_slots(g, inverse, slots_per_token), None, None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sum_by_token(rows, token, inverse, slots_per_token):
+    return _sum_slots(rows, inverse, slots_per_token)
+
+
+_sum_by_token.defvjp(
+    lambda rows, token, inverse, slots_per_token: (_sum_slots(rows, inverse, slots_per_token), token),
+    lambda slots_per_token, token, g: (g[token], None, None),
 )

@@ -14,53 +14,43 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config import ExpertsConfig
-from aoe_jax.experts import balance, dispatch, scoring, selection
+from aoe_jax.config import BalanceConfig, ExpertsConfig
+from aoe_jax.experts import dispatch, scoring, selection
+from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
-from aoe_jax.experts.swiglu import swiglu
+from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu
 
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 
-# A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings, and the token
-# weights [T] where tokens compete with each other.
+# A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings, the token
+# weights [T] where tokens compete with each other, and the selection bias [n] (or None) of loss-free balancing.
 SELECTIONS = {
-    "top_k": lambda c, _: partial(selection.top_k, k=c.top_k, gate=c.gate),
-    "top_p": lambda c, _: partial(selection.top_p, threshold=c.top_p),
-    "expert_choice": lambda c, token_weights: partial(
+    "top_k": lambda c, _, bias: partial(selection.top_k, k=c.top_k, gate=c.gate, bias=bias),
+    "top_p": lambda c, _, __: partial(selection.top_p, threshold=c.top_p),
+    "expert_choice": lambda c, token_weights, _: partial(
         selection.expert_choice, capacity_factor=c.capacity_factor, token_weights=token_weights
     ),
 }
 
 
-def _run_pipeline(x, token_weights, config, scores, gate, w_p, w_o):
-    """The stations after scoring; `gate(rows, assignment, plan) -> [P, w]` is what the kinds of expert differ in."""
-    with jax.named_scope("select"):
-        assignment = SELECTIONS[config.selection](config, token_weights)(scores)
-    with jax.named_scope("balance"):
-        stats = balance.layer_stats(scores, assignment, token_weights)
-    with jax.named_scope("dispatch"):
-        plan = dispatch.plan_rows(assignment, config.n_experts)
-        rows = dispatch.dispatch(x, assignment, plan)
-    with jax.named_scope("experts"):
-        rows = swiglu(rows, gate(rows, assignment, plan), w_p, w_o, plan.group_sizes)
-    with jax.named_scope("combine"):
-        return dispatch.combine(rows, assignment, plan, x.shape[0]), stats
-
-
 class _ExpertsModule(nn.Module):
-    """What the layers share: tokens of any leading shape, and float32 parameters cast to the dtype of computation."""
+    """What the layers share: tokens of any leading shape, float32 parameters cast to a dtype of computation, a pipeline."""
 
     config: ExpertsConfig
+    balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
+    recompute: bool = False  # model.remat="experts"
 
-    def __call__(self, x, token_weights=None):
+    def __call__(self, x, token_weights=None, selection_bias=None):
         """Applies the layer.
 
         Args:
           x: tokens `[..., d]`.
           token_weights: `[...]`, 1 for a token that counts in the statistics and balance losses, 0 for padding; None: all.
+          selection_bias: `[n]` float32 of loss-free balancing, or None.
 
         Returns:
           `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`.
@@ -68,19 +58,47 @@ class _ExpertsModule(nn.Module):
         shape = x.shape
         x = x.reshape(-1, shape[-1]).astype(self.dtype)
         token_weights = jnp.ones(x.shape[0]) if token_weights is None else token_weights.reshape(-1)
-        y, stats = self.process(x, token_weights)
+        y, stats = self.process(x, token_weights, selection_bias)
         return y.reshape(shape), stats
 
     def weight(self, name, shape, init=expert_init):
         """A float32 parameter, cast to the dtype of computation."""
         return self.param(name, init, shape).astype(self.dtype)
 
+    def pipeline(self, x, token_weights, selection_bias, scores, balance_scores, gate, w_p, w_o):
+        """The stations after scoring; the kinds of expert differ in their gate.
+
+        `gate(rows [P, d], assignment, plan) -> (pre-activations [P, w], assignment)`; the assignment may get new weights.
+        """
+        c = self.config
+        scores, balance_scores = (checkpoint_name(s, selection.SELECTION) for s in (scores, balance_scores))
+        with jax.named_scope("select"):
+            assignment = SELECTIONS[c.selection](c, token_weights, selection_bias)(scores)
+        with jax.named_scope("balance"):
+            stats = layer_stats(scores, balance_scores, assignment, token_weights, self.balance.aux_stride)
+        with jax.named_scope("plan"):
+            plan = dispatch.plan_rows(assignment, c.n_experts)
+
+        def experts(x, weight):
+            chosen = assignment._replace(weight=weight)
+            with jax.named_scope("dispatch"):
+                rows = dispatch.dispatch(x, chosen, plan)
+            with jax.named_scope("experts"):
+                pre_activations, chosen = gate(rows, chosen, plan)
+                rows = swiglu(rows, pre_activations, dispatch.row_weights(chosen, plan), w_p, w_o, plan.group_sizes)
+            with jax.named_scope("combine"):
+                return dispatch.combine(rows, chosen, plan, x.shape[0])
+
+        if self.recompute:
+            experts = jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
+        return experts(x, assignment.weight), stats
+
 
 class AoELayer(_ExpertsModule):
     """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank activations, no router."""
 
     @nn.compact
-    def process(self, x, token_weights):
+    def process(self, x, token_weights, selection_bias):
         """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
         c, d = self.config, x.shape[-1]
         width = c.width(d)
@@ -88,21 +106,35 @@ class AoELayer(_ExpertsModule):
         w_up = self.weight("w_up", (c.n_experts, c.d_low, width))
         w_p = self.weight("w_p", (c.n_experts, d, width))
         w_o = self.weight("w_o", (c.n_experts, width, d))
-        with jax.named_scope("score"):
-            cache = scoring.low_rank_activations(x, w_down)
-            scores = scoring.activation_norms(cache)
+        stride = self.balance.aux_stride
+        if c.sparse_scoring:
+            with jax.named_scope("score"):
+                operands = (x, w_down) if self.balance.has_loss else jax.lax.stop_gradient((x, w_down))
+                scores, balance_scores = scoring.sparse_scores(*operands, stride)
 
-        def gate(rows, assignment, plan):
-            return grouped_matmul(dispatch.take_activations(cache, assignment, plan), w_up, plan.group_sizes)
+            def gate(rows, assignment, plan):
+                c_rows = checkpoint_name(grouped_matmul(rows, w_down, plan.group_sizes), EXPERT_RESIDUAL)
+                norms = dispatch.slot_values(scoring.activation_norms(c_rows), plan)
+                return grouped_matmul(c_rows, w_up, plan.group_sizes), selection.weigh_chosen(assignment, norms)
 
-        return _run_pipeline(x, token_weights, c, scores, gate, w_p, w_o)
+        else:
+            with jax.named_scope("score"):
+                cache = scoring.low_rank_activations(x, w_down)
+                scores = scoring.activation_norms(cache)
+            balance_scores = scores[::stride]
+
+            def gate(rows, assignment, plan):
+                c_rows = dispatch.take_activations(cache, assignment, plan)
+                return grouped_matmul(c_rows, w_up, plan.group_sizes), assignment
+
+        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, w_p, w_o)
 
 
 class RouterLayer(_ExpertsModule):
     """Traditional mixture-of-experts layer (Algorithm 1), with Table 2's ablations: factorised gate, large router."""
 
     @nn.compact
-    def process(self, x, token_weights):
+    def process(self, x, token_weights, selection_bias):
         """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
         c, d = self.config, x.shape[-1]
         width = c.width(d)
@@ -121,30 +153,32 @@ class RouterLayer(_ExpertsModule):
             w_up = self.weight("w_up", (c.n_experts, c.d_low, width))
 
             def gate(rows, assignment, plan):
-                return grouped_matmul(grouped_matmul(rows, w_down, plan.group_sizes), w_up, plan.group_sizes)
+                c_rows = checkpoint_name(grouped_matmul(rows, w_down, plan.group_sizes), EXPERT_RESIDUAL)
+                return grouped_matmul(c_rows, w_up, plan.group_sizes), assignment
 
         else:
             w_g = self.weight("w_g", (c.n_experts, d, width))
 
             def gate(rows, assignment, plan):
-                return grouped_matmul(rows, w_g, plan.group_sizes)
+                return checkpoint_name(grouped_matmul(rows, w_g, plan.group_sizes), EXPERT_RESIDUAL), assignment
 
-        return _run_pipeline(x, token_weights, c, scores, gate, w_p, w_o)
+        balance_scores = scores[:: self.balance.aux_stride]
+        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, w_p, w_o)
 
 
 class DenseLayer(_ExpertsModule):
     """One SwiGLU of width `d_ffn` for every token: the baseline without experts. Its statistics are those of one expert."""
 
     @nn.compact
-    def process(self, x, token_weights):
+    def process(self, x, token_weights, selection_bias):
         """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
         d, width = x.shape[-1], self.config.d_ffn
         w_g = self.weight("w_g", (d, width), matrix_init)
         w_p = self.weight("w_p", (d, width), matrix_init)
         w_o = self.weight("w_o", (width, d), matrix_init)
         y = (jax.nn.silu(x @ w_g) * (x @ w_p)) @ w_o
-        one = jnp.ones(1)
-        return y, balance.LayerStats(load=one, mean_probability=one, confidence_entropy=jnp.zeros(()), mean_score=one)
+        one, zero = jnp.ones(1), jnp.zeros(())
+        return y, LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
 
 
 LAYERS = {"aoe": AoELayer, "router": RouterLayer, "dense": DenseLayer}

@@ -1,7 +1,9 @@
 """The score station: one number per token and expert, `[T, n]` float32, the higher the better the expert knows the token.
 
-T tokens, d model width, n experts, r low rank (d_low), h hidden width of the large router.
+T tokens, d model width, n experts, r low rank (d_low), h hidden width of the large router, s stride of the balance losses.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,45 @@ def _norms_backward(residuals, g):
 
 
 activation_norms.defvjp(_norms_forward, _norms_backward)
+
+
+def sparse_scores(x, w_down, stride):
+    """The norms of all experts without a gradient, and with one for every `stride`-th token; no cache is kept.
+
+    Where weights depend on the chosen norms alone, this and computing those again is Algorithm 2, values and gradients.
+    The balance losses, which send a gradient to every norm, take it through the second result: what they need of the
+    cache is computed again in the backward pass.
+
+    Args:
+      x: `[T, d]`.
+      w_down: `[n, d, r]`, same dtype as `x`.
+      stride: a whole number from 1.
+
+    Returns:
+      `(scores [T, n], balance_scores [ceil(T / stride), n])`, float32 at least.
+    """
+    scores, balance_scores = _sparse_scores(x, w_down, stride)
+    return jax.lax.stop_gradient(scores), balance_scores
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sparse_scores(x, w_down, stride):
+    scores = activation_norms(low_rank_activations(x, w_down))
+    return scores, scores[::stride]
+
+
+def _sparse_scores_backward(stride, residuals, g):
+    x, w_down = residuals
+    _, pull_back = jax.vjp(lambda x, w: activation_norms(low_rank_activations(x, w)), x, w_down)
+    d_x, d_w_down = pull_back(g[1])
+    after = g[0].shape[0] - 1 - (x.shape[0] - 1) * stride
+    return jax.lax.pad(d_x, jnp.zeros((), d_x.dtype), [(0, after, stride - 1), (0, 0, 0)]), d_w_down
+
+
+_sparse_scores.defvjp(
+    lambda x, w_down, stride: (_sparse_scores(x, w_down, stride), (x[::stride], w_down)),
+    _sparse_scores_backward,
+)
 
 
 def router_logits(x, w_router):

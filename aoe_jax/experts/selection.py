@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps what bears this name.
+# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps what bears this name. So it
+# does with the scores, [T, n] only, so that scoring is not computed again for their sake.
 SELECTION = "selection"
 
 
@@ -33,24 +34,33 @@ def _by_token(expert, weight):
     return Assignment(token, expert.reshape(-1), weight.reshape(-1), k)
 
 
-def top_k(scores, k, gate="chosen"):
+def top_k(scores, k, gate="chosen", bias=None):
     """Token choice: each token goes to the `k` experts of highest score; ties go to the lower expert number.
 
     Args:
       scores: `[T, n]` float32.
       k: experts per token.
+      bias: `[n]`, added to the scores for the choice, not for the weights: loss-free balancing (Wang et al. 2024, arXiv
+        2408.15664), see `balance.updated_bias`. None: no bias.
       gate: weights are the softmax over the `"chosen"` scores (Algorithms 1 and 2), or over `"all"` n scores and not
         renormalised (the authors' released code).
 
     Returns:
       An `Assignment` with `P = T k`.
     """
-    expert = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1], SELECTION)
+    ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    expert = checkpoint_name(jax.lax.top_k(ranked, k)[1], SELECTION)
     if gate == "all":
         weight = jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1)
     else:
         weight = jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1))
     return _by_token(expert, weight)
+
+
+def weigh_chosen(assignment, scores):
+    """The same choice with weights from other scores: the softmax over each token's slots of `scores [P]`."""
+    weight = jax.nn.softmax(scores.reshape(-1, assignment.slots_per_token))
+    return assignment._replace(weight=weight.reshape(-1))
 
 
 def top_p(scores, threshold):

@@ -3,22 +3,38 @@
 P rows, d model width, n experts, w expert width.
 """
 
+from functools import partial
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 
+# What `model.remat="experts"` keeps for the backward pass bears this name: per row `x Wp_i`, and of the gate `C_i` (AoE)
+# or `x Wg_i`. All else between dispatch and combine is computed again from it.
+EXPERT_RESIDUAL = "expert_residual"
 
-def swiglu(rows, gate, w_p, w_o, group_sizes):
-    """`(SiLU(gate) * (x Wp_i)) Wo_i` for each row.
+
+def swiglu(rows, gate, weight, w_p, w_o, group_sizes):
+    """`weight (SiLU(gate) * (x Wp_i)) Wo_i` for each row.
+
+    The weight is applied inside, so that its gradient needs no expert's output: none is kept or computed again.
 
     Args:
       rows: `[P, d]`.
       gate: pre-activations `[P, w]`: `x Wg_i` of a traditional expert, `C_i Wup_i` of an AoE expert.
+      weight: `[P]` float32, of the expert in the token's output.
       w_p: `[n, d, w]`. w_o: `[n, w, d]`.
       group_sizes: `[n]` int32.
 
     Returns:
       `[P, d]`; rows past `sum(group_sizes)` are zero.
     """
-    hidden = jax.nn.silu(gate) * grouped_matmul(rows, w_p, group_sizes)
-    return grouped_matmul(hidden, w_o, group_sizes)
+    up = checkpoint_name(grouped_matmul(rows, w_p, group_sizes), EXPERT_RESIDUAL)
+    return grouped_matmul(_weighted_product(gate, up, weight), w_o, group_sizes)
+
+
+# Autodiff would keep every elementwise step of it; its three arguments suffice.
+@partial(jax.checkpoint, prevent_cse=False)
+def _weighted_product(gate, up, weight):
+    return (jax.nn.silu(gate) * up * weight[:, None]).astype(up.dtype)

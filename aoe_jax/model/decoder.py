@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config import Config, ExpertsConfig, ModelConfig
+from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.selection import SELECTION
 from aoe_jax.model.attention import Attention
@@ -18,16 +18,20 @@ class DecoderLayer(nn.Module):
 
     model: ModelConfig
     experts: ExpertsConfig
+    balance: BalanceConfig
 
     @nn.compact
-    def __call__(self, x, segment_ids, token_weights):
+    def __call__(self, x, segment_ids, token_weights, selection_bias):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
         dtype = jnp.dtype(self.model.dtype)
         with jax.named_scope("attention"):
             normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
             x = x + Attention(self.model.n_heads, dtype, name="attention")(normed, segment_ids)
         normed = nn.RMSNorm(dtype=dtype, name="experts_norm")(x)
-        y, stats = LAYERS[self.experts.kind](self.experts, dtype, name="experts")(normed, token_weights)
+        experts = LAYERS[self.experts.kind](
+            self.experts, self.balance, dtype, recompute=self.model.remat == "experts", name="experts"
+        )
+        y, stats = experts(normed, token_weights, selection_bias)
         return x + y, stats
 
 
@@ -36,11 +40,12 @@ class Decoder(nn.Module):
 
     model: ModelConfig
     experts: ExpertsConfig
+    balance: BalanceConfig = BalanceConfig()
 
     @classmethod
     def from_config(cls, config: Config):
         """The decoder of a whole configuration."""
-        return cls(config.model, config.experts)
+        return cls(config.model, config.experts, config.balance)
 
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
@@ -57,28 +62,29 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.n_layers,
-        )(c, self.experts)
+        )(c, self.experts, self.balance)
         self.final_norm = nn.RMSNorm(dtype=jnp.dtype(c.dtype))
 
-    def features(self, tokens, segment_ids=None, token_weights=None):
+    def features(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
         """Everything but the output projection.
 
         Args:
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers to attend within, or None.
           token_weights: `[B, S]`, 0 for padding, which then counts in no statistic; None: all count.
+          selection_bias: `[L, n]` float32 of loss-free balancing, or None.
 
         Returns:
           `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over layers.
         """
-        x, stats = self.layers(self.embed(tokens), segment_ids, token_weights)
+        x, stats = self.layers(self.embed(tokens), segment_ids, token_weights, selection_bias)
         return self.final_norm(x), stats
 
-    def __call__(self, tokens, segment_ids=None, token_weights=None):
+    def __call__(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
         """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; arguments as in `features`."""
-        hidden, stats = self.features(tokens, segment_ids, token_weights)
+        hidden, stats = self.features(tokens, segment_ids, token_weights, selection_bias)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
         return jnp.einsum("bsd,vd->bsv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32), stats
 

@@ -147,15 +147,16 @@ class Checkpoints:
         items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
         return self._restore(step, items)["state"]
 
-    def restore_params(self, step, abstract_params):
-        """The parameters alone."""
-        restore_args = jax.tree.map(lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), abstract_params)
-        args = ocp.args.PyTreeRestore(
-            item={"params": abstract_params}, restore_args={"params": restore_args}, partial_restore=True
-        )
+    def restore_model(self, step, abstract_state):
+        """What evaluation needs of a state: `(params, selection_bias)`."""
+        item = {"params": abstract_state.params, "selection_bias": abstract_state.selection_bias}
+        item = {name: abstract for name, abstract in item.items() if abstract is not None}
+        restore_args = jax.tree.map(lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         path = self.directory / str(step) / "state"
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return self._readable(step, lambda: checkpointer.restore(path, args=args)["params"])
+            model = self._readable(step, lambda: checkpointer.restore(path, args=args))
+        return model["params"], model.get("selection_bias")
 
     def _restore(self, step, items):
         return self._readable(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))

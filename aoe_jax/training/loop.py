@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aoe_jax.config import Config
-from aoe_jax.counts import forward_flops_per_token, parameter_counts
+from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.errors import UserError
@@ -38,7 +38,7 @@ def one_device_mesh():
 def log_run(config: Config):
     """Logs what is about to run: parameters by both conventions, FLOPs, and what to beware of."""
     log.info("%s", parameter_counts(config))
-    log.info("%.1f MFLOPs per token in a training step", 3 * forward_flops_per_token(config) / 1e6)
+    log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if config.experts.selection == "top_p":
         log.info("both count experts.top_k=%d experts per token; top-p takes more or fewer", config.experts.top_k)
     if config.experts.selection == "expert_choice":
@@ -117,7 +117,7 @@ def train(config: Config, workdir: Path):
         batches = eval_batches(
             corpus.validation, config.data.seq_len, config.train.batch_size // config.train.accumulate
         )
-        return evaluate(eval_step, state.params, batches, put, corpus.validation.text_bytes)
+        return evaluate(eval_step, state.params, state.selection_bias, batches, put, corpus.validation.text_bytes)
 
     tokens_per_step = config.train.batch_size * config.data.seq_len
     telemetry = Telemetry(workdir, first_step, config.train.steps, tokens_per_step)

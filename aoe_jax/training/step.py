@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from aoe_jax.config import Config
-from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread
+from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread, updated_bias
 from aoe_jax.model.decoder import Decoder, output_table
 from aoe_jax.model.loss import cross_entropy
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -21,21 +21,24 @@ class TrainState:
 
     step: jax.Array  # [] int32, updates done
     params: dict
+    selection_bias: jax.Array | None  # [L, n] float32, where `balance.bias_rate` asks for loss-free balancing
     opt_state: optax.OptState
 
 
 def init_state(config: Config, seed):
     """The state before the first step; jit it with output shardings, so that nothing passes through the host."""
     params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.train).init(params))
+    bias = jnp.zeros((config.model.n_layers, config.experts.n_experts)) if config.balance.bias_rate else None
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, make_optimizer(config.train).init(params))
 
 
-def sequence_nll(config: Config, params, batch):
+def sequence_nll(config: Config, params, selection_bias, batch):
     """Sum of the negative log-likelihood over a batch's targets, in nats.
 
     Args:
       config: the run's configuration.
       params: the decoder's parameters.
+      selection_bias: `[L, n]` of loss-free balancing, or None.
       batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32 and `weights` `[B, S]` float32, 0 for padding.
 
     Returns:
@@ -43,7 +46,9 @@ def sequence_nll(config: Config, params, batch):
     """
     model = Decoder.from_config(config)
     segment_ids = batch["segment_ids"] if config.data.document_mask else None
-    hidden, stats = model.apply({"params": params}, batch["inputs"], segment_ids, batch["weights"], method="features")
+    hidden, stats = model.apply(
+        {"params": params}, batch["inputs"], segment_ids, batch["weights"], selection_bias, method="features"
+    )
     with jax.named_scope("loss"):
         nll = cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -54,9 +59,9 @@ def sequence_nll(config: Config, params, batch):
     return nll, stats
 
 
-def training_loss(config: Config, params, batch):
+def training_loss(config: Config, params, selection_bias, batch):
     """Mean nll plus the balance losses, and what is reported of them."""
-    nll, stats = sequence_nll(config, params, batch)
+    nll, stats = sequence_nll(config, params, selection_bias, batch)
     nll = nll / jnp.maximum(batch["weights"].sum(), 1)
     aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
     confidence_entropy = stats.confidence_entropy.mean()
@@ -70,6 +75,7 @@ def training_loss(config: Config, params, batch):
         "load_spread": load_spread(stats.load),
         "confidence_entropy": stats.confidence_entropy,
         "mean_score": stats.mean_score,
+        "score_spread": stats.score_spread,
     }
 
 
@@ -78,27 +84,30 @@ def make_train_step(config: Config):
     optimizer = make_optimizer(config.train)
     schedule = learning_rate_schedule(config.train)
     n_micro = config.train.accumulate
-    gradient = jax.grad(lambda params, batch: training_loss(config, params, batch), has_aux=True)
+    gradient = jax.grad(lambda params, bias, batch: training_loss(config, params, bias, batch), has_aux=True)
 
-    def mean_gradient(params, batch):
+    def mean_gradient(params, bias, batch):
         if n_micro == 1:
-            return gradient(params, batch)
+            return gradient(params, bias, batch)
         micro = jax.tree.map(lambda a: a.reshape(n_micro, -1, *a.shape[1:]), batch)
         zeros = jax.tree.map(jnp.zeros_like, params)
 
         def add(total, micro_batch):
-            grads, metrics = gradient(params, micro_batch)
+            grads, metrics = gradient(params, bias, micro_batch)
             return jax.tree.map(lambda t, g: t + g / n_micro, total, grads), metrics
 
         grads, metrics = jax.lax.scan(add, zeros, micro)
         return grads, jax.tree.map(lambda m: m.mean(axis=0), metrics)
 
     def train_step(state, batch):
-        grads, metrics = mean_gradient(state.params, batch)
+        grads, metrics = mean_gradient(state.params, state.selection_bias, batch)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        bias = state.selection_bias
+        if bias is not None:
+            bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
+        return TrainState(state.step + 1, params, bias, opt_state), metrics
 
     return train_step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.balance import balance_loss, layer_stats, load_entropy, load_spread
+from aoe_jax.experts.balance import balance_loss, layer_stats, load_entropy, load_spread, updated_bias
 from aoe_jax.experts.selection import expert_choice, top_k, top_p
 
 
@@ -27,7 +27,7 @@ def test_entropies():
 
 def test_statistics_against_numpy():
     scores = jax.random.normal(jax.random.key(0), (50, 6))
-    stats = layer_stats(scores, top_k(scores, 2), jnp.ones(50))
+    stats = layer_stats(scores, scores, top_k(scores, 2), jnp.ones(50))
     p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     chosen = np.argsort(-np.asarray(scores), axis=1)[:, :2]
     load = np.bincount(chosen.ravel(), minlength=6) / 50
@@ -35,6 +35,27 @@ def test_statistics_against_numpy():
     np.testing.assert_allclose(stats.mean_probability, p.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(stats.confidence_entropy, -(p * np.log(p)).sum(axis=1).mean(), atol=1e-6)
     np.testing.assert_allclose(stats.mean_score, np.asarray(scores).mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(stats.score_spread, np.asarray(scores).std(axis=1).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [20, 21, 23])
+def test_balance_losses_from_some_of_the_tokens(n_tokens):
+    """Probability and entropy are those of every fourth token; load and scores are those of all."""
+    scores = jax.random.normal(jax.random.key(0), (n_tokens, 6))
+    weights = jnp.ones(n_tokens).at[8:].set(0)
+    got = layer_stats(scores, scores[::4], top_k(scores, 2), weights, stride=4)
+    every = layer_stats(scores, scores, top_k(scores, 2), weights)
+    some = layer_stats(scores[::4], scores[::4], top_k(scores[::4], 2), weights[::4])
+    for name in ("load", "mean_score", "score_spread"):
+        np.testing.assert_allclose(getattr(got, name), getattr(every, name), atol=1e-6)
+    for name in ("mean_probability", "confidence_entropy"):
+        np.testing.assert_allclose(getattr(got, name), getattr(some, name), atol=1e-6)
+
+
+def test_bias_moves_against_the_load():
+    bias, load = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[0.25, 0.75, 0.5]])
+    got = updated_bias(bias, load, jnp.array([0.5]), 0.1)
+    np.testing.assert_allclose(got, [[0.05, 0.95, 2.0]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +70,8 @@ def test_statistics_against_numpy():
 def test_padding_counts_in_nothing(select):
     scores = jax.random.normal(jax.random.key(0), (20, 6))
     weights = jnp.concatenate([jnp.ones(12), jnp.zeros(8)])
-    got = layer_stats(scores, select(scores, weights), weights)
-    want = layer_stats(scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
+    got = layer_stats(scores, scores, select(scores, weights), weights)
+    want = layer_stats(scores[:12], scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -59,7 +80,7 @@ def test_load_carries_no_gradient_and_probability_does():
     scores = jax.random.normal(jax.random.key(0), (20, 6))
 
     def stats(scores):
-        return layer_stats(scores, expert_choice(scores, 2.0), jnp.ones(20))
+        return layer_stats(scores, scores, expert_choice(scores, 2.0), jnp.ones(20))
 
     assert (jax.grad(lambda s: stats(s).load[0])(scores) == 0).all()
     gradient = jax.grad(lambda s: balance_loss(stats(s).load, stats(s).mean_probability))(scores)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.dispatch import combine, dispatch, plan_rows, take_activations
+from aoe_jax.experts.dispatch import combine, dispatch, plan_rows, row_weights, slot_values, take_activations
 from aoe_jax.experts.selection import expert_choice, top_k, top_p
 
 SELECTIONS = {
@@ -32,7 +32,7 @@ def test_rows_lie_in_expert_order(assignment):
 
 
 def test_round_trip_and_gradients(assignment):
-    """Dispatch then combine multiplies each token by the sum of its weights; so says the gradient."""
+    """Dispatch, weigh and combine multiplies each token by the sum of its weights; so says the gradient."""
     x = jax.random.normal(jax.random.key(1), (30, 7))
     cotangent = jax.random.normal(jax.random.key(2), (30, 7))
     plan = plan_rows(assignment, 5)
@@ -40,13 +40,21 @@ def test_round_trip_and_gradients(assignment):
 
     def there_and_back(x, weight):
         a = assignment._replace(weight=weight)
-        return combine(dispatch(x, a, plan), a, plan, 30)
+        return combine(dispatch(x, a, plan) * row_weights(a, plan)[:, None], a, plan, 30)
 
     got, pull_back = jax.vjp(there_and_back, x, assignment.weight)
     np.testing.assert_allclose(got, x * total[:, None], atol=1e-5)
     d_x, d_weight = pull_back(cotangent)
     np.testing.assert_allclose(d_x, cotangent * total[:, None], atol=1e-5)
     np.testing.assert_allclose(d_weight, (x * cotangent).sum(axis=1)[assignment.token], atol=1e-5)
+
+
+def test_values_by_slot_and_by_row(assignment):
+    plan = plan_rows(assignment, 5)
+    values = jnp.arange(assignment.expert.shape[0], dtype=jnp.float32)
+    by_row = row_weights(assignment._replace(weight=values), plan)
+    np.testing.assert_array_equal(by_row, plan.order)
+    np.testing.assert_array_equal(slot_values(by_row, plan), values)
 
 
 def test_activations_follow_their_rows(assignment):

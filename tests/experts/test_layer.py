@@ -1,6 +1,7 @@
 """The jitted path against the plain loops of `reference.py`: outputs and gradients, every kind and every selection."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from aoe_jax import AoELayer, DenseLayer, RouterLayer
-from aoe_jax.config import ExpertsConfig
+from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import reference, selection
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.layer import LAYERS
@@ -26,11 +27,11 @@ def x64():
         yield
 
 
-def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, **settings):
+def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, recompute=False, balance=None, **settings):
     """A layer with its parameters and tokens, all in `dtype`."""
     settings = {"n_experts": 5, "top_k": 2, "d_ffn": 16, "d_low": 4} | settings
     config = ExpertsConfig(kind=kind, **settings)
-    layer = LAYERS[kind](config, jnp.dtype(dtype))
+    layer = LAYERS[kind](config, balance or BalanceConfig(), dtype=jnp.dtype(dtype), recompute=recompute)
     x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
     params = jax.jit(layer.init)(jax.random.key(seed + 1), x)["params"]
     return layer, jax.tree.map(lambda a: a.astype(dtype), params), x
@@ -41,8 +42,9 @@ def reference_weights(config, p):
         return reference.top_k_weights(p, config.top_k, config.gate)
     if config.selection == "top_p":
         return reference.top_p_weights(p, config.top_p)
-    capacity = selection.expert_capacity(*p.shape, config.capacity_factor)
-    return reference.expert_choice_weights(p, capacity)
+    if config.selection == "expert_choice":
+        return reference.expert_choice_weights(p, selection.expert_capacity(*p.shape, config.capacity_factor))
+    raise ValueError(f"the reference has no selection {config.selection}")
 
 
 def reference_apply(layer, params, x):
@@ -56,8 +58,8 @@ def reference_apply(layer, params, x):
         y = reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
     else:
         y = reference.router_experts(x, weights, params["w_g"], params["w_p"], params["w_o"])
-    # Eq. 2 and Eq. 8, as they are written.
-    probability = jax.nn.softmax(p)
+    # Eq. 2 and Eq. 8, as they are written, over the tokens that take part.
+    probability = jax.nn.softmax(p[:: layer.balance.aux_stride])
     load = jax.lax.stop_gradient((weights > 0).astype(p.dtype).mean(axis=0))
     aux_loss = config.n_experts * (load * probability.mean(axis=0)).sum()
     return y, aux_loss, -(probability * jnp.log(probability)).sum(axis=1).mean()
@@ -97,8 +99,88 @@ VARIANTS = {
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_agrees_with_the_reference_in_float64(x64, kind, variant):
-    assert_agree(*make(kind, **VARIANTS[variant]), TOLERANCE["float64"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_agrees_with_the_reference_in_float64(x64, kind, variant, recompute):
+    assert_agree(*make(kind, recompute=recompute, **VARIANTS[variant]), TOLERANCE["float64"])
+
+
+def test_scoring_as_published_agrees_with_the_reference(x64):
+    assert_agree(*make("aoe", score_gradient="dense"), TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 32, 35])
+@pytest.mark.parametrize(("kind", "settings"), [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("router", {})])
+def test_balance_losses_from_some_of_the_tokens(x64, kind, settings, n_tokens):
+    layer, params, x = make(kind, n_tokens, balance=BalanceConfig(aux_tokens=0.125), **settings)
+    assert_agree(layer, params, x, TOLERANCE["float64"])
+
+
+def test_sparse_scoring_without_balance_losses(x64):
+    """No norm but the chosen has a gradient then; outputs and their gradients stay those of Algorithm 2."""
+    layer, params, x = make("aoe", balance=BalanceConfig(aux_weight=0.0))
+    loss = lambda apply, p, x: (apply(layer, p, x)[0] ** 2).sum()  # noqa: E731
+    got = jax.jit(jax.grad(partial(loss, fast_apply), (0, 1)))(params, x)
+    want = jax.jit(jax.grad(partial(loss, reference_apply), (0, 1)))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+    of_balance = jax.jit(jax.grad(lambda p: fast_apply(layer, p, x)[1]))(params)
+    assert all((g == 0).all() for g in jax.tree.leaves(of_balance))
+
+
+def scoring_products(layer, params, x):
+    """Tokens in each matrix product with the Wdown of all experts, forward and backward."""
+    n, r, d = layer.config.n_experts, layer.config.d_low, x.shape[1]
+
+    def loss(params, x):
+        y, aux_loss, _ = fast_apply(layer, params, x)
+        return (y**2).sum() + aux_loss
+
+    lines = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).as_text().splitlines()
+    # The cache `[tokens, n, r]` is an operand or the result of each of them, and of no other product.
+    caches = (re.search(rf"tensor<(\d+)x{n}x{r}xf32>", line) for line in lines if "dot_general" in line)
+    return sorted(int(cache[1]) for cache in caches if cache and int(cache[1]) != d)
+
+
+@pytest.mark.parametrize(
+    ("settings", "aux_weight", "aux_tokens", "want"),
+    [
+        ({"score_gradient": "dense"}, 0.01, 1.0, [64, 64, 64]),  # forward, and two products backward
+        ({}, 0.0, 1.0, [64]),
+        ({}, 0.01, 1.0, [64, 64, 64, 64]),  # the cache once more, instead of keeping it
+        ({}, 0.01, 0.125, [8, 8, 8, 64]),
+    ],
+)
+def test_what_scoring_costs(settings, aux_weight, aux_tokens, want):
+    balance = BalanceConfig(aux_weight=aux_weight, aux_tokens=aux_tokens)
+    layer, params, x = make("aoe", 64, dtype="float32", balance=balance, n_experts=7, d_low=5, **settings)
+    assert scoring_products(layer, params, x) == want
+
+
+def test_sparse_scoring_keeps_no_cache():
+    """Neither the cache `[T, n, r]` nor anything as large is among what the forward pass leaves to the backward pass."""
+    sizes = {}
+    for mode in ("dense", "sparse"):
+        layer, params, x = make("aoe", 64, dtype="float32", n_experts=16, d_low=8, d_ffn=12, score_gradient=mode)
+        residuals = jax.tree.leaves(jax.vjp(lambda p, x, layer=layer: fast_apply(layer, p, x), params, x)[1])
+        sizes[mode] = {a.shape for a in residuals if a.size >= 64 * 16 * 8}
+    assert (64, 16, 8) in sizes["dense"] and not sizes["sparse"]
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("gate", ["chosen", "all"])
+def test_selection_bias_chooses_and_does_not_weigh(x64, kind, gate):
+    layer, params, x = make(kind, gate=gate)
+    bias = jnp.array([0.0, -50, 0, 50, 0])
+    y, stats = jax.jit(layer.apply)({"params": params}, x, selection_bias=bias)
+    assert float(stats.load[3]) == 1 and float(stats.load[1]) == 0
+    p = reference.aoe_scores(x, params["w_down"]) if kind == "aoe" else x @ params["w_router"]
+    chosen = jnp.argsort(-(p + bias), axis=1)[:, :2]
+    values = jnp.take_along_axis(p, chosen, axis=1)
+    values = jax.nn.softmax(values) if gate == "chosen" else jnp.take_along_axis(jax.nn.softmax(p), chosen, axis=1)
+    weights = jnp.zeros_like(p).at[jnp.arange(x.shape[0])[:, None], chosen].set(values)
+    experts = reference.aoe_experts if kind == "aoe" else reference.router_experts
+    want = experts(x, weights, *(params[name] for name in WEIGHTS[kind] if name != "w_router"))
+    np.testing.assert_allclose(y, want, atol=1e-10)
 
 
 @pytest.mark.parametrize("ablation", ["factorised_gate", "large_router"])
@@ -186,7 +268,7 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
 def test_one_expert_is_the_dense_layer(x64):
     """A router MoE of one expert, whose weight is 1, computes what the dense layer does."""
     layer, params, x = make("router", n_experts=1, top_k=1)
-    dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=16), jnp.float64)
+    dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=16), dtype=jnp.float64)
     dense_params = {name: params[name][0] for name in ("w_g", "w_p", "w_o")}
     got = dense.apply({"params": dense_params}, x)[0]
     np.testing.assert_allclose(got, layer.apply({"params": params}, x)[0], atol=1e-12)
@@ -229,6 +311,6 @@ def test_public_reference_signatures(x64):
 
 def test_scoring_is_one_matmul():
     """Eq. 4: in the whole layer, Wdown of all experts takes part in a single matrix product."""
-    layer, params, x = make("aoe", dtype="float32")
+    layer, params, x = make("aoe", dtype="float32", score_gradient="dense")
     lines = jax.jit(layer.apply).lower({"params": params}, x).as_text().splitlines()
     assert sum("dot_general" in line and "5x12x4xf32" in line for line in lines) == 1

@@ -1,6 +1,7 @@
 """The decoder: causality by gradient, rotary positions, document masks, remat, dtypes, a shared table."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from aoe_jax import Decoder
-from aoe_jax.config import ExpertsConfig, ModelConfig
+from aoe_jax.config import BalanceConfig, ExpertsConfig, ModelConfig
 from aoe_jax.model.attention import rotary
 
 pytestmark = pytest.mark.smoke
@@ -102,14 +103,37 @@ def test_document_mask_separates_documents():
 def test_remat_changes_memory_but_no_gradient(kind):
     saved = {}
     grads = {}
-    for remat in ("none", "layer"):
+    modes = ("none", "layer") if kind == "dense" else ("none", "experts", "layer")
+    for remat in modes:
         decoder, variables = build(dataclasses.replace(MODEL, remat=remat), kind=kind)
         loss = lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean()  # noqa: E731
         saved[remat] = sum(a.size for a in jax.tree.leaves(jax.vjp(loss, variables)[1]))
         grads[remat] = jax.jit(jax.grad(loss))(variables)
     assert saved["layer"] < 0.6 * saved["none"]
-    for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads["layer"]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert kind == "dense" or saved["experts"] < 0.95 * saved["none"]
+    for remat in modes[1:]:
+        for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads[remat]), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "experts", "layer"])
+def test_scores_are_not_computed_again(remat):
+    """Under any remat, the only product backward with the Wdown of all experts is that of the balance losses."""
+    model = dataclasses.replace(MODEL, remat=remat)
+    experts = dataclasses.replace(EXPERTS, n_experts=7, d_low=5)
+    tokens = []
+    for balance in (BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.5)):
+        decoder = Decoder(model, experts, balance)
+        variables = jax.eval_shape(decoder.init, jax.random.key(0), TOKENS)
+
+        def loss(v, decoder=decoder):
+            logits, stats = decoder.apply(v, TOKENS)
+            return (logits**2).mean() + stats.mean_probability[0, 0]
+
+        lines = jax.jit(jax.grad(loss)).lower(variables).as_text().splitlines()
+        caches = (re.search(r"tensor<(\d+)x7x5xf32>", line) for line in lines if "dot_general" in line)
+        tokens.append(sorted(int(cache[1]) for cache in caches if cache))
+    assert tokens == [[TOKENS.size], [TOKENS.size // 2] * 3 + [TOKENS.size]]
 
 
 def test_remat_keeps_the_selection():

@@ -12,6 +12,7 @@ import pytest
 from aoe_jax.config import CheckpointConfig, Config
 from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir, claim_workdir, write_json
+from aoe_jax.training.step import TrainState
 from tests.runs import contents
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -22,9 +23,12 @@ def batches():
     return iter(grain.MapDataset.range(1000).shuffle(0).batch(4).to_iter_dataset())
 
 
-def state_of(value):
+def state_of(value, biased=True):
     params = {"kernel": jnp.full((SIZE,), value, jnp.float32), "scale": jnp.full((3,), value, jnp.bfloat16)}
-    return jax.device_put({"step": jnp.int32(value), "params": params}, SHARDING)
+    bias = jnp.full((2, 4), value, jnp.float32) if biased else None
+    return jax.device_put(
+        TrainState(jnp.int32(value), params, bias, {"mu": jnp.full((5,), value, jnp.float32)}), SHARDING
+    )
 
 
 def abstract(state):
@@ -57,9 +61,8 @@ def test_state_may_be_donated_while_it_is_saved(saved):
     checkpoints = Checkpoints(workdir)
     for number in (3, 4, 5):
         state = checkpoints.restore(number, abstract(state_of(0)), batches())
-        assert state["step"] == number
-        for name, array in state["params"].items():
-            assert array.dtype == state_of(0)["params"][name].dtype and array.sharding == SHARDING
+        for array, like in zip(jax.tree.leaves(state), jax.tree.leaves(state_of(0)), strict=True):
+            assert array.dtype == like.dtype and array.sharding == SHARDING
             np.testing.assert_array_equal(array, number)
 
 
@@ -72,11 +75,22 @@ def test_position_in_the_data_is_restored(saved):
     assert not np.array_equal(following[3], following[5])
 
 
-def test_parameters_alone(saved):
+def test_what_evaluation_needs(saved):
     workdir, _ = saved
-    params = Checkpoints(workdir).restore_params(4, abstract(state_of(0))["params"])
+    params, bias = Checkpoints(workdir).restore_model(4, abstract(state_of(0)))
     assert params.keys() == {"kernel", "scale"}
     np.testing.assert_array_equal(params["kernel"], 4)
+    np.testing.assert_array_equal(bias, np.full((2, 4), 4))
+
+
+def test_state_without_a_selection_bias(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state_of(1, biased=False), batches())
+    checkpoints.close()
+    params, bias = Checkpoints(tmp_path).restore_model(1, abstract(state_of(0, biased=False)))
+    np.testing.assert_array_equal(params["kernel"], 1)
+    assert bias is None
+    assert Checkpoints(tmp_path).restore(1, abstract(state_of(0, biased=False)), batches()).selection_bias is None
 
 
 def test_when_and_how_many(saved):
@@ -103,7 +117,7 @@ def test_half_written_checkpoint_is_ignored(saved, tmp_path, half):
     assert checkpoints.latest_step() == 5
     checkpoints.save(6, state_of(6), batches())
     checkpoints.close()
-    assert Checkpoints(workdir).restore(6, abstract(state_of(0)), batches())["step"] == 6
+    assert Checkpoints(workdir).restore(6, abstract(state_of(0)), batches()).step == 6
 
 
 def test_half_deleted_old_checkpoint_does_no_harm(saved, tmp_path):
@@ -111,7 +125,7 @@ def test_half_deleted_old_checkpoint_does_no_harm(saved, tmp_path):
     workdir = shutil.copytree(saved[0], tmp_path / "run")
     (workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA").unlink()
     shutil.rmtree(workdir / "checkpoints" / "3" / "data")
-    assert Checkpoints(workdir).restore(5, abstract(state_of(0)), batches())["step"] == 5
+    assert Checkpoints(workdir).restore(5, abstract(state_of(0)), batches()).step == 5
     checkpoints = Checkpoints(workdir, CheckpointConfig(every=1, keep=2))
     checkpoints.save(6, state_of(6), batches())
     checkpoints.close()
@@ -126,7 +140,7 @@ def test_unreadable_checkpoint_is_named(saved, tmp_path):
         Checkpoints(workdir).restore(5, abstract(state_of(0)), batches())
     shutil.rmtree(workdir / "checkpoints" / "5" / "state")
     with pytest.raises(UserError, match=r"checkpoints/5 can't be read"):
-        Checkpoints(workdir).restore_params(5, abstract(state_of(0))["params"])
+        Checkpoints(workdir).restore_model(5, abstract(state_of(0)))
     assert contents(workdir).items() <= before.items()
 
 

@@ -52,7 +52,7 @@ def test_every_configuration_of_the_paper_trains(variant):
 
     @jax.jit
     def step(state, batch):
-        grads = jax.grad(lambda p: training_loss(config, p, batch)[0])(state.params)
+        grads = jax.grad(lambda p: training_loss(config, p, state.selection_bias, batch)[0])(state.params)
         return grads, *train_step(state, batch)
 
     grads, state, metrics = step(state, batch)
@@ -76,12 +76,47 @@ def test_losses_are_weighted_as_configured():
     for aux, entropy in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
         settings = shrunken("aoe_r64_aux").to_dict()
         settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
-        _, values[aux, entropy] = training_loss(Config.from_config_dict(settings), params, batch)
+        _, values[aux, entropy] = training_loss(Config.from_config_dict(settings), params, None, batch)
     plain, with_aux, with_entropy = values.values()
     np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
     np.testing.assert_allclose(with_aux["loss"], plain["nll"] + 0.5 * plain["aux_loss"], rtol=1e-5)
     np.testing.assert_allclose(with_entropy["loss"], plain["nll"] + 0.5 * plain["confidence_entropy"].mean(), rtol=1e-5)
     assert 2 <= float(plain["aux_loss"]) < 4  # K in perfect balance, n K / K = 4 in collapse
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("aux_weight", [0.0, 0.01])
+def test_loss_free_balancing(kind, aux_weight):
+    """The bias of each step comes of the load of the step before, in units of the spread; the batch itself is unbiased."""
+    settings = shrunken("aoe_r64" if kind == "aoe" else "moe").to_dict()
+    settings["balance"] |= {"bias_rate": 0.1, "aux_weight": aux_weight}
+    config = Config.from_config_dict(settings)
+    step, state, batch = jax.jit(make_train_step(config)), new_state(config), batch_of()
+    np.testing.assert_array_equal(state.selection_bias, np.zeros((2, 4)))
+    spreads = []
+    for _ in range(30):
+        before = np.asarray(state.selection_bias)
+        state, metrics = step(state, batch)
+        load, spread = np.asarray(metrics["load"]), np.asarray(metrics["score_spread"])
+        want = before + 0.1 * spread[:, None] * np.sign(load.mean(axis=1, keepdims=True) - load)
+        np.testing.assert_allclose(state.selection_bias, want, atol=1e-6)
+        spreads.append(float(metrics["load_spread"]))
+    assert np.mean(spreads[-5:]) < 0.7 * spreads[0]
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_remat_and_fewer_balance_tokens_train(kind):
+    losses = {}
+    for remat in ("none", "experts", "layer"):
+        settings = shrunken("aoe_r64_aux" if kind == "aoe" else "moe_aux").to_dict()
+        settings["model"] |= {"remat": remat}
+        settings["balance"] |= {"aux_tokens": 0.25}
+        config = Config.from_config_dict(settings)
+        step, state, batch = jax.jit(make_train_step(config)), new_state(config), batch_of()
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        losses[remat] = float(metrics["loss"])
+    np.testing.assert_allclose(list(losses.values()), losses["none"], rtol=1e-5)
 
 
 def test_accumulation_is_the_mean_over_micro_batches():

@@ -1,39 +1,59 @@
-"""Plain JAX, for any platform: a loop over blocks of rows in expert order, each block one dense matmul.
+"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the rest block by block.
 
-A block belongs to one expert and starts at a multiple of the block size within its group, so a group of g rows takes
-`ceil(g / B)` blocks, an empty group none. Rows of a block that lie past the end of its group are computed and dropped.
-The trip count is dynamic: unused rows cost nothing.
+B is a little more than the mean group, so with balanced loads almost all rows go through the batched product, which reads
+every expert's weights in place. What is left of larger groups goes through a loop over blocks of rows in expert order, each
+block one dense matmul; its trip count is dynamic. Where groups are so uneven, or so many rows unused, that less than half of
+the batched product would be useful, all rows go through the loop: never more than about twice the useful work is done.
 
-M rows, D contracted width, F output width, E experts, B rows of a block.
+M rows, D contracted width, F output width, E experts, B rows of a group's head, S rows of a block.
 """
 
-from functools import partial
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-MAX_BLOCK = 256
-MIN_BLOCK = 32
+ROW_MULTIPLE = 16  # of B
+MAX_BLOCK = 128
 
 
 def blocked_matmul(rows, weights, group_sizes):
-    """`grouped_matmul` by blocks; shapes as there."""
+    """`grouped_matmul` by a batched product and blocks; shapes as there."""
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.shape[2]), rows.dtype)
-    return _blocked(rows, weights, group_sizes, _block_size(rows.shape[0], weights.shape[0]))
+    return _blocked(rows, weights, group_sizes)
 
 
-def _block_size(m, n_experts):
-    """About a quarter of the mean group, a power of two: half a block a group is computed in vain."""
-    size = MAX_BLOCK
-    while size > MIN_BLOCK and size * 4 * n_experts > m:
-        size //= 2
-    return min(size, m)
+def _head_and_block(m, n_experts):
+    """`(B, S)`: the mean group and 1.5 standard deviations of a group of random choices; a quarter of it, a power of two."""
+    mean = m / n_experts
+    head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
+    block = ROW_MULTIPLE
+    while block < MAX_BLOCK and 8 * block <= head:
+        block *= 2
+    return min(head, m), min(block, m)
+
+
+class _Layout(NamedTuple):
+    """Where the rows of each group lie, and which of them are the batched product's."""
+
+    start: jax.Array  # [E], first row of each group
+    end: jax.Array  # [E], one past its last row
+    is_batched: jax.Array  # [], whether the batched product is worth it
+    head: jax.Array  # [E], rows of each group that are its own: B or the whole group, or none
+
+
+def _layout(group_sizes, m):
+    size, _ = _head_and_block(m, group_sizes.shape[0])
+    end = jnp.cumsum(group_sizes)
+    head = jnp.minimum(group_sizes, size)
+    is_batched = 2 * head.sum() >= size * group_sizes.shape[0]
+    return _Layout(end - group_sizes, end, is_batched, jnp.where(is_batched, head, 0))
 
 
 class _Blocks(NamedTuple):
-    """Where each block lies; entries past `count` are meaningless."""
+    """Where each block of the loop lies; entries past `count` are meaningless."""
 
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
@@ -42,74 +62,101 @@ class _Blocks(NamedTuple):
     last: jax.Array  # [max blocks], one past the last row that belongs to the block
 
 
-def _blocks(group_sizes, m, size):
-    n_experts = group_sizes.shape[0]
-    group_ends = jnp.cumsum(group_sizes)
-    per_group = (group_sizes + size - 1) // size
+def _blocks(layout, m, size):
+    n_experts = layout.end.shape[0]
+    rest = layout.end - layout.start - layout.head
+    per_group = (rest + size - 1) // size
     block_ends = jnp.cumsum(per_group)
     block = jnp.arange(m // size + n_experts)
     expert = jnp.minimum(jnp.searchsorted(block_ends, block, side="right", method="compare_all"), n_experts - 1)
     within = block - (block_ends - per_group)[expert]
-    first = (group_ends - group_sizes)[expert] + within * size
-    last = jnp.minimum(first + size, group_ends[expert])
+    first = (layout.start + layout.head)[expert] + within * size
+    last = jnp.minimum(first + size, layout.end[expert])
     return _Blocks(block_ends[-1], expert, jnp.minimum(first, m - size), first, last)
 
 
-def _product(rows, weights, group_sizes, size, transpose):
+def _heads(rows, layout, size):
+    """The first B rows of every group, `[M, D] -> [E, B, D]`; those of short groups run into the groups that follow."""
+    index = jnp.minimum(layout.start[:, None] + jnp.arange(size), rows.shape[0] - 1)
+    return rows[index]
+
+
+def _product(rows, weights, group_sizes, transpose):
     """`[M, D] x [E, D, F] -> [M, F]`, or with `transpose`, `[M, F] x [E, D, F] -> [M, D]`."""
-    m = rows.shape[0]
+    (m, _), n_experts = rows.shape, weights.shape[0]
     width = weights.shape[1] if transpose else weights.shape[2]
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    blocks = _blocks(group_sizes, m, size)
-    row = jnp.arange(size)[:, None]
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    head_size, block_size = _head_and_block(m, n_experts)
+    layout = _layout(group_sizes, m)
+    contracted = 1 if transpose else 0
+
+    def batched():
+        heads = _heads(rows, layout, head_size)
+        dimensions = (((2,), (contracted + 1,)), ((0,), (0,)))
+        product = jax.lax.dot_general(heads, weights, dimensions, preferred_element_type=dtype).astype(rows.dtype)
+        row = jnp.arange(m)
+        expert = jnp.minimum(jnp.searchsorted(layout.end, row, side="right", method="compare_all"), n_experts - 1)
+        within = row - layout.start[expert]
+        index = jnp.where(within < layout.head[expert], expert * head_size + within, n_experts * head_size)
+        return product.reshape(n_experts * head_size, width).at[index].get(mode="fill", fill_value=0)
+
+    out = jax.lax.cond(layout.is_batched, batched, lambda: jnp.zeros((m, width), rows.dtype))
+    blocks = _blocks(layout, m, block_size)
+    row = jnp.arange(block_size)[:, None]
 
     def step(b, out):
         start = blocks.start[b]
-        x = jax.lax.dynamic_slice_in_dim(rows, start, size)
+        x = jax.lax.dynamic_slice_in_dim(rows, start, block_size)
         w = jax.lax.dynamic_index_in_dim(weights, blocks.expert[b], keepdims=False)
-        y = jax.lax.dot_general(
-            x, w, (((1,), (1 if transpose else 0,)), ((), ())), preferred_element_type=accumulator
-        ).astype(rows.dtype)
+        y = jax.lax.dot_general(x, w, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
-        y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(out, start, size))
+        y = jnp.where(mine, y.astype(rows.dtype), jax.lax.dynamic_slice_in_dim(out, start, block_size))
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
-    return jax.lax.fori_loop(0, blocks.count, step, jnp.zeros((m, width), rows.dtype))
+    return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
-def _weight_gradient(rows, g, group_sizes, size):
+def _weight_gradient(rows, g, group_sizes):
     """`[M, D], [M, F] -> [E, D, F]`, each expert's `rows^T g`, accumulated in float32 at least."""
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    blocks = _blocks(group_sizes, rows.shape[0], size)
-    row = jnp.arange(size)[:, None]
+    (m, d), n_experts = rows.shape, group_sizes.shape[0]
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    head_size, block_size = _head_and_block(m, n_experts)
+    layout = _layout(group_sizes, m)
+
+    def batched():
+        # Both sides are cleared: a row that is not the group's own may hold anything, NaN too.
+        mine = (jnp.arange(head_size) < layout.head[:, None])[..., None]
+        x, y = (jnp.where(mine, _heads(a, layout, head_size), 0) for a in (rows, g))
+        return jax.lax.dot_general(x, y, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+
+    out = jax.lax.cond(layout.is_batched, batched, lambda: jnp.zeros((n_experts, d, g.shape[1]), dtype))
+    blocks = _blocks(layout, m, block_size)
+    row = jnp.arange(block_size)[:, None]
 
     def step(b, out):
         start, expert = blocks.start[b], blocks.expert[b]
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
-        x = jnp.where(mine, jax.lax.dynamic_slice_in_dim(rows, start, size), 0)
-        y = jnp.where(mine, jax.lax.dynamic_slice_in_dim(g, start, size), 0)
-        product = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=accumulator)
+        x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, block_size), 0) for a in (rows, g))
+        product = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         product = product + jax.lax.dynamic_index_in_dim(out, expert, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(out, product, expert, 0)
 
-    shape = (group_sizes.shape[0], rows.shape[1], g.shape[1])
-    return jax.lax.fori_loop(0, blocks.count, step, jnp.zeros(shape, accumulator)).astype(rows.dtype)
+    return jax.lax.fori_loop(0, blocks.count, step, out).astype(rows.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocked(rows, weights, group_sizes, size):
-    return _product(rows, weights, group_sizes, size, transpose=False)
+@jax.custom_vjp
+def _blocked(rows, weights, group_sizes):
+    return _product(rows, weights, group_sizes, transpose=False)
 
 
-def _forward(rows, weights, group_sizes, size):
-    return _blocked(rows, weights, group_sizes, size), (rows, weights, group_sizes)
+def _forward(rows, weights, group_sizes):
+    return _blocked(rows, weights, group_sizes), (rows, weights, group_sizes)
 
 
-def _backward(size, residuals, g):
+def _backward(residuals, g):
     rows, weights, group_sizes = residuals
-    d_rows = _product(g, weights, group_sizes, size, transpose=True)
-    d_weights = _weight_gradient(rows, g, group_sizes, size)
-    return d_rows, d_weights, None
+    d_rows = _product(g, weights, group_sizes, transpose=True)
+    return d_rows, _weight_gradient(rows, g, group_sizes), None
 
 
 _blocked.defvjp(_forward, _backward)
