@@ -76,77 +76,82 @@ def _blocks(layout, m, size):
 
 
 def _heads(rows, layout, size):
-    """The first B rows of every group, `[M, D] -> [E, B, D]`; those of short groups run into the groups that follow."""
-    index = jnp.minimum(layout.start[:, None] + jnp.arange(size), rows.shape[0] - 1)
-    return rows[index]
+    """The first B rows of every group, `[M, D] -> [E, B, D]`; past the end of a short group, zeros.
+
+    Not whatever lies there: it may be a row of no group, and NaN.
+    """
+    within = jnp.arange(size)
+    index = jnp.where(within < layout.head[:, None], layout.start[:, None] + within, rows.shape[0])
+    return rows.at[index].get(mode="fill", fill_value=0)
 
 
-def _product(rows, weights, group_sizes, transpose):
-    """`[M, D] x [E, D, F] -> [M, F]`, or with `transpose`, `[M, F] x [E, D, F] -> [M, D]`."""
-    (m, _), n_experts = rows.shape, weights.shape[0]
-    width = weights.shape[1] if transpose else weights.shape[2]
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    head_size, block_size = _head_and_block(m, n_experts)
-    layout = _layout(group_sizes, m)
-    contracted = 1 if transpose else 0
+def _from_heads(heads, layout, m):
+    """The inverse, `[E, B, D] -> [M, D]`; zeros for rows that are in no head."""
+    n_experts, size, width = heads.shape
+    row = jnp.arange(m)
+    expert = jnp.minimum(jnp.searchsorted(layout.end, row, side="right", method="compare_all"), n_experts - 1)
+    within = row - layout.start[expert]
+    index = jnp.where(within < layout.head[expert], expert * size + within, n_experts * size)
+    return heads.reshape(n_experts * size, width).at[index].get(mode="fill", fill_value=0)
 
-    def batched():
-        heads = _heads(rows, layout, head_size)
-        dimensions = (((2,), (contracted + 1,)), ((0,), (0,)))
-        product = jax.lax.dot_general(heads, weights, dimensions, preferred_element_type=dtype).astype(rows.dtype)
-        row = jnp.arange(m)
-        expert = jnp.minimum(jnp.searchsorted(layout.end, row, side="right", method="compare_all"), n_experts - 1)
-        within = row - layout.start[expert]
-        index = jnp.where(within < layout.head[expert], expert * head_size + within, n_experts * head_size)
-        return product.reshape(n_experts * head_size, width).at[index].get(mode="fill", fill_value=0)
 
-    out = jax.lax.cond(layout.is_batched, batched, lambda: jnp.zeros((m, width), rows.dtype))
-    blocks = _blocks(layout, m, block_size)
-    row = jnp.arange(block_size)[:, None]
+def _batched_product(heads, weights, contracted):
+    """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted` is 2."""
+    accumulator = jnp.promote_types(heads.dtype, jnp.float32)
+    dimensions = (((2,), (contracted,)), ((0,), (0,)))
+    return jax.lax.dot_general(heads, weights, dimensions, preferred_element_type=accumulator).astype(heads.dtype)
+
+
+def _batched_gradient(rows, g):
+    """`[E, B, D], [E, B, F] -> [E, D, F]`, accumulated in float32 at least."""
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    return jax.lax.dot_general(rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator)
+
+
+def _add_block_products(out, rows, weights, blocks, size, contracted):
+    """Writes the products of the blocks into `out [M, F]`."""
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    row = jnp.arange(size)[:, None]
 
     def step(b, out):
         start = blocks.start[b]
-        x = jax.lax.dynamic_slice_in_dim(rows, start, block_size)
+        x = jax.lax.dynamic_slice_in_dim(rows, start, size)
         w = jax.lax.dynamic_index_in_dim(weights, blocks.expert[b], keepdims=False)
-        y = jax.lax.dot_general(x, w, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
+        dimensions = (((1,), (contracted - 1,)), ((), ()))
+        y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=accumulator).astype(rows.dtype)
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
-        y = jnp.where(mine, y.astype(rows.dtype), jax.lax.dynamic_slice_in_dim(out, start, block_size))
+        y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(out, start, size))
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
     return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
-def _weight_gradient(rows, g, group_sizes):
-    """`[M, D], [M, F] -> [E, D, F]`, each expert's `rows^T g`, accumulated in float32 at least."""
-    (m, d), n_experts = rows.shape, group_sizes.shape[0]
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    head_size, block_size = _head_and_block(m, n_experts)
-    layout = _layout(group_sizes, m)
-
-    def batched():
-        # Both sides are cleared: a row that is not the group's own may hold anything, NaN too.
-        mine = (jnp.arange(head_size) < layout.head[:, None])[..., None]
-        x, y = (jnp.where(mine, _heads(a, layout, head_size), 0) for a in (rows, g))
-        return jax.lax.dot_general(x, y, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
-
-    out = jax.lax.cond(layout.is_batched, batched, lambda: jnp.zeros((n_experts, d, g.shape[1]), dtype))
-    blocks = _blocks(layout, m, block_size)
-    row = jnp.arange(block_size)[:, None]
+def _add_block_gradients(out, rows, g, blocks, size):
+    """Adds the weight gradients of the blocks to `out [E, D, F]`."""
+    row = jnp.arange(size)[:, None]
 
     def step(b, out):
         start, expert = blocks.start[b], blocks.expert[b]
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
-        x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, block_size), 0) for a in (rows, g))
-        product = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (rows, g))
+        product = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=out.dtype)
         product = product + jax.lax.dynamic_index_in_dim(out, expert, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(out, product, expert, 0)
 
-    return jax.lax.fori_loop(0, blocks.count, step, out).astype(rows.dtype)
+    return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
 @jax.custom_vjp
 def _blocked(rows, weights, group_sizes):
-    return _product(rows, weights, group_sizes, transpose=False)
+    m, n_experts = rows.shape[0], weights.shape[0]
+    head_size, block_size = _head_and_block(m, n_experts)
+    layout = _layout(group_sizes, m)
+    out = jax.lax.cond(
+        layout.is_batched,
+        lambda: _from_heads(_batched_product(_heads(rows, layout, head_size), weights, 1), layout, m),
+        lambda: jnp.zeros((m, weights.shape[2]), rows.dtype),
+    )
+    return _add_block_products(out, rows, weights, _blocks(layout, m, block_size), block_size, 1)
 
 
 def _forward(rows, weights, group_sizes):
@@ -155,8 +160,23 @@ def _forward(rows, weights, group_sizes):
 
 def _backward(residuals, g):
     rows, weights, group_sizes = residuals
-    d_rows = _product(g, weights, group_sizes, transpose=True)
-    return d_rows, _weight_gradient(rows, g, group_sizes), None
+    m, n_experts = rows.shape[0], weights.shape[0]
+    head_size, block_size = _head_and_block(m, n_experts)
+    layout = _layout(group_sizes, m)
+
+    def batched():
+        g_heads = _heads(g, layout, head_size)
+        d_rows = _from_heads(_batched_product(g_heads, weights, 2), layout, m)
+        return d_rows, _batched_gradient(_heads(rows, layout, head_size), g_heads)
+
+    def nothing():
+        return jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.promote_types(rows.dtype, jnp.float32))
+
+    d_rows, d_weights = jax.lax.cond(layout.is_batched, batched, nothing)
+    blocks = _blocks(layout, m, block_size)
+    d_rows = _add_block_products(d_rows, g, weights, blocks, block_size, 2)
+    d_weights = _add_block_gradients(d_weights, rows, g, blocks, block_size)
+    return d_rows, d_weights.astype(rows.dtype), None
 
 
 _blocked.defvjp(_forward, _backward)

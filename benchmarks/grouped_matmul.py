@@ -1,0 +1,93 @@
+"""`grouped_matmul`, forward and backward, beside one dense matmul of the same useful FLOPs.
+
+`python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged] [--dtype=float32]
+[--repeats=9] [--json=FILE]`; a shape is M rows, D contracted width, F output width, E experts. Group sizes are those of
+random choices. The dense matmul is timed in turn with the backends; forward+backward is the value and both gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.errors import UserError
+from aoe_jax.experts.grouped_matmul import grouped_matmul
+from benchmarks.timing import keep_freed_memory, machine, medians, report
+
+_SHAPES = flags.DEFINE_list("shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE")
+_BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
+_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def _parse(shape):
+    try:
+        m, d, f, n_experts = (int(size) for size in shape.split("x"))
+    except ValueError as e:
+        raise UserError(f"--shapes={shape}: four numbers MxDxFxE, such as 4096x512x1024x8") from e
+    if min(m, d, f, n_experts) < 1:
+        raise UserError(f"--shapes={shape}: every size must be greater than 0")
+    return m, d, f, n_experts
+
+
+def _inputs(m, d, f, n_experts, dtype):
+    rng = np.random.default_rng(0)
+    rows, weights, g = (rng.standard_normal(s) for s in ((m, d), (n_experts, d, f), (m, f)))
+    sizes = np.bincount(rng.integers(0, n_experts, m), minlength=n_experts)
+    return *(jnp.asarray(a, dtype) for a in (rows, weights, g)), jnp.asarray(sizes, jnp.int32)
+
+
+def _timed(product, rows, weights, g):
+    """Nullary functions: the product, and it with its gradients; and the temporary memory of the latter."""
+
+    def with_gradients(rows, weights, g):
+        value, pull_back = jax.vjp(product, rows, weights)
+        return value, *pull_back(g)
+
+    forward = jax.jit(product).lower(rows, weights).compile()
+    both = jax.jit(with_gradients).lower(rows, weights, g).compile()
+    temp = both.memory_analysis().temp_size_in_bytes
+    return (lambda: forward(rows, weights)), (lambda: both(rows, weights, g)), temp
+
+
+def main():
+    """Times and prints one backend and shape a line."""
+    keep_freed_memory()
+    shapes = [_parse(shape) for shape in _SHAPES.value]
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    figures = []
+    for m, d, f, n_experts in shapes:
+        rows, weights, g, sizes = _inputs(m, d, f, n_experts, _DTYPE.value)
+        products = {"dense": (lambda r, w: r @ w, weights[0])}
+        for name in _BACKENDS.value:
+            products[name] = (lambda r, w, name=name, sizes=sizes: grouped_matmul(r, w, sizes, backend=name), weights)
+        timed = {name: _timed(product, rows, w, g) for name, (product, w) in products.items()}
+        forward = medians({name: functions[0] for name, functions in timed.items()}, _REPEATS.value)
+        both = medians({name: functions[1] for name, functions in timed.items()}, _REPEATS.value)
+        for name in products:
+            figure = {
+                "shape": [m, d, f, n_experts],
+                "dtype": _DTYPE.value,
+                "backend": name,
+                "forward_ms": 1e3 * forward[name],
+                "forward_ratio": forward[name] / forward["dense"],
+                "forward_backward_ms": 1e3 * both[name],
+                "forward_backward_ratio": both[name] / both["dense"],
+                "forward_backward_tflops": 6 * m * d * f / both[name] / 1e12,
+                "temp_megabytes": timed[name][2] / 1e6,
+            }
+            figures.append(figure)
+            print(
+                f"M={m} D={d} F={f} E={n_experts} {name:>8}: forward {figure['forward_ms']:8.2f} ms, "
+                f"{figure['forward_ratio']:6.2f}x dense; forward+backward {figure['forward_backward_ms']:8.2f} ms, "
+                f"{figure['forward_backward_ratio']:6.2f}x; {figure['forward_backward_tflops']:.3f} TFLOP/s; "
+                f"temporary memory {figure['temp_megabytes']:.0f} MB",
+                flush=True,
+            )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,115 @@
+"""A whole training step of AoE beside that of a router MoE of equal total parameters.
+
+`python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful` is the ratio of useful FLOPs of
+the two steps; `over` is how far the measured ratio lies above it. Random tokens; the two are timed in turn.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config import Config
+from aoe_jax.counts import training_flops_per_token
+from aoe_jax.errors import UserError
+from aoe_jax.training.step import init_state, make_train_step
+from benchmarks.timing import keep_freed_memory, machine, medians, report
+from configs import tiny
+
+# Changes to configs/tiny.py; d_low is set by the ranks below, as a fraction of d_model.
+MODELS = {
+    "tiny": {},
+    "deep": {"model": {"n_layers": 12, "d_model": 256}, "experts": {"d_ffn": 512}, "train": {"batch_size": 4}},
+    "sparse": {
+        "model": {"d_model": 192},
+        "experts": {"n_experts": 64, "top_k": 8, "d_ffn": 96},
+        "train": {"batch_size": 16},
+    },
+}
+RANKS = {"tiny": (3,), "deep": (3,), "sparse": (3, 12)}  # d_model / d_low
+# How AoE is balanced: without a loss, from an eighth of the tokens, and as published.
+ARMS = {
+    "loss-free": {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}},
+    "L_aux of 1/8": {"balance": {"aux_tokens": 0.125}},
+    "as published": {"experts": {"score_gradient": "dense"}, "balance": {"aux_tokens": 1.0}},
+}
+
+_MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def configuration(variant, *changes):
+    """A variant of configs/tiny.py with changes, group by group."""
+    config = tiny.get_config(variant)
+    for change in changes:
+        for group, values in change.items():
+            config[group].update(values)
+    return Config.from_config_dict(config)
+
+
+def make_step(config: Config):
+    """A nullary function that takes one training step, and the compiled step."""
+    state = jax.jit(lambda: init_state(config, 0))()
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens = jax.random.randint(jax.random.key(0), (2, *shape), 0, config.model.vocab_size)
+    batch = {
+        "inputs": tokens[0],
+        "targets": tokens[1],
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "weights": jnp.ones(shape),
+    }
+    step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"]
+
+    return run, step
+
+
+def main():
+    """Times and prints one arm a line."""
+    keep_freed_memory()
+    unknown = [name for name in _MODELS.value if name not in MODELS]
+    if unknown:
+        raise UserError(f"--models={unknown[0]} is unknown; choose of {', '.join(MODELS)}")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    figures = []
+    for name in _MODELS.value:
+        for rank in RANKS[name]:
+            router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
+            low = {"experts": {"d_low": round(router.model.d_model / rank)}}
+            configs = {"router": router} | {arm: configuration("aoe", MODELS[name], low, ARMS[arm]) for arm in ARMS}
+            steps = {arm: make_step(config) for arm, config in configs.items()}
+            seconds = medians({arm: run for arm, (run, _) in steps.items()}, _REPEATS.value)
+            for arm, config in configs.items():
+                tokens = config.train.batch_size * config.data.seq_len
+                figure = {
+                    "model": name,
+                    "d_low": config.experts.d_low if arm != "router" else None,
+                    "arm": arm,
+                    "ms": 1e3 * seconds[arm],
+                    "tokens_per_second": tokens / seconds[arm],
+                    "ratio": seconds[arm] / seconds["router"],
+                    "useful_ratio": training_flops_per_token(config) / training_flops_per_token(router),
+                    "temp_ratio": steps[arm][1].memory_analysis().temp_size_in_bytes
+                    / steps["router"][1].memory_analysis().temp_size_in_bytes,
+                    "configuration": dataclasses.asdict(config.experts),
+                }
+                figures.append(figure)
+                print(
+                    f"{name:>6} d_low=d/{rank:<2} {arm:>12}: {figure['ms']:7.0f} ms, "
+                    f"{figure['tokens_per_second']:7,.0f} tokens/s, {figure['ratio']:.3f}x router "
+                    f"(useful FLOPs {figure['useful_ratio']:.3f}x, over {figure['ratio'] / figure['useful_ratio']:.3f}), "
+                    f"temporary memory {figure['temp_ratio']:.2f}x",
+                    flush=True,
+                )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
