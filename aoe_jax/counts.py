@@ -88,36 +88,42 @@ def parameter_counts(config: Config):
     )
 
 
-def idle_scoring_flops(config: Config):
-    """Forward FLOPs per token of what AoE computes of the experts it does not choose, over all layers."""
-    m, c = config.model, config.experts
-    if c.kind != "aoe":
-        return 0
-    idle = c.n_experts - (experts_per_token(config) or c.top_k)
-    return 2 * m.n_layers * round(idle * c.d_low * m.d_model)
+def layer_flops_per_token(config: Config):
+    """`(forward, training)`: useful matmul FLOPs per token of one layer of experts.
 
-
-def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step: the forward pass and twice as much backward.
-
-    Scoring an expert that is not chosen has a backward pass only where its norm carries a gradient: for every token with
-    `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise.
+    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where its norm
+    carries a gradient: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a balance
+    loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p the experts chosen are `top_k`.
     """
-    idle = idle_scoring_flops(config)
-    fraction = config.balance.aux_tokens if config.balance.has_loss else 0.0
-    if not config.experts.sparse_scoring:
-        fraction = 1.0
-    return 3 * (forward_flops_per_token(config) - idle) + round((1 + 2 * fraction) * idle)
+    c = config.experts
+    score, expert = expert_parameters(config)
+    per_token = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
+    active = 2 * (score + round(per_token * expert))
+    if c.kind != "aoe":
+        return active, 3 * active
+    idle = 2 * round((c.n_experts - per_token) * c.d_low * config.model.d_model)
+    with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
+    if not c.sparse_scoring:
+        with_gradient = 1.0
+    return active + idle, 3 * active + round((1 + 2 * with_gradient) * idle)
 
 
 def forward_flops_per_token(config: Config):
     """Useful matmul FLOPs per token of a forward pass.
 
-    Causal attention counts the lower triangle only; AoE scoring counts all n experts; norms, softmax and the embedding
-    look-up count nothing. Under top-p the experts counted are `top_k`.
+    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up count nothing.
     """
     m = config.model
-    counts = parameter_counts(config)
-    macs = counts.active_experts + counts.attention + counts.embedding
-    macs += m.n_layers * m.d_model * config.data.seq_len  # scores and values over half the positions on average
-    return 2 * macs + idle_scoring_flops(config)
+    return _other_flops(config) + m.n_layers * layer_flops_per_token(config)[0]
+
+
+def training_flops_per_token(config: Config):
+    """Useful matmul FLOPs per token of a training step, forward and backward; see `layer_flops_per_token`."""
+    return 3 * _other_flops(config) + config.model.n_layers * layer_flops_per_token(config)[1]
+
+
+def _other_flops(config):
+    """Forward FLOPs per token of attention and output projection."""
+    m, counts = config.model, parameter_counts(config)
+    # Scores and values over half the positions on average.
+    return 2 * (counts.attention + counts.embedding + m.n_layers * m.d_model * config.data.seq_len)

@@ -18,7 +18,7 @@ from aoe_jax import cli
 from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import mosaic_gpu
 from aoe_jax.training.checkpoint import write_json
-from benchmarks.grouped_products import expert_shapes, lower_for
+from benchmarks.compiling import expert_shapes, lower_for
 
 _TARGET = flags.DEFINE_string("target_config", "benchmarks/h100.txtpb", "the target config of a GPU, in text form")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import BalanceConfig, Config, DataConfig, ExpertsConfig, ModelConfig
-from aoe_jax.counts import expert_parameters
+from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
+from aoe_jax.counts import layer_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts import dispatch, scoring, selection
 from aoe_jax.experts.grouped_matmul import grouped_matmul
@@ -52,19 +52,8 @@ def configurations(d, n_experts, top_k, d_ffn):
     }
 
 
-def useful_flops(d, experts, balance):
-    """Of forward+backward, per token, of the layer alone."""
-    config = Config(
-        model=ModelConfig(n_layers=1, n_heads=1, d_model=d), experts=experts, balance=balance, data=DataConfig()
-    )
-    score, expert = expert_parameters(config)
-    if experts.kind == "dense":
-        return 6 * expert
-    macs = 3 * (score + experts.top_k * expert)
-    if experts.kind == "aoe":
-        with_gradient = 1.0 if not experts.sparse_scoring else balance.aux_tokens if balance.has_loss else 0.0
-        macs += (1 + 2 * with_gradient) * (experts.n_experts - experts.top_k) * experts.d_low * d
-    return 2 * macs
+def _useful_flops(d, experts, balance):
+    return layer_flops_per_token(Config(ModelConfig(n_heads=1, d_model=d), experts, balance))[1]
 
 
 def _layer(d, experts, balance, n_tokens, dtype):
@@ -129,7 +118,7 @@ def main():
         d, layers = shape[0], configurations(*shape)
         timed = {name: _layer(d, *layers[name][:2], _TOKENS.value, _DTYPE.value) for name in layers}
         seconds = medians({name: function for name, (function, _) in timed.items()}, _REPEATS.value)
-        flops = {name: useful_flops(d, *layers[name][:2]) for name in layers}
+        flops = {name: _useful_flops(d, *layers[name][:2]) for name in layers}
         for name, (_, _, baseline) in layers.items():
             figure = {
                 "shape": list(shape),

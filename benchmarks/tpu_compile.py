@@ -7,21 +7,15 @@ Two figures, both over the useful FLOPs: `flops` is what the compiler counts, wh
 declares, which is its useful FLOPs; `tile_flops` counts whole tiles at the worst group sizes.
 """
 
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 
 from aoe_jax import cli
-from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import write_json
-from benchmarks.grouped_products import expert_shapes, lower_for, megablox_tile_flops
-
-# The smallest topology of each generation that the compiler knows.
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+from benchmarks.compiling import TOPOLOGIES, expert_shapes, lower_for, megablox_tile_flops, tpu_devices
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), f"of {', '.join(TOPOLOGIES)}")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
@@ -31,14 +25,10 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 def main():
     """Compiles and prints one product a line."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server which machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile too
     m, n_experts = _ROWS.value, _EXPERTS.value
     figures = []
     for generation in _GENERATIONS.value:
-        if generation not in TOPOLOGIES:
-            raise UserError(f"--generations={generation} is unknown; choose of {', '.join(TOPOLOGIES)}")
-        device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+        device = tpu_devices(generation)[0]
         for d, f in expert_shapes():
             for dtype in ("bfloat16", "float32"):
                 figure = {"generation": generation, "rows": m, "experts": n_experts, "shape": [d, f], "dtype": dtype}

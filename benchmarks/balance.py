@@ -1,0 +1,97 @@
+"""How AoE is balanced, on the embedded corpus: L_aux of all tokens, of an eighth of them, or none and a selection bias.
+
+`python -m benchmarks.balance --workdir=DIR [--seeds=3] [--steps=350] [--json=FILE]` trains each arm of
+`configs/tiny.py` once a seed, one after the other; a run that is finished is not run again, one that was stopped goes on.
+The seed sets parameters and the order of the data, so runs of one seed pair up: differences are to the first arm, seed by
+seed, with their standard error.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.training.checkpoint import read_json
+from benchmarks.timing import report
+
+# arm -> (variant of configs/tiny.py, fields of the group `balance`)
+LOSS_FREE = {"aux_weight": 0.0, "aux_tokens": 1.0, "bias_rate": 0.01}
+ARMS = {
+    "AoE, L_aux": ("aoe", {"aux_tokens": 1.0}),
+    "AoE, L_aux of 1/8": ("aoe", {"aux_tokens": 0.125}),
+    "AoE, loss-free": ("aoe", LOSS_FREE),
+    "router, L_aux": ("moe", {"aux_tokens": 1.0}),
+    "router, loss-free": ("moe", LOSS_FREE),
+}
+LAST_LINES = 5  # of metrics.jsonl: the load entropy is their mean
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 350, "training steps of each run", lower_bound=100)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def _run(workdir, variant, overrides):
+    """Trains unless it is done; returns validation nll and load entropy."""
+    if not (workdir / "summary.json").exists():
+        command = [
+            sys.executable,
+            "train.py",
+            f"--config=configs/tiny.py:{variant}",
+            f"--workdir={workdir}",
+            *overrides,
+        ]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    entropies = [line["load_entropy"] for line in lines if "load_entropy" in line][-LAST_LINES:]
+    return read_json(workdir / "summary.json")["metrics"]["validation_nll"], statistics.mean(entropies)
+
+
+def _standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def main():
+    """Trains what is missing and prints the table."""
+    root = Path(cli.required(_WORKDIR)).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    results = {arm: [] for arm in ARMS}
+    for seed in range(_SEEDS.value):
+        for number, (arm, (variant, balance)) in enumerate(ARMS.items()):
+            overrides = [f"--config.balance.{name}={value}" for name, value in balance.items()]
+            overrides += [f"--config.train.seed={seed}", f"--config.train.steps={_STEPS.value}"]
+            results[arm].append(_run(root / f"steps{_STEPS.value}_arm{number}_seed{seed}", variant, overrides))
+            nll, entropy = results[arm][-1]
+            print(f"seed {seed} {arm:>18}: validation nll {nll:.4f}, load entropy {entropy:.3f}", flush=True)
+    figures, first = [], results[next(iter(ARMS))]
+    for arm, runs in results.items():
+        nll, entropy = zip(*runs, strict=True)
+        difference = [a - b[0] for a, b in zip(nll, first, strict=True)]
+        figure = {
+            "arm": arm,
+            "steps": _STEPS.value,
+            "nll": list(nll),
+            "mean_nll": statistics.mean(nll),
+            "difference": statistics.mean(difference),
+            "difference_error": _standard_error(difference),
+            "load_entropy": statistics.mean(entropy),
+            "load_entropy_error": _standard_error(entropy),
+        }
+        figures.append(figure)
+        print(
+            f"{arm:>18}: validation nll {figure['mean_nll']:.4f}, {figure['difference']:+.4f} +- "
+            f"{figure['difference_error']:.4f} to the first; load entropy {figure['load_entropy']:.3f} +- "
+            f"{figure['load_entropy_error']:.3f}"
+        )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
