@@ -78,6 +78,8 @@ def _parse(argv):
         return FLAGS(argv)
     except UserError:
         raise
+    except SystemExit:  # of --help, which absl ends with status 1
+        raise SystemExit(0) from None
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
     except Exception as e:  # a configuration file is code: whatever is wrong with it shows here
@@ -146,13 +148,16 @@ def _config_mistake(error):
 def _hide_background_errors():
     """Hides what Orbax's other reads print when one has failed; the failure itself is raised and reported."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
 
     def hook(kind, error, trace):
         if str(error) != "Event loop is closed":
             sys.__excepthook__(kind, error, trace)
 
-    sys.excepthook = hook
+    def unraisable_hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.excepthook, sys.unraisablehook = hook, unraisable_hook
 
 
 def _set_up_logging():

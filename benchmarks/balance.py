@@ -26,7 +26,6 @@ ARMS = {
     "AoE, L_aux of 1/8": ("aoe", {"aux_tokens": 0.125}),
     "AoE, loss-free": ("aoe", LOSS_FREE),
     "router, L_aux": ("moe", {"aux_tokens": 1.0}),
-    "router, loss-free": ("moe", LOSS_FREE),
 }
 LAST_LINES = 5  # of metrics.jsonl: the load entropy is their mean
 

@@ -79,9 +79,7 @@ def main():
             for arm in arms(*shape):
                 best = [min(temp[name, remat] for remat in ("none", "experts")) for name in (arm, "router")]
                 whole = temp[arm, "layer"] / temp["router", "layer"]
-                print(
-                    f"  {arm:>18} / router: {best[0] / best[1]:.2f} at its better of none and experts, {whole:.2f} under layer"
-                )
+                print(f"  {arm:>18} / router: {best[0] / best[1]:.2f} at best without layer, {whole:.2f} under layer")
     report(figures, _JSON.value)
 
 

@@ -6,17 +6,12 @@ the two steps; `over` is how far the measured ratio lies above it. Random tokens
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import Config
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.training.step import init_state, make_train_step
-from benchmarks.timing import keep_freed_memory, machine, medians, report
-from configs import tiny
+from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, report
 
 # Changes to configs/tiny.py; d_low is set by the ranks below, as a fraction of d_model.
 MODELS = {
@@ -39,36 +34,6 @@ ARMS = {
 _MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
-
-def configuration(variant, *changes):
-    """A variant of configs/tiny.py with changes, group by group."""
-    config = tiny.get_config(variant)
-    for change in changes:
-        for group, values in change.items():
-            config[group].update(values)
-    return Config.from_config_dict(config)
-
-
-def make_step(config: Config):
-    """A nullary function that takes one training step, and the compiled step."""
-    state = jax.jit(lambda: init_state(config, 0))()
-    shape = (config.train.batch_size, config.data.seq_len)
-    tokens = jax.random.randint(jax.random.key(0), (2, *shape), 0, config.model.vocab_size)
-    batch = {
-        "inputs": tokens[0],
-        "targets": tokens[1],
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "weights": jnp.ones(shape),
-    }
-    step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics["loss"]
-
-    return run, step
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What the timed benchmarks share: interleaved medians, the machine in words, an allocator that keeps its memory."""
+"""What the timed benchmarks share: interleaved medians, training steps to time, the machine in words."""
 
 import os
 import platform
@@ -8,8 +8,12 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
+from aoe_jax.config import Config
 from aoe_jax.training.checkpoint import write_json
+from aoe_jax.training.step import init_state, make_train_step
+from configs import tiny
 
 # glibc gives large blocks back to the system as soon as they are free, and the page faults of getting them again are then
 # measured instead of the program, in the baseline as well. `GLIBC_TUNABLES= python -m benchmarks...` measures without.
@@ -51,6 +55,36 @@ def machine():
         "jax": jax.__version__,
         "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
     }
+
+
+def configuration(variant, *changes):
+    """A variant of configs/tiny.py with changes, group by group: a `Config`."""
+    config = tiny.get_config(variant)
+    for change in changes:
+        for group, values in change.items():
+            config[group].update(values)
+    return Config.from_config_dict(config)
+
+
+def make_step(config: Config):
+    """A nullary function that takes one training step, and the compiled step."""
+    state = jax.jit(lambda: init_state(config, 0))()
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens = jax.random.randint(jax.random.key(0), (2, *shape), 0, config.model.vocab_size)
+    batch = {
+        "inputs": tokens[0],
+        "targets": tokens[1],
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "weights": jnp.ones(shape),
+    }
+    step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"]
+
+    return run, step
 
 
 def report(figures, json_file):

@@ -299,5 +299,5 @@ def test_debug_off(tmp_path):
 
 
 def test_help_lists_the_flags():
-    _, stdout, stderr = run(["train.py", "--help"])
-    assert "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr
+    status, stdout, stderr = run(["train.py", "--help"])
+    assert status == 0 and "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr

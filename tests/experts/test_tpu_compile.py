@@ -58,10 +58,10 @@ LAYERS = [("aoe", generation, shape) for generation in TOPOLOGIES for shape in (
     ("kind", "generation", "shape"), [*LAYERS, ("router", "v5e", EIGHT), ("router", "v5p", SIXTY_FOUR)]
 )
 def test_useful_flops_of_a_layer(kind, generation, shape):
-    """Forward and backward, with the balance loss of an eighth of the tokens; no expert is computed but the chosen."""
+    """Forward and backward, loss-free; no expert is computed but the chosen, whose norms are computed twice."""
     n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape
     experts = ExpertsConfig(kind=kind, n_experts=n_experts, top_k=top_k, d_ffn=d_ffn, d_low=d_low)
-    config = Config(ModelConfig(n_layers=2, n_heads=1, d_model=768), experts, BalanceConfig(aux_tokens=0.125))
+    config = Config(ModelConfig(n_layers=2, n_heads=1, d_model=768), experts, BalanceConfig(aux_weight=0.0))
     compiled = compile_layers(tpu_devices(generation)[0], config, n_tokens)
     # The compiler counts the body of the scan once, that is one layer.
     ratio = compiled.cost_analysis()["flops"] / (n_tokens * layer_flops_per_token(config)[1])

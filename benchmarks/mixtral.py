@@ -1,0 +1,86 @@
+"""A whole training step on one core: AoE and router MoE here, and Mixtral of the same shape in `transformers` on torch.
+
+`python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers` installed beside this package.
+All take 16 sequences of 256 random tokens through 4 layers of d=256 with 4 heads and 8 experts, 2 chosen, of width 512, with
+a vocabulary of 4096, L_aux, clipping and AdamW, in float32. Mixtral runs eagerly. The three are timed in turn.
+"""
+
+import os
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.errors import UserError
+from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, report
+
+CHANGES = {
+    "model": {"d_model": 256},
+    "experts": {"d_ffn": 512},
+    "train": {"batch_size": 16},
+}
+
+_REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each model", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def mixtral_step(config):
+    """A nullary function that takes one training step of `transformers`' Mixtral, of the shape of `config`."""
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    m, c, t = config.model, config.experts, config.train
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=m.vocab_size,
+            hidden_size=m.d_model,
+            intermediate_size=c.d_ffn,
+            num_hidden_layers=m.n_layers,
+            num_attention_heads=m.n_heads,
+            num_key_value_heads=m.n_heads,
+            num_local_experts=c.n_experts,
+            num_experts_per_tok=c.top_k,
+            max_position_embeddings=m.max_len,
+            tie_word_embeddings=m.tie_embeddings,
+            output_router_logits=True,
+            router_aux_loss_coef=config.balance.aux_weight,
+            use_cache=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), t.learning_rate, (0.9, 0.95), weight_decay=t.weight_decay)
+    tokens = torch.randint(m.vocab_size, (t.batch_size, config.data.seq_len))
+
+    def run():
+        loss = model(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+    return run, f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def main():
+    """Times and prints one model a line."""
+    keep_freed_memory()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
+    router = configuration("moe", CHANGES)
+    aoe = configuration("aoe", CHANGES, {"experts": {"d_low": 85}})
+    mixtral, versions = mixtral_step(router)
+    steps = {"Mixtral, transformers": mixtral, "router": make_step(router)[0], "AoE": make_step(aoe)[0]}
+    seconds = medians(steps, _REPEATS.value)
+    print(", ".join(f"{name} {value}" for name, value in machine().items()) + f", {versions}")
+    tokens, figures = router.train.batch_size * router.data.seq_len, []
+    for name in steps:
+        ratio = seconds["Mixtral, transformers"] / seconds[name]
+        figures.append({"model": name, "tokens_per_second": tokens / seconds[name], "speed_ratio": ratio})
+        print(f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x")
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

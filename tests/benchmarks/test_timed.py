@@ -1,0 +1,51 @@
+"""The timed benchmarks as commands, on shapes that take no time: what they print and write, not how fast anything is."""
+
+import json
+
+import pytest
+
+from tests.runs import run
+
+COMMANDS = {
+    "grouped_matmul": ["--shapes=64x8x16x4,50x8x8x3", "--backends=auto,ragged"],
+    "layer": ["--shapes=24x4x2x16", "--tokens=40"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_figures(name, tmp_path):
+    file = tmp_path / "figures.json"
+    status, stdout, stderr = run(["-m", f"benchmarks.{name}", "--repeats=2", f"--json={file}", *COMMANDS[name]])
+    assert status == 0, stderr
+    result = json.loads(file.read_text())
+    assert result["machine"]["allocator"].startswith("glibc.malloc") and result["machine"]["cores"] >= 1
+    timed = [figure for figure in result["figures"] if "stations_ms" not in figure]
+    if name == "grouped_matmul":
+        assert [figure["backend"] for figure in timed] == 2 * ["dense", "auto", "ragged"]
+        assert timed[0]["forward_ratio"] == 1 and all(figure["forward_backward_ms"] > 0 for figure in timed)
+    else:
+        assert [figure["layer"] for figure in timed][:3] == ["dense", "router", "aoe"]
+        useful = {figure["layer"]: figure["useful_ratio"] for figure in timed}
+        # A score is d = 24 products a token and expert; an expert is 3 d f, two of which are the baseline.
+        assert useful["router"] == pytest.approx(1 + 4 * 24 / (2 * 3 * 24 * 16))
+        assert useful["aoe"] < useful["aoe, L_aux of 1/8"] < useful["aoe as published"]
+        stations = result["figures"][-1]["stations_ms"]
+        assert list(stations) == ["score", "select", "dispatch", "experts", "combine"]
+    assert len(stdout.splitlines()) == 1 + len(result["figures"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["-m", "benchmarks.grouped_matmul", "--shapes=64x8"], "--shapes=64x8: four numbers MxDxFxE"),
+        (["-m", "benchmarks.grouped_matmul", "--shapes=64x8x0x2"], "every size must be greater than 0"),
+        (["-m", "benchmarks.layer", "--shapes=big"], "--shapes=big: d_model x n_experts"),
+        (["-m", "benchmarks.step", "--models=huge"], "--models=huge is unknown; choose of tiny, deep, sparse"),
+        (["-m", "benchmarks.tpu_compile", "--generations=v1"], "--generations=v1 is unknown; choose of v4, v5e"),
+        (["-m", "benchmarks.gpu_compile", "--target_config=nowhere"], "--target_config=nowhere: No such file"),
+        (["-m", "benchmarks.balance"], "--workdir is missing"),
+    ],
+)
+def test_mistakes(command, message):
+    status, _, stderr = run(command)
+    assert status == 2 and message in stderr and "Traceback" not in stderr
