@@ -78,8 +78,10 @@ def _parse(argv):
         return FLAGS(argv)
     except UserError:
         raise
-    except SystemExit:  # of --help, which absl ends with status 1
-        raise SystemExit(0) from None
+    except SystemExit as e:  # absl ends --help with status 1
+        if any(re.fullmatch(r"--?help(full|short|xml)?(=true)?", argument) for argument in argv[1:]):
+            raise SystemExit(0) from None
+        raise UserError(f"--config={_value_of('config', argv)}: get_config() called sys.exit({e.code!r})") from e
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
     except Exception as e:  # a configuration file is code: whatever is wrong with it shows here

@@ -79,8 +79,8 @@ class ExpertsConfig:
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
     capacity_factor: float = 2.0  # expert_choice: mean number of experts per token
     gate: str = "chosen"  # top_k: softmax over the chosen scores (the paper) or over all (the authors' released code)
-    # aoe: sparse: only the chosen norms carry a gradient, and only the chosen activations are kept (exact for gate=chosen);
-    # dense: every norm does, and the whole cache is kept (as published). None: sparse where it is exact.
+    # aoe: sparse: only the chosen norms carry a gradient, and those of balance.aux_tokens to a balance loss; only the chosen
+    # activations are kept (exact for gate=chosen). dense: as published, the whole cache is kept. None: sparse where exact.
     score_gradient: str | None = None
     factorised_gate: bool = False  # router: Wg = Wdown Wup inside each expert (Table 2, row 3)
     large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)

@@ -91,9 +91,9 @@ def parameter_counts(config: Config):
 def layer_flops_per_token(config: Config):
     """`(forward, training)`: useful matmul FLOPs per token of one layer of experts.
 
-    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where its norm
-    carries a gradient: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a balance
-    loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p the experts chosen are `top_k`.
+    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where the method
+    sends a gradient there: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a
+    balance loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p, `top_k` are chosen.
     """
     c = config.experts
     score, expert = expert_parameters(config)

@@ -8,6 +8,7 @@ seed, with their standard error.
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.training.checkpoint import read_json
-from benchmarks.timing import report
+from aoe_jax.training.checkpoint import check_workdir, read_json
+from benchmarks.timing import configuration, report
 
 # arm -> (variant of configs/tiny.py, fields of the group `balance`)
 LOSS_FREE = {"aux_weight": 0.0, "aux_tokens": 1.0, "bias_rate": 0.01}
@@ -35,16 +36,14 @@ _STEPS = flags.DEFINE_integer("steps", 350, "training steps of each run", lower_
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
-def _run(workdir, variant, overrides):
+def _run(workdir, variant, balance, seed):
     """Trains unless it is done; returns validation nll and load entropy."""
+    train = {"seed": seed, "steps": _STEPS.value}
+    check_workdir(workdir, configuration(variant, {"balance": balance, "train": train}))
     if not (workdir / "summary.json").exists():
-        command = [
-            sys.executable,
-            "train.py",
-            f"--config=configs/tiny.py:{variant}",
-            f"--workdir={workdir}",
-            *overrides,
-        ]
+        command = [sys.executable, "train.py", f"--config=configs/tiny.py:{variant}", f"--workdir={workdir}"]
+        command += [f"--config.balance.{name}={value}" for name, value in balance.items()]
+        command += [f"--config.train.{name}={value}" for name, value in train.items()]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -63,10 +62,9 @@ def main():
     root.mkdir(parents=True, exist_ok=True)
     results = {arm: [] for arm in ARMS}
     for seed in range(_SEEDS.value):
-        for number, (arm, (variant, balance)) in enumerate(ARMS.items()):
-            overrides = [f"--config.balance.{name}={value}" for name, value in balance.items()]
-            overrides += [f"--config.train.seed={seed}", f"--config.train.steps={_STEPS.value}"]
-            results[arm].append(_run(root / f"steps{_STEPS.value}_arm{number}_seed{seed}", variant, overrides))
+        for arm, (variant, balance) in ARMS.items():
+            name = "_".join(re.findall(r"\w+", arm))
+            results[arm].append(_run(root / f"{name}_steps{_STEPS.value}_seed{seed}", variant, balance, seed))
             nll, entropy = results[arm][-1]
             print(f"seed {seed} {arm:>18}: validation nll {nll:.4f}, load entropy {entropy:.3f}", flush=True)
     figures, first = [], results[next(iter(ARMS))]

@@ -3,6 +3,7 @@
 M rows, D contracted width, F output width, E experts.
 """
 
+import importlib.util
 import os
 
 import flax.linen as nn
@@ -30,6 +31,8 @@ def tpu_devices(generation):
         raise UserError(f"--generations={generation} is unknown; choose of {', '.join(TOPOLOGIES)}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server which machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile too
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is missing, the compiler for TPUs; pip install libtpu")
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices
 
 
@@ -74,7 +77,7 @@ def compile_layers(device, config: Config, n_tokens):
     Each is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with `model.remat` and the balance loss.
     """
     m, dtype = config.model, jnp.dtype(config.model.dtype)
-    layer = LAYERS[config.experts.kind](config.experts, config.balance, dtype=dtype, recompute=m.remat == "experts")
+    layer = LAYERS[config.experts.kind](config.experts, dtype, config.balance, recompute=m.remat == "experts")
     norm = nn.RMSNorm(dtype=dtype, use_scale=False)
 
     def block(x, params):

@@ -18,7 +18,7 @@ from benchmarks.timing import keep_freed_memory, machine, medians, report
 _SHAPES = flags.DEFINE_list("shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE")
 _BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function")
+_REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 

@@ -58,7 +58,7 @@ def _useful_flops(d, experts, balance):
 
 def _layer(d, experts, balance, n_tokens, dtype):
     """A nullary function, forward+backward in parameters and tokens, and the bytes of the program."""
-    layer = LAYERS[experts.kind](experts, balance, dtype=jnp.dtype(dtype))
+    layer = LAYERS[experts.kind](experts, jnp.dtype(dtype), balance)
     x = jax.random.normal(jax.random.key(0), (n_tokens, d), dtype)
     params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
 

@@ -50,8 +50,8 @@ def _parse(shape):
 def main():
     """Compiles and prints one arm and setting a line, then AoE over router, each at its best."""
     shapes, figures = [_parse(shape) for shape in _SHAPES.value], []
-    for generation in _GENERATIONS.value:
-        device = tpu_devices(generation)[0]
+    devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}
+    for generation, device in devices.items():
         for shape in shapes:
             temp = {}
             for arm, (experts, balance) in arms(*shape).items():

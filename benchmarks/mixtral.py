@@ -16,6 +16,7 @@ from benchmarks.timing import configuration, keep_freed_memory, machine, make_st
 CHANGES = {
     "model": {"d_model": 256},
     "experts": {"d_ffn": 512},
+    "balance": {"aux_tokens": 1.0},
     "train": {"batch_size": 16},
 }
 
@@ -24,7 +25,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def mixtral_step(config):
-    """A nullary function that takes one training step of `transformers`' Mixtral, of the shape of `config`."""
+    """A nullary function that takes one training step of `transformers`' Mixtral, of the shape of `config`; its versions."""
     try:
         import torch
         import transformers

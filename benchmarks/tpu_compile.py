@@ -1,7 +1,7 @@
 """Compiles the grouped products of every configuration for TPUs that are not here: which compile, and at what FLOPs.
 
 `python -m benchmarks.tpu_compile [--generations=v4,v5e,...] [--rows=32768] [--experts=8] [--json=FILE]` on any machine with
-`libtpu` (`pip install '.[dev]'`). Each product is compiled forward and backward, in bfloat16 and float32.
+`libtpu` (`pip install libtpu`). Each product is compiled forward and backward, in bfloat16 and float32.
 
 Two figures, both over the useful FLOPs: `flops` is what the compiler counts, where a Pallas kernel counts for what it
 declares, which is its useful FLOPs; `tile_flops` counts whole tiles at the worst group sizes.
@@ -27,8 +27,8 @@ def main():
     """Compiles and prints one product a line."""
     m, n_experts = _ROWS.value, _EXPERTS.value
     figures = []
-    for generation in _GENERATIONS.value:
-        device = tpu_devices(generation)[0]
+    devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}
+    for generation, device in devices.items():
         for d, f in expert_shapes():
             for dtype in ("bfloat16", "float32"):
                 figure = {"generation": generation, "rows": m, "experts": n_experts, "shape": [d, f], "dtype": dtype}

@@ -298,6 +298,12 @@ def test_debug_off(tmp_path):
     assert status == 2 and "Traceback" not in stderr
 
 
+def test_configuration_that_exits_is_no_success(tmp_path):
+    (tmp_path / "leaves.py").write_text("import sys\n\n\ndef get_config():\n    sys.exit('no corpus')\n")
+    status, _, stderr = run(["train.py", f"--config={tmp_path / 'leaves.py'}", f"--workdir={tmp_path / 'run'}"])
+    assert status == 2 and "get_config() called sys.exit('no corpus')" in stderr and not (tmp_path / "run").exists()
+
+
 def test_help_lists_the_flags():
     status, stdout, stderr = run(["train.py", "--help"])
     assert status == 0 and "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr

@@ -20,7 +20,7 @@ from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import dispatch, scoring, selection
 from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
-from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu
+from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu, weighted_product
 
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
@@ -28,9 +28,9 @@ expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_ax
 # A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings, the token
 # weights [T] where tokens compete with each other, and the selection bias [n] (or None) of loss-free balancing.
 SELECTIONS = {
-    "top_k": lambda c, _, bias: partial(selection.top_k, k=c.top_k, gate=c.gate, bias=bias),
-    "top_p": lambda c, _, __: partial(selection.top_p, threshold=c.top_p),
-    "expert_choice": lambda c, token_weights, _: partial(
+    "top_k": lambda c, token_weights, bias: partial(selection.top_k, k=c.top_k, gate=c.gate, bias=bias),
+    "top_p": lambda c, token_weights, bias: partial(selection.top_p, threshold=c.top_p),
+    "expert_choice": lambda c, token_weights, bias: partial(
         selection.expert_choice, capacity_factor=c.capacity_factor, token_weights=token_weights
     ),
 }
@@ -40,8 +40,8 @@ class _ExpertsModule(nn.Module):
     """What the layers share: tokens of any leading shape, float32 parameters cast to a dtype of computation, a pipeline."""
 
     config: ExpertsConfig
-    balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
+    balance: BalanceConfig = BalanceConfig()
     recompute: bool = False  # model.remat="experts"
 
     def __call__(self, x, token_weights=None, selection_bias=None):
@@ -53,7 +53,8 @@ class _ExpertsModule(nn.Module):
           selection_bias: `[n]` float32 of loss-free balancing, or None.
 
         Returns:
-          `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`.
+          `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With sparse scoring the statistics
+          have a gradient only where `balance` has a loss.
         """
         shape = x.shape
         x = x.reshape(-1, shape[-1]).astype(self.dtype)
@@ -61,14 +62,11 @@ class _ExpertsModule(nn.Module):
         y, stats = self.process(x, token_weights, selection_bias)
         return y.reshape(shape), stats
 
-    def weight(self, name, shape, init=expert_init):
-        """A float32 parameter, cast to the dtype of computation."""
-        return self.param(name, init, shape).astype(self.dtype)
-
-    def pipeline(self, x, token_weights, selection_bias, scores, balance_scores, gate, w_p, w_o):
+    def pipeline(self, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
         """The stations after scoring; the kinds of expert differ in their gate.
 
-        `gate(rows [P, d], assignment, plan) -> (pre-activations [P, w], assignment)`; the assignment may get new weights.
+        `gate(rows [P, d], assignment, plan, weights) -> (pre-activations [P, w], assignment)`; the assignment may get new
+        weights for its slots. `weights` are float32 parameters by name, `w_p` and `w_o` among them.
         """
         c = self.config
         scores, balance_scores = (checkpoint_name(s, selection.SELECTION) for s in (scores, balance_scores))
@@ -79,19 +77,22 @@ class _ExpertsModule(nn.Module):
         with jax.named_scope("plan"):
             plan = dispatch.plan_rows(assignment, c.n_experts)
 
-        def experts(x, weight):
-            chosen = assignment._replace(weight=weight)
+        def experts(x, slot_weight, weights):
+            # Cast here, where it is computed again: a cast copy of all weights is not kept.
+            w = jax.tree.map(lambda a: a.astype(self.dtype), weights)
+            chosen = assignment._replace(weight=slot_weight)
             with jax.named_scope("dispatch"):
                 rows = dispatch.dispatch(x, chosen, plan)
             with jax.named_scope("experts"):
-                pre_activations, chosen = gate(rows, chosen, plan)
-                rows = swiglu(rows, pre_activations, dispatch.row_weights(chosen, plan), w_p, w_o, plan.group_sizes)
+                pre_activations, chosen = gate(rows, chosen, plan, w)
+                row_weight = dispatch.row_weights(chosen, plan)
+                rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], plan.group_sizes)
             with jax.named_scope("combine"):
                 return dispatch.combine(rows, chosen, plan, x.shape[0])
 
         if self.recompute:
             experts = jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
-        return experts(x, assignment.weight), stats
+        return experts(x, assignment.weight, weights), stats
 
 
 class AoELayer(_ExpertsModule):
@@ -102,32 +103,36 @@ class AoELayer(_ExpertsModule):
         """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
         c, d = self.config, x.shape[-1]
         width = c.width(d)
-        w_down = self.weight("w_down", (c.n_experts, d, c.d_low))
-        w_up = self.weight("w_up", (c.n_experts, c.d_low, width))
-        w_p = self.weight("w_p", (c.n_experts, d, width))
-        w_o = self.weight("w_o", (c.n_experts, width, d))
+        weights = {
+            "w_down": self.param("w_down", expert_init, (c.n_experts, d, c.d_low)),
+            "w_up": self.param("w_up", expert_init, (c.n_experts, c.d_low, width)),
+            "w_p": self.param("w_p", expert_init, (c.n_experts, d, width)),
+            "w_o": self.param("w_o", expert_init, (c.n_experts, width, d)),
+        }
         stride = self.balance.aux_stride
         if c.sparse_scoring:
             with jax.named_scope("score"):
-                operands = (x, w_down) if self.balance.has_loss else jax.lax.stop_gradient((x, w_down))
+                operands = (x, weights["w_down"])
+                if not self.balance.has_loss:
+                    operands = jax.lax.stop_gradient(operands)
                 scores, balance_scores = scoring.sparse_scores(*operands, stride)
 
-            def gate(rows, assignment, plan):
-                c_rows = checkpoint_name(grouped_matmul(rows, w_down, plan.group_sizes), EXPERT_RESIDUAL)
+            def gate(rows, assignment, plan, w):
+                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.group_sizes), EXPERT_RESIDUAL)
                 norms = dispatch.slot_values(scoring.activation_norms(c_rows), plan)
-                return grouped_matmul(c_rows, w_up, plan.group_sizes), selection.weigh_chosen(assignment, norms)
+                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), selection.weigh_chosen(assignment, norms)
 
         else:
             with jax.named_scope("score"):
-                cache = scoring.low_rank_activations(x, w_down)
+                cache = scoring.low_rank_activations(x, weights["w_down"].astype(x.dtype))
                 scores = scoring.activation_norms(cache)
             balance_scores = scores[::stride]
 
-            def gate(rows, assignment, plan):
+            def gate(rows, assignment, plan, w):
                 c_rows = dispatch.take_activations(cache, assignment, plan)
-                return grouped_matmul(c_rows, w_up, plan.group_sizes), assignment
+                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), assignment
 
-        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, w_p, w_o)
+        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 
 
 class RouterLayer(_ExpertsModule):
@@ -146,24 +151,26 @@ class RouterLayer(_ExpertsModule):
                 scores = scoring.large_router_logits(x, w_hidden, w_router)
             else:
                 scores = scoring.router_logits(x, self.param("w_router", matrix_init, (d, c.n_experts)))
-        w_p = self.weight("w_p", (c.n_experts, d, width))
-        w_o = self.weight("w_o", (c.n_experts, width, d))
+        weights = {
+            "w_p": self.param("w_p", expert_init, (c.n_experts, d, width)),
+            "w_o": self.param("w_o", expert_init, (c.n_experts, width, d)),
+        }
         if c.factorised_gate:
-            w_down = self.weight("w_down", (c.n_experts, d, c.d_low))
-            w_up = self.weight("w_up", (c.n_experts, c.d_low, width))
+            weights["w_down"] = self.param("w_down", expert_init, (c.n_experts, d, c.d_low))
+            weights["w_up"] = self.param("w_up", expert_init, (c.n_experts, c.d_low, width))
 
-            def gate(rows, assignment, plan):
-                c_rows = checkpoint_name(grouped_matmul(rows, w_down, plan.group_sizes), EXPERT_RESIDUAL)
-                return grouped_matmul(c_rows, w_up, plan.group_sizes), assignment
+            def gate(rows, assignment, plan, w):
+                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.group_sizes), EXPERT_RESIDUAL)
+                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), assignment
 
         else:
-            w_g = self.weight("w_g", (c.n_experts, d, width))
+            weights["w_g"] = self.param("w_g", expert_init, (c.n_experts, d, width))
 
-            def gate(rows, assignment, plan):
-                return checkpoint_name(grouped_matmul(rows, w_g, plan.group_sizes), EXPERT_RESIDUAL), assignment
+            def gate(rows, assignment, plan, w):
+                return checkpoint_name(grouped_matmul(rows, w["w_g"], plan.group_sizes), EXPERT_RESIDUAL), assignment
 
         balance_scores = scores[:: self.balance.aux_stride]
-        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, w_p, w_o)
+        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 
 
 class DenseLayer(_ExpertsModule):
@@ -173,10 +180,9 @@ class DenseLayer(_ExpertsModule):
     def process(self, x, token_weights, selection_bias):
         """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
         d, width = x.shape[-1], self.config.d_ffn
-        w_g = self.weight("w_g", (d, width), matrix_init)
-        w_p = self.weight("w_p", (d, width), matrix_init)
-        w_o = self.weight("w_o", (width, d), matrix_init)
-        y = (jax.nn.silu(x @ w_g) * (x @ w_p)) @ w_o
+        shapes = {"w_g": (d, width), "w_p": (d, width), "w_o": (width, d)}
+        w = {name: self.param(name, matrix_init, shape).astype(self.dtype) for name, shape in shapes.items()}
+        y = weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]
         one, zero = jnp.ones(1), jnp.zeros(())
         return y, LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
 

@@ -55,8 +55,9 @@ def sparse_scores(x, w_down, stride):
 
     Args:
       x: `[T, d]`.
-      w_down: `[n, d, r]`, same dtype as `x`.
-      stride: a whole number from 1.
+      w_down: `[n, d, r]`, cast to the dtype of `x`.
+      stride: a whole number from 1. Tokens are counted over the flattened batch: where it divides the sequence length, the
+        same positions take part in every sequence.
 
     Returns:
       `(scores [T, n], balance_scores [ceil(T / stride), n])`, float32 at least.
@@ -65,15 +66,19 @@ def sparse_scores(x, w_down, stride):
     return jax.lax.stop_gradient(scores), balance_scores
 
 
+def _norms(x, w_down):
+    return activation_norms(low_rank_activations(x, w_down.astype(x.dtype)))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sparse_scores(x, w_down, stride):
-    scores = activation_norms(low_rank_activations(x, w_down))
+    scores = _norms(x, w_down)
     return scores, scores[::stride]
 
 
 def _sparse_scores_backward(stride, residuals, g):
     x, w_down = residuals
-    _, pull_back = jax.vjp(lambda x, w: activation_norms(low_rank_activations(x, w)), x, w_down)
+    _, pull_back = jax.vjp(_norms, x, w_down)
     d_x, d_w_down = pull_back(g[1])
     after = g[0].shape[0] - 1 - (x.shape[0] - 1) * stride
     return jax.lax.pad(d_x, jnp.zeros((), d_x.dtype), [(0, after, stride - 1), (0, 0, 0)]), d_w_down

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps what bears this name. So it
-# does with the scores, [T, n] only, so that scoring is not computed again for their sake.
+# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps what bears this name. The
+# scores bear it too: they are [T, n] only, and keeping them saves scoring again.
 SELECTION = "selection"
 
 
@@ -40,10 +40,10 @@ def top_k(scores, k, gate="chosen", bias=None):
     Args:
       scores: `[T, n]` float32.
       k: experts per token.
-      bias: `[n]`, added to the scores for the choice, not for the weights: loss-free balancing (Wang et al. 2024, arXiv
-        2408.15664), see `balance.updated_bias`. None: no bias.
       gate: weights are the softmax over the `"chosen"` scores (Algorithms 1 and 2), or over `"all"` n scores and not
         renormalised (the authors' released code).
+      bias: `[n]`, added to the scores for the choice, not for the weights: loss-free balancing (Wang et al. 2024, arXiv
+        2408.15664), see `balance.updated_bias`. None: no bias.
 
     Returns:
       An `Assignment` with `P = T k`.

@@ -3,8 +3,6 @@
 P rows, d model width, n experts, w expert width.
 """
 
-from functools import partial
-
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -31,10 +29,13 @@ def swiglu(rows, gate, weight, w_p, w_o, group_sizes):
       `[P, d]`; rows past `sum(group_sizes)` are zero.
     """
     up = checkpoint_name(grouped_matmul(rows, w_p, group_sizes), EXPERT_RESIDUAL)
-    return grouped_matmul(_weighted_product(gate, up, weight), w_o, group_sizes)
+    return grouped_matmul(weighted_product(gate, up, weight), w_o, group_sizes)
 
 
-# Autodiff would keep every elementwise step of it; its three arguments suffice.
-@partial(jax.checkpoint, prevent_cse=False)
-def _weighted_product(gate, up, weight):
+@jax.checkpoint
+def weighted_product(gate, up, weight):
+    """`weight SiLU(gate) * up`: `[P, w]`, `[P, w]`, `[P]` -> `[P, w]`, dtype of `up`.
+
+    Autodiff would keep every elementwise step of it for the backward pass; its three arguments suffice.
+    """
     return (jax.nn.silu(gate) * up * weight[:, None]).astype(up.dtype)

@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
             x = x + Attention(self.model.n_heads, dtype, name="attention")(normed, segment_ids)
         normed = nn.RMSNorm(dtype=dtype, name="experts_norm")(x)
         experts = LAYERS[self.experts.kind](
-            self.experts, self.balance, dtype, recompute=self.model.remat == "experts", name="experts"
+            self.experts, dtype, self.balance, recompute=self.model.remat == "experts", name="experts"
         )
         y, stats = experts(normed, token_weights, selection_bias)
         return x + y, stats

@@ -32,7 +32,7 @@ def check_workdir(workdir: Path, config: Config):
     path = workdir / "config.json"
     if not path.exists():
         return
-    found, wanted = _flat(read_config_json(path)), _flat(config.to_dict())
+    found, wanted = _flat(Config.from_config_dict(read_config_json(path)).to_dict()), _flat(config.to_dict())
     differing = [
         f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted(found.keys() | wanted.keys())

@@ -9,6 +9,7 @@ import pytest
 
 from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import BACKENDS, grouped_matmul
+from aoe_jax.experts.grouped_matmul.blocked import _layout
 
 pytestmark = pytest.mark.smoke
 
@@ -19,7 +20,12 @@ GROUP_SIZES = {
     "groups of one row": [1, 1, 1, 1, 1, 1],
     "rows past the last group": [10, 50, 3, 0, 7, 40],
     "no rows at all": [0, 0, 0, 0, 0, 0],
+    # These go through the batched product of `blocked`: whole, with a rest for its blocks, with rows of no group.
+    "nearly equal": [42, 42, 33, 44, 29, 34],
+    "one larger group": [60, 7, 37, 40, 30, 50],
+    "nearly equal, rows past the last group": [31, 31, 33, 23, 46, 37],
 }
+BATCHED = list(GROUP_SIZES)[-3:]
 M, D, F = 224, 24, 40
 # One callable a backend, so that cases of one shape share a compilation; mosaic_gpu has tests of its own.
 PORTABLE = {name: partial(grouped_matmul, backend=name) for name in BACKENDS if name != "mosaic_gpu"}
@@ -62,8 +68,9 @@ def test_values_and_gradients(backend, case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("backend", PORTABLE)
-def test_nothing_leaks_from_unused_rows(backend):
-    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES["rows past the last group"], "float32")
+@pytest.mark.parametrize("case", ["rows past the last group", "nearly equal, rows past the last group"])
+def test_nothing_leaks_from_unused_rows(backend, case):
+    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES[case], "float32")
     used = int(group_sizes.sum())
     poisoned = rows.at[used:].set(jnp.nan)
     function, cotangent = PORTABLE[backend], cotangent.at[used:].set(jnp.nan)
@@ -82,6 +89,11 @@ def test_random_group_sizes(n_experts, m):
     weights = jnp.asarray(rng.standard_normal((n_experts, 8, 4)), jnp.float32)
     got = grouped_matmul(rows, weights, jnp.asarray(sizes, jnp.int32), backend="blocked")
     np.testing.assert_allclose(got, reference(rows, weights, sizes), atol=1e-5)
+
+
+def test_both_ways_of_blocked_are_tested():
+    ways = {case: bool(_layout(jnp.array(sizes, jnp.int32), M).is_batched) for case, sizes in GROUP_SIZES.items()}
+    assert {case for case, batched in ways.items() if batched} == set(BATCHED)
 
 
 def test_bad_arguments_are_named():

@@ -31,7 +31,7 @@ def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, recompute=False
     """A layer with its parameters and tokens, all in `dtype`."""
     settings = {"n_experts": 5, "top_k": 2, "d_ffn": 16, "d_low": 4} | settings
     config = ExpertsConfig(kind=kind, **settings)
-    layer = LAYERS[kind](config, balance or BalanceConfig(), dtype=jnp.dtype(dtype), recompute=recompute)
+    layer = LAYERS[kind](config, jnp.dtype(dtype), balance or BalanceConfig(), recompute)
     x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
     params = jax.jit(layer.init)(jax.random.key(seed + 1), x)["params"]
     return layer, jax.tree.map(lambda a: a.astype(dtype), params), x

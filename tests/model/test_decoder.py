@@ -116,6 +116,19 @@ def test_remat_changes_memory_but_no_gradient(kind):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_what_recomputing_experts_keeps(kind):
+    """Of the experts' rows, `C` and `x Wp` or `x Wg` and `x Wp`; and no copy of the weights in the dtype of computation."""
+    model = dataclasses.replace(MODEL, remat="experts", dtype="bfloat16")
+    decoder, variables = build(model, kind=kind, n_experts=3, d_ffn=40, d_low=5, top_k=2)
+    residuals = jax.tree.leaves(jax.vjp(lambda v: decoder.apply(v, TOKENS)[0], variables)[1])
+    kept = [a.shape for a in residuals if a.dtype == jnp.bfloat16]
+    rows, width = 2 * TOKENS.size, decoder.experts.width(16)
+    by_row = sorted(shape[-1] for shape in kept if shape[1:-1] == (rows,))
+    assert by_row == ([5, width] if kind == "aoe" else [width, width])
+    assert not [shape for shape in kept if shape[:2] == (2, 3)]
+
+
 @pytest.mark.parametrize("remat", ["none", "experts", "layer"])
 def test_scores_are_not_computed_again(remat):
     """Under any remat, the only product backward with the Wdown of all experts is that of the balance losses."""

@@ -31,7 +31,7 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
       rows: `[M, D]`, the first `group_sizes[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
       group_sizes: `[E]` int32, with a sum of at most M.
-      backend: `"blocked"` (plain JAX, row blocks in expert order), `"megablox"` (TPU; interpreted on CPU),
+      backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"megablox"` (TPU; interpreted on CPU),
         `"mosaic_gpu"` (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or `"auto"`: by
         the devices of the mesh in context (`jax.set_mesh`, `jax.shard_map`), else by those of this process. So a program
         that is compiled ahead of time for another machine gets that machine's kernel from its mesh.

@@ -3,7 +3,8 @@
 B is a little more than the mean group, so with balanced loads almost all rows go through the batched product, which reads
 every expert's weights in place. What is left of larger groups goes through a loop over blocks of rows in expert order, each
 block one dense matmul; its trip count is dynamic. Where groups are so uneven, or so many rows unused, that less than half of
-the batched product would be useful, all rows go through the loop: never more than about twice the useful work is done.
+the batched product would be useful, all rows go through the loop: never more is done than about twice the useful work and a
+block a group.
 
 M rows, D contracted width, F output width, E experts, B rows of a group's head, S rows of a block.
 """
