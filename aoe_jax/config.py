@@ -185,7 +185,9 @@ class BalanceConfig:
 
     aux_weight: float = 0.01  # alpha of L_aux (Eq. 2 and 6)
     entropy_weight: float = 0.0  # of Ent_conf, minimised (top-p; Huang et al. 2024 use 1e-4)
-    aux_tokens: float = 1.0  # fraction of the tokens, 1 / a whole number, that the softmax in both is averaged over
+    aux_tokens: float = (
+        1.0  # fraction of the tokens, 1 / a whole number, that the softmax in the losses is averaged over
+    )
     # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's selection bias, as a fraction of
     # the standard deviation of a token's scores over experts; 0: none.
     bias_rate: float = 0.0
@@ -197,12 +199,6 @@ class BalanceConfig:
             "balance.aux_tokens",
             self.aux_tokens,
             "must be 1 or a whole fraction of it, such as 0.5 or 0.125",
-        )
-        _require(
-            self.aux_tokens == 1 or self.has_loss,
-            "balance.aux_tokens",
-            self.aux_tokens,
-            "belongs to the balance losses; set aux_weight or entropy_weight, or leave it at 1",
         )
 
     @property

@@ -21,7 +21,7 @@ from aoe_jax.training.checkpoint import check_workdir, read_json
 from benchmarks.timing import configuration, report
 
 # arm -> (variant of configs/tiny.py, fields of the group `balance`)
-LOSS_FREE = {"aux_weight": 0.0, "aux_tokens": 1.0, "bias_rate": 0.01}
+LOSS_FREE = {"aux_weight": 0.0, "bias_rate": 0.01}
 ARMS = {
     "AoE, L_aux": ("aoe", {"aux_tokens": 1.0}),
     "AoE, L_aux of 1/8": ("aoe", {"aux_tokens": 0.125}),

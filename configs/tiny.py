@@ -27,8 +27,8 @@ def get_config(variant="aoe"):
         config.experts.kind = "router"
     elif variant == "dense":
         config.experts.update(kind="dense", d_ffn=config.experts.n_experts * config.experts.d_ffn)
-        config.balance.update(aux_weight=0.0, aux_tokens=1.0)
+        config.balance.aux_weight = 0.0
     elif variant == "dense_active":
         config.experts.update(kind="dense", d_ffn=config.experts.top_k * config.experts.d_ffn)
-        config.balance.update(aux_weight=0.0, aux_tokens=1.0)
+        config.balance.aux_weight = 0.0
     return config

@@ -32,6 +32,7 @@ SETTINGS = {
     "experts.d_ffn": 32,
     "experts.d_low": 8,
     "balance.aux_weight": 0.0,
+    "balance.aux_tokens": 1.0,
     "data.name": "text",
     "data.seq_len": 32,
     "train.steps": STEPS,

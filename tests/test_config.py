@@ -75,7 +75,6 @@ BAD = {
     "experts.score_gradient='sparse'": ("experts", {"score_gradient": "sparse", "gate": "all"}, "use 'dense'"),
     "balance.aux_tokens=0.3": ("balance", {"aux_tokens": 0.3}, "whole fraction"),
     "balance.aux_tokens=0.0": ("balance", {"aux_tokens": 0.0}, "whole fraction"),
-    "balance.aux_tokens=0.5": ("balance", {"aux_tokens": 0.5, "aux_weight": 0.0}, "belongs to the balance losses"),
     "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "0 or greater"),
     "data.name=''": ("data", {"name": ""}, "sotu"),
     "data.path=None": ("data", {"name": "text"}, "folder"),
