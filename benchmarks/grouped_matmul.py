@@ -11,25 +11,14 @@ import numpy as np
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import grouped_matmul
-from benchmarks.timing import keep_freed_memory, machine, medians, report
+from benchmarks.timing import keep_freed_memory, machine, medians, parse_sizes, report
 
 _SHAPES = flags.DEFINE_list("shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE")
 _BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
-
-def _parse(shape):
-    try:
-        m, d, f, n_experts = (int(size) for size in shape.split("x"))
-    except ValueError as e:
-        raise UserError(f"--shapes={shape}: four numbers MxDxFxE, such as 4096x512x1024x8") from e
-    if min(m, d, f, n_experts) < 1:
-        raise UserError(f"--shapes={shape}: every size must be greater than 0")
-    return m, d, f, n_experts
 
 
 def _inputs(m, d, f, n_experts, dtype):
@@ -55,7 +44,7 @@ def _timed(product, rows, weights, g):
 def main():
     """Times and prints one backend and shape a line."""
     keep_freed_memory()
-    shapes = [_parse(shape) for shape in _SHAPES.value]
+    shapes = [parse_sizes(shape, 4, "four numbers MxDxFxE, such as 4096x512x1024x8") for shape in _SHAPES.value]
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
     for m, d, f, n_experts in shapes:

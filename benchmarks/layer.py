@@ -16,26 +16,17 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.counts import layer_flops_per_token
-from aoe_jax.errors import UserError
 from aoe_jax.experts import dispatch, scoring, selection
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.swiglu import swiglu
-from benchmarks.timing import keep_freed_memory, machine, medians, report
+from benchmarks.timing import keep_freed_memory, machine, medians, parse_sizes, report
 
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens", lower_bound=1)
 _SHAPES = flags.DEFINE_list("shapes", ["256x8x2x512", "256x64x8x128"], "d_model x n_experts x top_k x d_ffn")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
-
-def _parse(shape):
-    try:
-        d, n_experts, top_k, d_ffn = (int(size) for size in shape.split("x"))
-    except ValueError as e:
-        raise UserError(f"--shapes={shape}: d_model x n_experts x top_k x d_ffn, such as 256x8x2x512") from e
-    return d, n_experts, top_k, d_ffn
 
 
 def configurations(d, n_experts, top_k, d_ffn):
@@ -111,7 +102,9 @@ def _stations(d, experts, n_tokens, dtype):
 def main():
     """Times and prints one layer a line, then the stations."""
     keep_freed_memory()
-    shapes = [_parse(shape) for shape in _SHAPES.value]
+    shapes = [
+        parse_sizes(shape, 4, "d_model x n_experts x top_k x d_ffn, such as 256x8x2x512") for shape in _SHAPES.value
+    ]
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
     for shape in shapes:

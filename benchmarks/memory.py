@@ -13,9 +13,8 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.counts import layer_flops_per_token
-from aoe_jax.errors import UserError
 from benchmarks.compiling import TOPOLOGIES, compile_layers, tpu_devices
-from benchmarks.timing import report
+from benchmarks.timing import parse_sizes, report
 
 NO_LOSS, EIGHTH = BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.125)
 
@@ -39,17 +38,12 @@ _SHAPES = flags.DEFINE_list("shapes", ["8x2x3072x256", "64x8x768x512"], "n_exper
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
-def _parse(shape):
-    try:
-        n_experts, top_k, d_ffn, d_low = (int(size) for size in shape.split("x"))
-    except ValueError as e:
-        raise UserError(f"--shapes={shape}: n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256") from e
-    return n_experts, top_k, d_ffn, d_low
-
-
 def main():
     """Compiles and prints one arm and setting a line, then AoE over router, each at its best."""
-    shapes, figures = [_parse(shape) for shape in _SHAPES.value], []
+    shapes, figures = (
+        [parse_sizes(shape, 4, "n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256") for shape in _SHAPES.value],
+        [],
+    )
     devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}
     for generation, device in devices.items():
         for shape in shapes:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config import Config
+from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import write_json
 from aoe_jax.training.step import init_state, make_train_step
 from configs import tiny
@@ -85,6 +86,16 @@ def make_step(config: Config):
         return metrics["loss"]
 
     return run, step
+
+
+def parse_sizes(shape, count, form):
+    """The `count` sizes of a shape such as `4096x512`; UserError, which says the `form`, where it is none."""
+    sizes = shape.split("x")
+    if len(sizes) != count or not all(size.isdecimal() for size in sizes):
+        raise UserError(f"--shapes={shape}: {form}")
+    if "0" in (size.lstrip("0") or "0" for size in sizes):
+        raise UserError(f"--shapes={shape}: every size must be greater than 0")
+    return tuple(int(size) for size in sizes)
 
 
 def report(figures, json_file):

@@ -3,7 +3,6 @@
 `python -m benchmarks.tpu_compile` compiles every shape for every generation; here every shape is compiled for one.
 """
 
-import sys
 from functools import partial
 from itertools import cycle
 
@@ -16,11 +15,6 @@ from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.counts import layer_flops_per_token
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from benchmarks.compiling import TOPOLOGIES, compile_layers, expert_shapes, lower_for, megablox_tile_flops, tpu_devices
-
-if sys.platform == "linux":
-    import libtpu  # noqa: F401  `make test` brings it; without it nothing here may pass for tested
-else:
-    pytest.skip("libtpu is for Linux only", allow_module_level=True)
 
 
 def kernels_and_dense_products(lowered):
