@@ -40,10 +40,8 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 def main():
     """Compiles and prints one arm and setting a line, then AoE over router, each at its best."""
-    shapes, figures = (
-        [parse_sizes(shape, 4, "n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256") for shape in _SHAPES.value],
-        [],
-    )
+    form = "n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256"
+    shapes, figures = [parse_sizes(shape, 4, form) for shape in _SHAPES.value], []
     devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}
     for generation, device in devices.items():
         for shape in shapes:
