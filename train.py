@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from aoe_jax import cli
+from aoe_jax import cli, distributed
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of the run; one with a checkpoint goes on from it")
@@ -14,6 +14,7 @@ def main():
     """Trains."""
     config = cli.parsed_config(_CONFIG)
     workdir = Path(cli.required(_WORKDIR))
+    distributed.start()
     from aoe_jax.training.loop import train  # JAX starts only once the command line is known to be right
 
     train(config, workdir)

@@ -52,7 +52,7 @@ def required(flag):
 
 
 def run(main):
-    """Parses the command line, sets up logging and calls `main()`; exits with 2 on a `UserError`."""
+    """Parses the command line, sets up logging, calls `main()` and exits with what it returns, with 2 on a `UserError`."""
     debug = any(argument.lstrip("-") in ("debug", "debug=true") for argument in sys.argv[1:])
     try:
         arguments = _parse(sys.argv)
@@ -61,13 +61,14 @@ def run(main):
         _set_up_logging()
         if not debug:
             _hide_background_errors()
-        main()
+        status = main()
     except UserError as e:
         if debug:
             traceback.print_exc()
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # not sys.exit: what still runs in the background would print tracebacks
+    sys.exit(status)
 
 
 def _parse(argv):

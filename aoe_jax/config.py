@@ -286,6 +286,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh, and how tokens reach their experts; see `aoe_jax/sharding.py`."""
+
+    data: int = -1  # -1: all devices that the other axes leave
+    fsdp: int = 1  # parameters and optimiser state are split over it as well
+    expert: int = 1  # experts are split over it
+    tensor: int = 1  # attention heads, the width of experts, and positions between them
+    # ring: every device of the expert axis gets all tokens of its row; all_to_all: tokens go to their experts' devices only.
+    transport: str = "ring"
+
+    def __post_init__(self):
+        _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "must be greater than 0, or -1 for the rest")
+        _require_positive("mesh", self, "fsdp", "expert", "tensor")
+        _require_choice("mesh.transport", self.transport, ("ring", "all_to_all"))
+        _require(
+            self.transport == "ring" or self.expert > 1,
+            "mesh.transport",
+            self.transport,
+            "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'",
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -295,6 +318,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         _require(
@@ -330,6 +354,7 @@ class Config:
             self.model.remat,
             "belongs to layers of experts; use none or layer with a dense model",
         )
+        self._check_mesh()
         for name in ("aux_weight", "entropy_weight", "bias_rate"):
             _require(
                 self.experts.kind != "dense" or getattr(self.balance, name) == 0,
@@ -337,6 +362,40 @@ class Config:
                 getattr(self.balance, name),
                 "a dense layer has no load to balance; set it to 0",
             )
+
+    def _check_mesh(self):
+        """Refuses what the mesh would have to split unevenly."""
+        m, e, mesh, d = self.model, self.experts, self.mesh, self.model.d_model
+        if e.kind == "dense":
+            _require(mesh.expert == 1, "mesh.expert", mesh.expert, "a dense model has no experts to split; use fsdp")
+        splits = [
+            ("expert", "experts.n_experts", e.n_experts),
+            ("tensor", "model.n_heads", m.n_heads),
+            ("tensor", "data.seq_len", self.data.seq_len),
+            ("tensor", "experts.d_wide" if e.low_rank else "experts.d_ffn", e.width(d)),
+            ("fsdp", "model.d_model", d),
+        ]
+        if e.low_rank:
+            splits.append(("fsdp", "experts.d_low", e.d_low))
+        for axis, name, size in splits:
+            hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
+            pieces = getattr(mesh, axis)
+            _require(size % pieces == 0, f"mesh.{axis}", pieces, f"must divide {name}={size}{hint}")
+        rows, shards = self.train.batch_size // self.train.accumulate, max(mesh.data, 1) * mesh.fsdp * mesh.expert
+        micro = "train.batch_size / train.accumulate" if self.train.accumulate > 1 else "train.batch_size"
+        _require(
+            rows % shards == 0,
+            "train.batch_size",
+            self.train.batch_size,
+            f"{micro}={rows} sequences must be divisible by mesh.data * mesh.fsdp * mesh.expert = {shards}",
+        )
+        local = self.data.seq_len // mesh.tensor
+        _require(
+            shards * mesh.tensor == 1 or not self.balance.has_loss or local % self.balance.aux_stride == 0,
+            "balance.aux_tokens",
+            self.balance.aux_tokens,
+            f"on a mesh, every 1 / aux_tokens-th position must fall alike in each device's {local} positions of a sequence",
+        )
 
     @classmethod
     def from_config_dict(cls, config):

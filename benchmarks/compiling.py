@@ -3,14 +3,10 @@
 M rows, D contracted width, F output width, E experts.
 """
 
-import importlib.util
-import os
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from aoe_jax.config import Config
@@ -19,6 +15,7 @@ from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.grouped_matmul.megablox import tiles
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.selection import SELECTION
+from aoe_jax.plan import topology_devices
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.
@@ -29,11 +26,7 @@ def tpu_devices(generation):
     """Devices of a TPU that needn't be here; `libtpu` must."""
     if generation not in TOPOLOGIES:
         raise UserError(f"--generations={generation} is unknown; choose of {', '.join(TOPOLOGIES)}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server which machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile too
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is missing, the compiler for TPUs; pip install libtpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices
+    return topology_devices(TOPOLOGIES[generation])[1]
 
 
 def expert_shapes():

@@ -20,7 +20,7 @@ from aoe_jax.experts.grouped_matmul import mosaic_gpu
 from aoe_jax.training.checkpoint import write_json
 from benchmarks.compiling import expert_shapes, lower_for
 
-_TARGET = flags.DEFINE_string("target_config", "benchmarks/h100.txtpb", "the target config of a GPU, in text form")
+_TARGET = flags.DEFINE_string("target_config", "aoe_jax/h100.txtpb", "the target config of a GPU, in text form")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")

@@ -94,7 +94,7 @@ def _stations(d, experts, n_tokens, dtype):
             x,
             arrays,
         ),
-        "experts": compiled(run_experts, rows, dispatch.row_weights(assignment, plan), p),
+        "experts": compiled(run_experts, rows, dispatch.row_values(assignment.weight, plan), p),
         "combine": compiled(lambda r, plan: dispatch.combine(r, assignment, plan, n_tokens), rows, plan),
     }
 

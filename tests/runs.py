@@ -130,13 +130,14 @@ def train_command(workdir, **changes):
     return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
 
 
-def start(command):
-    """Starts a command line in the root of the repository."""
+def start(command, **variables):
+    """Starts a command line in the root of the repository, with environment variables of its own."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes longer than a tiny run
         "JAX_COMPILATION_CACHE_DIR": str(scratch("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        **variables,
     }
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)

@@ -1,6 +1,7 @@
 """Evaluating a trained run: `evaluate_workdir(workdir)` restores the newest checkpoint and scores a held-out split."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,8 +12,17 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.sharding import (
+    batch_sharding,
+    fill_mesh,
+    make_mesh,
+    put_whole,
+    replicated,
+    state_shardings,
+    with_shardings,
+)
 from aoe_jax.training.checkpoint import Checkpoints, check_data, read_config_json, write_json
-from aoe_jax.training.loop import log_run, one_device_mesh
+from aoe_jax.training.loop import log_run
 from aoe_jax.training.step import init_state
 
 log = logging.getLogger(__name__)
@@ -34,7 +44,13 @@ def evaluate_workdir(workdir: Path, split="test"):
     """
     if split not in SPLITS:
         raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
-    config = Config.from_config_dict(read_config_json(workdir / "config.json"))
+    config = fill_mesh(Config.from_config_dict(read_config_json(workdir / "config.json")), jax.device_count())
+    mesh = make_mesh(config, jax.devices())
+    with jax.set_mesh(mesh):
+        return _evaluate_workdir(config, workdir, split, mesh)
+
+
+def _evaluate_workdir(config, workdir, split, mesh):
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest_step()
     if step is None:
@@ -42,17 +58,16 @@ def evaluate_workdir(workdir: Path, split="test"):
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)
-    replicated, by_batch = one_device_mesh()
     abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
+    abstract = with_shardings(abstract, state_shardings(mesh, abstract))
     params, selection_bias = checkpoints.restore_model(step, abstract)
     store = {"validation": corpus.validation, "test": corpus.test}[split]
     result = evaluate(
-        jax.jit(make_eval_step(config), out_shardings=replicated),
+        jax.jit(make_eval_step(config), out_shardings=replicated(mesh)),
         params,
         selection_bias,
         eval_batches(store, config.data.seq_len, config.train.batch_size // config.train.accumulate),
-        lambda batch: jax.device_put(batch, by_batch),
+        partial(put_whole, batch_sharding(mesh)),
         store.text_bytes,
     )
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats, config.experts.kind)
@@ -65,6 +80,8 @@ def evaluate_workdir(workdir: Path, split="test"):
         "bits_per_byte": result.bits_per_byte,
         "load_statistics": statistics,
     }
+    if jax.process_index() > 0:
+        return report
     write_json(workdir / "eval.json", report)
     print(
         f"{split}: {result.tokens} tokens, step {step}\n"

@@ -19,7 +19,7 @@ class LayerStats(NamedTuple):
     score_spread: jax.Array  # [], mean over tokens of the standard deviation of the scores over experts
 
 
-def layer_stats(scores, balance_scores, assignment, token_weights, stride=1):
+def layer_stats(scores, balance_scores, assignment, token_weights, stride=1, total=lambda sums: sums):
     """Statistics of one layer.
 
     Args:
@@ -29,6 +29,7 @@ def layer_stats(scores, balance_scores, assignment, token_weights, stride=1):
       assignment: the `Assignment` made of the scores.
       token_weights: `[T]` float32, 1 for a token that counts and 0 for padding.
       stride: a whole number from 1, `BalanceConfig.aux_stride`.
+      total: adds the sums over tokens of other devices, so that all means are over the whole batch.
     """
     scores = jax.lax.stop_gradient(scores)
     token_weights = token_weights.astype(scores.dtype)
@@ -38,17 +39,21 @@ def layer_stats(scores, balance_scores, assignment, token_weights, stride=1):
     probability = jnp.exp(log_probability)
     entropy = -jnp.sum(probability * log_probability, axis=1)
 
-    def token_mean(values, weights):
-        weights = weights / jnp.maximum(weights.sum(), 1)
+    def token_sum(values, weights):
         return jnp.einsum("t,t...->...", weights, values, precision=jax.lax.Precision.HIGHEST)
 
-    return LayerStats(
-        load=load / jnp.maximum(token_weights.sum(), 1),
-        mean_probability=token_mean(probability, token_weights[::stride]),
-        confidence_entropy=token_mean(entropy, token_weights[::stride]),
-        mean_score=token_mean(scores, token_weights),
-        score_spread=token_mean(jnp.std(scores, axis=1), token_weights),
+    sampled_weights = token_weights[::stride]
+    counts, sampled, sums = total(
+        (
+            (token_weights.sum(), sampled_weights.sum()),
+            (token_sum(probability, sampled_weights), token_sum(entropy, sampled_weights)),
+            (load, token_sum(scores, token_weights), token_sum(jnp.std(scores, axis=1), token_weights)),
+        )
     )
+    n_tokens, n_sampled = (jnp.maximum(count, 1) for count in counts)
+    mean_probability, confidence_entropy = (value / n_sampled for value in sampled)
+    load, mean_score, score_spread = (value / n_tokens for value in sums)
+    return LayerStats(load, mean_probability, confidence_entropy, mean_score, score_spread)
 
 
 def updated_bias(bias, load, score_spread, rate):

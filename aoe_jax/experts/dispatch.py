@@ -42,14 +42,14 @@ def take_activations(cache, assignment, plan):
     return cache.at[plan.token, expert].get(mode="fill", fill_value=0)
 
 
-def row_weights(assignment, plan):
-    """The weight of each row, `[P]`."""
-    return _permute(assignment.weight, plan.order, plan.inverse)
+def row_values(values, plan):
+    """From slot order to row order: `[P]` -> `[P]`."""
+    return permute(values, plan.order, plan.inverse)
 
 
 def slot_values(values, plan):
     """From row order to slot order: `[P]` -> `[P]`."""
-    return _permute(values, plan.inverse, plan.order)
+    return permute(values, plan.inverse, plan.order)
 
 
 def combine(rows, assignment, plan, n_tokens):
@@ -66,11 +66,12 @@ def combine(rows, assignment, plan, n_tokens):
 # Autodiff turns a gather into a scatter-add, which is slow everywhere; where the index is a permutation, the inverse
 # permutation gathers instead.
 @jax.custom_vjp
-def _permute(values, index, inverse):
+def permute(values, index, inverse):
+    """`values[index]` for a permutation and its inverse."""
     return values[index]
 
 
-_permute.defvjp(
+permute.defvjp(
     lambda values, index, inverse: (values[index], inverse),
     lambda inverse, g: (g[inverse], None, None),
 )
@@ -102,4 +103,33 @@ def _sum_by_token(rows, token, inverse, slots_per_token):
 _sum_by_token.defvjp(
     lambda rows, token, inverse, slots_per_token: (_sum_slots(rows, inverse, slots_per_token), token),
     lambda slots_per_token, token, g: (g[token], None, None),
+)
+
+
+# The same for a part of the slots, in any order: each other's transpose again, summed in float32 at least.
+def take_rows(x, token):
+    """The row of each token of `token [R]`, `x [T, d]` -> `[R, d]`; zeros where it is T."""
+    return _take_rows(x, token, x.shape[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows(x, token, n_tokens):
+    return x.at[token].get(mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_rows(rows, token, n_tokens):
+    """The sum of the rows of each token: `rows [R, d]`, `token [R]` -> `[n_tokens, d]`; rows of token T count nowhere."""
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    zeros = jnp.zeros((n_tokens, rows.shape[1]), dtype)
+    return zeros.at[token].add(rows.astype(dtype), mode="drop").astype(rows.dtype)
+
+
+_take_rows.defvjp(
+    lambda x, token, n_tokens: (_take_rows(x, token, n_tokens), token),
+    lambda n_tokens, token, g: (add_rows(g, token, n_tokens), None),
+)
+add_rows.defvjp(
+    lambda rows, token, n_tokens: (add_rows(rows, token, n_tokens), token),
+    lambda n_tokens, token, g: (take_rows(g, token), None),
 )

@@ -8,6 +8,7 @@ The norms then start near `sqrt(r)` with a spread of `1 / sqrt(2)` over experts,
 T tokens, d model width, n experts, P rows, r low rank (d_low), w expert width.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
-from aoe_jax.experts import dispatch, scoring, selection
+from aoe_jax.experts import dispatch, parallel, scoring, selection
 from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu, weighted_product
@@ -25,15 +27,55 @@ from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu, weighted_product
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 
-# A selection method is one function from scores [T, n] to an Assignment; this is where it gets its settings, the token
-# weights [T] where tokens compete with each other, and the selection bias [n] (or None) of loss-free balancing.
+# A selection method is one function from scores [t, n] to an Assignment; this is where it gets its settings, the token
+# weights [t] and the devices where tokens compete with each other, and the selection bias [n] (or None) of loss-free
+# balancing.
 SELECTIONS = {
-    "top_k": lambda c, token_weights, bias: partial(selection.top_k, k=c.top_k, gate=c.gate, bias=bias),
-    "top_p": lambda c, token_weights, bias: partial(selection.top_p, threshold=c.top_p),
-    "expert_choice": lambda c, token_weights, bias: partial(
-        selection.expert_choice, capacity_factor=c.capacity_factor, token_weights=token_weights
-    ),
+    "top_k": lambda c, devices, token_weights, bias: partial(selection.top_k, k=c.top_k, gate=c.gate, bias=bias),
+    "top_p": lambda c, devices, token_weights, bias: partial(selection.top_p, threshold=c.top_p),
+    "expert_choice": lambda c, devices, token_weights, bias: _expert_choice(c, devices, token_weights),
 }
+
+
+def _expert_choice(c, devices, token_weights):
+    settings = {"capacity_factor": c.capacity_factor, "token_weights": token_weights}
+    if devices.total_size == 1:
+        return partial(selection.expert_choice, **settings)
+    return partial(selection.expert_choice_among, **settings, all_tokens=devices.all_tokens, own=devices.own_tokens)
+
+
+# The gates: (rows [R, d], round, group sizes, weights) -> (pre-activations [R, w], C [R, r] or None).
+def _whole_gate(rows, round, group_sizes, w):
+    return checkpoint_name(grouped_matmul(rows, w["w_g"], group_sizes), EXPERT_RESIDUAL), None
+
+
+def _low_rank_gate(rows, round, group_sizes, w):
+    c = checkpoint_name(grouped_matmul(rows, w["w_down"], group_sizes), EXPERT_RESIDUAL)
+    return grouped_matmul(c, w["w_up"], group_sizes), c
+
+
+def _norms_of_round(transport, n_slots, plan, number, args):
+    """The norms of a round's rows, at their slots: what `sum_over_rounds` sums."""
+    x, w_down = args
+    round = transport.round(plan, number)
+    c = grouped_matmul(transport.dispatch(x, round), w_down, transport.group_sizes(round))
+    return transport.slot_values(scoring.activation_norms(c), round, n_slots)
+
+
+def _output_of_round(transport, gate, plan, number, args):
+    """What a round's rows add to the tokens."""
+    x, slot_weight, w = args
+    round = transport.round(plan, number)
+    rows, group_sizes = transport.dispatch(x, round), transport.group_sizes(round)
+    pre_activations, _ = gate(rows, round, group_sizes, w)
+    return _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
+
+
+def _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, n_tokens):
+    row_weight = transport.row_values(slot_weight, round)
+    rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.group_sizes(round))
+    with jax.named_scope("combine"):
+        return transport.combine(rows, round, n_tokens)
 
 
 class _ExpertsModule(nn.Module):
@@ -43,12 +85,14 @@ class _ExpertsModule(nn.Module):
     dtype: Any = jnp.float32
     balance: BalanceConfig = BalanceConfig()
     recompute: bool = False  # model.remat="experts"
+    transport: str = "ring"  # MeshConfig.transport
 
+    @nn.compact
     def __call__(self, x, token_weights=None, selection_bias=None):
-        """Applies the layer.
+        """Applies the layer, on the mesh in context where there is one (`jax.set_mesh`).
 
         Args:
-          x: tokens `[..., d]`.
+          x: tokens `[..., d]`; on a mesh `[B, S, d]` or `[T, d]`.
           token_weights: `[...]`, 1 for a token that counts in the statistics and balance losses, 0 for padding; None: all.
           selection_bias: `[n]` float32 of loss-free balancing, or None.
 
@@ -56,39 +100,66 @@ class _ExpertsModule(nn.Module):
           `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With sparse scoring the statistics
           have a gradient only where `balance` has a loss.
         """
-        shape = x.shape
-        x = x.reshape(-1, shape[-1]).astype(self.dtype)
-        token_weights = jnp.ones(x.shape[0]) if token_weights is None else token_weights.reshape(-1)
-        y, stats = self.process(x, token_weights, selection_bias)
-        return y.reshape(shape), stats
+        weights = {name: self.param(name, init, shape) for name, (init, shape) in self.weights(x.shape[-1]).items()}
+        token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
 
-    def pipeline(self, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
+        def process(devices, x, token_weights, selection_bias, weights):
+            devices = dataclasses.replace(devices, shape=x.shape[:-1])
+            flat = x.reshape(-1, x.shape[-1])
+            y, stats = self.process(devices, flat, token_weights.reshape(-1), selection_bias, weights)
+            return y.reshape(x.shape), stats
+
+        tokens = min(x.ndim - 1, 2)
+        in_specs = (
+            parallel.token_spec(tokens, None),
+            parallel.token_spec(tokens),
+            PartitionSpec(),
+            parallel.weight_specs(weights),
+        )
+        out_specs = (parallel.token_spec(tokens, None), PartitionSpec())
+        run = parallel.over_mesh(process, in_specs, out_specs, self.transport)
+        return run(x.astype(self.dtype), token_weights, selection_bias, weights)
+
+    def pipeline(self, devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
         """The stations after scoring; the kinds of expert differ in their gate.
 
-        `gate(rows [P, d], assignment, plan, weights) -> (pre-activations [P, w], assignment)`; the assignment may get new
-        weights for its slots. `weights` are float32 parameters by name, `w_p` and `w_o` among them.
+        `x [t, d]`, `scores [t, n]`, `balance_scores` those of every stride-th token; `weights` are float32 parameters by
+        name, pieces of those of this device's experts, `w_p` and `w_o` among them.
         """
         c = self.config
         scores, balance_scores = (checkpoint_name(s, selection.SELECTION) for s in (scores, balance_scores))
         with jax.named_scope("select"):
-            assignment = SELECTIONS[c.selection](c, token_weights, selection_bias)(scores)
+            assignment = SELECTIONS[c.selection](c, devices, token_weights, selection_bias)(scores)
         with jax.named_scope("balance"):
-            stats = layer_stats(scores, balance_scores, assignment, token_weights, self.balance.aux_stride)
+            stride = self.balance.aux_stride
+            stats = layer_stats(scores, balance_scores, assignment, token_weights, stride, devices.total)
         with jax.named_scope("plan"):
-            plan = dispatch.plan_rows(assignment, c.n_experts)
+            rows_per_token = c.capacity_factor if c.selection == "expert_choice" else c.top_k
+            transport = parallel.make_transport(
+                devices, c.n_experts, rows_per_token, x.shape[0], assignment.slots_per_token
+            )
+            assignment = transport.gather_slots(assignment)
+            plan = transport.plan(assignment)
+            n_slots, n_rounds = assignment.expert.shape[0], transport.rounds(plan)
 
         def experts(x, slot_weight, weights):
-            # Cast here, where it is computed again: a cast copy of all weights is not kept.
-            w = jax.tree.map(lambda a: a.astype(self.dtype), weights)
-            chosen = assignment._replace(weight=slot_weight)
+            # Cast here, where it is computed again: a cast copy of all weights is not kept, nor are whole ones.
+            w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+            x = transport.gather(x)
             with jax.named_scope("dispatch"):
-                rows = dispatch.dispatch(x, chosen, plan)
+                round = transport.round(plan, 0)
+                rows = transport.dispatch(x, round)
             with jax.named_scope("experts"):
-                pre_activations, chosen = gate(rows, chosen, plan, w)
-                row_weight = dispatch.row_weights(chosen, plan)
-                rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], plan.group_sizes)
-            with jax.named_scope("combine"):
-                return dispatch.combine(rows, chosen, plan, x.shape[0])
+                pre_activations, c_rows = gate(rows, round, transport.group_sizes(round), w)
+                if c.sparse_scoring:
+                    norms = transport.slot_values(scoring.activation_norms(c_rows), round, n_slots)
+                    of_round = partial(_norms_of_round, transport, n_slots)
+                    norms = parallel.sum_over_rounds(of_round, norms, n_rounds, plan, (x, w["w_down"]))
+                    slot_weight = selection.weigh_chosen(assignment, transport.complete(norms)).weight
+                y = _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
+                of_round = partial(_output_of_round, transport, gate)
+                y = parallel.sum_over_rounds(of_round, y, n_rounds, plan, (x, slot_weight, w))
+            return transport.scatter(y)
 
         if self.recompute:
             experts = jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
@@ -98,93 +169,85 @@ class _ExpertsModule(nn.Module):
 class AoELayer(_ExpertsModule):
     """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank activations, no router."""
 
-    @nn.compact
-    def process(self, x, token_weights, selection_bias):
-        """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
-        c, d = self.config, x.shape[-1]
-        width = c.width(d)
-        weights = {
-            "w_down": self.param("w_down", expert_init, (c.n_experts, d, c.d_low)),
-            "w_up": self.param("w_up", expert_init, (c.n_experts, c.d_low, width)),
-            "w_p": self.param("w_p", expert_init, (c.n_experts, d, width)),
-            "w_o": self.param("w_o", expert_init, (c.n_experts, width, d)),
-        }
-        stride = self.balance.aux_stride
-        if c.sparse_scoring:
-            with jax.named_scope("score"):
-                operands = (x, weights["w_down"])
+    def weights(self, d):
+        """name -> `(initializer, shape)`."""
+        n, r, width = self.config.n_experts, self.config.d_low, self.config.width(d)
+        shapes = {"w_down": (n, d, r), "w_up": (n, r, width), "w_p": (n, d, width), "w_o": (n, width, d)}
+        return {name: (expert_init, shape) for name, shape in shapes.items()}
+
+    def process(self, devices, x, token_weights, selection_bias, weights):
+        """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
+        stride, operands, gate = self.balance.aux_stride, (x, weights["w_down"]), _low_rank_gate
+        with jax.named_scope("score"):
+            if self.config.sparse_scoring:
                 if not self.balance.has_loss:
                     operands = jax.lax.stop_gradient(operands)
-                scores, balance_scores = scoring.sparse_scores(*operands, stride)
-
-            def gate(rows, assignment, plan, w):
-                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.group_sizes), EXPERT_RESIDUAL)
-                norms = dispatch.slot_values(scoring.activation_norms(c_rows), plan)
-                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), selection.weigh_chosen(assignment, norms)
-
-        else:
-            with jax.named_scope("score"):
-                cache = scoring.low_rank_activations(x, weights["w_down"].astype(x.dtype))
+                scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
+            elif devices.size("expert") == devices.size("tensor") == 1:
+                w_down = devices.gather_weight("w_down", weights["w_down"], x.dtype)
+                cache = scoring.low_rank_activations(x, w_down)
                 scores = scoring.activation_norms(cache)
-            balance_scores = scores[::stride]
+                balance_scores = scores[::stride]
 
-            def gate(rows, assignment, plan, w):
-                c_rows = dispatch.take_activations(cache, assignment, plan)
-                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), assignment
+                def gate(rows, round, group_sizes, w):
+                    c = dispatch.take_activations(cache, *round)
+                    return grouped_matmul(c, w["w_up"], group_sizes), None
 
-        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, weights)
+            else:  # the rows lie where the cache doesn't: their activations are computed again
+                (scores,) = devices.score(lambda x, w_down: (scoring.norms(x, w_down),), *operands)
+                balance_scores = scores[::stride]
+        return self.pipeline(devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 
 
 class RouterLayer(_ExpertsModule):
     """Traditional mixture-of-experts layer (Algorithm 1), with Table 2's ablations: factorised gate, large router."""
 
-    @nn.compact
-    def process(self, x, token_weights, selection_bias):
-        """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
-        c, d = self.config, x.shape[-1]
-        width = c.width(d)
-        with jax.named_scope("score"):
-            if c.large_router:
-                hidden = c.large_router_width(d)
-                w_hidden = self.param("w_router_hidden", matrix_init, (d, hidden))
-                w_router = self.param("w_router", matrix_init, (hidden, c.n_experts))
-                scores = scoring.large_router_logits(x, w_hidden, w_router)
-            else:
-                scores = scoring.router_logits(x, self.param("w_router", matrix_init, (d, c.n_experts)))
-        weights = {
-            "w_p": self.param("w_p", expert_init, (c.n_experts, d, width)),
-            "w_o": self.param("w_o", expert_init, (c.n_experts, width, d)),
-        }
+    def weights(self, d):
+        """name -> `(initializer, shape)`."""
+        c, width = self.config, self.config.width(d)
+        hidden = c.large_router_width(d)
+        routers = {"w_router_hidden": (d, hidden), "w_router": (hidden, c.n_experts)}
+        if not c.large_router:
+            routers = {"w_router": (d, c.n_experts)}
+        gates = {"w_g": (c.n_experts, d, width)}
         if c.factorised_gate:
-            weights["w_down"] = self.param("w_down", expert_init, (c.n_experts, d, c.d_low))
-            weights["w_up"] = self.param("w_up", expert_init, (c.n_experts, c.d_low, width))
+            gates = {"w_down": (c.n_experts, d, c.d_low), "w_up": (c.n_experts, c.d_low, width)}
+        experts = {"w_p": (c.n_experts, d, width), "w_o": (c.n_experts, width, d), **gates}
+        return {name: (matrix_init, shape) for name, shape in routers.items()} | {
+            name: (expert_init, shape) for name, shape in experts.items()
+        }
 
-            def gate(rows, assignment, plan, w):
-                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.group_sizes), EXPERT_RESIDUAL)
-                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), assignment
-
-        else:
-            weights["w_g"] = self.param("w_g", expert_init, (c.n_experts, d, width))
-
-            def gate(rows, assignment, plan, w):
-                return checkpoint_name(grouped_matmul(rows, w["w_g"], plan.group_sizes), EXPERT_RESIDUAL), assignment
-
+    def process(self, devices, x, token_weights, selection_bias, weights):
+        """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
+        weights = dict(weights)
+        w_router = weights.pop("w_router")
+        with jax.named_scope("score"):
+            if self.config.large_router:
+                scores = scoring.large_router_logits(x, weights.pop("w_router_hidden"), w_router)
+            else:
+                scores = scoring.router_logits(x, w_router)
+        gate = _low_rank_gate if self.config.factorised_gate else _whole_gate
         balance_scores = scores[:: self.balance.aux_stride]
-        return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, weights)
+        return self.pipeline(devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 
 
 class DenseLayer(_ExpertsModule):
     """One SwiGLU of width `d_ffn` for every token: the baseline without experts. Its statistics are those of one expert."""
 
-    @nn.compact
-    def process(self, x, token_weights, selection_bias):
-        """`x [T, d]`, `token_weights [T]` -> `([T, d], LayerStats)`."""
-        d, width = x.shape[-1], self.config.d_ffn
+    def weights(self, d):
+        """name -> `(initializer, shape)`."""
+        width = self.config.d_ffn
         shapes = {"w_g": (d, width), "w_p": (d, width), "w_o": (width, d)}
-        w = {name: self.param(name, matrix_init, shape).astype(self.dtype) for name, shape in shapes.items()}
+        return {name: (matrix_init, shape) for name, shape in shapes.items()}
+
+    def process(self, devices, x, token_weights, selection_bias, weights):
+        """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
+        w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+        x = devices.gather(x, "tensor")
         y = weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]
         one, zero = jnp.ones(1), jnp.zeros(())
-        return y, LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
+        stats = LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
+        return devices.sum_scatter(y, "tensor"), stats
 
 
 LAYERS = {"aoe": AoELayer, "router": RouterLayer, "dense": DenseLayer}

@@ -33,13 +33,13 @@ def activation_norms(c):
 
 
 def _norms_forward(c):
-    norms = activation_norms(c)
-    return norms, (c, norms)
+    result = activation_norms(c)
+    return result, (c, result)
 
 
 def _norms_backward(residuals, g):
-    c, norms = residuals
-    scale = jnp.where(norms > 0, g / jnp.where(norms > 0, norms, 1), 0)
+    c, norm = residuals
+    scale = jnp.where(norm > 0, g / jnp.where(norm > 0, norm, 1), 0)
     return ((c.astype(scale.dtype) * scale[..., None]).astype(c.dtype),)
 
 
@@ -66,19 +66,20 @@ def sparse_scores(x, w_down, stride):
     return jax.lax.stop_gradient(scores), balance_scores
 
 
-def _norms(x, w_down):
+def norms(x, w_down):
+    """The norms of all experts (Eq. 4): `x [T, d]`, `w_down [n, d, r]` of any dtype -> `[T, n]`."""
     return activation_norms(low_rank_activations(x, w_down.astype(x.dtype)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sparse_scores(x, w_down, stride):
-    scores = _norms(x, w_down)
+    scores = norms(x, w_down)
     return scores, scores[::stride]
 
 
 def _sparse_scores_backward(stride, residuals, g):
     x, w_down = residuals
-    _, pull_back = jax.vjp(_norms, x, w_down)
+    _, pull_back = jax.vjp(norms, x, w_down)
     d_x, d_w_down = pull_back(g[1])
     after = g[0].shape[0] - 1 - (x.shape[0] - 1) * stride
     return jax.lax.pad(d_x, jnp.zeros((), d_x.dtype), [(0, after, stride - 1), (0, 0, 0)]), d_w_down

@@ -92,15 +92,44 @@ def expert_choice(scores, capacity_factor, token_weights=None):
     Returns:
       An `Assignment` with `P = n C`; weights are the softmax values over experts, not renormalised.
     """
-    n_tokens, n_experts = scores.shape
-    capacity = expert_capacity(n_tokens, n_experts, capacity_factor)
-    probability = jax.nn.softmax(scores).T
-    real = jnp.ones(n_tokens, bool) if token_weights is None else token_weights > 0
-    token = jax.lax.top_k(jnp.where(real, jax.lax.stop_gradient(probability), -1), capacity)[1]
-    token = checkpoint_name(token, SELECTION)
-    weight = jnp.where(real[token], jnp.take_along_axis(probability, token, axis=1), 0)
-    expert = jnp.where(real[token], jnp.arange(n_experts, dtype=jnp.int32)[:, None], n_experts)
+    probability = jax.nn.softmax(scores)
+    token, real = _expert_choice(probability, capacity_factor, token_weights)
+    weight = jnp.where(real, jnp.take_along_axis(probability.T, token, axis=1), 0)
+    expert = jnp.where(real, jnp.arange(scores.shape[1], dtype=jnp.int32)[:, None], scores.shape[1])
     return Assignment(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
+
+
+def _expert_choice(probability, capacity_factor, token_weights):
+    """The tokens that each expert takes, `[n, C]` int32, and which of them are no padding, bool."""
+    n_tokens, n_experts = probability.shape
+    capacity = expert_capacity(n_tokens, n_experts, capacity_factor)
+    real = jnp.ones(n_tokens, bool) if token_weights is None else token_weights > 0
+    ranked = jnp.where(real, jax.lax.stop_gradient(probability).T, -1)
+    token = checkpoint_name(jax.lax.top_k(ranked, capacity)[1], SELECTION)
+    return token, real[token]
+
+
+def expert_choice_among(scores, capacity_factor, token_weights, all_tokens, own):
+    """Expert choice over a batch of which this device owns some tokens; not causal, see `expert_choice`.
+
+    Args:
+      scores: `[t, n]` float32, of the tokens of this device.
+      capacity_factor: as in `expert_choice`.
+      token_weights: `[t]`.
+      all_tokens: `[t, ...] -> [T, ...]`, what all devices have of the whole batch, in its order.
+      own: `[T, ...] -> [t, ...]`, back.
+
+    Returns:
+      An `Assignment` of the tokens of this device, with `P = t n`, most slots of it unused.
+    """
+    probability = jax.nn.softmax(scores)
+    n_experts = scores.shape[1]
+    gathered = all_tokens(jax.lax.stop_gradient(probability))
+    token, real = _expert_choice(gathered, capacity_factor, all_tokens(token_weights))
+    expert = jnp.broadcast_to(jnp.arange(n_experts, dtype=jnp.int32)[:, None], token.shape)
+    chosen = own(jnp.zeros(gathered.shape, bool).at[token, expert].set(real))
+    expert = jnp.where(chosen, jnp.arange(n_experts, dtype=jnp.int32), n_experts)
+    return _by_token(expert, jnp.where(chosen, probability, 0))
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):

@@ -3,11 +3,14 @@
 B sequences, S positions, H heads, h head width, d model width.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from aoe_jax.experts.parallel import over_mesh, token_spec, weight_specs
 
 ROTARY_BASE = 10_000.0
 
@@ -48,15 +51,24 @@ class Attention(nn.Module):
         Returns:
           `[B, S, d]`.
         """
-        d_model = x.shape[-1]
-        heads = (self.n_heads, d_model // self.n_heads)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        d = x.shape[-1]
+        h = d // self.n_heads
+        init = partial(nn.initializers.variance_scaling, 1.0, "fan_in", "normal")
+        inward, outward = init(in_axis=0, out_axis=(1, 2)), init(in_axis=(0, 1), out_axis=2)
+        weights = {name: self.param(name, inward, (d, self.n_heads, h)) for name in ("q", "k", "v")}
+        weights["o"] = self.param("o", outward, (self.n_heads, h, d))
+        in_specs = (token_spec(2, None), token_spec(2), weight_specs(weights))
+        return over_mesh(self.attend, in_specs, token_spec(2, None))(x, segment_ids, weights)
 
-        def project(name):
-            return nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(x)
-
+    def attend(self, devices, x, segment_ids, weights):
+        """The heads of this device, for all positions of its sequences."""
+        w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+        x = devices.gather(x.astype(self.dtype), "tensor", 1)
+        q, k, v = (jnp.einsum("bsd,dhi->bshi", x, w[name]) for name in ("q", "k", "v"))
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-        q, k, v = rotary(project("q"), positions), rotary(project("k"), positions), project("v")
-        mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        return nn.DenseGeneral(d_model, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=init, name="o")(y)
+        mask = None
+        if segment_ids is not None:
+            segment_ids = devices.gather(segment_ids, "tensor", 1)
+            mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        y = jax.nn.dot_product_attention(rotary(q, positions), rotary(k, positions), v, mask=mask, is_causal=True)
+        return devices.sum_scatter(jnp.einsum("bshi,hid->bsd", y, w["o"]), "tensor", 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.parallel import embed
 from aoe_jax.experts.selection import SELECTION
 from aoe_jax.model.attention import Attention
 
@@ -19,6 +20,7 @@ class DecoderLayer(nn.Module):
     model: ModelConfig
     experts: ExpertsConfig
     balance: BalanceConfig
+    transport: str
 
     @nn.compact
     def __call__(self, x, segment_ids, token_weights, selection_bias):
@@ -28,8 +30,9 @@ class DecoderLayer(nn.Module):
             normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
             x = x + Attention(self.model.n_heads, dtype, name="attention")(normed, segment_ids)
         normed = nn.RMSNorm(dtype=dtype, name="experts_norm")(x)
+        recompute = self.model.remat == "experts"
         experts = LAYERS[self.experts.kind](
-            self.experts, dtype, self.balance, recompute=self.model.remat == "experts", name="experts"
+            self.experts, dtype, self.balance, recompute, self.transport, name="experts"
         )
         y, stats = experts(normed, token_weights, selection_bias)
         return x + y, stats
@@ -41,11 +44,12 @@ class Decoder(nn.Module):
     model: ModelConfig
     experts: ExpertsConfig
     balance: BalanceConfig = BalanceConfig()
+    transport: str = "ring"
 
     @classmethod
     def from_config(cls, config: Config):
         """The decoder of a whole configuration."""
-        return cls(config.model, config.experts, config.balance)
+        return cls(config.model, config.experts, config.balance, config.mesh.transport)
 
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
@@ -64,7 +68,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.n_layers,
-        )(c, self.experts, self.balance)
+        )(c, self.experts, self.balance, self.transport)
         self.final_norm = nn.RMSNorm(dtype=jnp.dtype(c.dtype))
 
     def features(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
@@ -79,7 +83,8 @@ class Decoder(nn.Module):
         Returns:
           `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over layers.
         """
-        x, stats = self.layers(self.embed(tokens), segment_ids, token_weights, selection_bias)
+        x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
+        x, stats = self.layers(x, segment_ids, token_weights, selection_bias)
         return self.final_norm(x), stats
 
     def __call__(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):

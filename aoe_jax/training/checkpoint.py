@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -14,7 +13,7 @@ from aoe_jax.errors import UserError
 
 # What may differ when a run goes on: how long it runs and how it reports, not what it computes.
 FREE_FIELDS = {"train.steps", "train.log_every", "train.eval_every", "data.cache", "data.path"}
-FREE_GROUPS = {"checkpoint"}
+FREE_GROUPS = {"checkpoint", "mesh"}
 
 
 def _flat(config):
@@ -120,7 +119,7 @@ class Checkpoints:
             self.directory,
             options=options,
             item_names=("state", "data"),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()},
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
         )
 
     def latest_step(self):
@@ -132,20 +131,25 @@ class Checkpoints:
         return step % self._every == 0
 
     def save(self, step, state, data_iterator):
-        """Saves in the background; returns as soon as `state` may be donated."""
+        """Saves in the background; returns as soon as `state` may be donated.
+
+        The position of the data is a number of batches, the same in every process.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data_iterator)
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_iterator.get_state())
             ),
             force=True,  # `due` decides
         )
 
     def restore(self, step, abstract_state, data_iterator):
         """State, straight into the shardings of `abstract_state`, and the data iterator moved to its position."""
-        items = {"state": ocp.args.StandardRestore(abstract_state)}
-        items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
-        return self._restore(step, items)["state"]
+        items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
+        restored = self._restore(step, items)
+        data_iterator.set_state(restored["data"])
+        data_iterator.start_prefetch()
+        return restored["state"]
 
     def restore_model(self, step, abstract_state):
         """What evaluation needs of a state: `(params, selection_bias)`."""

@@ -4,20 +4,32 @@ import json
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches, train_batches
+from aoe_jax.distributed import barrier
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    fill_mesh,
+    make_mesh,
+    put_local,
+    put_whole,
+    replicated,
+    state_shardings,
+    with_shardings,
+)
 from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir, claim_workdir, write_json
 from aoe_jax.training.step import init_state, make_train_step
-from aoe_jax.training.telemetry import Telemetry
+from aoe_jax.training.telemetry import NoTelemetry, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +39,10 @@ EXPERT_CHOICE_WARNING = (
 )
 
 
-def one_device_mesh():
-    """The mesh of one device: `(shardings of state, shardings of a batch)`, through the same code as any mesh."""
-    if jax.device_count() > 1:
-        log.warning("using 1 of %d devices", jax.device_count())
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-
-
 def log_run(config: Config):
     """Logs what is about to run: parameters by both conventions, FLOPs, and what to beware of."""
+    if jax.device_count() > 1:
+        log.info("mesh: %s", ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES))
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if config.experts.selection == "top_p":
@@ -57,18 +63,28 @@ def train(config: Config, workdir: Path):
     Raises:
       UserError: see `aoe_jax.errors`; `train.steps` already reached is one.
     """
-    started = time.perf_counter()
+    filled = fill_mesh(config, jax.device_count())
+    mesh = make_mesh(filled, jax.devices())
+    with jax.set_mesh(mesh):
+        return _train(filled, workdir, mesh)
+
+
+def _train(config, workdir, mesh):
+    started, is_main = time.perf_counter(), jax.process_index() == 0
     check_workdir(workdir, config)
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)
-    replicated, by_batch = one_device_mesh()
 
     earlier = Checkpoints(workdir)
     first_step = earlier.latest_step() or 0
     summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
-    if first_step == config.train.steps and pending_summary.exists():  # stopped after its last checkpoint
-        os.replace(pending_summary, summary_file)
+    lacks_summary = first_step == config.train.steps and pending_summary.exists()  # stopped after its last checkpoint
+    barrier("all have looked at the workdir")
+    if lacks_summary:
+        if is_main:
+            os.replace(pending_summary, summary_file)
+        barrier("the summary is there")
         return json.loads(summary_file.read_text())
     if first_step >= config.train.steps:
         raise UserError(
@@ -89,38 +105,38 @@ def train(config: Config, workdir: Path):
     def new_state():
         return init_state(config, config.train.seed)
 
+    abstract = jax.eval_shape(new_state)
+    shardings, everywhere = state_shardings(mesh, abstract), replicated(mesh)
     if first_step:
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), jax.eval_shape(new_state)
-        )
-        state = earlier.restore(first_step, abstract, data)
+        state = earlier.restore(first_step, with_shardings(abstract, shardings), data)
         log.info("going on from step %d", first_step)
     else:
-        state = jax.jit(new_state, out_shardings=replicated)()
+        state = jax.jit(new_state, out_shardings=shardings)()
     earlier.close()
-    claim_workdir(workdir, config, corpus.directory)
-    summary_file.unlink(missing_ok=True)
+    if is_main:
+        claim_workdir(workdir, config, corpus.directory)
+        summary_file.unlink(missing_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
-    def put(batch):
-        return jax.device_put(batch, by_batch)
-
+    put = partial(put_local, batch_sharding(mesh), config.train.batch_size)
     batch = put(next(data))
     compile_started = time.perf_counter()
-    train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=replicated)
+    train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
     train_step = train_step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - compile_started
     log.info("compiled the train step in %.1f s", compile_seconds)
-    eval_step = jax.jit(make_eval_step(config), out_shardings=replicated)
+    eval_step = jax.jit(make_eval_step(config), out_shardings=everywhere)
 
     def validate(state):
         batches = eval_batches(
             corpus.validation, config.data.seq_len, config.train.batch_size // config.train.accumulate
         )
-        return evaluate(eval_step, state.params, state.selection_bias, batches, put, corpus.validation.text_bytes)
+        put_all = partial(put_whole, batch_sharding(mesh))
+        return evaluate(eval_step, state.params, state.selection_bias, batches, put_all, corpus.validation.text_bytes)
 
     tokens_per_step = config.train.batch_size * config.data.seq_len
-    telemetry = Telemetry(workdir, first_step, config.train.steps, tokens_per_step)
+    kind = Telemetry if is_main else NoTelemetry
+    telemetry = kind(workdir, first_step, config.train.steps, tokens_per_step)
     loop_started = time.perf_counter()
     logged = None  # (step, metrics), fetched while the next step runs
     with jax.transfer_guard("disallow"):
@@ -166,9 +182,13 @@ def train(config: Config, workdir: Path):
             "total_seconds": time.perf_counter() - started,
         },
     }
-    write_json(pending_summary, summary)  # before the checkpoint, as are the metrics: a run that has it lacks nothing
+    if is_main:
+        write_json(
+            pending_summary, summary
+        )  # before the checkpoint, as are the metrics: a run that has it lacks nothing
     checkpoints.save(config.train.steps, state, data)
     checkpoints.close()
-    os.replace(pending_summary, summary_file)
+    if is_main:
+        os.replace(pending_summary, summary_file)
     log.info("done: %s", json.dumps(summary["metrics"]))
     return summary

@@ -10,6 +10,7 @@ import optax
 
 from aoe_jax.config import Config
 from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread, updated_bias
+from aoe_jax.experts.parallel import sum_over_tokens
 from aoe_jax.model.decoder import Decoder, output_table
 from aoe_jax.model.loss import cross_entropy
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -27,7 +28,8 @@ class TrainState:
 
 def init_state(config: Config, seed):
     """The state before the first step; jit it with output shardings, so that nothing passes through the host."""
-    params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
+    shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)  # one that the mesh divides
+    params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
     bias = jnp.zeros((config.model.n_layers, config.experts.n_experts)) if config.balance.bias_rate else None
     return TrainState(jnp.zeros((), jnp.int32), params, bias, make_optimizer(config.train).init(params))
 
@@ -50,12 +52,7 @@ def sequence_nll(config: Config, params, selection_bias, batch):
         {"params": params}, batch["inputs"], segment_ids, batch["weights"], selection_bias, method="features"
     )
     with jax.named_scope("loss"):
-        nll = cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            output_table(params),
-            batch["targets"].reshape(-1),
-            batch["weights"].reshape(-1),
-        )
+        nll = sum_over_tokens(cross_entropy, hidden, output_table(params), batch["targets"], batch["weights"])
     return nll, stats
 
 
@@ -89,7 +86,8 @@ def make_train_step(config: Config):
     def mean_gradient(params, bias, batch):
         if n_micro == 1:
             return gradient(params, bias, batch)
-        micro = jax.tree.map(lambda a: a.reshape(n_micro, -1, *a.shape[1:]), batch)
+        # Every n-th sequence, so that each device has its share of each micro-batch.
+        micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
         zeros = jax.tree.map(jnp.zeros_like, params)
 
         def add(total, micro_batch):

@@ -91,6 +91,22 @@ class Telemetry:
         self._writer.close()
 
 
+class NoTelemetry:
+    """In processes other than the first."""
+
+    def __init__(self, *_):
+        """As `Telemetry`."""
+
+    def train(self, step, metrics):
+        """Reports nothing."""
+
+    def evaluation(self, step, nll, bits_per_byte):
+        """Reports nothing."""
+
+    def close(self):
+        """Closes nothing."""
+
+
 def _step_of(line):
     try:
         return json.loads(line)["step"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.dispatch import combine, dispatch, plan_rows, row_weights, slot_values, take_activations
+from aoe_jax.experts.dispatch import combine, dispatch, plan_rows, row_values, slot_values, take_activations
 from aoe_jax.experts.selection import expert_choice, top_k, top_p
 
 SELECTIONS = {
@@ -40,7 +40,7 @@ def test_round_trip_and_gradients(assignment):
 
     def there_and_back(x, weight):
         a = assignment._replace(weight=weight)
-        return combine(dispatch(x, a, plan) * row_weights(a, plan)[:, None], a, plan, 30)
+        return combine(dispatch(x, a, plan) * row_values(a.weight, plan)[:, None], a, plan, 30)
 
     got, pull_back = jax.vjp(there_and_back, x, assignment.weight)
     np.testing.assert_allclose(got, x * total[:, None], atol=1e-5)
@@ -52,7 +52,7 @@ def test_round_trip_and_gradients(assignment):
 def test_values_by_slot_and_by_row(assignment):
     plan = plan_rows(assignment, 5)
     values = jnp.arange(assignment.expert.shape[0], dtype=jnp.float32)
-    by_row = row_weights(assignment._replace(weight=values), plan)
+    by_row = row_values(values, plan)
     np.testing.assert_array_equal(by_row, plan.order)
     np.testing.assert_array_equal(slot_values(by_row, plan), values)
 

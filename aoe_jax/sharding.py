@@ -1,0 +1,164 @@
+"""Where arrays lie on the mesh: its axes, the rules from logical axes to them, and shardings of a train state.
+
+    data    copies of the model; batches are split over it
+    fsdp    batches, parameters and optimiser state are split over it
+    expert  batches and experts are split over it
+    tensor  positions between layers, attention heads and the width of experts are split over it
+
+One device is the mesh (1, 1, 1, 1).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aoe_jax.config import Config
+from aoe_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """The mesh axes that each logical axis of an array is split over, or None."""
+
+    batch: tuple = ("data", "fsdp", "expert")  # sequences
+    sequence: str | None = "tensor"  # positions, between the layers' inner parts
+    embed: str | None = "fsdp"  # d_model, of weights
+    experts: str | None = "expert"
+    mlp: str | None = "tensor"  # width of experts
+    rank: str | None = "fsdp"  # d_low, of Wup; that of Wdown stays whole, its d_model is split
+    heads: str | None = "tensor"
+    vocab: str | None = None
+
+    def spec(self, *axes):
+        """The `PartitionSpec` of an array with these logical axes, None for one that is never split.
+
+        Raises:
+          ValueError: an unknown logical axis, or two that are split over the same mesh axis.
+        """
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        unknown = [axis for axis in axes if axis is not None and axis not in known]
+        if unknown:
+            raise ValueError(f"logical axis {unknown[0]!r} is unknown; known are {', '.join(known)}")
+        split = [None if axis is None else known[axis] for axis in axes]
+        used = [name for entry in split if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+        if len(set(used)) < len(used):
+            raise ValueError(f"logical axes {axes} are split over {used}: a mesh axis can split one of them only")
+        return PartitionSpec(*split)
+
+
+RULES = ShardingRules()
+
+
+def fill_mesh(config: Config, n_devices):
+    """The configuration with `mesh.data=-1` filled in, checked anew against the mesh that results.
+
+    Raises:
+      UserError: the axes don't multiply to the number of devices, or something doesn't divide by them.
+    """
+    mesh = config.mesh
+    inner = mesh.fsdp * mesh.expert * mesh.tensor
+    data = n_devices // inner if mesh.data == -1 else mesh.data
+    if data * inner != n_devices:
+        raise UserError(
+            f"config.mesh: data={mesh.data} fsdp={mesh.fsdp} expert={mesh.expert} tensor={mesh.tensor} doesn't make up "
+            f"{n_devices} devices; their product must be the number of devices (data=-1 takes what the others leave)"
+        )
+    return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
+
+
+def make_mesh(config: Config, devices):
+    """The mesh of `config.mesh`, without -1, over devices.
+
+    Raises:
+      UserError: `mesh.tensor` would span processes.
+    """
+    shape = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
+    local = sum(device.process_index == devices[0].process_index for device in devices)
+    if local % config.mesh.tensor:
+        raise UserError(
+            f"config.mesh.tensor={config.mesh.tensor}: must divide the {local} devices of a process, so that each process "
+            "can read its own sequences"
+        )
+    if devices[0].platform == "cpu":  # virtual devices have no place in a network
+        return Mesh(np.reshape(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def batch_sharding(mesh):
+    """Of an array `[B, S]`: sequences over the batch axes; positions are split inside the model."""
+    return NamedSharding(mesh, RULES.spec("batch", None))
+
+
+def replicated(mesh):
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# The logical axes of each parameter, without the axis of stacked layers; a dense layer has no axis of experts.
+PARAMETER_AXES = {
+    "w_router": (None, None),
+    "w_router_hidden": (None, None),
+    "w_down": ("experts", "embed", None),
+    "w_up": ("experts", "rank", "mlp"),
+    "w_g": ("experts", "embed", "mlp"),
+    "w_p": ("experts", "embed", "mlp"),
+    "w_o": ("experts", "mlp", "embed"),
+    "q": ("embed", "heads", None),
+    "k": ("embed", "heads", None),
+    "v": ("embed", "heads", None),
+    "o": ("heads", None, "embed"),
+    "embedding": ("vocab", "embed"),
+    "scale": (None,),
+}
+
+
+def parameter_axes(name, ndim):
+    """The logical axes of a parameter of `ndim` axes.
+
+    Raises:
+      ValueError: a parameter that `PARAMETER_AXES` doesn't know.
+    """
+    if name not in PARAMETER_AXES:
+        raise ValueError(f"parameter {name} has no logical axes; give it some in sharding.PARAMETER_AXES")
+    return PARAMETER_AXES[name][-ndim:]
+
+
+def state_shardings(mesh, abstract_state):
+    """Shardings of a train state, given as shapes; the optimiser's copies of a parameter lie where it does.
+
+    What is no array of parameters, such as counters and selection biases, is replicated.
+    """
+
+    def sharding(path, a):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if not names:  # a counter, or the selection bias
+            return replicated(mesh)
+        axes = parameter_axes(names[-1], a.ndim - ("layers" in names))
+        return NamedSharding(mesh, RULES.spec(*((None,) * ("layers" in names) + axes)))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def with_shardings(abstract, shardings):
+    """Shapes with their shardings, as compiling and restoring want them."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def put_local(sharding, n_rows, batch):
+    """A global batch from the rows that each process has: host arrays `[n_rows / processes, ...]` -> `[n_rows, ...]`."""
+    with jax.transfer_guard("allow"):  # these are meant
+        return {
+            name: jax.make_array_from_process_local_data(sharding, a, (n_rows, *a.shape[1:]))
+            for name, a in batch.items()
+        }
+
+
+def put_whole(sharding, batch):
+    """A global batch that every process has whole."""
+    with jax.transfer_guard("allow"):
+        return {name: jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for name, a in batch.items()}

@@ -1,0 +1,84 @@
+"""Training over meshes of eight devices: the loss curve of one device."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+from aoe_jax.config import Config, MeshConfig, default_config
+from aoe_jax.sharding import batch_sharding, make_mesh, put_whole, replicated, state_shardings
+from aoe_jax.training.step import init_state, make_train_step
+
+STEPS = 20
+KINDS = {"aoe": {}, "router": {"kind": "router"}}
+
+
+def configuration(kind):
+    config = default_config()
+    config.model.update(n_layers=2, n_heads=8, d_model=32, vocab_size=64, max_len=32, dtype="float32")
+    config.experts.update(n_experts=8, top_k=2, d_ffn=32, d_low=8, **KINDS[kind])
+    if kind == "aoe":
+        config.experts.d_wide = 32
+    config.data.update(seq_len=16)
+    config.train.update(steps=STEPS, batch_size=16, warmup_steps=2, learning_rate=1e-2, accumulate=2)
+    config.balance.update(aux_weight=0.01, aux_tokens=0.5)
+    return Config.from_config_dict(config)
+
+
+def batches():
+    for step in range(STEPS):
+        tokens = jax.random.randint(jax.random.key(step), (2, 16, 16), 0, 8) ** 2
+        yield {
+            "inputs": np.asarray(tokens[0], np.int32),
+            "targets": np.asarray(tokens[0] + tokens[1] // 32, np.int32),
+            "segment_ids": np.ones((16, 16), np.int32),
+            "weights": np.ones((16, 16), np.float32),
+        }
+
+
+def curve(config, devices):
+    """`(losses, final parameters)`."""
+    mesh = make_mesh(config, devices)
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
+        state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
+        step = jax.jit(make_train_step(config), out_shardings=(shardings, replicated(mesh)))
+        losses = []
+        for batch in batches():
+            state, metrics = step(state, put_whole(batch_sharding(mesh), batch))
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+@cache
+def alone(kind):
+    config = configuration(kind)
+    return curve(dataclasses.replace(config, mesh=MeshConfig(data=1)), jax.devices()[:1])
+
+
+MESHES = [
+    ((8, 1, 1, 1), "ring"),
+    ((1, 8, 1, 1), "ring"),
+    ((1, 1, 8, 1), "ring"),
+    ((1, 1, 8, 1), "all_to_all"),
+    ((2, 2, 2, 1), "ring"),
+    ((2, 2, 2, 1), "all_to_all"),
+    ((1, 2, 2, 2), "ring"),
+    ((1, 2, 2, 2), "all_to_all"),
+    ((2, 1, 4, 1), "ring"),
+    ((2, 1, 4, 1), "all_to_all"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "transport"), MESHES)
+def test_the_loss_curve_is_that_of_one_device(kind, shape, transport):
+    mesh = MeshConfig(*shape, transport=transport)
+    losses, params = curve(dataclasses.replace(configuration(kind), mesh=mesh), jax.devices())
+    want_losses, want_params = alone(kind)
+    assert want_losses[-1] < want_losses[0] - 0.5
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(want_params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
