@@ -10,10 +10,12 @@ goes on), takes the inputs of its layers of experts on validation text, and comp
   every layer chooses that way. Activations and weights of the chosen are computed exactly;
 - its scoring FLOPs relative to exact ones, 8-bit ones counted half, and the measured time of scoring and choosing in one
   layer. `prepare` (to quantise or project the weights) is needed at every update of the weights, so once a step in training;
-  `find` is to find the directions to project on, which can be older than the weights;
-- what an AoE step would be to a router step: in FLOPs, counted as executed (the chosen activations are computed again), and
-  in time: both steps are measured, and the time that the method saves in scoring taken off, with directions found never and
-  at every step. Gathering the covariance of the tokens for them isn't counted: `d / (n r)` of scoring, if of all tokens.
+  `find` is to find the directions to project on: once for a trained model; in training they may lag behind the weights, but
+  age with them;
+- what an AoE step would be to a router step: in FLOPs, as executed (the chosen activations are computed again), with those
+  of the forward pass alone in brackets; and in time: both steps are measured, and what the method saves in scoring is taken
+  off, with directions found never and at every step. The covariance of the tokens, which they need, costs `d / (n r)` of
+  scoring if it is of all tokens, and isn't counted.
 
 The last line is what no method can pass: scoring and choosing for nothing.
 
@@ -31,7 +33,7 @@ import numpy as np
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.counts import training_flops_per_token
+from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.experts import selection
@@ -119,15 +121,15 @@ def nll_with(method, config, params, bias, prepared, batches):
     return total / sum(float(batch["weights"].sum()) for batch in batches)
 
 
-def executed_flops(config, scoring_cost):
-    """FLOPs per token of a training step where scoring takes `scoring_cost` times the forward FLOPs of exact scoring.
+def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
+    """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost` times exact scoring.
 
     Useful FLOPs count scoring once for every expert, the chosen among the active; here all scoring comes on top.
     """
     c = config.experts
     one_expert = 2 * config.model.d_model * c.d_low
     extra = (scoring_cost * c.n_experts - (c.n_experts - c.top_k)) * one_expert
-    return training_flops_per_token(config) + config.model.n_layers * extra
+    return useful_flops(config) + config.model.n_layers * extra
 
 
 def chosen_experts(method, top_k, x, w_down, prepared, bias):
@@ -192,7 +194,10 @@ def main():
         timed["find"][name] = partial(jax.jit(method.find), one[1], covariance[middle])
     seconds = {what: medians(functions, _REPEATS.value) for what, functions in timed.items()}
     step = medians({kind: make_step(c)[0] for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
-    router_flops = training_flops_per_token(router)
+
+    def flops_ratios(cost):
+        counted = {"step_flops_ratio": training_flops_per_token, "forward_flops_ratio": forward_flops_per_token}
+        return {name: executed_flops(config, cost, useful) / useful(router) for name, useful in counted.items()}
 
     def step_ratio(layer_seconds):
         return (step["aoe"] + n_layers * (layer_seconds - seconds["choose"]["exact"])) / step["router"]
@@ -222,7 +227,7 @@ def main():
             "choose_ratio": choosing / seconds["choose"]["exact"],
             "prepare_ms": 1e3 * preparing,
             "find_ms": 1e3 * finding,
-            "step_flops_ratio": executed_flops(config, cost) / router_flops,
+            **flops_ratios(cost),
             "step_ratio": step_ratio(choosing + preparing),
             "step_ratio_finding": step_ratio(choosing + preparing + finding),
         }
@@ -232,14 +237,14 @@ def main():
             f"identical {figure['identical']:6.1%}, nll {figure['nll_difference']:+.4f}; "
             f"scoring FLOPs {cost:.3f}x, {1e3 * choosing:.1f} ms ({figure['choose_ratio']:.2f}x), "
             f"prepare {1e3 * preparing:.1f} ms, find {1e3 * finding:.1f} ms; "
-            f"step / router: FLOPs {figure['step_flops_ratio']:.3f}, time {figure['step_ratio']:.3f} to "
-            f"{figure['step_ratio_finding']:.3f}",
+            f"step / router: FLOPs {figure['step_flops_ratio']:.3f} (forward {figure['forward_flops_ratio']:.3f}), "
+            f"time {figure['step_ratio']:.3f} to {figure['step_ratio_finding']:.3f}",
             flush=True,
         )
-    bound = {"step_flops_ratio": executed_flops(config, 0.0) / router_flops, "step_ratio": step_ratio(0.0)}
+    bound = {**flops_ratios(0.0), "step_ratio": step_ratio(0.0)}
     print(
-        f"{'scoring for nothing':>35}: step / router: FLOPs {bound['step_flops_ratio']:.3f}, time "
-        f"{bound['step_ratio']:.3f}; exact nll {exact_nll:.4f}"
+        f"{'scoring for nothing':>35}: step / router: FLOPs {bound['step_flops_ratio']:.3f} (forward "
+        f"{bound['forward_flops_ratio']:.3f}), time {bound['step_ratio']:.3f}; exact nll {exact_nll:.4f}"
     )
     step_ms = {kind: 1e3 * value for kind, value in step.items()}
     figures.append({"method": "scoring for nothing", **bound, "step_ms": step_ms, "effective_rank": ranks})
