@@ -44,6 +44,7 @@ def test_figures(name, tmp_path):
         (["-m", "benchmarks.tpu_compile", "--generations=v1"], "--generations=v1 is unknown; choose of v4, v5e"),
         (["-m", "benchmarks.gpu_compile", "--target_config=nowhere"], "--target_config=nowhere: No such file"),
         (["-m", "benchmarks.balance"], "--workdir is missing"),
+        (["-m", "benchmarks.selection"], "--workdir is missing"),
     ],
 )
 def test_mistakes(command, message):

@@ -1,0 +1,255 @@
+"""Cheaper choices for AoE, which scores all n experts for every token though only K go on: do they find the same experts?
+
+`python -m benchmarks.selection --workdir=DIR [--steps=200] [--tokens=16384] [--repeats=7] [--json=FILE]` trains the 8-of-64
+model of `benchmarks.step` on the embedded corpus, loss-free (a run that is finished is not run again, one that was stopped
+goes on), takes the inputs of its layers of experts on validation text, and compares the choices of every method of
+`benchmarks.approximate_scores` with those of exact float32 scoring. A line says, of one method:
+
+- agreement: the part of the exact choice that it finds too, mean over tokens and layers, and layer by layer; identical: the
+  tokens for which it finds all of it; nll: how much the model, trained with the exact choice, loses on the same tokens when
+  every layer chooses that way. Activations and weights of the chosen are computed exactly;
+- its scoring FLOPs relative to exact ones, 8-bit ones counted half, and the measured time of scoring and choosing in one
+  layer. `prepare` (to quantise or project the weights) is needed at every update of the weights, so once a step in training;
+  `find` is to find the directions to project on: once for a trained model; in training they may lag behind the weights, but
+  age with them;
+- what an AoE step would be to a router step: in FLOPs, as executed (the chosen activations are computed again), with those
+  of the forward pass alone in brackets; and in time: both steps are measured, and what the method saves in scoring is taken
+  off, with directions found never and at every step. The covariance of the tokens, which they need, costs `d / (n r)` of
+  scoring if it is of all tokens, and isn't counted.
+
+The last line is what no method can pass: scoring and choosing for nothing.
+
+T tokens, L layers, d model width, n experts, r low rank (d_low), K chosen per token.
+"""
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
+from aoe_jax.data import open_corpus
+from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.experts import selection
+from aoe_jax.experts.layer import AoELayer
+from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir
+from aoe_jax.training.loop import one_device_mesh, train
+from aoe_jax.training.step import init_state, sequence_nll
+from benchmarks.approximate_scores import (
+    agreement,
+    choice_scores,
+    effective_rank,
+    methods,
+    relative_cost,
+    second_moments,
+)
+from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, report
+
+# "sparse" of benchmarks/step.py, d_low = d / 3.
+SPARSE = {
+    "model": {"d_model": 192},
+    "experts": {"n_experts": 64, "top_k": 8, "d_ffn": 96},
+    "train": {"batch_size": 16},
+}
+AOE = {"experts": {"d_low": 64}, "balance": {"aux_weight": 0.0, "bias_rate": 0.01}}
+COVARIANCE_BATCHES = 4  # of train text
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the run")
+_STEPS = flags.DEFINE_integer("steps", 200, "training steps", lower_bound=51)
+_TOKENS = flags.DEFINE_integer("tokens", 16384, "validation tokens, rounded up to whole batches", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def trained_model(config, workdir):
+    """Trains unless it is done; `(params, selection bias [L, n], corpus)`."""
+    check_workdir(workdir, config)
+    if not (workdir / "summary.json").exists():
+        train(config, workdir)
+    corpus = open_corpus(config.data, config.model.vocab_size)
+    check_data(workdir, corpus.directory)
+    replicated, _ = one_device_mesh()
+    state = jax.eval_shape(lambda: init_state(config, config.train.seed))
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), state)
+    return *Checkpoints(workdir).restore_model(config.train.steps, state), corpus
+
+
+def first_batches(store, config, count):
+    """The first batches of a split."""
+    return list(itertools.islice(eval_batches(store, config.data.seq_len, config.train.batch_size), count))
+
+
+def layer_inputs(config, params, bias, batches):
+    """What the layers of experts score in each batch: a list of `[L, T, d]`, without padding."""
+
+    def instead_of_statistics(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if isinstance(context.module, AoELayer) and context.method_name == "__call__":
+            return result[0], args[0].reshape(-1, args[0].shape[-1])
+        return result
+
+    with nn.intercept_methods(instead_of_statistics):
+        # Statistics are what the decoder hands out, stacked over layers.
+        take = jax.jit(lambda batch: sequence_nll(config, params, bias, batch)[1])
+        return [take(batch)[:, batch["weights"].reshape(-1) > 0] for batch in batches]
+
+
+def nll_with(method, config, params, bias, prepared, batches):
+    """Mean nll of the batches where each layer chooses by `choice_scores`.
+
+    Only the scores that are chosen by are replaced: sparse scoring computes the norms of the chosen, which give the
+    weights, from their own activations.
+    """
+
+    def with_other_scores(call, args, kwargs, context):
+        if isinstance(context.module, AoELayer) and context.method_name == "pipeline":
+            x, token_weights, (bias, prepared), _, balance_scores, gate, weights = args
+            scores = choice_scores(method, x, weights["w_down"], prepared, config.experts.top_k, bias)
+            return call(x, token_weights, bias, scores, balance_scores, gate, weights)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(with_other_scores):
+        # The decoder gives each layer its part of whatever takes the place of the bias.
+        step = jax.jit(lambda batch: sequence_nll(config, params, (bias, prepared), batch)[0])
+        total = sum(float(step(batch)) for batch in batches)
+    return total / sum(float(batch["weights"].sum()) for batch in batches)
+
+
+def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
+    """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost` times exact scoring.
+
+    Useful FLOPs count scoring once for every expert, the chosen among the active; here all scoring comes on top.
+    """
+    c = config.experts
+    one_expert = 2 * config.model.d_model * c.d_low
+    extra = (scoring_cost * c.n_experts - (c.n_experts - c.top_k)) * one_expert
+    return useful_flops(config) + config.model.n_layers * extra
+
+
+def chosen_experts(method, top_k, x, w_down, prepared, bias):
+    """The choice of one layer, `[T, K]`."""
+    scores = choice_scores(method, x, w_down, prepared, top_k, bias)
+    return selection.top_k(scores, top_k, bias=bias).expert.reshape(-1, top_k)
+
+
+def compare(choose, exact, inputs, w_down, prepared, bias):
+    """Mean agreement with the exact choice and part of identical sets, `[L]` each.
+
+    Args:
+      choose: a compiled `chosen_experts`.
+      exact: the exact choice, a list over layers of lists over batches.
+      inputs: a list of `[L, T, d]`.
+      w_down: `[L, n, d, r]`; `prepared` and `bias` are stacked over layers as well.
+      prepared: what the method takes.
+      bias: `[L, n]`.
+    """
+    by_layer = []
+    for layer, wanted in enumerate(exact):
+        of_layer = jax.tree.map(lambda a: a[layer], (w_down, prepared, bias))
+        pairs = [agreement(e, choose(x[layer], *of_layer)) for e, x in zip(wanted, inputs, strict=True)]
+        by_layer.append([float(np.mean(np.concatenate(values))) for values in zip(*pairs, strict=True)])
+    return [list(values) for values in zip(*by_layer, strict=True)]
+
+
+def main():
+    """Trains where that is not done, and prints one method a line."""
+    keep_freed_memory()
+    root = Path(cli.required(_WORKDIR)).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})
+    router = configuration("moe", SPARSE, {"balance": {"aux_tokens": 1.0}})
+    n_layers, n_experts, top_k = config.model.n_layers, config.experts.n_experts, config.experts.top_k
+    params, bias, corpus = trained_model(config, root / f"steps{_STEPS.value}")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+
+    tokens_per_batch = config.train.batch_size * config.data.seq_len
+    batches = first_batches(corpus.validation, config, -(-_TOKENS.value // tokens_per_batch))
+    inputs = layer_inputs(config, params, bias, batches)
+    train_inputs = layer_inputs(config, params, bias, first_batches(corpus.train, config, COVARIANCE_BATCHES))
+    covariance = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs) / sum(x.shape[1] for x in train_inputs)
+    w_down = params["layers"]["experts"]["w_down"]
+    ranks = effective_rank(jax.vmap(second_moments)(w_down, covariance)).mean(axis=1).tolist()
+
+    found = methods(config.experts.d_low)
+    choose = {name: jax.jit(partial(chosen_experts, method, top_k)) for name, method in found.items()}
+    directions = {name: jax.vmap(method.find)(w_down, covariance) for name, method in found.items()}
+    prepared = {name: jax.vmap(method.prepare)(w_down, directions[name]) for name, method in found.items()}
+    exact = [
+        [choose["exact"](x[layer], w_down[layer], prepared["exact"][layer], bias[layer]) for x in inputs]
+        for layer in range(n_layers)
+    ]
+
+    # One layer alone, on real tokens: how evenly they use the experts matters to the exact norms of candidates.
+    middle, timed = n_layers // 2, {"choose": {}, "prepare": {}, "find": {}}
+    for name, method in found.items():
+        one = jax.tree.map(lambda a: a[middle], (directions[name], w_down, prepared[name], bias))
+        timed["choose"][name] = partial(choose[name], inputs[0][middle], *one[1:])
+        timed["prepare"][name] = partial(jax.jit(method.prepare), one[1], one[0])
+        timed["find"][name] = partial(jax.jit(method.find), one[1], covariance[middle])
+    seconds = {what: medians(functions, _REPEATS.value) for what, functions in timed.items()}
+    step = medians({kind: make_step(c)[0] for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
+
+    def flops_ratios(cost):
+        counted = {"step_flops_ratio": training_flops_per_token, "forward_flops_ratio": forward_flops_per_token}
+        return {name: executed_flops(config, cost, useful) / useful(router) for name, useful in counted.items()}
+
+    def step_ratio(layer_seconds):
+        return (step["aoe"] + n_layers * (layer_seconds - seconds["choose"]["exact"])) / step["router"]
+
+    print(
+        f"effective rank of an expert's activations, layer by layer: {' '.join(f'{rank:.1f}' for rank in ranks)} of "
+        f"{config.experts.d_low}; steps: AoE {1e3 * step['aoe']:.0f} ms, router {1e3 * step['router']:.0f} ms",
+        flush=True,
+    )
+    figures, exact_nll = [], None
+    for name, method in found.items():
+        overlaps, identical = compare(choose[name], exact, inputs, w_down, prepared[name], bias)
+        nll = nll_with(method, config, params, bias, prepared[name], batches)
+        exact_nll = nll if exact_nll is None else exact_nll
+        cost = relative_cost(method, n_experts, top_k)
+        choosing, preparing, finding = (seconds[what][name] for what in timed)
+        figure = {
+            "method": name,
+            "agreement": float(np.mean(overlaps)),
+            "layer_agreement": overlaps,
+            "identical": float(np.mean(identical)),
+            "layer_identical": identical,
+            "nll": nll,
+            "nll_difference": nll - exact_nll,
+            "scoring_flops": cost,
+            "choose_ms": 1e3 * choosing,
+            "choose_ratio": choosing / seconds["choose"]["exact"],
+            "prepare_ms": 1e3 * preparing,
+            "find_ms": 1e3 * finding,
+            **flops_ratios(cost),
+            "step_ratio": step_ratio(choosing + preparing),
+            "step_ratio_finding": step_ratio(choosing + preparing + finding),
+        }
+        figures.append(figure)
+        print(
+            f"{name:>35}: agreement {figure['agreement']:7.2%} ({' '.join(f'{100 * a:.1f}' for a in overlaps)}), "
+            f"identical {figure['identical']:6.1%}, nll {figure['nll_difference']:+.4f}; "
+            f"scoring FLOPs {cost:.3f}x, {1e3 * choosing:.1f} ms ({figure['choose_ratio']:.2f}x), "
+            f"prepare {1e3 * preparing:.1f} ms, find {1e3 * finding:.1f} ms; "
+            f"step / router: FLOPs {figure['step_flops_ratio']:.3f} (forward {figure['forward_flops_ratio']:.3f}), "
+            f"time {figure['step_ratio']:.3f} to {figure['step_ratio_finding']:.3f}",
+            flush=True,
+        )
+    bound = {**flops_ratios(0.0), "step_ratio": step_ratio(0.0)}
+    print(
+        f"{'scoring for nothing':>35}: step / router: FLOPs {bound['step_flops_ratio']:.3f} (forward "
+        f"{bound['forward_flops_ratio']:.3f}), time {bound['step_ratio']:.3f}; exact nll {exact_nll:.4f}"
+    )
+    step_ms = {kind: 1e3 * value for kind, value in step.items()}
+    figures.append({"method": "scoring for nothing", **bound, "step_ms": step_ms, "effective_rank": ranks})
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
