@@ -5,7 +5,7 @@ unit mean square the gate pre-activations start at variance 1, be they `x Wg` or
 with both factors drawn at one small std, the product would start the gate many times smaller than an unfactorised one.
 The norms then start near `sqrt(r)` with a spread of `1 / sqrt(2)` over experts, close to the spread 1 of router logits.
 
-T tokens, d model width, n experts, P rows, r low rank (d_low), w expert width.
+T tokens, d model width, n experts, N rows, r low rank (d_low), w expert width.
 """
 
 from functools import partial
@@ -65,7 +65,7 @@ class _ExpertsModule(nn.Module):
     def pipeline(self, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
         """The stations after scoring; the kinds of expert differ in their gate.
 
-        `gate(rows [P, d], assignment, plan, weights) -> (pre-activations [P, w], assignment)`; the assignment may get new
+        `gate(rows [N, d], assignment, plan, weights) -> (pre-activations [N, w], assignment)`; the assignment may get new
         weights for its slots. `weights` are float32 parameters by name, `w_p` and `w_o` among them.
         """
         c = self.config
@@ -86,7 +86,7 @@ class _ExpertsModule(nn.Module):
             with jax.named_scope("experts"):
                 pre_activations, chosen = gate(rows, chosen, plan, w)
                 row_weight = dispatch.row_weights(chosen, plan)
-                rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], plan.group_sizes)
+                rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], plan.groups)
             with jax.named_scope("combine"):
                 return dispatch.combine(rows, chosen, plan, x.shape[0])
 
@@ -118,9 +118,9 @@ class AoELayer(_ExpertsModule):
                 scores, balance_scores = scoring.sparse_scores(*operands, stride)
 
             def gate(rows, assignment, plan, w):
-                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.group_sizes), EXPERT_RESIDUAL)
+                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.groups), EXPERT_RESIDUAL)
                 norms = dispatch.slot_values(scoring.activation_norms(c_rows), plan)
-                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), selection.weigh_chosen(assignment, norms)
+                return grouped_matmul(c_rows, w["w_up"], plan.groups), selection.weigh_chosen(assignment, norms)
 
         else:
             with jax.named_scope("score"):
@@ -130,7 +130,7 @@ class AoELayer(_ExpertsModule):
 
             def gate(rows, assignment, plan, w):
                 c_rows = dispatch.take_activations(cache, assignment, plan)
-                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), assignment
+                return grouped_matmul(c_rows, w["w_up"], plan.groups), assignment
 
         return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 
@@ -160,14 +160,14 @@ class RouterLayer(_ExpertsModule):
             weights["w_up"] = self.param("w_up", expert_init, (c.n_experts, c.d_low, width))
 
             def gate(rows, assignment, plan, w):
-                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.group_sizes), EXPERT_RESIDUAL)
-                return grouped_matmul(c_rows, w["w_up"], plan.group_sizes), assignment
+                c_rows = checkpoint_name(grouped_matmul(rows, w["w_down"], plan.groups), EXPERT_RESIDUAL)
+                return grouped_matmul(c_rows, w["w_up"], plan.groups), assignment
 
         else:
             weights["w_g"] = self.param("w_g", expert_init, (c.n_experts, d, width))
 
             def gate(rows, assignment, plan, w):
-                return checkpoint_name(grouped_matmul(rows, w["w_g"], plan.group_sizes), EXPERT_RESIDUAL), assignment
+                return checkpoint_name(grouped_matmul(rows, w["w_g"], plan.groups), EXPERT_RESIDUAL), assignment
 
         balance_scores = scores[:: self.balance.aux_stride]
         return self.pipeline(x, token_weights, selection_bias, scores, balance_scores, gate, weights)
