@@ -1,4 +1,4 @@
-"""The dispatch and combine stations: from tokens to rows in expert order, and back. They know nothing of methods.
+"""The dispatch and combine stations: from tokens to rows by expert, and back. They know nothing of methods.
 
 T tokens, n experts, P slots, N places of rows, d model width.
 """
@@ -37,9 +37,7 @@ def plan_rows(assignment, n_experts):
     if places is None:
         return Plan(order, inverse, assignment.token[order], group_sizes)
     order = _take(order, places.row, NOWHERE)
-    inverse = places.place[inverse]
-    # XLA would compute an index again for every element of the rows that it gathers.
-    return jax.lax.optimization_barrier(Plan(order, inverse, _take(assignment.token, order, NOWHERE), places))
+    return Plan(order, places.place[inverse], _take(assignment.token, order, NOWHERE), places)
 
 
 def dispatch(x, assignment, plan):
@@ -57,7 +55,7 @@ def take_activations(cache, assignment, plan):
 
 def row_weights(assignment, plan):
     """The weight of each row, `[N]`."""
-    return jax.lax.optimization_barrier(permute(assignment.weight, plan.order, plan.inverse))
+    return permute(assignment.weight, plan.order, plan.inverse)
 
 
 def slot_values(values, plan):
@@ -77,6 +75,7 @@ def combine(rows, assignment, plan, n_tokens):
 
 
 def _take(values, index, fill=0):
+    """`values[index]` along the first axis, `fill` where the index is out of range."""
     return values.at[index].get(mode="fill", fill_value=fill)
 
 

@@ -102,8 +102,10 @@ def place_rows(group_sizes, m):
     last = jnp.minimum(first + block_size, run_end[run])
     expert, stretch = _find(rest_end, first), _find(free_end, first)
     first, last = first + to_place[stretch], last + to_place[stretch]
-    first_start = jnp.minimum(first, n_experts * size - block_size)
-    return Places(place, row, is_batched, _Blocks(block_end[-1], expert, stretch, first_start, first, last))
+    block_start = jnp.minimum(first, n_experts * size - block_size)
+    blocks = _Blocks(block_end[-1], expert, stretch, block_start, first, last)
+    # Without the barrier XLA computes an index again for every element of the rows that it gathers.
+    return jax.lax.optimization_barrier(Places(place, row, is_batched, blocks))
 
 
 def _find(ends, index):
@@ -112,11 +114,11 @@ def _find(ends, index):
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
 
-def _batched_product(heads, weights, contracted):
+def _batched_product(rows, weights, contracted):
     """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted` is 2."""
-    accumulator = jnp.promote_types(heads.dtype, jnp.float32)
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     dimensions = (((2,), (contracted,)), ((0,), (0,)))
-    return jax.lax.dot_general(heads, weights, dimensions, preferred_element_type=accumulator).astype(heads.dtype)
+    return jax.lax.dot_general(rows, weights, dimensions, preferred_element_type=accumulator).astype(rows.dtype)
 
 
 def _batched_gradient(rows, g):
@@ -125,8 +127,9 @@ def _batched_gradient(rows, g):
     return jax.lax.dot_general(rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator)
 
 
-def _add_block_products(out, rows, weights, blocks, size, contracted):
-    """Writes the products of the blocks into `out [M, F]`."""
+def _add_block_products(out, rows, weights, places, contracted):
+    """Writes the products of the blocks into `out [N, F]`."""
+    blocks, size = places.blocks, _head_and_block(places.place.shape[0], weights.shape[0])[1]
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     row = jnp.arange(size)[:, None]
 
@@ -143,9 +146,9 @@ def _add_block_products(out, rows, weights, blocks, size, contracted):
     return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
-def _add_block_gradients(out, rows, g, places, size):
+def _add_block_gradients(out, rows, g, places):
     """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product made of their rows."""
-    blocks = places.blocks
+    blocks, size = places.blocks, _head_and_block(places.place.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 
     def add(out, expert, product):
@@ -166,18 +169,33 @@ def _add_block_gradients(out, rows, g, places, size):
 @jax.custom_vjp
 def placed_matmul(rows, weights, places):
     """`[N, D] x [E, D, F] -> [N, F]`, by `Places`; a place without a row must hold zeros."""
+    return _product(rows, weights, places, 1)
+
+
+def _product(rows, weights, places, contracted):
+    """`[N, D] x [E, D, F] -> [N, F]`, or over the last axis of the weights where `contracted` is 2."""
+    n_experts, width = weights.shape[0], weights.shape[3 - contracted]
     out = jax.lax.cond(
         places.is_batched,
-        lambda: _batched_product(_stretches(rows, weights), weights, 1).reshape(-1, weights.shape[2]),
-        lambda: jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype),
+        lambda: _batched_product(_stretches(rows, n_experts), weights, contracted).reshape(-1, width),
+        lambda: jnp.zeros((rows.shape[0], width), rows.dtype),
     )
-    return _add_block_products(
-        out, rows, weights, places.blocks, _head_and_block(places.place.shape[0], weights.shape[0])[1], 1
-    )
+    return _add_block_products(out, rows, weights, places, contracted)
 
 
-def _stretches(rows, weights):
-    return rows.reshape(weights.shape[0], -1, rows.shape[1])
+def _gradient(rows, g, places, n_experts):
+    """`[N, D], [N, F] -> [E, D, F]`."""
+    out = jax.lax.cond(
+        places.is_batched,
+        lambda: _batched_gradient(_stretches(rows, n_experts), _stretches(g, n_experts)),
+        lambda: jnp.zeros((n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)),
+    )
+    return _add_block_gradients(out, rows, g, places).astype(rows.dtype)
+
+
+def _stretches(rows, n_experts):
+    """`[N, D] -> [E, B, D]`."""
+    return rows.reshape(n_experts, -1, rows.shape[1])
 
 
 def _forward(rows, weights, places):
@@ -186,20 +204,7 @@ def _forward(rows, weights, places):
 
 def _backward(residuals, g):
     rows, weights, places = residuals
-
-    def batched():
-        by_group = _stretches(g, weights)
-        d_rows = _batched_product(by_group, weights, 2).reshape(rows.shape)
-        return d_rows, _batched_gradient(_stretches(rows, weights), by_group)
-
-    def nothing():
-        return jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.promote_types(rows.dtype, jnp.float32))
-
-    d_rows, d_weights = jax.lax.cond(places.is_batched, batched, nothing)
-    block = _head_and_block(places.place.shape[0], weights.shape[0])[1]
-    d_rows = _add_block_products(d_rows, g, weights, places.blocks, block, 2)
-    d_weights = _add_block_gradients(d_weights, rows, g, places, block)
-    return d_rows, d_weights.astype(rows.dtype), None
+    return _product(g, weights, places, 2), _gradient(rows, g, places, weights.shape[0]), None
 
 
 placed_matmul.defvjp(_forward, _backward)
