@@ -45,7 +45,7 @@ def choice_scores(method, x, w_down, prepared, top_k, bias=None):
         return estimates
     candidates = selection.top_k(estimates, min(method.candidates * top_k, estimates.shape[1]), bias=bias)
     plan = dispatch.plan_rows(candidates, estimates.shape[1])
-    activations = grouped_matmul(dispatch.dispatch(x, candidates, plan), w_down, plan.group_sizes)
+    activations = grouped_matmul(dispatch.dispatch(x, candidates, plan), w_down, plan.groups)
     norms = dispatch.slot_values(scoring.activation_norms(activations), plan)
     return jnp.full_like(estimates, -jnp.inf).at[candidates.token, candidates.expert].set(norms, unique_indices=True)
 

@@ -76,9 +76,9 @@ def _stations(d, experts, n_tokens, dtype):
     rows = dispatch.dispatch(x, assignment, plan)
 
     def run_experts(rows, weight, p):
-        c = grouped_matmul(rows, p["w_down"], plan.group_sizes)
-        gate = grouped_matmul(c, p["w_up"], plan.group_sizes)
-        return swiglu(rows, gate, weight, p["w_p"], p["w_o"], plan.group_sizes)
+        c = grouped_matmul(rows, p["w_down"], plan.groups)
+        gate = grouped_matmul(c, p["w_up"], plan.groups)
+        return swiglu(rows, gate, weight, p["w_p"], p["w_o"], plan.groups)
 
     def compiled(function, *args):
         function = jax.jit(function).lower(*args).compile()

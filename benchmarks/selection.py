@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import SingleDeviceSharding
 
 from aoe_jax import cli
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
@@ -39,7 +40,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.experts import selection
 from aoe_jax.experts.layer import AoELayer
 from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir
-from aoe_jax.training.loop import one_device_mesh, train
+from aoe_jax.training.loop import train
 from aoe_jax.training.step import init_state, sequence_nll
 from benchmarks.approximate_scores import (
     agreement,
@@ -74,9 +75,9 @@ def trained_model(config, workdir):
         train(config, workdir)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)
-    replicated, _ = one_device_mesh()
+    here = SingleDeviceSharding(jax.devices()[0])
     state = jax.eval_shape(lambda: init_state(config, config.train.seed))
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), state)
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), state)
     return *Checkpoints(workdir).restore_model(config.train.steps, state), corpus
 
 
@@ -109,9 +110,9 @@ def nll_with(method, config, params, bias, prepared, batches):
 
     def with_other_scores(call, args, kwargs, context):
         if isinstance(context.module, AoELayer) and context.method_name == "pipeline":
-            x, token_weights, (bias, prepared), _, balance_scores, gate, weights = args
+            devices, x, token_weights, (bias, prepared), _, balance_scores, gate, weights = args
             scores = choice_scores(method, x, weights["w_down"], prepared, config.experts.top_k, bias)
-            return call(x, token_weights, bias, scores, balance_scores, gate, weights)
+            return call(devices, x, token_weights, bias, scores, balance_scores, gate, weights)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(with_other_scores):

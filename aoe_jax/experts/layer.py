@@ -5,7 +5,7 @@ unit mean square the gate pre-activations start at variance 1, be they `x Wg` or
 with both factors drawn at one small std, the product would start the gate many times smaller than an unfactorised one.
 The norms then start near `sqrt(r)` with a spread of `1 / sqrt(2)` over experts, close to the spread 1 of router logits.
 
-T tokens, d model width, n experts, P rows, r low rank (d_low), w expert width.
+t tokens of a device, d model width, n experts, R rows, r low rank (d_low), w expert width.
 """
 
 import dataclasses
@@ -44,21 +44,21 @@ def _expert_choice(c, devices, token_weights):
     return partial(selection.expert_choice_among, **settings, all_tokens=devices.all_tokens, own=devices.own_tokens)
 
 
-# The gates: (rows [R, d], round, group sizes, weights) -> (pre-activations [R, w], C [R, r] or None).
-def _whole_gate(rows, round, group_sizes, w):
-    return checkpoint_name(grouped_matmul(rows, w["w_g"], group_sizes), EXPERT_RESIDUAL), None
+# The gates: (rows [R, d], round, groups, weights) -> (pre-activations [R, w], C [R, r] or None).
+def _whole_gate(rows, round, groups, w):
+    return checkpoint_name(grouped_matmul(rows, w["w_g"], groups), EXPERT_RESIDUAL), None
 
 
-def _low_rank_gate(rows, round, group_sizes, w):
-    c = checkpoint_name(grouped_matmul(rows, w["w_down"], group_sizes), EXPERT_RESIDUAL)
-    return grouped_matmul(c, w["w_up"], group_sizes), c
+def _low_rank_gate(rows, round, groups, w):
+    c = checkpoint_name(grouped_matmul(rows, w["w_down"], groups), EXPERT_RESIDUAL)
+    return grouped_matmul(c, w["w_up"], groups), c
 
 
 def _norms_of_round(transport, n_slots, plan, number, args):
     """The norms of a round's rows, at their slots: what `sum_over_rounds` sums."""
     x, w_down = args
     round = transport.round(plan, number)
-    c = grouped_matmul(transport.dispatch(x, round), w_down, transport.group_sizes(round))
+    c = grouped_matmul(transport.dispatch(x, round), w_down, transport.groups(round))
     return transport.slot_values(scoring.activation_norms(c), round, n_slots)
 
 
@@ -66,14 +66,14 @@ def _output_of_round(transport, gate, plan, number, args):
     """What a round's rows add to the tokens."""
     x, slot_weight, w = args
     round = transport.round(plan, number)
-    rows, group_sizes = transport.dispatch(x, round), transport.group_sizes(round)
-    pre_activations, _ = gate(rows, round, group_sizes, w)
+    rows, groups = transport.dispatch(x, round), transport.groups(round)
+    pre_activations, _ = gate(rows, round, groups, w)
     return _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
 
 
 def _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, n_tokens):
     row_weight = transport.row_values(slot_weight, round)
-    rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.group_sizes(round))
+    rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.groups(round))
     with jax.named_scope("combine"):
         return transport.combine(rows, round, n_tokens)
 
@@ -150,7 +150,7 @@ class _ExpertsModule(nn.Module):
                 round = transport.round(plan, 0)
                 rows = transport.dispatch(x, round)
             with jax.named_scope("experts"):
-                pre_activations, c_rows = gate(rows, round, transport.group_sizes(round), w)
+                pre_activations, c_rows = gate(rows, round, transport.groups(round), w)
                 if c.sparse_scoring:
                     norms = transport.slot_values(scoring.activation_norms(c_rows), round, n_slots)
                     of_round = partial(_norms_of_round, transport, n_slots)
@@ -189,9 +189,9 @@ class AoELayer(_ExpertsModule):
                 scores = scoring.activation_norms(cache)
                 balance_scores = scores[::stride]
 
-                def gate(rows, round, group_sizes, w):
+                def gate(rows, round, groups, w):
                     c = dispatch.take_activations(cache, *round)
-                    return grouped_matmul(c, w["w_up"], group_sizes), None
+                    return grouped_matmul(c, w["w_up"], groups), None
 
             else:  # the rows lie where the cache doesn't: their activations are computed again
                 (scores,) = devices.score(lambda x, w_down: (scoring.norms(x, w_down),), *operands)

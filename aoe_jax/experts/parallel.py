@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from aoe_jax.experts import dispatch
+from aoe_jax.experts.permute import permute
 from aoe_jax.experts.selection import Assignment
 from aoe_jax.sharding import MESH_AXES, RULES, parameter_axes
 
@@ -287,9 +288,9 @@ class Local:
         """What `dispatch` and the others need to know of a round."""
         return plan
 
-    def group_sizes(self, round):
-        """`[m]` int32, rows of each expert of this device."""
-        return round[1].group_sizes
+    def groups(self, round):
+        """The rows of each expert of this device, as `grouped_matmul` takes them."""
+        return round[1].groups
 
     def dispatch(self, x, round):
         """Rows in expert order: `[T, d]` -> `[R, d]`."""
@@ -313,8 +314,7 @@ class Local:
 
 
 class _RingPlan(NamedTuple):
-    token: jax.Array  # [P + R] int32, the token of each row in expert order; T past the end
-    slot: jax.Array  # [P + R] int32, its slot; P past the end
+    slot: jax.Array  # [P + R] int32, the slot of each row in expert order; P past the end
     end: jax.Array  # [m] int32, where each expert's rows end
 
 
@@ -342,43 +342,37 @@ class Ring(Local):
 
     def plan(self, assignment):
         """One sort of all slots, those of other devices last."""
-        plan = dispatch.plan_rows(assignment, self.n_experts)
-        n_slots = plan.order.shape[0]
-        n_tokens = n_slots // self.slots_per_token
-        pad = partial(jnp.pad, pad_width=(0, self.size))
-        return _RingPlan(
-            pad(plan.token, constant_values=n_tokens),
-            pad(plan.order, constant_values=n_slots),
-            jnp.cumsum(plan.group_sizes),
-        )
+        order, _, group_sizes = dispatch.sort_slots(assignment.expert, self.n_experts)
+        order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
+        return _RingPlan(order, jnp.cumsum(group_sizes))
 
     def rounds(self, plan):
         """As many as this device needs: others may need more or fewer."""
         return -(-plan.end[-1] // self.size)
 
     def round(self, plan, number):
-        """`(token [R], slot [R], group sizes [m])`; rows past the last group have token T and slot P."""
+        """`(slot [R], group sizes [m])`; rows past the last group have slot P."""
         start = number * self.size
         within = jnp.clip(plan.end - start, 0, self.size)
         used = jnp.arange(self.size) < within[-1]
-        token, slot = (jax.lax.dynamic_slice_in_dim(a, start, self.size) for a in plan[:2])
-        return jnp.where(used, token, plan.token[-1]), jnp.where(used, slot, plan.slot[-1]), jnp.diff(within, prepend=0)
+        slot = jax.lax.dynamic_slice_in_dim(plan.slot, start, self.size)
+        return jnp.where(used, slot, plan.slot[-1]), jnp.diff(within, prepend=0)
 
-    def group_sizes(self, round):
+    def groups(self, round):
         """See `Local`."""
-        return round[2]
+        return round[1]
 
     def dispatch(self, x, round):
         """See `Local`."""
-        return dispatch.take_rows(x, round[0])
+        return dispatch.take_rows(x, round[0] // self.slots_per_token)
 
     def row_values(self, values, round):
         """See `Local`."""
-        return values.at[round[1]].get(mode="fill", fill_value=0)
+        return values.at[round[0]].get(mode="fill", fill_value=0)
 
     def slot_values(self, values, round, n_slots):
         """See `Local`."""
-        return jnp.zeros(n_slots, values.dtype).at[round[1]].set(values, mode="drop")
+        return jnp.zeros(n_slots, values.dtype).at[round[0]].set(values, mode="drop")
 
     def complete(self, values):
         """Each slot's row is on one device of the expert axis."""
@@ -386,7 +380,7 @@ class Ring(Local):
 
     def combine(self, rows, round, n_tokens):
         """See `Local`."""
-        return dispatch.add_rows(rows, round[0], n_tokens)
+        return dispatch.add_rows(rows, round[0] // self.slots_per_token, n_tokens)
 
 
 class _AllToAllPlan(NamedTuple):
@@ -417,9 +411,9 @@ class AllToAll(Local):
 
     def plan(self, assignment):
         """One sort of the slots: by device, and by expert within."""
-        plan = dispatch.plan_rows(assignment, self.n_devices * self.n_experts)
-        count = plan.group_sizes.reshape(self.n_devices, -1).sum(axis=1)
-        return _AllToAllPlan(plan.order, assignment.expert[plan.order], jnp.cumsum(count) - count, count)
+        order, _, group_sizes = dispatch.sort_slots(assignment.expert, self.n_devices * self.n_experts)
+        count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
+        return _AllToAllPlan(order, assignment.expert[order], jnp.cumsum(count) - count, count)
 
     def rounds(self, plan):
         """As many as the fullest pair of devices needs: all take part in each."""
@@ -435,12 +429,12 @@ class AllToAll(Local):
         first = jnp.arange(self.n_devices, dtype=jnp.int32)[:, None] * self.n_experts
         expert = jnp.where(used, plan.expert.at[row].get(mode="clip") - first, self.n_experts)
         arrived = self.devices.exchange(expert, 0, 0).reshape(-1)
-        at_home = dispatch.plan_rows(Assignment(jnp.arange(arrived.shape[0]), arrived, None, None), self.n_experts)
+        order, inverse, group_sizes = dispatch.sort_slots(arrived, self.n_experts)
         sent = jnp.clip(plan.count - number * self.pair_size, 0, self.pair_size)
         received = self.devices.exchange(sent, 0, 0)
-        return _AllToAllRound(slot.reshape(-1), at_home.order, at_home.inverse, at_home.group_sizes, sent, received)
+        return _AllToAllRound(slot.reshape(-1), order, inverse, group_sizes, sent, received)
 
-    def group_sizes(self, round):
+    def groups(self, round):
         """See `Local`."""
         return round.group_sizes
 
@@ -448,21 +442,21 @@ class AllToAll(Local):
         """See `Local`."""
         rows = dispatch.take_rows(x, round.slot // self.slots_per_token)
         rows = self.devices.exchange_rows(rows, round.sent, round.received)
-        return dispatch.permute(rows, round.order, round.inverse)
+        return permute(rows, round.order, round.inverse)
 
     def row_values(self, values, round):
         """See `Local`."""
         sent = values.at[round.slot].get(mode="fill", fill_value=0)
-        return dispatch.permute(self.devices.exchange(sent, 0, 0), round.order, round.inverse)
+        return permute(self.devices.exchange(sent, 0, 0), round.order, round.inverse)
 
     def slot_values(self, values, round, n_slots):
         """See `Local`."""
-        returned = self.devices.exchange(dispatch.permute(values, round.inverse, round.order), 0, 0)
+        returned = self.devices.exchange(permute(values, round.inverse, round.order), 0, 0)
         return jnp.zeros(n_slots, values.dtype).at[round.slot].set(returned, mode="drop")
 
     def combine(self, rows, round, n_tokens):
         """See `Local`."""
-        rows = dispatch.permute(rows, round.inverse, round.order)
+        rows = permute(rows, round.inverse, round.order)
         rows = self.devices.exchange_rows(rows, round.received, round.sent)
         return dispatch.add_rows(rows, round.slot // self.slots_per_token, n_tokens)
 

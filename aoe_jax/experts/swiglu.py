@@ -1,4 +1,4 @@
-"""The experts station: SwiGLU on rows in expert order, through one `grouped_matmul`. It knows no method and no mesh.
+"""The experts station: SwiGLU on rows by expert, through one `grouped_matmul`. It knows no method and no mesh.
 
 P rows, d model width, n experts, w expert width.
 """
@@ -13,7 +13,7 @@ from aoe_jax.experts.grouped_matmul import grouped_matmul
 EXPERT_RESIDUAL = "expert_residual"
 
 
-def swiglu(rows, gate, weight, w_p, w_o, group_sizes):
+def swiglu(rows, gate, weight, w_p, w_o, groups):
     """`weight (SiLU(gate) * (x Wp_i)) Wo_i` for each row.
 
     The weight is applied inside, so that its gradient needs no expert's output: none is kept or computed again.
@@ -23,13 +23,13 @@ def swiglu(rows, gate, weight, w_p, w_o, group_sizes):
       gate: pre-activations `[P, w]`: `x Wg_i` of a traditional expert, `C_i Wup_i` of an AoE expert.
       weight: `[P]` float32, of the expert in the token's output.
       w_p: `[n, d, w]`. w_o: `[n, w, d]`.
-      group_sizes: `[n]` int32.
+      groups: the rows of each expert, as `grouped_matmul` takes them.
 
     Returns:
-      `[P, d]`; rows past `sum(group_sizes)` are zero.
+      `[P, d]`; rows of no expert are zero.
     """
-    up = checkpoint_name(grouped_matmul(rows, w_p, group_sizes), EXPERT_RESIDUAL)
-    return grouped_matmul(weighted_product(gate, up, weight), w_o, group_sizes)
+    up = checkpoint_name(grouped_matmul(rows, w_p, groups), EXPERT_RESIDUAL)
+    return grouped_matmul(weighted_product(gate, up, weight), w_o, groups)
 
 
 @jax.checkpoint

@@ -10,7 +10,8 @@ from functools import lru_cache
 import jax
 
 from aoe_jax.errors import UserError
-from aoe_jax.experts.grouped_matmul.blocked import blocked_matmul
+from aoe_jax.experts.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
+from aoe_jax.experts.grouped_matmul.blocked import place_rows as place_for_blocked
 from aoe_jax.experts.grouped_matmul.megablox import megablox_matmul
 from aoe_jax.experts.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.experts.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
@@ -30,7 +31,8 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
     Args:
       rows: `[M, D]`, the first `group_sizes[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
-      group_sizes: `[E]` int32, with a sum of at most M.
+      group_sizes: `[E]` int32, with a sum of at most M. Or the `Places` of `place_rows`: then the rows lie there, M is
+        their number of places, places without a row hold zeros, and the result lies and is zero likewise.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"megablox"` (TPU; interpreted on CPU),
         `"mosaic_gpu"` (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or `"auto"`: by
         the devices of the mesh in context (`jax.set_mesh`, `jax.shard_map`), else by those of this process. So a program
@@ -46,17 +48,31 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
     """
     if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
         raise ValueError(f"grouped_matmul wants rows [M, D], weights [E, D, F]; got {rows.shape}, {weights.shape}")
+    if isinstance(group_sizes, Places):
+        return placed_matmul(rows, weights, group_sizes)
     if group_sizes.shape != weights.shape[:1]:
         raise ValueError(f"grouped_matmul wants group_sizes [{weights.shape[0]}]; got {group_sizes.shape}")
     if rows.dtype != weights.dtype:
         raise ValueError(f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}")
     if backend == "auto":
-        backend = _default_backend(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
+        backend = _backend_here()
         if backend == "mosaic_gpu":
             backend = _hopper_backend(rows.dtype, *weights.shape[1:])
     if backend not in BACKENDS:
         raise UserError(f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
     return BACKENDS[backend](rows, weights, group_sizes)
+
+
+def place_rows(group_sizes, m):
+    """Where the backend that `"auto"` means here wants m rows to lie; None: in expert order.
+
+    Products of rows that lie there need not move them, so what is between a gather of rows and the way back saves that.
+    """
+    return place_for_blocked(group_sizes, m) if _backend_here() == "blocked" else None
+
+
+def _backend_here():
+    return _default_backend(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
 
 
 @lru_cache

@@ -1,12 +1,13 @@
 """Plain JAX, for any platform: the first B rows of every group in one batched matmul, the rest block by block.
 
 B is a little more than the mean group, so with balanced loads almost all rows go through the batched product, which reads
-every expert's weights in place. What is left of larger groups goes through a loop over blocks of rows in expert order, each
-block one dense matmul; its trip count is dynamic. Where groups are so uneven, or so many rows unused, that less than half of
-the batched product would be useful, all rows go through the loop: never more is done than about twice the useful work and a
-block a group.
+every expert's weights in place. Rows lie where that product reads and writes them, in E stretches of B places. What is left
+of larger groups lies in the places that smaller groups leave free; there the batched product is wrong, and a loop over
+blocks of such rows, each block one dense matmul, puts it right; its trip count is dynamic. Where groups are so uneven, or so
+many rows unused, that less than half of the batched product would be useful, all rows go through the loop: never more is
+done than about twice the useful work and two blocks a group.
 
-M rows, D contracted width, F output width, E experts, B rows of a group's head, S rows of a block.
+M rows, D contracted width, F output width, E experts, B rows of a group's head, N = E B places, S rows of a block.
 """
 
 import math
@@ -15,15 +16,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aoe_jax.experts.permute import NOWHERE, permute
+
 ROW_MULTIPLE = 16  # of B
 MAX_BLOCK = 128
 
 
 def blocked_matmul(rows, weights, group_sizes):
-    """`grouped_matmul` by a batched product and blocks; shapes as there."""
+    """`grouped_matmul` of rows in expert order; shapes as there."""
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.shape[2]), rows.dtype)
-    return _blocked(rows, weights, group_sizes)
+    places = place_rows(group_sizes, rows.shape[0])
+    out = placed_matmul(permute(rows, places.row, places.place), weights, places)
+    return permute(out, places.place, places.row)
 
 
 def _head_and_block(m, n_experts):
@@ -36,71 +41,84 @@ def _head_and_block(m, n_experts):
     return min(head, m), min(block, m)
 
 
-class _Layout(NamedTuple):
-    """Where the rows of each group lie, and which of them are the batched product's."""
-
-    start: jax.Array  # [E], first row of each group
-    end: jax.Array  # [E], one past its last row
-    is_batched: jax.Array  # [], whether the batched product is worth it
-    head: jax.Array  # [E], rows of each group that are its own: B or the whole group, or none
-
-
-def _layout(group_sizes, m):
-    size, _ = _head_and_block(m, group_sizes.shape[0])
-    end = jnp.cumsum(group_sizes)
-    head = jnp.minimum(group_sizes, size)
-    is_batched = 2 * head.sum() >= size * group_sizes.shape[0]
-    return _Layout(end - group_sizes, end, is_batched, jnp.where(is_batched, head, 0))
-
-
 class _Blocks(NamedTuple):
     """Where each block of the loop lies; entries past `count` are meaningless."""
 
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
-    start: jax.Array  # [max blocks], first row, moved back where the block would run past the last row
-    first: jax.Array  # [max blocks], first row that belongs to the block
-    last: jax.Array  # [max blocks], one past the last row that belongs to the block
+    stretch: jax.Array  # [max blocks], the group in whose stretch of places the block lies
+    start: jax.Array  # [max blocks], first place, moved back where the block would run past the last place
+    first: jax.Array  # [max blocks], first place that belongs to the block
+    last: jax.Array  # [max blocks], one past the last place that belongs to the block
 
 
-def _blocks(layout, m, size):
-    n_experts = layout.end.shape[0]
-    rest = layout.end - layout.start - layout.head
-    per_group = (rest + size - 1) // size
-    block_ends = jnp.cumsum(per_group)
-    block = jnp.arange(m // size + n_experts)
-    expert = jnp.minimum(jnp.searchsorted(block_ends, block, side="right", method="compare_all"), n_experts - 1)
-    within = block - (block_ends - per_group)[expert]
-    first = (layout.start + layout.head)[expert] + within * size
-    last = jnp.minimum(first + size, layout.end[expert])
-    return _Blocks(block_ends[-1], expert, jnp.minimum(first, m - size), first, last)
+class Places(NamedTuple):
+    """Where rows lie: those of a group's head from the start of its stretch on, the rest in free places, in order."""
+
+    place: jax.Array  # [M] int32, the place of each row in expert order; NOWHERE for rows past the last group
+    row: jax.Array  # [N] int32, the row at each place; NOWHERE where there is none
+    is_batched: jax.Array  # [], whether the batched product is worth it; if not, no group has a head
+    blocks: _Blocks  # of the rows that are in no head
 
 
-def _heads(rows, layout, size):
-    """The first B rows of every group, `[M, D] -> [E, B, D]`; past the end of a short group, zeros.
+def place_rows(group_sizes, m):
+    """`Places` of m rows in groups of `group_sizes [E]`."""
+    n_experts = group_sizes.shape[0]
+    size, block_size = _head_and_block(m, n_experts)
+    head = jnp.minimum(group_sizes, size)
+    is_batched = 2 * head.sum() >= size * n_experts
+    head = jnp.where(is_batched, head, 0)
+    end = jnp.cumsum(group_sizes)
+    start = end - group_sizes
+    # The rows of no head are counted through, and so are the free places: the i-th of these rows lies in the i-th place.
+    rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
+    # From the count of such a row to the row, by expert, and from that of a free place to the place, by stretch.
+    to_row = end - rest_end
+    to_place = size * jnp.arange(1, n_experts + 1) - free_end
 
-    Not whatever lies there: it may be a row of no group, and NaN.
-    """
-    within = jnp.arange(size)
-    index = jnp.where(within < layout.head[:, None], layout.start[:, None] + within, rows.shape[0])
-    return rows.at[index].get(mode="fill", fill_value=0)
+    row = jnp.arange(m, dtype=jnp.int32)
+    expert = _find(end, row)
+    count = row - to_row[expert]
+    place = jnp.where(
+        row - start[expert] < head[expert],
+        expert * size + row - start[expert],
+        count + to_place[_find(free_end, count)],
+    )
+    place = jnp.where(row < end[-1], place, NOWHERE)
+
+    stretch, within = jnp.divmod(jnp.arange(n_experts * size, dtype=jnp.int32), size)
+    count = stretch * size + within - to_place[stretch]
+    row = jnp.where(count < rest_end[-1], count + to_row[_find(rest_end, count)], NOWHERE)
+    row = jnp.where(within < head[stretch], start[stretch] + within, row)
+
+    # Runs of rows of one expert in places of one stretch, each cut into blocks.
+    run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
+    run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
+    per_run = (run_end - run_start + block_size - 1) // block_size
+    block_end = jnp.cumsum(per_run)
+    block = jnp.arange(m // block_size + 2 * n_experts)
+    run = _find(block_end, block)
+    first = run_start[run] + (block - (block_end - per_run)[run]) * block_size
+    last = jnp.minimum(first + block_size, run_end[run])
+    expert, stretch = _find(rest_end, first), _find(free_end, first)
+    first, last = first + to_place[stretch], last + to_place[stretch]
+    block_start = jnp.minimum(first, n_experts * size - block_size)
+    blocks = _Blocks(block_end[-1], expert, stretch, block_start, first, last)
+    # Without the barrier XLA computes an index again for every element of the rows that it gathers.
+    return jax.lax.optimization_barrier(Places(place, row, is_batched, blocks))
 
 
-def _from_heads(heads, layout, m):
-    """The inverse, `[E, B, D] -> [M, D]`; zeros for rows that are in no head."""
-    n_experts, size, width = heads.shape
-    row = jnp.arange(m)
-    expert = jnp.minimum(jnp.searchsorted(layout.end, row, side="right", method="compare_all"), n_experts - 1)
-    within = row - layout.start[expert]
-    index = jnp.where(within < layout.head[expert], expert * size + within, n_experts * size)
-    return heads.reshape(n_experts * size, width).at[index].get(mode="fill", fill_value=0)
+def _find(ends, index):
+    """Which of consecutive stretches that end at `ends [E]` holds each index: `[M] -> [M]`; the last for those past it."""
+    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
+    return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
 
-def _batched_product(heads, weights, contracted):
+def _batched_product(rows, weights, contracted):
     """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted` is 2."""
-    accumulator = jnp.promote_types(heads.dtype, jnp.float32)
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     dimensions = (((2,), (contracted,)), ((0,), (0,)))
-    return jax.lax.dot_general(heads, weights, dimensions, preferred_element_type=accumulator).astype(heads.dtype)
+    return jax.lax.dot_general(rows, weights, dimensions, preferred_element_type=accumulator).astype(rows.dtype)
 
 
 def _batched_gradient(rows, g):
@@ -109,8 +127,9 @@ def _batched_gradient(rows, g):
     return jax.lax.dot_general(rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator)
 
 
-def _add_block_products(out, rows, weights, blocks, size, contracted):
-    """Writes the products of the blocks into `out [M, F]`."""
+def _add_block_products(out, rows, weights, places, contracted):
+    """Writes the products of the blocks into `out [N, F]`."""
+    blocks, size = places.blocks, _head_and_block(places.place.shape[0], weights.shape[0])[1]
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     row = jnp.arange(size)[:, None]
 
@@ -127,57 +146,65 @@ def _add_block_products(out, rows, weights, blocks, size, contracted):
     return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
-def _add_block_gradients(out, rows, g, blocks, size):
-    """Adds the weight gradients of the blocks to `out [E, D, F]`."""
+def _add_block_gradients(out, rows, g, places):
+    """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product made of their rows."""
+    blocks, size = places.blocks, _head_and_block(places.place.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 
+    def add(out, expert, product):
+        product = product + jax.lax.dynamic_index_in_dim(out, expert, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(out, product, expert, 0)
+
     def step(b, out):
-        start, expert = blocks.start[b], blocks.expert[b]
+        start = blocks.start[b]
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
         x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (rows, g))
         product = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=out.dtype)
-        product = product + jax.lax.dynamic_index_in_dim(out, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(out, product, expert, 0)
+        out = add(out, blocks.expert[b], product)
+        return add(out, blocks.stretch[b], jnp.where(places.is_batched, -product, 0))
 
     return jax.lax.fori_loop(0, blocks.count, step, out)
 
 
 @jax.custom_vjp
-def _blocked(rows, weights, group_sizes):
-    m, n_experts = rows.shape[0], weights.shape[0]
-    head_size, block_size = _head_and_block(m, n_experts)
-    layout = _layout(group_sizes, m)
+def placed_matmul(rows, weights, places):
+    """`[N, D] x [E, D, F] -> [N, F]`, by `Places`; a place without a row must hold zeros."""
+    return _product(rows, weights, places, 1)
+
+
+def _product(rows, weights, places, contracted):
+    """`[N, D] x [E, D, F] -> [N, F]`, or over the last axis of the weights where `contracted` is 2."""
+    n_experts, width = weights.shape[0], weights.shape[3 - contracted]
     out = jax.lax.cond(
-        layout.is_batched,
-        lambda: _from_heads(_batched_product(_heads(rows, layout, head_size), weights, 1), layout, m),
-        lambda: jnp.zeros((m, weights.shape[2]), rows.dtype),
+        places.is_batched,
+        lambda: _batched_product(_stretches(rows, n_experts), weights, contracted).reshape(-1, width),
+        lambda: jnp.zeros((rows.shape[0], width), rows.dtype),
     )
-    return _add_block_products(out, rows, weights, _blocks(layout, m, block_size), block_size, 1)
+    return _add_block_products(out, rows, weights, places, contracted)
 
 
-def _forward(rows, weights, group_sizes):
-    return _blocked(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _gradient(rows, g, places, n_experts):
+    """`[N, D], [N, F] -> [E, D, F]`."""
+    out = jax.lax.cond(
+        places.is_batched,
+        lambda: _batched_gradient(_stretches(rows, n_experts), _stretches(g, n_experts)),
+        lambda: jnp.zeros((n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)),
+    )
+    return _add_block_gradients(out, rows, g, places).astype(rows.dtype)
+
+
+def _stretches(rows, n_experts):
+    """`[N, D] -> [E, B, D]`."""
+    return rows.reshape(n_experts, -1, rows.shape[1])
+
+
+def _forward(rows, weights, places):
+    return placed_matmul(rows, weights, places), (rows, weights, places)
 
 
 def _backward(residuals, g):
-    rows, weights, group_sizes = residuals
-    m, n_experts = rows.shape[0], weights.shape[0]
-    head_size, block_size = _head_and_block(m, n_experts)
-    layout = _layout(group_sizes, m)
-
-    def batched():
-        g_heads = _heads(g, layout, head_size)
-        d_rows = _from_heads(_batched_product(g_heads, weights, 2), layout, m)
-        return d_rows, _batched_gradient(_heads(rows, layout, head_size), g_heads)
-
-    def nothing():
-        return jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.promote_types(rows.dtype, jnp.float32))
-
-    d_rows, d_weights = jax.lax.cond(layout.is_batched, batched, nothing)
-    blocks = _blocks(layout, m, block_size)
-    d_rows = _add_block_products(d_rows, g, weights, blocks, block_size, 2)
-    d_weights = _add_block_gradients(d_weights, rows, g, blocks, block_size)
-    return d_rows, d_weights.astype(rows.dtype), None
+    rows, weights, places = residuals
+    return _product(g, weights, places, 2), _gradient(rows, g, places, weights.shape[0]), None
 
 
-_blocked.defvjp(_forward, _backward)
+placed_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,26 @@
+"""Rows and values moved by index, with gathers both ways."""
+
+import jax
+import jax.numpy as jnp
+
+NOWHERE = jnp.iinfo(jnp.int32).max  # an index that is out of range of every array
+
+
+# Autodiff turns a gather into a scatter-add, which is slow everywhere; where no element is taken twice, the inverse index
+# gathers instead.
+@jax.custom_vjp
+def permute(values, index, inverse):
+    """`values[index]` along the first axis, zeros where the index is out of range: `[M, ...]` -> `[N, ...]`.
+
+    Args:
+      values: `[M, ...]`.
+      index: `[N]` int32, each number below M at most once.
+      inverse: `[M]` int32, where in the result each element of `values` lies; out of range where it is left out.
+    """
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
+permute.defvjp(
+    lambda values, index, inverse: (permute(values, index, inverse), (index, inverse)),
+    lambda residuals, g: (permute(g, *reversed(residuals)), None, None),
+)
