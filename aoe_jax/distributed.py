@@ -1,6 +1,11 @@
 """Starting JAX on several processes: a TPU pod, a Slurm job, or processes that are named one by one."""
 
 import logging
+import os
+import socket
+import sys
+import threading
+import time
 
 from absl import flags
 
@@ -32,32 +37,105 @@ def start():
     if given and len(given) < 3:
         missing = next(name for name in explicit if name not in given)
         raise UserError(f"--{missing} is missing; --coordinator, --processes and --process go together")
-    if given and _PROCESS.value >= _PROCESSES.value:
-        raise UserError(
-            f"--process={_PROCESS.value}: must be below --processes={_PROCESSES.value}; processes count from 0"
-        )
+    if given:
+        _meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
+    _initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     import jax
 
-    names = {"coordinator_address": _COORDINATOR.value, "num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
-    try:
-        jax.distributed.initialize(**names, initialization_timeout=_JOIN_TIMEOUT.value)
-    except ValueError as e:
-        raise UserError(
-            f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and --process"
-        ) from e
-    except Exception as e:  # of the coordination service, each of a kind of its own
-        raise UserError(_never_joined(str(e))) from e
     if jax.process_index() > 0:
         logging.getLogger("aoe_jax").setLevel(logging.WARNING)
     logging.getLogger(__name__).info("%d processes, %d devices", jax.process_count(), jax.device_count())
 
 
-def _never_joined(message):
-    text = " ".join(message.split())
-    return (
-        f"process {_PROCESS.value if _PROCESS.value is not None else '?'} of {_PROCESSES.value or '?'} could not join the "
-        f"others within --join_timeout={_JOIN_TIMEOUT.value} s: {text[:300]}"
-    )
+def _initialize(address, n_processes, process):
+    """`jax.distributed.initialize`; where that takes too long, it ends the process, and JAX itself would abort it."""
+    import jax
+
+    joined = threading.Event()
+
+    def watch():
+        if not joined.wait(_JOIN_TIMEOUT.value):
+            print(
+                f"error: not all processes joined within --join_timeout={_JOIN_TIMEOUT.value} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        jax.distributed.initialize(address, n_processes, process, initialization_timeout=_JOIN_TIMEOUT.value + 60)
+    except ValueError as e:
+        raise UserError(
+            f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and --process"
+        ) from e
+    joined.set()
+
+
+def _meet(address, n_processes, process, timeout):
+    """Waits until all processes are there, on the port that JAX takes next: JAX can't say which one is missing.
+
+    Raises:
+      UserError: a bad address or number, or processes that aren't there in time, by their numbers.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator={address}: must be HOST:PORT of process 0, such as 10.0.0.1:12345")
+    if process >= n_processes:
+        raise UserError(f"--process={process}: must be below --processes={n_processes}; processes count from 0")
+    deadline = time.monotonic() + timeout
+    if process == 0:
+        _wait_for_others(address, int(port), n_processes, deadline, timeout)
+    else:
+        _report(address, (host, int(port)), process, deadline, timeout)
+
+
+def _wait_for_others(address, port, n_processes, deadline, timeout):
+    others = {}
+    try:
+        server = socket.create_server(("", port))
+    except OSError as e:
+        raise UserError(
+            f"--coordinator={address}: process 0 can't listen there ({e.strerror}); name a free port"
+        ) from e
+    with server:
+        while len(others) < n_processes - 1 and time.monotonic() < deadline:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                others[int(connection.recv(16))] = connection
+            except (TimeoutError, ValueError, OSError):
+                continue
+        missing = sorted(set(range(1, n_processes)) - set(others))
+        for connection in others.values():
+            with connection:
+                connection.sendall(",".join(map(str, missing)).encode() or b"go")
+    if missing:
+        raise UserError(_missing(missing, timeout))
+
+
+def _report(address, place, process, deadline, timeout):
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(place, timeout=1) as connection:
+                connection.sendall(str(process).encode())
+                connection.settimeout(max(deadline - time.monotonic(), 0.01) + 5)
+                answer = connection.recv(4096).decode()
+        except (OSError, TimeoutError):
+            time.sleep(0.2)
+            continue
+        if answer == "go":
+            return
+        if answer:
+            raise UserError(_missing(answer.split(","), timeout))
+    raise UserError(f"process 0 at --coordinator={address} can't be reached within --join_timeout={timeout} s")
+
+
+def _missing(numbers, timeout):
+    names = ", ".join(map(str, numbers))
+    what = f"process {names} has" if len(numbers) == 1 else f"processes {names} have"
+    return f"{what} not joined within --join_timeout={timeout} s; start them all with the same --coordinator and --processes"
 
 
 def barrier(name):

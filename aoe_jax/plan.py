@@ -18,12 +18,10 @@ How the figures come about:
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import logging
 import math
-import os
 import re
 import time
 from pathlib import Path
@@ -31,7 +29,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 from jax.extend import core as jax_core
 
 from aoe_jax import cli
@@ -50,6 +47,7 @@ from aoe_jax.sharding import (
     state_shardings,
     with_shardings,
 )
+from aoe_jax.topology import topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
 log = logging.getLogger(__name__)
@@ -61,47 +59,6 @@ _SUGGEST = flags.DEFINE_bool("suggest", False, "where it doesn't fit, look for t
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
-
-
-def topology_devices(topology, n_slices=1):
-    """`(generation, devices)` of machines that needn't be here.
-
-    Raises:
-      UserError: an unknown name or shape, or a compiler that isn't installed.
-    """
-    generation, _, shape = topology.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise UserError(
-            f"--topology={topology} is unknown; name one of {', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 "
-            "or h100:8"
-        )
-    if generation == "h100":
-        return generation, _gpu_devices(int(shape) if shape.isdecimal() else 0, n_slices)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology}: libtpu is missing, the compiler for TPUs; pip install libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server which machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile, or train, too
-    slices = {"num_slices": n_slices} if n_slices > 1 else {}
-    try:
-        return generation, topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
-    except Exception as e:  # of the compiler, a kind of its own
-        raise UserError(
-            f"--topology={topology}: the compiler has no such slice: {' '.join(str(e).split())[:200]}"
-        ) from e
-
-
-def _gpu_devices(n, n_nodes):
-    if n < 1:
-        raise UserError("--topology=h100:N takes the number of GPUs of a node")
-    target = (Path(__file__).parent / "h100.txtpb").read_text()
-    try:
-        topology = f"{n_nodes}x1x{n}"
-        return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices
-    except Exception as e:
-        raise UserError(
-            f"--topology=h100:{n}: the compiler for GPUs is missing; pip install 'jax[cuda13]' "
-            f"({' '.join(str(e).split())[:120]})"
-        ) from e
 
 
 def _sub_jaxprs(eqn):

@@ -15,7 +15,7 @@ from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.grouped_matmul.megablox import tiles
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.selection import SELECTION
-from aoe_jax.plan import topology_devices
+from aoe_jax.topology import topology_devices
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.

@@ -64,6 +64,23 @@ COMMAND_LINE = {
     "no value": Mistake(wrong_config("train.steps"), ["--config.train.steps", "Missing value"]),
     "unknown flag": Mistake(flags(CONFIG, "--foo"), ["--foo is no flag"]),
     "stray word": Mistake(flags(CONFIG, "extra"), ["'extra'", "--name=value"]),
+    "mesh of other devices": Mistake(
+        wrong_config("mesh.fsdp=2"), ["config.mesh", "fsdp=2", "make up 1 devices", "number of devices"]
+    ),
+    "mesh that doesn't divide": Mistake(
+        wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
+    ),
+    "no cluster": Mistake(flags(CONFIG, "--distributed"), ["--distributed", "no cluster", "--coordinator"]),
+    "half of a process": Mistake(flags(CONFIG, "--coordinator=localhost:1"), ["--processes is missing", "go together"]),
+    "process out of range": Mistake(
+        flags(CONFIG, "--coordinator=localhost:1", "--processes=2", "--process=2"), ["--process=2", "--processes=2"]
+    ),
+    "coordinator without a port": Mistake(
+        flags(CONFIG, "--coordinator=here", "--processes=2", "--process=0"), ["--coordinator=here", "HOST:PORT"]
+    ),
+    "unknown topology": Mistake(
+        ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"], ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, h100"]
+    ),
     "no config file, but an override": Mistake(
         wrong_config("train.steps=3", config="--config={here}/nope.py"), ["nope.py", "no such file"]
     ),
@@ -252,7 +269,7 @@ DATA = {
 @pytest.mark.parametrize("start", DATA)
 def test_data_that_does_not_fit_leaves_no_workdir(start, tmp_path):
     with pytest.raises(UserError, match=f"^{start}"):
-        train(tiny_config(**DATA[start]), tmp_path / "run")
+        train(tiny_config(train__batch_size=8, **DATA[start]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -42,6 +42,14 @@ def test_width_of_each_kind():
 
 
 BAD = {
+    "mesh.data=0": ("mesh", {"data": 0}, "-1 for the rest"),
+    "mesh.expert=3": ("mesh", {"expert": 3}, "must divide experts.n_experts=8"),
+    "mesh.tensor=8": ("mesh", {"tensor": 8}, "must divide model.n_heads=4"),
+    "mesh.fsdp=3": ("mesh", {"fsdp": 3}, "must divide model.d_model=128"),
+    "mesh.fsdp=64": ("mesh", {"fsdp": 64}, "must divide experts.d_low=32"),
+    "train.batch_size=16": ("mesh", {"fsdp": 32}, "divisible by mesh.data * mesh.fsdp * mesh.expert = 32"),
+    "mesh.transport='pigeon'": ("mesh", {"transport": "pigeon"}, "ring, all_to_all"),
+    "mesh.transport='all_to_all'": ("mesh", {"transport": "all_to_all"}, "set mesh.expert"),
     "experts.top_k=9": ("experts", {"top_k": 9}, "n_experts=8"),
     "experts.d_low=128": ("experts", {"d_low": 128}, "smaller than model.d_model=128"),
     "experts.d_low=0": ("experts", {"d_low": 0}, "greater than 0"),
@@ -144,3 +152,8 @@ def test_scoring_is_sparse_where_that_is_exact():
         }.items()
     }
     assert sparse == {"chosen": True, "all": False, "top_p": False, "router": False, "as published": False}
+
+
+def test_a_width_that_the_mesh_does_not_divide_says_how_to_round_it():
+    with pytest.raises(UserError, match=r"mesh\.tensor=4: must divide experts\.d_wide=677; set experts\.round_to"):
+        Config.from_config_dict({"experts": {"d_ffn": 519, "d_low": 32}, "mesh": {"tensor": 4}})

@@ -1,10 +1,8 @@
 """Real processes on CPU: the curve of one, and checkpoints that go from four to two to one."""
 
-import shutil
 import socket
 
 import numpy as np
-import pytest
 
 from tests.runs import STEPS, finish, finished_run, read_metrics, run, scratch, start, train_command
 
@@ -39,23 +37,40 @@ def losses(workdir):
     return [line["loss"] for line in read_metrics(workdir)[0]]
 
 
-@pytest.mark.parametrize("n_processes", [2, 4])
-def test_processes_train_as_one_does(n_processes):
-    workdir = scratch("multiprocess") / str(n_processes)
-    stderr = train_on(workdir, n_processes, **MESH)
+def test_two_processes_train_as_one_does():
+    workdir = scratch("multiprocess") / "two"
+    stderr = train_on(workdir, 2, **MESH)
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
-    assert f"{n_processes} processes, 4 devices" in stderr[0]
+    assert "2 processes, 4 devices" in stderr[0]
     assert not any("step" in text for text in stderr[1:])  # the first alone reports
 
 
 def test_from_four_processes_to_two_to_one():
-    workdir = scratch("multiprocess") / "moved"
-    half, most = STEPS // 2, STEPS - 4
-    train_on(workdir, 4, **MESH, train__steps=half)
-    train_on(workdir, 2, mesh__fsdp=4, train__steps=most)
-    status, _, stderr = run(train_command(workdir, train__steps=STEPS))
+    """And over other meshes: the curve of one process that stops where they do."""
+    moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
+    stages = STEPS // 2, STEPS - 4, STEPS
+    for steps in stages:
+        status, _, stderr = run(train_command(alone, train__steps=steps))
+        assert status == 0, stderr
+    train_on(moved, 4, **MESH, train__steps=stages[0])
+    train_on(moved, 2, mesh__fsdp=4, train__steps=stages[1])
+    status, _, stderr = run(train_command(moved, train__steps=STEPS))
     assert status == 0, stderr
-    assert f"going on from step {most}" in stderr
-    steps = [line["step"] for line in read_metrics(workdir)[0]]
-    assert steps == sorted(set(steps)) and steps[-1] == STEPS
-    shutil.rmtree(workdir)
+    assert f"going on from step {stages[1]}" in stderr
+    np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
+
+
+def test_a_process_that_never_joins_is_named():
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=3", "--join_timeout=4"]
+    workdir = scratch("multiprocess") / "never"
+    processes = [start([*train_command(workdir), *flags, f"--process={i}"]) for i in (0, 2)]
+    for process in processes:
+        status, _, stderr = finish(process)
+        assert status == 2 and "error: process 1 has not joined within --join_timeout=4 s" in stderr, stderr
+    assert not workdir.exists()
+
+
+def test_nobody_at_the_coordinators_address():
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--process=1", "--join_timeout=2"]
+    status, _, stderr = run([*train_command(scratch("multiprocess") / "nobody"), *flags])
+    assert status == 2 and "process 0 at --coordinator=localhost" in stderr

@@ -189,8 +189,20 @@ def over_mesh(function, in_specs, out_specs, transport="ring"):
     if mesh.empty:
         return partial(function, Devices(transport=transport))
     devices = Devices(tuple(mesh.shape.get(axis, 1) for axis in MESH_AXES), transport)
+    idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
+    in_specs = jax.tree.map(partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
     # check_vma: Pallas kernels say nothing of how their results vary over the mesh.
     return jax.shard_map(partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _name_idle_axes(idle, spec):
+    """The same split, with axes of one device named in it: over axes that aren't, gradients would be summed."""
+    named = {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
+    rest = tuple(axis for axis in idle if axis not in named)
+    if not spec or not rest:
+        return spec
+    first = () if spec[0] is None else (spec[0],) if isinstance(spec[0], str) else spec[0]
+    return PartitionSpec((*first, *rest), *spec[1:])
 
 
 def token_spec(ndim, *trailing):

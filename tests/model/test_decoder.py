@@ -123,8 +123,8 @@ def test_what_recomputing_experts_keeps(kind):
     decoder, variables = build(model, kind=kind, n_experts=3, d_ffn=40, d_low=5, top_k=2)
     residuals = jax.tree.leaves(jax.vjp(lambda v: decoder.apply(v, TOKENS)[0], variables)[1])
     kept = [a.shape for a in residuals if a.dtype == jnp.bfloat16]
-    rows, width = 2 * TOKENS.size, decoder.experts.width(16)
-    by_row = sorted(shape[-1] for shape in kept if shape[1:-1] == (rows,))
+    tokens, width = TOKENS.size, decoder.experts.width(16)
+    by_row = sorted(shape[-1] for shape in kept if len(shape) == 3 and shape[1] >= 2 * tokens)  # rows and free places
     assert by_row == ([5, width] if kind == "aoe" else [width, width])
     assert not [shape for shape in kept if shape[:2] == (2, 3)]
 
