@@ -155,5 +155,5 @@ def test_scoring_is_sparse_where_that_is_exact():
 
 
 def test_a_width_that_the_mesh_does_not_divide_says_how_to_round_it():
-    with pytest.raises(UserError, match=r"mesh\.tensor=4: must divide experts\.d_wide=677; set experts\.round_to"):
+    with pytest.raises(UserError, match=r"mesh\.tensor=4: must divide experts\.d_wide=678; set experts\.round_to"):
         Config.from_config_dict({"experts": {"d_ffn": 519, "d_low": 32}, "mesh": {"tensor": 4}})
