@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The compiler for TPUs that aren't here. It lies apart: where JAX finds it, it looks for a TPU at every start.
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: setup train test smoke lint
+.PHONY: setup train multiprocess test smoke lint
 
 setup: $(INSTALLED)
 
@@ -29,6 +29,16 @@ train: setup
 	test -f $(WORKDIR)/summary.json || $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --split=validation
 	$(BIN)/python -m benchmarks.compression --workdir=$(WORKDIR)
+
+# The same on several processes of this machine, as on several machines: make multiprocess PROCESSES=2 WORKDIR=runs/two
+PROCESSES ?= 2
+PORT ?= 12355
+multiprocess: export JAX_NUM_CPU_DEVICES ?= 1
+multiprocess: setup
+	for i in $$(seq 0 $$(($(PROCESSES) - 1))); do \
+	  $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) \
+	    --coordinator=localhost:$(PORT) --processes=$(PROCESSES) --process=$$i & pids="$$pids $$!"; \
+	done; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
 
 test: setup $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2

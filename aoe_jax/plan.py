@@ -137,8 +137,10 @@ def _activation_bytes(config, n_devices):
     return sum(a.size * a.dtype.itemsize for a in leaves if (a.shape, a.dtype) not in parameters) / n_devices
 
 
-def plan(config: Config, generation, devices):
+def plan(config: Config, generation, devices, compiles=True):
     """Compiles the train step of `config`, whose mesh is filled in, for devices of a topology.
+
+    Without `compiles` it is only traced, in seconds: memory, compiled FLOPs and whether it fits are then unknown, None.
 
     Returns:
       A dict, see `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`, `memory_bytes` {`state`,
@@ -157,19 +159,17 @@ def plan(config: Config, generation, devices):
         sizes = dict(zip(MESH_AXES, mesh.devices.shape, strict=True))
         found = {key: v for key, v in collectives(traced.jaxpr.jaxpr, sizes).items() if v[1]}
         started = time.perf_counter()
-        error, memory, flops = None, {}, None
+        error, compiled, flops = None, None, None
         try:
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile() if compiles else None
         except jax.errors.JaxRuntimeError as e:
             error = str(e)
-            if "RESOURCE_EXHAUSTED" not in error and "memory" not in error:
+            if "RESOURCE_EXHAUSTED" not in error:
                 raise
         compile_seconds = time.perf_counter() - started
-        memory["state"] = _bytes_per_device(state)
-        memory["activations"] = _activation_bytes(config, n_devices)
-        if error:
-            memory["temp"], memory["total"] = None, _used_bytes(error)
-        else:
+        memory = {"state": _bytes_per_device(state), "activations": _activation_bytes(config, n_devices)}
+        memory |= {"temp": None, "total": _used_bytes(error) if error else None}
+        if compiled:
             analysis = compiled.memory_analysis()
             memory["temp"] = analysis.temp_size_in_bytes
             memory["total"] = (
@@ -195,7 +195,7 @@ def plan(config: Config, generation, devices):
     }
     bound_by = max(seconds, key=seconds.get)
     return {
-        "fits": error is None and memory["total"] <= hbm_bytes,
+        "fits": None if not compiles else error is None and memory["total"] <= hbm_bytes,
         "generation": generation,
         "devices": n_devices,
         "mesh": {**sizes, "transport": config.mesh.transport},

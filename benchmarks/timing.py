@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from aoe_jax.config import Config
 from aoe_jax.errors import UserError
@@ -67,17 +67,18 @@ def configuration(variant, *changes):
     return Config.from_config_dict(config)
 
 
+def random_batch(config: Config):
+    """A batch of random tokens."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
+    ones = np.ones(shape, np.int32)
+    return {"inputs": tokens[0], "targets": tokens[1], "segment_ids": ones, "weights": ones.astype(np.float32)}
+
+
 def make_step(config: Config):
     """A nullary function that takes one training step, and the compiled step."""
     state = jax.jit(lambda: init_state(config, 0))()
-    shape = (config.train.batch_size, config.data.seq_len)
-    tokens = jax.random.randint(jax.random.key(0), (2, *shape), 0, config.model.vocab_size)
-    batch = {
-        "inputs": tokens[0],
-        "targets": tokens[1],
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "weights": jnp.ones(shape),
-    }
+    batch = jax.device_put(random_batch(config))
     step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
 
     def run():

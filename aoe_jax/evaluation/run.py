@@ -1,12 +1,13 @@
 """Evaluating a trained run: `evaluate_workdir(workdir)` restores the newest checkpoint and scores a held-out split."""
 
+import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from aoe_jax.config import Config
+from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
@@ -44,10 +45,25 @@ def evaluate_workdir(workdir: Path, split="test"):
     """
     if split not in SPLITS:
         raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
-    config = fill_mesh(Config.from_config_dict(read_config_json(workdir / "config.json")), jax.device_count())
+    config = _on_devices_here(Config.from_config_dict(read_config_json(workdir / "config.json")))
     mesh = make_mesh(config, jax.devices())
     with jax.set_mesh(mesh):
         return _evaluate_workdir(config, workdir, split, mesh)
+
+
+def _on_devices_here(config):
+    """The configuration on the mesh it was trained on, or, where that isn't here, with all devices along `data`.
+
+    Batches may then be larger, so that the devices divide them. Only expert choice depends on that.
+    """
+    n = jax.device_count()
+    try:
+        return fill_mesh(config, n)
+    except UserError:
+        log.info("the mesh of the training run doesn't fit %d devices: batches are split over all of them", n)
+        batch_size = -(-config.train.batch_size // config.train.accumulate // n) * n
+        train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=1)
+        return dataclasses.replace(config, mesh=MeshConfig(data=n), train=train)
 
 
 def _evaluate_workdir(config, workdir, split, mesh):

@@ -1,0 +1,104 @@
+"""How communication and predicted step time grow with the number of chips: AoE beside router MoE, by transport.
+
+`python -m benchmarks.growth --output=DIR [--chips=16,32,64,128,256] [--tokens_per_chip=16384] [--batch=256]` draws
+`growth.png` and `growth.svg` and writes `growth.json`. The models are configs/large.py's 8 of 64 experts on TPU v5p. Weak
+scaling keeps the tokens of a chip; strong scaling keeps the batch of `--batch` sequences of 4096. Programs are traced, not
+compiled: bytes are those of the collectives in the program, and step times are bounds from public peak figures, see
+`aoe_jax/plan.py`.
+
+FSDP splits parameters over all chips. The others split experts over 16 chips and the rest over FSDP.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config import Config, MeshConfig
+from aoe_jax.errors import UserError
+from aoe_jax.plan import plan
+from aoe_jax.topology import topology_devices
+from benchmarks.timing import report
+from configs import large
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TOPOLOGIES = {16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+EXPERT_SHARDS = 16
+ARMS = {
+    "AoE, FSDP": ("aoe_64", None),
+    "AoE, ring": ("aoe_64", "ring"),
+    "AoE, all_to_all": ("aoe_64", "all_to_all"),
+    "MoE, FSDP": ("moe_64", None),
+    "MoE, all_to_all": ("moe_64", "all_to_all"),
+}
+
+_OUTPUT = flags.DEFINE_string("output", None, "a folder for the figures")
+_CHIPS = flags.DEFINE_list("chips", [str(n) for n in TOPOLOGIES], f"of {', '.join(map(str, TOPOLOGIES))}")
+_TOKENS = flags.DEFINE_integer("tokens_per_chip", 16384, "of weak scaling, in sequences of 4096", lower_bound=4096)
+_BATCH = flags.DEFINE_integer("batch", 256, "sequences of 4096 of strong scaling", lower_bound=1)
+
+
+def configuration(arm, n_chips, sequences):
+    """A configuration of configs/large.py on that many chips, one micro-batch a step."""
+    variant, transport = ARMS[arm]
+    config = Config.from_config_dict(large.get_config(variant))
+    mesh = MeshConfig(data=1, fsdp=n_chips)
+    if transport:
+        mesh = MeshConfig(data=1, fsdp=n_chips // EXPERT_SHARDS, expert=EXPERT_SHARDS, transport=transport)
+    train = dataclasses.replace(config.train, batch_size=sequences)
+    return dataclasses.replace(config, mesh=mesh, train=train)
+
+
+def draw(figures, folder):
+    """Received bytes and predicted step time against chips, weak and strong."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, constrained_layout=True)
+    for row, scaling in zip(axes, ("weak", "strong"), strict=True):
+        for arm in ARMS:
+            points = [f for f in figures if f["arm"] == arm and f["scaling"] == scaling]
+            chips = [f["chips"] for f in points]
+            style = {"linestyle": "-" if arm.startswith("AoE") else "--", "marker": "o", "markersize": 4, "label": arm}
+            row[0].plot(chips, [sum(f["collective_bytes"].values()) / 1e9 for f in points], **style)
+            row[1].plot(chips, [f["step_seconds"] for f in points], **style)
+        row[0].set_ylabel(f"{scaling} scaling\nreceived by a chip per step [GB]")
+        row[1].set_ylabel("predicted step time, at least [s]")
+        for ax in row:
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.grid(alpha=0.3)
+    for ax in axes[1]:
+        ax.set_xlabel("TPU v5p chips")
+        ax.set_xticks(chips, [str(n) for n in chips])
+    axes[0, 0].legend()
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"growth.{kind}", dpi=120)
+    plt.close(figure)
+
+
+def main():
+    """Traces, prints one arm a line, draws."""
+    folder = Path(cli.required(_OUTPUT))
+    if not all(n.isdecimal() and int(n) in TOPOLOGIES for n in _CHIPS.value):
+        raise UserError(f"--chips={','.join(_CHIPS.value)}: choose of {', '.join(map(str, TOPOLOGIES))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = []
+    for n in map(int, _CHIPS.value):
+        generation, devices = topology_devices(f"v5p:{TOPOLOGIES[n]}")
+        for scaling, sequences in (("weak", n * (_TOKENS.value // 4096)), ("strong", _BATCH.value)):
+            for arm in ARMS:
+                result = plan(configuration(arm, n, sequences), generation, devices, compiles=False)
+                figures.append({"arm": arm, "scaling": scaling, "chips": n, **result})
+                print(
+                    f"{n:4} chips {scaling:>6} {arm:<16}: {sum(result['collective_bytes'].values()) / 1e9:7.2f} GB received "
+                    f"by a chip, step at least {result['step_seconds']:.3f} s, bound by {result['bound_by']}",
+                    flush=True,
+                )
+    draw(figures, folder)
+    report(figures, folder / "growth.json")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,121 @@
+"""One training step over more and more devices of this machine: virtual CPU devices, then processes.
+
+`python -m benchmarks.scaling [--devices=1,2,4,8] [--process_counts=1,2] [--repeats=5] [--json=FILE]`. The batch and the
+model stay the same (configs/tiny.py, AoE), so the devices share the work of one: what is measured is what splitting it
+costs, since virtual devices share the cores. Each mesh runs in processes of its own, each after the baseline, one device.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from aoe_jax import cli, distributed
+from aoe_jax.errors import UserError
+from benchmarks.timing import configuration, random_batch, report
+
+_DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "virtual devices of one process")
+_PROCESS_COUNTS = flags.DEFINE_list("process_counts", ["1", "2"], "processes of one device each")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+_WORKER = flags.DEFINE_string("worker", None, "internal: the mesh to time, as JSON")
+
+MESHES = {
+    "data": lambda n: {"data": n},
+    "fsdp": lambda n: {"data": 1, "fsdp": n},
+    "expert, ring": lambda n: {"data": 1, "expert": n},
+    "expert, all_to_all": lambda n: {"data": 1, "expert": n, "transport": "all_to_all"},
+}
+
+
+def time_steps(mesh, repeats):
+    """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those that it has joined."""
+    import jax
+
+    from aoe_jax.sharding import batch_sharding, make_mesh, put_whole, replicated, state_shardings
+    from aoe_jax.training.step import init_state, make_train_step
+
+    config = configuration("aoe", {"mesh": mesh})
+    devices = make_mesh(config, jax.devices())
+    with jax.set_mesh(devices):
+        shardings = state_shardings(devices, jax.eval_shape(lambda: init_state(config, 0)))
+        state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
+        batch = put_whole(batch_sharding(devices), random_batch(config))
+        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(devices)))
+        seconds = []
+        for _ in range(repeats + 2):
+            started = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def run_workers(mesh, n_devices, n_processes):
+    """Seconds of a step, from the first of `n_processes` with `n_devices` each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(n_devices)}
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scaling",
+        f"--worker={json.dumps(mesh)}",
+        f"--repeats={_REPEATS.value}",
+    ]
+    if n_processes > 1:
+        command += [f"--coordinator=localhost:{port}", f"--processes={n_processes}"]
+    workers = [
+        subprocess.Popen(
+            [*command, *([f"--process={i}"] if n_processes > 1 else [])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(n_processes)
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise UserError(f"--worker: a step on {mesh} failed, see above")
+    return float(outputs[0].split()[-1])
+
+
+def main():
+    """Times and prints one mesh a line."""
+    if _WORKER.value:
+        distributed.start()
+        print(time_steps(json.loads(_WORKER.value), _REPEATS.value))
+        return
+    for name, values in (("devices", _DEVICES.value), ("process_counts", _PROCESS_COUNTS.value)):
+        if not all(value.isdecimal() and int(value) in (1, 2, 4, 8) for value in values):
+            raise UserError(f"--{name}={','.join(values)}: numbers of 1, 2, 4 and 8, which divide the batch")
+    cases = [(name, int(n), 1) for n in _DEVICES.value for name in MESHES if int(n) > 1]
+    cases += [("data", 1, int(n)) for n in _PROCESS_COUNTS.value if int(n) > 1]
+    figures = []
+    for name, n_devices, n_processes in cases:
+        alone = run_workers({"data": 1}, 1, 1)
+        seconds = run_workers(MESHES[name](n_devices * n_processes), n_devices, n_processes)
+        figure = {
+            "mesh": name,
+            "devices": n_devices,
+            "processes": n_processes,
+            "ms": 1e3 * seconds,
+            "ratio": seconds / alone,
+        }
+        figures.append(figure)
+        print(
+            f"{n_processes} process{'es' if n_processes > 1 else ''} x {n_devices} devices along {name:<18}: "
+            f"{1e3 * seconds:7.0f} ms, {seconds / alone:.2f}x one device",
+            flush=True,
+        )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,38 @@
+"""Many experts: `--config=configs/large.py:VARIANT`, shapes beyond the paper's, for meshes with an expert axis.
+
+`aoe_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), 16 layers, d=2048, 8 of 64 experts of
+width 1024. `aoe_256`, `moe_256`: 8 of 256 experts of width 512. AoE has the total parameters of its twin, r = d / 4, and is
+balanced without a loss. 4.2M tokens a step in micro-batches; corpus and tokenizer have to be named on the command line.
+"""
+
+from aoe_jax.config import default_config
+from aoe_jax.errors import UserError
+
+SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
+VARIANTS = tuple(f"{kind}_{size}" for size in SHAPES for kind in ("aoe", "moe"))
+
+
+def get_config(variant=None):
+    if variant not in VARIANTS:
+        raise UserError(f"configs/large.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}")
+    kind, _, size = variant.partition("_")
+    config = default_config()
+    config.model.update(
+        n_layers=16, n_heads=16, d_model=2048, vocab_size=50_304, max_len=4096, dtype="bfloat16", remat="layer"
+    )
+    config.experts.update(kind="aoe" if kind == "aoe" else "router", top_k=8, **SHAPES[size])
+    if kind == "aoe":
+        config.experts.update(d_low=512, round_to=128)
+    config.balance.update(aux_weight=0.0, bias_rate=0.01)
+    config.data.seq_len = 4096
+    config.train.update(
+        steps=100_000,
+        batch_size=1024,
+        learning_rate=4e-4,
+        warmup_steps=2000,
+        final_learning_rate=4e-5,
+        log_every=10,
+        eval_every=1000,
+    )
+    config.checkpoint.update(every=1000, keep=3)
+    return config
