@@ -391,7 +391,7 @@ class Config:
         )
         local = self.data.seq_len // mesh.tensor
         _require(
-            shards * mesh.tensor == 1 or not self.balance.has_loss or local % self.balance.aux_stride == 0,
+            shards * mesh.tensor == 1 or local % self.balance.aux_stride == 0,
             "balance.aux_tokens",
             self.balance.aux_tokens,
             f"on a mesh, every 1 / aux_tokens-th position must fall alike in each device's {local} positions of a sequence",

@@ -1,5 +1,6 @@
 """Starting JAX on several processes: a TPU pod, a Slurm job, or processes that are named one by one."""
 
+import hashlib
 import logging
 import os
 import socket
@@ -104,7 +105,11 @@ def _wait_for_others(address, port, n_processes, deadline, timeout):
             try:
                 connection, _ = server.accept()
                 connection.settimeout(5)
-                others[int(connection.recv(16))] = connection
+                number = int(connection.recv(16))
+                if number in others or not 0 < number < n_processes:
+                    connection.close()  # it will say that nobody answers
+                else:
+                    others[number] = connection
             except (TimeoutError, ValueError, OSError):
                 continue
         missing = sorted(set(range(1, n_processes)) - set(others))
@@ -129,6 +134,7 @@ def _report(address, place, process, deadline, timeout):
             return
         if answer:
             raise UserError(_missing(answer.split(","), timeout))
+        raise UserError(f"--process={process}: process 0 has another process of this number, or other --processes")
     raise UserError(f"process 0 at --coordinator={address} can't be reached within --join_timeout={timeout} s")
 
 
@@ -145,3 +151,25 @@ def barrier(name):
 
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agree(what, text):
+    """Waits until every process is here, and checks that all come with the same text.
+
+    Raises:
+      UserError: some don't, such as processes that see different disks under one name.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:4], np.int32)
+    digests = multihost_utils.process_allgather(digest).reshape(-1)
+    differing = np.flatnonzero(digests != digests[0])
+    if differing.size:
+        raise UserError(
+            f"{what} of process {', '.join(map(str, differing))} differs from that of process 0; all processes must see the "
+            "same --workdir and data, and get the same --config"
+        )

@@ -11,8 +11,8 @@ How the figures come about:
 - Memory is the compiler's: arguments (state and batch), results, and temporary memory, per device.
 - FLOPs are the compiler's. It counts the body of a loop once, so the layers and the chunks of the loss are multiplied by
   their number; further rounds of expert parallelism (`experts/parallel.py`), which balanced loads don't need, are left out.
-- Collectives are those of the program before it is compiled, where all but a few sums of scalars are explicit. Bytes are
-  what a device receives in a step, by the usual ring algorithms.
+- Collectives are those of the program before it is compiled, where all are explicit but the sums of a few scalars and of
+  the gradients of norm scales. Bytes are what a device receives in a step, by the usual ring algorithms.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written once) and network,
   each at its peak and perfectly overlapped: no run is faster.
 """
@@ -62,7 +62,7 @@ SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
 def _sub_jaxprs(eqn):
-    """`(jaxpr, how many times it runs)` of an equation; of branches, the first that communicates most."""
+    """`(jaxpr, how many times it runs)` of an equation, all branches of a condition among them."""
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     for value in eqn.params.values():
         for sub in value if isinstance(value, list | tuple) else [value]:
@@ -92,9 +92,8 @@ def collectives(jaxpr, sizes):
             axes = eqn.params.get("axes", eqn.params.get("axis_name"))
             axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
             n = math.prod(sizes[axis] for axis in axes)
-            size = max(
-                sum(v.aval.size * v.aval.dtype.itemsize for v in variables) for variables in (eqn.invars, eqn.outvars)
-            )
+            operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars  # the rest are offsets and sizes
+            size = max(sum(v.aval.size * v.aval.dtype.itemsize for v in side) for side in (operands, eqn.outvars))
             entry = total.setdefault((kind, axes), [0, 0.0])
             entry[0] += 1
             entry[1] += _RECEIVED[kind](size, n)
@@ -164,7 +163,7 @@ def plan(config: Config, generation, devices, compiles=True):
             compiled = traced.lower().compile() if compiles else None
         except jax.errors.JaxRuntimeError as e:
             error = str(e)
-            if "RESOURCE_EXHAUSTED" not in error:
+            if _used_bytes(error) is None:
                 raise
         compile_seconds = time.perf_counter() - started
         memory = {"state": _bytes_per_device(state), "activations": _activation_bytes(config, n_devices)}
@@ -226,16 +225,18 @@ def _chips(generation, devices):
 
 
 def _used_bytes(error):
-    """What the compiler says that a program needs, in bytes, where it refuses it; None where it doesn't say."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", error)
-    return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else None
+    """What the compiler says that a program needs of the chip's memory, where it refuses it for that; else None."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", error)
+    if not found:
+        return None
+    size, unit = (group for group in found.groups() if group)
+    return float(size) * 1024 ** ("KMGT".index(unit) + 1)
 
 
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
     """FLOPs of a device in a step, with every loop counted as often as it runs; None where the compiler counts none."""
     if config.mesh.expert > 1 or config.experts.selection != "top_k":
         with parallel.first_round_only():
-            jax.clear_caches()
             compiled = step.lower(state, batch).compile()
     counted = (compiled.cost_analysis() or {}).get("flops")
     if not counted:
@@ -243,8 +244,9 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
     tokens = config.train.batch_size * config.data.seq_len // config.train.accumulate // n_devices
     per_token = 6 * config.model.vocab_size * config.model.d_model
     chunk = min(CHUNK_TOKENS, tokens)
-    layer = counted - chunk * per_token
-    return config.train.accumulate * (config.model.n_layers * layer + tokens * per_token)
+    update = 20 * parameter_counts(config).total / (n_devices // config.mesh.data)  # AdamW's arithmetic, about
+    layer = counted - chunk * per_token - update
+    return config.train.accumulate * (config.model.n_layers * layer + tokens * per_token) + update
 
 
 def candidates(config: Config, n_devices):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.config import Config
@@ -72,21 +73,49 @@ def fill_mesh(config: Config, n_devices):
 
 
 def make_mesh(config: Config, devices):
-    """The mesh of `config.mesh`, without -1, over devices.
+    """The mesh of `config.mesh`, without -1, over devices, laid out along their network; slices along `data`.
 
     Raises:
-      UserError: `mesh.tensor` would span processes.
+      UserError: several slices that `mesh.data` isn't a multiple of, or a shape that the network can't be cut into.
     """
     shape = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
-    local = sum(device.process_index == devices[0].process_index for device in devices)
-    if local % config.mesh.tensor:
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if config.mesh.data % n_slices:
         raise UserError(
-            f"config.mesh.tensor={config.mesh.tensor}: must divide the {local} devices of a process, so that each process "
-            "can read its own sequences"
+            f"config.mesh.data={config.mesh.data}: must be a multiple of the {n_slices} slices, which it spans"
         )
     if devices[0].platform == "cpu":  # virtual devices have no place in a network
-        return Mesh(np.reshape(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+        grid = np.reshape(devices, shape)
+    else:
+        within = (shape[0] // n_slices, *shape[1:])
+        split = {"allow_split_physical_axes": True}
+        try:
+            if n_slices > 1:
+                grid = mesh_utils.create_hybrid_device_mesh(within, (n_slices, 1, 1, 1), devices, **split)
+            else:
+                grid = mesh_utils.create_device_mesh(shape, devices, **split)
+        except (NotImplementedError, ValueError, AssertionError) as e:
+            raise UserError(
+                f"config.mesh: {shape} can't be laid out on these devices: {' '.join(str(e).split())[:200]}"
+            ) from e
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def local_rows(sharding, n_rows):
+    """The rows of a batch `[n_rows, ...]` that this process has to read, as a `range`.
+
+    Raises:
+      UserError: they are not one stretch, or processes share a part of their rows.
+    """
+    rows = {}  # by process
+    for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
+        rows.setdefault(device.process_index, set()).update(range(*index.indices(n_rows)))
+    mine = rows[jax.process_index()]
+    if len(mine) != max(mine) - min(mine) + 1 or any(mine & other and mine != other for other in rows.values()):
+        raise UserError(
+            "config.mesh: a process would have to read pieces of batches; give mesh.data or mesh.fsdp more devices"
+        )
+    return range(min(mine), max(mine) + 1)
 
 
 def batch_sharding(mesh):

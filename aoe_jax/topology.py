@@ -29,9 +29,11 @@ def topology_devices(topology, n_slices=1):
         raise UserError(f"--topology={topology}: libtpu is missing, the compiler for TPUs; pip install libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server which machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile, or train, too
-    slices = {"num_slices": n_slices} if n_slices > 1 else {}
+    options = {"num_slices": n_slices} if n_slices > 1 else {}
+    if generation == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
     try:
-        return generation, topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
+        return generation, topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as e:  # of the compiler, a kind of its own
         raise UserError(
             f"--topology={topology}: the compiler has no such slice: {' '.join(str(e).split())[:200]}"

@@ -1,5 +1,7 @@
 """Real processes on CPU: the curve of one, and checkpoints that go from four to two to one."""
 
+import json
+import shutil
 import socket
 
 import numpy as np
@@ -20,10 +22,10 @@ def train_on(workdir, n_processes, n_devices=4, **changes):
     """Trains on several processes; returns their stderr."""
     port = free_port()
     devices = f"--xla_force_host_platform_device_count={n_devices // n_processes}"
-    flags = [f"--coordinator=localhost:{port}", f"--processes={n_processes}"]
+    flags = [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
     processes = [
         start(
-            [*train_command(workdir, **changes), *flags, f"--process={i}"],
+            [*train_command(workdir, **changes), *flags, *([f"--process={i}"] if flags else [])],
             XLA_FLAGS=f"--xla_backend_optimization_level=0 {devices}",
         )
         for i in range(n_processes)
@@ -43,6 +45,26 @@ def test_two_processes_train_as_one_does():
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
     assert "2 processes, 4 devices" in stderr[0]
     assert not any("step" in text for text in stderr[1:])  # the first alone reports
+
+
+def test_evaluation_on_other_devices_than_training(tmp_path):
+    """A run of four devices on one, and a run of one on eight, whose batches they don't divide."""
+    workdir = tmp_path / "run"
+    train_on(workdir, 1, **MESH)
+    here = evaluated(workdir)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(finished_run(), elsewhere)
+    there = evaluated(
+        elsewhere, XLA_FLAGS="--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    )
+    assert here["tokens"] == there["tokens"]
+    np.testing.assert_allclose(here["nll"], there["nll"], rtol=1e-4)  # the same model, but for rounding
+
+
+def evaluated(workdir, **variables):
+    status, _, stderr = finish(start(["eval.py", f"--workdir={workdir}"], **variables))
+    assert status == 0 and "Traceback" not in stderr, stderr
+    return json.loads((workdir / "eval.json").read_text())
 
 
 def test_from_four_processes_to_two_to_one():

@@ -95,14 +95,15 @@ def collective_shapes(text):
 @pytest.mark.parametrize("transport", ["ring", "all_to_all"])
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_expert_parallelism_moves_tokens_and_no_weights(kind, transport):
-    """In the program as compiled: no weight of an expert is gathered, and no cache `[T, n, r]` is summed."""
+    """In the program as compiled: no weight of an expert is gathered, but Wdown where that is leaner than gathering tokens,
+    and no cache `[T, n, r]` is summed."""
     config = configuration(kind, mesh=(1, 1, 8, 1), transport=transport)
     program, _ = traced(config, jax.devices())
     found = collective_shapes(program.lower().compile().as_text())
     assert found
     for name, shape in found:
-        big = [size for size in shape if size in (224, 232, 48)]
-        assert not big, (name, shape)
+        gathers_w_down = transport == "all_to_all" and shape == (16, 160, 48)
+        assert gathers_w_down or not {224, 232, 48} & set(shape), (name, shape)
     kinds = {name for name, shape in found if 160 in shape and 1031 not in shape}
     if transport == "ring":
         assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"}

@@ -44,7 +44,7 @@ def raw_checkpoint(workdir, step):
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     arrays = {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(state)}
-    position = {path.name: path.read_bytes() for path in (folder / "data").glob("process_*")}
+    position = {path.name: path.read_bytes() for path in (folder / "data").iterdir() if path.name == "metadata"}
     return arrays, position
 
 

@@ -41,31 +41,38 @@ class PackedWindows:
         return _window(self._store.read(start, start + self._seq_len + 1), self._seq_len, self._store.end_of_text)
 
 
-def train_batches(
-    store: TokenStore,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.IterDataset:
-    """Endless training batches of this process, in another order each epoch.
+class _Rows:
+    """Of each batch of `batch_size` elements, those of some rows, one after the other."""
 
-    Each element is a dictionary of arrays `[batch_size / process_count, seq_len]` as `PackedWindows` describes them.
-    Together the processes get the same windows in step `b` whatever `process_count` is. Iterators save and restore
-    their position, with `get_state` and `set_state` or in an Orbax checkpoint with `grain.checkpoint`; the position is
-    the number of batches, so it also holds for another number of processes.
+    def __init__(self, elements, batch_size: int, rows: range):
+        self._elements, self._batch_size, self._rows = elements, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._elements) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: SupportsIndex):
+        batch, row = divmod(index.__index__(), len(self._rows))
+        return self._elements[batch * self._batch_size + self._rows[row]]
+
+
+def train_batches(
+    store: TokenStore, seq_len: int, batch_size: int, seed: int, rows: range | None = None
+) -> grain.IterDataset:
+    """Endless training batches, in another order each epoch.
+
+    Each element is a dictionary of arrays `[batch_size, seq_len]` as `PackedWindows` describes them, or `[len(rows),
+    seq_len]` where `rows` names the rows of the batch that this process reads. Step `b` has the same windows in the same
+    rows however many processes share them. Iterators save and restore their position, with `get_state` and `set_state`;
+    the position is the number of batches, the same in every process.
 
     Raises:
-        UserError: the processes cannot share a batch equally, or the stream is shorter than one window.
+        UserError: the stream is shorter than one window.
     """
-    if batch_size % process_count:
-        raise UserError(f"train.batch_size={batch_size}: must be divisible by the number of processes, {process_count}")
+    rows = range(batch_size) if rows is None else rows
     windows = grain.MapDataset.source(PackedWindows(store, seq_len)).shuffle(seed).repeat()
-    local_windows = windows.slice(slice(process_index, None, process_count))
     # Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples, not batches.
     read_options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
-    return local_windows.batch(batch_size // process_count).to_iter_dataset(read_options)
+    return grain.MapDataset.source(_Rows(windows, batch_size, rows)).batch(len(rows)).to_iter_dataset(read_options)
 
 
 def eval_batches(store: TokenStore, seq_len: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -183,7 +183,7 @@ class AoELayer(_ExpertsModule):
                 if not self.balance.has_loss:
                     operands = jax.lax.stop_gradient(operands)
                 scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
-            elif devices.size("expert") == devices.size("tensor") == 1:
+            elif parallel.is_local(devices, self.config.selection == "top_k") and devices.size("tensor") == 1:
                 w_down = devices.gather_weight("w_down", weights["w_down"], x.dtype)
                 cache = scoring.low_rank_activations(x, w_down)
                 scores = scoring.activation_norms(cache)

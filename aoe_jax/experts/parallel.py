@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from aoe_jax.experts import dispatch
@@ -36,6 +37,7 @@ from aoe_jax.experts.selection import Assignment
 from aoe_jax.sharding import MESH_AXES, RULES, parameter_axes
 
 ROW_BUFFER = 1.25
+GATHERED_WEIGHT = "gathered_weight"
 RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither for v5e nor for CPU
 
 
@@ -86,8 +88,8 @@ class Devices:
         return jax.lax.psum(x, axes) if axes else x
 
     def largest(self, x):
-        """The maximum over the devices that take part in one transport: all must agree on the number of rounds."""
-        axes = tuple(axis for axis in ("expert", "tensor") if self.size(axis) > 1)
+        """The maximum over all devices."""
+        axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
         return jax.lax.pmax(x, axes) if axes else x
 
     def sum_over_experts(self, x):
@@ -99,15 +101,21 @@ class Devices:
         return jax.lax.axis_index("expert") if self.size("expert") > 1 else 0
 
     def gather_weight(self, name, w, dtype=None):
-        """A weight, whole along what is split over fsdp; in `dtype` if it is given, from before it is sent."""
-        w = w if dtype is None else w.astype(dtype)
-        for dimension, axis in enumerate(parameter_axes(name, w.ndim)):
-            if axis is not None and getattr(RULES, axis) == "fsdp":
-                w = self.gather(w, "fsdp", dimension)
-        return w
+        """A weight, whole along what is split over fsdp; in `dtype` if it is given, from before it is sent.
+
+        Its gradient is summed over the devices in the dtype of `w`.
+        """
+        dtype = dtype or w.dtype
+        axes = [axis is not None and getattr(RULES, axis) == "fsdp" for axis in parameter_axes(name, w.ndim)]
+        if self.size("fsdp") == 1 or not any(axes):
+            return w.astype(dtype)
+        return checkpoint_name(_gather_cast(w, dtype, axes.index(True)), GATHERED_WEIGHT)
 
     def score(self, function, x, w_down):
-        """Scores of the tokens of this device by all experts, where each device scores for its own.
+        """Scores of the tokens of this device by all experts.
+
+        With `all_to_all`, the Wdown of all experts are gathered where they are smaller than the tokens of the expert axis.
+        Elsewhere tokens are gathered, each device scores for its own experts, and the scores return.
 
         Args:
           function: `(x [T, d], w_down [m, d, r]) -> arrays [T or fewer, m]`, as a tuple.
@@ -118,6 +126,8 @@ class Devices:
         """
         if self.size("fsdp") > 1:
             w_down = self.gather_weight("w_down", w_down, x.dtype)
+        if self.transport == "all_to_all" and w_down.shape[0] * w_down.shape[2] <= x.shape[0]:
+            return function(x, self.gather(w_down.astype(x.dtype), "expert"))
         of_own_experts = function(self.gather(x, "expert"), w_down)
         return tuple(self.exchange(a, split=0, concatenate=1) for a in of_own_experts)
 
@@ -151,6 +161,19 @@ class Devices:
     def total_size(self):
         """All devices."""
         return math.prod(self.sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_cast(w, dtype, dimension):
+    return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=dimension, tiled=True)
+
+
+_gather_cast.defvjp(
+    lambda w, dtype, dimension: (_gather_cast(w, dtype, dimension), jnp.zeros((), w.dtype)),
+    lambda dtype, dimension, like, g: (
+        jax.lax.psum_scatter(g.astype(like.dtype), "fsdp", scatter_dimension=dimension, tiled=True),
+    ),
+)
 
 
 def ragged_offsets(rank, n_devices, n_rows):
@@ -188,9 +211,13 @@ def over_mesh(function, in_specs, out_specs, transport="ring"):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return partial(function, Devices(transport=transport))
-    devices = Devices(tuple(mesh.shape.get(axis, 1) for axis in MESH_AXES), transport)
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(f"a mesh of axes {MESH_AXES} is wanted, see aoe_jax.sharding.make_mesh; got {mesh.axis_names}")
+    devices = Devices(tuple(mesh.shape[axis] for axis in MESH_AXES), transport)
     idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
     in_specs = jax.tree.map(partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    if devices.size("fsdp") > 1:
+        function = jax.checkpoint(function, policy=_all_but_gathered_weights, static_argnums=0)
     # check_vma: Pallas kernels say nothing of how their results vary over the mesh.
     return jax.shard_map(partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -203,6 +230,13 @@ def _name_idle_axes(idle, spec):
         return spec
     first = () if spec[0] is None else (spec[0],) if isinstance(spec[0], str) else spec[0]
     return PartitionSpec((*first, *rest), *spec[1:])
+
+
+def _all_but_gathered_weights(primitive, *_, **params):
+    """A checkpoint policy: weights are gathered again in the backward pass, never kept whole."""
+    inner = params["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
+    gathers = any(eqn.primitive.name == "all_gather" and "fsdp" in eqn.params["axis_name"] for eqn in inner)
+    return not gathers and params.get("name") != GATHERED_WEIGHT
 
 
 def token_spec(ndim, *trailing):
@@ -244,6 +278,11 @@ def embed(table, tokens, dtype):
     return over_mesh(local, in_specs, token_spec(2, None))(table, tokens)
 
 
+def is_local(devices, all_slots_used):
+    """Whether all rows of a device's tokens are its own, and as many as its slots."""
+    return devices.total_size == 1 or (devices.size("expert") == 1 and all_slots_used)
+
+
 def make_transport(devices, n_experts, rows_per_token, n_tokens, slots_per_token):
     """The transport of a layer.
 
@@ -254,7 +293,7 @@ def make_transport(devices, n_experts, rows_per_token, n_tokens, slots_per_token
       n_tokens: t.
       slots_per_token: K of the assignment, None where its slots are in no order.
     """
-    if devices.total_size == 1 or (devices.size("expert") == 1 and slots_per_token == rows_per_token):
+    if is_local(devices, slots_per_token == rows_per_token):
         return Local(devices, n_experts)
     share = n_tokens * devices.size("tensor") * rows_per_token
     return TRANSPORTS[devices.transport](devices, n_experts, slots_per_token, share)
@@ -491,7 +530,7 @@ def sum_over_rounds(function, first, count, plan, args):
     """
     if isinstance(count, int) or _first_round_only:
         return first
-    return first + _further_rounds(function, plan, count, args)
+    return (first + _further_rounds(function, plan, count, args)).astype(first.dtype)
 
 
 _first_round_only = []
@@ -501,14 +540,17 @@ _first_round_only = []
 def first_round_only():
     """Traces programs without further rounds: right for balanced loads alone, and meant for counting what those cost."""
     _first_round_only.append(True)
+    jax.clear_caches()  # what was traced before has them
     try:
         yield
     finally:
         _first_round_only.pop()
+        jax.clear_caches()
 
 
 def _loop(function, count, like):
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    """The sum of `function(number)`, in float32 at least."""
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), like)
     return jax.lax.fori_loop(1, count, lambda number, total: jax.tree.map(jnp.add, total, function(number)), zeros)
 
 
@@ -522,8 +564,13 @@ def _further_rounds(function, plan, count, args):
 def _further_rounds_backward(function, residuals, g):
     plan, count, args = residuals
     with jax.named_scope("further_rounds"):
-        d_args = _loop(lambda number: jax.vjp(partial(function, plan, number), args)[1](g)[0], count, args)
-    return None, None, d_args
+
+        def gradient(number):
+            result, pull_back = jax.vjp(partial(function, plan, number), args)
+            return pull_back(g.astype(result.dtype))[0]
+
+        d_args = _loop(gradient, count, args)
+    return None, None, jax.tree.map(lambda d, a: d.astype(a.dtype), d_args, args)
 
 
 _further_rounds.defvjp(

@@ -13,13 +13,14 @@ from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches, train_batches
-from aoe_jax.distributed import barrier
+from aoe_jax.distributed import agree, barrier
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.sharding import (
     MESH_AXES,
     batch_sharding,
     fill_mesh,
+    local_rows,
     make_mesh,
     put_local,
     put_whole,
@@ -66,10 +67,10 @@ def train(config: Config, workdir: Path):
     filled = fill_mesh(config, jax.device_count())
     mesh = make_mesh(filled, jax.devices())
     with jax.set_mesh(mesh):
-        return _train(filled, workdir, mesh)
+        return _train(filled, config, workdir, mesh)
 
 
-def _train(config, workdir, mesh):
+def _train(config, given, workdir, mesh):
     started, is_main = time.perf_counter(), jax.process_index() == 0
     check_workdir(workdir, config)
     log_run(config)
@@ -80,7 +81,7 @@ def _train(config, workdir, mesh):
     first_step = earlier.latest_step() or 0
     summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
     lacks_summary = first_step == config.train.steps and pending_summary.exists()  # stopped after its last checkpoint
-    barrier("all have looked at the workdir")
+    agree("the step, configuration or data", f"{first_step} {lacks_summary} {config} {corpus.directory.name}")
     if lacks_summary:
         if is_main:
             os.replace(pending_summary, summary_file)
@@ -97,8 +98,7 @@ def _train(config, workdir, mesh):
             config.data.seq_len,
             config.train.batch_size,
             config.train.seed,
-            jax.process_index(),
-            jax.process_count(),
+            local_rows(batch_sharding(mesh), config.train.batch_size),
         )
     )
 
@@ -114,7 +114,7 @@ def _train(config, workdir, mesh):
         state = jax.jit(new_state, out_shardings=shardings)()
     earlier.close()
     if is_main:
-        claim_workdir(workdir, config, corpus.directory)
+        claim_workdir(workdir, given, corpus.directory)
         summary_file.unlink(missing_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
