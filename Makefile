@@ -30,14 +30,15 @@ train: setup
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --split=validation
 	$(BIN)/python -m benchmarks.compression --workdir=$(WORKDIR)
 
-# The same on several processes of this machine, as on several machines: make multiprocess PROCESSES=2 WORKDIR=runs/two
+# The same on several processes of this machine, as on several machines:
+# make multiprocess PROCESSES=2 WORKDIR=runs/two ARGS='--config.train.steps=100'
 PROCESSES ?= 2
 PORT ?= 12355
 multiprocess: export JAX_NUM_CPU_DEVICES ?= 1
 multiprocess: setup
 	for i in $$(seq 0 $$(($(PROCESSES) - 1))); do \
 	  $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) \
-	    --coordinator=localhost:$(PORT) --processes=$(PROCESSES) --process=$$i & pids="$$pids $$!"; \
+	    --coordinator=localhost:$(PORT) --processes=$(PROCESSES) --process=$$i $(ARGS) & pids="$$pids $$!"; \
 	done; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
 
 test: setup $(LIBTPU)
