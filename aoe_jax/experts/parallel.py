@@ -217,7 +217,8 @@ def over_mesh(function, in_specs, out_specs, transport="ring"):
     idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
     in_specs = jax.tree.map(partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
     if devices.size("fsdp") > 1:
-        function = jax.checkpoint(function, policy=_all_but_gathered_weights, static_argnums=0)
+        # Layers are scanned, so the backward pass is a loop of its own, and within it gathering twice is gathering once.
+        function = jax.checkpoint(function, policy=_all_but_gathered_weights, static_argnums=0, prevent_cse=False)
     # check_vma: Pallas kernels say nothing of how their results vary over the mesh.
     return jax.shard_map(partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
