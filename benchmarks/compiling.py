@@ -15,6 +15,7 @@ from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.grouped_matmul.megablox import tiles
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.selection import SELECTION
+from aoe_jax.sharding import MESH_AXES
 from aoe_jax.topology import topology_devices
 from configs import paper, tiny
 
@@ -85,7 +86,7 @@ def compile_layers(device, config: Config, n_tokens):
         y, aux_losses = jax.lax.scan(block, x, params)
         return (y.astype(jnp.float32) ** 2).mean() + jnp.sum(aux_losses)
 
-    mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.full((1, 1, 1, 1), device), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     here = NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((n_tokens, m.d_model), dtype, sharding=here)
     params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((8, m.d_model)))["params"]

