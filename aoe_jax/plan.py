@@ -10,7 +10,7 @@ How the figures come about:
 
 - Memory is the compiler's: arguments (state and batch), results, and temporary memory, per device.
 - FLOPs are the compiler's. It counts the body of a loop once, so the layers and the chunks of the loss are multiplied by
-  their number; further rounds of expert parallelism (`experts/parallel.py`), which balanced loads don't need, are left out.
+  their number; further rounds of expert parallelism (`experts/transport.py`), which balanced loads don't need, are left out.
 - Collectives are those of the program before it is compiled, where all are explicit but the sums of a few scalars and of
   the gradients of norm scales. Bytes are what a device receives in a step, by the usual ring algorithms.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written once) and network,
@@ -35,7 +35,7 @@ from aoe_jax import cli
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.experts import parallel
+from aoe_jax.experts import transport
 from aoe_jax.hardware import CHIPS
 from aoe_jax.model.loss import CHUNK_TOKENS
 from aoe_jax.sharding import (
@@ -77,7 +77,7 @@ _RECEIVED = {
     "all_gather": lambda size, n: size * (n - 1) / n,
     "reduce_scatter": lambda size, n: size * (n - 1) / n,
     "all_to_all": lambda size, n: size * (n - 1) / n,
-    "ragged_all_to_all": lambda size, n: size * (n - 1) / n / parallel.ROW_BUFFER,
+    "ragged_all_to_all": lambda size, n: size * (n - 1) / n / transport.ROW_BUFFER,
     "psum": lambda size, n: 2 * size * (n - 1) / n,
     "pmax": lambda size, n: 2 * size * (n - 1) / n,
 }
@@ -236,7 +236,7 @@ def _used_bytes(error):
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
     """FLOPs of a device in a step, with every loop counted as often as it runs; None where the compiler counts none."""
     if config.mesh.expert > 1 or config.experts.selection != "top_k":
-        with parallel.first_round_only():
+        with transport.first_round_only():
             compiled = step.lower(state, batch).compile()
     counted = (compiled.cost_analysis() or {}).get("flops")
     if not counted:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import dispatch, parallel, scoring, selection
+from aoe_jax.experts import transport as transports
 from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu, weighted_product
@@ -135,7 +136,7 @@ class _ExpertsModule(nn.Module):
             stats = layer_stats(scores, balance_scores, assignment, token_weights, stride, devices.total)
         with jax.named_scope("plan"):
             rows_per_token = c.capacity_factor if c.selection == "expert_choice" else c.top_k
-            transport = parallel.make_transport(
+            transport = transports.make_transport(
                 devices, c.n_experts, rows_per_token, x.shape[0], assignment.slots_per_token
             )
             assignment = transport.gather_slots(assignment)
@@ -154,11 +155,11 @@ class _ExpertsModule(nn.Module):
                 if c.sparse_scoring:
                     norms = transport.slot_values(scoring.activation_norms(c_rows), round, n_slots)
                     of_round = partial(_norms_of_round, transport, n_slots)
-                    norms = parallel.sum_over_rounds(of_round, norms, n_rounds, plan, (x, w["w_down"]))
+                    norms = transports.sum_over_rounds(of_round, norms, n_rounds, plan, (x, w["w_down"]))
                     slot_weight = selection.weigh_chosen(assignment, transport.complete(norms)).weight
                 y = _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
                 of_round = partial(_output_of_round, transport, gate)
-                y = parallel.sum_over_rounds(of_round, y, n_rounds, plan, (x, slot_weight, w))
+                y = transports.sum_over_rounds(of_round, y, n_rounds, plan, (x, slot_weight, w))
             return transport.scatter(y)
 
         if self.recompute:
@@ -183,7 +184,7 @@ class AoELayer(_ExpertsModule):
                 if not self.balance.has_loss:
                     operands = jax.lax.stop_gradient(operands)
                 scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
-            elif parallel.is_local(devices, self.config.selection == "top_k") and devices.size("tensor") == 1:
+            elif transports.is_local(devices, self.config.selection == "top_k") and devices.size("tensor") == 1:
                 w_down = devices.gather_weight("w_down", weights["w_down"], x.dtype)
                 cache = scoring.low_rank_activations(x, w_down)
                 scores = scoring.activation_norms(cache)

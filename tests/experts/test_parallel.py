@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import parallel
+from aoe_jax.experts import transport as transport_of
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.sharding import MESH_AXES
@@ -111,7 +112,7 @@ def test_all_tokens_choose_the_experts_of_one_device(x64, kind, shape, transport
     bias = jnp.zeros(8).at[0].set(100.0)
     want = evaluate(layer, params, x, weights, bias)
     assert float(want[1][1].load[0]) == 1
-    rows, buffer = B * S, parallel.make_transport(parallel.Devices(shape, transport), 8, 1, B * S // 8, 1)
+    rows, buffer = B * S, transport_of.make_transport(parallel.Devices(shape, transport), 8, 1, B * S // 8, 1)
     assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
     assert_same(on_mesh(shape, layer, params, x, weights, bias), want)
 
@@ -120,7 +121,7 @@ def test_further_rounds_are_needed_for_that(x64):
     """Without them the same layer computes something else: the rounds above did run."""
     layer, params, x, weights = make(KINDS["router"] | {"top_k": 1})
     bias = jnp.zeros(8).at[0].set(100.0)
-    with parallel.first_round_only():
+    with transport_of.first_round_only():
         got = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
     want = evaluate(layer, params, x, weights, bias)
     assert float(jnp.abs(got[1][0] - want[1][0]).max()) > 0.1
