@@ -32,7 +32,7 @@ from absl import flags
 from jax.extend import core as jax_core
 
 from aoe_jax import cli
-from aoe_jax.config import Config
+from aoe_jax.config import Config, MeshConfig
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts import transport
@@ -111,22 +111,26 @@ def _bytes_per_device(abstract):
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
 
 
-def _abstract_arguments(config, mesh):
-    state = jax.eval_shape(lambda: init_state(config, 0))
-    state = with_shardings(state, state_shardings(mesh, state))
-    shape = (config.train.batch_size, config.data.seq_len)
+def abstract_batch(config, n_rows, sharding=None):
+    """The shapes of a batch of that many sequences."""
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
-    sharding = batch_sharding(mesh)
-    return state, {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    shape = (n_rows, config.data.seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def train_step_for(config, mesh):
+    """`(step, state, batch)` for the mesh in context: the jitted train step, and the shapes that it takes."""
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    shardings = state_shardings(mesh, state)
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    batch = abstract_batch(config, config.train.batch_size, batch_sharding(mesh))
+    return step, with_shardings(state, shardings), batch
 
 
 def _activation_bytes(config, n_devices):
     """What the forward pass of a micro-batch keeps for the backward pass, per device: all but parameters and batch."""
-    rows = config.train.batch_size // config.train.accumulate
-    state, batch = jax.eval_shape(lambda: init_state(config, 0)), {}
-    for name in ("inputs", "targets", "segment_ids"):
-        batch[name] = jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.int32)
-    batch["weights"] = jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.float32)
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
 
     def kept(params, bias, batch):
         return jax.vjp(lambda p: training_loss(config, p, bias, batch), params, has_aux=True)[1]
@@ -151,9 +155,7 @@ def plan(config: Config, generation, devices, compiles=True):
     hbm_bytes = share * chip.hbm_bytes
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        state, batch = _abstract_arguments(config, mesh)
-        shardings = jax.tree.map(lambda a: a.sharding, state)
-        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        step, state, batch = train_step_for(config, mesh)
         traced = step.trace(state, batch)
         sizes = dict(zip(MESH_AXES, mesh.devices.shape, strict=True))
         found = {key: v for key, v in collectives(traced.jaxpr.jaxpr, sizes).items() if v[1]}
@@ -258,10 +260,9 @@ def candidates(config: Config, n_devices):
         if n_devices % (fsdp * expert * tensor) or (config.experts.kind == "dense" and expert > 1):
             continue
         shape = (n_devices // (fsdp * expert * tensor), fsdp, expert, tensor)
-        transport = config.mesh.transport if expert > 1 else "ring"
-        axes = dict(zip(MESH_AXES, shape, strict=True))
+        mesh = MeshConfig(*shape, transport=config.mesh.transport if expert > 1 else "ring")
         try:
-            changed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes, transport=transport))
+            changed = dataclasses.replace(config, mesh=mesh)
         except UserError:
             continue
         distance = sum(abs(math.log2(a / b)) * w for a, b, w in zip(shape, given, (1, 1, 1.5, 2), strict=True))

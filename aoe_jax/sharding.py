@@ -101,21 +101,16 @@ def make_mesh(config: Config, devices):
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def local_rows(sharding, n_rows):
-    """The rows of a batch `[n_rows, ...]` that this process has to read, as a `range`.
+def rows_of_process(sharding, n_rows, process):
+    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order: what it has to read.
 
-    Raises:
-      UserError: they are not one stretch, or processes share a part of their rows.
+    Processes whose devices hold the same rows read the same; on a TPU slice the rows of a host need not be neighbours.
     """
-    rows = {}  # by process
+    rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
-        rows.setdefault(device.process_index, set()).update(range(*index.indices(n_rows)))
-    mine = rows[jax.process_index()]
-    if len(mine) != max(mine) - min(mine) + 1 or any(mine & other and mine != other for other in rows.values()):
-        raise UserError(
-            "config.mesh: a process would have to read pieces of batches; give mesh.data or mesh.fsdp more devices"
-        )
-    return range(min(mine), max(mine) + 1)
+        if device.process_index == process:
+            rows.update(range(*index.indices(n_rows)))
+    return sorted(rows)
 
 
 def batch_sharding(mesh):
@@ -178,16 +173,18 @@ def with_shardings(abstract, shardings):
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
-def put_local(sharding, n_rows, batch):
-    """A global batch from the rows that each process has: host arrays `[n_rows / processes, ...]` -> `[n_rows, ...]`."""
+def put_batch(sharding, batch, rows=None, n_rows=None):
+    """A global batch from host arrays: those of all its rows, or of `rows` of its `n_rows`, `[len(rows), ...]`."""
+
+    def put(a):
+        if rows is None:
+            return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+        def piece(index):
+            first, last, _ = index[0].indices(n_rows)
+            return a[np.searchsorted(rows, np.arange(first, last))]
+
+        return jax.make_array_from_callback((n_rows, *a.shape[1:]), sharding, piece)
+
     with jax.transfer_guard("allow"):  # these are meant
-        return {
-            name: jax.make_array_from_process_local_data(sharding, a, (n_rows, *a.shape[1:]))
-            for name, a in batch.items()
-        }
-
-
-def put_whole(sharding, batch):
-    """A global batch that every process has whole."""
-    with jax.transfer_guard("allow"):
-        return {name: jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for name, a in batch.items()}
+        return {name: put(a) for name, a in batch.items()}

@@ -37,7 +37,7 @@ def time_steps(mesh, repeats):
     """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those that it has joined."""
     import jax
 
-    from aoe_jax.sharding import batch_sharding, make_mesh, put_whole, replicated, state_shardings
+    from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
     from aoe_jax.training.step import init_state, make_train_step
 
     config = configuration("aoe", {"mesh": mesh})
@@ -45,7 +45,7 @@ def time_steps(mesh, repeats):
     with jax.set_mesh(devices):
         shardings = state_shardings(devices, jax.eval_shape(lambda: init_state(config, 0)))
         state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
-        batch = put_whole(batch_sharding(devices), random_batch(config))
+        batch = put_batch(batch_sharding(devices), random_batch(config))
         step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(devices)))
         seconds = []
         for _ in range(repeats + 2):

@@ -10,18 +10,9 @@ import pytest
 
 from aoe_jax.config import Config, MeshConfig, default_config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.plan import candidates, collectives, plan
-from aoe_jax.sharding import (
-    MESH_AXES,
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    replicated,
-    state_shardings,
-    with_shardings,
-)
+from aoe_jax.plan import candidates, collectives, plan, train_step_for
+from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.topology import topology_devices
-from aoe_jax.training.step import init_state, make_train_step
 from tests.runs import run, scratch
 
 
@@ -44,17 +35,7 @@ def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
 def traced(config, devices):
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(config, 0))
-        state = with_shardings(state, state_shardings(mesh, state))
-        shape = (config.train.batch_size, config.data.seq_len)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                shape, np.float32 if name == "weights" else np.int32, sharding=batch_sharding(mesh)
-            )
-            for name in ("inputs", "targets", "segment_ids", "weights")
-        }
-        shardings = jax.tree.map(lambda a: a.sharding, state)
-        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        step, state, batch = train_step_for(config, mesh)
         return step.trace(state, batch), mesh
 
 
@@ -175,3 +156,16 @@ def test_a_slice_that_there_is_not():
     status, stdout, stderr = planned("--topology=v5e:3x5")
     assert status == 2 and stdout == ""
     assert "error: --topology=v5e:3x5: the compiler has no such slice" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("mesh", [(-1, 8, 1, 1), (-1, 4, 2, 1), (-1, 1, 1, 4), (-1, 2, 2, 4)])
+def test_the_hosts_of_a_slice_read_whole_batches(mesh):
+    """However the network lays out a mesh, and though the rows of a host need not be neighbours."""
+    _, devices = topology_devices("v5e:4x4")
+    config = fill_mesh(dataclasses.replace(configuration(), mesh=MeshConfig(*mesh)), len(devices))
+    sharding = batch_sharding(make_mesh(config, devices))
+    rows = [rows_of_process(sharding, 32, process) for process in range(4)]
+    assert set().union(*rows) == set(range(32))
+    assert all(len(mine) == len(set(mine)) for mine in rows)
+    per_host = 32 // (len(devices) // config.mesh.tensor)
+    assert all(len(mine) % per_host == 0 for mine in rows)

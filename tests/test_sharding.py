@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from aoe_jax.config import Config, MeshConfig, default_config
 from aoe_jax.errors import UserError
-from aoe_jax.sharding import RULES, ShardingRules, fill_mesh, make_mesh, state_shardings
+from aoe_jax.sharding import RULES, ShardingRules, batch_sharding, fill_mesh, make_mesh, put_batch, state_shardings
 from aoe_jax.training.step import init_state
 
 
@@ -72,3 +73,12 @@ def test_an_unknown_parameter_is_refused():
     mesh = make_mesh(configuration(data=8), jax.devices())
     with pytest.raises(ValueError, match="w_new has no logical axes"):
         state_shardings(mesh, {"w_new": jax.ShapeDtypeStruct((3, 4), "float32")})
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_a_batch_lies_as_it_was_read(rows):
+    mesh = make_mesh(configuration(data=2, fsdp=2, tensor=2), jax.devices())
+    tokens = np.arange(8 * 3).reshape(8, 3)
+    got = put_batch(batch_sharding(mesh), {"inputs": tokens}, rows=rows, n_rows=rows and 8)["inputs"]
+    np.testing.assert_array_equal(got, tokens)
+    assert {shard.data.shape for shard in got.addressable_shards} == {(2, 3)}

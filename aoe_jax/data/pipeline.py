@@ -1,6 +1,6 @@
 """Batches of packed windows, read with Grain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import SupportsIndex
 
 import grain
@@ -44,7 +44,7 @@ class PackedWindows:
 class _Rows:
     """Of each batch of `batch_size` elements, those of some rows, one after the other."""
 
-    def __init__(self, elements, batch_size: int, rows: range):
+    def __init__(self, elements, batch_size: int, rows: Sequence[int]):
         self._elements, self._batch_size, self._rows = elements, batch_size, rows
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class _Rows:
 
 
 def train_batches(
-    store: TokenStore, seq_len: int, batch_size: int, seed: int, rows: range | None = None
+    store: TokenStore, seq_len: int, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.IterDataset:
     """Endless training batches, in another order each epoch.
 

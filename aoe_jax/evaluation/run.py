@@ -17,7 +17,7 @@ from aoe_jax.sharding import (
     batch_sharding,
     fill_mesh,
     make_mesh,
-    put_whole,
+    put_batch,
     replicated,
     state_shardings,
     with_shardings,
@@ -83,7 +83,7 @@ def _evaluate_workdir(config, workdir, split, mesh):
         params,
         selection_bias,
         eval_batches(store, config.data.seq_len, config.train.batch_size // config.train.accumulate),
-        partial(put_whole, batch_sharding(mesh)),
+        partial(put_batch, batch_sharding(mesh)),
         store.text_bytes,
     )
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats, config.experts.kind)

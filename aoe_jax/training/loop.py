@@ -20,11 +20,10 @@ from aoe_jax.sharding import (
     MESH_AXES,
     batch_sharding,
     fill_mesh,
-    local_rows,
     make_mesh,
-    put_local,
-    put_whole,
+    put_batch,
     replicated,
+    rows_of_process,
     state_shardings,
     with_shardings,
 )
@@ -92,13 +91,14 @@ def _train(config, given, workdir, mesh):
             f"config.train.steps={config.train.steps}: {workdir} is already at step {first_step}; raise it to go on, "
             "or use another --workdir"
         )
+    rows = rows_of_process(batch_sharding(mesh), config.train.batch_size, jax.process_index())
     data = iter(
         train_batches(
             corpus.train,
             config.data.seq_len,
             config.train.batch_size,
             config.train.seed,
-            local_rows(batch_sharding(mesh), config.train.batch_size),
+            rows,
         )
     )
 
@@ -118,7 +118,7 @@ def _train(config, given, workdir, mesh):
         summary_file.unlink(missing_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
-    put = partial(put_local, batch_sharding(mesh), config.train.batch_size)
+    put = partial(put_batch, batch_sharding(mesh), rows=rows, n_rows=config.train.batch_size)
     batch = put(next(data))
     compile_started = time.perf_counter()
     train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
@@ -131,7 +131,7 @@ def _train(config, given, workdir, mesh):
         batches = eval_batches(
             corpus.validation, config.data.seq_len, config.train.batch_size // config.train.accumulate
         )
-        put_all = partial(put_whole, batch_sharding(mesh))
+        put_all = partial(put_batch, batch_sharding(mesh))
         return evaluate(eval_step, state.params, state.selection_bias, batches, put_all, corpus.validation.text_bytes)
 
     tokens_per_step = config.train.batch_size * config.data.seq_len

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.config import Config, MeshConfig, default_config
-from aoe_jax.sharding import batch_sharding, make_mesh, put_whole, replicated, state_shardings
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
 from aoe_jax.training.step import init_state, make_train_step
 
 STEPS = 20
@@ -47,7 +47,7 @@ def curve(config, devices):
         step = jax.jit(make_train_step(config), out_shardings=(shardings, replicated(mesh)))
         losses = []
         for batch in batches():
-            state, metrics = step(state, put_whole(batch_sharding(mesh), batch))
+            state, metrics = step(state, put_batch(batch_sharding(mesh), batch))
             losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
 
