@@ -51,9 +51,12 @@ class ModelConfig:
     # What the backward pass recomputes. none; experts: all that is cheap to recompute inside the experts (of an AoE expert
     # C and x Wp are kept, of a traditional one x Wg and x Wp); layer: all but a layer's input, its scores and selection.
     remat: str = "none"
+    # Layers in a step of the scan over them. A scan copies all that the backward pass needs, which CPUs are slow at: there
+    # more layers at once are faster. They take longer to compile.
+    unroll: int = 1
 
     def __post_init__(self):
-        _require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len")
+        _require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len", "unroll")
         _require(
             self.d_model % (2 * self.n_heads) == 0,
             "model.n_heads",
@@ -62,6 +65,12 @@ class ModelConfig:
         )
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require_choice("model.remat", self.remat, ("none", "experts", "layer"))
+        _require(
+            self.unroll == 1 or self.remat != "layer",
+            "model.unroll",
+            self.unroll,
+            "with remat='layer' would let the compiler merge what is computed again with what was before; set 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -366,6 +375,8 @@ class Config:
     def _check_mesh(self):
         """Refuses what the mesh would have to split unevenly."""
         m, e, mesh, d = self.model, self.experts, self.mesh, self.model.d_model
+        merges = "would let the compiler merge what is gathered again with what was gathered before, and keep it; set 1"
+        _require(m.unroll == 1 or mesh.fsdp == 1, "model.unroll", m.unroll, f"with mesh.fsdp={mesh.fsdp} {merges}")
         if e.kind == "dense":
             _require(mesh.expert == 1, "mesh.expert", mesh.expert, "a dense model has no experts to split; use fsdp")
         splits = [

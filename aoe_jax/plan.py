@@ -247,8 +247,10 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
     per_token = 6 * config.model.vocab_size * config.model.d_model
     chunk = min(CHUNK_TOKENS, tokens)
     update = 20 * parameter_counts(config).total / (n_devices // config.mesh.data)  # AdamW's arithmetic, about
-    layer = counted - chunk * per_token - update
-    return config.train.accumulate * (config.model.n_layers * layer + tokens * per_token) + update
+    n_layers, unroll = config.model.n_layers, min(config.model.unroll, config.model.n_layers)
+    in_program = unroll + n_layers % unroll  # the body of the scan, and the layers left over
+    layer = (counted - chunk * per_token - update) / in_program
+    return config.train.accumulate * (n_layers * layer + tokens * per_token) + update
 
 
 def candidates(config: Config, n_devices):

@@ -70,9 +70,12 @@ def main():
     keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
     router = configuration("moe", CHANGES)
-    aoe = configuration("aoe", CHANGES, {"experts": {"d_low": 85}})
+    low = {"experts": {"d_low": 85}}
+    aoe = configuration("aoe", CHANGES, low)
+    eighth = configuration("aoe", CHANGES, low, {"balance": {"aux_tokens": 0.125}})
     mixtral, versions = mixtral_step(router)
-    steps = {"Mixtral, transformers": mixtral, "router": make_step(router)[0], "AoE": make_step(aoe)[0]}
+    steps = {"Mixtral, transformers": mixtral, "router": make_step(router)[0]}
+    steps |= {"AoE": make_step(aoe)[0], "AoE, L_aux of 1/8": make_step(eighth)[0]}
     seconds = medians(steps, _REPEATS.value)
     print(", ".join(f"{name} {value}" for name, value in machine().items()) + f", {versions}")
     tokens, figures = router.train.batch_size * router.data.seq_len, []

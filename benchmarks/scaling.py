@@ -40,7 +40,7 @@ def time_steps(mesh, repeats):
     from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
     from aoe_jax.training.step import init_state, make_train_step
 
-    config = configuration("aoe", {"mesh": mesh})
+    config = configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}})
     devices = make_mesh(config, jax.devices())
     with jax.set_mesh(devices):
         shardings = state_shardings(devices, jax.eval_shape(lambda: init_state(config, 0)))

@@ -14,7 +14,7 @@ def get_config(variant="aoe"):
     if variant not in VARIANTS:
         raise UserError(f"configs/tiny.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}")
     config = default_config()
-    config.model.update(n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32")
+    config.model.update(n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4)
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
     # L_aux from an eighth of the tokens: no worse here than from all of them, see benchmarks/balance.py.
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)

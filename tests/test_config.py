@@ -75,6 +75,7 @@ BAD = {
     "model.n_heads=128": ("model", {"n_heads": 128}, "even width"),
     "model.dtype='float16'": ("model", {"dtype": "float16"}, "bfloat16"),
     "model.remat='some'": ("model", {"remat": "some"}, "none, experts, layer"),
+    "model.unroll=0": ("model", {"unroll": 0}, "greater than 0"),
     "model.n_layers=2.5": ("model", {"n_layers": 2.5}, "int"),
     "model.tie_embeddings=1": ("model", {"tie_embeddings": 1}, "bool"),
     "model.layers is unknown": ("model", {"layers": 2}, "n_layers"),
@@ -133,6 +134,8 @@ def test_configurations_are_frozen():
             {"model": {"remat": "experts"}, "experts": {"kind": "dense"}, "balance": {"aux_weight": 0.0}},
             "model.remat='experts': belongs to layers of experts",
         ),
+        ({"model": {"unroll": 2, "remat": "layer"}}, "model.unroll=2: with remat='layer' would let"),
+        ({"model": {"unroll": 2}, "mesh": {"fsdp": 4}}, "model.unroll=2: with mesh.fsdp=4 would let"),
     ],
 )
 def test_settings_that_do_not_fit_together(groups, message):

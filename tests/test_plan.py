@@ -134,7 +134,7 @@ def test_nearest_meshes_come_first():
 
 
 def planned(*arguments):
-    return run(["-m", "aoe_jax.plan", "--config=configs/tiny.py", *arguments])
+    return run(["-m", "aoe_jax.plan", "--config=configs/tiny.py", "--config.model.unroll=1", *arguments])
 
 
 def test_the_command_line():

@@ -93,9 +93,10 @@ def _take(values, index, fill=0):
 
 
 def _sum_slots(rows, inverse, slots_per_token):
-    by_slot = _take(rows, inverse).reshape(-1, slots_per_token, rows.shape[-1])
+    # Slot by slot: the gathers fuse with the sum, so the rows are never laid out by slot.
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    return jnp.sum(by_slot, axis=1, dtype=dtype).astype(rows.dtype)
+    by_token = inverse.reshape(-1, slots_per_token)
+    return sum(_take(rows, by_token[:, k]).astype(dtype) for k in range(slots_per_token)).astype(rows.dtype)
 
 
 # Dispatch and combine are each other's transpose.

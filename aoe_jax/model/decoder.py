@@ -68,6 +68,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.n_layers,
+            unroll=c.unroll,
         )(c, self.experts, self.balance, self.transport)
         self.final_norm = nn.RMSNorm(dtype=jnp.dtype(c.dtype))
 

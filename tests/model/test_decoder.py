@@ -79,7 +79,7 @@ def test_expert_choice_is_not_causal(kind):
 def test_rotary_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 8))
     q, k = (jnp.broadcast_to(a, (1, 10, 3, 8)) for a in (q, k))
-    positions = jnp.arange(10)
+    positions = np.arange(10)
     scores = jnp.einsum("bqhd,bkhd->bhqk", rotary(q, positions), rotary(k, positions))
     np.testing.assert_allclose(scores[..., :-1, :-1], scores[..., 1:, 1:], atol=1e-4)
     np.testing.assert_allclose(jnp.linalg.norm(rotary(q, positions), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
@@ -113,6 +113,19 @@ def test_remat_changes_memory_but_no_gradient(kind):
     assert kind == "dense" or saved["experts"] < 0.95 * saved["none"]
     for remat in modes[1:]:
         for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads[remat]), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "experts"])
+def test_several_layers_at_once_compute_the_same(remat):
+    """Also where they don't divide the number of layers."""
+    got = {}
+    for unroll in (1, 2, 3):
+        decoder, variables = build(dataclasses.replace(MODEL, n_layers=3, unroll=unroll, remat=remat))
+        loss = jax.value_and_grad(lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean())
+        got[unroll] = jax.jit(loss)(variables)
+    for unroll in (2, 3):
+        for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(got[unroll]), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
