@@ -72,7 +72,7 @@ def compile_layers(device, config: Config, n_tokens):
     """
     m, dtype = config.model, jnp.dtype(config.model.dtype)
     layer = LAYERS[config.experts.kind](config.experts, dtype, config.balance, recompute=m.remat == "experts")
-    norm = nn.RMSNorm(dtype=dtype, use_scale=False)
+    norm = RMSNorm(dtype=dtype, use_scale=False)
 
     def block(x, params):
         y, stats = layer.apply({"params": params}, norm.apply({}, x))

@@ -164,6 +164,8 @@ class _ExpertsModule(nn.Module):
 
         if self.recompute:
             experts = jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
+        else:
+            experts = devices.without_whole_weights(experts)
         return experts(x, assignment.weight, weights), stats
 
 
@@ -185,8 +187,11 @@ class AoELayer(_ExpertsModule):
                     operands = jax.lax.stop_gradient(operands)
                 scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
             elif transports.is_local(devices, self.config.selection == "top_k") and devices.size("tensor") == 1:
-                w_down = devices.gather_weight("w_down", weights["w_down"], x.dtype)
-                cache = scoring.low_rank_activations(x, w_down)
+
+                def activations(x, w_down):
+                    return scoring.low_rank_activations(x, devices.gather_weight("w_down", w_down, x.dtype))
+
+                cache = devices.without_whole_weights(activations)(x, weights["w_down"])
                 scores = scoring.activation_norms(cache)
                 balance_scores = scores[::stride]
 
@@ -243,9 +248,12 @@ class DenseLayer(_ExpertsModule):
 
     def process(self, devices, x, token_weights, selection_bias, weights):
         """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
-        w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
-        x = devices.gather(x, "tensor")
-        y = weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]
+
+        def expert(x, weights):
+            w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+            return weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]
+
+        y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
         one, zero = jnp.ones(1), jnp.zeros(())
         stats = LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
         return devices.sum_scatter(y, "tensor"), stats

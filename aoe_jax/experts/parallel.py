@@ -94,6 +94,17 @@ class Devices:
             return w.astype(dtype)
         return checkpoint_name(_gather_cast(w, dtype, axes.index(True)), GATHERED_WEIGHT)
 
+    def without_whole_weights(self, function):
+        """`function` of arrays that gathers weights: they are gathered again in its backward pass, never kept whole.
+
+        A `jax.checkpoint` within keeps what this one's policy says, not its own: what is to be computed again within has a
+        custom derivative. Layers are scanned, so the backward pass is a loop of its own, in which gathering twice is
+        gathering once; hence no barriers.
+        """
+        if self.size("fsdp") == 1:
+            return function
+        return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
+
     def score(self, function, x, w_down):
         """Scores of the tokens of this device by all experts.
 
@@ -107,12 +118,16 @@ class Devices:
         Returns:
           The arrays, `[t or fewer, n]`.
         """
-        if self.size("fsdp") > 1:
-            w_down = self.gather_weight("w_down", w_down, x.dtype)
-        if self.transport == "all_to_all" and w_down.shape[0] * w_down.shape[2] <= x.shape[0]:
-            return function(x, self.gather(w_down.astype(x.dtype), "expert"))
-        of_own_experts = function(self.gather(x, "expert"), w_down)
-        return tuple(self.exchange(a, split=0, concatenate=1) for a in of_own_experts)
+
+        def of_all(x, w_down):
+            if self.size("fsdp") > 1:
+                w_down = self.gather_weight("w_down", w_down, x.dtype)
+            if self.transport == "all_to_all" and w_down.shape[0] * w_down.shape[2] <= x.shape[0]:
+                return function(x, self.gather(w_down.astype(x.dtype), "expert"))
+            of_own_experts = function(self.gather(x, "expert"), w_down)
+            return tuple(self.exchange(a, split=0, concatenate=1) for a in of_own_experts)
+
+        return self.without_whole_weights(of_all)(x, w_down)
 
     def all_tokens(self, values):
         """`[t, ...]` of every device as `[all tokens, ...]`, in the order of the batch: `[B, S]`, flattened."""
@@ -199,9 +214,6 @@ def over_mesh(function, in_specs, out_specs, transport="ring"):
     devices = Devices(tuple(mesh.shape[axis] for axis in MESH_AXES), transport)
     idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
     in_specs = jax.tree.map(partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
-    if devices.size("fsdp") > 1:
-        # Layers are scanned, so the backward pass is a loop of its own, and within it gathering twice is gathering once.
-        function = jax.checkpoint(function, policy=_all_but_gathered_weights, static_argnums=0, prevent_cse=False)
     # check_vma: Pallas kernels say nothing of how their results vary over the mesh.
     return jax.shard_map(partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -13,6 +13,9 @@ from aoe_jax.experts.parallel import embed
 from aoe_jax.experts.selection import SELECTION
 from aoe_jax.model.attention import Attention
 
+# Computed again in the backward pass, which would else keep several float32 copies of its input.
+RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
+
 
 class DecoderLayer(nn.Module):
     """Attention and experts, each behind an RMSNorm and added to the residual stream."""
@@ -27,9 +30,9 @@ class DecoderLayer(nn.Module):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
         dtype = jnp.dtype(self.model.dtype)
         with jax.named_scope("attention"):
-            normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
+            normed = RMSNorm(dtype=dtype, name="attention_norm")(x)
             x = x + Attention(self.model.n_heads, dtype, name="attention")(normed, segment_ids)
-        normed = nn.RMSNorm(dtype=dtype, name="experts_norm")(x)
+        normed = RMSNorm(dtype=dtype, name="experts_norm")(x)
         recompute = self.model.remat == "experts"
         experts = LAYERS[self.experts.kind](
             self.experts, dtype, self.balance, recompute, self.transport, name="experts"
@@ -70,7 +73,7 @@ class Decoder(nn.Module):
             length=c.n_layers,
             unroll=c.unroll,
         )(c, self.experts, self.balance, self.transport)
-        self.final_norm = nn.RMSNorm(dtype=jnp.dtype(c.dtype))
+        self.final_norm = RMSNorm(dtype=jnp.dtype(c.dtype))
 
     def features(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
         """Everything but the output projection.

@@ -9,14 +9,15 @@ from aoe_jax.model.attention import MAX_BLOCKS, MIN_BLOCK, causal_attention
 
 
 def arrays(length, dtype):
-    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, length, 3, 10), dtype)
+    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 3, length, 10), dtype)
     documents = jnp.cumsum(jax.random.bernoulli(jax.random.key(1), 0.02, (2, length)), axis=1)
     return (q, k, v), cotangent, documents
 
 
 def library(q, k, v, segment_ids=None):
     mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True).swapaxes(1, 2)
 
 
 def value_and_gradients(attention, args, cotangent, segment_ids):
@@ -52,7 +53,7 @@ def test_no_probabilities_are_kept():
     length = MIN_BLOCK * MAX_BLOCKS
     args, cotangent, _ = arrays(length, jnp.float32)
     kept = jax.eval_shape(lambda *a: jax.vjp(causal_attention, *a)[1], *args)
-    assert sum(a.size for a in jax.tree.leaves(kept)) <= 4 * cotangent.size
+    assert sum(a.size for a in jax.tree.leaves(kept)) <= 4 * cotangent.size + cotangent[..., 0].size
     flops = jax.jit(causal_attention).lower(*args).compile().cost_analysis()["flops"]
     products = 2 * 2 * cotangent.size * length * 36 / 64
     assert products < flops < 1.5 * products
