@@ -3,7 +3,6 @@
 M rows, D contracted width, F output width, E experts.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.grouped_matmul.megablox import tiles
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.selection import SELECTION
+from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.sharding import MESH_AXES
 from aoe_jax.topology import topology_devices
 from configs import paper, tiny

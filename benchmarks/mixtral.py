@@ -2,14 +2,18 @@
 
 `python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers` installed beside this package.
 All take 16 sequences of 256 random tokens through 4 layers of d=256 with 4 heads and 8 experts, 2 chosen, of width 512, with
-a vocabulary of 4096, L_aux, clipping and AdamW, in float32. Mixtral runs eagerly. The three are timed in turn.
+a vocabulary of 4096, L_aux, clipping and AdamW, in float32. Mixtral runs eagerly. They are timed in turn, and so is one
+plain product in torch and in JAX, whose ratio bounds what a step of equal FLOPs can reach.
 """
 
 import os
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.counts import training_flops_per_token
 from aoe_jax.errors import UserError
 from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, report
 
@@ -65,24 +69,52 @@ def mixtral_step(config):
     return run, f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
+def products(config):
+    """A plain product of tokens and a weight of one expert, in torch and in JAX: most of what both steps are made of."""
+    import torch
+
+    d, f = config.model.d_model, config.experts.d_ffn
+    x, w = torch.randn(4096, d), torch.randn(d, f)
+    jax_x, jax_w, product = jnp.asarray(x.numpy()), jnp.asarray(w.numpy()), jax.jit(jnp.matmul)
+
+    def in_torch():
+        for _ in range(20):
+            x @ w
+
+    def in_jax():
+        return [product(jax_x, jax_w) for _ in range(20)]
+
+    return {"torch": in_torch, "JAX": in_jax}
+
+
 def main():
     """Times and prints one model a line."""
     keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
     router = configuration("moe", CHANGES)
     low = {"experts": {"d_low": 85}}
-    aoe = configuration("aoe", CHANGES, low)
-    eighth = configuration("aoe", CHANGES, low, {"balance": {"aux_tokens": 0.125}})
+    configurations = {
+        "router": router,
+        "AoE, L_aux": configuration("aoe", CHANGES, low),
+        "AoE, L_aux of 1/8": configuration("aoe", CHANGES, low, {"balance": {"aux_tokens": 0.125}}),
+        "AoE, loss-free": configuration("aoe", CHANGES, low, {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}}),
+    }
     mixtral, versions = mixtral_step(router)
-    steps = {"Mixtral, transformers": mixtral, "router": make_step(router)[0]}
-    steps |= {"AoE": make_step(aoe)[0], "AoE, L_aux of 1/8": make_step(eighth)[0]}
+    steps = {"Mixtral, transformers": mixtral} | {name: make_step(c)[0] for name, c in configurations.items()}
     seconds = medians(steps, _REPEATS.value)
     print(", ".join(f"{name} {value}" for name, value in machine().items()) + f", {versions}")
+    rates = medians(products(router), 5 * _REPEATS.value)
+    rate = rates["torch"] / rates["JAX"]
+    print(f"one product of tokens and a weight: JAX at {rate:.2f}x torch's rate")
     tokens, figures = router.train.batch_size * router.data.seq_len, []
     for name in steps:
         ratio = seconds["Mixtral, transformers"] / seconds[name]
-        figures.append({"model": name, "tokens_per_second": tokens / seconds[name], "speed_ratio": ratio})
-        print(f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x")
+        flops = training_flops_per_token(configurations.get(name, router)) / training_flops_per_token(router)
+        figures.append(
+            {"model": name, "tokens_per_second": tokens / seconds[name], "speed_ratio": ratio, "flops": flops}
+        )
+        print(f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x, with {flops:.2f}x the useful FLOPs")
+    figures.append({"model": "one product", "speed_ratio": rate})
     report(figures, _JSON.value)
 
 
