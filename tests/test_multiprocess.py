@@ -6,6 +6,7 @@ import socket
 
 import numpy as np
 
+from tests.hasty import xla_flags
 from tests.runs import STEPS, finish, finished_run, read_metrics, run, scratch, start, train_command
 
 # Two devices a process where there are two processes, one where there are four: four devices always.
@@ -21,12 +22,11 @@ def free_port():
 def train_on(workdir, n_processes, n_devices=4, **changes):
     """Trains on several processes; returns their stderr."""
     port = free_port()
-    devices = f"--xla_force_host_platform_device_count={n_devices // n_processes}"
     flags = [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
     processes = [
         start(
             [*train_command(workdir, **changes), *flags, *([f"--process={i}"] if flags else [])],
-            XLA_FLAGS=f"--xla_backend_optimization_level=0 {devices}",
+            XLA_FLAGS=xla_flags(n_devices // n_processes),
         )
         for i in range(n_processes)
     ]
@@ -54,9 +54,7 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
     here = evaluated(workdir)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(finished_run(), elsewhere)
-    there = evaluated(
-        elsewhere, XLA_FLAGS="--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    )
+    there = evaluated(elsewhere, XLA_FLAGS=xla_flags(8))
     assert here["tokens"] == there["tokens"]
     np.testing.assert_allclose(here["nll"], there["nll"], rtol=1e-4)  # the same model, but for rounding
 
