@@ -6,7 +6,8 @@ scaling keeps the tokens of a chip; strong scaling keeps the batch of `--batch` 
 compiled: bytes are those of the collectives in the program, and step times are bounds from public peak figures, see
 `aoe_jax/plan.py`.
 
-FSDP splits parameters over all chips. The others split experts over 16 chips and the rest over FSDP.
+FSDP splits parameters over all chips. The others split experts over 16 chips and the rest over FSDP. At the end it is said
+from which number of chips on which of them receives least.
 """
 
 import dataclasses
@@ -33,8 +34,10 @@ ARMS = {
     "AoE, ring": ("aoe_64", "ring"),
     "AoE, all_to_all": ("aoe_64", "all_to_all"),
     "MoE, FSDP": ("moe_64", None),
+    "MoE, ring": ("moe_64", "ring"),
     "MoE, all_to_all": ("moe_64", "all_to_all"),
 }
+COLOURS = {"FSDP": "tab:gray", "ring": "tab:blue", "all_to_all": "tab:orange"}
 
 _OUTPUT = flags.DEFINE_string("output", None, "a folder for the figures")
 _CHIPS = flags.DEFINE_list("chips", [str(n) for n in TOPOLOGIES], f"of {', '.join(map(str, TOPOLOGIES))}")
@@ -60,7 +63,9 @@ def draw(figures, folder):
         for arm in ARMS:
             points = [f for f in figures if f["arm"] == arm and f["scaling"] == scaling]
             chips = [f["chips"] for f in points]
-            style = {"linestyle": "-" if arm.startswith("AoE") else "--", "marker": "o", "markersize": 4, "label": arm}
+            kind, way = arm.split(", ")
+            style = {"linestyle": "-" if kind == "AoE" else "--", "color": COLOURS[way], "label": arm}
+            style |= {"marker": "o" if kind == "AoE" else "x", "markersize": 4}
             row[0].plot(chips, [sum(f["collective_bytes"].values()) / 1e9 for f in points], **style)
             row[1].plot(chips, [f["step_seconds"] for f in points], **style)
         row[0].set_ylabel(f"{scaling} scaling\nreceived by a chip per step [GB]")
@@ -76,6 +81,22 @@ def draw(figures, folder):
     for kind in ("png", "svg"):
         figure.savefig(folder / f"growth.{kind}", dpi=120)
     plt.close(figure)
+
+
+def overtakings(figures):
+    """One sentence for each kind and scaling: which arms receive least, and where the order changes."""
+    for scaling in ("weak", "strong"):
+        for kind in ("AoE", "MoE"):
+            orders = []
+            for n in sorted({f["chips"] for f in figures}):
+                points = [
+                    f for f in figures if f["scaling"] == scaling and f["chips"] == n and f["arm"].startswith(kind)
+                ]
+                points.sort(key=lambda f: sum(f["collective_bytes"].values()))
+                order = " < ".join(f["arm"].removeprefix(f"{kind}, ") for f in points)
+                if not orders or orders[-1][1] != order:
+                    orders.append((n, order))
+            yield f"{kind}, {scaling} scaling, bytes received: " + "; ".join(f"from {n} chips {o}" for n, o in orders)
 
 
 def main():
@@ -96,6 +117,8 @@ def main():
                     f"by a chip, step at least {result['step_seconds']:.3f} s, bound by {result['bound_by']}",
                     flush=True,
                 )
+    for sentence in overtakings(figures):
+        print(sentence)
     draw(figures, folder)
     report(figures, folder / "growth.json")
 

@@ -18,7 +18,7 @@ def get_config(variant=None):
     kind, _, size = variant.partition("_")
     config = default_config()
     config.model.update(
-        n_layers=16, n_heads=16, d_model=2048, vocab_size=50_304, max_len=4096, dtype="bfloat16", remat="layer"
+        n_layers=16, n_heads=16, d_model=2048, vocab_size=50_304, max_len=4096, dtype="bfloat16", remat="experts"
     )
     config.experts.update(kind="aoe" if kind == "aoe" else "router", top_k=8, **SHAPES[size])
     if kind == "aoe":

@@ -54,7 +54,7 @@ def get_config(variant=None):
         raise UserError(f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}")
     config = default_config()
     config.model.update(
-        n_layers=12, n_heads=12, d_model=768, vocab_size=32_000, max_len=2048, dtype="bfloat16", remat="layer"
+        n_layers=12, n_heads=12, d_model=768, vocab_size=32_000, max_len=2048, dtype="bfloat16", remat="experts"
     )
     config.experts.update(n_experts=8, top_k=2, d_ffn=3072)
     config.data.seq_len = 2048
