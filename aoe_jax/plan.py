@@ -47,7 +47,7 @@ from aoe_jax.sharding import (
     state_shardings,
     with_shardings,
 )
-from aoe_jax.topology import topology_devices
+from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def plan(config: Config, generation, devices, compiles=True):
     share = _chips(generation, devices) / n_devices  # of a chip that is a device
     hbm_bytes = share * chip.hbm_bytes
     mesh = make_mesh(config, devices)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), compiling_for(devices):
         step, state, batch = train_step_for(config, mesh)
         traced = step.trace(state, batch)
         sizes = dict(zip(MESH_AXES, mesh.devices.shape, strict=True))

@@ -1,10 +1,13 @@
 """Devices of machines that needn't be here, for compiling ahead of time: TPU slices, and GPUs of one node."""
 
+import contextlib
 import importlib.util
 import os
 import re
 from pathlib import Path
+from unittest import mock
 
+import jax
 from jax.experimental import topologies
 
 from aoe_jax.errors import UserError
@@ -23,6 +26,7 @@ def topology_devices(topology, n_slices=1):
             f"--topology={topology} is unknown; name one of {', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 "
             "or h100:8"
         )
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: devices that are here, and may be busy, are left alone
     if generation == "h100":
         return generation, _gpu_devices(int(shape) if shape.isdecimal() else 0, n_slices)
     if importlib.util.find_spec("libtpu") is None:
@@ -40,9 +44,17 @@ def topology_devices(topology, n_slices=1):
         ) from e
 
 
+@contextlib.contextmanager
+def compiling_for(devices):
+    """While it lasts, `jax.devices()` names devices of a topology: Pallas kernels for GPUs ask the first for its cores."""
+    with mock.patch.object(jax, "devices", lambda *_: list(devices)):
+        yield
+
+
 def _gpu_devices(n, n_nodes):
     if n < 1:
         raise UserError("--topology=h100:N takes the number of GPUs of a node")
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"  # it would need the GPU
     target = (Path(__file__).parent / "h100.txtpb").read_text()
     try:
         topology = f"{n_nodes}x1x{n}"

@@ -81,6 +81,9 @@ COMMAND_LINE = {
     "unknown topology": Mistake(
         ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"], ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, h100"]
     ),
+    "no compiler for GPUs": Mistake(
+        ["-m", "aoe_jax.plan", CONFIG, "--topology=h100:8"], ["--topology=h100:8", "pip install 'jax[cuda13]'"]
+    ),
     "no config file, but an override": Mistake(
         wrong_config("train.steps=3", config="--config={here}/nope.py"), ["nope.py", "no such file"]
     ),
