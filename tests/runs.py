@@ -28,6 +28,7 @@ SETTINGS = {
     "model.vocab_size": 512,
     "model.max_len": 64,
     "model.dtype": "float32",
+    "model.unroll": 1,
     "experts.n_experts": 4,
     "experts.top_k": 2,
     "experts.d_ffn": 32,
