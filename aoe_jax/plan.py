@@ -83,27 +83,31 @@ _RECEIVED = {
 }
 
 
+def each_collective(jaxpr):
+    """`(equation, how many times it runs)` of a program; 0 times within loops of unknown length."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _RECEIVED:
+            yield eqn, 1
+        for sub, times in _sub_jaxprs(eqn):
+            for inner, inner_times in each_collective(sub):
+                yield inner, 0 if eqn.primitive.name == "while" else times * inner_times
+
+
 def collectives(jaxpr, sizes):
     """`{(kind, mesh axes): [count, bytes received by a device]}` of a program; loops of unknown length count nothing."""
     total = {}
-    for eqn in jaxpr.eqns:
-        kind = eqn.primitive.name
-        if kind in _RECEIVED:
-            axes = eqn.params.get("axes", eqn.params.get("axis_name"))
-            axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
-            n = math.prod(sizes[axis] for axis in axes)
-            operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars  # the rest are offsets and sizes
-            size = max(sum(v.aval.size * v.aval.dtype.itemsize for v in side) for side in (operands, eqn.outvars))
-            entry = total.setdefault((kind, axes), [0, 0.0])
-            entry[0] += 1
-            entry[1] += _RECEIVED[kind](size, n)
-        if kind == "while":
+    for eqn, times in each_collective(jaxpr):
+        if times == 0:
             continue
-        for sub, times in _sub_jaxprs(eqn):
-            for key, (count, received) in collectives(sub, sizes).items():
-                entry = total.setdefault(key, [0, 0.0])
-                entry[0] += times * count
-                entry[1] += times * received
+        kind = eqn.primitive.name
+        axes = eqn.params.get("axes", eqn.params.get("axis_name"))
+        axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
+        n = math.prod(sizes[axis] for axis in axes)
+        operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars  # the rest are offsets and sizes
+        size = max(sum(v.aval.size * v.aval.dtype.itemsize for v in side) for side in (operands, eqn.outvars))
+        entry = total.setdefault((kind, axes), [0, 0.0])
+        entry[0] += times
+        entry[1] += times * _RECEIVED[kind](size, n)
     return total
 
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
+from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,10 +14,11 @@ import pytest
 
 from aoe_jax.config import Config, MeshConfig, default_config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.plan import candidates, collectives, plan, train_step_for
+from aoe_jax.experts.transport import first_round_only
+from aoe_jax.plan import candidates, collectives, each_collective, plan, train_step_for
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.topology import topology_devices
-from tests.runs import run, scratch
+from tests.runs import finish, scratch, start
 
 
 def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
@@ -22,7 +27,7 @@ def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
     config.model.update(
         n_layers=3, n_heads=8, d_model=160, vocab_size=1031, max_len=64, dtype="bfloat16", remat="layer"
     )
-    config.experts.update(kind=kind, n_experts=16, top_k=2, d_ffn=224, **experts)
+    config.experts.update(kind=kind, n_experts=16, top_k=3, d_ffn=224, **experts)
     if kind == "aoe":
         config.experts.update(d_low=48, d_wide=232)
     config.data.seq_len = 64
@@ -39,57 +44,152 @@ def traced(config, devices):
         return step.trace(state, batch), mesh
 
 
-def counted(config):
-    """`{(kind, axes): count}` of what moves arrays; sums of scalars and statistics are left out."""
-    program, mesh = traced(config, jax.devices())
-    sizes = dict(zip(MESH_AXES, mesh.devices.shape, strict=True))
-    found = collectives(program.jaxpr.jaxpr, sizes)
-    return {key: value for key, value in found.items() if value[1] > 20_000 * value[0]}
+# Numbers of an array say what it is.
+TOKENS = 32 * 64 * 160
+ROWS = 8 * 120  # that a device takes in a round, with all_to_all
+SLOTS, SCORES = 32 * 64 * 3, 32 * 64 * 16 // 8  # of all tokens; of all tokens by the experts of a device
+W_DOWN, W_UP, W_P, W_G = 16 * 160 * 48, 16 * 48 * 232, 16 * 160 * 232, 16 * 160 * 224  # w_o is as large as w_p
+ROUTER, ATTENTION, TABLE = 160 * 16, 160 * 160, 1031 * 160
+
+DATA, FSDP = ((8, 1, 1, 1), "ring"), ((1, 8, 1, 1), "ring")
+RING, ALL_TO_ALL = ((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all")
+
+# What moves in a layer, forward and backward, where the backward pass computes the layer again (all but the scores).
+SUMS = {("psum", ATTENTION): 4}  # gradients of q, k, v and o
+IN_A_LAYER = {
+    ("aoe", *DATA): SUMS | {("psum", W_DOWN): 1, ("psum", W_UP): 1, ("psum", W_P): 2},
+    ("router", *DATA): SUMS | {("psum", ROUTER): 1, ("psum", W_G): 3},
+    ("aoe", *FSDP): {
+        # Forward; backward with the layer, and once more because `over_mesh` keeps no gathered weight.
+        ("all_gather", ATTENTION): 4 * 3,
+        ("all_gather", W_DOWN): 1 + 3,  # for the scores, and for the rows
+        ("all_gather", W_UP): 3,
+        ("all_gather", W_P): 3 + 2,  # w_p and w_o, whose product isn't computed again
+        ("reduce_scatter", ATTENTION): 4,
+        ("reduce_scatter", W_DOWN): 1,
+        ("reduce_scatter", W_UP): 1,
+        ("reduce_scatter", W_P): 2,
+    },
+    ("router", *FSDP): {
+        ("all_gather", ATTENTION): 4 * 3,
+        ("all_gather", W_G): 3 + 3 + 2,  # w_g, w_p and w_o
+        ("reduce_scatter", ATTENTION): 4,
+        ("reduce_scatter", W_G): 3,
+        ("psum", ROUTER): 1,
+    },
+    ("aoe", *RING): SUMS
+    | {
+        ("all_gather", TOKENS): 4,  # for the scores and for the rows; backward for the rows, and the outputs' gradient
+        ("reduce_scatter", TOKENS): 2,  # outputs, and the tokens' gradient
+        ("all_to_all", SCORES): 2,  # scores, and those of the balance loss
+        ("all_gather", SLOTS): 2,  # the chosen experts, forward and backward
+        ("psum", SLOTS): 3,  # norms of the chosen: forward, backward, and their gradient
+    },
+    ("router", *RING): SUMS
+    | {
+        ("all_gather", TOKENS): 3,  # for the rows; backward again, and the outputs' gradient
+        ("reduce_scatter", TOKENS): 2,
+        ("all_gather", SLOTS): 4,  # the chosen experts and their weights, forward and backward
+        ("reduce_scatter", SLOTS): 1,  # the weights' gradient
+        ("psum", ROUTER): 1,
+    },
+    ("aoe", *ALL_TO_ALL): SUMS
+    | {
+        ("all_gather", W_DOWN): 1,  # for the scores: it is smaller than the tokens
+        ("all_to_all", ROWS * 160): 5,  # rows there and back; backward there again, and the gradients of both
+        # Expert, norm and weight of each row; backward again, and the gradients of norm and weight.
+        ("all_to_all", ROWS): 8,
+    },
+    ("router", *ALL_TO_ALL): SUMS
+    | {
+        ("all_to_all", ROWS * 160): 5,
+        ("all_to_all", ROWS): 5,  # expert and weight of each row; backward again, and the weights' gradient
+        ("psum", ROUTER): 1,
+    },
+}
+# In a step: the embedding is looked up, and tokens are scored by it.
+IN_A_STEP = {key: {("psum", TABLE): 2} for key in (DATA, RING, ALL_TO_ALL)}
+IN_A_STEP[FSDP] = {("all_gather", TABLE): 2, ("reduce_scatter", TABLE): 2}
 
 
-def test_data_parallel_only_sums_gradients():
-    found = counted(configuration(mesh=(8, 1, 1, 1)))
-    assert {kind for kind, _ in found} == {"psum"}
+def larger_side(eqn):
+    return max(sum(v.aval.size for v in side) for side in (eqn.invars, eqn.outvars))
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-def test_fsdp_gathers_weights_and_scatters_their_gradients(kind):
-    config = configuration(kind, mesh=(1, 8, 1, 1))
-    found = counted(config)
-    assert {kind for kind, _ in found} == {"all_gather", "reduce_scatter"}
-    weights = {"aoe": 4, "router": 3}[kind] + 4  # of experts and attention
-    # One gradient each, and of the table one from the embedding and one from the loss.
-    assert found["reduce_scatter", ("fsdp",)][0] == 3 * weights + 2
+@pytest.mark.parametrize("case", IN_A_LAYER, ids=str)
+def test_what_moves(case):
+    """Every collective of the program, but for statistics and scalars, which have no more than n numbers."""
+    kind, mesh, transport = case
+    program, _ = traced(configuration(kind, mesh, transport), jax.devices())
+    found, in_further_rounds = Counter(), set()
+    for eqn, times in each_collective(program.jaxpr.jaxpr):
+        moved = eqn.primitive.name, larger_side(eqn)
+        if times == 0:
+            in_further_rounds.add(moved)
+        elif moved[1] > 16:
+            found[moved] += times
+    layers = Counter({moved: 3 * count for moved, count in IN_A_LAYER[case].items()})
+    assert found == layers + Counter(IN_A_STEP[mesh, transport])
+    rows = {("all_to_all", size) for size in (8, ROWS, ROWS * 160)}
+    assert in_further_rounds == (rows if transport == "all_to_all" else set())
 
 
-def collective_shapes(text):
-    """`[(kind, shape)]` of a compiled program; a tuple counts element by element."""
-    found = []
+# What the compiler for TPUs merges of that: gathering twice in the forward pass, or twice in the backward pass, is gathering
+# once, and two sums that are added are one. XLA:CPU has no reduce-scatter.
+MERGED = {
+    ("aoe", *RING): {("all_gather", TOKENS): 1, ("all_to_all", SCORES): 1, ("psum", TABLE): 1},
+    ("aoe", *ALL_TO_ALL): {("psum", TABLE): 1},
+    ("aoe", *FSDP): {
+        ("all_gather", ATTENTION): 4,
+        ("all_gather", W_DOWN): 2,
+        ("all_gather", W_UP): 1,
+        ("all_gather", W_P): 1,
+        ("all_gather", TABLE): 1,
+        ("reduce_scatter", TABLE): 2,
+    },
+}
+NORMS = {("psum", 160): 3}  # gradients of norm scales: attention, experts, final
+ADDED = dict.fromkeys(MERGED, NORMS) | {("aoe", *FSDP): NORMS | {("psum", TABLE): 1}}  # summed, and then cut
+HLO_NAMES = {
+    "psum": "all-reduce",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+}
+
+
+def compiled_collectives(text, n_devices):
+    """`Counter` of `(kind, numbers of the larger side)`; a tuple counts element by element, the body of a loop once."""
+    found = {}
+    kinds = "|".join([*HLO_NAMES.values(), "ragged-all-to-all", "collective-permute", "collective-broadcast"])
     for line in text.splitlines():
-        match = re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(", line)
+        match = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
         if match:
-            for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
-                found.append((match[2], tuple(map(int, shape.split(","))) if shape else ()))
-    return found
+            assert not match[3], line  # its result would hold the operand too
+            chain = re.search(r'chain_id="\d+"', line)  # one that runs beside other work is written down at every stop
+            found[chain[0] if chain else line] = match
+    sizes = Counter()
+    for match in found.values():
+        for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            sizes[match[2], size * n_devices if match[2] == "reduce-scatter" else size] += 1
+    return sizes
 
 
-@pytest.mark.parametrize("transport", ["ring", "all_to_all"])
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-def test_expert_parallelism_moves_tokens_and_no_weights(kind, transport):
-    """In the program as compiled: no weight of an expert is gathered, but Wdown where that is leaner than gathering tokens,
-    and no cache `[T, n, r]` is summed."""
-    config = configuration(kind, mesh=(1, 1, 8, 1), transport=transport)
-    program, _ = traced(config, jax.devices())
-    found = collective_shapes(program.lower().compile().as_text())
-    assert found
-    for name, shape in found:
-        gathers_w_down = transport == "all_to_all" and shape == (16, 160, 48)
-        assert gathers_w_down or not {224, 232, 48} & set(shape), (name, shape)
-    kinds = {name for name, shape in found if 160 in shape and 1031 not in shape}
-    if transport == "ring":
-        assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"}
-    else:
-        assert "all-to-all" in kinds
+@pytest.mark.parametrize("case", MERGED, ids=str)
+def test_what_moves_on_a_tpu(case):
+    """In the program as compiled, without further rounds: nothing more, tokens are gathered once, and each weight once."""
+    kind, mesh, transport = case
+    _, devices = topology_devices("v5e:2x4")
+    with first_round_only():
+        program, _ = traced(configuration(kind, mesh, transport), devices)
+        text = program.lower().compile().as_text()
+    found = compiled_collectives(text, len(devices))
+    want = Counter(IN_A_LAYER[case]) + Counter(IN_A_STEP[mesh, transport]) + Counter(ADDED[case])
+    want.subtract(MERGED[case])
+    assert {moved: n for moved, n in found.items() if moved[1] > 16} == {
+        (HLO_NAMES[name], size): n for (name, size), n in want.items() if n
+    }
 
 
 def test_collectives_of_loops_count_as_often_as_they_run():
@@ -133,8 +233,9 @@ def test_nearest_meshes_come_first():
     assert all(np.prod(shape) == 8 for shape in found)
 
 
-def planned(*arguments):
-    return run(["-m", "aoe_jax.plan", "--config=configs/tiny.py", "--config.model.unroll=1", *arguments])
+def planned(*arguments, **variables):
+    command = ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", "--config.model.unroll=1", *arguments]
+    return finish(start(command, **variables))
 
 
 def test_the_command_line():
@@ -145,11 +246,28 @@ def test_the_command_line():
     assert json.loads(file.read_text())["mesh"]["fsdp"] == 4
 
 
-def test_what_does_not_fit_is_status_3():
-    huge = ["--config.model.d_model=8192", "--config.experts.d_low=2048", "--config.experts.d_ffn=32768"]
-    status, stdout, stderr = planned("--topology=v5e:2x2", "--config.train.batch_size=4", *huge)
+def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested():
+    file = scratch("plan") / "suggestion.json"
+    huge = ["--config.model.n_layers=99", "--config.model.d_model=1024", "--config.experts.d_ffn=3072"]
+    huge += ["--config.model.dtype=bfloat16", "--config.train.batch_size=4", "--config.data.seq_len=128"]
+    status, stdout, stderr = planned("--topology=v5e:2x2", "--suggest", f"--json={file}", *huge)
     assert status == 3, stdout + stderr
-    assert "DOES NOT FIT" in stdout
+    assert "DOES NOT FIT" in stdout and "this mesh fits" in stdout
+    report = json.loads(file.read_text())
+    better = report["suggestion"]
+    assert not report["fits"] and report["memory_bytes"]["total"] > report["hbm_bytes"]
+    assert better["fits"] and better["memory_bytes"]["total"] <= better["hbm_bytes"] == report["hbm_bytes"]
+    assert better["mesh"] | {"data": 4, "fsdp": 1} == report["mesh"] and better["mesh"]["fsdp"] > 1
+    assert better["parameters"] == report["parameters"]
+
+
+def test_without_the_compiler_for_tpus():
+    """A user who hasn't installed it; here it lies in a folder of its own, so that Python need not find it."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    found = [path for path in paths if not Path(path, "libtpu").exists()]
+    status, stdout, stderr = planned("--topology=v5e:2x2", PYTHONPATH=os.pathsep.join(found))
+    assert status == 2 and stdout == ""
+    assert stderr == "error: --topology=v5e:2x2: libtpu is missing, the compiler for TPUs; pip install libtpu\n"
 
 
 def test_a_slice_that_there_is_not():
