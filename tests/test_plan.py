@@ -60,7 +60,7 @@ IN_A_LAYER = {
     ("aoe", *DATA): SUMS | {("psum", W_DOWN): 1, ("psum", W_UP): 1, ("psum", W_P): 2},
     ("router", *DATA): SUMS | {("psum", ROUTER): 1, ("psum", W_G): 3},
     ("aoe", *FSDP): {
-        # Forward; backward with the layer, and once more because `over_mesh` keeps no gathered weight.
+        # Forward; backward with the layer, and once more because `without_whole_weights` keeps none.
         ("all_gather", ATTENTION): 4 * 3,
         ("all_gather", W_DOWN): 1 + 3,  # for the scores, and for the rows
         ("all_gather", W_UP): 3,
