@@ -2,7 +2,10 @@
 
 import os
 
-from tests.hasty import xla_flags
+import jax
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+from tests.hasty import HASTY, xla_flags
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
+assert len(jax.devices()) == 8
+os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
