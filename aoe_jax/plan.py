@@ -12,7 +12,8 @@ How the figures come about:
 - FLOPs are the compiler's. It counts the body of a loop once, so the layers and the chunks of the loss are multiplied by
   their number; further rounds of expert parallelism (`experts/transport.py`), which balanced loads don't need, are left out.
 - Collectives are those of the program before it is compiled, where all are explicit but the sums of a few scalars and of
-  the gradients of norm scales. Bytes are what a device receives in a step, by the usual ring algorithms.
+  the gradients of norm scales; what is gathered twice in one body of a loop counts once. Bytes are what a device receives
+  in a step, by the usual ring algorithms.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written once) and network,
   each at its peak and perfectly overlapped: no run is faster.
 """
@@ -83,14 +84,57 @@ _RECEIVED = {
 }
 
 
-def each_collective(jaxpr):
-    """`(equation, how many times it runs)` of a program; 0 times within loops of unknown length."""
+_SAME = {"name", "stop_gradient"}  # results are the arguments
+_MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}  # equal of equal arguments
+_INLINE = {
+    "closed_call",
+    "custom_vjp_call",
+    "jit",
+    "pjit",
+    "remat2",
+    "checkpoint",
+    "shard_map",
+}  # part of the body they are in
+
+
+def each_collective(jaxpr, arguments=None, known=None):
+    """`(equation, how many times it runs)` of a program; 0 times within loops of unknown length.
+
+    What a body gathers twice of the same array, with no barrier between, counts once: the compiler merges it.
+
+    Args:
+      jaxpr: the program, or a part of it.
+      arguments: an object for each argument of a part, the same for the same array.
+      known: `{equation of _MERGED: its result}` in the body around a part.
+    """
+    known = {} if known is None else known
+    values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _RECEIVED:
+        name = eqn.primitive.name
+        inputs = [object() if isinstance(v, jax_core.Literal) else values.setdefault(v, object()) for v in eqn.invars]
+        if name in _SAME:
+            values[eqn.outvars[0]] = inputs[0]
+        if name in _MERGED:
+            key = (name, str(eqn.params), *inputs)
+            seen = key in known
+            values[eqn.outvars[0]] = known.setdefault(key, object())
+            if seen:
+                continue
+        if name in _RECEIVED:
             yield eqn, 1
         for sub, times in _sub_jaxprs(eqn):
-            for inner, inner_times in each_collective(sub):
-                yield inner, 0 if eqn.primitive.name == "while" else times * inner_times
+            part = (_inside(eqn, inputs), known) if name in _INLINE else ()
+            for inner, inner_times in each_collective(sub, *part):
+                yield inner, 0 if name == "while" else times * inner_times
+
+
+def _inside(eqn, inputs):
+    """What the arguments of a part are within it."""
+    if eqn.primitive.name == "shard_map":  # pieces, which differ where the same array is split in another way
+        return [(value, str(spec)) for value, spec in zip(inputs, eqn.params["in_specs"], strict=True)]
+    if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):
+        return None  # behind a barrier
+    return inputs
 
 
 def collectives(jaxpr, sizes):
