@@ -248,6 +248,7 @@ def plan(config: Config, generation, devices, compiles=True):
         "generation": generation,
         "devices": n_devices,
         "mesh": {**sizes, "transport": config.mesh.transport},
+        "unroll": config.model.unroll,
         "parameters": parameter_counts(config).total,
         "active_parameters": parameter_counts(config).active,
         "tokens_per_step": tokens,
@@ -311,8 +312,9 @@ def candidates(config: Config, n_devices):
             continue
         shape = (n_devices // (fsdp * expert * tensor), fsdp, expert, tensor)
         mesh = MeshConfig(*shape, transport=config.mesh.transport if expert > 1 else "ring")
+        model = dataclasses.replace(config.model, unroll=config.model.unroll if fsdp == 1 else 1)
         try:
-            changed = dataclasses.replace(config, mesh=mesh)
+            changed = dataclasses.replace(config, mesh=mesh, model=model)
         except UserError:
             continue
         distance = sum(abs(math.log2(a / b)) * w for a, b, w in zip(shape, given, (1, 1, 1.5, 2), strict=True))
@@ -347,6 +349,7 @@ def table(report):
 
     memory, flops = report["memory_bytes"], report["flops"]
     mesh = ", ".join(f"{name} {value}" for name, value in report["mesh"].items())
+    mesh += f"; model.unroll {report['unroll']}" if report["unroll"] > 1 else ""
     compiled = "not counted" if flops["compiled"] is None else f"{flops['compiled'] / flops['useful']:.3f} of useful"
     lines = [
         f"{report['devices']} devices of {report['generation']}: {mesh}",

@@ -15,7 +15,7 @@ from aoe_jax.hardware import CHIPS
 
 
 def topology_devices(topology, n_slices=1):
-    """`(generation, devices)` of machines that needn't be here.
+    """`(generation, devices)` of machines that needn't be here. What this process runs itself, it runs on CPU from then on.
 
     Raises:
       UserError: an unknown name or shape, or a compiler that isn't installed.
@@ -47,14 +47,17 @@ def topology_devices(topology, n_slices=1):
 @contextlib.contextmanager
 def compiling_for(devices):
     """While it lasts, `jax.devices()` names devices of a topology: Pallas kernels for GPUs ask the first for its cores."""
-    with mock.patch.object(jax, "devices", lambda *_: list(devices)):
+    real = jax.devices
+    with mock.patch.object(jax, "devices", lambda backend=None: list(devices) if backend is None else real(backend)):
         yield
 
 
 def _gpu_devices(n, n_nodes):
     if n < 1:
         raise UserError("--topology=h100:N takes the number of GPUs of a node")
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"  # it would need the GPU
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_gpu_autotune_level" not in xla_flags:
+        os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_gpu_autotune_level=0"  # autotuning would need the GPU
     target = (Path(__file__).parent / "h100.txtpb").read_text()
     try:
         topology = f"{n_nodes}x1x{n}"

@@ -15,8 +15,7 @@ from aoe_jax.topology import topology_devices
 from benchmarks.timing import report
 from configs import large, paper
 
-# What all rows share: layers keep what isn't cheap to compute again; L_aux, where there is one, of an eighth of the tokens.
-SHARED = {"model.remat": "experts", "balance.aux_tokens": 0.125}
+SHARED = {"balance.aux_tokens": 0.125}  # of all rows
 # name -> (AoE, its router twin, topology, fields)
 ROWS = {
     "732M@v5e": ((paper, "aoe_r256_aux"), (paper, "moe_aux"), "v5e:4x4", {"mesh.fsdp": 16, "train.accumulate": 16}),

@@ -72,7 +72,7 @@ def test_from_four_processes_to_two_to_one():
     for steps in stages:
         status, _, stderr = run(train_command(alone, train__steps=steps))
         assert status == 0, stderr
-    train_on(moved, 4, **MESH, train__steps=stages[0])
+    train_on(moved, 4, **MESH, train__steps=stages[0], model__unroll=2)
     train_on(moved, 2, mesh__fsdp=4, train__steps=stages[1])
     status, _, stderr = run(train_command(moved, train__steps=STEPS))
     assert status == 0, stderr

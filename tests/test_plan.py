@@ -223,16 +223,20 @@ def test_nearest_meshes_come_first():
     found = [tuple(getattr(c.mesh, axis) for axis in MESH_AXES) for c in candidates(config, 8)]
     assert found[0] == (4, 2, 1, 1) and len(set(found)) == len(found) and (8, 1, 1, 1) not in found
     assert all(np.prod(shape) == 8 for shape in found)
+    unrolled = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none", unroll=3))
+    assert [c.mesh for c in candidates(unrolled, 8)] == [c.mesh for c in candidates(config, 8)]
 
 
 def planned(*arguments, **variables):
-    command = ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", "--config.model.unroll=1", *arguments]
+    command = ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments]
     return finish(start(command, **variables))
 
 
 def test_the_command_line():
     file = scratch("plan") / "report.json"
-    status, stdout, stderr = planned("--topology=v5e:2x2", f"--json={file}", "--config.mesh.fsdp=4")
+    status, stdout, stderr = planned(
+        "--topology=v5e:2x2", f"--json={file}", "--config.mesh.fsdp=4", "--config.model.unroll=1"
+    )
     assert status == 0, stderr
     assert "fits" in stdout and "all_gather" in stdout
     assert json.loads(file.read_text())["mesh"]["fsdp"] == 4
@@ -250,6 +254,7 @@ def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested():
     assert not report["fits"] and report["memory_bytes"]["total"] > report["hbm_bytes"]
     assert better["fits"] and better["memory_bytes"]["total"] <= better["hbm_bytes"] == report["hbm_bytes"]
     assert better["mesh"] | {"data": 4, "fsdp": 1} == report["mesh"] and better["mesh"]["fsdp"] > 1
+    assert (report["unroll"], better["unroll"]) == (4, 1)
     assert better["parameters"] == report["parameters"]
 
 

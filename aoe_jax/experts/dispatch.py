@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from aoe_jax.experts.grouped_matmul import place_rows
 from aoe_jax.experts.permute import NOWHERE, permute
 
+MAX_GATHERS = 16  # that a sum over slots is spelled out with; top-p has as many slots as experts, and programs grow
+
 
 class Plan(NamedTuple):
     """How slots are laid out as rows: in expert order, unused slots last, or wherever `grouped_matmul` wants them.
@@ -93,9 +95,11 @@ def _take(values, index, fill=0):
 
 
 def _sum_slots(rows, inverse, slots_per_token):
-    # Slot by slot: the gathers fuse with the sum, so the rows are never laid out by slot.
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
     by_token = inverse.reshape(-1, slots_per_token)
+    if slots_per_token > MAX_GATHERS:
+        return _take(rows, by_token).sum(axis=1, dtype=dtype).astype(rows.dtype)
+    # Slot by slot: the gathers fuse with the sum, so the rows are never laid out by slot.
     return sum(_take(rows, by_token[:, k]).astype(dtype) for k in range(slots_per_token)).astype(rows.dtype)
 
 

@@ -92,16 +92,16 @@ class Devices:
         axes = [axis is not None and getattr(RULES, axis) == "fsdp" for axis in parameter_axes(name, w.ndim)]
         if self.size("fsdp") == 1 or not any(axes):
             return w.astype(dtype)
-        return checkpoint_name(_gather_cast(w, dtype, axes.index(True)), GATHERED_WEIGHT)
+        return checkpoint_name(_gather_cast(w, dtype, "fsdp", axes.index(True)), GATHERED_WEIGHT)
 
     def without_whole_weights(self, function):
         """`function` of arrays that gathers weights: they are gathered again in its backward pass, never kept whole.
 
-        A `jax.checkpoint` within keeps what this one's policy says, not its own: what is to be computed again within has a
-        custom derivative. Layers are scanned, so the backward pass is a loop of its own, in which gathering twice is
-        gathering once; hence no barriers.
+        A `jax.checkpoint` within would keep what this one's policy says, not its own: what else is to be computed again
+        within has a custom derivative. Layers are scanned, so the backward pass is a loop of its own, in which gathering
+        twice is gathering once; hence no barriers.
         """
-        if self.size("fsdp") == 1:
+        if self.size("fsdp") == 1 and (self.size("expert") == 1 or self.transport == "ring"):
             return function
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
@@ -123,7 +123,9 @@ class Devices:
             if self.size("fsdp") > 1:
                 w_down = self.gather_weight("w_down", w_down, x.dtype)
             if self.transport == "all_to_all" and w_down.shape[0] * w_down.shape[2] <= x.shape[0]:
-                return function(x, self.gather(w_down.astype(x.dtype), "expert"))
+                if self.size("expert") > 1:
+                    w_down = checkpoint_name(_gather_cast(w_down, x.dtype, "expert", 0), GATHERED_WEIGHT)
+                return function(x, w_down)
             of_own_experts = function(self.gather(x, "expert"), w_down)
             return tuple(self.exchange(a, split=0, concatenate=1) for a in of_own_experts)
 
@@ -161,15 +163,15 @@ class Devices:
         return math.prod(self.sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_cast(w, dtype, dimension):
-    return jax.lax.all_gather(w.astype(dtype), "fsdp", axis=dimension, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_cast(w, dtype, axis, dimension):
+    return jax.lax.all_gather(w.astype(dtype), axis, axis=dimension, tiled=True)
 
 
 _gather_cast.defvjp(
-    lambda w, dtype, dimension: (_gather_cast(w, dtype, dimension), jnp.zeros((), w.dtype)),
-    lambda dtype, dimension, like, g: (
-        jax.lax.psum_scatter(g.astype(like.dtype), "fsdp", scatter_dimension=dimension, tiled=True),
+    lambda w, *how: (_gather_cast(w, *how), jnp.zeros((), w.dtype)),
+    lambda dtype, axis, dimension, like, g: (
+        jax.lax.psum_scatter(g.astype(like.dtype), axis, scatter_dimension=dimension, tiled=True),
     ),
 )
 
@@ -231,7 +233,7 @@ def _name_idle_axes(idle, spec):
 def _all_but_gathered_weights(primitive, *_, **params):
     """A checkpoint policy: weights are gathered again in the backward pass, never kept whole."""
     inner = params["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
-    gathers = any(eqn.primitive.name == "all_gather" and "fsdp" in eqn.params["axis_name"] for eqn in inner)
+    gathers = any(eqn.primitive.name == "all_gather" for eqn in inner)
     return not gathers and params.get("name") != GATHERED_WEIGHT
 
 

@@ -32,10 +32,21 @@ def swiglu(rows, gate, weight, w_p, w_o, groups):
     return grouped_matmul(weighted_product(gate, up, weight), w_o, groups)
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def weighted_product(gate, up, weight):
     """`weight SiLU(gate) * up`: `[P, w]`, `[P, w]`, `[P]` -> `[P, w]`, dtype of `up`.
 
-    Autodiff would keep every elementwise step of it for the backward pass; its three arguments suffice.
+    Autodiff would keep every elementwise step of it for the backward pass; its three arguments suffice. `jax.checkpoint`
+    would do, but not within another that keeps all but gathered weights.
     """
+    return _weighted_product(gate, up, weight)
+
+
+def _weighted_product(gate, up, weight):
     return (jax.nn.silu(gate) * up * weight[:, None]).astype(up.dtype)
+
+
+weighted_product.defvjp(
+    lambda *args: (_weighted_product(*args), args),
+    lambda args, g: jax.vjp(_weighted_product, *args)[1](g),
+)

@@ -61,7 +61,7 @@ def causal_attention(q, k, v, segment_ids=None):
 
     A block computes no products with the keys that all lie after it, up to 44% of them. Probabilities are normalised after
     their product with the values, where there are fewer numbers to divide. The backward pass computes them again, from one
-    number a query that is kept (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1).
+    number a query that is kept (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1). Reverse mode only.
 
     Args:
       q: `[B, H, S, h]`, and so are `k` and `v`.

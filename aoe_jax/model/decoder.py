@@ -73,7 +73,7 @@ class Decoder(nn.Module):
             length=c.n_layers,
             unroll=c.unroll,
         )(c, self.experts, self.balance, self.transport)
-        self.final_norm = RMSNorm(dtype=jnp.dtype(c.dtype))
+        self.final_norm = nn.RMSNorm(dtype=jnp.dtype(c.dtype))
 
     def features(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
         """Everything but the output projection.

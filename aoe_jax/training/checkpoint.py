@@ -12,7 +12,7 @@ from aoe_jax.config import CheckpointConfig, Config
 from aoe_jax.errors import UserError
 
 # What may differ when a run goes on: how long it runs and how it reports, not what it computes.
-FREE_FIELDS = {"train.steps", "train.log_every", "train.eval_every", "data.cache", "data.path"}
+FREE_FIELDS = {"train.steps", "train.log_every", "train.eval_every", "data.cache", "data.path", "model.unroll"}
 FREE_GROUPS = {"checkpoint", "mesh"}
 
 

@@ -192,14 +192,53 @@ def test_bfloat16(x64, shape, transport):
         np.testing.assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.smoke
-def test_whole_weights_are_not_kept(x64):
-    """Under FSDP no gathered weight waits for the backward pass, whatever `model.remat` says."""
-    layer, params, x, _ = make(KINDS["router"], dtype=jnp.float32)
+def kept(shape, kind, transport="ring", recompute=False, aux=True):
+    """Shapes of what a layer keeps for the backward pass; what differs between the devices, of all eight."""
+    settings = KINDS[kind] | {"d_ffn": 24}
+    layer, params, x, _ = make(settings, transport, recompute, dtype=jnp.float32)
+    layer = dataclasses.replace(layer, balance=BalanceConfig(aux_weight=0.01 if aux else 0.0))
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-    mesh = Mesh(np.reshape(jax.devices(), (1, 8, 1, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+    def outputs(params, x):
+        y, stats = layer.apply({"params": params}, x)
+        return y, stats.mean_probability
+
     with jax.set_mesh(mesh):
-        kept = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: layer.apply({"params": p}, x)[0], p, x)[1], params, x)
-    shapes = [a.shape for a in jax.tree.leaves(kept)]
-    whole = [(64, D, 16), (64, 16, D)]  # what differs between the devices is kept of all eight
-    assert not [shape for shape in shapes if shape in whole] and (B * S * 8, 16) in shapes
+        pull_back = jax.eval_shape(lambda p, x: jax.vjp(outputs, p, x)[1], params, x)
+    return [a.shape for a in jax.tree.leaves(pull_back)], params
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "transport", "kind"),
+    [
+        ((1, 8, 1, 1), "ring", "router"),
+        ((1, 8, 1, 1), "ring", "aoe"),
+        ((1, 8, 1, 1), "ring", "as published"),
+        ((1, 8, 1, 1), "ring", "factorised"),
+        ((1, 2, 4, 1), "ring", "aoe"),
+        ((1, 2, 4, 1), "all_to_all", "aoe"),
+        ((1, 1, 8, 1), "all_to_all", "aoe"),
+        ((1, 8, 1, 1), "ring", "dense"),
+    ],
+)
+def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
+    """Nothing that is gathered over fsdp, nor the Wdown of all experts, waits for the backward pass."""
+    shapes, params = kept(shape, kind, transport, recompute)
+    whole = set()
+    for name, w in params.items():
+        everywhere = name == "w_down" and transport == "all_to_all"
+        if everywhere or (shape[1] > 1 and "router" not in name):
+            experts = 1 if w.ndim == 2 else shape[2]  # w.shape[0] are experts, but in a dense layer
+            whole.add((8 * w.shape[0] // (1 if everywhere else experts), *w.shape[1:]))
+    assert shapes and not whole & set(shapes)
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
+def test_fsdp_keeps_no_more_than_data(x64, kind):
+    """The checkpoint that gathers weights again keeps none of the elementwise steps within."""
+    (sharded, _), (replicated, _) = kept((1, 8, 1, 1), kind), kept((8, 1, 1, 1), kind)
+    wide = [sum(len(shape) == 2 and shape[0] >= B * S for shape in shapes) for shapes in (sharded, replicated)]
+    assert wide[0] <= wide[1]
