@@ -23,6 +23,18 @@ ROWS = {
     "4B@v5p": ((paper, "aoe_4b"), (paper, "moe_4b"), "v5p:4x4x4", {"mesh.fsdp": 16, "train.accumulate": 2}),
     "64@v5p": ((large, "aoe_64"), (large, "moe_64"), "v5p:8x8x8", {"mesh.fsdp": 64}),
     "256@v5p": ((large, "aoe_256"), (large, "moe_256"), "v5p:8x8x8", {"mesh.fsdp": 64}),
+    "732M@v5e-layer": (
+        (paper, "aoe_r256_aux"),
+        (paper, "moe_aux"),
+        "v5e:4x4",
+        {"mesh.fsdp": 16, "train.accumulate": 8, "model.remat": "layer"},
+    ),
+    "4B@v5e-layer": (
+        (paper, "aoe_4b"),
+        (paper, "moe_4b"),
+        "v5e:16x16",
+        {"mesh.fsdp": 16, "model.remat": "layer"},
+    ),
 }
 
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "names of rows")
@@ -48,13 +60,14 @@ def main():
         for module, variant in pair:
             config = fill_mesh(configuration(module, variant, fields), len(devices))
             figure = plan(config, generation, devices)
+            if not figure["fits"]:
+                raise UserError(f"--rows={name}: {variant} does not fit")
             figures.append({"row": name, "variant": variant, "topology": topology, "fields": SHARED | fields, **figure})
             memory, flops = figure["memory_bytes"], figure["flops"]
             totals.append(memory["total"])
             words = [
                 f"{memory['total'] / 1e9:.2f} of {figure['hbm_bytes'] / 1e9:.0f} GB (state {memory['state'] / 1e9:.2f})",
-                "fits" if figure["fits"] else "DOES NOT FIT",
-                f"compiled {(flops['compiled'] or 0) / flops['useful']:.3f} of useful FLOPs",
+                f"compiled {flops['compiled'] / flops['useful']:.3f} of useful FLOPs",
                 f"{sum(figure['collective_bytes'].values()) / 1e9:.1f} GB received",
                 f"step at least {figure['step_seconds']:.2f} s by {figure['bound_by']}",
                 f"MFU at most {figure['mfu_bound']:.2f}",
