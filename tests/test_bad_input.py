@@ -65,7 +65,7 @@ COMMAND_LINE = {
     "unknown flag": Mistake(flags(CONFIG, "--foo"), ["--foo is no flag"]),
     "stray word": Mistake(flags(CONFIG, "extra"), ["'extra'", "--name=value"]),
     "mesh of other devices": Mistake(
-        wrong_config("mesh.fsdp=2"), ["config.mesh", "fsdp=2", "make up 1 devices", "number of devices"]
+        wrong_config("mesh.expert=2"), ["config.mesh", "expert=2", "make up 1 devices", "number of devices"]
     ),
     "mesh that doesn't divide": Mistake(
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
