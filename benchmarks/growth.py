@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 from absl import flags
 
 from aoe_jax import cli
@@ -72,12 +73,18 @@ def draw(figures, folder):
         row[1].set_ylabel("predicted step time, at least [s]")
         for ax in row:
             ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
+            if scaling == "strong":
+                ax.set_yscale("log")
+                ax.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:g}")
+            else:
+                ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
     for ax in axes[1]:
         ax.set_xlabel("TPU v5p chips")
         ax.set_xticks(chips, [str(n) for n in chips])
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     for kind in ("png", "svg"):
         figure.savefig(folder / f"growth.{kind}", dpi=120)
     plt.close(figure)
