@@ -86,15 +86,8 @@ _RECEIVED = {
 
 _SAME = {"name", "stop_gradient"}  # results are the arguments
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}  # equal of equal arguments
-_INLINE = {
-    "closed_call",
-    "custom_vjp_call",
-    "jit",
-    "pjit",
-    "remat2",
-    "checkpoint",
-    "shard_map",
-}  # part of the body they are in
+# Parts of the body they are in.
+_INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
 
 def each_collective(jaxpr, arguments=None, known=None):
