@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
-from aoe_jax.model.attention import MAX_BLOCKS, MIN_BLOCK, causal_attention
+from aoe_jax.model.attention import MAX_BLOCKS, MIN_BLOCK, Attention, causal_attention
+from aoe_jax.sharding import MESH_AXES
 
 
 def arrays(length, dtype):
@@ -57,3 +59,14 @@ def test_no_probabilities_are_kept():
     flops = jax.jit(causal_attention).lower(*args).compile().cost_analysis()["flops"]
     products = 2 * 2 * cotangent.size * length * 36 / 64
     assert products < flops < 1.5 * products
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1)])
+def test_nor_are_they_on_a_mesh(shape):
+    layer = Attention(n_heads=2, dtype=jnp.float32)
+    x = jnp.zeros((8, 100, 16))
+    params = layer.init(jax.random.key(0), x)
+    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        kept = jax.eval_shape(lambda p, x: jax.vjp(layer.apply, p, x)[1], params, x)
+    assert not [a.shape for a in jax.tree.leaves(kept) if a.ndim == 4 and a.shape[-1] >= MIN_BLOCK]
