@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from aoe_jax.communication import collectives, each_collective
 from aoe_jax.config import Config, MeshConfig, default_config
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.experts.transport import first_round_only
-from aoe_jax.plan import candidates, collectives, each_collective, plan, train_step_for
+from aoe_jax.plan import candidates, plan, train_step_for
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.topology import topology_devices
 from tests.runs import finish, scratch, start

@@ -60,6 +60,11 @@ class Devices:
         return self.exchange(rows, 0, 0)
 
     @property
+    def sends_rows(self):
+        """Whether rows go to the devices of their experts, by `all_to_all`."""
+        return self.transport == "all_to_all" and self.size("expert") > 1
+
+    @property
     def has_ragged(self):
         """Whether `ragged_all_to_all` compiles for these devices."""
         device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -101,7 +106,7 @@ class Devices:
         within has a custom derivative. Layers are scanned, so the backward pass is a loop of its own, in which gathering
         twice is gathering once; hence no barriers.
         """
-        if self.size("fsdp") == 1 and (self.size("expert") == 1 or self.transport == "ring"):
+        if self.size("fsdp") == 1 and not self.sends_rows:
             return function
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
@@ -122,10 +127,8 @@ class Devices:
         def of_all(x, w_down):
             if self.size("fsdp") > 1:
                 w_down = self.gather_weight("w_down", w_down, x.dtype)
-            if self.transport == "all_to_all" and w_down.shape[0] * w_down.shape[2] <= x.shape[0]:
-                if self.size("expert") > 1:
-                    w_down = checkpoint_name(_gather_cast(w_down, x.dtype, "expert", 0), GATHERED_WEIGHT)
-                return function(x, w_down)
+            if self.sends_rows and w_down.shape[0] * w_down.shape[2] <= x.shape[0]:
+                return function(x, checkpoint_name(_gather_cast(w_down, x.dtype, "expert", 0), GATHERED_WEIGHT))
             of_own_experts = function(self.gather(x, "expert"), w_down)
             return tuple(self.exchange(a, split=0, concatenate=1) for a in of_own_experts)
 

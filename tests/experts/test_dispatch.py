@@ -88,3 +88,16 @@ def test_activations_follow_their_rows(assignment, plan):
     used = expert < 5
     np.testing.assert_array_equal(rows[used], np.asarray(cache)[np.asarray(plan.token)[used], expert[used]])
     np.testing.assert_array_equal(rows[~used], 0)
+
+
+def test_more_slots_than_gathers_are_spelled_out_for():
+    """As under top-p, where every expert is a slot."""
+    rows, n_tokens, n_slots = jax.random.normal(jax.random.key(0), (90, 7)), 5, station.MAX_GATHERS + 2
+    inverse = jax.random.permutation(jax.random.key(1), 90)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        got = station._sum_slots(rows.astype(dtype), inverse, n_slots)
+        want = rows.astype(dtype).astype(jnp.float32)[inverse].reshape(n_tokens, n_slots, 7).sum(axis=1)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), want, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5
+        )
