@@ -1,4 +1,4 @@
-"""What every command line shares: flags, logging to stderr, and a user's mistake as a line or two and exit status 2."""
+"""What every command line shares: flags, logging to stderr, and how a program ends."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from aoe_jax.config import Config
-from aoe_jax.errors import UserError
+from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
@@ -52,7 +52,11 @@ def required(flag):
 
 
 def run(main):
-    """Parses the command line, sets up logging, calls `main()` and exits with what it returns, with 2 on a `UserError`."""
+    """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
+
+    Whatever ends it is said in a last line on stderr: a mistake of the user's (`UserError`, status 2), a run that can't get
+    on (`DivergedError`, 4), a request to stop (`Stopped`), or an unforeseen exception (1), after its traceback.
+    """
     debug = any(argument.lstrip("-") in ("debug", "debug=true") for argument in sys.argv[1:])
     try:
         arguments = _parse(sys.argv)
@@ -62,13 +66,27 @@ def run(main):
         if not debug:
             _hide_background_errors()
         status = main()
-    except UserError as e:
+    except (UserError, DivergedError) as e:
         if debug:
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)  # not sys.exit: what still runs in the background would print tracebacks
+        _end_at_once(e.status, f"error: {e}")
+    except Stopped as e:
+        print(e, file=sys.stderr, flush=True)
+        status = e.status
+    except KeyboardInterrupt:
+        _end_at_once(Interrupted.status, "interrupted")
+    except Exception as e:
+        traceback.print_exc()
+        notes = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
+        _end_at_once(1, f"failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}{notes}")
     sys.exit(status)
+
+
+def _end_at_once(status, last_line):
+    """Not by sys.exit: what still runs in the background would print tracebacks."""
+    print(last_line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _parse(argv):

@@ -257,9 +257,11 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     eval_every: int = 0  # 0: at the end only
+    max_skipped: int = 10  # the run stops after so many updates in a row that were skipped for not being finite
 
     def __post_init__(self):
         _require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
+        _require_positive("train", self, "max_skipped")
         _require_not_negative(
             "train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every"
         )
@@ -285,13 +287,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and how many to keep."""
+    """When to save and what to keep: a checkpoint stays while any of the three asks for it."""
 
-    every: int = 500
-    keep: int = 2
+    every: int = 500  # steps; one is saved at the end too, and when the run is stopped
+    keep: int = 2  # the newest ones
+    keep_every: int = 0  # those of every so many steps; 0: none
+    keep_best: int = 0  # the ones of lowest validation nll; 0: none
 
     def __post_init__(self):
         _require_positive("checkpoint", self, "every", "keep")
+        _require_not_negative("checkpoint", self, "keep_every", "keep_best")
+        _require(
+            self.keep_every % self.every == 0,
+            "checkpoint.keep_every",
+            self.keep_every,
+            f"must be a multiple of checkpoint.every={self.every}",
+        )
 
 
 @dataclass(frozen=True)
@@ -364,6 +375,13 @@ class Config:
             "belongs to layers of experts; use none or layer with a dense model",
         )
         self._check_mesh()
+        every, eval_every = self.checkpoint.every, self.train.eval_every
+        _require(
+            self.checkpoint.keep_best == 0 or (eval_every > 0 and every % eval_every == 0),
+            "checkpoint.keep_best",
+            self.checkpoint.keep_best,
+            f"needs a validation before each checkpoint: train.eval_every={eval_every} must divide checkpoint.every={every}",
+        )
         for name in ("aux_weight", "entropy_weight", "bias_rate"):
             _require(
                 self.experts.kind != "dense" or getattr(self.balance, name) == 0,

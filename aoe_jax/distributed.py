@@ -173,3 +173,14 @@ def agree(what, text):
             f"{what} of process {', '.join(map(str, differing))} differs from that of process 0; all processes must see the "
             "same --workdir and data, and get the same --config"
         )
+
+
+def all_agree(holds):
+    """Whether `holds` is true in every process; waits until they have all come here."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.int32(holds)).all())

@@ -1,9 +1,35 @@
-"""The one exception for a user's mistake."""
+"""How a program ends before its time: what the command line turns into a last line and an exit status."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend: a bad value, a missing file, an unknown name.
+    """A mistake the user can mend: a bad value, a missing file, an unknown name, a full disk.
 
     The message names the field or file, its value and what would be right. The command line prints it on stderr and ends
     with exit status 2; no traceback is shown unless `--debug` is given.
     """
+
+    status = 2
+
+
+class DivergedError(Exception):
+    """`train.max_skipped` updates in a row were skipped: training can't get on by itself. Exit status 4."""
+
+    status = 4
+
+
+class Stopped(BaseException):
+    """The program was asked to stop. Raised by a signal anywhere, so no handler of ordinary exceptions takes it."""
+
+    status = 1
+
+
+class Preempted(Stopped):
+    """SIGTERM, as where a machine is taken away: what is lost is nothing, so the exit status is 0."""
+
+    status = 0
+
+
+class Interrupted(Stopped):
+    """SIGINT (Ctrl-C), with the exit status that shells give it."""
+
+    status = 130

@@ -1,4 +1,4 @@
-"""Evaluating a trained run: `evaluate_workdir(workdir)` restores the newest checkpoint and scores a held-out split."""
+"""Evaluating a trained run: `evaluate_workdir(workdir)` restores a checkpoint and scores a held-out split."""
 
 import dataclasses
 import logging
@@ -31,8 +31,13 @@ log = logging.getLogger(__name__)
 SPLITS = ("validation", "test")
 
 
-def evaluate_workdir(workdir: Path, split="test"):
-    """Scores the newest checkpoint on a held-out split.
+def evaluate_workdir(workdir: Path, split="test", step="newest"):
+    """Scores a checkpoint on a held-out split.
+
+    Args:
+      workdir: of a training run, or what `aoe_jax.export` wrote.
+      split: "validation" or "test".
+      step: which checkpoint: "newest", "best" or a number of steps.
 
     Prints a table; writes `eval.json` and, for models with experts, `load.png`.
 
@@ -41,17 +46,17 @@ def evaluate_workdir(workdir: Path, split="test"):
       for a dense model).
 
     Raises:
-      UserError: unknown split, no run or no readable checkpoint in `workdir`.
+      UserError: unknown split, no run, no such checkpoint in `workdir` or one that can't be read.
     """
     if split not in SPLITS:
         raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
-    config = _on_devices_here(Config.from_config_dict(read_config_json(workdir / "config.json")))
+    config = on_devices_here(Config.from_config_dict(read_config_json(workdir / "config.json")))
     mesh = make_mesh(config, jax.devices())
     with jax.set_mesh(mesh):
-        return _evaluate_workdir(config, workdir, split, mesh)
+        return _evaluate_workdir(config, workdir, split, step, mesh)
 
 
-def _on_devices_here(config):
+def on_devices_here(config):
     """The configuration on the mesh it was trained on, or, where that isn't here, with all devices along `data`.
 
     Batches may then be larger, so that the devices divide them. Only expert choice depends on that.
@@ -66,11 +71,9 @@ def _on_devices_here(config):
         return dataclasses.replace(config, mesh=MeshConfig(data=n), train=train)
 
 
-def _evaluate_workdir(config, workdir, split, mesh):
+def _evaluate_workdir(config, workdir, split, step, mesh):
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_step()
-    if step is None:
-        raise UserError(f"--workdir={workdir} has no complete checkpoint; train first")
+    step = checkpoints.find(step)
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)

@@ -1,18 +1,38 @@
 """Orbax checkpoints of model state and data position together, and the identity of a workdir."""
 
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from aoe_jax.config import CheckpointConfig, Config
+from aoe_jax.distributed import all_agree, barrier
 from aoe_jax.errors import UserError
+from aoe_jax.training.fingerprint import fingerprints
+
+log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: how long it runs and how it reports, not what it computes.
-FREE_FIELDS = {"train.steps", "train.log_every", "train.eval_every", "data.cache", "data.path", "model.unroll"}
+FREE_FIELDS = {
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.max_skipped",
+    "data.cache",
+    "data.path",
+    "model.unroll",
+}
 FREE_GROUPS = {"checkpoint", "mesh"}
 
 
@@ -56,6 +76,28 @@ def check_data(workdir: Path, token_store: Path):
             f"workdir {workdir} was trained on token store {found}, this is {token_store.name}: the text or the "
             "tokenizer has changed. Bring the old text back (data.path), or use another --workdir"
         )
+
+
+@contextlib.contextmanager
+def locked_workdir(workdir: Path):
+    """Keeps other processes from training in `workdir` meanwhile; the system frees it when the process ends anyhow.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(
+                f"--workdir={workdir}: another process trains there; wait for it, or use another --workdir"
+            ) from e
+        except OSError as e:  # a network disk without locks
+            log.warning("%s can't be locked (%s): see to it that no other process trains there", workdir, e.strerror)
+        yield
+    finally:
+        os.close(folder)
 
 
 def claim_workdir(workdir: Path, config: Config, token_store: Path):
@@ -102,84 +144,301 @@ def write_json(path: Path, value):
     os.replace(partial, path)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint says of its run beside the state and the position in the data."""
+
+    loss: float  # of the training step that it follows
+    nll: float
+    validated: bool  # False: the run was stopped before the validation that is due after this step
+
+
+class Damaged(Exception):
+    """A checkpoint can't be read, or isn't what was saved; the message says why."""
+
+
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir, `workdir/checkpoints/STEP`."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
         """Opens `workdir/checkpoints`; without a configuration, for reading only: then nothing is made there."""
         self.directory = workdir.absolute() / "checkpoints"
-        self._every = config.every if config else None
+        self._config = config
         self._manager = None
+        self._saving = None  # the step that is being saved in the background
         if config is None and not self.directory.is_dir():
             return
-        options = ocp.CheckpointManagerOptions(read_only=True)
+        options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_nll, best_mode="min")
         if config is not None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_preservation(config),
+                best_fn=_nll,
+                best_mode="min",
+                cleanup_tmp_directories=True,  # of saves that were cut off; they may fill the disk
+                enable_async_checkpointing=True,
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
-            item_names=("state", "data"),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
+            item_names=("state", "run"),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
         )
 
     def latest_step(self):
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step() if self._manager else None
 
+    def find(self, which):
+        """The step of a checkpoint by the word of a user: "newest", "best" (lowest validation nll) or a number.
+
+        Raises:
+          UserError: there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.directory.parent} has no complete checkpoint; train first")
+        if which == "newest":
+            return steps[-1]
+        if which == "best":
+            if self._manager.best_step() is None:
+                raise UserError(
+                    f"--step=best: no checkpoint of {self.directory.parent} has a validation nll; train with "
+                    "checkpoint.keep_best"
+                )
+            return self._manager.best_step()
+        if not which.isdecimal() or int(which) not in steps:
+            there = ", ".join(map(str, steps))
+            raise UserError(
+                f"--step={which}: {self.directory.parent} has checkpoints of steps {there}; or give newest, best"
+            )
+        return int(which)
+
+    def steps(self):
+        """The steps of all complete checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps()) if self._manager else []
+
     def due(self, step):
         """Whether `checkpoint.every` asks for a checkpoint of `step`."""
-        return step % self._every == 0
+        return step % self._config.every == 0
 
-    def save(self, step, state, data_iterator):
+    def save(self, step, state, data_state, progress: Progress, validation_nll=None):
         """Saves in the background; returns as soon as `state` may be donated.
 
-        The position of the data is a number of batches, the same in every process.
+        Args:
+          step: number of updates.
+          state: the `TrainState`.
+          data_state: the position in the data, JSON-ready and the same in every process.
+          progress: see `Progress`.
+          validation_nll: of the model of this step, where it was validated; `checkpoint.keep_best` goes by it.
+
+        Raises:
+          UserError: the disk can't take this checkpoint, or couldn't take the one before.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_iterator.get_state())
-            ),
-            force=True,  # `due` decides
-        )
+        metrics = None if validation_nll is None else {"validation_nll": validation_nll}
+        self._save(step, _as_dict(state), {"data": data_state, "progress": dataclasses.asdict(progress)}, metrics)
 
-    def restore(self, step, abstract_state, data_iterator):
-        """State, straight into the shardings of `abstract_state`, and the data iterator moved to its position."""
-        items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
-        restored = self._restore(step, items)
-        data_iterator.set_state(restored["data"])
-        data_iterator.start_prefetch()
-        return restored["state"]
+    def save_model(self, step, params, selection_bias):
+        """Saves, in the background, what `restore_model` reads: such a checkpoint can't be trained on."""
+        self._save(step, {"params": params, "selection_bias": selection_bias}, {}, None)
 
-    def restore_model(self, step, abstract_state):
-        """What evaluation needs of a state: `(params, selection_bias)`."""
-        item = {"params": abstract_state.params, "selection_bias": abstract_state.selection_bias}
-        item = {name: abstract for name, abstract in item.items() if abstract is not None}
-        restore_args = jax.tree.map(lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        path = self.directory / str(step) / "state"
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            model = self._readable(step, lambda: checkpointer.restore(path, args=args))
-        return model["params"], model.get("selection_bias")
+    def _save(self, step, state, run, metrics):
+        if self._saving is not None:
+            self._wait()
+        state = {name: value for name, value in state.items() if value is not None}
+        run |= {"arrays": _described(state)}
+        self._saving = step
+        with self._errors_named():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({**run, "sha256": _sha256(run)})
+                ),
+                metrics=metrics,
+                force=True,  # `due` decides
+            )
 
-    def _restore(self, step, items):
-        return self._readable(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
+    def check(self):
+        """Looks at the save in the background, without waiting for it.
 
-    def _readable(self, step, restore):
+        Raises:
+          UserError: it has failed.
+        """
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._wait()
+
+    def _wait(self):
+        with self._errors_named():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    @contextlib.contextmanager
+    def _errors_named(self):
         try:
-            return restore()
-        except Exception as e:  # Orbax, tensorstore and the file system each raise kinds of their own
-            root = e
-            while root.__cause__:
-                root = root.__cause__
-            reason = (str(root).strip().splitlines() or [type(root).__name__])[0][:300]
+            yield
+        except (OSError, ValueError, RuntimeError) as e:  # tensorstore turns what the system says into ValueError
+            failed, self._saving = self._saving, None
+            complete = [step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed]
+            then = f"the same command goes on from step {max(complete)}" if complete else "none is complete yet"
             raise UserError(
-                f"checkpoint {self.directory / str(step)} can't be read: {reason}\n"
-                "Move that folder away to go on from the checkpoint before it, if there is one."
+                f"checkpoint {self.directory / str(failed)} can't be saved: {_reason(e)}\n"
+                f"Free or mend the disk; then {then}"
             ) from e
 
+    def restore_newest(self, abstract_state, data_iterator):
+        """Restores the newest checkpoint that can be read; newer ones are set aside, with a warning.
+
+        Every process reads its part by itself; what one of them can't read counts as damaged for all.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings; over any mesh and any number of processes.
+          data_iterator: is moved to its position.
+
+        Returns:
+          `(step, state, progress)`.
+
+        Raises:
+          UserError: no checkpoint can be read, or the newest holds another model.
+        """
+        wanted = {name: a for name, a in _as_dict(abstract_state).items() if a is not None}
+        while True:
+            *older, step = self.steps()
+            try:
+                state, run = self._read(step, wanted)
+            except Damaged as e:
+                if not older:
+                    raise UserError(
+                        f"checkpoint {self.directory / str(step)} can't be read ({e}), and there is no other. To start "
+                        "anew, use another --workdir"
+                    ) from e
+                self._set_aside(step, e)
+                continue
+            data_iterator.set_state(run["data"])
+            data_iterator.start_prefetch()
+            return step, dataclasses.replace(abstract_state, **state), Progress(**run["progress"])
+
+    def _set_aside(self, step, problem):
+        if jax.process_index() == 0:
+            aside = self.directory.with_name("damaged_checkpoints")
+            aside.mkdir(exist_ok=True)
+            target, n = aside / str(step), 1
+            while target.exists():
+                target, n = aside / f"{step}-{n}", n + 1
+            os.replace(self.directory / str(step), target)
+            log.warning("checkpoint of step %d is damaged (%s): set aside as %s", step, problem, target)
+        barrier("the damaged checkpoint is set aside")
+        self._manager.reload()
+
+    def restore_model(self, step, abstract_state):
+        """What evaluation needs of a state: `(params, selection_bias)`.
+
+        Raises:
+          UserError: the checkpoint can't be read, or holds another model.
+        """
+        wanted = {"params": abstract_state.params, "selection_bias": abstract_state.selection_bias}
+        wanted = {name: abstract for name, abstract in wanted.items() if abstract is not None}
+        try:
+            model, _ = self._read(step, wanted)
+        except Damaged as e:
+            others = [other for other in self.steps() if other != step]
+            hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
+            raise UserError(f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}") from e
+        return model["params"], model.get("selection_bias")
+
+    def _read(self, step, wanted):
+        """The arrays that `wanted` describes and what was saved with them; raises `Damaged` in every process or in none."""
+        path = self.directory / str(step)
+        try:
+            problem, run = None, self._read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+            if run.pop("sha256", None) != _sha256(run):
+                raise Damaged("what was read of its position isn't what was saved")
+            self._check_model(path, wanted, run["arrays"])
+            restore_args = jax.tree.map(lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            arrays = self._read_item(path / "state", ocp.PyTreeCheckpointHandler, args)
+        except Damaged as e:
+            problem = str(e)
+        if not all_agree(problem is None):
+            raise Damaged(problem or "another process can't read it")
+        differing = [name for name, value in fingerprints(arrays).items() if run["arrays"][name][2] != value]
+        if differing:
+            raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
+        return arrays, run
+
+    def _check_model(self, path, wanted, saved):
+        for key_path, a in jax.tree_util.tree_leaves_with_path(wanted):
+            name = jax.tree_util.keystr(key_path)
+            here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
+            if here != there:
+                what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here" if there else "isn't there"
+                raise UserError(f"checkpoint {path}: {name} {what}; {_OTHER_MODEL}")
+
+    def _read_item(self, path, handler, args):
+        # As if this process were alone: Orbax would else wait for the others, who may have failed.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process_{jax.process_index()}",
+        )
+        try:
+            with ocp.Checkpointer(
+                handler(multiprocessing_options=alone), multiprocessing_options=alone
+            ) as checkpointer:
+                return checkpointer.restore(path, args=args)
+        except Exception as e:  # Orbax, tensorstore and the file system each raise kinds of their own
+            raise Damaged(_reason(e)) from e
+
     def close(self):
-        """Waits for what is being saved."""
+        """Waits for what is being saved.
+
+        Raises:
+          UserError: it couldn't be saved.
+        """
         if self._manager:
-            self._manager.wait_until_finished()
+            self._wait()
             self._manager.close()
+
+
+_OTHER_MODEL = (
+    "it is of another model or of another version of this program; what `python -m aoe_jax.export` wrote can be "
+    "evaluated, not trained on"
+)
+
+
+def _nll(metrics):
+    return metrics["validation_nll"]
+
+
+def _preservation(config):
+    policies = [checkpoint_managers.LatestN(config.keep)]
+    if config.keep_every:
+        policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
+    if config.keep_best:
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_nll, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
+        )
+        policies.append(best)
+    return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def _as_dict(state):
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _sha256(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _described(tree):
+    """Shape, dtype and fingerprint of every array by its path, JSON-ready."""
+    found = fingerprints(tree)
+    arrays = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path: [list(a.shape), a.dtype.name, found[path]] for path, a in arrays.items()}
+
+
+def _reason(error):
+    """The first line of what is at the root of an exception."""
+    while error.__cause__:
+        error = error.__cause__
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+        return "no space left on the disk"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,20 +1,24 @@
 """Training from start to end: `train(config, workdir)` reads like the list of what happens."""
 
+import contextlib
 import json
 import logging
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.data import open_corpus
+from aoe_jax.data import TokenisedCorpus, open_corpus
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.distributed import agree, barrier
-from aoe_jax.errors import UserError
+from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.sharding import (
     MESH_AXES,
@@ -27,8 +31,18 @@ from aoe_jax.sharding import (
     state_shardings,
     with_shardings,
 )
-from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir, claim_workdir, write_json
+from aoe_jax.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    check_data,
+    check_workdir,
+    claim_workdir,
+    locked_workdir,
+    write_json,
+)
+from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
 from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
 
 log = logging.getLogger(__name__)
@@ -51,144 +65,234 @@ def log_run(config: Config):
         log.warning("%s", EXPERT_CHOICE_WARNING)
 
 
-def train(config: Config, workdir: Path):
+def train(config: Config, workdir: Path, stop: StopRequests | None = None):
     """Trains, or goes on from the newest checkpoint of `workdir`.
 
-    Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer.json` and, at the end,
-    `summary.json`. A run that is stopped anywhere and started again ends in the same state, bit for bit on CPU.
+    Writes `config.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`, `checkpoints/`, `tokenizer.json` and, at the
+    end, `summary.json`. A run that is stopped anywhere and started again ends in the same state, bit for bit on CPU.
+
+    Args:
+      config: the run.
+      workdir: its directory.
+      stop: the requests to heed; None: there are none.
 
     Returns:
       The summary.
 
     Raises:
       UserError: see `aoe_jax.errors`; `train.steps` already reached is one.
+      DivergedError: `train.max_skipped` updates in a row were skipped.
+      Stopped: `stop` was asked; what was done is saved.
     """
     filled = fill_mesh(config, jax.device_count())
     mesh = make_mesh(filled, jax.devices())
-    with jax.set_mesh(mesh):
-        return _train(filled, config, workdir, mesh)
+    heartbeat = Heartbeat(workdir) if jax.process_index() == 0 else NoHeartbeat()
+    try:
+        with jax.set_mesh(mesh), contextlib.ExitStack() as lock:
+            return _train(filled, config, workdir, mesh, stop or StopRequests(), heartbeat, lock)
+    except BaseException as e:
+        heartbeat.beat(_LAST_STATUS.get(type(e), "failed"))
+        if heartbeat.step is not None:
+            e.add_note(f"after step {heartbeat.step}; the same command goes on from the newest checkpoint")
+        raise
 
 
-def _train(config, given, workdir, mesh):
-    started, is_main = time.perf_counter(), jax.process_index() == 0
+_LAST_STATUS = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
+
+
+@dataclass
+class _Run:
+    """What goes on around the steps: reports, validations and checkpoints."""
+
+    config: Config
+    mesh: Mesh
+    corpus: TokenisedCorpus
+    data_state: Callable  # the position in the training data
+    checkpoints: Checkpoints
+    telemetry: Telemetry | NoTelemetry
+    health: Health
+    heartbeat: Heartbeat | NoHeartbeat
+    stop: StopRequests
+    eval_step: Callable
+    last: dict | None = None  # loss and nll of the newest step that is reported
+
+    def report(self, step, metrics):
+        """Takes in the metrics of a step; waits for it."""
+        self.health.step(step, **jax.device_get({name: metrics[name] for name in ("loss", "grad_norm", "finite")}))
+        self.heartbeat.beat("training", step)
+        self.checkpoints.check()
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            metrics = jax.device_get(metrics)
+            self.health.load(step, metrics["load"])
+            self.telemetry.train(step, metrics)
+        self.last = jax.device_get({name: metrics[name] for name in ("loss", "nll")})
+
+    def validate(self, step, state):
+        """The `Evaluation` of the validation split, or None where the run is asked to stop meanwhile."""
+        train = self.config.train
+
+        def batches():
+            for batch in eval_batches(
+                self.corpus.validation, self.config.data.seq_len, train.batch_size // train.accumulate
+            ):
+                self.heartbeat.beat("validating", step)
+                if self.stop.asked():
+                    raise _ValidationStopped
+                yield batch
+
+        try:
+            result = evaluate(
+                self.eval_step,
+                state.params,
+                state.selection_bias,
+                batches(),
+                partial(put_batch, batch_sharding(self.mesh)),
+                self.corpus.validation.text_bytes,
+            )
+        except _ValidationStopped:
+            return None
+        self.telemetry.evaluation(step, result.nll, result.bits_per_byte)
+        return result
+
+    def save(self, step, state, validation, validated=True):
+        """Saves in the background; `validation`: that of this step, if there was one."""
+        self.heartbeat.beat("saving", step)
+        progress = Progress(**{name: float(value) for name, value in self.last.items()}, validated=validated)
+        self.checkpoints.save(step, state, self.data_state(), progress, validation.nll if validation else None)
+
+
+class _ValidationStopped(Exception):
+    """The run is asked to stop."""
+
+
+def _train(config, given, workdir, mesh, stop, heartbeat, lock):
+    started, is_main, steps = time.perf_counter(), jax.process_index() == 0, config.train.steps
     check_workdir(workdir, config)
+    if is_main and workdir.exists():
+        lock.enter_context(locked_workdir(workdir))
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)
 
     earlier = Checkpoints(workdir)
-    first_step = earlier.latest_step() or 0
+    newest = earlier.latest_step() or 0
     summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
-    lacks_summary = first_step == config.train.steps and pending_summary.exists()  # stopped after its last checkpoint
-    agree("the step, configuration or data", f"{first_step} {lacks_summary} {config} {corpus.directory.name}")
+    lacks_summary = newest == steps and pending_summary.exists()  # stopped after its last checkpoint
+    agree("the step, configuration or data", f"{newest} {lacks_summary} {config} {corpus.directory.name}")
     if lacks_summary:
         if is_main:
             os.replace(pending_summary, summary_file)
+            heartbeat.start()
+            heartbeat.beat("finished", newest)
         barrier("the summary is there")
         return json.loads(summary_file.read_text())
-    if first_step >= config.train.steps:
+    if newest > steps or (newest == steps and summary_file.exists()):
         raise UserError(
-            f"config.train.steps={config.train.steps}: {workdir} is already at step {first_step}; raise it to go on, "
-            "or use another --workdir"
+            f"config.train.steps={steps}: {workdir} is already at step {newest}; raise it to go on, or use another --workdir"
         )
     rows = rows_of_process(batch_sharding(mesh), config.train.batch_size, jax.process_index())
-    data = iter(
-        train_batches(
-            corpus.train,
-            config.data.seq_len,
-            config.train.batch_size,
-            config.train.seed,
-            rows,
-        )
-    )
+    data = iter(train_batches(corpus.train, config.data.seq_len, config.train.batch_size, config.train.seed, rows))
 
     def new_state():
         return init_state(config, config.train.seed)
 
     abstract = jax.eval_shape(new_state)
     shardings, everywhere = state_shardings(mesh, abstract), replicated(mesh)
-    if first_step:
-        state = earlier.restore(first_step, with_shardings(abstract, shardings), data)
+    if newest:
+        first_step, state, progress = earlier.restore_newest(with_shardings(abstract, shardings), data)
         log.info("going on from step %d", first_step)
     else:
-        state = jax.jit(new_state, out_shardings=shardings)()
+        first_step, state, progress = 0, jax.jit(new_state, out_shardings=shardings)(), None
     earlier.close()
     if is_main:
+        new = not workdir.exists()
         claim_workdir(workdir, given, corpus.directory)
+        if new:
+            lock.enter_context(locked_workdir(workdir))
+        heartbeat.start()
         summary_file.unlink(missing_ok=True)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+        pending_summary.unlink(missing_ok=True)
 
     put = partial(put_batch, batch_sharding(mesh), rows=rows, n_rows=config.train.batch_size)
     batch = put(next(data))
+    heartbeat.beat("compiling", first_step)
     compile_started = time.perf_counter()
     train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
     train_step = train_step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - compile_started
     log.info("compiled the train step in %.1f s", compile_seconds)
-    eval_step = jax.jit(make_eval_step(config), out_shardings=everywhere)
-
-    def validate(state):
-        batches = eval_batches(
-            corpus.validation, config.data.seq_len, config.train.batch_size // config.train.accumulate
-        )
-        put_all = partial(put_batch, batch_sharding(mesh))
-        return evaluate(eval_step, state.params, state.selection_bias, batches, put_all, corpus.validation.text_bytes)
 
     tokens_per_step = config.train.batch_size * config.data.seq_len
-    kind = Telemetry if is_main else NoTelemetry
-    telemetry = kind(workdir, first_step, config.train.steps, tokens_per_step)
+    validated = progress is None or progress.validated
+    run = _Run(
+        config,
+        mesh,
+        corpus,
+        data.get_state,
+        Checkpoints(workdir, config.checkpoint),
+        (Telemetry if is_main else NoTelemetry)(workdir, first_step, steps, tokens_per_step, validated),
+        Health(config.train.max_skipped, config.train.batch_size),
+        heartbeat,
+        stop,
+        jax.jit(make_eval_step(config), out_shardings=everywhere),
+        progress and {"loss": progress.loss, "nll": progress.nll},
+    )
     loop_started = time.perf_counter()
-    logged = None  # (step, metrics), fetched while the next step runs
-    with jax.transfer_guard("disallow"):
-        for step in range(first_step + 1, config.train.steps + 1):
+    with jax.transfer_guard("disallow"), stop.between_steps(several=jax.process_count() > 1):
+        validation = None
+        if not validated:
+            validation = run.validate(first_step, state)
+            if validation is None:
+                raise stop.end(f"at step {first_step}, which is saved; the same command goes on from there")
+        unreported = None  # (step, metrics), taken in while the next step runs
+        for step in range(first_step + 1, steps + 1):
             state, metrics = train_step(state, batch)
-            if logged:
-                telemetry.train(logged[0], jax.device_get(logged[1]))
-            logged = (step, metrics) if step % config.train.log_every == 0 or step == config.train.steps else None
-            if step == config.train.steps:
-                break
-            validating = config.train.eval_every and step % config.train.eval_every == 0
+            if unreported:
+                run.report(*unreported)
+            unreported = step, metrics
+            last, stopping = step == steps, stop.asked()
+            validating = last or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
+            saving = stopping or (not last and run.checkpoints.due(step))
             # A step is reported before it is saved, so that a kill in between loses no line of metrics.jsonl.
-            if logged and (validating or checkpoints.due(step)):
-                telemetry.train(logged[0], jax.device_get(logged[1]))
-                logged = None
-            if validating:
-                result = validate(state)
-                telemetry.evaluation(step, result.nll, result.bits_per_byte)
-            if checkpoints.due(step):
-                checkpoints.save(step, state, data)
-            batch = put(next(data))
-    last_metrics = jax.device_get(logged[1])
-    telemetry.train(logged[0], last_metrics)
+            if validating or saving:
+                run.report(*unreported)
+                unreported = None
+            validation = run.validate(step, state) if validating and not stopping else None
+            if stopping or (validating and validation is None):
+                run.save(step, state, None, validated=not validating)
+                run.checkpoints.close()
+                raise stop.end(f"saved at step {step} of {steps}; the same command goes on from there")
+            if saving and not run.health.skipping:
+                run.save(step, state, validation)
+            if not last:
+                batch = put(next(data))
     loop_seconds = time.perf_counter() - loop_started
-    result = validate(state)
-    telemetry.evaluation(config.train.steps, result.nll, result.bits_per_byte)
-    telemetry.close()
+    run.telemetry.close()
 
     summary = {
         "metrics": {
-            "step": config.train.steps,
-            "tokens": config.train.steps * tokens_per_step,
-            "train_loss": float(last_metrics["loss"]),
-            "train_nll": float(last_metrics["nll"]),
-            "validation_nll": result.nll,
-            "validation_perplexity": result.perplexity,
-            "validation_bits_per_byte": result.bits_per_byte,
+            "step": steps,
+            "tokens": steps * tokens_per_step,
+            "train_loss": float(run.last["loss"]),
+            "train_nll": float(run.last["nll"]),
+            "validation_nll": validation.nll,
+            "validation_perplexity": validation.perplexity,
+            "validation_bits_per_byte": validation.bits_per_byte,
         },
         "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
         "timing": {
-            "tokens_per_second": (config.train.steps - first_step) * tokens_per_step / loop_seconds,
+            "tokens_per_second": (steps - first_step) * tokens_per_step / loop_seconds,
             "compile_seconds": compile_seconds,
             "total_seconds": time.perf_counter() - started,
         },
     }
-    if is_main:
-        write_json(
-            pending_summary, summary
-        )  # before the checkpoint, as are the metrics: a run that has it lacks nothing
-    checkpoints.save(config.train.steps, state, data)
-    checkpoints.close()
+    if is_main:  # before the checkpoint, as are the metrics: a run that has it lacks nothing
+        write_json(pending_summary, summary)
+    if first_step < steps:
+        run.save(steps, state, validation)
+    run.checkpoints.close()
     if is_main:
         os.replace(pending_summary, summary_file)
+    heartbeat.beat("finished", steps)
     log.info("done: %s", json.dumps(summary["metrics"]))
     return summary

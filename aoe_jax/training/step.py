@@ -20,7 +20,8 @@ from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 class TrainState:
     """All that a step changes."""
 
-    step: jax.Array  # [] int32, updates done
+    step: jax.Array  # [] int32, steps done
+    skipped: jax.Array  # [] int32, steps among them that updated nothing, for their loss or gradient wasn't finite
     params: dict
     selection_bias: jax.Array | None  # [L, n] float32, where `balance.bias_rate` asks for loss-free balancing
     opt_state: optax.OptState
@@ -31,7 +32,8 @@ def init_state(config: Config, seed):
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)  # one that the mesh divides
     params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
     bias = jnp.zeros((config.model.n_layers, config.experts.n_experts)) if config.balance.bias_rate else None
-    return TrainState(jnp.zeros((), jnp.int32), params, bias, make_optimizer(config.train).init(params))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, bias, make_optimizer(config.train).init(params))
 
 
 def sequence_nll(config: Config, params, selection_bias, batch):
@@ -77,7 +79,11 @@ def training_loss(config: Config, params, selection_bias, batch):
 
 
 def make_train_step(config: Config):
-    """`(state, batch) -> (state, metrics)`; gradients are averaged over `train.accumulate` micro-batches."""
+    """`(state, batch) -> (state, metrics)`; gradients are averaged over `train.accumulate` micro-batches.
+
+    Where the loss or the gradient isn't finite, the step counts, for the schedule as well, but parameters, moments and
+    selection bias stay as they were.
+    """
     optimizer = make_optimizer(config.train)
     schedule = learning_rate_schedule(config.train)
     n_micro = config.train.accumulate
@@ -99,13 +105,30 @@ def make_train_step(config: Config):
 
     def train_step(state, batch):
         grads, metrics = mean_gradient(state.params, state.selection_bias, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        def updated(new, old):
+            """The new values, where the update counts; counters always go on."""
+            return jax.tree.map(
+                lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n, new, old
+            )
+
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+            params = updated(optax.apply_updates(state.params, updates), state.params)
+            opt_state = updated(opt_state, state.opt_state)
         bias = state.selection_bias
         if bias is not None:
-            bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
-        return TrainState(state.step + 1, params, bias, opt_state), metrics
+            new_bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
+            bias = updated(new_bias, bias)
+        skipped = state.skipped + ~finite
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "finite": finite,
+            "skipped": skipped,
+        }
+        return TrainState(state.step + 1, skipped, params, bias, opt_state), metrics
 
     return train_step

@@ -35,12 +35,12 @@ def _clock(seconds):
 class Telemetry:
     """Writes a run's metrics; lines of steps after `start_step`, left by a run that was cut off, are dropped."""
 
-    def __init__(self, workdir: Path, start_step, total_steps, tokens_per_step):
-        """Opens the files for a run that goes on from `start_step`."""
+    def __init__(self, workdir: Path, start_step, total_steps, tokens_per_step, validated=True):
+        """Opens the files for a run that goes on from `start_step`; `validated`: whether its validation is done."""
         self._path = workdir / "metrics.jsonl"
         self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start_step]
+        kept = [line for line in lines if _belongs(line, start_step, validated)]
         partial = self._path.with_name(self._path.name + ".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, self._path)
@@ -107,8 +107,9 @@ class NoTelemetry:
         """Closes nothing."""
 
 
-def _step_of(line):
+def _belongs(line, start_step, validated):
     try:
-        return json.loads(line)["step"]
+        line = json.loads(line)
+        return line["step"] < start_step + (validated or "validation_nll" not in line)
     except (ValueError, KeyError, TypeError):  # the half line of a killed run
-        return float("inf")
+        return False

@@ -1,0 +1,54 @@
+"""Being asked to stop: SIGTERM where a machine is taken away, SIGINT from a keyboard."""
+
+import contextlib
+import signal
+
+from aoe_jax.errors import Interrupted, Preempted
+
+_ENDS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
+
+
+class StopRequests:
+    """Turns signals into an exception, or, while training, into an answer at the next step; a second signal kills.
+
+    Where several processes run, JAX's preemption service takes SIGTERM, whichever of them gets it, and has all of them stop
+    at the same step.
+    """
+
+    def __init__(self):
+        """Nothing is heeded before `listen`."""
+        self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
+
+    def listen(self):
+        """Heeds signals from now on; call it before anything takes long."""
+        for number in _ENDS:
+            signal.signal(number, self._take)
+
+    @contextlib.contextmanager
+    def between_steps(self, several):
+        """Within, signals are answered by `asked`; `several`: whether there are other processes."""
+        self._at_steps, self._several = True, several
+        try:
+            yield
+        finally:
+            self._at_steps = False
+
+    def asked(self):
+        """Whether to stop now. All processes must ask equally often, at the same places of the program."""
+        if self._several:
+            from jax.experimental import multihost_utils  # JAX starts only once the command line is known to be right
+
+            self._questions += 1
+            if multihost_utils.reached_preemption_sync_point(self._questions):
+                self._signal = signal.SIGTERM
+        return self._signal is not None
+
+    def end(self, message):
+        """The exception that ends the run."""
+        return _ENDS[self._signal](f"{'preempted' if self._signal == signal.SIGTERM else 'interrupted'}: {message}")
+
+    def _take(self, number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        self._signal = number
+        if not self._at_steps or self._several:
+            raise self.end("the same command goes on from the newest checkpoint, or from the start where there is none")
