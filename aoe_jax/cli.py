@@ -167,7 +167,8 @@ def _config_mistake(error):
 
 
 def _hide_background_errors():
-    """Hides what Orbax's other reads print when one has failed; the failure itself is raised and reported."""
+    """Hides what Orbax's threads print when a read or write has failed; the failure itself is raised and reported."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
     def hook(kind, error, trace):

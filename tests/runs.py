@@ -136,7 +136,7 @@ def start(command, **variables):
     """Starts a command line in the root of the repository, with environment variables of its own."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags() if command[0] in ("train.py", "eval.py") else HASTY,
+        "XLA_FLAGS": xla_flags() if command[0] in ("train.py", "eval.py", "-c") else HASTY,
         "JAX_COMPILATION_CACHE_DIR": str(scratch("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         **variables,

@@ -37,15 +37,14 @@ EXPERT_LINE = LINE | {"load_entropy", "load_spread", "confidence_entropy", "expe
 
 
 def raw_checkpoint(workdir, step):
-    """Every array of a checkpoint by its path, without the library's own code; and the position in the data."""
+    """Every array of a checkpoint by its path, without the library's own code; and what is saved beside them."""
     folder = workdir / "checkpoints" / str(step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(folder / "state").item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     arrays = {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(state)}
-    position = {path.name: path.read_bytes() for path in (folder / "data").iterdir() if path.name == "metadata"}
-    return arrays, position
+    return arrays, json.loads((folder / "run" / "metadata").read_text())
 
 
 @pytest.mark.smoke
@@ -54,6 +53,7 @@ def test_what_a_run_leaves_behind():
     assert {path.name for path in workdir.iterdir()} == {
         "config.json",
         "data.json",
+        "heartbeat.json",
         "tokenizer.json",
         "metrics.jsonl",
         "summary.json",
@@ -130,13 +130,13 @@ def test_killed_run_ends_as_an_uninterrupted_one(accumulate):
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, killed)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
 
-    (arrays, position), (killed_arrays, killed_position) = (raw_checkpoint(w, STEPS) for w in (whole, killed))
+    (arrays, beside), (killed_arrays, killed_beside) = (raw_checkpoint(w, STEPS) for w in (whole, killed))
     assert arrays.keys() == killed_arrays.keys()
     assert any("opt_state" in path for path in arrays) and any("params" in path for path in arrays)
     assert arrays["['step']"] == STEPS
     for path, array in arrays.items():
         assert array.dtype == killed_arrays[path].dtype and array.tobytes() == killed_arrays[path].tobytes(), path
-    assert position and position == killed_position
+    assert beside["data"] and beside == killed_beside
 
     (lines, validations), (killed_lines, killed_validations) = read_metrics(whole), read_metrics(killed)
     assert [line["step"] for line in killed_lines] == LOGGED

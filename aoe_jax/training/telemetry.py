@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ def _scalars(metrics):
     """Host metrics of a step as plain numbers; per-layer and per-expert arrays stay with TensorBoard."""
     load = metrics["load"]
     scalars = {k: float(metrics[k]) for k in ("loss", "nll", "aux_loss", "grad_norm", "learning_rate")}
+    scalars["skipped"] = int(metrics["skipped"])
     if load.shape[-1] > 1:
         scalars |= {
             "load_entropy": float(np.mean(metrics["load_entropy"])),
@@ -57,7 +59,8 @@ class Telemetry:
         tokens_per_second = self._tokens_per_step / seconds_per_step
         self._write(step, {**scalars, "tokens_per_second": tokens_per_second}, "train")
         for layer, norms in enumerate(metrics["mean_score"]):
-            self._writer.add_histogram(f"experts/mean_score/layer_{layer}", norms, step)
+            if np.isfinite(norms).all():
+                self._writer.add_histogram(f"experts/mean_score/layer_{layer}", norms, step)
         balance = ""
         if "load_entropy" in scalars:
             n_experts = metrics["load"].shape[-1]
@@ -80,7 +83,8 @@ class Telemetry:
         self._last_time = time.perf_counter()
 
     def _write(self, step, scalars, group):
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
             self._writer.add_scalar(f"{group}/{name.removeprefix(group + '_')}", value, step)

@@ -1,5 +1,7 @@
 """The train step: every configuration of the paper in small, the optimiser, and gradient accumulation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,51 @@ def test_accumulation_is_the_mean_over_micro_batches():
     moments = [jax.tree.leaves(state.opt_state) for state, _ in states]
     for a, b in zip(*moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_that_is_not_finite_updates_nothing(accumulate):
+    """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as ever."""
+    settings = shrunken("aoe_r64").to_dict()
+    settings["balance"] |= {"bias_rate": 0.1, "aux_weight": 0.0}
+    settings["train"] |= {"accumulate": accumulate}
+    config = Config.from_config_dict(settings)
+    step, batch = jax.jit(make_train_step(config)), batch_of()
+    first, metrics = step(new_state(config), batch)
+    assert metrics["finite"] and int(first.skipped) == int(metrics["skipped"]) == 0
+
+    def is_skipped(state, after, metrics):
+        assert not metrics["finite"] and int(after.step) == int(state.step) + 1
+        assert int(after.skipped) == int(metrics["skipped"]) == int(state.skipped) + 1
+        for name in ("params", "selection_bias", "opt_state"):
+            before, now = (jax.tree.leaves(getattr(s, name)) for s in (state, after))
+            for a, b in zip(before, now, strict=True):
+                np.testing.assert_array_equal(b, a + (a.dtype == jnp.int32))
+
+    poisoned = batch | {"weights": batch["weights"].at[0, 0].set(jnp.nan)}
+    second, metrics = step(first, poisoned)
+    assert not np.isfinite(metrics["loss"])
+    is_skipped(first, second, metrics)
+
+    third, metrics = step(second, batch)
+    assert metrics["finite"] and int(third.skipped) == 1
+    np.testing.assert_allclose(metrics["learning_rate"], learning_rate_schedule(config.train)(2), rtol=1e-6)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (second.params, third.params)), strict=True))
+
+
+def test_gradient_that_overflows_updates_nothing():
+    """Where the loss is finite: the norm of a gradient of 1e20 in float32 isn't."""
+    config = shrunken("aoe_r64")
+    state = new_state(config)
+    huge = batch_of() | {"weights": jnp.full((4, 24), 1.0)}
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, a: a * 1e-22 if path[-1].key == "scale" and "final_norm" in jax.tree_util.keystr(path) else a,
+        state.params,
+    )
+    scaled["embed"]["embedding"] = scaled["embed"]["embedding"] * 1e22
+    after, metrics = jax.jit(make_train_step(config))(dataclasses.replace(state, params=scaled), huge)
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and not metrics["finite"]
+    np.testing.assert_array_equal(after.params["embed"]["embedding"], scaled["embed"]["embedding"])
 
 
 def test_optimiser_is_the_papers():

@@ -1,0 +1,251 @@
+"""What goes wrong in real runs: signals, batches that aren't finite, damaged checkpoints, a full disk."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.runs import (
+    EVERY,
+    ROOT,
+    STEPS,
+    finish,
+    finished_run,
+    read_metrics,
+    run,
+    start,
+    train_command,
+    truncate_state,
+)
+
+
+def heartbeat(workdir):
+    path = workdir / "heartbeat.json"
+    return json.loads(path.read_text()) if path.exists() else {"status": None, "step": None}
+
+
+def wait_for(process, condition):
+    """Waits until `condition()` holds; fails if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def same_end(workdir, whole):
+    """Whether two runs ended alike, bit for bit, and reported alike on their way."""
+    summaries = [json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)]
+    untimed = [
+        [
+            {name: value for name, value in line.items() if "second" not in name}
+            for lines in read_metrics(path)
+            for line in lines
+        ]
+        for path in (workdir, whole)
+    ]
+    return summaries[0] == summaries[1] and untimed[0] == untimed[1]
+
+
+def last_line(stderr):
+    return stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), (2, 130, "interrupted")])
+def test_asked_to_stop_while_training(tmp_path, number, status, word):
+    process = start(train_command(tmp_path / "run"))
+    wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / str(EVERY)).exists())
+    process.send_signal(number)
+    returned, _, stderr = finish(process)
+    assert returned == status, stderr
+    said = re.fullmatch(
+        rf"{word}: saved at step (\d+) of {STEPS}; the same command goes on from there", last_line(stderr)
+    )
+    step = int(said[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).exists()
+    assert (heartbeat(tmp_path / "run")["status"], heartbeat(tmp_path / "run")["step"]) == (word, step)
+    returned, _, stderr = run(train_command(tmp_path / "run"))
+    assert returned == 0 and f"going on from step {step}" in stderr and last_line(stderr)[9:].startswith("done: ")
+    assert heartbeat(tmp_path / "run")["status"] == "finished"
+    assert same_end(tmp_path / "run", finished_run())
+
+
+# Its validation lasts until the signal has come, so that it comes in the middle.
+SLOW_VALIDATION = """
+import os, signal, sys, time
+import train
+from aoe_jax import cli
+from aoe_jax.training import loop
+batches = loop.eval_batches
+def slow(*arguments):
+    for n, batch in enumerate(batches(*arguments)):
+        yield batch
+        if n == 1 and {condition}:
+            os.kill(os.getpid(), signal.SIGTERM)
+loop.eval_batches = slow
+cli.run(train.main)
+"""
+
+
+def patched(code, workdir, **changes):
+    """The command line of a training whose program is changed by `code`."""
+    return ["-c", code, *train_command(workdir, **changes)[1:]]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_asked_to_stop_while_validating(tmp_path, last):
+    """The validation that was broken off is made up for, also where it is the last."""
+    workdir = tmp_path / "run"
+    lines = f"sum(1 for line in open({str(workdir / 'metrics.jsonl')!r}) if 'validation_nll' in line)"
+    stopped_at = STEPS if last else 10
+    code = SLOW_VALIDATION.format(condition=f"{lines} == {2 if last else 0}")
+    status, _, stderr = run(patched(code, workdir))
+    assert status == 0 and last_line(stderr).startswith(f"preempted: saved at step {stopped_at} of"), stderr
+    assert not (workdir / "summary.json").exists()
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0, stderr
+    assert same_end(workdir, finished_run())
+
+
+def test_asked_to_stop_before_training(tmp_path):
+    code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
+    code += "loop.init_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.run(train.main)"
+    status, _, stderr = run(patched(code, tmp_path / "run"))
+    assert status == 0 and last_line(stderr).startswith("preempted: the same command goes on"), stderr
+    assert not (tmp_path / "run").exists()
+
+
+POISONED = """
+import numpy as np
+import train
+from aoe_jax import cli
+from aoe_jax.training import loop
+batches = loop.train_batches
+class Poisoned:
+    def __init__(self, data): self.data = iter(data)
+    def __iter__(self): return self
+    def __getattr__(self, name): return getattr(self.data, name)
+    def __next__(self):
+        batch = next(self.data)
+        if self.data.get_state()["next_index"] in {bad}:
+            batch["weights"][0, 0] = np.nan
+        return batch
+loop.train_batches = lambda *arguments: Poisoned(batches(*arguments))
+cli.run(train.main)
+"""
+
+
+def test_batch_that_is_not_finite(tmp_path):
+    """It updates nothing, is counted and named, and a kill in between changes nothing of it."""
+    code = POISONED.format(bad="(5, 6, 13)")
+    status, _, stderr = run(patched(code, tmp_path / "whole"))
+    assert status == 0, stderr
+    assert "step 5 skipped: loss nan, gradient norm nan; its batch is number 5, sequences 16 to 19" in stderr
+    assert stderr.count("skipped:") == 3
+    lines, _ = read_metrics(tmp_path / "whole")
+    assert [line["skipped"] for line in lines] == [0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert lines[2]["loss"] is None and lines[3]["loss"] < lines[0]["loss"]
+    assert not (tmp_path / "whole" / "checkpoints" / "6").exists()
+
+    process = start(patched(code, tmp_path / "killed"))
+    wait_for(process, lambda: (heartbeat(tmp_path / "killed")["step"] or 0) >= 8)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    status, _, stderr = run(patched(code, tmp_path / "killed"))
+    assert status == 0, stderr
+    assert same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_run_that_cannot_get_on(tmp_path):
+    changes = {"train__max_skipped": 3, "checkpoint__every": 4}
+    command = patched(POISONED.format(bad="range(10, 99)"), tmp_path / "run", **changes)
+    for again in (False, True):
+        status, _, stderr = run(command)
+        assert status == 4 and "Traceback" not in stderr, stderr
+        assert last_line(stderr).startswith("error: stopped at step 12: the last 3 updates were skipped")
+        assert ("going on from step 8" in stderr) == again
+        assert heartbeat(tmp_path / "run")["status"] == "diverged"
+        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
+    status, _, stderr = run(train_command(tmp_path / "run", **changes))  # with better data it goes on
+    assert status == 0, stderr
+
+
+def test_damaged_newest_checkpoint(tmp_path):
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    truncate_state(workdir)
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0 and "Traceback" not in stderr, stderr
+    assert f"checkpoint of step {STEPS} is damaged" in stderr and f"going on from step {STEPS - EVERY}" in stderr
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
+    assert same_end(workdir, finished_run())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(small_disk):
+    """A checkpoint of 1.3 MB fits, not many of them; once there is room the run goes on."""
+    changes = {"model__vocab_size": 2000, "checkpoint__keep": 9}
+    workdir = small_disk / "run"
+    status, _, stderr = run(train_command(workdir, **changes))
+    assert status == 2 and "Traceback" not in stderr, stderr
+    assert "can't be saved: no space left on the disk" in stderr
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    assert f"the same command goes on from step {newest}" in last_line(stderr)
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    status, _, stderr = run(train_command(workdir, **changes))
+    assert status == 0 and f"going on from step {newest}" in stderr, stderr
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_two_processes_in_one_workdir(tmp_path):
+    first = start(train_command(tmp_path / "run"))
+    wait_for(first, lambda: heartbeat(tmp_path / "run")["status"] == "training")
+    first.send_signal(signal.SIGSTOP)
+    status, _, stderr = run(train_command(tmp_path / "run"))
+    assert status == 2 and "another process trains there" in stderr, stderr
+    first.send_signal(signal.SIGCONT)
+    status, _, stderr = finish(first)
+    assert status == 0, stderr
+    assert same_end(tmp_path / "run", finished_run())
+
+
+def test_unforeseen_exception_has_a_last_line(tmp_path):
+    code = "import train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
+    code += "def fail(*_): raise RuntimeError('the machine is on fire')\n"
+    code += "loop._Run.validate = fail\ncli.run(train.main)"
+    status, _, stderr = run(patched(code, tmp_path / "run"))
+    assert status == 1 and "Traceback" in stderr
+    assert last_line(stderr) == (
+        "failed: RuntimeError: the machine is on fire; after step 10; the same command goes on from the newest checkpoint"
+    )
+    assert heartbeat(tmp_path / "run")["status"] == "failed"
+
+
+def test_exported_model_scores_as_its_run(tmp_path):
+    whole = shutil.copytree(finished_run(), tmp_path / "run")
+    command = [sys.executable, "-m", "aoe_jax.export", f"--workdir={whole}", f"--output={tmp_path / 'model'}"]
+    exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert exported.returncode == 0, exported.stderr
+    for workdir in (whole, tmp_path / "model"):
+        status, _, stderr = run(["eval.py", f"--workdir={workdir}", "--split=validation"])
+        assert status == 0, stderr
+    reports = [json.loads((path / "eval.json").read_text()) for path in (whole, tmp_path / "model")]
+    assert reports[0] == reports[1]
+    assert reports[0]["nll"] == read_metrics(whole)[1][-1]["validation_nll"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and f"--output={tmp_path / 'model'} exists already" in again.stderr
+    status, _, stderr = run(train_command(tmp_path / "model"))
+    assert status == 2 and "can be evaluated, not trained on" in stderr
