@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import signal
 import socket
+import time
 
 import numpy as np
 
 from tests.hasty import xla_flags
-from tests.runs import STEPS, finish, finished_run, read_metrics, run, scratch, start, train_command
+from tests.runs import EVERY, STEPS, finish, finished_run, read_metrics, run, scratch, start, train_command
 
 # Two devices a process where there are two processes, one where there are four: four devices always.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
@@ -19,18 +21,22 @@ def free_port():
         return s.getsockname()[1]
 
 
-def train_on(workdir, n_processes, n_devices=4, **changes):
-    """Trains on several processes; returns their stderr."""
+def start_on(workdir, n_processes, n_devices=4, **changes):
+    """Starts training on several processes."""
     port = free_port()
     flags = [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
-    processes = [
+    return [
         start(
             [*train_command(workdir, **changes), *flags, *([f"--process={i}"] if flags else [])],
             XLA_FLAGS=xla_flags(n_devices // n_processes),
         )
         for i in range(n_processes)
     ]
-    outcomes = [finish(process) for process in processes]
+
+
+def train_on(workdir, n_processes, n_devices=4, **changes):
+    """Trains on several processes; returns their stderr."""
+    outcomes = [finish(process) for process in start_on(workdir, n_processes, n_devices, **changes)]
     assert [status for status, _, _ in outcomes] == [0] * n_processes, outcomes[0][2] + outcomes[-1][2]
     return [stderr for _, _, stderr in outcomes]
 
@@ -78,6 +84,49 @@ def test_from_four_processes_to_two_to_one():
     assert status == 0, stderr
     assert f"going on from step {stages[1]}" in stderr
     np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
+
+
+def test_another_mesh_midway():
+    """(2, 1, 4, 1), then (1, 8, 1, 1)."""
+    moved = scratch("multiprocess") / "other_mesh"
+    batch = {"train__batch_size": 8}
+    train_on(moved, 1, 8, mesh__data=2, mesh__expert=4, train__steps=STEPS // 2, **batch)
+    alone = scratch("multiprocess") / "other_mesh_alone"
+    for steps in (STEPS // 2, STEPS):
+        status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
+        assert status == 0, stderr
+    (stderr,) = train_on(moved, 1, 8, mesh__fsdp=8, **batch)
+    assert f"going on from step {STEPS // 2}" in stderr
+    np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
+
+
+def stop_one(workdir, which, number, after):
+    """Sends a signal to one of two processes once there is a checkpoint; what they end with and say."""
+    processes = start_on(workdir, 2, **MESH)
+    deadline = time.monotonic() + 120
+    while not (workdir / "checkpoints" / str(after)).exists():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.005)
+    processes[which].send_signal(number)
+    outcomes = [finish(process) for process in processes]
+    return [status for status, _, _ in outcomes], [stderr for _, _, stderr in outcomes]
+
+
+def test_one_process_of_two_is_stopped():
+    """SIGTERM to one has both save and end; SIGKILL of one ends the other; what goes on then follows the same curve."""
+    workdir = scratch("multiprocess") / "stopped"
+    statuses, stderr = stop_one(workdir, 1, signal.SIGTERM, after=EVERY)
+    assert statuses == [0, 0], stderr
+    stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert all(f"preempted: saved at step {stopped_at} of {STEPS}; the same" in text for text in stderr)
+    statuses, stderr = stop_one(workdir, 1, signal.SIGKILL, after=stopped_at // EVERY * EVERY + EVERY)
+    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
+    # Either the lost connection is noticed here, or JAX's service ends the process.
+    assert (
+        "start all processes again: they go on from the newest checkpoint" in stderr[0] or "another task" in stderr[0]
+    )
+    train_on(workdir, 2, **MESH)
+    np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
 
 
 def test_a_process_that_never_joins_is_named():

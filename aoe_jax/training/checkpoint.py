@@ -275,7 +275,7 @@ class Checkpoints:
     def _errors_named(self):
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as e:  # tensorstore turns what the system says into ValueError
+        except (OSError, ValueError) as e:  # tensorstore turns what the system says into ValueError
             failed, self._saving = self._saving, None
             complete = [step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed]
             then = f"the same command goes on from step {max(complete)}" if complete else "none is complete yet"

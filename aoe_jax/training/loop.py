@@ -93,7 +93,8 @@ def train(config: Config, workdir: Path, stop: StopRequests | None = None):
     except BaseException as e:
         heartbeat.beat(_LAST_STATUS.get(type(e), "failed"))
         if heartbeat.step is not None:
-            e.add_note(f"after step {heartbeat.step}; the same command goes on from the newest checkpoint")
+            again = "the same command goes on" if jax.process_count() == 1 else "start all processes again: they go on"
+            e.add_note(f"after step {heartbeat.step}; {again} from the newest checkpoint")
         raise
 
 
