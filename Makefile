@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The compiler for TPUs that aren't here. It lies apart: where JAX finds it, it looks for a TPU at every start.
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: setup train multiprocess test smoke lint
+.PHONY: setup train multiprocess soak test smoke lint
 
 setup: $(INSTALLED)
 
@@ -40,6 +40,11 @@ multiprocess: setup
 	  $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) \
 	    --coordinator=localhost:$(PORT) --processes=$(PROCESSES) --process=$$i $(ARGS) & pids="$$pids $$!"; \
 	done; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
+
+# Kills training processes fifty times and asks them to stop twenty times; all must end as if nothing had been.
+SOAK ?= runs/soak
+soak: setup
+	$(BIN)/python -m benchmarks.soak --workdir=$(SOAK) $(ARGS)
 
 test: setup $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2

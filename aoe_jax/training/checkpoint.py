@@ -299,11 +299,10 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint can be read, or the newest holds another model.
         """
-        wanted = {name: a for name, a in _as_dict(abstract_state).items() if a is not None}
         while True:
             *older, step = self.steps()
             try:
-                state, run = self._read(step, wanted)
+                state, progress, position = self.restore(step, abstract_state)
             except Damaged as e:
                 if not older:
                     raise UserError(
@@ -312,9 +311,20 @@ class Checkpoints:
                     ) from e
                 self._set_aside(step, e)
                 continue
-            data_iterator.set_state(run["data"])
+            data_iterator.set_state(position)
             data_iterator.start_prefetch()
-            return step, dataclasses.replace(abstract_state, **state), Progress(**run["progress"])
+            return step, state, progress
+
+    def restore(self, step, abstract_state):
+        """`(state, progress, position in the data)` of a step.
+
+        Raises:
+          Damaged: it can't be read, or isn't what was saved.
+          UserError: it holds another model.
+        """
+        wanted = {name: a for name, a in _as_dict(abstract_state).items() if a is not None}
+        state, run = self._read(step, wanted)
+        return dataclasses.replace(abstract_state, **state), Progress(**run["progress"]), run["data"]
 
     def _set_aside(self, step, problem):
         if jax.process_index() == 0:

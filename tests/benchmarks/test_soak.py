@@ -1,0 +1,25 @@
+"""A short soak, and that it can fail."""
+
+import shutil
+
+import pytest
+
+from benchmarks import soak
+
+
+def test_five_kills(tmp_path):
+    figures = soak.soak(tmp_path / "soak", kills=5, terms=2, seed=1)
+    assert sum(figures["stops"].values()) == 7
+    whole = tmp_path / "soak" / "whole"
+    wanted = soak.result(whole)
+    soak._compare(tmp_path / "soak" / "run_0", wanted)
+
+    other = shutil.copytree(whole, tmp_path / "other")
+    lines = (other / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(lines.replace('"step": 30', '"step": 31', 1))
+    with pytest.raises(soak.Failure, match=r"lines of metrics\.jsonl of .* differ"):
+        soak._compare(other, wanted)
+    newest = max((other / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(newest / "state")
+    with pytest.raises(soak.Failure, match="can't be read"):
+        soak.check_checkpoints(other)
