@@ -28,8 +28,10 @@ from aoe_jax.sharding import (
     with_shardings,
 )
 from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir, claim_workdir, write_json
+from aoe_jax.training.profile import Profile, Window
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
+from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +53,12 @@ def log_run(config: Config):
         log.warning("%s", EXPERT_CHOICE_WARNING)
 
 
-def train(config: Config, workdir: Path):
+def train(config: Config, workdir: Path, profile: Window | None = None, wandb_project=None):
     """Trains, or goes on from the newest checkpoint of `workdir`.
 
     Writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer.json` and, at the end,
-    `summary.json`. A run that is stopped anywhere and started again ends in the same state, bit for bit on CPU.
+    `summary.json`; with `profile` a trace of these steps into `profile/`, with `wandb_project` what Weights & Biases is sent
+    into `wandb/`. A run that is stopped anywhere and started again ends in the same state, bit for bit on CPU.
 
     Returns:
       The summary.
@@ -66,10 +69,10 @@ def train(config: Config, workdir: Path):
     filled = fill_mesh(config, jax.device_count())
     mesh = make_mesh(filled, jax.devices())
     with jax.set_mesh(mesh):
-        return _train(filled, config, workdir, mesh)
+        return _train(filled, config, workdir, mesh, profile, wandb_project)
 
 
-def _train(config, given, workdir, mesh):
+def _train(config, given, workdir, mesh, window, wandb_project):
     started, is_main = time.perf_counter(), jax.process_index() == 0
     check_workdir(workdir, config)
     log_run(config)
@@ -91,6 +94,10 @@ def _train(config, given, workdir, mesh):
             f"config.train.steps={config.train.steps}: {workdir} is already at step {first_step}; raise it to go on, "
             "or use another --workdir"
         )
+    if window:
+        window.check(first_step, config.train.steps)
+    if wandb_project is not None:
+        check_wandb(workdir, wandb_project)
     rows = rows_of_process(batch_sharding(mesh), config.train.batch_size, jax.process_index())
     data = iter(
         train_batches(
@@ -120,11 +127,12 @@ def _train(config, given, workdir, mesh):
 
     put = partial(put_batch, batch_sharding(mesh), rows=rows, n_rows=config.train.batch_size)
     batch = put(next(data))
-    compile_started = time.perf_counter()
-    train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
-    train_step = train_step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - compile_started
-    log.info("compiled the train step in %.1f s", compile_seconds)
+    kind = Telemetry if is_main else NoTelemetry
+    telemetry = kind(workdir, config, first_step, wandb_project)
+    profile = Profile(workdir / "profile", window if is_main else None)
+    with telemetry.clock("compile"):
+        train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
+        train_step = train_step.lower(state, batch).compile()
     eval_step = jax.jit(make_eval_step(config), out_shardings=everywhere)
 
     def validate(state):
@@ -135,13 +143,11 @@ def _train(config, given, workdir, mesh):
         return evaluate(eval_step, state.params, state.selection_bias, batches, put_all, corpus.validation.text_bytes)
 
     tokens_per_step = config.train.batch_size * config.data.seq_len
-    kind = Telemetry if is_main else NoTelemetry
-    telemetry = kind(workdir, first_step, config.train.steps, tokens_per_step)
-    loop_started = time.perf_counter()
+    telemetry.start(state, train_step)
     logged = None  # (step, metrics), fetched while the next step runs
     with jax.transfer_guard("disallow"):
         for step in range(first_step + 1, config.train.steps + 1):
-            state, metrics = train_step(state, batch)
+            state, metrics = profile.run(step, train_step, state, batch)
             if logged:
                 telemetry.train(logged[0], jax.device_get(logged[1]))
             logged = (step, metrics) if step % config.train.log_every == 0 or step == config.train.steps else None
@@ -153,16 +159,19 @@ def _train(config, given, workdir, mesh):
                 telemetry.train(logged[0], jax.device_get(logged[1]))
                 logged = None
             if validating:
-                result = validate(state)
-                telemetry.evaluation(step, result.nll, result.bits_per_byte)
+                with telemetry.clock("evaluation"):
+                    result = validate(state)
+                telemetry.evaluation(step, result)
             if checkpoints.due(step):
-                checkpoints.save(step, state, data)
-            batch = put(next(data))
+                with telemetry.clock("checkpoint"):
+                    checkpoints.save(step, state, data)
+            with telemetry.clock("input"):
+                batch = put(next(data))
     last_metrics = jax.device_get(logged[1])
     telemetry.train(logged[0], last_metrics)
-    loop_seconds = time.perf_counter() - loop_started
-    result = validate(state)
-    telemetry.evaluation(config.train.steps, result.nll, result.bits_per_byte)
+    with telemetry.clock("evaluation"):
+        result = validate(state)
+    telemetry.evaluation(config.train.steps, result)
     telemetry.close()
 
     summary = {
@@ -176,11 +185,8 @@ def _train(config, given, workdir, mesh):
             "validation_bits_per_byte": result.bits_per_byte,
         },
         "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
-        "timing": {
-            "tokens_per_second": (config.train.steps - first_step) * tokens_per_step / loop_seconds,
-            "compile_seconds": compile_seconds,
-            "total_seconds": time.perf_counter() - started,
-        },
+        "timing": telemetry.timing() | {"total_seconds": time.perf_counter() - started},
+        "memory": telemetry.memory(),
     }
     if is_main:
         write_json(

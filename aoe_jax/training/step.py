@@ -60,8 +60,9 @@ def training_loss(config: Config, params, selection_bias, batch):
     """Mean nll plus the balance losses, and what is reported of them."""
     nll, stats = sequence_nll(config, params, selection_bias, batch)
     nll = nll / jnp.maximum(batch["weights"].sum(), 1)
-    aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
-    confidence_entropy = stats.confidence_entropy.mean()
+    with jax.named_scope("balance"):
+        aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
+        confidence_entropy = stats.confidence_entropy.mean()
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
     return loss, {
         "loss": loss,
@@ -102,10 +103,13 @@ def make_train_step(config: Config):
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+            norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}  # of gradients before clipping
+            metrics |= {name: optax.tree.norm(tree) for name, tree in norms.items()}
+        metrics |= {"learning_rate": schedule(state.step)}
         bias = state.selection_bias
         if bias is not None:
-            bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
+            with jax.named_scope("balance"):
+                bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
         return TrainState(state.step + 1, params, bias, opt_state), metrics
 
     return train_step
