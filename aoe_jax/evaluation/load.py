@@ -60,7 +60,7 @@ def draw_load_heatmap(statistics, title):
     numbers = n_experts <= 16 and n_layers <= 32
     width, height = min(0.62 * (n_experts + 2), 12), min(0.42 * n_layers, 14)
     figure = Figure(figsize=(2.5 + width, 1.7 + height), layout="constrained")
-    grid = figure.add_gridspec(1, 3, width_ratios=[max(n_experts, 8), 1, 1] if numbers else [16, 1, 1])
+    grid = figure.add_gridspec(1, 3, width_ratios=[n_experts, 1, 1] if numbers else [16, 1, 1])
     names = [f"E{i}" for i in range(n_experts)]
     panels = [
         ("share of load", share, "viridis", (0, max(2 / n_experts, share.max())), names),
@@ -83,7 +83,7 @@ def draw_load_heatmap(statistics, title):
         if position == 0:
             axes.set_ylabel("layer", fontsize=9)
             figure.colorbar(
-                image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.0f}%"
+                image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.3g}%"
             ).ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10)
     return figure

@@ -67,7 +67,9 @@ class Profile:
             return function(*args)
         if step == window.first:
             jax.block_until_ready(args)
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of a Python function would bury the step
+            jax.profiler.start_trace(self._folder, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = function(*args)
         if step == window.last:

@@ -67,8 +67,19 @@ def layer_figures(metrics, kind):
         "load_max_over_mean": load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9),
         "dead_experts": (load == 0).sum(axis=-1),
         "confidence_entropy": metrics["confidence_entropy"],
-        "mean_norm" if kind == "aoe" else "mean_logit": metrics["mean_score"].mean(axis=-1),
+        _score_name(kind): metrics["mean_score"].mean(axis=-1),
     }
+
+
+def _by_expert(metrics, kind):
+    """Of host metrics of a step, one number an expert and layer: name -> `[L, n]`. A dense model has none."""
+    if metrics["load"].shape[-1] == 1:
+        return {}
+    return {"load": metrics["load"], _score_name(kind): metrics["mean_score"]}
+
+
+def _score_name(kind):
+    return "mean_norm" if kind == "aoe" else "mean_logit"
 
 
 class Speed:
@@ -151,7 +162,8 @@ class Telemetry:
         speed = self._speed.figures(n_steps, sum(split.values()))
         scalars = {name: float(metrics[name]) for name in _SCALARS} | expert_scalars(metrics)
         measured = speed | {f"{name}_seconds": s for name, s in split.items()} | host_memory() | device_memory()
-        self._write(step, "train", scalars | measured, layer_figures(metrics, self._kind))
+        by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
+        self._write(step, "train", scalars | measured, by_layer, by_expert)
         balance = ""
         if "load_entropy" in scalars:
             balance = f" | load entropy {scalars['load_entropy']:.3f} of {np.log(metrics['load'].shape[-1]):.3f}"
@@ -181,7 +193,7 @@ class Telemetry:
     def evaluation(self, step, result):
         """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it found, drawn."""
         scalars = {"validation_nll": result.nll, "validation_bits_per_byte": result.bits_per_byte}
-        self._write(step, "validation", scalars | {"validation_seconds": self._interval["evaluation"]}, {})
+        self._write(step, "validation", scalars | {"validation_seconds": self._interval["evaluation"]}, {}, {})
         log.info(
             "step %d/%d | validation nll %.4f | bits per byte %.4f | in %s",
             step,
@@ -191,15 +203,16 @@ class Telemetry:
             _duration(self._interval["evaluation"]),
         )
         if self._kind != "dense":
-            from aoe_jax.evaluation.load import load_statistics  # with matplotlib, which takes half a second
-
             with self.clock("evaluation"):
-                statistics = load_statistics(result.stats, self._kind)
-                self._tensorboard.draw_experts(step, statistics, f"{self._kind}, validation, step {step}")
+                from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics  # matplotlib takes half a second
 
-    def _write(self, step, group, scalars, layers):
+                statistics = load_statistics(result.stats, self._kind)
+                figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
+                self._tensorboard.draw(step, "experts/load", figure)
+
+    def _write(self, *figures):
         for writer in self._writers:
-            writer.write(step, group, scalars, layers)
+            writer.write(*figures)
 
     def timing(self):
         """Speed of the whole run, and its seconds by part: the group `timing` of `summary.json`."""
