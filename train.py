@@ -5,10 +5,13 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli, distributed
+from aoe_jax.training.profile import Window
 from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of the run; one with a checkpoint goes on from it")
+_PROFILE = flags.DEFINE_string("profile", None, "STEP:N, traces N steps from step STEP on into WORKDIR/profile")
+_WANDB = flags.DEFINE_string("wandb", None, "a project of Weights & Biases that the figures are sent to as well")
 
 
 def main():
@@ -17,10 +20,11 @@ def main():
     stop.listen()
     config = cli.parsed_config(_CONFIG)
     workdir = Path(cli.required(_WORKDIR))
+    profile = Window.parse(_PROFILE.value) if _PROFILE.value is not None else None
     distributed.start()
     from aoe_jax.training.loop import train  # JAX starts only once the command line is known to be right
 
-    train(config, workdir, stop)
+    train(config, workdir, stop, profile, _WANDB.value)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Sources: cloud.google.com/tpu/docs (system architecture pages of v4, v5e, v5p, v6e and Ironwood: peak compute, HBM, and
 inter-chip bandwidth, of which one direction counts here); nvidia.com (H100 SXM data sheet, dense, NVLink 4). The
-bandwidth between slices is that of a chip's share of its host's network card in the Google Cloud machine types.
+bandwidth between slices is that of a chip's share of its host's network card in the Google Cloud machine types. Peaks of the
+other GPUs are from their data sheets at nvidia.com (A100, H100 PCIe and NVL, H200, GH200, HGX B200), where those that count
+on sparse operands are halved.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip; a v4 or v7x chip may show as two devices, which share it."""
+    """One chip that programs can be compiled for without it; a v4 or v7x chip may show as two devices, which share it."""
 
     flops: float  # per second, bfloat16, dense
     hbm_bytes: float
@@ -27,3 +29,44 @@ CHIPS = {
     "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9),
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
 }
+
+# By `jax.Device.device_kind`, FLOPs per second of a chip in bfloat16, dense. Names are matched whole: a part of a GPU, or
+# one of another form, has another name and another peak.
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": CHIPS["h100"].flops,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def count_chips(devices):
+    """Chips of the devices: those of a TPU that lie at one place are one."""
+    if devices[0].platform != "tpu":
+        return len(devices)
+    return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
+
+
+def peak_flops_per_device(devices):
+    """FLOPs per second of one of the devices, which are alike, at its peak in bfloat16; None for one that isn't known.
+
+    A device that is half of a chip has half of its peak.
+    """
+    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    return peak and peak * count_chips(devices) / len(devices)

@@ -37,7 +37,7 @@ from aoe_jax.config import Config, MeshConfig
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts import transport
-from aoe_jax.hardware import CHIPS
+from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.model.loss import CHUNK_TOKENS
 from aoe_jax.sharding import (
     MESH_AXES,
@@ -106,7 +106,7 @@ def plan(config: Config, generation, devices, compiles=True):
       mesh axes, `step_seconds`, `bound_by`, `mfu_bound`, `compile_seconds`. Bytes and FLOPs are per device.
     """
     chip, n_devices = CHIPS[generation], len(devices)
-    share = _chips(generation, devices) / n_devices  # of a chip that is a device
+    share = count_chips(devices) / n_devices  # of a chip that is a device
     hbm_bytes = share * chip.hbm_bytes
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh), compiling_for(devices):
@@ -173,13 +173,6 @@ def plan(config: Config, generation, devices, compiles=True):
         "mfu_bound": useful / (share * chip.flops) / seconds[bound_by],
         "compile_seconds": compile_seconds,
     }
-
-
-def _chips(generation, devices):
-    """Chips of the devices: those of a TPU that lie at one place are one."""
-    if generation == "h100":
-        return len(devices)
-    return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
 
 
 def _used_bytes(error):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from aoe_jax import cli
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.errors import UserError
-from aoe_jax.training.telemetry import is_timing
+from aoe_jax.training.telemetry import MEASURED_KEYS
 from benchmarks.timing import report
 
 STEPS, EVERY = 240, 7
@@ -98,8 +98,10 @@ class Soak:
         reached = {
             "start": lambda: True,
             "preparation": lambda: any(".partial" in name for name in _names(self.cache / "tokens")),
-            "steps": lambda: _heartbeat(workdir).get("pid") == process.pid
-            and _heartbeat(workdir)["status"] in ("training", "validating"),
+            "steps": lambda: (
+                _heartbeat(workdir).get("pid") == process.pid
+                and _heartbeat(workdir)["status"] in ("training", "validating")
+            ),
             "save": lambda: any("tmp" in name for name in set(_names(workdir / "checkpoints")) - known),
         }[moment]
         deadline = time.monotonic() + PATIENCE
@@ -153,7 +155,7 @@ def check_checkpoints(workdir):
 def result(workdir):
     """All that two runs have in common if they computed the same."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{name: value for name, value in line.items() if not is_timing(name)} for line in lines]
+    untimed = [{name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines]
     beside = (workdir / "checkpoints" / str(STEPS) / "run" / "metadata").read_text()
     return json.loads((workdir / "summary.json").read_text())["metrics"], untimed, json.loads(beside)
 
@@ -193,7 +195,9 @@ def soak(root: Path, kills, terms, seed):
 
 
 def _compare(run, wanted):
-    for name, found, whole in zip(("metrics", "lines of metrics.jsonl", "last checkpoint"), result(run), wanted, strict=True):
+    for name, found, whole in zip(
+        ("metrics", "lines of metrics.jsonl", "last checkpoint"), result(run), wanted, strict=True
+    ):
         if found != whole:
             raise Failure(f"{name} of {run} differ from those of the run without a break")
 

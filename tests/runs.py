@@ -8,11 +8,14 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event
 
 from aoe_jax.config import Config, default_config
 from aoe_jax.data.locking import exclusive
@@ -206,6 +209,19 @@ def read_metrics(workdir):
     """The lines of `metrics.jsonl`: `(training lines, validation lines)`."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "validation_nll" in line]
+
+
+def read_events(workdir):
+    """The values of the TensorBoard files: `{(tag, step): value}`, as TensorBoard's own messages."""
+    found = {}
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data, position = path.read_bytes(), 0
+        while position < len(data):
+            (length,) = struct.unpack("<Q", data[position : position + 8])
+            event = Event.FromString(data[position + 12 : position + 12 + length])
+            position += 12 + length + 4
+            found |= {(value.tag, event.step): value for value in event.summary.value}
+    return found
 
 
 def contents(folder):

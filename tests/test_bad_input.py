@@ -70,6 +70,7 @@ COMMAND_LINE = {
     "mesh that doesn't divide": Mistake(
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
     ),
+    "profile of no steps": Mistake(flags(CONFIG, "--profile=x"), ["--profile=x", "STEP:N", "20:3"]),
     "no cluster": Mistake(flags(CONFIG, "--distributed"), ["--distributed", "no cluster", "--coordinator"]),
     "half of a process": Mistake(flags(CONFIG, "--coordinator=localhost:1"), ["--processes is missing", "go together"]),
     "process out of range": Mistake(
@@ -153,6 +154,15 @@ RUNS = {
     "empty folder of texts": Mistake(TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS),
     "text that isn't UTF-8": Mistake(TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS),
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
+    "profile beyond the run": Mistake(
+        [*flags(CONFIG), f"--profile={STEPS}:2"],
+        [f"--profile={STEPS}:2", f"the steps {STEPS + 1} to {STEPS + 3}"],
+        finished,
+        {"train__steps": STEPS + 3},
+    ),
+    "no project": Mistake(
+        [*flags(CONFIG), "--wandb="], ["--wandb=", "name a project"], finished, {"train__steps": STEPS + 3}
+    ),
     "another configuration": Mistake(
         TRAIN,
         ["another configuration", "experts.d_low is 8 there, 16 here", "train.seed is 0 there, 1 here"],

@@ -1,5 +1,8 @@
 """Counts without allocating, against the paper's figures and against the model itself."""
 
+import importlib
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from aoe_jax import Decoder
 from aoe_jax.config import Config
 from aoe_jax.counts import forward_flops_per_token, parameter_counts, training_flops_per_token
+from aoe_jax.training.step import init_state, make_train_step
 from configs import paper, tiny
 
 ALL = {f"paper:{name}": paper for name in paper.VARIANTS} | {f"tiny:{name}": tiny for name in tiny.VARIANTS}
@@ -109,3 +113,84 @@ def test_aoe_scores_every_expert():
     scoring = 2 * 12 * (8 - 2) * 768 * 256
     router = 2 * 12 * 768 * 8
     assert abs(extra - (scoring - router)) < 1e-3 * scoring
+
+
+def inner_jaxprs(eqn):
+    """The programs within an equation: bodies of loops, branches, functions called."""
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(one, "jaxpr", one)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
+
+
+def matmul_flops(jaxpr):
+    """FLOPs of every matrix product of a program, those of a loop as often as it runs."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
+            groups, numbers = (), eqn.params.get("dimension_numbers")
+            if eqn.primitive.name == "ragged_dot_general":
+                ragged = eqn.params["ragged_dot_dimension_numbers"]
+                groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
+            lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
+            used = {axis for lists in numbers for axis in lists[1]} | set(groups)  # contracted, or walked together
+            total += 2 * math.prod(lhs) * math.prod(size for axis, size in enumerate(rhs) if axis not in used)
+        else:
+            inner = [matmul_flops(inner) for inner in inner_jaxprs(eqn)]
+            assert eqn.primitive.name != "while" or not any(inner)  # nobody knows how often it runs
+            total += eqn.params.get("length", 1) * sum(inner) if eqn.primitive.name != "cond" else max(inner)
+    return total
+
+
+def computed_beyond_useful(config):
+    """FLOPs per token of a training step that repeat or mask what is useful, by what the code says it does.
+
+    Attention takes whole blocks of queries, the keys of a block's last position for each of them, and computes the scores
+    again in the backward pass: 7 products over these blocks for 6 over half the square. Sparse scoring computes the chosen
+    activations again; for a balance loss, it scores the sampled tokens again and takes both gradients also for the experts
+    that they choose.
+    """
+    m, c, length = config.model, config.experts, config.data.seq_len
+    size = max(64, -(-length // 8))
+    area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
+    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2)
+    if c.kind != "aoe" or not c.sparse_scoring:
+        return m.n_layers * attention
+    expert = 2 * c.d_low * m.d_model
+    sampled = config.balance.aux_tokens if config.balance.has_loss else 0
+    return m.n_layers * (attention + c.top_k * expert + sampled * (c.n_experts + 2 * c.top_k) * expert)
+
+
+STEPS = {
+    "sparse scoring, no loss": ("aoe", {"balance": {"aux_weight": 0.0}}),
+    "sparse scoring, loss of an eighth": ("aoe", {}),
+    "sparse scoring, loss of all": ("aoe", {"balance": {"aux_tokens": 1.0}}),
+    "dense scoring": ("aoe", {"experts": {"score_gradient": "dense"}}),
+    "gate over all": ("aoe", {"experts": {"gate": "all"}}),
+    "router": ("moe", {}),
+    "dense": ("dense", {}),
+    "accumulated": ("aoe", {"train": {"accumulate": 2}}),
+    "longer than a block": ("aoe", {"data": {"seq_len": 768}, "model": {"max_len": 768}}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_flops_of_a_whole_training_step(name, monkeypatch):
+    """Every product of the train step of `configs/tiny.py`, forward, backward and all, is useful or known not to be.
+
+    The step is the one that runs, but for `grouped_matmul`: `ragged` has one product where others have loops.
+    """
+    monkeypatch.setattr(importlib.import_module("aoe_jax.experts.grouped_matmul"), "_backend_here", lambda: "ragged")
+    variant, changes = STEPS[name]
+    settings = tiny.get_config(variant)
+    for group, values in changes.items():
+        settings[group].update(values)
+    config = Config.from_config_dict(settings)
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets", "segment_ids")}
+    batch |= {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    counted = matmul_flops(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) / math.prod(shape)
+    useful = training_flops_per_token(config)
+    assert counted - computed_beyond_useful(config) == pytest.approx(useful, rel=0.002)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from aoe_jax.training.telemetry import MEASURED_KEYS
 from tests.runs import (
     EVERY,
     ROOT,
@@ -43,7 +44,7 @@ def same_end(workdir, whole):
     summaries = [json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)]
     untimed = [
         [
-            {name: value for name, value in line.items() if "second" not in name}
+            {name: value for name, value in line.items() if name not in MEASURED_KEYS}
             for lines in read_metrics(path)
             for line in lines
         ]

@@ -11,6 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from aoe_jax.counts import parameter_counts
+from aoe_jax.training.telemetry import MEASURED_KEYS
 from tests.runs import (
     EVERY,
     KINDS,
@@ -22,6 +24,7 @@ from tests.runs import (
     finished_runs,
     kind_config,
     kind_runs,
+    read_events,
     read_metrics,
     run,
     scratch,
@@ -32,8 +35,16 @@ from tests.runs import (
 )
 
 LOGGED = list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
-LINE = {"step", "loss", "nll", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second"}
-EXPERT_LINE = LINE | {"load_entropy", "load_spread", "confidence_entropy", "experts_per_token"}
+LINE = {"step", "loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "skipped"}
+EXPERT_LINE = LINE | {"load_entropy", "load_spread", "confidence_entropy", "experts_per_token", "layers"}
+SPEED = {"tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"}
+SPLIT = {"input_seconds", "checkpoint_seconds", "compute_seconds"}
+HOST = {"host_memory_bytes", "host_memory_peak_bytes"}
+
+
+def computed(line):
+    """What two runs of the same steps have in common."""
+    return {key: value for key, value in line.items() if key not in MEASURED_KEYS}
 
 
 def raw_checkpoint(workdir, step):
@@ -67,8 +78,11 @@ def test_what_a_run_leaves_behind():
 
     lines, validations = read_metrics(workdir)
     assert [line["step"] for line in lines] == LOGGED
-    assert all(line.keys() == EXPERT_LINE for line in lines)
+    assert all(line.keys() == EXPERT_LINE | SPEED | SPLIT | HOST for line in lines)
+    assert all(len(values) == 2 for line in lines for values in line["layers"].values())
     assert [line["step"] for line in validations] == [10, 20, STEPS]
+    pictures = [step for (tag, step), value in read_events(workdir).items() if value.HasField("image")]
+    assert pictures == [10, 20, STEPS]
 
     summary = json.loads((workdir / "summary.json").read_text())
     metrics = summary["metrics"]
@@ -79,7 +93,14 @@ def test_what_a_run_leaves_behind():
     arrays, _ = raw_checkpoint(workdir, STEPS)
     parameters = sum(array.size for path, array in arrays.items() if path.startswith("['params']"))
     assert summary["parameters"]["total"] == parameters
-    assert summary["timing"].keys() == {"tokens_per_second", "compile_seconds", "total_seconds"}
+    timing, memory = summary["timing"], summary["memory"]
+    assert timing.keys() == SPEED | SPLIT | {"evaluation_seconds", "compile_seconds", "total_seconds"}
+    parts = [timing[name] for name in (*SPLIT, "evaluation_seconds", "compile_seconds")]
+    assert all(seconds > 0 for seconds in parts) and sum(parts) < timing["total_seconds"]
+    for name in SPLIT:  # nothing of it falls between two lines
+        assert timing[name] == pytest.approx(sum(line[name] for line in lines), rel=1e-6)
+    assert memory.keys() == HOST | {"state_bytes", "argument_bytes", "temporary_bytes"}
+    assert memory["state_bytes"] == pytest.approx(3 * 4 * parameter_counts(tiny_config()).total, rel=0.02)
 
 
 def test_loss_goes_down():
@@ -141,8 +162,8 @@ def test_killed_run_ends_as_an_uninterrupted_one(accumulate):
     (lines, validations), (killed_lines, killed_validations) = read_metrics(whole), read_metrics(killed)
     assert [line["step"] for line in killed_lines] == LOGGED
     for line, killed_line in zip(lines, killed_lines, strict=True):
-        assert line | {"tokens_per_second": 0} == killed_line | {"tokens_per_second": 0}
-    assert validations == killed_validations
+        assert computed(line) == computed(killed_line)
+    assert [computed(line) for line in validations] == [computed(line) for line in killed_validations]
 
 
 def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
@@ -176,7 +197,7 @@ def test_every_kind_trains(kind):
     config = kind_config(kind)
     lines, validations = read_metrics(workdir)
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert all(line.keys() == (LINE if kind == "dense" else EXPERT_LINE) for line in lines)
+    assert all(computed(line).keys() == (LINE if kind == "dense" else EXPERT_LINE) for line in lines)
     assert lines[-1]["nll"] < lines[0]["nll"] - 0.3
     for line in lines:
         aux, entropy = line["aux_loss"], line.get("confidence_entropy", 0)

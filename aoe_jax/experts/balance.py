@@ -75,11 +75,15 @@ def balance_loss(load, mean_probability):
 
 
 def load_entropy(load):
-    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]`; at most log n, reached in perfect balance."""
-    share = load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1e-9)
-    return -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0), axis=-1)
+    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]`; at most log n, reached in perfect balance.
+
+    Of arrays of JAX or of NumPy, which then stay on the host.
+    """
+    xp = load.__array_namespace__()
+    share = load / xp.maximum(load.sum(axis=-1, keepdims=True), 1e-9)
+    return -xp.sum(xp.where(share > 0, share * xp.log(xp.where(share > 0, share, 1)), 0), axis=-1)
 
 
 def load_spread(load):
-    """Sum over layers of the largest minus the smallest load: `[L, n] -> []`."""
-    return jnp.sum(load.max(axis=-1) - load.min(axis=-1))
+    """Sum over layers of the largest minus the smallest load: `[L, n] -> []`, of JAX or of NumPy."""
+    return (load.max(axis=-1) - load.min(axis=-1)).sum()

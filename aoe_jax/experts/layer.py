@@ -66,15 +66,18 @@ def _norms_of_round(transport, n_slots, plan, number, args):
 def _output_of_round(transport, gate, plan, number, args):
     """What a round's rows add to the tokens."""
     x, slot_weight, w = args
-    round = transport.round(plan, number)
-    rows, groups = transport.dispatch(x, round), transport.groups(round)
-    pre_activations, _ = gate(rows, round, groups, w)
+    with jax.named_scope("dispatch"):
+        round = transport.round(plan, number)
+        rows = transport.dispatch(x, round)
+    with jax.named_scope("experts"):
+        pre_activations, _ = gate(rows, round, transport.groups(round), w)
     return _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
 
 
 def _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, n_tokens):
-    row_weight = transport.row_values(slot_weight, round)
-    rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.groups(round))
+    with jax.named_scope("experts"):
+        row_weight = transport.row_values(slot_weight, round)
+        rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.groups(round))
     with jax.named_scope("combine"):
         return transport.combine(rows, round, n_tokens)
 
@@ -145,9 +148,10 @@ class _ExpertsModule(nn.Module):
 
         def experts(x, slot_weight, weights):
             # Cast here, where it is computed again: a cast copy of all weights is not kept, nor are whole ones.
-            w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
-            x = transport.gather(x)
+            with jax.named_scope("experts"):
+                w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
             with jax.named_scope("dispatch"):
+                x = transport.gather(x)
                 round = transport.round(plan, 0)
                 rows = transport.dispatch(x, round)
             with jax.named_scope("experts"):
@@ -157,10 +161,11 @@ class _ExpertsModule(nn.Module):
                     of_round = partial(_norms_of_round, transport, n_slots)
                     norms = transports.sum_over_rounds(of_round, norms, n_rounds, plan, (x, w["w_down"]))
                     slot_weight = selection.weigh_chosen(assignment, transport.complete(norms)).weight
-                y = _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
-                of_round = partial(_output_of_round, transport, gate)
-                y = transports.sum_over_rounds(of_round, y, n_rounds, plan, (x, slot_weight, w))
-            return transport.scatter(y)
+            y = _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
+            of_round = partial(_output_of_round, transport, gate)
+            y = transports.sum_over_rounds(of_round, y, n_rounds, plan, (x, slot_weight, w))
+            with jax.named_scope("combine"):
+                return transport.scatter(y)
 
         if self.recompute:
             experts = jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
@@ -249,6 +254,7 @@ class DenseLayer(_ExpertsModule):
     def process(self, devices, x, token_weights, selection_bias, weights):
         """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
 
+        @jax.named_scope("experts")
         def expert(x, weights):
             w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
             return weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]

@@ -87,7 +87,8 @@ class Decoder(nn.Module):
         Returns:
           `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over layers.
         """
-        x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
+        with jax.named_scope("embed"):
+            x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
         x, stats = self.layers(x, segment_ids, token_weights, selection_bias)
         return self.final_norm(x), stats
 

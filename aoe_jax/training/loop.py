@@ -41,9 +41,11 @@ from aoe_jax.training.checkpoint import (
     write_json,
 )
 from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
+from aoe_jax.training.profile import Profile, Window
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
+from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,13 @@ def log_run(config: Config):
         log.warning("%s", EXPERT_CHOICE_WARNING)
 
 
-def train(config: Config, workdir: Path, stop: StopRequests | None = None):
+def train(
+    config: Config,
+    workdir: Path,
+    stop: StopRequests | None = None,
+    profile: Window | None = None,
+    wandb_project: str | None = None,
+):
     """Trains, or goes on from the newest checkpoint of `workdir`.
 
     Writes `config.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`, `checkpoints/`, `tokenizer.json` and, at the
@@ -75,6 +83,8 @@ def train(config: Config, workdir: Path, stop: StopRequests | None = None):
       config: the run.
       workdir: its directory.
       stop: the requests to heed; None: there are none.
+      profile: steps to trace into `profile/`.
+      wandb_project: a project of Weights & Biases that is sent the figures; it keeps its files in `wandb/`.
 
     Returns:
       The summary.
@@ -88,8 +98,10 @@ def train(config: Config, workdir: Path, stop: StopRequests | None = None):
     mesh = make_mesh(filled, jax.devices())
     heartbeat = Heartbeat(workdir) if jax.process_index() == 0 else NoHeartbeat()
     try:
-        with jax.set_mesh(mesh), contextlib.ExitStack() as lock:
-            return _train(filled, config, workdir, mesh, stop or StopRequests(), heartbeat, lock)
+        with jax.set_mesh(mesh), contextlib.ExitStack() as held:
+            return _train(
+                filled, config, workdir, mesh, stop or StopRequests(), profile, wandb_project, heartbeat, held
+            )
     except BaseException as e:
         heartbeat.beat(_LAST_STATUS.get(type(e), "failed"))
         if heartbeat.step is not None:
@@ -142,35 +154,37 @@ class _Run:
                 yield batch
 
         try:
-            result = evaluate(
-                self.eval_step,
-                state.params,
-                state.selection_bias,
-                batches(),
-                partial(put_batch, batch_sharding(self.mesh)),
-                self.corpus.validation.text_bytes,
-            )
+            with self.telemetry.clock("evaluation"):
+                result = evaluate(
+                    self.eval_step,
+                    state.params,
+                    state.selection_bias,
+                    batches(),
+                    partial(put_batch, batch_sharding(self.mesh)),
+                    self.corpus.validation.text_bytes,
+                )
         except _ValidationStopped:
             return None
-        self.telemetry.evaluation(step, result.nll, result.bits_per_byte)
+        self.telemetry.evaluation(step, result)
         return result
 
     def save(self, step, state, validation, validated=True):
         """Saves in the background; `validation`: that of this step, if there was one."""
         self.heartbeat.beat("saving", step)
         progress = Progress(**{name: float(value) for name, value in self.last.items()}, validated=validated)
-        self.checkpoints.save(step, state, self.data_state(), progress, validation.nll if validation else None)
+        with self.telemetry.clock("checkpoint"):
+            self.checkpoints.save(step, state, self.data_state(), progress, validation.nll if validation else None)
 
 
 class _ValidationStopped(Exception):
     """The run is asked to stop."""
 
 
-def _train(config, given, workdir, mesh, stop, heartbeat, lock):
+def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat, held):
     started, is_main, steps = time.perf_counter(), jax.process_index() == 0, config.train.steps
     check_workdir(workdir, config)
     if is_main and workdir.exists():
-        lock.enter_context(locked_workdir(workdir))
+        held.enter_context(locked_workdir(workdir))
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus.directory)
@@ -191,6 +205,10 @@ def _train(config, given, workdir, mesh, stop, heartbeat, lock):
         raise UserError(
             f"config.train.steps={steps}: {workdir} is already at step {newest}; raise it to go on, or use another --workdir"
         )
+    if window:
+        window.check(newest, steps)
+    if wandb_project is not None:
+        check_wandb(workdir, wandb_project)
     rows = rows_of_process(batch_sharding(mesh), config.train.batch_size, jax.process_index())
     data = iter(train_batches(corpus.train, config.data.seq_len, config.train.batch_size, config.train.seed, rows))
 
@@ -209,37 +227,38 @@ def _train(config, given, workdir, mesh, stop, heartbeat, lock):
         new = not workdir.exists()
         claim_workdir(workdir, given, corpus.directory)
         if new:
-            lock.enter_context(locked_workdir(workdir))
+            held.enter_context(locked_workdir(workdir))
         heartbeat.start()
         summary_file.unlink(missing_ok=True)
         pending_summary.unlink(missing_ok=True)
 
+    validated = progress is None or progress.validated
+    telemetry = (Telemetry if is_main else NoTelemetry)(workdir, config, first_step, validated, wandb_project)
+    held.enter_context(contextlib.closing(telemetry))
+    profile = Profile(workdir / "profile", window if is_main else None)
     put = partial(put_batch, batch_sharding(mesh), rows=rows, n_rows=config.train.batch_size)
     batch = put(next(data))
     heartbeat.beat("compiling", first_step)
-    compile_started = time.perf_counter()
-    train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
-    train_step = train_step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - compile_started
-    log.info("compiled the train step in %.1f s", compile_seconds)
+    with telemetry.clock("compile"):
+        train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
+        train_step = train_step.lower(state, batch).compile()
 
-    tokens_per_step = config.train.batch_size * config.data.seq_len
-    validated = progress is None or progress.validated
     run = _Run(
         config,
         mesh,
         corpus,
         data.get_state,
         Checkpoints(workdir, config.checkpoint),
-        (Telemetry if is_main else NoTelemetry)(workdir, first_step, steps, tokens_per_step, validated),
+        telemetry,
         Health(config.train.max_skipped, config.train.batch_size),
         heartbeat,
         stop,
         jax.jit(make_eval_step(config), out_shardings=everywhere),
         progress and {"loss": progress.loss, "nll": progress.nll},
     )
-    loop_started = time.perf_counter()
-    with jax.transfer_guard("disallow"), stop.between_steps(several=jax.process_count() > 1):
+    telemetry.start(state, train_step)
+    held.enter_context(stop.between_steps(several=jax.process_count() > 1))
+    with jax.transfer_guard("disallow"):
         validation = None
         if not validated:
             validation = run.validate(first_step, state)
@@ -247,7 +266,7 @@ def _train(config, given, workdir, mesh, stop, heartbeat, lock):
                 raise stop.end(f"at step {first_step}, which is saved; the same command goes on from there")
         unreported = None  # (step, metrics), taken in while the next step runs
         for step in range(first_step + 1, steps + 1):
-            state, metrics = train_step(state, batch)
+            state, metrics = profile.run(step, train_step, state, batch)
             if unreported:
                 run.report(*unreported)
             unreported = step, metrics
@@ -266,14 +285,13 @@ def _train(config, given, workdir, mesh, stop, heartbeat, lock):
             if saving and not run.health.skipping:
                 run.save(step, state, validation)
             if not last:
-                batch = put(next(data))
-    loop_seconds = time.perf_counter() - loop_started
-    run.telemetry.close()
+                with telemetry.clock("input"):
+                    batch = put(next(data))
 
     summary = {
         "metrics": {
             "step": steps,
-            "tokens": steps * tokens_per_step,
+            "tokens": steps * config.train.batch_size * config.data.seq_len,
             "train_loss": float(run.last["loss"]),
             "train_nll": float(run.last["nll"]),
             "validation_nll": validation.nll,
@@ -281,11 +299,8 @@ def _train(config, given, workdir, mesh, stop, heartbeat, lock):
             "validation_bits_per_byte": validation.bits_per_byte,
         },
         "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
-        "timing": {
-            "tokens_per_second": (steps - first_step) * tokens_per_step / loop_seconds,
-            "compile_seconds": compile_seconds,
-            "total_seconds": time.perf_counter() - started,
-        },
+        "timing": telemetry.timing() | {"total_seconds": time.perf_counter() - started},
+        "memory": telemetry.memory(),
     }
     if is_main:  # before the checkpoint, as are the metrics: a run that has it lacks nothing
         write_json(pending_summary, summary)

@@ -62,8 +62,9 @@ def training_loss(config: Config, params, selection_bias, batch):
     """Mean nll plus the balance losses, and what is reported of them."""
     nll, stats = sequence_nll(config, params, selection_bias, batch)
     nll = nll / jnp.maximum(batch["weights"].sum(), 1)
-    aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
-    confidence_entropy = stats.confidence_entropy.mean()
+    with jax.named_scope("balance"):
+        aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
+        confidence_entropy = stats.confidence_entropy.mean()
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
     return loss, {
         "loss": loss,
@@ -105,7 +106,8 @@ def make_train_step(config: Config):
 
     def train_step(state, batch):
         grads, metrics = mean_gradient(state.params, state.selection_bias, batch)
-        grad_norm = optax.tree.norm(grads)
+        with jax.named_scope("update"):
+            grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def updated(new, old):
@@ -118,13 +120,15 @@ def make_train_step(config: Config):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = updated(optax.apply_updates(state.params, updates), state.params)
             opt_state = updated(opt_state, state.opt_state)
+            metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(params)}
         bias = state.selection_bias
         if bias is not None:
-            new_bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
-            bias = updated(new_bias, bias)
+            with jax.named_scope("balance"):
+                new_bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
+                bias = updated(new_bias, bias)
         skipped = state.skipped + ~finite
         metrics |= {
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm,  # before clipping
             "learning_rate": schedule(state.step),
             "finite": finite,
             "skipped": skipped,

@@ -1,119 +1,286 @@
-"""What a run says while it runs: one readable line, `metrics.jsonl` and TensorBoard files."""
+"""What a run says while it runs: speed, utilisation, memory, where time goes, and how the experts fare.
 
-import json
+Figures are measured here and go, as one readable line and to the writers of `writers.py`, every `train.log_every` steps.
+L layers, n experts.
+"""
+
+import contextlib
 import logging
-import math
-import os
 import time
+from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from aoe_jax.config import Config
+from aoe_jax.counts import training_flops_per_token
+from aoe_jax.hardware import peak_flops_per_device
+from aoe_jax.training.memory import device_memory, host_memory, program_memory
+from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
 
+# What is measured and not computed: the keys of a line in which two runs of the same steps differ.
+MEASURED_KEYS = {
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "flops_per_second_per_device",  # useful ones, see `counts.training_flops_per_token`
+    "mfu",
+    "input_seconds",
+    "checkpoint_seconds",
+    "compute_seconds",
+    "validation_seconds",
+    "host_memory_bytes",
+    "host_memory_peak_bytes",
+    "device_memory_bytes",
+    "device_memory_peak_bytes",
+}
+_IN_SPEED = ("input", "checkpoint")  # what the clocks of a training step may show; other clocks count in no speed
+_SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
 
-def _scalars(metrics):
-    """Host metrics of a step as plain numbers; per-layer and per-expert arrays stay with TensorBoard."""
+
+def expert_scalars(metrics):
+    """Of host metrics of a step, one number each: means over layers, but `load_spread`, a sum. A dense model has none."""
     load = metrics["load"]
-    scalars = {k: float(metrics[k]) for k in ("loss", "nll", "aux_loss", "grad_norm", "learning_rate")}
-    scalars["skipped"] = int(metrics["skipped"])
-    if load.shape[-1] > 1:
-        scalars |= {
-            "load_entropy": float(np.mean(metrics["load_entropy"])),
-            "load_spread": float(metrics["load_spread"]),
-            "confidence_entropy": float(np.mean(metrics["confidence_entropy"])),
-            "experts_per_token": float(np.mean(load.sum(axis=-1))),
+    if load.shape[-1] == 1:
+        return {}
+    return {
+        "load_entropy": float(np.mean(metrics["load_entropy"])),
+        "load_spread": float(metrics["load_spread"]),
+        "confidence_entropy": float(np.mean(metrics["confidence_entropy"])),
+        "experts_per_token": float(np.mean(load.sum(axis=-1))),
+    }
+
+
+def layer_figures(metrics, kind):
+    """Of host metrics of a step, one number a layer: name -> `[L]`. A dense model has none.
+
+    `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance), `dead_experts` (those with
+    no token in the batch), and the mean over experts of their mean norms (AoE) or logits (router).
+    """
+    load = metrics["load"]
+    if load.shape[-1] == 1:
+        return {}
+    return {
+        "load_entropy": metrics["load_entropy"],
+        "load_max_over_mean": load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9),
+        "dead_experts": (load == 0).sum(axis=-1),
+        "confidence_entropy": metrics["confidence_entropy"],
+        _score_name(kind): metrics["mean_score"].mean(axis=-1),
+    }
+
+
+def _by_expert(metrics, kind):
+    """Of host metrics of a step, one number an expert and layer: name -> `[L, n]`. A dense model has none."""
+    if metrics["load"].shape[-1] == 1:
+        return {}
+    return {"load": metrics["load"], _score_name(kind): metrics["mean_score"]}
+
+
+def _score_name(kind):
+    return "mean_norm" if kind == "aoe" else "mean_logit"
+
+
+class Speed:
+    """Speed and utilisation of a configuration on the devices of this run.
+
+    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, whatever the dtype of computation: a float32
+    run is held against the same peak. Where the chip isn't known there is no MFU, and that is said once.
+    """
+
+    def __init__(self, config: Config):
+        """Looks up the peak of the devices."""
+        devices = jax.devices()
+        self.tokens_per_step = config.train.batch_size * config.data.seq_len
+        self._flops_per_token, self._n_devices = training_flops_per_token(config), len(devices)
+        self._peak = peak_flops_per_device(devices)
+        if self._peak is None:
+            log.info("no MFU: the peak of %r isn't known, see hardware.PEAK_FLOPS", devices[0].device_kind)
+
+    def figures(self, n_steps, seconds):
+        """Of `n_steps` that took `seconds`."""
+        tokens = n_steps * self.tokens_per_step / seconds
+        flops = self._flops_per_token * tokens / self._n_devices
+        figures = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / self._n_devices,
+            "flops_per_second_per_device": flops,
         }
-    return scalars
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return figures | ({"mfu": flops / self._peak} if self._peak else {})
 
 
 class Telemetry:
-    """Writes a run's metrics; lines of steps after `start_step`, left by a run that was cut off, are dropped."""
+    """Measures a run and writes its figures: one in the first process.
 
-    def __init__(self, workdir: Path, start_step, total_steps, tokens_per_step, validated=True):
-        """Opens the files for a run that goes on from `start_step`; `validated`: whether its validation is done."""
-        self._path = workdir / "metrics.jsonl"
-        self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _belongs(line, start_step, validated)]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self._path)
-        self._file = self._path.open("a")
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._last_step, self._last_time = start_step, time.perf_counter()
+    `start` begins the time that counts; from then on it is split into `input`, in which the loop waits for the next batch,
+    `checkpoint`, in which saving holds it up, and `compute`, all the rest. Devices compute while the loop waits, so what
+    waiting costs is at most its seconds. Evaluation is reported by itself and counts in no speed.
+    """
+
+    def __init__(self, workdir: Path, config: Config, start_step, validated=True, wandb_project=None):
+        """Opens the files for a run that goes on from `start_step`; `validated`: whether its validation is done.
+
+        Raises:
+          UserError: Weights & Biases, where a project is named, can't be reached; see `writers.Wandb`.
+        """
+        self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
+        self._writers = [JsonLines(workdir / "metrics.jsonl", start_step, validated), self._tensorboard]
+        if wandb_project is not None:
+            self._writers.append(Wandb(workdir, wandb_project, config.to_dict()))
+        self._total_steps, self._kind = config.train.steps, config.experts.kind
+        self._speed = Speed(config)
+        self._program = {}
+        self._start_step = self._last_step = start_step
+        self._last_time = time.perf_counter()
+        self._interval, self._total = Counter(), Counter()  # seconds by clock, since the last line and of the run
+
+    @contextlib.contextmanager
+    def clock(self, name):
+        """Counts the time within as that of `input`, `checkpoint`, `evaluation` or `compile`; traces show its name."""
+        started = time.perf_counter()
+        try:
+            with jax.profiler.TraceAnnotation(name):
+                yield
+        finally:
+            self._interval[name] += time.perf_counter() - started
+
+    def start(self, state, step):
+        """Begins the time that counts; takes the train state and the compiled step, see `memory.program_memory`."""
+        self._program = program_memory(state, step)
+        log.info(
+            "compiled the train step in %.1f s; memory of a device: state %s, a step %s more",
+            self._interval["compile"],
+            *(_bytes(self._program[name]) for name in ("state_bytes", "temporary_bytes")),
+        )
+        self._total["compile"] += self._interval["compile"]
+        self._interval, self._last_time = Counter(), time.perf_counter()
 
     def train(self, step, metrics):
         """Reports host metrics of training step `step`; call it every `log_every` steps."""
-        now = time.perf_counter()
-        seconds_per_step = (now - self._last_time) / max(step - self._last_step, 1)
-        self._last_step, self._last_time = step, now
-        scalars = _scalars(metrics)
-        tokens_per_second = self._tokens_per_step / seconds_per_step
-        self._write(step, {**scalars, "tokens_per_second": tokens_per_second}, "train")
-        for layer, norms in enumerate(metrics["mean_score"]):
-            if np.isfinite(norms).all():
-                self._writer.add_histogram(f"experts/mean_score/layer_{layer}", norms, step)
+        n_steps, split = self._end_interval(step)
+        speed = self._speed.figures(n_steps, sum(split.values()))
+        scalars = {name: float(metrics[name]) for name in _SCALARS} | {"skipped": int(metrics["skipped"])}
+        scalars |= expert_scalars(metrics)
+        measured = speed | {f"{name}_seconds": s for name, s in split.items()} | host_memory() | device_memory()
+        by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
+        self._write(step, "train", scalars | measured, by_layer, by_expert)
         balance = ""
         if "load_entropy" in scalars:
-            n_experts = metrics["load"].shape[-1]
-            balance = f" | load entropy {scalars['load_entropy']:.3f} of {np.log(n_experts):.3f}"
+            balance = f" | load entropy {scalars['load_entropy']:.3f} of {np.log(metrics['load'].shape[-1]):.3f}"
         log.info(
-            "step %d/%d | loss %.4f | nll %.4f%s | %s tokens/s | %s left",
+            "step %d/%d | loss %.4f | nll %.4f%s | %s | %s | %s left",
             step,
             self._total_steps,
             scalars["loss"],
             scalars["nll"],
             balance,
-            f"{tokens_per_second:,.0f}",
-            _clock(seconds_per_step * (self._total_steps - step)),
+            _speed_in_words(speed),
+            _split_in_words(split),
+            _duration(sum(split.values()) / n_steps * (self._total_steps - step)),
         )
 
-    def evaluation(self, step, nll, bits_per_byte):
-        """Reports a validation result; the time it took counts in no training speed."""
-        self._write(step, {"validation_nll": nll, "validation_bits_per_byte": bits_per_byte}, "validation")
-        log.info("step %d/%d | validation nll %.4f | bits per byte %.4f", step, self._total_steps, nll, bits_per_byte)
-        self._last_time = time.perf_counter()
+    def _end_interval(self, step):
+        """`(steps, seconds by part)` since the last line; evaluation and its like are left out."""
+        now = time.perf_counter()
+        split = {name: self._interval[name] for name in _IN_SPEED}
+        others = self._interval.total()
+        split["compute"] = max(now - self._last_time - others, 1e-9)
+        n_steps = max(step - self._last_step, 1)
+        self._total += self._interval + Counter({"compute": split["compute"]})
+        self._interval, self._last_step, self._last_time = Counter(), step, now
+        return n_steps, split
 
-    def _write(self, step, scalars, group):
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._writer.add_scalar(f"{group}/{name.removeprefix(group + '_')}", value, step)
+    def evaluation(self, step, result):
+        """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it found, drawn."""
+        scalars = {"validation_nll": result.nll, "validation_bits_per_byte": result.bits_per_byte}
+        self._write(step, "validation", scalars | {"validation_seconds": self._interval["evaluation"]}, {}, {})
+        log.info(
+            "step %d/%d | validation nll %.4f | bits per byte %.4f | in %s",
+            step,
+            self._total_steps,
+            result.nll,
+            result.bits_per_byte,
+            _duration(self._interval["evaluation"]),
+        )
+        if self._kind != "dense":
+            with self.clock("evaluation"):
+                from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics  # matplotlib takes half a second
+
+                statistics = load_statistics(result.stats, self._kind)
+                figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
+                self._tensorboard.draw(step, "experts/load", figure)
+
+    def _write(self, *figures):
+        for writer in self._writers:
+            writer.write(*figures)
+
+    def timing(self):
+        """Speed of the whole run, and its seconds by part: the group `timing` of `summary.json`."""
+        total = self._total + self._interval
+        n_steps, seconds = self._last_step - self._start_step, sum(total[name] for name in (*_IN_SPEED, "compute"))
+        names = ("input", "checkpoint", "compute", "evaluation", "compile")
+        return self._speed.figures(n_steps, max(seconds, 1e-9)) | {f"{name}_seconds": total[name] for name in names}
+
+    def memory(self):
+        """The group `memory` of `summary.json`: what a device needs, and what this process and its devices hold."""
+        return self._program | host_memory() | device_memory()
 
     def close(self):
         """Flushes and closes the files."""
-        self._file.close()
-        self._writer.close()
+        for writer in self._writers:
+            writer.close()
 
 
 class NoTelemetry:
-    """In processes other than the first."""
+    """In processes other than the first: does nothing of it all."""
 
     def __init__(self, *_):
         """As `Telemetry`."""
 
+    def clock(self, name):
+        """Counts nothing."""
+        return contextlib.nullcontext()
+
+    def start(self, state, step):
+        """Begins nothing."""
+
     def train(self, step, metrics):
         """Reports nothing."""
 
-    def evaluation(self, step, nll, bits_per_byte):
+    def evaluation(self, step, result):
         """Reports nothing."""
+
+    def timing(self):
+        """Nothing was measured."""
+        return {}
+
+    def memory(self):
+        """Nothing was measured."""
+        return {}
 
     def close(self):
         """Closes nothing."""
 
 
-def _belongs(line, start_step, validated):
-    try:
-        line = json.loads(line)
-        return line["step"] < start_step + (validated or "validation_nll" not in line)
-    except (ValueError, KeyError, TypeError):  # the half line of a killed run
-        return False
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _bytes(count):
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _speed_in_words(speed):
+    words = (
+        f"{speed['tokens_per_second']:,.0f} tokens/s, a device {speed['tokens_per_second_per_device']:,.0f} and "
+        f"{speed['flops_per_second_per_device'] / 1e12:.3g} TFLOP/s"
+    )
+    return words + (f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else "")
+
+
+def _split_in_words(split):
+    total = sum(split.values())
+    return ", ".join(f"{name} {100 * split[name] / total:.1f}%" for name in _IN_SPEED)

