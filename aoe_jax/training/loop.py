@@ -12,7 +12,7 @@ import jax
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.data import open_corpus
-from aoe_jax.data.pipeline import eval_batches, train_batches
+from aoe_jax.data.pipeline import train_batches
 from aoe_jax.distributed import agree, barrier
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
@@ -74,13 +74,13 @@ def _train(config, given, workdir, mesh):
     check_workdir(workdir, config)
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(workdir, corpus.directory)
+    check_data(workdir, corpus)
 
     earlier = Checkpoints(workdir)
     first_step = earlier.latest_step() or 0
     summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
     lacks_summary = first_step == config.train.steps and pending_summary.exists()  # stopped after its last checkpoint
-    agree("the step, configuration or data", f"{first_step} {lacks_summary} {config} {corpus.directory.name}")
+    agree("the step, configuration or data", f"{first_step} {lacks_summary} {config} {corpus.identities}")
     if lacks_summary:
         if is_main:
             os.replace(pending_summary, summary_file)
@@ -95,10 +95,12 @@ def _train(config, given, workdir, mesh):
     data = iter(
         train_batches(
             corpus.train,
+            corpus.weights,
             config.data.seq_len,
             config.train.batch_size,
             config.train.seed,
             rows,
+            config.data.loss_mask,
         )
     )
 
@@ -114,7 +116,7 @@ def _train(config, given, workdir, mesh):
         state = jax.jit(new_state, out_shardings=shardings)()
     earlier.close()
     if is_main:
-        claim_workdir(workdir, given, corpus.directory)
+        claim_workdir(workdir, given, corpus)
         summary_file.unlink(missing_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint)
 
@@ -128,11 +130,9 @@ def _train(config, given, workdir, mesh):
     eval_step = jax.jit(make_eval_step(config), out_shardings=everywhere)
 
     def validate(state):
-        batches = eval_batches(
-            corpus.validation, config.data.seq_len, config.train.batch_size // config.train.accumulate
-        )
-        put_all = partial(put_batch, batch_sharding(mesh))
-        return evaluate(eval_step, state.params, state.selection_bias, batches, put_all, corpus.validation.text_bytes)
+        score = partial(eval_step, state.params, state.selection_bias)
+        n_rows = config.train.batch_size // config.train.accumulate
+        return evaluate(score, corpus.validation, config.data.seq_len, n_rows, partial(put_batch, batch_sharding(mesh)))
 
     tokens_per_step = config.train.batch_size * config.data.seq_len
     kind = Telemetry if is_main else NoTelemetry
@@ -154,7 +154,7 @@ def _train(config, given, workdir, mesh):
                 logged = None
             if validating:
                 result = validate(state)
-                telemetry.evaluation(step, result.nll, result.bits_per_byte)
+                telemetry.evaluation(step, result)
             if checkpoints.due(step):
                 checkpoints.save(step, state, data)
             batch = put(next(data))
@@ -162,7 +162,7 @@ def _train(config, given, workdir, mesh):
     telemetry.train(logged[0], last_metrics)
     loop_seconds = time.perf_counter() - loop_started
     result = validate(state)
-    telemetry.evaluation(config.train.steps, result.nll, result.bits_per_byte)
+    telemetry.evaluation(config.train.steps, result)
     telemetry.close()
 
     summary = {
@@ -171,9 +171,8 @@ def _train(config, given, workdir, mesh):
             "tokens": config.train.steps * tokens_per_step,
             "train_loss": float(last_metrics["loss"]),
             "train_nll": float(last_metrics["nll"]),
-            "validation_nll": result.nll,
             "validation_perplexity": result.perplexity,
-            "validation_bits_per_byte": result.bits_per_byte,
+            **{f"validation_{name}": value for name, value in result.figures().items()},
         },
         "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
         "timing": {

@@ -73,10 +73,10 @@ class Telemetry:
             _clock(seconds_per_step * (self._total_steps - step)),
         )
 
-    def evaluation(self, step, nll, bits_per_byte):
-        """Reports a validation result; the time it took counts in no training speed."""
-        self._write(step, {"validation_nll": nll, "validation_bits_per_byte": bits_per_byte}, "validation")
-        log.info("step %d/%d | validation nll %.4f | bits per byte %.4f", step, self._total_steps, nll, bits_per_byte)
+    def evaluation(self, step, result):
+        """Reports an `Evaluation` of the validation split; the time it took counts in no training speed."""
+        self._write(step, {f"validation_{name}": value for name, value in result.figures().items()}, "validation")
+        log.info("step %d/%d | validation %s", step, self._total_steps, result)
         self._last_time = time.perf_counter()
 
     def _write(self, step, scalars, group):
@@ -100,7 +100,7 @@ class NoTelemetry:
     def train(self, step, metrics):
         """Reports nothing."""
 
-    def evaluation(self, step, nll, bits_per_byte):
+    def evaluation(self, step, result):
         """Reports nothing."""
 
     def close(self):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from aoe_jax.evaluation.perplexity import Evaluation
 from aoe_jax.training.telemetry import Telemetry
 
 LAYERS, EXPERTS, TOKENS = 2, 4, 1000
@@ -26,6 +27,11 @@ def metrics_of(step, experts=EXPERTS):
         "confidence_entropy": np.array([0.5, 0.7], np.float32),
         "mean_score": np.linspace(0, 1, LAYERS * experts, dtype=np.float32).reshape(LAYERS, experts),
     }
+
+
+def evaluation_of(nll, bits_per_byte, **sources):
+    """Of a thousand tokens."""
+    return Evaluation(1000 * nll, 1000, 1000 * nll / math.log(2) / bits_per_byte, None, sources)
 
 
 def lines(workdir):
@@ -49,7 +55,7 @@ def events(workdir):
 def test_lines_and_events_hold_the_metrics(tmp_path):
     telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
     telemetry.train(5, metrics_of(5))
-    telemetry.evaluation(10, 3.5, 1.25)
+    telemetry.evaluation(10, evaluation_of(3.5, 1.25))
     telemetry.close()
     train, validation = lines(tmp_path)
     assert train.pop("tokens_per_second") > 0
@@ -67,11 +73,28 @@ def test_lines_and_events_hold_the_metrics(tmp_path):
             "experts_per_token": 2,
         }
     )
-    assert validation == {"step": 10, "validation_nll": 3.5, "validation_bits_per_byte": 1.25}
+    assert validation == pytest.approx({"step": 10, "validation_nll": 3.5, "validation_bits_per_byte": 1.25})
     found = events(tmp_path)
     assert found["train/loss", 5] == 5 and found["train/load_spread", 5] == 0.25
     assert found["validation/nll", 10] == 3.5 and found["validation/bits_per_byte", 10] == 1.25
     assert all(("experts/mean_score/layer_" + str(layer), 5) in found for layer in range(LAYERS))
+
+
+def test_sources_have_figures_of_their_own(tmp_path):
+    telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
+    telemetry.evaluation(10, evaluation_of(3.0, 2.0, books=evaluation_of(2.0, 1.0), news=evaluation_of(4.0, 3.0)))
+    telemetry.close()
+    figures = {
+        "nll": 3,
+        "bits_per_byte": 2,
+        "nll/books": 2,
+        "bits_per_byte/books": 1,
+        "nll/news": 4,
+        "bits_per_byte/news": 3,
+    }
+    assert lines(tmp_path) == [pytest.approx({"step": 10} | {f"validation_{name}": v for name, v in figures.items()})]
+    found = events(tmp_path)
+    assert {name: found[f"validation/{name}", 10] for name in figures} == pytest.approx(figures)
 
 
 def test_dense_model_has_no_balance(tmp_path):
@@ -87,7 +110,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
     for step in (2, 4, 6):
         telemetry.train(step, metrics_of(step))
-    telemetry.evaluation(6, 3.0, 1.0)
+    telemetry.evaluation(6, evaluation_of(3.0, 1.0))
     telemetry.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # the half line of a killed run
@@ -112,7 +135,7 @@ def test_speed_is_per_step_and_without_evaluation(tmp_path):
     time.sleep(0.2)
     telemetry.train(4, metrics_of(4))
     time.sleep(0.5)
-    telemetry.evaluation(4, 3.0, 1.0)
+    telemetry.evaluation(4, evaluation_of(3.0, 1.0))
     time.sleep(0.1)
     telemetry.train(6, metrics_of(6))
     telemetry.close()
@@ -124,7 +147,10 @@ def test_speed_is_per_step_and_without_evaluation(tmp_path):
 def test_numbers_keep_their_precision(tmp_path):
     telemetry = Telemetry(tmp_path, 0, 10, TOKENS)
     telemetry.train(1, metrics_of(1) | {"nll": np.float32(math.pi)})
-    telemetry.evaluation(1, math.e, 1.0)
+    telemetry.evaluation(1, evaluation_of(math.e, 1.0))
     telemetry.close()
     train, validation = lines(tmp_path)
-    assert np.float32(train["nll"]) == np.float32(math.pi) and validation["validation_nll"] == math.e
+    assert (
+        np.float32(train["nll"]) == np.float32(math.pi)
+        and validation["validation_nll"] == evaluation_of(math.e, 1.0).nll
+    )
