@@ -1,7 +1,6 @@
 """Batches of packed windows from one corpus or a mixture of several, read with Grain."""
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import SupportsIndex
@@ -80,7 +79,7 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return 2**48  # more than is ever read, and Grain computes with lengths as floating-point numbers
 
     def __getitem__(self, position: SupportsIndex) -> tuple[int, int]:
         """`(source, window of that source)`, as `grain.MapDataset.select_from_datasets` asks."""
