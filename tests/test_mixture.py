@@ -102,7 +102,7 @@ def test_damaged_shard_ends_a_run_where_it_comes_upon_it(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     settings = {"data__path": str(write_texts(folder, count=1000)), "data__cache": str(tmp_path / "cache")}
-    settings |= {"train__eval_every": 0, "checkpoint__every": 1}
+    settings["train__eval_every"] = 0
     corpus = open_corpus(tiny_config(**settings).data, SETTINGS["model.vocab_size"])
     (shard,) = corpus.tokenizer.parent.glob("train-*.array_record")
     whole = shard.read_bytes()
