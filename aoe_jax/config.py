@@ -8,7 +8,9 @@ import math
 import os
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import ml_collections
 from ml_collections import config_dict
@@ -222,24 +224,118 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The corpus and how it is cut into sequences."""
+class SourceConfig:
+    """One corpus of `data.name`."""
 
-    name: str = "sotu"  # sotu | text | any TFDS name
-    path: str | None = None  # text: a folder of .txt files; TFDS: its data_dir
+    label: str  # what metrics call it; no two of a run have the same
+    name: str  # sotu | text | prepared | any TFDS name
+    path: str | None
+    weight: Fraction | None  # share of the tokens seen in training, in proportion to those of the others
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpora and how they are cut into sequences.
+
+    `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where SOURCE is `NAME` or
+    `NAME@PATH`. All have a weight, or none: then each counts by its size, so that one pass over the mixture is one over all.
+    """
+
+    name: str = "sotu"  # sotu | text | prepared | any TFDS name, or a mixture of them
+    # text: a folder of .txt files; prepared: a token store; TFDS: its data_dir. In a mixture each names its own with @PATH.
+    path: str | None = None
     cache: str = "~/.cache/aoe_jax"  # everything that is prepared once lies here
-    tokenizer: str | None = None  # a Hugging Face tokenizer.json; None: train byte-level BPE on the train split
+    # A Hugging Face tokenizer.json; None: that of the prepared stores, or byte-level BPE trained on the train splits.
+    tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
     seq_len: int = 256
     document_mask: bool = False  # attend within a document only
+    loss_mask: bool = False  # no training loss on the first token of a document, which nothing foretells
 
     def __post_init__(self):
-        _require(bool(self.name), "data.name", self.name, "name a corpus: sotu, text or a TFDS name")
-        _require(self.name != "text" or self.path, "data.path", self.path, "name the folder of .txt files")
+        sources = _parsed_sources(self.name)
+        _require(
+            self.path is None or (len(sources) == 1 and sources[0].path is None),
+            "data.path",
+            self.path,
+            f"leave it at None where data.name={self.name!r} names paths of its own, as NAME@PATH",
+        )
+        for source in sources:
+            folder = {"text": "folder of .txt files", "prepared": "folder of a token store"}.get(source.name)
+            if folder and not (source.path or self.path):
+                if len(sources) == 1:
+                    _require(False, "data.path", self.path, f"name the {folder}")
+                _require(False, "data.name", self.name, f"name the {folder} as {source.name}@FOLDER")
         _require_positive("data", self, "seq_len")
         object.__setattr__(self, "cache", os.path.abspath(os.path.expanduser(self.cache)))
+        object.__setattr__(self, "name", _mixture_in_words(sources))
         if self.path is not None:
-            object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))
+            object.__setattr__(self, "path", _absolute(self.path))
+
+    @property
+    def sources(self):
+        """The corpora in order, each with its path; `SourceConfig`s."""
+        sources = _parsed_sources(self.name)
+        if self.path is not None:
+            sources = [dataclasses.replace(sources[0], path=self.path)]
+        labels = [_label(source) for source in sources]
+        if len(set(labels)) < len(labels):
+            labels = [f"{number}-{label}" for number, label in enumerate(labels, 1)]
+        return tuple(dataclasses.replace(source, label=label) for source, label in zip(sources, labels, strict=True))
+
+    @property
+    def name_without_paths(self):
+        """`name` as a corpus keeps it when it moves."""
+        return _mixture_in_words([dataclasses.replace(source, path=None) for source in _parsed_sources(self.name)])
+
+
+def _parsed_sources(name):
+    """The corpora that `data.name` names, without labels."""
+
+    def require(condition, wanted):
+        _require(condition, "data.name", name, wanted)
+
+    sources = []
+    for entry in name.split(","):
+        source, equals, weight = entry.rpartition("=")
+        corpus, at, path = (source if equals else entry).strip().partition("@")
+        require(
+            bool(corpus),
+            "name a corpus: sotu, text, prepared or a TFDS name, in a mixture SOURCE=WEIGHT, SOURCE=WEIGHT",
+        )
+        require(not at or bool(path), f"{corpus}@ lacks its path")
+        try:
+            share = Fraction(weight.strip()) if equals else None
+        except (ValueError, ZeroDivisionError):
+            require(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
+        require(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
+        sources.append(SourceConfig("", corpus, _absolute(path) if at else None, share))
+    require(len({source.weight is None for source in sources}) == 1, "give every corpus a weight, or none of them")
+    twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
+    require(count == 1, f"{twice[0]} is named twice; name it once, with one weight")
+    return sources
+
+
+def _mixture_in_words(sources):
+    def in_words(source):
+        path = "" if source.path is None else f"@{source.path}"
+        return source.name + path + ("" if source.weight is None else f"={_number_in_words(source.weight)}")
+
+    return ", ".join(map(in_words, sources))
+
+
+def _number_in_words(number):
+    decimal = repr(float(number)).removesuffix(".0")
+    return decimal if Fraction(decimal) == number else str(number)
+
+
+def _label(source):
+    """The last part of the path, where that is what tells corpora apart, or the name."""
+    return os.path.basename(source.path) if source.name in ("text", "prepared") and source.path else source.name
+
+
+def _absolute(path):
+    return os.path.abspath(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config import Config
 from aoe_jax.data.corpora import load_corpus
+from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import read_config_json, read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
@@ -30,7 +31,12 @@ def main():
     workdir = Path(cli.required(_WORKDIR))
     data = Config.from_config_dict(read_config_json(workdir / "config.json")).data
     evaluation = read_json(workdir / "eval.json")
-    corpus = load_corpus(data.name, data.path, data.cache, data.text_field)
+    source = data.sources[0]
+    if len(data.sources) > 1 or source.name == "prepared":
+        raise UserError(
+            f"--workdir={workdir} was trained on data.name={data.name!r}; name a run on the text of one corpus"
+        )
+    corpus = load_corpus(source.name, source.path, data.cache, data.text_field)
     train = "".join(corpus.documents("train")).encode()
     held_out = "".join(corpus.documents(evaluation["split"])).encode()
     figures = {

@@ -74,7 +74,7 @@ def trained_model(config, workdir):
     if not (workdir / "summary.json").exists():
         train(config, workdir)
     corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(workdir, corpus.directory)
+    check_data(workdir, corpus)
     here = SingleDeviceSharding(jax.devices()[0])
     state = jax.eval_shape(lambda: init_state(config, config.train.seed))
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), state)
@@ -170,9 +170,9 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
 
     tokens_per_batch = config.train.batch_size * config.data.seq_len
-    batches = first_batches(corpus.validation, config, -(-_TOKENS.value // tokens_per_batch))
+    batches = first_batches(corpus.validation["sotu"], config, -(-_TOKENS.value // tokens_per_batch))
     inputs = layer_inputs(config, params, bias, batches)
-    train_inputs = layer_inputs(config, params, bias, first_batches(corpus.train, config, COVARIANCE_BATCHES))
+    train_inputs = layer_inputs(config, params, bias, first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES))
     covariance = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs) / sum(x.shape[1] for x in train_inputs)
     w_down = params["layers"]["experts"]["w_down"]
     ranks = effective_rank(jax.vmap(second_moments)(w_down, covariance)).mean(axis=1).tolist()

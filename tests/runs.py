@@ -18,6 +18,7 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event
 
 from aoe_jax.config import Config, default_config
+from aoe_jax.data import open_corpus
 from aoe_jax.data.locking import exclusive
 from tests.hasty import HASTY, xla_flags
 
@@ -131,7 +132,7 @@ def tiny_config(**changes):
 
 def train_command(workdir, **changes):
     """The command line that trains with these settings."""
-    overrides = [f"--config.{name}={value}" for name, value in settings(**changes).items()]
+    overrides = [f"--config.{name}={value}" for name, value in settings(**changes).items() if value is not None]
     return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
 
 
@@ -157,6 +158,24 @@ def finish(process):
 def run(command):
     """Runs a command line: `(exit status, stdout, stderr)`."""
     return finish(start(command))
+
+
+@shared
+def mixture():
+    """Settings of a run over two corpora with both masks: a prepared store of the texts, and a folder of other texts."""
+    other = write_texts(scratch("others"), count=20, seed=1)
+    text = open_corpus(tiny_config().data, SETTINGS["model.vocab_size"])
+    store = shutil.copytree(text.tokenizer.parent, scratch("stores") / "mine")
+    masks = {"data__document_mask": True, "data__loss_mask": True}
+    return {"data__name": f"prepared@{store}=0.75, text@{other}=0.25", "data__path": None, **masks}
+
+
+def damage(shard):
+    """Inverts some bytes in the middle of a file."""
+    content = bytearray(shard.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 100)
+    content[middle] = bytes(255 - byte for byte in content[middle])
+    shard.write_bytes(content)
 
 
 KINDS = {

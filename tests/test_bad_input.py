@@ -61,6 +61,13 @@ COMMAND_LINE = {
     "word for a switch": Mistake(
         wrong_config("model.tie_embeddings=maybe"), ["--config.model.tie_embeddings=maybe", "true or false"]
     ),
+    "weight that is no number": Mistake(
+        wrong_config("data.name=sotu=0.9, text@/a=much"),
+        ["config.data.name='sotu=0.9, text@/a=much'", "the weight 'much' of text@/a is no number"],
+    ),
+    "several corpora and one path": Mistake(
+        wrong_config("data.name=sotu, lm1b", "data.path=/a"), ["config.data.path='/a'", "NAME@PATH"]
+    ),
     "no value": Mistake(wrong_config("train.steps"), ["--config.train.steps", "Missing value"]),
     "unknown flag": Mistake(flags(CONFIG, "--foo"), ["--foo is no flag"]),
     "stray word": Mistake(flags(CONFIG, "extra"), ["'extra'", "--name=value"]),
@@ -151,6 +158,14 @@ TEXTS = {"data__path": "{here}/texts", "data__cache": "{here}/cache"}
 TRAIN, EVAL = "train", ["eval.py", "--workdir={workdir}"]
 RUNS = {
     "unknown data set": Mistake(TRAIN, ["data.name='lm1bb'", "lm1b"], changes={"data__name": "lm1bb"}),
+    "no token store": Mistake(
+        TRAIN,
+        ["'prepared' names {here}, which is no token store", "python -m aoe_jax.data.prepare"],
+        changes={"data__name": "prepared", "data__path": "{here}"},
+    ),
+    "no such corpus in a mixture": Mistake(
+        TRAIN, ["data.name='lm1bb'", "lm1b"], empty_texts, {"data__name": "lm1bb, sotu", "data__path": None}
+    ),
     "empty folder of texts": Mistake(TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS),
     "text that isn't UTF-8": Mistake(TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS),
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),

@@ -1,10 +1,13 @@
 """Validation names the field, the value and what would be right; Eq. 5 gives the paper's widths."""
 
 import dataclasses
+import json
+import os
+from fractions import Fraction
 
 import pytest
 
-from aoe_jax.config import Config, ExpertsConfig, default_config, matched_width
+from aoe_jax.config import Config, DataConfig, ExpertsConfig, SourceConfig, default_config, matched_width
 from aoe_jax.errors import UserError
 
 
@@ -86,7 +89,22 @@ BAD = {
     "balance.aux_tokens=0.0": ("balance", {"aux_tokens": 0.0}, "whole fraction"),
     "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "0 or greater"),
     "data.name=''": ("data", {"name": ""}, "sotu"),
-    "data.path=None": ("data", {"name": "text"}, "folder"),
+    "data.path=None": ("data", {"name": "text"}, "folder of .txt files"),
+    "data.path=None: name the folder of a": ("data", {"name": "prepared"}, "folder of a token store"),
+    "data.path='/a'": ("data", {"name": "sotu, text@/b", "path": "/a"}, "leave it at None"),
+    "data.path='/b'": ("data", {"name": "text@/a", "path": "/b"}, "leave it at None"),
+    "data.name='sotu, text'": ("data", {"name": "sotu, text"}, "as text@FOLDER"),
+    "data.name='sotu, prepared'": ("data", {"name": "sotu, prepared"}, "as prepared@FOLDER"),
+    "data.name='sotu,,lm1b'": ("data", {"name": "sotu,,lm1b"}, "SOURCE=WEIGHT, SOURCE=WEIGHT"),
+    "data.name='sotu, text@'": ("data", {"name": "sotu, text@"}, "text@ lacks its path"),
+    "data.name='sotu=1, lm1b'": ("data", {"name": "sotu=1, lm1b"}, "every corpus a weight, or none"),
+    "data.name='sotu=1, lm1b=much'": ("data", {"name": "sotu=1, lm1b=much"}, "the weight 'much' of lm1b is no number"),
+    "data.name='sotu=1, lm1b=nan'": ("data", {"name": "sotu=1, lm1b=nan"}, "no number"),
+    "data.name='sotu=1, lm1b=1/0'": ("data", {"name": "sotu=1, lm1b=1/0"}, "no number"),
+    "data.name='sotu=1, lm1b=0'": ("data", {"name": "sotu=1, lm1b=0"}, "the weight of lm1b must be greater than 0"),
+    "data.name='sotu=1, lm1b=-1'": ("data", {"name": "sotu=1, lm1b=-1"}, "greater than 0"),
+    "data.name='text@/a, sotu, text@/a/'": ("data", {"name": "text@/a, sotu, text@/a/"}, "text is named twice"),
+    "data.loss_mask=1": ("data", {"loss_mask": 1}, "bool"),
     "data.seq_len=4096": ("data", {"seq_len": 4096}, "max_len=2048"),
     "train.warmup_steps=1000": ("train", {"warmup_steps": 1000}, "train.steps=1000"),
     "train.accumulate=3": ("train", {"accumulate": 3}, "batch_size=16"),
@@ -102,6 +120,44 @@ def test_bad_values_are_named(start):
     with pytest.raises(UserError) as error:
         Config.from_config_dict({group: values})
     assert str(error.value).startswith(f"config.{start}") and hint in str(error.value)
+
+
+MIXTURES = {
+    "sotu": [("sotu", "sotu", None, None)],
+    "sotu=3": [("sotu", "sotu", None, "3")],
+    "prepared@/data/c4=0.67,prepared@~/books = 0.045 ,  sotu=0.285": [
+        ("c4", "prepared", "/data/c4", "0.67"),
+        ("books", "prepared", os.path.expanduser("~/books"), "0.045"),
+        ("sotu", "sotu", None, "0.285"),
+    ],
+    "text@/a/texts=1/3, text@/b/texts=2/3": [
+        ("1-texts", "text", "/a/texts", "1/3"),
+        ("2-texts", "text", "/b/texts", "2/3"),
+    ],
+    "huggingface:c4/en@/tfds, wiki40b/en:1.3.0": [
+        ("huggingface:c4/en", "huggingface:c4/en", "/tfds", None),
+        ("wiki40b/en:1.3.0", "wiki40b/en:1.3.0", None, None),
+    ],
+    "text@/odd=name/x=1e-3": [("x", "text", "/odd=name/x", "0.001")],
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures(name):
+    """What is written, and what `config.json` keeps of it, mean the same."""
+    wanted = tuple(
+        SourceConfig(label, corpus, path, None if weight is None else Fraction(weight))
+        for label, corpus, path, weight in MIXTURES[name]
+    )
+    data = DataConfig(name)
+    assert data.sources == wanted and DataConfig(data.name) == data
+    assert json.loads(json.dumps(dataclasses.asdict(data)))["name"] == data.name
+    assert (data.name == name) == (name.replace(" = ", "=") == name and "1e-3" not in name)
+
+
+def test_one_corpus_takes_its_path_from_either_place():
+    assert DataConfig("text", path="/a/b").sources == DataConfig("text@/a/b").sources
+    assert DataConfig("text@/a/b=1").name_without_paths == "text=1"
 
 
 def test_both_ablations_at_once_are_refused():

@@ -103,7 +103,7 @@ def test_nll_is_exact(split):
     workdir, _, report = evaluated()[split]
     config = Config.from_config_dict(json.loads((workdir / "config.json").read_text()))
     corpus = open_corpus(config.data, config.model.vocab_size)
-    store = getattr(corpus, split)
+    (store,) = getattr(corpus, split).values()
     tokens = store.read(0, len(store))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.eval_shape(lambda: init_state(config, 0))

@@ -1,6 +1,8 @@
-"""Batches of packed windows, read with Grain."""
+"""Batches of packed windows from one corpus or a mixture of several, read with Grain."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import SupportsIndex
 
 import grain
@@ -8,6 +10,9 @@ import numpy as np
 
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
+
+# Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples, not batches.
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
 class PackedWindows:
@@ -17,15 +22,16 @@ class PackedWindows:
     the next, so that each token after the first is a target once. The rest, which fills no window, is left out.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int):
+    def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
         """Raise `UserError` if the stream is shorter than one window."""
         if len(store) < seq_len + 1:
             raise UserError(
-                f"data.seq_len={seq_len}: the {store.split} split has {len(store)} tokens; give a shorter seq_len "
-                "or a larger corpus"
+                f"data.seq_len={seq_len}: the {store.split} split of {store.manifest['corpus']} has {len(store)} tokens; "
+                "give a shorter seq_len or a larger corpus"
             )
         self._store = store
         self._seq_len = seq_len
+        self._loss_mask = loss_mask
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -34,11 +40,53 @@ class PackedWindows:
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Window `index`, as arrays `[L]`.
 
-        `inputs` and `targets` are int32; `weights` is float32, all ones; `segment_ids`, int32, numbers the documents
-        that the inputs belong to, from 1. A document begins at the end-of-text token before it.
+        `inputs` and `targets` are int32; `segment_ids`, int32, numbers the documents that the inputs belong to, from 1; a
+        document begins at the end-of-text token before it. `weights`, float32, is what a target counts in the loss: 1, or
+        with `loss_mask` 0 for the first token of a document.
         """
         start = index.__index__() * self._seq_len
-        return _window(self._store.read(start, start + self._seq_len + 1), self._seq_len, self._store.end_of_text)
+        window = _window(self._store.read(start, start + self._seq_len + 1), self._seq_len, self._store.end_of_text)
+        if self._loss_mask:
+            window["weights"][window["inputs"] == self._store.end_of_text] = 0
+        return window
+
+
+class Mixture:
+    """Which window of which source comes at each position of an endless mixture.
+
+    After any number of windows each source has had its share of them, give or take a few, and wherever the whole weights
+    (see `__init__`) come to a multiple of their sum, exactly. Any position is found in time that grows with the number of
+    sources alone, so that a run goes on from anywhere without replaying what came before.
+    """
+
+    def __init__(self, weights: Sequence[Fraction | int]):
+        """Make the weights whole numbers without rounding, as small as can be."""
+        scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
+        whole = [int(weight * scale) for weight in weights]
+        self._weights = [weight // math.gcd(*whole) for weight in whole]
+
+    def counts(self, position: int) -> list[int]:
+        """How many windows of each source are among the first `position`; these sum to `position`.
+
+        The first source takes its share of all, rounded up; the second its share of what that leaves; and so on. As
+        `position` grows by one, one of the counts does.
+        """
+        counts, left, left_weight = [], position, sum(self._weights)
+        for weight in self._weights:
+            after = left * (left_weight - weight) // left_weight
+            counts.append(left - after)
+            left, left_weight = after, left_weight - weight
+        return counts
+
+    def __len__(self) -> int:
+        return 2**48  # more than is ever read, and Grain computes with lengths as floating-point numbers
+
+    def __getitem__(self, position: SupportsIndex) -> tuple[int, int]:
+        """`(source, window of that source)`, as `grain.MapDataset.select_from_datasets` asks."""
+        position = position.__index__()
+        before, after = self.counts(position), self.counts(position + 1)
+        source = next(i for i, count in enumerate(before) if after[i] > count)
+        return source, before[source]
 
 
 class _Rows:
@@ -55,31 +103,93 @@ class _Rows:
         return self._elements[batch * self._batch_size + self._rows[row]]
 
 
+class _TrainBatches(grain.IterDataset):
+    """Batches whose iterators also know how much of each source they have read."""
+
+    def __init__(self, batches: grain.IterDataset, sources: Sequence[str], mixture: Mixture, batch_size: int):
+        super().__init__(batches)
+        self._position = sources, mixture, batch_size
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _TrainIterator(iter(self._parent), *self._position)
+
+
+class _TrainIterator(grain.DatasetIterator):
+    def __init__(self, batches: grain.DatasetIterator, sources: Sequence[str], mixture: Mixture, batch_size: int):
+        super().__init__(batches)
+        self._sources, self._mixture, self._batch_size = sources, mixture, batch_size
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._parent)
+
+    def get_state(self) -> dict:
+        state = self._parent.get_state()
+        return state | {"sources": self._windows_read(state["next_index"])}
+
+    def set_state(self, state: dict) -> None:
+        expected = self._windows_read(state["next_index"])
+        if state.get("sources") != expected:
+            raise UserError(
+                f"data.name: the checkpoint had read {state.get('sources')} windows after {state['next_index']} batches, "
+                f"these corpora would give {expected}; name those of the run as they were"
+            )
+        self._parent.set_state({"next_index": state["next_index"]})
+
+    def _windows_read(self, batches: int) -> dict[str, int]:
+        return dict(zip(self._sources, self._mixture.counts(batches * self._batch_size), strict=True))
+
+
 def train_batches(
-    store: TokenStore, seq_len: int, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    stores: Mapping[str, TokenStore],
+    weights: Sequence[Fraction] | None,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    loss_mask: bool = False,
+    read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.IterDataset:
-    """Endless training batches, in another order each epoch.
+    """Endless training batches, of each source in another order each epoch.
 
     Each element is a dictionary of arrays `[batch_size, seq_len]` as `PackedWindows` describes them, or `[len(rows),
     seq_len]` where `rows` names the rows of the batch that this process reads. Step `b` has the same windows in the same
-    rows however many processes share them. Iterators save and restore their position, with `get_state` and `set_state`;
-    the position is the number of batches, the same in every process.
+    rows however many processes share them. Iterators save and restore their position, with `get_state` and `set_state`:
+    the number of batches, and how many windows of each source they held, the same in every process.
+
+    Args:
+        stores: the train split of each source by its name.
+        weights: the sources' shares of the windows, in proportion to each other; None: each has as many as it holds, so
+            that one pass over the mixture is one over every source.
+        seq_len: tokens of a window.
+        batch_size: windows of a batch, over all processes.
+        seed: of the order.
+        rows: see above.
+        loss_mask: as in `PackedWindows`.
+        read_options: threads that read ahead, and how far.
 
     Raises:
-        UserError: the stream is shorter than one window.
+        UserError: a stream is shorter than one window, or, when a position is restored, the checkpoint is one of other
+            sources. Iterators raise what `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
-    windows = grain.MapDataset.source(PackedWindows(store, seq_len)).shuffle(seed).repeat()
-    # Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples, not batches.
-    read_options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
-    return grain.MapDataset.source(_Rows(windows, batch_size, rows)).batch(len(rows)).to_iter_dataset(read_options)
+    windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
+    # The first source has the seed itself, so that alone it gives what it always gave.
+    seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
+    shuffled = [
+        grain.MapDataset.source(source).shuffle(seed).repeat() for source, seed in zip(windows, seeds, strict=True)
+    ]
+    # Not MapDataset.mix: that rounds weights to about one in a hundred, so one pass would not be one over all.
+    mixture = Mixture(weights or [len(source) for source in windows])
+    mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
+    batches = grain.MapDataset.source(_Rows(mixed, batch_size, rows)).batch(len(rows)).to_iter_dataset(read_options)
+    return _TrainBatches(batches, tuple(stores), mixture, batch_size)
 
 
 def eval_batches(store: TokenStore, seq_len: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches `[batch_size, seq_len]` that hold every token of the stream after the first as a target once, in order.
 
-    The arrays are those of `PackedWindows`; positions beyond the end of the stream are zero in all of them, `weights`
-    included, so `weights` sums to `len(store) - 1` over all batches.
+    The arrays are those of `PackedWindows` without a loss mask; positions beyond the end of the stream are zero in all of
+    them, `weights` and `segment_ids` included, so `weights` sums to `len(store) - 1` over all batches.
     """
     targets = len(store) - 1
     for batch_start in range(0, targets, seq_len * batch_size):

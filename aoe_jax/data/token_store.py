@@ -16,12 +16,11 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from aoe_jax.config import DataConfig
-from aoe_jax.data.corpora import SPLITS, Corpus, load_corpus, slug
+from aoe_jax.data.corpora import SPLITS, Corpus, slug
 from aoe_jax.data.locking import exclusive
 from aoe_jax.data.tokenizer import check_vocab_size, end_of_text_id, load_tokenizer, token_count, train_tokenizer
 from aoe_jax.errors import UserError
@@ -44,8 +43,8 @@ class TokenStore:
         text_bytes: length of the split's documents in UTF-8, for bits per byte.
     """
 
-    def __init__(self, manifest: dict, split: str, records: grain.sources.RandomAccessDataSource):
-        """Wrap the records of a split."""
+    def __init__(self, manifest: dict, split: str, records: grain.sources.RandomAccessDataSource, shards: list[Path]):
+        """Wrap the records of a split, which lie in these shards."""
         self.manifest = manifest
         self.end_of_text = manifest["end_of_text"]
         self.documents = manifest["splits"][split]["documents"]
@@ -54,6 +53,7 @@ class TokenStore:
         self._tokens = manifest["splits"][split]["tokens"]
         self._dtype = np.dtype(manifest["dtype"])
         self._records = records
+        self._shards = shards
 
     def __len__(self) -> int:
         """Number of tokens in the stream."""
@@ -64,46 +64,67 @@ class TokenStore:
 
         Raises:
             IndexError: the range is empty or reaches beyond the stream.
+            UserError: a shard is damaged there.
         """
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")
         first = start // RECORD_TOKENS
-        records = [self._records[index] for index in range(first, (stop - 1) // RECORD_TOKENS + 1)]
+        records = [self._record(index) for index in range(first, (stop - 1) // RECORD_TOKENS + 1)]
         offset = first * RECORD_TOKENS
         return np.frombuffer(b"".join(records), self._dtype)[start - offset : stop - offset].astype(np.int32)
 
+    def _record(self, index: int) -> bytes:
+        try:
+            return self._records[index]
+        except Exception as error:  # array_record raises RuntimeError and others
+            shard = _shard_of(self._shards, index)
+            raise _damaged(shard.parent, f"{shard.name} cannot be read ({error})") from error
 
-def prepare(data: DataConfig, vocab_size: int) -> Path:
-    """Directory of the token store for these settings, built if it is not there yet.
 
-    Another tokenizer, vocabulary size or text makes another store, named
-    `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`. Without `data.tokenizer`, byte-level BPE of
-    `vocab_size` tokens is trained on the train split. Processes that share the cache build a store once, the others
-    wait.
+def prepare(corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: str) -> list[Path]:
+    """Directories of the corpora's token stores, built if they are not there yet.
+
+    Another tokenizer, vocabulary size or text makes another store, named `<cache>/tokens/<corpus name>-<hash of the corpus
+    and the tokenizer>`. Without `tokenizer`, the path of a tokenizer.json, byte-level BPE of `vocab_size` tokens is trained
+    on the train splits of all corpora. Processes that share the cache build a store once, the others wait.
 
     Raises:
-        UserError: a setting names no usable corpus or tokenizer, or `vocab_size` is too small.
+        UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is too small.
     """
-    corpus = load_corpus(data.name, data.path, data.cache, data.text_field)
-    given = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
         check_vocab_size(given, vocab_size)
         end_of_text_id(given)
-    tokenizer_spec = _sha256(given) if given else f"byte-level BPE of {vocab_size} tokens"
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, corpus.fingerprint, tokenizer_spec]).encode()).hexdigest()[:16]
-    directory = Path(data.cache, "tokens", f"{slug(data.name)}-{key}")
-    if directory.exists():
-        logger.info("token store: using %s", directory)
-        return directory
-    with exclusive(directory.with_name(f".{directory.name}.lock")):
-        if not directory.exists():
+    spec = tokenizer_sha256(given) if given else f"byte-level BPE of {vocab_size} tokens"
+    if not given and len(corpora) > 1:
+        spec = [spec, [corpus.fingerprint for corpus in corpora]]
+    directories = [_directory(corpus, spec, cache) for corpus in corpora]
+    if all(directory.exists() for directory in directories):
+        logger.info("token store: using %s", ", ".join(map(str, directories)))
+        return directories
+    lock = directories[0] if len(corpora) == 1 else directories[0].with_name(f"several-{_short_hash(spec)}")
+    with exclusive(lock.with_name(f".{lock.name}.lock")):
+        for corpus, directory in zip(corpora, directories, strict=True):
+            if directory.exists():
+                continue
             for killed in directory.parent.glob(f"{directory.name}.partial-*"):
                 shutil.rmtree(killed, ignore_errors=True)
             started = time.monotonic()
-            tokenizer = given or train_tokenizer(corpus.documents("train"), vocab_size)
-            build_token_store(corpus, tokenizer, directory)
+            if not given:
+                texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
+                given = train_tokenizer(texts, vocab_size)
+            build_token_store(corpus, given, directory)
             logger.info("token store: built %s in %.1f s", directory, time.monotonic() - started)
-    return directory
+    return directories
+
+
+def _directory(corpus: Corpus, tokenizer_spec: str | list, cache: str) -> Path:
+    key = _short_hash([FORMAT_VERSION, corpus.fingerprint, tokenizer_spec])
+    return Path(cache, "tokens", f"{slug(corpus.name)}-{key}")
+
+
+def _short_hash(value: str | list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def build_token_store(
@@ -149,7 +170,7 @@ def open_token_store(directory: str | Path, split: str) -> TokenStore:
         raise _damaged(directory, f"the {split} shards cannot be read") from error
     if len(records) != -(-manifest["splits"][split]["tokens"] // RECORD_TOKENS):
         raise _damaged(directory, f"the {split} shards hold another number of records than manifest.json says")
-    return TokenStore(manifest, split, records)
+    return TokenStore(manifest, split, records, shards)
 
 
 def _write_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path, records_per_shard: int) -> None:
@@ -170,7 +191,7 @@ def _write_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path, records_
         "format_version": FORMAT_VERSION,
         "corpus": corpus.name,
         "corpus_fingerprint": corpus.fingerprint,
-        "tokenizer_sha256": _sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "vocab_size": token_count(tokenizer),
         "end_of_text": end_of_text_id(tokenizer),
         "dtype": dtype.name,
@@ -260,9 +281,20 @@ def _read_manifest(directory: Path) -> dict:
     return manifest
 
 
+def _shard_of(shards: list[Path], index: int) -> Path:
+    """The shard that holds a record."""
+    for shard in shards[:-1]:
+        count = ArrayRecordReader(str(shard)).num_records()
+        if index < count:
+            return shard
+        index -= count
+    return shards[-1]
+
+
 def _damaged(directory: Path, reason: str) -> UserError:
     return UserError(f"token store {str(directory)!r}: {reason}; delete this folder to have it built again")
 
 
-def _sha256(tokenizer: Tokenizer) -> str:
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """What tells tokenizers apart."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

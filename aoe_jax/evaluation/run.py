@@ -9,7 +9,6 @@ import jax
 
 from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data import open_corpus
-from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
@@ -43,7 +42,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest"):
 
     Returns:
       What `eval.json` holds: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`, `load_statistics` (None
-      for a dense model).
+      for a dense model), all over every source; and with several `sources`, for each its tokens, nll, perplexity and bits
+      per byte (with one it is empty).
 
     Raises:
       UserError: unknown split, no run, no such checkpoint in `workdir` or one that can't be read.
@@ -76,39 +76,43 @@ def _evaluate_workdir(config, workdir, split, step, mesh):
     step = checkpoints.find(step)
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(workdir, corpus.directory)
+    check_data(workdir, corpus)
     abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
     abstract = with_shardings(abstract, state_shardings(mesh, abstract))
     params, selection_bias = checkpoints.restore_model(step, abstract)
-    store = {"validation": corpus.validation, "test": corpus.test}[split]
+    eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
     result = evaluate(
-        jax.jit(make_eval_step(config), out_shardings=replicated(mesh)),
-        params,
-        selection_bias,
-        eval_batches(store, config.data.seq_len, config.train.batch_size // config.train.accumulate),
+        partial(eval_step, params, selection_bias),
+        getattr(corpus, split),
+        config.data.seq_len,
+        config.train.batch_size // config.train.accumulate,
         partial(put_batch, batch_sharding(mesh)),
-        store.text_bytes,
     )
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats, config.experts.kind)
     report = {
         "split": split,
         "step": step,
-        "tokens": result.tokens,
-        "nll": result.nll,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
+        **_figures(result),
         "load_statistics": statistics,
+        "sources": {name: _figures(source) for name, source in result.sources.items()},
     }
     if jax.process_index() > 0:
         return report
     write_json(workdir / "eval.json", report)
-    print(
-        f"{split}: {result.tokens} tokens, step {step}\n"
-        f"nll {result.nll:.4f}   perplexity {result.perplexity:.2f}   bits per byte {result.bits_per_byte:.4f}"
-    )
+    print(f"{split}: {result.tokens} tokens, step {step}\n{_in_words(result)}")
+    for name, source in result.sources.items():
+        print(f"{name}: {source.tokens} tokens   {_in_words(source)}")
     if statistics:
         print(load_table(statistics))
         figure = draw_load_heatmap(statistics, f"{config.experts.kind}, {split}, step {step}")
         figure.savefig(workdir / "load.png", dpi=150)
         log.info("wrote %s and %s", workdir / "eval.json", workdir / "load.png")
     return report
+
+
+def _figures(result):
+    return {name: getattr(result, name) for name in ("tokens", "nll", "perplexity", "bits_per_byte")}
+
+
+def _in_words(result):
+    return f"nll {result.nll:.4f}   perplexity {result.perplexity:.2f}   bits per byte {result.bits_per_byte:.4f}"

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from aoe_jax.config import CheckpointConfig, Config
+from aoe_jax.data import TokenisedCorpus
 from aoe_jax.distributed import all_agree, barrier
 from aoe_jax.errors import UserError
 from aoe_jax.training.fingerprint import fingerprints
@@ -37,7 +38,10 @@ FREE_GROUPS = {"checkpoint", "mesh"}
 
 
 def _flat(config):
-    return {f"{group}.{name}": value for group, values in config.items() for name, value in values.items()}
+    """Every field by its name; corpora without their paths, for a corpus may move."""
+    groups = config.to_dict()
+    groups["data"] |= {"name": config.data.name_without_paths}
+    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
 def check_workdir(workdir: Path, config: Config):
@@ -51,7 +55,7 @@ def check_workdir(workdir: Path, config: Config):
     path = workdir / "config.json"
     if not path.exists():
         return
-    found, wanted = _flat(Config.from_config_dict(read_config_json(path)).to_dict()), _flat(config.to_dict())
+    found, wanted = _flat(Config.from_config_dict(read_config_json(path))), _flat(config)
     differing = [
         f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted(found.keys() | wanted.keys())
@@ -61,20 +65,21 @@ def check_workdir(workdir: Path, config: Config):
         raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
 
 
-def check_data(workdir: Path, token_store: Path):
-    """Checks that the run in `workdir`, if any, read this token store; writes nothing.
+def check_data(workdir: Path, corpus: TokenisedCorpus):
+    """Checks that the run in `workdir`, if any, read these token stores; writes nothing.
 
     Raises:
-      UserError: the corpus or the tokenizer has changed since the run began.
+      UserError: a text or the tokenizer has changed since the run began.
     """
     path = workdir / "data.json"
     if not path.exists():
         return
-    found = read_json(path).get("token_store")
-    if found != token_store.name:
+    found = read_json(path).get("token_stores")
+    if found != corpus.identities:
+        there, here = (", ".join(stores or ["none"]) for stores in (found, corpus.identities))
         raise UserError(
-            f"workdir {workdir} was trained on token store {found}, this is {token_store.name}: the text or the "
-            "tokenizer has changed. Bring the old text back (data.path), or use another --workdir"
+            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or the tokenizer has changed. "
+            "Bring the old text back (data.path, or the paths in data.name), or use another --workdir"
         )
 
 
@@ -100,7 +105,7 @@ def locked_workdir(workdir: Path):
         os.close(folder)
 
 
-def claim_workdir(workdir: Path, config: Config, token_store: Path):
+def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be wrong is checked.
 
     Raises:
@@ -108,8 +113,8 @@ def claim_workdir(workdir: Path, config: Config, token_store: Path):
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(token_store / "tokenizer.json", workdir / "tokenizer.json")
-        write_json(workdir / "data.json", {"token_store": token_store.name})
+        shutil.copyfile(corpus.tokenizer, workdir / "tokenizer.json")
+        write_json(workdir / "data.json", {"token_stores": corpus.identities})
         write_json(workdir / "config.json", config.to_dict())
     except OSError as e:
         raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
@@ -227,7 +232,8 @@ class Checkpoints:
         Args:
           step: number of updates.
           state: the `TrainState`.
-          data_state: the position in the data, JSON-ready and the same in every process.
+          data_state: the position in the data, JSON-ready: a number of batches and what they held of each source, the
+            same in every process.
           progress: see `Progress`.
           validation_nll: of the model of this step, where it was validated; `checkpoint.keep_best` goes by it.
 

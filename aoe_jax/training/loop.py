@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.data import TokenisedCorpus, open_corpus
-from aoe_jax.data.pipeline import eval_batches, train_batches
+from aoe_jax.data.pipeline import train_batches
 from aoe_jax.distributed import agree, barrier
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
@@ -142,26 +142,22 @@ class _Run:
 
     def validate(self, step, state):
         """The `Evaluation` of the validation split, or None where the run is asked to stop meanwhile."""
-        train = self.config.train
+        sharding, train = batch_sharding(self.mesh), self.config.train
 
-        def batches():
-            for batch in eval_batches(
-                self.corpus.validation, self.config.data.seq_len, train.batch_size // train.accumulate
-            ):
-                self.heartbeat.beat("validating", step)
-                if self.stop.asked():
-                    raise _ValidationStopped
-                yield batch
+        def put(batch):
+            self.heartbeat.beat("validating", step)
+            if self.stop.asked():
+                raise _ValidationStopped
+            return put_batch(sharding, batch)
 
         try:
             with self.telemetry.clock("evaluation"):
                 result = evaluate(
-                    self.eval_step,
-                    state.params,
-                    state.selection_bias,
-                    batches(),
-                    partial(put_batch, batch_sharding(self.mesh)),
-                    self.corpus.validation.text_bytes,
+                    partial(self.eval_step, state.params, state.selection_bias),
+                    self.corpus.validation,
+                    self.config.data.seq_len,
+                    train.batch_size // train.accumulate,
+                    put,
                 )
         except _ValidationStopped:
             return None
@@ -187,13 +183,13 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         held.enter_context(locked_workdir(workdir))
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(workdir, corpus.directory)
+    check_data(workdir, corpus)
 
     earlier = Checkpoints(workdir)
     newest = earlier.latest_step() or 0
     summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
     lacks_summary = newest == steps and pending_summary.exists()  # stopped after its last checkpoint
-    agree("the step, configuration or data", f"{newest} {lacks_summary} {config} {corpus.directory.name}")
+    agree("the step, configuration or data", f"{newest} {lacks_summary} {config} {corpus.identities}")
     if lacks_summary:
         if is_main:
             os.replace(pending_summary, summary_file)
@@ -210,7 +206,17 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     if wandb_project is not None:
         check_wandb(workdir, wandb_project)
     rows = rows_of_process(batch_sharding(mesh), config.train.batch_size, jax.process_index())
-    data = iter(train_batches(corpus.train, config.data.seq_len, config.train.batch_size, config.train.seed, rows))
+    data = iter(
+        train_batches(
+            corpus.train,
+            corpus.weights,
+            config.data.seq_len,
+            config.train.batch_size,
+            config.train.seed,
+            rows,
+            config.data.loss_mask,
+        )
+    )
 
     def new_state():
         return init_state(config, config.train.seed)
@@ -225,7 +231,7 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     earlier.close()
     if is_main:
         new = not workdir.exists()
-        claim_workdir(workdir, given, corpus.directory)
+        claim_workdir(workdir, given, corpus)
         if new:
             held.enter_context(locked_workdir(workdir))
         heartbeat.start()
@@ -294,9 +300,8 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
             "tokens": steps * config.train.batch_size * config.data.seq_len,
             "train_loss": float(run.last["loss"]),
             "train_nll": float(run.last["nll"]),
-            "validation_nll": validation.nll,
             "validation_perplexity": validation.perplexity,
-            "validation_bits_per_byte": validation.bits_per_byte,
+            **{f"validation_{name}": value for name, value in validation.figures().items()},
         },
         "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
         "timing": telemetry.timing() | {"total_seconds": time.perf_counter() - started},

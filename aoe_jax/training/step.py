@@ -3,6 +3,8 @@
 B sequences, S positions, L layers, n experts.
 """
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -43,25 +45,30 @@ def sequence_nll(config: Config, params, selection_bias, batch):
       config: the run's configuration.
       params: the decoder's parameters.
       selection_bias: `[L, n]` of loss-free balancing, or None.
-      batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32 and `weights` `[B, S]` float32, 0 for padding.
+      batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts in no statistic and
+        takes no place in expert choice; and `weights` `[B, S]` float32, what each target counts in the sum.
 
     Returns:
       `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
     """
     model = Decoder.from_config(config)
     segment_ids = batch["segment_ids"] if config.data.document_mask else None
+    token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
     hidden, stats = model.apply(
-        {"params": params}, batch["inputs"], segment_ids, batch["weights"], selection_bias, method="features"
+        {"params": params}, batch["inputs"], segment_ids, token_weights, selection_bias, method="features"
     )
     with jax.named_scope("loss"):
         nll = sum_over_tokens(cross_entropy, hidden, output_table(params), batch["targets"], batch["weights"])
     return nll, stats
 
 
-def training_loss(config: Config, params, selection_bias, batch):
-    """Mean nll plus the balance losses, and what is reported of them."""
+def training_loss(config: Config, params, selection_bias, batch, total_weight=None):
+    """Mean nll plus the balance losses, and what is reported of them.
+
+    The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`.
+    """
     nll, stats = sequence_nll(config, params, selection_bias, batch)
-    nll = nll / jnp.maximum(batch["weights"].sum(), 1)
+    nll = nll / jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
     with jax.named_scope("balance"):
         aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
         confidence_entropy = stats.confidence_entropy.mean()
@@ -88,7 +95,7 @@ def make_train_step(config: Config):
     optimizer = make_optimizer(config.train)
     schedule = learning_rate_schedule(config.train)
     n_micro = config.train.accumulate
-    gradient = jax.grad(lambda params, bias, batch: training_loss(config, params, bias, batch), has_aux=True)
+    gradient = jax.grad(partial(training_loss, config), has_aux=True)
 
     def mean_gradient(params, bias, batch):
         if n_micro == 1:
@@ -96,9 +103,12 @@ def make_train_step(config: Config):
         # Every n-th sequence, so that each device has its share of each micro-batch.
         micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
         zeros = jax.tree.map(jnp.zeros_like, params)
+        mean_weight = (
+            batch["weights"].sum() / n_micro
+        )  # so that a target counts the same in whichever micro-batch it is
 
         def add(total, micro_batch):
-            grads, metrics = gradient(params, bias, micro_batch)
+            grads, metrics = gradient(params, bias, micro_batch, mean_weight)
             return jax.tree.map(lambda t, g: t + g / n_micro, total, grads), metrics
 
         grads, metrics = jax.lax.scan(add, zeros, micro)

@@ -193,14 +193,13 @@ class Telemetry:
 
     def evaluation(self, step, result):
         """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it found, drawn."""
-        scalars = {"validation_nll": result.nll, "validation_bits_per_byte": result.bits_per_byte}
+        scalars = {f"validation_{name}": value for name, value in result.figures().items()}
         self._write(step, "validation", scalars | {"validation_seconds": self._interval["evaluation"]}, {}, {})
         log.info(
-            "step %d/%d | validation nll %.4f | bits per byte %.4f | in %s",
+            "step %d/%d | validation %s | in %s",
             step,
             self._total_steps,
-            result.nll,
-            result.bits_per_byte,
+            result,
             _duration(self._interval["evaluation"]),
         )
         if self._kind != "dense":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.runs import run
+from tests.runs import run, write_texts
 
 COMMANDS = {
     "grouped_matmul": ["--shapes=64x8x16x4,50x8x8x3", "--backends=auto,ragged"],
@@ -34,6 +34,22 @@ def test_figures(name, tmp_path):
     assert len(stdout.splitlines()) == 1 + len(result["figures"])
 
 
+def test_input(tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        write_texts(tmp_path / name, seed=seed)
+    data, file = f"text@{tmp_path / 'a'}, text@{tmp_path / 'b'}", tmp_path / "figures.json"
+    command = ["-m", "benchmarks.input", f"--data={data}", f"--cache={tmp_path / 'cache'}"]
+    status, stdout, stderr = run([*command, "--steps=2", f"--json={file}"])
+    assert status == 0, stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert [figure["arm"] for figure in figures] == ["reading ahead", "without"]
+    for figure in figures:
+        assert figure["tokens"].keys() == {"a", "b"} and min(figure["tokens"].values()) > 1000
+        assert 0 < figure["share"] <= figure["largest_share"] < 1
+        assert f"{figure['arm']}: step {figure['step_ms']:.0f} ms" in stdout
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -44,6 +60,7 @@ def test_figures(name, tmp_path):
         (["-m", "benchmarks.tpu_compile", "--generations=v1"], "--generations=v1 is unknown; choose of v4, v5e"),
         (["-m", "benchmarks.gpu_compile"], "the compiler for GPUs is missing; pip install 'jax[cuda13]'"),
         (["-m", "benchmarks.plans", "--rows=big"], "--rows=big is unknown; choose of 732M@v5e, 4B@v5e"),
+        (["-m", "benchmarks.input", "--steps=0"], "--steps=0"),
         (["-m", "benchmarks.balance"], "--workdir is missing"),
         (["-m", "benchmarks.selection"], "--workdir is missing"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aoe_jax.config import DataConfig
+from aoe_jax.data.corpora import load_corpus
 from aoe_jax.data.token_store import prepare
 
 VOCAB_SIZE = 300
@@ -15,7 +15,8 @@ def sotu_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sotu_directory(sotu_cache):
-    return prepare(DataConfig(name="sotu", cache=str(sotu_cache)), VOCAB_SIZE)
+    (directory,) = prepare([load_corpus("sotu", None, str(sotu_cache))], None, VOCAB_SIZE, str(sotu_cache))
+    return directory
 
 
 @pytest.fixture

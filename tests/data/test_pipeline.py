@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -46,6 +47,10 @@ def stream(validation):
     return validation.read(0, len(validation))
 
 
+def batches_of(store, seq_len, batch_size, seed, rows=None):
+    return train_batches({"corpus": store}, None, seq_len, batch_size, seed, rows)
+
+
 def take(batches, count):
     return [batch for batch, _ in zip(batches, range(count), strict=False)]
 
@@ -92,15 +97,35 @@ def test_segments_of_documents_shorter_and_longer_than_a_window(byte_store):
     assert last["targets"][1].tolist() == [store.end_of_text, 0, 0, 0, 0, 0]
 
 
+def test_loss_mask_weighs_first_tokens_of_documents_with_zero(byte_store):
+    store = byte_store("ab", "c", "defghijklmnop")  # 0ab0c0defghijklmnop0
+    windows, plain = PackedWindows(store, 6, loss_mask=True), PackedWindows(store, 6)
+    assert [windows[i]["weights"].tolist() for i in range(2)] == [[0, 1, 1, 0, 1, 0], [1] * 6]
+    for name in ("inputs", "targets", "segment_ids"):
+        np.testing.assert_array_equal(windows[0][name], plain[0][name])
+    (batch,) = take(train_batches({"corpus": store}, None, 6, 3, 0, loss_mask=True), 1)
+    assert batch["weights"].sum() == 15 and batch["segment_ids"].all()
+
+
+def test_batches_of_one_corpus_are_what_they_always_were(byte_store):
+    """Bit for bit: a run that went on with other batches would be another run."""
+    batches = take(batches_of(byte_store(*(f"{n} words. " * n for n in range(40))), 64, 8, 3), 50)
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in ("inputs", "targets", "segment_ids", "weights"):
+            digest.update(batch[name].tobytes())
+    assert digest.hexdigest() == "0d0ce8bffee515b92695dac8e79d27ac446e58792f3e38ce8d57fa4e959f0106"
+
+
 def test_each_epoch_has_every_window_in_another_order(byte_store):
     store = byte_store("".join(chr(33 + i) for i in range(90)))  # 91 targets, 30 windows of 3
-    batches = take(train_batches(store, 3, 5, seed=1), 12)
+    batches = take(batches_of(store, 3, 5, seed=1), 12)
     first, second = batches[:6], batches[6:]
     assert rows(*first) == rows(*second)
     assert len(set(rows(*first))) == 30
     assert [b["inputs"].tolist() for b in first] != [b["inputs"].tolist() for b in second]
-    assert_same(take(train_batches(store, 3, 5, seed=1), 12), batches)
-    other_seed = take(train_batches(store, 3, 5, seed=2), 6)
+    assert_same(take(batches_of(store, 3, 5, seed=1), 12), batches)
+    other_seed = take(batches_of(store, 3, 5, seed=2), 6)
     assert rows(*other_seed) == rows(*first)
     assert [b["inputs"].tolist() for b in other_seed] != [b["inputs"].tolist() for b in first]
 
@@ -108,10 +133,10 @@ def test_each_epoch_has_every_window_in_another_order(byte_store):
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_batch_of_one(validation, process_count):
     """Each row of a step is the same window, whoever reads it."""
-    whole = take(train_batches(validation, 64, 8, seed=0), 30)
+    whole = take(batches_of(validation, 64, 8, seed=0), 30)
     share = 8 // process_count
     parts = [
-        take(train_batches(validation, 64, 8, 0, range(p * share, (p + 1) * share)), 30) for p in range(process_count)
+        take(batches_of(validation, 64, 8, 0, range(p * share, (p + 1) * share)), 30) for p in range(process_count)
     ]
     for b, batch in enumerate(whole):
         for name, array in batch.items():
@@ -120,26 +145,27 @@ def test_processes_share_the_batch_of_one(validation, process_count):
 
 @pytest.mark.parametrize("position", [0, 1, 7])
 def test_resume_from_an_orbax_checkpoint(validation, tmp_path, position):
-    iterator = iter(train_batches(validation, 64, 4, seed=3))
+    iterator = iter(batches_of(validation, 64, 4, seed=3))
     take(iterator, position)
     with ocp.CheckpointManager(tmp_path, item_names=("data",)) as manager:
         manager.save(position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
         manager.wait_until_finished()
         expected = take(iterator, 4)
-        resumed = iter(train_batches(validation, 64, 4, seed=3))
+        resumed = iter(batches_of(validation, 64, 4, seed=3))
         manager.restore(position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
     assert_same(take(resumed, 4), expected)
 
 
 def test_resume_in_another_process_past_an_epoch(sotu_directory, validation):
     position = 3 + len(PackedWindows(validation, 512)) // 4
-    iterator = iter(train_batches(validation, 512, 4, seed=3))
+    iterator = iter(batches_of(validation, 512, 4, seed=3))
     take(iterator, position)
     code = (
         "import json, sys\n"
         "from aoe_jax.data.pipeline import train_batches\n"
         "from aoe_jax.data.token_store import open_token_store\n"
-        "iterator = iter(train_batches(open_token_store(sys.argv[1], 'validation'), 512, 4, 3))\n"
+        "stores = {'corpus': open_token_store(sys.argv[1], 'validation')}\n"
+        "iterator = iter(train_batches(stores, None, 512, 4, 3))\n"
         "iterator.set_state(json.loads(sys.argv[2]))\n"
         "print(json.dumps([next(iterator)['inputs'].tolist() for _ in range(3)]))\n"
     )
@@ -163,6 +189,6 @@ def test_eval_has_each_target_once_in_order(validation, stream, seq_len, batch_s
 
 def test_mistakes(byte_store):
     store = byte_store("a short text")
-    with pytest.raises(UserError, match=r"data.seq_len=14: the train split has 14 tokens"):
-        train_batches(store, 14, 4, seed=0)
+    with pytest.raises(UserError, match=r"data.seq_len=14: the train split of documents has 14 tokens"):
+        batches_of(store, 14, 4, seed=0)
     assert len(PackedWindows(store, 13)) == 1

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax.config import DataConfig
 from aoe_jax.data import token_store
 from aoe_jax.data.corpora import SPLITS, load_corpus
 from aoe_jax.data.token_store import RECORD_TOKENS, build_token_store, open_token_store, prepare
@@ -71,8 +70,9 @@ def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch)
 
 
 def prepare_text(folder, cache, tokenizer=None):
-    tokenizer = tokenizer and str(tokenizer)
-    return prepare(DataConfig("text", path=str(folder), cache=str(cache), tokenizer=tokenizer), VOCAB_SIZE)
+    corpus = load_corpus("text", str(folder), str(cache))
+    (directory,) = prepare([corpus], tokenizer and str(tokenizer), VOCAB_SIZE, str(cache))
+    return directory
 
 
 def test_second_prepare_uses_the_store(text_folder, tmp_path, caplog):
@@ -112,10 +112,10 @@ def test_build_that_finishes_second_leaves_the_first(text_folder, tmp_path):
 
 PREPARE = """
 import sys
-from aoe_jax.config import DataConfig
 from aoe_jax.data import corpora, token_store
 {before}
-print(token_store.prepare(DataConfig("text", path=sys.argv[1], cache=sys.argv[2]), 300))
+corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
+print(*token_store.prepare([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """

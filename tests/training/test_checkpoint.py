@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aoe_jax.config import CheckpointConfig, Config
+from aoe_jax.config import CheckpointConfig, Config, DataConfig
+from aoe_jax.data import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import (
     Checkpoints,
@@ -364,12 +365,20 @@ def test_fingerprints_do_not_depend_on_the_sharding():
 
 @pytest.fixture
 def claimed(tmp_path):
-    """A workdir of the default configuration and its token store."""
-    store = tmp_path / "text-0123"
-    store.mkdir()
-    (store / "tokenizer.json").write_text("{}")
-    claim_workdir(tmp_path / "run", Config(), store)
-    return tmp_path / "run", store
+    """A workdir of the default configuration and its corpus."""
+    corpus = corpus_of(tmp_path, "some text")
+    claim_workdir(tmp_path / "run", Config(), corpus)
+    return tmp_path / "run", corpus
+
+
+def corpus_of(folder, *texts):
+    """Each text is a source of its own: the same document in every split."""
+    data = [f"text@{folder / text}" for text in texts]
+    for text in texts:
+        (folder / text).mkdir(exist_ok=True)
+        for name in "abc":
+            (folder / text / f"{name}.txt").write_text(text)
+    return open_corpus(DataConfig(", ".join(data), cache=str(folder / "cache")), 257)
 
 
 def changed(**groups):
@@ -380,11 +389,11 @@ def changed(**groups):
 
 
 def test_claimed_workdir(claimed):
-    workdir, store = claimed
+    workdir, corpus = claimed
     assert json.loads((workdir / "config.json").read_text()) == Config().to_dict()
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_workdir(workdir, Config())
-    check_data(workdir, store)
+    check_data(workdir, corpus)
 
 
 def test_other_configurations_are_refused(claimed):
@@ -408,12 +417,18 @@ def test_what_may_differ(claimed):
     check_workdir(workdir, free)
     with pytest.raises(UserError, match=r"train\.seed is 0 there, 1 here"):
         check_workdir(workdir, changed(train={"seed": 1}))
+    claim_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.5"}), claimed[1])
+    check_workdir(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
+    with pytest.raises(UserError, match=r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"):
+        check_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
 
 
 def test_changed_text_is_refused(claimed, tmp_path):
     workdir, _ = claimed
-    with pytest.raises(UserError, match=r"text-0123.*text-4567.*data\.path"):
-        check_data(workdir, tmp_path / "text-4567")
+    check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same, elsewhere
+    for others in (["other text"], ["some text", "other text"]):
+        with pytest.raises(UserError, match=r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"):
+            check_data(workdir, corpus_of(tmp_path, *others))
 
 
 def test_one_process_trains_in_a_workdir(tmp_path):

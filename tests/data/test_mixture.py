@@ -1,0 +1,207 @@
+"""Several corpora: which window of which comes when, one tokenizer for all, and what a run's identity is made of."""
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from aoe_jax.config import DataConfig
+from aoe_jax.data import open_corpus
+from aoe_jax.data.corpora import SPLITS
+from aoe_jax.data.pipeline import Mixture, train_batches
+from aoe_jax.errors import UserError
+
+SEQ_LEN, BATCH_SIZE = 16, 6
+
+
+def write_documents(folder, letters, count=12, length=400):
+    """Documents of one alphabet each, so that a window says which corpus it comes from."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(count):
+        (folder / f"{i:02d}.txt").write_text("".join(random.choice(list(letters), length)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpora")
+    return {
+        "small": write_documents(root / "small", "abc", count=5),
+        "large": write_documents(root / "large", "xyz"),
+        "digits": write_documents(root / "digits", "012"),
+        "cache": root / "cache",
+    }
+
+
+def corpus_of(folders, name, vocab_size=257, **settings):
+    name = name.format(**{key: str(folder) for key, folder in folders.items()})
+    return open_corpus(DataConfig(name, cache=str(folders["cache"]), **settings), vocab_size)
+
+
+@pytest.fixture(scope="module")
+def corpus(folders):
+    return corpus_of(folders, "text@{small}=0.5, text@{large}=0.2, text@{digits}=0.3")
+
+
+def batches_of(corpus, weights="as configured", rows=None):
+    weights = corpus.weights if weights == "as configured" else weights
+    return train_batches(corpus.train, weights, SEQ_LEN, BATCH_SIZE, 7, rows)
+
+
+def sources_of(corpus, batch):
+    """Of each row of a batch, the name of its source."""
+    ids = {name: set(store.read(0, len(store)).tolist()) for name, store in corpus.train.items()}
+    shared = set.intersection(*ids.values())  # end of text
+    return [next(name for name in ids if set(row) - shared <= ids[name]) for row in batch["inputs"].tolist()]
+
+
+WEIGHTS = [
+    [Fraction(1)],
+    [Fraction("0.67"), Fraction("0.045"), Fraction("0.285")],
+    [7, 1, 1, 5],
+    [1, 10**6],
+    [Fraction(1, 3), Fraction(1, 7)],
+    list(range(1, 60)),
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("start", [0, 987_654_321_987_654])
+def test_shares_are_kept_at_every_position(weights, start):
+    mixture, total = Mixture(weights), sum(map(Fraction, weights))
+    shares = [Fraction(weight) / total for weight in weights]
+    counts = mixture.counts(start)
+    assert sum(counts) == start
+    for position in range(start, start + 500):
+        source, index = mixture[position]
+        assert index == counts[source]
+        counts[source] += 1
+        assert mixture.counts(position + 1) == counts
+        if position % 50 == 0:
+            for share, count in zip(shares, counts, strict=True):
+                assert abs(count - (position + 1) * share) < 1 + np.log(len(weights))
+
+
+def test_shares_are_exact_where_they_can_be():
+    assert Mixture([Fraction("0.67"), Fraction("0.045"), Fraction("0.285")]).counts(200) == [134, 9, 57]
+    assert Mixture([31, 4159, 26]).counts(31 + 4159 + 26) == [31, 4159, 26]
+
+
+def test_batches_hold_the_sources_in_their_shares(corpus):
+    iterator = iter(batches_of(corpus))
+    seen = Counter()
+    for number in range(1, 51):
+        seen.update(sources_of(corpus, next(iterator)))
+        assert iterator.get_state() == {"next_index": number, "sources": {name: seen[name] for name in corpus.train}}
+    assert seen == {"small": 150, "large": 60, "digits": 90}
+
+
+def test_without_weights_one_pass_is_one_over_every_source(folders):
+    corpus = corpus_of(folders, "text@{small}, text@{large}")
+    assert corpus.weights is None
+    sizes = {name: (len(store) - 1) // SEQ_LEN for name, store in corpus.train.items()}
+    total = sum(sizes.values())
+    batches = train_batches(corpus.train, None, SEQ_LEN, 1, 7)
+    rows = [tuple(batch["inputs"][0]) for batch in itertools.islice(batches, 2 * total)]
+    expected = Counter()
+    for name, store in corpus.train.items():
+        stream = store.read(0, len(store)).tolist()
+        expected.update(tuple(stream[i * SEQ_LEN : (i + 1) * SEQ_LEN]) for i in range(sizes[name]))
+    assert Counter(rows[:total]) == Counter(rows[total:]) == expected
+    assert rows[:total] != rows[total:]
+
+
+def test_sources_of_one_size_are_in_different_orders(folders):
+    """Were all seeds one, two corpora of one size would be read in the same order."""
+    copy = folders["cache"].parent / "copy"
+    shutil.copytree(folders["large"], copy)
+    corpus = corpus_of(folders | {"copy": copy}, "text@{large}, text@{copy}")
+    first, second = (
+        [batch["inputs"].tolist() for batch in itertools.islice(batches_of(corpus, rows=[row]), 20)] for row in (0, 1)
+    )
+    assert first != second
+
+
+@pytest.mark.parametrize("position", [1, 40, 100_000])
+def test_position_is_restored_and_whole_batches_are_those_of_processes(corpus, position):
+    iterator = iter(batches_of(corpus))
+    counts = Mixture(corpus.weights).counts(position * BATCH_SIZE)
+    state = {"next_index": position, "sources": dict(zip(corpus.train, counts, strict=True))}
+    if position < 100:
+        for _ in range(position):
+            next(iterator)
+        assert iterator.get_state() == state
+    else:
+        iterator.set_state(state)
+    parts = [iter(batches_of(corpus, rows=rows)) for rows in ([0, 1, 2], [3, 4, 5])]
+    for part in parts:
+        part.set_state(json.loads(json.dumps(state)))
+    for _ in range(3):
+        whole, halves = next(iterator), [next(part) for part in parts]
+        for name, array in whole.items():
+            np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)
+
+
+@pytest.mark.parametrize("sources", [{"small": 3, "large": 1, "digits": 2}, {"small": 6}, None])
+def test_position_in_other_sources_is_refused(corpus, sources):
+    state = {"next_index": 1} | ({"sources": sources} if sources else {})
+    with pytest.raises(
+        UserError, match=r"data\.name: the checkpoint had read .* after 1 batches, .*'small': 3, 'large': 2"
+    ):
+        iter(batches_of(corpus)).set_state(state)
+
+
+def test_one_vocabulary_is_trained_on_all(folders):
+    corpus = corpus_of(folders, "text@{large}, text@{digits}", vocab_size=300)
+    manifests = [store.manifest for split in SPLITS for store in getattr(corpus, split).values()]
+    assert len({manifest["tokenizer_sha256"] for manifest in manifests}) == 1
+    vocabulary = json.loads(corpus.tokenizer.read_text())["model"]["vocab"]
+    assert any(len(token) > 1 and token.isdigit() for token in vocabulary)
+    assert any(len(token) > 1 and set(token) <= set("xyz") for token in vocabulary)
+    alone = corpus_of(folders, "text@{large}", vocab_size=300)
+    assert alone.identities != corpus.identities[:1]
+
+
+def prepared(folders, name, folder, **settings):
+    """A copy of a corpus' token store, under a name of the user's."""
+    corpus = corpus_of(folders, f"text@{{{folder}}}", **settings)
+    return shutil.copytree(corpus.tokenizer.parent, folders["cache"].parent / name, dirs_exist_ok=True)
+
+
+def test_prepared_stores_bring_their_tokenizer(folders):
+    mine = prepared(folders, "mine", "large", vocab_size=300)
+    corpus = corpus_of(folders | {"mine": mine}, "prepared@{mine}=0.9, text@{digits}=0.1", vocab_size=512)
+    assert list(corpus.train) == ["mine", "digits"] and corpus.weights == (Fraction("0.9"), Fraction("0.1"))
+    assert len({store.manifest["tokenizer_sha256"] for store in corpus.train.values()}) == 1
+    assert corpus.identities[0] == corpus_of(folders, "text@{large}", vocab_size=300).identities[0]
+    given = corpus_of(folders | {"mine": mine}, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json"))
+    assert given.identities == corpus.identities[:1]
+    alone = open_corpus(DataConfig("prepared", path=str(mine)), 300)
+    assert alone.identities == corpus.identities[:1] and list(alone.train) == ["mine"]
+
+
+def test_prepared_stores_that_do_not_fit(folders):
+    mine = prepared(folders, "mine", "large", vocab_size=300)
+    other = prepared(folders, "other", "digits", vocab_size=290)
+    here = folders | {"mine": mine, "other": other, "nothing": folders["cache"]}
+    for name, settings in (
+        ("prepared@{mine}, prepared@{other}", {}),
+        ("prepared@{mine}", {"tokenizer": str(other / "tokenizer.json")}),
+    ):
+        with pytest.raises(UserError, match=r"all corpora must be of one tokenizer, but .*mine has [0-9a-f]{12}"):
+            corpus_of(here, name, vocab_size=512, **settings)
+    with pytest.raises(UserError, match=r"model\.vocab_size=280: the tokenizer has 300 tokens"):
+        corpus_of(here, "prepared@{mine}, text@{digits}", vocab_size=280)
+    with pytest.raises(UserError, match=rf"data\.name: 'prepared' names {folders['cache']}, which is no token store"):
+        corpus_of(here, "prepared@{nothing}, text@{digits}")
+    assert not any(path.name.startswith("digits") for path in (folders["cache"] / "tokens").iterdir())
+
+
+def test_batches_of_a_single_window(corpus):
+    batch = next(iter(train_batches(corpus.train, corpus.weights, SEQ_LEN, 1, 7)))
+    assert batch["inputs"].shape == (1, SEQ_LEN)

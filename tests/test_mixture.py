@@ -1,0 +1,118 @@
+"""Whole runs over two corpora: killed and resumed, on two processes, evaluated by source; and a run on a damaged shard."""
+
+import json
+import shutil
+
+import numpy as np
+
+from aoe_jax.data import open_corpus
+from tests.runs import (
+    EVERY,
+    SETTINGS,
+    STEPS,
+    damage,
+    mixture,
+    read_metrics,
+    run,
+    scratch,
+    shared,
+    start,
+    tiny_config,
+    train_command,
+    write_texts,
+)
+from tests.test_multiprocess import losses, train_on
+from tests.test_train import kill_when, raw_checkpoint
+
+FIGURES = ("nll", "bits_per_byte")
+
+
+@shared
+def whole_run():
+    """Workdir of an uninterrupted run."""
+    workdir = scratch("mixture") / "whole"
+    status, _, stderr = run(train_command(workdir, **mixture()))
+    assert status == 0, stderr
+    return workdir
+
+
+def position(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def test_every_source_has_its_share():
+    rows = STEPS * tiny_config().train.batch_size
+    assert position(whole_run(), STEPS) == {
+        "next_index": STEPS,
+        "sources": {"mine": rows * 3 // 4, "others": rows // 4},
+    }
+    lines, validations = read_metrics(whole_run())
+    assert lines[-1]["nll"] < lines[0]["nll"] - 1
+    for line in validations:
+        for name in FIGURES:
+            low, high = sorted(line[f"validation_{name}/{source}"] for source in ("mine", "others"))
+            assert low < line[f"validation_{name}"] < high
+    summary = json.loads((whole_run() / "summary.json").read_text())["metrics"]
+    assert summary.items() >= {name: value for name, value in validations[-1].items() if name != "step"}.items()
+
+
+def test_killed_run_ends_as_an_uninterrupted_one():
+    whole, killed = whole_run(), scratch("mixture") / "killed"
+    command = train_command(killed, **mixture())
+    kill_when(start(command), (killed / "checkpoints" / str(2 * EVERY)).exists)
+    status, _, stderr = run(command)
+    assert status == 0 and "going on from step" in stderr, stderr
+    (arrays, at), (killed_arrays, killed_at) = (raw_checkpoint(workdir, STEPS) for workdir in (whole, killed))
+    assert arrays.keys() == killed_arrays.keys() and at == killed_at
+    for path, array in arrays.items():
+        assert array.tobytes() == killed_arrays[path].tobytes(), path
+    assert losses(whole) == losses(killed) and read_metrics(whole)[1] == read_metrics(killed)[1]
+
+
+def test_two_processes_train_as_one_does():
+    workdir = scratch("mixture") / "two"
+    train_on(workdir, 2, n_devices=2, **mixture())
+    np.testing.assert_allclose(losses(workdir), losses(whole_run()), rtol=1e-5)
+    assert position(workdir, STEPS) == position(whole_run(), STEPS)
+
+
+def test_evaluation_is_of_all_tokens_and_by_source(tmp_path):
+    workdir = shutil.copytree(whole_run(), tmp_path / "run")
+    status, stdout, stderr = run(["eval.py", f"--workdir={workdir}", "--split=validation"])
+    assert status == 0, stderr
+    report = json.loads((workdir / "eval.json").read_text())
+    validation = read_metrics(workdir)[1][-1]
+    sources = report["sources"]
+    assert list(sources) == ["mine", "others"]
+    for name in FIGURES:
+        np.testing.assert_allclose(report[name], validation[f"validation_{name}"], rtol=1e-6)
+        for source, result in sources.items():
+            np.testing.assert_allclose(result[name], validation[f"validation_{name}/{source}"], rtol=1e-6)
+    assert report["tokens"] == sum(result["tokens"] for result in sources.values())
+    summed = sum(result["nll"] * result["tokens"] for result in sources.values())
+    np.testing.assert_allclose(report["nll"], summed / report["tokens"], rtol=1e-9)
+    for source, result in sources.items():
+        line = next(line for line in stdout.splitlines() if line.startswith(f"{source}: "))
+        assert f"{result['tokens']} tokens" in line and f"{result['nll']:.4f}" in line
+        assert f"{result['bits_per_byte']:.4f}" in line
+
+
+def test_damaged_shard_ends_a_run_where_it_comes_upon_it(tmp_path):
+    """Exit status 2 and the shard's name, nothing lost; and once the shard is whole again the run goes on."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    settings = {"data__path": str(write_texts(folder, count=1000)), "data__cache": str(tmp_path / "cache")}
+    settings["train__eval_every"] = 0
+    corpus = open_corpus(tiny_config(**settings).data, SETTINGS["model.vocab_size"])
+    (shard,) = corpus.tokenizer.parent.glob("train-*.array_record")
+    whole = shard.read_bytes()
+    damage(shard)
+    workdir = tmp_path / "run"
+    status, stdout, stderr = run(train_command(workdir, train__steps=300, **settings))
+    assert status == 2 and stdout == "" and "Traceback" not in stderr, stderr
+    error = stderr.rpartition("error: ")[2]
+    assert str(shard.parent) in error and shard.name in error and len(error.splitlines()) <= 2
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    shard.write_bytes(whole)
+    status, _, stderr = run(train_command(workdir, train__steps=newest + 2, **settings))
+    assert status == 0 and f"going on from step {newest}" in stderr, stderr
