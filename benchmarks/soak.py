@@ -28,7 +28,6 @@ from aoe_jax.errors import UserError
 from aoe_jax.training.telemetry import MEASURED_KEYS
 from benchmarks.timing import report
 
-STEPS, EVERY = 240, 7
 SETTINGS = {
     "model.n_layers": 2,
     "model.n_heads": 2,
@@ -40,11 +39,11 @@ SETTINGS = {
     "balance.bias_rate": 0.01,
     "data.name": "text",
     "data.seq_len": 64,
-    "train.steps": STEPS,
+    "train.steps": 240,
     "train.batch_size": 8,
     "train.log_every": 3,
     "train.eval_every": 60,
-    "checkpoint.every": EVERY,
+    "checkpoint.every": 7,
     "checkpoint.keep": 3,
 }
 MOMENTS = ("start", "preparation", "steps", "save")
@@ -64,8 +63,9 @@ class Failure(Exception):
 class Soak:
     """One run after the other in `root`, all with the same texts."""
 
-    def __init__(self, root: Path):
-        """Writes the texts: the addresses of a few decades, one document each."""
+    def __init__(self, root: Path, settings):
+        """Writes the texts: the addresses of a few decades, one document each; `settings`: fields beside `SETTINGS`."""
+        self._settings = SETTINGS | settings
         self._root, self.texts, self.cache = root, root / "texts", root / "cache"
         self.texts.mkdir(parents=True)
         for file in speech_files()[-40:]:
@@ -73,7 +73,7 @@ class Soak:
 
     def start(self, workdir):
         """Starts the training program, or has it go on."""
-        settings = SETTINGS | {"data.path": self.texts, "data.cache": self.cache}
+        settings = self._settings | {"data.path": self.texts, "data.cache": self.cache}
         command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in settings.items()]
         cached = {"JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled")}
@@ -156,17 +156,18 @@ def result(workdir):
     """All that two runs have in common if they computed the same."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     untimed = [{name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines]
-    beside = (workdir / "checkpoints" / str(STEPS) / "run" / "metadata").read_text()
-    return json.loads((workdir / "summary.json").read_text())["metrics"], untimed, json.loads(beside)
+    metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
+    beside = (workdir / "checkpoints" / str(metrics["step"]) / "run" / "metadata").read_text()
+    return metrics, untimed, json.loads(beside)
 
 
-def soak(root: Path, kills, terms, seed):
-    """Stops runs `kills` and `terms` times; returns what happened.
+def soak(root: Path, kills, terms, seed, settings=None):
+    """Stops runs `kills` and `terms` times, with fields beside `SETTINGS`; returns what happened.
 
     Raises:
       Failure: see the module.
     """
-    chance, work = random.Random(seed), Soak(root)
+    chance, work = random.Random(seed), Soak(root, settings or {})
     wanted = result(work.whole())
     stops = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     chance.shuffle(stops)

@@ -81,14 +81,14 @@ SLOW_VALIDATION = """
 import os, signal, sys, time
 import train
 from aoe_jax import cli
-from aoe_jax.training import loop
-batches = loop.eval_batches
+from aoe_jax.evaluation import perplexity
+batches = perplexity.eval_batches
 def slow(*arguments):
     for n, batch in enumerate(batches(*arguments)):
         yield batch
         if n == 1 and {condition}:
             os.kill(os.getpid(), signal.SIGTERM)
-loop.eval_batches = slow
+perplexity.eval_batches = slow
 cli.run(train.main)
 """
 

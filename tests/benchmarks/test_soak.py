@@ -8,7 +8,9 @@ from benchmarks import soak
 
 
 def test_five_kills(tmp_path):
-    figures = soak.soak(tmp_path / "soak", kills=5, terms=2, seed=1)
+    figures = soak.soak(
+        tmp_path / "soak", kills=5, terms=2, seed=1, settings={"train.steps": 100, "train.eval_every": 40}
+    )
     assert sum(figures["stops"].values()) == 7
     whole = tmp_path / "soak" / "whole"
     wanted = soak.result(whole)
