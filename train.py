@@ -5,8 +5,8 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli, distributed
+from aoe_jax.stopping import StopRequests
 from aoe_jax.training.profile import Window
-from aoe_jax.training.stopping import StopRequests
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of the run; one with a checkpoint goes on from it")

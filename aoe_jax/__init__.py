@@ -1,6 +1,18 @@
 """Autonomy-of-Experts language models (arXiv 2501.13074) in JAX and Flax."""
 
-from aoe_jax.experts.layer import AoELayer, DenseLayer, RouterLayer
-from aoe_jax.model.decoder import Decoder
+import importlib
 
-__all__ = ["AoELayer", "Decoder", "DenseLayer", "RouterLayer"]
+_HOMES = {
+    "AoELayer": "aoe_jax.experts.layer",
+    "Decoder": "aoe_jax.model.decoder",
+    "DenseLayer": "aoe_jax.experts.layer",
+    "RouterLayer": "aoe_jax.experts.layer",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    """Imports JAX only once it is needed: preparing data needs none of it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,5 +1,7 @@
 """How a program ends before its time: what the command line turns into a last line and an exit status."""
 
+import errno
+
 
 class UserError(Exception):
     """A mistake the user can mend: a bad value, a missing file, an unknown name, a full disk.
@@ -9,6 +11,11 @@ class UserError(Exception):
     """
 
     status = 2
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room; libraries raise errors of their own that only say so."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
 
 
 class DivergedError(Exception):

@@ -14,7 +14,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.errors import UserError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("aoe_jax.export")  # not __name__, which is __main__ on the command line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
@@ -42,8 +42,9 @@ def export(workdir: Path, output: Path, which="newest"):
     from aoe_jax.config import CheckpointConfig, Config
     from aoe_jax.evaluation.run import on_devices_here
     from aoe_jax.sharding import make_mesh, state_shardings, with_shardings
-    from aoe_jax.training.checkpoint import Checkpoints, read_config_json
+    from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state
+    from aoe_jax.training.workdir import read_config_json
 
     if output.exists():
         raise UserError(f"--output={output} exists already; name a new directory")

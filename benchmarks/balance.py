@@ -17,7 +17,8 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.training.checkpoint import check_workdir, read_json
+from aoe_jax.json_files import read_json
+from aoe_jax.training.workdir import check_workdir
 from benchmarks.timing import configuration, report
 
 # arm -> (variant of configs/tiny.py, fields of the group `balance`)

@@ -15,7 +15,8 @@ from aoe_jax import cli
 from aoe_jax.config import Config
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.training.checkpoint import read_config_json, read_json, write_json
+from aoe_jax.json_files import read_json, write_json
+from aoe_jax.training.workdir import read_config_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")

@@ -13,8 +13,8 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import mosaic_gpu
+from aoe_jax.json_files import write_json
 from aoe_jax.topology import compiling_for, topology_devices
-from aoe_jax.training.checkpoint import write_json
 from benchmarks.compiling import expert_shapes, lower_for
 
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")

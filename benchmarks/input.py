@@ -21,8 +21,8 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.config import DataConfig
-from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import READ_OPTIONS, train_batches
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
 from benchmarks.timing import configuration, keep_freed_memory, machine, report

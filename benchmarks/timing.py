@@ -12,7 +12,7 @@ import numpy as np
 
 from aoe_jax.config import Config
 from aoe_jax.errors import UserError
-from aoe_jax.training.checkpoint import write_json
+from aoe_jax.json_files import write_json
 from aoe_jax.training.step import init_state, make_train_step
 from configs import tiny
 

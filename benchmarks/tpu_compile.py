@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.training.checkpoint import write_json
+from aoe_jax.json_files import write_json
 from benchmarks.compiling import TOPOLOGIES, expert_shapes, lower_for, megablox_tile_flops, tpu_devices
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), f"of {', '.join(TOPOLOGIES)}")

@@ -18,8 +18,9 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event
 
 from aoe_jax.config import Config, default_config
-from aoe_jax.data import open_corpus
-from aoe_jax.data.locking import exclusive
+from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.locking import exclusive
+from aoe_jax.training.telemetry import MEASURED_KEYS
 from tests.hasty import HASTY, xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,6 +229,20 @@ def read_metrics(workdir):
     """The lines of `metrics.jsonl`: `(training lines, validation lines)`."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "validation_nll" in line]
+
+
+def untimed(workdir):
+    """The lines of `metrics.jsonl` without what differs between two equal runs: `(training lines, validation lines)`."""
+    return tuple(
+        [{name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines]
+        for lines in read_metrics(workdir)
+    )
+
+
+def same_end(workdir, whole):
+    """Whether two runs ended alike, bit for bit, and reported alike on their way."""
+    summaries = [json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)]
+    return summaries[0] == summaries[1] and untimed(workdir) == untimed(whole)
 
 
 def read_events(workdir):

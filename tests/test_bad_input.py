@@ -130,6 +130,14 @@ def finished_and_truncated(workdir, here):
     truncate_state(workdir)
 
 
+def finished_and_truncated_alone(workdir, here):
+    """Where there is another one, training goes on from that."""
+    finished_and_truncated(workdir, here)
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name != str(STEPS):
+            shutil.rmtree(path)
+
+
 def finished_and_changed_texts(workdir, here):
     finished(workdir, here)
     (here / "texts").mkdir()
@@ -187,10 +195,10 @@ RUNS = {
     "changed texts": Mistake(
         TRAIN, ["token store", "data.path"], finished_and_changed_texts, TEXTS | {"train__steps": STEPS + 1}
     ),
-    "truncated checkpoint": Mistake(
+    "the only checkpoint is truncated": Mistake(
         TRAIN,
-        [f"{{workdir}}/checkpoints/{STEPS}", "can't be read"],
-        finished_and_truncated,
+        [f"{{workdir}}/checkpoints/{STEPS}", "can't be read", "there is no other"],
+        finished_and_truncated_alone,
         {"train__steps": STEPS + 1},
     ),
     "config.json isn't JSON": Mistake(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.config import Config
-from aoe_jax.data import open_corpus
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints

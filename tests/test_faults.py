@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from aoe_jax.training.telemetry import MEASURED_KEYS
 from tests.runs import (
     EVERY,
     ROOT,
@@ -19,6 +18,7 @@ from tests.runs import (
     finished_run,
     read_metrics,
     run,
+    same_end,
     start,
     train_command,
     truncate_state,
@@ -37,20 +37,6 @@ def wait_for(process, condition):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def same_end(workdir, whole):
-    """Whether two runs ended alike, bit for bit, and reported alike on their way."""
-    summaries = [json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)]
-    untimed = [
-        [
-            {name: value for name, value in line.items() if name not in MEASURED_KEYS}
-            for lines in read_metrics(path)
-            for line in lines
-        ]
-        for path in (workdir, whole)
-    ]
-    return summaries[0] == summaries[1] and untimed[0] == untimed[1]
 
 
 def last_line(stderr):
@@ -216,7 +202,7 @@ def test_two_processes_in_one_workdir(tmp_path):
     wait_for(first, lambda: heartbeat(tmp_path / "run")["status"] == "training")
     first.send_signal(signal.SIGSTOP)
     status, _, stderr = run(train_command(tmp_path / "run"))
-    assert status == 2 and "another process trains there" in stderr, stderr
+    assert status == 2 and "another process is at work there" in stderr, stderr
     first.send_signal(signal.SIGCONT)
     status, _, stderr = finish(first)
     assert status == 0, stderr

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 
-from aoe_jax.data import open_corpus
+from aoe_jax.data.tokenised import open_corpus
 from tests.runs import (
     EVERY,
     SETTINGS,
@@ -14,6 +14,7 @@ from tests.runs import (
     mixture,
     read_metrics,
     run,
+    same_end,
     scratch,
     shared,
     start,
@@ -37,7 +38,7 @@ def whole_run():
 
 
 def position(workdir, step):
-    return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+    return json.loads((workdir / "checkpoints" / str(step) / "run" / "metadata").read_text())["data"]
 
 
 def test_every_source_has_its_share():
@@ -66,7 +67,7 @@ def test_killed_run_ends_as_an_uninterrupted_one():
     assert arrays.keys() == killed_arrays.keys() and at == killed_at
     for path, array in arrays.items():
         assert array.tobytes() == killed_arrays[path].tobytes(), path
-    assert losses(whole) == losses(killed) and read_metrics(whole)[1] == read_metrics(killed)[1]
+    assert same_end(killed, whole)
 
 
 def test_two_processes_train_as_one_does():

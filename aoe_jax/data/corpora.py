@@ -13,13 +13,11 @@ from typing import Protocol
 import tensorflow_datasets as tfds
 import tensorflow_datasets.text  # registers the older text builders, such as wiki40b
 
-from aoe_jax.data import sotu
-from aoe_jax.data.locking import exclusive
+from aoe_jax.data import SPLITS, sotu
 from aoe_jax.errors import UserError
+from aoe_jax.locking import exclusive
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "validation", "test")
 
 
 class Corpus(Protocol):

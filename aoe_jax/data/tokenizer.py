@@ -1,15 +1,131 @@
-"""Tokenizers: byte-level BPE trained on the corpus, or a Hugging Face `tokenizer.json`."""
+"""Tokenizers: byte-level BPE trained on the corpus, a Hugging Face `tokenizer.json`, or a SentencePiece model."""
 
-from collections.abc import Iterable
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar, Protocol
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy as np
+import sentencepiece
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
 _SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer(Protocol):
+    """Turns whole documents into token ids and back; the name of a special token in a document is ordinary text.
+
+    Attributes:
+        file_name: what the file of this kind of tokenizer is called: `tokenizer.json` or `tokenizer.model`.
+        end_of_text: id of the token that separates documents.
+        token_count: smallest `vocab_size` of a model for this tokenizer, its largest token id plus one.
+        sha256: what tells tokenizers apart.
+    """
+
+    file_name: ClassVar[str]
+    end_of_text: int
+    token_count: int
+    sha256: str
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, integer arrays `[tokens]`, without any special token."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; special tokens are left out."""
+
+    def save(self, folder: Path):
+        """Write the tokenizer to `folder / file_name`."""
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, threads: int | None = None):
+        """Raise `UserError` if the vocabulary has no end-of-text token; `threads`: as in `load_tokenizer`."""
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if threads == 1:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._tokenizer, self._threads = tokenizer, threads
+        self._tiktoken = _as_tiktoken(tokenizer)
+        ids = (tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
+        self.end_of_text = next((token for token in ids if token is not None), None)
+        if self.end_of_text is None:
+            raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
+        self.token_count = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As in `Tokenizer`."""
+        if not self._tiktoken:
+            return self._encode_by_tokenizers(texts)
+        if self._threads == 1:
+            return list(map(self._encode_by_tiktoken, texts))
+        with ThreadPoolExecutor(self._threads or _cores()) as pool:
+            return list(pool.map(self._encode_by_tiktoken, texts))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As in `Tokenizer`."""
+        return self._tokenizer.decode(tokens)
+
+    def save(self, folder: Path):
+        """As in `Tokenizer`."""
+        self._tokenizer.save(str(folder / self.file_name))
+
+    def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def _encode_by_tiktoken(self, text: str) -> np.ndarray:
+        try:
+            return self._tiktoken.encode_to_numpy(text)
+        except ValueError:  # its regular expressions give up at about a million blanks in a row
+            return self._encode_by_tokenizers([text])[0]
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes, threads: int | None = None):
+        """Raise `UserError` if the model has no end-of-sentence piece, `RuntimeError` if these bytes are no model."""
+        if not model:
+            raise RuntimeError("it is empty")
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._model, self._threads = model, threads
+        self.end_of_text = self._processor.eos_id()
+        if self.end_of_text < 0:
+            raise UserError("has no end-of-sentence piece; give a model that has")
+        self.token_count = self._processor.get_piece_size()
+        self.sha256 = hashlib.sha256(model).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As in `Tokenizer`."""
+        encoded = self._processor.encode(list(texts), num_threads=self._threads or _cores())
+        return [np.array(ids, np.uint32) for ids in encoded]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As in `Tokenizer`."""
+        return self._processor.decode([int(token) for token in tokens if not self._processor.is_control(int(token))])
+
+    def save(self, folder: Path):
+        """As in `Tokenizer`."""
+        (folder / self.file_name).write_bytes(self._model)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -24,7 +140,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         raise UserError(
             f"model.vocab_size={vocab_size}: must be at least {_SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT})"
         )
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -34,53 +150,94 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return _for_plain_text(tokenizer)
+    return HuggingFaceTokenizer(tokenizer)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a Hugging Face `tokenizer.json`.
+def load_tokenizer(path: str | Path, threads: int | None = None, setting: str = "data.tokenizer") -> Tokenizer:
+    """Load a Hugging Face `tokenizer.json` or a SentencePiece model, whatever the file is called.
+
+    Args:
+        path: of the file.
+        threads: that `encode` runs on; None: as many as there are cores.
+        setting: what errors call the path.
 
     Raises:
-        UserError: the file is missing or is no tokenizer.
+        UserError: the file is missing, is no tokenizer, or has no token for the end of a text.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.tokenizer={str(path)!r}: no such file; give the path of a Hugging Face tokenizer.json")
+    wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"data.tokenizer={str(path)!r}: not a Hugging Face tokenizer.json ({error})") from error
-    return _for_plain_text(tokenizer)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting}={str(path)!r}: can't be read ({error.strerror}); {wanted}") from error
+    try:
+        if content[:1] == b"{":
+            return HuggingFaceTokenizer(tokenizers.Tokenizer.from_str(content.decode()), threads)
+        return SentencePieceTokenizer(content, threads)
+    except UserError as error:
+        raise UserError(f"{setting}={str(path)!r}: {error}") from error
+    except Exception as error:  # the libraries raise bare Exception, RuntimeError and others
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{setting}={str(path)!r}: is no tokenizer ({reason}); {wanted}") from error
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that separates documents.
-
-    Raises:
-        UserError: the vocabulary has none of `<|endoftext|>`, `</s>`, `<|end_of_text|>`.
-    """
-    for name in _END_OF_TEXT_NAMES:
-        if (token := tokenizer.token_to_id(name)) is not None:
-            return token
-    raise UserError(f"data.tokenizer: has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-
-
-def token_count(tokenizer: Tokenizer) -> int:
-    """Smallest `vocab_size` of a model for this tokenizer: its largest token id plus one."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def saved_tokenizer(folder: Path) -> Path:
+    """The file of the tokenizer that was saved in a folder; the first of the possible names if there is none."""
+    names = [kind.file_name for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)]
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `UserError` if a model with `vocab_size` lacks an embedding for some token."""
-    if vocab_size < token_count(tokenizer):
+    if vocab_size < tokenizer.token_count:
         raise UserError(
-            f"model.vocab_size={vocab_size}: the tokenizer has {token_count(tokenizer)} tokens; set it to at least that"
+            f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.token_count} tokens; set it to at least that"
         )
 
 
-def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Encode whole documents, and the name of a special token in a document as ordinary text."""
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
+    """The same tokenizer in the tiktoken library, which is several times as fast; None unless it is sure to be the same.
+
+    tiktoken joins the neighbours whose union has the lowest id; the tokenizers library those that come first in its list of
+    merges. These are the same if the merges stand in the order of the ids they make, each another, and the text of every
+    token is encoded to that token. For let x, y be neighbours that are no merge and z their union, a token: up to here the
+    text of z has been joined as it would be alone, and alone it would end as x, y.
+    """
+    spec = json.loads(tokenizer.to_str())
+    model, split = spec["model"], spec["pre_tokenizer"] or {}
+    unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
+    if (
+        spec["normalizer"] is not None
+        or model["type"] != "BPE"
+        or any(model.get(name) for name in unusual)
+        or (split.get("type"), split.get("add_prefix_space"), split.get("use_regex")) != ("ByteLevel", False, True)
+        or not all(token["special"] for token in spec["added_tokens"])
+    ):
+        return None
+    added = {token["content"] for token in spec["added_tokens"]}
+    vocabulary = {token: id for token, id in model["vocab"].items() if token not in added}
+    made = [vocabulary.get("".join(merge), -1) for merge in model["merges"]]
+    spelled = _bytes_of_letters()
+    if (
+        not spelled.keys() <= vocabulary.keys()
+        or min(made, default=0) < 0
+        or any(a >= b for a, b in itertools.pairwise(made))
+    ):
+        return None
+    alone = tokenizers.Tokenizer.from_str(json.dumps(spec | {"pre_tokenizer": None, "added_tokens": []}))
+    for encoding, id in zip(alone.encode_batch_fast(list(vocabulary)), vocabulary.values(), strict=True):
+        if encoding.ids != [id]:
+            return None
+    ranks = {bytes(spelled[letter] for letter in token): id for token, id in vocabulary.items()}
+    return tiktoken.Encoding("byte-level BPE", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte that each letter of byte-level BPE stands for: printable ones for themselves, others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 
 from aoe_jax.config import Config, MeshConfig
-from aoe_jax.data import open_corpus
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.json_files import write_json
 from aoe_jax.sharding import (
     batch_sharding,
     fill_mesh,
@@ -21,9 +22,10 @@ from aoe_jax.sharding import (
     state_shardings,
     with_shardings,
 )
-from aoe_jax.training.checkpoint import Checkpoints, check_data, read_config_json, write_json
+from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import log_run
 from aoe_jax.training.step import init_state
+from aoe_jax.training.workdir import check_data, read_config_json
 
 log = logging.getLogger(__name__)
 

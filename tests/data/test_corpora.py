@@ -4,7 +4,8 @@ import shutil
 import pytest
 import tensorflow_datasets as tfds
 
-from aoe_jax.data.corpora import SPLITS, load_corpus
+from aoe_jax.data import SPLITS
+from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
 
 

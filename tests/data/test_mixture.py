@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from aoe_jax.config import DataConfig
-from aoe_jax.data import open_corpus
-from aoe_jax.data.corpora import SPLITS
+from aoe_jax.data import SPLITS
 from aoe_jax.data.pipeline import Mixture, train_batches
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 
 SEQ_LEN, BATCH_SIZE = 16, 6

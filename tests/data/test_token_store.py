@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax.data import token_store
-from aoe_jax.data.corpora import SPLITS, load_corpus
-from aoe_jax.data.token_store import RECORD_TOKENS, build_token_store, open_token_store, prepare
-from aoe_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from aoe_jax.data import SPLITS, store_writer
+from aoe_jax.data.building import build_token_store, cached_token_stores
+from aoe_jax.data.corpora import load_corpus
+from aoe_jax.data.store_writer import RECORD_TOKENS
+from aoe_jax.data.token_store import open_token_store
+from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
 
 VOCAB_SIZE = 300
@@ -30,7 +32,7 @@ def stored_documents(directory, split):
 def test_decoded_stream_is_the_text(sotu_cache, sotu_directory, split):
     tokenizer = load_tokenizer(sotu_directory / "tokenizer.json")
     texts = list(load_corpus("sotu", None, str(sotu_cache)).documents(split))
-    assert tokenizer.decode_batch(stored_documents(sotu_directory, split)) == texts
+    assert list(map(tokenizer.decode, stored_documents(sotu_directory, split))) == texts
     store = open_token_store(sotu_directory, split)
     assert store.documents == len(texts)
     assert store.text_bytes == sum(len(text.encode()) for text in texts)
@@ -54,7 +56,7 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path):
     assert len(store.manifest["splits"]["train"]["shards"]) == -(-len(store) // RECORD_TOKENS) > 8
     expected = [0]
     for text in corpus.documents("train"):
-        expected += [*tokenizer.encode(text).ids, 0]
+        expected += [*tokenizer.encode([text])[0].tolist(), 0]
     for start, stop in [(0, len(store)), (4095, 4097), (4096, 8192), (100, 20000), (len(store) - 1, len(store))]:
         tokens = store.read(start, stop)
         assert tokens.dtype == np.int32 and tokens.tolist() == expected[start:stop]
@@ -65,13 +67,13 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path):
 
 def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
     whole = prepare_text(text_folder, tmp_path / "a")
-    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(store_writer, "_BATCH_CHARACTERS", 100)
     assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(whole, "train")
 
 
 def prepare_text(folder, cache, tokenizer=None):
     corpus = load_corpus("text", str(folder), str(cache))
-    (directory,) = prepare([corpus], tokenizer and str(tokenizer), VOCAB_SIZE, str(cache))
+    (directory,) = cached_token_stores([corpus], tokenizer and str(tokenizer), VOCAB_SIZE, str(cache))
     return directory
 
 
@@ -97,6 +99,7 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
     vocabulary = {chr(i): i for i in range(0x7F)} | {"</s>": 70000}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = HuggingFaceTokenizer(tokenizer)
     build_token_store(load_corpus("text", str(text_folder), str(tmp_path)), tokenizer, tmp_path / "store")
     store = open_token_store(tmp_path / "store", "train")
     assert store.manifest["dtype"] == "uint32" and store.read(0, 1).tolist() == [70000]
@@ -112,10 +115,10 @@ def test_build_that_finishes_second_leaves_the_first(text_folder, tmp_path):
 
 PREPARE = """
 import sys
-from aoe_jax.data import corpora, token_store
+from aoe_jax.data import building, corpora
 {before}
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
-print(*token_store.prepare([corpus], None, 300, sys.argv[2]))
+print(*building.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """
@@ -180,13 +183,13 @@ def test_damaged_stores(text_folder, tmp_path):
 
 def test_setting_mistakes(text_folder, tmp_path):
     tokenizer = train_tokenizer([path.read_bytes().decode() for path in text_folder.rglob("*.txt")], 320)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(tmp_path)
     with pytest.raises(UserError, match=r"model.vocab_size=300: the tokenizer has 3\d\d tokens"):
         prepare_text(text_folder, tmp_path, tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': no such file"):
+    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': can't be read \(No such file"):
         prepare_text(text_folder, tmp_path, tmp_path / "none.json")
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "no-eot.json"))
-    with pytest.raises(UserError, match="no end-of-text token"):
+    with pytest.raises(UserError, match=r"data.tokenizer='.*no-eot.json': has no end-of-text token"):
         prepare_text(text_folder, tmp_path, tmp_path / "no-eot.json")
     (text_folder / "00.txt").write_bytes(b"\xff")
     (text_folder / "01.txt").write_bytes(b"\xff")

@@ -1,32 +1,50 @@
-import pytest
-from tokenizers import Tokenizer, models
+import importlib.resources
+import json
+import random
 
-from aoe_jax.data.tokenizer import check_vocab_size, end_of_text_id, load_tokenizer, token_count, train_tokenizer
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from aoe_jax.data.sotu import speech_files
+from aoe_jax.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    check_vocab_size,
+    load_tokenizer,
+    saved_tokenizer,
+    train_tokenizer,
+)
 from aoe_jax.errors import UserError
+from tests.data.texts import texts
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log"]
+STRANGE = "\x00 \t\r\n Ünï©ødé 你好 🚀 don't 1790's  two\n\n three\u2003wide \u0301 end "
 
 
 def encode(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode([text])[0].tolist()
 
 
 def test_trained_tokenizer_has_the_size_asked_for_and_every_byte(tmp_path):
     tokenizer = train_tokenizer(TEXTS, 262)
-    assert token_count(tokenizer) == 262
-    assert tokenizer.token_to_id("<|endoftext|>") == end_of_text_id(tokenizer) == 0
-    text = "\x00 \t\r\n Ünï©ødé 你好 🚀 the cat"
-    assert tokenizer.decode(encode(tokenizer, text)) == text
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert encode(load_tokenizer(tmp_path / "tokenizer.json"), text) == encode(tokenizer, text)
+    assert tokenizer.token_count == 262 and tokenizer.end_of_text == 0
+    assert tokenizer.decode(encode(tokenizer, STRANGE)) == STRANGE
+    tokenizer.save(tmp_path)
+    assert saved_tokenizer(tmp_path) == tmp_path / "tokenizer.json"
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert encode(loaded, STRANGE) == encode(tokenizer, STRANGE) and loaded.sha256 == tokenizer.sha256
 
 
 def test_small_corpus_gives_a_smaller_vocabulary():
-    assert 257 < token_count(train_tokenizer(TEXTS, 4096)) < 300
+    assert 257 < train_tokenizer(TEXTS, 4096).token_count < 300
 
 
 def test_training_repeats_itself():
-    assert train_tokenizer(TEXTS, 280).to_str() == train_tokenizer(TEXTS, 280).to_str()
+    assert train_tokenizer(TEXTS, 280).sha256 == train_tokenizer(TEXTS, 280).sha256
+    assert train_tokenizer(TEXTS, 262).sha256 != train_tokenizer(TEXTS, 263).sha256
 
 
 def test_the_name_of_a_special_token_in_a_document_is_text():
@@ -34,36 +52,162 @@ def test_the_name_of_a_special_token_in_a_document_is_text():
     assert 0 not in encode(tokenizer, "a <|endoftext|> b")
 
 
+def trained(tmp_path, change=lambda spec: None, vocab_size=2000):
+    """A tokenizer.json trained on two addresses, changed."""
+    train_tokenizer([file.read_text() for file in speech_files()[-2:]], vocab_size).save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    return tmp_path / "tokenizer.json"
+
+
+def by_the_library(path, documents):
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return [encoding.ids for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tiktoken_gives_what_the_tokenizers_library_gives(tmp_path, threads):
+    path = trained(tmp_path)
+    tokenizer = load_tokenizer(path, threads)
+    assert tokenizer._tiktoken
+    choice = random.Random(0)
+    alphabet = [*"ethanos  \n\t\r'\"sdmrvl019.,-", "é", "好", "\u2003", "\u0301", "\x85", "ſ", "🚀", "\u200d"]
+    noise = ["".join(choice.choices(alphabet, k=300)) for _ in range(200)]
+    every = [
+        "".join(f"a{chr(code)} {chr(code)}1" for code in range(start, start + 300)) for start in range(0, 9000, 300)
+    ]
+    documents = [STRANGE, "", " ", "<|endoftext|>", *noise, *every, *texts(100), speech_files()[0].read_text()]
+    assert [ids.tolist() for ids in tokenizer.encode(documents)] == by_the_library(path, documents)
+
+
+def test_text_that_tiktoken_gives_up_on(tmp_path):
+    path, text = trained(tmp_path), "a" + " " * 2_000_000 + "b"
+    assert encode(load_tokenizer(path), text) == by_the_library(path, [text])[0]
+
+
+def swap_merges(spec):
+    """Ranks that aren't those of the ids."""
+    merges = spec["model"]["merges"]
+    merges[5], merges[6] = merges[6], merges[5]
+
+
+def merge_twice(spec):
+    """Two merges with one result."""
+    vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    for token in sorted(vocabulary):
+        for cut in range(1, len(token)):
+            if token[:cut] in vocabulary and token[cut:] in vocabulary and [token[:cut], token[cut:]] not in merges:
+                merges.append([token[:cut], token[cut:]])
+                return
+
+
+def add_unreachable(spec):
+    """A token that its own text doesn't give, but tiktoken's way of joining would."""
+    vocabulary = spec["model"]["vocab"]
+    vocabulary |= {"ax": 5000, "xa": 5001, "axa": 5002, "xax": 5003, "axax": 5004}
+    spec["model"]["merges"] += [["a", "x"], ["x", "a"], ["a", "xa"], ["xa", "x"], ["axa", "x"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_merges,
+        merge_twice,
+        add_unreachable,
+        lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+        lambda spec: spec["pre_tokenizer"].update(use_regex=False),
+        lambda spec: spec.update(normalizer={"type": "NFC"}),
+        lambda spec: spec["added_tokens"][0].update(special=False),
+        lambda spec: spec["model"]["vocab"].pop("Ā"),
+        lambda spec: spec["model"].update(end_of_word_suffix="e"),
+    ],
+)
+def test_tokenizers_that_tiktoken_is_not_sure_to_match_are_left_to_their_library(tmp_path, change):
+    path = trained(tmp_path, change)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer._tiktoken is None
+    documents = [STRANGE, *texts(20), "axax xaxa axa"]
+    assert [ids.tolist() for ids in tokenizer.encode(documents)] == by_the_library(path, documents)
+
+
 def test_loaded_tokenizer_encodes_whole_documents(tmp_path):
-    tokenizer = train_tokenizer(TEXTS, 257)
+    path = trained(tmp_path, vocab_size=257)
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert len(encode(load_tokenizer(tmp_path / "tokenizer.json"), "twelve bytes")) == 12
+    tokenizer.save(str(path))
+    assert len(encode(load_tokenizer(path), "twelve bytes")) == 12
 
 
 @pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "<|end_of_text|>"])
 def test_end_of_text_names(name):
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 5}, merges=[]))
-    with pytest.raises(UserError, match=r"data.tokenizer.*end-of-text"):
-        end_of_text_id(tokenizer)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 5}, merges=[]))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        HuggingFaceTokenizer(tokenizer)
     tokenizer.add_special_tokens([name])
-    assert end_of_text_id(tokenizer) == tokenizer.token_to_id(name)
+    assert HuggingFaceTokenizer(tokenizer).end_of_text == tokenizer.token_to_id(name)
 
 
 def test_token_count_heeds_gaps():
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 5}, merges=[]))
-    assert token_count(tokenizer) == 6
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "b": 5}, merges=[]))
+    tokenizer = HuggingFaceTokenizer(tokenizer)
+    assert tokenizer.token_count == 6
     check_vocab_size(tokenizer, 6)
     with pytest.raises(UserError, match=r"model.vocab_size=5: the tokenizer has 6 tokens"):
         check_vocab_size(tokenizer, 5)
 
 
+def test_any_hugging_face_tokenizer(tmp_path):
+    """Unigram with a metaspace, as T5 has it."""
+    pieces = [("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefgh")]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=1))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "any.json"))
+    loaded = load_tokenizer(tmp_path / "any.json")
+    assert loaded.token_count == 11 and loaded.end_of_text == 0
+    assert loaded.decode(encode(loaded, "bad cab")) == "bad cab"
+
+
+@pytest.fixture(scope="session")
+def llama_model():
+    """The 32,000 pieces of the Llama family, as mistral-common ships them."""
+    return importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sentencepiece(tmp_path, llama_model, threads):
+    tokenizer = load_tokenizer(llama_model, threads)
+    assert (tokenizer.token_count, tokenizer.end_of_text) == (32000, 2)
+    documents = [STRANGE.replace("\x00", ""), "", "a </s> <s> b", *texts(50), speech_files()[0].read_text()]
+    encoded = tokenizer.encode(documents)
+    assert list(map(tokenizer.decode, encoded)) == documents
+    assert not np.isin([1, 2], np.concatenate(encoded)).any()
+    library = sentencepiece.SentencePieceProcessor(model_file=str(llama_model))
+    assert [ids.tolist() for ids in encoded] == library.encode(documents)
+    tokenizer.save(tmp_path)
+    assert saved_tokenizer(tmp_path) == tmp_path / "tokenizer.model"
+    assert load_tokenizer(tmp_path / "tokenizer.model").sha256 == tokenizer.sha256
+    assert tokenizer.decode([2, *encoded[3], 2]) == documents[3]
+
+
+def test_sentencepiece_without_an_end(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "small"), vocab_size=16, eos_id=-1, minloglevel=2
+    )
+    with pytest.raises(UserError, match=r"data.tokenizer='.*small.model': has no end-of-sentence piece; give"):
+        load_tokenizer(tmp_path / "small.model")
+    with pytest.raises(UserError, match="no end-of-sentence piece"):
+        SentencePieceTokenizer((tmp_path / "small.model").read_bytes())
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"model.vocab_size=256: must be at least 257"):
         train_tokenizer(TEXTS, 256)
-    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': no such file"):
+    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': can't be read \(No such file.*; give the path"):
         load_tokenizer(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match=r"data.tokenizer='.*bad.json': not a Hugging Face tokenizer.json"):
-        load_tokenizer(tmp_path / "bad.json")
+    for content in (b"{}", b"{", b"no model", b"", bytes(range(256))):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(UserError, match=r"--tokenizer='.*bad': is no tokenizer \(.*\); give the path of a Hugging"):
+            load_tokenizer(tmp_path / "bad", setting="--tokenizer")

@@ -15,8 +15,11 @@ class StopRequests:
     at the same step.
     """
 
-    def __init__(self):
-        """Nothing is heeded before `listen`."""
+    def __init__(
+        self, advice="the same command goes on from the newest checkpoint, or from the start where there is none"
+    ):
+        """Nothing is heeded before `listen`; `advice`: how to go on after a stop that came outside of training."""
+        self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
 
     def listen(self):
@@ -51,4 +54,4 @@ class StopRequests:
         signal.signal(number, signal.SIG_DFL)
         self._signal = number
         if not self._at_steps or self._several:
-            raise self.end("the same command goes on from the newest checkpoint, or from the start where there is none")
+            raise self.end(self._advice)

@@ -4,24 +4,24 @@ import shutil
 
 import pytest
 
-from benchmarks import soak
+from benchmarks import stopped_runs
 
 
 def test_five_kills(tmp_path):
-    figures = soak.soak(
+    figures = stopped_runs.soak(
         tmp_path / "soak", kills=5, terms=2, seed=1, settings={"train.steps": 100, "train.eval_every": 40}
     )
     assert sum(figures["stops"].values()) == 7
     whole = tmp_path / "soak" / "whole"
-    wanted = soak.result(whole)
-    soak._compare(tmp_path / "soak" / "run_0", wanted)
+    wanted = stopped_runs.result(whole)
+    stopped_runs.compare(tmp_path / "soak" / "run_0", wanted)
 
     other = shutil.copytree(whole, tmp_path / "other")
     lines = (other / "metrics.jsonl").read_text()
     (other / "metrics.jsonl").write_text(lines.replace('"step": 30', '"step": 31', 1))
-    with pytest.raises(soak.Failure, match=r"lines of metrics\.jsonl of .* differ"):
-        soak._compare(other, wanted)
+    with pytest.raises(stopped_runs.Failure, match=r"lines of metrics\.jsonl of .* differ"):
+        stopped_runs.compare(other, wanted)
     newest = max((other / "checkpoints").iterdir(), key=lambda path: int(path.name))
     shutil.rmtree(newest / "state")
-    with pytest.raises(soak.Failure, match="can't be read"):
-        soak.check_checkpoints(other)
+    with pytest.raises(stopped_runs.Failure, match="can't be read"):
+        stopped_runs.check_checkpoints(other)

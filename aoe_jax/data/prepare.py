@@ -1,0 +1,63 @@
+"""Makes a token store of files: `python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR`.
+
+JSON lines (.jsonl, .ndjson, .json) and plain text (.txt), also with .gz or .zst, and Parquet. Killed or stopped, the same
+command goes on where it was. `--check` reads a store whole, `--repair` writes what is damaged again.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.data.preparation import Settings, check, prepare, repair
+from aoe_jax.errors import UserError
+from aoe_jax.stopping import StopRequests
+
+log = logging.getLogger("aoe_jax.data.prepare")  # not __name__, which is __main__
+
+_INPUT = flags.DEFINE_multi_string(
+    "input", [], "a glob pattern of files, '**' for folders of any depth; may be repeated"
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "a Hugging Face tokenizer.json, a SentencePiece model, or bpe:N, byte-level BPE of N tokens"
+)
+_OUTPUT = flags.DEFINE_string("output", None, "the directory of the token store")
+_TEXT_FIELD = flags.DEFINE_string("text_field", Settings.text_field, "where JSON and Parquet have the text")
+_VALIDATION = flags.DEFINE_float("validation", Settings.validation, "share of the documents for validation")
+_TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", len(os.sched_getaffinity(0)), "that tokenise, a core each", lower_bound=1
+)
+_CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name what is damaged")
+_REPAIR = flags.DEFINE_bool("repair", False, "write what is damaged again, from the same input")
+
+
+def main():
+    """Prepares, checks or repairs."""
+    StopRequests("the same command goes on where it was").listen()
+    output = Path(cli.required(_OUTPUT)).expanduser()
+    if _CHECK.value or _REPAIR.value:
+        _check_or_repair(output)
+        return
+    if not _INPUT.value:
+        raise UserError("--input is missing; name a glob pattern of files")
+    settings = Settings(cli.required(_TOKENIZER), _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
+    prepare(_INPUT.value, settings, output, _PROCESSES.value)
+
+
+def _check_or_repair(output: Path):
+    if _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
+        raise UserError("--check and --repair, one at a time, take --output alone; the store knows its input")
+    if _REPAIR.value:
+        damaged = repair(output, _PROCESSES.value)
+        log.info("wrote again: %s", ", ".join(damaged) or "nothing, all shards are as they were written")
+    elif damaged := check(output):
+        raise UserError(f"--output={output}: damaged are {', '.join(damaged)}; --repair writes them again")
+    else:
+        log.info("all shards are as they were written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,94 @@
+"""The directory of a run: whose it is, and that no two processes train in it."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from aoe_jax.config import Config
+from aoe_jax.data.tokenised import TokenisedCorpus
+from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+# What may differ when a run goes on: how long it runs and how it reports, not what it computes.
+FREE_FIELDS = {
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.max_skipped",
+    "data.cache",
+    "data.path",
+    "model.unroll",
+}
+FREE_GROUPS = {"checkpoint", "mesh"}
+
+
+def _flat(config):
+    """Every field by its name; corpora without their paths, for a corpus may move."""
+    groups = config.to_dict()
+    groups["data"] |= {"name": config.data.name_without_paths}
+    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+def check_workdir(workdir: Path, config: Config):
+    """Checks that `workdir` is free or belongs to the same configuration; writes nothing.
+
+    Raises:
+      UserError: it is a file, or a run of another configuration.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a directory")
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    found, wanted = _flat(Config.from_config_dict(read_config_json(path))), _flat(config)
+    differing = [
+        f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name) and name not in FREE_FIELDS and name.split(".")[0] not in FREE_GROUPS
+    ]
+    if differing:
+        raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
+
+
+def check_data(workdir: Path, corpus: TokenisedCorpus):
+    """Checks that the run in `workdir`, if any, read these token stores; writes nothing.
+
+    Raises:
+      UserError: a text or the tokenizer has changed since the run began.
+    """
+    path = workdir / "data.json"
+    if not path.exists():
+        return
+    found = read_json(path).get("token_stores")
+    if found != corpus.identities:
+        there, here = (", ".join(stores or ["none"]) for stores in (found, corpus.identities))
+        raise UserError(
+            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or the tokenizer has changed. "
+            "Bring the old text back (data.path, or the paths in data.name), or use another --workdir"
+        )
+
+
+def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
+    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be wrong is checked.
+
+    Raises:
+      UserError: the directory can't be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
+        write_json(workdir / "data.json", {"token_stores": corpus.identities})
+        write_json(workdir / "config.json", config.to_dict())
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
+
+
+def read_config_json(path: Path):
+    """The nested dict of a `config.json`; UserError if it can't be read."""
+    groups = read_json(path)
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path} can't be read: {name} is no group of fields; name the workdir of a training run")
+    return groups

@@ -1,0 +1,192 @@
+"""Preparing data: its rate on one core beside that of the tokenizer library alone, and gigabytes of it, killed and resumed.
+
+`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, a unit of work as a worker process does it
+(JSON lines read and parsed, hashed, tokenised, written, hashed again) in turn with nothing but the library's encoding of the
+same texts, in MB of text a second.
+
+`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes so many bytes of JSON lines into DIR, prepares
+them, kills that twice on the way, and has it go on; then counts the documents, and reads the store whole. Memory is the sum
+over all processes of what each holds alone (PSS), at its largest.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import tokenizers
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.data.manifest import read_manifest
+from aoe_jax.data.preparation import Settings, UnitWriter, check, install_tokenizer, make_plan
+from aoe_jax.data.sotu import speech_files
+from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
+from aoe_jax.errors import UserError
+from benchmarks.timing import report
+
+DOCUMENT_CHARACTERS = 4000
+KILLS = 2  # of the large preparation
+
+_REPEATS = flags.DEFINE_integer("repeats", 5, "times that each is timed", lower_bound=1)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "of the byte-level BPE", lower_bound=257)
+_WORKDIR = flags.DEFINE_string("workdir", None, "a new directory for the large preparation")
+_SIZE = flags.DEFINE_float("size", 2e9, "bytes of its text", lower_bound=1e7)
+_PROCESSES = flags.DEFINE_integer("processes", len(os.sched_getaffinity(0)), "of the large preparation", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def texts():
+    """The addresses, cut into documents."""
+    for file in speech_files():
+        text = file.read_text()
+        for start in range(0, len(text), DOCUMENT_CHARACTERS):
+            yield text[start : start + DOCUMENT_CHARACTERS]
+
+
+def llama_model():
+    """The SentencePiece model of 32,000 pieces in the package mistral-common, where that is installed."""
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None:
+        raise UserError("the package mistral-common is not installed; run `pip install mistral-common`")
+    return Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
+
+
+def rates(repeats, vocab_size):
+    """Rates of the pipeline and of the library for each tokenizer, on this one core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    figures, documents = [], list(texts())
+    size = sum(len(text.encode()) for text in documents)
+    with tempfile.TemporaryDirectory() as root:
+        file = Path(root, "texts.jsonl")
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        for name, tokenizer in {f"bpe:{vocab_size}": f"bpe:{vocab_size}", "SentencePiece": str(llama_model())}.items():
+            output = Path(root, name.replace(":", "-"))
+            (output / "units").mkdir(parents=True)
+            settings = Settings(tokenizer)
+            plan = make_plan([str(file)], settings)
+            install_tokenizer(output, plan, settings)
+            write = UnitWriter(output, plan, settings, [0] * len(plan["units"]), None)
+            encode = load_tokenizer(saved_tokenizer(output), threads=1).encode
+            arms = {
+                "prepare": lambda write=write, plan=plan: [write(unit) for unit in range(len(plan["units"]))],
+                "library": lambda encode=encode: encode(documents),
+            }
+            if name.startswith("bpe"):
+                library = tokenizers.Tokenizer.from_file(str(saved_tokenizer(output)))
+                library.encode_special_tokens = True
+                arms["tokenizers"] = lambda library=library: library.encode_batch_fast(documents)
+            seconds = {arm: [] for arm in arms}
+            for repeat in range(repeats + 1):  # the first fills caches
+                for arm, function in arms.items():
+                    started = time.perf_counter()
+                    function()
+                    if repeat:
+                        seconds[arm].append(time.perf_counter() - started)
+            ratio = statistics.median(
+                library / prepare for library, prepare in zip(seconds["library"], seconds["prepare"], strict=True)
+            )
+            figure = {arm: size / statistics.median(times) / 1e6 for arm, times in seconds.items()}
+            figures.append({"tokenizer": name, "mb_per_second": figure, "prepare_to_library": ratio})
+            others = "".join(f", {arm} {figure[arm]:.1f}" for arm in list(arms)[1:])
+            print(f"{name:>14}: {figure['prepare']:.1f} MB of text a second{others}; {ratio:.2f} of the library's rate")
+    return figures
+
+
+def write_texts(folder: Path, size):
+    """Files of about 64 MB of JSON lines, every document with a number of its own: how many documents."""
+    sources, written, count, number = list(texts()), 0, 0, 0
+    while written < size:
+        with open(folder / f"{number:04d}.jsonl", "w") as file:
+            while written < size and file.tell() < 64e6:
+                text = f"{count}. {sources[count % len(sources)]}"
+                file.write(json.dumps({"text": text}) + "\n")
+                written += len(text.encode())
+                count += 1
+        number += 1
+    return count
+
+
+def watched(command, output: Path, stop_at=None):
+    """Runs a command, or kills it when so many units of work are done: `(exit status, seconds, largest memory)`."""
+    started, largest = time.monotonic(), 0
+    process = subprocess.Popen([*command, f"--output={output}"])
+    while process.poll() is None:
+        largest = max(largest, memory(process.pid))
+        if stop_at is not None and len(list((output / "units").glob("*.json"))) >= stop_at:
+            process.kill()
+        time.sleep(0.2)
+    return process.returncode, time.monotonic() - started, largest
+
+
+def memory(pid):
+    """Bytes that a process and those it began hold: what each has alone, and its part of what they share."""
+    total = 0
+    try:
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            total += process.memory_full_info().pss
+    except psutil.Error:  # it has just ended
+        pass
+    return total
+
+
+def large(root: Path, size, processes):
+    """Prepares `size` bytes of text twice, once with kills on the way; figures of both."""
+    (root / "texts").mkdir(parents=True)
+    count = write_texts(root / "texts", size)
+    command = [sys.executable, "-m", "aoe_jax.data.prepare", f"--input={root}/texts/*.jsonl"]
+    command += [f"--tokenizer=bpe:{_VOCAB_SIZE.value}", f"--processes={processes}"]
+    whole, killed = root / "whole" / "store", root / "killed" / "store"
+    status, seconds, largest = watched(command, whole)
+    if status:
+        raise UserError(f"the preparation ended with status {status}")
+    units = len(json.loads((whole / "plan.json").read_text())["units"])
+    for kill in range(1, KILLS + 1):
+        status, _, held = watched(command, killed, units * kill // (KILLS + 1))
+        largest = max(largest, held)
+        if status != -signal.SIGKILL:
+            raise UserError(f"the preparation ended with status {status} before it was killed")
+    status, _, held = watched(command, killed)
+    manifests = [read_manifest(store) for store in (whole, killed)]
+    found = sum(split["documents"] for split in manifests[0]["splits"].values())
+    if status or found != count or manifests[0] != manifests[1] or check(whole) or check(killed):
+        raise UserError(f"{killed} isn't {whole}, or has not all {count} documents")
+    text = sum(split["bytes"] for split in manifests[0]["splits"].values())
+    print(
+        f"{text / 1e9:.2f} GB of text, {count} documents, {units} units of work, {processes} processes: {seconds:.0f} s, "
+        f"{text / seconds / 1e6:.1f} MB of text a second; at most {max(largest, held) / 1e6:.0f} MB of memory. Killed "
+        f"{KILLS} times, it ended with the same shards, and all {found} documents"
+    )
+    return [
+        {
+            "text_bytes": text,
+            "documents": count,
+            "units": units,
+            "processes": processes,
+            "seconds": seconds,
+            "largest_memory_bytes": max(largest, held),
+        }
+    ]
+
+
+def main():
+    """Times units of work, or prepares a lot of text."""
+    if _WORKDIR.value is None:
+        report(rates(_REPEATS.value, _VOCAB_SIZE.value), _JSON.value)
+        return
+    root = Path(_WORKDIR.value).absolute()
+    if root.exists():
+        raise UserError(f"--workdir={root} exists already; name a new directory")
+    report(large(root, _SIZE.value, _PROCESSES.value), _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,148 @@
+import gzip
+
+import pytest
+
+from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
+from aoe_jax.errors import UserError
+from tests.data.texts import (
+    json_lines,
+    texts,
+    write_everything,
+    write_gzip,
+    write_json_lines,
+    write_parquet,
+    write_zstd,
+    zstd,
+)
+
+
+def read(path, piece_bytes=2**30, field="text"):
+    """The documents of a file piece by piece."""
+    return [list(documents(piece, field)) for piece, _ in pieces_of(path, piece_bytes)]
+
+
+def joined(pieces):
+    return [text for piece in pieces for text in piece]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n \n"])
+@pytest.mark.parametrize("piece_bytes", [1, 7, 100, 1000, 10**6])
+def test_pieces_of_json_lines_have_each_document_once_and_in_order(tmp_path, piece_bytes, end):
+    expected = texts(12, longest=20)
+    write_json_lines(tmp_path / "a.jsonl", expected, end=end)
+    pieces = read(tmp_path / "a.jsonl", piece_bytes)
+    assert joined(pieces) == expected
+    assert len(pieces) == -(-(tmp_path / "a.jsonl").stat().st_size // piece_bytes)
+
+
+def test_last_line_needs_no_end(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}')
+    for piece_bytes in range(1, 40):
+        assert joined(read(tmp_path / "a.jsonl", piece_bytes)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_zstd, "a.jsonl.zst"), (write_gzip, "a.ndjson.gz")])
+def test_compressed_json_lines(tmp_path, write, name):
+    write(tmp_path / name, texts(50))
+    assert read(tmp_path / name, piece_bytes=10) == [texts(50)]
+
+
+@pytest.mark.parametrize(("piece_bytes", "count"), [(1, 8), (10**9, 1)])
+def test_pieces_of_parquet_are_row_groups(tmp_path, piece_bytes, count):
+    write_parquet(tmp_path / "a.parquet", texts(50), field="body")
+    pieces = read(tmp_path / "a.parquet", piece_bytes, "body")
+    assert joined(pieces) == texts(50) and len(pieces) == count
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_text_is_one_document(tmp_path, name):
+    text = "several\r\nlines 你好\n"
+    compress = {".gz": gzip.compress, ".zst": zstd}.get((tmp_path / name).suffix, bytes)
+    (tmp_path / name).write_bytes(compress(text.encode()))
+    assert read(tmp_path / name, piece_bytes=1) == [[text]]
+
+
+def test_empty_files_and_texts(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.txt").touch()
+    assert read(tmp_path / "a.jsonl") == [[]] and read(tmp_path / "b.txt") == [[""]]
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "\ud83d\ude80 a \ud83d b"}' + b"\n")
+    assert read(tmp_path / "a.jsonl") == [["🚀 a \ufffd b"]]
+
+
+def test_progress_reaches_the_size(tmp_path):
+    write_everything(tmp_path / "in")
+    for path in find_files([str(tmp_path / "in" / "**")]):
+        for piece, size in pieces_of(path, 5000):
+            told = []
+            list(documents(piece, "text", told.append))
+            assert told == sorted(told) and told[-1] == size, path
+
+
+def test_files_are_found_once_and_sorted(tmp_path):
+    write_everything(tmp_path)
+    names = ["a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", "sub/0.txt", "sub/1.txt", "sub/2.txt"]
+    found = find_files([str(tmp_path / "sub" / "*.txt"), str(tmp_path / "**")])
+    assert found == [tmp_path / name for name in names]
+
+
+def damaged(content):
+    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 255]) + content[len(content) // 2 + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": "tw\n',
+            r"the line at byte 16 of .*a\.jsonl is no JSON .*mend or remove",
+        ),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"the line at byte 0 of .*a\.jsonl is no JSON"),
+        ("a.jsonl", b'["text"]\n', r"byte 0 of .*is no JSON object; each line is one, with a field 'text'"),
+        ("a.jsonl", b'{"body": "x"}\n', r"--text_field='text': .*byte 0 of .*has no such field; it has \['body'\]"),
+        ("a.jsonl", b'{"text": null}\n', r"--text_field='text': .*has a NoneType there, not a text"),
+        ("a.json.gz", gzip.compress(b"x\n"), r"byte 0 of .*a\.json\.gz, decompressed, is no JSON"),
+        ("a.json.gz", gzip.compress(json_lines(texts(99)))[:-20], r"a\.json\.gz cannot be read \(Truncated.*mend or"),
+        ("a.jsonl.zst", zstd(json_lines(texts(99)))[:-20], r"a\.jsonl\.zst cannot be read \(Truncated"),
+        ("a.jsonl.gz", damaged(gzip.compress(json_lines(texts(99)))), r"a\.jsonl\.gz (cannot be read|, decompressed)"),
+        ("a.txt.zst", b"no zstd", r"a\.txt\.zst cannot be read \(ZSTD"),
+        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 at byte 3; convert or remove it"),
+        ("a.parquet", b"no parquet", r"a\.parquet cannot be read \(.*[Pp]arquet"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        joined(read(tmp_path / name))
+
+
+def test_mistakes_in_parquet(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [*texts(20), None])
+    with pytest.raises(
+        UserError, match=r"--text_field='body': .*a\.parquet has no such column; it has \['id', 'text'\]"
+    ):
+        read(tmp_path / "a.parquet", field="body")
+    with pytest.raises(UserError, match=r"--text_field='text': row group 2 of .*a\.parquet has a NoneType there"):
+        read(tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:10] + bytes(200) + content[210:])
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+        read(tmp_path / "a.parquet")
+
+
+def test_file_that_goes_away(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(.*[Nn]o such file"):
+        list(documents(Piece(str(tmp_path / "gone.jsonl"), 0, 10), "text"))
+
+
+def test_patterns(tmp_path):
+    with pytest.raises(UserError, match=r"--input='.*\*\.jsonl': matches no file"):
+        find_files([str(tmp_path / "*.jsonl")])
+    for name in ("a.csv", "b.gz", "c", "d.parquet.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=rf"{name} is in no known format; give files that end in \.jsonl"):
+            find_files([str(tmp_path / name)])

@@ -1,0 +1,328 @@
+"""Token stores of files: what is in them, and that nothing which happens on the way changes them."""
+
+import importlib.resources
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+
+from aoe_jax.config import DataConfig
+from aoe_jax.data import SPLITS, preparation
+from aoe_jax.data.preparation import Settings, check, prepare, repair
+from aoe_jax.data.token_store import open_token_store
+from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
+from aoe_jax.errors import Preempted, UserError
+from tests.data.texts import json_lines, texts, write_everything
+from tests.runs import contents, damage
+
+SETTINGS = Settings("bpe:300", validation=0.1, test=0.05)
+LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """So that these inputs are several units of work."""
+    monkeypatch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """`(glob pattern, documents in order)`."""
+    folder = tmp_path_factory.mktemp("files") / "in"
+    return str(folder / "**"), write_everything(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A store that was made in one go by two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
+        return prepared(inputs, tmp_path_factory.mktemp("stores") / "store", processes=2)
+
+
+def prepared(inputs, output, settings=SETTINGS, processes=1):
+    prepare([inputs[0]], settings, output, processes)
+    return output
+
+
+def stored(directory, split):
+    """The documents of a split, decoded."""
+    store, tokenizer = open_token_store(directory, split), load_tokenizer(saved_tokenizer(directory))
+    stream = store.read(0, len(store))
+    ends = np.flatnonzero(stream == store.end_of_text)
+    assert ends[0] == 0 and ends[-1] == len(stream) - 1 and len(ends) == store.documents + 1
+    return [tokenizer.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+
+
+def files_of(store):
+    """What must not depend on how a store came about."""
+    return {name: content for name, content in contents(store).items() if name != "plan.json"}
+
+
+def test_every_document_is_there_once_and_in_order(inputs, whole):
+    _, expected = inputs
+    found = {split: stored(whole, split) for split in SPLITS}
+    places = {text: place for place, text in enumerate(expected)}
+    assert sorted(places[text] for texts in found.values() for text in texts) == list(range(len(expected)))
+    for split in SPLITS:
+        assert [places[text] for text in found[split]] == sorted(places[text] for text in found[split])
+    assert 0.05 < len(found["validation"]) / len(expected) < 0.15 and 0.02 < len(found["test"]) / len(expected) < 0.09
+    manifest = open_token_store(whole, "train").manifest
+    for split in SPLITS:
+        numbers = manifest["splits"][split]
+        assert numbers["documents"] == len(found[split])
+        assert numbers["bytes"] == sum(len(text.encode()) for text in found[split])
+        assert numbers["tokens"] == 1 + sum(shard["tokens"] for shard in numbers["shards"])
+    assert len(manifest["splits"]["train"]["shards"]) > 5
+    assert manifest["tokenizer_sha256"] == load_tokenizer(whole / "tokenizer.json").sha256
+    assert manifest["vocab_size"] == 300 and manifest["corpus"] == "store"
+    assert {path.name for path in whole.iterdir() if path.suffix != ".array_record"} == {
+        "manifest.json",
+        "plan.json",
+        "tokenizer.json",
+    }
+
+
+def test_the_number_of_processes_changes_nothing(inputs, whole, tmp_path):
+    assert files_of(prepared(inputs, tmp_path / "store", processes=3)) == files_of(whole)
+
+
+def test_documents_that_come_twice_are_in_one_split(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts(300)))
+    (tmp_path / "b.jsonl").write_bytes(json_lines(texts(300)[::-1]))
+    store = prepared((str(tmp_path / "*.jsonl"), None), tmp_path / "store")
+    for split in SPLITS:
+        found = stored(store, split)
+        assert sorted(found[: len(found) // 2]) == sorted(found[len(found) // 2 :])
+
+
+def interrupted(inputs, output, monkeypatch, when):
+    """A preparation that `when(units written)`, called in its process now and then, breaks off."""
+    run = preparation.Workers.run
+
+    def watched(self, *arguments):
+        for number, item in enumerate(run(self, *arguments)):
+            when(self, number, len(list((output / "units").glob("*.json"))))
+            yield item
+
+    monkeypatch.setattr(preparation.Workers, "run", watched)
+    try:
+        prepared(inputs, output, processes=2)
+    finally:
+        monkeypatch.setattr(preparation.Workers, "run", run)
+
+
+@pytest.mark.parametrize("units", [0, 1, 4])
+def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplog, units):
+    def stop(workers, number, written):
+        if written >= units:
+            raise Preempted("preempted")
+
+    with pytest.raises(Preempted):
+        interrupted(inputs, tmp_path / "store", monkeypatch, stop)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        open_token_store(tmp_path / "store", "train")
+    (tmp_path / "store" / "units" / "00003.partial-1").mkdir(exist_ok=True)
+    caplog.set_level("INFO", "aoe_jax")
+    assert files_of(prepared(inputs, tmp_path / "store")) == files_of(whole)
+    assert ("going on: " in caplog.text) == (units > 0)
+
+
+def test_worker_that_is_killed_is_replaced(inputs, whole, tmp_path, monkeypatch, caplog):
+    killed = []
+
+    def kill(workers, number, written):
+        if written and not killed:
+            killed.append(workers._alive[0][0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    interrupted(inputs, tmp_path / "store", monkeypatch, kill)
+    assert killed and files_of(tmp_path / "store") == files_of(whole)
+    assert "a process died at " in caplog.text and "another one takes its place" in caplog.text
+
+
+def test_done_file_without_its_shards_counts_for_nothing(inputs, whole, tmp_path, monkeypatch):
+    def stop(workers, number, written):
+        if written >= 3:
+            raise Preempted("preempted")
+
+    output = tmp_path / "store"
+    with pytest.raises(Preempted):
+        interrupted(inputs, output, monkeypatch, stop)
+    first, second, *_ = sorted((output / "units").glob("*.json"))
+    first.write_text("")
+    for shard in output.glob(f"*-{second.stem}-*.array_record"):
+        shard.unlink()
+    assert files_of(prepared(inputs, output)) == files_of(whole)
+
+
+def test_complete_store_is_left_alone(inputs, whole, tmp_path, caplog):
+    before = contents(whole)
+    caplog.set_level("INFO", "aoe_jax")
+    prepared(inputs, whole)
+    assert contents(whole) == before and "is complete already" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "bpe:301"}, r"tokenizer is 'bpe:300' there, 'bpe:301' here"),
+        ({"validation": 0.2}, r"validation is 0\.1 there, 0\.2 here"),
+        ({"text_field": "body"}, r"text_field is 'text' there, 'body' here"),
+    ],
+)
+def test_other_settings_are_refused(inputs, whole, changes, message):
+    before = contents(whole)
+    settings = Settings(**{"tokenizer": "bpe:300", "validation": 0.1, "test": 0.05} | changes)
+    with pytest.raises(UserError, match=rf"holds a preparation of something else: {message}\. Delete the folder, or"):
+        prepared(inputs, whole, settings)
+    assert contents(whole) == before
+
+
+def test_other_input_and_other_folders_are_refused(inputs, whole, tmp_path):
+    folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
+    store = prepared((str(folder / "**"), None), tmp_path / "store")
+    (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
+    for gone in (False, True):
+        if gone:
+            (folder / "a.jsonl").unlink()
+        with pytest.raises(UserError, match=r"something else: .*a\.jsonl is new, gone or changed"):
+            prepared((str(folder / "**"), None), store)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    with pytest.raises(UserError, match=r"other: is not empty, and holds no preparation"):
+        prepared(inputs, tmp_path / "other")
+    with pytest.raises(UserError, match=r"mine: can't be made \(File exists\)"):
+        prepared(inputs, tmp_path / "other" / "mine")
+    assert os.listdir(tmp_path / "other") == ["mine"]
+
+
+@pytest.mark.parametrize("harm", [damage, os.unlink, lambda path: os.truncate(path, 100)])
+def test_damaged_shards_are_found_and_written_again(whole, tmp_path, harm):
+    store = shutil.copytree(whole, tmp_path / "store")
+    assert check(store) == [] and repair(store, 1) == []
+    names = ["train-00002-00000.array_record", "validation-00000-00000.array_record"]
+    for name in names:
+        harm(store / name)
+    assert sorted(check(store)) == names
+    assert sorted(repair(store, 1)) == names
+    assert contents(store) == contents(whole)
+
+
+def test_damaged_store_says_how_to_repair_it(whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path / "store")
+    (store / "train-00002-00000.array_record").unlink()
+    with pytest.raises(
+        UserError, match=r"train-00002-00000.* is missing; `python -m aoe_jax.data.prepare --repair --output="
+    ):
+        open_token_store(store, "train")
+
+
+def test_repair_refuses_what_would_come_out_otherwise(inputs, tmp_path):
+    folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
+    store = prepared((str(folder / "**"), None), tmp_path / "store")
+    (store / "train-00000-00000.array_record").unlink()
+    before = contents(store)
+    (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes().replace(b"Union", b"union"))
+    with pytest.raises(UserError, match=r"a\.jsonl: the input has changed since"):
+        repair(store, 1)
+    (folder / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read"):
+        repair(store, 1)
+    assert {name: text for name, text in contents(store).items() if not name.startswith("units")} == before
+    (store / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"has no plan\.json, so it can't be repaired"):
+        repair(store, 1)
+
+
+def test_check_notices_another_tokenizer(whole, tmp_path):
+    store = shutil.copytree(whole, tmp_path / "store")
+    shutil.copyfile(LLAMA, store / "tokenizer.model")
+    (store / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model isn't the tokenizer of this store"):
+        check(store)
+
+
+def test_sentencepiece_model(inputs, tmp_path):
+    store = prepared(inputs, tmp_path / "store", Settings(str(LLAMA), validation=0.1, test=0.05))
+    assert (store / "tokenizer.model").read_bytes() == LLAMA.read_bytes()
+    expected = set(inputs[1])
+    assert sum(len(stored(store, split)) for split in SPLITS) == len(expected)
+    assert set(stored(store, "train")) < expected
+    manifest = open_token_store(store, "train").manifest
+    assert manifest["vocab_size"] == 32000 and manifest["end_of_text"] == 2
+    corpus = open_corpus(DataConfig("prepared", str(store)), 32000)
+    assert corpus.tokenizer == store / "tokenizer.model"
+    with pytest.raises(UserError, match=r"model\.vocab_size=31999: the tokenizer has 32000 tokens"):
+        open_corpus(DataConfig("prepared", str(store)), 31999)
+
+
+def test_hugging_face_tokenizer(inputs, whole, tmp_path):
+    given = shutil.copyfile(whole / "tokenizer.json", tmp_path / "given.json")
+    store = prepared(inputs, tmp_path / "store", Settings(str(given), validation=0.1, test=0.05))
+    assert files_of(store) == files_of(whole)
+
+
+def test_mistakes(inputs, tmp_path):
+    for name, value in [("validation", 0.0), ("test", 0.5), ("validation", -1.0)]:
+        with pytest.raises(UserError, match=rf"--{name}={value}: must be a share of the documents"):
+            Settings("bpe:300", **{name: value})
+    for tokenizer in ("bpe:256", "bpe:", "bpe:many", "bpe:-5"):
+        with pytest.raises(UserError, match=rf"--tokenizer='{tokenizer}': give bpe:N"):
+            Settings(tokenizer)
+    with pytest.raises(UserError, match=r"--tokenizer='none.json': can't be read"):
+        prepared(inputs, tmp_path / "store", Settings("none.json"))
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), ""]))
+    (tmp_path / "b.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"the line at byte 0 of .*b\.jsonl is no JSON"):
+        prepared((str(tmp_path / "*.jsonl"), None), tmp_path / "store")
+
+
+def test_empty_documents_are_left_out_and_empty_splits_refused(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), "", ""]))
+    pattern = str(tmp_path / "*.jsonl"), None
+    with pytest.raises(
+        UserError, match=r"--validation=0\.0001: none of 30 documents fell to validation; delete .*store"
+    ):
+        prepared(pattern, tmp_path / "store", Settings("bpe:300", validation=0.0001, test=0.3))
+    store = prepared(pattern, tmp_path / "other", Settings("bpe:300", validation=0.3, test=0.3))
+    assert "left out 2 documents without text" in caplog.text
+    assert sum(open_token_store(store, split).documents for split in SPLITS) == 30
+
+
+def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
+    refused = []
+
+    def again(workers, number, written):
+        if not refused:
+            with pytest.raises(UserError, match=r"--output=.*: another process is at work there"):
+                prepared(inputs, tmp_path / "store")
+            refused.append(True)
+
+    interrupted(inputs, tmp_path / "store", monkeypatch, again)
+    assert refused
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(inputs, whole, small_disk):
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(20_700_000))
+    with pytest.raises(UserError, match=r"--output=.*: the disk is full; make room, and the same command goes on"):
+        prepared(inputs, small_disk / "store")
+    filler.unlink()
+    assert files_of(prepared(inputs, small_disk / "store")) == files_of(whole)

@@ -1,0 +1,144 @@
+"""The command that makes token stores, as a user meets it."""
+
+import importlib.resources
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.texts import json_lines, texts
+from tests.runs import ROOT, contents, run, train_command
+
+FLAGS = ["--tokenizer=bpe:300", "--validation=0.05", "--test=0.05"]
+LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of 13 MB in all, four units of work."""
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_bytes(json_lines(texts(8600, i, longest=140)))
+    return folder
+
+
+def start(*flags):
+    command = [sys.executable, "-m", "aoe_jax.data.prepare", *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*flags):
+    """`(exit status, stderr)`."""
+    process = start(*flags)
+    _, stderr = process.communicate(timeout=300)
+    return process.returncode, stderr
+
+
+def flags_of(folder, output, **changes):
+    return [f"--input={folder}/*.jsonl", *FLAGS, f"--output={output}", "--processes=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stores") / "store"
+    status, stderr = finish(*flags_of(folder, output))
+    assert status == 0, stderr
+    lines = stderr.splitlines()
+    assert any("preparing: 100%" in line for line in lines) and "MB of text a second" in stderr
+    assert lines[-1].endswith(f"train on it with --config.data.name=prepared --config.data.path={output}")
+    return output
+
+
+def wait_for_units(process, output, count):
+    while len(list((output / "units").glob("*.json"))) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, number):
+    output = tmp_path / "store"
+    process = start(*flags_of(folder, output))
+    wait_for_units(process, output, 1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 0}[number]
+    if number == signal.SIGTERM:
+        assert stderr.strip().splitlines()[-1] == "preempted: the same command goes on where it was"
+    status, stderr = finish(*flags_of(folder, output))
+    assert status == 0 and "of 4 units of work are done" in stderr, stderr
+    assert contents(output) == contents(whole)
+
+
+def test_processes_end_with_the_one_that_began_them(folder, tmp_path):
+    process = start(*flags_of(folder, tmp_path / "store"))
+    wait_for_units(process, tmp_path / "store", 1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}") for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_check_and_repair(whole, folder, tmp_path):
+    status, stderr = finish("--check", f"--output={whole}")
+    assert status == 0 and stderr.endswith("all shards are as they were written\n")
+    before = contents(whole)
+    (whole / "train-00001-00000.array_record").unlink()
+    status, stderr = finish("--check", f"--output={whole}")
+    assert status == 2 and "damaged are train-00001-00000.array_record; --repair writes them again" in stderr
+    status, stderr = finish("--repair", f"--output={whole}")
+    assert status == 0 and "wrote again: train-00001-00000.array_record" in stderr
+    assert contents(whole) == before
+
+
+def test_no_jax_is_needed():
+    code = "import sys, aoe_jax.data.prepare; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "aoe_jax.data.preparation" in modules and not {"jax", "flax", "grain", "tensorflow_datasets"} & {*modules}
+
+
+def test_training_on_a_store_of_a_sentencepiece_model(folder, tmp_path):
+    status, stderr = finish(
+        f"--input={folder}/0.jsonl", f"--tokenizer={LLAMA}", f"--output={tmp_path / 'store'}", *FLAGS[1:]
+    )
+    assert status == 0, stderr
+    store = {"data__name": "prepared", "data__path": tmp_path / "store", "train__steps": 4, "train__eval_every": 0}
+    status, _, stderr = run(train_command(tmp_path / "run", **store))
+    assert status == 2 and "model.vocab_size=300: the tokenizer has 32000 tokens" in stderr
+    status, _, stderr = run(train_command(tmp_path / "run", **store, model__vocab_size=32000))
+    assert status == 0, stderr
+    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == LLAMA.read_bytes()
+    status, _, stderr = run(["eval.py", f"--workdir={tmp_path / 'run'}", "--split=validation"])
+    assert status == 0, stderr
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["bits_per_byte"] > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input=x"], "--output is missing; name the directory of the token store"),
+        (["--output=x", "--tokenizer=bpe:300"], "--input is missing; name a glob pattern"),
+        (["--output=x", "--input=README.md"], "--tokenizer is missing; name a Hugging Face tokenizer.json"),
+        (["--output=x", "--input=none*", "--tokenizer=bpe:300"], "--input='none*': matches no file"),
+        (["--output=x", "--input=README.md", "--tokenizer=bpe:300"], "README.md is in no known format"),
+        (["--output=x", "--input=README.md", "--tokenizer=bpe:3"], "--tokenizer='bpe:3': give bpe:N"),
+        (["--output=x", "--processes=0"], "--processes=0"),
+        (["--output=x", "--check"], "token store 'x': manifest.json is missing"),
+        (["--output=x", "--repair"], "--output=x: has no plan.json, so it can't be repaired"),
+        (["--output=x", "--repair", "--check"], "--check and --repair, one at a time, take --output alone"),
+        (["--output=x", "--repair", "--input=y"], "--check and --repair, one at a time, take --output alone"),
+    ],
+)
+def test_mistakes(flags, message):
+    status, stderr = finish(*flags)
+    assert status == 2 and message in stderr and "Traceback" not in stderr, stderr
+    assert not (ROOT / "x").exists()

@@ -1,0 +1,65 @@
+import os
+import signal
+import time
+
+import pytest
+
+from aoe_jax.data.workers import Workers
+from aoe_jax.errors import UserError
+
+
+class Task:
+    """What the workers of these tests do."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __call__(self, task):
+        kind, number = task
+        (self._folder / f"{number}-{os.getpid()}").touch()
+        if kind == "mistake":
+            raise UserError(f"mistake {number}")
+        if kind == "failure":
+            raise ZeroDivisionError(f"failure {number}")
+        if kind == "killed" or (kind == "killed once" and len(list(self._folder.glob(f"{number}-*"))) == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "slow":
+            time.sleep(60)
+        return number**2
+
+
+def run(folder, tasks, count=2, died=None):
+    with Workers(count, Task, (folder,)) as workers:
+        return dict(item for item in workers.run(tasks, str, died or pytest.fail) if item)
+
+
+def test_every_task_has_its_result(tmp_path):
+    tasks = [("easy", number) for number in range(20)]
+    assert run(tmp_path, tasks) == {task: task[1] ** 2 for task in tasks}
+    assert 1 <= len({name.split("-")[1] for name in os.listdir(tmp_path)}) <= 2
+    assert run(tmp_path, []) == {}
+
+
+def test_process_that_dies_is_replaced(tmp_path):
+    tasks, said = [("easy", 1), ("killed once", 2), ("easy", 3)], []
+    assert run(tmp_path, tasks, count=1, died=said.append) == {task: task[1] ** 2 for task in tasks}
+    assert said == ["a process died at ('killed once', 2) with SIGKILL; another one takes its place"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("mistake", UserError, "^mistake 5$"),
+        ("failure", RuntimeError, r"at \('failure', 5\):\nTraceback(.|\n)*ZeroDivisionError: failure 5"),
+        (
+            "killed",
+            UserError,
+            r"--processes=2: 3 processes died at \('killed', 5\), the last one with SIGKILL; if memory",
+        ),
+    ],
+)
+def test_what_goes_wrong_ends_all(tmp_path, kind, error, message):
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        run(tmp_path, [("slow", 1), (kind, 5)], died=lambda said: None)
+    assert time.monotonic() - began < 50

@@ -1,0 +1,77 @@
+"""Documents in files of every format, for the tests of what reads them."""
+
+import gzip
+import json
+import random
+
+import pyarrow
+import pyarrow.parquet
+
+WORDS = [
+    "the",
+    "state",
+    "of",
+    "the",
+    "Union",
+    "größe",
+    "你好",
+    "🚀",
+    "naïve",
+    "war\n",
+    "peace\t",
+    "  law",
+    "\r\n",
+    "1790",
+]
+
+
+def texts(count, seed=0, longest=60):
+    """Documents of up to `longest` words, no two alike."""
+    choice = random.Random(seed)
+    return [f"{seed}-{i}: " + " ".join(choice.choices(WORDS, k=choice.randint(1, longest))) for i in range(count)]
+
+
+def json_lines(documents, field="text", end="\n"):
+    """One JSON object a line, with and without escapes."""
+    lines = [json.dumps({"id": i, field: text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
+    return (end.join(lines) + end).encode()
+
+
+def write_json_lines(path, documents, **how):
+    path.write_bytes(json_lines(documents, **how))
+
+
+def zstd(content):
+    """One frame."""
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def write_gzip(path, documents, **how):
+    """Of two members, as `cat a.gz b.gz` makes it."""
+    content = json_lines(documents, **how)
+    path.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+
+
+def write_zstd(path, documents, **how):
+    """Of two frames."""
+    content = json_lines(documents, **how)
+    path.write_bytes(zstd(content[:1000]) + zstd(content[1000:]))
+
+
+def write_parquet(path, documents, field="text", group=7):
+    """In groups of a few rows."""
+    table = pyarrow.table({"id": list(range(len(documents))), field: documents})
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+
+
+def write_everything(folder):
+    """All formats in one folder and its subfolders; returns the documents in order."""
+    (folder / "sub").mkdir(parents=True)
+    parts = [texts(count, seed) for seed, count in enumerate((300, 200, 150, 120, 3))]
+    write_json_lines(folder / "a.jsonl", parts[0])
+    write_zstd(folder / "b.jsonl.zst", parts[1])
+    write_gzip(folder / "c.json.gz", parts[2])
+    write_parquet(folder / "d.parquet", parts[3])
+    for i, text in enumerate(parts[4]):
+        (folder / "sub" / f"{i}.txt").write_bytes(text.encode())
+    return [text for part in parts for text in part]

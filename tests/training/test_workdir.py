@@ -1,0 +1,79 @@
+"""The identity of a workdir."""
+
+import json
+
+import pytest
+
+from aoe_jax.config import Config, DataConfig
+from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.errors import UserError
+from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
+from tests.runs import contents
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """A workdir of the default configuration and its corpus."""
+    corpus = corpus_of(tmp_path, "some text")
+    claim_workdir(tmp_path / "run", Config(), corpus)
+    return tmp_path / "run", corpus
+
+
+def corpus_of(folder, *texts):
+    """Each text is a source of its own: the same document in every split."""
+    data = [f"text@{folder / text}" for text in texts]
+    for text in texts:
+        (folder / text).mkdir(exist_ok=True)
+        for name in "abc":
+            (folder / text / f"{name}.txt").write_text(text)
+    return open_corpus(DataConfig(", ".join(data), cache=str(folder / "cache")), 257)
+
+
+def changed(**groups):
+    settings = Config().to_dict()
+    for group, values in groups.items():
+        settings[group] |= values
+    return Config.from_config_dict(settings)
+
+
+def test_claimed_workdir(claimed):
+    workdir, corpus = claimed
+    assert json.loads((workdir / "config.json").read_text()) == Config().to_dict()
+    assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
+    check_workdir(workdir, Config())
+    check_data(workdir, corpus)
+
+
+def test_other_configurations_are_refused(claimed):
+    workdir, _ = claimed
+    before = contents(workdir)
+    with pytest.raises(UserError) as error:
+        check_workdir(workdir, changed(experts={"top_k": 3}, data={"document_mask": True}, train={"steps": 2000}))
+    message = str(error.value)
+    assert "experts.top_k is 2 there, 3 here" in message and "data.document_mask is False there, True here" in message
+    assert "train.steps" not in message
+    assert contents(workdir) == before
+
+
+def test_what_may_differ(claimed):
+    workdir, _ = claimed
+    free = changed(
+        train={"steps": 2000, "log_every": 3, "eval_every": 7, "max_skipped": 2},
+        data={"cache": "/elsewhere", "path": "/elsewhere"},
+        checkpoint={"every": 9, "keep": 9, "keep_every": 18},
+    )
+    check_workdir(workdir, free)
+    with pytest.raises(UserError, match=r"train\.seed is 0 there, 1 here"):
+        check_workdir(workdir, changed(train={"seed": 1}))
+    claim_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.5"}), claimed[1])
+    check_workdir(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
+    with pytest.raises(UserError, match=r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"):
+        check_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
+
+
+def test_changed_text_is_refused(claimed, tmp_path):
+    workdir, _ = claimed
+    check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same, elsewhere
+    for others in (["other text"], ["some text", "other text"]):
+        with pytest.raises(UserError, match=r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"):
+            check_data(workdir, corpus_of(tmp_path, *others))
