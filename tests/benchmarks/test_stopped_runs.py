@@ -9,9 +9,9 @@ from benchmarks import stopped_runs
 
 def test_five_kills(tmp_path):
     figures = stopped_runs.soak(
-        tmp_path / "soak", kills=5, terms=2, seed=1, settings={"train.steps": 100, "train.eval_every": 40}
+        tmp_path / "soak", kills=5, terms=1, seed=1, settings={"train.steps": 60, "train.eval_every": 30}
     )
-    assert sum(figures["stops"].values()) == 7
+    assert sum(figures["stops"].values()) == 6
     whole = tmp_path / "soak" / "whole"
     wanted = stopped_runs.result(whole)
     stopped_runs.compare(tmp_path / "soak" / "run_0", wanted)

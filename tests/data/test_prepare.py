@@ -113,7 +113,7 @@ def test_training_on_a_store_of_a_sentencepiece_model(folder, tmp_path):
     assert status == 0, stderr
     store = {"data__name": "prepared", "data__path": tmp_path / "store", "train__steps": 4, "train__eval_every": 0}
     status, _, stderr = run(train_command(tmp_path / "run", **store))
-    assert status == 2 and "model.vocab_size=300: the tokenizer has 32000 tokens" in stderr
+    assert status == 2 and "model.vocab_size=512: the tokenizer has 32000 tokens" in stderr
     status, _, stderr = run(train_command(tmp_path / "run", **store, model__vocab_size=32000))
     assert status == 0, stderr
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == LLAMA.read_bytes()
