@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import importlib
 import logging
 import re
 import sys
@@ -12,12 +13,17 @@ from typing import Protocol
 
 import tensorflow_datasets as tfds
 import tensorflow_datasets.text  # registers the older text builders, such as wiki40b
+from tensorflow_datasets.core.dataset_builders.huggingface_dataset_builder import HuggingfaceDatasetBuilder
+from tensorflow_datasets.core.utils import dtype_utils
+from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.data import SPLITS, sotu
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
 logger = logging.getLogger(__name__)
+
+_HUGGING_FACE = "huggingface:"
 
 
 class Corpus(Protocol):
@@ -38,7 +44,8 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
     """Find a corpus, downloading it if need be.
 
     Args:
-        name: "sotu", "text" or a TFDS name such as "lm1b" or "wiki40b/en".
+        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or a data set of the Hugging Face hub, through
+            TFDS: "huggingface:OWNER/NAME" or "huggingface:OWNER/NAME/CONFIG".
         path: for "text" the folder of .txt files; else the TFDS data_dir, by default `<cache>/tfds`.
         cache: folder for everything that is prepared once.
         text_field: the feature of a TFDS data set that holds the text.
@@ -105,7 +112,7 @@ class TfdsCorpus:
     def __init__(self, builder: tfds.core.DatasetBuilder, name: str, text_field: str):
         """Raise `UserError` if the data set has no train split or no such text feature."""
         info = builder.info
-        text_fields = [key for key, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
+        text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
         if text_field not in text_fields:
             raise UserError(f"data.text_field={text_field!r}: the text features of {name} are {text_fields}")
         if "train" not in info.splits:
@@ -179,14 +186,46 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:
         if name == "sotu":
             return sotu.Sotu(data_dir=data_dir, file_format="array_record")
+        if name.startswith(_HUGGING_FACE):
+            return _find_hugging_face_builder(name.removeprefix(_HUGGING_FACE), data_dir)
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
+    except ImportError as error:
+        raise UserError(
+            f"data.name={name!r}: needs a package that is not installed ({error}); pip install 'aoe_jax[huggingface]'"
+        ) from error
     except Exception as error:  # TFDS raises ValueError, AssertionError and others for a bad config or version
         raise UserError(
             f"data.name={name!r}: TFDS cannot load it: {_first_line(error)}\n"
             f"Check the name, and that {data_dir} holds no other file format than array_record for it."
         ) from error
+
+
+def _find_hugging_face_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The builder of `OWNER/NAME` or `OWNER/NAME/CONFIG`; the hub is asked only if it isn't prepared yet."""
+    owner, _, rest = name.partition("/")
+    repository, _, config = rest.partition("/")
+    if not repository:
+        raise ValueError("name a data set of the hub as huggingface:OWNER/NAME or huggingface:OWNER/NAME/CONFIG")
+    local = "/".join(to_tfds_name(part) for part in (f"{owner}/{repository}", config) if part)
+    try:
+        return tfds.core.read_only_builder.builder_from_files(local, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        importlib.import_module("datasets")  # which TFDS needs, and would say otherwise
+        return HuggingfaceDatasetBuilder(
+            hf_repo_id=f"{owner}/{repository}",
+            hf_config=config or None,
+            data_dir=data_dir,
+            file_format="array_record",
+        )
+
+
+def _is_text(feature: tfds.features.FeatureConnector) -> bool:
+    """Texts are a kind of their own in the builders of TFDS, scalars in those of Hugging Face."""
+    return isinstance(feature, tfds.features.Text) or (
+        isinstance(feature, tfds.features.Scalar) and dtype_utils.is_string(feature.np_dtype)
+    )
 
 
 def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> None:
@@ -213,7 +252,7 @@ def _unknown_name(name: str) -> str:
     known = ["sotu", "text", *tfds.list_builders(with_community_datasets=False)]
     close = difflib.get_close_matches(re.split("[/:]", name)[0], known)
     hint = f"; close names: {', '.join(close)}" if close else ""
-    return f"data.name={name!r}: unknown; give sotu, text, or a TFDS name such as lm1b{hint}"
+    return f"data.name={name!r}: unknown; give sotu, text, a TFDS name such as lm1b, or huggingface:OWNER/NAME{hint}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,9 @@
+import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
@@ -7,6 +11,8 @@ import tensorflow_datasets as tfds
 from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
+from tests.data.hub import POEMS, hub
+from tests.runs import ROOT
 
 
 class OnlyTrain(tfds.core.GeneratorBasedBuilder):
@@ -140,7 +146,7 @@ def test_tfds_data_lies_in_the_cache_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text_field", "message"),
     [
-        ("lm1bb", "text", r"data.name='lm1bb': unknown; give sotu, text, or a TFDS name.*close names:.*lm1b"),
+        ("lm1bb", "text", r"data.name='lm1bb': unknown; give sotu, text, a TFDS name.*close names:.*lm1b"),
         ("wiki40/en", "text", r"data.name='wiki40/en': unknown.*wiki40b"),
         ("../texts", "text", r"data.name='../texts': TFDS cannot load it: ValueError"),
         ("only_train:7.0.0", "body", r"data.name='only_train:7.0.0': TFDS cannot load it"),
@@ -161,6 +167,43 @@ def test_tfds_data_in_another_file_format(tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"data.name='only_train': TFDS cannot load it.*TFRECORD.*\n.*array_record"):
         load_corpus("only_train", str(tmp_path), "unused", "body")
+
+
+LOAD = """
+import json, sys
+from aoe_jax.data import SPLITS
+from aoe_jax.data.corpora import load_corpus
+from aoe_jax.errors import UserError
+try:
+    corpus = load_corpus(sys.argv[1], None, sys.argv[2])
+    print(json.dumps([corpus.fingerprint, {split: list(corpus.documents(split)) for split in SPLITS}]))
+except UserError as error:
+    print(json.dumps([str(error)]))
+"""
+
+
+def load_from_hub(name, cache, endpoint, before=""):
+    """What another process, which takes `endpoint` for the hub, finds."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": f"{cache}/hf", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", before + LOAD, name, str(cache)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_hugging_face_data_set_through_tfds(tmp_path):
+    with hub() as endpoint:
+        fingerprint, found = load_from_hub("huggingface:org/poems", tmp_path, endpoint)
+        assert {split: len(texts) for split, texts in found.items()} == {"train": 54, "validation": 3, "test": 3}
+        assert sorted(text for texts in found.values() for text in texts) == sorted(POEMS)
+        (error,) = load_from_hub("huggingface:org/prose", tmp_path, endpoint)
+        assert error.startswith("data.name='huggingface:org/prose': TFDS cannot load it: RuntimeError: Failed to load")
+    without_datasets = "import sys; sys.modules['datasets'] = None\n"
+    assert load_from_hub("huggingface:org/poems", tmp_path, endpoint, without_datasets) == [fingerprint, found]
+    (error,) = load_from_hub("huggingface:org/new", tmp_path, endpoint, without_datasets)
+    assert error.startswith("data.name='huggingface:org/new': needs a package") and "[huggingface]" in error
+    (error,) = load_from_hub("huggingface:poems", tmp_path, endpoint)
+    assert "ValueError: name a data set of the hub as huggingface:OWNER/NAME" in error
 
 
 def test_cache_that_cannot_be_written(tmp_path):

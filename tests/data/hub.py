@@ -1,0 +1,69 @@
+"""A Hugging Face hub with one data set, `org/poems`, on this machine."""
+
+import hashlib
+import http.server
+import io
+import json
+import threading
+from contextlib import contextmanager
+
+import pyarrow
+import pyarrow.parquet
+
+POEMS = [f"poem {i}" for i in range(60)]
+COMMIT = "0123456789" * 4
+PATH = "data/train-00000-of-00001.parquet"
+
+
+def parquet():
+    """The one file of the data set."""
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": POEMS, "line": list(range(len(POEMS)))}), file)
+    return file.getvalue()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What `datasets` asks of a hub."""
+
+    content = parquet()
+
+    def do_GET(self):
+        """Metadata, listings of folders, and the file."""
+        path = self.path.partition("?")[0]
+        entry = {"type": "file", "path": PATH, "size": len(self.content), "oid": hashlib.sha1(self.content).hexdigest()}
+        if path == "/api/datasets/org/poems" or path.startswith("/api/datasets/org/poems/revision/"):
+            self._answer({"id": "org/poems", "sha": COMMIT, "private": False, "gated": False, "siblings": []})
+        elif path == f"/api/datasets/org/poems/tree/{COMMIT}":
+            self._answer([{"type": "directory", "path": "data", "size": 0, "oid": COMMIT}])
+        elif path.startswith("/api/datasets/org/poems/tree/"):
+            self._answer([entry])
+        elif path.endswith(f"/resolve/{COMMIT}/{PATH}"):
+            self._answer(self.content, ETag=f'"{entry["oid"]}"')
+        else:
+            self._answer(b"", 404, **{"X-Error-Code": "EntryNotFound" if "org/poems" in path else "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def _answer(self, body, status=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in ({"X-Repo-Commit": COMMIT, "Content-Length": len(body)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        """Says nothing."""
+
+
+@contextmanager
+def hub():
+    """The address of a running hub."""
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://localhost:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
