@@ -241,11 +241,12 @@ class DataConfig:
     `NAME@PATH`. All have a weight, or none: then each counts by its size, so that one pass over the mixture is one over all.
     """
 
-    name: str = "sotu"  # sotu | text | prepared | any TFDS name, or a mixture of them
+    name: str = "sotu"  # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
     # text: a folder of .txt files; prepared: a token store; TFDS: its data_dir. In a mixture each names its own with @PATH.
     path: str | None = None
     cache: str = "~/.cache/aoe_jax"  # everything that is prepared once lies here
-    # A Hugging Face tokenizer.json; None: that of the prepared stores, or byte-level BPE trained on the train splits.
+    # A Hugging Face tokenizer.json or a SentencePiece model; None: that of the prepared stores, or byte-level BPE trained on
+    # the train splits.
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
     seq_len: int = 256

@@ -10,6 +10,7 @@ over all processes of what each holds alone (PSS), at its largest.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -36,6 +37,9 @@ DOCUMENT_CHARACTERS = 4000
 KILLS = 2  # of the large preparation
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "times that each is timed", lower_bound=1)
+_DOCUMENTS = flags.DEFINE_integer(
+    "documents", None, "how many are timed; all of the addresses unless given", lower_bound=1
+)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "of the byte-level BPE", lower_bound=257)
 _WORKDIR = flags.DEFINE_string("workdir", None, "a new directory for the large preparation")
 _SIZE = flags.DEFINE_float("size", 2e9, "bytes of its text", lower_bound=1e7)
@@ -59,11 +63,11 @@ def llama_model():
     return Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
 
 
-def rates(repeats, vocab_size):
+def rates(repeats, vocab_size, count):
     """Rates of the pipeline and of the library for each tokenizer, on this one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    figures, documents = [], list(texts())
+    figures, documents = [], list(itertools.islice(texts(), count))
     size = sum(len(text.encode()) for text in documents)
     with tempfile.TemporaryDirectory() as root:
         file = Path(root, "texts.jsonl")
@@ -180,7 +184,7 @@ def large(root: Path, size, processes):
 def main():
     """Times units of work, or prepares a lot of text."""
     if _WORKDIR.value is None:
-        report(rates(_REPEATS.value, _VOCAB_SIZE.value), _JSON.value)
+        report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value), _JSON.value)
         return
     root = Path(_WORKDIR.value).absolute()
     if root.exists():

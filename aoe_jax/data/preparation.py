@@ -109,6 +109,9 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         started = time.monotonic()
         _write_units(output, plan, processes, [unit for unit in range(len(plan["units"])) if unit not in done])
         seconds = time.monotonic() - started
+        if (now := _inputs(find_files(inputs))) != plan["inputs"]:
+            changed = _changed_input(plan, {"inputs": now})
+            raise UserError(f"--input: {changed} has changed meanwhile; delete {output}, and prepare it again")
         results = [read_json(_done_file(output, unit)) for unit in range(len(plan["units"]))]
         splits = {split: _sum([result["splits"][split] for result in results]) for split in SPLITS}
         _refuse_empty(splits, settings, output)
@@ -154,9 +157,9 @@ def repair(output: Path, processes: int) -> list[str]:
 def make_plan(inputs: Sequence[str], settings: Settings) -> dict:
     """All that the store follows from, ready for JSON; a unit of work is a list of pieces."""
     files = find_files(inputs)
-    stats = [file.stat() for file in files]
+    listed = _inputs(files)
     smallest, largest = _UNIT_BYTES
-    unit_bytes = min(max(sum(stat.st_size for stat in stats) // _UNITS, smallest), largest)
+    unit_bytes = min(max(sum(file["bytes"] for file in listed) // _UNITS, smallest), largest)
     units, pieces, size = [], [], 0
     for piece, piece_size in itertools.chain.from_iterable(pieces_of(file, unit_bytes) for file in files):
         pieces.append(piece)
@@ -170,13 +173,16 @@ def make_plan(inputs: Sequence[str], settings: Settings) -> dict:
     plan = {
         **dataclasses.asdict(settings),
         "tokenizer": settings.tokenizer if made else load_tokenizer(settings.tokenizer, setting="--tokenizer").sha256,
-        "inputs": [
-            {"path": str(file), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-            for file, stat in zip(files, stats, strict=True)
-        ],
+        "inputs": listed,
         "units": units,
     }
     return json.loads(json.dumps(plan))  # lists for tuples, as it will be read again
+
+
+def _inputs(files: Sequence[Path]) -> list[dict]:
+    """What tells whether files are still what they were."""
+    stats = ((str(file), file.stat()) for file in files)
+    return [{"path": path, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for path, stat in stats]
 
 
 def _claim(output: Path, plan: dict):
@@ -350,7 +356,8 @@ def _sha256_of_shards(result: dict) -> dict[str, str]:
 
 def _sum(parts: list[dict]) -> dict:
     """One split of all units, its shards in the order of the documents."""
-    return {name: sum((part[name] for part in parts), [] if name == "shards" else 0) for name in parts[0]}
+    numbers = {name: sum(part[name] for part in parts) for name in ("tokens", "documents", "bytes")}
+    return numbers | {"shards": [shard for part in parts for shard in part["shards"]]}
 
 
 def _text_bytes(results: list[dict]) -> int:

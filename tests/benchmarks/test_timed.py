@@ -50,6 +50,22 @@ def test_input(tmp_path):
         assert f"{figure['arm']}: step {figure['step_ms']:.0f} ms" in stdout
 
 
+def test_prepare(tmp_path):
+    file = tmp_path / "figures.json"
+    command = ["-m", "benchmarks.prepare", f"--json={file}", "--vocab_size=300"]
+    status, stdout, stderr = run([*command, "--repeats=1", "--documents=50"])
+    assert status == 0, stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert [figure["tokenizer"] for figure in figures] == ["bpe:300", "SentencePiece"]
+    for figure in figures:
+        assert figure["prepare_to_library"] > 0 and min(figure["mb_per_second"].values()) > 0
+    status, stdout, stderr = run([*command, f"--workdir={tmp_path / 'large'}", "--size=2.4e7", "--processes=1"])
+    assert status == 0, stderr
+    (figure,) = json.loads(file.read_text())["figures"]
+    assert 2.4e7 <= figure["text_bytes"] < 2.5e7 and figure["largest_memory_bytes"] > 5e7
+    assert "Killed 2 times, it ended with the same shards" in stdout
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -61,6 +77,7 @@ def test_input(tmp_path):
         (["-m", "benchmarks.gpu_compile"], "the compiler for GPUs is missing; pip install 'jax[cuda13]'"),
         (["-m", "benchmarks.plans", "--rows=big"], "--rows=big is unknown; choose of 732M@v5e, 4B@v5e"),
         (["-m", "benchmarks.input", "--steps=0"], "--steps=0"),
+        (["-m", "benchmarks.prepare", "--workdir=benchmarks"], "benchmarks exists already; name a new directory"),
         (["-m", "benchmarks.balance"], "--workdir is missing"),
         (["-m", "benchmarks.selection"], "--workdir is missing"),
     ],

@@ -326,3 +326,15 @@ def test_full_disk(inputs, whole, small_disk):
         prepared(inputs, small_disk / "store")
     filler.unlink()
     assert files_of(prepared(inputs, small_disk / "store")) == files_of(whole)
+
+
+def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
+    folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
+
+    def change(workers, number, written):
+        if written == 2:
+            (folder / "late.txt").write_text("late")
+
+    with pytest.raises(UserError, match=r"--input: .*late\.txt has changed meanwhile; delete .*store"):
+        interrupted((str(folder / "**"), None), tmp_path / "store", monkeypatch, change)
+    assert not (tmp_path / "store" / "manifest.json").exists()
