@@ -31,8 +31,8 @@ def main():
         raise UserError(f"--workdir={root} exists already; name a new directory")
     figures = soak(root, _KILLS.value, _TERMS.value, _SEED.value)
     print(
-        f"{figures['kills']} kills and {figures['terms']} requests to stop over {figures['runs_finished']} runs: all ended "
-        "bit for bit as the run without a break, and every checkpoint could be read"
+        f"{figures['kills']} kills and {figures['terms']} requests to stop over {figures['runs_finished']} run(s): all "
+        "ended bit for bit as the run without a break, and every checkpoint could be read"
     )
     for what, count in figures["stops"].items():
         print(f"{count:4d}  {what}")

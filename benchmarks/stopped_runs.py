@@ -27,10 +27,10 @@ SETTINGS = {
     "balance.bias_rate": 0.01,
     "data.name": "text",
     "data.seq_len": 64,
-    "train.steps": 240,
+    "train.steps": 120,
     "train.batch_size": 8,
     "train.log_every": 3,
-    "train.eval_every": 60,
+    "train.eval_every": 40,
     "checkpoint.every": 7,
     "checkpoint.keep": 3,
 }
@@ -75,7 +75,7 @@ class Soak:
         """Starts the run and stops it at `moment` by a signal: `(exit status, stderr)`; it may end before."""
         if moment == "preparation":
             shutil.rmtree(self.cache / "tokens", ignore_errors=True)
-        known = set(_names(workdir / "checkpoints"))
+        known, saves = set(_names(workdir / "checkpoints")), chance.randrange(4)
         process = self.start(workdir)
         reached = {
             "start": lambda: True,
@@ -84,7 +84,7 @@ class Soak:
                 _heartbeat(workdir).get("pid") == process.pid
                 and _heartbeat(workdir)["status"] in ("training", "validating")
             ),
-            "save": lambda: any("tmp" in name for name in set(_names(workdir / "checkpoints")) - known),
+            "save": lambda: self._saving(workdir, known, saves),
         }[moment]
         deadline = time.monotonic() + PATIENCE
         while not reached() and process.poll() is None:
@@ -92,10 +92,16 @@ class Soak:
                 process.kill()
                 raise Failure(f"{moment} did not come within {PATIENCE} s")
             time.sleep(0.001)
-        time.sleep({"start": 6, "preparation": 1, "steps": 1.5, "save": 0.05}[moment] * chance.random())
+        time.sleep({"start": 6, "preparation": 1, "steps": 4, "save": 0.05}[moment] * chance.random())
         process.send_signal(number)
         _, stderr = process.communicate(timeout=PATIENCE)
         return process.returncode, stderr
+
+    @staticmethod
+    def _saving(workdir, known, saves):
+        """Whether a checkpoint is being written, after so many others."""
+        new = set(_names(workdir / "checkpoints")) - known
+        return sum(name.isdecimal() for name in new) >= saves and any("tmp" in name for name in new)
 
 
 def _names(folder):
