@@ -1,5 +1,6 @@
 """Small JSON files: written whole or not at all, read with errors that name the file."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -24,8 +25,27 @@ def read_json(path: Path, wanted="name the workdir of a training run"):
     return value
 
 
-def write_json(path: Path, value):
-    """Writes JSON so that a kill leaves the old file or the new one, never half of it."""
+def write_json(path: Path, value, indent=2):
+    """Writes JSON so that a kill or a power cut leaves the old file or the new one, never half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
+    replace_durably(partial, path)
+
+
+def replace_durably(new: Path, path: Path):
+    """Moves a finished file to its place; once this returns a power cut doesn't undo it."""
+    sync(new)
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def sync(path: Path):
+    """Waits until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # some network disks don't do that for folders
+            raise
+    finally:
+        os.close(descriptor)

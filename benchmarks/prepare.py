@@ -27,7 +27,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.data.manifest import read_manifest
-from aoe_jax.data.preparation import Settings, UnitWriter, check, install_tokenizer, make_plan
+from aoe_jax.data.preparation import Settings, UnitWriter, check, install_tokenizer, make_plan, unit_of
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
@@ -76,12 +76,13 @@ def rates(repeats, vocab_size, count):
             output = Path(root, name.replace(":", "-"))
             (output / "units").mkdir(parents=True)
             settings = Settings(tokenizer)
-            plan = make_plan([str(file)], settings)
+            plan = make_plan([file], settings)
+            units = [unit_of(plan, number) for number in range(len(plan["units"]))]
             install_tokenizer(output, plan, settings)
-            write = UnitWriter(output, plan, settings, [0] * len(plan["units"]), None)
+            write = UnitWriter(output, settings, [0] * len(units), None)
             encode = load_tokenizer(saved_tokenizer(output), threads=1).encode
             arms = {
-                "prepare": lambda write=write, plan=plan: [write(unit) for unit in range(len(plan["units"]))],
+                "prepare": lambda write=write, units=units: [write(unit) for unit in units],
                 "library": lambda encode=encode: encode(documents),
             }
             if name.startswith("bpe"):

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import time
-import uuid
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +14,7 @@ from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import Corpus, slug
 from aoe_jax.data.manifest import FORMAT_VERSION, write_manifest
 from aoe_jax.data.store_writer import RECORDS_PER_SHARD, SplitWriter
-from aoe_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from aoe_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, saved_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
@@ -42,19 +41,16 @@ def cached_token_stores(corpora: list[Corpus], tokenizer: str | None, vocab_size
     if all(directory.exists() for directory in directories):
         logger.info("token store: using %s", ", ".join(map(str, directories)))
         return directories
-    lock = directories[0] if len(corpora) == 1 else directories[0].with_name(f"several-{_short_hash(spec)}")
-    with exclusive(lock.with_name(f".{lock.name}.lock")):
-        for corpus, directory in zip(corpora, directories, strict=True):
-            if directory.exists():
-                continue
-            for killed in directory.parent.glob(f"{directory.name}.partial-*"):
-                shutil.rmtree(killed, ignore_errors=True)
-            started = time.monotonic()
-            if not given:
-                texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
-                given = train_tokenizer(texts, vocab_size)
-            build_token_store(corpus, given, directory)
-            logger.info("token store: built %s in %.1f s", directory, time.monotonic() - started)
+    for corpus, directory in zip(corpora, directories, strict=True):
+        with exclusive(directory.with_name(f".{directory.name}.lock")):
+            if not directory.exists():
+                started = time.monotonic()
+                if not given:
+                    texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
+                    given = train_tokenizer(texts, vocab_size)
+                build_token_store(corpus, given, directory)
+                logger.info("token store: built %s in %.1f s", directory, time.monotonic() - started)
+        given = given or load_tokenizer(saved_tokenizer(directory))
     return directories
 
 
@@ -70,24 +66,20 @@ def _short_hash(value: str | list) -> str:
 def build_token_store(
     corpus: Corpus, tokenizer: Tokenizer, directory: str | Path, records_per_shard: int = RECORDS_PER_SHARD
 ) -> None:
-    """Tokenise a corpus into `directory`, which comes into being only when it is complete.
+    """Tokenise a corpus into `directory`, which comes into being only when it is complete; by one process at a time.
 
-    Memory is bounded by a batch of documents or the longest document. If another process completes `directory` first,
-    its store stays and this one is dropped.
+    Memory is bounded by a batch of documents or the longest document.
 
     Raises:
         UserError: a split has no documents, or `SplitWriter.add` refuses one.
     """
     directory = Path(directory)
-    partial = directory.with_name(f"{directory.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _write_store(corpus, tokenizer, partial, records_per_shard)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.exists():
-                raise
+        partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -192,9 +192,8 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        raise UserError(
-            f"data.name={name!r}: needs a package that is not installed ({error}); pip install 'aoe_jax[huggingface]'"
-        ) from error
+        how = "pip install 'aoe_jax[huggingface]'" if name.startswith(_HUGGING_FACE) else "install that"
+        raise UserError(f"data.name={name!r}: needs a package that is not installed ({error}); {how}") from error
     except Exception as error:  # TFDS raises ValueError, AssertionError and others for a bad config or version
         raise UserError(
             f"data.name={name!r}: TFDS cannot load it: {_first_line(error)}\n"

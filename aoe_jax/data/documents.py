@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -30,20 +31,24 @@ class Piece(NamedTuple):
     stop: int
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
+def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """The files that match any of the glob patterns (`**`: folders of any depth), each once, sorted by path.
 
+    Those in `output`, which would be what is made of the others, are left out.
+
     Raises:
-        UserError: a pattern matches no file, or a file is in no known format.
+        UserError: a pattern matches no file, a file is in no known format, or a link leads nowhere.
     """
-    found = set()
+    found, left_out = set(), Path(os.path.abspath(output))
     for pattern in patterns:
-        matching = {Path(path).absolute() for path in glob(str(Path(pattern).expanduser()), recursive=True)}
-        matching = {path for path in matching if path.is_file()}
+        matching = {Path(os.path.abspath(path)) for path in glob(os.path.expanduser(pattern), recursive=True)}
+        matching = {path for path in matching if not path.is_dir() and left_out not in path.parents}
         if not matching:
             raise UserError(f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.zst'")
         found |= matching
     for path in sorted(found):
+        if not path.exists():
+            raise UserError(f"--input: {path} is a link that leads nowhere; mend or remove it")
         if _format(path)[0] is None:
             raise UserError(
                 f"--input: {path} is in no known format; give files that end in .jsonl, .ndjson, .json (JSON lines) "
@@ -123,8 +128,13 @@ def _parquet(piece: Piece, compression: None, text_field: str, progress: Callabl
             size, rows = (getattr(file.metadata.row_group(group), name) for name in ("total_byte_size", "num_rows"))
             seen = 0
             for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield _checked(text, f"row group {group} of {piece.path}", text_field)
+                where = f"row group {group} of {piece.path}"
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it") from error
+                for text in texts:
+                    yield _checked(text, where, text_field)
                 seen += len(batch)
                 progress(done + size * seen // max(rows, 1))
             done += size
@@ -135,7 +145,7 @@ def _text(piece: Piece, compression: str | None, text_field: str, progress: Call
         content = (pyarrow.CompressedInputStream(raw, compression) if compression else raw).read()
     progress(piece.stop)
     try:
-        yield content.decode()
+        yield content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--input: {piece.path} is not UTF-8 at byte {error.start}; convert or remove it") from error
 
@@ -156,7 +166,7 @@ def _json_lines(
                 where = f"the line at byte {position} of {piece.path}" + (", decompressed," if compression else "")
                 try:
                     value = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"--input: {where} is no JSON ({error}); mend or remove it") from error
                 if not isinstance(value, dict):
                     raise UserError(

@@ -41,6 +41,12 @@ def read_manifest(directory: Path) -> dict:
     """The manifest of a token store; `UserError` if it is missing, damaged, or of another version of this package."""
     path = directory / "manifest.json"
     if not path.exists():
+        if not directory.is_dir():
+            raise UserError(f"token store {str(directory)!r}: no such folder")
+        if (directory / PLAN_FILE).exists():
+            raise UserError(
+                f"token store {str(directory)!r}: isn't finished; the `python -m aoe_jax.data.prepare` that began it goes on"
+            )
         raise damaged(directory, "manifest.json is missing")
     try:
         version = read_json(path).get("format_version")

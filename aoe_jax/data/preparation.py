@@ -8,16 +8,16 @@ makes it a token store. `plan.json` stays beside it, by which a damaged shard ca
 import contextlib
 import dataclasses
 import hashlib
-import itertools
-import json
 import logging
 import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,7 +29,7 @@ from aoe_jax.data.store_writer import SplitWriter
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
 from aoe_jax.data.workers import Workers
 from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import read_json, replace_durably, write_json
 from aoe_jax.locking import alone_in
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Settings:
             if not 0 < value < 0.5:
                 raise UserError(f"--{name}={value}: must be a share of the documents, above 0 and below 0.5")
         size = self.tokenizer.removeprefix("bpe:")
-        if self.tokenizer.startswith("bpe:") and not (size.isdecimal() and int(size) > 256):
+        if self.tokenizer.startswith("bpe:") and not (size.isdecimal() and 256 < int(size) < 2**31):
             raise UserError(
                 f"--tokenizer={self.tokenizer!r}: give bpe:N, N tokens, at least 257; or a tokenizer's file"
             )
@@ -76,6 +76,14 @@ class Settings:
         return "test" if chance < self.validation + self.test else "train"
 
 
+class Unit(NamedTuple):
+    """A unit of work: its number, the input in it, and how the files were when it was planned."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+    files: tuple[tuple[str, int, int], ...]  # path, bytes and time of change
+
+
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
     """Make a token store in `output`, or go on with one that was begun by the same call.
 
@@ -86,37 +94,32 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         processes: that tokenise, one core each. The store is the same whatever their number.
 
     Raises:
-        UserError: an input or the tokenizer can't be used, `output` is of another preparation, or a split came out empty.
+        UserError: an input or the tokenizer can't be used, `output` is of another preparation, the disk is full, or a split
+            came out empty.
     """
-    plan = make_plan(inputs, settings)
+    wanted, files = _as_planned(settings), find_files(inputs, output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={output}: can't be made ({error.strerror}); name a directory") from error
-    with alone_in(output, "output"):
-        _claim(output, plan)
-        if (output / "manifest.json").exists():
+    with alone_in(output, "output"), _no_room_means(output):
+        plan = _claim(files, settings, wanted, output)
+        if _is_complete(output):
             shutil.rmtree(output / "units", ignore_errors=True)
             logger.info("%s is complete already; --check reads it whole", output)
             return
         tokenizer = install_tokenizer(output, plan, settings)
-        (output / "units").mkdir(exist_ok=True)
-        for killed in (output / "units").glob("*.partial-*"):
-            shutil.rmtree(killed, ignore_errors=True)
         done = {unit for unit in range(len(plan["units"])) if _is_done(output, unit)}
         if done:
             logger.info("going on: %d of %d units of work are done", len(done), len(plan["units"]))
         started = time.monotonic()
         _write_units(output, plan, processes, [unit for unit in range(len(plan["units"])) if unit not in done])
         seconds = time.monotonic() - started
-        if (now := _inputs(find_files(inputs))) != plan["inputs"]:
-            changed = _changed_input(plan, {"inputs": now})
-            raise UserError(f"--input: {changed} has changed meanwhile; delete {output}, and prepare it again")
         results = [read_json(_done_file(output, unit)) for unit in range(len(plan["units"]))]
         splits = {split: _sum([result["splits"][split] for result in results]) for split in SPLITS}
         _refuse_empty(splits, settings, output)
         fingerprint = hashlib.sha256("".join(result["fingerprint"] for result in results).encode()).hexdigest()
-        write_manifest(output, output.name, fingerprint, tokenizer, splits)
+        write_manifest(output, Path(os.path.abspath(output)).name, fingerprint, tokenizer, splits)
         shutil.rmtree(output / "units")
         written = [result for unit, result in enumerate(results) if unit not in done]
         _report(output, splits, results, _text_bytes(written) / seconds, processes)
@@ -129,7 +132,7 @@ def check(output: Path) -> list[str]:
         UserError: there is no complete store, or its manifest or its tokenizer is damaged.
     """
     manifest = read_manifest(output)
-    if load_tokenizer(saved_tokenizer(output)).sha256 != manifest["tokenizer_sha256"]:
+    if load_tokenizer(saved_tokenizer(output), setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
         raise UserError(f"{saved_tokenizer(output)} isn't the tokenizer of this store; put that back")
     shards = tqdm(_sha256_of_shards(manifest).items(), desc=f"checking {output.name}", unit="shard", delay=1)
     return [name for name, sha256 in shards if _sha256(output / name) != sha256]
@@ -143,94 +146,133 @@ def repair(output: Path, processes: int) -> list[str]:
     """
     if not (output / PLAN_FILE).exists():
         raise UserError(f"--output={output}: has no {PLAN_FILE}, so it can't be repaired; prepare it again")
-    with alone_in(output, "output"):
+    with alone_in(output, "output"), _no_room_means(output):
         damaged = check(output)
         if damaged:
             plan = read_json(output / PLAN_FILE, "prepare it again, in another folder")
             units = sorted({int(name.split("-")[1]) for name in damaged})
-            (output / "units").mkdir(exist_ok=True)
             _write_units(output, plan, processes, units, _sha256_of_shards(read_manifest(output)))
             shutil.rmtree(output / "units")
     return damaged
 
 
-def make_plan(inputs: Sequence[str], settings: Settings) -> dict:
-    """All that the store follows from, ready for JSON; a unit of work is a list of pieces."""
-    files = find_files(inputs)
-    listed = _inputs(files)
+def make_plan(files: Sequence[Path], settings: Settings) -> dict:
+    """All that the store follows from, ready for JSON; units of work are lists of pieces, their files as numbers."""
+    states = [_state(str(file)) for file in files]
     smallest, largest = _UNIT_BYTES
-    unit_bytes = min(max(sum(file["bytes"] for file in listed) // _UNITS, smallest), largest)
-    units, pieces, size = [], [], 0
-    for piece, piece_size in itertools.chain.from_iterable(pieces_of(file, unit_bytes) for file in files):
-        pieces.append(piece)
-        size += piece_size
-        if size >= unit_bytes:
-            units.append({"size": size, "pieces": pieces})
-            pieces, size = [], 0
+    unit_bytes = min(max(sum(size for _, size, _ in states) // _UNITS, smallest), largest)
+    units, pieces, total = [], [], 0
+    with ThreadPoolExecutor() as pool:  # the pieces of Parquet are in the files
+        for number, parts in enumerate(pool.map(lambda file: pieces_of(file, unit_bytes), files)):
+            for piece, size in parts:
+                pieces.append([number, piece.start, piece.stop])
+                total += size
+                if total >= unit_bytes:
+                    units.append({"size": total, "pieces": pieces})
+                    pieces, total = [], 0
     if pieces:
-        units.append({"size": size, "pieces": pieces})
+        units.append({"size": total, "pieces": pieces})
+    return _as_planned(settings) | {"files": [list(state) for state in states], "units": units}
+
+
+def unit_of(plan: dict, number: int) -> Unit:
+    """A unit of work of a plan."""
+    pieces = [Piece(plan["files"][file][0], start, stop) for file, start, stop in plan["units"][number]["pieces"]]
+    files = sorted({file for file, _, _ in plan["units"][number]["pieces"]})
+    return Unit(number, tuple(pieces), tuple(tuple(plan["files"][file]) for file in files))
+
+
+def _as_planned(settings: Settings) -> dict:
     made = settings.tokenizer.startswith("bpe:")
-    plan = {
-        **dataclasses.asdict(settings),
-        "tokenizer": settings.tokenizer if made else load_tokenizer(settings.tokenizer, setting="--tokenizer").sha256,
-        "inputs": listed,
-        "units": units,
-    }
-    return json.loads(json.dumps(plan))  # lists for tuples, as it will be read again
+    tokenizer = settings.tokenizer if made else load_tokenizer(settings.tokenizer, setting="--tokenizer").sha256
+    return dataclasses.asdict(settings) | {"tokenizer": tokenizer}
 
 
-def _inputs(files: Sequence[Path]) -> list[dict]:
-    """What tells whether files are still what they were."""
-    stats = ((str(file), file.stat()) for file in files)
-    return [{"path": path, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for path, stat in stats]
+def _state(path: str) -> tuple[str, int, int] | None:
+    """A file as it is now: what changes when it does; None if it isn't there."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return path, stat.st_size, stat.st_mtime_ns
 
 
-def _claim(output: Path, plan: dict):
-    """Write the plan to `output`, unless it is there; refuse what isn't of this plan."""
+def _claim(files: Sequence[Path], settings: Settings, wanted: dict, output: Path) -> dict:
+    """The plan of `output`, which is made unless it is there; refuses one that isn't as `wanted`, or of changed files."""
     if not (output / PLAN_FILE).exists():
-        if any(output.iterdir()):
+        if any(path.name != f"{PLAN_FILE}.partial" for path in output.iterdir()):
             raise UserError(f"--output={output}: is not empty, and holds no preparation; use another --output")
-        write_json(output / PLAN_FILE, plan)
-    there = read_json(output / PLAN_FILE, "delete the folder, or use another --output")
-    for name, here in plan.items():
-        if there.get(name) != here:
-            what = f"{name} is {there.get(name)!r} there, {here!r} here"
-            if name in ("inputs", "units"):
-                what = f"{_changed_input(there, plan)} is new, gone or changed"
+        write_json(output / PLAN_FILE, make_plan(files, settings), indent=None)
+    plan = read_json(output / PLAN_FILE, "delete the folder, or use another --output")
+    advice = "Delete the folder, or use another --output"
+    for name, here in wanted.items():
+        if plan.get(name) != here:
+            there = plan.get(name)
             raise UserError(
-                f"--output={output}: holds a preparation of something else: {what}. Delete the folder, or use another "
-                "--output"
+                f"--output={output}: holds a preparation of something else: {name} is {there!r} there, {here!r} here. "
+                f"{advice}"
             )
+    planned, found = {path for path, _, _ in plan["files"]}, {str(file) for file in files}
+    for path in sorted(planned - found):
+        raise UserError(f"--output={output}: holds a preparation of more: {path} is gone, or not named here. {advice}")
+    for state in plan["files"]:
+        _refuse_changed(state, advice)
+    if new := sorted(found - planned):
+        logger.warning("%s and %d other files are new since, and not in this store", new[0], len(new) - 1)
+    return plan
 
 
-def _changed_input(plan: dict, other: dict) -> str:
-    """The first file that only one of the plans has in this state."""
-    files = [{json.dumps(file): file["path"] for file in each["inputs"]} for each in (plan, other)]
-    return min((files[0] | files[1])[key] for key in files[0].keys() ^ files[1].keys())
+def _refuse_changed(state: Sequence, advice: str):
+    if _state(state[0]) != tuple(state):
+        raise UserError(f"--input: {state[0]} has changed since the preparation began. {advice}")
+
+
+def _is_complete(output: Path) -> bool:
+    try:
+        read_manifest(output)
+    except UserError:  # it isn't there, or half there after a power cut
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _no_room_means(output: Path) -> Iterator[None]:
+    """A full disk is a user's matter."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # array_record raises RuntimeError, tokenizers bare Exception
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"--output={output}: the disk is full; make room, and the same command goes on where it was"
+        ) from error
 
 
 def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer:
     """The tokenizer, after training or loading it and putting it into `output` if it isn't there."""
+    partial = output / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     if saved_tokenizer(output).exists():
-        return load_tokenizer(saved_tokenizer(output))
+        return load_tokenizer(saved_tokenizer(output), setting="tokenizer")
     if settings.tokenizer.startswith("bpe:"):
         logger.info("training a tokenizer on a sample of the text")
         tokenizer = train_tokenizer(_sample(plan, settings), int(settings.tokenizer.removeprefix("bpe:")))
     else:
         tokenizer = load_tokenizer(settings.tokenizer)
-    partial = output / "tokenizer.partial"
-    partial.mkdir(exist_ok=True)
+    partial.mkdir()
     tokenizer.save(partial)
-    os.replace(partial / tokenizer.file_name, output / tokenizer.file_name)
+    replace_durably(partial / tokenizer.file_name, output / tokenizer.file_name)
     partial.rmdir()
     return tokenizer
 
 
 def _sample(plan: dict, settings: Settings) -> Iterator[str]:
     """Training documents, as many from the beginning of each unit of work."""
-    for unit in plan["units"]:
+    for number in range(len(plan["units"])):
         left = _TRAINING_BYTES // len(plan["units"])
-        for text, split, _ in _split_documents(unit["pieces"], settings):
+        for text, split, _ in _split_documents(unit_of(plan, number).pieces, settings):
             if split == "train":
                 yield text
                 left -= len(text)
@@ -244,65 +286,70 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int], exp
     With `expected`, the hashes of all shards by name, a unit that comes out otherwise is refused, and what was there stays.
     """
     settings = Settings(**{field.name: plan[field.name] for field in dataclasses.fields(Settings)})
+    (output / "units").mkdir(exist_ok=True)
+    for killed in (output / "units").glob("*.partial-*"):
+        shutil.rmtree(killed, ignore_errors=True)
     read = multiprocessing.get_context("spawn").Array("q", len(plan["units"]), lock=False)  # bytes read of each unit
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     with (
         tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True, mininterval=1) as bar,
-        Workers(processes, UnitWriter, (output, plan, settings, read, expected)) as workers,
+        Workers(processes, UnitWriter, (output, settings, read, expected)) as workers,
     ):
 
         def warn(message: str):
             with logging_redirect_tqdm([logger]):
                 logger.warning(message)
 
-        for _ in workers.run(units, lambda unit: f"{plan['units'][unit]['pieces'][0][0]} (unit {unit})", warn):
+        tasks = [unit_of(plan, unit) for unit in units]
+        for _ in workers.run(tasks, lambda unit: f"{unit.pieces[0].path} (unit {unit.number})", warn):
             bar.update(min(done + sum(read), sum(sizes)) - bar.n)
 
 
 class UnitWriter:
     """What a worker process does: write the shards of one unit of work after the other."""
 
-    def __init__(
-        self, output: Path, plan: dict, settings: Settings, read: MutableSequence[int], expected: dict[str, str] | None
-    ):
+    def __init__(self, output: Path, settings: Settings, read: MutableSequence[int], expected: dict[str, str] | None):
         """Load the tokenizer; `read` is told how many bytes of each unit have been read; `expected` as in `_write_units`."""
-        self._output, self._units, self._settings, self._read = output, plan["units"], settings, read
-        self._expected = expected
+        self._output, self._settings, self._read, self._expected = output, settings, read, expected
         self._tokenizer = load_tokenizer(saved_tokenizer(output), threads=1)
 
-    def __call__(self, unit: int):
+    def __call__(self, unit: Unit):
         """Write the shards of a unit, then the file that says so."""
-        partial = self._output / "units" / f"{unit:05d}.partial-{os.getpid()}"
+        partial = self._output / "units" / f"{unit.number:05d}.partial-{os.getpid()}"
         try:
-            partial.mkdir()
-            result = self._write(unit, partial)
-            shards = _sha256_of_shards(result)
-            if self._expected and not shards.items() <= self._expected.items():
-                raise UserError(f"{self._units[unit]['pieces'][0][0]}: the input has changed since; prepare it again")
-            for shard in shards:
-                os.replace(partial / shard, self._output / shard)
-            write_json(_done_file(self._output, unit), result)
-        except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
-            if not is_disk_full(error):
-                raise
-            raise UserError(
-                f"--output={self._output}: the disk is full; make room, and the same command goes on where it was"
-            ) from error
+            with _no_room_means(self._output):
+                partial.mkdir()
+                result = self._write(unit, partial)
+                shards = _sha256_of_shards(result)
+                self._refuse_other_input(unit, shards)
+                for shard in shards:
+                    os.replace(partial / shard, self._output / shard)
+                write_json(_done_file(self._output, unit.number), result)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _write(self, unit: int, folder: Path) -> dict:
+    def _refuse_other_input(self, unit: Unit, shards: dict[str, str]):
+        """Of a store that is repaired the shards tell, and it doesn't matter when a file was written."""
+        if self._expected is None:
+            for state in unit.files:
+                _refuse_changed(state, f"Delete {self._output}, and prepare it again")
+        elif not shards.items() <= self._expected.items():
+            raise UserError(f"{unit.pieces[0].path}: the input has changed since; prepare it again")
+
+    def _write(self, unit: Unit, folder: Path) -> dict:
         """The numbers of a unit; its shards are in `folder` then."""
         digest, empty = hashlib.sha256(), 0
+
+        def count(read: int):
+            self._read[unit.number] = read
+
         with contextlib.ExitStack() as held:
             writers = {
-                split: held.enter_context(SplitWriter(folder, f"{split}-{unit:05d}", self._tokenizer))
+                split: held.enter_context(SplitWriter(folder, f"{split}-{unit.number:05d}", self._tokenizer))
                 for split in SPLITS
             }
-            for text, split, text_digest in _split_documents(
-                self._units[unit]["pieces"], self._settings, self._count(unit)
-            ):
+            for text, split, text_digest in _split_documents(unit.pieces, self._settings, count):
                 if text:
                     writers[split].add(text)
                     digest.update(text_digest)
@@ -310,19 +357,13 @@ class UnitWriter:
             splits = {split: writer.finish() for split, writer in writers.items()}
         return {"splits": splits, "fingerprint": digest.hexdigest(), "empty": empty}
 
-    def _count(self, unit: int) -> Callable[[int], None]:
-        def count(read: int):
-            self._read[unit] = read
-
-        return count
-
 
 def _split_documents(
-    pieces: Sequence[Sequence], settings: Settings, progress: Callable[[int], None] = lambda read: None
+    pieces: Sequence[Piece], settings: Settings, progress: Callable[[int], None] = lambda read: None
 ) -> Iterator[tuple[str, str, bytes]]:
     """The documents of pieces: `(text, split, hash of the text)`; `progress` is told how much of all has been read."""
     before = 0
-    for piece in (Piece(*fields) for fields in pieces):
+    for piece in pieces:
         last = 0
 
         def count(read: int):

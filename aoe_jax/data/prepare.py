@@ -5,13 +5,13 @@ command goes on where it was. `--check` reads a store whole, `--repair` writes w
 """
 
 import logging
-import os
 from pathlib import Path
 
 from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.data.preparation import Settings, check, prepare, repair
+from aoe_jax.data.tokenizer import cores
 from aoe_jax.errors import UserError
 from aoe_jax.stopping import StopRequests
 
@@ -27,9 +27,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "the directory of the token store"
 _TEXT_FIELD = flags.DEFINE_string("text_field", Settings.text_field, "where JSON and Parquet have the text")
 _VALIDATION = flags.DEFINE_float("validation", Settings.validation, "share of the documents for validation")
 _TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
-_PROCESSES = flags.DEFINE_integer(
-    "processes", len(os.sched_getaffinity(0)), "that tokenise, a core each", lower_bound=1
-)
+_PROCESSES = flags.DEFINE_integer("processes", cores(), "that tokenise, a core each", lower_bound=1)
 _CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name what is damaged")
 _REPAIR = flags.DEFINE_bool("repair", False, "write what is damaged again, from the same input")
 

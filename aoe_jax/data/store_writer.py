@@ -1,7 +1,6 @@
 """Writing token stores; `token_store.py` reads them and says what they are."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from aoe_jax.data.manifest import token_dtype
 from aoe_jax.data.tokenizer import Tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import sync
 
 RECORD_TOKENS = 4096
 _BATCH_CHARACTERS = 2**21
@@ -55,8 +55,8 @@ class SplitWriter:
     def finish(self) -> dict:
         """Write what is left: the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`.
 
-        A shard has a `name`, a number of `tokens`, and the `sha256` of its file, which is on the disk by now. Raises what
-        `add` does.
+        A shard has a `name`, a number of `tokens`, and the size, `file_bytes`, and the `sha256` of its file, which is on
+        the disk by now. Raises what `add` does.
         """
         self._tokenise()
         if len(self._pending):
@@ -103,11 +103,9 @@ class SplitWriter:
     def _finish_shard(self):
         if self._writer:
             self._writer.close()
-            self._shards[-1]["sha256"] = _synced_sha256(self._folder / self._shards[-1]["name"])
+            path = self._folder / self._shards[-1]["name"]
+            sync(path)
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._shards[-1] |= {"file_bytes": path.stat().st_size, "sha256": sha256}
         self._writer, self._records = None, 0
-
-
-def _synced_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,13 +5,17 @@ shards, ArrayRecord files of records of `RECORD_TOKENS` tokens, the last one of 
 tokenizer's file and `manifest.json`.
 """
 
+import functools
+import os
+import resource
 from pathlib import Path
 
-import grain
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from aoe_jax.data.manifest import damaged, read_manifest
 from aoe_jax.data.store_writer import RECORD_TOKENS
+from aoe_jax.errors import UserError
 
 
 class TokenStore:
@@ -33,21 +37,17 @@ class TokenStore:
         self.split = split
         self._tokens = manifest["splits"][split]["tokens"]
         self._dtype = np.dtype(manifest["dtype"])
-        shards = manifest["splits"][split]["shards"]
-        self._shards = [directory / shard["name"] for shard in shards]
-        counts = [shard["tokens"] for shard in shards]
-        records = [-(-count // RECORD_TOKENS) for count in counts]
-        self._starts = np.cumsum([1, *counts])  # where each shard begins in the stream, and where the last one ends
-        self._first_records = np.cumsum([0, *records])
+        self._directory, self._shards = directory, manifest["splits"][split]["shards"]
+        # Where each shard begins in the stream, and where the last one ends.
+        self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
         for shard in self._shards:
-            if not shard.is_file():
-                raise damaged(directory, f"{shard.name} is missing")
-        try:
-            self._records = grain.sources.ArrayRecordDataSource(self._shards)
-        except Exception as error:  # array_record raises several types for a file that it cannot read
-            raise damaged(directory, f"the {split} shards cannot be read") from error
-        if len(self._records) != sum(records):
-            raise damaged(directory, f"the {split} shards hold another number of records than manifest.json says")
+            if shard["name"] not in sizes:
+                raise damaged(directory, f"{shard['name']} is missing")
+            if shard["file_bytes"] != sizes[shard["name"]]:
+                raise damaged(
+                    directory, f"{shard['name']} has {sizes[shard['name']]} bytes instead of {shard['file_bytes']}"
+                )
 
     def __len__(self) -> int:
         """Number of tokens in the stream."""
@@ -68,18 +68,26 @@ class TokenStore:
             begins, end = int(self._starts[shard]), min(stop, int(self._starts[shard + 1]))
             if at < end:
                 first, last = (at - begins) // RECORD_TOKENS, (end - begins - 1) // RECORD_TOKENS
-                records = b"".join(self._record(shard, record) for record in range(first, last + 1))
+                records = b"".join(self._records(shard, first, last + 1))
                 begins += first * RECORD_TOKENS
                 pieces.append(np.frombuffer(records, self._dtype)[at - begins : end - begins])
             at, shard = end, shard + 1
         return np.concatenate(pieces).astype(np.int32)
 
-    def _record(self, shard: int, record: int) -> bytes:
+    def _records(self, shard: int, first: int, stop: int) -> list[bytes]:
+        path = self._directory / self._shards[shard]["name"]
         try:
-            return self._records[int(self._first_records[shard]) + record]
+            return _reader(self, str(path)).read(first, stop)
         except Exception as error:  # array_record raises RuntimeError and others
-            path = self._shards[shard]
+            if "Too many open files" in str(error):
+                raise UserError(f"{path}: too many files are open; raise the limit (ulimit -n)") from error
             raise damaged(path.parent, f"{path.name} cannot be read ({error})") from error
+
+
+@functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+def _reader(store: TokenStore, path: str) -> ArrayRecordReader:
+    """An open shard of a store; those that were used least lately are closed."""
+    return ArrayRecordReader(path)
 
 
 def open_token_store(directory: str | Path, split: str) -> TokenStore:

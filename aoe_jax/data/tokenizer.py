@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from aoe_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+_END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "[SEP]",
+)
 _SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -30,7 +40,7 @@ class Tokenizer(Protocol):
         file_name: what the file of this kind of tokenizer is called: `tokenizer.json` or `tokenizer.model`.
         end_of_text: id of the token that separates documents.
         token_count: smallest `vocab_size` of a model for this tokenizer, its largest token id plus one.
-        sha256: what tells tokenizers apart.
+        sha256: of the file, which tells tokenizers apart.
     """
 
     file_name: ClassVar[str]
@@ -53,21 +63,26 @@ class HuggingFaceTokenizer:
 
     file_name = "tokenizer.json"
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, threads: int | None = None):
-        """Raise `UserError` if the vocabulary has no end-of-text token; `threads`: as in `load_tokenizer`."""
+    def __init__(self, content: str, threads: int | None = None):
+        """Take the text of a file; raise `UserError` if the vocabulary has no end-of-text token.
+
+        `threads` is as in `load_tokenizer`; what isn't a tokenizer raises `Exception`, as the library has it.
+        """
+        tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if threads == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._tokenizer, self._threads = tokenizer, threads
+        self._content, self._tokenizer, self._threads = content, tokenizer, threads
         self._tiktoken = _as_tiktoken(tokenizer)
-        ids = (tokenizer.token_to_id(name) for name in _END_OF_TEXT_NAMES)
-        self.end_of_text = next((token for token in ids if token is not None), None)
-        if self.end_of_text is None:
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self._end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
+        if self._end_name is None:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-        self.token_count = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        self.end_of_text = vocabulary[self._end_name]
+        self.token_count = max(vocabulary.values()) + 1
+        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As in `Tokenizer`."""
@@ -75,7 +90,7 @@ class HuggingFaceTokenizer:
             return self._encode_by_tokenizers(texts)
         if self._threads == 1:
             return list(map(self._encode_by_tiktoken, texts))
-        with ThreadPoolExecutor(self._threads or _cores()) as pool:
+        with ThreadPoolExecutor(self._threads or cores()) as pool:
             return list(pool.map(self._encode_by_tiktoken, texts))
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -84,11 +99,22 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path):
         """As in `Tokenizer`."""
-        self._tokenizer.save(str(folder / self.file_name))
+        (folder / self.file_name).write_bytes(self._content.encode())
 
     def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [
+            self._encode_around_the_end(text) if self.end_of_text in encoding.ids else np.array(encoding.ids, np.uint32)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _encode_around_the_end(self, text: str) -> np.ndarray:
+        """Of a text that has the name of the end-of-text token, which some models take for that whatever they are told."""
+        half = len(self._end_name) // 2
+        start, rest = (re.escape(part) for part in (self._end_name[:half], self._end_name[half:]))
+        parts = re.split(f"(?<={start})(?={rest})", text)
+        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
     def _encode_by_tiktoken(self, text: str) -> np.ndarray:
         try:
@@ -116,7 +142,7 @@ class SentencePieceTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As in `Tokenizer`."""
-        encoded = self._processor.encode(list(texts), num_threads=self._threads or _cores())
+        encoded = self._processor.encode(list(texts), num_threads=self._threads or cores())
         return [np.array(ids, np.uint32) for ids in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -150,7 +176,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return HuggingFaceTokenizer(tokenizer)
+    return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: str | Path, threads: int | None = None, setting: str = "data.tokenizer") -> Tokenizer:
@@ -172,7 +198,7 @@ def load_tokenizer(path: str | Path, threads: int | None = None, setting: str = 
         raise UserError(f"{setting}={str(path)!r}: can't be read ({error.strerror}); {wanted}") from error
     try:
         if content[:1] == b"{":
-            return HuggingFaceTokenizer(tokenizers.Tokenizer.from_str(content.decode()), threads)
+            return HuggingFaceTokenizer(content.decode(), threads)
         return SentencePieceTokenizer(content, threads)
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
@@ -206,6 +232,7 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
     spec = json.loads(tokenizer.to_str())
     model, split = spec["model"], spec["pre_tokenizer"] or {}
     unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
+    unusual += ("ignore_merges",)  # takes whole words as they are, so their text would say nothing
     if (
         spec["normalizer"] is not None
         or model["type"] != "BPE"
@@ -220,14 +247,15 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
     spelled = _bytes_of_letters()
     if (
         not spelled.keys() <= vocabulary.keys()
+        or not spelled.keys() >= set("".join(vocabulary))
         or min(made, default=0) < 0
         or any(a >= b for a, b in itertools.pairwise(made))
     ):
         return None
     alone = tokenizers.Tokenizer.from_str(json.dumps(spec | {"pre_tokenizer": None, "added_tokens": []}))
-    for encoding, id in zip(alone.encode_batch_fast(list(vocabulary)), vocabulary.values(), strict=True):
-        if encoding.ids != [id]:
-            return None
+    encodings = alone.encode_batch_fast(list(vocabulary), add_special_tokens=False)
+    if any(encoding.ids != [id] for encoding, id in zip(encodings, vocabulary.values(), strict=True)):
+        return None
     ranks = {bytes(spelled[letter] for letter in token): id for token, id in vocabulary.items()}
     return tiktoken.Encoding("byte-level BPE", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
@@ -239,5 +267,6 @@ def _bytes_of_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -22,7 +22,7 @@ class Workers:
     """
 
     def __init__(self, count: int, set_up: Callable, arguments: Sequence):
-        """Each process calls `set_up(*arguments)` once; what that returns is called with every task."""
+        """Each process calls `set_up(*arguments)` once; what that returns is called with every task, which is hashable."""
         self._count, self._start = count, (set_up, arguments)
         self._alive: list[tuple] = []  # of process and connection
 
@@ -101,16 +101,15 @@ class Workers:
 
 def _work(connection, set_up: Callable, arguments: Sequence):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
-    try:
-        do = set_up(*arguments)
+    do = None
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             task = connection.recv()
             try:
+                do = do or set_up(*arguments)
                 answer = "done", do(task)
             except UserError as error:
                 answer = "mistake", str(error)
             except Exception:
                 answer = "failure", traceback.format_exc()
             connection.send(answer)
-    except (EOFError, BrokenPipeError):  # the parent is gone
-        pass

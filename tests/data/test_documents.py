@@ -1,5 +1,7 @@
 import gzip
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
@@ -56,9 +58,9 @@ def test_pieces_of_parquet_are_row_groups(tmp_path, piece_bytes, count):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_text_is_one_document(tmp_path, name):
-    text = "several\r\nlines 你好\n"
+    text, mark = "several\r\nlines 你好\n", b"\xef\xbb\xbf"
     compress = {".gz": gzip.compress, ".zst": zstd}.get((tmp_path / name).suffix, bytes)
-    (tmp_path / name).write_bytes(compress(text.encode()))
+    (tmp_path / name).write_bytes(compress(mark + text.encode()))
     assert read(tmp_path / name, piece_bytes=1) == [[text]]
 
 
@@ -75,7 +77,7 @@ def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
 
 def test_progress_reaches_the_size(tmp_path):
     write_everything(tmp_path / "in")
-    for path in find_files([str(tmp_path / "in" / "**")]):
+    for path in find_files([str(tmp_path / "in" / "**")], tmp_path / "out"):
         for piece, size in pieces_of(path, 5000):
             told = []
             list(documents(piece, "text", told.append))
@@ -85,7 +87,7 @@ def test_progress_reaches_the_size(tmp_path):
 def test_files_are_found_once_and_sorted(tmp_path):
     write_everything(tmp_path)
     names = ["a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", "sub/0.txt", "sub/1.txt", "sub/2.txt"]
-    found = find_files([str(tmp_path / "sub" / "*.txt"), str(tmp_path / "**")])
+    found = find_files([str(tmp_path / "sub" / "*.txt"), str(tmp_path / "sub" / ".." / "**")], tmp_path / "out")
     assert found == [tmp_path / name for name in names]
 
 
@@ -110,6 +112,7 @@ def damaged(content):
         ("a.jsonl.zst", zstd(json_lines(texts(99)))[:-20], r"a\.jsonl\.zst cannot be read \(Truncated"),
         ("a.jsonl.gz", damaged(gzip.compress(json_lines(texts(99)))), r"a\.jsonl\.gz (cannot be read|, decompressed)"),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst cannot be read \(ZSTD"),
+        ("a.jsonl", b'{"text": ' + 9999 * b"[" + b"\n", r"byte 0 of .*is no JSON \(maximum recursion depth"),
         ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 at byte 3; convert or remove it"),
         ("a.parquet", b"no parquet", r"a\.parquet cannot be read \(.*[Pp]arquet"),
     ],
@@ -134,6 +137,24 @@ def test_mistakes_in_parquet(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+def test_parquet_that_is_not_utf8(tmp_path):
+    binary = pyarrow.array([b"caf\xe9"], pyarrow.binary())
+    wrong = pyarrow.StringArray.from_buffers(1, *binary.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row group 0 of .*a\.parquet is not UTF-8"):
+        read(tmp_path / "a.parquet")
+
+
+def test_output_is_no_input_and_links_lead_somewhere(tmp_path):
+    (tmp_path / "store" / "units").mkdir(parents=True)
+    for name in ("a.jsonl", "store/plan.json", "store/units/00000.json"):
+        (tmp_path / name).touch()
+    assert find_files([str(tmp_path / "**")], tmp_path / "store") == [tmp_path / "a.jsonl"]
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl is a link that leads nowhere"):
+        find_files([str(tmp_path / "*.jsonl")], tmp_path / "store")
+
+
 def test_file_that_goes_away(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(.*[Nn]o such file"):
         list(documents(Piece(str(tmp_path / "gone.jsonl"), 0, 10), "text"))
@@ -141,8 +162,8 @@ def test_file_that_goes_away(tmp_path):
 
 def test_patterns(tmp_path):
     with pytest.raises(UserError, match=r"--input='.*\*\.jsonl': matches no file"):
-        find_files([str(tmp_path / "*.jsonl")])
+        find_files([str(tmp_path / "*.jsonl")], tmp_path / "out")
     for name in ("a.csv", "b.gz", "c", "d.parquet.gz"):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=rf"{name} is in no known format; give files that end in \.jsonl"):
-            find_files([str(tmp_path / name)])
+            find_files([str(tmp_path / name)], tmp_path / "out")

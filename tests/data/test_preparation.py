@@ -1,5 +1,6 @@
 """Token stores of files: what is in them, and that nothing which happens on the way changes them."""
 
+import contextlib
 import importlib.resources
 import itertools
 import os
@@ -126,8 +127,6 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
     with pytest.raises(Preempted):
         interrupted(inputs, tmp_path / "store", monkeypatch, stop)
     assert not (tmp_path / "store" / "manifest.json").exists()
-    with pytest.raises(UserError, match=r"manifest\.json is missing"):
-        open_token_store(tmp_path / "store", "train")
     (tmp_path / "store" / "units" / "00003.partial-1").mkdir(exist_ok=True)
     caplog.set_level("INFO", "aoe_jax")
     assert files_of(prepared(inputs, tmp_path / "store")) == files_of(whole)
@@ -185,15 +184,24 @@ def test_other_settings_are_refused(inputs, whole, changes, message):
     assert contents(whole) == before
 
 
-def test_other_input_and_other_folders_are_refused(inputs, whole, tmp_path):
+def test_input_that_changes_is_refused_and_what_is_new_is_said(inputs, tmp_path, caplog):
     folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
-    store = prepared((str(folder / "**"), None), tmp_path / "store")
+    pattern = str(folder / "**"), None
+    store = prepared(pattern, folder / "store")  # its own files are no input
+    before = contents(store)
+    (folder / "new.txt").write_text("new")
+    prepared(pattern, store)
+    assert "new.txt and 0 other files are new since, and not in this store" in caplog.text
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
-    for gone in (False, True):
-        if gone:
-            (folder / "a.jsonl").unlink()
-        with pytest.raises(UserError, match=r"something else: .*a\.jsonl is new, gone or changed"):
-            prepared((str(folder / "**"), None), store)
+    with pytest.raises(UserError, match=r"--input: .*a\.jsonl has changed since the preparation began\. Delete"):
+        prepared(pattern, store)
+    (folder / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"holds a preparation of more: .*a\.jsonl is gone, or not named here"):
+        prepared(pattern, store)
+    assert contents(store) == before
+
+
+def test_other_folders_are_refused(inputs, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine").touch()
     with pytest.raises(UserError, match=r"other: is not empty, and holds no preparation"):
@@ -235,7 +243,7 @@ def test_repair_refuses_what_would_come_out_otherwise(inputs, tmp_path):
     (folder / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read"):
         repair(store, 1)
-    assert {name: text for name, text in contents(store).items() if not name.startswith("units")} == before
+    assert contents(store) == before
     (store / "plan.json").unlink()
     with pytest.raises(UserError, match=r"has no plan\.json, so it can't be repaired"):
         repair(store, 1)
@@ -324,6 +332,16 @@ def test_full_disk(inputs, whole, small_disk):
     filler.write_bytes(bytes(20_700_000))
     with pytest.raises(UserError, match=r"--output=.*: the disk is full; make room, and the same command goes on"):
         prepared(inputs, small_disk / "store")
+    filler.write_bytes(bytes(20_900_000))
+    for path in (small_disk / "store").glob("*.json"):
+        path.unlink()
+    shutil.rmtree(small_disk / "store")
+    for _ in range(2):  # at the tokenizer, then at the plan
+        with pytest.raises(UserError, match=r"--output=.*: the disk is full"):
+            prepared(inputs, small_disk / "store")
+        with open(filler, "ab") as file, contextlib.suppress(OSError):
+            file.write(bytes(2**20))
+        shutil.rmtree(small_disk / "store")
     filler.unlink()
     assert files_of(prepared(inputs, small_disk / "store")) == files_of(whole)
 
@@ -332,9 +350,37 @@ def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
     folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
 
     def change(workers, number, written):
-        if written == 2:
-            (folder / "late.txt").write_text("late")
+        (folder / "sub" / "2.txt").write_text("changed")
 
-    with pytest.raises(UserError, match=r"--input: .*late\.txt has changed meanwhile; delete .*store"):
+    with pytest.raises(UserError, match=r"--input: .*2\.txt has changed since the preparation began\. Delete .*store"):
         interrupted((str(folder / "**"), None), tmp_path / "store", monkeypatch, change)
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("left", ["plan.json.partial", "manifest.json", "tokenizer.partial/tokenizer.json"])
+def test_files_that_a_kill_or_a_power_cut_leaves_half(inputs, whole, tmp_path, left):
+    output = tmp_path / "store"
+    if left != "plan.json.partial":
+        output = shutil.copytree(whole, output)
+        for path in output.glob("*.array_record"):
+            path.unlink()
+        (output / "manifest.json").unlink()
+    (output / left).parent.mkdir(exist_ok=True)
+    (output / left).touch()
+    assert files_of(prepared(inputs, output)) == files_of(whole)
+
+
+def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"store': no such folder"):
+        check(tmp_path / "store")
+
+    def stop(workers, number, written):
+        raise Preempted("preempted")
+
+    with pytest.raises(Preempted):
+        interrupted(inputs, tmp_path / "store", monkeypatch, stop)
+    for use in (check, lambda store: repair(store, 1), lambda store: open_token_store(store, "train")):
+        with pytest.raises(
+            UserError, match=r"store': isn't finished; the `python -m aoe_jax.data.prepare` that began it"
+        ):
+            use(tmp_path / "store")

@@ -122,13 +122,15 @@ def add_unreachable(spec):
         lambda spec: spec["added_tokens"][0].update(special=False),
         lambda spec: spec["model"]["vocab"].pop("Ā"),
         lambda spec: spec["model"].update(end_of_word_suffix="e"),
+        lambda spec: (spec["model"].update(ignore_merges=True), spec["model"]["vocab"].update(zq=5000)),
+        lambda spec: spec["model"]["vocab"].update({"你": 5000}),
     ],
 )
 def test_tokenizers_that_tiktoken_is_not_sure_to_match_are_left_to_their_library(tmp_path, change):
     path = trained(tmp_path, change)
     tokenizer = load_tokenizer(path)
     assert tokenizer._tiktoken is None
-    documents = [STRANGE, *texts(20), "axax xaxa axa"]
+    documents = [STRANGE, *texts(20), "axax xaxa axa zqx 你"]
     assert [ids.tolist() for ids in tokenizer.encode(documents)] == by_the_library(path, documents)
 
 
@@ -145,14 +147,14 @@ def test_loaded_tokenizer_encodes_whole_documents(tmp_path):
 def test_end_of_text_names(name):
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 5}, merges=[]))
     with pytest.raises(UserError, match="no end-of-text token"):
-        HuggingFaceTokenizer(tokenizer)
+        HuggingFaceTokenizer(tokenizer.to_str())
     tokenizer.add_special_tokens([name])
-    assert HuggingFaceTokenizer(tokenizer).end_of_text == tokenizer.token_to_id(name)
+    assert HuggingFaceTokenizer(tokenizer.to_str()).end_of_text == tokenizer.token_to_id(name)
 
 
 def test_token_count_heeds_gaps():
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "b": 5}, merges=[]))
-    tokenizer = HuggingFaceTokenizer(tokenizer)
+    tokenizer = HuggingFaceTokenizer(tokenizer.to_str())
     assert tokenizer.token_count == 6
     check_vocab_size(tokenizer, 6)
     with pytest.raises(UserError, match=r"model.vocab_size=5: the tokenizer has 6 tokens"):
@@ -168,6 +170,11 @@ def test_any_hugging_face_tokenizer(tmp_path):
     loaded = load_tokenizer(tmp_path / "any.json")
     assert loaded.token_count == 11 and loaded.end_of_text == 0
     assert loaded.decode(encode(loaded, "bad cab")) == "bad cab"
+    assert 0 in by_the_library(tmp_path / "any.json", ["ab</s>c"])[0]
+    assert 0 not in encode(loaded, "ab</s>c </s>")
+    assert encode(loaded, "ab</s>c") == [*encode(loaded, "ab</"), *encode(loaded, "s>c")]
+    loaded.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "any.json").read_bytes()
 
 
 @pytest.fixture(scope="session")

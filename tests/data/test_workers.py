@@ -46,6 +46,15 @@ def test_process_that_dies_is_replaced(tmp_path):
     assert said == ["a process died at ('killed once', 2) with SIGKILL; another one takes its place"]
 
 
+def refuse():
+    raise UserError("no tokenizer")
+
+
+def test_set_up_that_fails():
+    with Workers(1, refuse, ()) as workers, pytest.raises(UserError, match="no tokenizer"):
+        list(workers.run([1], str, pytest.fail))
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
