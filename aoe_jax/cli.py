@@ -71,6 +71,8 @@ def run(main):
             traceback.print_exc()
         _end_at_once(e.status, f"error: {e}")
     except Stopped as e:
+        if e.others_go_on:
+            _end_at_once(e.status, str(e))
         print(e, file=sys.stderr, flush=True)
         status = e.status
     except KeyboardInterrupt:

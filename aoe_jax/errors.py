@@ -28,6 +28,7 @@ class Stopped(BaseException):
     """The program was asked to stop. Raised by a signal anywhere, so no handler of ordinary exceptions takes it."""
 
     status = 1
+    others_go_on = False  # other processes may wait for this one, which must not wait for them
 
 
 class Preempted(Stopped):

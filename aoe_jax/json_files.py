@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,10 +27,18 @@ def read_json(path: Path, wanted="name the workdir of a training run"):
 
 
 def write_json(path: Path, value, indent=2):
-    """Writes JSON so that a kill or a power cut leaves the old file or the new one, never half of it."""
+    """Writes JSON, null for what isn't finite, so that a kill or a power cut leaves the old file or the new one, whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=indent) + "\n")
+    partial.write_text(json.dumps(_finite(value), indent=indent) + "\n")
     replace_durably(partial, path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_durably(new: Path, path: Path):

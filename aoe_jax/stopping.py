@@ -1,6 +1,7 @@
 """Being asked to stop: SIGTERM where a machine is taken away, SIGINT from a keyboard."""
 
 import contextlib
+import os
 import signal
 
 from aoe_jax.errors import Interrupted, Preempted
@@ -21,6 +22,7 @@ class StopRequests:
         """Nothing is heeded before `listen`; `advice`: how to go on after a stop that came outside of training."""
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
+        self._interrupted = False  # from the keyboard, while the others are stopped too
 
     def listen(self):
         """Heeds signals from now on; call it before anything takes long."""
@@ -29,7 +31,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def between_steps(self, several):
-        """Within, signals are answered by `asked`; `several`: whether there are other processes."""
+        """Within, signals are answered by `asked`; `several`: whether JAX was told of a cluster, even of one process."""
         self._at_steps, self._several = True, several
         try:
             yield
@@ -43,7 +45,7 @@ class StopRequests:
 
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
-                self._signal = signal.SIGTERM
+                self._signal = signal.SIGINT if self._interrupted else signal.SIGTERM
         return self._signal is not None
 
     def end(self, message):
@@ -52,6 +54,12 @@ class StopRequests:
 
     def _take(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
+        if self._at_steps and self._several:
+            self._interrupted = True
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX takes, and tells the others
+            return
         self._signal = number
-        if not self._at_steps or self._several:
-            raise self.end(self._advice)
+        if not self._at_steps:
+            stopped = self.end(self._advice)
+            stopped.others_go_on = True
+            raise stopped

@@ -1,5 +1,6 @@
 """What goes wrong in real runs: signals, batches that aren't finite, damaged checkpoints, a full disk."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -148,9 +149,21 @@ def test_batch_that_is_not_finite(tmp_path):
     assert same_end(tmp_path / "killed", tmp_path / "whole")
 
 
+# A save lasts longer than the steps after it, until training can't get on.
+SLOW_SAVES = """
+import asyncio
+from orbax.checkpoint._src.path import atomicity
+finalize = atomicity.AtomicRenameTemporaryPath.finalize
+async def slowly(*arguments, **options):
+    await asyncio.sleep(1)
+    return await finalize(*arguments, **options)
+atomicity.AtomicRenameTemporaryPath.finalize = slowly
+"""
+
+
 def test_run_that_cannot_get_on(tmp_path):
     changes = {"train__max_skipped": 3, "checkpoint__every": 4}
-    command = patched(POISONED.format(bad="range(10, 99)"), tmp_path / "run", **changes)
+    command = patched(SLOW_SAVES + POISONED.format(bad="range(10, 99)"), tmp_path / "run", **changes)
     for again in (False, True):
         status, _, stderr = run(command)
         assert status == 4 and "Traceback" not in stderr, stderr
@@ -195,6 +208,30 @@ def test_full_disk(small_disk):
     status, _, stderr = run(train_command(workdir, **changes))
     assert status == 0 and f"going on from step {newest}" in stderr, stderr
     assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_disk_that_is_full_to_the_last_byte(small_disk):
+    """Metrics and heartbeat can't be written either."""
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    workdir, changes = small_disk / "run", {"train__steps": 3000, "train__eval_every": 0, "train__log_every": 1}
+    process = start(train_command(workdir, **changes))
+    wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    status, _, stderr = finish(process)
+    assert status == 2 and "Traceback" not in stderr, stderr
+    assert "no space left on the disk" in stderr and "the same command goes on" in last_line(stderr)
+
+
+def test_two_runs_begin_in_one_workdir(tmp_path):
+    """None is there when either looks: one of them trains, the other changes nothing."""
+    processes = [start(train_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)]
+    outcomes = [finish(process) for process in processes]
+    assert sorted(status for status, _, _ in outcomes) == [0, 2], outcomes
+    winner = [status for status, _, _ in outcomes].index(0)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"] == (0.003, 0.01)[winner]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")[0]] == list(range(2, STEPS + 1, 2))
 
 
 def test_two_processes_in_one_workdir(tmp_path):

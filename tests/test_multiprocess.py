@@ -129,6 +129,28 @@ def test_one_process_of_two_is_stopped():
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
 
 
+def test_ctrl_c_in_one_process_of_two_stops_both():
+    workdir = scratch("multiprocess") / "interrupted"
+    statuses, stderr = stop_one(workdir, 1, signal.SIGINT, after=EVERY)
+    assert statuses == [0, 130], stderr
+    stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    for text, word in zip(stderr, ("preempted", "interrupted"), strict=True):
+        assert f"{word}: saved at step {stopped_at} of {STEPS}; the same" in text
+
+
+def test_cluster_of_one_process_is_stopped():
+    workdir = scratch("multiprocess") / "cluster_of_one"
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=1", "--process=0"]
+    process = start([*train_command(workdir, train__steps=5000, train__eval_every=0), *flags])
+    deadline = time.monotonic() + 120
+    while not (workdir / "checkpoints" / str(EVERY)).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    status, _, stderr = finish(process)
+    assert status == 0 and "preempted: saved at step" in stderr, stderr
+
+
 def test_a_process_that_never_joins_is_named():
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=3", "--join_timeout=4"]
     workdir = scratch("multiprocess") / "never"

@@ -27,6 +27,7 @@ from tests.runs import (
     read_events,
     read_metrics,
     run,
+    same_end,
     scratch,
     shared,
     start,
@@ -165,14 +166,27 @@ def test_killed_run_ends_as_an_uninterrupted_one(accumulate):
         assert computed(line) == computed(killed_line)
     assert [computed(line) for line in validations] == [computed(line) for line in killed_validations]
 
+    events, killed_events = charts(whole), charts(killed)
+    assert events.keys() == killed_events.keys()
+    assert {place: value for place, value in events.items() if killed_events[place] != value} == {}
+
+
+def charts(workdir):
+    """What TensorBoard shows of a run, without what is measured."""
+    return {
+        (tag, step): value.SerializeToString()
+        for (tag, step), value in read_events(workdir).items()
+        if tag.partition("/")[2] not in MEASURED_KEYS and f"validation_{tag.partition('/')[2]}" not in MEASURED_KEYS
+    }
+
 
 def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
-    summary = (workdir / "summary.json").read_text()
-    (workdir / "summary.json").rename(workdir / "summary.json.pending")
-    assert run(train_command(workdir))[0] == 0
-    assert (workdir / "summary.json").read_text() == summary
-    assert not (workdir / "summary.json.pending").exists()
+    (workdir / "summary.json").unlink()
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0 and f"going on from step {STEPS}" in stderr and "done: " in stderr, stderr
+    assert same_end(workdir, finished_run())
+    assert run(train_command(workdir))[0] == 2
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path):

@@ -35,8 +35,11 @@ class Evaluation:
 
     @property
     def perplexity(self):
-        """`exp(nll)`."""
-        return math.exp(self.nll)
+        """`exp(nll)`; infinite where that is more than a number can hold."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,15 @@ class Progress:
     loss: float  # of the training step that it follows
     nll: float
     validated: bool  # False: the run was stopped before the validation that is due after this step
+    skipped_in_row: int = 0  # updates skipped up to this step
 
 
 class Damaged(Exception):
     """A checkpoint can't be read, or isn't what was saved; the message says why."""
+
+
+class _Unreadable(Exception):
+    """A checkpoint can't be read here and now, which says nothing of the checkpoint."""
 
 
 class Checkpoints:
@@ -43,14 +49,13 @@ class Checkpoints:
         self._config = config
         self._manager = None
         self._saving = None  # the step that is being saved in the background
+        self._nlls = _validation_nlls(workdir / "metrics.jsonl")
         if config is None and not self.directory.is_dir():
             return
-        options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_nll, best_mode="min")
+        options = ocp.CheckpointManagerOptions(read_only=True)
         if config is not None:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_preservation(config),
-                best_fn=_nll,
-                best_mode="min",
+                preservation_policy=_preservation(config, self._nlls),
                 cleanup_tmp_directories=True,  # of saves that were cut off; they may fill the disk
                 enable_async_checkpointing=True,
             )
@@ -77,12 +82,13 @@ class Checkpoints:
         if which == "newest":
             return steps[-1]
         if which == "best":
-            if self._manager.best_step() is None:
+            best = _best(steps, self._nlls, 1)
+            if not best:
                 raise UserError(
                     f"--step=best: no checkpoint of {self.directory.parent} has a validation nll; train with "
                     "checkpoint.keep_best"
                 )
-            return self._manager.best_step()
+            return best.pop()
         if not which.isdecimal() or int(which) not in steps:
             there = ", ".join(map(str, steps))
             raise UserError(
@@ -98,7 +104,11 @@ class Checkpoints:
         """Whether `checkpoint.every` asks for a checkpoint of `step`."""
         return step % self._config.every == 0
 
-    def save(self, step, state, data_state, progress: Progress, validation_nll=None):
+    def validated(self, step, nll):
+        """Takes note of the validation nll of the model of `step`; `checkpoint.keep_best` goes by it."""
+        self._nlls[step] = nll
+
+    def save(self, step, state, data_state, progress: Progress):
         """Saves in the background; returns as soon as `state` may be donated.
 
         Args:
@@ -107,19 +117,17 @@ class Checkpoints:
           data_state: the position in the data, JSON-ready: a number of batches and what they held of each source, the
             same in every process.
           progress: see `Progress`.
-          validation_nll: of the model of this step, where it was validated; `checkpoint.keep_best` goes by it.
 
         Raises:
           UserError: the disk can't take this checkpoint, or couldn't take the one before.
         """
-        metrics = None if validation_nll is None else {"validation_nll": validation_nll}
-        self._save(step, _as_dict(state), {"data": data_state, "progress": dataclasses.asdict(progress)}, metrics)
+        self._save(step, _as_dict(state), {"data": data_state, "progress": dataclasses.asdict(progress)})
 
     def save_model(self, step, params, selection_bias):
         """Saves, in the background, what `restore_model` reads: such a checkpoint can't be trained on."""
-        self._save(step, {"params": params, "selection_bias": selection_bias}, {}, None)
+        self._save(step, {"params": params, "selection_bias": selection_bias}, {})
 
-    def _save(self, step, state, run, metrics):
+    def _save(self, step, state, run):
         if self._saving is not None:
             self._wait()
         state = {name: value for name, value in state.items() if value is not None}
@@ -131,7 +139,6 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({**run, "sha256": _sha256(run)})
                 ),
-                metrics=metrics,
                 force=True,  # `due` decides
             )
 
@@ -175,7 +182,7 @@ class Checkpoints:
           `(step, state, progress)`.
 
         Raises:
-          UserError: no checkpoint can be read, or the newest holds another model.
+          UserError: no checkpoint can be read, the newest holds another model, or the fault is with this machine.
         """
         while True:
             *older, step = self.steps()
@@ -233,10 +240,16 @@ class Checkpoints:
         return model["params"], model.get("selection_bias")
 
     def _read(self, step, wanted):
-        """The arrays that `wanted` describes and what was saved with them; raises `Damaged` in every process or in none."""
+        """The arrays that `wanted` describes and what was saved with them.
+
+        Raises, in every process or in none:
+          Damaged: as in `restore`.
+          UserError: it can't be read here and now.
+        """
         path = self.directory / str(step)
+        problem = unreadable = None
         try:
-            problem, run = None, self._read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+            run = self._read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
             if run.pop("sha256", None) != _sha256(run):
                 raise Damaged("what was read of its position isn't what was saved")
             self._check_model(path, wanted, run["arrays"])
@@ -245,6 +258,13 @@ class Checkpoints:
             arrays = self._read_item(path / "state", ocp.PyTreeCheckpointHandler, args)
         except Damaged as e:
             problem = str(e)
+        except _Unreadable as e:
+            unreadable = str(e)
+        if not all_agree(unreadable is None):
+            raise UserError(
+                f"checkpoint {path} can't be read at present ({unreadable or 'by another process'}); mend that: the same "
+                "command then goes on"
+            )
         if not all_agree(problem is None):
             raise Damaged(problem or "another process can't read it")
         differing = [name for name, value in fingerprints(arrays).items() if run["arrays"][name][2] != value]
@@ -273,7 +293,8 @@ class Checkpoints:
             ) as checkpointer:
                 return checkpointer.restore(path, args=args)
         except Exception as e:  # Orbax, tensorstore and the file system each raise kinds of their own
-            raise Damaged(_reason(e)) from e
+            here = any(words in _all_of(e) for words in _FAULTS_OF_THE_MACHINE)
+            raise (_Unreadable if here else Damaged)(_reason(e)) from e
 
     def close(self):
         """Waits for what is being saved.
@@ -292,19 +313,55 @@ _OTHER_MODEL = (
 )
 
 
-def _nll(metrics):
-    return metrics["validation_nll"]
+# What memory, disks and the system say when they are at fault, in the words of JAX, tensorstore and Linux.
+_FAULTS_OF_THE_MACHINE = (
+    "MemoryError",
+    "RESOURCE_EXHAUSTED",
+    "Out of memory",
+    "Cannot allocate memory",
+    "Too many open files",
+    "Input/output error",
+    "Stale file handle",
+    "PERMISSION_DENIED",
+    "Permission denied",
+)
 
 
-def _preservation(config):
+def _validation_nlls(metrics_file: Path):
+    """Of each step that was validated, the finite nll, as `metrics.jsonl` has it."""
+    nlls = {}
+    for line in metrics_file.read_text().splitlines() if metrics_file.exists() else []:
+        try:
+            line = json.loads(line)
+            nlls[line["step"]] = float(line["validation_nll"])
+        except (ValueError, KeyError, TypeError):  # of training, not finite, or the half line of a killed run
+            continue
+    return nlls
+
+
+def _best(steps, nlls, n):
+    """The `n` steps of lowest finite nll."""
+    return set(sorted((step for step in steps if math.isfinite(nlls.get(step, math.nan))), key=nlls.get)[:n])
+
+
+@dataclass(frozen=True)
+class _BestN:
+    """An Orbax preservation policy: keeps the checkpoints of lowest validation nll."""
+
+    n: int
+    nlls: dict
+
+    def should_preserve(self, checkpoints, *, context):
+        best = _best([checkpoint.step for checkpoint in checkpoints], self.nlls, self.n)
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+def _preservation(config, nlls):
     policies = [checkpoint_managers.LatestN(config.keep)]
     if config.keep_every:
         policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
     if config.keep_best:
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_nll, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
-        )
-        policies.append(best)
+        policies.append(_BestN(config.keep_best, nlls))
     return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
@@ -321,6 +378,11 @@ def _described(tree):
     found = fingerprints(tree)
     arrays = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
     return {path: [list(a.shape), a.dtype.name, found[path]] for path, a in arrays.items()}
+
+
+def _all_of(error):
+    """An exception and all that caused it, in words."""
+    return f"{type(error).__name__}: {error} {_all_of(error.__cause__)}" if error else ""
 
 
 def _reason(error):

@@ -22,17 +22,12 @@ DEAD_AFTER = 3  # logged steps in a row without a token
 class Health:
     """Looks at the metrics of every step."""
 
-    def __init__(self, max_skipped, batch_size):
-        """`max_skipped`: `train.max_skipped`; `batch_size`: sequences in a batch."""
+    def __init__(self, max_skipped, batch_size, skipped_in_row=0):
+        """`max_skipped`: `train.max_skipped`; `batch_size`: sequences in a batch; `skipped_in_row`: how many so far."""
         self._max_skipped, self._batch_size = max_skipped, batch_size
-        self._skipped_in_row = 0
+        self.skipped_in_row = skipped_in_row
         self._losses = deque(maxlen=SPIKE_WINDOW)
         self._idle_for, self._dead = None, set()
-
-    @property
-    def skipping(self):
-        """Whether the last step was skipped."""
-        return self._skipped_in_row > 0
 
     def step(self, step, loss, grad_norm, finite):
         """Takes in the loss (nats), the gradient norm before clipping and whether both are finite.
@@ -41,19 +36,20 @@ class Health:
           DivergedError: the last `max_skipped` steps were all skipped.
         """
         if not finite:
-            self._skipped_in_row += 1
+            self.skipped_in_row += 1
             first = (step - 1) * self._batch_size
             log.warning(
                 "step %d skipped: loss %g, gradient norm %g; its batch is number %d, sequences %d to %d of the run's order",
                 *(step, loss, grad_norm, step, first, first + self._batch_size - 1),
             )
-            if self._skipped_in_row >= self._max_skipped:
+            if self.skipped_in_row >= self._max_skipped:
                 raise DivergedError(
-                    f"stopped at step {step}: the last {self._skipped_in_row} updates were skipped, for loss or gradient "
-                    f"weren't finite (train.max_skipped={self._max_skipped}). Lower train.learning_rate, or look at the data"
+                    f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped, for loss or gradient "
+                    f"weren't finite (train.max_skipped={self._max_skipped}). Look at the data; or, if the model itself is "
+                    "broken, delete the newest checkpoints, or lower train.learning_rate in another --workdir"
                 )
             return
-        self._skipped_in_row = 0
+        self.skipped_in_row = 0
         if len(self._losses) >= SPIKE_MINIMUM:
             mean, deviation = np.mean(self._losses), np.std(self._losses)
             if loss > mean + SPIKE_DEVIATIONS * deviation:

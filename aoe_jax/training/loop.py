@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import TokenisedCorpus, open_corpus
-from aoe_jax.distributed import agree, barrier
-from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError
+from aoe_jax.distributed import agree
+from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError, is_disk_full
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
@@ -39,7 +38,7 @@ from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
 from aoe_jax.training.profile import Profile, Window
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
+from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,13 @@ def train(
                 filled, config, workdir, mesh, stop or StopRequests(), profile, wandb_project, heartbeat, held
             )
     except BaseException as e:
-        heartbeat.beat(_LAST_STATUS.get(type(e), "failed"))
+        with contextlib.suppress(OSError):  # that the disk is full is said below
+            heartbeat.beat(_LAST_STATUS.get(type(e), "failed"))
+        if isinstance(e, OSError) and is_disk_full(e):
+            raise UserError(
+                f"--workdir={workdir}: no space left on the disk; free some, and the same command goes on from the newest "
+                "checkpoint"
+            ) from e
         if heartbeat.step is not None:
             again = "the same command goes on" if jax.process_count() == 1 else "start all processes again: they go on"
             e.add_note(f"after step {heartbeat.step}; {again} from the newest checkpoint")
@@ -157,14 +162,27 @@ class _Run:
         except _ValidationStopped:
             return None
         self.telemetry.evaluation(step, result)
+        self.checkpoints.validated(step, result.nll)
         return result
 
-    def save(self, step, state, validation, validated=True):
-        """Saves in the background; `validation`: that of this step, if there was one."""
+    def save(self, step, state, validated=True):
+        """Saves in the background; `validated`: whether a validation that is due after this step is done."""
         self.heartbeat.beat("saving", step)
-        progress = Progress(**{name: float(value) for name, value in self.last.items()}, validated=validated)
+        last = {name: float(value) for name, value in self.last.items()}
+        progress = Progress(**last, validated=validated, skipped_in_row=self.health.skipped_in_row)
         with self.telemetry.clock("checkpoint"):
-            self.checkpoints.save(step, state, self.data_state(), progress, validation.nll if validation else None)
+            self.telemetry.sync()
+            self.checkpoints.save(step, state, self.data_state(), progress)
+
+
+@contextlib.contextmanager
+def _last_save_is_waited_for(checkpoints):
+    """Where training can't get on, what is being saved in the background is the last good state."""
+    try:
+        yield
+    except DivergedError:  # in all processes at once, as waiting wants it
+        checkpoints.close()
+        raise
 
 
 class _ValidationStopped(Exception):
@@ -174,7 +192,8 @@ class _ValidationStopped(Exception):
 def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat, held):
     started, is_main, steps = time.perf_counter(), jax.process_index() == 0, config.train.steps
     check_workdir(workdir, config)
-    if is_main and workdir.exists():
+    locked = is_main and workdir.exists()
+    if locked:
         held.enter_context(alone_in(workdir, "workdir"))
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
@@ -182,22 +201,13 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
 
     earlier = Checkpoints(workdir)
     newest = earlier.latest_step() or 0
-    summary_file, pending_summary = workdir / "summary.json", workdir / "summary.json.pending"
-    lacks_summary = newest == steps and pending_summary.exists()  # stopped after its last checkpoint
-    agree("the step, configuration or data", f"{newest} {lacks_summary} {config} {corpus.identities}")
-    if lacks_summary:
-        if is_main:
-            os.replace(pending_summary, summary_file)
-            heartbeat.start()
-            heartbeat.beat("finished", newest)
-        barrier("the summary is there")
-        return json.loads(summary_file.read_text())
+    summary_file = workdir / "summary.json"
+    agree("the step, configuration or data", f"{newest} {config} {corpus.identities}")
     if newest > steps or (newest == steps and summary_file.exists()):
         raise UserError(
             f"config.train.steps={steps}: {workdir} is already at step {newest}; raise it to go on, or use another --workdir"
         )
-    if window:
-        window.check(newest, steps)
+    window = window.of_run(newest, steps) if window else None
     if wandb_project is not None:
         check_wandb(workdir, wandb_project)
     rows = rows_of_process(batch_sharding(mesh), config.train.batch_size, jax.process_index())
@@ -225,15 +235,21 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         first_step, state, progress = 0, jax.jit(new_state, out_shardings=shardings)(), None
     earlier.close()
     if is_main:
-        new = not workdir.exists()
-        claim_workdir(workdir, given, corpus)
-        if new:
+        if not locked:  # it wasn't there: another process may have made it meanwhile
+            make_workdir(workdir)
             held.enter_context(alone_in(workdir, "workdir"))
+            check_workdir(workdir, config)
+            check_data(workdir, corpus)
+            if Checkpoints(workdir).latest_step():
+                raise UserError(
+                    f"--workdir={workdir}: another process has trained there meanwhile; start again to go on"
+                )
+        claim_workdir(workdir, given, corpus)
         heartbeat.start()
         summary_file.unlink(missing_ok=True)
-        pending_summary.unlink(missing_ok=True)
 
-    validated = progress is None or progress.validated
+    # A run that lacks nothing but its summary validates its last step again.
+    validated = progress is None or (progress.validated and first_step < steps)
     telemetry = (Telemetry if is_main else NoTelemetry)(workdir, config, first_step, validated, wandb_project)
     held.enter_context(contextlib.closing(telemetry))
     profile = Profile(workdir / "profile", window if is_main else None)
@@ -251,14 +267,15 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         data.get_state,
         Checkpoints(workdir, config.checkpoint),
         telemetry,
-        Health(config.train.max_skipped, config.train.batch_size),
+        Health(config.train.max_skipped, config.train.batch_size, progress.skipped_in_row if progress else 0),
         heartbeat,
         stop,
         jax.jit(make_eval_step(config), out_shardings=everywhere),
         progress and {"loss": progress.loss, "nll": progress.nll},
     )
     telemetry.start(state, train_step)
-    held.enter_context(stop.between_steps(several=jax.process_count() > 1))
+    held.enter_context(stop.between_steps(several=jax.distributed.is_initialized()))
+    held.enter_context(_last_save_is_waited_for(run.checkpoints))
     with jax.transfer_guard("disallow"):
         validation = None
         if not validated:
@@ -280,11 +297,11 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
                 unreported = None
             validation = run.validate(step, state) if validating and not stopping else None
             if stopping or (validating and validation is None):
-                run.save(step, state, None, validated=not validating)
+                run.save(step, state, validated=not validating)
                 run.checkpoints.close()
                 raise stop.end(f"saved at step {step} of {steps}; the same command goes on from there")
-            if saving and not run.health.skipping:
-                run.save(step, state, validation)
+            if saving and not run.health.skipped_in_row:
+                run.save(step, state)
             if not last:
                 with telemetry.clock("input"):
                     batch = put(next(data))
@@ -302,13 +319,11 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         "timing": telemetry.timing() | {"total_seconds": time.perf_counter() - started},
         "memory": telemetry.memory(),
     }
-    if is_main:  # before the checkpoint, as are the metrics: a run that has it lacks nothing
-        write_json(pending_summary, summary)
     if first_step < steps:
-        run.save(steps, state, validation)
+        run.save(steps, state)
     run.checkpoints.close()
     if is_main:
-        os.replace(pending_summary, summary_file)
+        write_json(summary_file, summary)
     heartbeat.beat("finished", steps)
     log.info("done: %s", json.dumps(summary["metrics"]))
     return summary

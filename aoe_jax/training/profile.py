@@ -37,17 +37,21 @@ class Window:
             raise UserError(f"--profile={text}: must be STEP:N, N steps from step STEP on, such as 20:3; both from 1")
         return window
 
-    def check(self, start_step, total_steps):
-        """Checks that a run from `start_step` to `total_steps` takes these steps.
+    def of_run(self, start_step, total_steps):
+        """The window of a run from `start_step` to `total_steps`: None, with a warning, where it goes on behind it.
 
         Raises:
-          UserError: it doesn't.
+          UserError: the run ends before.
         """
-        if not start_step < self.first <= self.last <= total_steps:
+        if self.last > total_steps:
             raise UserError(
                 f"--profile={self.first}:{self.n_steps}: this run takes the steps {start_step + 1} to {total_steps}; "
                 "choose of these"
             )
+        if self.first <= start_step:
+            log.warning("--profile=%d:%d: step %d is past; nothing is traced", self.first, self.n_steps, self.first)
+            return None
+        return self
 
 
 class Profile:

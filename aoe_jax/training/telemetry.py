@@ -214,6 +214,11 @@ class Telemetry:
         for writer in self._writers:
             writer.write(*figures)
 
+    def sync(self):
+        """Waits until what is written is on the disk: before a checkpoint, which would else say more than was written."""
+        for writer in self._writers:
+            writer.sync()
+
     def timing(self):
         """Speed of the whole run, and its seconds by part: the group `timing` of `summary.json`."""
         total = self._total + self._interval
@@ -249,6 +254,9 @@ class NoTelemetry:
 
     def evaluation(self, step, result):
         """Reports nothing."""
+
+    def sync(self):
+        """Waits for nothing."""
 
     def timing(self):
         """Nothing was measured."""

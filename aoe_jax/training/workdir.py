@@ -70,6 +70,18 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
         )
 
 
+def make_workdir(workdir: Path):
+    """Makes the directory unless it is there.
+
+    Raises:
+      UserError: it can't be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
+
+
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be wrong is checked.
 
@@ -77,7 +89,6 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
       UserError: the directory can't be written.
     """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
         write_json(workdir / "data.json", {"token_stores": corpus.identities})
         write_json(workdir / "config.json", config.to_dict())

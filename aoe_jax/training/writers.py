@@ -9,12 +9,14 @@ import json
 import math
 import os
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import histogram
+from tensorboardX.summary import histogram, image
 
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
@@ -23,7 +25,7 @@ BINS = 16  # of a histogram
 
 
 class JsonLines:
-    """One JSON object a line, on disk at once, null for what isn't finite.
+    """One JSON object a line, which outlives the process at once, null for what isn't finite.
 
     Lines of steps after `start_step`, left by a run that was cut off, are dropped.
     """
@@ -44,6 +46,10 @@ class JsonLines:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def sync(self):
+        """Waits until what is written outlives a power cut too."""
+        os.fsync(self._file.fileno())
 
     def close(self):
         """Closes the file."""
@@ -80,7 +86,15 @@ class TensorBoard:
 
     def __init__(self, folder: Path, start_step):
         """Opens a file for a run that goes on from `start_step`."""
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not tensorboardX's SummaryWriter: its queue is lost when the process is killed.
+        self._events = EventsWriter(str(folder / "events"))
+        self._add(start_step + 1, file_version="brain.Event:2")
+        self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step, **what):
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
         """A point in each chart and a histogram for each layer, all as one event: one by one they take ten times as long."""
@@ -89,7 +103,7 @@ class TensorBoard:
             for layer, of_experts in enumerate(of_layers):
                 if np.isfinite(of_experts).all():  # there are no bins for others
                     values += histogram(f"histograms/{name}/layer_{layer}", of_experts, bins=BINS).value
-        self._writer.file_writer.add_summary(Summary(value=values), step)
+        self._add(step, summary=Summary(value=values))
 
     def draw(self, step, name, figure):
         """A picture of a matplotlib `Figure`; it takes a tenth of a second or more."""
@@ -97,11 +111,16 @@ class TensorBoard:
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self._writer.add_image(name, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+        self._add(step, summary=image(name, np.asarray(canvas.buffer_rgba())[..., :3], dataformats="HWC"))
+
+    def sync(self):
+        """Does nothing: every event is handed over at once."""
 
     def close(self):
-        """Flushes and closes the file."""
-        self._writer.close()
+        """Closes the file, once."""
+        if self._events:
+            self._events.close()
+        self._events = None
 
 
 class Wandb:
@@ -142,6 +161,9 @@ class Wandb:
     def write(self, step, group, scalars, layers, experts):
         """A point in each chart."""
         self._run.log({"step": step, **_tags(group, scalars, layers)})
+
+    def sync(self):
+        """Does nothing: what is lost is sent again."""
 
     def close(self):
         """Sends what is left, and ends the run."""

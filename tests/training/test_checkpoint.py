@@ -1,7 +1,10 @@
 """Checkpoints of a small state."""
 
 import dataclasses
+import errno
 import gc
+import json
+import math
 import shutil
 import subprocess
 import time
@@ -10,6 +13,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -51,7 +55,11 @@ def write(workdir, config, steps, nll=lambda step: None):
     """Saves steps as training does, and takes no note of the data."""
     checkpoints = Checkpoints(workdir, config)
     for step in steps:
-        checkpoints.save(step, state_of(step), {"next_index": step}, Progress(1.0, 2.0, True), nll(step))
+        if nll(step) is not None:
+            with open(workdir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "validation_nll": nll(step)}) + "\n")
+            checkpoints.validated(step, nll(step))
+        checkpoints.save(step, state_of(step), {"next_index": step}, Progress(1.0, 2.0, True))
     checkpoints.close()
     return workdir
 
@@ -66,7 +74,7 @@ def saved(tmp_path_factory):
     batch = next(data)
     for number in range(1, 6):
         state = step(state)
-        checkpoints.save(number, state, data.get_state(), Progress(number, number / 3, number % 2 == 0))
+        checkpoints.save(number, state, data.get_state(), Progress(number, number / 3, number % 2 == 0, 7 - number))
         following[number] = batch = next(data)
     checkpoints.close()
     assert batch.shape == (4,)
@@ -89,7 +97,7 @@ def test_state_may_be_donated_while_it_is_saved(saved, tmp_path, number):
     """And position and progress come back with it."""
     workdir, data = without_newer(copy_of(saved, tmp_path), number), batches()
     step, state, progress = Checkpoints(workdir).restore_newest(ABSTRACT, data)
-    assert (step, progress) == (number, Progress(number, number / 3, number % 2 == 0))
+    assert (step, progress) == (number, Progress(number, number / 3, number % 2 == 0, 7 - number))
     wanted = dataclasses.replace(state_of(0), skipped=jnp.int32(number))
     for array, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert array.dtype == like.dtype and array.sharding == SHARDING
@@ -137,6 +145,26 @@ NLL = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}
 def test_what_is_kept(tmp_path, config, kept):
     write(tmp_path, config, NLL, NLL.get)
     assert step_folders(tmp_path) == list(kept)
+
+
+def test_model_whose_validation_is_not_finite_is_never_the_best(tmp_path):
+    nlls = {1: 5.0, 2: 1.0, 3: math.nan, 4: 2.0, 5: math.inf}
+    write(tmp_path, CheckpointConfig(every=1, keep=1, keep_best=1), nlls, nlls.get)
+    assert step_folders(tmp_path) == ["2", "5"]
+    assert Checkpoints(tmp_path).find("best") == 2
+
+
+def test_validation_that_is_made_up_for_counts(tmp_path):
+    """Of a checkpoint that was saved when a run was stopped before it."""
+    config = CheckpointConfig(every=1, keep=1, keep_best=1)
+    write(tmp_path, config, [1, 2], {1: 5.0}.get)
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.validated(2, 3.0)
+    checkpoints.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "nll": 9.0}\n{"step": 2, "validation_nll": 3.0}\n{"step": 3, "valid')
+    write(tmp_path, config, [3], {3: 4.0}.get)
+    assert step_folders(tmp_path) == ["2", "3"]
 
 
 def test_what_is_kept_is_kept_by_the_next_start_too(tmp_path):
@@ -268,6 +296,33 @@ def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
     assert seen > 12  # the rest of the file holds nothing
 
 
+FAULTS = [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.EIO, "Input/output error"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
+    """Nothing is set aside: with more memory, or another disk, the run goes on from its newest checkpoint."""
+    workdir = copy_of(saved, tmp_path)
+    before = contents(workdir)
+
+    def fail(*_, **__):
+        raise ValueError("can't read") from fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+        with pytest.raises(
+            UserError, match=r"checkpoints/5 can't be read at present \(.*; mend that: the same command"
+        ):
+            Checkpoints(workdir).restore_newest(ABSTRACT, batches())
+    assert contents(workdir) == before
+    assert Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0] == 5
+
+
 @unread
 def test_damaged_several_times(saved, tmp_path):
     workdir = copy_of(saved, tmp_path)
@@ -359,5 +414,10 @@ def test_fingerprints_do_not_depend_on_the_sharding():
         for bit in (0, 31):
             other = jax.lax.bitcast_convert_type(bits.at[place].set(bits[place] ^ jnp.uint32(1 << bit)), jnp.float32)
             assert fingerprints({"x": jax.device_put(other, SHARDING)})["['x']"] != one["['x']"]
+    assert fingerprints({"x": jax.device_put(-x, SHARDING)})["['x']"] != one["['x']"]
+    zeroed = jnp.ones((64, 64)).at[:8].set(0)
+    assert fingerprints({"x": jax.device_put(zeroed, SHARDING)}) != fingerprints(
+        {"x": jax.device_put(jnp.ones((64, 64)), SHARDING)}
+    )
     swapped = jax.device_put(x.at[0].set(x[1]).at[1].set(x[0]), SHARDING)
     assert fingerprints({"x": swapped})["['x']"] != one["['x']"]

@@ -19,9 +19,15 @@ def test_skipped_steps_in_a_row_end_the_run(caplog):
     health = Health(3, batch_size=4)
     for step, finite in enumerate([False, False, True, False, False], 1):
         health.step(step, np.nan if not finite else 1.0, np.inf, finite)
-        assert health.skipping == (not finite)
+        assert (health.skipped_in_row > 0) == (not finite)
     assert "step 5 skipped: loss nan, gradient norm inf; its batch is number 5, sequences 16 to 19" in caplog.text
     with pytest.raises(DivergedError, match=r"stopped at step 6: the last 3 updates.*train\.max_skipped=3"):
+        health.step(6, np.nan, np.nan, False)
+
+
+def test_skipped_steps_before_a_stop_count(caplog):
+    health = Health(3, batch_size=4, skipped_in_row=2)
+    with pytest.raises(DivergedError, match="the last 3 updates"):
         health.step(6, np.nan, np.nan, False)
 
 

@@ -21,10 +21,17 @@ def test_values_that_are_none(text):
 
 
 def test_windows_outside_the_run():
-    Window.parse("7:4").check(6, 10)
-    for text in ("6:1", "7:5", "11:1"):
+    window = Window.parse("7:4")
+    assert window.of_run(6, 10) is window
+    for text in ("7:5", "11:1"):
         with pytest.raises(UserError, match=f"--profile={text}: this run takes the steps 7 to 10"):
-            Window.parse(text).check(6, 10)
+            Window.parse(text).of_run(6, 10)
+
+
+def test_run_that_goes_on_behind_its_window(caplog):
+    """As where the same command goes on with a run that was stopped."""
+    assert Window.parse("6:3").of_run(6, 10) is None
+    assert "--profile=6:3: step 6 is past; nothing is traced" in caplog.text
 
 
 def test_trace_of_a_run(tmp_path):

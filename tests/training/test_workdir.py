@@ -7,7 +7,7 @@ import pytest
 from aoe_jax.config import Config, DataConfig
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
+from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
 from tests.runs import contents
 
 
@@ -15,6 +15,7 @@ from tests.runs import contents
 def claimed(tmp_path):
     """A workdir of the default configuration and its corpus."""
     corpus = corpus_of(tmp_path, "some text")
+    make_workdir(tmp_path / "run")
     claim_workdir(tmp_path / "run", Config(), corpus)
     return tmp_path / "run", corpus
 
