@@ -40,6 +40,18 @@ class _Unreadable(Exception):
     """A checkpoint can't be read here and now, which says nothing of the checkpoint."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves JAX's preemption service to the training loop.
+
+    The service goes by the number of the last question, and Orbax asks with numbers of its own, also in the background: a
+    request to stop could then come at a number that the loop has passed.
+    """
+
+    def reached_preemption(self, step):
+        """Asks nothing."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir, `workdir/checkpoints/STEP`."""
 
@@ -59,7 +71,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # of saves that were cut off; they may fill the disk
                 enable_async_checkpointing=True,
             )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=options,
             item_names=("state", "run"),
