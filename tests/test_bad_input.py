@@ -178,8 +178,8 @@ RUNS = {
     "text that isn't UTF-8": Mistake(TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS),
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
     "profile beyond the run": Mistake(
-        [*flags(CONFIG), f"--profile={STEPS}:2"],
-        [f"--profile={STEPS}:2", f"the steps {STEPS + 1} to {STEPS + 3}"],
+        [*flags(CONFIG), f"--profile={STEPS + 2}:9"],
+        [f"--profile={STEPS + 2}:9", f"the steps {STEPS + 1} to {STEPS + 3}"],
         finished,
         {"train__steps": STEPS + 3},
     ),
