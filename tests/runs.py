@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -169,6 +170,17 @@ def mixture():
     store = shutil.copytree(text.tokenizer.parent, scratch("stores") / "mine")
     masks = {"data__document_mask": True, "data__loss_mask": True}
     return {"data__name": f"prepared@{store}=0.75, text@{other}=0.25", "data__path": None, **masks}
+
+
+@contextmanager
+def disk(folder, size):
+    """A disk of so many bytes, such as `4m`, in a new folder."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def damage(shard):

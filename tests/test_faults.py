@@ -15,6 +15,7 @@ from tests.runs import (
     EVERY,
     ROOT,
     STEPS,
+    disk,
     finish,
     finished_run,
     read_metrics,
@@ -188,11 +189,8 @@ def test_damaged_newest_checkpoint(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 def test_full_disk(small_disk):

@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import Preempted, UserError
 from tests.data.texts import json_lines, texts, write_everything
-from tests.runs import contents, damage
+from tests.runs import contents, damage, disk
 
 SETTINGS = Settings("bpe:300", validation=0.1, test=0.05)
 LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
@@ -320,11 +319,8 @@ def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk(tmp_path / "disk", "20m") as folder:
+        yield folder
 
 
 def test_full_disk(inputs, whole, small_disk):

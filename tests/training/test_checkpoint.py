@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import shutil
-import subprocess
 import time
 
 import grain
@@ -23,7 +22,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprint import fingerprints
 from aoe_jax.training.step import TrainState
-from tests.runs import contents
+from tests.runs import contents, disk
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 SIZE = 200_000  # large enough to be still in writing when the next step begins
@@ -378,12 +377,8 @@ def test_exported_model_cannot_be_trained_on(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk for less than two checkpoints."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk(tmp_path / "disk", "1500k") as folder:
+        yield folder
 
 
 def test_full_disk(small_disk):
