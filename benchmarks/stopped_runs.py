@@ -117,7 +117,7 @@ def _heartbeat(workdir):
 
 
 def check_checkpoints(workdir):
-    """Reads every complete checkpoint whole; `Failure` where one can't be read or was found damaged."""
+    """Reads every checkpoint that is to be kept whole; `Failure` where one can't be read or was found damaged."""
     if (workdir / "damaged_checkpoints").exists():
         raise Failure(f"{workdir} has damaged checkpoints")
     if not (workdir / "checkpoints").is_dir():
@@ -134,7 +134,8 @@ def check_checkpoints(workdir):
     abstract = jax.eval_shape(lambda: init_state(config, 0))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)
     checkpoints = Checkpoints(workdir)
-    for step in checkpoints.steps():
+    # A kill may come while an older one is being deleted, of which a part is left then.
+    for step in checkpoints.steps()[-config.checkpoint.keep :]:
         try:
             checkpoints.restore(step, abstract)
         except Exception as e:
