@@ -152,13 +152,14 @@ def test_batch_that_is_not_finite(tmp_path):
 
 # A save lasts longer than the steps after it, until training can't get on.
 SLOW_SAVES = """
-import asyncio
-from orbax.checkpoint._src.path import atomicity
-finalize = atomicity.AtomicRenameTemporaryPath.finalize
-async def slowly(*arguments, **options):
-    await asyncio.sleep(1)
-    return await finalize(*arguments, **options)
-atomicity.AtomicRenameTemporaryPath.finalize = slowly
+import os, time
+def slowly(move):
+    def moved(source, *arguments, **options):
+        if "orbax-checkpoint-tmp" in os.fspath(source):
+            time.sleep(1)
+        return move(source, *arguments, **options)
+    return moved
+os.rename, os.replace = slowly(os.rename), slowly(os.replace)
 """
 
 
