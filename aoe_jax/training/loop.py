@@ -131,14 +131,15 @@ class _Run:
 
     def report(self, step, metrics):
         """Takes in the metrics of a step; waits for it."""
-        self.health.step(step, **jax.device_get({name: metrics[name] for name in ("loss", "grad_norm", "finite")}))
+        now = jax.device_get({name: metrics[name] for name in ("loss", "nll", "grad_norm", "finite")})
+        self.health.step(step, now["loss"], now["grad_norm"], now["finite"])
         self.heartbeat.beat("training", step)
         self.checkpoints.check()
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             metrics = jax.device_get(metrics)
             self.health.load(step, metrics["load"])
             self.telemetry.train(step, metrics)
-        self.last = jax.device_get({name: metrics[name] for name in ("loss", "nll")})
+        self.last = {name: now[name] for name in ("loss", "nll")}
 
     def validate(self, step, state):
         """The `Evaluation` of the validation split, or None where the run is asked to stop meanwhile."""
