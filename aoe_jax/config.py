@@ -56,15 +56,40 @@ class ModelConfig:
     # Layers in a step of the scan over them. A scan copies all that the backward pass needs, which CPUs are slow at: there
     # more layers at once are faster. They take longer to compile.
     unroll: int = 1
+    # What checkpoints of other projects have; a model that is trained here from the start needs none of it.
+    n_kv_heads: int | None = None  # heads of keys and values, each shared by several of queries; None: n_heads
+    rope_base: float = 10_000.0
+    rope_factors: tuple = ()  # that divide the rotary frequencies, one each; (): none (LongRoPE, arXiv 2402.13753)
+    rope_scale: float = 1.0  # of rotated queries and keys (LongRoPE)
+    norm: str = "rms"  # rms | layer: LayerNorm with a bias
+    norm_eps: float = 1e-6
+    qk_norm: bool = False  # an RMSNorm on queries and one on keys, each over all heads (OLMoE)
+    attention_bias: bool = False  # of q, k, v and o
+    output_bias: bool = False  # of the output projection
 
     def __post_init__(self):
         _require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len", "unroll")
+        _require_positive("model", self, "rope_base", "rope_scale", "norm_eps")
+        _require(
+            self.n_kv_heads is None or (self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0),
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"must divide model.n_heads={self.n_heads}",
+        )
         _require(
             self.d_model % (2 * self.n_heads) == 0,
             "model.n_heads",
             self.n_heads,
             f"must divide d_model={self.d_model} into heads of even width (rotary positions turn pairs)",
         )
+        frequencies = self.d_model // self.n_heads // 2
+        _require(
+            len(self.rope_factors) in (0, frequencies) and all(factor > 0 for factor in self.rope_factors),
+            "model.rope_factors",
+            self.rope_factors,
+            f"must be {frequencies} numbers greater than 0, one a rotary frequency, or ()",
+        )
+        _require_choice("model.norm", self.norm, ("rms", "layer"))
         _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _require_choice("model.remat", self.remat, ("none", "experts", "layer"))
         _require(
@@ -73,6 +98,11 @@ class ModelConfig:
             self.unroll,
             "with remat='layer' would let the compiler merge what is computed again with what was before; set 1",
         )
+
+    @property
+    def kv_heads(self):
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
 
 
 @dataclass(frozen=True)
@@ -89,7 +119,12 @@ class ExpertsConfig:
     selection: str = "top_k"  # top_k | top_p | expert_choice
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
     capacity_factor: float = 2.0  # expert_choice: mean number of experts per token
-    gate: str = "chosen"  # top_k: softmax over the chosen scores (the paper) or over all (the authors' released code)
+    # top_k: softmax over the chosen scores (the paper), over all (the authors' released code), or sparsemixer, by which
+    # Phi-3.5-MoE is used once trained (arXiv 2409.12136).
+    gate: str = "chosen"
+    router_jitter: float = (
+        0.01  # sparsemixer: half of how far below the best, relatively, a score may lie and still count
+    )
     # aoe: sparse: only the chosen norms carry a gradient, and those of balance.aux_tokens to a balance loss; only the chosen
     # activations are kept (exact for gate=chosen). dense: as published, the whole cache is kept. None: sparse where exact.
     score_gradient: str | None = None
@@ -100,7 +135,8 @@ class ExpertsConfig:
         _require_choice("experts.kind", self.kind, ("aoe", "router", "dense"))
         _require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
         _require_choice("experts.selection", self.selection, ("top_k", "top_p", "expert_choice"))
-        _require_choice("experts.gate", self.gate, ("chosen", "all"))
+        _require_choice("experts.gate", self.gate, ("chosen", "all", "sparsemixer"))
+        _require_positive("experts", self, "router_jitter")
         _require(
             self.top_k <= self.n_experts,
             "experts.top_k",
@@ -494,9 +530,16 @@ class Config:
         _require(m.unroll == 1 or mesh.fsdp == 1, "model.unroll", m.unroll, f"with mesh.fsdp={mesh.fsdp} {merges}")
         if e.kind == "dense":
             _require(mesh.expert == 1, "mesh.expert", mesh.expert, "a dense model has no experts to split; use fsdp")
+        _require(
+            mesh.tensor == 1 or not m.qk_norm,
+            "mesh.tensor",
+            mesh.tensor,
+            "splits heads, which model.qk_norm spans; set 1",
+        )
         splits = [
             ("expert", "experts.n_experts", e.n_experts),
             ("tensor", "model.n_heads", m.n_heads),
+            ("tensor", "model.n_kv_heads", m.kv_heads),
             ("tensor", "data.seq_len", self.data.seq_len),
             ("tensor", "experts.d_wide" if e.low_rank else "experts.d_ffn", e.width(d)),
             ("fsdp", "model.d_model", d),
@@ -555,6 +598,8 @@ def _build(group, group_name, values):
 
 def _typed(name, value, hint):
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if tuple in kinds and type(value) is list:  # as JSON gives it back
+        return tuple(value)
     if float in kinds and type(value) is int:
         return float(value)
     if type(value) not in kinds:

@@ -19,7 +19,7 @@ class ParameterCounts:
     experts: int  # experts and routers of all layers
     active_experts: int  # those that one token uses
     attention: int
-    norms: int
+    norms: int  # and biases
     embedding: int  # one table
     n_tables: int  # tables held: 1 where input and output share one
 
@@ -81,11 +81,23 @@ def parameter_counts(config: Config):
     return ParameterCounts(
         experts=m.n_layers * (score + n_experts * expert),
         active_experts=m.n_layers * (score + round(active * expert)),
-        attention=m.n_layers * 4 * m.d_model**2,
-        norms=(2 * m.n_layers + 1) * m.d_model,
+        attention=m.n_layers * _attention_matrices(m),
+        norms=_norms_and_biases(m),
         embedding=m.vocab_size * m.d_model,
         n_tables=1 if m.tie_embeddings else 2,
     )
+
+
+def _attention_matrices(m):
+    return 2 * m.d_model**2 * (m.n_heads + m.kv_heads) // m.n_heads
+
+
+def _norms_and_biases(m):
+    norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
+    q_and_k = m.d_model * (m.n_heads + m.kv_heads) // m.n_heads
+    v_and_o = m.d_model * (m.kv_heads + m.n_heads) // m.n_heads
+    per_layer = m.qk_norm * q_and_k + m.attention_bias * (q_and_k + v_and_o)
+    return norms + m.n_layers * per_layer + m.output_bias * m.vocab_size
 
 
 def layer_flops_per_token(config: Config):

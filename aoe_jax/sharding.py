@@ -136,8 +136,15 @@ PARAMETER_AXES = {
     "k": ("embed", "heads", None),
     "v": ("embed", "heads", None),
     "o": ("heads", None, "embed"),
+    "q_bias": ("heads", None),
+    "k_bias": ("heads", None),
+    "v_bias": ("heads", None),
+    "o_bias": (None,),
+    "q_norm": ("heads", None),
+    "k_norm": ("heads", None),
     "embedding": ("vocab", "embed"),
     "scale": (None,),
+    "bias": (None,),
 }
 
 

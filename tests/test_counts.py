@@ -1,5 +1,6 @@
 """Counts without allocating, against the paper's figures and against the model itself."""
 
+import dataclasses
 import importlib
 import math
 
@@ -28,6 +29,21 @@ def test_every_variant_builds_and_counts_agree(name):
     )
     assert sum(a.size for a in jax.tree.leaves(shapes)) == parameter_counts(config).total
     assert {a.dtype for a in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+IMPORTED = {
+    "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": True},
+    "biases": {"norm": "layer", "attention_bias": True, "output_bias": True, "tie_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_counts_of_what_other_projects_models_have(name):
+    config = config_of("tiny:moe")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **IMPORTED[name]))
+    init = Decoder.from_config(config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    assert sum(a.size for a in jax.tree.leaves(shapes)) == parameter_counts(config).total
 
 
 @pytest.mark.parametrize(

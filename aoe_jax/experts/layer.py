@@ -32,7 +32,9 @@ expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_ax
 # weights [t] and the devices where tokens compete with each other, and the selection bias [n] (or None) of loss-free
 # balancing.
 SELECTIONS = {
-    "top_k": lambda c, devices, token_weights, bias: partial(selection.top_k, k=c.top_k, gate=c.gate, bias=bias),
+    "top_k": lambda c, devices, token_weights, bias: partial(
+        selection.top_k, k=c.top_k, gate=c.gate, bias=bias, jitter=c.router_jitter
+    ),
     "top_p": lambda c, devices, token_weights, bias: partial(selection.top_p, threshold=c.top_p),
     "expert_choice": lambda c, devices, token_weights, bias: _expert_choice(c, devices, token_weights),
 }

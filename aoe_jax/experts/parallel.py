@@ -252,21 +252,23 @@ def weight_specs(weights):
     return {name: RULES.spec(*parameter_axes(name, w.ndim)) for name, w in weights.items()}
 
 
-def sum_over_tokens(function, hidden, table, targets, weights):
+def sum_over_tokens(function, hidden, table, bias, targets, weights):
     """`function(hidden [N, d], table [V, d], targets [N], weights [N]) -> []`, summed over the tokens of all devices.
 
-    `hidden [B, S, d]`, `targets` and `weights` `[B, S]`.
+    `hidden [B, S, d]`, `targets` and `weights` `[B, S]`. A `bias [V]` of the output projection, if there is one, is given to
+    the function as one more column of the table, with ones in `hidden`.
     """
 
-    def local(devices, hidden, table, targets, weights):
-        table = devices.gather_weight("embedding", table)
-        return devices.total(
-            function(hidden.reshape(-1, hidden.shape[-1]), table, targets.reshape(-1), weights.reshape(-1))
-        )
+    def local(devices, hidden, table, bias, targets, weights):
+        hidden, table = hidden.reshape(-1, hidden.shape[-1]), devices.gather_weight("embedding", table)
+        if bias is not None:
+            hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[:, :1])], axis=1)
+            table = jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
+        return devices.total(function(hidden, table, targets.reshape(-1), weights.reshape(-1)))
 
     table_spec = weight_specs({"embedding": table})["embedding"]
-    in_specs = (token_spec(2, None), table_spec, token_spec(2), token_spec(2))
-    return over_mesh(local, in_specs, PartitionSpec())(hidden, table, targets, weights)
+    in_specs = (token_spec(2, None), table_spec, PartitionSpec(), token_spec(2), token_spec(2))
+    return over_mesh(local, in_specs, PartitionSpec())(hidden, table, bias, targets, weights)
 
 
 def embed(table, tokens, dtype):

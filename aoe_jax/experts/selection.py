@@ -34,16 +34,17 @@ def _by_token(expert, weight):
     return Assignment(token, expert.reshape(-1), weight.reshape(-1), k)
 
 
-def top_k(scores, k, gate="chosen", bias=None):
+def top_k(scores, k, gate="chosen", bias=None, jitter=0.01):
     """Token choice: each token goes to the `k` experts of highest score; ties go to the lower expert number.
 
     Args:
       scores: `[T, n]` float32.
       k: experts per token.
       gate: weights are the softmax over the `"chosen"` scores (Algorithms 1 and 2), or over `"all"` n scores and not
-        renormalised (the authors' released code).
+        renormalised (the authors' released code), or those of `sparsemixer_weights`.
       bias: `[n]`, added to the scores for the choice, not for the weights: loss-free balancing (Wang et al. 2024, arXiv
         2408.15664), see `balance.updated_bias`. None: no bias.
+      jitter: of `sparsemixer_weights`.
 
     Returns:
       An `Assignment` with `P = T k`.
@@ -52,9 +53,33 @@ def top_k(scores, k, gate="chosen", bias=None):
     expert = checkpoint_name(jax.lax.top_k(ranked, k)[1], SELECTION)
     if gate == "all":
         weight = jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1)
+    elif gate == "sparsemixer":
+        weight = sparsemixer_weights(scores, expert, jitter)
     else:
         weight = jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1))
     return _by_token(expert, weight)
+
+
+def sparsemixer_weights(scores, expert, jitter):
+    """The weights of the chosen experts `[T, k]` by SparseMixer-v2 as used once trained (GRIN, arXiv 2409.12136).
+
+    The i-th expert is weighed by the softmax over the scores that were left when it was chosen and lie near its own: below
+    it by at most `2 jitter` of the larger of the two in size. Its training, which samples, is not part of it.
+
+    Args:
+      scores: `[T, n]` float32.
+      expert: `[T, k]` int32, the experts by falling score.
+      jitter: see above.
+    """
+    n_experts, weights = scores.shape[1], []
+    left = scores
+    for chosen in expert.T:
+        best = jnp.take_along_axis(scores, chosen[:, None], axis=1)
+        is_near = (best - scores) / jnp.maximum(jnp.abs(scores), best) <= 2 * jitter
+        probability = jax.nn.softmax(jnp.where(is_near, left, -jnp.inf))
+        weights.append(jnp.take_along_axis(probability, chosen[:, None], axis=1))
+        left = jnp.where(chosen[:, None] == jnp.arange(n_experts), -jnp.inf, left)
+    return jnp.concatenate(weights, axis=1)
 
 
 def weigh_chosen(assignment, scores):

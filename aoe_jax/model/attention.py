@@ -1,37 +1,48 @@
 """Causal multi-head attention with rotary positions.
 
-B sequences, S positions, H heads, h head width, d model width, Q queries of a block, P keys up to its last.
+B sequences, S positions, H heads, G heads of keys and values, h head width, d model width, Q queries of a block, P keys up
+to its last, M places of a cache.
 """
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoe_jax.config import ModelConfig
 from aoe_jax.experts.parallel import over_mesh, token_spec, weight_specs
+from aoe_jax.sharding import RULES
 
-ROTARY_BASE = 10_000.0
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # of queries
 
 
-def rotary(x, positions):
+def rotary_tables(length, config: ModelConfig):
+    """Cosines and sines of the rotary angles of positions 0, 1, ..., each `[length, h / 2]` float64, numpy.
+
+    They are constants of a program, or XLA would compute them again for every sequence and head.
+    """
+    half = config.d_model // config.n_heads // 2
+    frequencies = config.rope_base ** (-np.arange(half) / half)
+    if config.rope_factors:
+        frequencies /= np.asarray(config.rope_factors)
+    angle = np.arange(length)[:, None] * frequencies
+    return np.cos(angle) * config.rope_scale, np.sin(angle) * config.rope_scale
+
+
+def rotary(x, cos, sin):
     """Rotates pairs of features by angles that grow with position (Su et al. 2021, arXiv 2104.09864).
 
     Args:
       x: `[..., S, h]`, h even; feature i is paired with feature i + h / 2.
-      positions: `[S]` integers, a numpy array: sines and cosines are constants of the program, or XLA would compute them
-        again for every sequence and head.
+      cos: `[..., S, h / 2]` and so is `sin`: `rotary_tables`, or rows of them.
 
     Returns:
-      The same shape and dtype; computed in float32 at least.
+      The shape and dtype of `x`; computed in float32 at least.
     """
-    half = x.shape[-1] // 2
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    angle = positions[:, None] * ROTARY_BASE ** (-np.arange(half) / half)
-    cos, sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    cos, sin = cos.astype(dtype), sin.astype(dtype)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -105,13 +116,56 @@ def _attention_backward(residuals, g):
 causal_attention.defvjp(_attention_forward, _attention_backward)
 
 
+def _rms_norm(x, scale, epsilon):
+    """Over all heads together: `x [B, H, S, h]`, `scale [H, h]`. In `jax.shard_map` there can be no module of its own."""
+    squares = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    inverse = jax.lax.rsqrt(squares.mean(axis=(1, 3), keepdims=True) + epsilon)
+    return (x * inverse).astype(x.dtype) * scale[:, None]
+
+
+def attend_to_past(q, k, v, past_k, past_v, n_past):
+    """Softmax attention of new positions to those of a cache and, causally, to each other.
+
+    Args:
+      q: `[B, H, S, h]` of new positions.
+      k: `[B, G, S, h]`, and so is `v`; G divides H.
+      past_k: `[B, G, M, h]`, and so is `past_v`.
+      n_past: `[B]` int32, how many places of the cache are filled.
+
+    Returns:
+      `[B, H, S, h]`, dtype of `v`; scores and sums are float32 at least.
+    """
+    n_kv, m, s = k.shape[1], past_k.shape[2], q.shape[2]
+    grouped = q.reshape(q.shape[0], n_kv, -1, s, q.shape[3])
+    is_past = (jnp.arange(m) < n_past[:, None])[:, None, None, None]
+    old = jnp.where(is_past, _product("bgqsi,bgmi->bgqsm", grouped, past_k), -jnp.inf)
+    new = jnp.where(np.tri(s, dtype=bool), _product("bgqsi,bgmi->bgqsm", grouped, k), -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([old, new], axis=-1) * q.shape[-1] ** -0.5).astype(v.dtype)
+    y = _product("bgqsm,bgmi->bgqsi", p[..., :m], past_v) + _product("bgqsm,bgmi->bgqsi", p[..., m:], v)
+    return y.reshape(q.shape).astype(v.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head causal self-attention, no biases."""
+    """Multi-head causal self-attention with rotary positions."""
 
-    n_heads: int
-    dtype: Any
+    config: ModelConfig
 
-    @nn.compact
+    def setup(self):
+        """Makes the parameters."""
+        c = self.config
+        d, h = c.d_model, c.d_model // c.n_heads
+        init = partial(nn.initializers.variance_scaling, 1.0, "fan_in", "normal")
+        inward, outward = init(in_axis=0, out_axis=(1, 2)), init(in_axis=(0, 1), out_axis=2)
+        heads = {"q": c.n_heads, "k": c.kv_heads, "v": c.kv_heads}
+        self.weights = {name: self.param(name, inward, (d, n, h)) for name, n in heads.items()} | {
+            "o": self.param("o", outward, (c.n_heads, h, d))
+        }
+        shapes = {f"{name}_bias": (n, h) for name, n in heads.items()} | {"o_bias": (d,)}
+        zeros = nn.initializers.zeros_init()
+        self.biases = {name: self.param(name, zeros, shapes[name]) for name in shapes} if c.attention_bias else {}
+        ones = nn.initializers.ones_init()
+        self.norms = {f"{name}_norm": self.param(f"{name}_norm", ones, (heads[name], h)) for name in "qk" if c.qk_norm}
+
     def __call__(self, x, segment_ids=None):
         """Attends to earlier positions, of the same document only where `segment_ids` says which.
 
@@ -122,26 +176,72 @@ class Attention(nn.Module):
         Returns:
           `[B, S, d]`.
         """
-        d = x.shape[-1]
-        h = d // self.n_heads
-        init = partial(nn.initializers.variance_scaling, 1.0, "fan_in", "normal")
-        inward, outward = init(in_axis=0, out_axis=(1, 2)), init(in_axis=(0, 1), out_axis=2)
-        weights = {name: self.param(name, inward, (d, self.n_heads, h)) for name in ("q", "k", "v")}
-        weights["o"] = self.param("o", outward, (self.n_heads, h, d))
-        in_specs = (token_spec(2, None), token_spec(2), weight_specs(weights))
-        return over_mesh(self._attend, in_specs, token_spec(2, None))(x, segment_ids, weights)
+        return self._over_mesh(self._attend, token_spec(2, None), (token_spec(2),), x, segment_ids)
+
+    def extend(self, x, past):
+        """Attends to the positions of a cache, if there is one, and to earlier ones of `x`, which come after them.
+
+        Args:
+          x: `[B, S, d]`.
+          past: `(k, v, n_past)`: `[B, G, M, h]`, the same, and how many places of them are filled, `[B]` int32. M = 0: none.
+
+        Returns:
+          `(y, (k, v))`: `[B, S, d]`, and the keys and values of the new positions `[B, G, S, h]`.
+        """
+        cached = RULES.spec("batch", "heads", None, None)
+        in_specs = (cached, cached, RULES.spec("batch"))
+        return self._over_mesh(self._extend, (token_spec(2, None), (cached, cached)), in_specs, x, *past)
+
+    def _over_mesh(self, function, out_specs, in_specs, x, *args):
+        weights = {**self.weights, **self.biases, **self.norms}
+        in_specs = (token_spec(2, None), *in_specs, weight_specs(weights))
+        return over_mesh(function, in_specs, out_specs)(x, *args, weights)
+
+    def _queries_keys_values(self, x, w, positions):
+        """Of x `[B, S, d]` at the rows `positions` of the rotary tables: `[B, H, S, h]` and twice `[B, G, S, h]`."""
+        q, k, v = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in ("q", "k", "v"))
+        if self.biases:
+            q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
+        if self.norms:
+            q, k = (_rms_norm(a, w[name], self.config.norm_eps) for a, name in ((q, "q_norm"), (k, "k_norm")))
+        cos, sin = positions
+        return rotary(q, cos, sin), rotary(k, cos, sin), v
 
     def _attend(self, devices, x, segment_ids, weights):
         """The heads of this device, for all positions of its sequences."""
-        x = devices.gather(x.astype(self.dtype), "tensor", 1)
-        positions = np.arange(x.shape[1])
+        x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
+        tables = rotary_tables(x.shape[1], self.config)
         if segment_ids is not None:
             segment_ids = devices.gather(segment_ids, "tensor", 1)
 
         def heads(x, weights):
-            w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
-            q, k, v = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in ("q", "k", "v"))
-            y = causal_attention(rotary(q, positions), rotary(k, positions), v, segment_ids)
-            return jnp.einsum("bhsi,hid->bsd", y, w["o"])
+            w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
+            q, k, v = self._queries_keys_values(x, w, tables)
+            return self._project(causal_attention(q, *self._for_each_query_head(k, v), segment_ids), w)
 
-        return devices.sum_scatter(devices.without_whole_weights(heads)(x, weights), "tensor", 1)
+        return self._output(devices, devices.without_whole_weights(heads)(x, weights), weights)
+
+    def _extend(self, devices, x, past_k, past_v, n_past, weights):
+        x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
+        w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
+        m, s = past_k.shape[2], x.shape[1]
+        tables = rotary_tables(m + s, self.config)
+        if m == 0:
+            q, k, v = self._queries_keys_values(x, w, tables)
+            y = causal_attention(q, *self._for_each_query_head(k, v))
+        else:
+            position = n_past[:, None] + jnp.arange(s)
+            q, k, v = self._queries_keys_values(x, w, [jnp.asarray(a, jnp.float32)[position][:, None] for a in tables])
+            y = attend_to_past(q, k, v, past_k, past_v, n_past)
+        return self._output(devices, self._project(y, w), weights), (k, v)
+
+    def _for_each_query_head(self, *keys):
+        share = self.config.n_heads // self.config.kv_heads
+        return [jnp.repeat(k, share, axis=1) if share > 1 else k for k in keys]
+
+    def _project(self, y, w):
+        return jnp.einsum("bhsi,hid->bsd", y, w["o"])
+
+    def _output(self, devices, y, weights):
+        y = devices.sum_scatter(y, "tensor", 1)
+        return y + weights["o_bias"].astype(y.dtype) if self.biases else y

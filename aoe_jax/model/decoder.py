@@ -15,29 +15,46 @@ from aoe_jax.model.attention import Attention
 
 # Computed again in the backward pass, which would else keep several float32 copies of its input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
+LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
+
+
+def _norm(c: ModelConfig):
+    settings = {"epsilon": c.norm_eps, "dtype": jnp.dtype(c.dtype)}
+    return RMSNorm(**settings) if c.norm == "rms" else LayerNorm(use_fast_variance=False, **settings)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and experts, each behind an RMSNorm and added to the residual stream."""
+    """Attention and experts, each behind a norm and added to the residual stream."""
 
     model: ModelConfig
     experts: ExpertsConfig
     balance: BalanceConfig
     transport: str
 
-    @nn.compact
-    def __call__(self, x, segment_ids, token_weights, selection_bias):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
-        dtype = jnp.dtype(self.model.dtype)
-        with jax.named_scope("attention"):
-            normed = RMSNorm(dtype=dtype, name="attention_norm")(x)
-            x = x + Attention(self.model.n_heads, dtype, name="attention")(normed, segment_ids)
-        normed = RMSNorm(dtype=dtype, name="experts_norm")(x)
+    def setup(self):
+        """Makes the modules."""
+        self.attention_norm, self.experts_norm = _norm(self.model), _norm(self.model)
+        self.attention = Attention(self.model)
         recompute = self.model.remat == "experts"
-        experts = LAYERS[self.experts.kind](
+        dtype = jnp.dtype(self.model.dtype)
+        self.experts_layer = LAYERS[self.experts.kind](
             self.experts, dtype, self.balance, recompute, self.transport, name="experts"
         )
-        y, stats = experts(normed, token_weights, selection_bias)
+
+    def __call__(self, x, segment_ids, token_weights, selection_bias):
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), segment_ids)
+        return self._through_experts(x, token_weights, selection_bias)
+
+    def extend(self, x, past, selection_bias):
+        """`x [B, S, d]` after a cache, see `Attention.extend` -> `([B, S, d], new keys and values)`."""
+        with jax.named_scope("attention"):
+            y, keys_values = self.attention.extend(self.attention_norm(x), past)
+        return self._through_experts(x + y, None, selection_bias)[0], keys_values
+
+    def _through_experts(self, x, token_weights, selection_bias):
+        y, stats = self.experts_layer(self.experts_norm(x), token_weights, selection_bias)
         return x + y, stats
 
 
@@ -73,7 +90,9 @@ class Decoder(nn.Module):
             length=c.n_layers,
             unroll=c.unroll,
         )(c, self.experts, self.balance, self.transport)
-        self.final_norm = nn.RMSNorm(dtype=jnp.dtype(c.dtype))
+        self.final_norm = _norm(c)
+        if c.output_bias:
+            self.output_bias = self.param("output_bias", nn.initializers.zeros_init(), (c.vocab_size,))
 
     def features(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
         """Everything but the output projection.
@@ -96,9 +115,16 @@ class Decoder(nn.Module):
         """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; arguments as in `features`."""
         hidden, stats = self.features(tokens, segment_ids, token_weights, selection_bias)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
-        return jnp.einsum("bsd,vd->bsv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32), stats
+        return logits(hidden, table, self.output_bias if self.model.output_bias else None), stats
 
 
-def output_table(params):
-    """The output projection `[V, d]` float32 among the parameters: the embedding table where it is shared."""
-    return params.get("output", params["embed"])["embedding"]
+def output_projection(params):
+    """The output projection among the parameters: `[V, d]` (the embedding table where it is shared), bias `[V]` or None."""
+    return params.get("output", params["embed"])["embedding"], params.get("output_bias")
+
+
+def logits(hidden, table, bias=None):
+    """`hidden [..., d]`, `table [V, d]`, `bias [V]` or None -> `[..., V]`, float32 at least."""
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    y = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
+    return y if bias is None else y + bias

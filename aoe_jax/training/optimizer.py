@@ -18,8 +18,9 @@ def learning_rate_schedule(config: TrainConfig):
 
 
 def decayed(params):
-    """Which parameters decay: every matrix, but neither norm scales nor embedding tables."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "embedding"), params)
+    """Which parameters decay: every matrix, but neither norm scales, biases nor embedding tables."""
+    others = ("scale", "norm", "bias", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(others), params)
 
 
 def make_optimizer(config: TrainConfig):

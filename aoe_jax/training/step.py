@@ -13,7 +13,7 @@ import optax
 from aoe_jax.config import Config
 from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread, updated_bias
 from aoe_jax.experts.parallel import sum_over_tokens
-from aoe_jax.model.decoder import Decoder, output_table
+from aoe_jax.model.decoder import Decoder, output_projection
 from aoe_jax.model.loss import cross_entropy
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -58,7 +58,8 @@ def sequence_nll(config: Config, params, selection_bias, batch):
         {"params": params}, batch["inputs"], segment_ids, token_weights, selection_bias, method="features"
     )
     with jax.named_scope("loss"):
-        nll = sum_over_tokens(cross_entropy, hidden, output_table(params), batch["targets"], batch["weights"])
+        projection = output_projection(params)
+        nll = sum_over_tokens(cross_entropy, hidden, *projection, batch["targets"], batch["weights"])
     return nll, stats
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from aoe_jax.config import ModelConfig
 from aoe_jax.model.attention import MAX_BLOCKS, MIN_BLOCK, Attention, causal_attention
 from aoe_jax.sharding import MESH_AXES
 
@@ -63,7 +64,7 @@ def test_no_probabilities_are_kept():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1)])
 def test_nor_are_they_on_a_mesh(shape):
-    layer = Attention(n_heads=2, dtype=jnp.float32)
+    layer = Attention(ModelConfig(n_heads=2, d_model=16, dtype="float32"))
     x = jnp.zeros((8, 100, 16))
     params = layer.init(jax.random.key(0), x)
     mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)

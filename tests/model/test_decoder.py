@@ -10,7 +10,7 @@ import pytest
 
 from aoe_jax import Decoder
 from aoe_jax.config import BalanceConfig, ExpertsConfig, ModelConfig
-from aoe_jax.model.attention import rotary
+from aoe_jax.model.attention import rotary, rotary_tables
 
 pytestmark = pytest.mark.smoke
 
@@ -79,10 +79,10 @@ def test_expert_choice_is_not_causal(kind):
 def test_rotary_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 3, 1, 8))
     q, k = (jnp.broadcast_to(a, (1, 3, 10, 8)) for a in (q, k))
-    positions = np.arange(10)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", rotary(q, positions), rotary(k, positions))
+    tables = rotary_tables(10, ModelConfig(n_heads=1, d_model=8))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", rotary(q, *tables), rotary(k, *tables))
     np.testing.assert_allclose(scores[..., :-1, :-1], scores[..., 1:, 1:], atol=1e-4)
-    np.testing.assert_allclose(jnp.linalg.norm(rotary(q, positions), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(rotary(q, *tables), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
     assert float(jnp.abs(scores[0, 0, 0] - scores[0, 0, 0, 0]).max()) > 0.1
 
 

@@ -16,9 +16,11 @@ from aoe_jax.experts.grouped_matmul.megablox import megablox_matmul
 from aoe_jax.experts.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.experts.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
 from aoe_jax.experts.grouped_matmul.ragged import ragged_matmul
+from aoe_jax.experts.grouped_matmul.rowwise import rowwise_matmul
 
 BACKENDS = {
     "blocked": blocked_matmul,
+    "rowwise": rowwise_matmul,
     "ragged": ragged_matmul,
     "megablox": megablox_matmul,
     "mosaic_gpu": mosaic_gpu_matmul,
@@ -33,10 +35,11 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
       weights: `[E, D, F]`, same dtype as `rows`.
       group_sizes: `[E]` int32, with a sum of at most M. Or the `Places` of `place_rows`: then the rows lie there, M is
         their number of places, places without a row hold zeros, and the result lies and is zero likewise.
-      backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"megablox"` (TPU; interpreted on CPU),
-        `"mosaic_gpu"` (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or `"auto"`: by
-        the devices of the mesh in context (`jax.set_mesh`, `jax.shard_map`), else by those of this process. So a program
-        that is compiled ahead of time for another machine gets that machine's kernel from its mesh.
+      backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain JAX, for fewer rows than
+        experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"` (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense
+        on most platforms: a baseline) or `"auto"`: by the number of rows and by the devices of the mesh in context
+        (`jax.set_mesh`, `jax.shard_map`), else by those of this process. So a program that is compiled ahead of time for
+        another machine gets that machine's kernel from its mesh.
 
     Returns:
       `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past `sum(group_sizes)` are zero. Differentiable
@@ -58,6 +61,8 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
         backend = _backend_here()
         if backend == "mosaic_gpu":
             backend = _hopper_backend(rows.dtype, *weights.shape[1:])
+        if backend == "blocked" and _are_few(rows.shape[0], weights.shape[0]):
+            backend = "rowwise"
     if backend not in BACKENDS:
         raise UserError(f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
     return BACKENDS[backend](rows, weights, group_sizes)
@@ -68,7 +73,14 @@ def place_rows(group_sizes, m):
 
     Products of rows that lie there need not move them, so what is between a gather of rows and the way back saves that.
     """
-    return place_for_blocked(group_sizes, m) if _backend_here() == "blocked" else None
+    if _are_few(m, group_sizes.shape[0]) or _backend_here() != "blocked":
+        return None
+    return place_for_blocked(group_sizes, m)
+
+
+def _are_few(m, n_experts):
+    """Whether some experts have no row at all, so that going row by row reads fewer weights."""
+    return m < n_experts
 
 
 def _backend_here():

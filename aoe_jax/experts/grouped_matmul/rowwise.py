@@ -1,0 +1,47 @@
+"""Plain JAX for very few rows, as in decoding: row by row, so that only the weights of experts with a row are read.
+
+M rows, D contracted width, F output width, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def rowwise_matmul(rows, weights, group_sizes):
+    """`grouped_matmul` of rows in expert order; shapes as there."""
+    return _product(rows, weights, group_sizes, 0)
+
+
+def _product(rows, weights, group_sizes, contracted):
+    """Each row times its expert's weights, over their axis `contracted`; as many products as there are rows in groups."""
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    expert = _experts(rows, group_sizes)
+
+    def add(i, out):
+        w = jax.lax.dynamic_index_in_dim(weights, expert[i], keepdims=False)
+        dimensions = (((0,), (contracted,)), ((), ()))
+        y = jax.lax.dot_general(rows[i], w, dimensions, preferred_element_type=accumulator)
+        return out.at[i].set(y.astype(out.dtype))
+
+    zeros = jnp.zeros((rows.shape[0], weights.shape[2 - contracted]), rows.dtype)
+    return jax.lax.fori_loop(0, group_sizes.sum(), add, zeros)
+
+
+def _experts(rows, group_sizes):
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right", method="compare_all")
+
+
+def _backward(residuals, g):
+    rows, weights, group_sizes = residuals
+    expert = _experts(rows, group_sizes)
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+
+    def add(i, d_weights):
+        return d_weights.at[expert[i]].add(rows[i, :, None].astype(accumulator) * g[i].astype(accumulator))
+
+    d_weights = jax.lax.fori_loop(0, group_sizes.sum(), add, jnp.zeros(weights.shape, accumulator))
+    return _product(g, weights, group_sizes, 1), d_weights.astype(weights.dtype), None
+
+
+rowwise_matmul.defvjp(lambda *args: (rowwise_matmul(*args), args), _backward)
