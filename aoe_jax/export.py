@@ -40,7 +40,7 @@ def export(workdir: Path, output: Path, which="newest"):
     import jax
 
     from aoe_jax.config import CheckpointConfig, Config
-    from aoe_jax.evaluation.run import on_devices_here
+    from aoe_jax.evaluation.models import on_devices_here
     from aoe_jax.sharding import make_mesh, state_shardings, with_shardings
     from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state

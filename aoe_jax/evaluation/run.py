@@ -1,31 +1,20 @@
 """Evaluating a trained run: `evaluate_workdir(workdir)` restores a checkpoint and scores a held-out split."""
 
-import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
+from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.json_files import write_json
-from aoe_jax.sharding import (
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    replicated,
-    state_shardings,
-    with_shardings,
-)
-from aoe_jax.training.checkpoint import Checkpoints
+from aoe_jax.sharding import batch_sharding, put_batch, replicated
 from aoe_jax.training.loop import log_run
-from aoe_jax.training.step import init_state
-from aoe_jax.training.workdir import check_data, read_config_json
+from aoe_jax.training.workdir import check_data
 
 log = logging.getLogger(__name__)
 
@@ -52,43 +41,23 @@ def evaluate_workdir(workdir: Path, split="test", step="newest"):
     """
     if split not in SPLITS:
         raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
-    config = on_devices_here(Config.from_config_dict(read_config_json(workdir / "config.json")))
-    mesh = make_mesh(config, jax.devices())
-    with jax.set_mesh(mesh):
-        return _evaluate_workdir(config, workdir, split, step, mesh)
+    model = load_model(workdir, step)
+    with jax.set_mesh(model.mesh):
+        return _evaluate(model, workdir, split)
 
 
-def on_devices_here(config):
-    """The configuration on the mesh it was trained on, or, where that isn't here, with all devices along `data`.
-
-    Batches may then be larger, so that the devices divide them. Only expert choice depends on that.
-    """
-    n = jax.device_count()
-    try:
-        return fill_mesh(config, n)
-    except UserError:
-        log.info("the mesh of the training run doesn't fit %d devices: batches are split over all of them", n)
-        batch_size = -(-config.train.batch_size // config.train.accumulate // n) * n
-        train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=1)
-        return dataclasses.replace(config, mesh=MeshConfig(data=n), train=train)
-
-
-def _evaluate_workdir(config, workdir, split, step, mesh):
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.find(step)
+def _evaluate(model, workdir, split):
+    config, step = model.config, model.step
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus)
-    abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-    abstract = with_shardings(abstract, state_shardings(mesh, abstract))
-    params, selection_bias = checkpoints.restore_model(step, abstract)
-    eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
+    eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(model.mesh))
     result = evaluate(
-        partial(eval_step, params, selection_bias),
+        partial(eval_step, model.params, model.selection_bias),
         getattr(corpus, split),
         config.data.seq_len,
         config.train.batch_size // config.train.accumulate,
-        partial(put_batch, batch_sharding(mesh)),
+        partial(put_batch, batch_sharding(model.mesh)),
     )
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats, config.experts.kind)
     report = {
