@@ -145,6 +145,7 @@ PARAMETER_AXES = {
     "embedding": ("vocab", "embed"),
     "scale": (None,),
     "bias": (None,),
+    "output_bias": (None,),
 }
 
 

@@ -16,6 +16,7 @@ from aoe_jax.experts.parallel import over_mesh, token_spec, weight_specs
 from aoe_jax.sharding import RULES
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # of queries
+_CACHE = RULES.spec("batch", "heads", None, None)
 
 
 def rotary_tables(length, config: ModelConfig):
@@ -123,26 +124,24 @@ def _rms_norm(x, scale, epsilon):
     return (x * inverse).astype(x.dtype) * scale[:, None]
 
 
-def attend_to_past(q, k, v, past_k, past_v, n_past):
-    """Softmax attention of new positions to those of a cache and, causally, to each other.
+def attend_to_cache(q, keys, values, n_past):
+    """Softmax attention of the newest positions of a cache to all of its positions up to their own.
 
     Args:
-      q: `[B, H, S, h]` of new positions.
-      k: `[B, G, S, h]`, and so is `v`; G divides H.
-      past_k: `[B, G, M, h]`, and so is `past_v`.
-      n_past: `[B]` int32, how many places of the cache are filled.
+      q: `[B, H, S, h]` of positions `n_past`, `n_past + 1`, ...
+      keys: `[B, G, M, h]`, and so is `values`; G divides H. Those of the positions of `q` are in it.
+      n_past: `[B]` int32.
 
     Returns:
-      `[B, H, S, h]`, dtype of `v`; scores and sums are float32 at least.
+      `[B, H, S, h]`, dtype of `values`; scores and sums are float32 at least.
     """
-    n_kv, m, s = k.shape[1], past_k.shape[2], q.shape[2]
-    grouped = q.reshape(q.shape[0], n_kv, -1, s, q.shape[3])
-    is_past = (jnp.arange(m) < n_past[:, None])[:, None, None, None]
-    old = jnp.where(is_past, _product("bgqsi,bgmi->bgqsm", grouped, past_k), -jnp.inf)
-    new = jnp.where(np.tri(s, dtype=bool), _product("bgqsi,bgmi->bgqsm", grouped, k), -jnp.inf)
-    p = jax.nn.softmax(jnp.concatenate([old, new], axis=-1) * q.shape[-1] ** -0.5).astype(v.dtype)
-    y = _product("bgqsm,bgmi->bgqsi", p[..., :m], past_v) + _product("bgqsm,bgmi->bgqsi", p[..., m:], v)
-    return y.reshape(q.shape).astype(v.dtype)
+    b, _, s, h = q.shape
+    grouped = q.reshape(b, keys.shape[1], -1, s, h)
+    position = n_past[:, None] + jnp.arange(s)
+    is_visible = jnp.arange(keys.shape[2]) <= position[:, None, None, :, None]
+    scores = _product("bgqsi,bgmi->bgqsm", grouped, keys) * h**-0.5
+    p = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf)).astype(values.dtype)
+    return _product("bgqsm,bgmi->bgqsi", p, values).reshape(q.shape).astype(values.dtype)
 
 
 class Attention(nn.Module):
@@ -178,19 +177,23 @@ class Attention(nn.Module):
         """
         return self._over_mesh(self._attend, token_spec(2, None), (token_spec(2),), x, segment_ids)
 
-    def extend(self, x, past):
-        """Attends to the positions of a cache, if there is one, and to earlier ones of `x`, which come after them.
+    def prefill(self, x):
+        """As `__call__` without documents: `x [B, S, d]` -> `([B, S, d], (keys, values))`, the latter `[B, G, S, h]`."""
+        return self._over_mesh(self._prefill, (token_spec(2, None), (_CACHE, _CACHE)), (), x)
+
+    def extend(self, x, cache, n_past):
+        """Attends to the positions of a cache and to earlier ones of `x`, which come after them.
 
         Args:
           x: `[B, S, d]`.
-          past: `(k, v, n_past)`: `[B, G, M, h]`, the same, and how many places of them are filled, `[B]` int32. M = 0: none.
+          cache: `(keys, values)`, `[B, G, M, h]` each.
+          n_past: `[B]` int32, how many positions of the cache count; `x` goes to the places after them, which must be there.
 
         Returns:
-          `(y, (k, v))`: `[B, S, d]`, and the keys and values of the new positions `[B, G, S, h]`.
+          `(y, cache)`: `[B, S, d]`, and the cache with the keys and values of `x` in it.
         """
-        cached = RULES.spec("batch", "heads", None, None)
-        in_specs = (cached, cached, RULES.spec("batch"))
-        return self._over_mesh(self._extend, (token_spec(2, None), (cached, cached)), in_specs, x, *past)
+        in_specs = (_CACHE, _CACHE, RULES.spec("batch"))
+        return self._over_mesh(self._extend, (token_spec(2, None), (_CACHE, _CACHE)), in_specs, x, *cache, n_past)
 
     def _over_mesh(self, function, out_specs, in_specs, x, *args):
         weights = {**self.weights, **self.biases, **self.norms}
@@ -221,19 +224,27 @@ class Attention(nn.Module):
 
         return self._output(devices, devices.without_whole_weights(heads)(x, weights), weights)
 
-    def _extend(self, devices, x, past_k, past_v, n_past, weights):
+    def _prefill(self, devices, x, weights):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
-        m, s = past_k.shape[2], x.shape[1]
-        tables = rotary_tables(m + s, self.config)
-        if m == 0:
-            q, k, v = self._queries_keys_values(x, w, tables)
-            y = causal_attention(q, *self._for_each_query_head(k, v))
-        else:
-            position = n_past[:, None] + jnp.arange(s)
-            q, k, v = self._queries_keys_values(x, w, [jnp.asarray(a, jnp.float32)[position][:, None] for a in tables])
-            y = attend_to_past(q, k, v, past_k, past_v, n_past)
+        q, k, v = self._queries_keys_values(x, w, rotary_tables(x.shape[1], self.config))
+        y = causal_attention(q, *self._for_each_query_head(k, v))
         return self._output(devices, self._project(y, w), weights), (k, v)
+
+    def _extend(self, devices, x, keys, values, n_past, weights):
+        x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
+        w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
+        position = n_past[:, None] + jnp.arange(x.shape[1])
+        # Of all places of the cache: exact sines of large angles need float64, which only numpy has.
+        tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in rotary_tables(keys.shape[2], self.config))
+        q, k, v = self._queries_keys_values(x, w, tables)
+        row = jnp.arange(x.shape[0])[:, None]
+        keys, values = (
+            cache.at[row, :, position].set(new.swapaxes(1, 2).astype(cache.dtype), mode="drop")
+            for cache, new in ((keys, k), (values, v))
+        )
+        y = attend_to_cache(q, keys, values, n_past)
+        return self._output(devices, self._project(y, w), weights), (keys, values)
 
     def _for_each_query_head(self, *keys):
         share = self.config.n_heads // self.config.kv_heads

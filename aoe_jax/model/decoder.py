@@ -18,7 +18,8 @@ RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 
 
-def _norm(c: ModelConfig):
+def make_norm(c: ModelConfig):
+    """The norm before attention, experts and output projection, as a module."""
     settings = {"epsilon": c.norm_eps, "dtype": jnp.dtype(c.dtype)}
     return RMSNorm(**settings) if c.norm == "rms" else LayerNorm(use_fast_variance=False, **settings)
 
@@ -33,7 +34,7 @@ class DecoderLayer(nn.Module):
 
     def setup(self):
         """Makes the modules."""
-        self.attention_norm, self.experts_norm = _norm(self.model), _norm(self.model)
+        self.attention_norm, self.experts_norm = make_norm(self.model), make_norm(self.model)
         self.attention = Attention(self.model)
         recompute = self.model.remat == "experts"
         dtype = jnp.dtype(self.model.dtype)
@@ -47,11 +48,17 @@ class DecoderLayer(nn.Module):
             x = x + self.attention(self.attention_norm(x), segment_ids)
         return self._through_experts(x, token_weights, selection_bias)
 
-    def extend(self, x, past, selection_bias):
-        """`x [B, S, d]` after a cache, see `Attention.extend` -> `([B, S, d], new keys and values)`."""
+    def prefill(self, x, selection_bias):
+        """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
         with jax.named_scope("attention"):
-            y, keys_values = self.attention.extend(self.attention_norm(x), past)
-        return self._through_experts(x + y, None, selection_bias)[0], keys_values
+            y, cache = self.attention.prefill(self.attention_norm(x))
+        return self._through_experts(x + y, None, selection_bias)[0], cache
+
+    def extend(self, x, cache, n_past, selection_bias):
+        """`x [B, S, d]` after what is in a cache -> `([B, S, d], cache)`, see `Attention.extend`."""
+        with jax.named_scope("attention"):
+            y, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
+        return self._through_experts(x + y, None, selection_bias)[0], cache
 
     def _through_experts(self, x, token_weights, selection_bias):
         y, stats = self.experts_layer(self.experts_norm(x), token_weights, selection_bias)
@@ -90,7 +97,7 @@ class Decoder(nn.Module):
             length=c.n_layers,
             unroll=c.unroll,
         )(c, self.experts, self.balance, self.transport)
-        self.final_norm = _norm(c)
+        self.final_norm = make_norm(c)
         if c.output_bias:
             self.output_bias = self.param("output_bias", nn.initializers.zeros_init(), (c.vocab_size,))
 

@@ -1,0 +1,71 @@
+"""Continues texts: `python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...] [--max_tokens=N]`.
+
+The text appears as it comes. Several prompts are continued together and printed one after the other.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
+_STEP = flags.DEFINE_string(
+    "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
+)
+_PROMPT = flags.DEFINE_multi_string("prompt", [""], "a text to continue; an empty one begins a new text")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at most")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax that tokens are drawn by; 0: the likeliest token")
+_TOP_K = flags.DEFINE_integer("top_k", None, "draw among so many of the likeliest tokens")
+_TOP_P = flags.DEFINE_float("top_p", None, "draw among the fewest likeliest tokens whose probability reaches this")
+_SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+
+
+def continuations(model, prompts, max_tokens, **settings):
+    """Continues texts with a `Model`; settings are those of `Generator.stream`.
+
+    Yields:
+      What each text has been continued by so far, a list of texts. Characters of which some bytes are still to come are
+      held back.
+    """
+    from aoe_jax.evaluation.generation import Generator
+
+    tokenizer = model.tokenizer
+    encoded = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
+    so_far = [[] for _ in prompts]
+    for new in Generator(model).stream(encoded, max_tokens, **settings):
+        for row, tokens in zip(so_far, new, strict=True):
+            row.extend(tokens)
+        # Decoded with the prompt: some tokenizers drop the blank before the first word of what they are given.
+        yield [
+            tokenizer.decode([*prompt, *row]).removeprefix(tokenizer.decode(prompt)).rstrip("\N{REPLACEMENT CHARACTER}")
+            for prompt, row in zip(encoded, so_far, strict=True)
+        ]
+
+
+def main():
+    """Generates."""
+    workdir = Path(cli.required(_WORKDIR))
+    if _MAX_TOKENS.value < 1:
+        raise UserError(f"--max_tokens={_MAX_TOKENS.value}: must be 1 or greater")
+    from aoe_jax.evaluation.generation import Sampling
+    from aoe_jax.evaluation.models import load_model
+
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    prompts = _PROMPT.value
+    model = load_model(workdir, _STEP.value)
+    shown = 0
+    print(prompts[0], end="", flush=True)
+    for texts in continuations(model, prompts, _MAX_TOKENS.value, sampling=sampling, seed=_SEED.value, chunk=8):
+        print(texts[0][shown:], end="", flush=True)
+        shown = max(shown, len(texts[0]))
+    print()
+    for prompt, text in zip(prompts[1:], texts[1:], strict=True):
+        print(f"\n{prompt}{text}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    cli.run(main)

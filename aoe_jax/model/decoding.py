@@ -1,0 +1,127 @@
+"""The decoder one piece of a sequence after another, with a cache of keys and values.
+
+Layers are unrolled, and each has weights of its own, not a slice of stacked ones: a step of a scan would copy the weights of
+all experts, where few tokens need few of them.
+
+B sequences, S positions, L layers, G heads of keys and values, M places of a cache, h head width, d model width,
+V vocabulary, n experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config import Config
+from aoe_jax.errors import UserError
+from aoe_jax.experts.parallel import embed
+from aoe_jax.model.decoder import DecoderLayer, logits, make_norm, output_projection
+from aoe_jax.sharding import state_shardings
+
+# Weights that are cast to the dtype of computation wherever they are used. Router weights and norm scales are not.
+_CAST = ("q", "k", "v", "o", "w_down", "w_up", "w_g", "w_p", "w_o", "embedding")
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions so far."""
+
+    layers: tuple  # of each layer `(keys, values)`, `[B, G, M, h]`
+    length: jax.Array  # [B] int32, positions that count
+
+
+def check_decodes(config: Config):
+    """Checks that a token doesn't depend on later ones, nor on those of other sequences.
+
+    Raises:
+      UserError: it does.
+    """
+    if config.experts.selection == "expert_choice":
+        raise UserError(
+            "config.experts.selection='expert_choice': can't go token by token, for which tokens an expert takes depends on "
+            "all tokens of the batch, later ones included; use a model of a token-choice selection, top_k or top_p"
+        )
+
+
+def unstacked(config: Config, params, mesh):
+    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers", in the dtype of computation."""
+    dtype = jnp.dtype(config.model.dtype)
+
+    def cast(path, a):
+        return a.astype(dtype) if path[-1].key in _CAST else a
+
+    def split(params):
+        params = dict(jax.tree_util.tree_map_with_path(cast, params))
+        layers = params.pop("layers")
+        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(config.model.n_layers)}
+
+    return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(params)
+
+
+def prefill(config: Config, params, selection_bias, tokens, length, places):
+    """Reads the beginnings of sequences.
+
+    Args:
+      config: of the model, with its mesh filled in; jit all functions here with it as a static argument.
+      params: `unstacked`.
+      selection_bias: `[L, n]` of loss-free balancing, or None.
+      tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
+      length: `[B]` int32, from 1 to S.
+      places: M of the cache, at least S.
+
+    Returns:
+      `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
+    """
+    x, layers = _embed(config, params, tokens), []
+    for layer in _layers(config, params, selection_bias):
+        x, cache = layer(x, method="prefill")
+        layers.append(tuple(_with_places(a, places) for a in cache))
+    last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
+    return output_logits(params, _normed(config, params, last))[:, 0], Cache(tuple(layers), length)
+
+
+def extend(config: Config, params, selection_bias, tokens, cache):
+    """Reads more of sequences whose beginnings are in a cache.
+
+    Args:
+      tokens: `[B, S]` int32; there must be S free places in the cache.
+      cache: a `Cache`; others as in `prefill`.
+
+    Returns:
+      `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with these positions in it.
+    """
+    n_tokens = tokens.shape[1]
+    x, layers = _embed(config, params, tokens), []
+    for layer, kept in zip(_layers(config, params, selection_bias), cache.layers, strict=True):
+        x, kept = layer(x, kept, cache.length, method="extend")
+        layers.append(kept)
+    return _normed(config, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
+
+
+def output_logits(params, hidden):
+    """`hidden [B, S, d]` -> `[B, S, V]` float32."""
+    return logits(hidden, *output_projection(params))
+
+
+def _embed(config, params, tokens):
+    """`[B, S]` -> `[B, S', d]`: with positions at the end that make S divisible by the devices that share it."""
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % config.mesh.tensor)))
+    return embed(params["embed"]["embedding"], tokens, jnp.dtype(config.model.dtype))
+
+
+def _layers(config, params, selection_bias):
+    """Of each layer a function: its arguments but the selection bias, which comes last, and the method."""
+    layer = DecoderLayer(config.model, config.experts, config.balance, config.mesh.transport)
+    for i in range(config.model.n_layers):
+        bias = None if selection_bias is None else selection_bias[i]
+        yield lambda *args, method, i=i, bias=bias: layer.apply(
+            {"params": params[f"layer_{i}"]}, *args, bias, method=method
+        )
+
+
+def _with_places(a, places):
+    """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
+    return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
+
+
+def _normed(config, params, x):
+    return make_norm(config.model).apply({"params": params["final_norm"]}, x)

@@ -1,0 +1,159 @@
+"""Decoding with a cache is the full forward pass, token by token; drawing; what ends a text."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax import Decoder
+from aoe_jax.config import Config, MeshConfig, default_config
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.generation import Generator, Sampling, draw
+from aoe_jax.evaluation.models import Model
+from aoe_jax.sharding import make_mesh, state_shardings
+
+VOCABULARY, END = 64, 0
+GREEDY = Sampling(temperature=0.0)
+KINDS = {
+    "aoe": {"experts": {}},
+    "aoe top_p": {"experts": {"selection": "top_p"}},
+    "aoe gate=all": {"experts": {"gate": "all"}},
+    "router, grouped queries": {"experts": {"kind": "router"}, "model": {"n_kv_heads": 2, "qk_norm": True}},
+    "dense, biases": {
+        "experts": {"kind": "dense"},
+        "model": {"norm": "layer", "attention_bias": True, "output_bias": True, "rope_factors": (1.0, 2.0)},
+    },
+}
+MESHES = {"alone": (1, 1, 1, 1), "data and fsdp": (2, 2, 1, 1), "expert and tensor": (1, 1, 2, 4)}
+
+
+class Tokenizer:
+    """All that a generator asks of one."""
+
+    end_of_text = END
+
+
+@cache
+def model(kind, mesh=(1, 1, 1, 1), **experts):
+    config = default_config()
+    config.model.update(n_layers=2, n_heads=4, d_model=16, vocab_size=VOCABULARY, max_len=128, dtype="float32")
+    config.experts.update(n_experts=8, top_k=2, d_ffn=24, d_low=8, d_wide=16 if "aoe" in kind else None)
+    config.data.update(seq_len=16)
+    for group, fields in KINDS[kind].items():
+        config[group].update(fields)
+    config.experts.update(experts)
+    config.balance.update(aux_weight=0.0)
+    config = dataclasses.replace(Config.from_config_dict(config), mesh=MeshConfig(*mesh))
+    devices = make_mesh(config, jax.devices()[: int(np.prod(mesh))])
+    alone = Decoder.from_config(config)
+    params = jax.jit(alone.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    # Biases begin at zero, and sharper logits make ties improbable.
+    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    params = jax.device_put(params, state_shardings(devices, params))
+    bias = jax.random.normal(jax.random.key(5), (2, 8)) if kind == "aoe" else None
+    return Model(config, devices, params, bias, Tokenizer(), END, None)
+
+
+def prompts(count=5):
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, VOCABULARY, length).tolist() for length in (3, 1, 20, 65, 9)[:count]]
+
+
+@cache
+def by_full_passes(kind, n_tokens):
+    """The likeliest continuations of `prompts()`, all computed anew for every token, on one device."""
+    there = model(kind)
+    apply = jax.jit(Decoder.from_config(there.config).apply)
+    tokens = [list(prompt) for prompt in prompts()]
+    for _ in range(n_tokens):
+        # What comes after a position doesn't matter: one shape for all.
+        padded = np.array([row + [0] * (96 - len(row)) for row in tokens], np.int32)
+        logits = apply({"params": there.params}, padded, None, None, there.selection_bias)[0]
+        for row, row_logits in zip(tokens, logits, strict=True):
+            row.append(int(row_logits[len(row) - 1].argmax()))
+    continuations = [row[len(prompt) :] for row, prompt in zip(tokens, prompts(), strict=True)]
+    return [row[: row.index(END)] if END in row else row for row in continuations]
+
+
+ON_MESHES = [("aoe", "data and fsdp"), ("aoe", "expert and tensor"), ("router, grouped queries", "data and fsdp")]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [*((kind, "alone") for kind in KINDS), *ON_MESHES])
+def test_a_batch_is_decoded_as_by_full_passes(kind, mesh):
+    got = Generator(model(kind, MESHES[mesh])).generate(prompts(), 20, sampling=GREEDY, chunk=7)
+    assert got == by_full_passes(kind, 20)
+    assert len({tuple(tokens) for tokens in got}) > 2
+
+
+@cache
+def generator():
+    return Generator(model("aoe"))
+
+
+def test_a_single_prompt_goes_row_by_row():
+    """Its chosen experts are fewer than all."""
+    assert generator().generate(prompts(1), 20, sampling=GREEDY) == by_full_passes("aoe", 20)[:1]
+
+
+def test_what_ends_a_text():
+    whole = by_full_passes("aoe", 20)
+    few = generator().generate(prompts(), [0, 1, 2, 3, 20], sampling=GREEDY)
+    assert few == [tokens[:limit] for tokens, limit in zip(whole, [0, 1, 2, 3, 20], strict=True)]
+    stopped = generator().generate(prompts(), 20, sampling=GREEDY, chunk=4, is_done=lambda number, row: number != 2)
+    assert stopped == [tokens[: 20 if number == 2 else 4] for number, tokens in enumerate(whole)]
+    assert list(generator().stream([], 20)) == []
+
+
+def test_draws_depend_on_seed_prompt_and_place():
+    sampling = Sampling(temperature=2.0, top_k=30, top_p=0.95)
+    both = [
+        generator().generate(prompts(), 20, sampling=sampling, seed=seed, chunk=chunk)
+        for seed, chunk in ((1, 20), (1, 3), (2, 20))
+    ]
+    assert both[0] == both[1] != both[2]
+    assert generator().generate(prompts(3), 20, sampling=sampling, seed=1) == both[0][:3]
+
+
+@pytest.mark.smoke
+def test_draws_have_the_probabilities_asked_for():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def frequencies(**settings):
+        tokens = jax.jit(draw, static_argnums=2)(jnp.broadcast_to(logits, (len(keys), 4)), keys, Sampling(**settings))
+        return np.bincount(tokens, minlength=4) / len(keys)
+
+    near = {"atol": 0.015}
+    np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], **near)
+    np.testing.assert_allclose(frequencies(temperature=0.5), np.array([100, 25, 9, 4]) / 138, **near)
+    np.testing.assert_allclose(frequencies(top_k=2), [2 / 3, 1 / 3, 0, 0], **near)
+    np.testing.assert_allclose(frequencies(top_p=0.7), [2 / 3, 1 / 3, 0, 0], **near)
+    np.testing.assert_allclose(frequencies(top_p=0.76), np.array([10, 5, 3, 0]) / 18, **near)
+    np.testing.assert_allclose(frequencies(top_k=3, top_p=0.6), [2 / 3, 1 / 3, 0, 0], **near)
+    np.testing.assert_allclose(frequencies(temperature=0.0), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, r"--temperature=-1\.0: must be 0"),
+        ({"top_k": 0}, "--top_k=0: must be 1"),
+        ({"top_p": 1.5}, r"--top_p=1\.5: must lie between"),
+        ({"temperature": 0.0, "top_k": 3}, "--temperature=0 takes the likeliest token"),
+    ],
+)
+def test_mistakes_in_sampling(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)
+
+
+def test_mistakes_in_prompts():
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generator().generate([[3], []], 4)
+    with pytest.raises(UserError, match=r"prompt 0 has 120 tokens; with 9 more .*model\.max_len=128"):
+        generator().generate([[1] * 120], 9)
+    with pytest.raises(UserError, match="expert_choice': can't go token by token"):
+        Generator(model("aoe", selection="expert_choice"))
