@@ -62,13 +62,12 @@ class Generator:
 
     def __init__(self, model: Model):
         """Take a model of a token-choice selection; raise `UserError` for any other."""
-        check_decodes(model.config)
+        check_decodes(model.decoder)
         self._model = model
-        config = model.config
-        self._params = unstacked(config, model.params, model.mesh)
-        self._prefill = jax.jit(partial(prefill, config), static_argnames="places")
+        self._params = unstacked(model.decoder, model.params, model.mesh)
+        self._prefill = jax.jit(partial(prefill, model.decoder), static_argnames="places")
         self._decode = jax.jit(
-            partial(_decode, config, model.tokenizer.end_of_text),
+            partial(_decode, model.decoder, model.tokenizer.end_of_text),
             static_argnames=("sampling", "n_tokens"),
             donate_argnames="state",
             out_shardings=(replicated(model.mesh), replicated(model.mesh), None),
@@ -177,7 +176,7 @@ class State(NamedTuple):
     keys: jax.Array  # [B], of each sequence's draws
 
 
-def _decode(config, end_of_text, params, selection_bias, state, sampling, n_tokens):
+def _decode(decoder, end_of_text, params, selection_bias, state, sampling, n_tokens):
     """Up to N tokens: `(tokens [B, N] int32 with -1 where there is none, left [B], state)`."""
 
     def is_needed(carry):
@@ -190,7 +189,7 @@ def _decode(config, end_of_text, params, selection_bias, state, sampling, n_toke
         token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, cache.length), sampling)
         is_active = (state.left > 0) & (token != end_of_text)
         tokens = tokens.at[:, count].set(jnp.where(is_active, token, -1))
-        hidden, extended = extend(config, params, selection_bias, token[:, None], cache)
+        hidden, extended = extend(decoder, params, selection_bias, token[:, None], cache)
         cache = extended._replace(length=jnp.where(is_active, extended.length, cache.length))
         left = jnp.where(is_active, state.left - 1, 0)
         return count + 1, tokens, State(output_logits(params, hidden)[:, 0], cache, left, state.keys)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings, with_shardings
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
@@ -24,6 +25,7 @@ class Model:
     """A model on the devices of this process, or of all processes of a run of several."""
 
     config: Config  # its mesh is that of `mesh`
+    decoder: Decoder
     mesh: Mesh
     params: dict  # of the decoder, as in training: float32, stacked over layers
     selection_bias: jax.Array | None  # [L, n] float32, of loss-free balancing
@@ -52,7 +54,9 @@ def load_model(directory: Path, step="newest"):
             step, with_shardings(abstract, state_shardings(mesh, abstract))
         )
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the run")
-    return Model(config, mesh, params, selection_bias, tokenizer, tokenizer.end_of_text, step)
+    return Model(
+        config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, tokenizer.end_of_text, step
+    )
 
 
 def on_devices_here(config):

@@ -48,7 +48,8 @@ def _expert_choice(c, devices, token_weights):
 
 
 # The gates: (rows [R, d], round, groups, weights) -> (pre-activations [R, w], C [R, r] or None).
-def _whole_gate(rows, round, groups, w):
+def whole_gate(rows, round, groups, w):
+    """Of a traditional expert: `x Wg`."""
     return checkpoint_name(grouped_matmul(rows, w["w_g"], groups), EXPERT_RESIDUAL), None
 
 
@@ -239,7 +240,7 @@ class RouterLayer(_ExpertsModule):
                 scores = scoring.large_router_logits(x, weights.pop("w_router_hidden"), w_router)
             else:
                 scores = scoring.router_logits(x, w_router)
-        gate = _low_rank_gate if self.config.factorised_gate else _whole_gate
+        gate = _low_rank_gate if self.config.factorised_gate else whole_gate
         balance_scores = scores[:: self.balance.aux_stride]
         return self.pipeline(devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 

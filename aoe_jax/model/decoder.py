@@ -36,11 +36,13 @@ class DecoderLayer(nn.Module):
         """Makes the modules."""
         self.attention_norm, self.experts_norm = make_norm(self.model), make_norm(self.model)
         self.attention = Attention(self.model)
+        self.experts_layer = self.make_experts(LAYERS[self.experts.kind], name="experts")
+
+    def make_experts(self, kind, **settings):
+        """A layer of experts of a class of `experts.layer`, with the settings of this one."""
         recompute = self.model.remat == "experts"
         dtype = jnp.dtype(self.model.dtype)
-        self.experts_layer = LAYERS[self.experts.kind](
-            self.experts, dtype, self.balance, recompute, self.transport, name="experts"
-        )
+        return kind(self.experts, dtype, self.balance, recompute, self.transport, **settings)
 
     def __call__(self, x, segment_ids, token_weights, selection_bias):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
@@ -68,6 +70,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The language model."""
 
+    Layer = DecoderLayer  # what it has `n_layers` of
+
     model: ModelConfig
     experts: ExpertsConfig
     balance: BalanceConfig = BalanceConfig()
@@ -85,7 +89,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init)
         if not c.tie_embeddings:
             self.output = nn.Embed(c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init)
-        layer = DecoderLayer
+        layer = self.Layer
         if c.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)

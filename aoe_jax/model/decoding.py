@@ -12,10 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 from aoe_jax.experts.parallel import embed
-from aoe_jax.model.decoder import DecoderLayer, logits, make_norm, output_projection
+from aoe_jax.model.decoder import Decoder, logits, make_norm, output_projection
 from aoe_jax.sharding import state_shardings
 
 # Weights that are cast to the dtype of computation wherever they are used. Router weights and norm scales are not.
@@ -29,22 +28,22 @@ class Cache(NamedTuple):
     length: jax.Array  # [B] int32, positions that count
 
 
-def check_decodes(config: Config):
+def check_decodes(decoder: Decoder):
     """Checks that a token doesn't depend on later ones, nor on those of other sequences.
 
     Raises:
       UserError: it does.
     """
-    if config.experts.selection == "expert_choice":
+    if decoder.experts.selection == "expert_choice" and decoder.experts.kind != "dense":
         raise UserError(
             "config.experts.selection='expert_choice': can't go token by token, for which tokens an expert takes depends on "
             "all tokens of the batch, later ones included; use a model of a token-choice selection, top_k or top_p"
         )
 
 
-def unstacked(config: Config, params, mesh):
+def unstacked(decoder: Decoder, params, mesh):
     """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers", in the dtype of computation."""
-    dtype = jnp.dtype(config.model.dtype)
+    dtype = jnp.dtype(decoder.model.dtype)
 
     def cast(path, a):
         return a.astype(dtype) if path[-1].key in _CAST else a
@@ -52,16 +51,16 @@ def unstacked(config: Config, params, mesh):
     def split(params):
         params = dict(jax.tree_util.tree_map_with_path(cast, params))
         layers = params.pop("layers")
-        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(config.model.n_layers)}
+        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(decoder.model.n_layers)}
 
     return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(params)
 
 
-def prefill(config: Config, params, selection_bias, tokens, length, places):
+def prefill(decoder: Decoder, params, selection_bias, tokens, length, places):
     """Reads the beginnings of sequences.
 
     Args:
-      config: of the model, with its mesh filled in; jit all functions here with it as a static argument.
+      decoder: the model.
       params: `unstacked`.
       selection_bias: `[L, n]` of loss-free balancing, or None.
       tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
@@ -71,15 +70,15 @@ def prefill(config: Config, params, selection_bias, tokens, length, places):
     Returns:
       `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
     """
-    x, layers = _embed(config, params, tokens), []
-    for layer in _layers(config, params, selection_bias):
+    x, layers = _embed(decoder, params, tokens), []
+    for layer in _layers(decoder, params, selection_bias):
         x, cache = layer(x, method="prefill")
         layers.append(tuple(_with_places(a, places) for a in cache))
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
-    return output_logits(params, _normed(config, params, last))[:, 0], Cache(tuple(layers), length)
+    return output_logits(params, _normed(decoder, params, last))[:, 0], Cache(tuple(layers), length)
 
 
-def extend(config: Config, params, selection_bias, tokens, cache):
+def extend(decoder: Decoder, params, selection_bias, tokens, cache):
     """Reads more of sequences whose beginnings are in a cache.
 
     Args:
@@ -90,11 +89,11 @@ def extend(config: Config, params, selection_bias, tokens, cache):
       `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with these positions in it.
     """
     n_tokens = tokens.shape[1]
-    x, layers = _embed(config, params, tokens), []
-    for layer, kept in zip(_layers(config, params, selection_bias), cache.layers, strict=True):
+    x, layers = _embed(decoder, params, tokens), []
+    for layer, kept in zip(_layers(decoder, params, selection_bias), cache.layers, strict=True):
         x, kept = layer(x, kept, cache.length, method="extend")
         layers.append(kept)
-    return _normed(config, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
+    return _normed(decoder, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
 
 
 def output_logits(params, hidden):
@@ -102,16 +101,17 @@ def output_logits(params, hidden):
     return logits(hidden, *output_projection(params))
 
 
-def _embed(config, params, tokens):
+def _embed(decoder, params, tokens):
     """`[B, S]` -> `[B, S', d]`: with positions at the end that make S divisible by the devices that share it."""
-    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % config.mesh.tensor)))
-    return embed(params["embed"]["embedding"], tokens, jnp.dtype(config.model.dtype))
+    devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
+    return embed(params["embed"]["embedding"], tokens, jnp.dtype(decoder.model.dtype))
 
 
-def _layers(config, params, selection_bias):
+def _layers(decoder, params, selection_bias):
     """Of each layer a function: its arguments but the selection bias, which comes last, and the method."""
-    layer = DecoderLayer(config.model, config.experts, config.balance, config.mesh.transport)
-    for i in range(config.model.n_layers):
+    layer = decoder.Layer(decoder.model, decoder.experts, decoder.balance, decoder.transport)
+    for i in range(decoder.model.n_layers):
         bias = None if selection_bias is None else selection_bias[i]
         yield lambda *args, method, i=i, bias=bias: layer.apply(
             {"params": params[f"layer_{i}"]}, *args, bias, method=method
@@ -123,5 +123,5 @@ def _with_places(a, places):
     return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
 
 
-def _normed(config, params, x):
-    return make_norm(config.model).apply({"params": params["final_norm"]}, x)
+def _normed(decoder, params, x):
+    return make_norm(decoder.model).apply({"params": params["final_norm"]}, x)

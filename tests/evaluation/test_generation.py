@@ -48,13 +48,13 @@ def model(kind, mesh=(1, 1, 1, 1), **experts):
     config.balance.update(aux_weight=0.0)
     config = dataclasses.replace(Config.from_config_dict(config), mesh=MeshConfig(*mesh))
     devices = make_mesh(config, jax.devices()[: int(np.prod(mesh))])
-    alone = Decoder.from_config(config)
-    params = jax.jit(alone.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    decoder = Decoder.from_config(config)
+    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # Biases begin at zero, and sharper logits make ties improbable.
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
     params = jax.device_put(params, state_shardings(devices, params))
     bias = jax.random.normal(jax.random.key(5), (2, 8)) if kind == "aoe" else None
-    return Model(config, devices, params, bias, Tokenizer(), END, None)
+    return Model(config, decoder, devices, params, bias, Tokenizer(), END, None)
 
 
 def prompts(count=5):
@@ -66,7 +66,7 @@ def prompts(count=5):
 def by_full_passes(kind, n_tokens):
     """The likeliest continuations of `prompts()`, all computed anew for every token, on one device."""
     there = model(kind)
-    apply = jax.jit(Decoder.from_config(there.config).apply)
+    apply = jax.jit(there.decoder.apply)
     tokens = [list(prompt) for prompt in prompts()]
     for _ in range(n_tokens):
         # What comes after a position doesn't matter: one shape for all.
