@@ -113,10 +113,12 @@ class Generator:
         """
         limits = np.broadcast_to(np.asarray(max_tokens, np.int32), len(prompts)).copy()
         self._check(prompts, limits)
+        if not len(prompts):
+            return
         so_far = [[] for _ in prompts]
         with jax.set_mesh(self._model.mesh):
             state = self._begin(prompts, limits, seed)
-        while prompts:
+        while True:
             with jax.set_mesh(self._model.mesh):
                 tokens, left, state = self._decode(
                     self._params, self._model.selection_bias, state, sampling=sampling, n_tokens=chunk

@@ -95,7 +95,7 @@ def check_probes(config: Config):
     e = config.experts
     if (e.kind, e.selection, e.factorised_gate, e.large_router) != ("router", "top_k", False, False):
         raise UserError(
-            f"config.experts.kind={e.kind!r}: a probe takes a model with a plain router and selection top_k; it drops the router"
+            f"config.experts.kind={e.kind!r}: a probe drops a router; it takes a model with a plain one and selection top_k"
         )
     if config.mesh.tensor > 1:
         raise UserError(

@@ -1,0 +1,129 @@
+"""Decoding: with a cache against reading the whole text anew for every token; AoE against router MoE; few experts of many.
+
+`python -m benchmarks.decoding [--length=512] [--batches=1,16] [--repeats=7] [--json=FILE]`. Models have random weights, float32,
+4 layers of d=256, vocabulary 4096: 2 of 8 and 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal total parameters), a
+dense model with the total parameters of all, and one with the active ones. All are timed in turn. A token is read and the
+next one, the likeliest, found, with a cache of `--length` positions. `bytes` are the weights that a token can't do without.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from aoe_jax import Decoder, cli
+from aoe_jax.counts import parameter_counts
+from aoe_jax.errors import UserError
+from aoe_jax.model.decoding import Cache, extend, output_logits, unstacked
+from aoe_jax.sharding import make_mesh
+from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+
+_LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
+_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+STEPS = 8  # tokens of a timed call
+FEW, MANY = {"n_experts": 8, "top_k": 2, "d_ffn": 512}, {"n_experts": 64, "top_k": 8, "d_ffn": 128}
+MODELS = {
+    "router, 2 of 8": ("moe", FEW),
+    "AoE, 2 of 8, r=d/3": ("aoe", FEW | {"d_low": 85}),
+    "router, 8 of 64": ("moe", MANY),
+    "AoE, 8 of 64, r=d/3": ("aoe", MANY | {"d_low": 85}),
+    "AoE, 8 of 64, r=d/12": ("aoe", MANY | {"d_low": 21}),
+    "dense, as wide as all experts": ("dense", {"d_ffn": 8 * 512}),
+    "dense, as wide as those chosen": ("dense", {"d_ffn": 2 * 512}),
+}
+
+
+def model_of(variant, experts):
+    """`(config, decoder, parameters stacked over layers, parameters for decoding)`."""
+    config = configuration(
+        variant, {"model": {"d_model": 256, "dtype": "float32", "unroll": 1}, "mesh": {"data": 1}, "experts": experts}
+    )
+    decoder = Decoder.from_config(config)
+    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    return config, decoder, params, unstacked(decoder, params, make_mesh(config, jax.devices()[:1]))
+
+
+def decoding(decoder, params, batch, length):
+    """A nullary function that reads STEPS tokens one by one."""
+    m = decoder.model
+    shape = (batch, m.kv_heads, length + STEPS, m.d_model // m.n_heads)
+    layers = tuple(tuple(jax.random.normal(jax.random.key(i), shape) for i in range(2)) for _ in range(m.n_layers))
+    state = (jnp.zeros((batch, 1), jnp.int32), Cache(layers, jnp.full(batch, length, jnp.int32)))
+
+    @jax.jit
+    def run(params, state):
+        def one(_, carry):
+            token, cache = carry
+            hidden, cache = extend(decoder, params, None, token, cache)
+            return jnp.argmax(output_logits(params, hidden), axis=-1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, STEPS, one, state)[0]
+
+    return lambda: run(params, state)
+
+
+def recomputing(decoder, params, batch, length):
+    """A nullary function that reads texts from the start, once."""
+    tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, decoder.model.vocab_size)
+
+    @jax.jit
+    def run(params, tokens):
+        hidden, _ = decoder.apply({"params": params}, tokens, method="features")
+        return jnp.argmax(hidden[:, -1] @ params["embed"]["embedding"].T, axis=-1)
+
+    return lambda: run(params, tokens)
+
+
+def token_bytes(config):
+    """Bytes of float32 weights that a token can't do without: active ones, all Wdown of AoE, and the table."""
+    c, counts = config.experts, parameter_counts(config)
+    idle = (c.n_experts - c.top_k) * c.d_low * config.model.d_model if c.kind == "aoe" else 0
+    return 4 * (counts.active_non_embedding + counts.embedding + config.model.n_layers * idle)
+
+
+def main():
+    """Measures and prints."""
+    if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
+        raise UserError(f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0")
+    length, figures = _LENGTH.value, []
+    models = {name: model_of(*settings) for name, settings in MODELS.items()}
+    print(f"{machine()}")
+    for batch in map(int, _BATCHES.value):
+        seconds = medians(
+            {name: decoding(decoder, params, batch, length) for name, (_, decoder, _, params) in models.items()},
+            _REPEATS.value,
+        )
+        both = {}
+        for name in list(MODELS)[:2]:
+            _, decoder, stacked, params = models[name]
+            both |= {(name, True): decoding(decoder, params, batch, length)}
+            both |= {(name, False): recomputing(decoder, stacked, batch, length)}
+        paired = medians(both, _REPEATS.value)
+        print(f"batch {batch}, {length} positions")
+        for name, (config, *_) in models.items():
+            router = seconds[f"router, {name.split(', ')[1]}"] if name.startswith("AoE") else None
+            figure = {
+                "model": name,
+                "batch": batch,
+                "length": length,
+                "step_seconds": seconds[name] / STEPS,
+                "to_all": seconds[name] / seconds["dense, as wide as all experts"],
+                "to_router": router and seconds[name] / router,
+                "bytes": token_bytes(config),
+                "recomputing": paired[name, False] / (paired[name, True] / STEPS) if (name, True) in paired else None,
+            }
+            figures.append(figure)
+            print(
+                f"  {name:<32} {1e3 * figure['step_seconds']:7.2f} ms a step, {figure['to_all']:5.2f} of dense with all"
+                + (f", {figure['to_router']:.2f} of router" if router else "")
+                + (f"; from the start {figure['recomputing']:.0f} times as long" if figure["recomputing"] else "")
+                + f"; {figure['bytes'] / 1e6:.1f} MB of weights a token"
+            )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    cli.run(main)
