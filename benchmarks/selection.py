@@ -39,6 +39,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.experts import selection
 from aoe_jax.experts.layer import AoELayer
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import train
 from aoe_jax.training.step import init_state, sequence_nll
@@ -96,9 +97,10 @@ def layer_inputs(config, params, bias, batches):
             return result[0], args[0].reshape(-1, args[0].shape[-1])
         return result
 
+    decoder = Decoder.from_config(config)
     with nn.intercept_methods(instead_of_statistics):
         # Statistics are what the decoder hands out, stacked over layers.
-        take = jax.jit(lambda batch: sequence_nll(config, params, bias, batch)[1])
+        take = jax.jit(lambda batch: sequence_nll(decoder, params, bias, batch, False)[1])
         return [take(batch)[:, batch["weights"].reshape(-1) > 0] for batch in batches]
 
 
@@ -116,9 +118,10 @@ def nll_with(method, config, params, bias, prepared, batches):
             return call(devices, x, token_weights, bias, scores, balance_scores, gate, weights)
         return call(*args, **kwargs)
 
+    decoder = Decoder.from_config(config)
     with nn.intercept_methods(with_other_scores):
         # The decoder gives each layer its part of whatever takes the place of the bias.
-        step = jax.jit(lambda batch: sequence_nll(config, params, (bias, prepared), batch)[0])
+        step = jax.jit(lambda batch: sequence_nll(decoder, params, (bias, prepared), batch, False)[0])
         total = sum(float(step(batch)) for batch in batches)
     return total / sum(float(batch["weights"].sum()) for batch in batches)
 

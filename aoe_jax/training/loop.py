@@ -21,6 +21,7 @@ from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError, is_
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import (
     MESH_AXES,
     batch_sharding,
@@ -271,7 +272,7 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         Health(config.train.max_skipped, config.train.batch_size, progress.skipped_in_row if progress else 0),
         heartbeat,
         stop,
-        jax.jit(make_eval_step(config), out_shardings=everywhere),
+        jax.jit(make_eval_step(Decoder.from_config(config), config.data.document_mask), out_shardings=everywhere),
         progress and {"loss": progress.loss, "nll": progress.nll},
     )
     telemetry.start(state, train_step)

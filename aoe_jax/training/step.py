@@ -38,23 +38,23 @@ def init_state(config: Config, seed):
     return TrainState(zero, zero, params, bias, make_optimizer(config.train).init(params))
 
 
-def sequence_nll(config: Config, params, selection_bias, batch):
+def sequence_nll(decoder: Decoder, params, selection_bias, batch, document_mask):
     """Sum of the negative log-likelihood over a batch's targets, in nats.
 
     Args:
-      config: the run's configuration.
-      params: the decoder's parameters.
+      decoder: the model.
+      params: its parameters.
       selection_bias: `[L, n]` of loss-free balancing, or None.
       batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts in no statistic and
         takes no place in expert choice; and `weights` `[B, S]` float32, what each target counts in the sum.
+      document_mask: whether to attend within documents only.
 
     Returns:
       `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
     """
-    model = Decoder.from_config(config)
-    segment_ids = batch["segment_ids"] if config.data.document_mask else None
+    segment_ids = batch["segment_ids"] if document_mask else None
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    hidden, stats = model.apply(
+    hidden, stats = decoder.apply(
         {"params": params}, batch["inputs"], segment_ids, token_weights, selection_bias, method="features"
     )
     with jax.named_scope("loss"):
@@ -68,7 +68,8 @@ def training_loss(config: Config, params, selection_bias, batch, total_weight=No
 
     The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`.
     """
-    nll, stats = sequence_nll(config, params, selection_bias, batch)
+    decoder, document_mask = Decoder.from_config(config), config.data.document_mask
+    nll, stats = sequence_nll(decoder, params, selection_bias, batch, document_mask)
     nll = nll / jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
     with jax.named_scope("balance"):
         aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
