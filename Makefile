@@ -24,11 +24,12 @@ $(LIBTPU): $(INSTALLED)
 # glibc gives freed memory back to the system after every step; on CPU, getting it again costs more than a tenth of the time.
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
 
-# Trains (or goes on with) a model, unless it is trained already; then scores it and holds it against xz.
+# Trains (or goes on with) a model, unless it is trained already; then scores it, holds it against xz, and lets it speak.
 train: setup
 	test -f $(WORKDIR)/summary.json || $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --split=validation
 	$(BIN)/python -m benchmarks.compression --workdir=$(WORKDIR)
+	$(BIN)/python -m aoe_jax.generate --workdir=$(WORKDIR) --prompt='Fellow citizens of the Senate and House of Representatives:'
 
 # The same on several processes of this machine, as on several machines:
 # make multiprocess PROCESSES=2 WORKDIR=runs/two ARGS='--config.train.steps=100'

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--repeats=7] [--json=FILE]`. Models have random weights in
 float32, 4 layers of d=256, a vocabulary of 4096, and 2 of 8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal
-total parameters); a dense model has the total parameters of all, another the active ones. All are timed in turn. A token is read
-and the next one, the likeliest, found, with a cache of `--length` positions. `bytes` are the weights that a token needs.
+total parameters); a dense model has the total parameters of all, another the active ones. All are timed in turn. A token is
+read and the next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a token needs.
 """
 
 import jax

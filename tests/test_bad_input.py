@@ -57,6 +57,10 @@ COMMAND_LINE = {
     "no workdir": Mistake(["train.py", CONFIG], ["--workdir is missing"]),
     "mistyped field": Mistake(wrong_config("train.stepz=3"), ["config.train.stepz", "unknown", "steps, batch_size"]),
     "mistyped group": Mistake(wrong_config("nonsense.x=1"), ["config.nonsense", "unknown", "model, experts"]),
+    "weights of trained models": Mistake(
+        wrong_config("experts.kind=router", "experts.gate=sparsemixer"),
+        ["config.experts.gate='sparsemixer'", "'chosen'"],
+    ),
     "word for a number": Mistake(wrong_config("train.steps=abc"), ["--config.train.steps=abc", "whole number"]),
     "word for a switch": Mistake(
         wrong_config("model.tie_embeddings=maybe"), ["--config.model.tie_embeddings=maybe", "true or false"]

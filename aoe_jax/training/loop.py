@@ -89,6 +89,11 @@ def train(
       DivergedError: `train.max_skipped` updates in a row were skipped.
       Stopped: `stop` was asked; what was done is saved.
     """
+    if config.experts.gate == "sparsemixer":
+        raise UserError(
+            "config.experts.gate='sparsemixer': weighs the experts of a model that is trained already, its own training "
+            "samples and isn't implemented; train with 'chosen' or 'all'"
+        )
     filled = fill_mesh(config, jax.device_count())
     mesh = make_mesh(filled, jax.devices())
     heartbeat = Heartbeat(workdir) if jax.process_index() == 0 else NoHeartbeat()
