@@ -391,6 +391,7 @@ class TrainConfig:
     log_every: int = 20
     eval_every: int = 0  # 0: at the end only
     max_skipped: int = 10  # the run stops after so many updates in a row that were skipped for not being finite
+    init_from: str | None = None  # directory of a model that the parameters start from; None: they are drawn
 
     def __post_init__(self):
         _require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
@@ -416,6 +417,8 @@ class TrainConfig:
             self.accumulate,
             f"must divide train.batch_size={self.batch_size}",
         )
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", _absolute(self.init_from))
 
 
 @dataclass(frozen=True)

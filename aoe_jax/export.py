@@ -1,18 +1,17 @@
 """Takes the model out of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR [--step=N]`.
 
-Parameters and selection bias without the optimiser's state, a third of a checkpoint, with configuration and tokenizer:
-`eval.py --workdir=OUTPUT` evaluates it. It can't be trained on.
+Safetensors and `config.json`, as Mixtral where that can say all of the model, else in a format of our own, see
+`aoe_jax.formats`; the tokenizer as `transformers` takes it; and the configuration of the run, by which `eval.py
+--workdir=OUTPUT` evaluates the model. `train.init_from` starts another run from it.
 """
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.errors import UserError
 
 log = logging.getLogger("aoe_jax.export")  # not __name__, which is __main__ on the command line
 
@@ -21,15 +20,17 @@ _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which mus
 _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
 )
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the tensors; training has float32")
 
 
-def export(workdir: Path, output: Path, which="newest"):
+def export(workdir: Path, output: Path, which="newest", dtype="float32"):
     """Writes the model of a checkpoint to `output`, which comes into being only when it is complete.
 
     Args:
       workdir: of a training run.
       output: a directory that doesn't exist.
       which: "newest", "best" or a number of steps.
+      dtype: of the tensors, "float32" or "bfloat16".
 
     Returns:
       The step of the checkpoint.
@@ -39,42 +40,38 @@ def export(workdir: Path, output: Path, which="newest"):
     """
     import jax
 
-    from aoe_jax.config import CheckpointConfig, Config
+    from aoe_jax.config import Config
     from aoe_jax.evaluation.models import on_devices_here
+    from aoe_jax.formats.configs import as_own, to_json
+    from aoe_jax.formats.reading import RUN_FILE
+    from aoe_jax.formats.tokenizer_files import write_tokenizer
+    from aoe_jax.formats.writing import new_directory, write_arrays
+    from aoe_jax.json_files import write_json
     from aoe_jax.sharding import make_mesh, state_shardings, with_shardings
     from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state
     from aoe_jax.training.workdir import read_config_json
 
-    if output.exists():
-        raise UserError(f"--output={output} exists already; name a new directory")
-    config = on_devices_here(Config.from_config_dict(read_config_json(workdir / "config.json")))
+    run_config = Config.from_config_dict(read_config_json(workdir / "config.json"))
+    config = on_devices_here(run_config)
     run = Checkpoints(workdir)
     step = run.find(which)
     mesh = make_mesh(config, jax.devices())
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in workdir.glob("*"):
-            if file.name in ("config.json", "data.json") or file.name.startswith("tokenizer."):
-                shutil.copyfile(file, partial / file.name)
-    except OSError as e:
-        raise UserError(f"--output={output} can't be written: {e.strerror}") from e
-    with jax.set_mesh(mesh):
+    with new_directory(output) as partial_output, jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-        model = run.restore_model(step, with_shardings(abstract, state_shardings(mesh, abstract)))
-        checkpoints = Checkpoints(partial, CheckpointConfig())
-        checkpoints.save_model(step, *model)
-        checkpoints.close()
-    os.replace(partial, output)
-    log.info("wrote the model of step %d to %s", step, output)
+        params, bias = run.restore_model(step, with_shardings(abstract, state_shardings(mesh, abstract)))
+        values = to_json(config) if bias is None else as_own(config)
+        values |= write_tokenizer(workdir, partial_output, config.model.max_len)
+        write_arrays(partial_output, values, params, bias, dtype)
+        write_json(partial_output / RUN_FILE, {"step": step, "config": run_config.to_dict()})
+        shutil.copyfile(workdir / "data.json", partial_output / "data.json")
+    log.info("wrote the model of step %d to %s, as %s", step, output, values["model_type"])
     return step
 
 
 def main():
     """Exports."""
-    export(Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT)), _STEP.value)
+    export(Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT)), _STEP.value, _DTYPE.value)
 
 
 if __name__ == "__main__":

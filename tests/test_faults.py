@@ -271,4 +271,4 @@ def test_exported_model_scores_as_its_run(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and f"--output={tmp_path / 'model'} exists already" in again.stderr
     status, _, stderr = run(train_command(tmp_path / "model"))
-    assert status == 2 and "can be evaluated, not trained on" in stderr
+    assert status == 2 and "is that of a model, not of a training run; train.init_from starts" in stderr

@@ -39,12 +39,14 @@ class Tokenizer(Protocol):
     Attributes:
         file_name: what the file of this kind of tokenizer is called: `tokenizer.json` or `tokenizer.model`.
         end_of_text: id of the token that separates documents.
+        end_name: its name.
         token_count: smallest `vocab_size` of a model for this tokenizer, its largest token id plus one.
         sha256: of the file, which tells tokenizers apart.
     """
 
     file_name: ClassVar[str]
     end_of_text: int
+    end_name: str
     token_count: int
     sha256: str
 
@@ -77,10 +79,10 @@ class HuggingFaceTokenizer:
         self._content, self._tokenizer, self._threads = content, tokenizer, threads
         self._tiktoken = _as_tiktoken(tokenizer)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self._end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        if self._end_name is None:
+        self.end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
+        if self.end_name is None:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
-        self.end_of_text = vocabulary[self._end_name]
+        self.end_of_text = vocabulary[self.end_name]
         self.token_count = max(vocabulary.values()) + 1
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
@@ -110,8 +112,8 @@ class HuggingFaceTokenizer:
 
     def _encode_around_the_end(self, text: str) -> np.ndarray:
         """Of a text that has the name of the end-of-text token, which some models take for that whatever they are told."""
-        half = len(self._end_name) // 2
-        start, rest = (re.escape(part) for part in (self._end_name[:half], self._end_name[half:]))
+        half = len(self.end_name) // 2
+        start, rest = (re.escape(part) for part in (self.end_name[:half], self.end_name[half:]))
         parts = re.split(f"(?<={start})(?={rest})", text)
         encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
         return np.concatenate([np.array(encoding.ids, np.uint32) for encoding in encodings])
@@ -137,6 +139,7 @@ class SentencePieceTokenizer:
         self.end_of_text = self._processor.eos_id()
         if self.end_of_text < 0:
             raise UserError("has no end-of-sentence piece; give a model that has")
+        self.end_name = self._processor.id_to_piece(self.end_of_text)
         self.token_count = self._processor.get_piece_size()
         self.sha256 = hashlib.sha256(model).hexdigest()
 

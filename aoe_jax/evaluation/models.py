@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings, with_shardings
 from aoe_jax.training.checkpoint import Checkpoints
@@ -27,7 +28,7 @@ class Model:
     config: Config  # its mesh is that of `mesh`
     decoder: Decoder
     mesh: Mesh
-    params: dict  # of the decoder, as in training: float32, stacked over layers
+    params: dict  # of the decoder, as in training, stacked over layers; float32, or as the files of a model have them
     selection_bias: jax.Array | None  # [L, n] float32, of loss-free balancing
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
@@ -35,15 +36,17 @@ class Model:
 
 
 def load_model(directory: Path, step="newest"):
-    """Loads the `Model` of a training run.
+    """Loads the `Model` of a training run, or one as safetensors: of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
 
     Args:
-      directory: the run's `--workdir`.
-      step: which checkpoint: "newest", "best" or a number of steps.
+      directory: the run's `--workdir`, or that of the model.
+      step: which checkpoint of the run: "newest", "best" or a number of steps.
 
     Raises:
       UserError: there is no such model, or it can't be read.
     """
+    if is_model(directory):
+        return _of_files(directory, step)
     config = on_devices_here(Config.from_config_dict(read_config_json(directory / "config.json")))
     mesh = make_mesh(config, jax.devices())
     checkpoints = Checkpoints(directory)
@@ -57,6 +60,19 @@ def load_model(directory: Path, step="newest"):
     return Model(
         config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, tokenizer.end_of_text, step
     )
+
+
+def _of_files(directory, step):
+    there = read_step(directory)
+    if step not in ("newest", str(there)):
+        raise UserError(f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}")
+    config = on_devices_here(read_config(directory))
+    mesh = make_mesh(config, jax.devices())
+    params, selection_bias = load_params(directory, config, mesh)
+    tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the model")
+    begin = read_begin_token(directory)
+    start = tokenizer.end_of_text if begin is None else begin
+    return Model(config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, start, there)
 
 
 def on_devices_here(config):

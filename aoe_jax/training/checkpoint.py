@@ -133,17 +133,10 @@ class Checkpoints:
         Raises:
           UserError: the disk can't take this checkpoint, or couldn't take the one before.
         """
-        self._save(step, _as_dict(state), {"data": data_state, "progress": dataclasses.asdict(progress)})
-
-    def save_model(self, step, params, selection_bias):
-        """Saves, in the background, what `restore_model` reads: such a checkpoint can't be trained on."""
-        self._save(step, {"params": params, "selection_bias": selection_bias}, {})
-
-    def _save(self, step, state, run):
         if self._saving is not None:
             self._wait()
-        state = {name: value for name, value in state.items() if value is not None}
-        run |= {"arrays": _described(state)}
+        state = {name: value for name, value in _as_dict(state).items() if value is not None}
+        run = {"data": data_state, "progress": dataclasses.asdict(progress), "arrays": _described(state)}
         self._saving = step
         with self._errors_named():
             self._manager.save(
@@ -319,10 +312,7 @@ class Checkpoints:
             self._manager.close()
 
 
-_OTHER_MODEL = (
-    "it is of another model or of another version of this program; what `python -m aoe_jax.export` wrote can be "
-    "evaluated, not trained on"
-)
+_OTHER_MODEL = "it is of another model or of another version of this program"
 
 
 # What memory, disks and the system say when they are at fault, in the words of JAX, tensorstore and Linux.

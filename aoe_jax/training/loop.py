@@ -37,6 +37,7 @@ from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
 from aoe_jax.training.profile import Profile, Window
+from aoe_jax.training.starting import state_from_model
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
 from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
@@ -238,6 +239,8 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     if newest:
         first_step, state, progress = earlier.restore_newest(with_shardings(abstract, shardings), data)
         log.info("going on from step %d", first_step)
+    elif config.train.init_from:
+        first_step, state, progress = 0, state_from_model(config, mesh, shardings, corpus.tokenizer), None
     else:
         first_step, state, progress = 0, jax.jit(new_state, out_shardings=shardings)(), None
     earlier.close()

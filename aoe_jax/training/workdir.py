@@ -99,6 +99,8 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
 def read_config_json(path: Path):
     """The nested dict of a `config.json`; UserError if it can't be read."""
     groups = read_json(path)
+    if "model_type" in groups:
+        raise UserError(f"{path} is that of a model, not of a training run; train.init_from starts a run from a model")
     for name, values in groups.items():
         if not isinstance(values, dict):
             raise UserError(f"{path} can't be read: {name} is no group of fields; name the workdir of a training run")

@@ -366,15 +366,6 @@ def test_another_model_is_refused_not_set_aside(saved, tmp_path):
     assert contents(workdir) == before
 
 
-def test_exported_model_cannot_be_trained_on(tmp_path):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save_model(7, state_of(7).params, state_of(7).selection_bias)
-    checkpoints.close()
-    np.testing.assert_array_equal(Checkpoints(tmp_path).restore_model(7, ABSTRACT)[0]["kernel"], 7)
-    with pytest.raises(UserError, match="can be evaluated, not trained on"):
-        Checkpoints(tmp_path).restore_newest(ABSTRACT, batches())
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     with disk(tmp_path / "disk", "1500k") as folder:

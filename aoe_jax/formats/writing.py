@@ -1,0 +1,110 @@
+"""Writes models as safetensors and `config.json`: as Mixtral where that can say all, else in our own format."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aoe_jax.errors import UserError, is_disk_full
+from aoe_jax.formats.architectures import ARCHITECTURES
+from aoe_jax.formats.layout import Place, is_layered, parameter_path
+from aoe_jax.formats.tensor_files import SHARD_BYTES, write_tensors
+from aoe_jax.json_files import sync, write_json
+
+
+@contextlib.contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A directory to write, which is called `output` once all is written, and is gone if that fails.
+
+    Raises:
+      UserError: `output` exists, or can't be written.
+    """
+    if output.exists():
+        raise UserError(f"--output={output} exists already; name a new directory")
+    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        os.replace(partial, output)
+        sync(partial.parent)
+    except OSError as e:
+        reason = "no space left on the disk" if is_disk_full(e) else e.strerror
+        raise UserError(f"--output={output} can't be written: {reason}") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model(
+    directory: Path,
+    values: dict,
+    shapes: dict[str, tuple[int, ...]],
+    parameter: Callable[[str, int | None], np.ndarray],
+    dtype: np.dtype,
+    shard_bytes: int = SHARD_BYTES,
+):
+    """Writes `config.json` and the tensors, layer by layer: memory holds one parameter of one layer at a time.
+
+    Args:
+      directory: is there.
+      values: of `config.json`, such as `configs.to_json` gives them; `model_type` says what tensors are called.
+      shapes: of every parameter by its path, with the axis of layers.
+      parameter: gives the parameter of a path and layer (None: of one that has no layers), whole and in `dtype`, that of
+        `layers/selection_bias` float32. Those of a layer are asked for together, in the order of `shapes`.
+      dtype: of the tensors.
+      shard_bytes: of a file at most.
+
+    Raises:
+      OSError: it can't be written.
+    """
+    layouts = ARCHITECTURES[values["model_type"]].tensors
+    places = {
+        path: Place.of(path, layouts[path][0], shape[1:] if is_layered(path) else shape)
+        for path, shape in shapes.items()
+    }
+    n_layers = next(shape[0] for path, shape in shapes.items() if is_layered(path))
+    layered = [path for path in places if is_layered(path)]
+    bias = "layers/selection_bias"
+    float32 = np.dtype(np.float32)
+    order = [(bias, layer, float32) for layer in range(n_layers) if bias in places]  # the widest first
+    order += [(path, None, dtype) for path in places if path not in layered]
+    order += [(path, layer, dtype) for layer in range(n_layers) for path in layered if path != bias]
+    described = [
+        (places[path].name(layer, expert), places[path].shape, its_dtype)
+        for path, layer, its_dtype in order
+        for expert in places[path].experts
+    ]
+    write_json(directory / "config.json", {**values, "torch_dtype": dtype.name})
+    write_tensors(directory, described, _tensors(order, places, parameter), shard_bytes)
+
+
+def _tensors(order, places, parameter):
+    for path, layer, _ in order:
+        whole, place = parameter(path, layer), places[path]
+        for expert in place.experts:
+            yield place.to_file(whole if expert is None else whole[expert])
+
+
+def write_arrays(directory: Path, values: dict, params: dict, selection_bias: jax.Array | None, dtype: str):
+    """Writes a model that lies on devices, as `write_model` does; parameters are cast to `dtype` there."""
+    arrays = {parameter_path(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
+    if selection_bias is not None:
+        arrays["layers/selection_bias"] = selection_bias
+
+    def parameter(path, layer):
+        return jax.device_get(_part(arrays[path], layer, "float32" if path == "layers/selection_bias" else dtype))
+
+    shapes = {path: a.shape for path, a in arrays.items()}
+    write_model(directory, values, shapes, parameter, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnums=2)
+def _part(a, layer, dtype):
+    return (a if layer is None else jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)).astype(dtype)

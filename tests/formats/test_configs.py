@@ -1,0 +1,169 @@
+"""Configurations from one form to the other, and what isn't implemented."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from aoe_jax.config import Config
+from aoe_jax.errors import UserError
+from aoe_jax.formats.configs import as_own, computed_fields, from_json, to_json
+from tests.runs import tiny_config
+
+PATH = Path("DIR/config.json")
+MIXTRAL = to_json(tiny_config(experts__kind="router"))
+
+# Of an experiment here: whether Mixtral can say all of it.
+VARIANTS = {
+    "aoe": ({}, False),
+    "aoe by rounded Eq. 5": ({"experts__round_to": 8}, False),
+    "aoe, gate=all": ({"experts__gate": "all"}, False),
+    "router": ({"experts__kind": "router"}, True),
+    "router, bfloat16": ({"experts__kind": "router", "model__dtype": "bfloat16", "model__remat": "experts"}, True),
+    "router, untied": ({"experts__kind": "router", "model__tie_embeddings": False}, True),
+    "router, grouped queries": ({"experts__kind": "router", "model__n_kv_heads": 1, "model__rope_base": 1e6}, True),
+    "router, gate=all": ({"experts__kind": "router", "experts__gate": "all"}, False),
+    "router, top_p": ({"experts__kind": "router", "experts__selection": "top_p"}, False),
+    "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, False),
+    "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
+    "router, expert choice": ({"experts__kind": "router", "experts__selection": "expert_choice"}, False),
+    "router, LayerNorm": ({"experts__kind": "router", "model__norm": "layer"}, False),
+    "router, biases": ({"experts__kind": "router", "model__attention_bias": True}, False),
+    "router, qk_norm": ({"experts__kind": "router", "model__qk_norm": True}, False),
+    "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, False),
+    "dense": ({"experts__kind": "dense"}, False),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back(variant):
+    changes, is_mixtral = VARIANTS[variant]
+    config = tiny_config(**changes)
+    values = json.loads(json.dumps(to_json(config)))
+    assert values["model_type"] == ("mixtral" if is_mixtral else "aoe")
+    for form in (values, json.loads(json.dumps(as_own(config)))):
+        found = from_json(PATH, form)
+        assert computed_fields(found) == computed_fields(config)
+        assert found.model.max_len == config.model.max_len
+
+
+def test_rotary_factors_there_and_back():
+    config = tiny_config(experts__kind="router")
+    model = dataclasses.replace(config.model, rope_factors=(1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5))
+    config = dataclasses.replace(config, model=model)
+    values = json.loads(json.dumps(to_json(config)))
+    assert values["model_type"] == "aoe"
+    assert computed_fields(from_json(PATH, values)) == computed_fields(config)
+
+
+def test_what_does_not_matter_does_not_count():
+    config = tiny_config(experts__kind="router")
+    experts = dataclasses.replace(config.experts, d_low=4, top_p=0.5, capacity_factor=1.0, router_jitter=0.2)
+    model = dataclasses.replace(config.model, n_kv_heads=config.model.n_heads, unroll=2, dtype="bfloat16", max_len=128)
+    other = dataclasses.replace(config, experts=experts, model=model)
+    assert computed_fields(config) == computed_fields(other)
+    fewer = dataclasses.replace(config, experts=dataclasses.replace(config.experts, top_k=1))
+    assert computed_fields(config) != computed_fields(fewer)
+
+
+def test_a_mixtral_of_the_hub():
+    """As published, with fields that transformers has no more."""
+    found = from_json(
+        PATH,
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mixtral",
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.36.0.dev0",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+    )
+    assert (found.model.d_model, found.model.kv_heads, found.model.rope_base) == (4096, 8, 1e6)
+    assert (found.experts.kind, found.experts.n_experts, found.experts.d_ffn) == ("router", 8, 14336)
+    assert (found.experts.gate, found.model.tie_embeddings, found.model.max_len) == ("chosen", False, 32768)
+
+
+def changed(**changes):
+    return {name: value for name, value in (MIXTRAL | changes).items() if value != "removed"}
+
+
+OLMOE = changed(model_type="olmoe", num_experts=4)
+PHI = changed(model_type="phimoe")
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "short_mscale": 1.2}
+REFUSED = {
+    "unknown architecture": (
+        changed(model_type="llama"),
+        ["model_type='llama' is unknown", "mixtral, olmoe, phimoe, aoe"],
+    ),
+    "no architecture": (changed(model_type="removed"), ["has no model_type", "aoe_jax.export"]),
+    "architecture that is no word": (changed(model_type=["mixtral"]), ["model_type=['mixtral'] is unknown"]),
+    "missing field": (changed(hidden_size="removed"), ["hidden_size is missing", "'mixtral'"]),
+    "word for a number": (changed(hidden_size="wide"), ["config.model.d_model='wide'"]),
+    "heads": (changed(num_key_value_heads=3), ["n_kv_heads=3", "n_heads"]),
+    "head_dim": (changed(head_dim=64), ["head_dim=64 isn't implemented", "16"]),
+    "activation": (changed(hidden_act="gelu"), ["hidden_act='gelu' isn't implemented", "'silu'"]),
+    "window": (changed(sliding_window=63), ["sliding_window=63 isn't implemented", "64"]),
+    "quantised": (changed(quantization_config={"bits": 4}), ["quantization_config=", "isn't implemented"]),
+    "clip_qkv": (OLMOE | {"clip_qkv": 8.0}, ["clip_qkv=8.0 isn't implemented", "None"]),
+    "norm_topk_prob": (OLMOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes'", "False, True"]),
+    "top_k of SparseMixer": (PHI | {"num_experts_per_tok": 3}, ["num_experts_per_tok=3 isn't implemented", "only 2"]),
+    "yarn": (changed(rope_scaling={"type": "yarn", "factor": 4.0}), ["rope_type='yarn' isn't implemented", "default"]),
+    "longrope elsewhere": (changed(rope_parameters=LONGROPE), ["rope_type='longrope' isn't implemented"]),
+    "longrope without length": (PHI | {"rope_parameters": LONGROPE}, ["original_max_position_embeddings is missing"]),
+    "longrope of words": (
+        PHI | {"rope_scaling": LONGROPE | {"short_factor": ["a"], "original_max_position_embeddings": 32}},
+        ["short_factor=['a']", "list of numbers"],
+    ),
+    "longrope of few numbers": (
+        PHI | {"rope_scaling": LONGROPE | {"short_factor": [1.0], "original_max_position_embeddings": 32}},
+        ["config.model.rope_factors=(1.0,)", "must be 8 numbers"],
+    ),
+    "rope of two minds": (changed(rope_parameters={"rope_theta": 5.0}), ["rope_theta is 5.0 and 10000.0"]),
+    "rope by kinds of layers": (changed(rope_parameters={"full": {"rope_theta": 5.0}}), ["aren't implemented"]),
+    "part of the head": (changed(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
+    "own without groups": ({"model_type": "aoe", "model": {}}, ["no group 'experts'"]),
+    "own, unknown field": (
+        {"model_type": "aoe", "model": {"depth": 3}, "experts": {}},
+        ["config.model.depth is unknown; known are n_layers"],
+    ),
+    "own, wrong value": (
+        {"model_type": "aoe", "model": {}, "experts": {"kind": "soup"}},
+        ["config.experts.kind='soup'", "aoe, router, dense"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_refused_by_name(mistake):
+    values, words = REFUSED[mistake]
+    with pytest.raises(UserError) as error:
+        from_json(PATH, values)
+    for word in [str(PATH), *words]:
+        assert word in str(error.value)
+
+
+def test_other_groups_are_at_their_defaults():
+    found = from_json(PATH, MIXTRAL)
+    assert (found.train, found.checkpoint, found.balance) == (Config().train, Config().checkpoint, Config().balance)
+    assert found.data.seq_len == 64  # no longer than the model takes

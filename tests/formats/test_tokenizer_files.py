@@ -1,0 +1,76 @@
+"""The tokenizer of an exported model, as transformers loads it: the same tokens as here, and none of its own."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import processors
+
+from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer, train_tokenizer
+from aoe_jax.formats.tokenizer_files import write_tokenizer
+from tests.data.texts import texts
+
+STRANGE = "the state  of\n the union, Ünï 好 don't "
+
+
+def byte_level(folder):
+    train_tokenizer(texts(50), 400).save(folder)
+
+
+def with_a_first_token(folder):
+    """As many of the hub: the tokenizer itself begins every text with a token."""
+    byte_level(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def sentencepiece_of(kind):
+    def train(folder):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts(50)),
+            model_writer=model,
+            vocab_size=400,
+            model_type=kind,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+    return train
+
+
+TOKENIZERS = {
+    "byte-level BPE": byte_level,
+    "with a first token": with_a_first_token,
+    "SentencePiece BPE": sentencepiece_of("bpe"),
+    "SentencePiece unigram": sentencepiece_of("unigram"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_transformers_gives_the_same_tokens(tmp_path, name):
+    import transformers  # of the development extra, on Python 3.11 only
+
+    folder, output = tmp_path / "run", tmp_path / "model"
+    folder.mkdir()
+    output.mkdir()
+    TOKENIZERS[name](folder)
+    ids = write_tokenizer(folder, output, 64)
+    (output / "config.json").write_text(json.dumps({"model_type": "mixtral", **ids}))
+    ours = load_tokenizer(saved_tokenizer(folder))
+    theirs = transformers.AutoTokenizer.from_pretrained(output)
+    expected = [tokens.tolist() for tokens in ours.encode([STRANGE, *texts(3)])]
+    assert theirs([STRANGE, *texts(3)])["input_ids"] == expected
+    again = load_tokenizer(saved_tokenizer(output))
+    assert [tokens.tolist() for tokens in again.encode([STRANGE, *texts(3)])] == expected
+    assert theirs.eos_token_id == ours.end_of_text == ids["eos_token_id"] and theirs.bos_token_id is None
+    assert theirs.convert_ids_to_tokens(ours.end_of_text) == ours.end_name and theirs.model_max_length == 64
+    unchanged = saved_tokenizer(output).read_bytes() == saved_tokenizer(folder).read_bytes()
+    assert unchanged == (name != "with a first token")

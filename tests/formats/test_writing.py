@@ -1,0 +1,175 @@
+"""Written and read again, a model is the same, bit by bit; transformers reads what is written as Mixtral."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from aoe_jax.config import MeshConfig
+from aoe_jax.errors import UserError
+from aoe_jax.formats.configs import as_own, to_json
+from aoe_jax.formats.layout import parameter_path
+from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.writing import new_directory, write_arrays, write_model
+from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+from aoe_jax.training.step import init_state
+from tests.formats.hub import logits_here, logits_there
+from tests.formats.test_configs import VARIANTS
+from tests.runs import disk, tiny_config
+
+EVERYTHING = {  # that a model of the hub may have
+    "model__n_heads": 4,
+    "model__n_kv_heads": 2,
+    "model__norm": "layer",
+    "model__qk_norm": True,
+    "model__attention_bias": True,
+    "model__output_bias": True,
+    "model__tie_embeddings": False,
+}
+OF_OTHER_TENSORS = ("aoe", "router", "router, untied", "router, factorised", "router, large", "dense")
+WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
+    "aoe, everything": EVERYTHING,
+    "aoe, biased": {"balance__bias_rate": 0.01, "model__tie_embeddings": False},
+    "router, biased": {"balance__bias_rate": 0.01, "experts__kind": "router"},
+}
+
+
+def random_model(config):
+    """Parameters, all of them random, and selection bias, on the first devices."""
+    config = fill_mesh(config, 1 if config.mesh.data == -1 else 8)
+    mesh = make_mesh(config, jax.devices()[: 1 if config.mesh == MeshConfig(data=1) else 8])
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_state(config, 0))
+    wanted = (shapes.params, shapes.selection_bias)
+    draw = np.random.default_rng(1).normal
+
+    def put(a, sharding):
+        return jax.device_put(draw(scale=0.3, size=a.shape).astype(np.float32), sharding)
+
+    return jax.tree.map(put, wanted, state_shardings(mesh, wanted)), mesh, config
+
+
+def written(tmp_path, config, dtype="float32", values=None):
+    (params, bias), mesh, config = random_model(config)
+    values = values or (to_json(config) if bias is None else as_own(config))
+    directory = tmp_path / "model"
+    directory.mkdir()
+    write_arrays(directory, values, params, bias, dtype)
+    return directory, params, bias, mesh, config
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("variant", WRITTEN)
+def test_there_and_back(tmp_path, variant):
+    directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**WRITTEN[variant]))
+    found = load_params(directory, fill_mesh(read_config(directory), 1), mesh)
+    assert_same(found, (params, bias))
+    assert (bias is not None) == ("biased" in variant)
+    assert json.loads((directory / "config.json").read_text())["model_type"] == (
+        "mixtral" if VARIANTS.get(variant, (None, False))[1] else "aoe"
+    )
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_over_a_mesh(tmp_path, kind):
+    """Written from arrays that are split over devices, read onto one and onto others."""
+    changes = {"experts__kind": kind, "train__batch_size": 8, "balance__bias_rate": 0.01}
+    split = dataclasses.replace(
+        tiny_config(**changes, **({"experts__round_to": 4} if kind == "aoe" else {})),
+        mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    )
+    directory, params, bias, mesh, config = written(tmp_path, split)
+    assert_same(load_params(directory, config, mesh), (params, bias))
+    one = fill_mesh(dataclasses.replace(config, mesh=MeshConfig()), 1)
+    found, found_bias = load_params(directory, one, make_mesh(one, jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((found, found_bias)), jax.device_get((params, bias)))
+
+
+def test_bfloat16(tmp_path):
+    """The selection bias stays float32; odd numbers of bfloat16 beside it do no harm."""
+    config = tiny_config(balance__bias_rate=0.01, experts__d_wide=33)
+    directory, params, bias, mesh, config = written(tmp_path, config, "bfloat16")
+    found, found_bias = load_params(directory, config, mesh)
+    assert_same((found, found_bias), (jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), bias))
+    assert read_config(directory).model.dtype == "bfloat16"
+
+
+def test_names_of_our_own_format(tmp_path):
+    directory, params, bias, *_ = written(tmp_path, tiny_config(**WRITTEN["aoe, biased"]))
+    tensors = load_file(directory / "model.safetensors")
+    layer, experts = "model.layers.1.", params["layers"]["experts"]
+    for name in ("w_down", "w_up", "w_p", "w_o"):
+        np.testing.assert_array_equal(tensors.pop(f"{layer}mlp.experts.{name}"), experts[name][1])
+    np.testing.assert_array_equal(tensors.pop(f"{layer}mlp.selection_bias"), bias[1])
+    q = np.asarray(params["layers"]["attention"]["q"][1]).reshape(32, -1)
+    np.testing.assert_array_equal(tensors.pop(f"{layer}self_attn.q_proj.weight"), q.T)
+    o = np.asarray(params["layers"]["attention"]["o"][1]).reshape(-1, 32)
+    np.testing.assert_array_equal(tensors.pop(f"{layer}self_attn.o_proj.weight"), o.T)
+    np.testing.assert_array_equal(tensors.pop("lm_head.weight"), params["output"]["embedding"])
+    rest = {f"{layer}self_attn.{name}_proj.weight" for name in "kv"}
+    rest |= {f"{layer}{name}_layernorm.weight" for name in ("input", "post_attention")}
+    assert {name for name in tensors if layer in name} == rest
+    assert {name for name in tensors if "layers" not in name} == {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_transformers_computes_the_same(tmp_path):
+    config = tiny_config(**VARIANTS["router, grouped queries"][0], experts__top_k=3)
+    directory, *_ = written(tmp_path, config)
+    tokens = np.random.default_rng(1).integers(0, 512, (4, 48))
+    expected = logits_here(directory, tokens)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits_there(directory, tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_one_parameter_of_one_layer_at_a_time(tmp_path):
+    (params, _), _, config = random_model(tiny_config(experts__kind="router"))
+    arrays = {parameter_path(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
+    asked = []
+
+    def parameter(path, layer):
+        asked.append((path, layer))
+        return arrays[path] if layer is None else arrays[path][layer]
+
+    shapes = {path: a.shape for path, a in arrays.items()}
+    write_model(tmp_path, to_json(config), shapes, parameter, np.dtype(np.float32), shard_bytes=20_000)
+    layered = [path for path in arrays if path.startswith("layers/")]
+    assert [entry for entry in asked if entry[1] is not None] == [(path, n) for n in range(2) for path in layered]
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 5 and all(file.stat().st_size < 24_000 or len(load_file(file)) == 1 for file in files)
+    config = fill_mesh(read_config(tmp_path), 1)
+    found, _ = load_params(tmp_path, config, make_mesh(config, jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
+
+
+def test_a_directory_comes_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "a" / "model"
+    with pytest.raises(RuntimeError), new_directory(output) as partial:
+        (partial / "half").write_text("x")
+        raise RuntimeError
+    assert list(output.parent.iterdir()) == []
+    with new_directory(output) as partial:
+        (partial / "whole").write_text("x")
+        assert not output.exists()
+    assert [path.name for path in output.parent.rglob("*")] == ["model", "whole"]
+    with pytest.raises(UserError, match=r"--output=.*model exists already"), new_directory(output):
+        pass
+    with pytest.raises(UserError, match=r"--output=.* can't be written"), new_directory(output / "whole" / "x"):
+        pass
+
+
+def test_a_full_disk(tmp_path):
+    with disk(tmp_path / "disk", "100k") as folder:
+        (params, bias), _, config = random_model(tiny_config())
+        with pytest.raises(UserError, match="no space left on the disk"), new_directory(folder / "model") as partial:
+            write_arrays(partial, as_own(config), params, bias, "float32")
+        assert list(folder.iterdir()) == []

@@ -1,0 +1,132 @@
+"""From a run to a model and on to another run, by the command line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.formats.reading import read_config, read_step
+from tests.runs import (
+    STEPS,
+    contents,
+    finished_run,
+    kind_config,
+    kind_runs,
+    read_metrics,
+    run,
+    scratch,
+    shared,
+    tiny_config,
+    train_command,
+)
+
+MODULE = ["-m", "aoe_jax.export"]
+
+
+@shared
+def exported():
+    """The directories of exported models, `{kind: directory}`, and `converted`, the AoE made of the router's."""
+    runs = {"aoe": finished_run(), "router": kind_runs()["router"][0]}
+    found = {kind: scratch("exported") / kind for kind in runs}
+    for kind, workdir in runs.items():
+        status, _, stderr = run([*MODULE, f"--workdir={workdir}", f"--output={found[kind]}"])
+        assert status == 0, stderr
+    found["converted"] = scratch("exported") / "converted"
+    command = [
+        "-m",
+        "aoe_jax.convert",
+        f"--checkpoint={found['router']}",
+        f"--output={found['converted']}",
+        "--d_low=16",
+    ]
+    status, stdout, stderr = run(command)
+    assert status == 0, stderr
+    assert "layer 2 of 2: energy kept 0." in stderr and "energy kept: 0." in stdout
+    return found
+
+
+def test_files():
+    assert read_config(exported()["aoe"]) == tiny_config() and read_step(exported()["aoe"]) == STEPS
+    assert read_config(exported()["router"]) == kind_config("router")
+    names = {"aoe_jax.json", "config.json", "data.json", "generation_config.json", "model.safetensors"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
+    for kind, architecture in {"aoe": "aoe", "router": "mixtral", "converted": "aoe"}.items():
+        directory = exported()[kind]
+        assert contents(directory).keys() == names | ({"convert.json"} if kind == "converted" else set())
+        assert json.loads((directory / "config.json").read_text())["model_type"] == architecture
+        assert contents(directory)["tokenizer.json"] == contents(finished_run())["tokenizer.json"]
+
+
+def test_a_model_is_that_of_its_run():
+    model, of_run = load_model(exported()["aoe"]), load_model(finished_run())
+    assert (model.config, model.step, model.start) == (of_run.config, of_run.step, of_run.start)
+    for name in ("w_down", "w_o"):
+        a, b = (np.asarray(found.params["layers"]["experts"][name]) for found in (model, of_run))
+        np.testing.assert_array_equal(a, b)
+
+
+def test_converted_models_are_evaluated(tmp_path):
+    directory = shutil.copytree(exported()["converted"], tmp_path / "model")
+    status, _, stderr = run(["eval.py", f"--workdir={directory}", "--split=validation"])
+    assert status == 0, stderr
+    report = json.loads((directory / "eval.json").read_text())
+    of_run = read_metrics(kind_runs()["router"][0])[1][-1]["validation_nll"]
+    assert abs(report["nll"] - of_run) < 0.5 and "mean_norm" in report["load_statistics"]
+
+
+def test_training_starts_from_a_model(tmp_path):
+    """By its own configuration, which gives the shape and the tokenizer."""
+    command = ["train.py", f"--config=configs/finetune.py:{exported()['aoe']}", f"--workdir={tmp_path / 'run'}"]
+    data = tiny_config().data
+    overrides = {"data.name": data.name, "data.path": data.path, "data.cache": data.cache, "data.seq_len": 32}
+    overrides |= {"train.steps": 2, "train.warmup_steps": 1, "train.log_every": 1, "train.batch_size": 4}
+    status, _, stderr = run([*command, *(f"--config.{name}={value}" for name, value in overrides.items())])
+    assert status == 0, stderr
+    before, after = (read_metrics(folder)[1][-1]["validation_nll"] for folder in (finished_run(), tmp_path / "run"))
+    drawn = read_metrics(finished_run())[0][0]["nll"]
+    assert abs(after - before) < 0.1 < drawn - before
+
+
+MISTAKES = {
+    "step": (
+        [*MODULE, "--workdir={run}", "--output={here}/model", "--step=7"],
+        ["--step=7", "has checkpoints of steps"],
+    ),
+    "dtype": ([*MODULE, "--workdir={run}", "--output={here}/model", "--dtype=int8"], ["dtype", "float32|bfloat16"]),
+    "no run": ([*MODULE, "--workdir={here}", "--output={here}/model"], ["config.json can't be read"]),
+    "a model for a run": (
+        [*MODULE, "--workdir={aoe}", "--output={here}/model"],
+        ["is that of a model, not of a training"],
+    ),
+    "step of a model": (["eval.py", "--workdir={aoe}", "--step=7"], ["--step=7", f"a single model, of step {STEPS}"]),
+    "rank": (
+        ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model", "--d_low=99"],
+        ["--d_low=99", "below d_model=32"],
+    ),
+    "no rank": (["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"], ["--d_low is missing"]),
+    "run for a checkpoint": (
+        ["-m", "aoe_jax.convert", "--checkpoint={run}", "--output={here}/model", "--d_low=8"],
+        ["has no model_type", "aoe_jax.export"],
+    ),
+    "no model to go on from": (
+        ["train.py", "--config=configs/finetune.py:{here}/none", "--workdir={here}/run"],
+        ["none/config.json can't be read"],
+    ),
+    "model of another shape": (
+        train_command("{here}/run", train__init_from="{aoe}", experts__n_experts=8),
+        ["config.train.init_from=", "config.experts.n_experts is 4 there, 8 here"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(tmp_path, mistake):
+    command, words = MISTAKES[mistake]
+    places = {"run": finished_run(), "here": tmp_path, **exported()}
+    status, _, stderr = run([word.format(**places) for word in command])
+    assert status == 2 and "Traceback" not in stderr, stderr
+    for word in words:
+        assert word in stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""The first state of a run that starts from a model."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from aoe_jax.config import MeshConfig
+from aoe_jax.errors import UserError
+from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+from aoe_jax.training.starting import state_from_model
+from aoe_jax.training.step import init_state
+from tests.formats.test_tokenizer_files import byte_level, with_a_first_token
+from tests.formats.test_writing import written
+from tests.runs import tiny_config
+
+
+def first_state(directory, tokenizer, mesh=None, **changes):
+    config = dataclasses.replace(tiny_config(train__init_from=str(directory), **changes), mesh=mesh or MeshConfig())
+    n_devices = 8 if mesh else 1
+    config = fill_mesh(config, n_devices)
+    mesh = make_mesh(config, jax.devices()[:n_devices])
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
+        state = state_from_model(config, mesh, shardings, tokenizer)
+    assert jax.tree.map(lambda a: a.sharding, state) == shardings
+    return state
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    byte_level(tmp_path)
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, expert=2)])
+def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
+    changes = {"balance__bias_rate": 0.01, "train__batch_size": 8}
+    directory, params, bias, *_ = written(tmp_path, tiny_config(**changes), "bfloat16")
+    state = first_state(directory, tokenizer, mesh, **changes)
+    expected = jax.tree.map(lambda a: np.asarray(a.astype("bfloat16").astype("float32")), params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), expected)
+    np.testing.assert_array_equal(state.selection_bias, bias)
+    assert {a.dtype.name for a in jax.tree.leaves(state.params)} == {"float32"}
+    assert int(state.step) == 0 and all(not np.any(a) for a in jax.tree.leaves(state.opt_state))
+
+
+def test_a_selection_bias_starts_at_zero_where_there_is_none(tmp_path, tokenizer):
+    directory, *_ = written(tmp_path, tiny_config())
+    assert not np.any(first_state(directory, tokenizer, balance__bias_rate=0.01).selection_bias)
+
+
+def test_experts_may_be_chosen_in_another_way(tmp_path, tokenizer, caplog):
+    directory, *_ = written(tmp_path, tiny_config())
+    with caplog.at_level("WARNING"):
+        first_state(directory, tokenizer, experts__top_k=3)
+    assert "config.experts.top_k is 2 there, 3 here" in caplog.text
+
+
+def test_a_tokenizer_may_add_other_tokens_to_texts(tmp_path, tokenizer):
+    directory, *_ = written(tmp_path, tiny_config())
+    with_a_first_token(directory)
+    first_state(directory, tokenizer)
+
+
+def with_another_tokenizer(directory):
+    byte_level(directory)
+    file = directory / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["model"]["merges"].pop()
+    file.write_text(json.dumps(spec))
+
+
+MISTAKES = {
+    "shape": ({}, {"experts__d_ffn": 64}, None, "is another model: config.experts.d_wide is"),
+    "kind": ({}, {"experts__kind": "router"}, None, "config.experts.kind is 'aoe' there, 'router' here"),
+    "bias": ({"balance__bias_rate": 0.01}, {}, None, "selection bias of loss-free balancing; set balance.bias_rate"),
+    "tokenizer": ({}, {}, with_another_tokenizer, "another tokenizer than the corpora; set data.tokenizer="),
+    "files": ({}, {}, lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_refused_by_name(tmp_path, tokenizer, mistake):
+    of_model, of_run, change, words = MISTAKES[mistake]
+    directory, *_ = written(tmp_path, tiny_config(**of_model))
+    if change:
+        change(directory)
+    with pytest.raises(UserError) as error:
+        first_state(directory, tokenizer, **of_run)
+    assert str(error.value).startswith(f"config.train.init_from='{directory}': ") and words in str(error.value)
