@@ -42,6 +42,7 @@ class Tokenizer(Protocol):
         end_name: its name.
         token_count: smallest `vocab_size` of a model for this tokenizer, its largest token id plus one.
         sha256: of the file, which tells tokenizers apart.
+        prefix: ids of the special tokens that the file has before each text, such as `<s>`; often none.
     """
 
     file_name: ClassVar[str]
@@ -49,6 +50,7 @@ class Tokenizer(Protocol):
     end_name: str
     token_count: int
     sha256: str
+    prefix: list[int]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, integer arrays `[tokens]`, without any special token."""
@@ -84,6 +86,9 @@ class HuggingFaceTokenizer:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
         self.end_of_text = vocabulary[self.end_name]
         self.token_count = max(vocabulary.values()) + 1
+        example = tokenizer.encode("a")
+        is_prefix = itertools.takewhile(bool, example.special_tokens_mask)
+        self.prefix = example.ids[: sum(is_prefix)]
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -141,6 +146,7 @@ class SentencePieceTokenizer:
             raise UserError("has no end-of-sentence piece; give a model that has")
         self.end_name = self._processor.id_to_piece(self.end_of_text)
         self.token_count = self._processor.get_piece_size()
+        self.prefix = []
         self.sha256 = hashlib.sha256(model).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

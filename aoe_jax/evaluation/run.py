@@ -39,11 +39,16 @@ def evaluate_workdir(workdir: Path, split="test", step="newest"):
     Raises:
       UserError: unknown split, no run, no such checkpoint in `workdir` or one that can't be read.
     """
-    if split not in SPLITS:
-        raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
+    check_split(split)
     model = load_model(workdir, step)
     with jax.set_mesh(model.mesh):
         return _evaluate(model, workdir, split)
+
+
+def check_split(split):
+    """Raises `UserError` unless it is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise UserError(f"--split={split}: choose one of {', '.join(SPLITS)}")
 
 
 def _evaluate(model, workdir, split):
@@ -59,31 +64,42 @@ def _evaluate(model, workdir, split):
         config.train.batch_size // config.train.accumulate,
         partial(put_batch, batch_sharding(model.mesh)),
     )
-    statistics = None if config.experts.kind == "dense" else load_statistics(result.stats, config.experts.kind)
     report = {
         "split": split,
         "step": step,
-        **_figures(result),
-        "load_statistics": statistics,
+        **report_figures(result, config),
         "sources": {name: _figures(source) for name, source in result.sources.items()},
     }
     if jax.process_index() > 0:
         return report
     write_json(workdir / "eval.json", report)
-    print(f"{split}: {result.tokens} tokens, step {step}\n{_in_words(result)}")
+    print(f"{split}: {result.tokens} tokens, step {step}\n{figures_in_words(result)}")
     for name, source in result.sources.items():
-        print(f"{name}: {source.tokens} tokens   {_in_words(source)}")
+        print(f"{name}: {source.tokens} tokens   {figures_in_words(source)}")
+    show_load(report["load_statistics"], f"{config.experts.kind}, {split}, step {step}", workdir / "load.png")
+    log.info("wrote %s", workdir / "eval.json")
+    return report
+
+
+def report_figures(result, config):
+    """Of an `Evaluation`: `tokens`, `nll`, `perplexity`, `bits_per_byte`, `load_statistics` (None for a dense model)."""
+    dense = config.experts.kind == "dense"
+    statistics = None if dense else load_statistics(result.stats, config.experts.kind)
+    return {**_figures(result), "load_statistics": statistics}
+
+
+def show_load(statistics, title, picture: Path):
+    """Prints the table of load statistics and draws their heatmap; nothing where they are None."""
     if statistics:
         print(load_table(statistics))
-        figure = draw_load_heatmap(statistics, f"{config.experts.kind}, {split}, step {step}")
-        figure.savefig(workdir / "load.png", dpi=150)
-        log.info("wrote %s and %s", workdir / "eval.json", workdir / "load.png")
-    return report
+        draw_load_heatmap(statistics, title).savefig(picture, dpi=150)
+        log.info("wrote %s", picture)
 
 
 def _figures(result):
     return {name: getattr(result, name) for name in ("tokens", "nll", "perplexity", "bits_per_byte")}
 
 
-def _in_words(result):
+def figures_in_words(result):
+    """An `Evaluation` in a line."""
     return f"nll {result.nll:.4f}   perplexity {result.perplexity:.2f}   bits per byte {result.bits_per_byte:.4f}"

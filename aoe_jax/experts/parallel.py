@@ -260,15 +260,37 @@ def sum_over_tokens(function, hidden, table, bias, targets, weights):
     """
 
     def local(devices, hidden, table, bias, targets, weights):
-        hidden, table = hidden.reshape(-1, hidden.shape[-1]), devices.gather_weight("embedding", table)
-        if bias is not None:
-            hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[:, :1])], axis=1)
-            table = jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
-        return devices.total(function(hidden, table, targets.reshape(-1), weights.reshape(-1)))
+        return devices.total(
+            function(*_projection(devices, hidden, table, bias), targets.reshape(-1), weights.reshape(-1))
+        )
 
     table_spec = weight_specs({"embedding": table})["embedding"]
     in_specs = (token_spec(2, None), table_spec, PartitionSpec(), token_spec(2), token_spec(2))
     return over_mesh(local, in_specs, PartitionSpec())(hidden, table, bias, targets, weights)
+
+
+def on_each_token(function, hidden, table, bias, *values):
+    """`function(hidden [N, d], table [V, d], *values [N]) -> arrays [N]`, on the tokens of each device.
+
+    `hidden [B, S, d]`, `values` `[B, S]`; `bias` as in `sum_over_tokens`. The arrays come as `[B, S]`, in a tuple.
+    """
+
+    def local(devices, hidden, table, bias, *values):
+        arrays = function(*_projection(devices, hidden, table, bias), *(a.reshape(-1) for a in values))
+        return tuple(a.reshape(hidden.shape[:2]) for a in arrays)
+
+    table_spec = weight_specs({"embedding": table})["embedding"]
+    in_specs = (token_spec(2, None), table_spec, PartitionSpec(), *(token_spec(2) for _ in values))
+    return over_mesh(local, in_specs, token_spec(2))(hidden, table, bias, *values)
+
+
+def _projection(devices, hidden, table, bias):
+    """`(hidden [N, d], table [V, d])` of a device, or `d + 1` with a bias."""
+    hidden, table = hidden.reshape(-1, hidden.shape[-1]), devices.gather_weight("embedding", table)
+    if bias is None:
+        return hidden, table
+    hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[:, :1])], axis=1)
+    return hidden, jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
 
 
 def embed(table, tokens, dtype):

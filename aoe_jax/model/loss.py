@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_TOKENS = 1024
+SCORED_CHUNK_TOKENS = 256  # of a sequence that is scored often only a few tokens are wanted
 
 
-def _chunks(hidden, targets, weights):
-    """Cuts the token axis into chunks of `CHUNK_TOKENS`, the last one filled up with tokens of weight 0."""
-    n_tokens = hidden.shape[0]
-    size = min(n_tokens, CHUNK_TOKENS)
+def _chunks(*arrays, size=CHUNK_TOKENS):
+    """Cuts the token axis of `arrays [N, ...]` into chunks of `size`, the last one filled up with zeros, so weight 0."""
+    n_tokens = arrays[0].shape[0]
+    size = min(n_tokens, size)
 
     def cut(a):
         padded = jnp.pad(a, ((0, -n_tokens % size), *((0, 0) for _ in a.shape[1:])))
         return padded.reshape(-1, size, *a.shape[1:])
 
-    return jax.tree.map(cut, (hidden, targets, weights))
+    return jax.tree.map(cut, arrays)
 
 
 def _logits(hidden, table):
@@ -78,3 +79,37 @@ def _backward(residuals, g):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def target_log_probs(hidden, table, targets, wanted):
+    """The log-probability of each wanted target, and whether none is more probable; logits of wanted tokens alone.
+
+    Args:
+      hidden: `[N, d]`.
+      table: `[V, d]`; cast to the dtype of `hidden` for the product.
+      targets: `[N]` int32.
+      wanted: `[N]` bool.
+
+    Returns:
+      `(log_prob, is_best)`: `[N]` float32, and bool, true for the first of several that are equally probable; 0 and true
+      where it isn't wanted.
+    """
+    cast = table.astype(hidden.dtype)
+    order = jnp.argsort(~wanted)  # those that are wanted first, so that there are chunks without any
+
+    def score(token, target):
+        logits = _logits(hidden[token], cast)
+        log_prob = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+        return log_prob.astype(jnp.float32), logits.argmax(axis=1) == target
+
+    def skip(token, target):
+        return jnp.zeros(token.shape, jnp.float32), jnp.ones(token.shape, bool)
+
+    def chunk_scores(_, chunk):
+        token, target, is_wanted = chunk
+        return None, jax.lax.cond(is_wanted.any(), score, skip, token, target)
+
+    chunks = _chunks(order, targets[order], wanted[order], size=SCORED_CHUNK_TOKENS)
+    scores = [a.reshape(-1)[: wanted.shape[0]] for a in jax.lax.scan(chunk_scores, None, chunks)[1]]
+    log_prob, is_best = (jnp.zeros_like(a).at[order].set(a, unique_indices=True) for a in scores)
+    return jnp.where(wanted, log_prob, 0), is_best | ~wanted

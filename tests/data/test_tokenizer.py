@@ -218,3 +218,17 @@ def test_mistakes(tmp_path):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(UserError, match=r"--tokenizer='.*bad': is no tokenizer \(.*\); give the path of a Hugging"):
             load_tokenizer(tmp_path / "bad", setting="--tokenizer")
+
+
+def test_special_tokens_before_each_text(tmp_path):
+    """They are known, and no part of a text."""
+    template = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    processor = {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens}
+    plain = train_tokenizer(TEXTS, 262)
+    plain.save(tmp_path)
+    assert plain.prefix == []
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": processor}))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.prefix == [0] and encode(tokenizer, "the cat") == encode(plain, "the cat")

@@ -1,0 +1,79 @@
+"""Scoring of choices: a context read once for all its continuations against once for each.
+
+`python -m benchmarks.scoring [--repeats=3] [--json=FILE]`: the default model, of random weights, scores random tokens in the
+shape of two kinds of task: contexts of 60 to 120 tokens with four continuations of 15 to 35 (HellaSwag), and contexts of 180
+to 240 with three of one token (MNLI with three shots). Without sharing each call gets one continuation of every context.
+"""
+
+import jax
+import numpy as np
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config import Config
+from aoe_jax.evaluation.models import Model
+from aoe_jax.evaluation.scoring import Scorer
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.sharding import fill_mesh, make_mesh
+from aoe_jax.training.step import init_state
+from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+
+# name: (contexts, tokens of a context, continuations, tokens of a continuation); numbers of tokens from, to.
+SHAPES = {
+    "4 continuations of 15 to 35 tokens after 60 to 120": (128, (60, 121), 4, (15, 36)),
+    "3 continuations of 1 token after 180 to 240": (128, (180, 241), 3, (1, 2)),
+}
+
+_REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def random_model(config: Config):
+    """A model of random weights on the devices here; it has no tokenizer."""
+    config = fill_mesh(config, jax.device_count())
+    mesh = make_mesh(config, jax.devices())
+    with jax.set_mesh(mesh):
+        params = jax.jit(lambda: init_state(config, 0).params)()
+    return Model(config, Decoder.from_config(config), mesh, params, None, None, 0, None)
+
+
+def random_choices(shape, vocab_size):
+    """`[[(context, continuation), ...]]`, the continuations of each context."""
+    n_contexts, context_lengths, n, lengths = shape
+    rng = np.random.default_rng(0)
+
+    def draw(lengths):
+        return rng.integers(0, vocab_size, rng.integers(*lengths)).tolist()
+
+    contexts = [draw(context_lengths) for _ in range(n_contexts)]
+    return [[(context, draw(lengths)) for _ in range(n)] for context in contexts]
+
+
+def main():
+    """Times both ways for each shape."""
+    keep_freed_memory()
+    model, figures = random_model(configuration("aoe")), []
+    scorer = Scorer(model)
+    print(machine())
+    for name, shape in SHAPES.items():
+        choices = random_choices(shape, model.config.model.vocab_size)
+        together = [request for group in choices for request in group]
+        apart = list(zip(*choices, strict=True))
+        seconds = medians(
+            {
+                "together": lambda: scorer(together, progress=False),
+                "apart": lambda: [scorer(requests, progress=False) for requests in apart],
+            },
+            _REPEATS.value,
+        )
+        ratio = seconds["apart"] / seconds["together"]
+        figures.append({"shape": name, "seconds": seconds, "ratio": ratio})
+        print(
+            f"{name}: {seconds['apart']:.2f} s apart, {seconds['together']:.2f} s together, ratio {ratio:.2f}",
+            flush=True,
+        )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,68 @@
+"""Models for the tests of evaluation, as `load_model` gives them, without a run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aoe_jax.config import Config, MeshConfig, default_config
+from aoe_jax.data.tokenizer import train_tokenizer
+from aoe_jax.evaluation.models import Model
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+
+SETTINGS = {
+    "model.n_layers": 2,
+    "model.n_heads": 2,
+    "model.d_model": 32,
+    "model.vocab_size": 300,
+    "model.max_len": 64,
+    "model.dtype": "float32",
+    "experts.n_experts": 4,
+    "experts.top_k": 2,
+    "experts.d_ffn": 32,
+    "experts.d_low": 8,
+    "data.seq_len": 32,
+    "balance.aux_weight": 0.0,
+    "train.batch_size": 8,
+}
+WORDS = ["the state of the union", "a cat sat on a mat", "peace and war, law and order: yes or no?"]
+
+
+def make_config(**changes):
+    """A tiny configuration, `group__field=value`."""
+    config = default_config()
+    config.update_from_flattened_dict(SETTINGS | {name.replace("__", "."): value for name, value in changes.items()})
+    return Config.from_config_dict(config)
+
+
+def make_model(config, change=lambda params: params):
+    """A model of random weights, or of what `change` makes of them, over as many devices as its mesh asks for."""
+    size = np.prod([max(getattr(config.mesh, axis), 1) for axis in ("data", "fsdp", "expert", "tensor")])
+    config = fill_mesh(config, size)
+    mesh = make_mesh(config, jax.devices()[:size])
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    init = jax.jit(Decoder.from_config(config).init)
+    params = change(init(jax.random.key(0), tokens)["params"])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, state_shardings(mesh, params))
+    tokenizer = train_tokenizer(WORDS, 280)
+    return Model(config, Decoder.from_config(config), mesh, params, None, tokenizer, tokenizer.end_of_text, 7)
+
+
+def plain_scores(model, context, continuation):
+    """By the definition: one pass over one text, unpadded and whole, in float64; `(log-likelihood, greedy)`."""
+    row = [*context, *continuation][-model.config.model.max_len - 1 :]
+    config = dataclasses.replace(model.config, mesh=MeshConfig())
+    logits = np.asarray(_logits(config)(jax.device_get(model.params), np.array([row[:-1]]))[0], np.float64)
+    logits = logits[len(logits) - len(continuation) :]
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    chosen = log_probs[np.arange(len(continuation)), list(continuation)]
+    return chosen.sum(), bool((log_probs.argmax(axis=1) == list(continuation)).all())
+
+
+@functools.cache
+def _logits(config):
+    return jax.jit(lambda params, inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0])

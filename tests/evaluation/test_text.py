@@ -1,0 +1,74 @@
+"""The load of experts on any text."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation import text as text_module
+from aoe_jax.evaluation.text import TextTokens, load_on_texts, show_load_on
+from aoe_jax.model.decoder import Decoder
+from tests.evaluation.models import WORDS, make_config, make_model, plain_scores
+
+
+def load_of(model, inputs):
+    apply = Decoder.from_config(model.config).apply
+    return np.asarray(jax.jit(lambda: apply({"params": model.params}, inputs, method="features")[1].load)())
+
+
+def test_texts_are_seen_each_by_itself(tmp_path, capsys):
+    """Nll and loads are those of passes over single texts."""
+    model = make_model(make_config(data__seq_len=64))
+    report = load_on_texts(model, WORDS, "words", tmp_path)
+    assert json.loads((tmp_path / "text.json").read_text()) == report
+    assert (tmp_path / "text.png").stat().st_size > 1000
+    nll, loads, count = 0.0, 0.0, 0
+    for tokens in model.tokenizer.encode(WORDS):
+        tokens = [*tokens.tolist(), model.tokenizer.end_of_text]
+        nll -= plain_scores(model, [model.start], tokens)[0]
+        load = load_of(model, jnp.array([[model.start, *tokens[:-1]]]))
+        loads, count = loads + load * len(tokens), count + len(tokens)
+    assert (report["texts"], report["tokens"]) == (3, count)
+    assert report["nll"] == pytest.approx(nll / count, abs=1e-5)
+    assert report["bits_per_byte"] == pytest.approx(nll / np.log(2) / sum(map(len, WORDS)), rel=1e-5)
+    np.testing.assert_allclose(report["load_statistics"]["load"], loads / count, atol=1e-6)
+    printed = capsys.readouterr().out
+    assert f"words: 3 texts, {count} tokens, step 7" in printed and "Ent_load" in printed
+
+
+def test_dense_models_have_no_load(tmp_path):
+    model = make_model(make_config(experts__kind="dense"))
+    assert load_on_texts(model, WORDS, "words", tmp_path)["load_statistics"] is None
+    assert [file.name for file in tmp_path.iterdir()] == ["text.json"]
+
+
+def test_a_file_and_a_task(tmp_path, monkeypatch):
+    model = make_model(make_config(experts__kind="dense"))
+    monkeypatch.setattr("aoe_jax.evaluation.models.load_model", lambda directory, step: model)
+    (tmp_path / "a.txt").write_text("a cat\n\nsat")
+    assert show_load_on(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
+    report = show_load_on(tmp_path, "task:speeches_cloze", limit=3, split="validation")
+    assert (report["texts"], report["text"]) == (3, "task:speeches_cloze")
+
+
+def test_a_text_is_a_stream_of_tokens():
+    tokenizer = make_model(make_config(experts__kind="dense")).tokenizer
+    stream = TextTokens(["é", "a cat"], tokenizer)
+    tokens = stream.read(0, len(stream)).tolist()
+    assert [i for i, token in enumerate(tokens) if token == tokenizer.end_of_text][::2] == [0, len(tokens) - 1]
+    assert tokenizer.decode(tokens) == "éa cat" and stream.text_bytes == 7
+    assert jax.numpy.asarray(stream.read(1, 3)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "can't be read"), (b"\xff", "isn't UTF-8 at byte 0"), (b" \n", "is empty")]
+)
+def test_bad_files(tmp_path, content, message):
+    file = tmp_path / "a.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"--text={file}: {message}"):
+        text_module.read_text(file)
