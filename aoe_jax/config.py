@@ -583,8 +583,10 @@ class Config:
         )
 
     def to_dict(self):
-        """Nested plain dict, JSON-ready."""
-        return dataclasses.asdict(self)
+        """Nested plain dict, as JSON gives it back."""
+        groups = dataclasses.asdict(self)
+        groups["model"]["rope_factors"] = list(self.model.rope_factors)
+        return groups
 
 
 def _refuse_unknown(given, known, prefix):

@@ -5,15 +5,16 @@ import dataclasses
 import functools
 
 import jax
-import lm_eval.models.huggingface
 import numpy as np
 import pytest
-import torch
-import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.harness import HarnessModel
+from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.tokenizer_files import write_tokenizer
+from aoe_jax.formats.writing import write_arrays
 from tests.evaluation.models import make_config, make_model, plain_scores
 from tests.evaluation.public_tasks import known_model
 
@@ -51,56 +52,16 @@ def adapter():
 
 @functools.cache
 def hf_backend(folder):
-    """The same model as Mixtral, weights copied one by one."""
-    model, config = router_model(), router_model().config
+    """The same model, exported as Mixtral, as lm-eval loads it for users of `transformers`."""
+    model = router_model()
     model.tokenizer.save(folder)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    m, c = config.model, config.experts
-    mixtral = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=m.vocab_size,
-            hidden_size=m.d_model,
-            intermediate_size=c.d_ffn,
-            num_hidden_layers=m.n_layers,
-            num_attention_heads=m.n_heads,
-            num_key_value_heads=m.n_heads,
-            num_local_experts=c.n_experts,
-            num_experts_per_tok=c.top_k,
-            max_position_embeddings=m.max_len,
-            rms_norm_eps=m.norm_eps,
-            rope_theta=m.rope_base,
-            tie_word_embeddings=True,
-        )
-    )
-    params = jax.device_get(model.params)
-    layers = params["layers"]
-    weights = {
-        "model.embed_tokens.weight": params["embed"]["embedding"],
-        "model.norm.weight": params["final_norm"]["scale"],
-    }
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    for i in range(m.n_layers):
-        attention, experts, name = layers["attention"], layers["experts"], f"model.layers.{i}."
-        for letter in "qkv":
-            weights[f"{name}self_attn.{letter}_proj.weight"] = attention[letter][i].reshape(m.d_model, -1).T
-        gate_up = np.concatenate([experts["w_g"][i], experts["w_p"][i]], axis=-1)
-        weights |= {
-            f"{name}self_attn.o_proj.weight": attention["o"][i].reshape(-1, m.d_model).T,
-            f"{name}input_layernorm.weight": layers["attention_norm"]["scale"][i],
-            f"{name}post_attention_layernorm.weight": layers["experts_norm"]["scale"][i],
-            f"{name}mlp.gate.weight": experts["w_router"][i].T,
-            f"{name}mlp.experts.gate_up_proj": gate_up.swapaxes(1, 2),
-            f"{name}mlp.experts.down_proj": experts["w_o"][i].swapaxes(1, 2),
-        }
-    mixtral.load_state_dict({name: torch.tensor(np.ascontiguousarray(a)) for name, a in weights.items()})
-    return lm_eval.models.huggingface.HFLM(
-        mixtral, tokenizer=tokenizer, backend="causal", device="cpu", batch_size=4, max_length=m.max_len
-    )
+    values = to_json(model.config) | write_tokenizer(folder, folder / "model", model.config.model.max_len)
+    write_arrays(folder / "model", values, model.params, None, "float32")
+    return HFLM(str(folder / "model"), backend="causal", device="cpu", dtype="float32", batch_size=4)
 
 
 def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path):
+    (tmp_path / "model").mkdir()
     requests = instances("loglikelihood", *PAIRS)
     ours, theirs = (lm.loglikelihood(requests) for lm in (adapter(), hf_backend(tmp_path)))
     np.testing.assert_allclose([score for score, _ in ours], [score for score, _ in theirs], atol=1e-3)
