@@ -78,10 +78,15 @@ def by_full_passes(kind, n_tokens):
     return [row[: row.index(END)] if END in row else row for row in continuations]
 
 
-ON_MESHES = [("aoe", "data and fsdp"), ("aoe", "expert and tensor"), ("router, grouped queries", "data and fsdp")]
+CASES = [
+    pytest.param("aoe", "alone", marks=pytest.mark.smoke),
+    *((kind, "alone") for kind in KINDS if kind != "aoe"),
+    ("aoe", "expert and tensor"),
+    ("router, grouped queries", "data and fsdp"),
+]
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [*((kind, "alone") for kind in KINDS), *ON_MESHES])
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
 def test_a_batch_is_decoded_as_by_full_passes(kind, mesh):
     got = Generator(model(kind, MESHES[mesh])).generate(prompts(), 20, sampling=GREEDY, chunk=7)
     assert got == by_full_passes(kind, 20)

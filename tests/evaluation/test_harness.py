@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.harness import HarnessModel
@@ -53,6 +52,8 @@ def adapter():
 @functools.cache
 def hf_backend(folder):
     """The same model, exported as Mixtral, as lm-eval loads it for users of `transformers`."""
+    from lm_eval.models.huggingface import HFLM  # needs torch, which is not there wherever tests are collected
+
     model = router_model()
     model.tokenizer.save(folder)
     values = to_json(model.config) | write_tokenizer(folder, folder / "model", model.config.model.max_len)
@@ -97,6 +98,7 @@ def test_rolling_covers_each_token_once():
     assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", ("",))) == [0]
 
 
+@pytest.mark.smoke
 def test_log_likelihoods_by_hand():
     """Of the model whose next byte depends on the last."""
     model, logits = known_model()

@@ -59,6 +59,7 @@ def by_loops(node, norm, equal_weights):
     return np.stack(outputs), np.average(shares, weights=np.asarray(WEIGHTS).reshape(-1))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("node", NODES)
 def test_choice_by_norm(node, norm):

@@ -69,6 +69,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("variant", WRITTEN)
 def test_there_and_back(tmp_path, variant):
     directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**WRITTEN[variant]))

@@ -1,0 +1,49 @@
+"""The table of probes of a real run: its own figures are those of `eval.py`, and it is written and printed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation import probing
+from aoe_jax.evaluation.run import evaluate_workdir
+from tests.runs import finished_run, kind_runs
+
+
+@pytest.fixture
+def few_probes(monkeypatch):
+    """The router, chance, and one norm: each probe is a program of its own to compile."""
+    monkeypatch.setattr(probing, "PROBES", probing.PROBES[:3])
+
+
+def test_the_table_of_a_run(tmp_path, few_probes, capsys):
+    workdir = kind_runs()["router"][0]
+    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9)
+    whole = evaluate_workdir(workdir, "validation")
+    router, chance, norm = report["probes"]
+    assert report == json.loads((tmp_path / "probe.json").read_text())
+    np.testing.assert_allclose(router["nll"]["softmax"], whole["nll"], rtol=1e-5)
+    assert (report["tokens"], report["step"]) == (whole["tokens"], whole["step"])
+    assert (router["agreement"], router["time"], norm["node"], norm["norm"]) == (1.0, 1.0, "x Wg", "L1")
+    assert all(0.3 < probe["agreement"] < 0.9 and probe["time"] > 0 for probe in (chance, norm))
+    assert chance["nll"].keys() == {"equal"} and norm["nll"].keys() == {"softmax", "equal"}
+    nll = [value for probe in report["probes"] for value in probe["nll"].values()]
+    assert len({round(value, 6) for value in nll}) == len(nll) == 5
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["L1", "x", "Wg", "softmax", f"{norm['nll']['softmax']:.4f}"] in [row[:5] for row in rows]
+
+
+def test_a_text_and_a_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(probing, "PROBES", probing.PROBES[:1])
+    (tmp_path / "text.txt").write_text("the state of the union " * 50)
+    tasks = {"names": ["speeches_choice"], "fewshot": 0, "limit": 4, "data": None}
+    report = probing.probe_checkpoint(kind_runs()["router"][0], tmp_path, text=str(tmp_path / "text.txt"), tasks=tasks)
+    assert 50 < report["tokens"] < 400
+    found = report["probes"][0]["tasks"]
+    assert found["softmax"]["speeches_choice"]["examples"] == found["equal"]["speeches_choice"]["examples"] == 4
+
+
+def test_what_has_no_router(tmp_path):
+    with pytest.raises(UserError, match=r"experts\.kind='aoe': a probe drops a router"):
+        probing.probe_checkpoint(finished_run(), tmp_path)

@@ -1,0 +1,52 @@
+"""The command `python -m aoe_jax.generate`."""
+
+import itertools
+
+import pytest
+
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.generate import continuations
+from tests.runs import finished_run, kind_runs, run
+
+
+def generate(workdir, *arguments):
+    return run(["-m", "aoe_jax.generate", f"--workdir={workdir}", *arguments])
+
+
+def test_texts_are_continued():
+    arguments = ["--prompt=the state of", "--prompt=war and peace", "--max_tokens=12", "--seed=3"]
+    status, stdout, stderr = generate(finished_run(), *arguments)
+    assert status == 0, stderr
+    first, second = stdout.removesuffix("\n").split("\n\n")
+    assert first.startswith("the state of") and second.startswith("war and peace")
+    assert len(first) > len("the state of") and len(second) > len("war and peace")
+    assert generate(finished_run(), *arguments)[1] == stdout
+
+
+def test_what_has_come_stays():
+    """Chunk by chunk a text only grows, to what comes in one piece."""
+    model = load_model(finished_run())
+    parts = list(continuations(model, ["the state of", ""], 20, chunk=3))
+    assert all(text.startswith(before) for a, b in itertools.pairwise(parts) for before, text in zip(a, b, strict=True))
+    assert parts[-1] == list(continuations(model, ["the state of", ""], 20, chunk=20))[-1]
+
+
+MISTAKES = {
+    "too long": ([f"--prompt={'war ' * 60}"], ["prompt 0 has", "model.max_len=64"]),
+    "no tokens": (["--max_tokens=0"], ["--max_tokens=0: must be 1"]),
+    "cold and picky": (["--temperature=0", "--top_k=5"], ["--temperature=0", "leave --top_k"]),
+    "nowhere": (["--workdir=/nowhere"], ["/nowhere"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake):
+    arguments, words = MISTAKES[mistake]
+    status, _, stderr = generate(finished_run(), *arguments)
+    assert status == 2 and "Traceback" not in stderr, stderr
+    assert all(word in stderr.splitlines()[-1] for word in words), stderr
+
+
+def test_expert_choice_is_refused():
+    status, _, stderr = generate(kind_runs()["expert_choice"][0])
+    assert status == 2 and "expert_choice': can't go token by token" in stderr
