@@ -37,11 +37,11 @@ def test_the_table_of_a_run(tmp_path, few_probes, capsys):
 def test_a_text_and_a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "PROBES", probing.PROBES[:1])
     (tmp_path / "text.txt").write_text("the state of the union " * 50)
-    tasks = {"names": ["speeches_choice"], "fewshot": 0, "limit": 4, "data": None}
+    tasks = {"names": ["speeches_cloze"], "fewshot": 0, "limit": 4, "data": None}
     report = probing.probe_checkpoint(kind_runs()["router"][0], tmp_path, text=str(tmp_path / "text.txt"), tasks=tasks)
     assert 50 < report["tokens"] < 400
     found = report["probes"][0]["tasks"]
-    assert found["softmax"]["speeches_choice"]["examples"] == found["equal"]["speeches_choice"]["examples"] == 4
+    assert found["softmax"]["speeches_cloze"]["examples"] == found["equal"]["speeches_cloze"]["examples"] == 4
 
 
 def test_what_has_no_router(tmp_path):
