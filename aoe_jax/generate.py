@@ -57,10 +57,10 @@ def main():
     prompts = _PROMPT.value
     model = load_model(workdir, _STEP.value)
     shown = 0
-    print(prompts[0], end="", flush=True)
     for texts in continuations(model, prompts, _MAX_TOKENS.value, sampling=sampling, seed=_SEED.value, chunk=8):
-        print(texts[0][shown:], end="", flush=True)
-        shown = max(shown, len(texts[0]))
+        first = prompts[0] + texts[0]  # the prompt only now: what is logged in between would stand in its line
+        print(first[shown:], end="", flush=True)
+        shown = max(shown, len(first))
     print()
     for prompt, text in zip(prompts[1:], texts[1:], strict=True):
         print(f"\n{prompt}{text}")

@@ -3,6 +3,7 @@
 B sequences, V vocabulary, N tokens of a chunk.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model
-from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill, unstacked
+from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import RULES, replicated
 
 LENGTH_MULTIPLE = 64  # of prompts and caches, so that few shapes are compiled
@@ -30,7 +31,7 @@ class Sampling:
     top_p: float | None = None  # of the fewest likeliest tokens whose probability reaches it (arXiv 1904.09751)
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature={self.temperature}: must be 0 (the likeliest token) or greater")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top_k={self.top_k}: must be 1 or greater")
@@ -45,26 +46,25 @@ def draw(logits, keys, sampling: Sampling):
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    rank = jnp.argsort(order, axis=-1)  # so that of equal ones the first go before
     if sampling.top_k is not None:
-        smallest = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p is not None:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(ordered)
-        is_kept = jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
-        smallest = jnp.where(is_kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        logits = jnp.where(rank < sampling.top_k, logits, -jnp.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+        n_kept = jnp.sum(jnp.cumsum(probability, axis=-1) - probability < sampling.top_p, axis=-1, keepdims=True)
+        logits = jnp.where(rank < n_kept, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 class Generator:
-    """Continues texts. Holds a copy of the model's parameters, in the dtype of computation and layer by layer."""
+    """Continues texts."""
 
     def __init__(self, model: Model):
         """Take a model of a token-choice selection; raise `UserError` for any other."""
         check_decodes(model.decoder)
         self._model = model
-        self._params = unstacked(model.decoder, model.params, model.mesh)
+        self._params = model.by_layer
         self._prefill = jax.jit(partial(prefill, model.decoder), static_argnames="places")
         self._decode = jax.jit(
             partial(_decode, model.decoder, model.tokenizer.end_of_text),
@@ -111,7 +111,7 @@ class Generator:
         Raises:
           UserError: a prompt is empty, or it and its tokens are longer than the model's length.
         """
-        limits = np.broadcast_to(np.asarray(max_tokens, np.int32), len(prompts)).copy()
+        limits = np.broadcast_to(np.asarray(max_tokens), len(prompts)).copy()
         self._check(prompts, limits)
         if not len(prompts):
             return

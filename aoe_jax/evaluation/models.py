@@ -1,6 +1,7 @@
 """A trained model, ready for use."""
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.model.decoding import unstacked
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings, with_shardings
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
@@ -33,6 +35,12 @@ class Model:
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
     step: int | None  # of its training
+
+    @functools.cached_property
+    def by_layer(self):
+        """A copy of the parameters for reading on after a cache, `decoding.unstacked`; made when it is first wanted."""
+        with jax.set_mesh(self.mesh):
+            return unstacked(self.decoder, self.params, self.mesh)
 
 
 def load_model(directory: Path, step="newest"):

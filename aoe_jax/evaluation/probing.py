@@ -12,35 +12,38 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from aoe_jax.evaluation.text import TextTokens, read_text
 from tqdm import tqdm
 
-from aoe_jax.config import Config
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import load_model
+from aoe_jax.evaluation.models import Model, load_model
 from aoe_jax.evaluation.perplexity import make_eval_step
 from aoe_jax.evaluation.run import check_split
+from aoe_jax.evaluation.text import TextTokens, read_text
 from aoe_jax.experts.probe import NODES, NORMS, ProbeLayer, by_chance, by_norm, by_router
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder, DecoderLayer
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
-from aoe_jax.training.workdir import check_data
+from aoe_jax.training.workdir import check_data, make_workdir
 
 log = logging.getLogger(__name__)
 
 
-def check_probes(config: Config):
+def check_probes(model: Model):
     """Checks that a model has a router to be dropped.
 
     Raises:
       UserError: it hasn't, or its experts lie otherwise than is implemented.
     """
-    e = config.experts
+    config, e = model.config, model.config.experts
     if (e.kind, e.selection, e.factorised_gate, e.large_router) != ("router", "top_k", False, False):
         raise UserError(
             f"config.experts.kind={e.kind!r}: a probe drops a router; it takes a model with a plain one and selection top_k"
+        )
+    if model.selection_bias is not None:
+        raise UserError(
+            "config.balance.bias_rate: experts are chosen by a selection bias too; probe a model without one"
         )
     if config.mesh.tensor > 1:
         raise UserError(
@@ -81,6 +84,7 @@ PROBES = (
 )
 # How the chosen are weighed: by the softmax of their scores (of the router: as the model does), or all alike.
 WEIGHTS = ("softmax", "equal")
+TIMED = 5  # passes of each probe
 
 
 def probe_checkpoint(
@@ -105,19 +109,22 @@ def probe_checkpoint(
     Raises:
       UserError: the model has no router to be dropped; or as `models.load_model`, `text.read_text`, `tasks.load_tasks`.
     """
-    loaded = _loaded_tasks(tasks, split)
     check_split(split)
+    make_workdir(output)
+    loaded = _loaded_tasks(tasks, split)
     model = load_model(checkpoint, step)
-    check_probes(model.config)
+    check_probes(model)
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)
         probes = [_run(model, probe, batches, loaded, tasks) for probe in tqdm(PROBES, unit="probe")]
-    for entry in probes:
-        entry["time"] = entry["seconds_per_token"] / probes[0]["seconds_per_token"]
+        seconds = _in_turn([entry.pop("step") for entry in probes])
+    for entry, its_seconds in zip(probes, seconds, strict=True):
+        entry["seconds_per_token"] = its_seconds / batches[0]["weights"].size
+        entry["time"] = its_seconds / seconds[0]
     report = {"step": model.step, "tokens": int(sum(batch["weights"].sum() for batch in batches)), "probes": probes}
     if jax.process_index() == 0:
-        write_json(output / "probe.json", report)
         print(probe_table(report))
+        write_json(output / "probe.json", report)
         log.info("wrote %s", output / "probe.json")
     return report
 
@@ -150,9 +157,9 @@ def _run(model, probe, batches, loaded_tasks, tasks):
             continue  # its scores mean nothing
         is_itself = probe.choose is by_router and weights != "equal"
         decoder = model.decoder if is_itself else probed(model.decoder, probe.choose, weights == "equal")
-        entry["nll"][weights], stats, seconds = _score(model, decoder, batches)
+        entry["nll"][weights], stats, step = _score(model, decoder, batches)
         if weights == WEIGHTS[0] or probe.choose is by_chance:
-            entry |= {"agreement": 1.0 if is_itself else float(stats[1].mean()), "seconds_per_token": seconds}
+            entry |= {"agreement": 1.0 if is_itself else float(stats[1].mean()), "step": step}
         if loaded_tasks:
             from aoe_jax.evaluation.harness import HarnessModel
             from aoe_jax.evaluation.tasks import score_tasks
@@ -163,17 +170,24 @@ def _run(model, probe, batches, loaded_tasks, tasks):
 
 
 def _score(model, decoder, batches):
-    """`(nll, mean statistics, seconds per token)`: the median batch, the first one apart, which is compiled for."""
+    """`(nll, mean statistics, nullary function that passes the first batch)`."""
     eval_step = jax.jit(make_eval_step(decoder, model.config.data.document_mask), out_shardings=replicated(model.mesh))
     put = partial(put_batch, batch_sharding(model.mesh))
-    found, seconds = [], []
-    for batch in [batches[0], *batches]:
-        start = time.perf_counter()
-        found.append(jax.device_get(eval_step(model.params, model.selection_bias, put(batch))))
-        seconds.append((time.perf_counter() - start) / batch["weights"].size)
-    nll, counts, stats = zip(*found[1:], strict=True)
+    passed = partial(eval_step, model.params, model.selection_bias)
+    nll, counts, stats = zip(*(jax.device_get(passed(put(batch))) for batch in batches), strict=True)
     mean = jax.tree.map(lambda *a: np.average(np.stack(a), axis=0, weights=counts), *stats)
-    return float(sum(nll) / sum(counts)), mean, statistics.median(seconds[1:])
+    return float(sum(nll) / sum(counts)), mean, partial(passed, put(batches[0]))
+
+
+def _in_turn(steps):
+    """The median seconds of each step, compiled before; in turn, so that a busy machine is busy for all."""
+    seconds = [[] for _ in steps]
+    for _ in range(TIMED):
+        for step, its_seconds in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(step())
+            its_seconds.append(time.perf_counter() - start)
+    return [statistics.median(its_seconds) for its_seconds in seconds]
 
 
 def probe_table(report):

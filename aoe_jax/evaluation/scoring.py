@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model
 from aoe_jax.experts.parallel import on_each_token
 from aoe_jax.model.decoder import Decoder, output_projection
-from aoe_jax.model.decoding import check_decodes, extend, prefill, unstacked
+from aoe_jax.model.decoding import check_decodes, extend, prefill
 from aoe_jax.model.loss import target_log_probs
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
@@ -38,7 +38,7 @@ class Scorer:
         # Lengths here needn't be such that a part of the tokens falls alike on all devices.
         decoder = model.decoder.clone(balance=dataclasses.replace(model.decoder.balance, aux_tokens=1.0))
         self._score_texts = compiled(partial(score_texts, decoder))
-        self._score_choices = compiled(partial(score_choices, decoder, model.mesh))
+        self._score_choices = compiled(partial(score_choices, decoder))
 
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
         """Scores continuations. Long contexts that several requests share are read once.
@@ -92,20 +92,22 @@ class Scorer:
                 shared.setdefault((len(numbers), self._rounded(longest)), []).append((context, numbers))
             else:
                 single += numbers
+        params = self._model.params
         for batch, length, size in self._batches(single, lambda number: sum(map(len, texts[number])) - 1):
             arrays = _texts_arrays([texts[number] for number in batch], size, length)
-            yield batch, itertools.islice(self._results(self._score_texts, arrays), len(batch))
+            yield batch, itertools.islice(self._results(self._score_texts, params, arrays), len(batch))
         for (n, end), groups in shared.items():
-            for batch, length, size in self._batches(groups, lambda group: len(group[0]) - 1, n * end):
+            for batch, length, size in self._batches(groups, lambda group: len(group[0]) - 1, n, end):
                 arrays = _choices_arrays(
                     [(context, [texts[number][1] for number in numbers]) for context, numbers in batch],
                     (size, n, length, end),
                 )
-                scores = itertools.islice(self._results(self._score_choices, arrays), len(batch) * n)
+                scores = self._results(self._score_choices, self._model.by_layer, arrays)
+                scores = itertools.islice(scores, len(batch) * n)
                 yield [number for _, numbers in batch for number in numbers], scores
 
-    def _batches(self, items, length, others=0):
-        """Yields `(items, padded length, rows)`; each item has `length(item)` tokens to be padded, and `others` besides.
+    def _batches(self, items, length, n=1, others=0):
+        """Yields `(items, padded length, rows)`; each item has `length(item)` tokens to be padded and `others`, n times.
 
         Those that need most memory come first. There are at most two sizes of batches for a length.
         """
@@ -113,7 +115,7 @@ class Scorer:
         shape = self._model.mesh.shape
         while items:
             padded = self._rounded(length(items[0]))
-            size = max(1, self._batch_tokens // (padded + others))
+            size = max(1, self._batch_tokens // (n * (padded + others)))
             size = min(size, 2 ** math.ceil(math.log2(len(items))))  # of the last ones
             size = _multiple(size, shape["data"] * shape["fsdp"] * shape["expert"])
             yield items[:size], padded, size
@@ -125,12 +127,12 @@ class Scorer:
         padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
         return _multiple(min(padded, self.max_len), self._model.mesh.shape["tensor"])
 
-    def _results(self, program, arrays):
+    def _results(self, program, params, arrays):
         """`(log-likelihood, greedy)` of each row."""
         model = self._model
         with jax.set_mesh(model.mesh):
             batch = put_batch(batch_sharding(model.mesh), arrays)
-            log_likelihood, greedy = jax.device_get(program(model.params, model.selection_bias, batch))
+            log_likelihood, greedy = jax.device_get(program(params, model.selection_bias, batch))
         if not np.isfinite(log_likelihood).all():
             raise UserError(
                 "the model gives log-likelihoods that are not finite; its weights are damaged, or "
@@ -195,13 +197,12 @@ def score_texts(decoder: Decoder, params, selection_bias, batch):
     return _sums(params, hidden, batch)
 
 
-def score_choices(decoder: Decoder, mesh, params, selection_bias, batch):
+def score_choices(decoder: Decoder, params, selection_bias, batch):
     """Reads contexts once, and then each of their continuations after them.
 
     Args:
-      decoder: the model; a static argument, as `mesh` is.
-      mesh: of the model.
-      params: of the decoder.
+      decoder: the model; a static argument.
+      params: of the decoder, `decoding.unstacked`.
       selection_bias: `[L, n]` or None.
       batch: `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, where they are no padding; `inputs`
         and `targets` `[C N, S]` int32, from the last token of a context on, and `wanted [C N, S]` bool.
@@ -211,7 +212,6 @@ def score_choices(decoder: Decoder, mesh, params, selection_bias, batch):
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape
-    params = unstacked(decoder, params, mesh)
     known = batch["known"].sum(axis=1, dtype=jnp.int32)
     _, cache = prefill(decoder, params, selection_bias, batch["contexts"], known, length + end)
     cache = jax.tree.map(lambda a: jnp.repeat(a, n_rows // n_contexts, axis=0), cache)

@@ -115,7 +115,7 @@ def _on_local_data(index, name, data):
     if name not in index.all_subtasks:
         raise UserError(f"--tasks={name}: is a group of tasks; with --tasks-data name single ones")
     task, folder = index.task_index[name].cfg, data / name
-    splits = {kind: task.get(f"{kind}_split") for kind in ("training", "validation", "test")}
+    splits = {kind: task.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")}
     evaluated = splits["test"] or splits["validation"]
     files = {split: str(folder / f"{split}.jsonl") for split in splits.values() if split}
     found = {split: file for split, file in files.items() if Path(file).is_file()}
@@ -217,7 +217,7 @@ def tasks_table(report):
         stderrs = [math.nan if figure["stderr"] is None else figure["stderr"] for figure in accuracies]
         stderr = math.hypot(*stderrs) / len(accuracies)
         mean = sum(figure["value"] for figure in accuracies) / len(accuracies)
-        rows.append(f"{'mean':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
+        rows.append(f"{f'mean of {len(accuracies)}':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
     return "\n".join(rows)
 
 
@@ -249,16 +249,16 @@ def evaluate_tasks(
 
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name the workdir of a training run")
+    file = workdir / "tasks.json"
+    known = read_json(file) if file.exists() else {}
     tasks = load_tasks(names, fewshot, data, split)  # first, for it finds mistakes soonest
     model = load_model(workdir, step)
     is_first = jax.process_index() == 0
     report = score_tasks(HarnessModel(model, progress=is_first), tasks, limit)
     if not is_first:
         return report
-    file = workdir / "tasks.json"
-    known = read_json(file) if file.exists() else {}
+    print(tasks_table(report))
     made = {"step": model.step, "split": split, "limit": limit}
     write_json(file, known | {name: made | entry for name, entry in report.items()})
-    print(tasks_table(report))
     log.info("wrote %s", file)
     return report

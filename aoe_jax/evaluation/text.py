@@ -104,7 +104,7 @@ def load_on_texts(model, texts, name, workdir: Path):
     report = {"text": name, "step": model.step, "texts": len(texts), **report_figures(result, config)}
     if jax.process_index() > 0:
         return report
-    write_json(workdir / "text.json", report)
     print(f"{name}: {len(texts)} texts, {result.tokens} tokens, step {model.step}\n{figures_in_words(result)}")
+    write_json(workdir / "text.json", report)
     show_load(report["load_statistics"], f"{config.experts.kind}, {name}, step {model.step}", workdir / "text.png")
     return report

@@ -75,8 +75,9 @@ def sparsemixer_weights(scores, expert, jitter):
     left = scores
     for chosen in expert.T:
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)
-        is_near = (best - scores) / jnp.maximum(jnp.abs(scores), best) <= 2 * jitter
-        probability = jax.nn.softmax(jnp.where(is_near, left, -jnp.inf))
+        # Where both are zero, 0 / 0 is not far.
+        is_far = (best - scores) / jnp.maximum(jnp.abs(scores), best) > 2 * jitter
+        probability = jax.nn.softmax(jnp.where(is_far, -jnp.inf, left))
         weights.append(jnp.take_along_axis(probability, chosen[:, None], axis=1))
         left = jnp.where(chosen[:, None] == jnp.arange(n_experts), -jnp.inf, left)
     return jnp.concatenate(weights, axis=1)
