@@ -1,6 +1,7 @@
 """The train step: every configuration of the paper in small, the optimiser, and gradient accumulation."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from aoe_jax.config import Config, TrainConfig
+from aoe_jax.plan import abstract_batch
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 from configs import paper
@@ -45,55 +47,88 @@ def shrunken(variant):
     return Config.from_config_dict(config)
 
 
-@pytest.mark.parametrize("variant", paper.VARIANTS)
-def test_every_configuration_of_the_paper_trains(variant):
-    """Two steps; every gradient is finite and every parameter receives one."""
+def one_of_each_program():
+    """Variants whose small twins differ by more than a rank."""
+    configs = {variant: shrunken(variant) for variant in paper.VARIANTS}
+    alike = {}
+    for variant, config in configs.items():
+        experts = dataclasses.replace(config.experts, d_low=4) if config.experts.d_low else config.experts
+        alike.setdefault(repr((experts, config.balance)), variant)
+    return list(alike.values())
+
+
+def test_variants_that_differ_by_sizes_alone():
+    left_out = [variant for variant in paper.VARIANTS if variant not in one_of_each_program()]
+    assert left_out == [
+        *("aoe_r128", "aoe_r256", "aoe_r512"),
+        *("aoe_r128_aux", "aoe_r256_aux", "aoe_r512_aux"),
+        *("moe_4b", "aoe_4b"),
+    ]
+
+
+@pytest.mark.parametrize("variant", one_of_each_program())
+def test_every_program_of_the_paper_trains(variant, ragged):
+    """Three steps; every gradient is finite and every parameter receives one."""
     config = shrunken(variant)
-    state, batch = new_state(config), batch_of()
-    train_step = make_train_step(config)
-
-    @jax.jit
-    def step(state, batch):
-        grads = jax.grad(lambda p: training_loss(config, p, state.selection_bias, batch)[0])(state.params)
-        return grads, *train_step(state, batch)
-
-    grads, state, metrics = step(state, batch)
-    for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
+    state, batch, losses = new_state(config), batch_of(), []
+    step = jax.jit(make_train_step(config))
+    for t in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        if t == 0:
+            assert metrics["finite"] and float(metrics["grad_norm"]) > 0
+            (gradient,) = optax.tree.get_all_with_path(state.opt_state, "mu")  # the first moment, in proportion to it
+    for path, moment in jax.tree_util.tree_leaves_with_path(gradient[1]):
         name = jax.tree_util.keystr(path)
-        assert np.isfinite(gradient).all(), name
-        stacked = gradient.reshape(*gradient.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1)
+        stacked = moment.reshape(*moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1)
         if "embedding" not in name:  # tokens that don't occur in the batch have output gradients only
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
-    losses = [float(metrics["loss"])]
-    for _ in range(2):
-        _, state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
 
 
+@pytest.mark.parametrize("variant", paper.VARIANTS)
+def test_every_configuration_of_the_paper_is_traced(variant):
+    """In its real sizes, where a step gives back what it takes."""
+    config = Config.from_config_dict(paper.get_config(variant))
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    batch = abstract_batch(config, config.train.batch_size)
+    after, metrics = jax.eval_shape(make_train_step(config), state, batch)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert metrics["load"].shape == (config.model.n_layers, config.experts.n_experts)
+
+
 def test_losses_are_weighted_as_configured():
     batch, params = batch_of(), new_state(shrunken("aoe_r64_aux")).params
-    values = {}
-    for aux, entropy in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+    values = []
+    for aux, entropy in ((0.0, 0.0), (0.5, 0.25)):
         settings = shrunken("aoe_r64_aux").to_dict()
         settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
-        _, values[aux, entropy] = training_loss(Config.from_config_dict(settings), params, None, batch)
-    plain, with_aux, with_entropy = values.values()
+        config = Config.from_config_dict(settings)
+        values.append(jax.jit(lambda: training_loss(config, params, None, batch)[1])())
+    plain, weighted = values
     np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
-    np.testing.assert_allclose(with_aux["loss"], plain["nll"] + 0.5 * plain["aux_loss"], rtol=1e-5)
-    np.testing.assert_allclose(with_entropy["loss"], plain["nll"] + 0.5 * plain["confidence_entropy"].mean(), rtol=1e-5)
+    np.testing.assert_allclose(weighted["nll"], plain["nll"], rtol=1e-5)
+    balance = 0.5 * plain["aux_loss"] + 0.25 * plain["confidence_entropy"].mean()
+    np.testing.assert_allclose(weighted["loss"], plain["nll"] + balance, rtol=1e-5)
     assert 2 <= float(plain["aux_loss"]) < 4  # K in perfect balance, n K / K = 4 in collapse
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-@pytest.mark.parametrize("aux_weight", [0.0, 0.01])
-def test_loss_free_balancing(kind, aux_weight):
-    """The bias of each step comes of the load of the step before, in units of the spread; the batch itself is unbiased."""
-    settings = shrunken("aoe_r64" if kind == "aoe" else "moe").to_dict()
-    settings["balance"] |= {"bias_rate": 0.1, "aux_weight": aux_weight}
+@cache
+def loss_free(variant, accumulate=1):
+    """`(config, step, first state)` of training with loss-free balancing, compiled once for all tests that need one."""
+    settings = shrunken(variant).to_dict()
+    settings["balance"] |= {"bias_rate": 0.1}
+    settings["train"] |= {"accumulate": accumulate}
     config = Config.from_config_dict(settings)
-    step, state, batch = jax.jit(make_train_step(config)), new_state(config), batch_of()
+    return config, jax.jit(make_train_step(config)), new_state(config)
+
+
+@pytest.mark.parametrize("variant", ["aoe_r64", "aoe_r64_aux", "moe_aux"])
+def test_loss_free_balancing(variant):
+    """The bias of each step comes of the load of the step before, in units of the spread; the batch itself is unbiased."""
+    _, step, state = loss_free(variant)
+    batch = batch_of()
     np.testing.assert_array_equal(state.selection_bias, np.zeros((2, 4)))
     spreads = []
     for _ in range(30):
@@ -106,28 +141,15 @@ def test_loss_free_balancing(kind, aux_weight):
     assert np.mean(spreads[-5:]) < 0.7 * spreads[0]
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
-def test_remat_and_fewer_balance_tokens_train(kind):
-    losses = {}
-    for remat in ("none", "experts", "layer"):
-        settings = shrunken("aoe_r64_aux" if kind == "aoe" else "moe_aux").to_dict()
-        settings["model"] |= {"remat": remat}
-        settings["balance"] |= {"aux_tokens": 0.25}
-        config = Config.from_config_dict(settings)
-        step, state, batch = jax.jit(make_train_step(config)), new_state(config), batch_of()
-        for _ in range(3):
-            state, metrics = step(state, batch)
-        losses[remat] = float(metrics["loss"])
-    np.testing.assert_allclose(list(losses.values()), losses["none"], rtol=1e-5)
+def accumulated(batch):
+    """`(state, metrics)` after a step with one micro-batch, and with four."""
+    for accumulate in (1, 4):
+        _, step, state = loss_free("aoe_r64", accumulate)
+        yield step(state, batch)
 
 
 def test_accumulation_is_the_mean_over_micro_batches():
-    settings = shrunken("aoe_r64").to_dict()
-    batch, states = batch_of(), []
-    for accumulate in (1, 4):
-        settings["train"] |= {"accumulate": accumulate, "warmup_steps": 0}
-        config = Config.from_config_dict(settings)
-        states.append(jax.jit(make_train_step(config))(new_state(config), batch))
+    states = list(accumulated(batch_of()))
     np.testing.assert_allclose(states[0][1]["nll"], states[1][1]["nll"], rtol=1e-5)
     np.testing.assert_allclose(states[0][1]["load"], states[1][1]["load"], rtol=1e-5)
     moments = [jax.tree.leaves(state.opt_state) for state, _ in states]
@@ -135,15 +157,12 @@ def test_accumulation_is_the_mean_over_micro_batches():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
     """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as ever."""
-    settings = shrunken("aoe_r64").to_dict()
-    settings["balance"] |= {"bias_rate": 0.1, "aux_weight": 0.0}
-    settings["train"] |= {"accumulate": accumulate}
-    config = Config.from_config_dict(settings)
-    step, batch = jax.jit(make_train_step(config)), batch_of()
-    first, metrics = step(new_state(config), batch)
+    config, step, state = loss_free("aoe_r64", accumulate)
+    batch = batch_of()
+    first, metrics = step(state, batch)
     assert metrics["finite"] and int(first.skipped) == int(metrics["skipped"]) == 0
 
     def is_skipped(state, after, metrics):
@@ -167,15 +186,14 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
 def test_gradient_that_overflows_updates_nothing():
     """Where the loss is finite: the norm of a gradient of 1e20 in float32 isn't."""
-    config = shrunken("aoe_r64")
-    state = new_state(config)
+    _, step, state = loss_free("aoe_r64")
     huge = batch_of() | {"weights": jnp.full((4, 24), 1.0)}
     scaled = jax.tree_util.tree_map_with_path(
         lambda path, a: a * 1e-22 if path[-1].key == "scale" and "final_norm" in jax.tree_util.keystr(path) else a,
         state.params,
     )
     scaled["embed"]["embedding"] = scaled["embed"]["embedding"] * 1e22
-    after, metrics = jax.jit(make_train_step(config))(dataclasses.replace(state, params=scaled), huge)
+    after, metrics = step(dataclasses.replace(state, params=scaled), huge)
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and not metrics["finite"]
     np.testing.assert_array_equal(after.params["embed"]["embedding"], scaled["embed"]["embedding"])
 
@@ -210,11 +228,7 @@ def test_masked_targets_are_no_padding(variant):
 
 
 def test_accumulation_weighs_every_target_alike():
-    settings, results = shrunken("aoe_r64").to_dict(), []
-    for accumulate in (1, 4):
-        settings["train"] |= {"accumulate": accumulate, "warmup_steps": 0}
-        config = Config.from_config_dict(settings)
-        results.append(jax.jit(make_train_step(config))(new_state(config), masked_batch())[1])
+    results = [metrics for _, metrics in accumulated(masked_batch())]
     np.testing.assert_allclose(results[0]["nll"], results[1]["nll"], rtol=1e-5)
     np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-4)
 
@@ -240,7 +254,7 @@ def test_optimiser_is_the_papers():
 
 
 def test_what_decays():
-    params = new_state(shrunken("aoe_r64")).params
+    params = jax.eval_shape(lambda: init_state(shrunken("aoe_r64"), 0)).params
     flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))}
     assert {name for name, flag in flags.items() if not flag} == {
         "['embed']['embedding']",
