@@ -118,7 +118,7 @@ def larger_side(eqn):
 
 
 @pytest.mark.parametrize("case", IN_A_LAYER, ids=str)
-def test_what_moves(case):
+def test_what_moves(case, ragged):
     """Every collective of the program, but for statistics and scalars, which have no more than n numbers."""
     kind, mesh, transport = case
     program, _ = traced(configuration(kind, mesh, transport), jax.devices())
