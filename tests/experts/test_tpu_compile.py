@@ -23,8 +23,7 @@ def kernels_and_dense_products(lowered):
     return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-@pytest.mark.parametrize("n_experts", [8, 64])
+@pytest.mark.parametrize(("generation", "n_experts"), list(zip(TOPOLOGIES, cycle([64, 8]))))
 def test_useful_flops(generation, n_experts):
     """Three kernels and no other product; the compiler counts a kernel at the FLOPs it declares, so its tiles are added."""
     m, d, f = 131072, 768, 3840
@@ -45,7 +44,7 @@ def test_every_shape_compiles(shape, generation, dtype, m):
 
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
-LAYERS = [("aoe", generation, shape) for generation in TOPOLOGIES for shape in (EIGHT, SIXTY_FOUR)]
+LAYERS = [("aoe", generation, shape) for generation, shape in zip(TOPOLOGIES, cycle([EIGHT, SIXTY_FOUR]))]
 
 
 @pytest.mark.parametrize(
