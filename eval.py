@@ -15,6 +15,7 @@ _SPLIT = flags.DEFINE_string("split", "test", "validation or test")
 _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
 )
+_MESH = cli.define_mesh_flag()
 _TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, and speeches_cloze and speeches_choice, of --split")
 _TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples with answers in a prompt; by default the paper's", 0)
@@ -31,7 +32,8 @@ def main():
     if of_tasks and not (_TASKS.value or (_TEXT.value or "").startswith("task:")):
         raise UserError(f"--{of_tasks[0].name}={of_tasks[0].value}: belongs to --tasks or --text=task:NAME")
     distributed.start()
-    examples = (_FEWSHOT.value, _DATA.value and Path(_DATA.value).expanduser(), _LIMIT.value, _SPLIT.value, _STEP.value)
+    model = (_SPLIT.value, _STEP.value, _MESH.value)
+    examples = (_FEWSHOT.value, _DATA.value and Path(_DATA.value).expanduser(), _LIMIT.value, *model)
     if _TASKS.value:
         from aoe_jax.evaluation.tasks import evaluate_tasks
 
@@ -43,7 +45,7 @@ def main():
     else:
         from aoe_jax.evaluation.run import evaluate_workdir
 
-        evaluate_workdir(workdir, _SPLIT.value, _STEP.value)
+        evaluate_workdir(workdir, *model)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ def define_config_flag():
     return config_flags.DEFINE_config_file("config", None, "Configuration file, FILE.py or FILE.py:VARIANT.")
 
 
+def define_mesh_flag():
+    """Defines `--mesh`, how a model that is used lies on devices; see `evaluation.models.mesh_axes`."""
+    described = (
+        "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or the whole model on each"
+    )
+    return flags.DEFINE_string("mesh", None, described)
+
+
 def parsed_config(flag):
     """The checked `Config` of a config flag."""
     if flag.value is None and not FLAGS["config"].present:

@@ -15,6 +15,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run
 _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
 )
+_MESH = cli.define_mesh_flag()
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "a text to continue; an empty one begins a new text")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax that tokens are drawn by; 0: the likeliest token")
@@ -55,7 +56,7 @@ def main():
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompts = _PROMPT.value
-    model = load_model(workdir, _STEP.value)
+    model = load_model(workdir, _STEP.value, _MESH.value)
     shown = 0
     for texts in continuations(model, prompts, _MAX_TOKENS.value, sampling=sampling, seed=_SEED.value, chunk=8):
         first = prompts[0] + texts[0]  # the prompt only now: what is logged in between would stand in its line

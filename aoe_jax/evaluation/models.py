@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
-from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings, with_shardings
+from aoe_jax.sharding import MESH_AXES, fill_mesh, make_mesh, state_shardings, with_shardings
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
 from aoe_jax.training.workdir import read_config_json
@@ -43,19 +44,21 @@ class Model:
             return unstacked(self.decoder, self.params, self.mesh)
 
 
-def load_model(directory: Path, step="newest"):
+def load_model(directory: Path, step="newest", mesh=None):
     """Loads the `Model` of a training run, or one as safetensors: of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
 
     Args:
       directory: the run's `--workdir`, or that of the model.
       step: which checkpoint of the run: "newest", "best" or a number of steps.
+      mesh: how it lies on the devices, as in `mesh_axes`, such as "fsdp=4"; None: see `on_devices_here`.
 
     Raises:
-      UserError: there is no such model, or it can't be read.
+      UserError: there is no such model, it can't be read, or doesn't lie so.
     """
+    axes = mesh_axes(mesh)
     if is_model(directory):
-        return _of_files(directory, step)
-    config = on_devices_here(Config.from_config_dict(read_config_json(directory / "config.json")))
+        return _of_files(directory, step, axes)
+    config = on_devices_here(Config.from_config_dict(read_config_json(directory / "config.json")), axes)
     mesh = make_mesh(config, jax.devices())
     checkpoints = Checkpoints(directory)
     step = checkpoints.find(step)
@@ -70,11 +73,11 @@ def load_model(directory: Path, step="newest"):
     )
 
 
-def _of_files(directory, step):
+def _of_files(directory, step, axes):
     there = read_step(directory)
     if step not in ("newest", str(there)):
         raise UserError(f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}")
-    config = on_devices_here(read_config(directory))
+    config = on_devices_here(read_config(directory), axes)
     mesh = make_mesh(config, jax.devices())
     params, selection_bias = load_params(directory, config, mesh)
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the model")
@@ -83,16 +86,48 @@ def _of_files(directory, step):
     return Model(config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, start, there)
 
 
-def on_devices_here(config):
-    """The configuration on the mesh it was trained on, or, where that isn't here, with all devices along `data`.
+def on_devices_here(config, axes=None):
+    """The configuration on a mesh of all devices here.
 
-    Batches may then be larger, so that the devices divide them. Only expert choice depends on that.
+    Args:
+      config: of the model.
+      axes: devices along some axes of the mesh, such as `{"fsdp": 4}`, the rest along `data`; None: those of training or,
+        where these don't fit, all along `data`, so that each device holds the whole model.
+
+    Returns:
+      The configuration. Batches may be larger, so that the devices divide them; only expert choice depends on that.
+
+    Raises:
+      UserError: the axes don't make up the devices, or something doesn't divide by them.
     """
     n = jax.device_count()
-    try:
-        return fill_mesh(config, n)
-    except UserError:
-        log.info("the mesh of the training run doesn't fit %d devices: batches are split over all of them", n)
-        batch_size = -(-config.train.batch_size // config.train.accumulate // n) * n
-        train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=1)
-        return dataclasses.replace(config, mesh=MeshConfig(data=n), train=train)
+    if axes is None:
+        try:
+            return fill_mesh(config, n)
+        except UserError:
+            axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
+        if n % math.prod(axes.values()):
+            log.warning("the mesh of training doesn't fit %d devices: each holds the whole model; see --mesh", n)
+            axes = {}
+    rows = max(n // axes.get("tensor", 1), axes.get("fsdp", 1) * axes.get("expert", 1))
+    batch_size = -(-config.train.batch_size // config.train.accumulate // rows) * rows
+    train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=1)
+    model = dataclasses.replace(config.model, unroll=1)  # more layers at once don't go with fsdp
+    return fill_mesh(dataclasses.replace(config, model=model, mesh=MeshConfig(**axes), train=train), n)
+
+
+def mesh_axes(text):
+    """The axes of `--mesh`, such as `fsdp=4,expert=2`, for `on_devices_here`; None for None.
+
+    Raises:
+      UserError: it isn't written so.
+    """
+    if text is None:
+        return None
+    axes = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in MESH_AXES or name in axes or not number.isdecimal() or int(number) < 1:
+            raise UserError(f"--mesh={text}: write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}")
+        axes[name] = int(number)
+    return axes

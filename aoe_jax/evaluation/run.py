@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 SPLITS = ("validation", "test")
 
 
-def evaluate_workdir(workdir: Path, split="test", step="newest"):
+def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
     """Scores a checkpoint on a held-out split.
 
     Args:
       workdir: of a training run, or what `aoe_jax.export` wrote.
       split: "validation" or "test".
       step: which checkpoint: "newest", "best" or a number of steps.
+      mesh: as in `models.load_model`.
 
     Prints a table; writes `eval.json` and, for models with experts, `load.png`.
 
@@ -40,7 +41,7 @@ def evaluate_workdir(workdir: Path, split="test", step="newest"):
       UserError: unknown split, no run, no such checkpoint in `workdir` or one that can't be read.
     """
     check_split(split)
-    model = load_model(workdir, step)
+    model = load_model(workdir, step, mesh)
     with jax.set_mesh(model.mesh):
         return _evaluate(model, workdir, split)
 

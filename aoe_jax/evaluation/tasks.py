@@ -226,7 +226,7 @@ def _shown(value, form=""):
 
 
 def evaluate_tasks(
-    workdir: Path, names, fewshot=None, data: Path | None = None, limit=None, split="test", step="newest"
+    workdir: Path, names, fewshot=None, data: Path | None = None, limit=None, split="test", step="newest", mesh=None
 ):
     """Scores a checkpoint on tasks: prints a table, and enters each task in `tasks.json`, which keeps the others.
 
@@ -235,6 +235,7 @@ def evaluate_tasks(
       names, fewshot, data, split: as in `load_tasks`.
       limit: examples of each task, the first ones; None: all.
       step: which checkpoint.
+      mesh: as in `models.load_model`.
 
     Returns:
       What `score_tasks` returns.
@@ -252,7 +253,7 @@ def evaluate_tasks(
     file = workdir / "tasks.json"
     known = read_json(file) if file.exists() else {}
     tasks = load_tasks(names, fewshot, data, split)  # first, for it finds mistakes soonest
-    model = load_model(workdir, step)
+    model = load_model(workdir, step, mesh)
     is_first = jax.process_index() == 0
     report = score_tasks(HarnessModel(model, progress=is_first), tasks, limit)
     if not is_first:

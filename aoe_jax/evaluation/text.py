@@ -54,12 +54,15 @@ def read_text(path: Path):
     return text
 
 
-def show_load_on(workdir: Path, text, fewshot=None, data: Path | None = None, limit=None, split="test", step="newest"):
+def show_load_on(
+    workdir: Path, text, fewshot=None, data: Path | None = None, limit=None, split="test", step="newest", mesh=None
+):
     """Shows a checkpoint's load statistics on a text file, or on the prompts of a task.
 
     Args:
       workdir: what `models.load_model` reads.
       text: the path of a file, or `task:NAME`; with a task, the others are as in `tasks.evaluate_tasks`.
+      mesh: as in `models.load_model`.
 
     Returns:
       What `load_on_texts` returns.
@@ -75,7 +78,7 @@ def show_load_on(workdir: Path, text, fewshot=None, data: Path | None = None, li
         texts = prompts(load_tasks([text.removeprefix("task:")], fewshot, data, split), limit)
     else:
         texts = [read_text(Path(text).expanduser())]
-    return load_on_texts(load_model(workdir, step), texts, text, workdir)
+    return load_on_texts(load_model(workdir, step, mesh), texts, text, workdir)
 
 
 def load_on_texts(model, texts, name, workdir: Path):

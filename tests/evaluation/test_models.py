@@ -1,0 +1,41 @@
+"""Trained models on meshes of the user's choice."""
+
+import jax
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import load_model, mesh_axes, on_devices_here
+from tests.runs import finished_run, tiny_config
+
+
+def test_a_run_on_another_mesh():
+    model, there = load_model(finished_run(), mesh="fsdp=2,expert=4"), load_model(finished_run())
+    assert (model.config.mesh.data, model.config.mesh.fsdp, model.config.mesh.expert) == (1, 2, 4)
+    w_p = model.params["layers"]["experts"]["w_p"]
+    assert {shard.data.shape for shard in w_p.addressable_shards} == {(2, 1, 16, w_p.shape[-1])}
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(there.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batches_are_what_the_devices_divide():
+    assert on_devices_here(tiny_config(mesh__fsdp=4, train__batch_size=8)).mesh.fsdp == 4  # that of training fits
+    smaller = on_devices_here(tiny_config(mesh__fsdp=4))  # and here, but for the batch
+    assert (smaller.mesh.data, smaller.mesh.fsdp, smaller.train.batch_size) == (2, 4, 8)
+    elsewhere = on_devices_here(tiny_config(mesh__fsdp=16, model__d_model=64, experts__d_low=16, train__batch_size=16))
+    assert (elsewhere.mesh.data, elsewhere.train.batch_size) == (8, 16)
+    split = on_devices_here(tiny_config(model__unroll=2), {"fsdp": 2, "expert": 2})
+    assert (split.mesh.data, split.train.batch_size, split.model.unroll) == (2, 8, 1)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "experts=2", "fsdp=2,fsdp=2", "fsdp=two", ""])
+def test_mistakes_in_writing(text):
+    with pytest.raises(UserError, match=f"--mesh={text}: write it as fsdp=4,expert=2; the axes are data, fsdp"):
+        mesh_axes(text)
+
+
+def test_what_does_not_divide():
+    with pytest.raises(UserError, match=r"config\.mesh: .*doesn't make up 8 devices"):
+        on_devices_here(tiny_config(), {"fsdp": 4, "expert": 4})
+    with pytest.raises(UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"):
+        on_devices_here(tiny_config(), {"expert": 8})
