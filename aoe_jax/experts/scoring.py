@@ -8,9 +8,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+FEW_TOKENS = 8
+
 
 def low_rank_activations(x, w_down):
-    """The activation cache `C = x [Wdown_1 ... Wdown_n]` (Eq. 4) as ONE matmul.
+    """The activation cache `C = x [Wdown_1 ... Wdown_n]` (Eq. 4) as ONE matmul; of few tokens, as one for each expert.
+
+    For the one matmul XLA brings d to the front of `w_down`, a copy of it that few tokens aren't worth.
 
     Args:
       x: `[T, d]`.
@@ -19,6 +23,9 @@ def low_rank_activations(x, w_down):
     Returns:
       `[T, n, r]`, dtype of `x`.
     """
+    if x.shape[0] < FEW_TOKENS:
+        each = jnp.broadcast_to(x, (w_down.shape[0], *x.shape))
+        return jnp.einsum("ntd,ndr->ntr", each, w_down).swapaxes(0, 1)
     return jnp.einsum("td,ndr->tnr", x, w_down)
 
 
