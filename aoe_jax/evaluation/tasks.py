@@ -80,8 +80,12 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     for name, task in loaded["tasks"].items():
         shots = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))[1] if fewshot is None else fewshot
         if data and shots and name not in SPEECH_TASKS:
-            file = data / name / f"{index.task_index[name].cfg.get('training_split')}.jsonl"
-            if not task.has_training_docs() or len(task.training_docs()) <= shots:
+            config = index.task_index[name].cfg
+            shots_split = config.get("fewshot_split") or config.get("training_split")
+            if shots_split is None:
+                raise UserError(f"--fewshot={shots}: {name} has no split to take examples from; give --fewshot=0")
+            file = data / name / f"{shots_split}.jsonl"
+            if not file.is_file() or len(file.read_bytes().splitlines()) <= shots:
                 raise UserError(f"--fewshot={shots}: {file} must hold more than {shots} examples to take them from")
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SHOTS_SEED)
