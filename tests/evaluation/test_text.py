@@ -47,7 +47,7 @@ def test_dense_models_have_no_load(tmp_path):
 
 def test_a_file_and_a_task(tmp_path, monkeypatch):
     model = make_model(make_config(experts__kind="dense"))
-    monkeypatch.setattr("aoe_jax.evaluation.models.load_model", lambda directory, step: model)
+    monkeypatch.setattr("aoe_jax.evaluation.models.load_model", lambda directory, step, mesh: model)
     (tmp_path / "a.txt").write_text("a cat\n\nsat")
     assert show_load_on(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
     report = show_load_on(tmp_path, "task:speeches_cloze", limit=3, split="validation")
