@@ -123,7 +123,10 @@ def _check_attention(path, values, fields):
 
 def _rotary_fields(path, values, architecture):
     """From either field, `rope_theta` with `rope_scaling`, or `rope_parameters` of transformers 5."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if rope and scaling and rope != scaling:
+        raise UserError(f"{path}: rope_parameters={rope!r} and rope_scaling={scaling!r} differ; leave one")
+    rope = rope or scaling
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{path}: rotary positions {rope!r} aren't implemented; only one setting for all layers is")
     kind = rope.get("rope_type", rope.get("type", "default"))

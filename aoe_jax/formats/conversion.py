@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,8 @@ def convert(checkpoint: Path, output: Path, d_low: int):
         if (checkpoint / RUN_FILE).exists():
             run = {"step": read_step(checkpoint), "config": converted.to_dict()}
             write_json(partial_output / RUN_FILE, run)
-            shutil.copyfile(checkpoint / "data.json", partial_output / "data.json")
+            if (checkpoint / "data.json").exists():
+                shutil.copyfile(checkpoint / "data.json", partial_output / "data.json")
     return report
 
 
@@ -110,6 +112,10 @@ class _Factors:
         for expert in range(n):
             w_down[expert], w_up[expert], share = jax.device_get(_truncated(w_g[expert], self._d_low))
             kept.append(float(share))
+            if not math.isfinite(kept[-1]):
+                raise UserError(
+                    f"--checkpoint: the gate of expert {expert} in layer {len(self._kept)} isn't finite; it is damaged"
+                )
         self._kept.append({"mean": sum(kept) / n, "min": min(kept), "experts": kept})
         log.info(
             "layer %d of %d: energy kept %.4f, least of an expert %.4f",
@@ -130,5 +136,5 @@ def _truncated(w, rank):
     """`(U_r S_r, V_r^T, share of the squares that they keep)` of `w [d, f]`, decomposed in float32."""
     u, s, v = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
     energy = jnp.sum(s**2)
-    kept = jnp.where(energy > 0, jnp.sum(s[:rank] ** 2) / jnp.where(energy > 0, energy, 1), 1.0)
+    kept = jnp.where(energy == 0, 1.0, jnp.sum(s[:rank] ** 2) / jnp.where(energy == 0, 1, energy))
     return u[:, :rank] * s[:rank], v[:rank], kept

@@ -41,10 +41,10 @@ class TensorFiles:
         """
         self.directory = directory
         index = directory / INDEX
-        if index.exists():
-            self._stored = _of_index(index)
-        elif (directory / SINGLE).exists():
+        if (directory / SINGLE).exists():  # first, as transformers has it: an index beside it is of an older model
             self._stored = _header(directory / SINGLE)
+        elif index.exists():
+            self._stored = _of_index(index)
         else:
             raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}; name a directory with safetensors files")
 

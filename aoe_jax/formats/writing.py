@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,24 +23,38 @@ from aoe_jax.json_files import sync, write_json
 def new_directory(output: Path) -> Iterator[Path]:
     """A directory to write, which is called `output` once all is written, and is gone if that fails.
 
+    A kill leaves it, hidden beside `output`.
+
     Raises:
       UserError: `output` exists, or can't be written.
     """
     if output.exists():
         raise UserError(f"--output={output} exists already; name a new directory")
-    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
+    parent, partial = output.absolute().parent, None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial.", dir=parent))
+        partial.chmod(0o777 & ~_umask())
         yield partial
+        for file in partial.iterdir():
+            sync(file)
         sync(partial)
         os.replace(partial, output)
         sync(partial.parent)
     except OSError as e:
         reason = "no space left on the disk" if is_disk_full(e) else e.strerror
-        raise UserError(f"--output={output} can't be written: {reason}") from e
+        where = f" ({e.filename})" if e.filename else ""
+        raise UserError(f"--output={output} can't be written: {reason}{where}") from e
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask():
+    """That of this process, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_model(

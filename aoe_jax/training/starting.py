@@ -35,7 +35,7 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
     problem = None
     try:
         params, bias = _loaded(config, mesh, tokenizer)
-    except UserError as e:
+    except (UserError, OSError, ValueError) as e:  # whatever is wrong here, the others wait for this process below
         problem = e
     if not all_agree(problem is None):
         what = problem or "another process can't start from it"
