@@ -8,14 +8,13 @@ import math
 import os
 import types
 import typing
-from collections import Counter
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import ml_collections
 from ml_collections import config_dict
 
 from aoe_jax.errors import UserError
+from aoe_jax.sources import absolute, label_of, mixture_in_words, parsed_sources
 
 
 def _require(condition, name, value, wanted):
@@ -260,16 +259,6 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One corpus of `data.name`."""
-
-    label: str  # what metrics call it; no two of a run have the same
-    name: str  # sotu | text | prepared | any TFDS name
-    path: str | None
-    weight: Fraction | None  # share of the tokens seen in training, in proportion to those of the others
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """The corpora and how they are cut into sequences.
 
@@ -290,7 +279,7 @@ class DataConfig:
     loss_mask: bool = False  # no training loss on the first token of a document, which nothing foretells
 
     def __post_init__(self):
-        sources = _parsed_sources(self.name)
+        sources = parsed_sources(self.name)
         _require(
             self.path is None or (len(sources) == 1 and sources[0].path is None),
             "data.path",
@@ -305,17 +294,17 @@ class DataConfig:
                 _require(False, "data.name", self.name, f"name the {folder} as {source.name}@FOLDER")
         _require_positive("data", self, "seq_len")
         object.__setattr__(self, "cache", os.path.abspath(os.path.expanduser(self.cache)))
-        object.__setattr__(self, "name", _mixture_in_words(sources))
+        object.__setattr__(self, "name", mixture_in_words(sources))
         if self.path is not None:
-            object.__setattr__(self, "path", _absolute(self.path))
+            object.__setattr__(self, "path", absolute(self.path))
 
     @property
     def sources(self):
         """The corpora in order, each with its path; `SourceConfig`s."""
-        sources = _parsed_sources(self.name)
+        sources = parsed_sources(self.name)
         if self.path is not None:
             sources = [dataclasses.replace(sources[0], path=self.path)]
-        labels = [_label(source) for source in sources]
+        labels = [label_of(source) for source in sources]
         if len(set(labels)) < len(labels):
             labels = [f"{number}-{label}" for number, label in enumerate(labels, 1)]
         return tuple(dataclasses.replace(source, label=label) for source, label in zip(sources, labels, strict=True))
@@ -323,56 +312,7 @@ class DataConfig:
     @property
     def name_without_paths(self):
         """`name` as a corpus keeps it when it moves."""
-        return _mixture_in_words([dataclasses.replace(source, path=None) for source in _parsed_sources(self.name)])
-
-
-def _parsed_sources(name):
-    """The corpora that `data.name` names, without labels."""
-
-    def require(condition, wanted):
-        _require(condition, "data.name", name, wanted)
-
-    sources = []
-    for entry in name.split(","):
-        source, equals, weight = entry.rpartition("=")
-        corpus, at, path = (source if equals else entry).strip().partition("@")
-        require(
-            bool(corpus),
-            "name a corpus: sotu, text, prepared or a TFDS name, in a mixture SOURCE=WEIGHT, SOURCE=WEIGHT",
-        )
-        require(not at or bool(path), f"{corpus}@ lacks its path")
-        try:
-            share = Fraction(weight.strip()) if equals else None
-        except (ValueError, ZeroDivisionError):
-            require(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
-        require(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
-        sources.append(SourceConfig("", corpus, _absolute(path) if at else None, share))
-    require(len({source.weight is None for source in sources}) == 1, "give every corpus a weight, or none of them")
-    twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
-    require(count == 1, f"{twice[0]} is named twice; name it once, with one weight")
-    return sources
-
-
-def _mixture_in_words(sources):
-    def in_words(source):
-        path = "" if source.path is None else f"@{source.path}"
-        return source.name + path + ("" if source.weight is None else f"={_number_in_words(source.weight)}")
-
-    return ", ".join(map(in_words, sources))
-
-
-def _number_in_words(number):
-    decimal = repr(float(number)).removesuffix(".0")
-    return decimal if Fraction(decimal) == number else str(number)
-
-
-def _label(source):
-    """The last part of the path, where that is what tells corpora apart, or the name."""
-    return os.path.basename(source.path) if source.name in ("text", "prepared") and source.path else source.name
-
-
-def _absolute(path):
-    return os.path.abspath(os.path.expanduser(path))
+        return mixture_in_words([dataclasses.replace(source, path=None) for source in parsed_sources(self.name)])
 
 
 @dataclass(frozen=True)
@@ -418,7 +358,7 @@ class TrainConfig:
             f"must divide train.batch_size={self.batch_size}",
         )
         if self.init_from is not None:
-            object.__setattr__(self, "init_from", _absolute(self.init_from))
+            object.__setattr__(self, "init_from", absolute(self.init_from))
 
 
 @dataclass(frozen=True)

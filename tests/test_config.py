@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from aoe_jax.config import Config, DataConfig, ExpertsConfig, SourceConfig, default_config, matched_width
+from aoe_jax.config import Config, DataConfig, ExpertsConfig, default_config, matched_width
 from aoe_jax.errors import UserError
+from aoe_jax.sources import SourceConfig
 
 
 def test_defaults_are_the_dataclass_defaults():
