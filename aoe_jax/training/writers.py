@@ -9,17 +9,36 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import histogram, image
 
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
+
+
+@contextmanager
+def _hidden(module):
+    """Lets others find that a module is missing, unless it is imported already."""
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
+
+
+# tensorboardX imports PyTorch where that is installed, for nothing that is used here: seconds at every start of a run.
+with _hidden("torch"):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.summary import histogram, image
 
 BINS = 16  # of a histogram
 
