@@ -26,6 +26,9 @@ _DATA = flags.DEFINE_string("tasks-data", None, "a folder with TASK/SPLIT.jsonl,
 def main():
     """Evaluates."""
     workdir = Path(cli.required(_WORKDIR))
+    for flag in (_TASKS, _TEXT):
+        if flag.present and not flag.value:
+            raise UserError(f"--{flag.name}= names nothing; see --help")
     if _TASKS.value and _TEXT.value:
         raise UserError(f"--text={_TEXT.value}: give it without --tasks")
     of_tasks = [flag for flag in (_FEWSHOT, _LIMIT, _DATA) if flag.present]

@@ -29,13 +29,13 @@ def _require_choice(name, value, choices):
 def _require_positive(group, config, *names):
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{group}.{name}", value, "must be greater than 0")
+        _require(0 < value < math.inf, f"{group}.{name}", value, "must be greater than 0")
 
 
 def _require_not_negative(group, config, *names):
     for name in names:
         value = getattr(config, name)
-        _require(value >= 0, f"{group}.{name}", value, "must be 0 or greater")
+        _require(0 <= value < math.inf, f"{group}.{name}", value, "must be 0 or greater")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class ModelConfig:
         )
         frequencies = self.d_model // self.n_heads // 2
         _require(
-            len(self.rope_factors) in (0, frequencies) and all(factor > 0 for factor in self.rope_factors),
+            len(self.rope_factors) in (0, frequencies)
+            and all(isinstance(factor, int | float) and 0 < factor < math.inf for factor in self.rope_factors),
             "model.rope_factors",
             self.rope_factors,
             f"must be {frequencies} numbers greater than 0, one a rotary frequency, or ()",
@@ -135,7 +136,7 @@ class ExpertsConfig:
         _require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
         _require_choice("experts.selection", self.selection, ("top_k", "top_p", "expert_choice"))
         _require_choice("experts.gate", self.gate, ("chosen", "all", "sparsemixer"))
-        _require_positive("experts", self, "router_jitter")
+        _require_not_negative("experts", self, "router_jitter")
         _require(
             self.top_k <= self.n_experts,
             "experts.top_k",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from aoe_jax import cli
+from aoe_jax import cli, distributed
 from aoe_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
@@ -51,20 +51,25 @@ def main():
     workdir = Path(cli.required(_WORKDIR))
     if _MAX_TOKENS.value < 1:
         raise UserError(f"--max_tokens={_MAX_TOKENS.value}: must be 1 or greater")
+    distributed.start()
+    import jax
+
     from aoe_jax.evaluation.generation import Sampling
     from aoe_jax.evaluation.models import load_model
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompts = _PROMPT.value
     model = load_model(workdir, _STEP.value, _MESH.value)
+    write = sys.stdout.write if jax.process_index() == 0 else lambda text: None
     shown = 0
     for texts in continuations(model, prompts, _MAX_TOKENS.value, sampling=sampling, seed=_SEED.value, chunk=8):
         first = prompts[0] + texts[0]  # the prompt only now: what is logged in between would stand in its line
-        print(first[shown:], end="", flush=True)
+        write(first[shown:])
+        sys.stdout.flush()
         shown = max(shown, len(first))
-    print()
+    write("\n")
     for prompt, text in zip(prompts[1:], texts[1:], strict=True):
-        print(f"\n{prompt}{text}")
+        write(f"\n{prompt}{text}\n")
     sys.stdout.flush()
 
 

@@ -15,6 +15,7 @@ from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.evaluation.scoring import Scorer
 
 GENERATED_TOGETHER = 16  # prompts of a batch
+_CHUNK = 16  # tokens between two looks at what has come
 
 
 class HarnessModel(TemplateLM):
@@ -47,7 +48,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """Token ids of a text, a list; before them the special ones of the tokenizer, unless `add_special_tokens=False`."""
         (tokens,) = self._tokenizer.encode([string])
-        prefix = [] if add_special_tokens is False else self._tokenizer.prefix
+        prefix = [] if add_special_tokens is False else self._model.prefix
         return [*prefix, *tokens.tolist()]
 
     def _encode_pair(self, context, continuation):
@@ -86,9 +87,9 @@ class HarnessModel(TemplateLM):
         groups = {}  # of equal settings
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
+        groups = [(self._generation_settings(requests[numbers[0]].args[1]), numbers) for numbers in groups.values()]
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm or not self._progress) as bar:
-            for numbers in groups.values():
-                settings = self._generation_settings(requests[numbers[0]].args[1])
+            for settings, numbers in groups:
                 room = self.max_length - settings["max_tokens"]
                 prompts = {n: (self.tok_encode(requests[n].args[0]) or [self.prefix_token_id])[-room:] for n in numbers}
                 numbers = sorted(numbers, key=lambda n: len(prompts[n]))
@@ -126,10 +127,12 @@ class HarnessModel(TemplateLM):
         rows = prompts + [[self.prefix_token_id]] * (size - len(prompts))
         limits = [max_tokens] * len(prompts) + [0] * (size - len(prompts))
 
+        longest = max((len(end.encode()) for end in until), default=0)  # in tokens too, which are a byte at least
+
         def is_done(_, tokens):
-            text = self._tokenizer.decode(tokens)
+            text = self._tokenizer.decode(tokens[-_CHUNK - longest :])
             return any(end in text for end in until)
 
-        generated = self._generator.generate(rows, limits, sampling=sampling, seed=seed, is_done=is_done)
+        generated = self._generator.generate(rows, limits, sampling=sampling, seed=seed, chunk=_CHUNK, is_done=is_done)
         texts = [self._tokenizer.decode(tokens) for tokens in generated[: len(prompts)]]
         return [postprocess_generated_text(text, until, None) for text in texts]

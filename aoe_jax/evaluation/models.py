@@ -8,15 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
+from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
-from aoe_jax.sharding import MESH_AXES, fill_mesh, make_mesh, state_shardings, with_shardings
+from aoe_jax.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    fill_mesh,
+    make_mesh,
+    put_batch,
+    state_shardings,
+    with_shardings,
+)
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
 from aoe_jax.training.workdir import read_config_json
@@ -35,7 +45,13 @@ class Model:
     selection_bias: jax.Array | None  # [L, n] float32, of loss-free balancing
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
+    prefix: list[int]  # what its tokenizer on the hub puts before every text that it is given; often nothing
     step: int | None  # of its training
+
+    def put(self, batch):
+        """Windows of tokenised texts on the devices, with `start` where they have the end of the text before."""
+        inputs = np.where(batch["inputs"] == self.tokenizer.end_of_text, np.int32(self.start), batch["inputs"])
+        return put_batch(batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     @functools.cached_property
     def by_layer(self):
@@ -69,21 +85,22 @@ def load_model(directory: Path, step="newest", mesh=None):
         )
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the run")
     return Model(
-        config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, tokenizer.end_of_text, step
+        config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, tokenizer.end_of_text, [], step
     )
 
 
 def _of_files(directory, step, axes):
     there = read_step(directory)
-    if step not in ("newest", str(there)):
+    if step != "newest" and (there is None or step != str(there)):
         raise UserError(f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}")
     config = on_devices_here(read_config(directory), axes)
     mesh = make_mesh(config, jax.devices())
     params, selection_bias = load_params(directory, config, mesh)
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the model")
-    begin = read_begin_token(directory)
+    begin = read_begin_token(directory, config.model.vocab_size)
     start = tokenizer.end_of_text if begin is None else begin
-    return Model(config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, start, there)
+    prefix = read_prefix(directory, tokenizer, begin)
+    return Model(config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, start, prefix, there)
 
 
 def on_devices_here(config, axes=None):

@@ -24,7 +24,7 @@ from aoe_jax.evaluation.text import TextTokens, read_text
 from aoe_jax.experts.probe import NODES, NORMS, ProbeLayer, by_chance, by_norm, by_router
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder, DecoderLayer
-from aoe_jax.sharding import batch_sharding, put_batch, replicated
+from aoe_jax.sharding import replicated
 from aoe_jax.training.workdir import check_data, make_workdir
 
 log = logging.getLogger(__name__)
@@ -180,11 +180,10 @@ def _run(model, probe, batches, loaded_tasks, tasks):
 def _score(model, decoder, batches):
     """`(nll, mean statistics, nullary function that passes the first batch)`."""
     eval_step = jax.jit(make_eval_step(decoder, model.config.data.document_mask), out_shardings=replicated(model.mesh))
-    put = partial(put_batch, batch_sharding(model.mesh))
     passed = partial(eval_step, model.params, model.selection_bias)
-    nll, counts, stats = zip(*(jax.device_get(passed(put(batch))) for batch in batches), strict=True)
+    nll, counts, stats = zip(*(jax.device_get(passed(model.put(batch))) for batch in batches), strict=True)
     mean = jax.tree.map(lambda *a: np.average(np.stack(a), axis=0, weights=counts), *stats)
-    return float(sum(nll) / sum(counts)), mean, partial(passed, put(batches[0]))
+    return float(sum(nll) / sum(counts)), mean, partial(passed, model.put(batches[0]))
 
 
 def _in_turn(steps):

@@ -12,7 +12,7 @@ from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_tab
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.json_files import write_json
-from aoe_jax.sharding import batch_sharding, put_batch, replicated
+from aoe_jax.sharding import replicated
 from aoe_jax.training.loop import log_run
 from aoe_jax.training.workdir import check_data
 
@@ -63,7 +63,7 @@ def _evaluate(model, workdir, split):
         getattr(corpus, split),
         config.data.seq_len,
         config.train.batch_size // config.train.accumulate,
-        partial(put_batch, batch_sharding(model.mesh)),
+        model.put,
     )
     report = {
         "split": split,

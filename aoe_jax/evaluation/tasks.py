@@ -43,6 +43,7 @@ _PAPER = {
     "qqp": ("glue", 3),
 }
 PAPER_TASKS = tuple(_PAPER)
+AVERAGED = PAPER_TASKS[:8]  # the AVG of the paper's Tables 2, 3 and 5
 _BOOTSTRAPS = 1000  # for standard errors without a formula, such as that of F1
 _SHOTS_SEED = 1234  # lm-eval's own
 
@@ -216,12 +217,14 @@ def tasks_table(report):
         for metric, figure in entry["metrics"].items():
             rows.append(f"{head}  {metric:<12}  {figure['value']:>9.4f}  {_shown(figure['stderr'], '.4f'):>7}")
             head = " " * len(head)
-    accuracies = [entry["metrics"]["acc"] for task, entry in report.items() if task in _PAPER]
-    if len(accuracies) > 1:
+    for averaged, name in ((AVERAGED, "the paper's AVG of"), (PAPER_TASKS, "mean of")):
+        accuracies = [report[task]["metrics"]["acc"] for task in averaged if task in report]
+        if len(accuracies) < 2 or (averaged == AVERAGED and len(accuracies) < len(AVERAGED)):
+            continue
         stderrs = [math.nan if figure["stderr"] is None else figure["stderr"] for figure in accuracies]
         stderr = math.hypot(*stderrs) / len(accuracies)
         mean = sum(figure["value"] for figure in accuracies) / len(accuracies)
-        rows.append(f"{f'mean of {len(accuracies)}':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
+        rows.append(f"{f'{name} {len(accuracies)}':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
     return "\n".join(rows)
 
 
@@ -255,7 +258,7 @@ def evaluate_tasks(
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name the workdir of a training run")
     file = workdir / "tasks.json"
-    known = read_json(file) if file.exists() else {}
+    known = read_json(file, "move it away") if file.exists() else {}
     tasks = load_tasks(names, fewshot, data, split)  # first, for it finds mistakes soonest
     model = load_model(workdir, step, mesh)
     is_first = jax.process_index() == 0

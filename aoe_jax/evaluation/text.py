@@ -14,7 +14,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
 from aoe_jax.evaluation.run import figures_in_words, report_figures, show_load
 from aoe_jax.json_files import write_json
-from aoe_jax.sharding import batch_sharding, put_batch, replicated
+from aoe_jax.sharding import replicated
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def load_on_texts(model, texts, name, workdir: Path):
             {name: TextTokens(texts, model.tokenizer)},
             config.data.seq_len,
             config.train.batch_size // config.train.accumulate,
-            partial(put_batch, batch_sharding(model.mesh)),
+            model.put,
         )
     report = {"text": name, "step": model.step, "texts": len(texts), **report_figures(result, config)}
     if jax.process_index() > 0:

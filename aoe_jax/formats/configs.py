@@ -8,6 +8,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.formats.architectures import ARCHITECTURES, Architecture
 
 OWN = "aoe"  # the model_type of our own format
+WINDOW = 1024  # tokens that texts are scored and trained in, where the model takes as many
 # Fields that say how a model is computed, not what.
 _EXECUTION = ("model.dtype", "model.remat", "model.unroll", "model.max_len", "experts.score_gradient")
 # Fields that say how experts are chosen and weighed: other values fit the same parameters.
@@ -40,7 +41,7 @@ _USED_BY = {
 
 
 def from_json(path: Path, values: dict):
-    """The configuration of a model; other groups are at their defaults, `model.dtype` is float32.
+    """The configuration of a model; `data.seq_len` is `WINDOW`, `model.dtype` float32, other groups are at their defaults.
 
     Args:
       path: of the `config.json`, for errors.
@@ -61,7 +62,7 @@ def from_json(path: Path, values: dict):
         groups["balance"]["aux_weight"] = 0.0
     max_len = groups["model"]["max_len"]
     if isinstance(max_len, int):
-        groups["data"]["seq_len"] = min(groups["data"]["seq_len"], max_len)
+        groups["data"]["seq_len"] = min(WINDOW, max_len)
     try:
         return Config.from_config_dict(groups)
     except UserError as e:

@@ -29,7 +29,7 @@ _FACTORS = ("layers/experts/w_down", "layers/experts/w_up")
 def convert(checkpoint: Path, output: Path, d_low: int):
     """Writes the AoE of a router MoE to `output`, which comes into being only when it is complete.
 
-    Layer by layer, so that memory holds little more than the experts of one. A parameter has the dtype of the gates.
+    Layer by layer, so that memory holds little more than the experts of one. Factors have the dtype of the gates.
 
     Args:
       checkpoint: a directory with `config.json` and safetensors files, of the hub or of `aoe_jax.export`.
@@ -47,16 +47,22 @@ def convert(checkpoint: Path, output: Path, d_low: int):
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low)
     reader = ModelReader(checkpoint, config)
-    dtype, factors = reader.dtype(_GATE), _Factors(reader, d_low)
+    factors, shapes = _Factors(reader, d_low), parameter_shapes(converted)
+    dtypes = {path: reader.dtype(_GATE if path in _FACTORS else path) for path in shapes}
+    if reader.has_selection_bias:
+        log.warning("the selection bias of loss-free balancing goes with the router: it was made for its logits")
+    if config.experts.gate != converted.experts.gate:
+        log.warning("experts.gate=%r was made for logits around 0; the AoE has %r", "sparsemixer", "chosen")
 
     def parameter(path, layer):
-        value = factors.of_layer(layer)[path] if path in _FACTORS else reader.layer(path, layer)
-        return value.astype(dtype)
+        if path in _FACTORS:
+            return factors.of_layer(layer)[path].astype(dtypes[path])
+        return reader.layer(path, layer)
 
     tokens = read_json(checkpoint / "config.json")
     values = as_own(converted) | {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with new_directory(output) as partial_output:
-        write_model(partial_output, values, parameter_shapes(converted), parameter, dtype)
+        write_model(partial_output, values, shapes, parameter, dtypes)
         report = {"d_low": d_low, "d_wide": converted.experts.d_wide, "energy_kept": factors.energy_kept()}
         write_json(partial_output / REPORT, report)
         copy_tokenizer(checkpoint, partial_output)
@@ -83,9 +89,7 @@ def _converted(config: Config, checkpoint, d_low):
         d_low=d_low,
         d_wide=experts.d_ffn,
         large_router=False,
-        gate="chosen"
-        if experts.gate == "sparsemixer"
-        else experts.gate,  # made for logits around 0, which norms aren't
+        gate="chosen" if experts.gate == "sparsemixer" else experts.gate,
     )
     return dataclasses.replace(config, experts=experts, mesh=MeshConfig())
 

@@ -61,12 +61,12 @@ def read_step(directory: Path) -> int | None:
     return read_json(path, _WANTED).get("step") if path.exists() else None
 
 
-def read_begin_token(directory: Path) -> int | None:
+def read_begin_token(directory: Path, vocab_size: int) -> int | None:
     """The token that texts begin with, or None if they begin with none; UserError if it can't be."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
-    if token is not None and (type(token) is not int or token < 0):
-        raise UserError(f"{path}: bos_token_id={token!r}: must be the number of a token, or null")
+    if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+        raise UserError(f"{path}: bos_token_id={token!r}: must be the number of one of {vocab_size} tokens, or null")
     return token
 
 

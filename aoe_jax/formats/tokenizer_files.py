@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tokenizers
 
-from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, saved_tokenizer
-from aoe_jax.json_files import write_json
+from aoe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, saved_tokenizer
+from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,22 @@ def _add_no_tokens(file: Path):
     spec = json.loads(file.read_text())
     file.write_text(json.dumps(spec | {"post_processor": None}, ensure_ascii=False))
     log.info("the tokenizer adds tokens to a text; here it adds none, as in training")
+
+
+def read_prefix(folder: Path, tokenizer: Tokenizer, begin_token: int | None) -> list[int]:
+    """The tokens that the tokenizer of a model puts before a text in `transformers`.
+
+    A `tokenizer.json` says so itself. For a SentencePiece model alone it is the one that texts begin with, if
+    `tokenizer_config.json` says so.
+
+    Raises:
+      UserError: `tokenizer_config.json` can't be read.
+    """
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.prefix
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file, "remove it to do without") if file.exists() else {}
+    return [begin_token] if begin_token is not None and settings.get("add_bos_token") else []
 
 
 def copy_tokenizer(folder: Path, output: Path):

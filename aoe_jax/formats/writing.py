@@ -62,7 +62,7 @@ def write_model(
     values: dict,
     shapes: dict[str, tuple[int, ...]],
     parameter: Callable[[str, int | None], np.ndarray],
-    dtype: np.dtype,
+    dtypes: dict[str, np.dtype],
     shard_bytes: int = SHARD_BYTES,
 ):
     """Writes `config.json` and the tensors, layer by layer: memory holds one parameter of one layer at a time.
@@ -71,9 +71,9 @@ def write_model(
       directory: is there.
       values: of `config.json`, such as `configs.to_json` gives them; `model_type` says what tensors are called.
       shapes: of every parameter by its path, with the axis of layers.
-      parameter: gives the parameter of a path and layer (None: of one that has no layers), whole and in `dtype`, that of
-        `layers/selection_bias` float32. Those of a layer are asked for together, in the order of `shapes`.
-      dtype: of the tensors.
+      parameter: gives the parameter of a path and layer (None: of one that has no layers), whole. Those of a layer and
+        dtype are asked for together, in the order of `shapes`.
+      dtypes: of every parameter by its path.
       shard_bytes: of a file at most.
 
     Raises:
@@ -85,23 +85,22 @@ def write_model(
         for path, shape in shapes.items()
     }
     n_layers = next(shape[0] for path, shape in shapes.items() if is_layered(path))
-    layered = [path for path in places if is_layered(path)]
-    bias = "layers/selection_bias"
-    float32 = np.dtype(np.float32)
-    order = [(bias, layer, float32) for layer in range(n_layers) if bias in places]  # the widest first
-    order += [(path, None, dtype) for path in places if path not in layered]
-    order += [(path, layer, dtype) for layer in range(n_layers) for path in layered if path != bias]
+    order = []
+    for dtype in sorted(set(dtypes.values()), key=lambda dtype: -dtype.itemsize):  # the widest first, so that all align
+        paths = [path for path in places if dtypes[path] == dtype]
+        order += [(path, None) for path in paths if not is_layered(path)]
+        order += [(path, layer) for layer in range(n_layers) for path in paths if is_layered(path)]
     described = [
-        (places[path].name(layer, expert), places[path].shape, its_dtype)
-        for path, layer, its_dtype in order
+        (places[path].name(layer, expert), places[path].shape, dtypes[path])
+        for path, layer in order
         for expert in places[path].experts
     ]
-    write_json(directory / "config.json", {**values, "torch_dtype": dtype.name})
+    write_json(directory / "config.json", {**values, "torch_dtype": dtypes["embed/embedding"].name})
     write_tensors(directory, described, _tensors(order, places, parameter), shard_bytes)
 
 
 def _tensors(order, places, parameter):
-    for path, layer, _ in order:
+    for path, layer in order:
         whole, place = parameter(path, layer), places[path]
         for expert in place.experts:
             yield place.to_file(whole if expert is None else whole[expert])
@@ -113,11 +112,13 @@ def write_arrays(directory: Path, values: dict, params: dict, selection_bias: ja
     if selection_bias is not None:
         arrays["layers/selection_bias"] = selection_bias
 
+    dtypes = {path: jnp.dtype("float32" if path == "layers/selection_bias" else dtype) for path in arrays}
+
     def parameter(path, layer):
-        return jax.device_get(_part(arrays[path], layer, "float32" if path == "layers/selection_bias" else dtype))
+        return jax.device_get(_part(arrays[path], layer, dtypes[path]))
 
     shapes = {path: a.shape for path, a in arrays.items()}
-    write_model(directory, values, shapes, parameter, jnp.dtype(dtype))
+    write_model(directory, values, shapes, parameter, dtypes)
 
 
 @partial(jax.jit, static_argnums=2)

@@ -37,7 +37,7 @@ from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
 from aoe_jax.training.profile import Profile, Window
-from aoe_jax.training.starting import state_from_model
+from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
 from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
@@ -204,11 +204,13 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     if locked:
         held.enter_context(alone_in(workdir, "workdir"))
     log_run(config)
+    earlier = Checkpoints(workdir)
+    newest = earlier.latest_step() or 0
+    if config.train.init_from and not newest:
+        check_start(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus)
 
-    earlier = Checkpoints(workdir)
-    newest = earlier.latest_step() or 0
     summary_file = workdir / "summary.json"
     agree("the step, configuration or data", f"{newest} {config} {corpus.identities}")
     if newest > steps or (newest == steps and summary_file.exists()):

@@ -19,18 +19,32 @@ from aoe_jax.training.step import TrainState
 log = logging.getLogger(__name__)
 
 
+def check_start(config: Config):
+    """Checks `train.init_from` before anything else is done for the run.
+
+    Raises:
+      UserError: the model's configuration can't be read, or is of another architecture.
+    """
+    directory = Path(config.train.init_from)
+    try:
+        _check_architecture(directory, read_config(directory), config)
+    except (UserError, OSError) as e:
+        raise UserError(f"config.train.init_from={config.train.init_from!r}: {e}") from e
+
+
 def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
     """The state before the first step, with float32 parameters and the selection bias of a model, the rest anew.
 
     Args:
-      config: of the run; `train.init_from` is the directory of the model, as `formats.reading` takes it.
+      config: of the run, after `check_start`; `train.init_from` is the directory of the model, as `formats.reading` takes
+        it.
       mesh: of the run.
       shardings: of its state.
       tokenizer: the file of the tokenizer of its corpora.
 
     Raises:
-      UserError: in every process if in one: the model can't be read, is of another architecture or tokenizer, or has a
-        selection bias that the run has no use for.
+      UserError: in every process if in one: the model can't be read, is of another tokenizer, or has a selection bias
+        that the run has no use for.
     """
     problem = None
     try:
@@ -50,7 +64,6 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
 
 def _loaded(config, mesh, tokenizer):
     directory = Path(config.train.init_from)
-    _check_architecture(directory, read_config(directory), config)
     _check_tokenizer(saved_tokenizer(directory), tokenizer)
     params, bias = load_params(directory, config, mesh, jnp.float32)
     if config.balance.bias_rate == 0 and bias is not None:

@@ -54,7 +54,7 @@ def model(kind, mesh=(1, 1, 1, 1), **experts):
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
     params = jax.device_put(params, state_shardings(devices, params))
     bias = jax.random.normal(jax.random.key(5), (2, 8)) if kind == "aoe" else None
-    return Model(config, decoder, devices, params, bias, Tokenizer(), END, None)
+    return Model(config, decoder, devices, params, bias, Tokenizer(), END, [], None)
 
 
 def prompts(count=5):

@@ -1,6 +1,5 @@
 """What lm-eval asks of the adapter, against plain passes, and against lm-eval's own `hf` backend with the same weights."""
 
-import copy
 import dataclasses
 import functools
 
@@ -126,8 +125,7 @@ def test_a_continuation_that_merges_into_the_context_is_scored_by_itself():
 
 def test_special_tokens_of_the_tokenizer_come_first():
     model = router_model()
-    lm = HarnessModel(dataclasses.replace(model, tokenizer=copy.copy(model.tokenizer), start=299), progress=False)
-    lm._tokenizer.prefix = [299]
+    lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]), progress=False)
     tokens = adapter().tok_encode("the cat")
     assert lm.tok_encode("the cat") == [299, *tokens] and lm.tok_encode("the cat", add_special_tokens=False) == tokens
     assert lm.loglikelihood(instances("loglikelihood", ("the", " cat")))[0][0] == pytest.approx(

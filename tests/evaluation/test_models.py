@@ -1,11 +1,18 @@
 """Trained models on meshes of the user's choice."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
 
+from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, mesh_axes, on_devices_here
+from aoe_jax.evaluation.text import TextTokens
+from aoe_jax.formats.reading import read_begin_token
+from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, tiny_config
 
 
@@ -39,3 +46,22 @@ def test_what_does_not_divide():
         on_devices_here(tiny_config(), {"fsdp": 4, "expert": 4})
     with pytest.raises(UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"):
         on_devices_here(tiny_config(), {"expert": 8})
+
+
+@pytest.mark.parametrize("token", ["a", -1, 300, True])
+def test_a_first_token_that_is_none(tmp_path, token):
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": token}))
+    with pytest.raises(
+        UserError, match=r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null"
+    ):
+        read_begin_token(tmp_path, 300)
+
+
+def test_texts_of_a_corpus_begin_as_the_model_knows_it():
+    model = dataclasses.replace(make_model(make_config()), start=299)
+    text = TextTokens(["the state", "a cat"], model.tokenizer)
+    (batch,) = eval_batches(text, 32, 1)
+    inputs = np.asarray(model.put(batch)["inputs"])
+    is_end = batch["inputs"] == model.tokenizer.end_of_text
+    assert is_end.sum() > 2 and (inputs[is_end] == 299).all()
+    np.testing.assert_array_equal(inputs[~is_end], batch["inputs"][~is_end])

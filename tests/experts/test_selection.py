@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.selection import expert_capacity, expert_choice, top_k, top_p
+from aoe_jax.experts.selection import expert_capacity, expert_choice, sparsemixer_weights, top_k, top_p
 
 pytestmark = pytest.mark.smoke
 
@@ -34,6 +34,16 @@ def test_top_p_on_uniform_scores(threshold, experts):
     weights = dense_weights(top_p(jnp.zeros((3, 16)), threshold), 3, 16)
     np.testing.assert_array_equal((weights > 0).sum(axis=1), experts)
     np.testing.assert_allclose(weights[weights > 0], 1 / 16)
+
+
+def test_sparsemixer_weighs_among_the_near():
+    """Near in relation to their size; equal zeros are near too; without jitter every chosen expert weighs one."""
+    scores = jnp.array([[2, 1.99, 0, 1], [0, 0, -1, -1], [-1, -1.01, -9, -9]])
+    expert = jnp.tile(jnp.arange(2), (3, 1))
+    near = 1 / (1 + np.exp(-0.01))
+    np.testing.assert_allclose(sparsemixer_weights(scores, expert, 0.01), [[near, 1], [0.5, 1], [near, 1]], rtol=1e-6)
+    np.testing.assert_allclose(sparsemixer_weights(scores, expert, 0.001), [[1, 1], [0.5, 1], [1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(sparsemixer_weights(scores[:1], expert[:1], 0.0), [[1, 1]], rtol=1e-6)
 
 
 def test_top_p_takes_one_sure_expert_and_is_equivariant():

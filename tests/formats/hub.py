@@ -30,6 +30,7 @@ _SHAPE = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not what a configuration without has
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -48,7 +49,7 @@ def _untrained():
     of = transformers.AutoModelForCausalLM.from_config
     olmoe = {**_SHAPE, "num_experts": EXPERTS, "rms_norm_eps": 1e-3}
     return {
-        "mixtral": of(transformers.MixtralConfig(**_SHAPE, num_local_experts=EXPERTS)),
+        "mixtral": of(transformers.MixtralConfig(**_SHAPE, num_local_experts=EXPERTS, rope_parameters=_ROPE)),
         "olmoe": of(transformers.OlmoeConfig(**olmoe)),
         "olmoe_norm_topk": of(transformers.OlmoeConfig(**olmoe, norm_topk_prob=True, attention_bias=True)),
         "phimoe": of(

@@ -140,12 +140,17 @@ REFUSED = {
         ["config.model.rope_factors=(1.0,)", "must be 8 numbers"],
     ),
     "rope of two minds": (changed(rope_parameters={"rope_theta": 5.0}), ["rope_theta is 5.0 and 10000.0"]),
+    "base without end": (changed(rope_theta=float("inf"), rope_parameters="removed"), ["config.model.rope_base=inf"]),
     "rope by kinds of layers": (changed(rope_parameters={"full": {"rope_theta": 5.0}}), ["aren't implemented"]),
     "part of the head": (changed(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "own without groups": ({"model_type": "aoe", "model": {}}, ["no group 'experts'"]),
     "own, unknown field": (
         {"model_type": "aoe", "model": {"depth": 3}, "experts": {}},
         ["config.model.depth is unknown; known are n_layers"],
+    ),
+    "own, rope_factors of words": (
+        {"model_type": "aoe", "model": {"rope_factors": ["a"] * 32}, "experts": {}},
+        ["config.model.rope_factors=('a', ", "numbers greater than 0"],
     ),
     "own, wrong value": (
         {"model_type": "aoe", "model": {}, "experts": {"kind": "soup"}},

@@ -5,8 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from aoe_jax.errors import UserError
+from aoe_jax.experts.reference import aoe_layer, router_layer
 from aoe_jax.formats.conversion import convert
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.sharding import fill_mesh, make_mesh
@@ -59,12 +61,50 @@ def test_the_result_is_a_model(tmp_path, architecture, gate):
     assert json.loads((tmp_path / "aoe" / "config.json").read_text())["eos_token_id"] == 1
 
 
-def test_bfloat16_stays(tmp_path):
-    config = tiny_config(experts__kind="router")
-    directory = written(tmp_path, config, "bfloat16")[0]
+def test_parameters_keep_their_dtypes(tmp_path, caplog):
+    """Here norms and the output table are finer than the rest; a selection bias goes with the router."""
+    directory = written(
+        tmp_path, tiny_config(experts__kind="router", model__tie_embeddings=False, balance__bias_rate=0.01), "bfloat16"
+    )[0]
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    fine = {name for name in tensors if "norm" in name or "lm_head" in name}
+    save_file({name: a.astype("float32" if name in fine else a.dtype) for name, a in tensors.items()}, file)
     convert(directory, tmp_path / "aoe", 8)
-    dtypes = {a.dtype.name for a in jax.tree.leaves(parameters(tmp_path / "aoe"))}
-    assert dtypes == {"bfloat16"} and read_config(tmp_path / "aoe").model.dtype == "bfloat16"
+    assert "selection bias of loss-free balancing goes with the router" in caplog.text
+    config, written_there = read_config(tmp_path / "aoe"), load_file(tmp_path / "aoe" / "model.safetensors")
+    assert config.model.dtype == "bfloat16"
+    assert {name: a.dtype.name for name, a in written_there.items()} == {
+        name: "float32" if name in fine else "bfloat16" for name in written_there
+    }
+    assert sum(name in fine for name in written_there) == len(fine) and not any("bias" in n for n in written_there)
+    assert np.isfinite(logits_here(tmp_path / "aoe")).all()
+
+
+def test_gates_of_full_rank_compute_the_same(tmp_path):
+    """All experts chosen and weighed alike, an AoE whose gates lose nothing is the MoE that it was."""
+    changes = {"experts__n_experts": 2, "experts__top_k": 2, "experts__d_ffn": 24}
+    directory, params, *_ = written(tmp_path, tiny_config(experts__kind="router", **changes))
+    convert(directory, tmp_path / "aoe", 24)
+    factors = parameters(tmp_path / "aoe")["layers"]["experts"]
+    np.testing.assert_allclose(factors["w_down"] @ factors["w_up"], params["layers"]["experts"]["w_g"], atol=1e-5)
+    x = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
+    for layer in range(2):
+        experts = {name: np.asarray(a[layer], np.float64) for name, a in params["layers"]["experts"].items()}
+        low = {name: np.asarray(a[layer], np.float64) for name, a in factors.items()}
+        norms = np.linalg.norm(np.einsum("td,ndr->tnr", x, low["w_down"]), axis=-1)
+        # The reference of an MoE whose router gives these norms: the norms of x Wg itself.
+        whole = np.linalg.norm(np.einsum("td,ndf->tnf", x, experts["w_g"]), axis=-1)
+        np.testing.assert_allclose(norms, whole, rtol=1e-5)
+        outputs = [
+            router_layer(x, np.zeros((32, 1)), *(experts[name][i : i + 1] for name in ("w_g", "w_p", "w_o")), top_k=1)
+            for i in range(2)
+        ]
+        weights = np.exp(whole) / np.exp(whole).sum(axis=1, keepdims=True)
+        found = aoe_layer(x, *(low[name] for name in ("w_down", "w_up", "w_p", "w_o")), top_k=2)
+        np.testing.assert_allclose(
+            found, sum(weights[:, i : i + 1] * outputs[i] for i in range(2)), rtol=1e-4, atol=1e-5
+        )
 
 
 REFUSED = {

@@ -9,7 +9,8 @@ import tokenizers
 from tokenizers import processors
 
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer, train_tokenizer
-from aoe_jax.formats.tokenizer_files import write_tokenizer
+from aoe_jax.errors import UserError
+from aoe_jax.formats.tokenizer_files import read_prefix, write_tokenizer
 from tests.data.texts import texts
 
 STRANGE = "the state  of\n the union, Ünï 好 don't "
@@ -74,3 +75,23 @@ def test_transformers_gives_the_same_tokens(tmp_path, name):
     assert theirs.convert_ids_to_tokens(ours.end_of_text) == ours.end_name and theirs.model_max_length == 64
     unchanged = saved_tokenizer(output).read_bytes() == saved_tokenizer(folder).read_bytes()
     assert unchanged == (name != "with a first token")
+
+
+@pytest.mark.parametrize("adds", [None, True, False])
+def test_the_token_before_a_text_is_that_of_transformers(tmp_path, adds):
+    """Of a SentencePiece model by itself, as old models of the hub have it."""
+    import transformers
+
+    sentencepiece_of("bpe")(tmp_path)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {} if adds is None else {"add_bos_token": adds}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "bos_token_id": 1, "eos_token_id": 2}))
+    ours = load_tokenizer(saved_tokenizer(tmp_path))
+    prefix = read_prefix(tmp_path, ours, 1)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(STRANGE)["input_ids"] == prefix + ours.encode([STRANGE])[0].tolist()
+    assert prefix == ([1] if adds else [])
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json can't be read"):
+        read_prefix(tmp_path, ours, 1)

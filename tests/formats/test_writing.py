@@ -142,7 +142,8 @@ def test_one_parameter_of_one_layer_at_a_time(tmp_path):
         return arrays[path] if layer is None else arrays[path][layer]
 
     shapes = {path: a.shape for path, a in arrays.items()}
-    write_model(tmp_path, to_json(config), shapes, parameter, np.dtype(np.float32), shard_bytes=20_000)
+    dtypes = dict.fromkeys(shapes, np.dtype(np.float32))
+    write_model(tmp_path, to_json(config), shapes, parameter, dtypes, shard_bytes=20_000)
     layered = [path for path in arrays if path.startswith("layers/")]
     assert [entry for entry in asked if entry[1] is not None] == [(path, n) for n in range(2) for path in layered]
     files = list(tmp_path.glob("*.safetensors"))

@@ -10,7 +10,7 @@ import pytest
 from aoe_jax.config import MeshConfig
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
-from aoe_jax.training.starting import state_from_model
+from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import init_state
 from tests.formats.test_tokenizer_files import byte_level, with_a_first_token
 from tests.formats.test_writing import written
@@ -22,6 +22,7 @@ def first_state(directory, tokenizer, mesh=None, **changes):
     n_devices = 8 if mesh else 1
     config = fill_mesh(config, n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
+    check_start(config)
     with jax.set_mesh(mesh):
         shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
         state = state_from_model(config, mesh, shardings, tokenizer)
