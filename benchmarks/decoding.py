@@ -1,9 +1,10 @@
 """Decoding: with a cache against reading the whole text anew for every token; AoE against router MoE; few experts of many.
 
-`python -m benchmarks.decoding [--length=512] [--batches=1,16] [--repeats=7] [--json=FILE]`. Models have random weights in
-float32, 4 layers of d=256, a vocabulary of 4096, and 2 of 8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal
-total parameters); a dense model has the total parameters of all, another the active ones. All are timed in turn. A token is
-read and the next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a token needs.
+`python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4] [--repeats=7] [--json=FILE]`.
+Models have random weights in float32, a vocabulary of 4096, and 2 of 8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of
+equal total parameters); a dense model has the total parameters of all, another the active ones. All are timed in turn. A
+token is read and the next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a
+token needs.
 """
 
 import jax
@@ -19,27 +20,33 @@ from benchmarks.timing import configuration, keep_freed_memory, machine, medians
 
 _LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
+_D_MODEL = flags.DEFINE_integer("d_model", 256, "width of the models, a multiple of 16", lower_bound=16)
+_LAYERS = flags.DEFINE_integer("layers", 4, "of the models", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 STEPS = 8  # tokens of a timed call
-FEW, MANY = {"n_experts": 8, "top_k": 2, "d_ffn": 512}, {"n_experts": 64, "top_k": 8, "d_ffn": 128}
-MODELS = {
-    "router, 2 of 8": ("moe", FEW),
-    "AoE, 2 of 8, r=d/3": ("aoe", FEW | {"d_low": 85}),
-    "router, 8 of 64": ("moe", MANY),
-    "AoE, 8 of 64, r=d/3": ("aoe", MANY | {"d_low": 85}),
-    "AoE, 8 of 64, r=d/12": ("aoe", MANY | {"d_low": 21}),
-    "dense, as wide as all experts": ("dense", {"d_ffn": 8 * 512}),
-    "dense, as wide as those chosen": ("dense", {"d_ffn": 2 * 512}),
-}
 
 
-def model_of(variant, experts):
+def variants(d_model):
+    """`{name: (variant of configs/tiny.py, its experts)}`."""
+    few = {"n_experts": 8, "top_k": 2, "d_ffn": 2 * d_model}
+    many = {"n_experts": 64, "top_k": 8, "d_ffn": d_model // 2}
+    return {
+        "router, 2 of 8": ("moe", few),
+        "AoE, 2 of 8, r=d/3": ("aoe", few | {"d_low": d_model // 3}),
+        "router, 8 of 64": ("moe", many),
+        "AoE, 8 of 64, r=d/3": ("aoe", many | {"d_low": d_model // 3}),
+        "AoE, 8 of 64, r=d/12": ("aoe", many | {"d_low": d_model // 12}),
+        "dense, as wide as all experts": ("dense", {"d_ffn": 16 * d_model}),
+        "dense, as wide as those chosen": ("dense", {"d_ffn": 4 * d_model}),
+    }
+
+
+def model_of(variant, experts, d_model, n_layers):
     """`(config, decoder, parameters stacked over layers, parameters for decoding)`."""
-    config = configuration(
-        variant, {"model": {"d_model": 256, "dtype": "float32", "unroll": 1}, "mesh": {"data": 1}, "experts": experts}
-    )
+    model = {"d_model": d_model, "n_layers": n_layers, "dtype": "float32", "unroll": n_layers}
+    config = configuration(variant, {"model": model, "mesh": {"data": 1}, "experts": experts})
     decoder = Decoder.from_config(config)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     return config, decoder, params, unstacked(decoder, params, make_mesh(config, jax.devices()[:1]))
@@ -88,7 +95,10 @@ def main():
     if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
         raise UserError(f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0")
     length, figures = _LENGTH.value, []
-    models = {name: model_of(*settings) for name, settings in MODELS.items()}
+    d_model = _D_MODEL.value
+    if d_model % 16:
+        raise UserError(f"--d_model={d_model}: must be a multiple of 16")
+    models = {name: model_of(*settings, d_model, _LAYERS.value) for name, settings in variants(d_model).items()}
     print(f"{machine()}")
     for batch in map(int, _BATCHES.value):
         seconds = medians(
@@ -96,7 +106,7 @@ def main():
             _REPEATS.value,
         )
         both = {}
-        for name in list(MODELS)[:2]:
+        for name in list(models)[:2]:
             _, decoder, stacked, params = models[name]
             both |= {(name, True): decoding(decoder, params, batch, length)}
             both |= {(name, False): recomputing(decoder, stacked, batch, length)}

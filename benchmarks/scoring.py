@@ -1,8 +1,9 @@
 """Scoring of choices: a context read once for all its continuations against once for each.
 
-`python -m benchmarks.scoring [--repeats=3] [--json=FILE]`: the default model, of random weights, scores random tokens in the
-shape of two kinds of task: contexts of 60 to 120 tokens with four continuations of 15 to 35 (HellaSwag), and contexts of 180
-to 240 with three of one token (MNLI with three shots). Without sharing each call gets one continuation of every context.
+`python -m benchmarks.scoring [--contexts=128] [--layers=4] [--repeats=3] [--json=FILE]`: the default model, of random
+weights, scores random tokens in the shape of two kinds of task: contexts of 60 to 120 tokens with four continuations of 15
+to 35 (HellaSwag), and contexts of 180 to 240 with three of one token (MNLI with three shots). Without sharing each call gets
+one continuation of every context.
 """
 
 import jax
@@ -18,12 +19,14 @@ from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.step import init_state
 from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
 
-# name: (contexts, tokens of a context, continuations, tokens of a continuation); numbers of tokens from, to.
+# name: (tokens of a context, continuations, tokens of a continuation); numbers of tokens from, to.
 SHAPES = {
-    "4 continuations of 15 to 35 tokens after 60 to 120": (128, (60, 121), 4, (15, 36)),
-    "3 continuations of 1 token after 180 to 240": (128, (180, 241), 3, (1, 2)),
+    "4 continuations of 15 to 35 tokens after 60 to 120": ((60, 121), 4, (15, 36)),
+    "3 continuations of 1 token after 180 to 240": ((180, 241), 3, (1, 2)),
 }
 
+_CONTEXTS = flags.DEFINE_integer("contexts", 128, "of each shape", lower_bound=1)
+_LAYERS = flags.DEFINE_integer("layers", 4, "of the model", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
@@ -37,9 +40,9 @@ def random_model(config: Config):
     return Model(config, Decoder.from_config(config), mesh, params, None, None, 0, [], None)
 
 
-def random_choices(shape, vocab_size):
+def random_choices(n_contexts, shape, vocab_size):
     """`[[(context, continuation), ...]]`, the continuations of each context."""
-    n_contexts, context_lengths, n, lengths = shape
+    context_lengths, n, lengths = shape
     rng = np.random.default_rng(0)
 
     def draw(lengths):
@@ -52,11 +55,14 @@ def random_choices(shape, vocab_size):
 def main():
     """Times both ways for each shape."""
     keep_freed_memory()
-    model, figures = random_model(configuration("aoe")), []
+    model, figures = (
+        random_model(configuration("aoe", {"model": {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}})),
+        [],
+    )
     scorer = Scorer(model)
     print(machine())
     for name, shape in SHAPES.items():
-        choices = random_choices(shape, model.config.model.vocab_size)
+        choices = random_choices(_CONTEXTS.value, shape, model.config.model.vocab_size)
         together = [request for group in choices for request in group]
         apart = list(zip(*choices, strict=True))
         seconds = medians(

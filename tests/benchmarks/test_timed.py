@@ -34,6 +34,38 @@ def test_figures(name, tmp_path):
     assert len(stdout.splitlines()) == 1 + len(result["figures"])
 
 
+def test_decoding(tmp_path):
+    file = tmp_path / "figures.json"
+    command = ["-m", "benchmarks.decoding", "--d_model=16", "--layers=1", "--length=16", "--batches=3", "--repeats=1"]
+    status, stdout, stderr = run([*command, f"--json={file}"])
+    assert status == 0, stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert [figure["batch"] for figure in figures] == 7 * [3]
+    of = {figure["model"]: figure for figure in figures}
+    # Weights of a token: attention and table, and of a router MoE the chosen experts, of AoE all Wdown besides.
+    table, attention, expert = 4096 * 16, 4 * 16 * 16, 3 * 16 * 32
+    router, aoe = of["router, 2 of 8"], of["AoE, 2 of 8, r=d/3"]
+    assert router["bytes"] == 4 * (table + attention + 3 * 16 + 16 * 8 + 2 * expert)
+    assert of["dense, as wide as all experts"]["bytes"] == 4 * (table + attention + 3 * 16 + 8 * expert)
+    w_down, d_wide = 16 * 5, round((3 * 16 * 32 - 5 * 16) / (5 + 2 * 16))
+    chosen = 2 * (w_down + 5 * d_wide + 2 * 16 * d_wide)
+    assert aoe["bytes"] == 4 * (table + attention + 3 * 16 + chosen + 6 * w_down)
+    assert aoe["to_router"] == pytest.approx(aoe["step_seconds"] / router["step_seconds"])
+    assert {name for name, figure in of.items() if figure["recomputing"]} == {"router, 2 of 8", "AoE, 2 of 8, r=d/3"}
+    assert len([line for line in stdout.splitlines() if "from the start" in line]) == 2
+
+
+def test_scoring(tmp_path):
+    file = tmp_path / "figures.json"
+    status, stdout, stderr = run(
+        ["-m", "benchmarks.scoring", "--contexts=1", "--layers=1", "--repeats=1", f"--json={file}"]
+    )
+    assert status == 0, stderr
+    for figure in json.loads(file.read_text())["figures"]:
+        assert figure["ratio"] == pytest.approx(figure["seconds"]["apart"] / figure["seconds"]["together"])
+        assert f"{figure['shape']}: " in stdout
+
+
 def test_input(tmp_path):
     for seed, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
