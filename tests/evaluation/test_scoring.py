@@ -12,6 +12,8 @@ from aoe_jax.evaluation import scoring
 from aoe_jax.evaluation.scoring import Scorer
 from tests.evaluation.models import make_config, make_model, plain_scores
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 KINDS = {
     "aoe": {},
     "top_p, untied": {"experts__kind": "router", "experts__selection": "top_p", "model__tie_embeddings": False},

@@ -44,12 +44,10 @@ def test_every_shape_compiles(shape, generation, dtype, m):
 
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
-LAYERS = [("aoe", generation, shape) for generation, shape in zip(TOPOLOGIES, cycle([EIGHT, SIXTY_FOUR]))]
+LAYERS = [("aoe", "v5p", SIXTY_FOUR), ("aoe", "v4", EIGHT), ("router", "v5e", EIGHT)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "generation", "shape"), [*LAYERS, ("router", "v5e", EIGHT), ("router", "v5p", SIXTY_FOUR)]
-)
+@pytest.mark.parametrize(("kind", "generation", "shape"), LAYERS)
 def test_useful_flops_of_a_layer(kind, generation, shape):
     """Forward and backward, loss-free; no expert is computed but the chosen, whose norms are computed twice."""
     n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape

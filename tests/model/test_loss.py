@@ -28,20 +28,27 @@ def plain(hidden, table, targets, weights):
 def test_values_and_gradients(n_tokens, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
     args = inputs(n_tokens)
+
+    def scaled(function):
+        def value(hidden, table, scale):
+            return scale * function(hidden, table, *args[2:])
+
+        return jax.jit(jax.value_and_grad(value, (0, 1)))
+
+    got, want = scaled(loss.cross_entropy), scaled(plain)
     for scale in (1.0, -2.5):
-        got = jax.value_and_grad(lambda h, t: scale * loss.cross_entropy(h, t, *args[2:]), (0, 1))(*args[:2])
-        want = jax.value_and_grad(lambda h, t: scale * plain(h, t, *args[2:]), (0, 1))(*args[:2])
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        results = (jax.tree.leaves(function(*args[:2], scale)) for function in (got, want))
+        for a, b in zip(*results, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(loss.cross_entropy(*args), plain(*args), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss.cross_entropy)(*args), plain(*args), rtol=1e-5)
 
 
 def test_bfloat16_hidden_float32_loss():
     args = inputs(64, "bfloat16")
-    value, (d_hidden, d_table) = jax.value_and_grad(loss.cross_entropy, (0, 1))(*args)
+    value, (d_hidden, d_table) = jax.jit(jax.value_and_grad(loss.cross_entropy, (0, 1)))(*args)
     assert (value.dtype, d_hidden.dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(value, plain(*args), rtol=1e-2)
-    want = jax.grad(plain, 1)(*args)
+    want = jax.jit(jax.grad(plain, 1))(*args)
     np.testing.assert_allclose(d_table, want, atol=0.02 * float(jnp.abs(want).max()))
 
 
