@@ -48,7 +48,7 @@ soak: setup
 	$(BIN)/python -m benchmarks.soak --workdir=$(SOAK) $(ARGS)
 
 test: setup $(LIBTPU)
-	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2
+	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 --dist=worksteal
 
 # The part of the tests that shows whether another version of JAX works.
 smoke: setup $(LIBTPU)

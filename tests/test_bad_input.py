@@ -18,6 +18,7 @@ from tests.runs import (
     finished_run,
     run,
     scratch,
+    settings,
     shared,
     tiny_config,
     train_command,
@@ -235,31 +236,91 @@ RUNS = {
 MISTAKES = COMMAND_LINE | RUNS
 
 
+# Those that are found only after JAX has started, which takes seconds, one after the other in one process.
+TOGETHER = [name for name, mistake in RUNS.items() if mistake.command in (TRAIN, EVAL)]
+for name in ("unknown data set", "steps reached", "eval: truncated checkpoint"):
+    TOGETHER.remove(name)  # and some as the user meets them
+IN_ONE_PROCESS = """
+import json, sys
+from pathlib import Path
+from aoe_jax.config import Config
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.run import evaluate_workdir
+from aoe_jax.training.loop import train
+from configs import tiny
+
+for workdir, settings in json.loads(sys.argv[1]):
+    message = None
+    try:
+        if settings is None:
+            evaluate_workdir(Path(workdir))
+        else:
+            config = tiny.get_config()
+            config.update_from_flattened_dict(settings)
+            train(Config.from_config_dict(config), Path(workdir))
+    except UserError as e:
+        message = str(e)
+    print(json.dumps(message))
+"""
+
+
+class Place:
+    """The folder of a mistake, and what changes there."""
+
+    def __init__(self, name):
+        self.mistake, self.here = MISTAKES[name], scratch("mistakes") / str(list(MISTAKES).index(name))
+        self.here.mkdir()
+        self.workdir = self.here / "run"
+        self.mistake.prepare(self.workdir, self.here)
+        self._before = contents(self.here)
+
+    def filled_in(self, text):
+        return text.format(here=self.here, workdir=self.workdir) if isinstance(text, str) else text
+
+    def changes(self):
+        return {name: self.filled_in(value) for name, value in self.mistake.changes.items()}
+
+    def changed(self):
+        after = {path: content for path, content in contents(self.here).items() if not path.startswith("cache/")}
+        return sorted(p for p in self._before.keys() | after.keys() if self._before.get(p) != after.get(p))
+
+
+def as_a_command(name):
+    """`(exit status, stdout, stderr, what changed in its folder, the folder)`."""
+    place = Place(name)
+    command, changes = place.mistake.command, place.changes()
+    if command == TRAIN:
+        command = train_command(place.workdir, **changes)
+    elif changes:
+        command = [*command, *train_command(place.here, **changes)[3:]]
+    return *run(list(map(place.filled_in, command))), place.changed(), place.here
+
+
+def together(names):
+    """The same of each name, as if its message came of a command."""
+    places = [Place(name) for name in names]
+    cases = [
+        (str(place.workdir), given(place.changes()) if place.mistake.command == TRAIN else None) for place in places
+    ]
+    status, stdout, stderr = run(["-c", IN_ONE_PROCESS, json.dumps(cases)])
+    assert status == 0, stderr
+    messages = map(json.loads, stdout.splitlines())
+    return [(2, "", f"error: {m}", place.changed(), place.here) for m, place in zip(messages, places, strict=True)]
+
+
+def given(changes):
+    return {name: value for name, value in settings(**changes).items() if value is not None}
+
+
 @shared
 def outcomes():
-    """`{name: (exit status, stderr, what changed in its folder, the folder)}`, run a few at a time."""
+    """By name; a few at a time."""
     finished_run()
-
-    def outcome(numbered):
-        number, (name, mistake) = numbered
-        here = scratch("mistakes") / str(number)
-        here.mkdir()
-        places = {"here": str(here), "workdir": str(here / "run")}
-        mistake.prepare(here / "run", here)
-        changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in mistake.changes.items()}
-        command = mistake.command
-        if command == TRAIN:
-            command = train_command(here / "run", **changes)
-        elif changes:
-            command = [*command, *train_command(here, **changes)[3:]]
-        before = contents(here)
-        status, stdout, stderr = run([part.format(**places) for part in command])
-        after = {path: content for path, content in contents(here).items() if not path.startswith("cache/")}
-        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-        return name, (status, stdout, stderr, changed, here)
-
+    alone = [name for name in MISTAKES if name not in TOGETHER]
     with ThreadPool(3) as pool:
-        return dict(pool.map(outcome, enumerate(MISTAKES.items()), chunksize=1))
+        of_commands = pool.map_async(as_a_command, alone, chunksize=1)
+        found = dict(zip(TOGETHER, together(TOGETHER), strict=True))
+        return found | dict(zip(alone, of_commands.get(), strict=True))
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -1,4 +1,4 @@
-"""Real processes on CPU: the curve of one, and checkpoints that go from four to two to one."""
+"""Real processes on CPU: the curve of one, and checkpoints that go from four to two to one and to other meshes."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ import time
 import numpy as np
 
 from tests.hasty import xla_flags
-from tests.runs import EVERY, STEPS, finish, finished_run, read_metrics, run, scratch, start, train_command
+from tests.runs import EVERY, STEPS, finish, finished_run, read_metrics, run, scratch, shared, start, train_command
 
-# Two devices a process where there are two processes, one where there are four: four devices always.
+# Two devices a process where there are two processes.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
 
 
@@ -45,9 +45,15 @@ def losses(workdir):
     return [line["loss"] for line in read_metrics(workdir)[0]]
 
 
-def test_two_processes_train_as_one_does():
+@shared
+def two_processes():
+    """Workdir and stderr of a run of two processes."""
     workdir = scratch("multiprocess") / "two"
-    stderr = train_on(workdir, 2, **MESH)
+    return workdir, train_on(workdir, 2, **MESH)
+
+
+def test_two_processes_train_as_one_does():
+    workdir, stderr = two_processes()
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
     assert "2 processes, 4 devices" in stderr[0]
     assert not any("step" in text for text in stderr[1:])  # the first alone reports
@@ -55,8 +61,7 @@ def test_two_processes_train_as_one_does():
 
 def test_evaluation_on_other_devices_than_training(tmp_path):
     """A run of four devices on one, and a run of one on eight, whose batches they don't divide."""
-    workdir = tmp_path / "run"
-    train_on(workdir, 1, **MESH)
+    workdir = shutil.copytree(two_processes()[0], tmp_path / "run")
     here = evaluated(workdir)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(finished_run(), elsewhere)
@@ -72,31 +77,18 @@ def evaluated(workdir, **variables):
 
 
 def test_from_four_processes_to_two_to_one():
-    """And over other meshes: the curve of one process that stops where they do."""
+    """And from mesh (2, 1, 4, 1) to (1, 8, 1, 1) to a single device: the curve of one process that stops where they do."""
     moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
-    stages = STEPS // 2, STEPS - 4, STEPS
+    stages, batch = (STEPS // 2, STEPS - 4, STEPS), {"train__batch_size": 8}
     for steps in stages:
-        status, _, stderr = run(train_command(alone, train__steps=steps))
-        assert status == 0, stderr
-    train_on(moved, 4, **MESH, train__steps=stages[0], model__unroll=2)
-    train_on(moved, 2, mesh__fsdp=4, train__steps=stages[1])
-    status, _, stderr = run(train_command(moved, train__steps=STEPS))
-    assert status == 0, stderr
-    assert f"going on from step {stages[1]}" in stderr
-    np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
-
-
-def test_another_mesh_midway():
-    """(2, 1, 4, 1), then (1, 8, 1, 1)."""
-    moved = scratch("multiprocess") / "other_mesh"
-    batch = {"train__batch_size": 8}
-    train_on(moved, 1, 8, mesh__data=2, mesh__expert=4, train__steps=STEPS // 2, **batch)
-    alone = scratch("multiprocess") / "other_mesh_alone"
-    for steps in (STEPS // 2, STEPS):
         status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
         assert status == 0, stderr
-    (stderr,) = train_on(moved, 1, 8, mesh__fsdp=8, **batch)
-    assert f"going on from step {STEPS // 2}" in stderr
+    train_on(moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], model__unroll=2, **batch)
+    (stderr, _) = train_on(moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], **batch)
+    assert f"going on from step {stages[0]}" in stderr
+    status, _, stderr = run(train_command(moved, train__steps=STEPS, **batch))
+    assert status == 0, stderr
+    assert f"going on from step {stages[1]}" in stderr
     np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
 
 

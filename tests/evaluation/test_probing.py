@@ -10,6 +10,8 @@ from aoe_jax.evaluation import probing
 from aoe_jax.evaluation.run import evaluate_workdir
 from tests.runs import finished_run, kind_runs
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 
 @pytest.fixture
 def few_probes(monkeypatch):
