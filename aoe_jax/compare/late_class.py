@@ -46,13 +46,16 @@ class Setting:
     """What the paper leaves open. Experts of both kinds have equally many parameters (Eq. 5, rounded)."""
 
     steps: int = 1000  # of each stage
-    d_model: int = 8
+    d_model: int = 32
     distance: float = 8.0  # from the mean of class 3 to those of the others, in standard deviations
-    d_ffn: int = 32
-    d_low: int = 4
     batch: int = 64
     learning_rate: float = 1e-2
     held_out: int = 1000  # inputs of each class to measure on
+
+    def experts(self, kind, gate):
+        """The layer's `ExpertsConfig`."""
+        shape = {"d_ffn": 2 * self.d_model, "d_low": max(1, self.d_model // 4)}
+        return ExpertsConfig(kind=kind, gate=gate, n_experts=EXPERTS, top_k=1, **shape)
 
 
 class Outcome(NamedTuple):
@@ -72,9 +75,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x):
         """`x [T, d]` float32."""
-        s = self.setting
-        config = ExpertsConfig(kind=self.kind, gate=self.gate, n_experts=EXPERTS, top_k=1, d_ffn=s.d_ffn, d_low=s.d_low)
-        y, stats = LAYERS[self.kind](config, name="experts")(x)
+        y, stats = LAYERS[self.kind](self.setting.experts(self.kind, self.gate), name="experts")(x)
         return nn.Dense(CLASSES, name="head")(y), stats
 
 
@@ -127,13 +128,13 @@ def train_seeds(kind, gate, setting, seeds):
 
 def ending(share):
     """How experts share the classes, a name from `ENDINGS`; `share [C, n]`."""
-    first = int(np.argmax(share[0]))
-    serves = np.asarray(share)[:, first]
-    if MOST > serves[2] > 1 - MOST:
+    share = np.asarray(share)
+    if share[2].max() < MOST:
         return "spread"
-    if min(serves[:2]) < MOST:
+    first = share[0].argmax()
+    if min(share[:2, first]) < MOST:
         return "other"
-    return "one" if serves[2] >= MOST else "apart"
+    return "one" if share[2, first] >= MOST else "apart"
 
 
 def of_first_expert(share):
@@ -215,5 +216,7 @@ def draw(figures, setting):
     for row in axes:
         row[0].set_ylabel("share of a class")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Two experts, top-1: {len(shares)} seeds, {setting.steps} steps a stage", fontsize=11)
+    figure.suptitle(
+        f"Two experts, top-1: {len(shares)} seeds, d={setting.d_model}, {setting.steps} steps a stage", fontsize=11
+    )
     return figure

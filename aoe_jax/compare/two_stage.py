@@ -1,7 +1,8 @@
 """Which expert takes a class that comes late? The paper's two-stage classifier (Appendix B), AoE beside router MoE.
 
-`python -m aoe_jax.compare.two_stage [--seeds=20] [--steps=1000] [--json=FILE] [--output=DIR]` prints a table, writes the
-figures of every seed to a file, and draws `two_stage.png` and `two_stage.svg` (the paper's Fig. 5) into a folder.
+`python -m aoe_jax.compare.two_stage [--seeds=20] [--steps=1000] [--d_model=32] [--json=FILE] [--output=DIR]` prints a
+table, writes the figures of every seed to a file, and draws `two_stage.png` and `two_stage.svg` (the paper's Fig. 5) into
+a folder.
 
 One layer of two experts, top-1, and a linear head on its output. Inputs are Gaussian of variance 1: class 1 around +mean,
 class 2 around -mean, class 3 around 0. Stage one trains on classes 1 and 2, stage two, as long, on all three. Reported is
@@ -22,8 +23,11 @@ from aoe_jax import cli
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
 
-_SEEDS = flags.DEFINE_integer("seeds", 20, "how often each layer is trained", lower_bound=2)
-_STEPS = flags.DEFINE_integer("steps", 1000, "training steps of each stage", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 20, "how often each layer is trained")
+_STEPS = flags.DEFINE_integer("steps", 1000, "training steps of each stage")
+_D_MODEL = flags.DEFINE_integer(
+    "d_model", 32, "width of the inputs; experts are twice as wide, of a quarter of its rank"
+)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 _OUTPUT = flags.DEFINE_string("output", None, "a folder for the picture")
 
@@ -50,10 +54,13 @@ def _destinations():
 
 def main():
     """Trains all arms, prints the table, writes what is asked for."""
+    for flag, least in ((_SEEDS, 2), (_STEPS, 1), (_D_MODEL, 2)):
+        if flag.value < least:
+            raise UserError(f"--{flag.name}={flag.value}: must be {least} or more")
     file, folder = _destinations()
     from aoe_jax.compare.late_class import ARMS, ENDINGS, Setting, draw, summary, table, train_seeds
 
-    setting = Setting(steps=_STEPS.value)
+    setting = Setting(steps=_STEPS.value, d_model=_D_MODEL.value)
     figures = [summary(arm, train_seeds(*layer, setting, _SEEDS.value)) for arm, layer in ARMS.items()]
     print("\n".join(table(figures)))
     if file:

@@ -27,10 +27,10 @@ def test_classes_lie_apart():
 @pytest.mark.parametrize(
     "share, name",
     [
-        ([0.95, 0.9, 0.1], "apart"),
+        ([0.95, 0.91, 0.05], "apart"),
         ([0.02, 0.0, 1.0], "apart"),
-        ([0.95, 0.9, 0.9], "one"),
-        ([0.95, 0.9, 0.5], "spread"),
+        ([0.95, 0.91, 0.91], "one"),
+        ([0.95, 0.91, 0.5], "spread"),
         ([0.95, 0.0, 0.11], "spread"),
         ([0.95, 0.0, 0.05], "other"),
         ([0.95, 0.8, 0.05], "other"),
@@ -49,12 +49,12 @@ def test_share_of_the_expert_of_class_1():
 
 
 def test_learns_and_repeats():
-    setting = Setting(steps=150, held_out=200)
+    setting = Setting(steps=150, d_model=8, held_out=200)
     outcome = train_seeds("aoe", "all", setting, 2)
     assert outcome.share.shape == (2, 2, 3, 2) and outcome.accuracy.shape == (2, 2, 3)
     stages = summary("AoE", outcome)["stages"]
     # Class 3 is unknown in stage one, and learned in stage two.
-    assert max(stages[0]["accuracy"]["mean"][:2]) > 0.95 and stages[0]["accuracy"]["mean"][2] == 0
+    assert min(stages[0]["accuracy"]["mean"][:2]) > 0.95 and stages[0]["accuracy"]["mean"][2] < 0.1
     assert min(stages[1]["accuracy"]["mean"]) > 0.9
     # Norms of x and -x are equal.
     share = np.array([stage["share_of_first_expert"]["mean"] for stage in stages])

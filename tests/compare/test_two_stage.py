@@ -11,12 +11,12 @@ from tests.runs import finish, run, start
 
 def test_command(tmp_path):
     file, folder = tmp_path / "new" / "figures.json", tmp_path / "pictures"
-    flags = ["--seeds=2", "--steps=3", f"--json={file}", f"--output={folder}"]
+    flags = ["--seeds=2", "--steps=3", "--d_model=8", f"--json={file}", f"--output={folder}"]
     command = ["-m", "aoe_jax.compare.two_stage", *flags]
     status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags()))
     assert status == 0, stderr
     result = json.loads(file.read_text())
-    assert (result["setting"]["seeds"], result["setting"]["steps"]) == (2, 3)
+    assert [result["setting"][name] for name in ("seeds", "steps", "d_model")] == [2, 3, 8]
     figures = {figure["arm"]: figure["stages"] for figure in result["figures"]}
     assert list(figures) == ["AoE, gate=chosen", "AoE, gate=all", "router, gate=chosen", "router, gate=all"]
     for stage in (stage for stages in figures.values() for stage in stages):
@@ -35,7 +35,9 @@ def test_command(tmp_path):
 @pytest.mark.parametrize(
     "flag, wanted",
     [
-        ("--seeds=1", "2"),
+        ("--seeds=1", "--seeds=1: must be 2 or more"),
+        ("--steps=0", "--steps=0: must be 1 or more"),
+        ("--d_model=1", "--d_model=1: must be 2 or more"),
         ("--steps=few", "--steps=few: must be a whole number"),
         ("--json=.", "--json=.: is a folder; name a file"),
         ("--output=README.md/pictures", "--output=README.md/pictures: README.md/pictures can't be made"),
