@@ -207,7 +207,7 @@ def draw(figures, setting):
                 "zorder": 3,
                 "clip_on": False,
             }
-            ax.scatter(places + offsets, shares, **style, label="the same, one seed each")
+            ax.scatter(places + offsets, shares, **style, label="the same in one seed")
             ax.set_title(f"{arm['arm']}\n{name}" if stage["stage"] == 1 else name, fontsize=10)
             ax.set_xticks(places, [f"class {c + 1}" for c in places])
             ax.set_ylim(0, 1)
