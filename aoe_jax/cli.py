@@ -155,7 +155,9 @@ def _flag_mistake(error):
             return f"--config={value}: {_config_mistake(error)}"
         kind = FLAGS[name].flag_type() if name in FLAGS else ""
         if kind in _TYPES:
-            return f"--{name}={value}: must be {_TYPES[kind]}"
+            lowest = getattr(FLAGS[name].parser, "lower_bound", None)
+            bound = "" if lowest is None else f", {lowest} or greater"
+            return f"--{name}={value}: must be {_TYPES[kind]}{bound}"
     return text[:400]
 
 

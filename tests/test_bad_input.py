@@ -82,6 +82,7 @@ COMMAND_LINE = {
     "mesh that doesn't divide": Mistake(
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
     ),
+    "too few processes": Mistake(flags(CONFIG, "--processes=0"), ["--processes=0", "whole number, 1 or greater"]),
     "profile of no steps": Mistake(flags(CONFIG, "--profile=x"), ["--profile=x", "STEP:N", "20:3"]),
     "no cluster": Mistake(flags(CONFIG, "--distributed"), ["--distributed", "no cluster", "--coordinator"]),
     "half of a process": Mistake(flags(CONFIG, "--coordinator=localhost:1"), ["--processes is missing", "go together"]),
