@@ -1,11 +1,10 @@
 """Runs commands in processes of their own, several at a time; one that fails doesn't stop the others."""
 
-import ctypes
 import fcntl
 import logging
 import os
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from aoe_jax.stopping import StopRequests
 log = logging.getLogger(__name__)
 
 POLL_SECONDS, SAY_SECONDS = 0.2, 60.0
-_PR_SET_PDEATHSIG = 1
+_PINNED = (sys.executable, "-I", "-S", str(Path(__file__).with_name("pinned.py")))
 
 
 @dataclass(frozen=True)
@@ -49,20 +48,13 @@ class _Running:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             self.process = subprocess.Popen(
-                command,
+                [*_PINNED, "any" if self.core is None else str(self.core), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 env=self.environment | os.environ,
                 start_new_session=True,  # Ctrl-C is for us to pass on, once
-                preexec_fn=self._prepare,
             )
-
-    def _prepare(self):
-        """In the new process: on its core, and asked to stop should this process be killed."""
-        if self.core is not None:
-            os.sched_setaffinity(0, {self.core})
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def ended(self):
         """Whether all is done or has failed; goes on to the next command."""
