@@ -54,7 +54,6 @@ class Comparison:
         whole = [size for size in sizes if len(self.series(size)) == len(self.suite.arms_of(size))]
         return (whole or sizes or [None])[-1]
 
-    @functools.cache  # noqa: B019  as long-lived as the report
     def budget(self, size, kind):
         """What all arms of a size have spent at least: of "flops" or "seconds"."""
         spent = [

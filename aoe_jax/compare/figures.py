@@ -5,9 +5,11 @@
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from aoe_jax.compare import style
 from aoe_jax.compare.statistics import mean
+from aoe_jax.compare.words import number
 
 AXES = {
     "tokens": "training tokens",
@@ -54,8 +56,8 @@ def loss_curves(series, labels, styles, axis):
         axes.plot(validation * cost, points, "o", markersize=3.5, color=styles[arm]["color"])
         every.extend(nll[len(nll) // 4 :])
         ends.append((nll[-1], labels[arm], styles[arm]["color"]))
-    axes.set_xscale("log")
     axes.set_xlim(left=min(line.get_xdata()[len(line.get_xdata()) // 12] for line in axes.lines[::2]))
+    _log_x(axes)
     margin = 0.08 * (max(every) - min(every))
     axes.set_ylim(
         min([*every, *(y for line in axes.lines[1::2] for y in line.get_ydata())]) - margin, max(every) + 3 * margin
@@ -63,6 +65,17 @@ def loss_curves(series, labels, styles, axis):
     axes.set(xlabel=AXES[axis], ylabel="nll, nats a token")
     _label_after_layout(figure, axes, ends)
     return figure
+
+
+def _log_x(axes):
+    """A logarithmic axis with few labels, such as 3M."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,))
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _label_after_layout(figure, axes, ends):
@@ -95,7 +108,7 @@ def scaling(points, fits, labels, styles, xlabel):
             axes.fill_between(line, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
             axes.plot(line, fits[arm](line), **styles[arm])
         ends.append((means[int(xs.argmax())].value, labels[arm], styles[arm]["color"]))
-    axes.set_xscale("log")
+    _log_x(axes)
     axes.set(xlabel=xlabel, ylabel="validation nll, nats a token")
     _label_after_layout(figure, axes, ends)
     return figure
@@ -108,6 +121,7 @@ def differences(rows, labels, styles, baseline):
     for height, (_, arm, found) in enumerate(reversed(rows)):
         reach = [[found.value - found.low], [found.high - found.value]] if np.isfinite(found.low) else None
         axes.errorbar([found.value], [height], xerr=reach, fmt="o", markersize=4, capsize=2, color=styles[arm]["color"])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.axvline(0, color=style.INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{size}  {labels[arm]}" for size, arm, _ in reversed(rows)])
     axes.set(xlabel=f"nll less that of {baseline}, nats")

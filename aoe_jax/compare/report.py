@@ -103,8 +103,8 @@ def _tuning(c, workdir):
         cells = ["failed" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
         rows.append([c.labels[arm], *cells, f"{entry['chosen']:g}" if entry["chosen"] else "none"])
     text = (
-        f"Validation nll after {c.suite.tuning.steps} steps at {next(iter(c.suite.sizes))}, one seed that counts nowhere "
-        "else; the best learning rate of an arm is that of all its sizes."
+        f"Validation nll after {c.suite.tuning.steps} steps at {next(iter(c.suite.sizes))}, one seed that counts "
+        "nowhere else; the best learning rate of an arm is that of all its sizes."
     )
     return [Heading(2, "Learning rates"), Text(text), Table(["arm", *(f"{rate:g}" for rate in rates), "chosen"], rows)]
 
@@ -131,7 +131,7 @@ def _settings(c, command):
     head = "size|layers x width|experts|vocabulary|batch|steps|warm-up|computed in|corpus|seeds"
     text = (
         "AdamW, linear warm-up and cosine for all arms alike. The configuration of each run is in "
-        "`runs/SIZE/ARM/seed_N/config.json`; figures are in `figures/`, numbers in `runs.csv`, `curves.csv`, `routing.csv` and "
-        "`differences.csv`. To make it again:"
+        "`runs/SIZE/ARM/seed_N/config.json`; figures are in `figures/`, numbers in `runs.csv`, `curves.csv`, "
+        "`routing.csv` and `differences.csv`. To make it again:"
     )
     return [Heading(2, "Settings"), Table(head.split("|"), rows), Text(text), Code(command)]

@@ -4,14 +4,14 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from aoe_jax.compare.jobs import last_line
-from aoe_jax.compare.runs import beside, folder_of, is_finished
+from aoe_jax.compare.runs import beside, folder_of, is_finished, step_seconds
 from aoe_jax.compare.suite import Run
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.json_files import read_json
@@ -34,7 +34,8 @@ class Result:
     last_line: str  # of a run that failed
     nll: float  # of the validation split after the last step, nats a token
     bits_per_byte: float
-    seconds_per_step: float  # the median over lines of metrics.jsonl, without compiling and validating
+    seconds_per_step: float  # without compiling and validating
+    timed_in_turn: bool  # by `step_times`; False: the median over lines of metrics.jsonl
     memory_bytes: float  # what the compiler plans for a device: state and temporaries
     train: Curve
     validation: Curve
@@ -68,12 +69,13 @@ class Result:
         return {"tokens": self.tokens_per_step, "flops": self.flops_per_step, "seconds": self.seconds_per_step}[axis]
 
 
-def read_results(runs: Iterable[Run], workdir: Path):
+def read_results(runs: Sequence[Run], workdir: Path):
     """The `Result` of each run, in their order."""
-    return [_read(run, folder_of(workdir, run)) for run in runs]
+    timed = {size: step_seconds(workdir, runs, size) or {} for size in {run.size for run in runs}}
+    return [_read(run, folder_of(workdir, run), timed[run.size].get(run.arm)) for run in runs]
 
 
-def _read(run, folder):
+def _read(run, folder, seconds_per_step):
     finished = is_finished(folder, run)
     outcome = beside(folder, ".outcome.json")
     ended = read_json(outcome) if outcome.exists() else None
@@ -84,6 +86,7 @@ def _read(run, folder):
     train = [line for line in lines if line.get("loss") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]
     tokens_per_step = run.config.train.batch_size * run.config.data.seq_len
+    own = [tokens_per_step / line["tokens_per_second"] for line in train]
     routing = folder / "routing.json"
     routing = read_json(routing) if finished and routing.exists() else None
     return Result(
@@ -92,9 +95,8 @@ def _read(run, folder):
         last_line=(ended or {}).get("last_line", "") or (last_line(log) if log.exists() else ""),
         nll=_number(summary, "metrics", "validation_nll"),
         bits_per_byte=_number(summary, "metrics", "validation_bits_per_byte"),
-        seconds_per_step=float(
-            np.median([tokens_per_step / line["tokens_per_second"] for line in train] or [math.nan])
-        ),
+        seconds_per_step=seconds_per_step or float(np.median(own or [math.nan])),
+        timed_in_turn=seconds_per_step is not None,
         memory_bytes=_number(summary, "memory", "state_bytes") + _number(summary, "memory", "temporary_bytes"),
         train=_curve(train, "nll"),
         validation=_curve(validation, "validation_nll"),

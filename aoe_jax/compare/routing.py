@@ -1,8 +1,8 @@
 """How a run routes tokens, checkpoint by checkpoint.
 
 Every checkpoint that the run has kept chooses experts for the same tokens, the first ones of the validation split. Written
-to `RUN/routing.json`: load, entropies, dead experts, mean norms or logits, how much the choices have in common with the final
-ones, and of the final model which experts are chosen together, and how near its choice is to an oracle's.
+to `RUN/routing.json`: load, entropies, dead experts, mean norms or logits, how much the choices have in common with the
+final ones, and of the final model which experts are chosen together, and how near its choice is to an oracle's.
 
 The oracle of a layer knows the outputs `E_i(x)` of all n experts. It takes the K experts whose sum, weighed as the layer
 weighs chosen experts, lies nearest to the mixture of all n by the softmax over all scores. Its inputs are the model's own.

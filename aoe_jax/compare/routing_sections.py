@@ -7,7 +7,7 @@ import numpy as np
 from aoe_jax.compare import routing_figures
 from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
-from aoe_jax.compare.sections import plus_minus, signed
+from aoe_jax.compare.words import plus_minus, signed
 
 
 def _last(name, reduce=np.mean):
@@ -112,11 +112,12 @@ def health(c: Comparison, styles):
     routed = _routed(c, size)
     chance = next(iter(routed.values()))[0]["chance"]
     text = (
-        "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load over the "
-        "mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, and one at half of "
-        "the training, has chosen too. Oracle: the K experts whose weighted sum comes nearest to the mixture of all experts "
-        f"by the softmax over all scores; agreement is the share of the chosen among them (by chance {chance:.2f}), and the "
-        "distances to that mixture, as shares of its length, are those of the chosen, of the oracle's, and of any K."
+        "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load "
+        "over the mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, "
+        "and one at half of the training, has chosen too. Oracle: the K experts whose weighted sum comes nearest to "
+        "the mixture of all experts by the softmax over all scores; agreement is the share of the chosen among them "
+        f"(by chance {chance:.2f}), and the distances to that mixture, as shares of its length, are those of the "
+        "chosen, of the oracle's, and of any K."
     )
     head = "arm|Ent_conf|max violation|dead experts|settled, first|settled, half|oracle agreement|distance chosen/oracle/any"
     names = {

@@ -83,7 +83,13 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
         tuning = {run: workdir / "tuning" / run.name for run in suite.tuning_runs().values()}
         _train(tuning, cores, environment, stop, routing_tokens=None)
         rates = _tune(suite, workdir)
-    _train({run: folder_of(workdir, run) for run in suite.runs(rates)}, cores, environment, stop, suite.routing_tokens)
+    runs = suite.runs(rates)
+    _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop, suite.routing_tokens)
+    if (
+        machine["backend"] == "cpu"
+    ):  # with an accelerator runs are alone on it, and the arms of a size may not fit together
+        jobs = [_timing_job(size, _by_arm(runs, size), workdir) for size in suite.sizes]
+        run_jobs([job for job in jobs if job.commands], cores[:1], environment, stop)
 
 
 def _machine():
@@ -135,7 +141,7 @@ def _job(run, folder, routing_tokens):
             [str(ROOT / "train.py"), f"--config={ROOT}/configs/saved.py:{configuration}", f"--workdir={folder}"]
         )
     if routing_tokens and run.config.experts.kind in ROUTED_KINDS and not _is_routed(folder, run):
-        commands.append(["-m", "aoe_jax.compare.route", f"--workdir={folder}", f"--tokens={routing_tokens}"])
+        commands.append(["-m", "aoe_jax.compare.measure", f"--routing={folder}", f"--tokens={routing_tokens}"])
 
     def progress():
         if is_finished(folder, run):
@@ -151,6 +157,36 @@ def _job(run, folder, routing_tokens):
         folder,
         run.flops,
         progress,
+    )
+
+
+def _by_arm(runs, size):
+    """The configuration of each arm of a size, with the first seed."""
+    return {run.arm: run.config for run in runs if (run.size, run.seed) == (size, 0)}
+
+
+def step_seconds(workdir: Path, runs, size):
+    """Seconds of a training step by arm, timed in turn; None where this wasn't done, or for other configurations."""
+    file = workdir / "timing" / f"{size}.json"
+    found = read_json(file) if file.exists() else {}
+    wanted = {arm: config.to_dict() for arm, config in _by_arm(runs, size).items()}
+    return found["seconds"] if found.get("configs") == wanted else None
+
+
+def _timing_job(size, configs, workdir):
+    given, output = workdir / "timing" / f"{size}.configs.json", workdir / "timing" / f"{size}.json"
+    given.parent.mkdir(exist_ok=True)
+    write_json(given, {arm: config.to_dict() for arm, config in configs.items()})
+    done = output.exists() and read_json(output)["configs"] == read_json(given)
+    command = (sys.executable, "-m", "aoe_jax.compare.measure", f"--steps={given}", f"--output={output}")
+    return Job(
+        f"timing/{size}",
+        () if done else (command,),
+        beside(output, ".log"),
+        beside(output, ".outcome.json"),
+        output,
+        1.0,
+        lambda: float(output.exists()),
     )
 
 

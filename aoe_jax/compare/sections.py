@@ -1,51 +1,23 @@
 """The sections of the report on losses, cost and scaling; each function takes a `Comparison` and returns blocks."""
 
-import math
-
 from aoe_jax.compare import figures, style
 from aoe_jax.compare.analysis import SCALES, Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
+from aoe_jax.compare.statistics import mean
+from aoe_jax.compare.words import number, plus_minus, signed
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 
-LARGE = 1e5  # from here on numbers are written with a prefix
 
-
-def number(value):
-    """A count in few characters."""
-    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
-def plus_minus(found, digits=4):
-    """A `Mean` with its standard error, where there is one."""
-    if math.isnan(found.value):
-        return "-"
-    return f"{found.value:.{digits}f}" + ("" if math.isnan(found.error) else f" ± {found.error:.{digits}f}")
-
-
-def signed(found):
-    """A `Difference` with standard error and interval."""
-    if not found.n:
-        return "-"
-    text = f"{found.value:+.4f}"
-    return text if found.n < 2 else f"{text} ± {found.error:.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-
-
-def in_words(comparison: Comparison, size, arm, at_equal="end"):
+def in_words(comparison: Comparison, size, arm):
     """Where an arm stands to the baseline: a sentence, or None where no seed has both."""
-    found = comparison.difference(size, arm, at_equal)
+    found = comparison.difference(size, arm)
     if not found.n:
         return None
     side = "below" if found.value < 0 else "above"
     error = f" ± {found.error:.4f}" if found.n > 1 else ""
     interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} seeds" if found.n > 1 else "one seed"
-    where = {"end": f"at {size}", "flops": f"at equal FLOPs at {size}", "seconds": f"at equal seconds at {size}"}[
-        at_equal
-    ]
     name, label = comparison.labels[arm], comparison.baseline_label
-    return f"{name} is {abs(found.value):.4f}{error} nats {side} {label} {where} ({interval})."
+    return f"{name} is {abs(found.value):.4f}{error} nats {side} {label} at {size} ({interval})."
 
 
 def matched(c: Comparison):
@@ -73,10 +45,10 @@ def matched(c: Comparison):
             )
     head = "arm|parameters|active, no embeddings|active|FLOPs a token|tokens|tokens / active|peak learning rate"
     text = (
-        "The arms of a size are equal in total parameters to 1% (Eq. 5 of the paper sets the width of AoE experts), and see "
-        "the same data in the same order for each seed. Active parameters and FLOPs are not matched. FLOPs are the useful ones "
-        "of a training step, forward and backward, scoring all experts included. The last count of active parameters, the "
-        "paper's, has the shared embedding table twice."
+        "The arms of a size are equal in total parameters to 1% (Eq. 5 of the paper sets the width of AoE experts), "
+        "and see the same data in the same order for each seed. Active parameters and FLOPs are not matched. FLOPs "
+        "are the useful ones of a training step, forward and backward, scoring all experts included. The last count "
+        "of active parameters, the paper's, has the shared embedding table twice."
     )
     if unmatched:
         text += f" Not matched in total parameters: {', '.join(unmatched)}."
@@ -125,31 +97,31 @@ def curves(c: Comparison, styles):
 
 def budgets(c: Comparison):
     """Losses at equal FLOPs and at equal seconds."""
-    rows, sentences = [], []
+    rows = []
     for size in c.sizes():
         for arm in c.series(size):
             cells = []
             for kind in ("flops", "seconds"):
                 cells.append("baseline" if arm == c.suite.baseline else signed(c.difference(size, arm, kind)))
-                if arm != c.suite.baseline:
-                    sentences.append(in_words(c, size, arm, kind))
-            at_budget = [
-                plus_minus(c.spread(size, arm, lambda r, k=k: c.nlls(size, arm, k).get(r.run.seed)))
-                for k in ("flops", "seconds")
-            ]
+            at_budget = [plus_minus(mean(c.nlls(size, arm, kind).values())) for kind in ("flops", "seconds")]
             rows.append([f"{size}: {c.labels[arm]}", at_budget[0], cells[0], at_budget[1], cells[1]])
     spent = "; ".join(
         f"{size}: {number(c.budget(size, 'flops'))} FLOPs, {number(c.budget(size, 'seconds'))} s" for size in c.sizes()
     )
     text = (
-        "The budget of a size is what the arm that takes least has spent at its end. Where an arm goes on for longer, its "
-        "loss there is read from its validation curve, linear in the logarithm between points; its learning rate has not come "
-        "down by then as that of a run planned for the budget would have. Seconds are those of training steps, the median of "
-        f"each run, with other runs at work beside it. Budgets: {spent}."
+        "The budget of a size is what the arm that takes least has spent at its end. Where an arm goes on for "
+        "longer, its loss there is read from its validation curve, linear in the logarithm between points; its "
+        f"learning rate has not come down by then as that of a run planned for the budget would have. {_how_timed(c)} "
+        f"Budgets: {spent}."
     )
     head = ["arm", "nll at equal FLOPs", "difference", "nll at equal seconds", "difference"]
-    sentences = Points([sentence for sentence in sentences if sentence])
-    return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows), sentences]
+    return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)]
+
+
+def _how_timed(c):
+    if all(r.timed_in_turn for r in c.results):
+        return "Seconds are processor seconds of a training step, all arms in turn in one process on one core."
+    return "Seconds are those of training steps, the median of each run, with what else was at work on the machine."
 
 
 def scaling(c: Comparison, styles):
@@ -169,9 +141,9 @@ def scaling(c: Comparison, styles):
                 [f"{c.labels[arm]}, {words}", floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f} [{low:.4f}, {high:.4f}]"]
             )
     text = (
-        "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the seeds of "
-        "each size anew (bootstrap). Fewer than four sizes can't tell a floor from an exponent: it is set to 0 there, and no "
-        "loss beyond the sizes that were run should be read from such a fit."
+        "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the "
+        "seeds of each size anew (bootstrap). Fewer than four sizes can't tell a floor from an exponent: it is set "
+        "to 0 there, and no loss beyond the sizes that were run should be read from such a fit."
     )
     return [
         *blocks,
@@ -196,10 +168,7 @@ def cost(c: Comparison):
             rows.append([f"{size}: {c.labels[arm]}", *row])
     label = c.baseline_label
     head = ["arm", "thousand tokens/s", f"to {label}", "memory, MB", f"to {label}"]
-    text = (
-        "Tokens a second of training steps, the median of a run, mean and standard error over runs; memory is what the "
-        "compiler plans for state and temporaries of a step on a device."
-    )
+    text = f"{_how_timed(c)} Memory is what the compiler plans for state and temporaries of a step on a device."
     return [Heading(2, "Throughput and memory"), Text(text), Table(head, rows)]
 
 
