@@ -152,7 +152,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bo
 h3 { font-size: 1.05rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th { vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 pre { overflow-x: auto; padding: .6rem; background: var(--soft); font-size: .85rem; } code { background: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 1rem 0; min-width: 0; } figure svg { width: 100%; height: auto; }

@@ -21,13 +21,13 @@ _PINNED = (sys.executable, "-I", "-S", str(Path(__file__).with_name("pinned.py")
 
 @dataclass(frozen=True)
 class Job:
-    """Commands to run one after another, each if the one before has ended with status 0."""
+    """A command to run."""
 
     name: str
-    commands: tuple[tuple[str, ...], ...]
-    log: Path  # stdout and stderr of all commands, appended
+    command: tuple[str, ...]
+    log: Path  # stdout and stderr, appended
     outcome: Path  # a JSON file, written when it ends: `status` and `last_line`
-    folder: Path  # what the commands lock while they work there
+    folder: Path  # what the command locks while it works there
     cost: float  # in any unit, for the estimate of the time left
     progress: Callable[[], float]  # the fraction that is done
 
@@ -36,36 +36,28 @@ class _Running:
     """A job with a process."""
 
     def __init__(self, job, core, environment):
-        self.job, self.core, self.left, self.environment = job, core, list(job.commands), environment
+        self.job, self.core = job, core
         self.before = job.progress()  # what earlier processes have done
         job.log.parent.mkdir(parents=True, exist_ok=True)
         job.outcome.unlink(missing_ok=True)
-        self._start()
-
-    def _start(self):
-        command = self.left.pop(0)
-        with self.job.log.open("a") as file:
-            file.write(f"$ {' '.join(command)}\n")
+        with job.log.open("a") as file:
+            file.write(f"$ {' '.join(job.command)}\n")
             file.flush()
             self.process = subprocess.Popen(
-                [*_PINNED, "any" if self.core is None else str(self.core), *command],
+                [*_PINNED, "any" if core is None else str(core), *job.command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=self.environment | os.environ,
+                env=environment | os.environ,
                 start_new_session=True,  # Ctrl-C is for us to pass on, once
             )
 
     def ended(self):
-        """Whether all is done or has failed; goes on to the next command."""
+        """Whether the command has ended; notes its outcome."""
         status = self.process.poll()
-        if status is None:
-            return False
-        if status == 0 and self.left:
-            self._start()
-            return False
-        write_json(self.job.outcome, {"status": status, "last_line": last_line(self.job.log)})
-        return True
+        if status is not None:
+            write_json(self.job.outcome, {"status": status, "last_line": last_line(self.job.log)})
+        return status is not None
 
 
 def last_line(path: Path):

@@ -1,8 +1,10 @@
-"""Looks at runs in a process of its own: `python -m aoe_jax.compare.measure --routing=RUN`, or `--steps=FILE --output=FILE`.
+"""Looks at the runs of a size in a process of its own: `python -m aoe_jax.compare.measure --todo=FILE`.
 
-`--routing` writes `RUN/routing.json`, see `routing.py`; `--steps` times configurations, see `step_times.py`.
+The JSON file says what to do: `routing`, directories of runs whose routing is looked at (`routing.py`) on `tokens` tokens;
+and `steps`, configurations by name whose steps are timed (`step_times.py`) into the file `output`.
 """
 
+import logging
 from pathlib import Path
 
 from absl import flags
@@ -12,28 +14,32 @@ from aoe_jax.config import Config
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
 
-_ROUTING = flags.DEFINE_string("routing", None, "the directory of a training run")
-_TOKENS = flags.DEFINE_integer("tokens", 16_384, "tokens of the validation split to route, about", 1)
-_STEPS = flags.DEFINE_string("steps", None, "a JSON file of configurations by name")
-_OUTPUT = flags.DEFINE_string("output", None, "where the seconds of a step go")
+log = logging.getLogger("aoe_jax.compare.measure")  # not __name__, which is __main__ on the command line
+
+_TODO = flags.DEFINE_string("todo", None, "a JSON file of what to do")
 
 
 def main():
-    """Measures."""
-    StopRequests("the same command starts anew").listen()
-    if _STEPS.value:
-        output = Path(cli.required(_OUTPUT))
-        configs = {arm: Config.from_config_dict(groups) for arm, groups in read_json(Path(_STEPS.value)).items()}
-        from aoe_jax.compare.step_times import time_steps
+    """Measures; exit status 1 where the routing of a run couldn't be looked at."""
+    StopRequests("the same command does what is left").listen()
+    todo, failed = read_json(Path(cli.required(_TODO))), None
+    from aoe_jax.compare.routing import analyse
+    from aoe_jax.compare.step_times import time_steps
 
-        for arm, seconds in time_steps(configs, output).items():
-            print(f"{arm}: {seconds:.4f} s a step")
-    else:
-        workdir = Path(cli.required(_ROUTING))
-        from aoe_jax.compare.routing import analyse
-
-        last = analyse(workdir, _TOKENS.value)["checkpoints"][-1]
-        print(f"step {last['step']}: {sum(last['dead_experts'])} dead experts")
+    for folder in todo["routing"]:
+        try:
+            analyse(Path(folder), todo["tokens"])
+            log.info("routing of %s", folder)
+        except Exception as e:  # of one run; the others are looked at all the same
+            log.exception("routing of %s", folder)
+            failed = f"routing of {folder}: {type(e).__name__}: {e}"
+    if todo["steps"]:
+        configs = {arm: Config.from_config_dict(groups) for arm, groups in todo["steps"].items()}
+        for arm, seconds in time_steps(configs, Path(todo["output"])).items():
+            log.info("%s: %.4f s a step", arm, seconds)
+    if failed:
+        log.error("%s", failed)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

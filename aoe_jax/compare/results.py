@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.compare.jobs import last_line
-from aoe_jax.compare.runs import beside, folder_of, is_finished, step_seconds
+from aoe_jax.compare.layout import beside, folder_of, is_finished
+from aoe_jax.compare.measuring import step_seconds
 from aoe_jax.compare.suite import Run
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.json_files import read_json

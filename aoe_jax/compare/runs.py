@@ -14,7 +14,9 @@ from pathlib import Path
 
 import aoe_jax
 from aoe_jax.compare.jobs import Job, run_jobs
-from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.compare.layout import beside, folder_of, is_finished
+from aoe_jax.compare.measuring import measure_jobs
+from aoe_jax.compare.suite import Suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.stopping import StopRequests
@@ -23,34 +25,11 @@ from aoe_jax.training.workdir import check_workdir
 log = logging.getLogger(__name__)
 
 ROOT = Path(aoe_jax.__file__).parents[1]
-ROUTED_KINDS = ("aoe", "router")  # whose layers choose in a pipeline that `routing` looks into
 # glibc gives freed memory back to the system after every step; on CPU, getting it again costs more than a tenth of the time.
 ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-
-
-def folder_of(workdir: Path, run: Run):
-    """The directory of a run of the suite."""
-    return workdir / "runs" / run.name
-
-
-def beside(folder: Path, suffix):
-    """A file beside the directory of a run, such as its log: the directory itself belongs to `train.py`."""
-    return folder.with_name(folder.name + suffix)
-
-
-def is_finished(folder: Path, run: Run):
-    """Whether a run has been trained to its last step."""
-    summary = folder / "summary.json"
-    return summary.exists() and read_json(summary)["metrics"]["step"] == run.config.train.steps
-
-
-def _is_routed(folder, run):
-    """Whether the routing of its last step has been looked at."""
-    file = folder / "routing.json"
-    return file.exists() and read_json(file)["checkpoints"][-1]["step"] == run.config.train.steps
 
 
 def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopRequests):
@@ -81,15 +60,12 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
     rates = tuned_rates(suite, workdir)
     if rates is None:
         tuning = {run: workdir / "tuning" / run.name for run in suite.tuning_runs().values()}
-        _train(tuning, cores, environment, stop, routing_tokens=None)
+        _train(tuning, cores, environment, stop)
         rates = _tune(suite, workdir)
     runs = suite.runs(rates)
-    _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop, suite.routing_tokens)
-    if (
-        machine["backend"] == "cpu"
-    ):  # with an accelerator runs are alone on it, and the arms of a size may not fit together
-        jobs = [_timing_job(size, _by_arm(runs, size), workdir) for size in suite.sizes]
-        run_jobs([job for job in jobs if job.commands], cores[:1], environment, stop)
+    _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop)
+    in_turn = machine["backend"] == "cpu"  # elsewhere runs are alone on the devices, and the arms of a size may not fit
+    run_jobs(measure_jobs(suite, runs, workdir, in_turn), cores, environment, stop)
 
 
 def _machine():
@@ -121,27 +97,20 @@ def _cores(machine, n_jobs):
     return [cores[i % len(cores)] for i in range(n_jobs or len(cores))]
 
 
-def _train(folders, cores, environment, stop, routing_tokens):
+def _train(folders, cores, environment, stop):
     for run, folder in folders.items():
         check_workdir(folder, run.config)
-    jobs = [_job(run, folder, routing_tokens) for run, folder in folders.items()]
-    jobs = [job for job in jobs if job.commands]
+    jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
     if jobs:
         log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(cores))
         run_jobs(jobs, cores, environment, stop)
 
 
-def _job(run, folder, routing_tokens):
-    commands = []
-    if not is_finished(folder, run):
-        configuration = beside(folder, ".config.json")
-        configuration.parent.mkdir(parents=True, exist_ok=True)
-        write_json(configuration, run.config.to_dict())
-        commands.append(
-            [str(ROOT / "train.py"), f"--config={ROOT}/configs/saved.py:{configuration}", f"--workdir={folder}"]
-        )
-    if routing_tokens and run.config.experts.kind in ROUTED_KINDS and not _is_routed(folder, run):
-        commands.append(["-m", "aoe_jax.compare.measure", f"--routing={folder}", f"--tokens={routing_tokens}"])
+def _job(run, folder):
+    configuration = beside(folder, ".config.json")
+    configuration.parent.mkdir(parents=True, exist_ok=True)
+    write_json(configuration, run.config.to_dict())
+    train, given = str(ROOT / "train.py"), f"--config={ROOT}/configs/saved.py:{configuration}"
 
     def progress():
         if is_finished(folder, run):
@@ -151,42 +120,12 @@ def _job(run, folder, routing_tokens):
 
     return Job(
         run.name,
-        tuple((sys.executable, *command) for command in commands),
+        (sys.executable, train, given, f"--workdir={folder}"),
         beside(folder, ".log"),
         beside(folder, ".outcome.json"),
         folder,
         run.flops,
         progress,
-    )
-
-
-def _by_arm(runs, size):
-    """The configuration of each arm of a size, with the first seed."""
-    return {run.arm: run.config for run in runs if (run.size, run.seed) == (size, 0)}
-
-
-def step_seconds(workdir: Path, runs, size):
-    """Seconds of a training step by arm, timed in turn; None where this wasn't done, or for other configurations."""
-    file = workdir / "timing" / f"{size}.json"
-    found = read_json(file) if file.exists() else {}
-    wanted = {arm: config.to_dict() for arm, config in _by_arm(runs, size).items()}
-    return found["seconds"] if found.get("configs") == wanted else None
-
-
-def _timing_job(size, configs, workdir):
-    given, output = workdir / "timing" / f"{size}.configs.json", workdir / "timing" / f"{size}.json"
-    given.parent.mkdir(exist_ok=True)
-    write_json(given, {arm: config.to_dict() for arm, config in configs.items()})
-    done = output.exists() and read_json(output)["configs"] == read_json(given)
-    command = (sys.executable, "-m", "aoe_jax.compare.measure", f"--steps={given}", f"--output={output}")
-    return Job(
-        f"timing/{size}",
-        () if done else (command,),
-        beside(output, ".log"),
-        beside(output, ".outcome.json"),
-        output,
-        1.0,
-        lambda: float(output.exists()),
     )
 
 
