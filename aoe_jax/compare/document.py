@@ -3,6 +3,7 @@
 Words and cells are plain text; `` `code` `` is marked in both.
 """
 
+import functools
 import html
 import re
 from collections.abc import Sequence
@@ -59,6 +60,11 @@ class Picture:
     figure: Figure
     caption: str
 
+    @functools.cached_property
+    def rendered(self):
+        """`(SVG, PNG)`, see `style.render`."""
+        return style.render(self.figure)
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -74,8 +80,9 @@ def save_pictures(blocks, folder: Path):
         if isinstance(block, Pictures):
             save_pictures(block.pictures, folder)
         elif isinstance(block, Picture):
-            style.save_png(block.figure, folder / f"{block.name}.png")
-            (folder / f"{block.name}.svg").write_text(style.svg_for_file(block.figure))
+            svg, png = block.rendered
+            (folder / f"{block.name}.png").write_bytes(png)
+            (folder / f"{block.name}.svg").write_text(style.svg_for_file(svg))
 
 
 def to_markdown(blocks, folder):
@@ -128,8 +135,9 @@ def _html(block):
             cells = "".join(f"<th>{_words(cell)}</th>" for cell in head)
             lines = "".join("<tr>" + "".join(f"<td>{_words(cell)}</td>" for cell in row) + "</tr>" for row in rows)
             return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
-        case Picture(_, figure, caption):
-            picture = f'<div role="img" aria-label="{html.escape(caption)}">{style.svg_for_page(figure)}</div>'
+        case Picture(_, _, caption):
+            svg = style.svg_for_page(block.rendered[0])
+            picture = f'<div role="img" aria-label="{html.escape(caption)}">{svg}</div>'
             return f"<figure>{picture}<figcaption>{_words(caption)}</figcaption></figure>"
         case Pictures(pictures):
             return f'<div class="pictures">{"".join(_html(picture) for picture in pictures)}</div>'

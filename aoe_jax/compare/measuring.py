@@ -16,7 +16,7 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
     """Seconds of a training step by arm, timed in turn; None where this wasn't done, or for other configurations."""
     file = _file(workdir, size)
     found = read_json(file) if file.exists() else {}
-    wanted = {arm: config.to_dict() for arm, config in _by_arm(runs, size).items()}
+    wanted = {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
     return found["seconds"] if found.get("configs") == wanted else None
 
 
@@ -30,7 +30,7 @@ def _job(size, runs, workdir, tokens, in_turn):
     of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
     folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run)}
     timed = not in_turn or step_seconds(workdir, runs, size) is not None
-    steps = {} if timed else {arm: config.to_dict() for arm, config in _by_arm(runs, size).items()}
+    steps = {} if timed else {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
     if not folders and not steps:
         return None
     output = _file(workdir, size)
@@ -55,9 +55,10 @@ def _to_route(folder, run):
     return not file.exists() or read_json(file)["checkpoints"][-1]["step"] != run.config.train.steps
 
 
-def _by_arm(runs, size):
-    """The configuration of each arm of a size, with the first seed."""
-    return {run.arm: run.config for run in runs if (run.size, run.seed) == (size, 0)}
+def _by_arm(workdir, runs, size):
+    """The configuration, with its first seed, of each arm of a size that has a finished run: others may not train at all."""
+    finished = {run.arm for run in runs if run.size == size and is_finished(folder_of(workdir, run), run)}
+    return {run.arm: run.config for run in runs if (run.size, run.seed) == (size, 0) and run.arm in finished}
 
 
 def _file(workdir, size):

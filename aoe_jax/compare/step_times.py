@@ -14,7 +14,7 @@ import numpy as np
 
 from aoe_jax.config import Config
 from aoe_jax.json_files import write_json
-from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch, replicated, state_shardings
 from aoe_jax.training.step import init_state, make_train_step
 
 ROUNDS, STEPS = 10, 3  # the first step of a round isn't counted: caches are still those of another arm
@@ -52,10 +52,18 @@ def _compiled(config):
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
     ones = np.ones(shape, np.int32)
     batch = {"inputs": tokens[0], "targets": tokens[1], "segment_ids": ones, "weights": ones.astype(np.float32)}
+
+    def new_state():
+        return init_state(config, config.train.seed)
+
     with jax.set_mesh(mesh):
         batch = put_batch(batch_sharding(mesh), batch)
-        state = jax.jit(lambda: init_state(config, 0))()
-        compiled = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+        shardings = state_shardings(mesh, jax.eval_shape(new_state))
+        state = jax.jit(new_state, out_shardings=shardings)()
+        # The very program of a training run, which the compilation cache may have.
+        step_function = make_train_step(config)
+        compiled = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        compiled = compiled.lower(state, batch).compile()
 
     def step():
         nonlocal state

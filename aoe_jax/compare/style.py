@@ -84,28 +84,25 @@ def label_ends(axes, ends, room=0.045):
         )
 
 
-def svg_for_page(figure):
-    """SVG to put into an HTML page: no background, text in the colour of the page, no numbered ids to clash."""
-    svg = _svg(figure, transparent=True)
+def render(figure):
+    """`(SVG, PNG)` of a figure, text and bytes: the SVG has no background and text in `INK`, the PNG lies on white."""
+    svg, png = io.StringIO(), io.BytesIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+        figure.set_layout_engine("none")  # it is laid out now
+        figure.savefig(png, dpi=160, facecolor="white")
+    return svg.getvalue(), png.getvalue()
+
+
+def svg_for_page(svg):
+    """SVG to put into an HTML page: text in the colour of the page, no numbered ids to clash, as wide as there is room."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
     svg = re.sub(r' id="[a-z_]+\d*_\d+"', "", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Shrinks with the page, with the shape of its viewBox.
     return re.sub(r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', r'\1 style="max-width:\2pt"', svg, count=1)
 
 
-def svg_for_file(figure):
+def svg_for_file(svg):
     """SVG that stands alone, on white."""
-    return _svg(figure, facecolor="white").replace(INK, PAPER_INK)
-
-
-def _svg(figure, **options):
-    buffer = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, **options)
-    return buffer.getvalue()
-
-
-def save_png(figure, path):
-    """PNG on white."""
-    figure.savefig(path, dpi=160, facecolor="white")
+    end = svg.index(">", svg.index("<svg")) + 1
+    return svg[:end] + '<rect width="100%" height="100%" fill="white"/>' + svg[end:].replace(INK, PAPER_INK)

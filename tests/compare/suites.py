@@ -16,7 +16,7 @@ SETTINGS = json.loads('''{settings}''')
 def get_suite():
     base = default_config()
     base.update_from_flattened_dict({{name: value for name, value in SETTINGS.items() if value is not None}})
-    broken = Arm("broken", {{"experts": {{"kind": "router"}}, "train": {{"learning_rate": 1e30, "max_skipped": 2}}}})
+    broken = Arm("broken", {{"experts": {{"kind": "router", "gate": "sparsemixer"}}}})
     return Suite(
         name="tests",
         base=base,
