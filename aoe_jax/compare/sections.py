@@ -65,7 +65,8 @@ def losses(c: Comparison, styles):
             difference = "baseline" if base else signed(found)
             rows.append([f"{size}: {c.labels[arm]}", str(len(results)), plus_minus(nll), plus_minus(bits), difference])
             if not base and found.n:
-                drawn.append((size, arm, found))
+                if c.balance_of(arm):  # beside a dense model the others would be hard to tell apart
+                    drawn.append((size, arm, found))
                 sentences.append(in_words(c, size, arm))
     head = ["arm", "seeds", "validation nll", "bits a byte", f"difference to {c.baseline_label} [95% interval]"]
     text = (
@@ -75,7 +76,10 @@ def losses(c: Comparison, styles):
     blocks = [Heading(2, "Final validation loss"), Text(text), Points(sentences), Table(head, rows)]
     if drawn:
         picture = figures.differences(drawn, c.labels, styles, c.baseline_label)
-        caption = f"Difference of validation nll to {c.baseline_label}, with 95% intervals; left of 0 is a lower loss."
+        caption = (
+            f"Difference of validation nll to {c.baseline_label}, with 95% intervals; left of 0 is a lower loss. "
+            "Dense models: see the table."
+        )
         blocks.append(Picture("differences", picture, caption))
     return blocks
 
@@ -164,7 +168,7 @@ def cost(c: Comparison):
         base = c.suite.baseline
         for arm in c.series(size):
             ratios = [f"{of[arm].value / of[base].value:.2f}" if base in of else "-" for of in (speed, memory)]
-            row = [plus_minus(speed[arm], 2), ratios[0], f"{memory[arm].value:.1f}", ratios[1]]
+            row = [f"{speed[arm].value:.2f}", ratios[0], f"{memory[arm].value:.1f}", ratios[1]]
             rows.append([f"{size}: {c.labels[arm]}", *row])
     label = c.baseline_label
     head = ["arm", "thousand tokens/s", f"to {label}", "memory, MB", f"to {label}"]
