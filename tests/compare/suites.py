@@ -21,10 +21,7 @@ def get_suite():
         name="tests",
         base=base,
         arms={{"moe": moe("aux"), "aoe": aoe(4, "aux"), "broken": broken}},
-        sizes={{
-            "a": Size({{}}, seeds=2, arms=("moe", "aoe")),
-            "b": Size({{"model": {{"d_model": 48}}, "experts": {{"d_ffn": 48}}}}, seeds=1, arms=("moe", "broken")),
-        }},
+        sizes={{"a": Size({{}}, seeds=2)}},
         baseline="moe",
         routing_tokens=256,
         {more}
