@@ -145,7 +145,6 @@ def test_the_page_needs_nothing_else():
     for words in (
         "Final validation loss",
         "At equal FLOPs",
-        "Scaling",
         "Balance of load",
         "Routing health",
         "Failed runs",
