@@ -1,1 +1,1 @@
-"""Comparisons of AoE with router MoE: commands that train both and report, in figures and pictures."""
+"""Comparisons: suites of training runs with reports, and the two-stage classifier."""

@@ -1,0 +1,118 @@
+"""What the results of a suite say: by size and arm, at the end and at equal budgets, and fitted over sizes."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aoe_jax.compare.results import Result
+from aoe_jax.compare.statistics import at, fit_power_law, mean, paired_difference
+from aoe_jax.compare.suite import Suite
+from aoe_jax.counts import parameter_counts
+
+BUDGETS = ("end", "flops", "seconds")  # at what arms are held against the baseline
+SCALES = {"active_non_embedding": "active parameters without embeddings", "flops": "useful training FLOPs"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A suite and the results of its runs."""
+
+    suite: Suite
+    results: Sequence[Result]
+
+    @functools.cached_property
+    def labels(self):
+        """arm -> label."""
+        return {name: arm.label for name, arm in self.suite.arms.items()}
+
+    @property
+    def baseline_label(self):
+        """The label of the baseline."""
+        return self.labels[self.suite.baseline]
+
+    def finished(self, size, arm):
+        """The results of the finished runs of an arm, by seed."""
+        return [
+            r
+            for r in self.results
+            if (r.run.size, r.run.arm, r.state) == (size, arm, "finished") and math.isfinite(r.nll)
+        ]
+
+    def series(self, size):
+        """`{arm: [Result, ...]}` of a size, arms without a finished run left out."""
+        found = {arm: self.finished(size, arm) for arm in self.suite.arms_of(size)}
+        return {arm: results for arm, results in found.items() if results}
+
+    def sizes(self):
+        """The sizes that have a finished run."""
+        return [size for size in self.suite.sizes if self.series(size)]
+
+    def largest(self):
+        """The last size in which every arm of it has a finished run; else the last with any; None of none."""
+        sizes = self.sizes()
+        whole = [size for size in sizes if len(self.series(size)) == len(self.suite.arms_of(size))]
+        return (whole or sizes or [None])[-1]
+
+    def budget(self, size, kind):
+        """What all arms of a size have spent at least: of "flops" or "seconds"."""
+        spent = [
+            min(r.run.config.train.steps * r.per_step(kind) for r in results) for results in self.series(size).values()
+        ]
+        return min(spent, default=math.nan)
+
+    def nlls(self, size, arm, at_equal="end"):
+        """`{seed: validation nll}` of an arm, after the last step or where its curve meets the budget of its size."""
+        if at_equal == "end":
+            return {r.run.seed: r.nll for r in self.finished(size, arm)}
+        budget = self.budget(size, at_equal)
+        found = {
+            r.run.seed: at(r.validation.step * r.per_step(at_equal), r.validation.nll, budget)
+            for r in self.finished(size, arm)
+        }
+        return {seed: nll for seed, nll in found.items() if math.isfinite(nll)}
+
+    def difference(self, size, arm, at_equal="end", to=None):
+        """The `Difference` of an arm's nll to the baseline's, or to that of another arm, seed by seed."""
+        other = self.nlls(size, to or self.suite.baseline, at_equal)
+        return paired_difference(self.nlls(size, arm, at_equal), other)
+
+    def points(self, scale):
+        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at least."""
+        found = {}
+        for arm in self.suite.arms:
+            groups = {}
+            for size in self.suite.sizes:
+                for result in self.finished(size, arm):
+                    groups.setdefault(_x(result, scale), []).append(result.nll)
+            if len(groups) > 1:
+                found[arm] = groups
+        return found
+
+    def fits(self, scale):
+        """`{arm: Fit}` over the points of a scale."""
+        return {arm: fit_power_law(groups) for arm, groups in self.points(scale).items()}
+
+    def balance_of(self, arm):
+        """`(kind, balance)` of an arm with experts in words; None of a dense one."""
+        size = next(size for size in self.suite.sizes if arm in self.suite.arms_of(size))
+        config = self.suite.config(size, arm, 0)
+        if config.experts.kind == "dense":
+            return None
+        b, e = config.balance, config.experts
+        parts = [("L_aux", b.aux_weight), ("Ent_conf", b.entropy_weight), ("loss-free bias", b.bias_rate)]
+        named = " + ".join(name for name, value in parts if value) or "nothing"
+        by_choice = e.selection == "expert_choice"
+        kind = {"aoe": f"AoE, r={e.d_low}", "router": "MoE"}.get(e.kind, e.kind)
+        return kind, "expert choice" if by_choice else named
+
+    def spread(self, size, arm, figure):
+        """The `Mean` over seeds of a figure of a `Result`, a function of it; nan where it has none."""
+        values = [figure(result) for result in self.finished(size, arm)]
+        return mean(value for value in values if value is not None and math.isfinite(value))
+
+
+def _x(result, scale):
+    if scale == "flops":
+        return result.run.flops
+    return parameter_counts(result.run.config).active_non_embedding

@@ -1,0 +1,22 @@
+"""Where the runs of a suite lie."""
+
+from pathlib import Path
+
+from aoe_jax.compare.suite import Run
+from aoe_jax.json_files import read_json
+
+
+def folder_of(workdir: Path, run: Run):
+    """The directory of a run of the suite."""
+    return workdir / "runs" / run.name
+
+
+def beside(path: Path, suffix):
+    """A file beside another or a directory, such as its log: a directory itself belongs to `train.py`."""
+    return path.with_name(path.name + suffix)
+
+
+def is_finished(folder: Path, run: Run):
+    """Whether a run has been trained to its last step."""
+    summary = folder / "summary.json"
+    return summary.exists() and read_json(summary)["metrics"]["step"] == run.config.train.steps

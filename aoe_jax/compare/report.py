@@ -1,0 +1,137 @@
+"""The report of a suite: `report.md`, `report.html`, CSVs and figures, from the directories of its runs alone."""
+
+from pathlib import Path
+
+from aoe_jax.compare import routing_sections, sections
+from aoe_jax.compare.analysis import BUDGETS, Comparison
+from aoe_jax.compare.document import Code, Heading, Points, Table, Text, save_pictures, to_html, to_markdown
+from aoe_jax.compare.results import curve_rows, difference_row, read_results, routing_rows, run_rows, write_csv
+from aoe_jax.compare.runs import tuned_rates
+from aoe_jax.compare.suite import Suite
+from aoe_jax.json_files import read_json
+
+EXPERT_CHOICE = (
+    "Expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so its losses "
+    "compare with no others here."
+)
+
+
+def write_report(suite: Suite, workdir: Path, command):
+    """Writes the report of what there is.
+
+    Args:
+      suite: what was run.
+      workdir: where; has `machine.json`.
+      command: the command line that made it, for the report.
+
+    Returns:
+      The path of `report.html`.
+    """
+    comparison = Comparison(suite, read_results(suite.runs(tuned_rates(suite, workdir)), workdir))
+    blocks = _blocks(comparison, workdir, command)
+    save_pictures(blocks, workdir / "figures")
+    (workdir / "report.md").write_text(to_markdown(blocks, "figures"))
+    page = workdir / "report.html"
+    page.write_text(to_html(blocks))
+    write_csv(workdir / "runs.csv", run_rows(comparison.results))
+    write_csv(workdir / "curves.csv", curve_rows(comparison.results))
+    write_csv(workdir / "routing.csv", routing_rows(comparison.results))
+    write_csv(
+        workdir / "differences.csv",
+        [
+            difference_row(size, arm, budget, comparison.difference(size, arm, budget))
+            for size in comparison.sizes()
+            for arm in comparison.series(size)
+            if arm != suite.baseline
+            for budget in BUDGETS
+        ],
+    )
+    return page
+
+
+def _blocks(c, workdir, command):
+    styles = sections.styles_of(c)
+    blocks = _head(c, workdir)
+    blocks += _failed(c)
+    if c.sizes():
+        blocks += sections.losses(c, styles) + sections.budgets(c) + sections.curves(c, styles)
+        blocks += sections.scaling(c, styles) + sections.cost(c)
+        blocks += routing_sections.balance(c) + routing_sections.load(c) + routing_sections.health(c, styles)
+    return blocks + sections.matched(c) + _tuning(c, workdir) + _settings(c, command)
+
+
+def _head(c, workdir):
+    machine, count = read_json(workdir / "machine.json"), len(c.results)
+    states = {state: sum(r.state == state for r in c.results) for state in ("finished", "failed", "unfinished")}
+    hours = sum(r.seconds_per_step * r.run.config.train.steps for r in c.results if r.state == "finished") / 3600
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy"))
+    where = f"{machine['cores']} cores" if machine["backend"] == "cpu" else f"{machine['devices']} devices"
+    others = "".join(f", {states[state]} {state}" for state in ("failed", "unfinished") if states[state])
+    points = [
+        f"Runs: {states['finished']} of {count} finished{others}.",
+        f"Training steps of the finished runs took {hours:.2f} hours in all, a run at a time on "
+        f"{'a core' if machine['backend'] == 'cpu' else 'all devices'}.",
+        f"Machine: {machine['device']}, {where}. Versions: {versions}.",
+    ]
+    if any(r.run.config.experts.selection == "expert_choice" for r in c.results):
+        points.append(EXPERT_CHOICE)
+    return [Heading(1, f"Comparison: {c.suite.name}"), Points(points)]
+
+
+def _failed(c):
+    failed = [r for r in c.results if r.state == "failed"]
+    if not failed:
+        return []
+    rows = [
+        [f"{r.run.size}: {c.labels[r.run.arm]}, seed {r.run.seed}", r.last_line[:200], f"runs/{r.run.name}.log"]
+        for r in failed
+    ]
+    return [
+        Heading(2, "Failed runs"),
+        Text("These runs ended before their last step and count nowhere below."),
+        Table(["run", "its last line", "log"], rows),
+    ]
+
+
+def _tuning(c, workdir):
+    if c.suite.tuning is None or not (workdir / "tuning.json").exists():
+        return []
+    rates = c.suite.tuning.learning_rates
+    rows = []
+    for arm, entry in read_json(workdir / "tuning.json").items():
+        nlls = {float(rate): nll for rate, nll in entry["nll"].items()}
+        cells = ["failed" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
+        rows.append([c.labels[arm], *cells, f"{entry['chosen']:g}" if entry["chosen"] else "none"])
+    text = (
+        f"Validation nll after {c.suite.tuning.steps} steps at {next(iter(c.suite.sizes))}, one seed that counts "
+        "nowhere else; the best learning rate of an arm is that of all its sizes."
+    )
+    return [Heading(2, "Learning rates"), Text(text), Table(["arm", *(f"{rate:g}" for rate in rates), "chosen"], rows)]
+
+
+def _settings(c, command):
+    rows = []
+    for size in c.suite.sizes:
+        config = next(r.run.config for r in c.results if r.run.size == size)
+        m, e, t, d = config.model, config.experts, config.train, config.data
+        rows.append(
+            [
+                size,
+                f"{m.n_layers} x {m.d_model}, {m.n_heads} heads",
+                f"{e.top_k} of {e.n_experts}",
+                f"{m.vocab_size}",
+                f"{t.batch_size} x {d.seq_len}",
+                f"{t.steps}",
+                f"{t.warmup_steps}",
+                m.dtype,
+                d.name,
+                f"{c.suite.sizes[size].seeds}",
+            ]
+        )
+    head = "size|layers x width|experts|vocabulary|batch|steps|warm-up|computed in|corpus|seeds"
+    text = (
+        "AdamW, linear warm-up and cosine for all arms alike. The configuration of each run is in "
+        "`runs/SIZE/ARM/seed_N/config.json`; figures are in `figures/`, numbers in `runs.csv`, `curves.csv`, "
+        "`routing.csv` and `differences.csv`. To make it again:"
+    )
+    return [Heading(2, "Settings"), Table(head.split("|"), rows), Text(text), Code(command)]

@@ -1,0 +1,103 @@
+"""The figures of routing: load, norms, and how early choices settle. Each function returns a `Figure`.
+
+L layers, n experts. `routing` is what a run's `routing.json` holds.
+"""
+
+import numpy as np
+
+from aoe_jax.compare import style
+from aoe_jax.compare.figures import drawn
+
+MAX_LAYERS = 4  # of which norms and co-activation are drawn
+
+
+@drawn
+def load_heatmaps(entries):
+    """The shares of load with both entropies (the paper's Fig. 3), a panel for each of `entries` `[(title, routing)]`."""
+    first = np.array(entries[0][1]["checkpoints"][-1]["load"])
+    layers, n = max(len(routing["checkpoints"][-1]["load"]) for _, routing in entries), first.shape[1]
+    figure, panels = style.new_figure(len(entries) * (0.65 + 0.24 * layers), len(entries), 1)
+    for axes, (title, routing) in zip(panels[:, 0], entries, strict=True):
+        last = routing["checkpoints"][-1]
+        load = np.array(last["load"])
+        share = load / load.sum(axis=1, keepdims=True)
+        image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
+        for row, column in np.ndindex(share.shape) if n <= 16 else ():
+            light = image.norm(share[row, column]) < 0.5
+            text = f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if light else "black")
+        for row, (of_load, of_choice) in enumerate(zip(last["load_entropy"], last["confidence_entropy"], strict=True)):
+            axes.text(n - 0.3, row, f"{of_load:.2f}  {of_choice:.2f}", va="center", fontsize=7)
+        means = f"mean Ent_load {np.mean(last['load_entropy']):.3f}, Ent_conf {np.mean(last['confidence_entropy']):.3f}"
+        axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def _some(n_layers):
+    return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
+
+
+@drawn
+def scores_through_training(routing, what):
+    """The mean norm (or logit) of every expert at each checkpoint, a panel a layer (the paper's Fig. 4)."""
+    steps = [checkpoint["step"] for checkpoint in routing["checkpoints"]]
+    scores = np.array([checkpoint["mean_score"] for checkpoint in routing["checkpoints"]])  # [checkpoints, L, n]
+    layers = _some(scores.shape[1])
+    figure, panels = style.new_figure(0.6 + 1.35 * len(layers), len(layers), 1, sharex=True)
+    for axes, layer in zip(panels[:, 0], layers, strict=True):
+        for expert in range(scores.shape[2]):
+            colour = style.COLOURS[expert % len(style.COLOURS)]
+            dash = style.DASHES[expert // len(style.COLOURS) % len(style.DASHES)]
+            axes.plot(
+                steps, scores[:, layer, expert], color=colour, linestyle=dash, linewidth=1.1, marker=".", markersize=3
+            )
+        axes.set_title(f"layer {layer}", loc="left", fontsize=8)
+        axes.set_ylabel(f"mean {what}")
+    panels[-1, 0].set_xlabel("step")
+    return figure
+
+
+@drawn
+def through_training(runs, labels, styles, name, ylabel):
+    """A figure of `routing.json`'s checkpoints, mean over layers and seeds, against the share of the training.
+
+    `runs`: `{arm: [routing, ...]}`; `name`: of a list over layers.
+    """
+    figure, ((axes,),) = style.new_figure(2.8)
+    ends = []
+    for arm, routings in runs.items():
+        values = np.mean([[np.mean(c[name]) for c in routing["checkpoints"]] for routing in routings], axis=0)
+        steps = np.array([checkpoint["step"] for checkpoint in routings[0]["checkpoints"]])
+        axes.plot(100 * steps / steps[-1], values, marker="o", markersize=3, **styles[arm])
+        ends.append((values[-1], labels[arm], styles[arm]["color"]))
+    axes.set(xlabel="share of the training, %", ylabel=ylabel)
+    figure.draw_without_rendering()
+    style.label_ends(axes, ends, room=0.06)
+    return figure
+
+
+@drawn
+def coactivation(entries):
+    """How often two experts are chosen together, over what independent choices of the same loads would give: `[(title,
+    routing)]`, the last layer of each."""
+    figure, panels = style.new_figure(1.1 + 1.9 * -(-len(entries) // 2), -(-len(entries) // 2), 2)
+    for axes in panels.flat[len(entries) :]:
+        axes.set_visible(False)
+    for axes, (title, routing) in zip(panels.flat, entries, strict=False):
+        together = np.array(routing["coactivation"][-1])
+        load = np.diag(together)
+        n, k = len(load), max(load.sum(), 1e-9)
+        # Drawing k of n with equal loads, two given experts come together with k (k - 1) / (n (n - 1)).
+        expected = np.outer(load, load) * (n * (k - 1)) / max(k * (n - 1), 1e-9)
+        ratio = np.where(np.eye(n, dtype=bool), np.nan, together / np.maximum(expected, 1e-9))
+        image = axes.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2)
+        axes.set_title(title, loc="left", fontsize=7)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(visible=False)
+    figure.colorbar(image, ax=list(panels.flat), location="bottom", shrink=0.7, label="times as often as by chance")
+    return figure

@@ -1,0 +1,156 @@
+"""The sections of the report on balance and routing; each function takes a `Comparison` and returns blocks."""
+
+import math
+
+import numpy as np
+
+from aoe_jax.compare import routing_figures
+from aoe_jax.compare.analysis import Comparison
+from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
+from aoe_jax.compare.words import plus_minus, signed
+
+
+def _last(name, reduce=np.mean):
+    """A figure of the last checkpoint over layers, as a function of a `Result`; None where routing wasn't looked at."""
+    return lambda r: float(reduce(r.routing["checkpoints"][-1][name])) if r.routing else None
+
+
+def _routed(c, size):
+    """`{arm: [routing, ...]}` of the finished runs whose routing was looked at."""
+    found = {arm: [r.routing for r in results if r.routing] for arm, results in c.series(size).items()}
+    return {arm: routings for arm, routings in found.items() if routings}
+
+
+def balance(c: Comparison):
+    """Ent_load and nll by what balances the load."""
+    rows, sentences = [], []
+    for size in c.sizes():
+        families = {}
+        for arm in c.series(size):
+            if c.balance_of(arm):
+                kind, by = c.balance_of(arm)
+                families.setdefault(kind, {})[by] = arm
+        for kind, arms in families.items():
+            reference = next(iter(arms))
+            for by, arm in arms.items():
+                entropy = c.spread(size, arm, lambda r: r.load_entropy)
+                nll = c.spread(size, arm, lambda r: r.nll)
+                to = c.difference(size, arm, to=arms[reference])
+                difference = "" if by == reference else f"{signed(to)} to {reference}"
+                rows.append([f"{size}: {kind}", by, plus_minus(entropy, 3), plus_minus(nll), difference])
+                if by != reference and to.n:
+                    before = c.spread(size, arms[reference], lambda r: r.load_entropy)
+                    sentences.append(
+                        f"{kind} at {size}: with {by}, Ent_load is {plus_minus(entropy, 3)}, with {reference} "
+                        f"{plus_minus(before, 3)}; nll differs by {signed(to)}."
+                    )
+    if not rows:
+        return []
+    n = max(r.run.config.experts.n_experts for r in c.results)
+    text = (
+        f"Ent_load (Eq. 7) is the entropy of the experts' shares of load, mean over layers, on the validation "
+        f"split: {math.log(n):.3f} in perfect balance of {n} experts."
+    )
+    head = ["size and kind", "balanced by", "Ent_load", "validation nll", "difference of nll [95% interval]"]
+    return [Heading(2, "Balance of load"), Text(text), Table(head, rows), Points(sentences)]
+
+
+def load(c: Comparison):
+    """Heatmaps of load, norms through training, co-activation."""
+    size = c.largest()
+    routed = _routed(c, size) if size else {}
+    if not routed:
+        return []
+    first = {arm: routings[0] for arm, routings in routed.items()}
+    entries = [(c.labels[arm], routing) for arm, routing in first.items()]
+    pictures = [
+        Picture(
+            "load",
+            routing_figures.load_heatmaps(entries),
+            f"{size}, seed 0: share of load of each expert (columns) in %; on the right Ent_load and Ent_conf of the layer.",
+        ),
+        Picture(
+            "coactivation",
+            routing_figures.coactivation(entries),
+            f"{size}, seed 0, last layer: how often two experts are chosen for one token.",
+        ),
+    ]
+    for arm, routing in first.items():
+        what = "norm" if routing["kind"] == "aoe" else "logit"
+        if len(routing["checkpoints"]) > 1:
+            picture = routing_figures.scores_through_training(routing, what)
+            caption = (
+                f"{c.labels[arm]}, {size}, seed 0: mean {what} of every expert, a line each, at the kept checkpoints."
+            )
+            pictures.append(Picture(f"scores_{arm}", picture, caption))
+    return [Heading(2, "Load, and norms of experts"), Pictures(pictures)]
+
+
+def health(c: Comparison, styles):
+    """Violations, dead experts, how early choices settle, the oracle."""
+    rows, size = [], c.largest()
+    for size_ in c.sizes():
+        for arm in _routed(c, size_):
+
+            def of(figure, digits, size_=size_, arm=arm):
+                return plus_minus(c.spread(size_, arm, figure), digits)
+
+            rows.append(
+                [
+                    f"{size_}: {c.labels[arm]}",
+                    of(_last("confidence_entropy"), 3),
+                    of(_last("max_violation"), 2),
+                    of(_last("dead_experts", np.sum), 1),
+                    of(lambda r: _overlap(r, 0), 2),
+                    of(lambda r: _overlap(r, 0.5), 2),
+                    of(lambda r: _oracle(r, "agreement"), 3),
+                    "/".join(of(lambda r, n=n: _oracle(r, n), 2).split(" ")[0] for n in _DISTANCES),
+                ]
+            )
+    if not rows:
+        return []
+    routed = _routed(c, size)
+    chance = next(iter(routed.values()))[0]["chance"]
+    text = (
+        "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load "
+        "over the mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, "
+        "and one at half of the training, has chosen too. Oracle: the K experts whose weighted sum comes nearest to "
+        "the mixture of all experts by the softmax over all scores; agreement is the share of the chosen among them "
+        f"(by chance {chance:.2f}), and the distances to that mixture, as shares of its length, are those of the "
+        "chosen, of the oracle's, and of any K."
+    )
+    head = "arm|Ent_conf|max violation|dead experts|settled, first|settled, half|oracle agreement|distance chosen/oracle/any"
+    names = {
+        "max_violation": "max violation",
+        "dead_experts": "dead experts a layer",
+        "load_entropy": "Ent_load",
+        "overlap_with_final": "choices in common with the final ones",
+    }
+    long = {arm: routings for arm, routings in routed.items() if len(routings[0]["checkpoints"]) > 1}
+    pictures = [
+        Picture(
+            f"health_{name}",
+            routing_figures.through_training(long, c.labels, styles, name, words),
+            f"{size}: {words}, mean over layers and seeds.",
+        )
+        for name, words in names.items()
+        if long
+    ]
+    return [Heading(2, "Routing health"), Text(text), Table(head.split("|"), rows), Pictures(pictures)]
+
+
+_DISTANCES = ("distance_chosen", "distance_oracle", "distance_any")
+
+
+def _overlap(result, share):
+    """With the final choices, of the first checkpoint from a share of the training on, mean over layers."""
+    if not result.routing:
+        return None
+    checkpoints = result.routing["checkpoints"]
+    there = [c for c in checkpoints if c["step"] >= share * checkpoints[-1]["step"]]
+    return float(np.mean(there[0]["overlap_with_final"]))
+
+
+def _oracle(result, name):
+    oracle = result.routing and result.routing["oracle"]
+    return float(np.mean(oracle[name])) if oracle else None

@@ -1,0 +1,160 @@
+"""Trains the runs of a suite: `WORKDIR/runs/SIZE/ARM/seed_N`, each by `train.py` in a process of its own.
+
+A run that is finished isn't run again, one that was cut off goes on, one that failed is tried again.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import aoe_jax
+from aoe_jax.compare.jobs import Job, run_jobs
+from aoe_jax.compare.layout import beside, folder_of, is_finished
+from aoe_jax.compare.measuring import measure_jobs
+from aoe_jax.compare.suite import Suite
+from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_json, write_json
+from aoe_jax.stopping import StopRequests
+from aoe_jax.training.workdir import check_workdir
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(aoe_jax.__file__).parents[1]
+# glibc gives freed memory back to the system after every step; on CPU, getting it again costs more than a tenth of the time.
+ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopRequests):
+    """Tunes learning rates where the suite says so, and trains what is missing.
+
+    Args:
+      suite: what to run.
+      workdir: a directory, made and locked by the caller.
+      n_jobs: runs at a time; None: on CPU one for every core, elsewhere one.
+      stop: the requests to heed.
+
+    Raises:
+      UserError: a run in `workdir` is of another configuration, or `train.py` isn't there.
+      Stopped: `stop` was asked.
+    """
+    if not (ROOT / "train.py").exists():
+        raise UserError(f"{ROOT / 'train.py'} isn't there: comparisons run it, so install the package with --editable")
+    suite.runs()  # checks all of them
+    machine = _machine()
+    write_json(workdir / "machine.json", machine)
+    cores = _cores(machine, n_jobs)
+    # Runs that differ in their seed alone are one program.
+    environment = {
+        "GLIBC_TUNABLES": ALLOCATOR,
+        "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    rates = tuned_rates(suite, workdir)
+    if rates is None:
+        tuning = {run: workdir / "tuning" / run.name for run in suite.tuning_runs().values()}
+        _train(tuning, cores, environment, stop)
+        rates = _tune(suite, workdir)
+    runs = suite.runs(rates)
+    _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop)
+    in_turn = machine["backend"] == "cpu"  # elsewhere runs are alone on the devices, and the arms of a size may not fit
+    run_jobs(measure_jobs(suite, runs, workdir, in_turn), cores, environment, stop)
+
+
+def _machine():
+    """What the runs are measured on; JAX is asked in another process, for this one must not take the accelerator."""
+    ask = "import jax, json; d = jax.devices(); print(json.dumps([jax.default_backend(), d[0].device_kind, len(d)]))"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise UserError(f"JAX doesn't start: {(answer.stderr.strip().splitlines() or [''])[-1]}")
+    backend, device, devices = json.loads(answer.stdout.splitlines()[-1])
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [
+        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
+    return {
+        "backend": backend,
+        "device": device if backend != "cpu" or not models else models[0],
+        "devices": devices,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _cores(machine, n_jobs):
+    """The core of each run at a time: one on CPU, so that runs don't slow each other; any with an accelerator."""
+    if machine["backend"] != "cpu":
+        return [None] * (n_jobs or 1)
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[i % len(cores)] for i in range(n_jobs or len(cores))]
+
+
+def _train(folders, cores, environment, stop):
+    for run, folder in folders.items():
+        check_workdir(folder, run.config)
+    jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
+    if jobs:
+        log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(cores))
+        run_jobs(jobs, cores, environment, stop)
+
+
+def _job(run, folder):
+    configuration = beside(folder, ".config.json")
+    configuration.parent.mkdir(parents=True, exist_ok=True)
+    write_json(configuration, run.config.to_dict())
+    train, given = str(ROOT / "train.py"), f"--config={ROOT}/configs/saved.py:{configuration}"
+
+    def progress():
+        if is_finished(folder, run):
+            return 1.0
+        heartbeat = folder / "heartbeat.json"
+        return (read_json(heartbeat).get("step") or 0) / run.config.train.steps if heartbeat.exists() else 0.0
+
+    return Job(
+        run.name,
+        (sys.executable, train, given, f"--workdir={folder}"),
+        beside(folder, ".log"),
+        beside(folder, ".outcome.json"),
+        folder,
+        run.flops,
+        progress,
+    )
+
+
+def tuned_rates(suite: Suite, workdir: Path):
+    """The peak learning rate of each arm, `{}` without tuning; None where the tuning isn't done."""
+    if suite.tuning is None:
+        return {}
+    file = workdir / "tuning.json"
+    if not file.exists():
+        return None
+    found = read_json(file)
+    if sorted(found) != sorted({arm for arm, _ in suite.tuning_runs()}) or any(
+        sorted(map(float, arm["nll"])) != sorted(suite.tuning.learning_rates) for arm in found.values()
+    ):
+        raise UserError(f"{file} is of another suite: other arms or learning rates; use another --workdir")
+    return {arm: entry["chosen"] for arm, entry in found.items()}
+
+
+def _tune(suite, workdir):
+    """Writes `tuning.json`; a learning rate whose run failed is out."""
+    found = {}
+    for (arm, rate), run in suite.tuning_runs().items():
+        folder = workdir / "tuning" / run.name
+        nll = read_json(folder / "summary.json")["metrics"]["validation_nll"] if is_finished(folder, run) else None
+        found.setdefault(arm, {"chosen": None, "nll": {}})["nll"][str(rate)] = nll
+    for arm, entry in found.items():
+        finished = {rate: nll for rate, nll in entry["nll"].items() if nll is not None}
+        # Where none is left, the arm keeps its own; it will fail by itself, and that is shown.
+        entry["chosen"] = float(min(finished, key=finished.get)) if finished else None
+        log.info("learning rate of %s: %s", arm, entry["chosen"])
+    write_json(workdir / "tuning.json", found)
+    return {arm: entry["chosen"] for arm, entry in found.items()}

@@ -1,0 +1,181 @@
+"""The sections of the report on losses, cost and scaling; each function takes a `Comparison` and returns blocks."""
+
+from aoe_jax.compare import figures, style
+from aoe_jax.compare.analysis import SCALES, Comparison
+from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
+from aoe_jax.compare.statistics import mean
+from aoe_jax.compare.words import number, plus_minus, signed
+from aoe_jax.counts import parameter_counts, training_flops_per_token
+
+
+def in_words(comparison: Comparison, size, arm):
+    """Where an arm stands to the baseline: a sentence, or None where no seed has both."""
+    found = comparison.difference(size, arm)
+    if not found.n:
+        return None
+    side = "below" if found.value < 0 else "above"
+    error = f" ± {found.error:.4f}" if found.n > 1 else ""
+    interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} seeds" if found.n > 1 else "one seed"
+    name, label = comparison.labels[arm], comparison.baseline_label
+    return f"{name} is {abs(found.value):.4f}{error} nats {side} {label} at {size} ({interval})."
+
+
+def matched(c: Comparison):
+    """What arms have in common and what they cost."""
+    rows, unmatched = [], [arm.label for arm in c.suite.arms.values() if not arm.matched]
+    for size in c.suite.sizes:
+        for arm in c.suite.arms_of(size):
+            config = next(r.run.config for r in c.results if (r.run.size, r.run.arm) == (size, arm))
+            counts, tokens = (
+                parameter_counts(config),
+                config.train.steps * config.train.batch_size * config.data.seq_len,
+            )
+            active = counts.active_non_embedding
+            rows.append(
+                [
+                    f"{size}: {c.labels[arm]}",
+                    number(counts.total),
+                    number(active),
+                    number(counts.active),
+                    number(training_flops_per_token(config)),
+                    number(tokens),
+                    f"{tokens / active:.3g}",
+                    f"{config.train.learning_rate:.3g}",
+                ]
+            )
+    head = "arm|parameters|active, no embeddings|active|FLOPs a token|tokens|tokens / active|peak learning rate"
+    text = (
+        "The arms of a size are equal in total parameters to 1% (Eq. 5 of the paper sets the width of AoE experts), "
+        "and see the same data in the same order for each seed. Active parameters and FLOPs are not matched. FLOPs "
+        "are the useful ones of a training step, forward and backward, scoring all experts included. The last count "
+        "of active parameters, the paper's, has the shared embedding table twice."
+    )
+    if unmatched:
+        text += f" Not matched in total parameters: {', '.join(unmatched)}."
+    return [Heading(2, "What is matched"), Text(text), Table(head.split("|"), rows)]
+
+
+def losses(c: Comparison, styles):
+    """Final losses with paired differences, and the curves."""
+    rows, drawn, sentences = [], [], []
+    for size in c.sizes():
+        for arm, results in c.series(size).items():
+            base, found = arm == c.suite.baseline, c.difference(size, arm)
+            nll, bits = c.spread(size, arm, lambda r: r.nll), c.spread(size, arm, lambda r: r.bits_per_byte)
+            difference = "baseline" if base else signed(found)
+            rows.append([f"{size}: {c.labels[arm]}", str(len(results)), plus_minus(nll), plus_minus(bits), difference])
+            if not base and found.n:
+                if c.balance_of(arm):  # beside a dense model the others would be hard to tell apart
+                    drawn.append((size, arm, found))
+                sentences.append(in_words(c, size, arm))
+    head = ["arm", "seeds", "validation nll", "bits a byte", f"difference to {c.baseline_label} [95% interval]"]
+    text = (
+        "Nll in nats a token of the whole validation split after the last step: mean and standard error over seeds. "
+        "Differences are seed by seed; their interval is Student's t's. No interval is widened for their number."
+    )
+    blocks = [Heading(2, "Final validation loss"), Text(text), Points(sentences), Table(head, rows)]
+    if drawn:
+        picture = figures.differences(drawn, c.labels, styles, c.baseline_label)
+        caption = (
+            f"Difference of validation nll to {c.baseline_label}, with 95% intervals; left of 0 is a lower loss. "
+            "Dense models: see the table."
+        )
+        blocks.append(Picture("differences", picture, caption))
+    return blocks
+
+
+def curves(c: Comparison, styles):
+    """Loss against tokens, FLOPs and seconds."""
+    what = {"tokens": "tokens", "flops": "useful FLOPs", "seconds": "seconds of training steps on this machine"}
+    pictures = [
+        Picture(
+            f"loss_{axis}_{size}",
+            figures.loss_curves(c.series(size), c.labels, styles, axis),
+            f"{size}: loss against {words}. Lines: training batches, means over seeds; points: validation split.",
+        )
+        for size in c.sizes()
+        for axis, words in what.items()
+    ]
+    return [Heading(2, "Loss during training"), Pictures(pictures)]
+
+
+def budgets(c: Comparison):
+    """Losses at equal FLOPs and at equal seconds."""
+    rows = []
+    for size in c.sizes():
+        for arm in c.series(size):
+            cells = []
+            for kind in ("flops", "seconds"):
+                cells.append("baseline" if arm == c.suite.baseline else signed(c.difference(size, arm, kind)))
+            at_budget = [plus_minus(mean(c.nlls(size, arm, kind).values())) for kind in ("flops", "seconds")]
+            rows.append([f"{size}: {c.labels[arm]}", at_budget[0], cells[0], at_budget[1], cells[1]])
+    spent = "; ".join(
+        f"{size}: {number(c.budget(size, 'flops'))} FLOPs, {number(c.budget(size, 'seconds'))} s" for size in c.sizes()
+    )
+    text = (
+        "The budget of a size is what the arm that takes least has spent at its end. Where an arm goes on for "
+        "longer, its loss there is read from its validation curve, linear in the logarithm between points; its "
+        f"learning rate has not come down by then as that of a run planned for the budget would have. {_how_timed(c)} "
+        f"Budgets: {spent}."
+    )
+    head = ["arm", "nll at equal FLOPs", "difference", "nll at equal seconds", "difference"]
+    return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)]
+
+
+def _how_timed(c):
+    if all(r.timed_in_turn for r in c.results):
+        return "Seconds are processor seconds of a training step, all arms in turn in one process on one core."
+    return "Seconds are those of training steps, the median of each run, with what else was at work on the machine."
+
+
+def scaling(c: Comparison, styles):
+    """Final loss over sizes, with fits."""
+    blocks, pictures, rows = [Heading(2, "Scaling")], [], []
+    for scale, words in SCALES.items():
+        points, fits = c.points(scale), c.fits(scale)
+        if not points:
+            return []
+        caption = f"Final validation nll against {words}: means with standard errors, fits with 95% bands."
+        picture = figures.scaling(points, fits, c.labels, styles, words)
+        pictures.append(Picture(f"scaling_{scale}", picture, caption))
+        for arm, fit in fits.items():
+            low, high = fit.exponent_interval()
+            floor = f"{fit.floor:.3f}" if fit.has_floor else "0, set"
+            rows.append(
+                [f"{c.labels[arm]}, {words}", floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f} [{low:.4f}, {high:.4f}]"]
+            )
+    text = (
+        "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the "
+        "seeds of each size anew (bootstrap). Fewer than four sizes can't tell a floor from an exponent: it is set "
+        "to 0 there, and no loss beyond the sizes that were run should be read from such a fit."
+    )
+    return [
+        *blocks,
+        Text(text),
+        Pictures(pictures),
+        Table(["arm and x", "floor", "factor", "exponent [95% interval]"], rows),
+    ]
+
+
+def cost(c: Comparison):
+    """Throughput and memory, in the form of the paper's Table 4."""
+    rows = []
+    for size in c.sizes():
+        speed, memory = (
+            {arm: c.spread(size, arm, figure) for arm in c.series(size)}
+            for figure in (lambda r: r.tokens_per_second / 1e3, lambda r: r.memory_bytes / 1e6)
+        )
+        base = c.suite.baseline
+        for arm in c.series(size):
+            ratios = [f"{of[arm].value / of[base].value:.2f}" if base in of else "-" for of in (speed, memory)]
+            row = [f"{speed[arm].value:.2f}", ratios[0], f"{memory[arm].value:.1f}", ratios[1]]
+            rows.append([f"{size}: {c.labels[arm]}", *row])
+    label = c.baseline_label
+    head = ["arm", "thousand tokens/s", f"to {label}", "memory, MB", f"to {label}"]
+    text = f"{_how_timed(c)} Memory is what the compiler plans for state and temporaries of a step on a device."
+    return [Heading(2, "Throughput and memory"), Text(text), Table(head, rows)]
+
+
+def styles_of(c: Comparison):
+    """The styles of all arms."""
+    return style.style_of(c.suite.arms)

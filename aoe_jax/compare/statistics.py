@@ -1,0 +1,125 @@
+"""Means over seeds, paired differences, fits over sizes, and what a curve says at a budget."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds."""
+
+    value: float
+    error: float  # the standard error; nan of one value
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference(Mean):
+    """The mean of differences seed by seed, with its interval of `CONFIDENCE` by Student's t; nan of one pair."""
+
+    low: float
+    high: float
+
+
+def mean(values):
+    """The `Mean` of a sequence of numbers; nan of none."""
+    values = np.asarray(list(values), np.float64)
+    if not values.size:
+        return Mean(math.nan, math.nan, 0)
+    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
+    return Mean(float(values.mean()), float(error), values.size)
+
+
+def paired_difference(values, baseline):
+    """The `Difference` of two `{seed: value}` over the seeds that both have."""
+    found = mean(values[seed] - baseline[seed] for seed in values if seed in baseline)
+    reach = math.nan
+    if found.n > 1:
+        reach = found.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1))
+    return Difference(found.value, found.error, found.n, found.value - reach, found.value + reach)
+
+
+def at(curve_x, curve_y, x):
+    """A curve at `x`, linear in log x between its points; nan outside of them."""
+    curve_x, curve_y = np.asarray(curve_x, np.float64), np.asarray(curve_y, np.float64)
+    if not curve_x.size or not curve_x[0] <= x * (1 + 1e-9) or not x <= curve_x[-1] * (1 + 1e-9):
+        return math.nan
+    return float(np.interp(math.log(x), np.log(curve_x), curve_y))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`loss = floor + factor * x ** -exponent`, with those of bootstrap resamples."""
+
+    floor: float
+    factor: float
+    exponent: float
+    resampled: np.ndarray  # [B, 3]: floor, factor, exponent
+    has_floor: bool  # False: it is 0, for want of sizes to tell
+
+    def __call__(self, x):
+        """The loss at `x` (a number or an array)."""
+        return self.floor + self.factor * np.asarray(x, np.float64) ** -self.exponent
+
+    def band(self, x):
+        """`(low, high)` of the loss at `x`, in which `CONFIDENCE` of the resamples lie."""
+        floor, factor, exponent = self.resampled.T[:, :, None]
+        losses = floor + factor * np.atleast_1d(np.asarray(x, np.float64)) ** -exponent
+        return np.quantile(losses, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+
+    def exponent_interval(self):
+        """`(low, high)` of the exponent."""
+        return tuple(np.quantile(self.resampled[:, 2], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+
+
+MIN_SIZES, MIN_SIZES_WITH_FLOOR = 2, 4
+
+
+def fit_power_law(groups, n_resamples=500):
+    """Fits a power law to losses of several sizes; None of fewer than two.
+
+    With fewer than four sizes a floor can't be told from an exponent: it is 0 then, and the fit a line in log loss, log x.
+
+    Args:
+      groups: `{x: [loss of each seed]}`, one entry a size; x > 0.
+      n_resamples: of the bootstrap, which draws the seeds of each size anew.
+
+    Returns:
+      A `Fit`.
+    """
+    groups = {x: np.asarray(losses, np.float64) for x, losses in groups.items() if len(losses)}
+    if len(groups) < MIN_SIZES:
+        return None
+    xs, has_floor = np.array(list(groups)), len(groups) >= MIN_SIZES_WITH_FLOOR
+    rng = np.random.default_rng(0)
+    best = _fit(xs, np.array([losses.mean() for losses in groups.values()]), has_floor)
+    resampled = [
+        _fit(xs, np.array([rng.choice(losses, losses.size).mean() for losses in groups.values()]), has_floor, best)
+        for _ in range(n_resamples)
+    ]
+    return Fit(*best, np.array(resampled), has_floor)
+
+
+def _fit(xs, losses, has_floor, start=None):
+    """`(floor, factor, exponent)` of least squares in log loss."""
+    slope, intercept = np.polyfit(np.log(xs), np.log(losses), 1)
+    if not has_floor:
+        return 0.0, math.exp(intercept), -slope
+    scale = math.exp(np.log(xs).mean())  # so that the parameters are of one size
+
+    def residuals(p):
+        floor, factor, exponent = p
+        return np.log(floor + factor * (xs / scale) ** -exponent) - np.log(losses)
+
+    if start is None:
+        first = (0.5 * losses.min(), losses.mean() - 0.5 * losses.min(), max(-2 * slope, 1e-3))
+    else:
+        first = (start[0], start[1] * scale ** -start[2], start[2])
+    bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
+    floor, factor, exponent = optimize.least_squares(residuals, np.clip(first, *bounds), bounds=bounds).x
+    return floor, factor * scale**exponent, exponent

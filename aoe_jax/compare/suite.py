@@ -1,0 +1,234 @@
+"""What is compared: a suite of arms x sizes x seeds, each a `Config`, and the check that arms are equal in parameters."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from aoe_jax.config import Config
+from aoe_jax.counts import parameter_counts, training_flops_per_token
+from aoe_jax.errors import UserError
+
+TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
+TUNING_SEED = 1_000_000  # of the order of the data and of the parameters; none of the seeds that count
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared."""
+
+    label: str  # in the report
+    # Group -> field -> value; or a function of the size's `ConfigDict` that returns this.
+    changes: Mapping | Callable[[ConfigDict], Mapping] = field(default_factory=dict)
+    matched: bool = True  # in total parameters with the other arms; where not, the report says so
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that arms are compared at."""
+
+    changes: Mapping  # group -> field -> value
+    seeds: int  # 0, 1, ...: each sets the parameters at the start and the order of the data
+    arms: tuple[str, ...] | None = None  # None: all
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A search for the learning rate of each arm, by validation nll at the first size; `final_learning_rate` keeps pace."""
+
+    learning_rates: tuple[float, ...]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run of a suite."""
+
+    size: str
+    arm: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self):
+        """SIZE/ARM/seed_N: also where it lies below `WORKDIR/runs`."""
+        return f"{self.size}/{self.arm}/seed_{self.seed}"
+
+    @property
+    def flops(self):
+        """Useful FLOPs of the whole training."""
+        train = self.config.train
+        return training_flops_per_token(self.config) * train.steps * train.batch_size * self.config.data.seq_len
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Arms x sizes x seeds over a common `base`; the arms of a size see the same data in the same order."""
+
+    name: str
+    base: ConfigDict
+    arms: Mapping[str, Arm]
+    sizes: Mapping[str, Size]
+    baseline: str  # the arm that differences are to
+    tuning: Tuning | None = None
+    routing_tokens: int = 16_384  # of the validation split, at least, that routing is looked at on
+
+    def __post_init__(self):
+        """Checks what can be seen without resolving configurations; raises `UserError`."""
+        for kind, named, cls in (("arms", self.arms, Arm), ("sizes", self.sizes, Size)):
+            _require(isinstance(named, Mapping) and named, self, kind, named, f"must name at least one {cls.__name__}")
+            for name, value in named.items():
+                ok = isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) and isinstance(value, cls)
+                _require(
+                    ok, self, kind, {name: value}, f"must be a {cls.__name__} by a name of letters, digits, . + - _"
+                )
+        _require(self.baseline in self.arms, self, "baseline", self.baseline, f"choose one of {', '.join(self.arms)}")
+        for name, size in self.sizes.items():
+            _require(size.seeds > 0, self, f"sizes[{name!r}].seeds", size.seeds, "must be greater than 0")
+            unknown = [arm for arm in size.arms or () if arm not in self.arms]
+            _require(not unknown, self, f"sizes[{name!r}].arms", unknown, f"choose of {', '.join(self.arms)}")
+            there = self.baseline in self.arms_of(name)
+            _require(there, self, f"sizes[{name!r}].arms", size.arms, f"must have the baseline {self.baseline!r}")
+
+    def arms_of(self, size):
+        """The names of the arms that a size has, in the order of the suite."""
+        return [arm for arm in self.arms if self.sizes[size].arms is None or arm in self.sizes[size].arms]
+
+    def config(self, size, arm, seed, learning_rate=None):
+        """The `Config` of a run; `learning_rate` replaces the peak, and the final one in proportion.
+
+        Raises:
+          UserError: it can't be; names size and arm.
+        """
+        config = self.base.copy_and_resolve_references()
+        try:
+            _change(config, self.sizes[size].changes)
+            changes = self.arms[arm].changes
+            _change(config, changes(config) if callable(changes) else changes)
+            if learning_rate is not None:
+                config.train.final_learning_rate *= learning_rate / config.train.learning_rate
+                config.train.learning_rate = learning_rate
+            config.train.seed = seed
+            return Config.from_config_dict(config)
+        except UserError as e:
+            raise UserError(f"suite {self.name}, size {size}, arm {arm}: {e}") from e
+
+    def runs(self, learning_rates=None):
+        """All runs, the first size first, seed by seed; `learning_rates`: peaks by arm, of the tuning.
+
+        Raises:
+          UserError: as in `config`, or matched arms of a size differ in total parameters.
+        """
+        learning_rates = learning_rates or {}
+        runs = [
+            Run(size, arm, seed, self.config(size, arm, seed, learning_rates.get(arm)))
+            for size in self.sizes
+            for seed in range(self.sizes[size].seeds)
+            for arm in self.arms_of(size)
+        ]
+        self._check_matched()
+        return runs
+
+    def tuning_runs(self):
+        """`{(arm, learning rate): Run}` of the tuning; empty without one."""
+        if self.tuning is None:
+            return {}
+        size, found = next(iter(self.sizes)), {}
+        for arm in self.arms_of(size):
+            for rate in self.tuning.learning_rates:
+                groups = self.config(size, arm, TUNING_SEED, rate).to_dict()
+                groups["train"] |= {"steps": self.tuning.steps, "eval_every": 0}
+                groups["checkpoint"] |= {"keep": 1, "keep_every": 0, "keep_best": 0}
+                found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, Config.from_config_dict(groups))
+        return found
+
+    def _check_matched(self):
+        for size in self.sizes:
+            totals = {arm: parameter_counts(self.config(size, arm, 0)).total for arm in self.arms_of(size)}
+            wanted = totals[self.baseline]
+            for arm, total in totals.items():
+                if self.arms[arm].matched and abs(total / wanted - 1) > TOLERANCE:
+                    raise UserError(
+                        f"suite {self.name}, size {size}: arm {arm} has {total:,} parameters, {self.baseline} {wanted:,}: "
+                        f"more than {TOLERANCE:.0%} apart. Change its width, or give it matched=False"
+                    )
+
+
+def load_suite(path: Path, settings=()) -> Suite:
+    """The suite of a file with `get_suite()`.
+
+    Args:
+      path: a Python file.
+      settings: `GROUP.FIELD=VALUE` for all runs, VALUE as in JSON, or a word.
+
+    Raises:
+      UserError: the file can't be read, is no suite, or the suite can't be.
+    """
+    try:
+        spec = importlib.util.spec_from_file_location("suite", path)
+        if spec is None:
+            raise UserError(f"--suite={path}: must be a Python file, such as configs/compare/tiny.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        get_suite = getattr(module, "get_suite", None)
+        suite = get_suite() if callable(get_suite) else None
+    except UserError as e:
+        raise UserError(f"--suite={path}: {e}") from e
+    except OSError as e:
+        raise UserError(
+            f"--suite={path}: can't be read ({e.strerror}); name a file such as configs/compare/tiny.py"
+        ) from e
+    except Exception as e:  # a suite is code: whatever is wrong with it shows here
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise UserError(f"--suite={path}: {type(e).__name__}: {' '.join(str(e).split())[:300]}{where}") from e
+    if not isinstance(suite, Suite):
+        raise UserError(f"--suite={path}: needs a function get_suite() that returns an aoe_jax.compare.suite.Suite")
+    for setting in settings:
+        suite = _with_setting(suite, setting)
+    return suite
+
+
+def _with_setting(suite, setting):
+    """The suite with a setting in every size."""
+    name, equals, text = setting.partition("=")
+    group, _, field_name = name.partition(".")
+    if not (equals and field_name):
+        raise UserError(f"--set={setting}: write it as GROUP.FIELD=VALUE, such as data.path=/data/c4")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+
+    def changed(size):
+        of_group = {**size.changes.get(group, {}), field_name: value}
+        return dataclasses.replace(size, changes={**size.changes, group: of_group})
+
+    return dataclasses.replace(suite, sizes={name: changed(size) for name, size in suite.sizes.items()})
+
+
+def _change(config, changes):
+    """Applies group -> field -> value; unknown names are left to `Config` to refuse, which knows what is there."""
+    for group, values in changes.items():
+        if group not in config:
+            raise UserError(f"config.{group} is unknown; known are {', '.join(config)}")
+        for name, value in values.items():
+            if name not in config[group]:
+                raise UserError(f"config.{group}.{name} is unknown; known are {', '.join(config[group])}")
+            try:
+                config[group][name] = value
+            except TypeError as e:
+                raise UserError(
+                    f"config.{group}.{name}={value!r}: must be of type {type(config[group][name]).__name__}"
+                ) from e
+
+
+def _require(condition, suite, name, value, wanted):
+    if not condition:
+        raise UserError(f"suite {suite.name}: {name}={value!r}: {wanted}")

@@ -1,0 +1,42 @@
+"""Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as there.
+
+Arms are the variants of `configs/paper.py`, each of which `aoe_jax.plan` compiles for machines that aren't here:
+
+    python -m aoe_jax.plan --config=configs/paper.py:aoe_r256_aux --topology=v5e:4x4 --config.mesh.fsdp=16 \
+        --config.train.accumulate=16
+
+The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. On
+several hosts train each run by itself, `train.py --config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0
+--distributed` with the `DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes, and make the report with `--report`.
+"""
+
+from aoe_jax.compare.suite import Arm, Size, Suite
+from configs import paper
+
+UNMATCHED = ("moe_aux_large_router",)  # the router's n r d parameters, 2.6% of all, come on top
+
+
+def _changes(variant):
+    merged = {}  # but for what makes a model large, which is of the size
+    for change in paper.VARIANTS[variant]:
+        if change is not paper.LARGE:
+            for group, values in change.items():
+                merged[group] = merged.get(group, {}) | values
+    return merged
+
+
+def get_suite():
+    small = tuple(variant for variant in paper.VARIANTS if not variant.endswith("_4b"))
+    return Suite(
+        name="paper",
+        base=paper.get_config("moe"),
+        arms={
+            variant: Arm(variant.replace("_", " "), _changes(variant), variant not in UNMATCHED)
+            for variant in (*small, "aoe_4b")
+        },
+        sizes={
+            "732M": Size({}, seeds=1, arms=small),
+            "4B": Size(paper.LARGE, seeds=1, arms=("moe_aux", "aoe_4b")),
+        },
+        baseline="moe_aux",
+    )

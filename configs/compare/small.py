@@ -1,0 +1,50 @@
+"""AoE against MoE and dense at three sizes, about 8 core-hours: `--suite=configs/compare/small.py`.
+
+Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 419k; every size sees 20 tokens for each of
+them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all parameters active, 3.2 times as many, and see the
+same tokens. Learning rates are tuned at the smallest size, where two arms without balancing are run as well.
+"""
+
+from aoe_jax.compare.arms import DENSE, aoe, moe
+from aoe_jax.compare.suite import Size, Suite, Tuning
+from configs import tiny
+
+ARMS = {
+    "moe_aux": moe("aux"),
+    "moe_free": moe("free"),
+    "aoe_d6_aux": aoe(6, "aux"),
+    "aoe_d3_aux": aoe(3, "aux"),
+    "aoe_d3_free": aoe(3, "free"),
+    "dense": DENSE,
+    "moe_none": moe("none"),
+    "aoe_d3_none": aoe(3, "none"),
+}
+AT_ALL_SIZES = tuple(arm for arm in ARMS if not arm.endswith("_none"))
+
+
+def _size(d_model, n_layers, n_heads, batch_size, steps):
+    tenth = steps // 10
+    return {
+        "model": {"n_layers": n_layers, "unroll": n_layers, "n_heads": n_heads, "d_model": d_model},
+        "experts": {"d_ffn": 2 * d_model},
+        "train": {"batch_size": batch_size, "steps": steps, "warmup_steps": steps // 20, "eval_every": 2 * tenth},
+        "checkpoint": {"every": tenth, "keep": 1, "keep_every": tenth},
+    }
+
+
+def get_suite():
+    base = tiny.get_config()
+    base.model.vocab_size = 1024  # few embeddings beside so few parameters, and many tokens
+    base.train.log_every = 10
+    return Suite(
+        name="small",
+        base=base,
+        arms=ARMS,
+        sizes={
+            "42k": Size(_size(36, 2, 2, batch_size=4, steps=840), seeds=3),
+            "149k": Size(_size(48, 4, 4, batch_size=8, steps=1480), seeds=3, arms=AT_ALL_SIZES),
+            "419k": Size(_size(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES),
+        },
+        baseline="moe_aux",
+        tuning=Tuning((2.5e-3, 5e-3, 1e-2), steps=420),
+    )

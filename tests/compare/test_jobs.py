@@ -1,0 +1,82 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from aoe_jax.compare.jobs import Job, run_jobs
+from aoe_jax.json_files import read_json
+from aoe_jax.stopping import StopRequests
+from tests.runs import ROOT
+
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def job(folder, name, program):
+    return Job(
+        name,
+        (sys.executable, "-c", program),
+        folder / f"{name}.log",
+        folder / f"{name}.outcome.json",
+        folder / name,
+        1.0,
+        lambda: float((folder / f"{name}.outcome.json").exists()),
+    )
+
+
+def test_a_job_that_fails_stops_no_other(tmp_path):
+    says_core = "import os; print(os.sched_getaffinity(0), os.environ['WORD'])"
+    jobs = [
+        job(tmp_path, "bad", "import sys; print('why', file=sys.stderr); sys.exit(4)"),
+        job(tmp_path, "good", says_core),
+    ]
+    run_jobs(jobs, [CORES[0]], {"WORD": "default"}, StopRequests())
+    assert read_json(tmp_path / "bad.outcome.json") == {"status": 4, "last_line": "why"}
+    assert read_json(tmp_path / "good.outcome.json") == {"status": 0, "last_line": f"{{{CORES[0]}}} default"}
+
+
+SLEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))
+print('ready', flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import pathlib, sys
+from aoe_jax.compare.jobs import run_jobs
+from aoe_jax.errors import Stopped
+from aoe_jax.stopping import StopRequests
+from tests.compare.test_jobs import SLEEPER, job
+stop = StopRequests()
+stop.listen()
+folder = pathlib.Path(sys.argv[1])
+try:
+    run_jobs([job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")], [None], {}, stop)
+except Stopped as e:
+    print(e)
+"""
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_is_at_work_ends_with_the_command(tmp_path, number):
+    """Asked to stop, it asks its jobs and waits for them; killed, the system asks them."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "sleeper.log"
+    wait_for(lambda: log.exists() and "\nready\n" in log.read_text())
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert "what is done is saved; the same command goes on" in stdout
+    wait_for(lambda: log.read_text().endswith("\nsaved\n"))
+    assert not (tmp_path / "next.log").exists()

@@ -1,0 +1,207 @@
+"""A small suite from end to end: cut off and begun again, an arm that fails, and its report."""
+
+import csv
+import json
+import math
+import re
+import signal
+import time
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from aoe_jax.compare.analysis import Comparison
+from aoe_jax.compare.document import to_markdown
+from aoe_jax.compare.measuring import step_seconds
+from aoe_jax.compare.results import read_results
+from aoe_jax.compare.runs import tuned_rates
+from aoe_jax.compare.sections import scaling, styles_of
+from aoe_jax.compare.suite import Size, load_suite
+from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_json, write_json
+from tests.compare.suites import write_suite
+from tests.hasty import xla_flags
+from tests.runs import finish, scratch, shared, start
+
+
+def command(folder, *more):
+    return ["-m", "aoe_jax.compare", f"--suite={folder / 'suite.py'}", f"--workdir={folder / 'work'}", *more]
+
+
+def checkpoints(folder):
+    return [path for path in folder.glob("work/runs/*/*/*/checkpoints/*") if path.name.isdecimal()]
+
+
+@shared
+def ended():
+    """`(folder, what was interrupted, what went on)`: each `(exit status, stderr)`."""
+    folder = scratch("compare")
+    write_suite(folder / "suite.py")
+    process = start(command(folder), XLA_FLAGS=xla_flags())
+    deadline = time.monotonic() + 200
+    while not checkpoints(folder):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    status, _, stderr = finish(process)
+    first = status, stderr
+    status, _, stderr = finish(start(command(folder), XLA_FLAGS=xla_flags()))
+    return folder, first, (status, stderr)
+
+
+def rows(name):
+    with (ended()[0] / "work" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_interrupted_it_stops_its_runs_and_says_how_to_go_on():
+    folder, (status, stderr), _ = ended()
+    assert status == 130
+    assert stderr.strip().splitlines()[-1] == "interrupted: what is done is saved; the same command goes on from there"
+    logs = [path.read_text() for path in folder.glob("work/runs/*/*/*.log")]
+    assert any("the same command goes on" in log and log.count("$ ") > 1 for log in logs)
+
+
+def test_begun_again_it_trains_the_rest_and_shows_what_failed():
+    folder, _, (status, stderr) = ended()
+    assert status == 0, stderr
+    assert "a/broken/seed_0 failed with status 2: error: config.experts.gate='sparsemixer'" in stderr
+    states = {(row["size"], row["arm"], row["seed"]): row["state"] for row in rows("runs.csv")}
+    assert [states.pop(("a", "broken", seed)) for seed in ("0", "1")] == ["failed", "failed"]
+    assert set(states.values()) == {"finished"} and len(states) == 4
+    markdown = (folder / "work/report.md").read_text()
+    assert "4 of 6 finished, 2 failed" in markdown
+    failed = markdown[markdown.index("## Failed runs") :]
+    assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed and "sparsemixer" in failed
+
+
+def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
+    folder = ended()[0] / "work/runs/a"
+    first = {
+        path.parent.name + path.name: json.loads((path / "metrics.jsonl").read_text().splitlines()[0])["nll"]
+        for path in folder.glob("[am]o*/seed_?")
+    }
+    assert len(set(first.values())) == 4
+    configs = [read_json(folder / arm / "seed_1/config.json") for arm in ("moe", "aoe")]
+    assert configs[0]["train"] == configs[1]["train"] and configs[0]["data"] == configs[1]["data"]
+
+
+def test_finished_it_does_nothing_again():
+    folder = ended()[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("work/runs/*/*/*/*.json")}
+    status, _, stderr = finish(start(command(folder, "--report")))
+    assert status == 0, stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    runs = load_suite(folder / "suite.py").runs()
+    assert set(step_seconds(folder / "work", runs, "a")) == {"moe", "aoe"}
+
+
+def test_a_workdir_of_another_configuration_is_refused():
+    folder = ended()[0]
+    status, _, stderr = finish(start(command(folder, "--set=train.weight_decay=0.3")))
+    assert status == 2 and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
+
+
+def test_tables_hold_the_numbers_of_the_runs():
+    folder = ended()[0] / "work"
+    nll = {
+        (path.parts[-3], path.parts[-2]): read_json(path)["metrics"]["validation_nll"]
+        for path in folder.glob("runs/a/*/seed_?/summary.json")
+    }
+    mean = sum(nll["aoe", f"seed_{seed}"] - nll["moe", f"seed_{seed}"] for seed in (0, 1)) / 2
+    row = next(row for row in rows("differences.csv") if row["at_equal"] == "end")
+    assert (row["arm"], row["n"]) == ("aoe", "2") and float(row["value"]) == pytest.approx(mean)
+    side = "below" if mean < 0 else "above"
+    sentence = f"AoE r=d/4, L_aux is {abs(mean):.4f} ± "
+    markdown = (folder / "report.md").read_text()
+    assert sentence in markdown and f"nats {side} MoE, L_aux at a (95% interval" in markdown
+    curve = [row for row in rows("curves.csv") if (row["arm"], row["seed"], row["split"]) == ("aoe", "1", "validation")]
+    assert [row["step"] for row in curve] == ["3", "6"]
+    assert {row["step"] for row in rows("routing.csv")} == {"2", "4", "6"}
+
+
+def test_routing_is_looked_at():
+    routing = read_json(ended()[0] / "work/runs/a/aoe/seed_0/routing.json")
+    last = routing["checkpoints"][-1]
+    assert last["step"] == 6 and last["overlap_with_final"] == [1.0, 1.0]
+    for layer, load in enumerate(last["load"]):
+        assert sum(load) == pytest.approx(2) and len(load) == 4
+        together = routing["coactivation"][layer]
+        assert [together[i][i] for i in range(4)] == pytest.approx(load)
+        assert sum(map(sum, together)) == pytest.approx(4)  # pairs of 2 chosen, in order, themselves included
+    oracle = routing["oracle"]
+    for chosen, best, any_ in zip(*(oracle[f"distance_{of}"] for of in ("chosen", "oracle", "any")), strict=True):
+        assert best <= chosen + 1e-6 and best < any_
+
+
+def test_the_page_needs_nothing_else():
+    folder = ended()[0] / "work"
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"<(script|link|img|iframe|object)\b", page)
+    assert (
+        not re.search(r"(src|href)\s*=\s*[\"'](?!#|data:)", page) and "url(http" not in page and "@import" not in page
+    )
+    for words in (
+        "Final validation loss",
+        "At equal FLOPs",
+        "Balance of load",
+        "Routing health",
+        "Failed runs",
+    ):
+        assert f">{words}" in page, words
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', page))
+    assert used <= set(ids)
+    body = page[page.index("<body>") : page.index("</html>")]
+    ElementTree.fromstring(body)  # well-formed
+
+
+def test_scaling_is_fitted_over_sizes():
+    folder = ended()[0]
+    suite = load_suite(folder / "suite.py")
+    results = read_results(suite.runs(), folder / "work")
+    # The same results once more as those of a model of twice the layers, at 0.9 times the loss.
+    deeper = {"model": {"n_layers": 4}}
+    sizes = suite.sizes | {"b": Size(deeper, seeds=2)}
+    larger = [
+        replace(
+            r, run=replace(r.run, size="b", config=replace(r.run.config, model=replace(r.run.config.model, n_layers=4)))
+        )
+        for r in results
+    ]
+    larger = [replace(r, nll=0.9 * r.nll) for r in larger]
+    comparison = Comparison(replace(suite, sizes=sizes), [*results, *larger])
+    fits = comparison.fits("active_non_embedding")
+    assert set(fits) == {"moe", "aoe"}
+    xs = list(comparison.points("active_non_embedding")["aoe"])
+    assert fits["aoe"].exponent == pytest.approx(-math.log(0.9) / math.log(xs[1] / xs[0]))
+    text = to_markdown(scaling(comparison, styles_of(comparison)), "figures")
+    assert "scaling_flops.png" in text and f"{fits['aoe'].exponent:.4f} [" in text
+
+
+def test_figures_lie_beside_the_report():
+    folder = ended()[0] / "work"
+    named = re.findall(r"\]\((figures/[^)]+\.png)\)", (folder / "report.md").read_text())
+    assert len(named) > 10
+    for name in named:
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+        ElementTree.parse((folder / name).with_suffix(".svg"))
+
+
+TUNING = "tuning=Tuning((1e-3, 3e-3), steps=3),"
+
+
+def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
+    suite = load_suite(write_suite(tmp_path / "suite.py", TUNING))
+    assert tuned_rates(suite, tmp_path) is None
+    found = {arm: {"chosen": rate, "nll": {"0.001": 6.0, "0.003": 5.0}} for arm, rate in (("moe", 3e-3), ("aoe", 1e-3))}
+    found["broken"] = {"chosen": None, "nll": {"0.001": None, "0.003": None}}
+    write_json(tmp_path / "tuning.json", found)
+    rates = tuned_rates(suite, tmp_path)
+    runs = {run.name: run.config.train for run in suite.runs(rates)}
+    assert runs["a/moe/seed_0"].learning_rate == 3e-3 and runs["a/aoe/seed_0"].learning_rate == 1e-3
+    assert runs["a/broken/seed_0"].learning_rate == 3e-3  # none of its runs has finished: as it is
+    write_json(tmp_path / "tuning.json", {"moe": found["moe"]})
+    with pytest.raises(UserError, match="of another suite"):
+        tuned_rates(suite, tmp_path)

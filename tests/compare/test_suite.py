@@ -1,0 +1,141 @@
+import json
+
+import pytest
+
+from aoe_jax.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
+from aoe_jax.compare.suite import Arm, Size, Suite, Tuning, load_suite
+from aoe_jax.config import Config, matched_width
+from aoe_jax.counts import parameter_counts
+from aoe_jax.errors import UserError
+from configs import saved, tiny
+from tests.runs import ROOT, run, tiny_config
+
+ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE, "active": DENSE_ACTIVE}
+SMALL = Size({"model": {"d_model": 64}, "experts": {"d_ffn": 96}}, seeds=2)
+
+
+def suite(**changes):
+    values = {"name": "s", "base": tiny.get_config(), "arms": ARMS, "sizes": {"small": SMALL}, "baseline": "moe"}
+    return Suite(**values | changes)
+
+
+def test_runs_resolve_to_configurations():
+    runs = suite().runs()
+    assert [run.name for run in runs[:5]] == [
+        "small/moe/seed_0",
+        "small/aoe/seed_0",
+        "small/dense/seed_0",
+        "small/active/seed_0",
+        "small/moe/seed_1",
+    ]
+    by_name = {run.name: run.config for run in runs}
+    free = by_name["small/aoe/seed_1"]
+    assert (free.experts.kind, free.experts.d_low, free.train.seed) == ("aoe", 16, 1)
+    assert (free.balance.aux_weight, free.balance.bias_rate) == (0.0, 0.01)
+    assert free.experts.width(64) == matched_width(64, 96, 16)
+    assert by_name["small/dense/seed_0"].experts.d_ffn == 8 * 96
+    totals = {arm: parameter_counts(by_name[f"small/{arm}/seed_0"]).total for arm in ARMS}
+    assert abs(totals["aoe"] / totals["moe"] - 1) < 0.01 and abs(totals["dense"] / totals["moe"] - 1) < 0.01
+    assert totals["active"] < 0.7 * totals["moe"]  # said not to be matched
+
+
+def test_a_learning_rate_of_the_tuning_moves_the_final_one_too():
+    config = suite().runs({"moe": 1e-3})[0].config
+    assert config.train.learning_rate == 1e-3 and config.train.final_learning_rate == pytest.approx(2e-4 / 5)
+
+
+def test_tuning_runs_are_short_and_of_the_first_size():
+    of_two = suite(sizes={"small": SMALL, "large": Size({}, 1)}, tuning=Tuning((1e-3, 3e-3), 60))
+    runs = of_two.tuning_runs()
+    assert len(runs) == 2 * len(ARMS)
+    config = runs["aoe", 3e-3].config
+    assert (config.train.learning_rate, config.train.steps, config.model.d_model) == (3e-3, 60, 64)
+    assert config.train.seed not in {run.config.train.seed for run in of_two.runs()}
+
+
+def test_sizes_may_leave_out_arms():
+    runs = suite(sizes={"small": SMALL, "large": Size({}, 1, arms=("moe", "aoe"))}).runs()
+    assert [run.arm for run in runs if run.size == "large"] == ["moe", "aoe"]
+
+
+def wide(factor):
+    return Arm("wide", {"experts": {"kind": "router", "d_ffn": factor}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": ARMS | {"wide": wide(120)}}, ["size small", "arm wide", "1% apart", "matched=False"]),
+        ({"arms": ARMS | {"bad": Arm("bad", {"experts": {"top_k": 9}})}}, ["size small, arm bad", "experts.top_k=9"]),
+        ({"arms": ARMS | {"bad": Arm("bad", {"expert": {}})}}, ["arm bad", "config.expert is unknown"]),
+        ({"arms": ARMS | {"bad": Arm("bad", {"train": {"stepz": 1}})}}, ["arm bad", "config.train.stepz is unknown"]),
+        ({"arms": ARMS | {"bad": Arm("bad", {"train": {"steps": "x"}})}}, ["arm bad", "config.train.steps='x'"]),
+        ({"arms": ARMS | {"a/b": wide(96)}}, ["arms", "a/b", "letters"]),
+        ({"arms": {}}, ["arms", "at least one Arm"]),
+        ({"baseline": "none"}, ["baseline='none'", "moe, aoe"]),
+        ({"sizes": {"small": Size({}, 0)}}, ["sizes['small'].seeds=0"]),
+        ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["must have the baseline 'moe'"]),
+        ({"sizes": {"small": Size({}, 1, arms=("moe", "nope"))}}, ["'nope'"]),
+    ],
+)
+def test_what_no_suite_can_be(changes, words):
+    with pytest.raises(UserError) as e:
+        suite(**changes).runs()
+    assert all(word in str(e.value) for word in words), e.value
+
+
+def test_an_arm_that_says_so_need_not_match():
+    arm = Arm("wide", {"experts": {"kind": "router", "d_ffn": 120}}, matched=False)
+    assert suite(arms=ARMS | {"wide": arm}).runs()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["can't be read (No such file", "configs/compare/tiny.py"]),
+        ("x = 1\n", ["needs a function get_suite()"]),
+        ("def get_suite():\n    return 3\n", ["needs a function get_suite()"]),
+        ("def get_suite():\n    return 1 / 0\n", ["ZeroDivisionError", "line 2"]),
+        ("def get_suite(:\n", ["SyntaxError"]),
+    ],
+)
+def test_files_that_are_no_suite(tmp_path, text, words):
+    file = tmp_path / "suite.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as e:
+        load_suite(file)
+    assert all(word in str(e.value) for word in [f"--suite={file}", *words]), e.value
+
+
+def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
+    suite = "--suite=configs/compare/tiny.py"
+    for arguments, words in (
+        ([suite], "--workdir is missing"),
+        ([suite, f"--workdir={tmp_path}/w", "--report"], "has no runs to report"),
+        ([suite, f"--workdir={tmp_path}/w", "--set=train.steps"], "--set=train.steps: write it as GROUP.FIELD=VALUE"),
+        ([suite, f"--workdir={tmp_path}/w", "--set=train.stepz=1"], "config.train.stepz is unknown"),
+    ):
+        status, _, stderr = run(["-m", "aoe_jax.compare", *arguments])
+        assert status == 2 and words in stderr and "Traceback" not in stderr, stderr
+    assert not list((tmp_path / "w").glob("runs/*"))
+
+
+def test_settings_change_all_runs():
+    found = load_suite(ROOT / "configs/compare/tiny.py", ["train.steps=20", "data.name=lm1b", "data.path=/data"])
+    assert {(run.config.train.steps, run.config.data.name) for run in found.runs()} == {(20, "lm1b")}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/compare").glob("*.py")))
+def test_every_suite_of_the_repository_resolves(name):
+    runs = load_suite(ROOT / f"configs/compare/{name}.py").runs()
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_a_saved_configuration_is_read_again(tmp_path):
+    file = tmp_path / "config.json"
+    config = tiny_config(experts__d_wide=40)
+    file.write_text(json.dumps(config.to_dict()))
+    assert Config.from_config_dict(saved.get_config(str(file))) == config
+    with pytest.raises(UserError, match="name the file"):
+        saved.get_config()
