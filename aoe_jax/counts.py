@@ -65,7 +65,7 @@ def expert_parameters(config: Config):
     if c.kind == "dense":
         return 0, 3 * d * c.d_ffn
     score = 0
-    if c.kind == "router":
+    if c.has_router:
         hidden = c.large_router_width(d)
         score = hidden * (d + c.n_experts) if c.large_router else d * c.n_experts
     gate = c.d_low * (d + width) if c.low_rank else d * width
@@ -105,7 +105,8 @@ def layer_flops_per_token(config: Config):
 
     The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where the method
     sends a gradient there: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a
-    balance loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p, `top_k` are chosen.
+    balance loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p, `top_k` are chosen. With
+    `kind="capacity"` it is those of the router: neither empty places nor the products that fill places and empty them count.
     """
     c = config.experts
     score, expert = expert_parameters(config)

@@ -10,7 +10,7 @@ import pytest
 
 from aoe_jax import Decoder
 from aoe_jax.config import Config
-from aoe_jax.counts import forward_flops_per_token, parameter_counts, training_flops_per_token
+from aoe_jax.counts import expert_parameters, forward_flops_per_token, parameter_counts, training_flops_per_token
 from aoe_jax.training.step import init_state, make_train_step
 from configs import paper, tiny
 
@@ -90,6 +90,7 @@ def test_large_router_has_the_stated_parameters():
     ("experts", "balance", "backward"),
     [
         ({"kind": "router"}, {}, None),
+        ({"kind": "capacity"}, {}, None),
         ({"score_gradient": "dense"}, {"aux_weight": 0.0}, 2.0),
         ({}, {"aux_weight": 0.0}, 0.0),
         ({}, {"aux_weight": 0.01}, 2.0),
@@ -165,12 +166,17 @@ def computed_beyond_useful(config):
     Attention takes whole blocks of queries, the keys of a block's last position for each of them, and computes the scores
     again in the backward pass: 7 products over these blocks for 6 over half the square. Sparse scoring computes the chosen
     activations again; for a balance loss, it scores the sampled tokens again and takes both gradients also for the experts
-    that they choose.
+    that they choose. Experts with a capacity compute all their places, and dispatch (twice) and combine (three times) are
+    products over all tokens and places.
     """
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
     area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
     attention = 2 * m.d_model * (7 * area / length - 6 * length / 2)
+    if c.kind == "capacity":
+        places = c.n_experts * math.ceil(c.capacity_factor * c.top_k * length / c.n_experts)  # of a sequence
+        experts = 3 * 2 * (places / length - c.top_k) * expert_parameters(config)[1]
+        return m.n_layers * (attention + experts + 5 * 2 * places * m.d_model)
     if c.kind != "aoe" or not c.sparse_scoring:
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model
@@ -185,6 +191,7 @@ STEPS = {
     "dense scoring": ("aoe", {"experts": {"score_gradient": "dense"}}),
     "gate over all": ("aoe", {"experts": {"gate": "all"}}),
     "router": ("moe", {}),
+    "capacity": ("moe", {"experts": {"kind": "capacity", "capacity_factor": 1.3}}),
     "dense": ("dense", {}),
     "accumulated": ("aoe", {"train": {"accumulate": 2}}),
     "longer than a block": ("aoe", {"data": {"seq_len": 768}, "model": {"max_len": 768}}),
