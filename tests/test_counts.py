@@ -10,7 +10,12 @@ import pytest
 
 from aoe_jax import Decoder
 from aoe_jax.config import Config
-from aoe_jax.counts import expert_parameters, forward_flops_per_token, parameter_counts, training_flops_per_token
+from aoe_jax.counts import (
+    capacity_flops_per_token,
+    forward_flops_per_token,
+    parameter_counts,
+    training_flops_per_token,
+)
 from aoe_jax.training.step import init_state, make_train_step
 from configs import paper, tiny
 
@@ -166,17 +171,14 @@ def computed_beyond_useful(config):
     Attention takes whole blocks of queries, the keys of a block's last position for each of them, and computes the scores
     again in the backward pass: 7 products over these blocks for 6 over half the square. Sparse scoring computes the chosen
     activations again; for a balance loss, it scores the sampled tokens again and takes both gradients also for the experts
-    that they choose. Experts with a capacity compute all their places, and dispatch (twice) and combine (three times) are
-    products over all tokens and places.
+    that they choose.
     """
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
     area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
     attention = 2 * m.d_model * (7 * area / length - 6 * length / 2)
     if c.kind == "capacity":
-        places = c.n_experts * math.ceil(c.capacity_factor * c.top_k * length / c.n_experts)  # of a sequence
-        experts = 3 * 2 * (places / length - c.top_k) * expert_parameters(config)[1]
-        return m.n_layers * (attention + experts + 5 * 2 * places * m.d_model)
+        return m.n_layers * (attention + capacity_flops_per_token(config)[1])
     if c.kind != "aoe" or not c.sparse_scoring:
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model

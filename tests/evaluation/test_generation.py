@@ -162,5 +162,3 @@ def test_mistakes_in_prompts():
         generator().generate([[1] * 120], 9)
     with pytest.raises(UserError, match="expert_choice': can't go token by token"):
         Generator(model("aoe", selection="expert_choice"))
-    with pytest.raises(UserError, match="kind='capacity': can't go token by token"):
-        Generator(model("router, grouped queries", kind="capacity"))
