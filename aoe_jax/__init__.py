@@ -4,6 +4,7 @@ import importlib
 
 _HOMES = {
     "AoELayer": "aoe_jax.experts.layer",
+    "CapacityLayer": "aoe_jax.experts.layer",
     "Decoder": "aoe_jax.model.decoder",
     "DenseLayer": "aoe_jax.experts.layer",
     "RouterLayer": "aoe_jax.experts.layer",

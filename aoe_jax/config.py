@@ -109,7 +109,7 @@ class ModelConfig:
 class ExpertsConfig:
     """A layer of experts: how they are scored, chosen, weighted and shaped."""
 
-    kind: str = "aoe"  # aoe | router | dense
+    kind: str = "aoe"  # aoe | router | capacity (a router, and experts of limited room) | dense
     n_experts: int = 8
     top_k: int = 2
     d_ffn: int = 512  # width of a traditional expert, or of the dense layer
@@ -118,7 +118,9 @@ class ExpertsConfig:
     round_to: int = 1  # Eq. 5's width is rounded to the nearest multiple
     selection: str = "top_k"  # top_k | top_p | expert_choice
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
-    capacity_factor: float = 2.0  # expert_choice: mean number of experts per token
+    # expert_choice: mean number of experts per token. kind capacity: places of an expert in a sequence, as a multiple of the
+    # top_k / n_experts of its tokens that come to it in perfect balance.
+    capacity_factor: float = 2.0
     # top_k: softmax over the chosen scores (the paper), over all (the authors' released code), or sparsemixer, by which
     # Phi-3.5-MoE is used once trained (arXiv 2409.12136).
     gate: str = "chosen"
@@ -132,7 +134,7 @@ class ExpertsConfig:
     large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
-        _require_choice("experts.kind", self.kind, ("aoe", "router", "dense"))
+        _require_choice("experts.kind", self.kind, ("aoe", "router", "capacity", "dense"))
         _require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
         _require_choice("experts.selection", self.selection, ("top_k", "top_p", "expert_choice"))
         _require_choice("experts.gate", self.gate, ("chosen", "all", "sparsemixer"))
@@ -145,7 +147,8 @@ class ExpertsConfig:
         )
         _require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
         _require(
-            self.selection != "expert_choice" or 0 < self.capacity_factor <= self.n_experts,
+            0 < self.capacity_factor <= self.n_experts
+            or (self.selection != "expert_choice" and self.kind != "capacity"),
             "experts.capacity_factor",
             self.capacity_factor,
             f"must lie between 0 and experts.n_experts={self.n_experts}",
@@ -168,6 +171,18 @@ class ExpertsConfig:
             "experts.selection",
             self.selection,
             "a dense layer selects nothing; leave selection and gate at their defaults",
+        )
+        _require(
+            self.kind != "capacity" or self.selection == "top_k",
+            "experts.selection",
+            self.selection,
+            "has no capacity; with experts.kind='capacity' leave it at 'top_k'",
+        )
+        _require(
+            self.kind != "capacity" or self.gate != "sparsemixer",
+            "experts.gate",
+            self.gate,
+            "isn't implemented for experts.kind='capacity'; choose one of chosen, all",
         )
         router_only = "belongs to experts.kind='router'"
         _require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
@@ -203,6 +218,11 @@ class ExpertsConfig:
         """Whether AoE scores without a gradient and computes the chosen norms again (`score_gradient`)."""
         exact = (self.selection, self.gate) == ("top_k", "chosen")
         return self.kind == "aoe" and (self.score_gradient or ("sparse" if exact else "dense")) == "sparse"
+
+    @property
+    def has_router(self):
+        """Whether a router scores the tokens."""
+        return self.kind in ("router", "capacity")
 
     @property
     def low_rank(self):
@@ -474,6 +494,12 @@ class Config:
         _require(m.unroll == 1 or mesh.fsdp == 1, "model.unroll", m.unroll, f"with mesh.fsdp={mesh.fsdp} {merges}")
         if e.kind == "dense":
             _require(mesh.expert == 1, "mesh.expert", mesh.expert, "a dense model has no experts to split; use fsdp")
+        _require(
+            e.kind != "capacity" or mesh.expert == 1 or mesh.transport == "all_to_all",
+            "mesh.transport",
+            mesh.transport,
+            "with experts.kind='capacity' and mesh.expert, places of experts travel; set 'all_to_all'",
+        )
         _require(
             mesh.tensor == 1 or not m.qk_norm,
             "mesh.tensor",

@@ -6,6 +6,7 @@ L layers, d model width, n experts, V vocabulary, S sequence length.
 from dataclasses import dataclass
 
 from aoe_jax.config import Config
+from aoe_jax.experts.selection import expert_capacity
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def expert_parameters(config: Config):
     if c.kind == "dense":
         return 0, 3 * d * c.d_ffn
     score = 0
-    if c.kind == "router":
+    if c.has_router:
         hidden = c.large_router_width(d)
         score = hidden * (d + c.n_experts) if c.large_router else d * c.n_experts
     gate = c.d_low * (d + width) if c.low_rank else d * width
@@ -105,7 +106,8 @@ def layer_flops_per_token(config: Config):
 
     The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where the method
     sends a gradient there: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a
-    balance loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p, `top_k` are chosen.
+    balance loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p, `top_k` are chosen. With
+    `kind="capacity"` it is those of the router; see `capacity_flops_per_token` for what it computes beside them.
     """
     c = config.experts
     score, expert = expert_parameters(config)
@@ -118,6 +120,19 @@ def layer_flops_per_token(config: Config):
     if not c.sparse_scoring:
         with_gradient = 1.0
     return active + idle, 3 * active + round((1 + 2 * with_gradient) * idle)
+
+
+def capacity_flops_per_token(config: Config):
+    """`(forward, training)`: what a layer of `kind="capacity"` computes beyond the useful FLOPs, per token.
+
+    Experts compute all their places, taken or not; dispatch and combine are products over all tokens, experts and places of
+    a sequence, forward one each, backward one more of dispatch and two of combine.
+    """
+    c, length = config.experts, config.data.seq_len
+    places = c.n_experts * expert_capacity(length, c.n_experts, c.capacity_factor * c.top_k)
+    _, expert = expert_parameters(config)
+    empty, product = 2 * (places / length - c.top_k) * expert, 2 * places * config.model.d_model
+    return empty + 2 * product, 3 * empty + 5 * product
 
 
 def forward_flops_per_token(config: Config):

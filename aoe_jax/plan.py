@@ -211,7 +211,8 @@ def candidates(config: Config, n_devices):
         if n_devices % (fsdp * expert * tensor) or (config.experts.kind == "dense" and expert > 1):
             continue
         shape = (n_devices // (fsdp * expert * tensor), fsdp, expert, tensor)
-        mesh = MeshConfig(*shape, transport=config.mesh.transport if expert > 1 else "ring")
+        transport = "all_to_all" if config.experts.kind == "capacity" else config.mesh.transport
+        mesh = MeshConfig(*shape, transport=transport if expert > 1 else "ring")
         model = dataclasses.replace(config.model, unroll=config.model.unroll if fsdp == 1 else 1)
         try:
             changed = dataclasses.replace(config, mesh=mesh, model=model)

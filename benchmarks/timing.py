@@ -76,7 +76,7 @@ def random_batch(config: Config):
 
 
 def make_step(config: Config):
-    """A nullary function that takes one training step, and the compiled step."""
+    """A nullary function that takes one training step and returns its metrics, and the compiled step."""
     state = jax.jit(lambda: init_state(config, 0))()
     batch = jax.device_put(random_batch(config))
     step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
@@ -84,7 +84,7 @@ def make_step(config: Config):
     def run():
         nonlocal state
         state, metrics = step(state, batch)
-        return metrics["loss"]
+        return metrics
 
     return run, step
 

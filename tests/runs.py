@@ -194,6 +194,7 @@ def damage(shard):
 KINDS = {
     "aoe, gate=all": {"experts__gate": "all", "balance__aux_weight": 0.01},
     "router": {"experts__kind": "router", "balance__aux_weight": 0.01},
+    "capacity": {"experts__kind": "capacity", "experts__capacity_factor": 1.0, "balance__aux_weight": 0.01},
     "dense": {"experts__kind": "dense"},
     "top_p": {"experts__selection": "top_p", "balance__entropy_weight": 1e-4},
     "expert_choice": {"experts__selection": "expert_choice"},

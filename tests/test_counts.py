@@ -10,7 +10,12 @@ import pytest
 
 from aoe_jax import Decoder
 from aoe_jax.config import Config
-from aoe_jax.counts import forward_flops_per_token, parameter_counts, training_flops_per_token
+from aoe_jax.counts import (
+    capacity_flops_per_token,
+    forward_flops_per_token,
+    parameter_counts,
+    training_flops_per_token,
+)
 from aoe_jax.training.step import init_state, make_train_step
 from configs import paper, tiny
 
@@ -90,6 +95,7 @@ def test_large_router_has_the_stated_parameters():
     ("experts", "balance", "backward"),
     [
         ({"kind": "router"}, {}, None),
+        ({"kind": "capacity"}, {}, None),
         ({"score_gradient": "dense"}, {"aux_weight": 0.0}, 2.0),
         ({}, {"aux_weight": 0.0}, 0.0),
         ({}, {"aux_weight": 0.01}, 2.0),
@@ -171,6 +177,8 @@ def computed_beyond_useful(config):
     size = max(64, -(-length // 8))
     area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
     attention = 2 * m.d_model * (7 * area / length - 6 * length / 2)
+    if c.kind == "capacity":
+        return m.n_layers * (attention + capacity_flops_per_token(config)[1])
     if c.kind != "aoe" or not c.sparse_scoring:
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model
@@ -185,6 +193,7 @@ STEPS = {
     "dense scoring": ("aoe", {"experts": {"score_gradient": "dense"}}),
     "gate over all": ("aoe", {"experts": {"gate": "all"}}),
     "router": ("moe", {}),
+    "capacity": ("moe", {"experts": {"kind": "capacity", "capacity_factor": 1.3}}),
     "dense": ("dense", {}),
     "accumulated": ("aoe", {"train": {"accumulate": 2}}),
     "longer than a block": ("aoe", {"data": {"seq_len": 768}, "model": {"max_len": 768}}),

@@ -131,6 +131,18 @@ def test_dense_model_has_no_load(tmp_path, capsys):
     assert "layer" not in capsys.readouterr().out
 
 
+def test_dropped_choices_are_in_the_table(tmp_path, capsys):
+    workdir = shutil.copytree(kind_runs()["capacity"][0], tmp_path / "run")
+    statistics = evaluate_workdir(workdir, "validation")["load_statistics"]
+    assert json.loads((workdir / "eval.json").read_text())["load_statistics"] == statistics
+    assert len(statistics["dropped_share"]) == 2 and min(statistics["dropped_share"]) > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:5] == ["layer", "Ent_load", "Ent_conf", "dropped", "E0"] for line in lines)
+    for layer, share in enumerate(statistics["dropped_share"]):
+        row = next(line for line in lines if line.split()[:1] == [str(layer)])
+        assert float(row.split()[3].rstrip("%")) == pytest.approx(100 * share, abs=0.006)
+
+
 def test_compression_benchmark(tmp_path):
     """`benchmarks.compression` repeats the model's figure and computes the compressor's from the same text."""
     workdir, _, report = evaluated()["validation"]

@@ -228,6 +228,15 @@ def test_nearest_meshes_come_first():
     assert [c.mesh for c in candidates(unrolled, 8)] == [c.mesh for c in candidates(config, 8)]
 
 
+def test_meshes_of_experts_with_a_capacity():
+    """They send by all_to_all only."""
+    config = configuration("capacity", mesh=(8, 1, 1, 1))
+    assert {(c.mesh.expert > 1, c.mesh.transport) for c in candidates(config, 8)} == {
+        (False, "ring"),
+        (True, "all_to_all"),
+    }
+
+
 def planned(*arguments, **variables):
     command = ["-m", "aoe_jax.plan", "--config=configs/tiny.py:dense", *arguments]
     return finish(start(command, **variables))

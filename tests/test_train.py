@@ -211,14 +211,27 @@ def test_every_kind_trains(kind):
     config = kind_config(kind)
     lines, validations = read_metrics(workdir)
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert all(computed(line).keys() == (LINE if kind == "dense" else EXPERT_LINE) for line in lines)
+    keys = {"dense": LINE, "capacity": EXPERT_LINE | {"dropped_share"}}.get(kind, EXPERT_LINE)
+    assert all(computed(line).keys() == keys for line in lines)
     assert lines[-1]["nll"] < lines[0]["nll"] - 0.3
     for line in lines:
         aux, entropy = line["aux_loss"], line.get("confidence_entropy", 0)
         expected = line["nll"] + config.balance.aux_weight * aux + config.balance.entropy_weight * entropy
         np.testing.assert_allclose(line["loss"], expected, rtol=1e-6)
-    if kind in ("aoe, gate=all", "router", "expert_choice"):  # expert choice: capacity factor 2
+    if kind in ("aoe, gate=all", "router", "capacity", "expert_choice"):  # expert choice: capacity factor 2
         np.testing.assert_allclose([line["experts_per_token"] for line in lines], 2, rtol=1e-6)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["metrics"]["validation_nll"] == validations[-1]["validation_nll"]
     assert ("expert choice is not causal" in stderr) == (kind == "expert_choice")
+    assert ("a capacity is not causal" in stderr) == (kind == "capacity")
+
+
+def test_dropped_choices_are_logged():
+    """The mean over layers on each line, and each layer's there and in TensorBoard."""
+    workdir, _ = kind_runs()["capacity"]
+    events = read_events(workdir)
+    for line in read_metrics(workdir)[0]:
+        by_layer = line["layers"]["dropped_share"]
+        assert len(by_layer) == 2 and 0 < line["dropped_share"] < 0.9
+        np.testing.assert_allclose(line["dropped_share"], np.mean(by_layer), rtol=1e-6)
+        assert events["train/dropped_share", line["step"]].simple_value == pytest.approx(line["dropped_share"])

@@ -17,11 +17,13 @@ def load_statistics(stats: LayerStats, kind):
       kind: `experts.kind`; AoE's mean scores are norms, a router's are logits.
 
     Returns:
-      `load` `[L][n]` (fraction of the tokens that each expert processes), `load_entropy` and `confidence_entropy` `[L]` in
-      nats, `mean_norm` or `mean_logit` `[L][n]`, `load_spread`, `experts_per_token` and `dead_experts` (no token at all).
+      `load` `[L][n]` (fraction of the tokens that choose each expert), `load_entropy` and `confidence_entropy` `[L]` in
+      nats, `mean_norm` or `mean_logit` `[L][n]`, `load_spread`, `experts_per_token` and `dead_experts` (no token at all); of
+      experts with a capacity also `dropped_share` `[L]`, the share of the choices that found no room.
     """
     load = np.asarray(stats.load)
-    return {
+    dropped = {} if stats.dropped_share is None else {"dropped_share": np.asarray(stats.dropped_share).tolist()}
+    return dropped | {
         "load": load.tolist(),
         "load_entropy": np.asarray(load_entropy(load)).tolist(),
         "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
@@ -33,12 +35,18 @@ def load_statistics(stats: LayerStats, kind):
 
 
 def load_table(statistics):
-    """The statistics as lines of text, a row a layer; loads in percent of the layer's total."""
+    """The statistics as lines of text, a row a layer; loads in percent of the layer's total, drops of its choices."""
     load = np.array(statistics["load"])
     share = load / load.sum(axis=1, keepdims=True)
-    head = "layer  Ent_load  Ent_conf  " + " ".join(f"{f'E{i}':>5}" for i in range(load.shape[1]))
+    dropped = [f"{100 * s:>6.2f}%  " for s in statistics.get("dropped_share", [])]
+    head = (
+        "layer  Ent_load  Ent_conf  "
+        + "dropped  " * bool(dropped)
+        + " ".join(f"{f'E{i}':>5}" for i in range(load.shape[1]))
+    )
     rows = [
         f"{layer:>5}  {statistics['load_entropy'][layer]:>8.3f}  {statistics['confidence_entropy'][layer]:>8.3f}  "
+        + (dropped[layer] if dropped else "")
         + " ".join(f"{100 * s:>4.1f}%" for s in share[layer])
         for layer in range(len(load))
     ]

@@ -12,11 +12,16 @@ import jax.numpy as jnp
 class LayerStats(NamedTuple):
     """What one layer of experts says about a batch; everything but the gradient of the balance losses stops here."""
 
-    load: jax.Array  # [n], fraction of the tokens that each expert processes (f_i of Eq. 2); sums to experts per token
+    # [n], fraction of the tokens that choose each expert (f_i of Eq. 2), which it processes unless it has no room for them;
+    # sums to experts per token.
+    load: jax.Array
     mean_probability: jax.Array  # [n], mean over tokens of the softmax over all n scores (P_i of Eq. 2)
     confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
     mean_score: jax.Array  # [n], mean norm (AoE) or router logit of each expert (Fig. 4)
     score_spread: jax.Array  # [], mean over tokens of the standard deviation of the scores over experts
+    dropped_share: jax.Array | None = (
+        None  # [], share of the choices that found no room; None where there is always room
+    )
 
 
 def layer_stats(scores, balance_scores, assignment, token_weights, stride=1, total=lambda sums: sums):

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
-from aoe_jax.experts import dispatch, parallel, scoring, selection
+from aoe_jax.experts import capacity, dispatch, parallel, scoring, selection
 from aoe_jax.experts import transport as transports
 from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
@@ -170,11 +170,14 @@ class _ExpertsModule(nn.Module):
             with jax.named_scope("combine"):
                 return transport.scatter(y)
 
-        if self.recompute:
-            experts = jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
-        else:
-            experts = devices.without_whole_weights(experts)
+        experts = self.economical(devices, experts)
         return experts(x, assignment.weight, weights), stats
+
+    def economical(self, devices, experts):
+        """The same function of arrays, which keeps for its backward pass what `model.remat` says."""
+        if self.recompute:
+            return jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
+        return devices.without_whole_weights(experts)
 
 
 class AoELayer(_ExpertsModule):
@@ -245,6 +248,51 @@ class RouterLayer(_ExpertsModule):
         return self.pipeline(devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights)
 
 
+class CapacityLayer(RouterLayer):
+    """A router layer whose experts have room for a fixed number of tokens of each sequence, see `experts/capacity.py`.
+
+    A group is the tokens along the axis before the last: sequences of `[B, S, d]`. Statistics and balance losses are of the
+    router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free balancing goes by.
+    """
+
+    def pipeline(self, devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
+        """The stations after scoring, arguments as in a router layer; the gate is whole.
+
+        Raises:
+          ValueError: tokens `[T, d]` on a mesh, of which each device would have a group of its own.
+        """
+        if len(devices.shape) == 1 and devices.total_size > 1:
+            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
+        c, length = self.config, devices.shape[-1]
+        scores, balance_scores = (checkpoint_name(s, selection.SELECTION) for s in (scores, balance_scores))
+
+        def whole(a):
+            """`[t, ...]` of a device as whole groups `[G, T, ...]`."""
+            return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
+
+        with jax.named_scope("select"):
+            assignment = SELECTIONS[c.selection](c, devices, token_weights, selection_bias)(scores)
+            expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
+            expert = whole(jnp.where(token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
+            n_places = capacity.places_of_expert(expert.shape[1], c.n_experts, c.top_k, c.capacity_factor)
+            places = capacity.capacity_assignment(expert, whole(weight), c.n_experts, n_places)
+        with jax.named_scope("balance"):
+            stats = layer_stats(
+                scores, balance_scores, assignment, token_weights, self.balance.aux_stride, devices.total
+            )
+            of_own = places.dropped.sum() / devices.size("tensor")  # whose devices all have the same groups
+            dropped, n_tokens = devices.total((of_own, token_weights.sum()))
+            stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
+
+        def experts(x, places, weights):
+            with jax.named_scope("experts"):
+                w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+            y = capacity.capacity_experts(whole(x), places, n_places, w, devices.exchange)
+            return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
+
+        return self.economical(devices, experts)(x, places, weights), stats
+
+
 class DenseLayer(_ExpertsModule):
     """One SwiGLU of width `d_ffn` for every token: the baseline without experts. Its statistics are those of one expert."""
 
@@ -268,4 +316,4 @@ class DenseLayer(_ExpertsModule):
         return devices.sum_scatter(y, "tensor"), stats
 
 
-LAYERS = {"aoe": AoELayer, "router": RouterLayer, "dense": DenseLayer}
+LAYERS = {"aoe": AoELayer, "router": RouterLayer, "capacity": CapacityLayer, "dense": DenseLayer}

@@ -35,7 +35,7 @@ _USED_BY = {
     "top_k": lambda experts: experts.selection == "top_k",
     "gate": lambda experts: experts.selection == "top_k",
     "top_p": lambda experts: experts.selection == "top_p",
-    "capacity_factor": lambda experts: experts.selection == "expert_choice",
+    "capacity_factor": lambda experts: experts.selection == "expert_choice" or experts.kind == "capacity",
     "router_jitter": lambda experts: experts.gate == "sparsemixer",
 }
 

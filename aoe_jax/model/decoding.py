@@ -39,6 +39,11 @@ def check_decodes(decoder: Decoder):
             "config.experts.selection='expert_choice': can't go token by token, for which tokens an expert takes depends on "
             "all tokens of the batch, later ones included; use a model of a token-choice selection, top_k or top_p"
         )
+    if decoder.experts.kind == "capacity":
+        raise UserError(
+            "config.experts.kind='capacity': can't go token by token, for whether an expert has room for a token depends on "
+            "other tokens of the text and on its length; use a model of experts.kind='router'"
+        )
 
 
 def unstacked(decoder: Decoder, params, mesh):

@@ -49,6 +49,10 @@ EXPERT_CHOICE_WARNING = (
     "expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so the losses "
     "below are not those of a causal language model and compare with no token-choice run"
 )
+CAPACITY_WARNING = (
+    "a capacity is not causal with experts.top_k=%d: the first choices of later tokens take the places of earlier tokens' "
+    "other choices, so what is dropped says something of the future"
+)
 
 
 def log_run(config: Config):
@@ -61,6 +65,8 @@ def log_run(config: Config):
         log.info("both count experts.top_k=%d experts per token; top-p takes more or fewer", config.experts.top_k)
     if config.experts.selection == "expert_choice":
         log.warning("%s", EXPERT_CHOICE_WARNING)
+    if config.experts.kind == "capacity" and config.experts.top_k > 1:
+        log.warning(CAPACITY_WARNING, config.experts.top_k)
 
 
 def train(

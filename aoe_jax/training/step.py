@@ -75,7 +75,8 @@ def training_loss(config: Config, params, selection_bias, batch, total_weight=No
         aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
         confidence_entropy = stats.confidence_entropy.mean()
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
-    return loss, {
+    dropped = {} if stats.dropped_share is None else {"dropped_share": stats.dropped_share}
+    return loss, dropped | {
         "loss": loss,
         "nll": nll,
         "aux_loss": aux_loss,

@@ -45,7 +45,8 @@ def expert_scalars(metrics):
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
-    return {
+    dropped = {"dropped_share": float(np.mean(metrics["dropped_share"]))} if "dropped_share" in metrics else {}
+    return dropped | {
         "load_entropy": float(np.mean(metrics["load_entropy"])),
         "load_spread": float(metrics["load_spread"]),
         "confidence_entropy": float(np.mean(metrics["confidence_entropy"])),
@@ -57,12 +58,14 @@ def layer_figures(metrics, kind):
     """Of host metrics of a step, one number a layer: name -> `[L]`. A dense model has none.
 
     `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance), `dead_experts` (those with
-    no token in the batch), and the mean over experts of their mean norms (AoE) or logits (router).
+    no token in the batch), and the mean over experts of their mean norms (AoE) or logits (router). Where experts have a
+    capacity, `dropped_share` too: the share of the choices that found no room.
     """
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
-    return {
+    dropped = {"dropped_share": metrics["dropped_share"]} if "dropped_share" in metrics else {}
+    return dropped | {
         "load_entropy": metrics["load_entropy"],
         "load_max_over_mean": load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9),
         "dead_experts": (load == 0).sum(axis=-1),

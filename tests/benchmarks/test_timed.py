@@ -34,6 +34,29 @@ def test_figures(name, tmp_path):
     assert len(stdout.splitlines()) == 1 + len(result["figures"])
 
 
+def test_baselines(tmp_path):
+    file = tmp_path / "figures.json"
+    command = ["-m", "benchmarks.baselines", "--shapes=24x4x2x16", "--batch=2", "--length=20", "--factors=1,2"]
+    status, stdout, stderr = run([*command, "--nomodel", "--repeats=2", f"--json={file}"])
+    assert status == 0, stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert [figure["arm"] for figure in figures] == ["router, dropless", "capacity 1", "capacity 2"]
+    router, one, two = figures
+    assert router["ratio"] == router["memory_ratio"] == router["computed"] == 1 and "dropped" not in router
+    # 10 (20) places for the 10 tokens of an expert: 5 products of 2 * 40 (80) * 24 FLOPs a token, and 0 (2) experts more.
+    useful = 3 * 2 * (24 * 4 + 2 * 3 * 24 * 16)
+    assert one["computed"] == pytest.approx(1 + 5 * 2 * 40 * 24 / useful)
+    assert two["computed"] == pytest.approx(1 + (5 * 2 * 80 * 24 + 3 * 2 * 2 * 3 * 24 * 16) / useful)
+    assert one["dropped"] > two["dropped"] >= 0 and two["temporary_bytes"] > one["temporary_bytes"]
+    assert f"dropped {100 * one['dropped']:.2f}%" in stdout
+
+
+def test_baselines_without_the_other_package():
+    missing = "import runpy, sys; sys.modules['tunix'] = None; sys.argv = ['baselines', '--tunix']; "
+    status, _, stderr = run(["-c", missing + "runpy.run_module('benchmarks.baselines', run_name='__main__')"])
+    assert status == 2 and "--tunix: tunix.models is missing; pip install '.[baselines]'" in stderr
+
+
 def test_decoding(tmp_path):
     file = tmp_path / "figures.json"
     command = ["-m", "benchmarks.decoding", "--d_model=16", "--layers=1", "--length=16", "--batches=3", "--repeats=1"]
@@ -104,6 +127,7 @@ def test_prepare(tmp_path):
         (["-m", "benchmarks.grouped_matmul", "--shapes=64x8"], "--shapes=64x8: four numbers MxDxFxE"),
         (["-m", "benchmarks.grouped_matmul", "--shapes=64x8x0x2"], "every size must be greater than 0"),
         (["-m", "benchmarks.layer", "--shapes=big"], "--shapes=big: d_model x n_experts"),
+        (["-m", "benchmarks.baselines", "--factors=1,x"], "--factors=x: must be numbers greater than 0"),
         (["-m", "benchmarks.step", "--models=huge"], "--models=huge is unknown; choose of tiny, deep, sparse"),
         (["-m", "benchmarks.tpu_compile", "--generations=v1"], "--generations=v1 is unknown; choose of v4, v5e"),
         (["-m", "benchmarks.gpu_compile"], "the compiler for GPUs is missing; pip install 'jax[cuda13]'"),

@@ -115,9 +115,11 @@ def test_bad_requests():
         scorer([([], [2])], progress=False)
 
 
-def test_expert_choice_is_refused():
+def test_what_depends_on_other_tokens_is_refused():
     with pytest.raises(UserError, match="expert_choice': can't go token by token"):
         Scorer(make_model(make_config(experts__selection="expert_choice")))
+    with pytest.raises(UserError, match="kind='capacity': can't go token by token"):
+        Scorer(make_model(make_config(experts__kind="capacity", experts__top_k=1)))
 
 
 def test_what_is_not_finite_is_refused():

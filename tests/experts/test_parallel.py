@@ -29,6 +29,7 @@ KINDS = {
     "router, expert choice": {"kind": "router", "selection": "expert_choice"},
     "factorised": {"kind": "router", "factorised_gate": True},
     "large router": {"kind": "router", "large_router": True},
+    "capacity": {"kind": "capacity", "capacity_factor": 1.25},  # some choices find no place
     "dense": {"kind": "dense"},
 }
 
@@ -91,7 +92,10 @@ CASES += [((1, 2, 2, 2), transport, "router") for transport in ("ring", "all_to_
 OTHERS = [kind for kind in KINDS if kind not in ("aoe", "router", "dense")]
 CASES += [((1, 2, 2, 2), ("ring", "all_to_all")[i % 2], kind) for i, kind in enumerate(OTHERS)]
 CASES += [((2, 2, 1, 2), "ring", "dense")]
-CASES += [((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published", "top-p", "expert choice", "dense")]
+CASES += [
+    ((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published", "top-p", "expert choice", "capacity", "dense")
+]
+CASES += [((2, 1, 4, 1), "all_to_all", "capacity"), ((2, 1, 1, 4), "ring", "capacity")]
 
 
 @pytest.mark.parametrize(("shape", "transport", "kind"), CASES)
@@ -235,6 +239,8 @@ def kept(shape, kind, transport="ring", recompute=False):
         ((1, 8, 1, 1), "ring", "aoe"),
         ((1, 8, 1, 1), "ring", "as published"),
         ((1, 8, 1, 1), "ring", "factorised"),
+        ((1, 8, 1, 1), "ring", "capacity"),
+        ((1, 2, 4, 1), "all_to_all", "capacity"),
         ((1, 2, 4, 1), "ring", "aoe"),
         ((1, 2, 4, 1), "all_to_all", "aoe"),
         ((1, 1, 8, 1), "all_to_all", "aoe"),

@@ -27,6 +27,7 @@ VARIANTS = {
     "router, top_p": ({"experts__kind": "router", "experts__selection": "top_p"}, False),
     "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, False),
     "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
+    "capacity": ({"experts__kind": "capacity", "experts__capacity_factor": 1.25}, False),
     "router, expert choice": ({"experts__kind": "router", "experts__selection": "expert_choice"}, False),
     "router, LayerNorm": ({"experts__kind": "router", "model__norm": "layer"}, False),
     "router, biases": ({"experts__kind": "router", "model__attention_bias": True}, False),
@@ -154,7 +155,7 @@ REFUSED = {
     ),
     "own, wrong value": (
         {"model_type": "aoe", "model": {}, "experts": {"kind": "soup"}},
-        ["config.experts.kind='soup'", "aoe, router, dense"],
+        ["config.experts.kind='soup'", "aoe, router, capacity, dense"],
     ),
 }
 

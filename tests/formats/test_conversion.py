@@ -110,6 +110,7 @@ def test_gates_of_full_rank_compute_the_same(tmp_path):
 REFUSED = {
     "aoe": ({}, 8, "has experts.kind='aoe'; only a router MoE"),
     "dense": ({"experts__kind": "dense"}, 8, "has experts.kind='dense'; only a router MoE"),
+    "capacity": ({"experts__kind": "capacity"}, 8, "has experts.kind='capacity'; only a router MoE"),
     "factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, 8, "a router with factorised gates"),
     "rank of the model": ({"experts__kind": "router"}, 32, "--d_low=32: must be below d_model=32"),
     "rank of the expert": (

@@ -83,6 +83,12 @@ def test_expert_choice_is_not_causal(kind):
     assert changed_by_the_future(*build(kind=kind, selection="expert_choice"))
 
 
+@pytest.mark.parametrize(("top_k", "leaks"), [(1, False), (2, True)])
+def test_a_capacity_is_causal_with_one_expert_per_token_only(top_k, leaks):
+    """With two, the first choice of a later token may take the place of an earlier token's second."""
+    assert changed_by_the_future(*build(kind="capacity", top_k=top_k, capacity_factor=1.0)) == leaks
+
+
 def test_rotary_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 3, 1, 8))
     q, k = (jnp.broadcast_to(a, (1, 3, 10, 8)) for a in (q, k))

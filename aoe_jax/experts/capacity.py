@@ -1,0 +1,94 @@
+"""Experts with room for a fixed number of tokens, as MoE layers in Flax have had them since GShard and Switch.
+
+Tokens stand in groups, one a sequence. In each group an expert has C places (GShard, arXiv 2006.16668; Switch, arXiv
+2101.03961): all first choices are placed before any second one, and either in the order of the tokens. A choice that finds
+its expert full is dropped and adds nothing to its token. Rows reach their experts, and their outputs the tokens, by products
+with tensors over all tokens, experts and places, so that every shape is fixed and every step a product.
+
+NOT CAUSAL for more than one expert per token: the first choice of a later token takes the place of an earlier token's
+second. With one expert per token only earlier tokens of the group count.
+
+G groups, T tokens of each, n experts, K chosen per token, C places, d model width, f expert width, m experts of a device,
+H groups whose rows meet at a device.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.experts.selection import expert_capacity
+from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, weighted_product
+
+
+class Places(NamedTuple):
+    """Where the tokens of each group lie among the places of each expert."""
+
+    place: jax.Array  # [G, T, n] int32, from 0 to C - 1; C: the expert has none for this token, or wasn't chosen
+    weight: jax.Array  # [G, T, n] float32, of the chosen experts, 0 of others; it has a gradient
+    dropped: jax.Array  # [G, T] float32, share of the K choices of a token that found no place
+
+
+def places_of_expert(n_tokens, n_experts, top_k, capacity_factor):
+    """C for groups of `n_tokens`: `ceil(capacity_factor K T / n)`; at most T, for no expert gets a token twice."""
+    return expert_capacity(n_tokens, n_experts, capacity_factor * top_k)
+
+
+def capacity_assignment(expert, weight, n_experts, capacity):
+    """Places for the choices of each group: first choices before second ones, then by the order of the tokens.
+
+    Args:
+      expert: `[G, T, K]` int32, the chosen experts, the first choice first; n: none, as for padding.
+      weight: `[G, T, K]` float32.
+      n_experts: n.
+      capacity: C.
+
+    Returns:
+      `Places`.
+    """
+    groups, n_tokens, k = expert.shape
+    chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
+    by_rank = chosen.swapaxes(1, 2).reshape(groups, k * n_tokens, n_experts)
+    before = (jnp.cumsum(by_rank, axis=1) - by_rank).reshape(groups, k, n_tokens, n_experts).swapaxes(1, 2)
+    place = jnp.where(chosen > 0, jnp.minimum(before, capacity), capacity).min(axis=2)
+    n_chosen, n_placed = chosen.sum(axis=(2, 3)), (place < capacity).sum(axis=2)
+    return Places(place, (weight[..., None] * chosen).sum(axis=2), (n_chosen - n_placed) / k)
+
+
+def dispatch_tensor(places, capacity, dtype):
+    """`[G, T, n, C]`, 1 where a token lies at a place of an expert, else 0."""
+    return (places.place[..., None] == jnp.arange(capacity)).astype(dtype)
+
+
+def combine_tensor(places, dispatch):
+    """`[G, T, n, C]`, the weight of the expert where `dispatch_tensor` is 1; it has a gradient."""
+    return places.weight.astype(dispatch.dtype)[..., None] * dispatch
+
+
+def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concatenate: rows):
+    """SwiGLU experts on the tokens that have a place, weighed and added up by token.
+
+    Args:
+      x: `[G, T, d]`.
+      places: `Places`.
+      capacity: C.
+      w: `w_g` and `w_p` `[m, d, f]`, `w_o` `[m, f, d]`, in the dtype of `x`.
+      exchange: `(rows, split, concatenate)`: splits rows along one axis over the devices that share the experts, and
+        concatenates what they send along another.
+
+    Returns:
+      `[G, T, d]`; zero for a token none of whose choices found a place.
+    """
+    with jax.named_scope("dispatch"):
+        dispatch = dispatch_tensor(places, capacity, x.dtype)
+        rows = exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
+    with jax.named_scope("experts"):
+        gate, up = (
+            checkpoint_name(jnp.einsum("mhcd,mdf->mhcf", rows, w[name]), EXPERT_RESIDUAL) for name in ("w_g", "w_p")
+        )
+        width = gate.shape[-1]
+        hidden = weighted_product(gate.reshape(-1, width), up.reshape(-1, width), jnp.ones(gate.size // width))
+        rows = jnp.einsum("mhcf,mfd->mhcd", hidden.reshape(gate.shape), w["w_o"])
+    with jax.named_scope("combine"):
+        return jnp.einsum("gtnc,ngcd->gtd", combine_tensor(places, dispatch), exchange(rows, 1, 0))
