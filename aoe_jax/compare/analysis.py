@@ -102,9 +102,11 @@ class Comparison:
         b, e = config.balance, config.experts
         parts = [("L_aux", b.aux_weight), ("Ent_conf", b.entropy_weight), ("loss-free bias", b.bias_rate)]
         named = " + ".join(name for name, value in parts if value) or "nothing"
-        by_choice = e.selection == "expert_choice"
-        kind = {"aoe": f"AoE, r={e.d_low}", "router": "MoE"}.get(e.kind, e.kind)
-        return kind, "expert choice" if by_choice else named
+        kind = {"aoe": f"AoE, r={e.d_low}", "router": "MoE", "capacity": f"MoE, capacity {e.capacity_factor:g}"}[e.kind]
+        kind += ", factorised gate" * e.factorised_gate + ", large router" * e.large_router
+        if e.selection != "top_k":
+            kind += f", {e.selection}"
+        return kind, "expert choice" if e.selection == "expert_choice" else named
 
     def spread(self, size, arm, figure):
         """The `Mean` over seeds of a figure of a `Result`, a function of it; nan where it has none."""

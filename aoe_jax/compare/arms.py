@@ -16,6 +16,39 @@ def moe(balance):
     return Arm(f"MoE, {label}", {"experts": {"kind": "router"}, "balance": fields})
 
 
+def capacity(factor):
+    """The same with L_aux and experts of limited room, by the einsum of GShard and Switch: tokens are dropped."""
+    label, fields = BALANCE["aux"]
+    experts = {"kind": "capacity", "capacity_factor": factor}
+    return Arm(f"MoE, {label}, capacity {factor:g}", {"experts": experts, "balance": fields})
+
+
+def low_rank_moe(divisor, field):
+    """The ablations of the paper's Table 2, with L_aux: `field` is factorised_gate or large_router."""
+    label, fields = BALANCE["aux"]
+
+    def changes(config):
+        d_low = config.model.d_model // divisor
+        return {"experts": {"kind": "router", "d_low": d_low, field: True}, "balance": fields}
+
+    # The parameters of a large router come on top.
+    return Arm(f"MoE, {label}, {field.replace('_', ' ')} r=d/{divisor}", changes, matched=field != "large_router")
+
+
+def other_selection(arm, selection):
+    """An arm by top_p or expert_choice instead of top-k, balanced as in the paper's Table 3."""
+    fields = {"aux_weight": 0.0, "bias_rate": 0.0, "entropy_weight": 1e-4 if selection == "top_p" else 0.0}
+    changes = arm.changes if callable(arm.changes) else lambda config: arm.changes
+
+    def changed(config):
+        experts = changes(config)["experts"] | {"selection": selection}
+        return {"experts": experts, "balance": fields}
+
+    # Which tokens an expert takes depends on later ones: its losses compare with no other arm's.
+    label = {"top_p": "top-p", "expert_choice": "expert choice (not causal)"}[selection]
+    return Arm(f"{arm.label.split(', ')[0]}, {label}", changed)
+
+
 def aoe(divisor, balance):
     """AoE of low rank `d_model / divisor`, its width by Eq. 5; `balance` is aux, free or none."""
     label, fields = BALANCE[balance]

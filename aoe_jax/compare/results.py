@@ -43,6 +43,7 @@ class Result:
     load_entropy: (
         float  # mean over layers, of the validation split; of the training batches where routing wasn't looked at
     )
+    dropped_share: float  # of the choices of training batches, of experts with a capacity
     routing: dict | None  # routing.json
 
     @property
@@ -102,6 +103,7 @@ def _read(run, folder, seconds_per_step):
         train=_curve(train, "nll"),
         validation=_curve(validation, "validation_nll"),
         load_entropy=_load_entropy(routing, train),
+        dropped_share=_dropped_share(train),
         routing=routing,
     )
 
@@ -131,6 +133,12 @@ def _load_entropy(routing, train):
     return train[-1]["load_entropy"] if train and "load_entropy" in train[-1] else math.nan
 
 
+def _dropped_share(train):
+    """The mean over the last tenth of the reported steps."""
+    shares = [line["dropped_share"] for line in train if "dropped_share" in line]
+    return float(np.mean(shares[-math.ceil(len(shares) / 10) :])) if shares else math.nan
+
+
 def run_rows(results):
     """A row a run: its settings that matter and its figures."""
     for result in results:
@@ -151,6 +159,7 @@ def run_rows(results):
             "validation_nll": result.nll,
             "validation_bits_per_byte": result.bits_per_byte,
             "load_entropy": result.load_entropy,
+            "dropped_share": result.dropped_share,
             "seconds_per_step": result.seconds_per_step,
             "tokens_per_second": result.tokens_per_second,
             "memory_bytes": result.memory_bytes,

@@ -56,25 +56,23 @@ def balance(c: Comparison):
 
 
 def load(c: Comparison):
-    """Heatmaps of load, norms through training, co-activation."""
+    """Heatmaps of load of the largest size and of the one with most arms, norms through training, co-activation."""
     size = c.largest()
     routed = _routed(c, size) if size else {}
     if not routed:
         return []
+    widest = max(c.sizes(), key=lambda size: len(_routed(c, size)))
+    pictures = []
+    for shown in dict.fromkeys((size, widest)):
+        entries = [(c.labels[arm], routings[0]) for arm, routings in _routed(c, shown).items()]
+        caption = (
+            f"{shown}, seed 0: share of load of each expert (columns) in %; right: Ent_load, Ent_conf of the layer."
+        )
+        pictures.append(Picture(f"load_{shown}", routing_figures.load_heatmaps(entries), caption))
     first = {arm: routings[0] for arm, routings in routed.items()}
     entries = [(c.labels[arm], routing) for arm, routing in first.items()]
-    pictures = [
-        Picture(
-            "load",
-            routing_figures.load_heatmaps(entries),
-            f"{size}, seed 0: share of load of each expert (columns) in %; on the right Ent_load and Ent_conf of the layer.",
-        ),
-        Picture(
-            "coactivation",
-            routing_figures.coactivation(entries),
-            f"{size}, seed 0, last layer: how often two experts are chosen for one token.",
-        ),
-    ]
+    caption = f"{size}, seed 0, last layer: how often two experts are chosen for one token."
+    pictures.append(Picture("coactivation", routing_figures.coactivation(entries), caption))
     for arm, routing in first.items():
         what = "norm" if routing["kind"] == "aoe" else "logit"
         if len(routing["checkpoints"]) > 1:

@@ -1,5 +1,7 @@
 """The sections of the report on losses, cost and scaling; each function takes a `Comparison` and returns blocks."""
 
+import math
+
 from aoe_jax.compare import figures, style
 from aoe_jax.compare.analysis import SCALES, Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
@@ -159,7 +161,7 @@ def scaling(c: Comparison, styles):
 
 def cost(c: Comparison):
     """Throughput and memory, in the form of the paper's Table 4."""
-    rows = []
+    rows, drops = [], any(math.isfinite(r.dropped_share) for r in c.results)
     for size in c.sizes():
         speed, memory = (
             {arm: c.spread(size, arm, figure) for arm in c.series(size)}
@@ -169,10 +171,14 @@ def cost(c: Comparison):
         for arm in c.series(size):
             ratios = [f"{of[arm].value / of[base].value:.2f}" if base in of else "-" for of in (speed, memory)]
             row = [f"{speed[arm].value:.2f}", ratios[0], f"{memory[arm].value:.1f}", ratios[1]]
+            if drops:
+                row.append(plus_minus(c.spread(size, arm, lambda r: r.dropped_share), 3))
             rows.append([f"{size}: {c.labels[arm]}", *row])
     label = c.baseline_label
-    head = ["arm", "thousand tokens/s", f"to {label}", "memory, MB", f"to {label}"]
+    head = ["arm", "thousand tokens/s", f"to {label}", "memory, MB", f"to {label}", *["choices dropped"] * drops]
     text = f"{_how_timed(c)} Memory is what the compiler plans for state and temporaries of a step on a device."
+    if drops:
+        text += " Dropped: the share of the choices that found no room, over the last tenth of the training."
     return [Heading(2, "Throughput and memory"), Text(text), Table(head, rows)]
 
 

@@ -19,10 +19,12 @@ ARMS = {
     "moe_none": moe("none"),
     "aoe_d3_none": aoe(3, "none"),
 }
+TUNING = Tuning((2.5e-3, 5e-3, 1e-2, 2e-2), steps=420)
 AT_ALL_SIZES = tuple(arm for arm in ARMS if not arm.endswith("_none"))
 
 
-def _size(d_model, n_layers, n_heads, batch_size, steps):
+def size_of(d_model, n_layers, n_heads, batch_size, steps):
+    """The changes of a size to the base."""
     tenth = steps // 10
     return {
         "model": {"n_layers": n_layers, "unroll": n_layers, "n_heads": n_heads, "d_model": d_model},
@@ -32,19 +34,27 @@ def _size(d_model, n_layers, n_heads, batch_size, steps):
     }
 
 
-def get_suite():
+SMALLEST = size_of(36, 2, 2, batch_size=4, steps=840)
+
+
+def base_config():
+    """What all runs have."""
     base = tiny.get_config()
     base.model.vocab_size = 1024  # few embeddings beside so few parameters, and many tokens
     base.train.log_every = 10
+    return base
+
+
+def get_suite():
     return Suite(
         name="small",
-        base=base,
+        base=base_config(),
         arms=ARMS,
         sizes={
-            "42k": Size(_size(36, 2, 2, batch_size=4, steps=840), seeds=3),
-            "149k": Size(_size(48, 4, 4, batch_size=8, steps=1480), seeds=3, arms=AT_ALL_SIZES),
-            "419k": Size(_size(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES),
+            "42k": Size(SMALLEST, seeds=3),
+            "149k": Size(size_of(48, 4, 4, batch_size=8, steps=1480), seeds=3, arms=AT_ALL_SIZES),
+            "419k": Size(size_of(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES),
         },
         baseline="moe_aux",
-        tuning=Tuning((2.5e-3, 5e-3, 1e-2), steps=420),
+        tuning=TUNING,
     )

@@ -1,0 +1,32 @@
+"""Other MoE layers, selections and the paper's ablations at the smallest size of `small.py`, about an hour on a core.
+
+`--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have room for a fixed number of
+tokens, as in Switch and GShard, the ablations of the paper's Table 2, and the selections of its Table 3.
+"""
+
+from aoe_jax.compare.arms import aoe, capacity, low_rank_moe, moe, other_selection
+from aoe_jax.compare.suite import Size, Suite
+from configs.compare.small import SMALLEST, TUNING, base_config
+
+
+def get_suite():
+    return Suite(
+        name="variants",
+        base=base_config(),
+        arms={
+            "moe_aux": moe("aux"),
+            "aoe_d3_aux": aoe(3, "aux"),
+            "capacity_1": capacity(1.0),
+            "capacity_1.25": capacity(1.25),
+            "capacity_2": capacity(2.0),
+            "moe_factorised": low_rank_moe(3, "factorised_gate"),
+            "moe_large_router": low_rank_moe(3, "large_router"),
+            "moe_top_p": other_selection(moe("none"), "top_p"),
+            "aoe_d3_top_p": other_selection(aoe(3, "none"), "top_p"),
+            "moe_expert_choice": other_selection(moe("none"), "expert_choice"),
+            "aoe_d3_expert_choice": other_selection(aoe(3, "none"), "expert_choice"),
+        },
+        sizes={"42k": Size(SMALLEST, seeds=3)},
+        baseline="moe_aux",
+        tuning=TUNING,
+    )
