@@ -72,7 +72,7 @@ def test_padding_counts_in_nothing(select):
     weights = jnp.concatenate([jnp.ones(12), jnp.zeros(8)])
     got = layer_stats(scores, scores, select(scores, weights), weights)
     want = layer_stats(scores[:12], scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
