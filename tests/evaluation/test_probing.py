@@ -1,5 +1,6 @@
 """The table of probes of a real run: its own figures are those of `eval.py`, and it is written and printed."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation import probing
 from aoe_jax.evaluation.run import evaluate_workdir
+from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, kind_runs
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -44,6 +46,13 @@ def test_a_text_and_a_task(tmp_path, monkeypatch):
     assert 50 < report["tokens"] < 400
     found = report["probes"][0]["tasks"]
     assert found["softmax"]["speeches_cloze"]["examples"] == found["equal"]["speeches_cloze"]["examples"] == 4
+
+
+def test_a_choice_by_a_selection_bias_is_refused():
+    model = make_model(make_config(experts__kind="router"))
+    probing.check_probes(model)
+    with pytest.raises(UserError, match=r"config\.balance\.bias_rate: .*probe a model without one"):
+        probing.check_probes(dataclasses.replace(model, selection_bias=np.zeros((2, 4), np.float32)))
 
 
 def test_what_has_no_router(tmp_path):
