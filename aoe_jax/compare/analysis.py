@@ -63,6 +63,8 @@ class Comparison:
 
     def nlls(self, size, arm, at_equal="end"):
         """`{seed: validation nll}` of an arm, after the last step or where its curve meets the budget of its size."""
+        if at_equal != "end" and arm_takes_what_it_needs(self.suite, size, arm):
+            return {}
         if at_equal == "end":
             return {r.run.seed: r.nll for r in self.finished(size, arm)}
         budget = self.budget(size, at_equal)
@@ -112,6 +114,11 @@ class Comparison:
         """The `Mean` over seeds of a figure of a `Result`, a function of it; nan where it has none."""
         values = [figure(result) for result in self.finished(size, arm)]
         return mean(value for value in values if value is not None and math.isfinite(value))
+
+
+def arm_takes_what_it_needs(suite, size, arm):
+    """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from training."""
+    return suite.config(size, arm, 0).experts.selection == "top_p"
 
 
 def _x(result, scale):

@@ -10,17 +10,20 @@ BALANCE = {
 }
 
 
+ALL_TOKENS = {"aux_tokens": 1.0}  # a router's scores cost no more for it; AoE has what the suite's base says
+
+
 def moe(balance):
     """A dropless router MoE; `balance` is aux, free or none."""
     label, fields = BALANCE[balance]
-    return Arm(f"MoE, {label}", {"experts": {"kind": "router"}, "balance": fields})
+    return Arm(f"MoE, {label}", {"experts": {"kind": "router"}, "balance": fields | ALL_TOKENS})
 
 
 def capacity(factor):
     """The same with L_aux and experts of limited room, by the einsum of GShard and Switch: tokens are dropped."""
     label, fields = BALANCE["aux"]
     experts = {"kind": "capacity", "capacity_factor": factor}
-    return Arm(f"MoE, {label}, capacity {factor:g}", {"experts": experts, "balance": fields})
+    return Arm(f"MoE, {label}, capacity {factor:g} (not causal)", {"experts": experts, "balance": fields | ALL_TOKENS})
 
 
 def low_rank_moe(divisor, field):
@@ -29,20 +32,26 @@ def low_rank_moe(divisor, field):
 
     def changes(config):
         d_low = config.model.d_model // divisor
-        return {"experts": {"kind": "router", "d_low": d_low, field: True}, "balance": fields}
+        return {"experts": {"kind": "router", "d_low": d_low, field: True}, "balance": fields | ALL_TOKENS}
 
     # The parameters of a large router come on top.
     return Arm(f"MoE, {label}, {field.replace('_', ' ')} r=d/{divisor}", changes, matched=field != "large_router")
 
 
 def other_selection(arm, selection):
-    """An arm by top_p or expert_choice instead of top-k, balanced as in the paper's Table 3."""
-    fields = {"aux_weight": 0.0, "bias_rate": 0.0, "entropy_weight": 1e-4 if selection == "top_p" else 0.0}
+    """An arm by top_p or expert_choice instead of top-k, balanced as in `configs/paper.py`."""
+    fields = {
+        "top_p": {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4},
+        "expert_choice": {"aux_weight": 0.0, "entropy_weight": 0.0},
+    }[selection]
     changes = arm.changes if callable(arm.changes) else lambda config: arm.changes
 
     def changed(config):
-        experts = changes(config)["experts"] | {"selection": selection}
-        return {"experts": experts, "balance": fields}
+        found = changes(config)
+        return {
+            "experts": found["experts"] | {"selection": selection},
+            "balance": found["balance"] | {"bias_rate": 0.0} | fields,
+        }
 
     # Which tokens an expert takes depends on later ones: its losses compare with no other arm's.
     label = {"top_p": "top-p", "expert_choice": "expert choice (not causal)"}[selection]

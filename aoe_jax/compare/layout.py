@@ -11,6 +11,11 @@ def folder_of(workdir: Path, run: Run):
     return workdir / "runs" / run.name
 
 
+def tuning_folder(workdir: Path, run: Run):
+    """The directory of a run of its tuning."""
+    return workdir / "tuning" / run.name
+
+
 def beside(path: Path, suffix):
     """A file beside another or a directory, such as its log: a directory itself belongs to `train.py`."""
     return path.with_name(path.name + suffix)

@@ -14,7 +14,7 @@ ROUTED_KINDS = ("aoe", "router")  # of experts, whose layers choose in a pipelin
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):
     """Seconds of a training step by arm, timed in turn; None where this wasn't done, or for other configurations."""
-    file = _file(workdir, size)
+    file = measured_file(workdir, size)
     found = read_json(file) if file.exists() else {}
     wanted = {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
     return found["seconds"] if found.get("configs") == wanted else None
@@ -33,7 +33,7 @@ def _job(size, runs, workdir, tokens, in_turn):
     steps = {} if timed else {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
     if not folders and not steps:
         return None
-    output = _file(workdir, size)
+    output = measured_file(workdir, size)
     output.parent.mkdir(exist_ok=True)
     todo = beside(output, ".todo.json")
     routing = [str(folder) for folder in folders.values()]
@@ -61,5 +61,6 @@ def _by_arm(workdir, runs, size):
     return {run.arm: run.config for run in runs if (run.size, run.seed) == (size, 0) and run.arm in finished}
 
 
-def _file(workdir, size):
+def measured_file(workdir: Path, size):
+    """What is measured of a size."""
     return workdir / "measured" / f"{size}.json"

@@ -5,14 +5,21 @@ from pathlib import Path
 from aoe_jax.compare import routing_sections, sections
 from aoe_jax.compare.analysis import BUDGETS, Comparison
 from aoe_jax.compare.document import Code, Heading, Points, Table, Text, save_pictures, to_html, to_markdown
+from aoe_jax.compare.layout import beside, folder_of
+from aoe_jax.compare.measuring import measured_file
 from aoe_jax.compare.results import curve_rows, difference_row, read_results, routing_rows, run_rows, write_csv
-from aoe_jax.compare.runs import tuned_rates
+from aoe_jax.compare.runs import tuned_rates, tuning_nlls
 from aoe_jax.compare.suite import Suite
 from aoe_jax.json_files import read_json
+from aoe_jax.training.workdir import check_workdir
 
 EXPERT_CHOICE = (
     "Expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so its losses "
     "compare with no others here."
+)
+CAPACITY = (
+    "A capacity with more than one expert a token is not causal either, a little: later tokens' first choices take the "
+    "places of earlier tokens' second ones."
 )
 
 
@@ -26,8 +33,14 @@ def write_report(suite: Suite, workdir: Path, command):
 
     Returns:
       The path of `report.html`.
+
+    Raises:
+      UserError: a run there is of another configuration.
     """
-    comparison = Comparison(suite, read_results(suite.runs(tuned_rates(suite, workdir)), workdir))
+    runs = suite.runs(tuned_rates(suite, workdir))
+    for run in runs:
+        check_workdir(folder_of(workdir, run), run.config)
+    comparison = Comparison(suite, read_results(runs, workdir))
     blocks = _blocks(comparison, workdir, command)
     save_pictures(blocks, workdir / "figures")
     (workdir / "report.md").write_text(to_markdown(blocks, "figures"))
@@ -52,7 +65,7 @@ def write_report(suite: Suite, workdir: Path, command):
 def _blocks(c, workdir, command):
     styles = sections.styles_of(c)
     blocks = _head(c, workdir)
-    blocks += _failed(c)
+    blocks += _failed(c, workdir)
     if c.sizes():
         blocks += sections.losses(c, styles) + sections.budgets(c) + sections.curves(c, styles)
         blocks += sections.scaling(c, styles) + sections.cost(c)
@@ -69,39 +82,45 @@ def _head(c, workdir):
     others = "".join(f", {states[state]} {state}" for state in ("failed", "unfinished") if states[state])
     points = [
         f"Runs: {states['finished']} of {count} finished{others}.",
-        f"Training steps of the finished runs took {hours:.2f} hours in all, a run at a time on "
+        f"Training steps of the finished runs, at the seconds a step that are reported below: {hours:.2f} hours on "
         f"{'a core' if machine['backend'] == 'cpu' else 'all devices'}.",
         f"Machine: {machine['device']}, {where}. Versions: {versions}.",
     ]
     if any(r.run.config.experts.selection == "expert_choice" for r in c.results):
         points.append(EXPERT_CHOICE)
+    if any(r.run.config.experts.kind == "capacity" and r.run.config.experts.top_k > 1 for r in c.results):
+        points.append(CAPACITY)
     return [Heading(1, f"Comparison: {c.suite.name}"), Points(points)]
 
 
-def _failed(c):
-    failed = [r for r in c.results if r.state == "failed"]
-    if not failed:
-        return []
+def _failed(c, workdir):
     rows = [
         [f"{r.run.size}: {c.labels[r.run.arm]}, seed {r.run.seed}", r.last_line[:200], f"runs/{r.run.name}.log"]
-        for r in failed
+        for r in c.results
+        if r.state == "failed"
     ]
+    for size in c.suite.sizes:
+        outcome = beside(measured_file(workdir, size), ".outcome.json")
+        if outcome.exists():
+            rows.append(
+                [f"{size}: routing and step times", read_json(outcome)["last_line"][:200], f"measured/{size}.log"]
+            )
+    if not rows:
+        return []
     return [
         Heading(2, "Failed runs"),
-        Text("These runs ended before their last step and count nowhere below."),
+        Text("These ended before their last step and count nowhere below."),
         Table(["run", "its last line", "log"], rows),
     ]
 
 
 def _tuning(c, workdir):
-    if c.suite.tuning is None or not (workdir / "tuning.json").exists():
+    if c.suite.tuning is None:
         return []
-    rates = c.suite.tuning.learning_rates
-    rows = []
-    for arm, entry in read_json(workdir / "tuning.json").items():
-        nlls = {float(rate): nll for rate, nll in entry["nll"].items()}
-        cells = ["failed" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
-        rows.append([c.labels[arm], *cells, f"{entry['chosen']:g}" if entry["chosen"] else "none"])
+    rates, chosen, rows = c.suite.tuning.learning_rates, tuned_rates(c.suite, workdir), []
+    for arm, nlls in tuning_nlls(c.suite, workdir).items():
+        cells = ["not finished" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
+        rows.append([c.labels[arm], *cells, f"{chosen[arm]:g}" if chosen[arm] else "none"])
     text = (
         f"Validation nll after {c.suite.tuning.steps} steps at {next(iter(c.suite.sizes))}, one seed that counts "
         "nowhere else; the best learning rate of an arm is that of all its sizes."

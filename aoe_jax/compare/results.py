@@ -40,9 +40,7 @@ class Result:
     memory_bytes: float  # what the compiler plans for a device: state and temporaries
     train: Curve
     validation: Curve
-    load_entropy: (
-        float  # mean over layers, of the validation split; of the training batches where routing wasn't looked at
-    )
+    load_entropy: float  # mean over layers, of the validation split; nan where routing wasn't looked at
     dropped_share: float  # of the choices of training batches, of experts with a capacity
     routing: dict | None  # routing.json
 
@@ -102,7 +100,7 @@ def _read(run, folder, seconds_per_step):
         memory_bytes=_number(summary, "memory", "state_bytes") + _number(summary, "memory", "temporary_bytes"),
         train=_curve(train, "nll"),
         validation=_curve(validation, "validation_nll"),
-        load_entropy=_load_entropy(routing, train),
+        load_entropy=float(np.mean(routing["checkpoints"][-1]["load_entropy"])) if routing else math.nan,
         dropped_share=_dropped_share(train),
         routing=routing,
     )
@@ -125,12 +123,6 @@ def _curve(lines, name):
 def _number(summary, group, name):
     value = summary[group].get(name) if summary else None
     return math.nan if value is None else float(value)
-
-
-def _load_entropy(routing, train):
-    if routing:
-        return float(np.mean(routing["checkpoints"][-1]["load_entropy"]))
-    return train[-1]["load_entropy"] if train and "load_entropy" in train[-1] else math.nan
 
 
 def _dropped_share(train):

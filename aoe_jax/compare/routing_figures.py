@@ -61,6 +61,11 @@ def scores_through_training(routing, what):
     return figure
 
 
+def common_steps(routings):
+    """The steps that all runs have kept a checkpoint of, in order."""
+    return sorted(set.intersection(*({c["step"] for c in routing["checkpoints"]} for routing in routings)))
+
+
 @drawn
 def through_training(runs, labels, styles, name, ylabel):
     """A figure of `routing.json`'s checkpoints, mean over layers and seeds, against the share of the training.
@@ -70,8 +75,9 @@ def through_training(runs, labels, styles, name, ylabel):
     figure, ((axes,),) = style.new_figure(2.8)
     ends = []
     for arm, routings in runs.items():
-        values = np.mean([[np.mean(c[name]) for c in routing["checkpoints"]] for routing in routings], axis=0)
-        steps = np.array([checkpoint["step"] for checkpoint in routings[0]["checkpoints"]])
+        steps = np.array(common_steps(routings))
+        kept = [[c for c in routing["checkpoints"] if c["step"] in steps] for routing in routings]
+        values = np.mean([[np.mean(c[name]) for c in checkpoints] for checkpoints in kept], axis=0)
         axes.plot(100 * steps / steps[-1], values, marker="o", markersize=3, **styles[arm])
         ends.append((values[-1], labels[arm], styles[arm]["color"]))
     axes.set(xlabel="share of the training, %", ylabel=ylabel)

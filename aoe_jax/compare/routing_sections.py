@@ -21,6 +21,12 @@ def _routed(c, size):
     return {arm: routings for arm, routings in found.items() if routings}
 
 
+def _largest_routed(c):
+    """The largest size, if routing was looked at there; else the last where it was; None of none."""
+    sizes = [size for size in c.sizes() if _routed(c, size)]
+    return c.largest() if c.largest() in sizes else (sizes or [None])[-1]
+
+
 def balance(c: Comparison):
     """Ent_load and nll by what balances the load."""
     rows, sentences = [], []
@@ -57,10 +63,10 @@ def balance(c: Comparison):
 
 def load(c: Comparison):
     """Heatmaps of load of the largest size and of the one with most arms, norms through training, co-activation."""
-    size = c.largest()
-    routed = _routed(c, size) if size else {}
-    if not routed:
+    size = _largest_routed(c)
+    if size is None:
         return []
+    routed = _routed(c, size)
     widest = max(c.sizes(), key=lambda size: len(_routed(c, size)))
     pictures = []
     for shown in dict.fromkeys((size, widest)):
@@ -86,7 +92,7 @@ def load(c: Comparison):
 
 def health(c: Comparison, styles):
     """Violations, dead experts, how early choices settle, the oracle."""
-    rows, size = [], c.largest()
+    rows, size = [], _largest_routed(c)
     for size_ in c.sizes():
         for arm in _routed(c, size_):
 
@@ -96,6 +102,7 @@ def health(c: Comparison, styles):
             rows.append(
                 [
                     f"{size_}: {c.labels[arm]}",
+                    of(_last("load", lambda load: np.sum(load, axis=1).mean()), 2),
                     of(_last("confidence_entropy"), 3),
                     of(_last("max_violation"), 2),
                     of(_last("dead_experts", np.sum), 1),
@@ -110,21 +117,22 @@ def health(c: Comparison, styles):
     routed = _routed(c, size)
     chance = next(iter(routed.values()))[0]["chance"]
     text = (
-        "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load "
-        "over the mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, "
-        "and one at half of the training, has chosen too. Oracle: the K experts whose weighted sum comes nearest to "
-        "the mixture of all experts by the softmax over all scores; agreement is the share of the chosen among them "
-        f"(by chance {chance:.2f}), and the distances to that mixture, as shares of its length, are those of the "
-        "chosen, of the oracle's, and of any K."
+        "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load over the "
+        "mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, and one at half "
+        "of the training, if there is one, has chosen too. Oracle, on the first 64 tokens of a batch: the K experts whose "
+        "weighted sum comes nearest to the mixture of all experts by the softmax over all scores; agreement is the share of "
+        f"the chosen among them (by chance {chance:.2f}), and the distances to that mixture, as shares of its length, are "
+        "those of the chosen, of the oracle's, and of any K."
     )
-    head = "arm|Ent_conf|max violation|dead experts|settled, first|settled, half|oracle agreement|distance chosen/oracle/any"
+    head = "arm|experts a token|Ent_conf|max violation|dead experts|settled, first|settled, half|oracle agreement"
+    head += "|distance chosen/oracle/any"
     names = {
         "max_violation": "max violation",
         "dead_experts": "dead experts a layer",
         "load_entropy": "Ent_load",
         "overlap_with_final": "choices in common with the final ones",
     }
-    long = {arm: routings for arm, routings in routed.items() if len(routings[0]["checkpoints"]) > 1}
+    long = {arm: routings for arm, routings in routed.items() if len(routing_figures.common_steps(routings)) > 1}
     pictures = [
         Picture(
             f"health_{name}",
@@ -145,8 +153,11 @@ def _overlap(result, share):
     if not result.routing:
         return None
     checkpoints = result.routing["checkpoints"]
-    there = [c for c in checkpoints if c["step"] >= share * checkpoints[-1]["step"]]
-    return float(np.mean(there[0]["overlap_with_final"]))
+    last = checkpoints[-1]["step"]
+    there = next(c for c in checkpoints if c["step"] >= share * last)
+    if share and there["step"] > (share + 0.1) * last:
+        return None
+    return float(np.mean(there["overlap_with_final"]))
 
 
 def _oracle(result, name):

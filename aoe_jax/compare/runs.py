@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aoe_jax
 from aoe_jax.compare.jobs import Job, run_jobs
-from aoe_jax.compare.layout import beside, folder_of, is_finished
+from aoe_jax.compare.layout import beside, folder_of, is_finished, tuning_folder
 from aoe_jax.compare.measuring import measure_jobs
 from aoe_jax.compare.suite import Suite
 from aoe_jax.errors import UserError
@@ -57,11 +57,12 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
         "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
         "PYTHONUNBUFFERED": "1",
     }
+    _train({run: tuning_folder(workdir, run) for run in suite.tuning_runs().values()}, cores, environment, stop)
     rates = tuned_rates(suite, workdir)
-    if rates is None:
-        tuning = {run: workdir / "tuning" / run.name for run in suite.tuning_runs().values()}
-        _train(tuning, cores, environment, stop)
-        rates = _tune(suite, workdir)
+    for arm, rate in rates.items():
+        log.info(
+            "learning rate of %s: %s", arm, "its own, for no run of its tuning has finished" if rate is None else rate
+        )
     runs = suite.runs(rates)
     _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop)
     in_turn = machine["backend"] == "cpu"  # elsewhere runs are alone on the devices, and the arms of a size may not fit
@@ -129,32 +130,25 @@ def _job(run, folder):
     )
 
 
-def tuned_rates(suite: Suite, workdir: Path):
-    """The peak learning rate of each arm, `{}` without tuning; None where the tuning isn't done."""
-    if suite.tuning is None:
-        return {}
-    file = workdir / "tuning.json"
-    if not file.exists():
-        return None
-    found = read_json(file)
-    if sorted(found) != sorted({arm for arm, _ in suite.tuning_runs()}) or any(
-        sorted(map(float, arm["nll"])) != sorted(suite.tuning.learning_rates) for arm in found.values()
-    ):
-        raise UserError(f"{file} is of another suite: other arms or learning rates; use another --workdir")
-    return {arm: entry["chosen"] for arm, entry in found.items()}
+def tuning_nlls(suite: Suite, workdir: Path):
+    """`{arm: {learning rate: validation nll}}` of the tuning, None of a run that isn't finished.
 
-
-def _tune(suite, workdir):
-    """Writes `tuning.json`; a learning rate whose run failed is out."""
+    Raises:
+      UserError: a run is of another configuration.
+    """
     found = {}
     for (arm, rate), run in suite.tuning_runs().items():
-        folder = workdir / "tuning" / run.name
+        folder = tuning_folder(workdir, run)
+        check_workdir(folder, run.config)
         nll = read_json(folder / "summary.json")["metrics"]["validation_nll"] if is_finished(folder, run) else None
-        found.setdefault(arm, {"chosen": None, "nll": {}})["nll"][str(rate)] = nll
-    for arm, entry in found.items():
-        finished = {rate: nll for rate, nll in entry["nll"].items() if nll is not None}
-        # Where none is left, the arm keeps its own; it will fail by itself, and that is shown.
-        entry["chosen"] = float(min(finished, key=finished.get)) if finished else None
-        log.info("learning rate of %s: %s", arm, entry["chosen"])
-    write_json(workdir / "tuning.json", found)
-    return {arm: entry["chosen"] for arm, entry in found.items()}
+        found.setdefault(arm, {})[rate] = nll
+    return found
+
+
+def tuned_rates(suite: Suite, workdir: Path):
+    """The peak learning rate of each arm: that of the lowest nll; None, its own, where no run of the tuning has finished."""
+    finished = {
+        arm: {rate: nll for rate, nll in nlls.items() if nll is not None}
+        for arm, nlls in tuning_nlls(suite, workdir).items()
+    }
+    return {arm: min(nlls, key=nlls.get) if nlls else None for arm, nlls in finished.items()}

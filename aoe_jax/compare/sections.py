@@ -3,7 +3,7 @@
 import math
 
 from aoe_jax.compare import figures, style
-from aoe_jax.compare.analysis import SCALES, Comparison
+from aoe_jax.compare.analysis import SCALES, Comparison, arm_takes_what_it_needs
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
 from aoe_jax.compare.statistics import mean
 from aoe_jax.compare.words import number, plus_minus, signed
@@ -52,6 +52,14 @@ def matched(c: Comparison):
         "are the useful ones of a training step, forward and backward, scoring all experts included. The last count "
         "of active parameters, the paper's, has the shared embedding table twice."
     )
+    if any(arm_takes_what_it_needs(c.suite, size, arm) for size in c.suite.sizes for arm in c.suite.arms_of(size)):
+        text += (
+            " Top-p takes as many experts as a token needs (see routing health); here and on the axes they are counted as "
+            "K, and the seconds are those of an untrained model, which takes more."
+        )
+    shares = {r.run.config.balance.aux_tokens for r in c.results if r.run.config.experts.kind == "aoe"}
+    if shares and shares != {1.0}:
+        text += f" L_aux of AoE takes its mean probabilities from {min(shares):g} of the tokens, of routers from all."
     if unmatched:
         text += f" Not matched in total parameters: {', '.join(unmatched)}."
     return [Heading(2, "What is matched"), Text(text), Table(head.split("|"), rows)]
@@ -125,9 +133,13 @@ def budgets(c: Comparison):
 
 
 def _how_timed(c):
-    if all(r.timed_in_turn for r in c.results):
-        return "Seconds are processor seconds of a training step, all arms in turn in one process on one core."
-    return "Seconds are those of training steps, the median of each run, with what else was at work on the machine."
+    in_turn = {r.run.size: r.timed_in_turn for r in c.results if r.state == "finished"}
+    text = "Seconds are processor seconds of a training step, all arms in turn in one process on one core."
+    if all(in_turn.values()):
+        return text
+    others = ", ".join(size for size, timed in in_turn.items() if not timed)
+    alone = f"those of training steps, the median of each run, with what else was at work on the machine, at {others}"
+    return f"{text} But they are {alone}." if any(in_turn.values()) else f"Seconds are {alone}."
 
 
 def scaling(c: Comparison, styles):
@@ -148,7 +160,8 @@ def scaling(c: Comparison, styles):
             )
     text = (
         "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the "
-        "seeds of each size anew (bootstrap). Fewer than four sizes can't tell a floor from an exponent: it is set "
+        "seeds of each size anew (bootstrap); of two or three seeds a size they are too narrow, and hold the truth in about "
+        "seven of ten cases. Fewer than four sizes can't tell a floor from an exponent: it is set "
         "to 0 there, and no loss beyond the sizes that were run should be read from such a fit."
     )
     return [

@@ -73,7 +73,9 @@ class Fit:
         return np.quantile(losses, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
     def exponent_interval(self):
-        """`(low, high)` of the exponent."""
+        """`(low, high)` of the exponent; nan where no size has two seeds."""
+        if np.ptp(self.resampled[:, 2]) == 0:
+            return math.nan, math.nan
         return tuple(np.quantile(self.resampled[:, 2], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
 
 

@@ -78,6 +78,7 @@ class Suite:
     baseline: str  # the arm that differences are to
     tuning: Tuning | None = None
     routing_tokens: int = 16_384  # of the validation split, at least, that routing is looked at on
+    settings: Mapping = field(default_factory=dict)  # group -> field -> value, of all runs, whatever size and arm say
 
     def __post_init__(self):
         """Checks what can be seen without resolving configurations; raises `UserError`."""
@@ -111,6 +112,7 @@ class Suite:
             _change(config, self.sizes[size].changes)
             changes = self.arms[arm].changes
             _change(config, changes(config) if callable(changes) else changes)
+            _change(config, self.settings)
             if learning_rate is not None:
                 config.train.final_learning_rate *= learning_rate / config.train.learning_rate
                 config.train.learning_rate = learning_rate
@@ -123,7 +125,7 @@ class Suite:
         """All runs, the first size first, seed by seed; `learning_rates`: peaks by arm, of the tuning.
 
         Raises:
-          UserError: as in `config`, or matched arms of a size differ in total parameters.
+          UserError: as in `config`, or arms of a size differ in their recipe, or matched ones in total parameters.
         """
         learning_rates = learning_rates or {}
         runs = [
@@ -150,14 +152,26 @@ class Suite:
 
     def _check_matched(self):
         for size in self.sizes:
-            totals = {arm: parameter_counts(self.config(size, arm, 0)).total for arm in self.arms_of(size)}
-            wanted = totals[self.baseline]
+            configs = {arm: self.config(size, arm, 0) for arm in self.arms_of(size)}
+            totals = {arm: parameter_counts(config).total for arm, config in configs.items()}
+            wanted, recipe = totals[self.baseline], _recipe(configs[self.baseline])
             for arm, total in totals.items():
+                if differing := [name for name, value in _recipe(configs[arm]).items() if value != recipe[name]]:
+                    raise UserError(
+                        f"suite {self.name}, size {size}: arm {arm} has another config.{differing[0]} than {self.baseline}; "
+                        "all arms of a size have one recipe and the same data"
+                    )
                 if self.arms[arm].matched and abs(total / wanted - 1) > TOLERANCE:
                     raise UserError(
                         f"suite {self.name}, size {size}: arm {arm} has {total:,} parameters, {self.baseline} {wanted:,}: "
                         f"more than {TOLERANCE:.0%} apart. Change its width, or give it matched=False"
                     )
+
+
+def _recipe(config):
+    """What all arms of a size have alike: training but for the learning rate, and data."""
+    found = {f"{group}.{name}": value for group in ("train", "data") for name, value in config.to_dict()[group].items()}
+    return {name: value for name, value in found.items() if not name.endswith("learning_rate")}
 
 
 def load_suite(path: Path, settings=()) -> Suite:
@@ -196,7 +210,7 @@ def load_suite(path: Path, settings=()) -> Suite:
 
 
 def _with_setting(suite, setting):
-    """The suite with a setting in every size."""
+    """The suite with a setting for all runs."""
     name, equals, text = setting.partition("=")
     group, _, field_name = name.partition(".")
     if not (equals and field_name):
@@ -206,11 +220,10 @@ def _with_setting(suite, setting):
     except ValueError:
         value = text
 
-    def changed(size):
-        of_group = {**size.changes.get(group, {}), field_name: value}
-        return dataclasses.replace(size, changes={**size.changes, group: of_group})
-
-    return dataclasses.replace(suite, sizes={name: changed(size) for name, size in suite.sizes.items()})
+    if name == "train.seed" or (name == "train.learning_rate" and suite.tuning):
+        raise UserError(f"--set={setting}: the suite sets it for each run; change the suite")
+    of_group = {**suite.settings.get(group, {}), field_name: value}
+    return dataclasses.replace(suite, settings={**suite.settings, group: of_group})
 
 
 def _change(config, changes):

@@ -9,12 +9,14 @@ import time
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.document import to_markdown
+from aoe_jax.compare.layout import tuning_folder
 from aoe_jax.compare.measuring import step_seconds
-from aoe_jax.compare.results import read_results
+from aoe_jax.compare.results import Curve, read_results
 from aoe_jax.compare.runs import tuned_rates
 from aoe_jax.compare.sections import scaling, styles_of
 from aoe_jax.compare.suite import Size, load_suite
@@ -88,10 +90,13 @@ def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
 
 
 def test_finished_it_does_nothing_again():
+    """But for the arm that has failed."""
     folder = ended()[0]
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("work/runs/*/*/*/*.json")}
-    status, _, stderr = finish(start(command(folder, "--report")))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("work/runs/*/[am]o*/*/*") if path.is_file()}
+    assert any(path.name == "metrics.jsonl" for path in before)
+    status, _, stderr = finish(start(command(folder)))
     assert status == 0, stderr
+    assert "2 of 6 runs to do" in stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
     runs = load_suite(folder / "suite.py").runs()
     assert set(step_seconds(folder / "work", runs, "a")) == {"moe", "aoe"}
@@ -193,15 +198,53 @@ TUNING = "tuning=Tuning((1e-3, 3e-3), steps=3),"
 
 
 def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
+    """Found anew from the runs of the tuning, so that one that has failed and is tried again counts."""
     suite = load_suite(write_suite(tmp_path / "suite.py", TUNING))
-    assert tuned_rates(suite, tmp_path) is None
-    found = {arm: {"chosen": rate, "nll": {"0.001": 6.0, "0.003": 5.0}} for arm, rate in (("moe", 3e-3), ("aoe", 1e-3))}
-    found["broken"] = {"chosen": None, "nll": {"0.001": None, "0.003": None}}
-    write_json(tmp_path / "tuning.json", found)
+    assert tuned_rates(suite, tmp_path) == {"moe": None, "aoe": None, "broken": None}
+    nlls = {("moe", 1e-3): 6.0, ("moe", 3e-3): 5.0, ("aoe", 1e-3): 4.0, ("aoe", 3e-3): 5.0}
+
+    def finish_run(key, nll):
+        run = suite.tuning_runs()[key]
+        folder = tuning_folder(tmp_path, run)
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", run.config.to_dict())
+        write_json(folder / "summary.json", {"metrics": {"step": 3, "validation_nll": nll}})
+
+    for key, nll in nlls.items():
+        finish_run(key, nll)
     rates = tuned_rates(suite, tmp_path)
     runs = {run.name: run.config.train for run in suite.runs(rates)}
     assert runs["a/moe/seed_0"].learning_rate == 3e-3 and runs["a/aoe/seed_0"].learning_rate == 1e-3
     assert runs["a/broken/seed_0"].learning_rate == 3e-3  # none of its runs has finished: as it is
-    write_json(tmp_path / "tuning.json", {"moe": found["moe"]})
-    with pytest.raises(UserError, match="of another suite"):
-        tuned_rates(suite, tmp_path)
+    finish_run(("broken", 1e-3), 7.0)
+    assert tuned_rates(suite, tmp_path)["broken"] == 1e-3
+    longer = load_suite(write_suite(tmp_path / "other.py", TUNING, train__clip_norm=0.5))
+    with pytest.raises(UserError, match=r"another configuration: train\.clip_norm is 1\.0 there, 0\.5 here"):
+        tuned_rates(longer, tmp_path)
+
+
+def test_losses_at_equal_flops_and_seconds():
+    """By hand, of the curves of the runs."""
+    folder = ended()[0]
+    suite = load_suite(folder / "suite.py")
+    results = [r for r in read_results(suite.runs(), folder / "work") if r.state == "finished"]
+    # As if a step of AoE took twice the seconds of one of the MoE, whose losses were 5 at step 3 and 4 at step 6.
+    seconds = {"moe": 1.0, "aoe": 2.0}
+    curve = Curve(np.array([3, 6]), np.array([5.0, 4.0]))
+    results = [replace(r, seconds_per_step=seconds[r.run.arm], validation=curve, nll=4.0) for r in results]
+    comparison = Comparison(suite, results)
+    assert comparison.budget("a", "seconds") == 6
+    assert comparison.nlls("a", "moe", "seconds") == {0: 4.0, 1: 4.0}
+    assert comparison.difference("a", "aoe", "seconds").value == pytest.approx(1.0)  # it is at step 3 by then
+    flops = {r.run.arm: r.flops_per_step for r in results}
+    least = min(flops, key=flops.get)
+    assert comparison.budget("a", "flops") == pytest.approx(6 * flops[least])
+    other = max(flops, key=flops.get)
+    at = math.log(2 * flops[least] / flops[other]) / math.log(2)  # between steps 3 and 6
+    assert comparison.nlls("a", other, "flops")[0] == pytest.approx(5 - at)
+
+
+def test_a_report_of_other_settings_is_refused():
+    folder = ended()[0]
+    status, _, stderr = finish(start(command(folder, "--report", "--set=train.weight_decay=0.3")))
+    assert status == 2 and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -119,6 +120,23 @@ def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
         status, _, stderr = run(["-m", "aoe_jax.compare", *arguments])
         assert status == 2 and words in stderr and "Traceback" not in stderr, stderr
     assert not list((tmp_path / "w").glob("runs/*"))
+
+
+def test_arms_of_another_recipe_are_refused():
+    longer = load_suite(ROOT / "configs/compare/tiny.py")
+    arms = longer.arms | {"longer": Arm("longer", {"experts": {"kind": "router"}, "train": {"batch_size": 16}})}
+    with pytest.raises(UserError, match=r"arm longer has another config\.train\.batch_size than moe_aux"):
+        dataclasses.replace(longer, arms=arms).runs()
+
+
+def test_what_the_suite_sets_for_each_run_is_no_setting():
+    for setting in ("train.seed=7", "train.learning_rate=0.5"):
+        with pytest.raises(UserError, match=f"--set={setting}: the suite sets it for each run"):
+            load_suite(ROOT / "configs/compare/small.py", [setting])
+    found = load_suite(ROOT / "configs/compare/tiny.py", ["experts.d_low=6", "train.learning_rate=0.5"])
+    configs = {run.arm: run.config for run in found.runs()}
+    assert {configs[arm].experts.d_low for arm in ("aoe_free", "aoe_aux")} == {6}
+    assert {config.train.learning_rate for config in configs.values()} == {0.5}
 
 
 def test_settings_change_all_runs():
