@@ -10,26 +10,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from aoe_jax.compare.runs import ALLOCATOR
 from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
 from aoe_jax.training.step import init_state, make_train_step
 from configs import tiny
 
-# glibc gives large blocks back to the system as soon as they are free, and the page faults of getting them again are then
-# measured instead of the program, in the baseline as well. `GLIBC_TUNABLES= python -m benchmarks...` measures without.
-ALLOCATOR = {
-    "glibc.malloc.hugetlb": 1,
-    "glibc.malloc.mmap_max": 0,
-    "glibc.malloc.trim_threshold": 2**40,
-    "glibc.malloc.arena_max": 1,
-}
-
 
 def keep_freed_memory():
-    """Starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set; call it first."""
+    """Starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set; call it first.
+
+    Else page faults are measured instead of the program, in the baseline as well. `GLIBC_TUNABLES= python -m benchmarks...`
+    measures without.
+    """
     if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
-        os.environ["GLIBC_TUNABLES"] = ":".join(f"{name}={value}" for name, value in ALLOCATOR.items())
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, sys.orig_argv)
 
 

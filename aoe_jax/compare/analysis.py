@@ -54,6 +54,10 @@ class Comparison:
         whole = [size for size in sizes if len(self.series(size)) == len(self.suite.arms_of(size))]
         return (whole or sizes or [None])[-1]
 
+    def takes_what_it_needs(self, size, arm):
+        """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from training."""
+        return self.suite.config(size, arm, 0).experts.selection == "top_p"
+
     def budget(self, size, kind):
         """What all arms of a size have spent at least: of "flops" or "seconds"."""
         spent = [
@@ -62,11 +66,14 @@ class Comparison:
         return min(spent, default=math.nan)
 
     def nlls(self, size, arm, at_equal="end"):
-        """`{seed: validation nll}` of an arm, after the last step or where its curve meets the budget of its size."""
-        if at_equal != "end" and arm_takes_what_it_needs(self.suite, size, arm):
-            return {}
+        """`{seed: validation nll}` of an arm, after the last step or where its curve meets the budget of its size.
+
+        Nothing at a budget for an arm that takes what it needs.
+        """
         if at_equal == "end":
             return {r.run.seed: r.nll for r in self.finished(size, arm)}
+        if self.takes_what_it_needs(size, arm):
+            return {}
         budget = self.budget(size, at_equal)
         found = {
             r.run.seed: at(r.validation.step * r.per_step(at_equal), r.validation.nll, budget)
@@ -114,11 +121,6 @@ class Comparison:
         """The `Mean` over seeds of a figure of a `Result`, a function of it; nan where it has none."""
         values = [figure(result) for result in self.finished(size, arm)]
         return mean(value for value in values if value is not None and math.isfinite(value))
-
-
-def arm_takes_what_it_needs(suite, size, arm):
-    """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from training."""
-    return suite.config(size, arm, 0).experts.selection == "top_p"
 
 
 def _x(result, scale):

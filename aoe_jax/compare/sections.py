@@ -3,7 +3,7 @@
 import math
 
 from aoe_jax.compare import figures, style
-from aoe_jax.compare.analysis import SCALES, Comparison, arm_takes_what_it_needs
+from aoe_jax.compare.analysis import SCALES, Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
 from aoe_jax.compare.statistics import mean
 from aoe_jax.compare.words import number, plus_minus, signed
@@ -52,7 +52,7 @@ def matched(c: Comparison):
         "are the useful ones of a training step, forward and backward, scoring all experts included. The last count "
         "of active parameters, the paper's, has the shared embedding table twice."
     )
-    if any(arm_takes_what_it_needs(c.suite, size, arm) for size in c.suite.sizes for arm in c.suite.arms_of(size)):
+    if any(c.takes_what_it_needs(size, arm) for size in c.suite.sizes for arm in c.suite.arms_of(size)):
         text += (
             " Top-p takes as many experts as a token needs (see routing health); here and on the axes they are counted as "
             "K, and the seconds are those of an untrained model, which takes more."

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.compare.analysis import Comparison
+from aoe_jax.compare.arms import aoe, other_selection
 from aoe_jax.compare.document import to_markdown
 from aoe_jax.compare.layout import tuning_folder
 from aoe_jax.compare.measuring import step_seconds
@@ -242,6 +243,8 @@ def test_losses_at_equal_flops_and_seconds():
     other = max(flops, key=flops.get)
     at = math.log(2 * flops[least] / flops[other]) / math.log(2)  # between steps 3 and 6
     assert comparison.nlls("a", other, "flops")[0] == pytest.approx(5 - at)
+    by_top_p = Comparison(replace(suite, arms=suite.arms | {"aoe": other_selection(aoe(4, "aux"), "top_p")}), results)
+    assert by_top_p.nlls("a", "aoe") and not by_top_p.nlls("a", "aoe", "flops") and by_top_p.nlls("a", "moe", "flops")
 
 
 def test_a_report_of_other_settings_is_refused():
