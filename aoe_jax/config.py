@@ -13,29 +13,10 @@ from dataclasses import dataclass, field
 import ml_collections
 from ml_collections import config_dict
 
+from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
 from aoe_jax.errors import UserError
+from aoe_jax.methods import METHODS, ThresholdConfig
 from aoe_jax.sources import absolute, label_of, mixture_in_words, parsed_sources
-
-
-def _require(condition, name, value, wanted):
-    if not condition:
-        raise UserError(f"config.{name}={value!r}: {wanted}")
-
-
-def _require_choice(name, value, choices):
-    _require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
-
-
-def _require_positive(group, config, *names):
-    for name in names:
-        value = getattr(config, name)
-        _require(0 < value < math.inf, f"{group}.{name}", value, "must be greater than 0")
-
-
-def _require_not_negative(group, config, *names):
-    for name in names:
-        value = getattr(config, name)
-        _require(0 <= value < math.inf, f"{group}.{name}", value, "must be 0 or greater")
 
 
 @dataclass(frozen=True)
@@ -67,32 +48,32 @@ class ModelConfig:
     output_bias: bool = False  # of the output projection
 
     def __post_init__(self):
-        _require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len", "unroll")
-        _require_positive("model", self, "rope_base", "rope_scale", "norm_eps")
-        _require(
+        require_positive("model", self, "n_layers", "n_heads", "d_model", "vocab_size", "max_len", "unroll")
+        require_positive("model", self, "rope_base", "rope_scale", "norm_eps")
+        require(
             self.n_kv_heads is None or (self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0),
             "model.n_kv_heads",
             self.n_kv_heads,
             f"must divide model.n_heads={self.n_heads}",
         )
-        _require(
+        require(
             self.d_model % (2 * self.n_heads) == 0,
             "model.n_heads",
             self.n_heads,
             f"must divide d_model={self.d_model} into heads of even width (rotary positions turn pairs)",
         )
         frequencies = self.d_model // self.n_heads // 2
-        _require(
+        require(
             len(self.rope_factors) in (0, frequencies)
             and all(isinstance(factor, int | float) and 0 < factor < math.inf for factor in self.rope_factors),
             "model.rope_factors",
             self.rope_factors,
             f"must be {frequencies} numbers greater than 0, one a rotary frequency, or ()",
         )
-        _require_choice("model.norm", self.norm, ("rms", "layer"))
-        _require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _require_choice("model.remat", self.remat, ("none", "experts", "layer"))
-        _require(
+        require_choice("model.norm", self.norm, ("rms", "layer"))
+        require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        require_choice("model.remat", self.remat, ("none", "experts", "layer"))
+        require(
             self.unroll == 1 or self.remat != "layer",
             "model.unroll",
             self.unroll,
@@ -103,6 +84,9 @@ class ModelConfig:
     def kv_heads(self):
         """Heads of keys and values."""
         return self.n_kv_heads or self.n_heads
+
+
+SELECTION_NAMES = ("top_k", "top_p", "expert_choice", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -116,7 +100,7 @@ class ExpertsConfig:
     d_low: int = 32  # rank of a factorised gate (r)
     d_wide: int | None = None  # width of an expert with a factorised gate (w); None: Eq. 5
     round_to: int = 1  # Eq. 5's width is rounded to the nearest multiple
-    selection: str = "top_k"  # top_k | top_p | expert_choice
+    selection: str = "top_k"  # top_k | top_p | expert_choice | a method with a group of its own, see `methods.py`
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
     # expert_choice: mean number of experts per token. kind capacity: places of an expert in a sequence, as a multiple of the
     # top_k / n_experts of its tokens that come to it in perfect balance.
@@ -134,79 +118,79 @@ class ExpertsConfig:
     large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
-        _require_choice("experts.kind", self.kind, ("aoe", "router", "capacity", "dense"))
-        _require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
-        _require_choice("experts.selection", self.selection, ("top_k", "top_p", "expert_choice"))
-        _require_choice("experts.gate", self.gate, ("chosen", "all", "sparsemixer"))
-        _require_not_negative("experts", self, "router_jitter")
-        _require(
+        require_choice("experts.kind", self.kind, ("aoe", "router", "capacity", "dense"))
+        require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
+        require_choice("experts.selection", self.selection, SELECTION_NAMES)
+        require_choice("experts.gate", self.gate, ("chosen", "all", "sparsemixer"))
+        require_not_negative("experts", self, "router_jitter")
+        require(
             self.top_k <= self.n_experts,
             "experts.top_k",
             self.top_k,
             f"can't be greater than experts.n_experts={self.n_experts}",
         )
-        _require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
-        _require(
+        require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
+        require(
             0 < self.capacity_factor <= self.n_experts
             or (self.selection != "expert_choice" and self.kind != "capacity"),
             "experts.capacity_factor",
             self.capacity_factor,
             f"must lie between 0 and experts.n_experts={self.n_experts}",
         )
-        _require(
+        require(
             self.d_wide is None or self.d_wide > 0, "experts.d_wide", self.d_wide, "must be greater than 0, or None"
         )
         if not self.low_rank:
             only = "belongs to experts with a factorised gate; set the width of the others with experts.d_ffn"
-            _require(self.d_wide is None, "experts.d_wide", self.d_wide, only)
-            _require(self.round_to == 1, "experts.round_to", self.round_to, only)
-        _require(
+            require(self.d_wide is None, "experts.d_wide", self.d_wide, only)
+            require(self.round_to == 1, "experts.round_to", self.round_to, only)
+        require(
             self.round_to == 1 or self.d_wide is None,
             "experts.round_to",
             self.round_to,
             "rounds the width of Eq. 5; leave experts.d_wide at None for it",
         )
-        _require(
+        require(
             self.kind != "dense" or (self.selection, self.gate) == ("top_k", "chosen"),
             "experts.selection",
             self.selection,
             "a dense layer selects nothing; leave selection and gate at their defaults",
         )
-        _require(
+        require(
             self.kind != "capacity" or self.selection == "top_k",
             "experts.selection",
             self.selection,
             "has no capacity; with experts.kind='capacity' leave it at 'top_k'",
         )
-        _require(
+        require(
             self.kind != "capacity" or self.gate != "sparsemixer",
             "experts.gate",
             self.gate,
             "isn't implemented for experts.kind='capacity'; choose one of chosen, all",
         )
         router_only = "belongs to experts.kind='router'"
-        _require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
-        _require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
-        _require(
+        require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
+        require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
+        require(
             not (self.large_router and self.factorised_gate),
             "experts.large_router",
             True,
             "is an ablation of its own; set experts.factorised_gate=False",
         )
-        _require(
+        require(
             self.gate == "chosen" or self.selection == "top_k",
             "experts.gate",
             self.gate,
             f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
         )
-        _require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
-        _require(
+        require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
+        require(
             self.score_gradient is None or self.kind == "aoe",
             "experts.score_gradient",
             self.score_gradient,
             "belongs to experts.kind='aoe'; leave it at None",
         )
-        _require(
+        require(
             self.score_gradient != "sparse" or (self.selection, self.gate) == ("top_k", "chosen"),
             "experts.score_gradient",
             self.score_gradient,
@@ -260,8 +244,8 @@ class BalanceConfig:
     bias_rate: float = 0.0
 
     def __post_init__(self):
-        _require_not_negative("balance", self, "aux_weight", "entropy_weight", "bias_rate")
-        _require(
+        require_not_negative("balance", self, "aux_weight", "entropy_weight", "bias_rate")
+        require(
             0 < self.aux_tokens <= 1 and abs(1 / self.aux_tokens - self.aux_stride) < 1e-6,
             "balance.aux_tokens",
             self.aux_tokens,
@@ -301,7 +285,7 @@ class DataConfig:
 
     def __post_init__(self):
         sources = parsed_sources(self.name)
-        _require(
+        require(
             self.path is None or (len(sources) == 1 and sources[0].path is None),
             "data.path",
             self.path,
@@ -311,9 +295,9 @@ class DataConfig:
             folder = {"text": "folder of .txt files", "prepared": "folder of a token store"}.get(source.name)
             if folder and not (source.path or self.path):
                 if len(sources) == 1:
-                    _require(False, "data.path", self.path, f"name the {folder}")
-                _require(False, "data.name", self.name, f"name the {folder} as {source.name}@FOLDER")
-        _require_positive("data", self, "seq_len")
+                    require(False, "data.path", self.path, f"name the {folder}")
+                require(False, "data.name", self.name, f"name the {folder} as {source.name}@FOLDER")
+        require_positive("data", self, "seq_len")
         object.__setattr__(self, "cache", os.path.abspath(os.path.expanduser(self.cache)))
         object.__setattr__(self, "name", mixture_in_words(sources))
         if self.path is not None:
@@ -355,24 +339,22 @@ class TrainConfig:
     init_from: str | None = None  # directory of a model that the parameters start from; None: they are drawn
 
     def __post_init__(self):
-        _require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
-        _require_positive("train", self, "max_skipped")
-        _require_not_negative(
-            "train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every"
-        )
-        _require(
+        require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
+        require_positive("train", self, "max_skipped")
+        require_not_negative("train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every")
+        require(
             self.warmup_steps < self.steps,
             "train.warmup_steps",
             self.warmup_steps,
             f"must be fewer than train.steps={self.steps}",
         )
-        _require(
+        require(
             self.final_learning_rate <= self.learning_rate,
             "train.final_learning_rate",
             self.final_learning_rate,
             f"can't be above the peak, train.learning_rate={self.learning_rate}",
         )
-        _require(
+        require(
             self.batch_size % self.accumulate == 0,
             "train.accumulate",
             self.accumulate,
@@ -392,9 +374,9 @@ class CheckpointConfig:
     keep_best: int = 0  # the ones of lowest validation nll; 0: none
 
     def __post_init__(self):
-        _require_positive("checkpoint", self, "every", "keep")
-        _require_not_negative("checkpoint", self, "keep_every", "keep_best")
-        _require(
+        require_positive("checkpoint", self, "every", "keep")
+        require_not_negative("checkpoint", self, "keep_every", "keep_best")
+        require(
             self.keep_every % self.every == 0,
             "checkpoint.keep_every",
             self.keep_every,
@@ -414,10 +396,10 @@ class MeshConfig:
     transport: str = "ring"
 
     def __post_init__(self):
-        _require(self.data > 0 or self.data == -1, "mesh.data", self.data, "must be greater than 0, or -1 for the rest")
-        _require_positive("mesh", self, "fsdp", "expert", "tensor")
-        _require_choice("mesh.transport", self.transport, ("ring", "all_to_all"))
-        _require(
+        require(self.data > 0 or self.data == -1, "mesh.data", self.data, "must be greater than 0, or -1 for the rest")
+        require_positive("mesh", self, "fsdp", "expert", "tensor")
+        require_choice("mesh.transport", self.transport, ("ring", "all_to_all"))
+        require(
             self.transport == "ring" or self.expert > 1,
             "mesh.transport",
             self.transport,
@@ -436,71 +418,89 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
+
+    @property
+    def method_settings(self):
+        """The group of the selection method, which bears its name; None where it has none."""
+        return getattr(self, self.experts.selection, None)
 
     def __post_init__(self):
-        _require(
+        require(
             self.data.seq_len <= self.model.max_len,
             "data.seq_len",
             self.data.seq_len,
             f"is longer than model.max_len={self.model.max_len}",
         )
         if self.experts.low_rank:
-            _require(
+            require(
                 self.experts.d_low < self.model.d_model,
                 "experts.d_low",
                 self.experts.d_low,
                 f"must be smaller than model.d_model={self.model.d_model}, or the gate is no low-rank product",
             )
 
-            _require(
+            require(
                 self.experts.width(self.model.d_model) > 0,
                 "experts.d_ffn",
                 self.experts.d_ffn,
                 f"Eq. 5 finds no width for d_low={self.experts.d_low} and round_to={self.experts.round_to}; set a larger "
                 "d_ffn, or experts.d_wide",
             )
-        _require(
+        require(
             self.balance.bias_rate == 0 or self.experts.selection == "top_k",
             "balance.bias_rate",
             self.balance.bias_rate,
             f"biases the choice of selection top_k; leave it at 0 with {self.experts.selection}",
         )
-        _require(
+        require(
             self.experts.kind != "dense" or self.model.remat != "experts",
             "model.remat",
             self.model.remat,
             "belongs to layers of experts; use none or layer with a dense model",
         )
+        self._check_methods()
         self._check_mesh()
         every, eval_every = self.checkpoint.every, self.train.eval_every
-        _require(
+        require(
             self.checkpoint.keep_best == 0 or (eval_every > 0 and every % eval_every == 0),
             "checkpoint.keep_best",
             self.checkpoint.keep_best,
             f"needs a validation before each checkpoint: train.eval_every={eval_every} must divide checkpoint.every={every}",
         )
         for name in ("aux_weight", "entropy_weight", "bias_rate"):
-            _require(
+            require(
                 self.experts.kind != "dense" or getattr(self.balance, name) == 0,
                 f"balance.{name}",
                 getattr(self.balance, name),
                 "a dense layer has no load to balance; set it to 0",
             )
 
+    def _check_methods(self):
+        """Refuses settings of methods that aren't chosen."""
+        for name, group in METHODS.items():
+            settings = getattr(self, name)
+            if name in (self.experts.selection, self.experts.kind) or settings == group():
+                continue
+            changed = (f.name for f in dataclasses.fields(group) if getattr(settings, f.name) != f.default)
+            field_name = next(changed)
+            of_other = f"belongs to experts.selection={name!r}; leave it at its default"
+            require(False, f"{name}.{field_name}", getattr(settings, field_name), of_other)
+
     def _check_mesh(self):
         """Refuses what the mesh would have to split unevenly."""
         m, e, mesh, d = self.model, self.experts, self.mesh, self.model.d_model
         merges = "would let the compiler merge what is gathered again with what was gathered before, and keep it; set 1"
-        _require(m.unroll == 1 or mesh.fsdp == 1, "model.unroll", m.unroll, f"with mesh.fsdp={mesh.fsdp} {merges}")
+        require(m.unroll == 1 or mesh.fsdp == 1, "model.unroll", m.unroll, f"with mesh.fsdp={mesh.fsdp} {merges}")
         if e.kind == "dense":
-            _require(mesh.expert == 1, "mesh.expert", mesh.expert, "a dense model has no experts to split; use fsdp")
-        _require(
+            require(mesh.expert == 1, "mesh.expert", mesh.expert, "a dense model has no experts to split; use fsdp")
+        require(
             e.kind != "capacity" or mesh.expert == 1 or mesh.transport == "all_to_all",
             "mesh.transport",
             mesh.transport,
             "with experts.kind='capacity' and mesh.expert, places of experts travel; set 'all_to_all'",
         )
-        _require(
+        require(
             mesh.tensor == 1 or not m.qk_norm,
             "mesh.tensor",
             mesh.tensor,
@@ -519,17 +519,17 @@ class Config:
         for axis, name, size in splits:
             hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
             pieces = getattr(mesh, axis)
-            _require(size % pieces == 0, f"mesh.{axis}", pieces, f"must divide {name}={size}{hint}")
+            require(size % pieces == 0, f"mesh.{axis}", pieces, f"must divide {name}={size}{hint}")
         rows, shards = self.train.batch_size // self.train.accumulate, max(mesh.data, 1) * mesh.fsdp * mesh.expert
         micro = "train.batch_size / train.accumulate" if self.train.accumulate > 1 else "train.batch_size"
-        _require(
+        require(
             rows % shards == 0,
             "train.batch_size",
             self.train.batch_size,
             f"{micro}={rows} sequences must be divisible by mesh.data * mesh.fsdp * mesh.expert = {shards}",
         )
         local = self.data.seq_len // mesh.tensor
-        _require(
+        require(
             shards * mesh.tensor == 1 or local % self.balance.aux_stride == 0,
             "balance.aux_tokens",
             self.balance.aux_tokens,

@@ -6,7 +6,8 @@ L layers, d model width, n experts, V vocabulary, S sequence length.
 from dataclasses import dataclass
 
 from aoe_jax.config import Config
-from aoe_jax.experts.selection import expert_capacity
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.experts.selection.expert_choice import expert_capacity
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def _millions(count):
 
 def experts_per_token(config: Config):
     """Mean number of experts that process a token, or None where the scores decide it (such as top-p)."""
-    c = config.experts
-    return {"top_k": c.top_k, "top_p": None, "expert_choice": c.capacity_factor}.get(c.selection)
+    return SELECTIONS[config.experts.selection].experts_per_token(config.experts)
 
 
 def expert_parameters(config: Config):

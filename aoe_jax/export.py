@@ -59,10 +59,10 @@ def export(workdir: Path, output: Path, which="newest", dtype="float32"):
     mesh = make_mesh(config, jax.devices())
     with new_directory(output) as partial_output, jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-        params, bias = run.restore_model(step, with_shardings(abstract, state_shardings(mesh, abstract)))
-        values = to_json(config) if bias is None else as_own(config)
+        params, routing_state = run.restore_model(step, with_shardings(abstract, state_shardings(mesh, abstract)))
+        values = as_own(config) if routing_state else to_json(config)
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
-        write_arrays(partial_output, values, params, bias, dtype)
+        write_arrays(partial_output, values, params, routing_state, dtype)
         write_json(partial_output / RUN_FILE, {"step": step, "config": run_config.to_dict()})
         shutil.copyfile(workdir / "data.json", partial_output / "data.json")
     log.info("wrote the model of step %d to %s, as %s", step, output, values["model_type"])

@@ -37,6 +37,7 @@ from aoe_jax.config import Config, MeshConfig
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts import transport
+from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.model.loss import CHUNK_TOKENS
 from aoe_jax.sharding import (
@@ -87,10 +88,10 @@ def _activation_bytes(config, n_devices):
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
 
-    def kept(params, bias, batch):
-        return jax.vjp(lambda p: training_loss(config, p, bias, batch), params, has_aux=True)[1]
+    def kept(params, routing_state, batch, key):
+        return jax.vjp(lambda p: training_loss(config, p, routing_state, batch, key), params, has_aux=True)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.selection_bias, batch))
+    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.routing_state, batch, jax.random.key(0)))
     parameters = {(a.shape, a.dtype) for a in jax.tree.leaves(state.params)}
     return sum(a.size * a.dtype.itemsize for a in leaves if (a.shape, a.dtype) not in parameters) / n_devices
 
@@ -186,7 +187,7 @@ def _used_bytes(error):
 
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
     """FLOPs of a device in a step, with every loop counted as often as it runs; None where the compiler counts none."""
-    if config.mesh.expert > 1 or config.experts.selection != "top_k":
+    if config.mesh.expert > 1 or not SELECTIONS[config.experts.selection].all_slots_used:
         with transport.first_round_only():
             compiled = step.lower(state, batch).compile()
     counted = (compiled.cost_analysis() or {}).get("flops")

@@ -163,12 +163,12 @@ def parameter_axes(name, ndim):
 def state_shardings(mesh, abstract_state):
     """Shardings of a train state, given as shapes; the optimiser's copies of a parameter lie where it does.
 
-    What is no array of parameters, such as counters and selection biases, is replicated.
+    What is no array of parameters, such as counters and the state of routing, is replicated.
     """
 
     def sharding(path, a):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if not names:  # a counter, or the selection bias
+        if not names or jax.tree_util.GetAttrKey("routing_state") in path:
             return replicated(mesh)
         axes = parameter_axes(names[-1], a.ndim - ("layers" in names))
         return NamedSharding(mesh, RULES.spec(*((None,) * ("layers" in names) + axes)))

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.experts import dispatch, scoring, selection
+from aoe_jax.experts import dispatch, scoring
 from aoe_jax.experts.grouped_matmul import grouped_matmul
+from aoe_jax.experts.selection.top_k import top_k as choose_top_k
 
 
 class Method(NamedTuple):
@@ -43,7 +44,7 @@ def choice_scores(method, x, w_down, prepared, top_k, bias=None):
     estimates = method.estimate(x, prepared)
     if method.candidates is None:
         return estimates
-    candidates = selection.top_k(estimates, min(method.candidates * top_k, estimates.shape[1]), bias=bias)
+    candidates = choose_top_k(estimates, min(method.candidates * top_k, estimates.shape[1]), bias=bias)
     plan = dispatch.plan_rows(candidates, estimates.shape[1])
     activations = grouped_matmul(dispatch.dispatch(x, candidates, plan), w_down, plan.groups)
     norms = dispatch.slot_values(scoring.activation_norms(activations), plan)

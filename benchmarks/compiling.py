@@ -13,7 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.grouped_matmul.megablox import tiles
 from aoe_jax.experts.layer import LAYERS
-from aoe_jax.experts.selection import SELECTION
+from aoe_jax.experts.selection.assignment import SELECTION
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.sharding import MESH_AXES
 from aoe_jax.topology import topology_devices

@@ -16,9 +16,11 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.counts import layer_flops_per_token
-from aoe_jax.experts import dispatch, scoring, selection
+from aoe_jax.experts import dispatch, scoring
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.selection.assignment import Assignment
+from aoe_jax.experts.selection.top_k import top_k
 from aoe_jax.experts.swiglu import swiglu
 from benchmarks.timing import keep_freed_memory, machine, medians, parse_sizes, report
 
@@ -70,7 +72,7 @@ def _stations(d, experts, n_tokens, dtype):
     x = jax.random.normal(jax.random.key(0), (n_tokens, d), dtype)
     p = jax.tree.map(lambda a: a.astype(dtype), jax.jit(layer.init)(jax.random.key(1), x)["params"])
     scores = scoring.sparse_scores(x, p["w_down"], 1)[0]
-    assignment = selection.top_k(scores, experts.top_k)
+    assignment = top_k(scores, experts.top_k)
     arrays, k = assignment[:3], assignment.slots_per_token
     plan = dispatch.plan_rows(assignment, experts.n_experts)
     rows = dispatch.dispatch(x, assignment, plan)
@@ -86,10 +88,10 @@ def _stations(d, experts, n_tokens, dtype):
 
     return {
         "score": compiled(lambda x, w: scoring.sparse_scores(x, w, 1)[0], x, p["w_down"]),
-        "select": compiled(lambda s: selection.top_k(s, experts.top_k)[:3], scores),
+        "select": compiled(lambda s: top_k(s, experts.top_k)[:3], scores),
         "dispatch": compiled(
             lambda x, a: (lambda a: dispatch.dispatch(x, a, dispatch.plan_rows(a, experts.n_experts)))(
-                selection.Assignment(*a, k)
+                Assignment(*a, k)
             ),
             x,
             arrays,

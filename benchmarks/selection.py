@@ -37,8 +37,8 @@ from aoe_jax import cli
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.experts import selection
 from aoe_jax.experts.layer import AoELayer
+from aoe_jax.experts.selection.top_k import top_k as choose_top_k
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import train
@@ -71,7 +71,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def trained_model(config, workdir):
-    """Trains unless it is done; `(params, selection bias [L, n], corpus)`."""
+    """Trains unless it is done; `(params, routing state, corpus)`."""
     check_workdir(workdir, config)
     if not (workdir / "summary.json").exists():
         train(config, workdir)
@@ -88,7 +88,7 @@ def first_batches(store, config, count):
     return list(itertools.islice(eval_batches(store, config.data.seq_len, config.train.batch_size), count))
 
 
-def layer_inputs(config, params, bias, batches):
+def layer_inputs(config, params, routing_state, batches):
     """What the layers of experts score in each batch: a list of `[L, T, d]`, without padding."""
 
     def instead_of_statistics(call, args, kwargs, context):
@@ -100,7 +100,7 @@ def layer_inputs(config, params, bias, batches):
     decoder = Decoder.from_config(config)
     with nn.intercept_methods(instead_of_statistics):
         # Statistics are what the decoder hands out, stacked over layers.
-        take = jax.jit(lambda batch: sequence_nll(decoder, params, bias, batch, False)[1])
+        take = jax.jit(lambda batch: sequence_nll(decoder, params, routing_state, batch, False)[1])
         return [take(batch)[:, batch["weights"].reshape(-1) > 0] for batch in batches]
 
 
@@ -113,15 +113,17 @@ def nll_with(method, config, params, bias, prepared, batches):
 
     def with_other_scores(call, args, kwargs, context):
         if isinstance(context.module, AoELayer) and context.method_name == "pipeline":
-            devices, x, token_weights, (bias, prepared), _, balance_scores, gate, weights = args
-            scores = choice_scores(method, x, weights["w_down"], prepared, config.experts.top_k, bias)
-            return call(devices, x, token_weights, bias, scores, balance_scores, gate, weights)
+            devices, x, given, _, balance_scores, gate, weights = args
+            of_layer, bias = given.state["prepared"], given.state["selection_bias"]
+            scores = choice_scores(method, x, weights["w_down"], of_layer, config.experts.top_k, bias)
+            return call(devices, x, given, scores, balance_scores, gate, weights)
         return call(*args, **kwargs)
 
     decoder = Decoder.from_config(config)
     with nn.intercept_methods(with_other_scores):
-        # The decoder gives each layer its part of whatever takes the place of the bias.
-        step = jax.jit(lambda batch: sequence_nll(decoder, params, (bias, prepared), batch, False)[0])
+        # The decoder gives each layer its part of whatever is in the state.
+        state = {"selection_bias": bias, "prepared": prepared}
+        step = jax.jit(lambda batch: sequence_nll(decoder, params, state, batch, False)[0])
         total = sum(float(step(batch)) for batch in batches)
     return total / sum(float(batch["weights"].sum()) for batch in batches)
 
@@ -140,7 +142,7 @@ def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
 def chosen_experts(method, top_k, x, w_down, prepared, bias):
     """The choice of one layer, `[T, K]`."""
     scores = choice_scores(method, x, w_down, prepared, top_k, bias)
-    return selection.top_k(scores, top_k, bias=bias).expert.reshape(-1, top_k)
+    return choose_top_k(scores, top_k, bias=bias).expert.reshape(-1, top_k)
 
 
 def compare(choose, exact, inputs, w_down, prepared, bias):
@@ -170,13 +172,16 @@ def main():
     config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})
     router = configuration("moe", SPARSE, {"balance": {"aux_tokens": 1.0}})
     n_layers, n_experts, top_k = config.model.n_layers, config.experts.n_experts, config.experts.top_k
-    params, bias, corpus = trained_model(config, root / f"steps{_STEPS.value}")
+    params, routing_state, corpus = trained_model(config, root / f"steps{_STEPS.value}")
+    bias = routing_state["selection_bias"]
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
 
     tokens_per_batch = config.train.batch_size * config.data.seq_len
     batches = first_batches(corpus.validation["sotu"], config, -(-_TOKENS.value // tokens_per_batch))
-    inputs = layer_inputs(config, params, bias, batches)
-    train_inputs = layer_inputs(config, params, bias, first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES))
+    inputs = layer_inputs(config, params, routing_state, batches)
+    train_inputs = layer_inputs(
+        config, params, routing_state, first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES)
+    )
     covariance = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs) / sum(x.shape[1] for x in train_inputs)
     w_down = params["layers"]["experts"]["w_down"]
     ranks = effective_rank(jax.vmap(second_moments)(w_down, covariance)).mean(axis=1).tolist()

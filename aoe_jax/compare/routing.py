@@ -25,7 +25,6 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import make_eval_step
 from aoe_jax.experts.balance import LayerStats, load_entropy
-from aoe_jax.experts.layer import SELECTIONS
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder, DecoderLayer
 from aoe_jax.sharding import replicated
@@ -55,24 +54,22 @@ def observed(decoder: Decoder):
         pass
 
     Observed.Layer = Layer
-    return Observed(decoder.model, decoder.experts, decoder.balance, decoder.transport)
+    return Observed(decoder.model, decoder.experts, decoder.balance, decoder.transport, decoder.settings)
 
 
 def _observing(kind):
     class Observing(kind):
-        def pipeline(self, devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
+        def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
             """As in the layer."""
             c, n = self.config, scores.shape[1]
-            assignment = SELECTIONS[c.selection](c, devices, token_weights, selection_bias)(scores)
+            assignment = self.method.choose(c, scores, given).assignment
             chosen = jnp.zeros((x.shape[0], n + 1), bool).at[assignment.token, assignment.expert].set(True)[:, :n]
             figures = None
-            if c.selection == "top_k" and math.comb(n, c.top_k) <= MAX_SETS and devices.total_size == 1:
+            if self.method.all_slots_used and math.comb(n, c.top_k) <= MAX_SETS and devices.total_size == 1:
                 some = slice(ORACLE_TOKENS)
                 figures = oracle_figures(expert_outputs(x[some], weights), scores[some], chosen[some], c.top_k, c.gate)
-            y, stats = super().pipeline(
-                devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights
-            )
-            return y, Observation(stats, devices.all_tokens(chosen), figures)
+            y, stats, _ = super().pipeline(devices, x, given, scores, balance_scores, gate, weights)
+            return y, Observation(stats, devices.all_tokens(chosen), figures), None
 
     return Observing
 
@@ -152,7 +149,7 @@ def analyse(folder: Path, n_tokens: int):
         found = {}
         for step in steps:
             of_step = model if step == model.step else load_model(folder, str(step))
-            run = partial(eval_step, of_step.params, of_step.selection_bias)
+            run = partial(eval_step, of_step.params, of_step.routing_state)
             found[step] = _gathered([jax.device_get(run(batch)) for batch in batches])
     final = found[steps[-1]]
     report = {

@@ -121,7 +121,7 @@ class Generator:
         while True:
             with jax.set_mesh(self._model.mesh):
                 tokens, left, state = self._decode(
-                    self._params, self._model.selection_bias, state, sampling=sampling, n_tokens=chunk
+                    self._params, self._model.routing_state, state, sampling=sampling, n_tokens=chunk
                 )
             new = [row[row >= 0].tolist() for row in np.asarray(tokens)[: len(prompts)]]
             for row, more in zip(so_far, new, strict=True):
@@ -159,7 +159,7 @@ class Generator:
         left[: len(prompts)] = limits
         places = _rounded(int((lengths + left).max()))
         logits, cache = self._prefill(
-            self._params, self._model.selection_bias, self._put(tokens), self._put(lengths), places=places
+            self._params, self._model.routing_state, self._put(tokens), self._put(lengths), places=places
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), self._put(np.arange(n_rows)))
         return State(logits, cache, self._put(left), keys)
@@ -178,7 +178,7 @@ class State(NamedTuple):
     keys: jax.Array  # [B], of each sequence's draws
 
 
-def _decode(decoder, end_of_text, params, selection_bias, state, sampling, n_tokens):
+def _decode(decoder, end_of_text, params, routing_state, state, sampling, n_tokens):
     """Up to N tokens: `(tokens [B, N] int32 with -1 where there is none, left [B], state)`."""
 
     def is_needed(carry):
@@ -191,7 +191,7 @@ def _decode(decoder, end_of_text, params, selection_bias, state, sampling, n_tok
         token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, cache.length), sampling)
         is_active = (state.left > 0) & (token != end_of_text)
         tokens = tokens.at[:, count].set(jnp.where(is_active, token, -1))
-        hidden, extended = extend(decoder, params, selection_bias, token[:, None], cache)
+        hidden, extended = extend(decoder, params, routing_state, token[:, None], cache)
         cache = extended._replace(length=jnp.where(is_active, extended.length, cache.length))
         left = jnp.where(is_active, state.left - 1, 0)
         return count + 1, tokens, State(output_logits(params, hidden)[:, 0], cache, left, state.keys)

@@ -42,7 +42,7 @@ class Model:
     decoder: Decoder
     mesh: Mesh
     params: dict  # of the decoder, as in training, stacked over layers; float32, or as the files of a model have them
-    selection_bias: jax.Array | None  # [L, n] float32, of loss-free balancing
+    routing_state: dict[str, jax.Array]  # [L, ...] by name, what the selection method has beside parameters
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
     prefix: list[int]  # what its tokenizer on the hub puts before every text that it is given; often nothing
@@ -80,12 +80,12 @@ def load_model(directory: Path, step="newest", mesh=None):
     step = checkpoints.find(step)
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-        params, selection_bias = checkpoints.restore_model(
+        params, routing_state = checkpoints.restore_model(
             step, with_shardings(abstract, state_shardings(mesh, abstract))
         )
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the run")
     return Model(
-        config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, tokenizer.end_of_text, [], step
+        config, Decoder.from_config(config), mesh, params, routing_state, tokenizer, tokenizer.end_of_text, [], step
     )
 
 
@@ -95,12 +95,12 @@ def _of_files(directory, step, axes):
         raise UserError(f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}")
     config = on_devices_here(read_config(directory), axes)
     mesh = make_mesh(config, jax.devices())
-    params, selection_bias = load_params(directory, config, mesh)
+    params, routing_state = load_params(directory, config, mesh)
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the model")
     begin = read_begin_token(directory, config.model.vocab_size)
     start = tokenizer.end_of_text if begin is None else begin
     prefix = read_prefix(directory, tokenizer, begin)
-    return Model(config, Decoder.from_config(config), mesh, params, selection_bias, tokenizer, start, prefix, there)
+    return Model(config, Decoder.from_config(config), mesh, params, routing_state, tokenizer, start, prefix, there)
 
 
 def on_devices_here(config, axes=None):

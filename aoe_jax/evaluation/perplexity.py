@@ -62,14 +62,14 @@ class Evaluation:
 
 
 def make_eval_step(decoder: Decoder, document_mask):
-    """`(params, selection_bias, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit it.
+    """`(params, routing_state, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit it.
 
     `document_mask` is as in `DataConfig`.
     """
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
-    def eval_step(params, selection_bias, batch):
-        nll, stats = sequence_nll(decoder, params, selection_bias, batch, document_mask)
+    def eval_step(params, routing_state, batch):
+        nll, stats = sequence_nll(decoder, params, routing_state, batch, document_mask)
         return nll, batch["weights"].sum(), stats
 
     return eval_step

@@ -41,7 +41,7 @@ def check_probes(model: Model):
         raise UserError(
             f"config.experts.kind={e.kind!r}: a probe drops a router; it takes a model with a plain one and selection top_k"
         )
-    if model.selection_bias is not None:
+    if "selection_bias" in model.routing_state:
         raise UserError(
             "config.balance.bias_rate: experts are chosen by a selection bias too; probe a model without one"
         )
@@ -180,7 +180,7 @@ def _run(model, probe, batches, loaded_tasks, tasks):
 def _score(model, decoder, batches):
     """`(nll, mean statistics, nullary function that passes the first batch)`."""
     eval_step = jax.jit(make_eval_step(decoder, model.config.data.document_mask), out_shardings=replicated(model.mesh))
-    passed = partial(eval_step, model.params, model.selection_bias)
+    passed = partial(eval_step, model.params, model.routing_state)
     nll, counts, stats = zip(*(jax.device_get(passed(model.put(batch))) for batch in batches), strict=True)
     mean = jax.tree.map(lambda *a: np.average(np.stack(a), axis=0, weights=counts), *stats)
     return float(sum(nll) / sum(counts)), mean, partial(passed, model.put(batches[0]))

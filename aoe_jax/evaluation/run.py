@@ -59,7 +59,7 @@ def _evaluate(model, workdir, split):
     check_data(workdir, corpus)
     eval_step = jax.jit(make_eval_step(model.decoder, config.data.document_mask), out_shardings=replicated(model.mesh))
     result = evaluate(
-        partial(eval_step, model.params, model.selection_bias),
+        partial(eval_step, model.params, model.routing_state),
         getattr(corpus, split),
         config.data.seq_len,
         config.train.batch_size // config.train.accumulate,

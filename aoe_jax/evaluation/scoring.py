@@ -132,7 +132,7 @@ class Scorer:
         model = self._model
         with jax.set_mesh(model.mesh):
             batch = put_batch(batch_sharding(model.mesh), arrays)
-            log_likelihood, greedy = jax.device_get(program(params, model.selection_bias, batch))
+            log_likelihood, greedy = jax.device_get(program(params, model.routing_state, batch))
         if not np.isfinite(log_likelihood).all():
             raise UserError(
                 "the model gives log-likelihoods that are not finite; its weights are damaged, or "
@@ -179,13 +179,13 @@ def _choices_arrays(groups, shape):
     }
 
 
-def score_texts(decoder: Decoder, params, selection_bias, batch):
+def score_texts(decoder: Decoder, params, routing_state, batch):
     """Reads whole texts.
 
     Args:
       decoder: the model; a static argument.
       params: of the decoder.
-      selection_bias: `[L, n]` or None.
+      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
       batch: `inputs` and `targets` `[B, S]` int32; `real`, where inputs are no padding, and `wanted`, which targets
         count, `[B, S]` bool.
 
@@ -193,17 +193,17 @@ def score_texts(decoder: Decoder, params, selection_bias, batch):
       `(log-likelihood of the wanted targets, whether each of them is the likeliest token)`, `[B]` float32 and bool.
     """
     real = batch["real"].astype(jnp.float32)
-    hidden, _ = decoder.apply({"params": params}, batch["inputs"], None, real, selection_bias, method="features")
+    hidden, _ = decoder.apply({"params": params}, batch["inputs"], None, real, routing_state, method="features")
     return _sums(params, hidden, batch)
 
 
-def score_choices(decoder: Decoder, params, selection_bias, batch):
+def score_choices(decoder: Decoder, params, routing_state, batch):
     """Reads contexts once, and then each of their continuations after them.
 
     Args:
       decoder: the model; a static argument.
       params: of the decoder, `decoding.unstacked`.
-      selection_bias: `[L, n]` or None.
+      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
       batch: `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, where they are no padding; `inputs`
         and `targets` `[C N, S]` int32, from the last token of a context on, and `wanted [C N, S]` bool.
 
@@ -213,9 +213,9 @@ def score_choices(decoder: Decoder, params, selection_bias, batch):
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape
     known = batch["known"].sum(axis=1, dtype=jnp.int32)
-    _, cache = prefill(decoder, params, selection_bias, batch["contexts"], known, length + end)
+    _, cache = prefill(decoder, params, routing_state, batch["contexts"], known, length + end)
     cache = jax.tree.map(lambda a: jnp.repeat(a, n_rows // n_contexts, axis=0), cache)
-    hidden, _ = extend(decoder, params, selection_bias, batch["inputs"], cache)
+    hidden, _ = extend(decoder, params, routing_state, batch["inputs"], cache)
     return _sums(params, hidden, batch)
 
 

@@ -98,7 +98,7 @@ def load_on_texts(model, texts, name, workdir: Path):
     eval_step = jax.jit(make_eval_step(model.decoder, document_mask=True), out_shardings=replicated(model.mesh))
     with jax.set_mesh(model.mesh):
         result = evaluate(
-            partial(eval_step, model.params, model.selection_bias),
+            partial(eval_step, model.params, model.routing_state),
             {name: TextTokens(texts, model.tokenizer)},
             config.data.seq_len,
             config.train.batch_size // config.train.accumulate,

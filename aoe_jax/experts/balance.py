@@ -19,9 +19,10 @@ class LayerStats(NamedTuple):
     confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
     mean_score: jax.Array  # [n], mean norm (AoE) or router logit of each expert (Fig. 4)
     score_spread: jax.Array  # [], mean over tokens of the standard deviation of the scores over experts
-    dropped_share: jax.Array | None = (
-        None  # [], share of the choices that found no room; None where there is always room
-    )
+    # [], share of the choices that found no room; None where there is always room
+    dropped_share: jax.Array | None = None
+    records: dict[str, jax.Array] | None = None  # of the selection method, see `selection.base.Choice`
+    per_token: dict[str, jax.Array] | None = None  # the same, values for every token
 
 
 def layer_stats(scores, balance_scores, assignment, token_weights, stride=1, total=lambda sums: sums):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.experts.selection import expert_capacity
+from aoe_jax.experts.selection.expert_choice import expert_capacity
 from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, weighted_product
 
 

@@ -10,7 +10,7 @@ t tokens of a device, d model width, n experts, R rows, r low rank (d_low), w ex
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,32 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
-from aoe_jax.experts import capacity, dispatch, parallel, scoring, selection
+from aoe_jax.experts import capacity, dispatch, parallel, scoring
 from aoe_jax.experts import transport as transports
 from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.experts.selection.assignment import SELECTION, weigh_chosen
+from aoe_jax.experts.selection.base import Given
 from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu, weighted_product
 
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
-
-# A selection method is one function from scores [t, n] to an Assignment; this is where it gets its settings, the token
-# weights [t] and the devices where tokens compete with each other, and the selection bias [n] (or None) of loss-free
-# balancing.
-SELECTIONS = {
-    "top_k": lambda c, devices, token_weights, bias: partial(
-        selection.top_k, k=c.top_k, gate=c.gate, bias=bias, jitter=c.router_jitter
-    ),
-    "top_p": lambda c, devices, token_weights, bias: partial(selection.top_p, threshold=c.top_p),
-    "expert_choice": lambda c, devices, token_weights, bias: _expert_choice(c, devices, token_weights),
-}
-
-
-def _expert_choice(c, devices, token_weights):
-    settings = {"capacity_factor": c.capacity_factor, "token_weights": token_weights}
-    if devices.total_size == 1:
-        return partial(selection.expert_choice, **settings)
-    return partial(selection.expert_choice_among, **settings, all_tokens=devices.all_tokens, own=devices.own_tokens)
 
 
 # The gates: (rows [R, d], round, groups, weights) -> (pre-activations [R, w], C [R, r] or None).
@@ -85,36 +70,56 @@ def _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, n_t
         return transport.combine(rows, round, n_tokens)
 
 
-class _ExpertsModule(nn.Module):
+class ExpertsModule(nn.Module):
     """What the layers share: tokens of any leading shape, float32 parameters cast to a dtype of computation, a pipeline."""
+
+    selects: ClassVar[bool] = True  # whether experts are chosen, by the method `config.selection`
+    causal: ClassVar[bool] = True  # whether a token depends on no later one, whatever the method
+    needs_key: ClassVar[bool] = False  # whether it draws at random in training, beside what the method draws
 
     config: ExpertsConfig
     dtype: Any = jnp.float32
     balance: BalanceConfig = BalanceConfig()
     recompute: bool = False  # model.remat="experts"
     transport: str = "ring"  # MeshConfig.transport
+    settings: Any = None  # the configuration group of the selection method, where it has one
+    training: bool = False
+
+    @property
+    def method(self):
+        """The selection method."""
+        return SELECTIONS[self.config.selection]
 
     @nn.compact
-    def __call__(self, x, token_weights=None, selection_bias=None):
+    def __call__(self, x, token_weights=None, routing_state=None):
         """Applies the layer, on the mesh in context where there is one (`jax.set_mesh`).
 
         Args:
           x: tokens `[..., d]`; on a mesh `[B, S, d]` or `[T, d]`.
           token_weights: `[...]`, 1 for a token that counts in the statistics and balance losses, 0 for padding; None: all.
-          selection_bias: `[n]` float32 of loss-free balancing, or None.
+          routing_state: of this layer, what its selection method has beside parameters, see `Selection.initial_state`;
+            None: that before training.
 
         Returns:
           `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With sparse scoring the statistics
           have a gradient only where `balance` has a loss.
         """
         weights = {name: self.param(name, init, shape) for name, (init, shape) in self.weights(x.shape[-1]).items()}
+        of_method = self.method.parameters(self.config, self.settings) if self.selects else {}
+        of_method = {name: self.param(name, init, shape) for name, (init, shape) in of_method.items()}
+        draws = self.training and (self.needs_key or (self.selects and self.method.needs_key))
+        key = self.make_rng("experts") if draws and not self.is_initializing() else None
         token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
 
-        def process(devices, x, token_weights, selection_bias, weights):
+        def process(devices, x, token_weights, of_layer, weights):
             devices = dataclasses.replace(devices, shape=x.shape[:-1])
             flat = x.reshape(-1, x.shape[-1])
-            y, stats = self.process(devices, flat, token_weights.reshape(-1), selection_bias, weights)
-            return y.reshape(x.shape), stats
+            state, parameters, key = of_layer
+            given = Given(
+                devices, token_weights.reshape(-1), self.settings, state, parameters, flat, key, self.training
+            )
+            y, stats, per_token = self.process(devices, flat, given, weights)
+            return y.reshape(x.shape), stats, jax.tree.map(lambda a: a.reshape(x.shape[:-1]), per_token)
 
         tokens = min(x.ndim - 1, 2)
         in_specs = (
@@ -123,25 +128,34 @@ class _ExpertsModule(nn.Module):
             PartitionSpec(),
             parallel.weight_specs(weights),
         )
-        out_specs = (parallel.token_spec(tokens, None), PartitionSpec())
+        out_specs = (parallel.token_spec(tokens, None), PartitionSpec(), parallel.token_spec(tokens))
         run = parallel.over_mesh(process, in_specs, out_specs, self.transport)
-        return run(x.astype(self.dtype), token_weights, selection_bias, weights)
+        if not routing_state and self.selects:
+            routing_state = self.method.initial_state(self.config, self.balance, self.settings, x.shape[-1])
+        of_layer = (routing_state or {}, of_method, key)
+        y, stats, per_token = run(x.astype(self.dtype), token_weights, of_layer, weights)
+        return y, stats._replace(per_token=per_token) if per_token else stats
 
-    def pipeline(self, devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
+    def choose(self, given, scores, balance_scores):
+        """The select and balance stations: `(Assignment, LayerStats, per-token values)`; arguments as in `pipeline`."""
+        with jax.named_scope("select"):
+            choice = self.method.choose(self.config, scores, given)
+        with jax.named_scope("balance"):
+            stride, total = self.balance.aux_stride, given.devices.total
+            stats = layer_stats(scores, balance_scores, choice.assignment, given.token_weights, stride, total)
+        return choice.assignment, stats._replace(records=choice.records), choice.per_token
+
+    def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
         """The stations after scoring; the kinds of expert differ in their gate.
 
         `x [t, d]`, `scores [t, n]`, `balance_scores` those of every stride-th token; `weights` are float32 parameters by
         name, pieces of those of this device's experts, `w_p` and `w_o` among them.
         """
         c = self.config
-        scores, balance_scores = (checkpoint_name(s, selection.SELECTION) for s in (scores, balance_scores))
-        with jax.named_scope("select"):
-            assignment = SELECTIONS[c.selection](c, devices, token_weights, selection_bias)(scores)
-        with jax.named_scope("balance"):
-            stride = self.balance.aux_stride
-            stats = layer_stats(scores, balance_scores, assignment, token_weights, stride, devices.total)
+        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
+        assignment, stats, per_token = self.choose(given, scores, balance_scores)
         with jax.named_scope("plan"):
-            rows_per_token = c.capacity_factor if c.selection == "expert_choice" else c.top_k
+            rows_per_token = self.method.experts_per_token(c) or c.top_k
             transport = transports.make_transport(
                 devices, c.n_experts, rows_per_token, x.shape[0], assignment.slots_per_token
             )
@@ -163,7 +177,7 @@ class _ExpertsModule(nn.Module):
                     norms = transport.slot_values(scoring.activation_norms(c_rows), round, n_slots)
                     of_round = partial(_norms_of_round, transport, n_slots)
                     norms = transports.sum_over_rounds(of_round, norms, n_rounds, plan, (x, w["w_down"]))
-                    slot_weight = selection.weigh_chosen(assignment, transport.complete(norms)).weight
+                    slot_weight = weigh_chosen(assignment, transport.complete(norms)).weight
             y = _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
             of_round = partial(_output_of_round, transport, gate)
             y = transports.sum_over_rounds(of_round, y, n_rounds, plan, (x, slot_weight, w))
@@ -171,7 +185,7 @@ class _ExpertsModule(nn.Module):
                 return transport.scatter(y)
 
         experts = self.economical(devices, experts)
-        return experts(x, assignment.weight, weights), stats
+        return experts(x, assignment.weight, weights), stats, per_token
 
     def economical(self, devices, experts):
         """The same function of arrays, which keeps for its backward pass what `model.remat` says."""
@@ -180,7 +194,7 @@ class _ExpertsModule(nn.Module):
         return devices.without_whole_weights(experts)
 
 
-class AoELayer(_ExpertsModule):
+class AoELayer(ExpertsModule):
     """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank activations, no router."""
 
     def weights(self, d):
@@ -189,15 +203,15 @@ class AoELayer(_ExpertsModule):
         shapes = {"w_down": (n, d, r), "w_up": (n, r, width), "w_p": (n, d, width), "w_o": (n, width, d)}
         return {name: (expert_init, shape) for name, shape in shapes.items()}
 
-    def process(self, devices, x, token_weights, selection_bias, weights):
-        """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
+    def process(self, devices, x, given, weights):
+        """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
         stride, operands, gate = self.balance.aux_stride, (x, weights["w_down"]), _low_rank_gate
         with jax.named_scope("score"):
             if self.config.sparse_scoring:
                 if not self.balance.has_loss:
                     operands = jax.lax.stop_gradient(operands)
                 scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
-            elif transports.is_local(devices, self.config.selection == "top_k") and devices.size("tensor") == 1:
+            elif transports.is_local(devices, self.method.all_slots_used) and devices.size("tensor") == 1:
 
                 def activations(x, w_down):
                     return scoring.low_rank_activations(x, devices.gather_weight("w_down", w_down, x.dtype))
@@ -213,10 +227,10 @@ class AoELayer(_ExpertsModule):
             else:  # the rows lie where the cache doesn't: their activations are computed again
                 (scores,) = devices.score(lambda x, w_down: (scoring.norms(x, w_down),), *operands)
                 balance_scores = scores[::stride]
-        return self.pipeline(devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights)
+        return self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
 
 
-class RouterLayer(_ExpertsModule):
+class RouterLayer(ExpertsModule):
     """Traditional mixture-of-experts layer (Algorithm 1), with Table 2's ablations: factorised gate, large router."""
 
     def weights(self, d):
@@ -234,8 +248,8 @@ class RouterLayer(_ExpertsModule):
             name: (expert_init, shape) for name, shape in experts.items()
         }
 
-    def process(self, devices, x, token_weights, selection_bias, weights):
-        """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
+    def process(self, devices, x, given, weights):
+        """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
         weights = dict(weights)
         w_router = weights.pop("w_router")
         with jax.named_scope("score"):
@@ -245,7 +259,7 @@ class RouterLayer(_ExpertsModule):
                 scores = scoring.router_logits(x, w_router)
         gate = _low_rank_gate if self.config.factorised_gate else whole_gate
         balance_scores = scores[:: self.balance.aux_stride]
-        return self.pipeline(devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights)
+        return self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
 
 
 class CapacityLayer(RouterLayer):
@@ -255,7 +269,7 @@ class CapacityLayer(RouterLayer):
     router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free balancing goes by.
     """
 
-    def pipeline(self, devices, x, token_weights, selection_bias, scores, balance_scores, gate, weights):
+    def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
         """The stations after scoring, arguments as in a router layer; the gate is whole.
 
         Raises:
@@ -264,24 +278,21 @@ class CapacityLayer(RouterLayer):
         if len(devices.shape) == 1 and devices.total_size > 1:
             raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
         c, length = self.config, devices.shape[-1]
-        scores, balance_scores = (checkpoint_name(s, selection.SELECTION) for s in (scores, balance_scores))
+        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
 
         def whole(a):
             """`[t, ...]` of a device as whole groups `[G, T, ...]`."""
             return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
 
+        assignment, stats, per_token = self.choose(given, scores, balance_scores)
         with jax.named_scope("select"):
-            assignment = SELECTIONS[c.selection](c, devices, token_weights, selection_bias)(scores)
             expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
-            expert = whole(jnp.where(token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
+            expert = whole(jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
             n_places = capacity.places_of_expert(expert.shape[1], c.n_experts, c.top_k, c.capacity_factor)
             places = capacity.capacity_assignment(expert, whole(weight), c.n_experts, n_places)
         with jax.named_scope("balance"):
-            stats = layer_stats(
-                scores, balance_scores, assignment, token_weights, self.balance.aux_stride, devices.total
-            )
             of_own = places.dropped.sum() / devices.size("tensor")  # whose devices all have the same groups
-            dropped, n_tokens = devices.total((of_own, token_weights.sum()))
+            dropped, n_tokens = devices.total((of_own, given.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
 
         def experts(x, places, weights):
@@ -290,11 +301,13 @@ class CapacityLayer(RouterLayer):
             y = capacity.capacity_experts(whole(x), places, n_places, w, devices.exchange)
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
-        return self.economical(devices, experts)(x, places, weights), stats
+        return self.economical(devices, experts)(x, places, weights), stats, per_token
 
 
-class DenseLayer(_ExpertsModule):
+class DenseLayer(ExpertsModule):
     """One SwiGLU of width `d_ffn` for every token: the baseline without experts. Its statistics are those of one expert."""
+
+    selects = False
 
     def weights(self, d):
         """name -> `(initializer, shape)`."""
@@ -302,8 +315,8 @@ class DenseLayer(_ExpertsModule):
         shapes = {"w_g": (d, width), "w_p": (d, width), "w_o": (width, d)}
         return {name: (matrix_init, shape) for name, shape in shapes.items()}
 
-    def process(self, devices, x, token_weights, selection_bias, weights):
-        """`x [t, d]`, `token_weights [t]` -> `([t, d], LayerStats)`."""
+    def process(self, devices, x, given, weights):
+        """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
 
         @jax.named_scope("experts")
         def expert(x, weights):
@@ -313,7 +326,7 @@ class DenseLayer(_ExpertsModule):
         y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
         one, zero = jnp.ones(1), jnp.zeros(())
         stats = LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
-        return devices.sum_scatter(y, "tensor"), stats
+        return devices.sum_scatter(y, "tensor"), stats, None
 
 
 LAYERS = {"aoe": AoELayer, "router": RouterLayer, "capacity": CapacityLayer, "dense": DenseLayer}

@@ -66,7 +66,7 @@ class ProbeLayer(RouterLayer):
     choose: Callable = by_router
     equal_weights: bool = False  # the chosen weigh 1 / K each; otherwise the softmax of their scores (Algorithm 2)
 
-    def process(self, devices, x, token_weights, selection_bias, weights):
+    def process(self, devices, x, given, weights):
         """As in `RouterLayer`."""
         weights, k = dict(weights), self.config.top_k
         with jax.named_scope("score"):
@@ -74,8 +74,8 @@ class ProbeLayer(RouterLayer):
             scores = self.choose(devices, x, logits, weights, self.dtype)
             chosen, routed = (jax.nn.one_hot(jax.lax.top_k(s, k)[1], s.shape[1]).sum(axis=1) for s in (scores, logits))
         in_common = (chosen * routed).sum(axis=1) / k
-        agreement = devices.total(jnp.sum(in_common * token_weights)) / devices.total(token_weights.sum())
+        agreement = devices.total(jnp.sum(in_common * given.token_weights)) / devices.total(given.token_weights.sum())
         scores = chosen if self.equal_weights else scores
         del weights["w_router"]
-        y, stats = self.pipeline(devices, x, token_weights, None, scores, scores, whole_gate, weights)
-        return y, (stats, agreement)
+        y, stats, _ = self.pipeline(devices, x, given, scores, scores, whole_gate, weights)
+        return y, (stats, agreement), None

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from aoe_jax.experts import dispatch
 from aoe_jax.experts.permute import permute
-from aoe_jax.experts.selection import Assignment
+from aoe_jax.experts.selection.assignment import Assignment
 
 ROW_BUFFER = 1.25
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from aoe_jax.formats.layout import PARAMETERS, Tensor
+from aoe_jax.formats.layout import PARAMETERS, ROUTING_STATE, Tensor
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ ARCHITECTURES = {
         class_name="AoEForCausalLM",
         tensors={
             path: (Tensor(f"{_LAYER}mlp.{'experts.' * axes.startswith('n ')}{path.rpartition('/')[2]}"),)
-            for path, axes in PARAMETERS.items()
-            if path.startswith(("layers/experts/", "layers/selection_bias"))
+            for path, axes in (PARAMETERS | ROUTING_STATE).items()
+            if path.startswith("layers/experts/") or path in ROUTING_STATE
         }
         | _DECODER
         | _NORM_BIASES

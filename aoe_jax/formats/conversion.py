@@ -49,7 +49,7 @@ def convert(checkpoint: Path, output: Path, d_low: int):
     reader = ModelReader(checkpoint, config)
     factors, shapes = _Factors(reader, d_low), parameter_shapes(converted)
     dtypes = {path: reader.dtype(_GATE if path in _FACTORS else path) for path in shapes}
-    if reader.has_selection_bias:
+    if "selection_bias" in reader.routing_state:
         log.warning("the selection bias of loss-free balancing goes with the router: it was made for its logits")
     if config.experts.gate != converted.experts.gate:
         log.warning("experts.gate=%r was made for logits around 0; the AoE has %r", "sparsemixer", "chosen")

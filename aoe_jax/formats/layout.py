@@ -38,7 +38,13 @@ PARAMETERS = {
     "layers/experts/w_g": "n d f",
     "layers/experts/w_p": "n d f",
     "layers/experts/w_o": "n f d",
+}
+
+# What selection methods have beside parameters, float32 in every model.
+ROUTING_STATE = {
     "layers/selection_bias": "n",
+    "layers/threshold": "n",
+    "layers/updates": "",
 }
 
 
@@ -76,12 +82,12 @@ class Place:
     @classmethod
     def of(cls, path: str, tensor: Tensor, shape: tuple[int, ...]):
         """Of a parameter with this shape, the axis of layers left out."""
-        return cls(tensor, dict(zip(PARAMETERS[path].split()[-len(shape) :], shape, strict=True)))
+        return cls(tensor, dict(zip((PARAMETERS | ROUTING_STATE)[path].split()[-len(shape) :], shape, strict=True)))
 
     @property
     def of_experts(self):
         """Whether the parameter has a matrix for each expert."""
-        return next(iter(self.sizes)) == "n" and len(self.sizes) > 1
+        return next(iter(self.sizes), None) == "n" and len(self.sizes) > 1
 
     @property
     def experts(self):

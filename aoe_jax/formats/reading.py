@@ -17,11 +17,11 @@ from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.architectures import ARCHITECTURES
 from aoe_jax.formats.configs import computed_fields, from_json
-from aoe_jax.formats.layout import Place, is_layered, parameter_path
+from aoe_jax.formats.layout import ROUTING_STATE, Place, is_layered, parameter_path
 from aoe_jax.formats.tensor_files import TensorFiles
 from aoe_jax.json_files import read_json
-from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import state_shardings
+from aoe_jax.model.decoder import Decoder, initial_routing_state
+from aoe_jax.sharding import replicated, state_shardings
 
 RUN_FILE = "aoe_jax.json"  # of a model that was exported: {"step": number, "config": the configuration of its run}
 _WANTED = "name a directory with a model's config.json and safetensors files"
@@ -119,13 +119,21 @@ class ModelReader:
         self._n_layers, self._architecture = config.model.n_layers, architecture
         self.abstract = abstract_parameters(config)
         shapes = _shapes(self.abstract)
-        bias = "layers/selection_bias"
-        if self._find(bias):
-            shapes[bias] = (config.model.n_layers, config.experts.n_experts)
-        self.has_selection_bias = bias in shapes
-        self.shapes = shapes
-        self._places = {path: self._place(path) for path in shapes}
+        self.routing_state = self._state_shapes(config)
+        self.shapes = shapes | {f"layers/{name}": shape for name, shape in self.routing_state.items()}
+        self._places = {path: self._place(path) for path in self.shapes}
         self._check()
+
+    def _state_shapes(self, config):
+        """Of the routing state: what the model's selection has, and what the files have beside it."""
+        state = jax.eval_shape(lambda: initial_routing_state(config))
+        sizes = {"n": config.experts.n_experts, "d": config.model.d_model}
+        found = {
+            path.removeprefix("layers/"): (config.model.n_layers, *(sizes[letter] for letter in axes.split()))
+            for path, axes in ROUTING_STATE.items()
+            if self._find(path)
+        }
+        return {name: a.shape for name, a in state.items()} | found
 
     def _find(self, path):
         """The layout that the files have of a parameter, or None."""
@@ -228,7 +236,8 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
       dtype: of the parameters; None: that of the files.
 
     Returns:
-      `(params, selection_bias)`: the tree of the decoder's parameters, and `[L, n]` float32 of loss-free balancing or None.
+      `(params, routing_state)`: the tree of the decoder's parameters, and what its selection has beside them, float32 arrays
+      `[L, ...]` by name.
 
     Raises:
       UserError: a file can't be read, or a tensor is missing, unknown, or has another shape or dtype than it should.
@@ -239,11 +248,11 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
         return _array(reader, parameter_path(path), a.shape, sharding, dtype)
 
     params = jax.tree_util.tree_map_with_path(array, reader.abstract, state_shardings(mesh, reader.abstract))
-    if not reader.has_selection_bias:
-        return params, None
-    shape = reader.shapes["layers/selection_bias"]
-    sharding = state_shardings(mesh, jax.ShapeDtypeStruct(shape, jnp.float32))
-    return params, _array(reader, "layers/selection_bias", shape, sharding, jnp.float32)
+    state = {
+        name: _array(reader, f"layers/{name}", shape, replicated(mesh), jnp.float32)
+        for name, shape in reader.routing_state.items()
+    }
+    return params, state
 
 
 def _array(reader, path, shape, sharding, dtype):

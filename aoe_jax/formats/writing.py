@@ -14,7 +14,7 @@ import numpy as np
 
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.formats.architectures import ARCHITECTURES
-from aoe_jax.formats.layout import Place, is_layered, parameter_path
+from aoe_jax.formats.layout import ROUTING_STATE, Place, is_layered, parameter_path
 from aoe_jax.formats.tensor_files import SHARD_BYTES, write_tensors
 from aoe_jax.json_files import sync, write_json
 
@@ -106,13 +106,11 @@ def _tensors(order, places, parameter):
             yield place.to_file(whole if expert is None else whole[expert])
 
 
-def write_arrays(directory: Path, values: dict, params: dict, selection_bias: jax.Array | None, dtype: str):
+def write_arrays(directory: Path, values: dict, params: dict, routing_state: dict, dtype: str):
     """Writes a model that lies on devices, as `write_model` does; parameters are cast to `dtype` there."""
     arrays = {parameter_path(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
-    if selection_bias is not None:
-        arrays["layers/selection_bias"] = selection_bias
-
-    dtypes = {path: jnp.dtype("float32" if path == "layers/selection_bias" else dtype) for path in arrays}
+    arrays |= {f"layers/{name}": a for name, a in routing_state.items()}
+    dtypes = {path: jnp.dtype("float32" if path in ROUTING_STATE else dtype) for path in arrays}
 
     def parameter(path, layer):
         return jax.device_get(_part(arrays[path], layer, dtypes[path]))

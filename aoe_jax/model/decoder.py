@@ -3,6 +3,8 @@
 B sequences, S positions, L layers, d model width, V vocabulary, n experts.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.parallel import embed
-from aoe_jax.experts.selection import SELECTION
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.experts.selection.assignment import SELECTION
 from aoe_jax.model.attention import Attention
 
 # Computed again in the backward pass, which would else keep several float32 copies of its input.
@@ -31,6 +34,8 @@ class DecoderLayer(nn.Module):
     experts: ExpertsConfig
     balance: BalanceConfig
     transport: str
+    method_settings: Any
+    training: bool
 
     def setup(self):
         """Makes the modules."""
@@ -42,28 +47,29 @@ class DecoderLayer(nn.Module):
         """A layer of experts of a class of `experts.layer`, with the settings of this one."""
         recompute = self.model.remat == "experts"
         dtype = jnp.dtype(self.model.dtype)
-        return kind(self.experts, dtype, self.balance, recompute, self.transport, **settings)
+        of_method = {"settings": self.method_settings, "training": self.training}
+        return kind(self.experts, dtype, self.balance, recompute, self.transport, **of_method, **settings)
 
-    def __call__(self, x, segment_ids, token_weights, selection_bias):
+    def __call__(self, x, segment_ids, token_weights, routing_state):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x), segment_ids)
-        return self._through_experts(x, token_weights, selection_bias)
+        return self._through_experts(x, token_weights, routing_state)
 
-    def prefill(self, x, selection_bias):
+    def prefill(self, x, routing_state):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
         with jax.named_scope("attention"):
             y, cache = self.attention.prefill(self.attention_norm(x))
-        return self._through_experts(x + y, None, selection_bias)[0], cache
+        return self._through_experts(x + y, None, routing_state)[0], cache
 
-    def extend(self, x, cache, n_past, selection_bias):
+    def extend(self, x, cache, n_past, routing_state):
         """`x [B, S, d]` after what is in a cache -> `([B, S, d], cache)`, see `Attention.extend`."""
         with jax.named_scope("attention"):
             y, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
-        return self._through_experts(x + y, None, selection_bias)[0], cache
+        return self._through_experts(x + y, None, routing_state)[0], cache
 
-    def _through_experts(self, x, token_weights, selection_bias):
-        y, stats = self.experts_layer(self.experts_norm(x), token_weights, selection_bias)
+    def _through_experts(self, x, token_weights, routing_state):
+        y, stats = self.experts_layer(self.experts_norm(x), token_weights, routing_state)
         return x + y, stats
 
 
@@ -76,11 +82,15 @@ class Decoder(nn.Module):
     experts: ExpertsConfig
     balance: BalanceConfig = BalanceConfig()
     transport: str = "ring"
+    settings: Any = None  # the configuration group of the selection method, where it has one
+    training: bool = False  # whether layers behave as in training where that differs
 
     @classmethod
-    def from_config(cls, config: Config):
+    def from_config(cls, config: Config, training=False):
         """The decoder of a whole configuration."""
-        return cls(config.model, config.experts, config.balance, config.mesh.transport)
+        return cls(
+            config.model, config.experts, config.balance, config.mesh.transport, config.method_settings, training
+        )
 
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
@@ -96,37 +106,47 @@ class Decoder(nn.Module):
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "experts": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.n_layers,
             unroll=c.unroll,
-        )(c, self.experts, self.balance, self.transport)
+        )(c, self.experts, self.balance, self.transport, self.settings, self.training)
         self.final_norm = make_norm(c)
         if c.output_bias:
             self.output_bias = self.param("output_bias", nn.initializers.zeros_init(), (c.vocab_size,))
 
-    def features(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
+    def features(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
         """Everything but the output projection.
 
         Args:
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers to attend within, or None.
           token_weights: `[B, S]`, 0 for padding, which then counts in no statistic; None: all count.
-          selection_bias: `[L, n]` float32 of loss-free balancing, or None.
+          routing_state: what the selection method has beside parameters, arrays `[L, ...]` by name; None: that
+            before training.
 
         Returns:
           `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over layers.
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
-        x, stats = self.layers(x, segment_ids, token_weights, selection_bias)
+        x, stats = self.layers(x, segment_ids, token_weights, routing_state)
         return self.final_norm(x), stats
 
-    def __call__(self, tokens, segment_ids=None, token_weights=None, selection_bias=None):
+    def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
         """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; arguments as in `features`."""
-        hidden, stats = self.features(tokens, segment_ids, token_weights, selection_bias)
+        hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
         return logits(hidden, table, self.output_bias if self.model.output_bias else None), stats
+
+
+def initial_routing_state(config: Config):
+    """What the selection method has beside parameters before the first step, `[L, ...]` by name."""
+    if not LAYERS[config.experts.kind].selects:
+        return {}
+    method, d = SELECTIONS[config.experts.selection], config.model.d_model
+    of_layer = method.initial_state(config.experts, config.balance, config.method_settings, d)
+    return {name: jnp.broadcast_to(a, (config.model.n_layers, *a.shape)) for name, a in of_layer.items()}
 
 
 def output_projection(params):

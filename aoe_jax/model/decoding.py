@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
+from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.parallel import embed
+from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder, logits, make_norm, output_projection
 from aoe_jax.sharding import state_shardings
 
@@ -34,10 +36,12 @@ def check_decodes(decoder: Decoder):
     Raises:
       UserError: it does.
     """
-    if decoder.experts.selection == "expert_choice" and decoder.experts.kind != "dense":
+    name = decoder.experts.selection
+    method = SELECTIONS[name]
+    if not method.causal and LAYERS[decoder.experts.kind].selects:
         raise UserError(
-            "config.experts.selection='expert_choice': can't go token by token, for which tokens an expert takes depends on "
-            "all tokens of the batch, later ones included; use a model of a token-choice selection, top_k or top_p"
+            f"config.experts.selection={name!r}: can't go token by token, for {method.not_causal_because}; use a model of a "
+            "token-choice selection, such as top_k"
         )
     if decoder.experts.kind == "capacity":
         raise UserError(
@@ -61,13 +65,13 @@ def unstacked(decoder: Decoder, params, mesh):
     return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(params)
 
 
-def prefill(decoder: Decoder, params, selection_bias, tokens, length, places):
+def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
     """Reads the beginnings of sequences.
 
     Args:
       decoder: the model.
       params: `unstacked`.
-      selection_bias: `[L, n]` of loss-free balancing, or None.
+      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
       tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
       length: `[B]` int32, from 1 to S.
       places: M of the cache, at least S.
@@ -76,14 +80,14 @@ def prefill(decoder: Decoder, params, selection_bias, tokens, length, places):
       `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
     """
     x, layers = _embed(decoder, params, tokens), []
-    for layer in _layers(decoder, params, selection_bias):
+    for layer in _layers(decoder, params, routing_state):
         x, cache = layer(x, method="prefill")
         layers.append(tuple(_with_places(a, places) for a in cache))
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
     return output_logits(params, _normed(decoder, params, last))[:, 0], Cache(tuple(layers), length)
 
 
-def extend(decoder: Decoder, params, selection_bias, tokens, cache):
+def extend(decoder: Decoder, params, routing_state, tokens, cache):
     """Reads more of sequences whose beginnings are in a cache.
 
     Args:
@@ -95,7 +99,7 @@ def extend(decoder: Decoder, params, selection_bias, tokens, cache):
     """
     n_tokens = tokens.shape[1]
     x, layers = _embed(decoder, params, tokens), []
-    for layer, kept in zip(_layers(decoder, params, selection_bias), cache.layers, strict=True):
+    for layer, kept in zip(_layers(decoder, params, routing_state), cache.layers, strict=True):
         x, kept = layer(x, kept, cache.length, method="extend")
         layers.append(kept)
     return _normed(decoder, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
@@ -113,13 +117,15 @@ def _embed(decoder, params, tokens):
     return embed(params["embed"]["embedding"], tokens, jnp.dtype(decoder.model.dtype))
 
 
-def _layers(decoder, params, selection_bias):
-    """Of each layer a function: its arguments but the selection bias, which comes last, and the method."""
-    layer = decoder.Layer(decoder.model, decoder.experts, decoder.balance, decoder.transport)
+def _layers(decoder, params, routing_state):
+    """Of each layer a function: its arguments but the routing state, which comes last, and the method."""
+    layer = decoder.Layer(
+        decoder.model, decoder.experts, decoder.balance, decoder.transport, decoder.settings, training=False
+    )
     for i in range(decoder.model.n_layers):
-        bias = None if selection_bias is None else selection_bias[i]
-        yield lambda *args, method, i=i, bias=bias: layer.apply(
-            {"params": params[f"layer_{i}"]}, *args, bias, method=method
+        state = jax.tree.map(lambda a, i=i: a[i], routing_state)
+        yield lambda *args, method, i=i, state=state: layer.apply(
+            {"params": params[f"layer_{i}"]}, *args, state, method=method
         )
 
 

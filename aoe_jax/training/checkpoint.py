@@ -229,20 +229,21 @@ class Checkpoints:
         self._manager.reload()
 
     def restore_model(self, step, abstract_state):
-        """What evaluation needs of a state: `(params, selection_bias)`.
+        """What evaluation needs of a state: `(params, routing_state)`.
 
         Raises:
           UserError: the checkpoint can't be read, or holds another model.
         """
-        wanted = {"params": abstract_state.params, "selection_bias": abstract_state.selection_bias}
-        wanted = {name: abstract for name, abstract in wanted.items() if abstract is not None}
+        wanted = {"params": abstract_state.params}
+        if abstract_state.routing_state:
+            wanted["routing_state"] = abstract_state.routing_state
         try:
             model, _ = self._read(step, wanted)
         except Damaged as e:
             others = [other for other in self.steps() if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
             raise UserError(f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}") from e
-        return model["params"], model.get("selection_bias")
+        return model["params"], model.get("routing_state", {})
 
     def _read(self, step, wanted):
         """The arrays that `wanted` describes and what was saved with them.

@@ -167,7 +167,7 @@ class _Run:
         try:
             with self.telemetry.clock("evaluation"):
                 result = evaluate(
-                    partial(self.eval_step, state.params, state.selection_bias),
+                    partial(self.eval_step, state.params, state.routing_state),
                     self.corpus.validation,
                     self.config.data.seq_len,
                     train.batch_size // train.accumulate,

@@ -13,6 +13,7 @@ from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import CHOICE, computed_fields
 from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.training.optimizer import make_optimizer
 from aoe_jax.training.step import TrainState
 
@@ -33,7 +34,7 @@ def check_start(config: Config):
 
 
 def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
-    """The state before the first step, with float32 parameters and the selection bias of a model, the rest anew.
+    """The state before the first step, with float32 parameters and the routing state of a model, the rest anew.
 
     Args:
       config: of the run, after `check_start`; `train.init_from` is the directory of the model, as `formats.reading` takes
@@ -43,34 +44,37 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
       tokenizer: the file of the tokenizer of its corpora.
 
     Raises:
-      UserError: in every process if in one: the model can't be read, is of another tokenizer, or has a selection bias
-        that the run has no use for.
+      UserError: in every process if in one: the model can't be read, is of another tokenizer, or has a routing
+        state that the run has no use for.
     """
     problem = None
     try:
-        params, bias = _loaded(config, mesh, tokenizer)
+        params, routing_state = _loaded(config, mesh, tokenizer)
     except (UserError, OSError, ValueError) as e:  # whatever is wrong here, the others wait for this process below
         problem = e
     if not all_agree(problem is None):
         what = problem or "another process can't start from it"
         raise UserError(f"config.train.init_from={config.train.init_from!r}: {what}") from problem
 
-    def state(params, bias):
+    def state(params, routing_state):
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, params, bias, make_optimizer(config.train).init(params))
+        return TrainState(zero, zero, params, routing_state, make_optimizer(config.train).init(params))
 
-    return jax.jit(state, out_shardings=shardings, donate_argnums=(0, 1))(params, bias)
+    return jax.jit(state, out_shardings=shardings, donate_argnums=(0, 1))(params, routing_state)
 
 
 def _loaded(config, mesh, tokenizer):
     directory = Path(config.train.init_from)
     _check_tokenizer(saved_tokenizer(directory), tokenizer)
-    params, bias = load_params(directory, config, mesh, jnp.float32)
-    if config.balance.bias_rate == 0 and bias is not None:
-        raise UserError("the model has a selection bias of loss-free balancing; set balance.bias_rate")
-    if config.balance.bias_rate and bias is None:
-        bias = jnp.zeros((config.model.n_layers, config.experts.n_experts))
-    return params, bias
+    params, routing_state = load_params(directory, config, mesh, jnp.float32)
+    wanted = initial_routing_state(config)
+    for name in routing_state:
+        if name not in wanted:
+            raise UserError(
+                f"the model has a {name.replace('_', ' ')}, which the run has no use for; set experts.selection="
+                f"{config.experts.selection!r} and balance.bias_rate={config.balance.bias_rate} as in its own training"
+            )
+    return params, wanted | routing_state
 
 
 def _check_architecture(directory, model, config):

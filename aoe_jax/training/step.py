@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from aoe_jax.config import Config
-from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread, updated_bias
+from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread
+from aoe_jax.experts.layer import LAYERS
 from aoe_jax.experts.parallel import sum_over_tokens
-from aoe_jax.model.decoder import Decoder, output_projection
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.model.decoder import Decoder, initial_routing_state, output_projection
 from aoe_jax.model.loss import cross_entropy
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -25,7 +27,7 @@ class TrainState:
     step: jax.Array  # [] int32, steps done
     skipped: jax.Array  # [] int32, steps among them that updated nothing, for their loss or gradient wasn't finite
     params: dict
-    selection_bias: jax.Array | None  # [L, n] float32, where `balance.bias_rate` asks for loss-free balancing
+    routing_state: dict  # arrays [L, ...] by name, what the selection method has beside parameters
     opt_state: optax.OptState
 
 
@@ -33,21 +35,21 @@ def init_state(config: Config, seed):
     """The state before the first step; jit it with output shardings, so that nothing passes through the host."""
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)  # one that the mesh divides
     params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
-    bias = jnp.zeros((config.model.n_layers, config.experts.n_experts)) if config.balance.bias_rate else None
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, bias, make_optimizer(config.train).init(params))
+    return TrainState(zero, zero, params, initial_routing_state(config), make_optimizer(config.train).init(params))
 
 
-def sequence_nll(decoder: Decoder, params, selection_bias, batch, document_mask):
+def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask, key=None):
     """Sum of the negative log-likelihood over a batch's targets, in nats.
 
     Args:
       decoder: the model.
       params: its parameters.
-      selection_bias: `[L, n]` of loss-free balancing, or None.
+      routing_state: of the selection method, arrays `[L, ...]` by name.
       batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts in no statistic and
         takes no place in expert choice; and `weights` `[B, S]` float32, what each target counts in the sum.
       document_mask: whether to attend within documents only.
+      key: for what layers draw at random in training, or None.
 
     Returns:
       `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
@@ -55,7 +57,13 @@ def sequence_nll(decoder: Decoder, params, selection_bias, batch, document_mask)
     segment_ids = batch["segment_ids"] if document_mask else None
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
     hidden, stats = decoder.apply(
-        {"params": params}, batch["inputs"], segment_ids, token_weights, selection_bias, method="features"
+        {"params": params},
+        batch["inputs"],
+        segment_ids,
+        token_weights,
+        routing_state,
+        rngs=None if key is None else {"experts": key},
+        method="features",
     )
     with jax.named_scope("loss"):
         projection = output_projection(params)
@@ -63,20 +71,24 @@ def sequence_nll(decoder: Decoder, params, selection_bias, batch, document_mask)
     return nll, stats
 
 
-def training_loss(config: Config, params, selection_bias, batch, total_weight=None):
+def training_loss(config: Config, params, routing_state, batch, key, total_weight=None):
     """Mean nll plus the balance losses, and what is reported of them.
 
     The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`.
     """
-    decoder, document_mask = Decoder.from_config(config), config.data.document_mask
-    nll, stats = sequence_nll(decoder, params, selection_bias, batch, document_mask)
+    decoder, document_mask = Decoder.from_config(config, training=True), config.data.document_mask
+    nll, stats = sequence_nll(decoder, params, routing_state, batch, document_mask, key)
     nll = nll / jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
     with jax.named_scope("balance"):
         aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
         confidence_entropy = stats.confidence_entropy.mean()
+        of_method = _method_losses(config, stats, routing_state, batch)
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
+    loss += sum(weight * value for weight, value in of_method.values())
     dropped = {} if stats.dropped_share is None else {"dropped_share": stats.dropped_share}
-    return loss, dropped | {
+    reported = {name: value for name, (_, value) in of_method.items()}
+    return loss, dropped | reported | {
+        "stats": stats._replace(per_token=None),
         "loss": loss,
         "nll": nll,
         "aux_loss": aux_loss,
@@ -89,20 +101,30 @@ def training_loss(config: Config, params, selection_bias, batch, total_weight=No
     }
 
 
+def _method_losses(config, stats, routing_state, batch):
+    if not LAYERS[config.experts.kind].selects:
+        return {}
+    token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+    method = SELECTIONS[config.experts.selection]
+    return method.losses(config, stats, stats.per_token, routing_state, token_weights)
+
+
 def make_train_step(config: Config):
     """`(state, batch) -> (state, metrics)`; gradients are averaged over `train.accumulate` micro-batches.
 
-    Where the loss or the gradient isn't finite, the step counts, for the schedule as well, but parameters, moments and
-    selection bias stay as they were.
+    Where the loss or the gradient isn't finite, the step counts, for the schedule as well, but parameters, moments and the
+    state of routing stay as they were.
     """
     optimizer = make_optimizer(config.train)
     schedule = learning_rate_schedule(config.train)
     n_micro = config.train.accumulate
     gradient = jax.grad(partial(training_loss, config), has_aux=True)
 
-    def mean_gradient(params, bias, batch):
+    method = SELECTIONS[config.experts.selection] if LAYERS[config.experts.kind].selects else None
+
+    def mean_gradient(params, routing_state, batch, key):
         if n_micro == 1:
-            return gradient(params, bias, batch)
+            return gradient(params, routing_state, batch, key)
         # Every n-th sequence, so that each device has its share of each micro-batch.
         micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -110,15 +132,19 @@ def make_train_step(config: Config):
             batch["weights"].sum() / n_micro
         )  # so that a target counts the same in whichever micro-batch it is
 
-        def add(total, micro_batch):
-            grads, metrics = gradient(params, bias, micro_batch, mean_weight)
+        def add(total, numbered):
+            number, micro_batch = numbered
+            own_key = jax.random.fold_in(key, number)
+            grads, metrics = gradient(params, routing_state, micro_batch, own_key, mean_weight)
             return jax.tree.map(lambda t, g: t + g / n_micro, total, grads), metrics
 
-        grads, metrics = jax.lax.scan(add, zeros, micro)
+        grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(n_micro), micro))
         return grads, jax.tree.map(lambda m: m.mean(axis=0), metrics)
 
     def train_step(state, batch):
-        grads, metrics = mean_gradient(state.params, state.selection_bias, batch)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        grads, metrics = mean_gradient(state.params, state.routing_state, batch, key)
+        stats = metrics.pop("stats")
         with jax.named_scope("update"):
             grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
@@ -134,11 +160,10 @@ def make_train_step(config: Config):
             params = updated(optax.apply_updates(state.params, updates), state.params)
             opt_state = updated(opt_state, state.opt_state)
             metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(params)}
-        bias = state.selection_bias
-        if bias is not None:
+        routing_state = state.routing_state
+        if routing_state:
             with jax.named_scope("balance"):
-                new_bias = updated_bias(bias, metrics["load"], metrics["score_spread"], config.balance.bias_rate)
-                bias = updated(new_bias, bias)
+                routing_state = updated(method.next_state(config, routing_state, stats), routing_state)
         skipped = state.skipped + ~finite
         metrics |= {
             "grad_norm": grad_norm,  # before clipping
@@ -146,6 +171,6 @@ def make_train_step(config: Config):
             "finite": finite,
             "skipped": skipped,
         }
-        return TrainState(state.step + 1, skipped, params, bias, opt_state), metrics
+        return TrainState(state.step + 1, skipped, params, routing_state, opt_state), metrics
 
     return train_step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts import selection
+from aoe_jax.experts.selection.top_k import top_k
 from benchmarks import approximate_scores as methods_of
 from benchmarks.approximate_scores import agreement, choice_scores, relative_cost
 
@@ -33,8 +33,7 @@ def scores_of(method, problem, bias=None):
 
 def overlap_with_exact(method, problem, bias=None):
     exact, found = (
-        selection.top_k(scores_of(m, problem, bias), K, bias=bias).expert.reshape(T, K)
-        for m in (methods_of.exact(), method)
+        top_k(scores_of(m, problem, bias), K, bias=bias).expert.reshape(T, K) for m in (methods_of.exact(), method)
     )
     return float(agreement(exact, found)[0].mean())
 
@@ -100,7 +99,7 @@ def test_bias_takes_part_in_both_stages(problem):
     """An expert that only the bias puts among the first K is a candidate, and is chosen."""
     bias = jnp.zeros(N).at[5].set(1e3)
     method = methods_of.principal(R, 4, 2)
-    chosen = selection.top_k(scores_of(method, problem, bias), K, bias=bias).expert.reshape(T, K)
+    chosen = top_k(scores_of(method, problem, bias), K, bias=bias).expert.reshape(T, K)
     assert (chosen == 5).any(axis=1).all() and overlap_with_exact(method, problem, bias) > 1 / K
 
 

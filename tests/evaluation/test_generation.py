@@ -71,7 +71,7 @@ def by_full_passes(kind, n_tokens):
     for _ in range(n_tokens):
         # What comes after a position doesn't matter: one shape for all.
         padded = np.array([row + [0] * (96 - len(row)) for row in tokens], np.int32)
-        logits = apply({"params": there.params}, padded, None, None, there.selection_bias)[0]
+        logits = apply({"params": there.params}, padded, None, None, there.routing_state)[0]
         for row, row_logits in zip(tokens, logits, strict=True):
             row.append(int(row_logits[len(row) - 1].argmax()))
     continuations = [row[len(prompt) :] for row, prompt in zip(tokens, prompts(), strict=True)]
@@ -103,7 +103,7 @@ def test_in_bfloat16_each_token_is_about_the_likeliest_of_the_full_pass():
     tokens = np.zeros((5, 96), np.int32)
     for row, prompt, new in zip(tokens, prompts(), found, strict=True):
         row[: len(prompt) + len(new)] = [*prompt, *new]
-    logits = jax.jit(coarse.decoder.apply)({"params": there.params}, tokens, None, None, there.selection_bias)[0]
+    logits = jax.jit(coarse.decoder.apply)({"params": there.params}, tokens, None, None, there.routing_state)[0]
     spread = float(logits.std())
     short_of = [
         float(row[len(prompt) - 1 + i].max() - row[len(prompt) - 1 + i, token]) / spread

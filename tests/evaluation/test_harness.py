@@ -56,7 +56,7 @@ def hf_backend(folder):
     model = router_model()
     model.tokenizer.save(folder)
     values = to_json(model.config) | write_tokenizer(folder, folder / "model", model.config.model.max_len)
-    write_arrays(folder / "model", values, model.params, None, "float32")
+    write_arrays(folder / "model", values, model.params, {}, "float32")
     return HFLM(str(folder / "model"), backend="causal", device="cpu", dtype="float32", batch_size=4)
 
 

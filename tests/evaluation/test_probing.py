@@ -52,7 +52,7 @@ def test_a_choice_by_a_selection_bias_is_refused():
     model = make_model(make_config(experts__kind="router"))
     probing.check_probes(model)
     with pytest.raises(UserError, match=r"config\.balance\.bias_rate: .*probe a model without one"):
-        probing.check_probes(dataclasses.replace(model, selection_bias=np.zeros((2, 4), np.float32)))
+        probing.check_probes(dataclasses.replace(model, routing_state={"selection_bias": np.zeros((2, 4), np.float32)}))
 
 
 def test_what_has_no_router(tmp_path):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from aoe_jax.experts.balance import balance_loss, layer_stats, load_entropy, load_spread, updated_bias
-from aoe_jax.experts.selection import expert_choice, top_k, top_p
+from aoe_jax.experts.selection.expert_choice import expert_choice
+from aoe_jax.experts.selection.top_k import top_k
+from aoe_jax.experts.selection.top_p import top_p
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])

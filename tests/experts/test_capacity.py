@@ -187,7 +187,9 @@ def test_padding_takes_no_place(x64):
 
 def test_a_selection_bias_moves_the_choice(x64):
     layer, _, params, x = make(1.0, top_k=1)
-    stats = jax.jit(layer.apply)({"params": params}, x, selection_bias=jnp.array([0.0, 0, 0, 100, 0]))[1]
+    stats = jax.jit(layer.apply)(
+        {"params": params}, x, routing_state={"selection_bias": jnp.array([0.0, 0, 0, 100, 0])}
+    )[1]
     assert stats.load[3] == 1
     np.testing.assert_allclose(stats.dropped_share, 1 - places_of_expert(TOKENS, EXPERTS, 1, 1.0) / TOKENS, atol=1e-12)
 

@@ -8,7 +8,9 @@ import pytest
 from aoe_jax.experts import dispatch as station
 from aoe_jax.experts.dispatch import combine, dispatch, plan_rows, row_values, slot_values, take_activations
 from aoe_jax.experts.permute import NOWHERE
-from aoe_jax.experts.selection import expert_choice, top_k, top_p
+from aoe_jax.experts.selection.expert_choice import expert_choice
+from aoe_jax.experts.selection.top_k import top_k
+from aoe_jax.experts.selection.top_p import top_p
 
 SELECTIONS = {
     "top_k": lambda s: top_k(s, 2),

@@ -11,9 +11,10 @@ import pytest
 
 from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config import BalanceConfig, ExpertsConfig
-from aoe_jax.experts import reference, selection
+from aoe_jax.experts import reference
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.selection.expert_choice import expert_capacity
 
 pytestmark = pytest.mark.smoke
 
@@ -43,7 +44,7 @@ def reference_weights(config, p):
     if config.selection == "top_p":
         return reference.top_p_weights(p, config.top_p)
     if config.selection == "expert_choice":
-        return reference.expert_choice_weights(p, selection.expert_capacity(*p.shape, config.capacity_factor))
+        return reference.expert_choice_weights(p, expert_capacity(*p.shape, config.capacity_factor))
     raise ValueError(f"the reference has no selection {config.selection}")
 
 
@@ -173,7 +174,7 @@ def test_sparse_scoring_keeps_no_cache():
 def test_selection_bias_chooses_and_does_not_weigh(x64, kind, gate):
     layer, params, x = make(kind, gate=gate)
     bias = jnp.array([0.0, -50, 0, 50, 0])
-    y, stats = jax.jit(layer.apply)({"params": params}, x, selection_bias=bias)
+    y, stats = jax.jit(layer.apply)({"params": params}, x, routing_state={"selection_bias": bias})
     assert float(stats.load[3]) == 1 and float(stats.load[1]) == 0
     p = reference.aoe_scores(x, params["w_down"]) if kind == "aoe" else x @ params["w_router"]
     chosen = jnp.argsort(-(p + bias), axis=1)[:, :2]

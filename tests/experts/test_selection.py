@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.selection import expert_capacity, expert_choice, sparsemixer_weights, top_k, top_p
+from aoe_jax.experts.selection.expert_choice import expert_capacity, expert_choice
+from aoe_jax.experts.selection.top_k import sparsemixer_weights, top_k
+from aoe_jax.experts.selection.top_p import top_p
 
 pytestmark = pytest.mark.smoke
 

@@ -95,10 +95,10 @@ def logits_here(directory, tokens=TOKENS, **mesh):
     config = fill_mesh(config, n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
     with jax.set_mesh(mesh):
-        params, bias = load_params(directory, config, mesh)
+        params, routing_state = load_params(directory, config, mesh)
         decoder = Decoder.from_config(config)
-        apply = jax.jit(lambda params, bias: decoder.apply({"params": params}, tokens, selection_bias=bias)[0])
-        return np.asarray(apply(params, bias))
+        apply = jax.jit(lambda params, state: decoder.apply({"params": params}, tokens, routing_state=state)[0])
+        return np.asarray(apply(params, routing_state))
 
 
 def logits_there(directory, tokens=TOKENS):

@@ -34,7 +34,7 @@ def batches():
 
 def state_of(value, biased=True):
     params = {"kernel": jnp.full((SIZE,), value, jnp.float32), "scale": jnp.full((3,), value, jnp.bfloat16)}
-    bias = jnp.full((2, 4), value, jnp.float32) if biased else None
+    bias = {"selection_bias": jnp.full((2, 4), value, jnp.float32)} if biased else {}
     moments = {"mu": jnp.full((5,), value, jnp.float32)}
     return jax.device_put(TrainState(jnp.int32(value), jnp.int32(0), params, bias, moments), SHARDING)
 
@@ -106,10 +106,10 @@ def test_state_may_be_donated_while_it_is_saved(saved, tmp_path, number):
 
 
 def test_what_evaluation_needs(saved):
-    params, bias = Checkpoints(saved[0]).restore_model(4, ABSTRACT)
+    params, routing_state = Checkpoints(saved[0]).restore_model(4, ABSTRACT)
     assert params.keys() == {"kernel", "scale"}
     np.testing.assert_array_equal(params["kernel"], 4)
-    np.testing.assert_array_equal(bias, np.full((2, 4), 4))
+    np.testing.assert_array_equal(routing_state["selection_bias"], np.full((2, 4), 4))
 
 
 def test_state_without_a_selection_bias(tmp_path):
@@ -117,10 +117,10 @@ def test_state_without_a_selection_bias(tmp_path):
     checkpoints.save(1, state_of(1, biased=False), {"next_index": 0}, Progress(1, 1, True))
     checkpoints.close()
     wanted = abstract(state_of(0, biased=False))
-    params, bias = Checkpoints(tmp_path).restore_model(1, wanted)
+    params, routing_state = Checkpoints(tmp_path).restore_model(1, wanted)
     np.testing.assert_array_equal(params["kernel"], 1)
-    assert bias is None
-    assert Checkpoints(tmp_path).restore_newest(wanted, batches())[1].selection_bias is None
+    assert routing_state == {}
+    assert Checkpoints(tmp_path).restore_newest(wanted, batches())[1].routing_state == {}
 
 
 def test_when(saved):
@@ -259,7 +259,7 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
         caplog.clear()
         step, state, progress = Checkpoints(workdir).restore_newest(ABSTRACT, batches())
         assert step == progress.loss == state.step, name
-        for array in jax.tree.leaves((state.params, state.selection_bias, state.opt_state)):
+        for array in jax.tree.leaves((state.params, state.routing_state, state.opt_state)):
             np.testing.assert_array_equal(array, step)
         if step == 4:
             aside += 1

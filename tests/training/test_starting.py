@@ -43,14 +43,14 @@ def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
     state = first_state(directory, tokenizer, mesh, **changes)
     expected = jax.tree.map(lambda a: np.asarray(a.astype("bfloat16").astype("float32")), params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), expected)
-    np.testing.assert_array_equal(state.selection_bias, bias)
+    np.testing.assert_array_equal(state.routing_state["selection_bias"], bias["selection_bias"])
     assert {a.dtype.name for a in jax.tree.leaves(state.params)} == {"float32"}
     assert int(state.step) == 0 and all(not np.any(a) for a in jax.tree.leaves(state.opt_state))
 
 
 def test_a_selection_bias_starts_at_zero_where_there_is_none(tmp_path, tokenizer):
     directory, *_ = written(tmp_path, tiny_config())
-    assert not np.any(first_state(directory, tokenizer, balance__bias_rate=0.01).selection_bias)
+    assert not np.any(first_state(directory, tokenizer, balance__bias_rate=0.01).routing_state["selection_bias"])
 
 
 def test_experts_may_be_chosen_in_another_way(tmp_path, tokenizer, caplog):

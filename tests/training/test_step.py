@@ -105,7 +105,7 @@ def test_losses_are_weighted_as_configured():
         settings = shrunken("aoe_r64_aux").to_dict()
         settings["balance"] |= {"aux_weight": aux, "entropy_weight": entropy}
         config = Config.from_config_dict(settings)
-        values.append(jax.jit(lambda: training_loss(config, params, None, batch)[1])())
+        values.append(jax.jit(lambda: training_loss(config, params, {}, batch, None)[1])())
     plain, weighted = values
     np.testing.assert_allclose(plain["loss"], plain["nll"], rtol=1e-6)
     np.testing.assert_allclose(weighted["nll"], plain["nll"], rtol=1e-5)
@@ -129,14 +129,14 @@ def test_loss_free_balancing(variant):
     """The bias of each step comes of the load of the step before, in units of the spread; the batch itself is unbiased."""
     _, step, state = loss_free(variant)
     batch = batch_of()
-    np.testing.assert_array_equal(state.selection_bias, np.zeros((2, 4)))
+    np.testing.assert_array_equal(state.routing_state["selection_bias"], np.zeros((2, 4)))
     spreads = []
     for _ in range(30):
-        before = np.asarray(state.selection_bias)
+        before = np.asarray(state.routing_state["selection_bias"])
         state, metrics = step(state, batch)
         load, spread = np.asarray(metrics["load"]), np.asarray(metrics["score_spread"])
         want = before + 0.1 * spread[:, None] * np.sign(load.mean(axis=1, keepdims=True) - load)
-        np.testing.assert_allclose(state.selection_bias, want, atol=1e-6)
+        np.testing.assert_allclose(state.routing_state["selection_bias"], want, atol=1e-6)
         spreads.append(float(metrics["load_spread"]))
     assert np.mean(spreads[-5:]) < 0.7 * spreads[0]
 
@@ -168,7 +168,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
     def is_skipped(state, after, metrics):
         assert not metrics["finite"] and int(after.step) == int(state.step) + 1
         assert int(after.skipped) == int(metrics["skipped"]) == int(state.skipped) + 1
-        for name in ("params", "selection_bias", "opt_state"):
+        for name in ("params", "routing_state", "opt_state"):
             before, now = (jax.tree.leaves(getattr(s, name)) for s in (state, after))
             for a, b in zip(before, now, strict=True):
                 np.testing.assert_array_equal(b, a + (a.dtype == jnp.int32))
@@ -214,7 +214,7 @@ def test_masked_targets_are_no_padding(variant):
         settings["experts"] |= {"selection": "expert_choice"}
     config, params = Config.from_config_dict(settings), new_state(shrunken("aoe_r64_aux")).params
     whole, masked = batch_of(), masked_batch()
-    loss = jax.jit(lambda batch: training_loss(config, params, None, batch)[1])
+    loss = jax.jit(lambda batch: training_loss(config, params, {}, batch, None)[1])
     plain, with_mask = loss(whole), loss(masked)
     for name in ("load", "aux_loss", "confidence_entropy", "mean_score"):
         np.testing.assert_array_equal(plain[name], with_mask[name])

@@ -1,0 +1,71 @@
+"""Expert Threshold routing (Sun et al., arXiv 2603.11535): a token goes to every expert whose threshold it passes.
+
+    token t goes to expert i where score[t, i] > c[i];  weight = sigmoid(score[t, i]), not normalised
+    c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
+
+Tokens decide by the thresholds of before the step, so each by itself: causal, in training and at inference, and a token may
+have any number of experts, K of them on average. For the first `threshold.warmup_steps` steps experts choose their k tokens
+instead (expert choice), which isn't causal, while the thresholds settle.
+
+Faithful to the paper's text but for: no shared expert, no bound on the tokens of an expert (nothing is dropped), and the
+first threshold is that of the first batch. Norms are never negative, so their sigmoid is never below 1/2:
+`threshold.weights="relative"` takes that of the score less the threshold, this project's reading for AoE. No balance loss is
+needed. Costs, beside the experts, a top-k over the tokens of the batch for each expert, in training.
+
+T tokens of the batch, t of this device, n experts, K = `experts.top_k`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.experts.selection.assignment import SELECTION, by_mask
+from aoe_jax.experts.selection.base import Choice, Selection
+from aoe_jax.experts.selection.expert_choice import expert_capacity
+
+
+def above_thresholds(scores, thresholds):
+    """Which experts process which token: `scores [t, n]`, `thresholds [n]` -> `[t, n]` bool."""
+    return jax.lax.stop_gradient(scores) > thresholds
+
+
+def kth_largest(scores, token_weights, k):
+    """Of each expert the `k`-th largest score among the tokens that count: `scores [T, n]`, `token_weights [T]` -> `[n]`."""
+    real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
+    return jax.lax.top_k(real.T, k)[0][:, -1]
+
+
+class Threshold(Selection):
+    """`experts.selection="threshold"`: state `threshold [n]`, and `updates []`, the steps it has seen."""
+
+    def experts_per_token(self, experts):
+        """K, on average."""
+        return experts.top_k
+
+    def initial_state(self, experts, balance, settings, d):
+        """As in `Selection`."""
+        return {"threshold": jnp.zeros(experts.n_experts), "updates": jnp.zeros(())}
+
+    def choose(self, experts, scores, given):
+        """As in `Selection`."""
+        thresholds, devices = given.state["threshold"], given.devices
+        chosen, records = above_thresholds(scores, thresholds), None
+        if given.training:
+            whole = devices.all_tokens(jax.lax.stop_gradient(scores)), devices.all_tokens(given.token_weights)
+            k = expert_capacity(whole[0].shape[0], scores.shape[1], experts.top_k)
+            records = {"kth_largest": kth_largest(*whole, k)}
+            of_experts = jax.lax.stop_gradient(scores) >= records["kth_largest"]
+            chosen = jnp.where(given.state["updates"] < given.settings.warmup_steps, of_experts, chosen)
+        chosen = checkpoint_name(chosen & (given.token_weights[:, None] > 0), SELECTION)
+        relative = given.settings.weights == "relative"
+        weight = jax.nn.sigmoid(scores - thresholds if relative else scores)
+        return Choice(by_mask(chosen, weight), records)
+
+    def next_state(self, config, state, stats):
+        """As in `Selection`."""
+        decay, updates = config.threshold.decay, state["updates"]
+        kept = jnp.where(updates == 0, 0, decay)[:, None]
+        found = stats.records["kth_largest"]
+        # A batch with fewer tokens than k for an expert says nothing.
+        threshold = jnp.where(jnp.isfinite(found), kept * state["threshold"] + (1 - kept) * found, state["threshold"])
+        return {"threshold": threshold, "updates": updates + 1}

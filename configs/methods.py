@@ -1,0 +1,42 @@
+"""Methods of expert selection from the literature around AoE, each on AoE's norms and on a router's logits.
+
+`configs/methods.py:NAME` with AoE, `configs/methods.py:NAME_router` with a router; sizes and data are those of `tiny.py`.
+What each method does, and how faithful it is, is in `docs/methods.md`.
+"""
+
+from aoe_jax.errors import UserError
+from configs import tiny
+
+AUX_WEIGHT = 0.01
+NO_LOSS = {"aux_weight": 0.0}
+
+# name -> the changes for both kinds, those for AoE and those for a router.
+METHODS = {
+    "top_k": ({"balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
+    "threshold": (
+        {"experts": {"selection": "threshold"}, "balance": NO_LOSS, "threshold": {"decay": 0.99, "warmup_steps": 100}},
+        {"threshold": {"weights": "relative"}},
+        {},
+    ),
+}
+VARIANTS = (*METHODS, *(f"{name}_router" for name in METHODS))
+
+
+def changes(variant):
+    """group -> field -> value, of a variant."""
+    name = variant.removesuffix("_router")
+    both, of_aoe, of_router = METHODS[name]
+    found = {"experts": {"kind": "router" if variant != name else "aoe"}}
+    for one in (both, of_router if variant != name else of_aoe):
+        for group, values in one.items():
+            found[group] = found.get(group, {}) | values
+    return found
+
+
+def get_config(variant="top_k"):
+    if variant not in VARIANTS:
+        raise UserError(f"configs/methods.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}")
+    config = tiny.get_config()
+    for group, values in changes(variant).items():
+        config[group].update(values)
+    return config

@@ -1,0 +1,157 @@
+"""What holds for every method of `configs/methods.py`: causal, the same on a mesh, and resumed bit for bit."""
+
+import dataclasses
+from functools import cache
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.config import CheckpointConfig, Config, MeshConfig
+from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings, with_shardings
+from aoe_jax.training.checkpoint import Checkpoints, Progress
+from aoe_jax.training.step import init_state, make_train_step
+from configs import methods
+
+STEPS, BATCH, LENGTH = 4, 8, 16
+SMALL = {
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64, "max_len": 32, "unroll": 1},
+    "experts": {"n_experts": 4, "top_k": 2, "d_ffn": 16, "d_low": 4, "round_to": 2},
+    "data": {"seq_len": LENGTH},
+    "train": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 1, "learning_rate": 1e-2},
+}
+# In small, and so that what changes after many steps changes here.
+SOONER = {"threshold": {"warmup_steps": 2, "decay": 0.5}}
+
+
+@cache
+def configuration(variant, tied=True):
+    config = methods.get_config(variant)
+    for group, values in SMALL.items():
+        config[group].update(values)
+    if config.experts.kind != "aoe":
+        config.experts.round_to = 1
+    for group, values in SOONER.items():
+        if group in (config.experts.selection, config.experts.kind):
+            config[group].update(values)
+    config.model.tie_embeddings = tied
+    return Config.from_config_dict(config)
+
+
+def batches():
+    for step in range(STEPS):
+        tokens = jax.random.randint(jax.random.key(step), (BATCH, LENGTH + 1), 0, 64)
+        segments = np.ones((BATCH, LENGTH), np.int32)
+        segments[-1, -3:] = 0
+        yield {
+            "inputs": np.asarray(tokens[:, :-1], np.int32),
+            "targets": np.asarray(tokens[:, 1:], np.int32),
+            "segment_ids": segments,
+            "weights": segments.astype(np.float32),
+        }
+
+
+class Run:
+    """Steps of a method on a mesh, from the same first state."""
+
+    def __init__(self, config, devices):
+        self.mesh = make_mesh(config, devices)
+        with jax.set_mesh(self.mesh):
+            first = jax.eval_shape(lambda: init_state(config, 0))
+            self.shardings = state_shardings(self.mesh, first)
+            self.abstract = with_shardings(first, self.shardings)
+            self.step = jax.jit(make_train_step(config), out_shardings=(self.shardings, replicated(self.mesh)))
+
+    def put(self, state):
+        return jax.device_put(state, self.shardings)
+
+    def take(self, state, batches):
+        """`(state, losses)`."""
+        losses = []
+        with jax.set_mesh(self.mesh):
+            for batch in batches:
+                state, metrics = self.step(state, put_batch(batch_sharding(self.mesh), batch))
+                losses.append(float(metrics["loss"]))
+        return state, losses
+
+
+@cache
+def alone(variant):
+    """`(Run, first state, [state after each half], losses)` on one device."""
+    config = dataclasses.replace(configuration(variant), mesh=MeshConfig(data=1))
+    run = Run(config, jax.devices()[:1])
+    first = jax.device_get(jax.jit(lambda: init_state(config, 0))())
+    some = list(batches())
+    half, losses = run.take(run.put(first), some[: STEPS // 2])
+    end, more = run.take(half, some[STEPS // 2 :])
+    return run, first, (half, end), losses + more
+
+
+@pytest.mark.parametrize("variant", methods.VARIANTS)
+def test_the_same_on_a_mesh(ragged, variant):
+    """Eight devices along three axes give the losses of one, and the same state at the end."""
+    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    config = dataclasses.replace(configuration(variant), mesh=mesh)
+    _, first, (_, want), losses = alone(variant)
+    run = Run(config, jax.devices())
+    state, found = run.take(run.put(first), batches())
+    assert np.isfinite(losses).all() and losses[-1] != losses[0]
+    np.testing.assert_allclose(found, losses, rtol=2e-5)
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(s.routing_state)) for s in (state, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", methods.VARIANTS)
+def test_resumed_bit_for_bit(ragged, tmp_path, variant):
+    """What is saved half-way goes on to the very end that it would have come to."""
+    run, _, (half, want), losses = alone(variant)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    data = iter(grain.MapDataset.range(10).batch(2).to_iter_dataset())
+    checkpoints.save(STEPS // 2, half, {"next_index": 0}, Progress(1.0, 2.0, True))
+    checkpoints.close()
+    _, state, _ = Checkpoints(tmp_path).restore_newest(run.abstract, data)
+    state, found = run.take(state, list(batches())[STEPS // 2 :])
+    assert found == losses[STEPS // 2 :]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
+
+
+def is_causal(config):
+    kind = LAYERS[config.experts.kind]
+    return kind.causal and (not kind.selects or SELECTIONS[config.experts.selection].causal)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", [v for v in methods.VARIANTS if is_causal(configuration(v))])
+def test_no_token_depends_on_later_ones(ragged, variant, training):
+    """Neither by value nor by gradient: every position has a token of its own, whose embedding is nowhere else.
+
+    A method that isn't causal at the beginning of training is tried as it is after that.
+    """
+    config = configuration(variant, tied=False)
+    decoder = Decoder.from_config(config, training=training)
+    trained = alone(variant)[2][1]
+    tokens = jnp.arange(2 * LENGTH).reshape(2, LENGTH)
+    params = decoder.init(jax.random.key(0), tokens)["params"]
+    params = params | {name: value for name, value in trained.params.items() if name != "embed"}
+    at = LENGTH // 2
+
+    def logits(table, tokens):
+        model = {"params": params | {"embed": {"embedding": table}}}
+        rngs = {"experts": jax.random.key(1)}
+        return decoder.apply(model, tokens, routing_state=trained.routing_state, rngs=rngs)[0]
+
+    @jax.jit
+    def gradient(table):
+        return jax.grad(lambda t: (logits(t, tokens)[0, at] ** 2).sum())(table)
+
+    by_token = np.abs(gradient(params["embed"]["embedding"])).sum(axis=1)
+    assert by_token[tokens[0, at]] > 0 and not by_token[tokens[0, at + 1 :]].any() and not by_token[tokens[1]].any()
+    changed = tokens.at[0, at + 1 :].set(63).at[1].set(62)
+    before, after = (jax.jit(logits)(params["embed"]["embedding"], t) for t in (tokens, changed))
+    np.testing.assert_allclose(before[0, : at + 1], after[0, : at + 1], atol=1e-5)
+    assert np.abs(before - after).max() > 1e-3
