@@ -421,9 +421,14 @@ class Config:
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
 
     @property
+    def method_name(self):
+        """The name of the layer kind or selection method that has a group of its own; None where neither has."""
+        return next((name for name in (self.experts.kind, self.experts.selection) if name in METHODS), None)
+
+    @property
     def method_settings(self):
-        """The group of the selection method, which bears its name; None where it has none."""
-        return getattr(self, self.experts.selection, None)
+        """That group; None where there is none."""
+        return self.method_name and getattr(self, self.method_name)
 
     def __post_init__(self):
         require(
@@ -480,7 +485,7 @@ class Config:
         """Refuses settings of methods that aren't chosen."""
         for name, group in METHODS.items():
             settings = getattr(self, name)
-            if name in (self.experts.selection, self.experts.kind) or settings == group():
+            if name == self.method_name or settings == group():
                 continue
             changed = (f.name for f in dataclasses.fields(group) if getattr(settings, f.name) != f.default)
             field_name = next(changed)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from aoe_jax.config import Config
 from aoe_jax.errors import UserError
+from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.formats.architectures import ARCHITECTURES, Architecture
+from aoe_jax.methods import METHODS
 
 OWN = "aoe"  # the model_type of our own format
 WINDOW = 1024  # tokens that texts are scored and trained in, where the model takes as many
@@ -21,23 +23,28 @@ def computed_fields(config: Config):
     model, experts = config.model, config.experts
     fields = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
     fields |= {f"experts.{name}": value for name, value in dataclasses.asdict(experts).items()}
+    if config.method_name:
+        settings = dataclasses.asdict(config.method_settings)
+        fields |= {f"{config.method_name}.{name}": value for name, value in settings.items()}
     fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
     idle = {*_EXECUTION, "experts.d_ffn", "experts.round_to"}  # what they come to is d_wide
     if not experts.low_rank and not experts.large_router:
         idle.add("experts.d_low")
     if experts.kind == "dense":
         idle |= {"experts.n_experts", *CHOICE}
-    idle |= {f"experts.{name}" for name, used in _USED_BY.items() if not used(experts)}
+    of_some = {"top_k", "gate", "top_p", "capacity_factor", "router_jitter"}
+    idle |= {f"experts.{name}" for name in of_some - _used(experts)}
     return {name: value for name, value in fields.items() if name not in idle}
 
 
-_USED_BY = {
-    "top_k": lambda experts: experts.selection == "top_k",
-    "gate": lambda experts: experts.selection == "top_k",
-    "top_p": lambda experts: experts.selection == "top_p",
-    "capacity_factor": lambda experts: experts.selection == "expert_choice" or experts.kind == "capacity",
-    "router_jitter": lambda experts: experts.gate == "sparsemixer",
-}
+def _used(experts):
+    """The fields that say how experts are chosen and have a say in it, of those that have it for some choice only."""
+    used = set(SELECTIONS[experts.selection].fields)
+    if experts.kind == "capacity":
+        used.add("capacity_factor")
+    if experts.gate == "sparsemixer":
+        used.add("router_jitter")
+    return used
 
 
 def from_json(path: Path, values: dict):
@@ -80,7 +87,9 @@ def _architecture(path, values):
 
 def _own_fields(path, values):
     fields = {}
-    for group in ("model", "experts"):
+    experts = values.get("experts")
+    chosen = [experts.get(name) for name in ("kind", "selection")] if isinstance(experts, dict) else []
+    for group in ("model", "experts", *(name for name in METHODS if name in chosen)):
         if not isinstance(values.get(group), dict):
             raise UserError(f"{path}: it has no group {group!r}, which a model of model_type {OWN!r} has")
         fields |= {f"{group}.{name}": value for name, value in values[group].items()}
@@ -188,6 +197,7 @@ def as_own(config: Config):
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}}
     for name, value in fields.items():
         group, _, name = name.partition(".")
+        groups.setdefault(group, {})
         groups[group][name] = list(value) if isinstance(value, tuple) else value
     if not config.experts.low_rank:
         groups["experts"]["d_ffn"] = groups["experts"].pop("d_wide")

@@ -19,6 +19,7 @@ from aoe_jax.data.tokenised import TokenisedCorpus, open_corpus
 from aoe_jax.distributed import agree
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError, is_disk_full
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
 from aoe_jax.model.decoder import Decoder
@@ -45,10 +46,7 @@ from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
-EXPERT_CHOICE_WARNING = (
-    "expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so the losses "
-    "below are not those of a causal language model and compare with no token-choice run"
-)
+NOT_CAUSAL_WARNING = "%s is not causal: %s, so the losses below are not those of a causal language model and compare with no token-choice run"
 CAPACITY_WARNING = (
     "a capacity is not causal with experts.top_k=%d: the first choices of later tokens take the places of earlier tokens' "
     "other choices, so what is dropped says something of the future"
@@ -61,10 +59,12 @@ def log_run(config: Config):
         log.info("mesh: %s", ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES))
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
-    if config.experts.selection == "top_p":
-        log.info("both count experts.top_k=%d experts per token; top-p takes more or fewer", config.experts.top_k)
-    if config.experts.selection == "expert_choice":
-        log.warning("%s", EXPERT_CHOICE_WARNING)
+    name = config.experts.selection.replace("_", " ")
+    method = SELECTIONS[config.experts.selection]
+    if method.experts_per_token(config.experts) is None:
+        log.info("both count experts.top_k=%d experts per token; %s takes more or fewer", config.experts.top_k, name)
+    if not method.causal:
+        log.warning(NOT_CAUSAL_WARNING, name, method.not_causal_because)
     if config.experts.kind == "capacity" and config.experts.top_k > 1:
         log.warning(CAPACITY_WARNING, config.experts.top_k)
 

@@ -40,6 +40,7 @@ class Choice(NamedTuple):
 class Selection:
     """A selection method: no state of its own, its functions are pure."""
 
+    fields: tuple[str, ...] = ()  # of `ExpertsConfig` that it goes by
     causal = True  # whether the experts of a token depend on no later token, nor on other sequences
     not_causal_because = ""  # the end of "for ..."
     needs_key = False  # whether it draws at random in training

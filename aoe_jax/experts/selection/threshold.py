@@ -38,6 +38,8 @@ def kth_largest(scores, token_weights, k):
 class Threshold(Selection):
     """`experts.selection="threshold"`: state `threshold [n]`, and `updates []`, the steps it has seen."""
 
+    fields = ("top_k",)
+
     def experts_per_token(self, experts):
         """K, on average."""
         return experts.top_k

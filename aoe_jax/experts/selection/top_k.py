@@ -64,6 +64,7 @@ def sparsemixer_weights(scores, expert, jitter):
 class TopK(Selection):
     """`experts.selection="top_k"`: state `selection_bias [n]` where `balance.bias_rate` asks for loss-free balancing."""
 
+    fields = ("top_k", "gate")
     all_slots_used = True
 
     def experts_per_token(self, experts):
