@@ -46,7 +46,10 @@ from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
-NOT_CAUSAL_WARNING = "%s is not causal: %s, so the losses below are not those of a causal language model and compare with no token-choice run"
+NOT_CAUSAL_WARNING = (
+    "%s is not causal: %s, so the losses below are not those of a causal language model and compare with no token-choice "
+    "run"
+)
 CAPACITY_WARNING = (
     "a capacity is not causal with experts.top_k=%d: the first choices of later tokens take the places of earlier tokens' "
     "other choices, so what is dropped says something of the future"
