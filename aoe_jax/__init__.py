@@ -8,6 +8,7 @@ _HOMES = {
     "Decoder": "aoe_jax.model.decoder",
     "DenseLayer": "aoe_jax.experts.layer",
     "RouterLayer": "aoe_jax.experts.layer",
+    "UoELayer": "aoe_jax.experts.uoe",
 }
 __all__ = list(_HOMES)
 

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
 from aoe_jax.errors import UserError
-from aoe_jax.methods import METHODS, ThresholdConfig
+from aoe_jax.methods import METHODS, ThresholdConfig, UoEConfig
 from aoe_jax.sources import absolute, label_of, mixture_in_words, parsed_sources
 
 
@@ -86,14 +86,16 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
 
-SELECTION_NAMES = ("top_k", "top_p", "expert_choice", *METHODS)
+KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe")
+SELECTION_NAMES = ("top_k", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
     """A layer of experts: how they are scored, chosen, weighted and shaped."""
 
-    kind: str = "aoe"  # aoe | router | capacity (a router, and experts of limited room) | dense
+    # aoe | router | capacity (a router, and experts of limited room) | dense | uoe (see `experts/uoe.py`)
+    kind: str = "aoe"
     n_experts: int = 8
     top_k: int = 2
     d_ffn: int = 512  # width of a traditional expert, or of the dense layer
@@ -118,7 +120,7 @@ class ExpertsConfig:
     large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
-        require_choice("experts.kind", self.kind, ("aoe", "router", "capacity", "dense"))
+        require_choice("experts.kind", self.kind, KIND_NAMES)
         require_positive("experts", self, "n_experts", "top_k", "d_ffn", "d_low", "round_to")
         require_choice("experts.selection", self.selection, SELECTION_NAMES)
         require_choice("experts.gate", self.gate, ("chosen", "all", "sparsemixer"))
@@ -163,10 +165,16 @@ class ExpertsConfig:
             "has no capacity; with experts.kind='capacity' leave it at 'top_k'",
         )
         require(
-            self.kind != "capacity" or self.gate != "sparsemixer",
+            self.kind != "uoe" or self.selection in ("top_k", "top_p"),
+            "experts.selection",
+            self.selection,
+            "isn't implemented for experts.kind='uoe'; choose one of top_k, top_p",
+        )
+        require(
+            self.kind not in ("capacity", "uoe") or self.gate != "sparsemixer",
             "experts.gate",
             self.gate,
-            "isn't implemented for experts.kind='capacity'; choose one of chosen, all",
+            f"isn't implemented for experts.kind={self.kind!r}; choose one of chosen, all",
         )
         router_only = "belongs to experts.kind='router'"
         require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
@@ -242,9 +250,19 @@ class BalanceConfig:
     # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's selection bias, as a fraction of
     # the standard deviation of a token's scores over experts; 0: none.
     bias_rate: float = 0.0
+    # router: of the loss that couples a router's rows to its experts, see `experts/coupling.py` (the paper has 1); 0: none
+    coupling_weight: float = 0.0
+    coupling_alpha: float = 1.0  # of that loss: what share of its own excitation an expert may have from other rows
 
     def __post_init__(self):
         require_not_negative("balance", self, "aux_weight", "entropy_weight", "bias_rate")
+        require_not_negative("balance", self, "coupling_weight", "coupling_alpha")
+        require(
+            self.coupling_weight > 0 or self.coupling_alpha == 1,
+            "balance.coupling_alpha",
+            self.coupling_alpha,
+            "belongs to the loss of balance.coupling_weight; set that, or leave it at 1",
+        )
         require(
             0 < self.aux_tokens <= 1 and abs(1 / self.aux_tokens - self.aux_stride) < 1e-6,
             "balance.aux_tokens",
@@ -419,6 +437,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
+    uoe: UoEConfig = field(default_factory=UoEConfig)
 
     @property
     def method_name(self):
@@ -431,6 +450,8 @@ class Config:
         return self.method_name and getattr(self, self.method_name)
 
     def __post_init__(self):
+        if self.experts.kind == "uoe":
+            object.__setattr__(self, "uoe", self.uoe.filled_in(self.experts.d_ffn, self.experts.top_k))
         require(
             self.data.seq_len <= self.model.max_len,
             "data.seq_len",
@@ -457,6 +478,14 @@ class Config:
             "balance.bias_rate",
             self.balance.bias_rate,
             f"biases the choice of selection top_k; leave it at 0 with {self.experts.selection}",
+        )
+        e = self.experts
+        require(
+            self.balance.coupling_weight == 0
+            or (e.kind == "router" and e.n_experts > 1 and not e.factorised_gate and not e.large_router),
+            "balance.coupling_weight",
+            self.balance.coupling_weight,
+            "couples the rows of a plain router with whole gates, of experts.kind='router' and several experts; set 0",
         )
         require(
             self.experts.kind != "dense" or self.model.remat != "experts",
@@ -489,7 +518,8 @@ class Config:
                 continue
             changed = (f.name for f in dataclasses.fields(group) if getattr(settings, f.name) != f.default)
             field_name = next(changed)
-            of_other = f"belongs to experts.selection={name!r}; leave it at its default"
+            what = "kind" if name in KIND_NAMES else "selection"
+            of_other = f"belongs to experts.{what}={name!r}; leave it at its default"
             require(False, f"{name}.{field_name}", getattr(settings, field_name), of_other)
 
     def _check_mesh(self):
@@ -521,6 +551,8 @@ class Config:
         ]
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
+        if e.kind == "uoe":
+            splits.append(("tensor", "uoe.routing_neurons", self.uoe.routing_neurons))
         for axis, name, size in splits:
             hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
             pieces = getattr(mesh, axis)

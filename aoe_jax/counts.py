@@ -3,9 +3,11 @@
 L layers, d model width, n experts, V vocabulary, S sequence length.
 """
 
+import math
 from dataclasses import dataclass
 
 from aoe_jax.config import Config
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.experts.selection.expert_choice import expert_capacity
 
@@ -57,31 +59,26 @@ def experts_per_token(config: Config):
 
 
 def expert_parameters(config: Config):
-    """`(score, expert)`: parameters of one layer that all tokens use for scoring, and of one expert.
+    """`(shared, expert)`: parameters of one layer that all tokens use, such as a router, and those of one expert alone.
 
     AoE's Wdown belongs to the expert: it is what makes experts of both kinds equal in size (Eq. 5).
     """
-    c, d = config.experts, config.model.d_model
-    width = c.width(d)
-    if c.kind == "dense":
-        return 0, 3 * d * c.d_ffn
-    score = 0
-    if c.has_router:
-        hidden = c.large_router_width(d)
-        score = hidden * (d + c.n_experts) if c.large_router else d * c.n_experts
-    gate = c.d_low * (d + width) if c.low_rank else d * width
-    return score, gate + 2 * d * width
+    c = config.experts
+    layer = LAYERS[c.kind](c, settings=config.method_settings)
+    sizes = {name: math.prod(shape) for name, (_, shape) in layer.weights(config.model.d_model).items()}
+    shared = sum(size for name, size in sizes.items() if name in layer.for_all_tokens)
+    return shared, (sum(sizes.values()) - shared) // (1 if c.kind == "dense" else c.n_experts)
 
 
 def parameter_counts(config: Config):
     """Counts the parameters of the decoder; under top-p, active parameters are those of `top_k` experts."""
     m, c = config.model, config.experts
-    score, expert = expert_parameters(config)
+    shared, expert = expert_parameters(config)
     n_experts = 1 if c.kind == "dense" else c.n_experts
     active = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
     return ParameterCounts(
-        experts=m.n_layers * (score + n_experts * expert),
-        active_experts=m.n_layers * (score + round(active * expert)),
+        experts=m.n_layers * (shared + n_experts * expert),
+        active_experts=m.n_layers * (shared + round(active * expert)),
         attention=m.n_layers * _attention_matrices(m),
         norms=_norms_and_biases(m),
         embedding=m.vocab_size * m.d_model,
@@ -110,9 +107,9 @@ def layer_flops_per_token(config: Config):
     `kind="capacity"` it is those of the router; see `capacity_flops_per_token` for what it computes beside them.
     """
     c = config.experts
-    score, expert = expert_parameters(config)
+    shared, expert = expert_parameters(config)
     per_token = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
-    active = 2 * (score + round(per_token * expert))
+    active = 2 * (shared + round(per_token * expert))
     if c.kind != "aoe":
         return active, 3 * active
     idle = 2 * round((c.n_experts - per_token) * c.d_low * config.model.d_model)
@@ -145,8 +142,21 @@ def forward_flops_per_token(config: Config):
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step, forward and backward; see `layer_flops_per_token`."""
-    return 3 * _other_flops(config) + config.model.n_layers * layer_flops_per_token(config)[1]
+    """Useful matmul FLOPs per token of a training step, forward and backward; see `layer_flops_per_token`.
+
+    The coupling loss of a router counts too, spread over the tokens of a micro-batch: it is computed once for each.
+    """
+    of_layer = layer_flops_per_token(config)[1]
+    if config.balance.coupling_weight:
+        of_layer += 3 * coupling_flops_per_token(config)
+    return 3 * _other_flops(config) + config.model.n_layers * of_layer
+
+
+def coupling_flops_per_token(config: Config):
+    """Forward FLOPs of the coupling loss of a layer, `2 n^2 d f` a micro-batch, per token."""
+    c, train = config.experts, config.train
+    tokens = train.batch_size // train.accumulate * config.data.seq_len
+    return 2 * c.n_experts**2 * config.model.d_model * c.d_ffn / tokens
 
 
 def _other_flops(config):

@@ -28,7 +28,7 @@ from aoe_jax import cli
 from aoe_jax.config import BalanceConfig, Config, DataConfig, ExpertsConfig, ModelConfig
 from aoe_jax.counts import capacity_flops_per_token, layer_flops_per_token, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, parse_sizes, report
 
 _BATCH = flags.DEFINE_integer("batch", 8, "sequences, of the layers", lower_bound=1)

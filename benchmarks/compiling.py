@@ -12,7 +12,7 @@ from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.grouped_matmul.megablox import tiles
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection.assignment import SELECTION
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.sharding import MESH_AXES

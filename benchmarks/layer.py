@@ -18,7 +18,7 @@ from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
 from aoe_jax.counts import layer_flops_per_token
 from aoe_jax.experts import dispatch, scoring
 from aoe_jax.experts.grouped_matmul import grouped_matmul
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection.assignment import Assignment
 from aoe_jax.experts.selection.top_k import top_k
 from aoe_jax.experts.swiglu import swiglu

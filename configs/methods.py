@@ -1,6 +1,7 @@
 """Methods of expert selection from the literature around AoE, each on AoE's norms and on a router's logits.
 
-`configs/methods.py:NAME` with AoE, `configs/methods.py:NAME_router` with a router; sizes and data are those of `tiny.py`.
+`configs/methods.py:NAME` with AoE, `configs/methods.py:NAME_router` with a router, each where there is such a thing; sizes
+and data are those of `tiny.py`.
 What each method does, and how faithful it is, is in `docs/methods.md`.
 """
 
@@ -10,7 +11,7 @@ from configs import tiny
 AUX_WEIGHT = 0.01
 NO_LOSS = {"aux_weight": 0.0}
 
-# name -> the changes for both kinds, those for AoE and those for a router.
+# name -> the changes for both kinds, those for AoE and those for a router; None: there is no such variant.
 METHODS = {
     "top_k": ({"balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
     "threshold": (
@@ -18,8 +19,13 @@ METHODS = {
         {"threshold": {"weights": "relative"}},
         {},
     ),
+    "coupling": ({"balance": {"aux_weight": AUX_WEIGHT, "coupling_weight": 1.0}}, None, {}),
+    "uoe": ({"experts": {"kind": "uoe"}, "balance": NO_LOSS}, {}, None),
 }
-VARIANTS = (*METHODS, *(f"{name}_router" for name in METHODS))
+VARIANTS = (
+    *(name for name, (_, of_aoe, _) in METHODS.items() if of_aoe is not None),
+    *(f"{name}_router" for name, (*_, of_router) in METHODS.items() if of_router is not None),
+)
 
 
 def changes(variant):

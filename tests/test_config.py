@@ -58,7 +58,7 @@ BAD = {
     "experts.d_low=128": ("experts", {"d_low": 128}, "smaller than model.d_model=128"),
     "experts.d_low=0": ("experts", {"d_low": 0}, "greater than 0"),
     "experts.d_low=-4": ("experts", {"d_low": -4}, "greater than 0"),
-    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, capacity, dense"),
+    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, capacity, dense, uoe"),
     "experts.selection='top_q'": ("experts", {"selection": "top_q"}, "top_k, top_p, expert_choice"),
     "experts.gate='some'": ("experts", {"gate": "some"}, "chosen, all"),
     "experts.gate='all'": ("experts", {"gate": "all", "selection": "top_p"}, "top_k"),

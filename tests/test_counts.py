@@ -12,14 +12,15 @@ from aoe_jax import Decoder
 from aoe_jax.config import Config
 from aoe_jax.counts import (
     capacity_flops_per_token,
+    coupling_flops_per_token,
     forward_flops_per_token,
     parameter_counts,
     training_flops_per_token,
 )
 from aoe_jax.training.step import init_state, make_train_step
-from configs import paper, tiny
+from configs import methods, paper, tiny
 
-ALL = {f"paper:{name}": paper for name in paper.VARIANTS} | {f"tiny:{name}": tiny for name in tiny.VARIANTS}
+ALL = {f"{module.__name__[8:]}:{name}": module for module in (paper, tiny, methods) for name in module.VARIANTS}
 
 
 def config_of(name):
@@ -169,14 +170,16 @@ def computed_beyond_useful(config):
     """FLOPs per token of a training step that repeat or mask what is useful, by what the code says it does.
 
     Attention takes whole blocks of queries, the keys of a block's last position for each of them, and computes the scores
-    again in the backward pass: 7 products over these blocks for 6 over half the square. Sparse scoring computes the chosen
-    activations again; for a balance loss, it scores the sampled tokens again and takes both gradients also for the experts
-    that they choose.
+    again in the backward pass: 7 products over these blocks for 6 over half the square. The coupling loss is computed again
+    there too. Sparse scoring computes the chosen activations again; for a balance loss, it scores the sampled tokens again
+    and takes both gradients also for the experts that they choose.
     """
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
     area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
     attention = 2 * m.d_model * (7 * area / length - 6 * length / 2)
+    if config.balance.coupling_weight:
+        return m.n_layers * (attention + coupling_flops_per_token(config))
     if c.kind == "capacity":
         return m.n_layers * (attention + capacity_flops_per_token(config)[1])
     if c.kind != "aoe" or not c.sparse_scoring:
@@ -194,6 +197,8 @@ STEPS = {
     "gate over all": ("aoe", {"experts": {"gate": "all"}}),
     "router": ("moe", {}),
     "capacity": ("moe", {"experts": {"kind": "capacity", "capacity_factor": 1.3}}),
+    "uoe": ("moe", {"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 40}}),
+    "coupled router": ("moe", {"experts": {"n_experts": 32}, "balance": {"coupling_weight": 1.0}}),
     "dense": ("dense", {}),
     "accumulated": ("aoe", {"train": {"accumulate": 2}}),
     "longer than a block": ("aoe", {"data": {"seq_len": 768}, "model": {"max_len": 768}}),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.config import CheckpointConfig, Config, MeshConfig
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings, with_shardings

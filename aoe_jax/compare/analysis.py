@@ -110,8 +110,10 @@ class Comparison:
             return None
         b, e = config.balance, config.experts
         parts = [("L_aux", b.aux_weight), ("Ent_conf", b.entropy_weight), ("loss-free bias", b.bias_rate)]
+        parts.append(("L_ERC", b.coupling_weight))
         named = " + ".join(name for name, value in parts if value) or "nothing"
-        kind = {"aoe": f"AoE, r={e.d_low}", "router": "MoE", "capacity": f"MoE, capacity {e.capacity_factor:g}"}[e.kind]
+        kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE", "capacity": f"MoE, capacity {e.capacity_factor:g}"}
+        kind = kinds.get(e.kind, e.kind)
         kind += ", factorised gate" * e.factorised_gate + ", large router" * e.large_router
         if e.selection != "top_k":
             kind += f", {e.selection}"

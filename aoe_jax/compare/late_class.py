@@ -21,7 +21,7 @@ import optax
 from matplotlib.figure import Figure
 
 from aoe_jax.config import ExpertsConfig
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 
 CLASSES, EXPERTS, STAGES = 3, 2, 2
 MOST = 0.9  # of a class: what an expert that serves it gets at least

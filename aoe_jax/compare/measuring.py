@@ -9,7 +9,7 @@ from aoe_jax.compare.layout import beside, folder_of, is_finished
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.json_files import read_json, write_json
 
-ROUTED_KINDS = ("aoe", "router")  # of experts, whose layers choose in a pipeline that `routing` looks into
+ROUTED_KINDS = ("aoe", "router", "uoe")  # of experts, whose layers choose in a pipeline that `routing` looks into
 
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):

@@ -8,6 +8,7 @@ from aoe_jax.compare import routing_figures
 from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
 from aoe_jax.compare.words import plus_minus, signed
+from aoe_jax.experts.kinds import LAYERS
 
 
 def _last(name, reduce=np.mean):
@@ -80,7 +81,7 @@ def load(c: Comparison):
     caption = f"{size}, seed 0, last layer: how often two experts are chosen for one token."
     pictures.append(Picture("coactivation", routing_figures.coactivation(entries), caption))
     for arm, routing in first.items():
-        what = "norm" if routing["kind"] == "aoe" else "logit"
+        what = LAYERS[routing["kind"]].score_name.removeprefix("mean_")
         if len(routing["checkpoints"]) > 1:
             picture = routing_figures.scores_through_training(routing, what)
             caption = (

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aoe_jax.experts.balance import LayerStats, load_entropy, load_spread
+from aoe_jax.experts.kinds import LAYERS
 
 
 def load_statistics(stats: LayerStats, kind):
@@ -14,7 +15,7 @@ def load_statistics(stats: LayerStats, kind):
 
     Args:
       stats: stacked over layers, mean over tokens.
-      kind: `experts.kind`; AoE's mean scores are norms, a router's are logits.
+      kind: `experts.kind`; mean scores are norms or, of a router, logits.
 
     Returns:
       `load` `[L][n]` (fraction of the tokens that choose each expert), `load_entropy` and `confidence_entropy` `[L]` in
@@ -27,7 +28,7 @@ def load_statistics(stats: LayerStats, kind):
         "load": load.tolist(),
         "load_entropy": np.asarray(load_entropy(load)).tolist(),
         "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
-        "mean_norm" if kind == "aoe" else "mean_logit": np.asarray(stats.mean_score).tolist(),
+        LAYERS[kind].score_name: np.asarray(stats.mean_score).tolist(),
         "load_spread": float(load_spread(load)),
         "experts_per_token": float(load.sum(axis=-1).mean()),
         "dead_experts": int((load == 0).sum()),

@@ -21,6 +21,7 @@ class LayerStats(NamedTuple):
     score_spread: jax.Array  # [], mean over tokens of the standard deviation of the scores over experts
     # [], share of the choices that found no room; None where there is always room
     dropped_share: jax.Array | None = None
+    coupling: jax.Array | None = None  # [], the loss of `experts/coupling.py`, with its gradient; None: not computed
     records: dict[str, jax.Array] | None = None  # of the selection method, see `selection.base.Choice`
     per_token: dict[str, jax.Array] | None = None  # the same, values for every token
 

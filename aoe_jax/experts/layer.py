@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
-from aoe_jax.experts import capacity, dispatch, parallel, scoring
+from aoe_jax.experts import capacity, coupling, dispatch, parallel, scoring
 from aoe_jax.experts import transport as transports
 from aoe_jax.experts.balance import LayerStats, layer_stats
 from aoe_jax.experts.grouped_matmul import grouped_matmul
@@ -76,13 +76,17 @@ class ExpertsModule(nn.Module):
     selects: ClassVar[bool] = True  # whether experts are chosen, by the method `config.selection`
     causal: ClassVar[bool] = True  # whether a token depends on no later one, whatever the method
     needs_key: ClassVar[bool] = False  # whether it draws at random in training, beside what the method draws
+    score_name: ClassVar[str] = "mean_logit"  # what `LayerStats.mean_score` is
+    for_all_tokens: ClassVar[
+        tuple
+    ] = ()  # names of weights that every token uses; the others are those of single experts
 
     config: ExpertsConfig
     dtype: Any = jnp.float32
     balance: BalanceConfig = BalanceConfig()
     recompute: bool = False  # model.remat="experts"
     transport: str = "ring"  # MeshConfig.transport
-    settings: Any = None  # the configuration group of the selection method, where it has one
+    settings: Any = None  # the configuration group of the kind or of the selection method, where one has any
     training: bool = False
 
     @property
@@ -197,6 +201,8 @@ class ExpertsModule(nn.Module):
 class AoELayer(ExpertsModule):
     """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank activations, no router."""
 
+    score_name = "mean_norm"
+
     def weights(self, d):
         """name -> `(initializer, shape)`."""
         n, r, width = self.config.n_experts, self.config.d_low, self.config.width(d)
@@ -231,7 +237,18 @@ class AoELayer(ExpertsModule):
 
 
 class RouterLayer(ExpertsModule):
-    """Traditional mixture-of-experts layer (Algorithm 1), with Table 2's ablations: factorised gate, large router."""
+    """Traditional mixture-of-experts layer (Algorithm 1), with Table 2's ablations: factorised gate, large router.
+
+    In training it may have the loss of `experts/coupling.py`, which is one of parameters and is computed here: so its
+    gradient joins that of the layer before devices add it up, and needs no array of its own.
+    """
+
+    for_all_tokens = ("w_router", "w_router_hidden")
+
+    @property
+    def needs_key(self):
+        """Whether it draws at random in training."""
+        return self.balance.coupling_weight > 0
 
     def weights(self, d):
         """name -> `(initializer, shape)`."""
@@ -259,7 +276,13 @@ class RouterLayer(ExpertsModule):
                 scores = scoring.router_logits(x, w_router)
         gate = _low_rank_gate if self.config.factorised_gate else whole_gate
         balance_scores = scores[:: self.balance.aux_stride]
-        return self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
+        y, stats, per_token = self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
+        if self.needs_key and given.key is not None:
+            key = jax.random.fold_in(given.key, 0)  # the selection may draw from the key itself
+            with jax.named_scope("balance"):
+                loss = coupling.coupling_loss(devices, w_router, weights["w_g"], self.balance.coupling_alpha, key)
+            stats = stats._replace(coupling=loss)
+        return y, stats, per_token
 
 
 class CapacityLayer(RouterLayer):
@@ -327,6 +350,3 @@ class DenseLayer(ExpertsModule):
         one, zero = jnp.ones(1), jnp.zeros(())
         stats = LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
         return devices.sum_scatter(y, "tensor"), stats, None
-
-
-LAYERS = {"aoe": AoELayer, "router": RouterLayer, "capacity": CapacityLayer, "dense": DenseLayer}

@@ -80,9 +80,16 @@ class Devices:
         axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
         return jax.lax.pmax(x, axes) if axes else x
 
-    def sum_over_experts(self, x):
-        """The sum over the expert axis."""
-        return jax.lax.psum(x, "expert") if self.size("expert") > 1 else x
+    def sum_over(self, x, axis):
+        """The sum over a mesh axis."""
+        return jax.lax.psum(x, axis) if self.size(axis) > 1 else x
+
+    def piece(self, x, axis, dimension=0):
+        """This device's piece of what all devices of a mesh axis have whole; the inverse of `gather`."""
+        if self.size(axis) == 1:
+            return x
+        size = x.shape[dimension] // self.size(axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, dimension)
 
     def expert_rank(self):
         """Where this device lies on the expert axis."""

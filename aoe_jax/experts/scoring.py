@@ -53,6 +53,11 @@ def _norms_backward(residuals, g):
 activation_norms.defvjp(_norms_forward, _norms_backward)
 
 
+def safe_root(square):
+    """Square roots, whose gradient at zero is zero: of sums of squares, `[...]` -> `[...]`."""
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
 def sparse_scores(x, w_down, stride):
     """The norms of all experts without a gradient, and with one for every `stride`-th token; no cache is kept.
 

@@ -4,7 +4,8 @@
 reads a directory, `writing.py` writes one.
 
 **The format `aoe`.** `config.json` has `model_type: "aoe"` and two groups, `model` and `experts`, whose fields are those of
-`aoe_jax.config.ModelConfig` and `ExpertsConfig` that decide what the model computes. Tensors, L layers numbered from 0, V
+`aoe_jax.config.ModelConfig` and `ExpertsConfig` that decide what the model computes, and that of its kind or selection where
+one has settings of its own, see `aoe_jax.methods`. Tensors, L layers numbered from 0, V
 vocabulary, d model width, H heads of queries and K of keys and values, of width h, n experts, r low rank, f or w width of an
 expert (f where its gate is whole, w where it is Wdown Wup):
 
@@ -24,6 +25,8 @@ expert (f where its gate is whole, w where it is Wdown Wup):
     model.layers.N.mlp.experts.w_g                  [n, d, f]    of whole gates, SiLU(x w_g[i])
     model.layers.N.mlp.experts.w_p                  [n, d, w]    times x w_p[i]
     model.layers.N.mlp.experts.w_o                  [n, w, d]
+    model.layers.N.mlp.experts.w_g_route, w_p_route [n, d, s]    of experts.kind="uoe": s routing neurons; the others
+    model.layers.N.mlp.experts.w_o_route            [n, s, d]    are in w_g, w_p [n, d, f - s] and w_o [n, f - s, d]
     model.layers.N.mlp.w_router                     [d, n]       of routers; of large ones [hidden, n]
     model.layers.N.mlp.w_router_hidden              [d, hidden]  of large routers
     model.layers.N.mlp.selection_bias               [n]          float32, of loss-free balancing

@@ -1,7 +1,7 @@
 """How the parameters of a layer lie in the tensors of a file: names, axes in another order or in one, halves of a tensor.
 
 Axes are letters, those of one tensor in a row: V vocabulary, d model width, H heads of queries, K of keys and values, h
-width of a head, n experts, f width of an expert. `(H h) d` has the axes H and h in one, H outermost.
+width of a head, n experts, f width of an expert, s its routing neurons. `(H h) d` has the axes H and h in one, H outermost.
 """
 
 import math
@@ -38,6 +38,9 @@ PARAMETERS = {
     "layers/experts/w_g": "n d f",
     "layers/experts/w_p": "n d f",
     "layers/experts/w_o": "n f d",
+    "layers/experts/w_g_route": "n d s",
+    "layers/experts/w_p_route": "n d s",
+    "layers/experts/w_o_route": "n s d",
 }
 
 # What selection methods have beside parameters, float32 in every model.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.parallel import embed
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.experts.selection.assignment import SELECTION
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
     experts: ExpertsConfig
     balance: BalanceConfig = BalanceConfig()
     transport: str = "ring"
-    settings: Any = None  # the configuration group of the selection method, where it has one
+    settings: Any = None  # `Config.method_settings`
     training: bool = False  # whether layers behave as in training where that differs
 
     @classmethod

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.parallel import embed
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder, logits, make_norm, output_projection
@@ -21,6 +21,7 @@ from aoe_jax.sharding import state_shardings
 
 # Weights that are cast to the dtype of computation wherever they are used. Router weights and norm scales are not.
 _CAST = ("q", "k", "v", "o", "w_down", "w_up", "w_g", "w_p", "w_o", "embedding")
+_CAST += ("w_g_route", "w_p_route", "w_o_route")
 
 
 class Cache(NamedTuple):

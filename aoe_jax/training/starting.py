@@ -11,7 +11,7 @@ from aoe_jax.config import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import CHOICE, computed_fields
+from aoe_jax.formats.configs import computed_fields, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.training.optimizer import make_optimizer
@@ -84,7 +84,7 @@ def _check_architecture(directory, model, config):
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     }
-    if others := [text for name, text in differing.items() if name not in CHOICE]:
+    if others := [text for name, text in differing.items() if not is_choice(name)]:
         raise UserError(f"it is another model: {'; '.join(others)}")
     if differing:
         log.warning("experts are chosen in another way than in %s: %s", directory, "; ".join(differing.values()))

@@ -12,7 +12,7 @@ import optax
 
 from aoe_jax.config import Config
 from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.parallel import sum_over_tokens
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder, initial_routing_state, output_projection
@@ -84,6 +84,8 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
         confidence_entropy = stats.confidence_entropy.mean()
         of_method = _method_losses(config, stats, routing_state, batch)
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
+    if stats.coupling is not None:
+        of_method = of_method | {"coupling_loss": (config.balance.coupling_weight, stats.coupling.mean())}
     loss += sum(weight * value for weight, value in of_method.values())
     dropped = {} if stats.dropped_share is None else {"dropped_share": stats.dropped_share}
     reported = {name: value for name, (_, value) in of_method.items()}

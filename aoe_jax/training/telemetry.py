@@ -15,6 +15,7 @@ import numpy as np
 
 from aoe_jax.config import Config
 from aoe_jax.counts import training_flops_per_token
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
@@ -54,11 +55,17 @@ def expert_scalars(metrics):
     }
 
 
+def _of_method(metrics):
+    """What a method reports beside what all do, such as its losses: whatever else is one number."""
+    known = {*_SCALARS, "load_spread", "finite", "skipped"}
+    return {name: float(value) for name, value in metrics.items() if name not in known and np.ndim(value) == 0}
+
+
 def layer_figures(metrics, kind):
     """Of host metrics of a step, one number a layer: name -> `[L]`. A dense model has none.
 
     `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance), `dead_experts` (those with
-    no token in the batch), and the mean over experts of their mean norms (AoE) or logits (router). Where experts have a
+    no token in the batch), and the mean over experts of their mean norms or logits. Where experts have a
     capacity, `dropped_share` too: the share of the choices that found no room.
     """
     load = metrics["load"]
@@ -70,7 +77,7 @@ def layer_figures(metrics, kind):
         "load_max_over_mean": load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9),
         "dead_experts": (load == 0).sum(axis=-1),
         "confidence_entropy": metrics["confidence_entropy"],
-        _score_name(kind): metrics["mean_score"].mean(axis=-1),
+        LAYERS[kind].score_name: metrics["mean_score"].mean(axis=-1),
     }
 
 
@@ -78,11 +85,7 @@ def _by_expert(metrics, kind):
     """Of host metrics of a step, one number an expert and layer: name -> `[L, n]`. A dense model has none."""
     if metrics["load"].shape[-1] == 1:
         return {}
-    return {"load": metrics["load"], _score_name(kind): metrics["mean_score"]}
-
-
-def _score_name(kind):
-    return "mean_norm" if kind == "aoe" else "mean_logit"
+    return {"load": metrics["load"], LAYERS[kind].score_name: metrics["mean_score"]}
 
 
 class Speed:
@@ -164,7 +167,7 @@ class Telemetry:
         n_steps, split = self._end_interval(step)
         speed = self._speed.figures(n_steps, sum(split.values()))
         scalars = {name: float(metrics[name]) for name in _SCALARS} | {"skipped": int(metrics["skipped"])}
-        scalars |= expert_scalars(metrics)
+        scalars |= expert_scalars(metrics) | _of_method(metrics)
         measured = speed | {f"{name}_seconds": s for name, s in split.items()} | host_memory() | device_memory()
         by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
         self._write(step, "train", scalars | measured, by_layer, by_expert)

@@ -22,6 +22,7 @@ KINDS = {
     "aoe top_p": {"experts": {"selection": "top_p"}},
     "aoe gate=all": {"experts": {"gate": "all"}},
     "router, grouped queries": {"experts": {"kind": "router"}, "model": {"n_kv_heads": 2, "qk_norm": True}},
+    "uoe": {"experts": {"kind": "uoe"}},
     "dense, biases": {
         "experts": {"kind": "dense"},
         "model": {"norm": "layer", "attention_bias": True, "output_bias": True, "rope_factors": (1.0, 2.0)},
@@ -118,9 +119,11 @@ def generator():
     return Generator(model("aoe"))
 
 
-def test_a_single_prompt_goes_row_by_row():
+@pytest.mark.parametrize("kind", ["aoe", "uoe"])
+def test_a_single_prompt_goes_row_by_row(kind):
     """Its chosen experts are fewer than all."""
-    assert generator().generate(prompts(1), 20, sampling=GREEDY) == by_full_passes("aoe", 20)[:1]
+    alone = generator() if kind == "aoe" else Generator(model(kind))
+    assert alone.generate(prompts(1), 20, sampling=GREEDY) == by_full_passes(kind, 20)[:1]
 
 
 def test_what_ends_a_text():

@@ -13,7 +13,7 @@ from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import reference
 from aoe_jax.experts.balance import balance_loss
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection.expert_choice import expert_capacity
 
 pytestmark = pytest.mark.smoke

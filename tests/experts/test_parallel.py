@@ -13,7 +13,7 @@ from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import parallel
 from aoe_jax.experts import transport as transport_of
 from aoe_jax.experts.balance import balance_loss
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.sharding import MESH_AXES
 
 B, S, D = 16, 8, 8

@@ -34,6 +34,8 @@ VARIANTS = {
     "router, qk_norm": ({"experts__kind": "router", "model__qk_norm": True}, False),
     "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, False),
     "dense": ({"experts__kind": "dense"}, False),
+    "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, False),
+    "threshold": ({"experts__selection": "threshold", "threshold__weights": "relative"}, False),
 }
 
 

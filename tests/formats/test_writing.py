@@ -30,7 +30,7 @@ EVERYTHING = {  # that a model of the hub may have
     "model__output_bias": True,
     "model__tie_embeddings": False,
 }
-OF_OTHER_TENSORS = ("aoe", "router", "router, untied", "router, factorised", "router, large", "dense")
+OF_OTHER_TENSORS = ("aoe", "router", "router, untied", "router, factorised", "router, large", "dense", "uoe")
 WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
     "aoe, everything": EVERYTHING,
     "aoe, biased": {"balance__bias_rate": 0.01, "model__tie_embeddings": False},
