@@ -3,6 +3,7 @@
 L layers, d model width, n experts, V vocabulary, S sequence length.
 """
 
+import math
 from dataclasses import dataclass
 
 from aoe_jax.config import Config
@@ -56,6 +57,12 @@ def experts_per_token(config: Config):
     return SELECTIONS[config.experts.selection].experts_per_token(config.experts)
 
 
+def method_parameters(config: Config):
+    """Parameters of one layer that belong to the selection method, such as thresholds; all tokens use them."""
+    parameters = SELECTIONS[config.experts.selection].parameters(config.experts, config.method_settings)
+    return sum(math.prod(shape) for _, shape in parameters.values())
+
+
 def expert_parameters(config: Config):
     """`(score, expert)`: parameters of one layer that all tokens use for scoring, and of one expert.
 
@@ -78,10 +85,11 @@ def parameter_counts(config: Config):
     m, c = config.model, config.experts
     score, expert = expert_parameters(config)
     n_experts = 1 if c.kind == "dense" else c.n_experts
-    active = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
+    active, used_by_all = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k), score
+    used_by_all += method_parameters(config)
     return ParameterCounts(
-        experts=m.n_layers * (score + n_experts * expert),
-        active_experts=m.n_layers * (score + round(active * expert)),
+        experts=m.n_layers * (used_by_all + n_experts * expert),
+        active_experts=m.n_layers * (used_by_all + round(active * expert)),
         attention=m.n_layers * _attention_matrices(m),
         norms=_norms_and_biases(m),
         embedding=m.vocab_size * m.d_model,

@@ -132,6 +132,8 @@ PARAMETER_AXES = {
     "w_g": ("experts", "embed", "mlp"),
     "w_p": ("experts", "embed", "mlp"),
     "w_o": ("experts", "mlp", "embed"),
+    "firing_threshold": (None,),
+    "score_bias": (None,),
     "q": ("embed", "heads", None),
     "k": ("embed", "heads", None),
     "v": ("embed", "heads", None),

@@ -18,6 +18,24 @@ METHODS = {
         {"threshold": {"weights": "relative"}},
         {},
     ),
+    "top_any": (
+        {
+            "experts": {"selection": "top_any"},
+            "balance": NO_LOSS,
+            "top_any": {"period_steps": 90, "idle_steps": 30, "record_steps": 30},
+        },
+        {},
+        {},
+    ),
+    "routing_free": (
+        {
+            "experts": {"selection": "routing_free"},
+            "balance": NO_LOSS,
+            "routing_free": {"rate": 0.1, "multiplier": 1e-5},
+        },
+        {},
+        {},
+    ),
 }
 VARIANTS = (*METHODS, *(f"{name}_router" for name in METHODS))
 

@@ -17,9 +17,10 @@ from aoe_jax.counts import (
     training_flops_per_token,
 )
 from aoe_jax.training.step import init_state, make_train_step
-from configs import paper, tiny
+from configs import methods, paper, tiny
 
 ALL = {f"paper:{name}": paper for name in paper.VARIANTS} | {f"tiny:{name}": tiny for name in tiny.VARIANTS}
+ALL |= {f"methods:{name}": methods for name in methods.VARIANTS}
 
 
 def config_of(name):

@@ -65,7 +65,7 @@ def from_json(path: Path, values: dict):
         group, _, name = name.partition(".")
         groups[group][name] = value
     groups["model"]["dtype"] = "float32"
-    if groups["experts"]["kind"] == "dense":
+    if groups["experts"]["kind"] == "dense" or groups["experts"]["selection"] in tuple(METHODS):
         groups["balance"]["aux_weight"] = 0.0
     max_len = groups["model"]["max_len"]
     if isinstance(max_len, int):

@@ -38,6 +38,8 @@ PARAMETERS = {
     "layers/experts/w_g": "n d f",
     "layers/experts/w_p": "n d f",
     "layers/experts/w_o": "n f d",
+    "layers/experts/firing_threshold": "n",
+    "layers/experts/score_bias": "n",
 }
 
 # What selection methods have beside parameters, float32 in every model.
@@ -45,6 +47,10 @@ ROUTING_STATE = {
     "layers/selection_bias": "n",
     "layers/threshold": "n",
     "layers/updates": "",
+    "layers/live": "n",
+    "layers/fired": "n",
+    "layers/unclaimed": "d",
+    "layers/multiplier": "",
 }
 
 

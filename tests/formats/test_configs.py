@@ -34,6 +34,11 @@ VARIANTS = {
     "router, qk_norm": ({"experts__kind": "router", "model__qk_norm": True}, False),
     "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, False),
     "dense": ({"experts__kind": "dense"}, False),
+    "aoe, top-any": ({"experts__selection": "top_any", "top_any__temperature": 2.0}, False),
+    "router, routing-free": (
+        {"experts__kind": "router", "experts__selection": "routing_free", "routing_free__threshold": 0.5},
+        False,
+    ),
 }
 
 
