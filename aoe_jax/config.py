@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
 from aoe_jax.errors import UserError
-from aoe_jax.methods import METHODS, ThresholdConfig, UoEConfig
+from aoe_jax.methods import METHODS, RoutingFreeConfig, ThresholdConfig, TopAnyConfig, UoEConfig
 from aoe_jax.sources import absolute, label_of, mixture_in_words, parsed_sources
 
 
@@ -438,6 +438,8 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
     uoe: UoEConfig = field(default_factory=UoEConfig)
+    top_any: TopAnyConfig = field(default_factory=TopAnyConfig)
+    routing_free: RoutingFreeConfig = field(default_factory=RoutingFreeConfig)
 
     @property
     def method_name(self):
@@ -521,6 +523,38 @@ class Config:
             what = "kind" if name in KIND_NAMES else "selection"
             of_other = f"belongs to experts.{what}={name!r}; leave it at its default"
             require(False, f"{name}.{field_name}", getattr(settings, field_name), of_other)
+
+        for name in ("aux_weight", "entropy_weight"):
+            require(
+                self.experts.selection not in ("top_any", "routing_free") or getattr(self.balance, name) == 0,
+                f"balance.{name}",
+                getattr(self.balance, name),
+                f"isn't tried beside what selection {self.experts.selection} has for its load; set it to 0",
+            )
+        if self.experts.selection == "top_any":
+            self._check_top_any()
+
+    def _check_top_any(self):
+        """Refuses what doesn't fit the layer."""
+        initial, weight, n = self.top_any.initial_experts, self.top_any.loss_weight, self.experts.n_experts
+        require(
+            initial is None or initial <= n,
+            "top_any.initial_experts",
+            initial,
+            f"can't be greater than the pool, experts.n_experts={n}",
+        )
+        require(
+            self.experts.has_router or weight == type(self.top_any).loss_weight,
+            "top_any.loss_weight",
+            weight,
+            "belongs to experts.kind='router'; leave it at its default",
+        )
+        require(
+            not self.experts.large_router,
+            "experts.large_router",
+            True,
+            "isn't implemented for selection top_any, which compares tokens with the columns of the router",
+        )
 
     def _check_mesh(self):
         """Refuses what the mesh would have to split unevenly."""

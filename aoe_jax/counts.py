@@ -58,6 +58,12 @@ def experts_per_token(config: Config):
     return SELECTIONS[config.experts.selection].experts_per_token(config.experts)
 
 
+def method_parameters(config: Config):
+    """Parameters of one layer that belong to the selection method, such as thresholds; all tokens use them."""
+    parameters = SELECTIONS[config.experts.selection].parameters(config.experts, config.method_settings)
+    return sum(math.prod(shape) for _, shape in parameters.values())
+
+
 def expert_parameters(config: Config):
     """`(shared, expert)`: parameters of one layer that all tokens use, such as a router, and those of one expert alone.
 
@@ -76,9 +82,10 @@ def parameter_counts(config: Config):
     shared, expert = expert_parameters(config)
     n_experts = 1 if c.kind == "dense" else c.n_experts
     active = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
+    used_by_all = shared + method_parameters(config)
     return ParameterCounts(
-        experts=m.n_layers * (shared + n_experts * expert),
-        active_experts=m.n_layers * (shared + round(active * expert)),
+        experts=m.n_layers * (used_by_all + n_experts * expert),
+        active_experts=m.n_layers * (used_by_all + round(active * expert)),
         attention=m.n_layers * _attention_matrices(m),
         norms=_norms_and_biases(m),
         embedding=m.vocab_size * m.d_model,

@@ -7,7 +7,7 @@ its defaults where the method isn't chosen.
 import dataclasses
 from dataclasses import dataclass
 
-from aoe_jax.checks import require, require_choice, require_not_negative
+from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,54 @@ class UoEConfig:
         return dataclasses.replace(self, routing_neurons=neurons)
 
 
-METHODS = {"threshold": ThresholdConfig, "uoe": UoEConfig}
+@dataclass(frozen=True)
+class TopAnyConfig:
+    """DynMoE; `experts.n_experts` is the size of the pool, the most experts that a layer can have."""
+
+    temperature: float = 1.0  # tau, of scores and thresholds
+    loss_weight: float = 0.01  # of the loss on a router's columns; AoE has none
+    initial_experts: int | None = None  # live from the first step; None: as many as the pool holds
+    # Of every so many steps, that many pass, then that many are recorded, and experts are removed and added.
+    period_steps: int = 900
+    idle_steps: int = 300
+    record_steps: int = 300  # 0: the experts stay the same
+
+    def __post_init__(self):
+        require_positive("top_any", self, "temperature", "period_steps")
+        require_not_negative("top_any", self, "loss_weight", "idle_steps", "record_steps")
+        require(
+            self.initial_experts is None or self.initial_experts > 0,
+            "top_any.initial_experts",
+            self.initial_experts,
+            "must be greater than 0, or None",
+        )
+        require(
+            self.idle_steps + self.record_steps <= self.period_steps,
+            "top_any.period_steps",
+            self.period_steps,
+            f"must be at least idle_steps + record_steps = {self.idle_steps + self.record_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class RoutingFreeConfig:
+    """Routing-Free MoE; `experts.top_k` is the mean number of experts per token and layer that its loss aims at."""
+
+    threshold: float = 1.0  # theta
+    bias: float = 1e-6  # the b that experts start from
+    multiplier: float = 1e-10  # the lambda that training starts from, at most 1
+    rate: float = 0.02  # eta: how fast lambda changes
+    expert_share: float = 0.5  # mu: of the loss, the part that balances experts; the rest balances tokens
+
+    def __post_init__(self):
+        require_not_negative("routing_free", self, "threshold", "rate", "expert_share")
+        require(0 < self.multiplier <= 1, "routing_free.multiplier", self.multiplier, "must lie above 0, at most at 1")
+        require(self.expert_share <= 1, "routing_free.expert_share", self.expert_share, "must lie between 0 and 1")
+
+
+METHODS = {
+    "threshold": ThresholdConfig,
+    "uoe": UoEConfig,
+    "top_any": TopAnyConfig,
+    "routing_free": RoutingFreeConfig,
+}

@@ -135,6 +135,8 @@ PARAMETER_AXES = {
     "w_g_route": ("experts", "embed", "mlp"),
     "w_p_route": ("experts", "embed", "mlp"),
     "w_o_route": ("experts", "mlp", "embed"),
+    "firing_threshold": (None,),
+    "score_bias": (None,),
     "q": ("embed", "heads", None),
     "k": ("embed", "heads", None),
     "v": ("embed", "heads", None),

@@ -21,6 +21,24 @@ METHODS = {
     ),
     "coupling": ({"balance": {"aux_weight": AUX_WEIGHT, "coupling_weight": 1.0}}, None, {}),
     "uoe": ({"experts": {"kind": "uoe"}, "balance": NO_LOSS}, {}, None),
+    "top_any": (
+        {
+            "experts": {"selection": "top_any"},
+            "balance": NO_LOSS,
+            "top_any": {"period_steps": 90, "idle_steps": 30, "record_steps": 30},
+        },
+        {},
+        {},
+    ),
+    "routing_free": (
+        {
+            "experts": {"selection": "routing_free"},
+            "balance": NO_LOSS,
+            "routing_free": {"rate": 0.1, "multiplier": 1e-5},
+        },
+        {},
+        {},
+    ),
 }
 VARIANTS = (
     *(name for name, (_, of_aoe, _) in METHODS.items() if of_aoe is not None),

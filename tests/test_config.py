@@ -115,6 +115,12 @@ BAD = {
     "train.steps=0": ("train", {"steps": 0}, "greater than 0"),
     "train.final_learning_rate=1.0": ("train", {"final_learning_rate": 1.0}, "learning_rate"),
     "checkpoint.keep=0": ("checkpoint", {"keep": 0}, "greater than 0"),
+    "top_any.temperature=0.0": ("top_any", {"temperature": 0.0}, "greater than 0"),
+    "top_any.initial_experts=0": ("top_any", {"initial_experts": 0}, "or None"),
+    "top_any.period_steps=500": ("top_any", {"period_steps": 500}, "idle_steps + record_steps = 600"),
+    "top_any.loss_weight=0.1": ("top_any", {"loss_weight": 0.1}, "belongs to experts.selection='top_any'"),
+    "routing_free.multiplier=0.0": ("routing_free", {"multiplier": 0.0}, "above 0"),
+    "routing_free.expert_share=1.5": ("routing_free", {"expert_share": 1.5}, "between 0 and 1"),
 }
 
 
@@ -123,6 +129,24 @@ def test_bad_values_are_named(start):
     group, values, hint = BAD[start]
     with pytest.raises(UserError) as error:
         Config.from_config_dict({group: values})
+    assert str(error.value).startswith(f"config.{start}") and hint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "groups", "hint"),
+    [
+        ("balance.aux_weight=0.01", {"experts": {"selection": "top_any"}}, "set it to 0"),
+        ("balance.entropy_weight=0.1", {"balance": {"aux_weight": 0, "entropy_weight": 0.1}}, "set it to 0"),
+        ("top_any.initial_experts=9", {"top_any": {"initial_experts": 9}}, "n_experts=8"),
+        ("top_any.loss_weight=0.1", {"top_any": {"loss_weight": 0.1}}, "kind='router'"),
+        ("experts.large_router=True", {"experts": {"kind": "router", "large_router": True}}, "columns of the router"),
+    ],
+)
+def test_what_top_any_is_not_combined_with(start, groups, hint):
+    groups = {"balance": {"aux_weight": 0.0}} | groups if start != "balance.aux_weight=0.01" else groups
+    groups |= {"experts": {"selection": "top_any"} | groups.get("experts", {})}
+    with pytest.raises(UserError) as error:
+        Config.from_config_dict(groups)
     assert str(error.value).startswith(f"config.{start}") and hint in str(error.value)
 
 

@@ -26,7 +26,11 @@ SMALL = {
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 1, "learning_rate": 1e-2},
 }
 # In small, and so that what changes after many steps changes here.
-SOONER = {"threshold": {"warmup_steps": 2, "decay": 0.5}}
+SOONER = {
+    "threshold": {"warmup_steps": 2, "decay": 0.5},
+    "top_any": {"initial_experts": 2, "period_steps": 3, "idle_steps": 1, "record_steps": 2},  # an update after step 3
+    "routing_free": {"threshold": 1.5, "multiplier": 0.1, "rate": 0.5},
+}
 
 
 @cache

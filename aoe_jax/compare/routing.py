@@ -24,7 +24,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import make_eval_step
-from aoe_jax.experts.balance import LayerStats, load_entropy
+from aoe_jax.experts.balance import LayerStats, dead_experts, load_entropy, mean_load
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder, DecoderLayer
 from aoe_jax.sharding import replicated
@@ -200,8 +200,8 @@ def _figures(step, figures, final):
         "load": load.tolist(),
         "load_entropy": load_entropy(load).tolist(),
         "confidence_entropy": stats.confidence_entropy.tolist(),
-        "max_violation": (load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9) - 1).tolist(),
-        "dead_experts": (load == 0).sum(axis=1).tolist(),
+        "max_violation": (load.max(axis=1) / np.maximum(mean_load(load, stats.live), 1e-9) - 1).tolist(),
+        "dead_experts": dead_experts(load, stats.live).sum(axis=1).tolist(),
         "mean_score": stats.mean_score.tolist(),
         "overlap_with_final": overlap(figures["chosen"], final["chosen"]).tolist(),
     }

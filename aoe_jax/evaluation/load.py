@@ -6,7 +6,7 @@ L layers, n experts. All from the `LayerStats` of an evaluation.
 import numpy as np
 from matplotlib.figure import Figure
 
-from aoe_jax.experts.balance import LayerStats, load_entropy, load_spread
+from aoe_jax.experts.balance import LayerStats, dead_experts, load_entropy, load_spread
 from aoe_jax.experts.kinds import LAYERS
 
 
@@ -20,18 +20,22 @@ def load_statistics(stats: LayerStats, kind):
     Returns:
       `load` `[L][n]` (fraction of the tokens that choose each expert), `load_entropy` and `confidence_entropy` `[L]` in
       nats, `mean_norm` or `mean_logit` `[L][n]`, `load_spread`, `experts_per_token` and `dead_experts` (no token at all); of
-      experts with a capacity also `dropped_share` `[L]`, the share of the choices that found no room.
+      experts with a capacity also `dropped_share` `[L]`, the share of the choices that found no room; where experts are
+      added and removed also `live_experts` `[L]`.
     """
-    load = np.asarray(stats.load)
-    dropped = {} if stats.dropped_share is None else {"dropped_share": np.asarray(stats.dropped_share).tolist()}
-    return dropped | {
+    load, live = np.asarray(stats.load), stats.live
+    of_some = {} if stats.dropped_share is None else {"dropped_share": np.asarray(stats.dropped_share).tolist()}
+    if live is not None:
+        live = np.asarray(live)
+        of_some["live_experts"] = (live > 0).sum(axis=-1).tolist()
+    return of_some | {
         "load": load.tolist(),
         "load_entropy": np.asarray(load_entropy(load)).tolist(),
         "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
         LAYERS[kind].score_name: np.asarray(stats.mean_score).tolist(),
-        "load_spread": float(load_spread(load)),
+        "load_spread": float(load_spread(load, live)),
         "experts_per_token": float(load.sum(axis=-1).mean()),
-        "dead_experts": int((load == 0).sum()),
+        "dead_experts": int(dead_experts(load, live).sum()),
     }
 
 

@@ -24,6 +24,8 @@ class LayerStats(NamedTuple):
     coupling: jax.Array | None = None  # [], the loss of `experts/coupling.py`, with its gradient; None: not computed
     records: dict[str, jax.Array] | None = None  # of the selection method, see `selection.base.Choice`
     per_token: dict[str, jax.Array] | None = None  # the same, values for every token
+    # [n], 1 for a place that an expert has, 0 for one that is kept free; None: there are no free ones
+    live: jax.Array | None = None
 
 
 def layer_stats(scores, balance_scores, assignment, token_weights, stride=1, total=lambda sums: sums):
@@ -91,6 +93,18 @@ def load_entropy(load):
     return -xp.sum(xp.where(share > 0, share * xp.log(xp.where(share > 0, share, 1)), 0), axis=-1)
 
 
-def load_spread(load):
-    """Sum over layers of the largest minus the smallest load: `[L, n] -> []`, of JAX or of NumPy."""
-    return (load.max(axis=-1) - load.min(axis=-1)).sum()
+def load_spread(load, live=None):
+    """Sum over layers of the largest minus the smallest load of live experts: `[L, n] -> []`, of JAX or of NumPy."""
+    xp = load.__array_namespace__()
+    least = load if live is None else xp.where(live > 0, load, xp.inf)
+    return (load.max(axis=-1) - least.min(axis=-1)).sum()
+
+
+def mean_load(load, live=None):
+    """The mean load of live experts, `[..., n] -> [...]`."""
+    return load.mean(axis=-1) if live is None else load.sum(axis=-1) / (live > 0).sum(axis=-1)
+
+
+def dead_experts(load, live=None):
+    """Which experts have no token, `[..., n]` bool; a place that no expert has is none."""
+    return load == 0 if live is None else (load == 0) & (live > 0)

@@ -147,7 +147,7 @@ class ExpertsModule(nn.Module):
         with jax.named_scope("balance"):
             stride, total = self.balance.aux_stride, given.devices.total
             stats = layer_stats(scores, balance_scores, choice.assignment, given.token_weights, stride, total)
-        return choice.assignment, stats._replace(records=choice.records), choice.per_token
+        return choice.assignment, stats._replace(records=choice.records, live=choice.live), choice.per_token
 
     def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
         """The stations after scoring; the kinds of expert differ in their gate.
@@ -233,6 +233,9 @@ class AoELayer(ExpertsModule):
             else:  # the rows lie where the cache doesn't: their activations are computed again
                 (scores,) = devices.score(lambda x, w_down: (scoring.norms(x, w_down),), *operands)
                 balance_scores = scores[::stride]
+            if self.method.relative_scores:
+                scores = scoring.relative_norms(scores, x, devices.matrix_norms(weights["w_down"]))
+                balance_scores = scores[::stride]
         return self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
 
 
@@ -272,6 +275,8 @@ class RouterLayer(ExpertsModule):
         with jax.named_scope("score"):
             if self.config.large_router:
                 scores = scoring.large_router_logits(x, weights.pop("w_router_hidden"), w_router)
+            elif self.method.relative_scores:
+                scores = scoring.router_cosines(x, w_router)
             else:
                 scores = scoring.router_logits(x, w_router)
         gate = _low_rank_gate if self.config.factorised_gate else whole_gate

@@ -141,6 +141,15 @@ class Devices:
 
         return self.without_whole_weights(of_all)(x, w_down)
 
+    def matrix_norms(self, w):
+        """The Frobenius norms of the Wdown of all experts: `w [m, d, r]` of this device's, its piece of d_model -> `[n]`."""
+        w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        squares = jnp.sum(w * w, axis=(1, 2))
+        if self.size("fsdp") > 1:
+            squares = jax.lax.psum(squares, "fsdp")
+        some = squares > 0  # the gradient at zero is zero
+        return self.gather(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1)), 0), "expert")
+
     def all_tokens(self, values):
         """`[t, ...]` of every device as `[all tokens, ...]`, in the order of the batch: `[B, S]`, flattened."""
         if self.total_size == 1:

@@ -3,6 +3,7 @@
 T tokens, d model width, n experts, r low rank (d_low), h hidden width of the large router, s stride of the balance losses.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -106,6 +107,34 @@ _sparse_scores.defvjp(
 def router_logits(x, w_router):
     """Router logits `x R` in float32 at least: `x [T, d]`, `w_router [d, n]` -> `[T, n]`."""
     return _matmul_float32(x, w_router)
+
+
+def router_cosines(x, w_router):
+    """The cosines of tokens and router columns: `x [T, d]`, `w_router [d, n]` -> `[T, n]`, 0 where either is zero."""
+    return _by_lengths(router_logits(x, w_router), x, activation_norms(w_router.T))
+
+
+def relative_norms(norms, x, w_down_norms):
+    """Norms by what they would be for a random direction: `||x Wd_i|| sqrt(d) / (||x|| ||Wd_i||) - 1`.
+
+    Neither the length of a token nor that of an expert's weights counts. At initialisation they lie around 0, with a
+    standard deviation of `1 / sqrt(2 r)` over experts.
+
+    Args:
+      norms: `[T, n]` float32, of `x Wd_i`.
+      x: `[T, d]`.
+      w_down_norms: `[n]` float32, the Frobenius norms of the `Wd_i`.
+
+    Returns:
+      `[T, n]` float32; -1 where token or weights are zero.
+    """
+    return math.sqrt(x.shape[1]) * _by_lengths(norms, x, w_down_norms) - 1
+
+
+def _by_lengths(scores, x, weight_norms):
+    """`scores [T, n]` by the lengths of tokens `x [T, d]` and of weights `[n]`; 0 where a length is."""
+    lengths = activation_norms(x)[:, None] * weight_norms
+    return jnp.where(lengths > 0, scores / jnp.where(lengths > 0, lengths, 1), 0)
 
 
 def large_router_logits(x, w_hidden, w_router):

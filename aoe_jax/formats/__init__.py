@@ -30,6 +30,11 @@ expert (f where its gate is whole, w where it is Wdown Wup):
     model.layers.N.mlp.w_router                     [d, n]       of routers; of large ones [hidden, n]
     model.layers.N.mlp.w_router_hidden              [d, hidden]  of large routers
     model.layers.N.mlp.selection_bias               [n]          float32, of loss-free balancing
+    model.layers.N.mlp.firing_threshold             [n]          of selection top_any
+    model.layers.N.mlp.score_bias                   [n]          of selection routing_free
+
+What other selection methods have beside parameters lies there too, by the names of `layout.ROUTING_STATE`; `config.json`
+then has a group with the method's settings.
 
 A dense layer has `mlp.experts.w_g`, `w_p`, `w_o` without the axis of experts.
 """

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from aoe_jax.config import SELECTION_NAMES, Config
+from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.formats.architectures import ARCHITECTURES, Architecture
@@ -31,7 +31,6 @@ def computed_fields(config: Config):
         idle.add("experts.d_low")
     if experts.kind == "dense":
         idle |= {"experts.n_experts", *CHOICE}
-<<<<<<< HEAD
     of_some = {"top_k", "gate", "top_p", "capacity_factor", "router_jitter"}
     idle |= {f"experts.{name}" for name in of_some - _used(experts)}
     return {name: value for name, value in fields.items() if name not in idle}
@@ -45,27 +44,6 @@ def _used(experts):
     if experts.gate == "sparsemixer":
         used.add("router_jitter")
     return used
-=======
-    idle |= {f"experts.{name}" for name, used in _USED_BY.items() if not used(experts)}
-    for name in METHODS:
-        if name in (experts.kind, experts.selection):
-            fields |= {f"{name}.{field}": value for field, value in dataclasses.asdict(getattr(config, name)).items()}
-    return {name: value for name, value in fields.items() if name not in idle}
-
-
-def is_choice(name):
-    """Whether a field says how experts are chosen and weighed: other values fit the same parameters."""
-    return name in CHOICE or name.partition(".")[0] in SELECTION_NAMES
-
-
-_USED_BY = {
-    "top_k": lambda experts: experts.selection == "top_k",
-    "gate": lambda experts: experts.selection == "top_k",
-    "top_p": lambda experts: experts.selection == "top_p",
-    "capacity_factor": lambda experts: experts.selection == "expert_choice" or experts.kind == "capacity",
-    "router_jitter": lambda experts: experts.gate == "sparsemixer",
-}
->>>>>>> coupled
 
 
 def from_json(path: Path, values: dict):
@@ -86,7 +64,7 @@ def from_json(path: Path, values: dict):
         group, _, name = name.partition(".")
         groups[group][name] = value
     groups["model"]["dtype"] = "float32"
-    if groups["experts"]["kind"] == "dense":
+    if groups["experts"]["kind"] == "dense" or groups["experts"]["selection"] in tuple(METHODS):
         groups["balance"]["aux_weight"] = 0.0
     max_len = groups["model"]["max_len"]
     if isinstance(max_len, int):
@@ -108,13 +86,9 @@ def _architecture(path, values):
 
 def _own_fields(path, values):
     fields = {}
-<<<<<<< HEAD
     experts = values.get("experts")
     chosen = [experts.get(name) for name in ("kind", "selection")] if isinstance(experts, dict) else []
     for group in ("model", "experts", *(name for name in METHODS if name in chosen)):
-=======
-    for group in ("model", "experts", *(name for name in METHODS if name in values)):
->>>>>>> coupled
         if not isinstance(values.get(group), dict):
             raise UserError(f"{path}: it has no group {group!r}, which a model of model_type {OWN!r} has")
         fields |= {f"{group}.{name}": value for name, value in values[group].items()}
@@ -222,12 +196,7 @@ def as_own(config: Config):
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}}
     for name, value in fields.items():
         group, _, name = name.partition(".")
-<<<<<<< HEAD
-        groups.setdefault(group, {})
-        groups[group][name] = list(value) if isinstance(value, tuple) else value
-=======
         groups.setdefault(group, {})[name] = list(value) if isinstance(value, tuple) else value
->>>>>>> coupled
     if not config.experts.low_rank:
         groups["experts"]["d_ffn"] = groups["experts"].pop("d_wide")
     return {"model_type": OWN, "architectures": [ARCHITECTURES[OWN].class_name], **groups}

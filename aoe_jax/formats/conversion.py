@@ -80,6 +80,9 @@ def _converted(config: Config, checkpoint, d_low):
     if experts.kind != "router" or experts.factorised_gate:
         what = "a router with factorised gates" if experts.factorised_gate else f"experts.kind={experts.kind!r}"
         raise UserError(f"--checkpoint={checkpoint} has {what}; only a router MoE with whole gates can be converted")
+    if config.method_name:
+        what = f"chooses its experts by {config.method_name}, which goes by its router in more than scores; only others"
+        raise UserError(f"--checkpoint={checkpoint} {what} can be converted")
     if d_low >= d_model or d_low > experts.d_ffn:
         wanted = f"must be below d_model={d_model} and at most the width {experts.d_ffn} of an expert"
         raise UserError(f"--d_low={d_low}: {wanted}")

@@ -41,6 +41,8 @@ PARAMETERS = {
     "layers/experts/w_g_route": "n d s",
     "layers/experts/w_p_route": "n d s",
     "layers/experts/w_o_route": "n s d",
+    "layers/experts/firing_threshold": "n",
+    "layers/experts/score_bias": "n",
 }
 
 # What selection methods have beside parameters, float32 in every model.
@@ -48,6 +50,10 @@ ROUTING_STATE = {
     "layers/selection_bias": "n",
     "layers/threshold": "n",
     "layers/updates": "",
+    "layers/live": "n",
+    "layers/fired": "n",
+    "layers/unclaimed": "d",
+    "layers/multiplier": "",
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import DivergedError
+from aoe_jax.experts.balance import dead_experts
 from aoe_jax.json_files import write_json
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,14 @@ class Health:
                 )
         self._losses.append(loss)
 
-    def load(self, step, load):
-        """Takes in the load `[L, n]` of a logged step; warns of experts that have had no token for some of them."""
+    def load(self, step, load, live=None):
+        """Takes in the load `[L, n]` of a logged step; warns of experts that have had no token for some of them.
+
+        `live`, of `LayerStats`: places that no expert has aren't dead.
+        """
         if load.shape[-1] == 1:
             return
-        idle = load == 0
+        idle = dead_experts(load, live)
         self._idle_for = np.where(idle, 1 if self._idle_for is None else self._idle_for + 1, 0)
         dead = {tuple(map(int, place)) for place in np.argwhere(self._idle_for >= DEAD_AFTER)}
         if new := sorted(dead - self._dead):

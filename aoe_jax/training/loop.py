@@ -153,7 +153,7 @@ class _Run:
         self.checkpoints.check()
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             metrics = jax.device_get(metrics)
-            self.health.load(step, metrics["load"])
+            self.health.load(step, metrics["load"], metrics.get("live"))
             self.telemetry.train(step, metrics)
         self.last = {name: now[name] for name in ("loss", "nll")}
 

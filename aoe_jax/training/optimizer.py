@@ -18,8 +18,8 @@ def learning_rate_schedule(config: TrainConfig):
 
 
 def decayed(params):
-    """Which parameters decay: every matrix, but neither norm scales, biases nor embedding tables."""
-    others = ("scale", "norm", "bias", "embedding")
+    """Which parameters decay: every matrix, but neither norm scales, biases, thresholds nor embedding tables."""
+    others = ("scale", "norm", "bias", "threshold", "embedding")
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(others), params)
 
 

@@ -82,33 +82,44 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
     with jax.named_scope("balance"):
         aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
         confidence_entropy = stats.confidence_entropy.mean()
-        of_method = _method_losses(config, stats, routing_state, batch)
+        of_method = _method_losses(config, stats, routing_state, batch, params)
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
     if stats.coupling is not None:
         of_method = of_method | {"coupling_loss": (config.balance.coupling_weight, stats.coupling.mean())}
     loss += sum(weight * value for weight, value in of_method.values())
-    dropped = {} if stats.dropped_share is None else {"dropped_share": stats.dropped_share}
+    of_some = {name: getattr(stats, name) for name in ("dropped_share", "live") if getattr(stats, name) is not None}
     reported = {name: value for name, (_, value) in of_method.items()}
-    return loss, dropped | reported | {
+    return loss, of_some | reported | {
         "stats": stats._replace(per_token=None),
         "loss": loss,
         "nll": nll,
         "aux_loss": aux_loss,
         "load": stats.load,
         "load_entropy": load_entropy(stats.load),
-        "load_spread": load_spread(stats.load),
+        "load_spread": load_spread(stats.load, stats.live),
         "confidence_entropy": stats.confidence_entropy,
         "mean_score": stats.mean_score,
         "score_spread": stats.score_spread,
     }
 
 
-def _method_losses(config, stats, routing_state, batch):
+def _method_losses(config, stats, routing_state, batch, params):
     if not LAYERS[config.experts.kind].selects:
         return {}
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
     method = SELECTIONS[config.experts.selection]
-    return method.losses(config, stats, stats.per_token, routing_state, token_weights)
+    return method.losses(config, stats, stats.per_token, routing_state, token_weights, _of_experts(params))
+
+
+def _of_experts(params):
+    """The parameters of the layers of experts by name, stacked."""
+    return params["layers"]["experts"]
+
+
+def _with_experts(params, changed):
+    """The parameters with some of those of the layers of experts replaced."""
+    layers = params["layers"]
+    return params | {"layers": layers | {"experts": layers["experts"] | changed}}
 
 
 def make_train_step(config: Config):
@@ -165,6 +176,9 @@ def make_train_step(config: Config):
         routing_state = state.routing_state
         if routing_state:
             with jax.named_scope("balance"):
+                weights = _of_experts(params)
+                changed = method.next_parameters(config, weights, routing_state, stats)
+                params = _with_experts(params, updated(changed, {name: weights[name] for name in changed}))
                 routing_state = updated(method.next_state(config, routing_state, stats), routing_state)
         skipped = state.skipped + ~finite
         metrics |= {

@@ -15,6 +15,7 @@ import numpy as np
 
 from aoe_jax.config import Config
 from aoe_jax.counts import training_flops_per_token
+from aoe_jax.experts.balance import dead_experts, mean_load
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
@@ -65,17 +66,20 @@ def layer_figures(metrics, kind):
     """Of host metrics of a step, one number a layer: name -> `[L]`. A dense model has none.
 
     `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance), `dead_experts` (those with
-    no token in the batch), and the mean over experts of their mean norms or logits. Where experts have a
-    capacity, `dropped_share` too: the share of the choices that found no room.
+    no token in the batch), and the mean over experts of their mean norms (AoE) or logits (router), or of the relative
+    scores that stand for them. Where experts have a capacity, `dropped_share` too: the share of the choices that found no
+    room. Where experts are added and removed, `live_experts` too; free places count in no figure of the load.
     """
-    load = metrics["load"]
+    load, live = metrics["load"], metrics.get("live")
     if load.shape[-1] == 1:
         return {}
-    dropped = {"dropped_share": metrics["dropped_share"]} if "dropped_share" in metrics else {}
-    return dropped | {
+    of_some = {"dropped_share": metrics["dropped_share"]} if "dropped_share" in metrics else {}
+    if live is not None:
+        of_some["live_experts"] = (live > 0).sum(axis=-1)
+    return of_some | {
         "load_entropy": metrics["load_entropy"],
-        "load_max_over_mean": load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9),
-        "dead_experts": (load == 0).sum(axis=-1),
+        "load_max_over_mean": load.max(axis=-1) / np.maximum(mean_load(load, live), 1e-9),
+        "dead_experts": dead_experts(load, live).sum(axis=-1),
         "confidence_entropy": metrics["confidence_entropy"],
         LAYERS[kind].score_name: metrics["mean_score"].mean(axis=-1),
     }

@@ -14,6 +14,7 @@ from aoe_jax.experts import parallel
 from aoe_jax.experts import transport as transport_of
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.kinds import LAYERS
+from aoe_jax.methods import METHODS
 from aoe_jax.sharding import MESH_AXES
 
 B, S, D = 16, 8, 8
@@ -31,6 +32,10 @@ KINDS = {
     "large router": {"kind": "router", "large_router": True},
     "capacity": {"kind": "capacity", "capacity_factor": 1.25},  # some choices find no place
     "dense": {"kind": "dense"},
+    "top-any": {"kind": "aoe", "selection": "top_any"},
+    "router, top-any": {"kind": "router", "selection": "top_any"},
+    "routing-free": {"kind": "aoe", "selection": "routing_free"},
+    "router, routing-free": {"kind": "router", "selection": "routing_free"},
 }
 
 
@@ -44,7 +49,9 @@ def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.
     config = ExpertsConfig(**{"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8, "d_wide": None} | settings)
     if config.low_rank:
         config = ExpertsConfig(**{"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8, "d_wide": 16} | settings)
-    layer = LAYERS[config.kind](config, dtype, BalanceConfig(aux_tokens=aux_tokens), recompute, transport)
+    method = METHODS[config.selection]() if config.selection in METHODS else None
+    of_method = {"settings": method, "training": method is not None}
+    layer = LAYERS[config.kind](config, dtype, BalanceConfig(aux_tokens=aux_tokens), recompute, transport, **of_method)
     x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
     init = jax.jit(lambda key, x: layer.init(key, x)["params"])  # the layer itself is not computed
     params = jax.tree.map(lambda a: a.astype(jnp.float64), init(jax.random.key(1), x))
@@ -59,6 +66,7 @@ def evaluate(layer, params, x, weights, bias=None):
     def loss(params, x):
         y, stats = layer.apply({"params": params}, x, weights, bias)
         balance = balance_loss(stats.load, stats.mean_probability) + 0.3 * stats.confidence_entropy
+        balance += sum((a * a).sum() for a in jax.tree.leaves((stats.records, stats.per_token)))
         return (y * cotangent).sum() + balance, (y, stats)
 
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
@@ -93,7 +101,8 @@ OTHERS = [kind for kind in KINDS if kind not in ("aoe", "router", "dense")]
 CASES += [((1, 2, 2, 2), ("ring", "all_to_all")[i % 2], kind) for i, kind in enumerate(OTHERS)]
 CASES += [((2, 2, 1, 2), "ring", "dense")]
 CASES += [
-    ((2, 4, 1, 1), "ring", kind) for kind in ("router", "as published", "top-p", "expert choice", "capacity", "dense")
+    ((2, 4, 1, 1), "ring", kind)
+    for kind in ("router", "as published", "top-p", "expert choice", "capacity", "dense", "top-any")
 ]
 CASES += [((2, 1, 4, 1), "all_to_all", "capacity"), ((2, 1, 1, 4), "ring", "capacity")]
 

@@ -36,6 +36,11 @@ VARIANTS = {
     "dense": ({"experts__kind": "dense"}, False),
     "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, False),
     "threshold": ({"experts__selection": "threshold", "threshold__weights": "relative"}, False),
+    "aoe, top-any": ({"experts__selection": "top_any", "top_any__temperature": 2.0}, False),
+    "router, routing-free": (
+        {"experts__kind": "router", "experts__selection": "routing_free", "routing_free__threshold": 0.5},
+        False,
+    ),
 }
 
 

@@ -35,6 +35,8 @@ WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
     "aoe, everything": EVERYTHING,
     "aoe, biased": {"balance__bias_rate": 0.01, "model__tie_embeddings": False},
     "router, biased": {"balance__bias_rate": 0.01, "experts__kind": "router"},
+    "aoe, top-any": VARIANTS["aoe, top-any"][0],
+    "router, routing-free": VARIANTS["router, routing-free"][0],
 }
 
 
@@ -75,7 +77,7 @@ def test_there_and_back(tmp_path, variant):
     directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**WRITTEN[variant]))
     found = load_params(directory, fill_mesh(read_config(directory), 1), mesh)
     assert_same(found, (params, bias))
-    assert bool(bias) == ("biased" in variant)
+    assert bool(bias) == ("biased" in variant or "-" in variant)
     assert json.loads((directory / "config.json").read_text())["model_type"] == (
         "mixtral" if VARIANTS.get(variant, (None, False))[1] else "aoe"
     )

@@ -70,6 +70,14 @@ def test_dead_experts_are_named_once(caplog):
     assert "dead experts at step 11" in caplog.text
 
 
+def test_a_free_place_is_no_dead_expert(caplog):
+    health, live = Health(3, batch_size=4), np.array([[1.0, 0, 1], [1, 1, 1]])
+    load = np.array([[0.5, 0.0, 1.5], [1.0, 1.0, 0.0]])
+    for step in range(5):
+        health.load(step, load, live)
+    assert "layer 1 expert 2 (1 of 6 in all)" in caplog.text
+
+
 def test_dense_model_has_no_dead_expert(caplog):
     health = Health(3, batch_size=4)
     for step in range(5):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from aoe_jax.counts import training_flops_per_token
+from aoe_jax.evaluation.load import load_statistics
 from aoe_jax.evaluation.perplexity import Evaluation
-from aoe_jax.experts.balance import LayerStats
-from aoe_jax.training.telemetry import MEASURED_KEYS, NoTelemetry, Telemetry
+from aoe_jax.experts.balance import LayerStats, load_spread
+from aoe_jax.training.telemetry import MEASURED_KEYS, NoTelemetry, Telemetry, layer_figures
 from tests.runs import read_events, tiny_config
 
 LAYERS, EXPERTS = 2, 4
@@ -189,3 +190,15 @@ def test_other_processes_report_nothing(tmp_path):
     assert telemetry.timing() == telemetry.memory() == {}
     telemetry.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_free_places_count_in_no_figure_of_the_load():
+    load = np.array([[1.0, 0.0, 2.0, 0.0], [0.5, 0.5, 0.5, 0.5]], np.float32)
+    live = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], np.float32)
+    figures = layer_figures(metrics_of(1) | {"load": load, "live": live}, "aoe")
+    np.testing.assert_allclose(figures["load_max_over_mean"], [2, 1])
+    np.testing.assert_array_equal(figures["dead_experts"], [1, 0])
+    np.testing.assert_array_equal(figures["live_experts"], [3, 4])
+    assert load_spread(load[:1], live[:1]) == 2 and load_spread(load[:1, [0, 2]], live[:1, [0, 3]]) == 1
+    statistics = load_statistics(evaluation_of().stats._replace(load=load, live=live), "aoe")
+    assert statistics["dead_experts"] == 1 and statistics["live_experts"] == [3, 4]

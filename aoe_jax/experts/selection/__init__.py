@@ -4,8 +4,17 @@ A method is a file: pure functions of scores, and a `Selection` that says where 
 """
 
 from aoe_jax.experts.selection.expert_choice import ExpertChoice
+from aoe_jax.experts.selection.routing_free import RoutingFree
 from aoe_jax.experts.selection.threshold import Threshold
+from aoe_jax.experts.selection.top_any import TopAny
 from aoe_jax.experts.selection.top_k import TopK
 from aoe_jax.experts.selection.top_p import TopP
 
-SELECTIONS = {"top_k": TopK(), "top_p": TopP(), "expert_choice": ExpertChoice(), "threshold": Threshold()}
+SELECTIONS = {
+    "top_k": TopK(),
+    "top_p": TopP(),
+    "expert_choice": ExpertChoice(),
+    "threshold": Threshold(),
+    "top_any": TopAny(),
+    "routing_free": RoutingFree(),
+}

@@ -35,6 +35,7 @@ class Choice(NamedTuple):
     # through `Devices.total`), with their gradients. All selections of a method have the same names.
     records: dict[str, jax.Array] | None = None
     per_token: dict[str, jax.Array] | None = None  # [t]: as records, a value for every token
+    live: jax.Array | None = None  # [n], see `LayerStats`
 
 
 class Selection:
@@ -45,6 +46,9 @@ class Selection:
     not_causal_because = ""  # the end of "for ..."
     needs_key = False  # whether it draws at random in training
     all_slots_used = False  # whether every slot of every assignment is in use
+    # Whether scores are wanted that lie around 0 and have the scale neither of tokens nor of weights: cosines of tokens and
+    # router columns, or norms by what they would be for random directions, see `scoring.relative_norms`.
+    relative_scores = False
 
     def experts_per_token(self, experts: ExpertsConfig) -> float | None:
         """Mean number of experts that process a token, or None where the scores decide it."""
@@ -62,7 +66,7 @@ class Selection:
         """The choice for `scores [t, n]` float32, norms or logits."""
         raise NotImplementedError
 
-    def losses(self, config: Config, stats, per_token, state, token_weights) -> dict[str, tuple]:
+    def losses(self, config: Config, stats, per_token, state, token_weights, weights) -> dict[str, tuple]:
         """The losses of the method, for the whole model.
 
         Args:
@@ -71,6 +75,7 @@ class Selection:
           per_token: `Choice.per_token` stacked, `[L, B, S]`.
           state: the state before the step, stacked `[L, ...]`.
           token_weights: `[B, S]`, 0 for padding.
+          weights: the parameters of the layers of experts by name, stacked.
 
         Returns:
           name -> `(weight, value)`, scalars: each value is reported by its name, and its multiple added to the loss.
@@ -80,3 +85,17 @@ class Selection:
     def next_state(self, config: Config, state, stats) -> dict[str, jax.Array]:
         """The state after a step, stacked `[L, ...]` like `state`; `stats`: `LayerStats` of the step, stacked."""
         return state
+
+    def next_parameters(self, config: Config, weights, state, stats) -> dict[str, jax.Array]:
+        """Parameters of the layers of experts that a step changes by other means than gradients, of methods with a state.
+
+        Args:
+          config: of the run.
+          weights: the parameters after the optimiser's update, by name, stacked `[L, ...]`.
+          state: the state before the step, as in `next_state`.
+          stats: as in `next_state`.
+
+        Returns:
+          name -> the new array, of those that the method changes. The optimiser's moments stay as they are.
+        """
+        return {}

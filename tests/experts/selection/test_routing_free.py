@@ -1,0 +1,90 @@
+"""Routing-Free MoE: gates, its two losses, and what steers its density."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.experts.selection.routing_free import active_gates, expert_balance, next_multiplier, token_balance
+from tests.experts.selection.method_layers import EXPERTS, TOKENS, assert_agree, by_loops, make, scores_of
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def weights_of(threshold):
+    def weights(params, x):
+        gates = jax.nn.relu(scores_of(params, x) - params["score_bias"])
+        return jnp.where(gates >= threshold, gates, 0)
+
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_agrees_with_plain_loops(x64, ragged, kind):
+    threshold = 2.0 if kind == "aoe" else 0.5
+    layer, params, x = make(kind, "routing_free", threshold=threshold)
+    assert_agree(layer, params, x, weights_of(threshold))
+    weights = weights_of(threshold)(params, x)
+    active = weights > 0
+    assert 0.1 < active.mean() < 0.9
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
+    np.testing.assert_allclose(stats.load, active.mean(axis=0))
+    np.testing.assert_allclose(stats.records["gates"], weights.mean(axis=0))
+    np.testing.assert_allclose(stats.per_token["gates"], weights.mean(axis=1))
+    np.testing.assert_allclose(stats.per_token["active"], active.mean(axis=1))
+
+
+def test_all_or_none(x64, ragged):
+    """A large b leaves nothing; without b and theta all experts are active and the weights are the norms."""
+    layer, params, x = make("aoe", "routing_free", threshold=0.0)
+    params["score_bias"] *= 0
+    y, stats = jax.jit(layer.apply)({"params": params}, x)
+    np.testing.assert_allclose(stats.load, 1)
+    np.testing.assert_allclose(y, by_loops(params, x, scores_of(params, x)), atol=1e-12)
+    layer, params, x = make("aoe", "routing_free")
+    y, stats = jax.jit(layer.apply)({"params": params | {"score_bias": jnp.full(EXPERTS, 1e3)}}, x)
+    assert not y.any() and not stats.load.any()
+
+
+def test_what_is_not_active_has_no_gradient():
+    scores = jnp.array([[3.0, 1.5, 0.5, -1.0]])
+    active, gates = active_gates(scores, jnp.full(4, 0.5), 1.0)
+    np.testing.assert_array_equal(active, [[True, True, False, False]])
+    np.testing.assert_array_equal(gates, [[2.5, 1.0, 0, 0]])
+    of_scores, of_bias = jax.grad(lambda s, b: active_gates(s, b, 1.0)[1].sum(), (0, 1))(scores, jnp.full(4, 0.5))
+    np.testing.assert_array_equal(of_scores, [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(of_bias, [-1, -1, 0, 0])
+
+
+def test_losses_of_what_is_everywhere_alike():
+    """With the same density and the same gate everywhere, both losses are their product."""
+    active, gates, real = jnp.full((3, 4), 0.3), jnp.full((3, 4), 2.0), jnp.ones((2, 5)).at[0, 3:].set(0)
+    np.testing.assert_allclose(expert_balance(active, gates), 0.6, rtol=1e-6)
+    np.testing.assert_allclose(token_balance(jnp.full((3, 2, 5), 0.3), jnp.full((3, 2, 5), 2.0), real), 0.6, rtol=1e-6)
+
+
+def test_losses_are_over_the_experts_of_all_layers(x64):
+    """Against the losses as they are written, over `[T, L n]`."""
+    gates = jax.nn.relu(jax.random.normal(jax.random.key(0), (3, TOKENS, EXPERTS)))
+    active = (gates > 0).astype(float)
+    real = jnp.arange(TOKENS) > 4
+    f, g = (jnp.concatenate(list(a), axis=1)[real] for a in (active, gates))
+    of_experts = (f.mean(axis=0) * g.mean(axis=0)).mean()
+    of_tokens = (f.mean(axis=1) * g.mean(axis=1)).mean()
+    np.testing.assert_allclose(expert_balance(active[:, real].mean(axis=1), gates[:, real].mean(axis=1)), of_experts)
+    by_token = (a.mean(axis=2)[:, None] for a in (active, gates))
+    np.testing.assert_allclose(token_balance(*by_token, real[None].astype(float)), of_tokens)
+
+
+def test_the_multiplier_follows_the_density():
+    multiplier = jnp.full(2, 0.1)
+    np.testing.assert_allclose(next_multiplier(multiplier, 0.3, 0.25, 0.02), 0.1 * 1.02, rtol=1e-6)
+    np.testing.assert_allclose(next_multiplier(multiplier, 0.2, 0.25, 0.02), 0.1 / 1.02, rtol=1e-6)
+    np.testing.assert_array_equal(next_multiplier(multiplier, 0.25, 0.25, 0.02), multiplier)
+    assert next_multiplier(jnp.array(0.999), 0.3, 0.25, 0.02) == 1

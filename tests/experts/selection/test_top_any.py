@@ -1,0 +1,235 @@
+"""DynMoE: who fires, the gradients of gates, the loss, and experts that come and go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.config import Config
+from aoe_jax.experts import scoring
+from aoe_jax.experts.balance import LayerStats
+from aoe_jax.experts.reference import l2_norm
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.experts.selection.top_any import (
+    best_where_none_fires,
+    diversity,
+    gates,
+    simplicity,
+    straight_through_sign,
+    updated_pool,
+)
+from aoe_jax.training.step import init_state, make_train_step
+from configs import methods
+from tests.experts.selection.method_layers import EXPERTS, TOKENS, D, assert_agree, make, scores_of
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def relative_scores(params, x):
+    """Cosines, or relative norms, as they are written."""
+    if "w_router" in params:
+        return x @ params["w_router"] / l2_norm(x)[:, None] / l2_norm(params["w_router"].T)
+    lengths = l2_norm(params["w_down"].reshape(EXPERTS, -1))
+    return scores_of(params, x) * D**0.5 / l2_norm(x)[:, None] / lengths - 1
+
+
+def weights_of(training, live, temperature):
+    """Equal weights, by loops over nothing."""
+
+    def weights(params, x):
+        scores, thresholds = relative_scores(params, x), params["firing_threshold"]
+        gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
+        fires = (gap > 0) & live
+        straight_through = gap - jax.lax.stop_gradient(gap) + 1
+        gate = jnp.where(fires, straight_through, 0)
+        if not training:
+            best = jnp.argmax(jnp.where(live, scores, -9), axis=1, keepdims=True) == jnp.arange(EXPERTS)
+            gate += ~fires.any(axis=1, keepdims=True) & best
+        return gate / jnp.maximum(jax.lax.stop_gradient(gate).sum(axis=1, keepdims=True), 1)
+
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("training", [True, False])
+def test_agrees_with_plain_loops(x64, ragged, kind, training):
+    """Two of five experts: many tokens have none, which in training have no output and else the best."""
+    layer, params, x = make(kind, "top_any", training, initial_experts=2, temperature=3.0)
+    live = jnp.arange(EXPERTS) < 2
+    assert_agree(layer, params, x, weights_of(training, live, 3.0))
+    y, stats = jax.jit(layer.apply)({"params": params}, x)
+    fires = (relative_scores(params, x) > params["firing_threshold"]) & live
+    without = ~fires.any(axis=1)
+    assert 0 < without.sum() < TOKENS
+    np.testing.assert_array_equal(stats.live, live)
+    if training:
+        np.testing.assert_allclose(stats.load, fires.mean(axis=0))
+        np.testing.assert_array_equal(y[without], 0)
+        np.testing.assert_allclose(stats.records["unclaimed"], x[without].sum(axis=0))
+    else:
+        np.testing.assert_allclose(stats.load.sum() * TOKENS, fires.sum() + without.sum())
+        assert (y != 0).any(axis=1).all()
+        assert stats.records is None
+
+
+def test_padding_counts_nowhere(x64, ragged):
+    layer, params, x = make("router", "top_any", initial_experts=2)
+    real = jnp.arange(TOKENS) % 3 > 0
+    apply = jax.jit(lambda x, weights: layer.apply({"params": params}, x, weights)[1])
+    got, want = apply(x, real.astype(float)), apply(x[real], jnp.ones(real.sum()))
+    np.testing.assert_allclose(got.load, want.load)
+    np.testing.assert_allclose(got.records["unclaimed"], want.records["unclaimed"])
+
+
+def test_only_experts_that_fire_have_a_gradient():
+    scores = jnp.array([[0.5, -0.5, 0.0], [0.1, 0.2, -0.1]])
+    of_thresholds, of_scores = jax.grad(lambda g, s: gates(s, g, 1.0).sum(), (0, 1))(jnp.zeros(3), scores)
+    np.testing.assert_array_equal(gates(scores, jnp.zeros(3), 1.0), [[1, 0, 0], [1, 1, 0]])
+    np.testing.assert_allclose(of_thresholds, [-0.5, -0.25, 0])
+    slope = np.asarray(jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores))
+    np.testing.assert_allclose(of_scores, slope * [[1, 0, 0], [1, 1, 0]], rtol=1e-6)
+    assert jax.grad(straight_through_sign)(0.3) == 1
+
+
+def test_half_of_the_experts_fire_at_first():
+    layer, params, x = make("router", "top_any", dtype=jnp.float32)
+    params["firing_threshold"] *= 0
+    x = jax.random.normal(jax.random.key(3), (2000, D))
+    scores = scoring.router_cosines(x, params["w_router"])
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
+    np.testing.assert_allclose(stats.load, (scores > 0).mean(axis=0), atol=1e-6)
+    assert abs(stats.load.mean() - 0.5) < 0.03
+
+
+def test_the_best_live_expert_where_none_fires():
+    fires = jnp.array([[False, True, True], [False, False, False]])
+    scores = jnp.array([[9.0, 0, 0], [3, 1, 2]])
+    found = best_where_none_fires(fires, scores, jnp.array([False, True, True]))
+    np.testing.assert_array_equal(found, [[False, True, True], [False, False, True]])
+
+
+def test_relative_norms_have_no_scale(x64):
+    """Around 0 with a spread of 1 / sqrt(2 r), whatever the lengths of tokens and weights; finite at zero."""
+    n, d, r = 8, 256, 32
+    w_down, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(n, d, r), (500, d)]))
+
+    def scores(x, w_down):
+        return scoring.relative_norms(scoring.norms(x, w_down), x, l2_norm(w_down.reshape(n, -1)))
+
+    found = scores(x, w_down)
+    assert abs(found.mean()) < 0.01 and abs(found.std() * (2 * r) ** 0.5 - 1) < 0.05
+    scale = jnp.arange(1.0, n + 1)
+    np.testing.assert_allclose(scores(7 * x, scale[:, None, None] * w_down), found, atol=1e-12)
+    gradients = jax.grad(lambda x, w: scores(x, w).sum(), (0, 1))(x.at[0].set(0), w_down.at[0].set(0))
+    assert all(np.isfinite(g).all() for g in gradients)
+    cosines = scoring.router_cosines(x, w_down[:, :, 0].T)
+    assert jnp.abs(cosines).max() < 1
+    np.testing.assert_allclose(scoring.router_cosines(w_down[0].T, w_down[0]).diagonal(), 1)
+    gradients = jax.grad(lambda x, w: scoring.router_cosines(x, w).sum(), (0, 1))(x * 0, w_down[0])
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_the_loss_of_orthonormal_columns():
+    columns = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (D, EXPERTS)))[0]
+    live = jnp.ones(EXPERTS, bool)
+    assert diversity(columns, live) < 1e-6 and abs(simplicity(columns) - 1) < 1e-6
+    twice = columns.at[:, 1].set(3 * columns[:, 0])
+    np.testing.assert_allclose(diversity(twice, live), 2**0.5, rtol=1e-6)  # two entries of 1, whatever the length
+    np.testing.assert_allclose(simplicity(twice), (EXPERTS + 2) / EXPERTS, rtol=1e-6)
+    assert diversity(twice, live.at[1].set(False)) < 1e-6
+    gradients = jax.grad(lambda w: diversity(w, live) + simplicity(w))(columns.at[:, 2].set(0))
+    assert np.isfinite(gradients).all()
+    assert np.isfinite(jax.grad(lambda w: diversity(w, live))(jnp.eye(D)[:, :EXPERTS])).all()
+
+
+def test_who_is_in_the_pool_after_an_update():
+    """Layers by row: all fire; one didn't; one didn't and tokens are left; no place is free; none fired; no records."""
+    live = jnp.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0], [1, 0, 1]]) > 0
+    fired = jnp.array([[1, 2, 0], [0, 3, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0.0]])
+    unclaimed = jnp.array([[0, 0], [0, 0], [1, 0], [1, 0], [0, -1], [0, 0.0]])
+    found, added = updated_pool(live, fired, unclaimed)
+    np.testing.assert_array_equal(found, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+
+
+def config_of(variant, **settings):
+    groups = methods.get_config(variant).to_dict()
+    groups["model"] |= {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64, "max_len": 16, "unroll": 1}
+    groups["experts"] |= {"n_experts": 4, "top_k": 2, "d_ffn": 16, "d_low": 4}
+    groups["data"] |= {"seq_len": 16}
+    groups["train"] |= {"batch_size": 4, "steps": 9, "warmup_steps": 1}
+    groups["top_any"] |= settings
+    return Config.from_config_dict(groups)
+
+
+@pytest.mark.parametrize("variant", ["top_any", "top_any_router"])
+def test_an_expert_for_the_tokens_that_are_left(variant):
+    """One a layer, aligned with them, at the first free place; its threshold is 0 and it takes them."""
+    config = config_of(variant, period_steps=1, idle_steps=0, record_steps=1, initial_experts=2)
+    method = SELECTIONS["top_any"]
+    weights = jax.jit(lambda: init_state(config, 0))().params["layers"]["experts"]
+    weights["firing_threshold"] += 0.5
+    left = jax.random.normal(jax.random.key(1), (2, 16)) * jnp.array(
+        [[1.0], [0.0]]
+    )  # nothing is left in the second layer
+    n, zeros = 4, jnp.zeros((2, 4))
+    state = {"live": zeros.at[:, :2].set(1), "fired": zeros, "unclaimed": jnp.zeros((2, 16)), "updates": jnp.zeros(2)}
+    load = zeros.at[:, :2].set(1.0)
+    stats = LayerStats(load, zeros, zeros[:, 0], zeros, zeros[:, 0], records={"unclaimed": left})
+    after = method.next_state(config, state, stats)
+    changed = method.next_parameters(config, weights, state, stats)
+    np.testing.assert_array_equal(after["live"], [[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert not after["fired"].any() and not after["unclaimed"].any() and (after["updates"] == 1).all()
+    added = np.zeros((2, n), bool)
+    added[0, 2] = True
+    np.testing.assert_array_equal(changed["firing_threshold"], np.where(added, 0, 0.5))
+    if variant == "top_any_router":
+        before, w = (np.moveaxis(p["w_router"], 2, 1) for p in (weights, changed))
+        scores = scoring.router_cosines(left[:1], changed["w_router"][0])
+        np.testing.assert_allclose(scores[0, 2], 1, rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(w[0, 2]), 1, rtol=1e-5)
+    else:
+        before, w = weights["w_down"], changed["w_down"]
+        lengths = np.linalg.norm(w.reshape(2, n, -1), axis=-1)
+        np.testing.assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
+        scores = scoring.relative_norms(scoring.norms(left[:1], w[0]), left[:1], lengths[0])
+        assert scores[0, 2] > 0.9 * 16**0.5 - 1 and scores[0, 2] > 2 * np.delete(scores[0], 2).max()
+    assert changed.keys() == {"firing_threshold", "w_router" if variant == "top_any_router" else "w_down"}
+    np.testing.assert_array_equal(w[~added], before[~added])
+
+
+@pytest.mark.parametrize("variant", ["top_any", "top_any_router"])
+def test_the_schedule(ragged, variant):
+    """Two steps pass, two are recorded, then the update; in the next period the same again."""
+    config = config_of(variant, period_steps=5, idle_steps=2, record_steps=2, initial_experts=1)
+    step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
+    tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
+    ones = jnp.ones((4, 16))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones.astype(int), "weights": ones}
+    live, recorded, found = [], [], []
+    for _ in range(9):
+        state, metrics = step(state, batch)
+        live.append(state.routing_state["live"].sum(axis=1).tolist())
+        recorded.append(bool(state.routing_state["unclaimed"].any()))
+        found.append(float(metrics["diversity"]) if variant == "top_any_router" else 0)
+        assert metrics["finite"] and metrics["load"].max() <= 1
+    assert [step for step, some in enumerate(recorded, 1) if some] == [3, 8]
+    assert live == [[1, 1]] * 3 + [[2, 2]] * 5 + [[3, 3]]
+    assert found[0] < 1e-6  # of one column
+
+
+def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
+    config = config_of("top_any_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1)
+    step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
+    tokens = jnp.zeros((4, 16), jnp.int32)
+    bad = {"inputs": tokens, "targets": tokens, "segment_ids": tokens + 1, "weights": jnp.full((4, 16), jnp.nan)}
+    after, metrics = step(state, bad)
+    assert not metrics["finite"]
+    for name in ("params", "routing_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
