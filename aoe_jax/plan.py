@@ -91,7 +91,8 @@ def _activation_bytes(config, n_devices):
     def kept(params, routing_state, batch, key):
         return jax.vjp(lambda p: training_loss(config, p, routing_state, batch, key), params, has_aux=True)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.routing_state, batch, jax.random.key(0)))
+    key = jax.eval_shape(lambda: jax.random.key(0))  # a shape, as all else: nothing runs on these devices
+    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.routing_state, batch, key))
     parameters = {(a.shape, a.dtype) for a in jax.tree.leaves(state.params)}
     return sum(a.size * a.dtype.itemsize for a in leaves if (a.shape, a.dtype) not in parameters) / n_devices
 

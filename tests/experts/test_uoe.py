@@ -86,8 +86,11 @@ def assert_same(got, want, tolerance=1e-10):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"gate": "all"}, {"selection": "top_p"}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "recompute"),
+    [({}, False), ({}, True), ({"gate": "all"}, False), ({"selection": "top_p"}, True)],
+    ids=str,
+)
 def test_agrees_with_loops(x64, ragged, settings, recompute):
     layer, params, x = make(recompute=recompute, **settings)
     want = values_and_gradients(partial(by_loops, layer), params, x)
@@ -96,7 +99,7 @@ def test_agrees_with_loops(x64, ragged, settings, recompute):
 
 @pytest.mark.parametrize(
     ("shape", "transport"),
-    [((1, 2, 2, 2), "ring"), ((1, 2, 2, 2), "all_to_all"), ((2, 1, 1, 4), "ring"), ((1, 8, 1, 1), "ring")],
+    [((1, 2, 2, 2), "ring"), ((1, 2, 2, 2), "all_to_all"), ((2, 1, 1, 4), "ring")],
 )
 def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport):
     layer, params, x = make(transport=transport)
@@ -133,7 +136,7 @@ def test_one_expert_is_the_dense_layer_of_all_its_neurons(x64, ragged):
     layer, params, x = make(n_experts=1, top_k=1)
     whole = {name: jnp.concatenate([w, p], axis)[0] for name, w, p, axis in joined(params)}
     dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=WIDTH), dtype=jnp.float64)
-    got = layer.apply({"params": params}, x)[0]
+    got = jax.jit(layer.apply)({"params": params}, x)[0]
     np.testing.assert_allclose(got, dense.apply({"params": whole}, x)[0], atol=1e-12)
 
 
@@ -141,7 +144,7 @@ def test_where_the_rest_is_silent_the_virtual_shared_expert_is_left(x64, ragged)
     """As with no expert chosen at all."""
     layer, params, x = make()
     silent = params | {"w_o": jnp.zeros_like(params["w_o"])}
-    y, stats = layer.apply({"params": silent}, x)
+    y, stats = jax.jit(layer.apply)({"params": silent}, x)
     scores, shared = routing_neurons(Devices(), x.dtype, x.reshape(-1, D), params)
     np.testing.assert_allclose(y, shared.reshape(x.shape), atol=1e-12)
     np.testing.assert_allclose(stats.mean_score, scores.mean(axis=0), atol=1e-12)
@@ -150,14 +153,22 @@ def test_where_the_rest_is_silent_the_virtual_shared_expert_is_left(x64, ragged)
 def test_who_gets_a_gradient(x64, ragged):
     """All routing neurons; of the rest, that of chosen experts alone. Zero tokens do no harm."""
     layer, params, x = make((1,), top_k=1)
-    grads = jax.grad(lambda p: (layer.apply({"params": p}, x)[0] ** 2).sum())(params)
-    chosen = np.flatnonzero(layer.apply({"params": params}, x)[1].load)
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            y, stats = layer.apply({"params": params}, x)
+            return (y**2).sum(), stats.load
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+    (grads, _), load = gradients(params, x)
+    chosen = np.flatnonzero(load)
     assert len(chosen) == 1
     for name, route, rest, _ in joined(grads):
         assert all(np.abs(route[i]).max() > 0 for i in range(N)), name
         assert [i for i in range(N) if np.abs(rest[i]).max() > 0] == list(chosen), name
-    zero = jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1))(params, jnp.zeros_like(x))
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(zero))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients(params, jnp.zeros_like(x))))
 
 
 def test_few_tokens_go_row_by_row(x64):
@@ -168,8 +179,9 @@ def test_few_tokens_go_row_by_row(x64):
 
 
 def test_drawn_like_whole_matrices():
-    layer, x = make(n_tokens=(4,), dtype="float32", routing=128, d_ffn=512)[0], jnp.zeros((4, 64))
-    params = layer.init(jax.random.key(0), x)["params"]
+    config, x = ExpertsConfig(kind="uoe", d_ffn=512), jnp.zeros((4, 64))
+    layer = UoELayer(config, settings=UoEConfig(128))
+    params = jax.jit(lambda key, x: layer.init(key, x)["params"])(jax.random.key(0), x)
     for name, route, rest, _ in joined(params):
         for part in (route, rest):
             assert abs(float(part.std()) / (64 if name != "w_o" else 512) ** -0.5 - 1) < 0.02
