@@ -490,6 +490,12 @@ class Config:
             "couples the rows of a plain router with whole gates, of experts.kind='router' and several experts; set 0",
         )
         require(
+            self.balance.coupling_weight == 0 or e.selection in ("top_k", "top_p"),
+            "balance.coupling_weight",
+            self.balance.coupling_weight,
+            f"isn't implemented for experts.selection={e.selection!r}; choose one of top_k, top_p, or set 0",
+        )
+        require(
             self.experts.kind != "dense" or self.model.remat != "experts",
             "model.remat",
             self.model.remat,

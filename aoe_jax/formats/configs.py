@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from aoe_jax.config import Config
+from aoe_jax.config import SELECTION_NAMES, Config
 from aoe_jax.errors import UserError
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.formats.architectures import ARCHITECTURES, Architecture
@@ -34,6 +34,11 @@ def computed_fields(config: Config):
     of_some = {"top_k", "gate", "top_p", "capacity_factor", "router_jitter"}
     idle |= {f"experts.{name}" for name in of_some - _used(experts)}
     return {name: value for name, value in fields.items() if name not in idle}
+
+
+def is_choice(name):
+    """Whether a field says how experts are chosen and weighed: other values fit the same parameters."""
+    return name in CHOICE or name.partition(".")[0] in SELECTION_NAMES
 
 
 def _used(experts):

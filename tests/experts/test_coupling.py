@@ -207,6 +207,12 @@ def test_it_is_refused_where_there_is_nothing_to_couple(experts):
         Config.from_config_dict({"experts": experts, "balance": {"coupling_weight": 1.0, "aux_weight": 0.0}})
 
 
+def test_it_is_refused_beside_other_selections():
+    experts = {"kind": "router", "selection": "threshold"}
+    with pytest.raises(UserError, match=r"coupling_weight=1\.0: isn't implemented for experts\.selection='threshold'"):
+        Config.from_config_dict({"experts": experts, "balance": {"coupling_weight": 1.0, "aux_weight": 0.0}})
+
+
 def test_alpha_without_the_loss_is_refused():
     with pytest.raises(UserError, match=r"config\.balance\.coupling_alpha=0\.5: belongs to the loss of"):
         BalanceConfig(coupling_alpha=0.5)
