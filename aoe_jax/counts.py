@@ -53,7 +53,7 @@ def _millions(count):
 def experts_per_token(config: Config):
     """Mean number of experts that process a token, or None where the scores decide it (such as top-p)."""
     c = config.experts
-    return {"top_k": c.top_k, "top_p": None, "expert_choice": c.capacity_factor}.get(c.selection)
+    return c.top_k if c.takes_k else {"top_p": None, "expert_choice": c.capacity_factor}.get(c.selection)
 
 
 def expert_parameters(config: Config):

@@ -35,6 +35,7 @@ SELECTIONS = {
     "top_k": lambda c, devices, token_weights, bias: partial(
         selection.top_k, k=c.top_k, gate=c.gate, bias=bias, jitter=c.router_jitter
     ),
+    "ranked": lambda c, devices, token_weights, bias: partial(selection.ranked, ranks=c.ranks, bias=bias),
     "top_p": lambda c, devices, token_weights, bias: partial(selection.top_p, threshold=c.top_p),
     "expert_choice": lambda c, devices, token_weights, bias: _expert_choice(c, devices, token_weights),
 }
@@ -197,7 +198,7 @@ class AoELayer(_ExpertsModule):
                 if not self.balance.has_loss:
                     operands = jax.lax.stop_gradient(operands)
                 scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
-            elif transports.is_local(devices, self.config.selection == "top_k") and devices.size("tensor") == 1:
+            elif transports.is_local(devices, self.config.takes_k) and devices.size("tensor") == 1:
 
                 def activations(x, w_down):
                     return scoring.low_rank_activations(x, devices.gather_weight("w_down", w_down, x.dtype))

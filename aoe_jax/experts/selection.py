@@ -49,8 +49,7 @@ def top_k(scores, k, gate="chosen", bias=None, jitter=0.01):
     Returns:
       An `Assignment` with `P = T k`.
     """
-    ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    expert = checkpoint_name(jax.lax.top_k(ranked, k)[1], SELECTION)
+    expert = checkpoint_name(_by_rank(scores, bias, k), SELECTION)
     if gate == "all":
         weight = jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1)
     elif gate == "sparsemixer":
@@ -58,6 +57,29 @@ def top_k(scores, k, gate="chosen", bias=None, jitter=0.01):
     else:
         weight = jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1))
     return _by_token(expert, weight)
+
+
+def ranked(scores, ranks, bias=None):
+    """Token choice by rank: each token goes to the experts whose scores have these ranks, weighed by the softmax over them.
+
+    Ranks from 0 to k - 1 are `top_k` of k with `gate="chosen"`; a single one has weight 1, whichever it is.
+
+    Args:
+      scores: `[T, n]` float32.
+      ranks: different numbers from 0, the highest score, to n - 1; of equal scores the lower expert number comes first.
+      bias: as in `top_k`.
+
+    Returns:
+      An `Assignment` with `P = T len(ranks)`.
+    """
+    by_rank = _by_rank(scores, bias, max(ranks) + 1)
+    expert = checkpoint_name(jnp.stack([by_rank[:, rank] for rank in ranks], axis=1), SELECTION)
+    return _by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
+
+
+def _by_rank(scores, bias, k):
+    """The numbers of the k experts of highest score, `[T, k]` int32."""
+    return jax.lax.top_k(jax.lax.stop_gradient(scores if bias is None else scores + bias), k)[1]
 
 
 def sparsemixer_weights(scores, expert, jitter):

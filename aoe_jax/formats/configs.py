@@ -13,7 +13,7 @@ WINDOW = 1024  # tokens that texts are scored and trained in, where the model ta
 _EXECUTION = ("model.dtype", "model.remat", "model.unroll", "model.max_len", "experts.score_gradient")
 # Fields that say how experts are chosen and weighed: other values fit the same parameters.
 CHOICE = ("experts.top_k", "experts.selection", "experts.top_p", "experts.capacity_factor", "experts.gate")
-CHOICE += ("experts.router_jitter",)
+CHOICE += ("experts.router_jitter", "experts.ranks")
 
 
 def computed_fields(config: Config):
@@ -32,7 +32,8 @@ def computed_fields(config: Config):
 
 
 _USED_BY = {
-    "top_k": lambda experts: experts.selection == "top_k",
+    "top_k": lambda experts: experts.takes_k,
+    "ranks": lambda experts: experts.selection == "ranked",
     "gate": lambda experts: experts.selection == "top_k",
     "top_p": lambda experts: experts.selection == "top_p",
     "capacity_factor": lambda experts: experts.selection == "expert_choice" or experts.kind == "capacity",
