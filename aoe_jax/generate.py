@@ -76,7 +76,8 @@ def main():
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     contrast = None
     if _CONTRAST.value is not None:
-        contrast = Contrast(_CONTRAST.value, _ALPHA.value, _STRONG_K.value, _WEAK_RANK.value)
+        passes = {"strong_k": _STRONG_K.value, "weak_rank": _WEAK_RANK.value}
+        contrast = Contrast(_CONTRAST.value, _ALPHA.value, **passes)
     elif idle := [flag for flag in (_ALPHA, _STRONG_K, _WEAK_RANK) if flag.present]:
         raise UserError(f"--{idle[0].name}={idle[0].value}: belongs to --contrast; set that too, or leave this out")
     prompts = _PROMPT.value
