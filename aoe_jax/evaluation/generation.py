@@ -192,6 +192,30 @@ def _prefill(decoders, contrast, params, selection_bias, tokens, length, places)
     return _joined(logits, contrast), caches
 
 
+def next_logits(decoders, contrast, params, selection_bias, token, caches):
+    """Reads a token of each sequence.
+
+    Args:
+      decoders: one, or those of `strong_and_weak`.
+      contrast: of two decoders, else None.
+      params: `decoding.unstacked`.
+      selection_bias: `[L, n]` of loss-free balancing, or None.
+      token: `[B]` int32.
+      caches: of each decoder a `Cache` with a free place.
+
+    Returns:
+      `(logits, caches)`: `[B, V]` float32 of the next token, and the caches with this one in them.
+    """
+    hidden, caches = zip(
+        *(
+            extend(decoder, params, selection_bias, token[:, None], cache)
+            for decoder, cache in zip(decoders, caches, strict=True)
+        ),
+        strict=True,
+    )
+    return _joined([output_logits(params, h)[:, 0] for h in hidden], contrast), caches
+
+
 def _joined(logits, contrast):
     """The logits that tokens are drawn by, of those of each decoder."""
     return logits[0] if contrast is None else contrasted(*logits, contrast)
@@ -210,13 +234,11 @@ def _decode(decoders, contrast, end_of_text, params, selection_bias, state, samp
         token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, length), sampling)
         is_active = (state.left > 0) & (token != end_of_text)
         tokens = tokens.at[:, count].set(jnp.where(is_active, token, -1))
-        logits, caches = [], []
-        for decoder, cache in zip(decoders, state.caches, strict=True):
-            hidden, extended = extend(decoder, params, selection_bias, token[:, None], cache)
-            logits.append(output_logits(params, hidden)[:, 0])
-            caches.append(extended._replace(length=jnp.where(is_active, extended.length, length)))
+        logits, caches = next_logits(decoders, contrast, params, selection_bias, token, state.caches)
+        length = jnp.where(is_active, caches[0].length, length)
+        caches = tuple(cache._replace(length=length) for cache in caches)
         left = jnp.where(is_active, state.left - 1, 0)
-        return count + 1, tokens, State(_joined(logits, contrast), tuple(caches), left, state.keys)
+        return count + 1, tokens, State(logits, caches, left, state.keys)
 
     tokens = jnp.full((state.left.shape[0], n_tokens), -1, jnp.int32)
     _, tokens, state = jax.lax.while_loop(is_needed, one, (0, tokens, state))
