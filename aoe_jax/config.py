@@ -87,7 +87,7 @@ class ModelConfig:
 
 
 KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe")
-SELECTION_NAMES = ("top_k", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
+SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ class ExpertsConfig:
     d_low: int = 32  # rank of a factorised gate (r)
     d_wide: int | None = None  # width of an expert with a factorised gate (w); None: Eq. 5
     round_to: int = 1  # Eq. 5's width is rounded to the nearest multiple
-    selection: str = "top_k"  # top_k | top_p | expert_choice | a method with a group of its own, see `methods.py`
+    # top_k | ranked | top_p | expert_choice | a method with a group of its own, see `methods.py`
+    selection: str = "top_k"
+    ranks: tuple = ()  # ranked: of the top_k experts that are taken, 0 that of highest score
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
     # expert_choice: mean number of experts per token. kind capacity: places of an expert in a sequence, as a multiple of the
     # top_k / n_experts of its tokens that come to it in perfect balance.
@@ -131,6 +133,7 @@ class ExpertsConfig:
             self.top_k,
             f"can't be greater than experts.n_experts={self.n_experts}",
         )
+        self._check_ranks()
         require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
         require(
             0 < self.capacity_factor <= self.n_experts
@@ -199,16 +202,37 @@ class ExpertsConfig:
             "belongs to experts.kind='aoe'; leave it at None",
         )
         require(
-            self.score_gradient != "sparse" or (self.selection, self.gate) == ("top_k", "chosen"),
+            self.score_gradient != "sparse" or (self.takes_k and self.gate == "chosen"),
             "experts.score_gradient",
             self.score_gradient,
-            "is exact for selection top_k with gate='chosen' only, elsewhere every norm carries a gradient; use 'dense'",
+            "is exact for selection top_k or ranked with gate='chosen' only, elsewhere every norm carries a gradient; use "
+            "'dense'",
         )
+
+    def _check_ranks(self):
+        if self.selection != "ranked":
+            require(
+                self.ranks == (), "experts.ranks", self.ranks, "belongs to experts.selection='ranked'; leave it at ()"
+            )
+            return
+        require(
+            len(set(self.ranks)) == len(self.ranks) == self.top_k
+            and all(type(rank) is int and 0 <= rank < self.n_experts for rank in self.ranks),
+            "experts.ranks",
+            self.ranks,
+            f"must be experts.top_k={self.top_k} different ranks, whole numbers from 0, that of the highest score, to "
+            f"{self.n_experts - 1}",
+        )
+
+    @property
+    def takes_k(self):
+        """Whether every token has `top_k` experts."""
+        return self.selection in ("top_k", "ranked")
 
     @property
     def sparse_scoring(self):
         """Whether AoE scores without a gradient and computes the chosen norms again (`score_gradient`)."""
-        exact = (self.selection, self.gate) == ("top_k", "chosen")
+        exact = self.takes_k and self.gate == "chosen"
         return self.kind == "aoe" and (self.score_gradient or ("sparse" if exact else "dense")) == "sparse"
 
     @property
@@ -476,10 +500,10 @@ class Config:
                 "d_ffn, or experts.d_wide",
             )
         require(
-            self.balance.bias_rate == 0 or self.experts.selection == "top_k",
+            self.balance.bias_rate == 0 or self.experts.takes_k,
             "balance.bias_rate",
             self.balance.bias_rate,
-            f"biases the choice of selection top_k; leave it at 0 with {self.experts.selection}",
+            f"biases the choice of selections top_k and ranked; leave it at 0 with {self.experts.selection}",
         )
         e = self.experts
         require(
@@ -630,6 +654,7 @@ class Config:
         """Nested plain dict, as JSON gives it back."""
         groups = dataclasses.asdict(self)
         groups["model"]["rope_factors"] = list(self.model.rope_factors)
+        groups["experts"]["ranks"] = list(self.experts.ranks)
         return groups
 
 

@@ -1,6 +1,7 @@
 """Continues texts: `python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...] [--max_tokens=N]`.
 
-The text appears as it comes. Several prompts are continued together and printed one after the other.
+The text appears as it comes. Several prompts are continued together and printed one after the other. `--contrast=BETA` draws
+by the model against itself with badly chosen experts, see `evaluation/contrast.py`.
 """
 
 import sys
@@ -21,11 +22,25 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax that tokens are drawn by; 0: the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", None, "draw among so many of the likeliest tokens")
 _TOP_P = flags.DEFINE_float("top_p", None, "draw among the fewest likeliest tokens whose probability reaches this")
+_CONTRAST = flags.DEFINE_float(
+    "contrast",
+    None,
+    "beta of self-contrast, such as 0.5 (arXiv 2405.14507); temperature and others apply to the contrasted logits",
+)
+_ALPHA = flags.DEFINE_float(
+    "alpha", 0.1, "with --contrast: no token less likely than this, relatively to the likeliest"
+)
+_STRONG_K = flags.DEFINE_integer(
+    "strong_k", None, "with --contrast: experts per token of the strong pass; by default the model's own choice"
+)
+_WEAK_RANK = flags.DEFINE_integer(
+    "weak_rank", 2, "with --contrast: the rank by score of the one expert of the weak pass, from 1"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 
 
-def continuations(model, prompts, max_tokens, **settings):
-    """Continues texts with a `Model`; settings are those of `Generator.stream`.
+def continuations(model, prompts, max_tokens, contrast=None, **settings):
+    """Continues texts with a `Model`; contrast is that of `Generator`, settings are those of `Generator.stream`.
 
     Yields:
       What each text has been continued by so far, a list of texts. Characters of which some bytes are still to come are
@@ -36,7 +51,7 @@ def continuations(model, prompts, max_tokens, **settings):
     tokenizer = model.tokenizer
     encoded = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
     so_far = [[] for _ in prompts]
-    for new in Generator(model).stream(encoded, max_tokens, **settings):
+    for new in Generator(model, contrast).stream(encoded, max_tokens, **settings):
         for row, tokens in zip(so_far, new, strict=True):
             row.extend(tokens)
         # Decoded with the prompt: some tokenizers drop the blank before the first word of what they are given.
@@ -54,15 +69,23 @@ def main():
     distributed.start()
     import jax
 
+    from aoe_jax.evaluation.contrast import Contrast
     from aoe_jax.evaluation.generation import Sampling
     from aoe_jax.evaluation.models import load_model
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    contrast = None
+    if _CONTRAST.value is not None:
+        passes = {"strong_k": _STRONG_K.value, "weak_rank": _WEAK_RANK.value}
+        contrast = Contrast(_CONTRAST.value, _ALPHA.value, **passes)
+    elif idle := [flag for flag in (_ALPHA, _STRONG_K, _WEAK_RANK) if flag.present]:
+        raise UserError(f"--{idle[0].name}={idle[0].value}: belongs to --contrast; set that too, or leave this out")
     prompts = _PROMPT.value
     model = load_model(workdir, _STEP.value, _MESH.value)
     write = sys.stdout.write if jax.process_index() == 0 else lambda text: None
     shown = 0
-    for texts in continuations(model, prompts, _MAX_TOKENS.value, sampling=sampling, seed=_SEED.value, chunk=8):
+    settings = {"contrast": contrast, "sampling": sampling, "seed": _SEED.value, "chunk": 8}
+    for texts in continuations(model, prompts, _MAX_TOKENS.value, **settings):
         first = prompts[0] + texts[0]  # the prompt only now: what is logged in between would stand in its line
         write(first[shown:])
         sys.stdout.flush()

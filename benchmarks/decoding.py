@@ -1,10 +1,10 @@
-"""Decoding: with a cache against reading the whole text anew for every token; AoE against router MoE; few experts of many.
+"""Decoding: a cache against reading the text anew for every token; AoE against router MoE; few experts; self-contrast.
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4] [--repeats=7] [--json=FILE]`.
 Models have random weights in float32, a vocabulary of 4096, and 2 of 8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of
 equal total parameters); a dense model has the total parameters of all, another the active ones. All are timed in turn. A
 token is read and the next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a
-token needs.
+token needs; `recomputing` and `contrasting` say how many times as long it takes without a cache and with self-contrast.
 """
 
 import jax
@@ -14,7 +14,9 @@ from absl import flags
 from aoe_jax import Decoder, cli
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
-from aoe_jax.model.decoding import Cache, extend, output_logits, unstacked
+from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
+from aoe_jax.evaluation.generation import next_logits
+from aoe_jax.model.decoding import Cache, unstacked
 from aoe_jax.sharding import make_mesh
 from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
 
@@ -26,6 +28,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lo
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 STEPS = 8  # tokens of a timed call
+CONTRAST = Contrast(beta=0.5)
 
 
 def variants(d_model):
@@ -52,19 +55,20 @@ def model_of(variant, experts, d_model, n_layers):
     return config, decoder, params, unstacked(decoder, params, make_mesh(config, jax.devices()[:1]))
 
 
-def decoding(decoder, params, batch, length):
+def decoding(decoder, params, batch, length, contrast=None):
     """A nullary function that reads STEPS tokens one by one."""
+    decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.d_model // m.n_heads)
     layers = tuple(tuple(jax.random.normal(jax.random.key(i), shape) for i in range(2)) for _ in range(m.n_layers))
-    state = (jnp.zeros((batch, 1), jnp.int32), Cache(layers, jnp.full(batch, length, jnp.int32)))
+    cache = Cache(layers, jnp.full(batch, length, jnp.int32))
+    state = (jnp.zeros(batch, jnp.int32), (cache,) * len(decoders))
 
     @jax.jit
     def run(params, state):
         def one(_, carry):
-            token, cache = carry
-            hidden, cache = extend(decoder, params, None, token, cache)
-            return jnp.argmax(output_logits(params, hidden), axis=-1).astype(jnp.int32), cache
+            logits, caches = next_logits(decoders, contrast, params, None, *carry)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
 
         return jax.lax.fori_loop(0, STEPS, one, state)[0]
 
@@ -108,11 +112,13 @@ def main():
         both = {}
         for name in list(models)[:2]:
             _, decoder, stacked, params = models[name]
-            both |= {(name, True): decoding(decoder, params, batch, length)}
-            both |= {(name, False): recomputing(decoder, stacked, batch, length)}
+            both |= {(name, "cached"): decoding(decoder, params, batch, length)}
+            both |= {(name, "recomputing"): recomputing(decoder, stacked, batch, length)}
+            both |= {(name, "contrasting"): decoding(decoder, params, batch, length, CONTRAST)}
         paired = medians(both, _REPEATS.value)
         print(f"batch {batch}, {length} positions")
         for name, (config, *_) in models.items():
+            cached = paired.get((name, "cached"))
             router = seconds[f"router, {name.split(', ')[1]}"] if name.startswith("AoE") else None
             figure = {
                 "model": name,
@@ -122,13 +128,15 @@ def main():
                 "to_all": seconds[name] / seconds["dense, as wide as all experts"],
                 "to_router": router and seconds[name] / router,
                 "bytes": token_bytes(config),
-                "recomputing": paired[name, False] / (paired[name, True] / STEPS) if (name, True) in paired else None,
+                "recomputing": cached and paired[name, "recomputing"] / (cached / STEPS),
+                "contrasting": cached and paired[name, "contrasting"] / cached,
             }
             figures.append(figure)
             print(
                 f"  {name:<32} {1e3 * figure['step_seconds']:7.2f} ms a step, {figure['to_all']:5.2f} of dense with all"
                 + (f", {figure['to_router']:.2f} of router" if router else "")
-                + (f"; from the start {figure['recomputing']:.0f} times as long" if figure["recomputing"] else "")
+                + (f"; from the start {figure['recomputing']:.0f} times as long" if cached else "")
+                + (f"; contrasted {figure['contrasting']:.2f} times as long" if cached else "")
                 + f"; {figure['bytes'] / 1e6:.1f} MB of weights a token"
             )
     report(figures, _JSON.value)

@@ -17,8 +17,10 @@ def test_defaults_are_the_dataclass_defaults():
 
 
 def test_round_trip_through_a_dict():
-    config = Config.from_config_dict({"experts": {"d_wide": 77}, "train": {"learning_rate": 1}})
+    ranked = {"selection": "ranked", "ranks": (1, 3)}
+    config = Config.from_config_dict({"experts": {"d_wide": 77} | ranked, "train": {"learning_rate": 1}})
     assert config.experts.d_wide == 77 and config.train.learning_rate == 1.0
+    assert config.to_dict()["experts"]["ranks"] == [1, 3]
     assert Config.from_config_dict(config.to_dict()) == config
 
 
@@ -58,8 +60,13 @@ BAD = {
     "experts.d_low=128": ("experts", {"d_low": 128}, "smaller than model.d_model=128"),
     "experts.d_low=0": ("experts", {"d_low": 0}, "greater than 0"),
     "experts.d_low=-4": ("experts", {"d_low": -4}, "greater than 0"),
-    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, capacity, dense, uoe"),
-    "experts.selection='top_q'": ("experts", {"selection": "top_q"}, "top_k, top_p, expert_choice"),
+    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, capacity, dense"),
+    "experts.selection='top_q'": ("experts", {"selection": "top_q"}, "top_k, ranked, top_p, expert_choice"),
+    "experts.ranks=(1,)": ("experts", {"ranks": (1,)}, "selection='ranked'; leave it at ()"),
+    "experts.ranks=()": ("experts", {"selection": "ranked"}, "top_k=2 different ranks, whole numbers from 0"),
+    "experts.ranks=(1, 1)": ("experts", {"selection": "ranked", "ranks": (1, 1)}, "top_k=2 different ranks"),
+    "experts.ranks=(1, 8)": ("experts", {"selection": "ranked", "ranks": (1, 8)}, "to 7"),
+    "experts.ranks=(0, True)": ("experts", {"selection": "ranked", "ranks": (0, True)}, "whole numbers"),
     "experts.gate='some'": ("experts", {"gate": "some"}, "chosen, all"),
     "experts.gate='all'": ("experts", {"gate": "all", "selection": "top_p"}, "top_k"),
     "experts.top_p=1.0": ("experts", {"top_p": 1.0}, "between 0 and 1"),

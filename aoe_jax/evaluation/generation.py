@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
 from aoe_jax.evaluation.models import Model
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import RULES, replicated
@@ -60,14 +61,19 @@ def draw(logits, keys, sampling: Sampling):
 class Generator:
     """Continues texts."""
 
-    def __init__(self, model: Model):
-        """Take a model of a token-choice selection; raise `UserError` for any other."""
+    def __init__(self, model: Model, contrast: Contrast | None = None):
+        """Takes a model, and what its logits are contrasted with, if with anything.
+
+        Raises:
+          UserError: the selection is no token choice, or none that can be contrasted.
+        """
         check_decodes(model.decoder)
         self._model = model
         self._params = model.by_layer
-        self._prefill = jax.jit(partial(prefill, model.decoder), static_argnames="places")
+        decoders = (model.decoder,) if contrast is None else strong_and_weak(model.decoder, contrast)
+        self._prefill = jax.jit(partial(_prefill, decoders, contrast), static_argnames="places")
         self._decode = jax.jit(
-            partial(_decode, model.decoder, model.tokenizer.end_of_text),
+            partial(_decode, decoders, contrast, model.tokenizer.end_of_text),
             static_argnames=("sampling", "n_tokens"),
             donate_argnames="state",
             out_shardings=(replicated(model.mesh), replicated(model.mesh), None),
@@ -158,11 +164,11 @@ class Generator:
         left = np.zeros(n_rows, np.int32)
         left[: len(prompts)] = limits
         places = _rounded(int((lengths + left).max()))
-        logits, cache = self._prefill(
+        logits, caches = self._prefill(
             self._params, self._model.routing_state, self._put(tokens), self._put(lengths), places=places
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), self._put(np.arange(n_rows)))
-        return State(logits, cache, self._put(left), keys)
+        return State(logits, caches, self._put(left), keys)
 
     def _put(self, a):
         sharding = NamedSharding(self._model.mesh, RULES.spec("batch"))
@@ -173,12 +179,49 @@ class State(NamedTuple):
     """Between two tokens."""
 
     logits: jax.Array  # [B, V] float32, of the next token
-    cache: Cache
+    caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
     left: jax.Array  # [B] int32, tokens to come at most
     keys: jax.Array  # [B], of each sequence's draws
 
 
-def _decode(decoder, end_of_text, params, routing_state, state, sampling, n_tokens):
+def _prefill(decoders, contrast, params, routing_state, tokens, length, places):
+    """`(logits [B, V] float32, caches)` after prompts, as in `decoding.prefill`."""
+    logits, caches = zip(
+        *(prefill(decoder, params, routing_state, tokens, length, places) for decoder in decoders), strict=True
+    )
+    return _joined(logits, contrast), caches
+
+
+def next_logits(decoders, contrast, params, routing_state, token, caches):
+    """Reads a token of each sequence.
+
+    Args:
+      decoders: one, or those of `strong_and_weak`.
+      contrast: of two decoders, else None.
+      params: `decoding.unstacked`.
+      routing_state: of the selection method, arrays `[L, ...]` by name.
+      token: `[B]` int32.
+      caches: of each decoder a `Cache` with a free place.
+
+    Returns:
+      `(logits, caches)`: `[B, V]` float32 of the next token, and the caches with this one in them.
+    """
+    hidden, caches = zip(
+        *(
+            extend(decoder, params, routing_state, token[:, None], cache)
+            for decoder, cache in zip(decoders, caches, strict=True)
+        ),
+        strict=True,
+    )
+    return _joined([output_logits(params, h)[:, 0] for h in hidden], contrast), caches
+
+
+def _joined(logits, contrast):
+    """The logits that tokens are drawn by, of those of each decoder."""
+    return logits[0] if contrast is None else contrasted(*logits, contrast)
+
+
+def _decode(decoders, contrast, end_of_text, params, routing_state, state, sampling, n_tokens):
     """Up to N tokens: `(tokens [B, N] int32 with -1 where there is none, left [B], state)`."""
 
     def is_needed(carry):
@@ -187,14 +230,15 @@ def _decode(decoder, end_of_text, params, routing_state, state, sampling, n_toke
 
     def one(carry):
         count, tokens, state = carry
-        cache = state.cache
-        token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, cache.length), sampling)
+        length = state.caches[0].length
+        token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, length), sampling)
         is_active = (state.left > 0) & (token != end_of_text)
         tokens = tokens.at[:, count].set(jnp.where(is_active, token, -1))
-        hidden, extended = extend(decoder, params, routing_state, token[:, None], cache)
-        cache = extended._replace(length=jnp.where(is_active, extended.length, cache.length))
+        logits, caches = next_logits(decoders, contrast, params, routing_state, token, state.caches)
+        length = jnp.where(is_active, caches[0].length, length)
+        caches = tuple(cache._replace(length=length) for cache in caches)
         left = jnp.where(is_active, state.left - 1, 0)
-        return count + 1, tokens, State(output_logits(params, hidden)[:, 0], cache, left, state.keys)
+        return count + 1, tokens, State(logits, caches, left, state.keys)
 
     tokens = jnp.full((state.left.shape[0], n_tokens), -1, jnp.int32)
     _, tokens, state = jax.lax.while_loop(is_needed, one, (0, tokens, state))

@@ -31,6 +31,16 @@ def top_k_weights(p, top_k, gate="chosen"):
     return jax.vmap(weights_of_token)(p)
 
 
+def ranked_weights(p, ranks):
+    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the softmax over them."""
+
+    def weights_of_token(p):
+        chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]
+        return jnp.zeros_like(p).at[chosen].set(jax.nn.softmax(p[chosen]))
+
+    return jax.vmap(weights_of_token)(p)
+
+
 def top_p_weights(p, threshold):
     """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum exceeds the threshold."""
 

@@ -14,7 +14,7 @@ WINDOW = 1024  # tokens that texts are scored and trained in, where the model ta
 # Fields that say how a model is computed, not what.
 _EXECUTION = ("model.dtype", "model.remat", "model.unroll", "model.max_len", "experts.score_gradient")
 CHOICE = ("experts.top_k", "experts.selection", "experts.top_p", "experts.capacity_factor", "experts.gate")
-CHOICE += ("experts.router_jitter",)
+CHOICE += ("experts.router_jitter", "experts.ranks")
 
 
 def computed_fields(config: Config):
@@ -31,7 +31,7 @@ def computed_fields(config: Config):
         idle.add("experts.d_low")
     if experts.kind == "dense":
         idle |= {"experts.n_experts", *CHOICE}
-    of_some = {"top_k", "gate", "top_p", "capacity_factor", "router_jitter"}
+    of_some = {"top_k", "ranks", "gate", "top_p", "capacity_factor", "router_jitter"}
     idle |= {f"experts.{name}" for name in of_some - _used(experts)}
     return {name: value for name, value in fields.items() if name not in idle}
 

@@ -65,6 +65,7 @@ def test_decoding(tmp_path):
     figures = json.loads(file.read_text())["figures"]
     assert [figure["batch"] for figure in figures] == 7 * [3]
     of = {figure["model"]: figure for figure in figures}
+    assert [figure["contrasting"] is not None for figure in figures] == [True, True, *5 * [False]]
     # Weights of a token: attention and table, and of a router MoE the chosen experts, of AoE all Wdown besides.
     table, attention, expert = 4096 * 16, 4 * 16 * 16, 3 * 16 * 32
     router, aoe = of["router, 2 of 8"], of["AoE, 2 of 8, r=d/3"]

@@ -41,6 +41,8 @@ def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, recompute=False
 def reference_weights(config, p):
     if config.selection == "top_k":
         return reference.top_k_weights(p, config.top_k, config.gate)
+    if config.selection == "ranked":
+        return reference.ranked_weights(p, config.ranks)
     if config.selection == "top_p":
         return reference.top_p_weights(p, config.top_p)
     if config.selection == "expert_choice":
@@ -93,6 +95,7 @@ VARIANTS = {
     "all": {"gate": "all"},
     "top-1": {"top_k": 1},
     "every expert": {"top_k": 5},
+    "second and fourth": {"selection": "ranked", "ranks": (1, 3)},
     "top-p": {"selection": "top_p", "top_p": 0.6},
     "expert choice": {"selection": "expert_choice", "capacity_factor": 2.0},
 }
@@ -266,6 +269,18 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
     grads = jax.jit(jax.grad(lambda p: layer.apply({"params": p}, x)[0].sum()))(params)
     for name in ("w_p", "w_o"):
         np.testing.assert_array_equal(grads[name][0], 0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"score_gradient": "dense"}, {"kind": "router"}, {"n_experts": 1, "top_k": 1}]
+)
+def test_the_first_ranks_are_top_k(settings):
+    """Bit for bit; an only expert is first and last."""
+    layer, params, x = make(**{"kind": "aoe", "dtype": "float32"} | settings)
+    ranks = tuple(range(layer.config.top_k))
+    ranked = layer.clone(config=dataclasses.replace(layer.config, selection="ranked", ranks=ranks))
+    for a, b in zip(*(jax.jit(each.apply)({"params": params}, x) for each in (layer, ranked)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_one_expert_is_the_dense_layer(x64):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.experts.selection.expert_choice import expert_capacity, expert_choice
+from aoe_jax.experts.selection.ranked import ranked
 from aoe_jax.experts.selection.top_k import sparsemixer_weights, top_k
 from aoe_jax.experts.selection.top_p import top_p
 
@@ -28,6 +29,26 @@ def test_top_k_weighs_the_chosen():
     np.testing.assert_allclose(
         dense_weights(top_k(scores, 2, gate="all"), 2, 4), [[0, 0, 0.3, 0.4], [0.4, 0.4, 0, 0]], atol=1e-6
     )
+
+
+def test_ranks_count_from_the_highest_score():
+    """A single one weighs 1, be it the last; several by the softmax over their scores."""
+    scores = jnp.log(jnp.array([[1.0, 2, 3, 4], [4, 4, 1, 1]]))
+    second, last, both = (
+        [[0, 0, 1, 0], [0, 1, 0, 0]],
+        [[1, 0, 0, 0], [0, 0, 0, 1]],
+        [[1 / 4, 0, 3 / 4, 0], [0, 0.8, 0, 0.2]],
+    )
+    for ranks, want in (((1,), second), ((3,), last), ((1, 3), both), ((3, 1), both)):
+        np.testing.assert_allclose(dense_weights(ranked(scores, ranks), 2, 4), want, atol=1e-6)
+
+
+def test_a_bias_moves_ranks_and_not_weights():
+    """And the first k ranks are top-k, bit for bit."""
+    scores, bias = jax.random.normal(jax.random.key(0), (50, 6)).round(1), jnp.array([0.5, 0, 0, -9, 0, 1.0])
+    for a, b in zip(ranked(scores, (0, 1, 2), bias), top_k(scores, 3, bias=bias), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(dense_weights(ranked(scores, (5,), bias), 50, 6)[:, 3], 1)
 
 
 @pytest.mark.parametrize(("threshold", "experts"), [(0.4, 7), (0.5, 9), (0.01, 1)])

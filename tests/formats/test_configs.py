@@ -25,6 +25,10 @@ VARIANTS = {
     "router, grouped queries": ({"experts__kind": "router", "model__n_kv_heads": 1, "model__rope_base": 1e6}, True),
     "router, gate=all": ({"experts__kind": "router", "experts__gate": "all"}, False),
     "router, top_p": ({"experts__kind": "router", "experts__selection": "top_p"}, False),
+    "router, ranked": (
+        {"experts__kind": "router", "experts__selection": "ranked", "experts__ranks": (1, 3)},
+        False,
+    ),
     "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, False),
     "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
     "capacity": ({"experts__kind": "capacity", "experts__capacity_factor": 1.25}, False),

@@ -4,6 +4,7 @@ A method is a file: pure functions of scores, and a `Selection` that says where 
 """
 
 from aoe_jax.experts.selection.expert_choice import ExpertChoice
+from aoe_jax.experts.selection.ranked import Ranked
 from aoe_jax.experts.selection.routing_free import RoutingFree
 from aoe_jax.experts.selection.threshold import Threshold
 from aoe_jax.experts.selection.top_any import TopAny
@@ -12,6 +13,7 @@ from aoe_jax.experts.selection.top_p import TopP
 
 SELECTIONS = {
     "top_k": TopK(),
+    "ranked": Ranked(),
     "top_p": TopP(),
     "expert_choice": ExpertChoice(),
     "threshold": Threshold(),

@@ -27,8 +27,7 @@ def top_k(scores, k, gate="chosen", bias=None, jitter=0.01):
     Returns:
       An `Assignment` with `P = T k`.
     """
-    ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    expert = checkpoint_name(jax.lax.top_k(ranked, k)[1], SELECTION)
+    expert = checkpoint_name(best_experts(scores, bias, k), SELECTION)
     if gate == "all":
         weight = jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1)
     elif gate == "sparsemixer":
@@ -36,6 +35,11 @@ def top_k(scores, k, gate="chosen", bias=None, jitter=0.01):
     else:
         weight = jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1))
     return by_token(expert, weight)
+
+
+def best_experts(scores, bias, k):
+    """The numbers of the k experts of highest score plus bias, `[T, k]` int32; `bias [n]` or None."""
+    return jax.lax.top_k(jax.lax.stop_gradient(scores if bias is None else scores + bias), k)[1]
 
 
 def sparsemixer_weights(scores, expert, jitter):

@@ -1,0 +1,195 @@
+"""Self-contrast: its formula, the two passes with caches of their own, and what can't be contrasted."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
+from aoe_jax.evaluation.generation import Generator, Sampling
+from aoe_jax.model.decoder import Decoder
+from tests.evaluation.models import make_config, make_model
+
+pytestmark = pytest.mark.usefixtures("ragged")
+
+GREEDY = Sampling(temperature=0.0)
+KINDS = {
+    "aoe": {},
+    "aoe, 4 devices": {"mesh__expert": 2, "mesh__tensor": 2, "experts__round_to": 2},
+    "router": {"experts__kind": "router", "experts__gate": "all"},
+    "aoe top_p": {"experts__selection": "top_p"},
+}
+N_TOKENS = 12
+
+
+@cache
+def model(kind):
+    """A model of sharp logits; AoE's choice is biased."""
+
+    def change(params):
+        return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+
+    made = make_model(make_config(**{"mesh__data": 1} | KINDS[kind]), change)
+    biased = kind in ("aoe", "aoe, 4 devices")
+    state = {"selection_bias": jax.random.normal(jax.random.key(5), (2, 4))} if biased else {}
+    return dataclasses.replace(made, routing_state=state)
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 250, length).tolist() for length in (3, 20, 9)]
+
+
+def generated(kind, contrast):
+    return Generator(model(kind), contrast).generate(prompts(), N_TOKENS, sampling=GREEDY, chunk=5)
+
+
+@cache
+def full_pass(kind, experts):
+    """Logits `[B, S, V]` of texts, all in one shape, on one device."""
+    there = model(kind)
+    apply = jax.jit(Decoder(there.config.model, experts).apply)
+    params, state = jax.device_get((there.params, there.routing_state))
+
+    def logits(texts):
+        padded = np.array(
+            [text + [0] * (32 - len(text)) for text in texts], np.int32
+        )  # what comes after doesn't matter
+        return np.asarray(apply({"params": params}, padded, None, None, state)[0])
+
+    return logits
+
+
+def by_full_passes(kind, contrast):
+    """The likeliest tokens after `prompts()`, by the formula as it is published, all computed anew for every token."""
+    experts = model(kind).config.experts
+    strong_pass = full_pass(kind, dataclasses.replace(experts, top_k=contrast.strong_k or experts.top_k))
+    ranks = (contrast.weak_rank - 1,)
+    weak_pass = full_pass(kind, dataclasses.replace(experts, selection="ranked", ranks=ranks, top_k=1, gate="chosen"))
+    texts = prompts()
+    for _ in range(N_TOKENS):
+        strong = strong_pass(texts).astype(float)
+        weak = weak_pass(texts).astype(float) if contrast.beta else strong
+        for i, text in enumerate(texts):
+            z_strong, z_weak = strong[i, len(text) - 1], weak[i, len(text) - 1]
+            valid = contrast.alpha == 0 or z_strong >= np.log(contrast.alpha) + z_strong.max()
+            z = (1 + contrast.beta) * z_strong - contrast.beta * z_weak
+            text.append(int(np.where(valid, z, -np.inf).argmax()))
+    continuations = [text[len(prompt) :] for text, prompt in zip(texts, prompts(), strict=True)]
+    end = model(kind).tokenizer.end_of_text
+    return [row[: row.index(end)] if end in row else row for row in continuations]
+
+
+CASES = {
+    "aoe, on a mesh": ("aoe, 4 devices", Contrast(0.5)),
+    "router, other passes": ("router", Contrast(0.9, alpha=0.01, strong_k=3, weak_rank=4)),
+    "aoe top_p": ("aoe top_p", Contrast(0.7, alpha=0.0)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_is_decoded_as_by_full_passes(case):
+    kind, contrast = CASES[case]
+    want = by_full_passes(kind, contrast)
+    assert generated(kind, contrast) == want
+    assert want != by_full_passes(kind, dataclasses.replace(contrast, beta=0.0))
+    assert sum(map(len, want)) > 2 * N_TOKENS
+
+
+GREEDILY = {"no contrast": ("aoe", Contrast(0.0)), "one token taken": ("router", Contrast(7.0, alpha=1.0))}
+
+
+@pytest.mark.parametrize("case", GREEDILY)
+def test_what_comes_to_greedy_decoding(case):
+    kind, contrast = GREEDILY[case]
+    assert generated(kind, contrast) == by_full_passes(kind, Contrast(0.0))
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_ranks_of_the_best_are_the_normal_pass(kind):
+    """Bit for bit, in the whole decoder; so the weak pass of rank 1 is the strong one of K = 1, and that of rank 2 isn't."""
+    plain = model(kind).decoder.clone(experts=dataclasses.replace(model(kind).config.experts, gate="chosen"))
+    strong, weak = strong_and_weak(plain, Contrast(0.5, strong_k=1, weak_rank=1))
+    _, second = strong_and_weak(plain, Contrast(0.5))
+    same = dataclasses.replace(plain.experts, selection="ranked", ranks=(0, 1))
+    logits = [
+        full_pass(kind, experts)(prompts())
+        for experts in (plain.experts, same, strong.experts, weak.experts, second.experts)
+    ]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[2], logits[3])
+    assert all(np.abs(logits[3] - other).max() > 0.1 for other in (logits[0], logits[4]))
+
+
+def test_draws_depend_on_seed_prompt_and_place():
+    generator = Generator(model("aoe"), Contrast(0.5, alpha=0.001))
+    first, second, third = prompts()
+
+    def drawn(prompts, seed):
+        sampling = Sampling(temperature=2.0, top_k=100, top_p=0.99)
+        return generator.generate(prompts, N_TOKENS, sampling=sampling, seed=seed)
+
+    one, other = drawn([first, second, third], 1), drawn([first, second, third], 2)
+    assert one == drawn([first, second, third], 1) != other
+    assert drawn([first, second, first], 1)[:2] == one[:2]
+    assert drawn([third, second, first], 1)[0] != one[2]
+
+
+@pytest.mark.smoke
+def test_contrasted_logits():
+    strong, weak = jax.random.normal(jax.random.key(0), (2, 7, 50), jnp.float32) * 3
+    z = contrasted(strong, weak, Contrast(0.5, alpha=0.1))
+    valid = np.asarray(jax.nn.softmax(strong) >= 0.1 * jax.nn.softmax(strong).max(axis=1, keepdims=True))
+    assert 1 < valid.sum(axis=1).mean() < 25
+    np.testing.assert_allclose(z[valid], (1.5 * strong - 0.5 * weak)[valid], rtol=1e-5, atol=1e-5)
+    assert np.isneginf(z[~valid]).all()
+    for beta in (0.0, 0.5, 3.0):
+        np.testing.assert_array_equal(contrasted(strong, strong, Contrast(beta))[valid], strong[valid])
+        one = contrasted(strong, weak, Contrast(beta, alpha=1.0))
+        np.testing.assert_array_equal(one.argmax(axis=1), strong.argmax(axis=1))
+        assert (np.isfinite(one).sum(axis=1) == 1).all()
+        moved = contrasted(strong, weak + 4, Contrast(beta))
+        np.testing.assert_array_equal(moved.argmax(axis=1), contrasted(strong, weak, Contrast(beta)).argmax(axis=1))
+    np.testing.assert_array_equal(contrasted(strong, weak, Contrast(0.0, alpha=0.0)), strong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": -0.1}, r"--contrast=-0\.1: must be 0"),
+        ({"beta": float("nan")}, "--contrast=nan"),
+        ({"beta": 0.5, "alpha": 1.5}, r"--alpha=1\.5: must lie between 0"),
+        ({"beta": 0.5, "strong_k": 0}, "--strong_k=0: must be 1"),
+        ({"beta": 0.5, "weak_rank": 0}, "--weak_rank=0: must be 1 .the expert of highest score"),
+    ],
+)
+def test_mistakes_in_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        Contrast(**settings)
+
+
+@pytest.mark.parametrize(
+    ("experts", "settings", "message"),
+    [
+        ({}, {"weak_rank": 5}, r"--weak_rank=5: can't be greater than .*n_experts=4"),
+        ({}, {"strong_k": 5}, r"--strong_k=5: can't be greater than .*n_experts=4"),
+        ({"experts__selection": "top_p"}, {"strong_k": 2}, "--strong_k=2: .*selection='top_p' takes no K"),
+        ({"experts__selection": "threshold"}, {}, "selection='threshold': --contrast isn't tried with it"),
+        ({"experts__kind": "dense"}, {}, "kind='dense': --contrast takes the experts of a token by the ranks"),
+        ({"experts__kind": "capacity"}, {}, "kind='capacity': --contrast takes the experts of a token by the ranks"),
+    ],
+)
+def test_what_cant_be_contrasted(experts, settings, message):
+    with pytest.raises(UserError, match=message):
+        strong_and_weak(Decoder.from_config(make_config(**experts)), Contrast(0.5, **settings))
+
+
+@pytest.mark.parametrize("experts", [{"experts__selection": "expert_choice"}, {"experts__kind": "capacity"}])
+def test_what_isnt_decoded_isnt_contrasted(experts):
+    there = dataclasses.replace(model("aoe"), decoder=Decoder.from_config(make_config(**experts)))
+    with pytest.raises(UserError, match="can't go token by token"):
+        Generator(there, Contrast(0.5))
