@@ -27,9 +27,11 @@ def _changes(variant):
 
 def get_suite():
     small = tuple(variant for variant in paper.VARIANTS if not variant.endswith("_4b"))
+    base = paper.get_config("moe")
+    base.checkpoint.keep_every = 2000
     return Suite(
         name="paper",
-        base=paper.get_config("moe"),
+        base=base,
         arms={
             variant: Arm(variant.replace("_", " "), _changes(variant), variant not in UNMATCHED)
             for variant in (*small, "aoe_4b")

@@ -19,7 +19,8 @@ from aoe_jax.compare.layout import tuning_folder
 from aoe_jax.compare.measuring import step_seconds
 from aoe_jax.compare.results import Curve, read_results
 from aoe_jax.compare.runs import tuned_rates
-from aoe_jax.compare.sections import scaling, styles_of
+from aoe_jax.compare.scaling_sections import scaling
+from aoe_jax.compare.sections import styles_of
 from aoe_jax.compare.suite import Size, load_suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
