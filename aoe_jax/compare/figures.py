@@ -144,7 +144,7 @@ def against_setting(panels, labels, styles, xlabel):
         for arm, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, **styles[arm])
         axes.set_xscale("log", base=2)
-        axes.set_xticks(every, [number(x) for x in every])
+        axes.set_xticks(every, [f"{x:g}" for x in every])
         axes.xaxis.set_minor_locator(NullLocator())
         if logarithmic:
             axes.set_yscale("log")

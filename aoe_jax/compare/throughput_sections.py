@@ -63,13 +63,16 @@ def _to_baseline(c, by_arm, quantity):
 def _picture(c, name, by_arm, styles):
     speed, speed_name, other, other_name = _quantities(c, name)
     sweep = c.suite.throughput[name]
+    is_topology = sweep.setting == "topology"
     panels = [
         (speed_name, True, {arm: [(cost.x, speed(cost)) for cost in costs] for arm, costs in by_arm.items()}),
         ("speed, ratio", False, _to_baseline(c, by_arm, speed)),
-        (f"{other_name.split(',')[0]}, ratio", False, _to_baseline(c, by_arm, other)),
+        (other_name, False, {arm: [(cost.x, other(cost)) for cost in costs] for arm, costs in by_arm.items()})
+        if is_topology
+        else ("memory, ratio", False, _to_baseline(c, by_arm, other)),
     ]
     figure = figures.against_setting(panels, c.labels, styles, SWEPT[sweep.setting])
-    what = "bounds, not measured" if sweep.setting == "topology" else "measured"
+    what = "bounds, not measured" if is_topology else "measured"
     model = _in_words([costs[0].config for costs in by_arm.values()], sweep.setting)
     caption = f"Against {SWEPT[sweep.setting]} ({what}); ratios to {c.baseline_label}. {model}."
     return Picture(f"throughput_{name}", figure, caption)
@@ -96,7 +99,7 @@ def _table(c, name, by_arm):
     ratios = [{arm: dict(line) for arm, line in _to_baseline(c, by_arm, of).items()} for of in (speed, other)]
     rows = [
         [
-            number(cost.x),
+            f"{cost.x:g}",
             number(speed(cost)),
             number(other(cost)),
             *(

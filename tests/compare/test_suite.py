@@ -146,8 +146,10 @@ def test_settings_change_all_runs():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/compare").glob("*.py")))
 def test_every_suite_of_the_repository_resolves(name):
-    runs = load_suite(ROOT / f"configs/compare/{name}.py").runs()
+    suite = load_suite(ROOT / f"configs/compare/{name}.py")
+    runs = suite.runs()
     assert len({run.name for run in runs}) == len(runs)
+    assert all(suite.swept(sweep) for sweep in suite.throughput)
 
 
 def test_a_saved_configuration_is_read_again(tmp_path):
