@@ -139,9 +139,11 @@ def _tuning(c, workdir):
         cells = ["not finished" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
         rows.append([c.labels[arm], *cells, f"{chosen[arm]:g}" if chosen[arm] else "none"])
     text = (
-        f"Validation nll after {c.suite.tuning.steps} steps at {next(iter(c.suite.sizes))}, one seed that counts "
-        "nowhere else; the best learning rate of an arm is that of all its sizes."
+        f"Validation nll after {c.suite.tuning.steps} steps at {c.suite.tuning_size}, one seed that counts nowhere else; "
+        "the best learning rate of an arm is that of all its sizes."
     )
+    if set(chosen.values()) & {min(rates), max(rates)}:
+        text += " Where that is the lowest or the highest that was tried, a better one may lie beyond."
     return [Heading(2, "Learning rates"), Text(text), Table(["arm", *(f"{rate:g}" for rate in rates), "chosen"], rows)]
 
 

@@ -41,10 +41,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A search for the learning rate of each arm, by validation nll at the first size; `final_learning_rate` keeps pace."""
+    """A search for the learning rate of each arm, by validation nll at one size; `final_learning_rate` keeps pace."""
 
     learning_rates: tuple[float, ...]
     steps: int
+    size: str | None = None  # None: the first
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class Suite:
         for name, size in self.sizes.items():
             _require(size.seeds > 0, self, f"sizes[{name!r}].seeds", size.seeds, "must be greater than 0")
             self._check_arms(f"sizes[{name!r}].arms", size)
+        if self.tuning:
+            known, place = self.tuning_size in self.sizes, "tuning.size"
+            _require(known, self, place, self.tuning.size, f"choose one of {', '.join(self.sizes)}")
         for name, sweep in self.throughput.items():
             self._check_arms(f"throughput[{name!r}].arms", sweep)
             known, place = sweep.setting in SWEPT, f"throughput[{name!r}].setting"
@@ -181,11 +185,16 @@ class Suite:
             self._check_matched(f"size {size}", {arm: self.config(size, arm, 0) for arm in self.arms_of(size)})
         return runs
 
+    @property
+    def tuning_size(self):
+        """The size that learning rates are tuned at."""
+        return self.tuning.size or next(iter(self.sizes))
+
     def tuning_runs(self):
         """`{(arm, learning rate): Run}` of the tuning; empty without one."""
         if self.tuning is None:
             return {}
-        size, found = next(iter(self.sizes)), {}
+        size, found = self.tuning_size, {}
         for arm in self.arms_of(size):
             for rate in self.tuning.learning_rates:
                 groups = self.config(size, arm, TUNING_SEED, rate).to_dict()

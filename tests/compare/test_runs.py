@@ -77,6 +77,7 @@ def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     markdown = (folder / "work/report.md").read_text()
     assert "4 of 6 finished, 2 failed" in markdown
     failed = markdown[markdown.index("## Failed runs") :]
+    assert "routing and step times" not in markdown
     assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed and "sparsemixer" in failed
 
 
