@@ -51,10 +51,8 @@ def isoflop(c: Comparison, styles):
         groups, fits = ({arm: getattr(of, name) for arm, of in arms.items()} for name in ("groups", "fit"))
         words = SCALES["active_non_embedding"]
         pictures.append(Picture(f"isoflop_{place}", figures.scaling(groups, fits, c.labels, styles, words), caption))
-        rows += [_isoflop_row(c.labels[arm], of) for arm, of in arms.items()]
-        for arm in c.suite.arms:
-            if arm not in arms and all(arm in c.series(size) for size in sizes):
-                rows.append([f"{c.labels[arm]}: its FLOPs differ more over {', '.join(sizes)}", *["-"] * 4])
+        of_arms = {arm: [size for size in sizes if arm in c.series(size)] for arm in c.suite.arms}
+        rows += [_isoflop_row(c.labels[arm], own, arms.get(arm)) for arm, own in of_arms.items() if len(own) > 2]
     if not rows:
         return []
     text = (
@@ -63,15 +61,18 @@ def isoflop(c: Comparison, styles):
         "parameters is lowest (three sizes determine it, and leave nothing to judge it by); intervals draw the seeds of "
         "each size anew, and are left out where a draw has no minimum."
     )
-    head = ["arm", "training FLOPs", "sizes", "best active parameters [95% interval]", "nll there"]
+    head = ["arm", "sizes", "training FLOPs", "best active parameters [95% interval]", "nll there"]
     return [Heading(2, "At equal FLOPs, over sizes"), Text(text + c.not_matched), Pictures(pictures), Table(head, rows)]
 
 
-def _isoflop_row(label, of):
+def _isoflop_row(label, sizes, of):
+    start = [label, ", ".join(sizes)]
+    if of is None:
+        return [*start, "differ by more than 10%", "-", "-"]
     best, (low, high) = of.fit.minimum(), of.fit.minimum_interval()
     cells = ["none: it is no valley", "-"]
     if math.isfinite(best):
         interval = f" [{number(low)}, {number(high)}]" if math.isfinite(low) else ""
         beyond = "" if min(of.groups) <= best <= max(of.groups) else ", beyond the sizes"
         cells = [f"{number(best)}{interval}{beyond}", f"{of.fit(best):.4f}"]
-    return [label, number(of.flops), str(len(of.groups)), *cells]
+    return [*start, number(of.flops), *cells]

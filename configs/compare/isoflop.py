@@ -5,6 +5,8 @@ arms of a size see the same tokens, and spend what that takes them: AoE 1.01 to 
 active parameters as much. One of as many in total would be at no equal FLOPs. Learning rates are tuned at the middle size.
 """
 
+from dataclasses import replace
+
 from aoe_jax.compare.arms import DENSE_ACTIVE, aoe, moe
 from aoe_jax.compare.suite import Size, Suite, Tuning
 from aoe_jax.config import Config
@@ -31,7 +33,11 @@ def get_suite():
     return Suite(
         name="isoflop",
         base=base_config(),
-        arms={"moe_aux": moe("aux"), "aoe_d3_aux": aoe(3, "aux"), "dense_active": DENSE_ACTIVE},
+        arms={
+            "moe_aux": moe("aux"),
+            "aoe_d3_aux": aoe(3, "aux"),
+            "dense_active": replace(DENSE_ACTIVE, label="dense, active"),
+        },
         sizes={name: Size(size_at(FLOPS, *shape), seeds=2) for name, shape in SHAPES.items()},
         baseline="moe_aux",
         tuning=Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=400, size="d60"),

@@ -67,7 +67,7 @@ def test_a_parabola_finds_the_best_size():
     assert low < 150_000 < high
     text = to_markdown(isoflop(found, styles_of(found)), "figures")
     assert "isoflop_1.png" in text and "150k [" in text and "3.0010 |" in text
-    assert "dense: its FLOPs differ more over d32, d48, d64, d96 | - |" in text
+    assert "| dense | d32, d48, d64, d96 | differ by more than 10% | - | - |" in text
     assert "Not matched in total parameters: dense, active parameters of the MoE." in text
     assert scaling(found, styles_of(found)) == []  # no power law over sizes that cost the same
 
