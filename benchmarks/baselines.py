@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.compare.step_times import RandomSteps
 from aoe_jax.config import BalanceConfig, Config, DataConfig, ExpertsConfig, ModelConfig
 from aoe_jax.counts import capacity_flops_per_token, layer_flops_per_token, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts.kinds import LAYERS
-from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, parse_sizes, report
+from benchmarks.timing import configuration, keep_freed_memory, machine, medians, parse_sizes, report
 
 _BATCH = flags.DEFINE_integer("batch", 8, "sequences, of the layers", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "tokens of a sequence, of the layers", lower_bound=1)
@@ -207,15 +208,15 @@ def main():
         found += _report_arms(title, seconds, programs, figures)
     if _MODEL.value:
         configs = model_steps()
-        steps = {name: make_step(config) for name, config in configs.items()}
-        seconds = medians({name: run for name, (run, _) in steps.items()}, _REPEATS.value)
+        steps = {name: RandomSteps(config) for name, config in configs.items()}
+        seconds = medians(steps, _REPEATS.value)
         figures = {}
         for name, config in configs.items():
-            n_layers, metrics = config.model.n_layers, steps[name][0]()
+            n_layers, metrics = config.model.n_layers, steps[name]()
             figures[name] = {"computed": _computed(config, training_flops_per_token(config), n_layers)}
             if "dropped_share" in metrics:
                 figures[name]["dropped"] = float(metrics["dropped_share"].mean())
-        found += _report_arms("step of tiny.py", seconds, {name: step for name, (_, step) in steps.items()}, figures)
+        found += _report_arms("step of tiny.py", seconds, {name: step.program for name, step in steps.items()}, figures)
     report(found, _JSON.value)
 
 

@@ -19,9 +19,10 @@ import jax
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.compare.step_times import random_batch
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import NoTelemetry, Telemetry
-from benchmarks.timing import configuration, keep_freed_memory, machine, random_batch, report
+from benchmarks.timing import configuration, keep_freed_memory, machine, report
 
 _REPEATS = flags.DEFINE_integer("repeats", 40, "timed steps of each arm", lower_bound=3)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")

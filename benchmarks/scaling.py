@@ -8,16 +8,15 @@ costs, since virtual devices share the cores. Each mesh runs in processes of its
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
-import time
 
 from absl import flags
 
 from aoe_jax import cli, distributed
+from aoe_jax.compare.step_times import RandomSteps
 from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, random_batch, report
+from benchmarks.timing import configuration, medians, report
 
 _DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "virtual devices of one process")
 _PROCESS_COUNTS = flags.DEFINE_list("process_counts", ["1", "2"], "processes of one device each")
@@ -35,25 +34,8 @@ MESHES = {
 
 def time_steps(mesh, repeats):
     """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those that it has joined."""
-    import jax
-
-    from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
-    from aoe_jax.training.step import init_state, make_train_step
-
-    config = configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}})
-    devices = make_mesh(config, jax.devices())
-    with jax.set_mesh(devices):
-        shardings = state_shardings(devices, jax.eval_shape(lambda: init_state(config, 0)))
-        state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
-        batch = put_batch(batch_sharding(devices), random_batch(config))
-        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(devices)))
-        seconds = []
-        for _ in range(repeats + 2):
-            started = time.perf_counter()
-            state, metrics = step(state, batch)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
+    step = RandomSteps(configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}}))
+    return medians({"step": step}, repeats)["step"]
 
 
 def run_workers(mesh, n_devices, n_processes):

@@ -34,6 +34,7 @@ from absl import flags
 from jax.sharding import SingleDeviceSharding
 
 from aoe_jax import cli
+from aoe_jax.compare.step_times import RandomSteps
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
@@ -52,7 +53,7 @@ from benchmarks.approximate_scores import (
     relative_cost,
     second_moments,
 )
-from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, report
+from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
 
 # "sparse" of benchmarks/step.py, d_low = d / 3.
 SPARSE = {
@@ -203,7 +204,7 @@ def main():
         timed["prepare"][name] = partial(jax.jit(method.prepare), one[1], one[0])
         timed["find"][name] = partial(jax.jit(method.find), one[1], covariance[middle])
     seconds = {what: medians(functions, _REPEATS.value) for what, functions in timed.items()}
-    step = medians({kind: make_step(c)[0] for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
+    step = medians({kind: RandomSteps(c) for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
 
     def flops_ratios(cost):
         counted = {"step_flops_ratio": training_flops_per_token, "forward_flops_ratio": forward_flops_per_token}

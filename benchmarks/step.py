@@ -9,9 +9,10 @@ import dataclasses
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.compare.step_times import RandomSteps
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, keep_freed_memory, machine, make_step, medians, report
+from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
 
 # Changes to configs/tiny.py; d_low is set by the ranks below, as a fraction of d_model.
 MODELS = {
@@ -49,8 +50,8 @@ def main():
             router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
             low = {"experts": {"d_low": round(router.model.d_model / rank)}}
             configs = {"router": router} | {arm: configuration("aoe", MODELS[name], low, ARMS[arm]) for arm in ARMS}
-            steps = {arm: make_step(config) for arm, config in configs.items()}
-            seconds = medians({arm: run for arm, (run, _) in steps.items()}, _REPEATS.value)
+            steps = {arm: RandomSteps(config) for arm, config in configs.items()}
+            seconds = medians(steps, _REPEATS.value)
             for arm, config in configs.items():
                 tokens = config.train.batch_size * config.data.seq_len
                 figure = {
@@ -61,8 +62,7 @@ def main():
                     "tokens_per_second": tokens / seconds[arm],
                     "ratio": seconds[arm] / seconds["router"],
                     "useful_ratio": training_flops_per_token(config) / training_flops_per_token(router),
-                    "temp_ratio": steps[arm][1].memory_analysis().temp_size_in_bytes
-                    / steps["router"][1].memory_analysis().temp_size_in_bytes,
+                    "temp_ratio": steps[arm].memory["temporary_bytes"] / steps["router"].memory["temporary_bytes"],
                     "configuration": dataclasses.asdict(config.experts),
                 }
                 figures.append(figure)

@@ -1,4 +1,4 @@
-"""What the timed benchmarks share: interleaved medians, training steps to time, the machine in words."""
+"""What the timed benchmarks share: interleaved medians, configurations, the machine in words."""
 
 import os
 import platform
@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from aoe_jax.compare.runs import ALLOCATOR
 from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
-from aoe_jax.training.step import init_state, make_train_step
 from configs import tiny
 
 
@@ -61,28 +59,6 @@ def configuration(variant, *changes):
         for group, values in change.items():
             config[group].update(values)
     return Config.from_config_dict(config)
-
-
-def random_batch(config: Config):
-    """A batch of random tokens."""
-    shape = (config.train.batch_size, config.data.seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
-    ones = np.ones(shape, np.int32)
-    return {"inputs": tokens[0], "targets": tokens[1], "segment_ids": ones, "weights": ones.astype(np.float32)}
-
-
-def make_step(config: Config):
-    """A nullary function that takes one training step and returns its metrics, and the compiled step."""
-    state = jax.jit(lambda: init_state(config, 0))()
-    batch = jax.device_put(random_batch(config))
-    step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics
-
-    return run, step
 
 
 def parse_sizes(shape, count, form):

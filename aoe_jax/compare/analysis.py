@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aoe_jax.compare.results import Result
-from aoe_jax.compare.statistics import at, fit_power_law, mean, paired_difference
+from aoe_jax.compare.statistics import Parabola, at, fit_parabola, fit_power_law, mean, paired_difference
 from aoe_jax.compare.suite import Suite
 from aoe_jax.counts import parameter_counts
 
 BUDGETS = ("end", "flops", "seconds")  # at what arms are held against the baseline
+EQUAL_FLOPS = 1.1  # up to what ratio the training FLOPs of sizes count as equal
 SCALES = {"active_non_embedding": "active parameters without embeddings", "flops": "useful training FLOPs"}
+
+
+@dataclass(frozen=True)
+class IsoFlops:
+    """An arm at sizes of equal training FLOPs."""
+
+    flops: float  # their mean
+    groups: dict  # {active parameters without embeddings: [nll of each seed]}
+    fit: Parabola
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,12 @@ class Comparison:
     def baseline_label(self):
         """The label of the baseline."""
         return self.labels[self.suite.baseline]
+
+    @property
+    def not_matched(self):
+        """Which arms aren't matched in total parameters: a sentence after another one, or nothing."""
+        labels = [arm.label for arm in self.suite.arms.values() if not arm.matched]
+        return f" Not matched in total parameters: {'; '.join(labels)}." if labels else ""
 
     def finished(self, size, arm):
         """The results of the finished runs of an arm, by seed."""
@@ -86,13 +102,41 @@ class Comparison:
         other = self.nlls(size, to or self.suite.baseline, at_equal)
         return paired_difference(self.nlls(size, arm, at_equal), other)
 
-    def points(self, scale):
-        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at least."""
+    @functools.cached_property
+    def budgets_of_flops(self):
+        """The lists of sizes, three or more, that cost the baseline equal FLOPs."""
+        flops = {r.run.size: r.run.flops for r in self.results if r.run.arm == self.suite.baseline}
+        lists = []
+        for size in sorted(flops, key=flops.get):
+            if lists and flops[size] <= EQUAL_FLOPS * flops[lists[-1][0]]:
+                lists[-1].append(size)
+            else:
+                lists.append([size])
+        return [[size for size in self.suite.sizes if size in sizes] for sizes in lists if len(sizes) > 2]
+
+    def isoflops(self, sizes):
+        """`{arm: IsoFlops}` of a list of `budgets_of_flops`, for arms that it costs equal FLOPs too."""
         found = {}
+        for arm in self.suite.arms:
+            results = [r for size in sizes for r in self.finished(size, arm)]
+            flops, groups = [r.run.flops for r in results], {}
+            for result in results:
+                groups.setdefault(_x(result, "active_non_embedding"), []).append(result.nll)
+            fit = fit_parabola(groups)
+            if fit and max(flops) <= EQUAL_FLOPS * min(flops):
+                found[arm] = IsoFlops(mean(flops).value, groups, fit)
+        return found
+
+    def points(self, scale):
+        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at least.
+
+        Without sizes of equal FLOPs, which differ in what they spend them on.
+        """
+        iso, found = set().union(*self.budgets_of_flops), {}
         for arm in self.suite.arms:
             groups = {}
             for size in self.suite.sizes:
-                for result in self.finished(size, arm):
+                for result in self.finished(size, arm) if size not in iso else ():
                     groups.setdefault(_x(result, scale), []).append(result.nll)
             if len(groups) > 1:
                 found[arm] = groups

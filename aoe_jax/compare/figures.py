@@ -89,7 +89,7 @@ def scaling(points, fits, labels, styles, xlabel):
 
     Args:
       points: `{arm: {x: [loss of each seed]}}`.
-      fits: `{arm: Fit or None}`.
+      fits: `{arm: Fit or Parabola}`.
       labels: of arms.
       styles: of arms.
       xlabel: what x is.
@@ -103,10 +103,9 @@ def scaling(points, fits, labels, styles, xlabel):
             xs, [m.value for m in means], errors, fmt="o", markersize=4, capsize=2, color=styles[arm]["color"]
         )
         line = np.geomspace(xs.min(), xs.max(), 60)
-        if fits[arm] is not None:
-            low, high = fits[arm].band(line)
-            axes.fill_between(line, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
-            axes.plot(line, fits[arm](line), **styles[arm])
+        low, high = fits[arm].band(line)
+        axes.fill_between(line, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
+        axes.plot(line, fits[arm](line), **styles[arm])
         ends.append((means[int(xs.argmax())].value, labels[arm], styles[arm]["color"]))
     _log_x(axes)
     axes.set(xlabel=xlabel, ylabel="validation nll, nats a token")
@@ -126,4 +125,38 @@ def differences(rows, labels, styles, baseline):
     axes.set_yticks(range(len(rows)), [f"{size}  {labels[arm]}" for size, arm, _ in reversed(rows)])
     axes.set(xlabel=f"nll less that of {baseline}, nats")
     axes.grid(axis="y", visible=False)
+    return figure
+
+
+@drawn
+def against_setting(panels, labels, styles, xlabel):
+    """Quantities of each arm against a setting, a panel each, over one logarithmic axis.
+
+    Args:
+      panels: `[(what it is, whether its axis is logarithmic, {arm: [(x, y), ...]})]`.
+      labels: of arms.
+      styles: of arms.
+      xlabel: the setting.
+    """
+    figure, rows = style.new_figure(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
+    every = sorted({x for _, _, lines in panels for points in lines.values() for x, _ in points})
+    for axes, (what, logarithmic, lines) in zip(rows[:, 0], panels, strict=True):
+        for arm, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, **styles[arm])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(every, [f"{x:g}" for x in every])
+        axes.xaxis.set_minor_locator(NullLocator())
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_ylabel(what)
+    rows[-1, 0].set_xlabel(xlabel)
+    figure.draw_without_rendering()
+    for axes, (_, _, lines) in zip(rows[:, 0], panels, strict=True):
+        ends = [(points[-1][1], labels[arm], styles[arm]["color"]) for arm, points in lines.items()]
+        style.label_ends(axes, ends, room=0.1)
     return figure

@@ -1,7 +1,8 @@
-"""Looks at the runs of a size in a process of its own: `python -m aoe_jax.compare.measure --todo=FILE`.
+"""Looks at the runs of a size, or at a sweep, in a process of its own: `python -m aoe_jax.compare.measure --todo=FILE`.
 
-The JSON file says what to do: `routing`, directories of runs whose routing is looked at (`routing.py`) on `tokens` tokens;
-and `steps`, configurations by name whose steps are timed (`step_times.py`) into the file `output`.
+The JSON file says what to do. Of a size: `routing`, directories of runs whose routing is looked at (`routing.py`) on
+`tokens` tokens; and `steps`, configurations by name whose steps are timed (`step_times.py`) into the file `output`. Of a
+sweep: `points`, which are measured (`throughput.py`) into `output`, and whether its values are those of a `topology`.
 """
 
 import logging
@@ -22,7 +23,17 @@ _TODO = flags.DEFINE_string("todo", None, "a JSON file of what to do")
 def main():
     """Measures; exit status 1 where the routing of a run couldn't be looked at."""
     StopRequests("the same command does what is left").listen()
-    todo, failed = read_json(Path(cli.required(_TODO))), None
+    todo = read_json(Path(cli.required(_TODO)))
+    if "points" not in todo:
+        return _measure_size(todo)
+    from aoe_jax.compare.throughput import measure_points
+
+    measure_points(todo["points"], todo["topology"], Path(todo["output"]))
+    return 0
+
+
+def _measure_size(todo):
+    failed = None
     from aoe_jax.compare.routing import analyse
     from aoe_jax.compare.step_times import time_steps
 

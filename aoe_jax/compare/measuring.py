@@ -1,4 +1,7 @@
-"""What is measured of a size once its runs are trained: routing, and the time of a step of each arm. See `measure.py`."""
+"""What is measured once runs are trained: of each size routing and the time of a step of each arm, and sweeps.
+
+Each is a process of its own, see `measure.py`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,9 +10,8 @@ from pathlib import Path
 from aoe_jax.compare.jobs import Job
 from aoe_jax.compare.layout import beside, folder_of, is_finished
 from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.compare.throughput import missing_points, sweep_file
 from aoe_jax.json_files import read_json, write_json
-
-ROUTED_KINDS = ("aoe", "router", "uoe")  # of experts, whose layers choose in a pipeline that `routing` looks into
 
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):
@@ -21,35 +23,52 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
 
 
 def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
-    """A `Job` for each size that isn't measured yet; `in_turn`: time the steps of its arms too."""
-    jobs = [_job(size, runs, workdir, suite.routing_tokens, in_turn) for size in suite.sizes]
+    """A `Job` for each size and sweep that isn't measured yet; `in_turn`: time the steps of the arms of a size too."""
+    jobs = [_size_job(size, runs, workdir, suite.routing_tokens, in_turn) for size in suite.sizes]
+    jobs += [_sweep_job(name, suite, workdir) for name in suite.throughput]
     return [job for job in jobs if job is not None]
 
 
-def _job(size, runs, workdir, tokens, in_turn):
+def _size_job(size, runs, workdir, tokens, in_turn):
     of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
     folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run)}
     timed = not in_turn or step_seconds(workdir, runs, size) is not None
     steps = {} if timed else {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
     if not folders and not steps:
         return None
-    output = measured_file(workdir, size)
-    output.parent.mkdir(exist_ok=True)
-    todo = beside(output, ".todo.json")
     routing = [str(folder) for folder in folders.values()]
-    write_json(todo, {"routing": routing, "tokens": tokens, "steps": steps, "output": str(output)})
 
     def progress():
         return 1 - sum(_to_route(folder, run) for run, folder in folders.items()) / (len(folders) or 1)
 
-    command = (sys.executable, "-m", "aoe_jax.compare.measure", f"--todo={todo}")
-    log, outcome = beside(output, ".log"), beside(output, ".outcome.json")
-    return Job(f"measuring {size}", command, log, outcome, output, float(len(routing) + 1), progress)
+    todo = {"routing": routing, "tokens": tokens, "steps": steps}
+    return _job(f"measuring {size}", measured_file(workdir, size), todo, len(routing) + 1, progress)
+
+
+def _sweep_job(name, suite, workdir):
+    points = missing_points(suite, workdir, name)
+    if not points:
+        return None
+
+    def progress():
+        return 1 - len(missing_points(suite, workdir, name)) / len(points)
+
+    todo = {"points": points, "topology": suite.throughput[name].setting == "topology"}
+    return _job(f"measuring throughput {name}", sweep_file(workdir, name), todo, len(points), progress)
+
+
+def _job(name, output, todo, cost, progress):
+    """Of a process that does what is to do and writes to the output."""
+    output.parent.mkdir(exist_ok=True)
+    file = beside(output, ".todo.json")
+    write_json(file, todo | {"output": str(output)})
+    command = (sys.executable, "-m", "aoe_jax.compare.measure", f"--todo={file}")
+    return Job(name, command, beside(output, ".log"), beside(output, ".outcome.json"), output, float(cost), progress)
 
 
 def _to_route(folder, run):
     """Whether a run is finished, with a choice of experts whose routing after the last step hasn't been looked at."""
-    if run.config.experts.kind not in ROUTED_KINDS or not is_finished(folder, run):
+    if run.config.experts.kind == "dense" or not is_finished(folder, run):
         return False
     file = folder / "routing.json"
     return not file.exists() or read_json(file)["checkpoints"][-1]["step"] != run.config.train.steps

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from aoe_jax.compare import routing_sections, sections
+from aoe_jax.compare import routing_sections, scaling_sections, sections, throughput_sections
 from aoe_jax.compare.analysis import BUDGETS, Comparison
 from aoe_jax.compare.document import Code, Heading, Points, Table, Text, save_pictures, to_html, to_markdown
 from aoe_jax.compare.layout import beside, folder_of
 from aoe_jax.compare.measuring import measured_file
 from aoe_jax.compare.results import curve_rows, difference_row, read_results, routing_rows, run_rows, write_csv
-from aoe_jax.compare.runs import tuned_rates, tuning_nlls
+from aoe_jax.compare.runs import PACKAGES, machines_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.suite import Suite
+from aoe_jax.compare.throughput import cost_rows, read_costs, sweep_file
 from aoe_jax.json_files import read_json
 from aoe_jax.training.workdir import check_workdir
 
@@ -28,7 +29,7 @@ def write_report(suite: Suite, workdir: Path, command):
 
     Args:
       suite: what was run.
-      workdir: where; has `machine.json`.
+      workdir: where; has a `machine.json`.
       command: the command line that made it, for the report.
 
     Returns:
@@ -41,7 +42,8 @@ def write_report(suite: Suite, workdir: Path, command):
     for run in runs:
         check_workdir(folder_of(workdir, run), run.config)
     comparison = Comparison(suite, read_results(runs, workdir))
-    blocks = _blocks(comparison, workdir, command)
+    costs = {name: read_costs(suite, workdir, name) for name in suite.throughput}
+    blocks = _blocks(comparison, costs, workdir, command)
     save_pictures(blocks, workdir / "figures")
     (workdir / "report.md").write_text(to_markdown(blocks, "figures"))
     page = workdir / "report.html"
@@ -49,6 +51,7 @@ def write_report(suite: Suite, workdir: Path, command):
     write_csv(workdir / "runs.csv", run_rows(comparison.results))
     write_csv(workdir / "curves.csv", curve_rows(comparison.results))
     write_csv(workdir / "routing.csv", routing_rows(comparison.results))
+    write_csv(workdir / "throughput.csv", cost_rows(suite, costs))
     write_csv(
         workdir / "differences.csv",
         [
@@ -62,35 +65,48 @@ def write_report(suite: Suite, workdir: Path, command):
     return page
 
 
-def _blocks(c, workdir, command):
+def _blocks(c, costs, workdir, command):
     styles = sections.styles_of(c)
     blocks = _head(c, workdir)
     blocks += _failed(c, workdir)
     if c.sizes():
         blocks += sections.losses(c, styles) + sections.budgets(c) + sections.curves(c, styles)
-        blocks += sections.scaling(c, styles) + sections.cost(c)
+        blocks += scaling_sections.scaling(c, styles) + scaling_sections.isoflop(c, styles) + sections.cost(c)
         blocks += routing_sections.balance(c) + routing_sections.load(c) + routing_sections.health(c, styles)
-    return blocks + sections.matched(c) + _tuning(c, workdir) + _settings(c, command)
+    blocks += throughput_sections.throughput(c, costs, styles)
+    if c.suite.sizes:
+        blocks += sections.matched(c)
+    return blocks + _tuning(c, workdir) + _settings(c, command)
 
 
 def _head(c, workdir):
-    machine, count = read_json(workdir / "machine.json"), len(c.results)
+    machines, count = machines_of(workdir), len(c.results)
     states = {state: sum(r.state == state for r in c.results) for state in ("finished", "failed", "unfinished")}
     hours = sum(r.seconds_per_step * r.run.config.train.steps for r in c.results if r.state == "finished") / 3600
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy"))
-    where = f"{machine['cores']} cores" if machine["backend"] == "cpu" else f"{machine['devices']} devices"
     others = "".join(f", {states[state]} {state}" for state in ("failed", "unfinished") if states[state])
-    points = [
-        f"Runs: {states['finished']} of {count} finished{others}.",
-        f"Training steps of the finished runs, at the seconds a step that are reported below: {hours:.2f} hours on "
-        f"{'a core' if machine['backend'] == 'cpu' else 'all devices'}.",
-        f"Machine: {machine['device']}, {where}. Versions: {versions}.",
-    ]
+    points = [f"Machine: {_in_words(machine)}." for machine in machines]
+    if len(machines) > 1:
+        points.append(
+            "These took part one after another; which of them did what isn't known, so that seconds are of any."
+        )
+    if count:
+        points = [
+            f"Runs: {states['finished']} of {count} finished{others}.",
+            f"Training steps of the finished runs, at the seconds a step that are reported below: {hours:.2f} hours on "
+            f"{'a core' if machines[-1]['backend'] == 'cpu' else 'all devices'}.",
+            *points,
+        ]
     if any(r.run.config.experts.selection == "expert_choice" for r in c.results):
         points.append(EXPERT_CHOICE)
     if any(r.run.config.experts.kind == "capacity" and r.run.config.experts.top_k > 1 for r in c.results):
         points.append(CAPACITY)
     return [Heading(1, f"Comparison: {c.suite.name}"), Points(points)]
+
+
+def _in_words(machine):
+    where = f"{machine['cores']} cores" if machine["backend"] == "cpu" else f"{machine['devices']} devices"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
+    return f"{machine['device']}, {where}; {versions}"
 
 
 def _failed(c, workdir):
@@ -99,17 +115,18 @@ def _failed(c, workdir):
         for r in c.results
         if r.state == "failed"
     ]
-    for size in c.suite.sizes:
-        outcome = beside(measured_file(workdir, size), ".outcome.json")
-        if outcome.exists():
-            rows.append(
-                [f"{size}: routing and step times", read_json(outcome)["last_line"][:200], f"measured/{size}.log"]
-            )
+    measured = {f"{size}: routing and step times": measured_file(workdir, size) for size in c.suite.sizes}
+    measured |= {f"throughput {name}": sweep_file(workdir, name) for name in c.suite.throughput}
+    for name, file in measured.items():
+        outcome = beside(file, ".outcome.json")
+        ended = read_json(outcome) if outcome.exists() else {"status": 0}
+        if ended["status"]:
+            rows.append([name, ended["last_line"][:200], str(beside(file, ".log").relative_to(workdir))])
     if not rows:
         return []
     return [
         Heading(2, "Failed runs"),
-        Text("These ended before their last step and count nowhere below."),
+        Text("These ended before they were done; runs among them count nowhere below."),
         Table(["run", "its last line", "log"], rows),
     ]
 
@@ -122,9 +139,11 @@ def _tuning(c, workdir):
         cells = ["not finished" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
         rows.append([c.labels[arm], *cells, f"{chosen[arm]:g}" if chosen[arm] else "none"])
     text = (
-        f"Validation nll after {c.suite.tuning.steps} steps at {next(iter(c.suite.sizes))}, one seed that counts "
-        "nowhere else; the best learning rate of an arm is that of all its sizes."
+        f"Validation nll after {c.suite.tuning.steps} steps at {c.suite.tuning_size}, one seed that counts nowhere else; "
+        "the best learning rate of an arm is that of all its sizes."
     )
+    if set(chosen.values()) & {min(rates), max(rates)}:
+        text += " Where that is the lowest or the highest that was tried, a better one may lie beyond."
     return [Heading(2, "Learning rates"), Text(text), Table(["arm", *(f"{rate:g}" for rate in rates), "chosen"], rows)]
 
 
@@ -148,9 +167,13 @@ def _settings(c, command):
             ]
         )
     head = "size|layers x width|experts|vocabulary|batch|steps|warm-up|computed in|corpus|seeds"
-    text = (
-        "AdamW, linear warm-up and cosine for all arms alike. The configuration of each run is in "
-        "`runs/SIZE/ARM/seed_N/config.json`; figures are in `figures/`, numbers in `runs.csv`, `curves.csv`, "
-        "`routing.csv` and `differences.csv`. To make it again:"
-    )
-    return [Heading(2, "Settings"), Table(head.split("|"), rows), Text(text), Code(command)]
+    recipe = [
+        Table(head.split("|"), rows),
+        Text(
+            "AdamW, linear warm-up and cosine for all arms alike. The configuration of each run is in "
+            "`runs/SIZE/ARM/seed_N/config.json`; numbers are in `runs.csv`, `curves.csv`, `routing.csv` and "
+            "`differences.csv`."
+        ),
+    ]
+    files = "Figures are in `figures/`" + ", numbers of throughput in `throughput.csv`" * bool(c.suite.throughput)
+    return [Heading(2, "Settings"), *(recipe if rows else []), Text(f"{files}. To make it again:"), Code(command)]

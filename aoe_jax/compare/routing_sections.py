@@ -125,6 +125,8 @@ def health(c: Comparison, styles):
         f"the chosen among them (by chance {chance:.2f}), and the distances to that mixture, as shares of its length, are "
         "those of the chosen, of the oracle's, and of any K."
     )
+    if any(routings[0]["kind"] == "capacity" for size_ in c.sizes() for routings in _routed(c, size_).values()):
+        text += " Choices of experts with a capacity are those before anything is dropped."
     head = "arm|experts a token|Ent_conf|max violation|dead experts|settled, first|settled, half|oracle agreement"
     head += "|distance chosen/oracle/any"
     names = {

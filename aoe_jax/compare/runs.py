@@ -48,8 +48,10 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
     if not (ROOT / "train.py").exists():
         raise UserError(f"{ROOT / 'train.py'} isn't there: comparisons run it, so install the package with --editable")
     suite.runs()  # checks all of them
+    for name in suite.throughput:
+        suite.swept(name)
     machine = _machine()
-    write_json(workdir / "machine.json", machine)
+    _note_machine(workdir, machine)
     cores = _cores(machine, n_jobs)
     # Runs that differ in their seed alone are one program.
     environment = {
@@ -70,7 +72,7 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
 
 
 def _machine():
-    """What the runs are measured on; JAX is asked in another process, for this one must not take the accelerator."""
+    """What runs are made on from now on; JAX is asked in another process, for this one must not take the accelerator."""
     ask = "import jax, json; d = jax.devices(); print(json.dumps([jax.default_backend(), d[0].device_kind, len(d)]))"
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
     if answer.returncode:
@@ -88,6 +90,18 @@ def _machine():
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def machines_of(workdir: Path):
+    """The machines that have taken part, the latest last; one whose versions have changed is another."""
+    found = read_json(workdir / "machine.json")
+    return found.get("machines") or [found]  # the file once was of the last machine alone
+
+
+def _note_machine(workdir, machine):
+    file = workdir / "machine.json"
+    earlier = machines_of(workdir) if file.exists() else []
+    write_json(file, {"machines": [*(m for m in earlier if m != machine), machine]})
 
 
 def _cores(machine, n_jobs):

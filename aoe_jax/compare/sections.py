@@ -1,9 +1,9 @@
-"""The sections of the report on losses, cost and scaling; each function takes a `Comparison` and returns blocks."""
+"""The sections of the report on losses and cost; each function takes a `Comparison` and returns blocks."""
 
 import math
 
 from aoe_jax.compare import figures, style
-from aoe_jax.compare.analysis import SCALES, Comparison
+from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
 from aoe_jax.compare.statistics import mean
 from aoe_jax.compare.words import number, plus_minus, signed
@@ -24,7 +24,7 @@ def in_words(comparison: Comparison, size, arm):
 
 def matched(c: Comparison):
     """What arms have in common and what they cost."""
-    rows, unmatched = [], [arm.label for arm in c.suite.arms.values() if not arm.matched]
+    rows = []
     for size in c.suite.sizes:
         for arm in c.suite.arms_of(size):
             config = next(r.run.config for r in c.results if (r.run.size, r.run.arm) == (size, arm))
@@ -60,9 +60,7 @@ def matched(c: Comparison):
     shares = {r.run.config.balance.aux_tokens for r in c.results if r.run.config.experts.kind == "aoe"}
     if shares and shares != {1.0}:
         text += f" L_aux of AoE takes its mean probabilities from {min(shares):g} of the tokens, of routers from all."
-    if unmatched:
-        text += f" Not matched in total parameters: {', '.join(unmatched)}."
-    return [Heading(2, "What is matched"), Text(text), Table(head.split("|"), rows)]
+    return [Heading(2, "What is matched"), Text(text + c.not_matched), Table(head.split("|"), rows)]
 
 
 def losses(c: Comparison, styles):
@@ -82,6 +80,7 @@ def losses(c: Comparison, styles):
     text = (
         "Nll in nats a token of the whole validation split after the last step: mean and standard error over seeds. "
         "Differences are seed by seed; their interval is Student's t's. No interval is widened for their number."
+        f"{c.not_matched}"
     )
     blocks = [Heading(2, "Final validation loss"), Text(text), Points(sentences), Table(head, rows)]
     if drawn:
@@ -140,36 +139,6 @@ def _how_timed(c):
     others = ", ".join(size for size, timed in in_turn.items() if not timed)
     alone = f"those of training steps, the median of each run, with what else was at work on the machine, at {others}"
     return f"{text} But they are {alone}." if any(in_turn.values()) else f"Seconds are {alone}."
-
-
-def scaling(c: Comparison, styles):
-    """Final loss over sizes, with fits."""
-    blocks, pictures, rows = [Heading(2, "Scaling")], [], []
-    for scale, words in SCALES.items():
-        points, fits = c.points(scale), c.fits(scale)
-        if not points:
-            return []
-        caption = f"Final validation nll against {words}: means with standard errors, fits with 95% bands."
-        picture = figures.scaling(points, fits, c.labels, styles, words)
-        pictures.append(Picture(f"scaling_{scale}", picture, caption))
-        for arm, fit in fits.items():
-            low, high = fit.exponent_interval()
-            floor = f"{fit.floor:.3f}" if fit.has_floor else "0, set"
-            rows.append(
-                [f"{c.labels[arm]}, {words}", floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f} [{low:.4f}, {high:.4f}]"]
-            )
-    text = (
-        "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the "
-        "seeds of each size anew (bootstrap); of two or three seeds a size they are too narrow, and hold the truth in about "
-        "seven of ten cases. Fewer than four sizes can't tell a floor from an exponent: it is set "
-        "to 0 there, and no loss beyond the sizes that were run should be read from such a fit."
-    )
-    return [
-        *blocks,
-        Text(text),
-        Pictures(pictures),
-        Table(["arm and x", "floor", "factor", "exponent [95% interval]"], rows),
-    ]
 
 
 def cost(c: Comparison):

@@ -69,14 +69,23 @@ class Fit:
     def band(self, x):
         """`(low, high)` of the loss at `x`, in which `CONFIDENCE` of the resamples lie."""
         floor, factor, exponent = self.resampled.T[:, :, None]
-        losses = floor + factor * np.atleast_1d(np.asarray(x, np.float64)) ** -exponent
-        return np.quantile(losses, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+        return _quantiles(floor + factor * np.atleast_1d(np.asarray(x, np.float64)) ** -exponent)
 
     def exponent_interval(self):
         """`(low, high)` of the exponent; nan where no size has two seeds."""
-        if np.ptp(self.resampled[:, 2]) == 0:
-            return math.nan, math.nan
-        return tuple(np.quantile(self.resampled[:, 2], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+        return _interval(self.resampled[:, 2])
+
+
+def _interval(values):
+    """`(low, high)` in which `CONFIDENCE` of the resamples lie; nan where they are all alike or one is nan."""
+    if np.ptp(values) == 0:
+        return math.nan, math.nan
+    return tuple(_quantiles(values))
+
+
+def _quantiles(values):
+    """`(low, high)` of the middle `CONFIDENCE` along the first axis."""
+    return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
 
 MIN_SIZES, MIN_SIZES_WITH_FLOOR = 2, 4
@@ -98,13 +107,20 @@ def fit_power_law(groups, n_resamples=500):
     if len(groups) < MIN_SIZES:
         return None
     xs, has_floor = np.array(list(groups)), len(groups) >= MIN_SIZES_WITH_FLOOR
-    rng = np.random.default_rng(0)
-    best = _fit(xs, np.array([losses.mean() for losses in groups.values()]), has_floor)
-    resampled = [
-        _fit(xs, np.array([rng.choice(losses, losses.size).mean() for losses in groups.values()]), has_floor, best)
-        for _ in range(n_resamples)
-    ]
+    best = _fit(xs, _means(groups), has_floor)
+    resampled = [_fit(xs, losses, has_floor, best) for losses in _resampled_means(groups, n_resamples)]
     return Fit(*best, np.array(resampled), has_floor)
+
+
+def _means(groups):
+    return np.array([losses.mean() for losses in groups.values()])
+
+
+def _resampled_means(groups, n_resamples):
+    """The bootstrap: means of each size over seeds drawn anew."""
+    rng = np.random.default_rng(0)
+    for _ in range(n_resamples):
+        yield np.array([rng.choice(losses, losses.size).mean() for losses in groups.values()])
 
 
 def _fit(xs, losses, has_floor, start=None):
@@ -125,3 +141,54 @@ def _fit(xs, losses, has_floor, start=None):
     bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
     floor, factor, exponent = optimize.least_squares(residuals, np.clip(first, *bounds), bounds=bounds).x
     return floor, factor * scale**exponent, exponent
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """A loss that is a parabola in log x, with those of bootstrap resamples."""
+
+    centre: float  # of log x, where the coefficients are taken
+    coefficients: np.ndarray  # [3], the square's first
+    resampled: np.ndarray  # [B, 3]
+
+    def __call__(self, x):
+        """The loss at `x` (a number or an array)."""
+        return np.polyval(self.coefficients, np.log(x) - self.centre)
+
+    def band(self, x):
+        """`(low, high)` of the loss at `x`, in which `CONFIDENCE` of the resamples lie."""
+        return _quantiles(np.polyval(self.resampled.T[:, :, None], np.log(np.atleast_1d(x)) - self.centre))
+
+    def minimum(self):
+        """The `x` of least loss; nan of a parabola that has none."""
+        return float(self._minima(self.coefficients))
+
+    def minimum_interval(self):
+        """`(low, high)` of it; nan where no size has two seeds or a resample has no minimum."""
+        return _interval(self._minima(self.resampled.T))
+
+    def _minima(self, coefficients):
+        square, slope, _ = coefficients
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return np.where(square > 0, np.exp(self.centre - slope / (2 * square)), np.nan)
+
+
+MIN_SIZES_OF_PARABOLA = 3
+
+
+def fit_parabola(groups, n_resamples=500):
+    """Fits a `Parabola` to the mean losses of several sizes, by least squares; None of fewer than three.
+
+    Args:
+      groups: `{x: [loss of each seed]}`, one entry a size; x > 0.
+      n_resamples: of the bootstrap.
+    """
+    groups = {x: np.asarray(losses, np.float64) for x, losses in groups.items() if len(losses)}
+    if len(groups) < MIN_SIZES_OF_PARABOLA:
+        return None
+    logs = np.log(list(groups))
+    centre = float(logs.mean())
+    best = np.polyfit(logs - centre, _means(groups), 2)
+    # All resamples at once, a column each.
+    resampled = np.polyfit(logs - centre, np.array(list(_resampled_means(groups, n_resamples))).T, 2)
+    return Parabola(centre, best, resampled.T)

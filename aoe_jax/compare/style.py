@@ -69,12 +69,15 @@ def label_ends(axes, ends, room=0.045):
     heights = []
     for place, *_ in places:
         heights.append(max(place, heights[-1] + room) if heights else place)
-    excess = heights[-1] - 1 if heights and heights[-1] > 1 else 0
+    limit = 1.0
+    for i in reversed(range(len(heights))):  # down again, no further than they must be
+        heights[i] = min(heights[i], limit)
+        limit = heights[i] - room
     for (place, text, colour), height in zip(places, heights, strict=True):
         axes.annotate(
             text,
             (1, place),
-            (1.03, height - excess),
+            (1.03, height),
             xycoords="axes fraction",
             color=colour,
             fontsize=8,

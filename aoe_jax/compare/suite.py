@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from aoe_jax.compare.sweep import SWEPT, Sweep
 from aoe_jax.config import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
@@ -40,10 +41,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A search for the learning rate of each arm, by validation nll at the first size; `final_learning_rate` keeps pace."""
+    """A search for the learning rate of each arm, by validation nll at one size; `final_learning_rate` keeps pace."""
 
     learning_rates: tuple[float, ...]
     steps: int
+    size: str | None = None  # None: the first
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,17 @@ class Suite:
     sizes: Mapping[str, Size]
     baseline: str  # the arm that differences are to
     tuning: Tuning | None = None
+    throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # of the validation split, at least, that routing is looked at on
     settings: Mapping = field(default_factory=dict)  # group -> field -> value, of all runs, whatever size and arm say
 
     def __post_init__(self):
         """Checks what can be seen without resolving configurations; raises `UserError`."""
-        for kind, named, cls in (("arms", self.arms, Arm), ("sizes", self.sizes, Size)):
-            _require(isinstance(named, Mapping) and named, self, kind, named, f"must name at least one {cls.__name__}")
+        kinds = (("arms", self.arms, Arm), ("sizes", self.sizes, Size), ("throughput", self.throughput, Sweep))
+        for kind, named, cls in kinds:
+            needed = kind == "arms" or (kind == "sizes" and (self.tuning or not self.throughput))
+            ok = isinstance(named, Mapping) and (named or not needed)
+            _require(ok, self, kind, named, f"must name at least one {cls.__name__}")
             for name, value in named.items():
                 ok = isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) and isinstance(value, cls)
                 _require(
@@ -92,14 +98,28 @@ class Suite:
         _require(self.baseline in self.arms, self, "baseline", self.baseline, f"choose one of {', '.join(self.arms)}")
         for name, size in self.sizes.items():
             _require(size.seeds > 0, self, f"sizes[{name!r}].seeds", size.seeds, "must be greater than 0")
-            unknown = [arm for arm in size.arms or () if arm not in self.arms]
-            _require(not unknown, self, f"sizes[{name!r}].arms", unknown, f"choose of {', '.join(self.arms)}")
-            there = self.baseline in self.arms_of(name)
-            _require(there, self, f"sizes[{name!r}].arms", size.arms, f"must have the baseline {self.baseline!r}")
+            self._check_arms(f"sizes[{name!r}].arms", size)
+        if self.tuning:
+            known, place = self.tuning_size in self.sizes, "tuning.size"
+            _require(known, self, place, self.tuning.size, f"choose one of {', '.join(self.sizes)}")
+        for name, sweep in self.throughput.items():
+            self._check_arms(f"throughput[{name!r}].arms", sweep)
+            known, place = sweep.setting in SWEPT, f"throughput[{name!r}].setting"
+            _require(known, self, place, sweep.setting, f"choose one of {', '.join(SWEPT)}")
+            _require(len(sweep.values) > 1, self, f"throughput[{name!r}].values", sweep.values, "must be two or more")
+
+    def _check_arms(self, place, of):
+        unknown = [arm for arm in of.arms or () if arm not in self.arms]
+        _require(not unknown, self, place, unknown, f"choose of {', '.join(self.arms)}")
+        there = self.baseline in self._arms(of)
+        _require(there, self, place, of.arms, f"must have the baseline {self.baseline!r}")
+
+    def _arms(self, of):
+        return [arm for arm in self.arms if of.arms is None or arm in of.arms]
 
     def arms_of(self, size):
         """The names of the arms that a size has, in the order of the suite."""
-        return [arm for arm in self.arms if self.sizes[size].arms is None or arm in self.sizes[size].arms]
+        return self._arms(self.sizes[size])
 
     def config(self, size, arm, seed, learning_rate=None):
         """The `Config` of a run; `learning_rate` replaces the peak, and the final one in proportion.
@@ -107,12 +127,8 @@ class Suite:
         Raises:
           UserError: it can't be; names size and arm.
         """
-        config = self.base.copy_and_resolve_references()
         try:
-            _change(config, self.sizes[size].changes)
-            changes = self.arms[arm].changes
-            _change(config, changes(config) if callable(changes) else changes)
-            _change(config, self.settings)
+            config = self._resolved(arm, self.sizes[size].changes)
             if learning_rate is not None:
                 config.train.final_learning_rate *= learning_rate / config.train.learning_rate
                 config.train.learning_rate = learning_rate
@@ -120,6 +136,37 @@ class Suite:
             return Config.from_config_dict(config)
         except UserError as e:
             raise UserError(f"suite {self.name}, size {size}, arm {arm}: {e}") from e
+
+    def _resolved(self, arm, *changes_before):
+        """The `ConfigDict` of an arm on the base with changes."""
+        config = self.base.copy_and_resolve_references()
+        for changes in changes_before:
+            _change(config, changes)
+        changes = self.arms[arm].changes
+        _change(config, changes(config) if callable(changes) else changes)
+        _change(config, self.settings)
+        return config
+
+    def swept(self, name):
+        """`{value: {arm: Config}}` of a sweep.
+
+        Raises:
+          UserError: as in `runs`; names sweep, value and arm.
+        """
+        sweep, found = self.throughput[name], {}
+        for value in sweep.values:
+            place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
+            for arm in self._arms(sweep):
+                try:
+                    batch_size = self._resolved(arm, sweep.changes).train.batch_size
+                    at_value = sweep.changes_at(value, batch_size)
+                    config = self._resolved(arm, sweep.changes, at_value)
+                    _change(config, at_value)  # again, for the arm or a setting may say otherwise
+                    found[value][arm] = Config.from_config_dict(config)
+                except UserError as e:
+                    raise UserError(f"suite {self.name}, {place}, arm {arm}: {e}") from e
+            self._check_matched(place, found[value])
+        return found
 
     def runs(self, learning_rates=None):
         """All runs, the first size first, seed by seed; `learning_rates`: peaks by arm, of the tuning.
@@ -134,14 +181,20 @@ class Suite:
             for seed in range(self.sizes[size].seeds)
             for arm in self.arms_of(size)
         ]
-        self._check_matched()
+        for size in self.sizes:
+            self._check_matched(f"size {size}", {arm: self.config(size, arm, 0) for arm in self.arms_of(size)})
         return runs
+
+    @property
+    def tuning_size(self):
+        """The size that learning rates are tuned at."""
+        return self.tuning.size or next(iter(self.sizes))
 
     def tuning_runs(self):
         """`{(arm, learning rate): Run}` of the tuning; empty without one."""
         if self.tuning is None:
             return {}
-        size, found = next(iter(self.sizes)), {}
+        size, found = self.tuning_size, {}
         for arm in self.arms_of(size):
             for rate in self.tuning.learning_rates:
                 groups = self.config(size, arm, TUNING_SEED, rate).to_dict()
@@ -150,22 +203,20 @@ class Suite:
                 found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, Config.from_config_dict(groups))
         return found
 
-    def _check_matched(self):
-        for size in self.sizes:
-            configs = {arm: self.config(size, arm, 0) for arm in self.arms_of(size)}
-            totals = {arm: parameter_counts(config).total for arm, config in configs.items()}
-            wanted, recipe = totals[self.baseline], _recipe(configs[self.baseline])
-            for arm, total in totals.items():
-                if differing := [name for name, value in _recipe(configs[arm]).items() if value != recipe[name]]:
-                    raise UserError(
-                        f"suite {self.name}, size {size}: arm {arm} has another config.{differing[0]} than {self.baseline}; "
-                        "all arms of a size have one recipe and the same data"
-                    )
-                if self.arms[arm].matched and abs(total / wanted - 1) > TOLERANCE:
-                    raise UserError(
-                        f"suite {self.name}, size {size}: arm {arm} has {total:,} parameters, {self.baseline} {wanted:,}: "
-                        f"more than {TOLERANCE:.0%} apart. Change its width, or give it matched=False"
-                    )
+    def _check_matched(self, place, configs):
+        totals = {arm: parameter_counts(config).total for arm, config in configs.items()}
+        wanted, recipe = totals[self.baseline], _recipe(configs[self.baseline])
+        for arm, total in totals.items():
+            if differing := [name for name, value in _recipe(configs[arm]).items() if value != recipe[name]]:
+                raise UserError(
+                    f"suite {self.name}, {place}: arm {arm} has another config.{differing[0]} than {self.baseline}; "
+                    "all arms of a size have one recipe and the same data"
+                )
+            if self.arms[arm].matched and abs(total / wanted - 1) > TOLERANCE:
+                raise UserError(
+                    f"suite {self.name}, {place}: arm {arm} has {total:,} parameters, {self.baseline} {wanted:,}: "
+                    f"more than {TOLERANCE:.0%} apart. Change its width, or give it matched=False"
+                )
 
 
 def _recipe(config):

@@ -6,7 +6,7 @@ import math
 def number(value):
     """A count in few characters."""
     for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
+        if abs(value) >= 0.9995 * unit:  # what rounds to a thousand of one unit is 1 of the next
             return f"{value / unit:.3g}{name}"
     return f"{value:.3g}"
 

@@ -1,9 +1,14 @@
 """Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as there.
 
-Arms are the variants of `configs/paper.py`, each of which `aoe_jax.plan` compiles for machines that aren't here:
+Arms are the variants of `configs/paper.py`. All of them fit these slices, see `results/paper_plans.md`, which is what
 
-    python -m aoe_jax.plan --config=configs/paper.py:aoe_r256_aux --topology=v5e:4x4 --config.mesh.fsdp=16 \
-        --config.train.accumulate=16
+    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=732M --topology=v5e:4x4 \
+        --set=mesh.fsdp=16 --set=train.accumulate=32
+    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B --topology=v5e:16x16 \
+        --set=mesh.fsdp=16 --set=train.accumulate=4
+
+print. A run keeps a checkpoint of every 2000 steps, which routing is followed through, and the newest three: 13 in the end,
+of 9 GB each, or 48 GB at 4B.
 
 The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. On
 several hosts train each run by itself, `train.py --config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0
@@ -27,9 +32,11 @@ def _changes(variant):
 
 def get_suite():
     small = tuple(variant for variant in paper.VARIANTS if not variant.endswith("_4b"))
+    base = paper.get_config("moe")
+    base.checkpoint.keep_every = 2000
     return Suite(
         name="paper",
-        base=paper.get_config("moe"),
+        base=base,
         arms={
             variant: Arm(variant.replace("_", " "), _changes(variant), variant not in UNMATCHED)
             for variant in (*small, "aoe_4b")

@@ -1,10 +1,12 @@
 """The smoke test of comparisons, minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
 
-Two sizes, two seeds, on the embedded corpus; far too short to say which arm is better.
+Two sizes, two seeds, on the embedded corpus, and steps of the smaller size against the number of experts; far too short to
+say which arm is better.
 """
 
 from aoe_jax.compare.arms import DENSE, aoe, moe
 from aoe_jax.compare.suite import Size, Suite
+from aoe_jax.compare.sweep import Sweep
 from configs import tiny
 
 
@@ -30,5 +32,6 @@ def get_suite():
         },
         sizes={name: Size(changes, seeds=2) for name, changes in sizes.items()},
         baseline="moe_aux",
+        throughput={"experts": Sweep("experts.n_experts", (4, 8, 16), sizes["d24"])},
         routing_tokens=8192,
     )

@@ -8,6 +8,7 @@ ROWS = """
 import json
 from aoe_jax.compare.arms import aoe, moe
 from aoe_jax.compare.suite import Arm, Size, Suite, Tuning
+from aoe_jax.compare.sweep import Sweep
 from aoe_jax.config import default_config
 
 SETTINGS = json.loads('''{settings}''')
@@ -21,10 +22,9 @@ def get_suite():
         name="tests",
         base=base,
         arms={{"moe": moe("aux"), "aoe": aoe(4, "aux"), "broken": broken}},
-        sizes={{"a": Size({{}}, seeds=2)}},
+        **{{"sizes": {{"a": Size({{}}, seeds=2)}}}} | dict({more}),
         baseline="moe",
         routing_tokens=256,
-        {more}
     )
 """
 

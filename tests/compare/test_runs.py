@@ -19,7 +19,8 @@ from aoe_jax.compare.layout import tuning_folder
 from aoe_jax.compare.measuring import step_seconds
 from aoe_jax.compare.results import Curve, read_results
 from aoe_jax.compare.runs import tuned_rates
-from aoe_jax.compare.sections import scaling, styles_of
+from aoe_jax.compare.scaling_sections import scaling
+from aoe_jax.compare.sections import styles_of
 from aoe_jax.compare.suite import Size, load_suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
@@ -76,6 +77,7 @@ def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     markdown = (folder / "work/report.md").read_text()
     assert "4 of 6 finished, 2 failed" in markdown
     failed = markdown[markdown.index("## Failed runs") :]
+    assert "routing and step times" not in markdown
     assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed and "sparsemixer" in failed
 
 

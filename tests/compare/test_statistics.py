@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from aoe_jax.compare.statistics import at, fit_power_law, mean, paired_difference
+from aoe_jax.compare.statistics import at, fit_parabola, fit_power_law, mean, paired_difference
 
 
 def test_mean_and_standard_error():
@@ -64,3 +64,16 @@ def test_bands_widen_with_the_spread_of_seeds():
         low, high = fit_power_law(groups).band(3e5)
         widths.append(high[0] - low[0])
     assert widths[1] == pytest.approx(10 * widths[0], rel=0.2)
+
+
+def test_a_parabola_is_found_again_with_its_minimum():
+    groups = {x: [2 + 0.3 * np.log(x / 5e5) ** 2 + d for d in (-0.01, 0.01)] for x in (1e5, 3e5, 1e6, 3e6)}
+    fit = fit_parabola(groups)
+    assert fit.minimum() == pytest.approx(5e5) and fit(5e5) == pytest.approx(2.0)
+    low, high = fit.minimum_interval()
+    assert 4e5 < low < 5e5 < high < 6e5
+    below, above = fit.band(5e5)
+    assert below[0] < 2 < above[0]
+    assert fit_parabola({x: groups[x] for x in (1e5, 3e5)}) is None
+    falling = fit_parabola({1e5: [5.0], 3e5: [4.0], 1e6: [2.0]})
+    assert np.isnan([falling.minimum(), *falling.minimum_interval()]).all()

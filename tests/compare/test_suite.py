@@ -52,6 +52,8 @@ def test_tuning_runs_are_short_and_of_the_first_size():
     config = runs["aoe", 3e-3].config
     assert (config.train.learning_rate, config.train.steps, config.model.d_model) == (3e-3, 60, 64)
     assert config.train.seed not in {run.config.train.seed for run in of_two.runs()}
+    elsewhere = dataclasses.replace(of_two, tuning=Tuning((1e-3, 3e-3), 60, size="large"))
+    assert elsewhere.tuning_runs()["aoe", 3e-3].config.model.d_model == 128
 
 
 def test_sizes_may_leave_out_arms():
@@ -75,6 +77,7 @@ def wide(factor):
         ({"arms": {}}, ["arms", "at least one Arm"]),
         ({"baseline": "none"}, ["baseline='none'", "moe, aoe"]),
         ({"sizes": {"small": Size({}, 0)}}, ["sizes['small'].seeds=0"]),
+        ({"tuning": Tuning((1e-3,), 60, size="big")}, ["tuning.size='big'", "choose one of small"]),
         ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["must have the baseline 'moe'"]),
         ({"sizes": {"small": Size({}, 1, arms=("moe", "nope"))}}, ["'nope'"]),
     ],
@@ -146,8 +149,10 @@ def test_settings_change_all_runs():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/compare").glob("*.py")))
 def test_every_suite_of_the_repository_resolves(name):
-    runs = load_suite(ROOT / f"configs/compare/{name}.py").runs()
+    suite = load_suite(ROOT / f"configs/compare/{name}.py")
+    runs = suite.runs()
     assert len({run.name for run in runs}) == len(runs)
+    assert all(suite.swept(sweep) for sweep in suite.throughput)
 
 
 def test_a_saved_configuration_is_read_again(tmp_path):

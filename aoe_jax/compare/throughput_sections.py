@@ -1,0 +1,113 @@
+"""The section of the report on what a training step costs against settings of models."""
+
+from aoe_jax.compare import figures
+from aoe_jax.compare.analysis import Comparison
+from aoe_jax.compare.document import Heading, Picture, Pictures, Table, Text
+from aoe_jax.compare.sweep import SWEPT
+from aoe_jax.compare.words import number
+
+
+def throughput(c: Comparison, costs, styles):
+    """Speed and memory along the sweeps, and speed and communication along topologies.
+
+    Args:
+      c: what is reported.
+      costs: `{name of a sweep: {arm: [Cost, ...]}}`.
+      styles: of arms.
+    """
+    blocks = []
+    for is_topology, text in ((False, _MEASURED), (True, _TRACED)):
+        names = [name for name in costs if (c.suite.throughput[name].setting == "topology") == is_topology]
+        names = [name for name in names if c.suite.baseline in costs[name]]
+        if names:
+            blocks.append(Text(text.format(baseline=c.baseline_label) + c.not_matched))
+            blocks.append(Pictures([_picture(c, name, costs[name], styles) for name in names]))
+            blocks += [_table(c, name, costs[name]) for name in names]
+    return [Heading(2, "Throughput against settings"), *blocks] if blocks else []
+
+
+_MEASURED = (
+    "Training steps of models as they start, on random tokens: processor seconds on one core, all arms in turn in one "
+    "process, medians; on accelerators, seconds. Memory is what the compiler plans for state and temporaries. The arms of a "
+    "value are equal in total parameters to 1%. Cells are speed and memory, both over those of {baseline}."
+)
+_TRACED = (
+    "Against chips nothing is measured: virtual devices of one machine share its cores. The training step is traced for "
+    "machines that aren't here, parameters split over all their chips and the batch of a chip kept. Speed is the most that "
+    "public peak figures of arithmetic, HBM and network allow (`python -m aoe_jax.plan`), of useful FLOPs; received bytes "
+    "are those of the collectives in the program. Cells are speed and bytes received, both over those of {baseline}."
+)
+
+
+def _quantities(c, name):
+    """`(speed of a Cost, its name, its other quantity, its name)`."""
+    if c.suite.throughput[name].setting == "topology":
+        return (
+            lambda cost: cost.tokens_per_second / cost.x,
+            "tokens/s a chip, at most",
+            lambda cost: cost.received_bytes / 1e9,
+            "GB received a chip",
+        )
+    return lambda cost: cost.tokens_per_second, "tokens/s", lambda cost: cost.memory_bytes / 1e6, "memory, MB"
+
+
+def _to_baseline(c, by_arm, quantity):
+    """`{arm: [(x, ratio), ...]}`."""
+    base = {cost.x: quantity(cost) for cost in by_arm[c.suite.baseline]}
+    return {
+        arm: [(cost.x, quantity(cost) / base[cost.x]) for cost in costs if base.get(cost.x)]
+        for arm, costs in by_arm.items()
+    }
+
+
+def _picture(c, name, by_arm, styles):
+    speed, speed_name, other, other_name = _quantities(c, name)
+    sweep = c.suite.throughput[name]
+    is_topology = sweep.setting == "topology"
+    panels = [
+        (speed_name, True, {arm: [(cost.x, speed(cost)) for cost in costs] for arm, costs in by_arm.items()}),
+        ("speed, ratio", False, _to_baseline(c, by_arm, speed)),
+        (other_name, False, {arm: [(cost.x, other(cost)) for cost in costs] for arm, costs in by_arm.items()})
+        if is_topology
+        else ("memory, ratio", False, _to_baseline(c, by_arm, other)),
+    ]
+    figure = figures.against_setting(panels, c.labels, styles, SWEPT[sweep.setting])
+    what = "bounds, not measured" if is_topology else "measured"
+    model = _in_words([costs[0].config for costs in by_arm.values()], sweep.setting)
+    caption = f"Against {SWEPT[sweep.setting]} ({what}); ratios to {c.baseline_label}. {model}."
+    return Picture(f"throughput_{name}", figure, caption)
+
+
+def _in_words(configs, setting):
+    """The model of all arms, the baseline the first, but for what is swept."""
+    config, ranks = configs[0], {config.experts.d_low for config in configs if config.experts.kind == "aoe"}
+    m, e, t = config.model, config.experts, config.train
+    k, n = ("K" if setting == "experts.top_k" else e.top_k, "n" if setting == "experts.n_experts" else e.n_experts)
+    parts = [f"{m.n_layers} layers of width {m.d_model}", f"{k} of {n} experts of width {e.d_ffn}"]
+    if ranks and setting != "experts.d_low":
+        parts.append(f"r={', '.join(map(str, sorted(ranks)))}")
+    if setting == "topology":
+        parts.append(f"{t.batch_size // config.mesh.fsdp} x {config.data.seq_len} tokens a chip")
+    elif setting != "train.batch_size":
+        parts.append(f"{t.batch_size} x {config.data.seq_len} tokens")
+    return ", ".join([*parts, f"vocabulary {m.vocab_size}", m.dtype])
+
+
+def _table(c, name, by_arm):
+    speed, speed_name, other, other_name = _quantities(c, name)
+    base, others = by_arm[c.suite.baseline], [arm for arm in by_arm if arm != c.suite.baseline]
+    ratios = [{arm: dict(line) for arm, line in _to_baseline(c, by_arm, of).items()} for of in (speed, other)]
+    rows = [
+        [
+            f"{cost.x:g}",
+            number(speed(cost)),
+            number(other(cost)),
+            *(
+                " / ".join(f"{of[arm][cost.x]:.2f}" for of in ratios) if cost.x in ratios[0][arm] else "-"
+                for arm in others
+            ),
+        ]
+        for cost in base
+    ]
+    names = [f"{c.baseline_label}: {name}" for name in (speed_name, other_name)]
+    return Table([SWEPT[c.suite.throughput[name].setting], *names, *(c.labels[arm] for arm in others)], rows)

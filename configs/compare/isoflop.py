@@ -1,0 +1,44 @@
+"""Parameters or tokens: five sizes at equal training FLOPs, about two core-hours: `--suite=configs/compare/isoflop.py`.
+
+The MoE spends 4e12 FLOPs at each size, on 42k to 891k active parameters and 6.8M to 0.6M tokens of the embedded corpus. All
+arms of a size see the same tokens, and spend what that takes them: AoE 1.01 to 1.04 times as much, a dense model of as many
+active parameters as much. One of as many in total would be at no equal FLOPs. Learning rates are tuned at the middle size.
+"""
+
+from dataclasses import replace
+
+from aoe_jax.compare.arms import DENSE_ACTIVE, aoe, moe
+from aoe_jax.compare.suite import Size, Suite, Tuning
+from aoe_jax.config import Config
+from aoe_jax.counts import training_flops_per_token
+from configs.compare.small import base_config, size_of
+
+FLOPS = 4e12
+SHAPES = {"d36": (36, 2, 2), "d48": (48, 3, 4), "d60": (60, 4, 6), "d72": (72, 5, 4), "d96": (96, 6, 4)}
+BATCH_SIZE = 8
+
+
+def size_at(flops, *shape):
+    """The changes of a size, d_model, layers and heads, that the MoE trains for so many FLOPs."""
+    config = base_config()
+    for group, values in size_of(*shape, BATCH_SIZE, 100).items():
+        config[group].update(values)
+    config.experts.kind = "router"
+    config = Config.from_config_dict(config)
+    steps = flops / (training_flops_per_token(config) * BATCH_SIZE * config.data.seq_len)
+    return size_of(*shape, BATCH_SIZE, 10 * round(steps / 10))
+
+
+def get_suite():
+    return Suite(
+        name="isoflop",
+        base=base_config(),
+        arms={
+            "moe_aux": moe("aux"),
+            "aoe_d3_aux": aoe(3, "aux"),
+            "dense_active": replace(DENSE_ACTIVE, label="dense, active"),
+        },
+        sizes={name: Size(size_at(FLOPS, *shape), seeds=2) for name, shape in SHAPES.items()},
+        baseline="moe_aux",
+        tuning=Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=400, size="d60"),
+    )

@@ -1,0 +1,28 @@
+"""What is observed of the layers' choices; `routing.json` of real runs is tested in test_runs.py."""
+
+import jax
+import numpy as np
+
+from aoe_jax.compare.routing import observed
+from aoe_jax.compare.step_times import random_batch
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.training.step import init_state, sequence_nll
+from tests.runs import tiny_config
+
+
+def test_choices_are_those_before_anything_is_dropped():
+    config = tiny_config(experts__kind="capacity", experts__capacity_factor=0.5)
+    decoder, batch = Decoder.from_config(config), random_batch(config)
+    params = jax.jit(lambda: init_state(config, 0).params)()
+
+    def nll_of(decoder):
+        return jax.jit(lambda params, batch: sequence_nll(decoder, params, None, batch, False))(params, batch)
+
+    nll, stats = nll_of(decoder)
+    seen_nll, seen = nll_of(observed(decoder))
+    np.testing.assert_allclose(seen_nll, nll, rtol=1e-6)
+    np.testing.assert_array_equal(seen.chosen.sum(axis=2), config.experts.top_k)
+    np.testing.assert_allclose(seen.chosen.mean(axis=1), stats.load, rtol=1e-5)
+    assert stats.dropped_share.min() > 0
+    oracle = np.asarray(seen.oracle)
+    assert (oracle[..., 2] <= oracle[..., 1] + 1e-6).all()  # the oracle comes nearest

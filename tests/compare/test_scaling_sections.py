@@ -1,0 +1,101 @@
+"""Losses over sizes of equal training FLOPs, of invented results."""
+
+import math
+
+import numpy as np
+import pytest
+
+from aoe_jax.compare.analysis import Comparison
+from aoe_jax.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
+from aoe_jax.compare.document import to_markdown
+from aoe_jax.compare.results import Curve, Result
+from aoe_jax.compare.scaling_sections import isoflop, scaling
+from aoe_jax.compare.sections import losses, styles_of
+from aoe_jax.compare.suite import Size, Suite
+from aoe_jax.config import Config
+from aoe_jax.counts import parameter_counts, training_flops_per_token
+from configs import tiny
+
+ARMS = {"moe": moe("aux"), "aoe": aoe(4, "aux"), "dense": DENSE, "active": DENSE_ACTIVE}
+FLOPS = 1e12
+
+
+def size_at(flops, width, factor=1.0):
+    """Of that many FLOPs for the MoE, by the number of steps."""
+    changes = {"model": {"d_model": width, "n_layers": 2, "vocab_size": 512}, "experts": {"d_ffn": 2 * width}}
+    config = tiny.get_config("moe")
+    for group, values in changes.items():
+        config[group].update(values)
+    per_step = training_flops_per_token(Config.from_config_dict(config)) * config.train.batch_size * config.data.seq_len
+    return Size(changes | {"train": {"steps": round(factor * flops / per_step)}}, seeds=2)
+
+
+def comparison(sizes, loss):
+    """Of results whose nll is `loss(run)`."""
+    suite = Suite("s", tiny.get_config(), ARMS, sizes, "moe")
+    curve = Curve(np.array([1, 2]), np.array([6.0, 5.0]))
+    nothing = {"timed_in_turn": True, "memory_bytes": 1.0, "load_entropy": math.nan, "dropped_share": math.nan}
+    results = [
+        Result(run, "finished", "", loss(run), 1.0, 1.0, train=curve, validation=curve, routing=None, **nothing)
+        for run in suite.runs()
+    ]
+    return Comparison(suite, results)
+
+
+def active(run):
+    return parameter_counts(run.config).active_non_embedding
+
+
+def valley(best, seeds_apart=0.002):
+    return lambda run: 3 + 0.2 * math.log(active(run) / best) ** 2 + seeds_apart * run.seed
+
+
+SIZES = {f"d{width}": size_at(FLOPS, width) for width in (32, 48, 64, 96)}
+
+
+def test_a_parabola_finds_the_best_size():
+    found = comparison(SIZES, valley(150_000))
+    assert found.budgets_of_flops == [["d32", "d48", "d64", "d96"]]
+    arms = found.isoflops(found.budgets_of_flops[0])
+    # A dense model of all parameters spends more and more of its FLOPs on experts, the wider it is.
+    assert set(arms) == {"moe", "aoe", "active"}
+    for of in arms.values():
+        assert of.fit.minimum() == pytest.approx(150_000, rel=1e-6)
+        assert len(of.groups) == 4 and of.flops == pytest.approx(FLOPS, rel=0.1)
+        assert of.fit(150_000) == pytest.approx(3.001)
+    low, high = arms["moe"].fit.minimum_interval()
+    assert low < 150_000 < high
+    text = to_markdown(isoflop(found, styles_of(found)), "figures")
+    assert "isoflop_1.png" in text and "150k [" in text and "3.0010 |" in text
+    assert "| dense | d32, d48, d64, d96 | differ by more than 10% | - | - |" in text
+    assert "Not matched in total parameters: dense, active parameters of the MoE." in text
+    assert scaling(found, styles_of(found)) == []  # no power law over sizes that cost the same
+
+
+def test_what_a_parabola_does_not_find():
+    beyond = comparison(SIZES, valley(3_000_000))
+    assert "beyond the sizes |" in to_markdown(isoflop(beyond, styles_of(beyond)), "figures")
+    hill = comparison(SIZES, lambda run: 6 - valley(150_000)(run))
+    assert "none: it is no valley | - |" in to_markdown(isoflop(hill, styles_of(hill)), "figures")
+
+
+def test_only_sizes_of_equal_flops_are_held_against_each_other():
+    apart = {
+        name: size_at(FLOPS, width, factor) for name, width, factor in (("a", 32, 1), ("b", 48, 1.08), ("c", 64, 1.2))
+    }
+    found = comparison(apart, valley(100_000))
+    assert found.budgets_of_flops == [] and isoflop(found, styles_of(found)) == []
+    assert scaling(found, styles_of(found))
+    # Two budgets, and a size of none.
+    more = {f"more{width}": size_at(3 * FLOPS, width) for width in (48, 64, 96)}
+    found = comparison(more | SIZES | {"alone": size_at(FLOPS, 32, 10)}, valley(150_000))
+    assert found.budgets_of_flops == [list(SIZES), list(more)]
+    text = to_markdown(isoflop(found, styles_of(found)), "figures")
+    assert "isoflop_1.png" in text and "isoflop_2.png" in text and "isoflop_3.png" not in text
+
+
+def test_unmatched_arms_are_named_beside_the_losses():
+    found = comparison(SIZES, valley(150_000))
+    text = to_markdown(losses(found, styles_of(found)), "figures")
+    assert "Not matched in total parameters: dense, active parameters of the MoE." in text
+    assert "dense, active parameters of the MoE is 0." in text  # and held against the baseline all the same
