@@ -68,7 +68,7 @@ def _job(name, output, todo, cost, progress):
 
 def _to_route(folder, run):
     """Whether a run is finished, with a choice of experts whose routing after the last step hasn't been looked at."""
-    if run.config.experts.kind == "dense" or not is_finished(folder, run):
+    if not LAYERS[run.config.experts.kind].selects or not is_finished(folder, run):
         return False
     file = folder / "routing.json"
     return not file.exists() or read_json(file)["checkpoints"][-1]["step"] != run.config.train.steps
