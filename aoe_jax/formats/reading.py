@@ -209,7 +209,7 @@ class ModelReader:
             return out
         (first, end), *bounds = bounds
         for layer in range(first, end):
-            self._fill(out[layer - first], place, bounds, layer)
+            self._fill(out[layer - first, ...], place, bounds, layer)  # a view, of a scalar too
         return out
 
     def _fill(self, out, place, bounds, layer):

@@ -46,13 +46,13 @@ def random_model(config):
     mesh = make_mesh(config, jax.devices()[: 1 if config.mesh == MeshConfig(data=1) else 8])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(config, 0))
-    wanted = (shapes.params, shapes.routing_state)
+    wanted, shardings = ((s.params, s.routing_state) for s in (shapes, state_shardings(mesh, shapes)))
     draw = np.random.default_rng(1).normal
 
     def put(a, sharding):
         return jax.device_put(draw(scale=0.3, size=a.shape).astype(np.float32), sharding)
 
-    return jax.tree.map(put, wanted, state_shardings(mesh, wanted)), mesh, config
+    return jax.tree.map(put, wanted, shardings), mesh, config
 
 
 def written(tmp_path, config, dtype="float32", values=None):
