@@ -11,15 +11,20 @@ from aoe_jax.compare.jobs import Job
 from aoe_jax.compare.layout import beside, folder_of, is_finished
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.compare.throughput import missing_points, sweep_file
+from aoe_jax.config import Config
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.json_files import read_json, write_json
 
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):
     """Seconds of a training step by arm, timed in turn; None where this wasn't done, or for other configurations."""
     file = measured_file(workdir, size)
-    found = read_json(file) if file.exists() else {}
-    wanted = {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
-    return found["seconds"] if found.get("configs") == wanted else None
+    if not file.exists():
+        return None
+    found = read_json(file)
+    # As configurations: what was saved before may lack fields that are new.
+    configs = {arm: Config.from_config_dict(groups) for arm, groups in found["configs"].items()}
+    return found["seconds"] if configs == _by_arm(workdir, runs, size) else None
 
 
 def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):

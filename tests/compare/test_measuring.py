@@ -1,0 +1,36 @@
+"""Which step times hold for the runs that are there."""
+
+import dataclasses
+
+from aoe_jax.compare.layout import folder_of
+from aoe_jax.compare.measuring import measured_file, step_seconds
+from aoe_jax.compare.suite import load_suite
+from aoe_jax.json_files import read_json, write_json
+from tests.compare.suites import write_suite
+
+
+def test_steps_hold_for_equal_configurations(tmp_path):
+    """Those saved before a field was new among them, which then had its default."""
+    runs = load_suite(write_suite(tmp_path / "suite.py")).runs()
+    timed = {run.arm: run.config for run in runs if run.seed == 0 and run.arm != "broken"}
+    assert step_seconds(tmp_path, runs, "a") is None
+    for run in runs:
+        folder = folder_of(tmp_path, run)
+        folder.mkdir(parents=True)
+        if run.arm in timed:
+            write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
+    file, seconds = measured_file(tmp_path, "a"), {"moe": 0.1, "aoe": 0.2}
+    file.parent.mkdir()
+    write_json(file, {"configs": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds})
+    assert step_seconds(tmp_path, runs, "a") == seconds
+    found = read_json(file)
+    for groups in found["configs"].values():
+        del groups["experts"]["ranks"]
+    write_json(file, found)
+    assert step_seconds(tmp_path, runs, "a") == seconds
+    others = [dataclasses.replace(run, config=dataclasses.replace(run.config, train=decayed(run))) for run in runs]
+    assert step_seconds(tmp_path, others, "a") is None
+
+
+def decayed(run):
+    return dataclasses.replace(run.config.train, weight_decay=0.3)
