@@ -109,7 +109,9 @@ class Comparison:
         if config.experts.kind == "dense":
             return None
         b, e = config.balance, config.experts
-        parts = [("L_aux", b.aux_weight), ("Ent_conf", b.entropy_weight), ("loss-free bias", b.bias_rate)]
+        aux = "L_aux" + " of each sequence" * (b.aux_batch == "sequence")
+        parts = [(aux, b.aux_weight), ("Ent_conf", b.entropy_weight), ("z-loss", b.z_weight)]
+        parts.append(("loss-free bias", b.bias_rate))
         named = " + ".join(name for name, value in parts if value) or "nothing"
         kind = {"aoe": f"AoE, r={e.d_low}", "router": "MoE", "capacity": f"MoE, capacity {e.capacity_factor:g}"}[e.kind]
         kind += ", factorised gate" * e.factorised_gate + ", large router" * e.large_router

@@ -16,6 +16,7 @@ _EXECUTION = ("model.dtype", "model.remat", "model.unroll", "model.max_len", "ex
 # Fields that say how experts are chosen and weighed: other values fit the same parameters.
 CHOICE = ("experts.top_k", "experts.selection", "experts.top_p", "experts.capacity_factor", "experts.gate")
 CHOICE += ("experts.router_jitter",)
+CHOICE += tuple(f"{name}.{field.name}" for name, group in METHODS.items() for field in dataclasses.fields(group))
 
 
 def computed_fields(config: Config):

@@ -38,6 +38,7 @@ MEASURED_KEYS = {
 }
 _IN_SPEED = ("input", "checkpoint")  # what the clocks of a training step may show; other clocks count in no speed
 _SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
+_NAMED_ELSEWHERE = {*_SCALARS, "skipped", "finite", "load_spread"}
 
 
 def expert_scalars(metrics):
@@ -52,6 +53,11 @@ def expert_scalars(metrics):
         "confidence_entropy": float(np.mean(metrics["confidence_entropy"])),
         "experts_per_token": float(np.mean(load.sum(axis=-1))),
     }
+
+
+def method_losses(metrics):
+    """Of host metrics of a step, the losses that some methods and settings have beside those of all."""
+    return {name: float(a) for name, a in metrics.items() if np.ndim(a) == 0 and name not in _NAMED_ELSEWHERE}
 
 
 def layer_figures(metrics, kind):
@@ -164,7 +170,7 @@ class Telemetry:
         n_steps, split = self._end_interval(step)
         speed = self._speed.figures(n_steps, sum(split.values()))
         scalars = {name: float(metrics[name]) for name in _SCALARS} | {"skipped": int(metrics["skipped"])}
-        scalars |= expert_scalars(metrics)
+        scalars |= expert_scalars(metrics) | method_losses(metrics)
         measured = speed | {f"{name}_seconds": s for name, s in split.items()} | host_memory() | device_memory()
         by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
         self._write(step, "train", scalars | measured, by_layer, by_expert)
