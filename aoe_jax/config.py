@@ -15,7 +15,15 @@ from ml_collections import config_dict
 
 from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
 from aoe_jax.errors import UserError
-from aoe_jax.methods import METHODS, RoutingFreeConfig, ThresholdConfig, TopAnyConfig, UoEConfig
+from aoe_jax.methods import (
+    METHODS,
+    ByAttentionConfig,
+    GShardConfig,
+    RoutingFreeConfig,
+    ThresholdConfig,
+    TopAnyConfig,
+    UoEConfig,
+)
 from aoe_jax.sources import absolute, label_of, mixture_in_words, parsed_sources
 
 
@@ -194,6 +202,12 @@ class ExpertsConfig:
             self.gate,
             f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
         )
+        require(
+            self.selection != "gshard" or self.top_k == 2,
+            "experts.top_k",
+            self.top_k,
+            "selection gshard is for two experts per token; set 2",
+        )
         require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
         require(
             self.score_gradient is None or self.kind == "aoe",
@@ -271,6 +285,12 @@ class BalanceConfig:
     aux_tokens: float = (
         1.0  # fraction of the tokens, 1 / a whole number, that the softmax in the losses is averaged over
     )
+    # What f and P of L_aux are means over: the batch on all devices, of train.accumulate micro-batches each by itself; or
+    # each sequence by itself, and the losses are averaged.
+    aux_batch: str = "global"  # global | sequence
+    z_weight: float = (
+        0.0  # of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for router logits
+    )
     # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's selection bias, as a fraction of
     # the standard deviation of a token's scores over experts; 0: none.
     bias_rate: float = 0.0
@@ -279,13 +299,20 @@ class BalanceConfig:
     coupling_alpha: float = 1.0  # of that loss: what share of its own excitation an expert may have from other rows
 
     def __post_init__(self):
-        require_not_negative("balance", self, "aux_weight", "entropy_weight", "bias_rate")
+        require_not_negative("balance", self, "aux_weight", "entropy_weight", "z_weight", "bias_rate")
         require_not_negative("balance", self, "coupling_weight", "coupling_alpha")
         require(
             self.coupling_weight > 0 or self.coupling_alpha == 1,
             "balance.coupling_alpha",
             self.coupling_alpha,
             "belongs to the loss of balance.coupling_weight; set that, or leave it at 1",
+        )
+        require_choice("balance.aux_batch", self.aux_batch, ("global", "sequence"))
+        require(
+            self.aux_batch == "global" or self.aux_weight > 0,
+            "balance.aux_batch",
+            self.aux_batch,
+            f"is of L_aux, which balance.aux_weight={self.aux_weight} leaves out; leave it at 'global'",
         )
         require(
             0 < self.aux_tokens <= 1 and abs(1 / self.aux_tokens - self.aux_stride) < 1e-6,
@@ -302,7 +329,7 @@ class BalanceConfig:
     @property
     def has_loss(self):
         """Whether a balance loss sends a gradient."""
-        return self.aux_weight > 0 or self.entropy_weight > 0
+        return self.aux_weight > 0 or self.entropy_weight > 0 or self.z_weight > 0
 
 
 @dataclass(frozen=True)
@@ -464,6 +491,8 @@ class Config:
     uoe: UoEConfig = field(default_factory=UoEConfig)
     top_any: TopAnyConfig = field(default_factory=TopAnyConfig)
     routing_free: RoutingFreeConfig = field(default_factory=RoutingFreeConfig)
+    gshard: GShardConfig = field(default_factory=GShardConfig)
+    by_attention: ByAttentionConfig = field(default_factory=ByAttentionConfig)
 
     @property
     def method_name(self):
@@ -525,6 +554,13 @@ class Config:
             self.model.remat,
             "belongs to layers of experts; use none or layer with a dense model",
         )
+        stride = self.balance.aux_stride
+        require(
+            self.balance.aux_batch == "global" or self.data.seq_len % stride == 0,
+            "balance.aux_tokens",
+            self.balance.aux_tokens,
+            f"with aux_batch='sequence', its denominator must divide data.seq_len={self.data.seq_len}",
+        )
         self._check_methods()
         self._check_mesh()
         every, eval_every = self.checkpoint.every, self.train.eval_every
@@ -534,7 +570,7 @@ class Config:
             self.checkpoint.keep_best,
             f"needs a validation before each checkpoint: train.eval_every={eval_every} must divide checkpoint.every={every}",
         )
-        for name in ("aux_weight", "entropy_weight", "bias_rate"):
+        for name in ("aux_weight", "entropy_weight", "z_weight", "bias_rate"):
             require(
                 self.experts.kind != "dense" or getattr(self.balance, name) == 0,
                 f"balance.{name}",

@@ -90,9 +90,41 @@ class RoutingFreeConfig:
         require(self.expert_share <= 1, "routing_free.expert_share", self.expert_share, "must lie between 0 and 1")
 
 
+@dataclass(frozen=True)
+class GShardConfig:
+    """GShard's two experts per token; experts.top_k must be 2."""
+
+    aux_weight: float = 0.01  # of its balance loss of first choices, which is 1 in perfect balance
+
+    def __post_init__(self):
+        require_not_negative("gshard", self, "aux_weight")
+
+
+@dataclass(frozen=True)
+class ByAttentionConfig:
+    """Experts per token from attention, at most `experts.top_k`."""
+
+    # How important a token is. paid: how much of its attention it pays to one token | received: how much it receives.
+    measure: str = "paid"
+    reduce: str = "mean"  # mean | max, over heads
+
+    def __post_init__(self):
+        require_choice("by_attention.measure", self.measure, ("paid", "received"))
+        require(
+            self.measure == "paid",
+            "by_attention.measure",
+            self.measure,
+            "what a token receives depends on later tokens, so a decoder would see them, and can't know it when it decodes; "
+            "set 'paid'",
+        )
+        require_choice("by_attention.reduce", self.reduce, ("mean", "max"))
+
+
 METHODS = {
     "threshold": ThresholdConfig,
     "uoe": UoEConfig,
     "top_any": TopAnyConfig,
     "routing_free": RoutingFreeConfig,
+    "gshard": GShardConfig,
+    "by_attention": ByAttentionConfig,
 }

@@ -10,6 +10,7 @@ from configs import tiny
 
 AUX_WEIGHT = 0.01
 NO_LOSS = {"aux_weight": 0.0}
+OF_ALL_TOKENS = {"aux_weight": AUX_WEIGHT, "aux_tokens": 1.0}
 
 # name -> the changes for both kinds, those for AoE and those for a router; None: there is no such variant.
 METHODS = {
@@ -36,6 +37,17 @@ METHODS = {
             "balance": NO_LOSS,
             "routing_free": {"rate": 0.1, "multiplier": 1e-5},
         },
+        {},
+        {},
+    ),
+    # Switch without its capacity, which experts.kind="capacity" has: p_i E_i(x), and L_aux of one expert per token.
+    "switch": ({"experts": {"top_k": 1, "gate": "all"}, "balance": OF_ALL_TOKENS}, {}, {}),
+    "gshard": ({"experts": {"selection": "gshard"}, "balance": NO_LOSS | {"aux_tokens": 1.0}}, {}, {}),
+    "z_loss": ({"balance": {"aux_weight": AUX_WEIGHT, "z_weight": 1e-3}}, {}, {}),
+    "sequence_balance": ({"balance": {"aux_weight": AUX_WEIGHT, "aux_batch": "sequence"}}, {}, {}),
+    "loss_free": ({"balance": NO_LOSS | {"bias_rate": 0.01}}, {}, {}),
+    "by_attention": (
+        {"experts": {"selection": "by_attention", "top_k": 4}, "balance": {"aux_weight": AUX_WEIGHT}},
         {},
         {},
     ),

@@ -98,6 +98,12 @@ BAD = {
     "experts.score_gradient='sparse'": ("experts", {"score_gradient": "sparse", "gate": "all"}, "use 'dense'"),
     "balance.aux_tokens=0.3": ("balance", {"aux_tokens": 0.3}, "whole fraction"),
     "balance.aux_tokens=0.0": ("balance", {"aux_tokens": 0.0}, "whole fraction"),
+    "balance.aux_batch='micro'": ("balance", {"aux_batch": "micro"}, "global, sequence"),
+    "balance.aux_batch='sequence'": ("balance", {"aux_batch": "sequence", "aux_weight": 0.0}, "leave it at 'global'"),
+    "balance.z_weight=-1.0": ("balance", {"z_weight": -1.0}, "0 or greater"),
+    "gshard.aux_weight=-1.0": ("gshard", {"aux_weight": -1.0}, "0 or greater"),
+    "by_attention.measure='given'": ("by_attention", {"measure": "given"}, "paid, received"),
+    "by_attention.reduce='sum'": ("by_attention", {"reduce": "sum"}, "mean, max"),
     "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "0 or greater"),
     "data.name=''": ("data", {"name": ""}, "sotu"),
     "data.path=None": ("data", {"name": "text"}, "folder of .txt files"),
@@ -220,6 +226,14 @@ def test_configurations_are_frozen():
         (
             {"balance": {"bias_rate": 0.01, "aux_weight": 0.0}, "experts": {"kind": "dense"}},
             "balance.bias_rate=0.01: a dense layer has no load",
+        ),
+        (
+            {"balance": {"aux_batch": "sequence", "aux_tokens": 0.125}, "data": {"seq_len": 100}},
+            "balance.aux_tokens=0.125: with aux_batch='sequence', its denominator must divide data.seq_len=100",
+        ),
+        (
+            {"balance": {"z_weight": 0.01, "aux_weight": 0.0}, "experts": {"kind": "dense"}},
+            "balance.z_weight=0.01: a dense layer has no load",
         ),
         (
             {"model": {"remat": "experts"}, "experts": {"kind": "dense"}, "balance": {"aux_weight": 0.0}},

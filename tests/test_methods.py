@@ -21,7 +21,7 @@ from configs import methods
 STEPS, BATCH, LENGTH = 4, 8, 16
 SMALL = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64, "max_len": 32, "unroll": 1},
-    "experts": {"n_experts": 4, "top_k": 2, "d_ffn": 16, "d_low": 4, "round_to": 2},
+    "experts": {"n_experts": 4, "d_ffn": 16, "d_low": 4, "round_to": 2},
     "data": {"seq_len": LENGTH},
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 1, "learning_rate": 1e-2},
 }

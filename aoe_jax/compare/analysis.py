@@ -153,8 +153,9 @@ class Comparison:
         if config.experts.kind == "dense":
             return None
         b, e = config.balance, config.experts
-        parts = [("L_aux", b.aux_weight), ("Ent_conf", b.entropy_weight), ("loss-free bias", b.bias_rate)]
-        parts.append(("L_ERC", b.coupling_weight))
+        aux = "L_aux" + " of each sequence" * (b.aux_batch == "sequence")
+        parts = [(aux, b.aux_weight), ("Ent_conf", b.entropy_weight), ("z-loss", b.z_weight)]
+        parts += [("loss-free bias", b.bias_rate), ("L_ERC", b.coupling_weight)]
         named = " + ".join(name for name, value in parts if value) or "nothing"
         kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE", "capacity": f"MoE, capacity {e.capacity_factor:g}"}
         kind = kinds.get(e.kind, e.kind)

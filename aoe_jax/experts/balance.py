@@ -22,6 +22,9 @@ class LayerStats(NamedTuple):
     # [], share of the choices that found no room; None where there is always room
     dropped_share: jax.Array | None = None
     coupling: jax.Array | None = None  # [], the loss of `experts/coupling.py`, with its gradient; None: not computed
+    z_loss: jax.Array | None = None  # [], see `z_loss`; None without `balance.z_weight`
+    # [], see `sequence_balance_loss`; None but in training with `balance.aux_batch="sequence"`
+    sequence_loss: jax.Array | None = None
     records: dict[str, jax.Array] | None = None  # of the selection method, see `selection.base.Choice`
     per_token: dict[str, jax.Array] | None = None  # the same, values for every token
     # [n], 1 for a place that an expert has, 0 for one that is kept free; None: there are no free ones
@@ -63,6 +66,64 @@ def layer_stats(scores, balance_scores, assignment, token_weights, stride=1, tot
     mean_probability, confidence_entropy = (value / n_sampled for value in sampled)
     load, mean_score, score_spread = (value / n_tokens for value in sums)
     return LayerStats(load, mean_probability, confidence_entropy, mean_score, score_spread)
+
+
+def z_loss(balance_scores, token_weights, total=lambda sums: sums):
+    """The mean over tokens of `(log sum_i exp(score_i))^2`, `[]` (ST-MoE, Zoph et al. 2022, arXiv 2202.08906, from memory).
+
+    It keeps router logits small. Norms, which can't be negative, it makes smaller all together.
+
+    Args:
+      balance_scores: `[T, n]`, with a gradient.
+      token_weights: `[T]`, 1 for a token that counts and 0 for padding.
+      total: as in `layer_stats`.
+    """
+    square = jnp.square(jax.nn.logsumexp(balance_scores, axis=1))
+    loss, n_tokens = total((jnp.sum(square * token_weights), token_weights.sum()))
+    return loss / jnp.maximum(n_tokens, 1)
+
+
+def sequence_balance_loss(
+    balance_scores, assignment, token_weights, n_sequences, stride=1, within=lambda sums: sums, total=lambda sums: sums
+):
+    """`balance_loss` of each sequence by itself, the mean over the sequences that have a token that counts, `[]`.
+
+    What is called micro-batch balance (Qiu et al. 2025, arXiv 2501.11873), with a sequence for a micro-batch: unlike one of
+    as many devices, it is the same on every mesh.
+
+    Args:
+      balance_scores: `[T / stride, n]`, those of every `stride`-th token, with a gradient. Tokens are laid out sequence by
+        sequence, an equal number for each, which `stride` divides.
+      assignment: the `Assignment`, of all T tokens.
+      token_weights: `[T]`, 1 for a token that counts and 0 for padding.
+      n_sequences: whole ones, or parts of as many.
+      stride: `BalanceConfig.aux_stride`.
+      within: adds the sums over the other parts of the same sequences.
+      total: adds the sums over sequences of other devices. Where several hold parts of the same sequences, it counts all of
+        them alike.
+    """
+    n_tokens, n_experts = token_weights.shape[0], balance_scores.shape[1]
+    token_weights = token_weights.astype(balance_scores.dtype)
+    sampled = token_weights[::stride]
+    sequence = assignment.token // (n_tokens // n_sequences)
+    counts = jnp.zeros((n_sequences, n_experts), token_weights.dtype)
+    counts = counts.at[sequence, assignment.expert].add(token_weights[assignment.token], mode="drop")
+    probability = jax.nn.softmax(balance_scores) * sampled[:, None]
+    counts, probability, n_tokens, n_sampled = within(
+        (
+            counts,
+            probability.reshape(n_sequences, -1, n_experts).sum(axis=1),
+            token_weights.reshape(n_sequences, -1).sum(axis=1),
+            sampled.reshape(n_sequences, -1).sum(axis=1),
+        )
+    )
+    load, mean_probability = counts / _at_least_one(n_tokens), probability / _at_least_one(n_sampled)
+    loss, n_sequences = total((balance_loss(load, mean_probability).sum(), (n_tokens > 0).astype(load.dtype).sum()))
+    return loss / jnp.maximum(n_sequences, 1)
+
+
+def _at_least_one(counts):
+    return jnp.maximum(counts, 1)[:, None]
 
 
 def updated_bias(bias, load, score_spread, rate):

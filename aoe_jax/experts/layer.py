@@ -9,6 +9,7 @@ t tokens of a device, d model width, n experts, R rows, r low rank (d_low), w ex
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec
 from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts import capacity, coupling, dispatch, parallel, scoring
 from aoe_jax.experts import transport as transports
-from aoe_jax.experts.balance import LayerStats, layer_stats
+from aoe_jax.experts.balance import LayerStats, layer_stats, sequence_balance_loss, z_loss
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.experts.selection.assignment import SELECTION, weigh_chosen
@@ -95,7 +96,7 @@ class ExpertsModule(nn.Module):
         return SELECTIONS[self.config.selection]
 
     @nn.compact
-    def __call__(self, x, token_weights=None, routing_state=None):
+    def __call__(self, x, token_weights=None, routing_state=None, attention=None):
         """Applies the layer, on the mesh in context where there is one (`jax.set_mesh`).
 
         Args:
@@ -103,11 +104,17 @@ class ExpertsModule(nn.Module):
           token_weights: `[...]`, 1 for a token that counts in the statistics and balance losses, 0 for padding; None: all.
           routing_state: of this layer, what its selection method has beside parameters, see `Selection.initial_state`;
             None: that before training.
+          attention: `[..., H]`, `selection.base.Given.attention`, which some methods need.
 
         Returns:
           `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With sparse scoring the statistics
           have a gradient only where `balance` has a loss.
+
+        Raises:
+          ValueError: the method needs `attention`, and there is none.
         """
+        if self.selects and self.method.needs_attention and attention is None:
+            raise ValueError(f"selection {self.config.selection!r} goes by the attention before the experts; give it")
         weights = {name: self.param(name, init, shape) for name, (init, shape) in self.weights(x.shape[-1]).items()}
         of_method = self.method.parameters(self.config, self.settings) if self.selects else {}
         of_method = {name: self.param(name, init, shape) for name, (init, shape) in of_method.items()}
@@ -115,12 +122,15 @@ class ExpertsModule(nn.Module):
         key = self.make_rng("experts") if draws and not self.is_initializing() else None
         token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
 
-        def process(devices, x, token_weights, of_layer, weights):
+        def process(devices, x, token_weights, attention, of_layer, weights):
             devices = dataclasses.replace(devices, shape=x.shape[:-1])
             flat = x.reshape(-1, x.shape[-1])
             state, parameters, key = of_layer
+            if attention is not None:
+                attention = attention.reshape(-1, attention.shape[-1])
             given = Given(
-                devices, token_weights.reshape(-1), self.settings, state, parameters, flat, key, self.training
+                *(devices, token_weights.reshape(-1), self.settings, state, parameters, flat, key, self.training),
+                attention=attention,
             )
             y, stats, per_token = self.process(devices, flat, given, weights)
             return y.reshape(x.shape), stats, jax.tree.map(lambda a: a.reshape(x.shape[:-1]), per_token)
@@ -129,6 +139,7 @@ class ExpertsModule(nn.Module):
         in_specs = (
             parallel.token_spec(tokens, None),
             parallel.token_spec(tokens),
+            parallel.token_spec(tokens, None),
             PartitionSpec(),
             parallel.weight_specs(weights),
         )
@@ -137,7 +148,7 @@ class ExpertsModule(nn.Module):
         if not routing_state and self.selects:
             routing_state = self.method.initial_state(self.config, self.balance, self.settings, x.shape[-1])
         of_layer = (routing_state or {}, of_method, key)
-        y, stats, per_token = run(x.astype(self.dtype), token_weights, of_layer, weights)
+        y, stats, per_token = run(x.astype(self.dtype), token_weights, attention, of_layer, weights)
         return y, stats._replace(per_token=per_token) if per_token else stats
 
     def choose(self, given, scores, balance_scores):
@@ -147,7 +158,26 @@ class ExpertsModule(nn.Module):
         with jax.named_scope("balance"):
             stride, total = self.balance.aux_stride, given.devices.total
             stats = layer_stats(scores, balance_scores, choice.assignment, given.token_weights, stride, total)
+            if self.balance.z_weight:
+                stats = stats._replace(z_loss=z_loss(balance_scores, given.token_weights[::stride], total))
+            if self.training and self.balance.aux_batch == "sequence":
+                loss = self._sequence_loss(given, balance_scores, choice.assignment)
+                stats = stats._replace(sequence_loss=loss)
         return choice.assignment, stats._replace(records=choice.records, live=choice.live), choice.per_token
+
+    def _sequence_loss(self, given, balance_scores, assignment):
+        devices = given.devices
+        if len(devices.shape) == 1 and devices.total_size > 1:
+            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
+        return sequence_balance_loss(
+            balance_scores,
+            assignment,
+            given.token_weights,
+            math.prod(devices.shape[:-1]),
+            self.balance.aux_stride,
+            within=partial(devices.total, axes=("tensor",)),
+            total=devices.total,
+        )
 
     def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
         """The stations after scoring; the kinds of expert differ in their gate.

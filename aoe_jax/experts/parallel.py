@@ -44,11 +44,11 @@ class Devices:
         """Sums `x` over a mesh axis and keeps this device's piece; the transpose of `gather`."""
         return jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True) if self.size(axis) > 1 else x
 
-    def exchange(self, x, split, concatenate):
-        """`all_to_all` over the expert axis."""
-        if self.size("expert") == 1:
+    def exchange(self, x, split, concatenate, axis="expert"):
+        """`all_to_all` over a mesh axis."""
+        if self.size(axis) == 1:
             return x
-        return jax.lax.all_to_all(x, "expert", split_axis=split, concat_axis=concatenate, tiled=True)
+        return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=concatenate, tiled=True)
 
     def exchange_rows(self, rows, sent, received):
         """`[E B, d]`, B for each device of the expert axis, the first `sent [E]` of them in use -> as many from each.
@@ -70,9 +70,9 @@ class Devices:
         device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
         return device.device_kind in RAGGED_PLATFORMS
 
-    def total(self, x):
-        """The sum over all devices."""
-        axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
+    def total(self, x, axes=MESH_AXES):
+        """The sum over all devices, or over those along some axes."""
+        axes = tuple(axis for axis in axes if self.size(axis) > 1)
         return jax.lax.psum(x, axes) if axes else x
 
     def largest(self, x):

@@ -17,6 +17,7 @@ from aoe_jax.sharding import RULES
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # of queries
 _CACHE = RULES.spec("batch", "heads", None, None)
+_OUTPUT = (token_spec(2, None), token_spec(2, None))  # and concentration
 
 
 def rotary_tables(length, config: ModelConfig):
@@ -67,8 +68,13 @@ def _product(subscripts, a, b):
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-@jax.custom_vjp
 def causal_attention(q, k, v, segment_ids=None):
+    """The output of `causal_attention_and_peaks` alone."""
+    return causal_attention_and_peaks(q, k, v, segment_ids)[0]
+
+
+@jax.custom_vjp
+def causal_attention_and_peaks(q, k, v, segment_ids=None):
     """Softmax attention of every position to itself and those before it, in blocks of queries.
 
     A block computes no products with the keys that all lie after it, up to 44% of them. Probabilities are normalised after
@@ -80,13 +86,14 @@ def causal_attention(q, k, v, segment_ids=None):
       segment_ids: `[B, S]` int32 document numbers to attend within, or None.
 
     Returns:
-      `[B, H, S, h]`, dtype of `v`; scores and sums are float32 at least.
+      `(y, peaks)`: `[B, H, S, h]`, dtype of `v`, where scores and sums are float32 at least; and the largest probability of
+      each query, `[B, H, S]` float32 at least, without a gradient.
     """
     return _attention_forward(q, k, v, segment_ids)[0]
 
 
 def _attention_forward(q, k, v, segment_ids):
-    outputs, log_sums = [], []
+    outputs, peaks, log_sums = [], [], []
     for first, end in _blocks(q.shape[2]):
         scores = _scores(q, k, segment_ids, first, end)
         largest = scores.max(axis=-1, keepdims=True)  # each position sees itself, so none is -inf
@@ -94,13 +101,15 @@ def _attention_forward(q, k, v, segment_ids):
         total = exponential.sum(axis=-1, keepdims=True)
         y = _product("bhqp,bhpi->bhqi", exponential.astype(v.dtype), v[:, :, :end])
         outputs.append((y / total).astype(v.dtype))
+        peaks.append(1 / total[..., 0])  # that of the largest score
         log_sums.append(largest + jnp.log(total))
     y = jnp.concatenate(outputs, axis=2)
-    return y, (q, k, v, segment_ids, y, jnp.concatenate(log_sums, axis=2))
+    return (y, jnp.concatenate(peaks, axis=2)), (q, k, v, segment_ids, y, jnp.concatenate(log_sums, axis=2))
 
 
 def _attention_backward(residuals, g):
     q, k, v, segment_ids, y, log_sums = residuals
+    g, _ = g
     projected = _product("bhqi,bhqi->bhq", g, y)[..., None]
     d_q, d_k, d_v = [], 0.0, 0.0
     for first, end in _blocks(q.shape[2]):
@@ -114,7 +123,25 @@ def _attention_backward(residuals, g):
     return jnp.concatenate(d_q, axis=2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-causal_attention.defvjp(_attention_forward, _attention_backward)
+causal_attention_and_peaks.defvjp(_attention_forward, _attention_backward)
+
+
+def concentration(peaks, n_visible):
+    """How much of its attention a query pays to one key: 0 to all of N alike, 1 to one alone; 0 where N is 1.
+
+    `peaks [...]`, the largest probability; `n_visible`, N, what broadcasts to it.
+    """
+    n = jnp.asarray(n_visible, peaks.dtype)
+    return jnp.where(n > 1, jnp.clip((n * peaks - 1) / jnp.maximum(n - 1, 1), 0, 1), 0)
+
+
+def _n_visible(length, segment_ids):
+    """How many keys each query sees, `[S]` or `[B, 1, S]`."""
+    position = np.arange(length)
+    if segment_ids is None:
+        return position + 1
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (position[:, None] >= position)
+    return same.sum(axis=2)[:, None]
 
 
 def _rms_norm(x, scale, epsilon):
@@ -133,21 +160,23 @@ def attend_to_cache(q, keys, values, n_past):
       n_past: `[B]` int32.
 
     Returns:
-      `[B, H, S, h]`, dtype of `values`; scores and sums are float32 at least.
+      `(y, peaks)` as of `causal_attention_and_peaks`.
     """
-    b, _, s, h = q.shape
+    b, n_heads, s, h = q.shape
     grouped = q.reshape(b, keys.shape[1], -1, s, h)
     position = n_past[:, None] + jnp.arange(s)
     is_visible = jnp.arange(keys.shape[2]) <= position[:, None, None, :, None]
     scores = _product("bgqsi,bgmi->bgqsm", grouped, keys) * h**-0.5
-    p = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf)).astype(values.dtype)
-    return _product("bgqsm,bgmi->bgqsi", p, values).reshape(q.shape).astype(values.dtype)
+    p = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf))
+    y = _product("bgqsm,bgmi->bgqsi", p.astype(values.dtype), values)
+    return y.reshape(q.shape).astype(values.dtype), p.max(axis=-1).reshape(b, n_heads, s)
 
 
 class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions."""
 
     config: ModelConfig
+    watched: bool = False  # whether it also says how concentrated it is, see `concentration`
 
     def setup(self):
         """Makes the parameters."""
@@ -173,13 +202,13 @@ class Attention(nn.Module):
           segment_ids: `[B, S]` int32 document numbers, or None.
 
         Returns:
-          `[B, S, d]`.
+          `(y, concentration)`: `[B, S, d]`, and `[B, S, H]` float32, None unless it is `watched`.
         """
-        return self._over_mesh(self._attend, token_spec(2, None), (token_spec(2),), x, segment_ids)
+        return self._over_mesh(self._attend, _OUTPUT, (token_spec(2),), x, segment_ids)
 
     def prefill(self, x):
-        """As `__call__` without documents: `x [B, S, d]` -> `([B, S, d], (keys, values))`, the latter `[B, G, S, h]`."""
-        return self._over_mesh(self._prefill, (token_spec(2, None), (_CACHE, _CACHE)), (), x)
+        """As `__call__` without documents: `(y, concentration, (keys, values))`, the latter `[B, G, S, h]`."""
+        return self._over_mesh(self._prefill, (*_OUTPUT, (_CACHE, _CACHE)), (), x)
 
     def extend(self, x, cache, n_past):
         """Attends to the positions of a cache and to earlier ones of `x`, which come after them.
@@ -190,10 +219,10 @@ class Attention(nn.Module):
           n_past: `[B]` int32, how many positions of the cache count; `x` goes to the places after them, which must be there.
 
         Returns:
-          `(y, cache)`: `[B, S, d]`, and the cache with the keys and values of `x` in it.
+          `(y, concentration, cache)`: as of `__call__`, and the cache with the keys and values of `x` in it.
         """
         in_specs = (_CACHE, _CACHE, RULES.spec("batch"))
-        return self._over_mesh(self._extend, (token_spec(2, None), (_CACHE, _CACHE)), in_specs, x, *cache, n_past)
+        return self._over_mesh(self._extend, (*_OUTPUT, (_CACHE, _CACHE)), in_specs, x, *cache, n_past)
 
     def _over_mesh(self, function, out_specs, in_specs, x, *args):
         weights = {**self.weights, **self.biases, **self.norms}
@@ -220,16 +249,20 @@ class Attention(nn.Module):
         def heads(x, weights):
             w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
             q, k, v = self._queries_keys_values(x, w, tables)
-            return self._project(causal_attention(q, *self._for_each_query_head(k, v), segment_ids), w)
+            y, peaks = causal_attention_and_peaks(q, *self._for_each_query_head(k, v), segment_ids)
+            return self._project(y, w), peaks if self.watched else None
 
-        return self._output(devices, devices.without_whole_weights(heads)(x, weights), weights)
+        y, peaks = devices.without_whole_weights(heads)(x, weights)
+        n_visible = _n_visible(x.shape[1], segment_ids) if self.watched else None
+        return self._output(devices, y, weights), self._concentration(devices, peaks, n_visible)
 
     def _prefill(self, devices, x, weights):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
         q, k, v = self._queries_keys_values(x, w, rotary_tables(x.shape[1], self.config))
-        y = causal_attention(q, *self._for_each_query_head(k, v))
-        return self._output(devices, self._project(y, w), weights), (k, v)
+        y, peaks = causal_attention_and_peaks(q, *self._for_each_query_head(k, v))
+        y = self._output(devices, self._project(y, w), weights)
+        return y, self._concentration(devices, peaks, _n_visible(x.shape[1], None)), (k, v)
 
     def _extend(self, devices, x, keys, values, n_past, weights):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
@@ -243,8 +276,15 @@ class Attention(nn.Module):
             cache.at[row, :, position].set(new.swapaxes(1, 2).astype(cache.dtype), mode="drop")
             for cache, new in ((keys, k), (values, v))
         )
-        y = attend_to_cache(q, keys, values, n_past)
-        return self._output(devices, self._project(y, w), weights), (keys, values)
+        y, peaks = attend_to_cache(q, keys, values, n_past)
+        y = self._output(devices, self._project(y, w), weights)
+        return y, self._concentration(devices, peaks, position[:, None] + 1), (keys, values)
+
+    def _concentration(self, devices, peaks, n_visible):
+        """Of all heads for the positions of this device, from those of its heads for all positions."""
+        if not self.watched:
+            return None
+        return devices.exchange(concentration(peaks, n_visible), 2, 1, "tensor").swapaxes(1, 2)
 
     def _for_each_query_head(self, *keys):
         share = self.config.n_heads // self.config.kv_heads

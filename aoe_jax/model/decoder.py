@@ -40,8 +40,10 @@ class DecoderLayer(nn.Module):
     def setup(self):
         """Makes the modules."""
         self.attention_norm, self.experts_norm = make_norm(self.model), make_norm(self.model)
-        self.attention = Attention(self.model)
-        self.experts_layer = self.make_experts(LAYERS[self.experts.kind], name="experts")
+        kind = LAYERS[self.experts.kind]
+        watched = kind.selects and SELECTIONS[self.experts.selection].needs_attention
+        self.attention = Attention(self.model, watched)
+        self.experts_layer = self.make_experts(kind, name="experts")
 
     def make_experts(self, kind, **settings):
         """A layer of experts of a class of `experts.layer`, with the settings of this one."""
@@ -53,23 +55,24 @@ class DecoderLayer(nn.Module):
     def __call__(self, x, segment_ids, token_weights, routing_state):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), segment_ids)
-        return self._through_experts(x, token_weights, routing_state)
+            y, concentration = self.attention(self.attention_norm(x), segment_ids)
+            x = x + y
+        return self._through_experts(x, token_weights, routing_state, concentration)
 
     def prefill(self, x, routing_state):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
         with jax.named_scope("attention"):
-            y, cache = self.attention.prefill(self.attention_norm(x))
-        return self._through_experts(x + y, None, routing_state)[0], cache
+            y, concentration, cache = self.attention.prefill(self.attention_norm(x))
+        return self._through_experts(x + y, None, routing_state, concentration)[0], cache
 
     def extend(self, x, cache, n_past, routing_state):
         """`x [B, S, d]` after what is in a cache -> `([B, S, d], cache)`, see `Attention.extend`."""
         with jax.named_scope("attention"):
-            y, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
-        return self._through_experts(x + y, None, routing_state)[0], cache
+            y, concentration, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
+        return self._through_experts(x + y, None, routing_state, concentration)[0], cache
 
-    def _through_experts(self, x, token_weights, routing_state):
-        y, stats = self.experts_layer(self.experts_norm(x), token_weights, routing_state)
+    def _through_experts(self, x, token_weights, routing_state, concentration):
+        y, stats = self.experts_layer(self.experts_norm(x), token_weights, routing_state, concentration)
         return x + y, stats
 
 

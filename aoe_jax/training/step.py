@@ -80,12 +80,15 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
     nll, stats = sequence_nll(decoder, params, routing_state, batch, document_mask, key)
     nll = nll / jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
     with jax.named_scope("balance"):
-        aux_loss = balance_loss(stats.load, stats.mean_probability).mean()
+        of_batch = balance_loss(stats.load, stats.mean_probability)
+        aux_loss = (of_batch if stats.sequence_loss is None else stats.sequence_loss).mean()
         confidence_entropy = stats.confidence_entropy.mean()
         of_method = _method_losses(config, stats, routing_state, batch, params)
     loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
     if stats.coupling is not None:
-        of_method = of_method | {"coupling_loss": (config.balance.coupling_weight, stats.coupling.mean())}
+        of_method["coupling_loss"] = (config.balance.coupling_weight, stats.coupling.mean())
+    if stats.z_loss is not None:
+        of_method["z_loss"] = (config.balance.z_weight, stats.z_loss.mean())
     loss += sum(weight * value for weight, value in of_method.values())
     of_some = {name: getattr(stats, name) for name in ("dropped_share", "live") if getattr(stats, name) is not None}
     reported = {name: value for name, (_, value) in of_method.items()}

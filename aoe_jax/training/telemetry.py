@@ -40,6 +40,7 @@ MEASURED_KEYS = {
 }
 _IN_SPEED = ("input", "checkpoint")  # what the clocks of a training step may show; other clocks count in no speed
 _SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
+_NAMED_ELSEWHERE = {*_SCALARS, "skipped", "finite", "load_spread"}
 
 
 def expert_scalars(metrics):
@@ -56,10 +57,9 @@ def expert_scalars(metrics):
     }
 
 
-def _of_method(metrics):
-    """What a method reports beside what all do, such as its losses: whatever else is one number."""
-    known = {*_SCALARS, "load_spread", "finite", "skipped"}
-    return {name: float(value) for name, value in metrics.items() if name not in known and np.ndim(value) == 0}
+def method_losses(metrics):
+    """Of host metrics of a step, the losses that some methods and settings have beside those of all."""
+    return {name: float(a) for name, a in metrics.items() if np.ndim(a) == 0 and name not in _NAMED_ELSEWHERE}
 
 
 def layer_figures(metrics, kind):
@@ -171,7 +171,7 @@ class Telemetry:
         n_steps, split = self._end_interval(step)
         speed = self._speed.figures(n_steps, sum(split.values()))
         scalars = {name: float(metrics[name]) for name in _SCALARS} | {"skipped": int(metrics["skipped"])}
-        scalars |= expert_scalars(metrics) | _of_method(metrics)
+        scalars |= expert_scalars(metrics) | method_losses(metrics)
         measured = speed | {f"{name}_seconds": s for name, s in split.items()} | host_memory() | device_memory()
         by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
         self._write(step, "train", scalars | measured, by_layer, by_expert)

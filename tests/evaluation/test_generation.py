@@ -21,6 +21,7 @@ KINDS = {
     "aoe": {"experts": {}},
     "aoe top_p": {"experts": {"selection": "top_p"}},
     "aoe gate=all": {"experts": {"gate": "all"}},
+    "aoe by attention": {"experts": {"selection": "by_attention", "top_k": 8}, "by_attention": {"reduce": "max"}},
     "router, grouped queries": {"experts": {"kind": "router"}, "model": {"n_kv_heads": 2, "qk_norm": True}},
     "uoe": {"experts": {"kind": "uoe"}},
     "dense, biases": {
@@ -54,8 +55,8 @@ def model(kind, mesh=(1, 1, 1, 1), **experts):
     # Biases begin at zero, and sharper logits make ties improbable.
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
     params = jax.device_put(params, state_shardings(devices, params))
-    bias = jax.random.normal(jax.random.key(5), (2, 8)) if kind == "aoe" else None
-    return Model(config, decoder, devices, params, bias, Tokenizer(), END, [], None)
+    state = {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))} if kind == "aoe" else {}
+    return Model(config, decoder, devices, params, state, Tokenizer(), END, [], None)
 
 
 def prompts(count=5):
@@ -83,6 +84,7 @@ CASES = [
     pytest.param("aoe", "alone", marks=pytest.mark.smoke),
     *((kind, "alone") for kind in KINDS if kind != "aoe"),
     ("aoe", "expert and tensor"),
+    ("aoe by attention", "expert and tensor"),
     ("router, grouped queries", "data and fsdp"),
 ]
 

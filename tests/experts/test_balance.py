@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.balance import balance_loss, layer_stats, load_entropy, load_spread, updated_bias
+from aoe_jax.experts.balance import (
+    balance_loss,
+    layer_stats,
+    load_entropy,
+    load_spread,
+    sequence_balance_loss,
+    updated_bias,
+    z_loss,
+)
 from aoe_jax.experts.selection.expert_choice import expert_choice
 from aoe_jax.experts.selection.top_k import top_k
 from aoe_jax.experts.selection.top_p import top_p
@@ -76,6 +84,54 @@ def test_padding_counts_in_nothing(select):
     want = layer_stats(scores[:12], scores[:12], select(scores[:12], jnp.ones(12)), jnp.ones(12))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def of_batch(scores, assignment, weights):
+    stats = layer_stats(scores, scores, assignment, weights)
+    return balance_loss(stats.load, stats.mean_probability)
+
+
+def test_sequences_that_are_each_for_one_expert():
+    """Two of them, wholly for an expert each: 2 by themselves, 1 together."""
+    scores = jnp.repeat(50 * jnp.eye(2), 6, axis=0)
+    assignment, weights = top_k(scores, 1), jnp.ones(12)
+    np.testing.assert_allclose(sequence_balance_loss(scores, assignment, weights, 2), 2, rtol=1e-6)
+    np.testing.assert_allclose(of_batch(scores, assignment, weights), 1, rtol=1e-6)
+    np.testing.assert_allclose(sequence_balance_loss(scores, assignment, weights, 1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sequences_by_themselves(stride):
+    """Value and gradient; padding counts in nothing, nor does a sequence of it, nor an unused slot."""
+    scores = jax.random.normal(jax.random.key(0), (4, 8, 5))
+    weights = jnp.ones((4, 8)).at[1, 6:].set(0).at[3].set(0)
+
+    def select(scores):
+        return top_p(scores, 0.5)
+
+    def by_loop(scores):
+        losses = []
+        for b, length in ((0, 8), (1, 6), (2, 8)):
+            of_all, sampled = scores[b, :length], scores[b, :length:stride]
+            stats = layer_stats(of_all, sampled, select(of_all), jnp.ones(length), stride)
+            losses.append(balance_loss(stats.load, stats.mean_probability))
+        return sum(losses) / 3
+
+    def at_once(scores):
+        flat = scores.reshape(32, 5)
+        return sequence_balance_loss(flat[::stride], select(flat), weights.reshape(32), 4, stride)
+
+    for got, want in zip(*(jax.jit(jax.value_and_grad(f))(scores) for f in (at_once, by_loop)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_z_loss():
+    """The square of log n for equal logits of 0; padding doesn't count."""
+    np.testing.assert_allclose(z_loss(jnp.zeros((3, 8)), jnp.ones(3)), np.log(8) ** 2, rtol=1e-6)
+    scores = jax.random.normal(jax.random.key(0), (20, 6))
+    want = np.mean(np.log(np.exp(np.asarray(scores[:15])).sum(axis=1)) ** 2)
+    np.testing.assert_allclose(z_loss(scores, jnp.ones(20).at[15:].set(0)), want, rtol=1e-5)
+    assert float(z_loss(scores + 1, jnp.ones(20))) > float(z_loss(scores, jnp.ones(20)))
 
 
 def test_load_carries_no_gradient_and_probability_does():

@@ -59,12 +59,12 @@ def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.
     return layer, params, x, weights
 
 
-def evaluate(layer, params, x, weights, bias=None):
+def evaluate(layer, params, x, weights, routing_state=None):
     """Output, statistics, and the gradients of a projection of them."""
     cotangent = jax.random.normal(jax.random.key(2), x.shape, x.dtype)
 
     def loss(params, x):
-        y, stats = layer.apply({"params": params}, x, weights, bias)
+        y, stats = layer.apply({"params": params}, x, weights, routing_state)
         balance = balance_loss(stats.load, stats.mean_probability) + 0.3 * stats.confidence_entropy
         balance += sum((a * a).sum() for a in jax.tree.leaves((stats.records, stats.per_token)))
         return (y * cotangent).sum() + balance, (y, stats)
@@ -147,7 +147,7 @@ def test_recomputed_experts(x64):
 def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, transport):
     """Then its rows take several rounds, and nothing is dropped."""
     layer, params, x, weights = make(KINDS[kind] | {"top_k": 1}, transport)
-    bias = jnp.zeros(8).at[0].set(100.0)
+    bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
     want = evaluate(layer, params, x, weights, bias)
     assert float(want[1][1].load[0]) == 1
     rows, buffer = B * S, transport_of.make_transport(parallel.Devices(shape, transport), 8, 1, B * S // 8, 1)
@@ -158,7 +158,7 @@ def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, t
 def test_further_rounds_are_needed_for_that(x64, ragged):
     """Without them the same layer computes something else: the rounds above did run."""
     layer, params, x, weights = make(KINDS["router"] | {"top_k": 1})
-    bias = jnp.zeros(8).at[0].set(100.0)
+    bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
     with transport_of.first_round_only():
         got = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
     want = evaluate(layer, params, x, weights, bias)

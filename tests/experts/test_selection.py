@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aoe_jax.experts.balance import layer_stats
 from aoe_jax.experts.selection.expert_choice import expert_capacity, expert_choice
 from aoe_jax.experts.selection.ranked import ranked
 from aoe_jax.experts.selection.top_k import sparsemixer_weights, top_k
@@ -77,6 +78,31 @@ def test_top_p_takes_one_sure_expert_and_is_equivariant():
     np.testing.assert_allclose(dense_weights(top_p(scores[:, order], 0.6), 2, 4), weights[:, order], atol=1e-7)
     counts = [(dense_weights(top_p(scores, p), 2, 4) > 0).sum() for p in (0.1, 0.5, 0.7, 0.95)]
     assert counts == sorted(counts) and counts[-1] > counts[0]
+
+
+def test_top_p_weights_pass_the_threshold_and_stay_below_one():
+    """They are not renormalised; a threshold of one takes every expert."""
+    scores = jax.random.normal(jax.random.key(0), (60, 16))
+    for threshold in (0.2, 0.5, 0.9):
+        total = dense_weights(top_p(scores, threshold), 60, 16).sum(axis=1)
+        assert (total > threshold).all() and (total < 1).all()
+    assert (dense_weights(top_p(scores, 1.0), 60, 16) > 0).all()
+
+
+@pytest.mark.parametrize(("scores", "entropy"), [(jnp.zeros((5, 16)), np.log(16)), (100 * jnp.eye(16), 0)])
+def test_entropy_loss_of_top_p(scores, entropy):
+    stats = layer_stats(scores, scores, top_p(scores, 0.4), jnp.ones(len(scores)))
+    np.testing.assert_allclose(stats.confidence_entropy, entropy, atol=1e-5)
+
+
+def test_expert_choice_goes_with_the_tokens():
+    """Tokens in another order take the same experts; a token has as many as the factor says, on average."""
+    scores = jax.random.normal(jax.random.key(0), (40, 8))
+    order = jax.random.permutation(jax.random.key(1), 40)
+    weights = dense_weights(expert_choice(scores, 2.0), 40, 8)
+    np.testing.assert_allclose(dense_weights(expert_choice(scores[order], 2.0), 40, 8), weights[order], rtol=1e-6)
+    per_token = (weights > 0).sum(axis=1)
+    assert per_token.mean() == 2 and per_token.min() < 2 < per_token.max()
 
 
 def test_expert_choice_fills_every_expert():

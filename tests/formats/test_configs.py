@@ -33,6 +33,15 @@ VARIANTS = {
     "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
     "capacity": ({"experts__kind": "capacity", "experts__capacity_factor": 1.25}, False),
     "router, expert choice": ({"experts__kind": "router", "experts__selection": "expert_choice"}, False),
+    "router, by attention": (
+        {
+            "experts__kind": "router",
+            "experts__selection": "by_attention",
+            "experts__top_k": 3,
+            "by_attention__reduce": "max",
+        },
+        False,
+    ),
     "router, LayerNorm": ({"experts__kind": "router", "model__norm": "layer"}, False),
     "router, biases": ({"experts__kind": "router", "model__attention_bias": True}, False),
     "router, qk_norm": ({"experts__kind": "router", "model__qk_norm": True}, False),

@@ -1,7 +1,7 @@
 """The train step: every configuration of the paper in small, the optimiser, and gradient accumulation."""
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from aoe_jax.config import Config, TrainConfig
+from aoe_jax.experts.balance import balance_loss
 from aoe_jax.plan import abstract_batch
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from aoe_jax.training.step import init_state, make_train_step, training_loss
@@ -112,6 +113,24 @@ def test_losses_are_weighted_as_configured():
     balance = 0.5 * plain["aux_loss"] + 0.25 * plain["confidence_entropy"].mean()
     np.testing.assert_allclose(weighted["loss"], plain["nll"] + balance, rtol=1e-5)
     assert 2 <= float(plain["aux_loss"]) < 4  # K in perfect balance, n K / K = 4 in collapse
+
+
+def test_z_loss_and_balance_of_each_sequence():
+    """Weighted as configured; the gradient is the same however AoE scores."""
+    batch, params, found = batch_of(), new_state(shrunken("aoe_r64_aux")).params, {}
+    for score_gradient in ("sparse", "dense"):
+        settings = shrunken("aoe_r64_aux").to_dict()
+        settings["experts"] |= {"score_gradient": score_gradient}
+        settings["balance"] |= {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
+        config = Config.from_config_dict(settings)
+        loss = jax.value_and_grad(lambda p, c=config: training_loss(c, p, {}, batch, None), has_aux=True)
+        (_, metrics), found[score_gradient] = jax.jit(loss)(params)
+        weighted = 0.5 * metrics["aux_loss"] + 0.25 * metrics["z_loss"]
+        np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
+        of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
+        assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4  # each sequence is less even than all together
+        assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found.values())
 
 
 @cache

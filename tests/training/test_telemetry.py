@@ -53,6 +53,12 @@ def telemetry(tmp_path):
     telemetry.close()
 
 
+def test_losses_of_a_method_are_written(tmp_path, telemetry):
+    telemetry.train(5, metrics_of(5) | {"z_loss": np.float32(7.5), "finite": np.bool_(True)})
+    (line,) = lines(tmp_path)
+    assert line["z_loss"] == 7.5 and "finite" not in line
+
+
 def test_lines_and_events_hold_the_metrics(tmp_path):
     telemetry = Telemetry(tmp_path, tiny_config(), 0)
     load = np.array([[0.5, 0.5, 0.5, 0.5], [1.25, 0.75, 0, 0]], np.float32)

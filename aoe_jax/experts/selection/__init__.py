@@ -3,7 +3,9 @@
 A method is a file: pure functions of scores, and a `Selection` that says where its settings, state and losses come from.
 """
 
+from aoe_jax.experts.selection.by_attention import ByAttention
 from aoe_jax.experts.selection.expert_choice import ExpertChoice
+from aoe_jax.experts.selection.gshard import GShard
 from aoe_jax.experts.selection.ranked import Ranked
 from aoe_jax.experts.selection.routing_free import RoutingFree
 from aoe_jax.experts.selection.threshold import Threshold
@@ -19,4 +21,6 @@ SELECTIONS = {
     "threshold": Threshold(),
     "top_any": TopAny(),
     "routing_free": RoutingFree(),
+    "gshard": GShard(),
+    "by_attention": ByAttention(),
 }

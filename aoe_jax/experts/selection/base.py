@@ -25,6 +25,9 @@ class Given(NamedTuple):
     x: jax.Array  # [t, d], the tokens that were scored
     key: jax.Array | None  # for random draws, the same on all devices; None where the model isn't trained
     training: bool
+    # [t, H] float32 for methods with `needs_attention`: of each head of the attention before the experts, how much of its
+    # attention the token pays to one token, 0 to all alike and 1 to one alone, see `model.attention.concentration`.
+    attention: jax.Array | None = None
 
 
 class Choice(NamedTuple):
@@ -45,6 +48,7 @@ class Selection:
     causal = True  # whether the experts of a token depend on no later token, nor on other sequences
     not_causal_because = ""  # the end of "for ..."
     needs_key = False  # whether it draws at random in training
+    needs_attention = False  # whether it goes by the attention that a token pays, `Given.attention`
     all_slots_used = False  # whether every slot of every assignment is in use
     # Whether scores are wanted that lie around 0 and have the scale neither of tokens nor of weights: cosines of tokens and
     # router columns, or norms by what they would be for random directions, see `scoring.relative_norms`.
