@@ -125,8 +125,9 @@ class ModelReader:
         self._check()
 
     def _state_shapes(self, config):
-        """Of the routing state: what the model's selection has, and what the files have beside it."""
-        state = jax.eval_shape(lambda: initial_routing_state(config))
+        """Of the routing state: what the model's selection has, be that the run's or not, and what files have beside it."""
+        of_model = read_config(self.directory)
+        state = jax.eval_shape(lambda: initial_routing_state(of_model))
         sizes = {"n": config.experts.n_experts, "d": config.model.d_model}
         found = {
             path.removeprefix("layers/"): (config.model.n_layers, *(sizes[letter] for letter in axes.split()))

@@ -71,8 +71,8 @@ def _loaded(config, mesh, tokenizer):
     for name in routing_state:
         if name not in wanted:
             raise UserError(
-                f"the model has a {name.replace('_', ' ')}, which the run has no use for; set experts.selection="
-                f"{config.experts.selection!r} and balance.bias_rate={config.balance.bias_rate} as in its own training"
+                f"the model has a {name.replace('_', ' ')}, which the run has no use for; set experts.selection and "
+                "balance.bias_rate as in its own training"
             )
     return params, wanted | routing_state
 

@@ -77,7 +77,12 @@ def with_another_tokenizer(directory):
 MISTAKES = {
     "shape": ({}, {"experts__d_ffn": 64}, None, "is another model: config.experts.d_wide is"),
     "kind": ({}, {"experts__kind": "router"}, None, "config.experts.kind is 'aoe' there, 'router' here"),
-    "bias": ({"balance__bias_rate": 0.01}, {}, None, "selection bias of loss-free balancing; set balance.bias_rate"),
+    "bias": (
+        {"balance__bias_rate": 0.01},
+        {},
+        None,
+        "selection bias, which the run has no use for; set experts.selection and",
+    ),
     "tokenizer": ({}, {}, with_another_tokenizer, "another tokenizer than the corpora; set data.tokenizer="),
     "files": ({}, {}, lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
 }
