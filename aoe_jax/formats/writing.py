@@ -106,13 +106,16 @@ def _tensors(order, places, parameter):
             yield place.to_file(whole if expert is None else whole[expert])
 
 
-def write_arrays(directory: Path, values: dict, params: dict, selection_bias: jax.Array | None, dtype: str):
-    """Writes a model that lies on devices, as `write_model` does; parameters are cast to `dtype` there."""
+def write_arrays(directory: Path, values: dict, params: dict, selection_bias: jax.Array | None, dtype: str | None):
+    """Writes a model that lies on devices, as `write_model` does; parameters are cast there (None: not at all)."""
     arrays = {parameter_path(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
     if selection_bias is not None:
         arrays["layers/selection_bias"] = selection_bias
 
-    dtypes = {path: jnp.dtype("float32" if path == "layers/selection_bias" else dtype) for path in arrays}
+    dtypes = {
+        path: jnp.dtype("float32" if path == "layers/selection_bias" else dtype or a.dtype)
+        for path, a in arrays.items()
+    }
 
     def parameter(path, layer):
         return jax.device_get(_part(arrays[path], layer, dtypes[path]))
