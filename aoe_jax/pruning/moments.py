@@ -3,7 +3,7 @@
 L layers, Z experts, D merged ones, t tokens of a device, d model width, r low rank.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,8 +80,8 @@ def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
 class MergedScores:
     """The mean scores that merged AoE experts would have where the model computes what it did; compiled once."""
 
-    def __init__(self, model: Model, batches: Callable[[], Iterable[dict]]):
-        """Takes the model before pruning, and what makes the host batches that `Moments` are of."""
+    def __init__(self, model: Model, batches: Iterable[dict]):
+        """Takes the model before pruning, and the host batches that `Moments` are of."""
         self._mesh, self._batches, self._step = model.mesh, batches, _passing(model, _merged_sums)
 
     def __call__(self, w_down, members) -> np.ndarray:
@@ -97,7 +97,7 @@ class MergedScores:
         """
         merged = jax.device_put((w_down, np.asarray(members, np.float32)), replicated(self._mesh))
         total = None
-        for batch in tqdm(self._batches(), desc="merged scores", unit="batch"):
+        for batch in tqdm(self._batches, desc="merged scores", unit="batch"):
             sums = [np.asarray(a, np.float64) for a in jax.device_get(self._step(batch, merged))]
             total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
         of_own, n_own, of_all, n_all = total

@@ -7,11 +7,13 @@ import dataclasses
 import itertools
 import logging
 import shutil
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from aoe_jax.config import Config, MeshConfig
 from aoe_jax.data.pipeline import eval_batches, train_batches
@@ -77,16 +79,16 @@ def prune(
         model = load_model(workdir, step, mesh)
         check_prunes(model, n_experts, workdir)
         source = _config_of(workdir)
-        batches = _batches(model, workdir, source, data, n_tokens, seed)
         config = _with_experts(model.config, n_experts)
-        moments = score_moments(model, batches("train"))
+        train, validation = _batches(model, _corpus(workdir, source, data), n_tokens, seed)
+        moments, merged_scores = score_moments(model, train), MergedScores(model, train)
         _check_finite(moments, workdir)
         score, score_pruned = _scorer(model, model.decoder), _scorer(model, Decoder.from_config(config))
-        merged_scores, nll = MergedScores(model, partial(batches, "train")), {}
-        nll["before"], load = score(model.params, model.selection_bias, batches("validation"))
+        nll = {}
+        nll["before"], load = score(model.params, model.selection_bias, validation)
         for name in [other for other in METHODS if other != method and baselines] + [method]:
             params, clusters = pruned_params(model, moments, merged_scores, n_experts, name, seed)
-            nll[name], load_after = score_pruned(params, None, batches("validation"))
+            nll[name], load_after = score_pruned(params, None, validation)
         report = {"method": method, "step": model.step, "tokens": int(moments.tokens), "nll": nll}
         report["layers"] = _layers(moments, clusters, load, load_after)
         # The mesh of the run may not divide D.
@@ -131,19 +133,30 @@ def _with_experts(config, n_experts):
     return dataclasses.replace(config, experts=dataclasses.replace(config.experts, n_experts=n_experts))
 
 
-def _batches(model, workdir, source, data, n_tokens, seed):
-    """`split -> host batches`, the same at every call."""
-    corpus = _corpus(workdir, source, data)
-    size, seq_len = model.config.train.batch_size, source.data.seq_len
-    n_batches = -(-n_tokens // (size * seq_len))
+@dataclasses.dataclass(frozen=True)
+class _Some:
+    """The first of some batches, the same at every pass."""
 
-    def batches(split):
-        if split == "train":
-            return itertools.islice(train_batches(corpus.train, corpus.weights, seq_len, size, seed), n_batches)
-        of_sources = (eval_batches(store, seq_len, size) for store in corpus.validation.values())
-        return itertools.chain.from_iterable(itertools.islice(of_source, n_batches) for of_source in of_sources)
+    batches: Callable[[], Iterable[dict]]
+    n: int
 
-    return batches
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        return itertools.islice(self.batches(), self.n)
+
+
+def _batches(model, corpus, n_tokens, seed):
+    """Host batches of the train split, in a random order, and of the validation split."""
+    size, seq_len = model.config.train.batch_size, model.config.data.seq_len
+    n = -(-n_tokens // (size * seq_len))
+    train = _Some(lambda: train_batches(corpus.train, corpus.weights, seq_len, size, seed), n)
+    of_sources = [
+        _Some(partial(eval_batches, store, seq_len, size), min(n, -(-(len(store) - 1) // (size * seq_len))))
+        for store in corpus.validation.values()
+    ]
+    return train, _Some(lambda: itertools.chain(*of_sources), sum(map(len, of_sources)))
 
 
 def _corpus(workdir, config, data):
@@ -173,7 +186,7 @@ def _scorer(model, decoder):
     def score(params, selection_bias, batches):
         nll_sum, tokens, load = 0.0, 0.0, 0.0
         with jax.set_mesh(model.mesh):
-            for batch in batches:
+            for batch in tqdm(batches, desc="validation", unit="batch"):
                 nll, count, stats = jax.device_get(eval_step(params, selection_bias, model.put(batch)))
                 nll_sum, tokens = nll_sum + float(nll), tokens + float(count)
                 load = load + np.asarray(stats.load, np.float64) * count

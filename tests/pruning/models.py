@@ -11,6 +11,7 @@ from tests.evaluation.models import make_config, make_model
 EXPERTS = {
     "aoe": {},
     "router": {"experts__kind": "router"},
+    "capacity": {"experts__kind": "capacity", "experts__capacity_factor": 1.0},
     "router, top_p": {"experts__kind": "router", "experts__selection": "top_p", "experts__top_p": 0.4},
 }
 
@@ -43,7 +44,7 @@ def moments_of(kind):
 @functools.cache
 def merged_scores_of(kind):
     """`MergedScores` of the same."""
-    return moments.MergedScores(model_of(kind), batches)
+    return moments.MergedScores(model_of(kind), batches())
 
 
 @functools.cache

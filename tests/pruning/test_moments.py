@@ -23,10 +23,10 @@ def test_norms_of_an_aoe():
     check(moments_of("aoe"), chosen, scores)
 
 
-@pytest.mark.parametrize("kind", ["router", "router, top_p"])
+@pytest.mark.parametrize("kind", ["router", "capacity", "router, top_p"])
 def test_logits_of_a_router(kind):
     _, chosen, scores = seen_by(kind)
-    assert (chosen.sum(axis=-1) == 2).all() == (kind == "router")
+    assert (chosen.sum(axis=-1) == 2).all() == (kind != "router, top_p")
     check(moments_of(kind), chosen, scores)
 
 
@@ -84,5 +84,5 @@ def test_a_mesh_gathers_the_same():
         np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-5, atol=1e-3)
     w_down, members = jax.device_get(split.params["layers"]["experts"]["w_down"][:, :1]), np.zeros((2, 4, 1))
     members[:, :2] = 1
-    scores = [of(w_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches))]
+    scores = [of(w_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches()))]
     np.testing.assert_allclose(*scores, rtol=1e-5)

@@ -39,7 +39,7 @@ def test_as_many_experts_as_before_are_the_same(kind, method):
 
 
 def doubled(model, order):
-    """Every expert twice, the copy disguised, in another order; twice as many are chosen, so each copy has half the weight."""
+    """Every expert twice, the copy disguised; twice as many are chosen, so that each copy has half the weight."""
     config = model.config
     experts = dataclasses.replace(config.experts, n_experts=8, top_k=4)
     config = dataclasses.replace(config, experts=experts)
@@ -67,7 +67,7 @@ def test_doubled_experts_are_found_and_restored(kind, monkeypatch):
     want = logits(model.decoder, model.params)
     np.testing.assert_allclose(logits(twice.decoder, twice.params), want, atol=1e-5)
 
-    moments, merged_scores = score_moments(twice, batches()), MergedScores(twice, batches)
+    moments, merged_scores = score_moments(twice, batches()), MergedScores(twice, batches())
 
     def restored():
         params, clusters = pruned_params(twice, moments, merged_scores, 4, "uncurl")

@@ -253,14 +253,12 @@ def test_optimiser_is_the_papers():
     assert not np.allclose(params["kernel"], kernel)
 
 
-def test_routers_alone_in_the_first_steps():
-    """The others stay bit for bit, and know nothing of these steps: their moments and the clipping start after them."""
+def test_routers_alone_in_the_first_steps(ragged):
+    """The others stay bit for bit, and know nothing of these steps: their moments start after them."""
     settings = shrunken("moe_aux").to_dict()
     settings["train"] |= {"router_steps": 2, "steps": 4}
     config, batch = Config.from_config_dict(settings), batch_of()
     step, state = jax.jit(make_train_step(config)), new_state(config)
-    (mu,) = optax.tree.get_all_with_path(state.opt_state, "mu")
-    assert jax.tree.structure(mu[1]) == jax.tree.structure(state.params)
     for number in range(1, 5):
         before, (state, _) = state.params, step(state, batch)
         ((_, moments),) = optax.tree.get_all_with_path(state.opt_state, "mu")
@@ -280,17 +278,10 @@ def tree_at(tree, path):
 
 def test_without_router_steps_the_optimiser_is_as_ever():
     """So that checkpoints of runs before there was such a setting can be read."""
-    params = {"w_router": jnp.ones((2, 2))}
-    plain, clipped_and_adam = (
-        optimizer.init(params)
-        for optimizer in (
-            make_optimizer(TrainConfig()),
-            optax.chain(
-                optax.clip_by_global_norm(1.0), optax.adamw(learning_rate_schedule(TrainConfig()), mask=decayed)
-            ),
-        )
-    )
-    assert jax.tree.structure(plain) == jax.tree.structure(clipped_and_adam)
+    config, params = TrainConfig(), {"w_router": jnp.ones((2, 2))}
+    adam = optax.adamw(learning_rate_schedule(config), mask=decayed)
+    as_ever = optax.chain(optax.clip_by_global_norm(1.0), adam).init(params)
+    assert jax.tree.structure(make_optimizer(config).init(params)) == jax.tree.structure(as_ever)
 
 
 def test_what_decays():
