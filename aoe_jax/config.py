@@ -406,11 +406,16 @@ class TrainConfig:
     eval_every: int = 0  # 0: at the end only
     max_skipped: int = 10  # the run stops after so many updates in a row that were skipped for not being finite
     init_from: str | None = None  # directory of a model that the parameters start from; None: they are drawn
+    # The first steps, in which routers alone are updated: for a router that is drawn anew beside trained experts, as
+    # aoe_jax.prune leaves it; 0: none.
+    router_steps: int = 0
 
     def __post_init__(self):
         require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
         require_positive("train", self, "max_skipped")
-        require_not_negative("train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every")
+        require_not_negative(
+            "train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every", "router_steps"
+        )
         require(
             self.warmup_steps < self.steps,
             "train.warmup_steps",
@@ -562,6 +567,12 @@ class Config:
             f"with aux_batch='sequence', its denominator must divide data.seq_len={self.data.seq_len}",
         )
         self._check_methods()
+        require(
+            self.train.router_steps == 0 or self.experts.has_router,
+            "train.router_steps",
+            self.train.router_steps,
+            f"trains routers alone, and experts.kind={self.experts.kind!r} has none; leave it at 0",
+        )
         self._check_mesh()
         every, eval_every = self.checkpoint.every, self.train.eval_every
         require(

@@ -125,6 +125,8 @@ BAD = {
     "data.seq_len=4096": ("data", {"seq_len": 4096}, "max_len=2048"),
     "train.warmup_steps=1000": ("train", {"warmup_steps": 1000}, "train.steps=1000"),
     "train.accumulate=3": ("train", {"accumulate": 3}, "batch_size=16"),
+    "train.router_steps=5": ("train", {"router_steps": 5}, "experts.kind='aoe' has none"),
+    "train.router_steps=-1": ("train", {"router_steps": -1}, "0 or greater"),
     "train.steps=0": ("train", {"steps": 0}, "greater than 0"),
     "train.final_learning_rate=1.0": ("train", {"final_learning_rate": 1.0}, "learning_rate"),
     "checkpoint.keep=0": ("checkpoint", {"keep": 0}, "greater than 0"),

@@ -106,11 +106,11 @@ def _tensors(order, places, parameter):
             yield place.to_file(whole if expert is None else whole[expert])
 
 
-def write_arrays(directory: Path, values: dict, params: dict, routing_state: dict, dtype: str):
-    """Writes a model that lies on devices, as `write_model` does; parameters are cast to `dtype` there."""
+def write_arrays(directory: Path, values: dict, params: dict, routing_state: dict, dtype: str | None):
+    """Writes a model that lies on devices, as `write_model` does; parameters are cast there (None: not at all)."""
     arrays = {parameter_path(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
     arrays |= {f"layers/{name}": a for name, a in routing_state.items()}
-    dtypes = {path: jnp.dtype("float32" if path in ROUTING_STATE else dtype) for path in arrays}
+    dtypes = {path: jnp.dtype("float32" if path in ROUTING_STATE else dtype or a.dtype) for path, a in arrays.items()}
 
     def parameter(path, layer):
         return jax.device_get(_part(arrays[path], layer, dtypes[path]))

@@ -272,6 +272,37 @@ def test_optimiser_is_the_papers():
     assert not np.allclose(params["kernel"], kernel)
 
 
+def test_routers_alone_in_the_first_steps(ragged):
+    """The others stay bit for bit, and know nothing of these steps: their moments start after them."""
+    settings = shrunken("moe_aux").to_dict()
+    settings["train"] |= {"router_steps": 2, "steps": 4}
+    config, batch = Config.from_config_dict(settings), batch_of()
+    step, state = jax.jit(make_train_step(config)), new_state(config)
+    for number in range(1, 5):
+        before, (state, _) = state.params, step(state, batch)
+        ((_, moments),) = optax.tree.get_all_with_path(state.opt_state, "mu")
+        for path, old in jax.tree_util.tree_leaves_with_path(before):
+            new, moment = (tree_at(tree, path) for tree in (state.params, moments))
+            moves = number > 2 or path[-1].key == "w_router"
+            # The first step has learning rate 0.
+            assert np.array_equal(new, old) == (not moves or number == 1), (number, path)
+            assert np.any(moment) == moves, (number, path)
+
+
+def tree_at(tree, path):
+    for key in path:
+        tree = tree[key.key]
+    return np.asarray(tree)
+
+
+def test_without_router_steps_the_optimiser_is_as_ever():
+    """So that checkpoints of runs before there was such a setting can be read."""
+    config, params = TrainConfig(), {"w_router": jnp.ones((2, 2))}
+    adam = optax.adamw(learning_rate_schedule(config), mask=decayed)
+    as_ever = optax.chain(optax.clip_by_global_norm(1.0), adam).init(params)
+    assert jax.tree.structure(make_optimizer(config).init(params)) == jax.tree.structure(as_ever)
+
+
 def test_what_decays():
     params = jax.eval_shape(lambda: init_state(shrunken("aoe_r64"), 0)).params
     flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))}
