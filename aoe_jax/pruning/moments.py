@@ -128,7 +128,7 @@ def _passing(model, observe):
 
 
 def _observed(decoder: Decoder, observe):
-    """The same decoder, but its layers find what they are given in their routing state, and their statistics are what `observe` makes."""
+    """The same decoder; layers find what they are given in their routing state, and have `observe` make their statistics."""
 
     class Layer(DecoderLayer):
         def make_experts(self, kind, **settings):

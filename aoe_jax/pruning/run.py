@@ -115,8 +115,8 @@ def check_prunes(model: Model, n_experts, workdir):
         )
     if e.kind not in ("aoe", "router", "capacity") or e.selection not in ("top_k", "top_p"):
         raise UserError(
-            f"{of} experts.kind={e.kind!r} and selection={e.selection!r}: pruning isn't implemented for them; use a model of "
-            "kind aoe, router or capacity, and selection top_k or top_p"
+            f"{of} experts.kind={e.kind!r} and selection={e.selection!r}: pruning isn't implemented for them; use a model "
+            "of kind aoe, router or capacity, and selection top_k or top_p"
         )
     if e.large_router:
         raise UserError(

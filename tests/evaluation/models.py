@@ -49,7 +49,7 @@ def make_model(config, change=lambda params: params):
     with jax.set_mesh(mesh):
         params = jax.device_put(params, state_shardings(mesh, params))
     tokenizer = train_tokenizer(WORDS, 280)
-    return Model(config, Decoder.from_config(config), mesh, params, None, tokenizer, tokenizer.end_of_text, [], 7)
+    return Model(config, Decoder.from_config(config), mesh, params, {}, tokenizer, tokenizer.end_of_text, [], 7)
 
 
 def plain_scores(model, context, continuation):
