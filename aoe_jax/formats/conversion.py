@@ -94,7 +94,8 @@ def _converted(config: Config, checkpoint, d_low):
         large_router=False,
         gate="chosen" if experts.gate == "sparsemixer" else experts.gate,
     )
-    return dataclasses.replace(config, experts=experts, mesh=MeshConfig())
+    train = dataclasses.replace(config.train, router_steps=0)
+    return dataclasses.replace(config, experts=experts, train=train, mesh=MeshConfig())
 
 
 class _Factors:

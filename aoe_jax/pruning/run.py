@@ -68,9 +68,9 @@ def prune(
       baselines: whether to score the other methods too.
 
     Returns:
-      What `prune.json` in `output` holds: `method`, `step`, `tokens`, `nll` of the model `before` and after each method, and
-      `layers`, for each its `load` `[Z]`, `load_entropy` before and `load_entropy_after`, and `clusters`: `reference`,
-      `members` and their `weights`.
+      What `prune.json` in `output` holds: `method`, `step`, `tokens` gone by, validation `nll` `before` and after a method,
+      and `layers`, for each the `load` `[Z]` of these tokens, `load_entropy` and `load_entropy_after` in validation, and
+      `clusters`: `reference`, `members` and their `weights`.
 
     Raises:
       UserError: the model, the data or the number of experts can't be, or `output` exists or can't be written.

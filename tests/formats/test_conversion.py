@@ -107,6 +107,14 @@ def test_gates_of_full_rank_compute_the_same(tmp_path):
         )
 
 
+def test_the_run_of_a_router_may_have_trained_it_alone(tmp_path):
+    run = tiny_config(experts__kind="router", train__router_steps=3)
+    directory = written(tmp_path, run)[0]
+    (directory / "aoe_jax.json").write_text(json.dumps({"step": 9, "config": run.to_dict()}))
+    convert(directory, tmp_path / "aoe", 8)
+    assert read_config(tmp_path / "aoe").train.router_steps == 0
+
+
 REFUSED = {
     "aoe": ({}, 8, "has experts.kind='aoe'; only a router MoE"),
     "dense": ({"experts__kind": "dense"}, 8, "has experts.kind='dense'; only a router MoE"),
