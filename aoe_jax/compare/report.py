@@ -140,7 +140,7 @@ def _tuning(c, workdir):
         rows.append([c.labels[arm], *cells, f"{chosen[arm]:g}" if chosen[arm] else "none"])
     text = (
         f"Validation nll after {c.suite.tuning.steps} steps at {c.suite.tuning_size}, one seed that counts nowhere else; "
-        "the best learning rate of an arm is that of all its sizes."
+        "the best learning rate of an arm is that of all its sizes, but for the factor that the suite gives a size."
     )
     if set(chosen.values()) & {min(rates), max(rates)}:
         text += " Where that is the lowest or the highest that was tried, a better one may lie beyond."

@@ -37,6 +37,7 @@ class Size:
     changes: Mapping  # group -> field -> value
     seeds: int  # 0, 1, ...: each sets the parameters at the start and the order of the data
     arms: tuple[str, ...] | None = None  # None: all
+    rate_factor: float = 1.0  # learning rates that tuning has found are multiplied by it
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class Suite:
                 )
         _require(self.baseline in self.arms, self, "baseline", self.baseline, f"choose one of {', '.join(self.arms)}")
         for name, size in self.sizes.items():
-            _require(size.seeds > 0, self, f"sizes[{name!r}].seeds", size.seeds, "must be greater than 0")
+            for what in ("seeds", "rate_factor"):
+                value = getattr(size, what)
+                _require(value > 0, self, f"sizes[{name!r}].{what}", value, "must be greater than 0")
             self._check_arms(f"sizes[{name!r}].arms", size)
         if self.tuning:
             known, place = self.tuning_size in self.sizes, "tuning.size"
@@ -176,7 +179,7 @@ class Suite:
         """
         learning_rates = learning_rates or {}
         runs = [
-            Run(size, arm, seed, self.config(size, arm, seed, learning_rates.get(arm)))
+            Run(size, arm, seed, self.config(size, arm, seed, self._rate(size, learning_rates.get(arm))))
             for size in self.sizes
             for seed in range(self.sizes[size].seeds)
             for arm in self.arms_of(size)
@@ -184,6 +187,9 @@ class Suite:
         for size in self.sizes:
             self._check_matched(f"size {size}", {arm: self.config(size, arm, 0) for arm in self.arms_of(size)})
         return runs
+
+    def _rate(self, size, tuned):
+        return None if tuned is None else tuned * self.sizes[size].rate_factor
 
     @property
     def tuning_size(self):

@@ -1,7 +1,7 @@
-"""Methods of expert selection at the smallest size of `small.py`, each with AoE and with a router: `--suite=configs/compare/methods.py`.
+"""Methods of expert selection at the smallest size of `small.py`: `--suite=configs/compare/methods.py`.
 
-Arms are the variants of `configs/methods.py`. Learning rates are those that `small.py` found for AoE and for the router at
-this size with L_aux; tuning each arm would take longer than all runs.
+Arms are the variants of `configs/methods.py`, most of them with AoE and with a router. All have the learning rate that
+`small.py` found to be the best for AoE and for the router alike: tuning each would take longer than all runs.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
@@ -21,9 +21,11 @@ def _arm(variant):
 
 
 def get_suite():
+    base = base_config()
+    base.train.update(learning_rate=2e-2, final_learning_rate=8e-4)
     return Suite(
         name="methods",
-        base=base_config(),
+        base=base,
         arms={variant: _arm(variant) for variant in methods.VARIANTS},
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",

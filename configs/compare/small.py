@@ -2,7 +2,8 @@
 
 Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 419k; every size sees 20 tokens for each of
 them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all parameters active, 3.2 times as many, and see the
-same tokens. Learning rates are tuned at the smallest size, where two arms without balancing are run as well.
+same tokens. Learning rates are tuned at the smallest size, where two arms without balancing are run as well; wider models
+have them in inverse proportion to d_model.
 """
 
 from aoe_jax.compare.arms import DENSE, aoe, moe
@@ -19,7 +20,7 @@ ARMS = {
     "moe_none": moe("none"),
     "aoe_d3_none": aoe(3, "none"),
 }
-TUNING = Tuning((2.5e-3, 5e-3, 1e-2, 2e-2), steps=420)
+TUNING = Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=420)
 AT_ALL_SIZES = tuple(arm for arm in ARMS if not arm.endswith("_none"))
 
 
@@ -52,8 +53,8 @@ def get_suite():
         arms=ARMS,
         sizes={
             "42k": Size(SMALLEST, seeds=3),
-            "149k": Size(size_of(48, 4, 4, batch_size=8, steps=1480), seeds=3, arms=AT_ALL_SIZES),
-            "419k": Size(size_of(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES),
+            "149k": Size(size_of(48, 4, 4, batch_size=8, steps=1480), seeds=3, arms=AT_ALL_SIZES, rate_factor=36 / 48),
+            "419k": Size(size_of(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES, rate_factor=36 / 72),
         },
         baseline="moe_aux",
         tuning=TUNING,

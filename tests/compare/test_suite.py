@@ -45,6 +45,16 @@ def test_a_learning_rate_of_the_tuning_moves_the_final_one_too():
     assert config.train.learning_rate == 1e-3 and config.train.final_learning_rate == pytest.approx(2e-4 / 5)
 
 
+def test_a_size_may_have_a_part_of_the_rate_of_the_tuning():
+    wide = suite(sizes={"small": SMALL, "wide": Size({}, 1, rate_factor=0.5)})
+    rates = {run.size: run.config.train.learning_rate for run in wide.runs({"moe": 1e-3}) if run.arm == "moe"}
+    assert rates == {"small": 1e-3, "wide": 5e-4}
+    own = {run.size: run.config.train.learning_rate for run in wide.runs() if run.arm == "moe"}
+    assert own["small"] == own["wide"]  # what isn't tuned stays
+    with pytest.raises(UserError, match=r"sizes\['wide'\].rate_factor=0: must be greater than 0"):
+        suite(sizes={"wide": Size({}, 1, rate_factor=0)})
+
+
 def test_tuning_runs_are_short_and_of_the_first_size():
     of_two = suite(sizes={"small": SMALL, "large": Size({}, 1)}, tuning=Tuning((1e-3, 3e-3), 60))
     runs = of_two.tuning_runs()
