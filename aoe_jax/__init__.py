@@ -8,6 +8,8 @@ _HOMES = {
     "Decoder": "aoe_jax.model.decoder",
     "DenseLayer": "aoe_jax.experts.layer",
     "RouterLayer": "aoe_jax.experts.layer",
+    "SmearLayer": "aoe_jax.experts.smear",
+    "ThorLayer": "aoe_jax.experts.thor",
     "UoELayer": "aoe_jax.experts.uoe",
 }
 __all__ = list(_HOMES)

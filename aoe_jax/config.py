@@ -20,6 +20,8 @@ from aoe_jax.methods import (
     ByAttentionConfig,
     GShardConfig,
     RoutingFreeConfig,
+    SmearConfig,
+    ThorConfig,
     ThresholdConfig,
     TopAnyConfig,
     UoEConfig,
@@ -94,7 +96,8 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
 
-KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe")
+UNSELECTIVE_KINDS = ("dense", "smear", "thor")
+KIND_NAMES = ("aoe", "router", "capacity", "uoe", *UNSELECTIVE_KINDS)
 SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
 
 
@@ -102,7 +105,7 @@ SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name 
 class ExpertsConfig:
     """A layer of experts: how they are scored, chosen, weighted and shaped."""
 
-    # aoe | router | capacity (a router, and experts of limited room) | dense | uoe (see `experts/uoe.py`)
+    # aoe | router | capacity (a router, and experts of limited room) | dense | uoe, smear, thor (see `experts/KIND.py`)
     kind: str = "aoe"
     n_experts: int = 8
     top_k: int = 2
@@ -126,7 +129,9 @@ class ExpertsConfig:
     # aoe: sparse: only the chosen norms carry a gradient, and those of balance.aux_tokens to a balance loss; only the chosen
     # activations are kept (exact for gate=chosen). dense: as published, the whole cache is kept. None: sparse where exact.
     score_gradient: str | None = None
-    factorised_gate: bool = False  # router: Wg = Wdown Wup inside each expert (Table 2, row 3)
+    # router: Wg = Wdown Wup inside each expert (Table 2, row 3). smear, thor: experts are AoE's, and smear merges by their
+    # norms.
+    factorised_gate: bool = False
     large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
@@ -164,10 +169,10 @@ class ExpertsConfig:
             "rounds the width of Eq. 5; leave experts.d_wide at None for it",
         )
         require(
-            self.kind != "dense" or (self.selection, self.gate) == ("top_k", "chosen"),
+            self.selects or (self.selection, self.gate) == ("top_k", "chosen"),
             "experts.selection",
             self.selection,
-            "a dense layer selects nothing; leave selection and gate at their defaults",
+            f"a {self.kind} layer selects nothing; leave selection and gate at their defaults",
         )
         require(
             self.kind != "capacity" or self.selection == "top_k",
@@ -188,7 +193,12 @@ class ExpertsConfig:
             f"isn't implemented for experts.kind={self.kind!r}; choose one of chosen, all",
         )
         router_only = "belongs to experts.kind='router'"
-        require(not self.factorised_gate or self.kind == "router", "experts.factorised_gate", True, router_only)
+        require(
+            not self.factorised_gate or self.kind in ("router", "smear", "thor"),
+            "experts.factorised_gate",
+            True,
+            f"{router_only}, 'smear' or 'thor'",
+        )
         require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
         require(
             not (self.large_router and self.factorised_gate),
@@ -242,6 +252,11 @@ class ExpertsConfig:
     def takes_k(self):
         """Whether every token has `top_k` experts."""
         return self.selection in ("top_k", "ranked")
+
+    @property
+    def selects(self):
+        """Whether experts are chosen for tokens."""
+        return self.kind not in UNSELECTIVE_KINDS
 
     @property
     def sparse_scoring(self):
@@ -498,6 +513,8 @@ class Config:
     routing_free: RoutingFreeConfig = field(default_factory=RoutingFreeConfig)
     gshard: GShardConfig = field(default_factory=GShardConfig)
     by_attention: ByAttentionConfig = field(default_factory=ByAttentionConfig)
+    smear: SmearConfig = field(default_factory=SmearConfig)
+    thor: ThorConfig = field(default_factory=ThorConfig)
 
     @property
     def method_name(self):
@@ -583,10 +600,10 @@ class Config:
         )
         for name in ("aux_weight", "entropy_weight", "z_weight", "bias_rate"):
             require(
-                self.experts.kind != "dense" or getattr(self.balance, name) == 0,
+                self.experts.selects or getattr(self.balance, name) == 0,
                 f"balance.{name}",
                 getattr(self.balance, name),
-                "a dense layer has no load to balance; set it to 0",
+                f"a {self.experts.kind} layer has no load to balance; set it to 0",
             )
 
     def _check_methods(self):
@@ -610,6 +627,30 @@ class Config:
             )
         if self.experts.selection == "top_any":
             self._check_top_any()
+        if self.experts.kind == "smear":
+            self._check_smear()
+
+    def _check_smear(self):
+        """Refuses what a decoder can't have."""
+        segment, length = self.smear.segment, self.data.seq_len
+        require(
+            segment > 0,
+            "smear.segment",
+            segment,
+            "merges by the mean of a whole sequence, which in a decoder knows later tokens; name the tokens of a segment",
+        )
+        require(
+            length % segment == 0 and segment < length,
+            "smear.segment",
+            segment,
+            f"must divide data.seq_len={length} into two segments or more: the first decides for the second",
+        )
+        require(
+            not self.data.document_mask,
+            "data.document_mask",
+            True,
+            "with experts.kind='smear' isn't implemented: a segment knows no documents, and would tell one of another",
+        )
 
     def _check_top_any(self):
         """Refuses what doesn't fit the layer."""
@@ -645,6 +686,12 @@ class Config:
             "mesh.transport",
             mesh.transport,
             "with experts.kind='capacity' and mesh.expert, places of experts travel; set 'all_to_all'",
+        )
+        require(
+            e.selects or mesh.transport == "ring",
+            "mesh.transport",
+            mesh.transport,
+            f"with experts.kind={e.kind!r} isn't tested; leave it at 'ring'",
         )
         require(
             mesh.tensor == 1 or not m.qk_norm,

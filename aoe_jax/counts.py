@@ -55,7 +55,7 @@ def _millions(count):
 
 def experts_per_token(config: Config):
     """Mean number of experts that process a token, or None where the scores decide it (such as top-p)."""
-    return SELECTIONS[config.experts.selection].experts_per_token(config.experts)
+    return LAYERS[config.experts.kind].experts_per_token(config.experts)
 
 
 def method_parameters(config: Config):
@@ -81,7 +81,7 @@ def parameter_counts(config: Config):
     m, c = config.model, config.experts
     shared, expert = expert_parameters(config)
     n_experts = 1 if c.kind == "dense" else c.n_experts
-    active = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
+    active = experts_per_token(config) or c.top_k
     used_by_all = shared + method_parameters(config)
     return ParameterCounts(
         experts=m.n_layers * (used_by_all + n_experts * expert),
@@ -106,7 +106,7 @@ def _norms_and_biases(m):
 
 
 def layer_flops_per_token(config: Config):
-    """`(forward, training)`: useful matmul FLOPs per token of one layer of experts.
+    """`(forward, training)`: useful matmul FLOPs per token of one layer of experts, in one pass.
 
     The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where the method
     sends a gradient there: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a
@@ -115,8 +115,8 @@ def layer_flops_per_token(config: Config):
     """
     c = config.experts
     shared, expert = expert_parameters(config)
-    per_token = 1 if c.kind == "dense" else (experts_per_token(config) or c.top_k)
-    active = 2 * (shared + round(per_token * expert))
+    per_token = experts_per_token(config) or c.top_k
+    active = LAYERS[c.kind].flops_beside_experts(config, shared) + 2 * round(per_token * expert)
     if c.kind != "aoe":
         return active, 3 * active
     idle = 2 * round((c.n_experts - per_token) * c.d_low * config.model.d_model)
@@ -156,7 +156,7 @@ def training_flops_per_token(config: Config):
     of_layer = layer_flops_per_token(config)[1]
     if config.balance.coupling_weight:
         of_layer += 3 * coupling_flops_per_token(config)
-    return 3 * _other_flops(config) + config.model.n_layers * of_layer
+    return LAYERS[config.experts.kind].passes * (3 * _other_flops(config) + config.model.n_layers * of_layer)
 
 
 def coupling_flops_per_token(config: Config):

@@ -120,6 +120,42 @@ class ByAttentionConfig:
         require_choice("by_attention.reduce", self.reduce, ("mean", "max"))
 
 
+@dataclass(frozen=True)
+class SmearConfig:
+    """SMEAR: experts are merged, one merged expert for a sequence or a segment of it."""
+
+    # Tokens that share a merged expert, which the segment before them decides. 0: the whole sequence, by its own mean, which
+    # isn't causal.
+    segment: int = 64
+    expert_dropout: float = 0.1  # chance of an expert to be left out of a merged one, in training
+    own_share: float = 0.5  # of the variance of an expert's matrices at first, what isn't common to all experts
+
+    def __post_init__(self):
+        require(
+            self.segment == 0 or self.segment > 1,
+            "smear.segment",
+            self.segment,
+            "must be at least 2, for experts aren't merged for every token, or 0 for a whole sequence",
+        )
+        require(
+            0 <= self.expert_dropout < 1, "smear.expert_dropout", self.expert_dropout, "must be at least 0 and below 1"
+        )
+        require(0 < self.own_share <= 1, "smear.own_share", self.own_share, "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class ThorConfig:
+    """THOR: one expert a layer is drawn for a batch, and two passes are trained to agree."""
+
+    consistency_weight: float = 5.0  # alpha, of the symmetric KL divergence between the passes
+    inference: str = "sequence"  # sequence | token: what draws an expert, once the model is trained
+    inference_seed: int = 0  # of these draws
+
+    def __post_init__(self):
+        require_not_negative("thor", self, "consistency_weight", "inference_seed")
+        require_choice("thor.inference", self.inference, ("sequence", "token"))
+
+
 METHODS = {
     "threshold": ThresholdConfig,
     "uoe": UoEConfig,
@@ -127,4 +163,6 @@ METHODS = {
     "routing_free": RoutingFreeConfig,
     "gshard": GShardConfig,
     "by_attention": ByAttentionConfig,
+    "smear": SmearConfig,
+    "thor": ThorConfig,
 }

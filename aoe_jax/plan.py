@@ -37,6 +37,7 @@ from aoe_jax.config import Config, MeshConfig
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts import transport
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.model.loss import CHUNK_TOKENS
@@ -194,14 +195,15 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
     counted = (compiled.cost_analysis() or {}).get("flops")
     if not counted:
         return None
+    passes = LAYERS[config.experts.kind].passes  # a loop too, but for the loss, which is of all at once
     tokens = config.train.batch_size * config.data.seq_len // config.train.accumulate // n_devices
     per_token = 6 * config.model.vocab_size * config.model.d_model
     chunk = min(CHUNK_TOKENS, tokens)
     update = 20 * parameter_counts(config).total / (n_devices // config.mesh.data)  # AdamW's arithmetic, about
     n_layers, unroll = config.model.n_layers, min(config.model.unroll, config.model.n_layers)
     in_program = unroll + n_layers % unroll  # the body of the scan, and the layers left over
-    layer = (counted - chunk * per_token - update) / in_program
-    return config.train.accumulate * (n_layers * layer + tokens * per_token) + update
+    layer = (counted - passes * chunk * per_token - update) / in_program
+    return config.train.accumulate * passes * (n_layers * layer + tokens * per_token) + update
 
 
 def candidates(config: Config, n_devices):

@@ -127,6 +127,10 @@ def replicated(mesh):
 PARAMETER_AXES = {
     "w_router": (None, None),
     "w_router_hidden": (None, None),
+    "pooled_scale": (None,),
+    "pooled_bias": (None,),
+    "router_scale": (None,),
+    "expert_bias": (None,),
     "w_down": ("experts", "embed", None),
     "w_up": ("experts", "rank", "mlp"),
     "w_g": ("experts", "embed", "mlp"),

@@ -10,6 +10,7 @@ from configs import tiny
 
 AUX_WEIGHT = 0.01
 NO_LOSS = {"aux_weight": 0.0}
+AOE_EXPERTS = {"experts": {"factorised_gate": True}}  # of kinds of layer that have either
 OF_ALL_TOKENS = {"aux_weight": AUX_WEIGHT, "aux_tokens": 1.0}
 
 # name -> the changes for both kinds, those for AoE and those for a router; None: there is no such variant.
@@ -46,6 +47,9 @@ METHODS = {
     "z_loss": ({"balance": {"aux_weight": AUX_WEIGHT, "z_weight": 1e-3}}, {}, {}),
     "sequence_balance": ({"balance": {"aux_weight": AUX_WEIGHT, "aux_batch": "sequence"}}, {}, {}),
     "loss_free": ({"balance": NO_LOSS | {"bias_rate": 0.01}}, {}, {}),
+    # These merge or draw one expert a token, whose gate is that of an AoE expert, or of a traditional one.
+    "smear": ({"experts": {"kind": "smear"}, "balance": NO_LOSS, "smear": {"segment": 32}}, AOE_EXPERTS, {}),
+    "thor": ({"experts": {"kind": "thor"}, "balance": NO_LOSS}, AOE_EXPERTS, {}),
     "by_attention": (
         {"experts": {"selection": "by_attention", "top_k": 4}, "balance": {"aux_weight": AUX_WEIGHT}},
         {},

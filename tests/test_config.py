@@ -218,6 +218,9 @@ def test_configurations_are_frozen():
         Config().model.d_model = 3
 
 
+SMEAR, THOR = ({"experts": {"kind": kind}, "balance": {"aux_weight": 0.0}} for kind in ("smear", "thor"))
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
@@ -251,6 +254,32 @@ def test_configurations_are_frozen():
             "mesh.transport='ring': with experts.kind='capacity' and mesh.expert",
         ),
         ({"model": {"unroll": 2}, "mesh": {"fsdp": 4}}, "model.unroll=2: with mesh.fsdp=4 would let"),
+        (SMEAR | {"smear": {"segment": 0}}, "smear.segment=0: merges by the mean of a whole sequence"),
+        (SMEAR | {"smear": {"segment": 48}}, "smear.segment=48: must divide data.seq_len=256"),
+        (SMEAR | {"smear": {"segment": 256}}, "smear.segment=256: must divide data.seq_len=256 into two"),
+        (SMEAR | {"smear": {"segment": 1}}, "smear.segment=1: must be at least 2"),
+        (SMEAR | {"smear": {"expert_dropout": 1.0}}, "smear.expert_dropout=1.0: must be at least 0"),
+        (SMEAR | {"smear": {"own_share": 0.0}}, "smear.own_share=0.0: must be above 0"),
+        (SMEAR | {"data": {"document_mask": True}}, "data.document_mask=True: with experts.kind='smear'"),
+        (SMEAR | {"balance": {}}, "balance.aux_weight=0.01: a smear layer has no load"),
+        (
+            SMEAR | {"mesh": {"expert": 2, "transport": "all_to_all"}},
+            "mesh.transport='all_to_all': with experts.kind='smear'",
+        ),
+        ({"smear": {"segment": 32}}, "smear.segment=32: belongs to experts.kind='smear'"),
+        (THOR | {"thor": {"inference": "batch"}}, "thor.inference='batch': choose one of sequence, token"),
+        (THOR | {"thor": {"consistency_weight": -1.0}}, "thor.consistency_weight=-1.0"),
+        (
+            {"experts": {"kind": "thor", "selection": "top_p"}},
+            "experts.selection='top_p': a thor layer selects nothing",
+        ),
+        (
+            {"experts": {"kind": "thor", "large_router": True}},
+            "experts.large_router=True: belongs to experts.kind='router'",
+        ),
+        ({"experts": {"kind": "thor", "score_gradient": "dense"}}, "experts.score_gradient='dense': belongs to"),
+        ({"thor": {"inference": "token"}}, "thor.inference='token': belongs to experts.kind='thor'"),
+        ({"experts": {"selection": "thor"}}, "experts.selection='thor'"),
     ],
 )
 def test_settings_that_do_not_fit_together(groups, message):

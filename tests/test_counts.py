@@ -17,10 +17,12 @@ from aoe_jax.counts import (
     parameter_counts,
     training_flops_per_token,
 )
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods, paper, tiny
 
-ALL = {f"{module.__name__[8:]}:{name}": module for module in (paper, tiny, methods) for name in module.VARIANTS}
+FILES = {"paper": paper, "tiny": tiny, "methods": methods}
+ALL = {f"{file}:{name}": module for file, module in FILES.items() for name in module.VARIANTS}
 
 
 def config_of(name):
@@ -177,7 +179,7 @@ def computed_beyond_useful(config):
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
     area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
-    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2)
+    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * LAYERS[c.kind].passes
     if config.balance.coupling_weight:
         return m.n_layers * (attention + coupling_flops_per_token(config))
     if c.kind == "capacity":
@@ -198,6 +200,9 @@ STEPS = {
     "router": ("moe", {}),
     "capacity": ("moe", {"experts": {"kind": "capacity", "capacity_factor": 1.3}}),
     "uoe": ("moe", {"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 40}}),
+    "merged": ("methods:smear_router", {}),
+    "merged by norms": ("methods:smear", {}),
+    "two passes": ("methods:thor", {}),
     "coupled router": ("moe", {"experts": {"n_experts": 32}, "balance": {"coupling_weight": 1.0}}),
     "dense": ("dense", {}),
     "accumulated": ("aoe", {"train": {"accumulate": 2}}),
@@ -213,7 +218,8 @@ def test_flops_of_a_whole_training_step(name, monkeypatch):
     """
     monkeypatch.setattr(importlib.import_module("aoe_jax.experts.grouped_matmul"), "_backend_here", lambda: "ragged")
     variant, changes = STEPS[name]
-    settings = tiny.get_config(variant)
+    file, _, variant = variant.rpartition(":")
+    settings = FILES[file or "tiny"].get_config(variant)
     for group, values in changes.items():
         settings[group].update(values)
     config = Config.from_config_dict(settings)

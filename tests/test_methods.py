@@ -30,6 +30,7 @@ SOONER = {
     "threshold": {"warmup_steps": 2, "decay": 0.5},
     "top_any": {"initial_experts": 2, "period_steps": 3, "idle_steps": 1, "record_steps": 2},  # an update after step 3
     "routing_free": {"threshold": 1.5, "multiplier": 0.1, "rate": 0.5},
+    "smear": {"segment": 4},
 }
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from aoe_jax.config import BalanceConfig, ExpertsConfig
+from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
 from aoe_jax.experts import capacity, coupling, dispatch, parallel, scoring
 from aoe_jax.experts import transport as transports
 from aoe_jax.experts.balance import LayerStats, layer_stats, sequence_balance_loss, z_loss
@@ -39,9 +39,17 @@ def whole_gate(rows, round, groups, w):
     return checkpoint_name(grouped_matmul(rows, w["w_g"], groups), EXPERT_RESIDUAL), None
 
 
-def _low_rank_gate(rows, round, groups, w):
+def low_rank_gate(rows, round, groups, w):
+    """Of an AoE expert: `(x Wdown) Wup`."""
     c = checkpoint_name(grouped_matmul(rows, w["w_down"], groups), EXPERT_RESIDUAL)
     return grouped_matmul(c, w["w_up"], groups), c
+
+
+def expert_shapes(config: ExpertsConfig, d):
+    """The matrices of all experts of a layer: name -> shape."""
+    n, r, width = config.n_experts, config.d_low, config.width(d)
+    gates = {"w_down": (n, d, r), "w_up": (n, r, width)} if config.low_rank else {"w_g": (n, d, width)}
+    return gates | {"w_p": (n, d, width), "w_o": (n, width, d)}
 
 
 def _norms_of_round(transport, n_slots, plan, number, args):
@@ -76,7 +84,13 @@ class ExpertsModule(nn.Module):
 
     selects: ClassVar[bool] = True  # whether experts are chosen, by the method `config.selection`
     causal: ClassVar[bool] = True  # whether a token depends on no later one, whatever the method
+    not_by_token: ClassVar[str] = ""  # why it can't process a text token by token, the end of "for ..."; "": it can
     needs_key: ClassVar[bool] = False  # whether it draws at random in training, beside what the method draws
+    needs_place: ClassVar[bool] = False  # whether it goes by the number of its layer and by positions
+    gathers_experts: ClassVar[bool] = False  # whether each device computes with the experts of all
+    # Forward passes of a training step. With 2, both have losses and gradients, and what they differ in is a loss as well,
+    # of the weight `consistency_weight` in the settings.
+    passes: ClassVar[int] = 1
     score_name: ClassVar[str] = "mean_logit"  # what `LayerStats.mean_score` is
     for_all_tokens: ClassVar[
         tuple
@@ -90,13 +104,23 @@ class ExpertsModule(nn.Module):
     settings: Any = None  # the configuration group of the kind or of the selection method, where one has any
     training: bool = False
 
+    @classmethod
+    def experts_per_token(cls, config: ExpertsConfig):
+        """Mean number of experts that process a token, or None where the scores decide it."""
+        return SELECTIONS[config.selection].experts_per_token(config) if cls.selects else 1
+
+    @classmethod
+    def flops_beside_experts(cls, config: Config, shared):
+        """Useful FLOPs per token of a forward pass, but for those of its experts; `shared` weights are `for_all_tokens`."""
+        return 2 * shared
+
     @property
     def method(self):
         """The selection method."""
         return SELECTIONS[self.config.selection]
 
     @nn.compact
-    def __call__(self, x, token_weights=None, routing_state=None, attention=None):
+    def __call__(self, x, token_weights=None, routing_state=None, attention=None, number=0, positions=None):
         """Applies the layer, on the mesh in context where there is one (`jax.set_mesh`).
 
         Args:
@@ -105,6 +129,8 @@ class ExpertsModule(nn.Module):
           routing_state: of this layer, what its selection method has beside parameters, see `Selection.initial_state`;
             None: that before training.
           attention: `[..., H]`, `selection.base.Given.attention`, which some methods need.
+          number: of the layer in its model, for kinds with `needs_place`.
+          positions: `[...]` int32, of tokens in their sequences, likewise; None: counted along the last axis but d.
 
         Returns:
           `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With sparse scoring the statistics
@@ -121,16 +147,23 @@ class ExpertsModule(nn.Module):
         draws = self.training and (self.needs_key or (self.selects and self.method.needs_key))
         key = self.make_rng("experts") if draws and not self.is_initializing() else None
         token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
+        if not self.needs_place:
+            number = positions = None
+        elif positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
 
-        def process(devices, x, token_weights, attention, of_layer, weights):
+        def process(devices, x, of_tokens, attention, of_layer, weights):
             devices = dataclasses.replace(devices, shape=x.shape[:-1])
             flat = x.reshape(-1, x.shape[-1])
-            state, parameters, key = of_layer
+            token_weights, positions = jax.tree.map(lambda a: a.reshape(-1), of_tokens)
+            state, parameters, key, number = of_layer
             if attention is not None:
                 attention = attention.reshape(-1, attention.shape[-1])
             given = Given(
-                *(devices, token_weights.reshape(-1), self.settings, state, parameters, flat, key, self.training),
+                *(devices, token_weights, self.settings, state, parameters, flat, key, self.training),
                 attention=attention,
+                number=number,
+                positions=positions,
             )
             y, stats, per_token = self.process(devices, flat, given, weights)
             return y.reshape(x.shape), stats, jax.tree.map(lambda a: a.reshape(x.shape[:-1]), per_token)
@@ -147,8 +180,9 @@ class ExpertsModule(nn.Module):
         run = parallel.over_mesh(process, in_specs, out_specs, self.transport)
         if not routing_state and self.selects:
             routing_state = self.method.initial_state(self.config, self.balance, self.settings, x.shape[-1])
-        of_layer = (routing_state or {}, of_method, key)
-        y, stats, per_token = run(x.astype(self.dtype), token_weights, attention, of_layer, weights)
+        of_layer = (routing_state or {}, of_method, key, number)
+        of_tokens = token_weights, positions
+        y, stats, per_token = run(x.astype(self.dtype), of_tokens, attention, of_layer, weights)
         return y, stats._replace(per_token=per_token) if per_token else stats
 
     def choose(self, given, scores, balance_scores):
@@ -180,16 +214,23 @@ class ExpertsModule(nn.Module):
         )
 
     def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
-        """The stations after scoring; the kinds of expert differ in their gate.
+        """The stations after scoring; arguments as in `process_chosen`.
 
-        `x [t, d]`, `scores [t, n]`, `balance_scores` those of every stride-th token; `weights` are float32 parameters by
-        name, pieces of those of this device's experts, `w_p` and `w_o` among them.
+        `scores [t, n]`, `balance_scores` those of every stride-th token.
         """
-        c = self.config
         scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
         assignment, stats, per_token = self.choose(given, scores, balance_scores)
+        return self.process_chosen(devices, x, assignment, gate, weights), stats, per_token
+
+    def process_chosen(self, devices, x, assignment, gate, weights):
+        """The stations after selection; the kinds of expert differ in their gate.
+
+        `x [t, d]`; `weights` are float32 parameters by name, pieces of those of this device's experts, `w_p` and `w_o`
+        among them.
+        """
+        c = self.config
         with jax.named_scope("plan"):
-            rows_per_token = self.method.experts_per_token(c) or c.top_k
+            rows_per_token = self.experts_per_token(c) or c.top_k
             transport = transports.make_transport(
                 devices, c.n_experts, rows_per_token, x.shape[0], assignment.slots_per_token
             )
@@ -218,14 +259,13 @@ class ExpertsModule(nn.Module):
             with jax.named_scope("combine"):
                 return transport.scatter(y)
 
-        experts = self.economical(devices, experts)
-        return experts(x, assignment.weight, weights), stats, per_token
+        return self.economical(devices, experts)(x, assignment.weight, weights)
 
     def economical(self, devices, experts):
         """The same function of arrays, which keeps for its backward pass what `model.remat` says."""
         if self.recompute:
             return jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
-        return devices.without_whole_weights(experts)
+        return devices.without_whole_weights(experts, self.gathers_experts)
 
 
 class AoELayer(ExpertsModule):
@@ -235,13 +275,11 @@ class AoELayer(ExpertsModule):
 
     def weights(self, d):
         """name -> `(initializer, shape)`."""
-        n, r, width = self.config.n_experts, self.config.d_low, self.config.width(d)
-        shapes = {"w_down": (n, d, r), "w_up": (n, r, width), "w_p": (n, d, width), "w_o": (n, width, d)}
-        return {name: (expert_init, shape) for name, shape in shapes.items()}
+        return {name: (expert_init, shape) for name, shape in expert_shapes(self.config, d).items()}
 
     def process(self, devices, x, given, weights):
         """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
-        stride, operands, gate = self.balance.aux_stride, (x, weights["w_down"]), _low_rank_gate
+        stride, operands, gate = self.balance.aux_stride, (x, weights["w_down"]), low_rank_gate
         with jax.named_scope("score"):
             if self.config.sparse_scoring:
                 if not self.balance.has_loss:
@@ -309,7 +347,7 @@ class RouterLayer(ExpertsModule):
                 scores = scoring.router_cosines(x, w_router)
             else:
                 scores = scoring.router_logits(x, w_router)
-        gate = _low_rank_gate if self.config.factorised_gate else whole_gate
+        gate = low_rank_gate if self.config.factorised_gate else whole_gate
         balance_scores = scores[:: self.balance.aux_stride]
         y, stats, per_token = self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
         if self.needs_key and given.key is not None:
@@ -326,6 +364,8 @@ class CapacityLayer(RouterLayer):
     A group is the tokens along the axis before the last: sequences of `[B, S, d]`. Statistics and balance losses are of the
     router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free balancing goes by.
     """
+
+    not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
 
     def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
         """The stations after scoring, arguments as in a router layer; the gate is whole.

@@ -106,14 +106,24 @@ class Devices:
             return w.astype(dtype)
         return checkpoint_name(_gather_cast(w, dtype, "fsdp", axes.index(True)), GATHERED_WEIGHT)
 
-    def without_whole_weights(self, function):
+    def gather_experts(self, name, w, dtype):
+        """A weight of the experts of all devices, whole along what is split over fsdp as well, in `dtype`.
+
+        Its gradient is summed over the devices in the dtype of `w`.
+        """
+        if self.size("expert") == 1:
+            return self.gather_weight(name, w, dtype)
+        return checkpoint_name(_gather_cast(self.gather_weight(name, w), dtype, "expert", 0), GATHERED_WEIGHT)
+
+    def without_whole_weights(self, function, of_all_experts=False):
         """`function` of arrays that gathers weights: they are gathered again in its backward pass, never kept whole.
 
         A `jax.checkpoint` within would keep what this one's policy says, not its own: what else is to be computed again
         within has a custom derivative. Layers are scanned, so the backward pass is a loop of its own, in which gathering
-        twice is gathering once; hence no barriers.
+        twice is gathering once; hence no barriers. `of_all_experts`: `function` gathers those of the expert axis too.
         """
-        if self.size("fsdp") == 1 and not self.sends_rows:
+        gathers_experts = self.sends_rows or (of_all_experts and self.size("expert") > 1)
+        if self.size("fsdp") == 1 and not gathers_experts:
             return function
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
@@ -164,17 +174,30 @@ class Devices:
         """The inverse: `[all tokens, ...]` -> `[t, ...]`."""
         if self.total_size == 1:
             return values
-        split = self.sizes[:3], self.sizes[3:]
-        rank = [jax.lax.axis_index(axis) for axis in MESH_AXES]
-        batch_rank = (rank[0] * split[0][1] + rank[1]) * split[0][2] + rank[2]
+        rank, n_ranks = jax.lax.axis_index("tensor"), self.size("tensor")
         if len(self.shape) == 1:
-            return jax.lax.dynamic_slice_in_dim(
-                values, (batch_rank * split[1][0] + rank[3]) * self.shape[0], self.shape[0]
-            )
+            first = (self._batch_rank() * n_ranks + rank) * self.shape[0]
+            return jax.lax.dynamic_slice_in_dim(values, first, self.shape[0])
         b, s = self.shape
-        values = values.reshape(b * math.prod(split[0]), s * split[1][0], *values.shape[1:])
-        values = jax.lax.dynamic_slice_in_dim(values, batch_rank * b, b)
-        return jax.lax.dynamic_slice_in_dim(values, rank[3] * s, s, axis=1).reshape(-1, *values.shape[2:])
+        values = self.own_sequences(values.reshape(b * self.batch_pieces, s * n_ranks, *values.shape[1:]))
+        return jax.lax.dynamic_slice_in_dim(values, rank * s, s, axis=1).reshape(-1, *values.shape[2:])
+
+    def own_sequences(self, values):
+        """A value for every sequence of the batch, `[B, ...]` -> those of this device, `[b, ...]`."""
+        if self.batch_pieces == 1:
+            return values
+        b = values.shape[0] // self.batch_pieces
+        return jax.lax.dynamic_slice_in_dim(values, self._batch_rank() * b, b)
+
+    @property
+    def batch_pieces(self):
+        """How many devices sequences are split over."""
+        return math.prod(self.sizes[:3])
+
+    def _batch_rank(self):
+        """Where this device lies among them."""
+        data, fsdp, expert = (jax.lax.axis_index(axis) for axis in MESH_AXES[:3])
+        return (data * self.size("fsdp") + fsdp) * self.size("expert") + expert
 
     @property
     def total_size(self):
@@ -271,8 +294,9 @@ def weight_specs(weights):
 def sum_over_tokens(function, hidden, table, bias, targets, weights):
     """`function(hidden [N, d], table [V, d], targets [N], weights [N]) -> []`, summed over the tokens of all devices.
 
-    `hidden [B, S, d]`, `targets` and `weights` `[B, S]`. A `bias [V]` of the output projection, if there is one, is given to
-    the function as one more column of the table, with ones in `hidden`.
+    `hidden [B, S, d]`, `targets` and `weights` `[B, S]`; `hidden` may be a tuple of several, and so may the result. A `bias
+    [V]` of the output projection, if there is one, is given to the function as one more column of the table, with ones in
+    `hidden`.
     """
 
     def local(devices, hidden, table, bias, targets, weights):
@@ -301,11 +325,12 @@ def on_each_token(function, hidden, table, bias, *values):
 
 
 def _projection(devices, hidden, table, bias):
-    """`(hidden [N, d], table [V, d])` of a device, or `d + 1` with a bias."""
-    hidden, table = hidden.reshape(-1, hidden.shape[-1]), devices.gather_weight("embedding", table)
+    """`(hidden [N, d], table [V, d])` of a device, or `d + 1` with a bias; of several `hidden`, a tuple of them."""
+    hidden = jax.tree.map(lambda h: h.reshape(-1, h.shape[-1]), hidden)
+    table = devices.gather_weight("embedding", table)
     if bias is None:
         return hidden, table
-    hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[:, :1])], axis=1)
+    hidden = jax.tree.map(lambda h: jnp.concatenate([h, jnp.ones_like(h[:, :1])], axis=1), hidden)
     return hidden, jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
 
 

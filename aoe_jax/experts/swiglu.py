@@ -4,6 +4,7 @@ P rows, d model width, n experts, w expert width.
 """
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.experts.grouped_matmul import grouped_matmul
@@ -30,6 +31,27 @@ def swiglu(rows, gate, weight, w_p, w_o, groups):
     """
     up = checkpoint_name(grouped_matmul(rows, w_p, groups), EXPERT_RESIDUAL)
     return grouped_matmul(weighted_product(gate, up, weight), w_o, groups)
+
+
+def one_expert(x, w):
+    """`(SiLU(gate) * (x Wp)) Wo` of one expert, or of several, each on tokens of its own.
+
+    Args:
+      x: `[..., T, d]`.
+      w: matrices of the dtype of `x`, with the same axes before their last two: `w_p`, `w_o`, and of the gate `w_g` or, of
+        an AoE expert, `w_down` and `w_up`.
+
+    Returns:
+      `[..., T, d]`.
+    """
+    if "w_down" in w:
+        gate = checkpoint_name(x @ w["w_down"], EXPERT_RESIDUAL) @ w["w_up"]
+    else:
+        gate = checkpoint_name(x @ w["w_g"], EXPERT_RESIDUAL)
+    up = checkpoint_name(x @ w["w_p"], EXPERT_RESIDUAL)
+    width = up.shape[-1]
+    hidden = weighted_product(gate.reshape(-1, width), up.reshape(-1, width), jnp.ones(up.size // width))
+    return hidden.reshape(up.shape) @ w["w_o"]
 
 
 @jax.custom_vjp

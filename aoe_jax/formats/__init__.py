@@ -29,6 +29,9 @@ expert (f where its gate is whole, w where it is Wdown Wup):
     model.layers.N.mlp.experts.w_o_route            [n, s, d]    are in w_g, w_p [n, d, f - s] and w_o [n, f - s, d]
     model.layers.N.mlp.w_router                     [d, n]       of routers; of large ones [hidden, n]
     model.layers.N.mlp.w_router_hidden              [d, hidden]  of large routers
+    model.layers.N.mlp.pooled_scale, pooled_bias    [d]          of experts.kind='smear': the norm of mean tokens
+    model.layers.N.mlp.router_scale                 [d]          and the gain of the norm of its router's weights
+    model.layers.N.mlp.expert_bias                  [n]          and what is added to their product
     model.layers.N.mlp.selection_bias               [n]          float32, of loss-free balancing
     model.layers.N.mlp.firing_threshold             [n]          of selection top_any
     model.layers.N.mlp.score_bias                   [n]          of selection routing_free

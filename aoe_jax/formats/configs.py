@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from aoe_jax.config import SELECTION_NAMES, Config
+from aoe_jax.config import SELECTION_NAMES, UNSELECTIVE_KINDS, Config
 from aoe_jax.errors import UserError
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.formats.architectures import ARCHITECTURES, Architecture
@@ -29,8 +29,10 @@ def computed_fields(config: Config):
     idle = {*_EXECUTION, "experts.d_ffn", "experts.round_to"}  # what they come to is d_wide
     if not experts.low_rank and not experts.large_router:
         idle.add("experts.d_low")
+    if not experts.selects:
+        idle |= {*CHOICE}
     if experts.kind == "dense":
-        idle |= {"experts.n_experts", *CHOICE}
+        idle.add("experts.n_experts")
     of_some = {"top_k", "ranks", "gate", "top_p", "capacity_factor", "router_jitter"}
     idle |= {f"experts.{name}" for name in of_some - _used(experts)}
     return {name: value for name, value in fields.items() if name not in idle}
@@ -69,7 +71,8 @@ def from_json(path: Path, values: dict):
         group, _, name = name.partition(".")
         groups[group][name] = value
     groups["model"]["dtype"] = "float32"
-    if groups["experts"]["kind"] == "dense" or groups["experts"]["selection"] in tuple(METHODS):
+    experts = groups["experts"]
+    if experts["kind"] in UNSELECTIVE_KINDS or experts["selection"] in tuple(METHODS):
         groups["balance"]["aux_weight"] = 0.0
     max_len = groups["model"]["max_len"]
     if isinstance(max_len, int):

@@ -52,27 +52,29 @@ class DecoderLayer(nn.Module):
         of_method = {"settings": self.method_settings, "training": self.training}
         return kind(self.experts, dtype, self.balance, recompute, self.transport, **of_method, **settings)
 
-    def __call__(self, x, segment_ids, token_weights, routing_state):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants."""
+    def __call__(self, x, segment_ids, token_weights, routing_state, number):
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants; `number []` of the layer."""
         with jax.named_scope("attention"):
             y, concentration = self.attention(self.attention_norm(x), segment_ids)
             x = x + y
-        return self._through_experts(x, token_weights, routing_state, concentration)
+        return self._through_experts(x, token_weights, routing_state, concentration, number)
 
-    def prefill(self, x, routing_state):
+    def prefill(self, x, routing_state, number):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
         with jax.named_scope("attention"):
             y, concentration, cache = self.attention.prefill(self.attention_norm(x))
-        return self._through_experts(x + y, None, routing_state, concentration)[0], cache
+        return self._through_experts(x + y, None, routing_state, concentration, number)[0], cache
 
-    def extend(self, x, cache, n_past, routing_state):
+    def extend(self, x, cache, n_past, routing_state, number):
         """`x [B, S, d]` after what is in a cache -> `([B, S, d], cache)`, see `Attention.extend`."""
         with jax.named_scope("attention"):
             y, concentration, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
-        return self._through_experts(x + y, None, routing_state, concentration)[0], cache
+        positions = n_past[:, None] + jnp.arange(x.shape[1])
+        return self._through_experts(x + y, None, routing_state, concentration, number, positions)[0], cache
 
-    def _through_experts(self, x, token_weights, routing_state, concentration):
-        y, stats = self.experts_layer(self.experts_norm(x), token_weights, routing_state, concentration)
+    def _through_experts(self, x, token_weights, routing_state, concentration, number, positions=None):
+        of_tokens = self.experts_norm(x), token_weights
+        y, stats = self.experts_layer(*of_tokens, routing_state, concentration, number, positions)
         return x + y, stats
 
 
@@ -110,7 +112,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "experts": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.n_layers,
             unroll=c.unroll,
         )(c, self.experts, self.balance, self.transport, self.settings, self.training)
@@ -133,7 +135,7 @@ class Decoder(nn.Module):
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
-        x, stats = self.layers(x, segment_ids, token_weights, routing_state)
+        x, stats = self.layers(x, segment_ids, token_weights, routing_state, jnp.arange(self.model.n_layers))
         return self.final_norm(x), stats
 
     def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):

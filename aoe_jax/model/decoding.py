@@ -39,15 +39,16 @@ def check_decodes(decoder: Decoder):
     """
     name = decoder.experts.selection
     method = SELECTIONS[name]
-    if not method.causal and LAYERS[decoder.experts.kind].selects:
+    kind = LAYERS[decoder.experts.kind]
+    if not method.causal and kind.selects:
         raise UserError(
             f"config.experts.selection={name!r}: can't go token by token, for {method.not_causal_because}; use a model of a "
             "token-choice selection, such as top_k"
         )
-    if decoder.experts.kind == "capacity":
+    if kind.not_by_token:
         raise UserError(
-            "config.experts.kind='capacity': can't go token by token, for whether an expert has room for a token depends on "
-            "other tokens of the text and on its length; use a model of experts.kind='router'"
+            f"config.experts.kind={decoder.experts.kind!r}: can't go token by token, for {kind.not_by_token}; use a model "
+            "of another kind, such as aoe or router"
         )
 
 
@@ -119,14 +120,14 @@ def _embed(decoder, params, tokens):
 
 
 def _layers(decoder, params, routing_state):
-    """Of each layer a function: its arguments but the routing state, which comes last, and the method."""
+    """Of each layer a function: its arguments but the last two, routing state and number, and the method."""
     layer = decoder.Layer(
         decoder.model, decoder.experts, decoder.balance, decoder.transport, decoder.settings, training=False
     )
     for i in range(decoder.model.n_layers):
         state = jax.tree.map(lambda a, i=i: a[i], routing_state)
         yield lambda *args, method, i=i, state=state: layer.apply(
-            {"params": params[f"layer_{i}"]}, *args, state, method=method
+            {"params": params[f"layer_{i}"]}, *args, state, i, method=method
         )
 
 

@@ -1,7 +1,9 @@
-"""Cross-entropy over a large vocabulary, without ever holding all logits.
+"""Cross-entropy over a large vocabulary, and what two passes differ in, without ever holding all logits.
 
 N tokens, V vocabulary, d model width.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,78 @@ def _backward(residuals, g):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def consistent_cross_entropy(consistency, hidden, table, targets, weights):
+    """The cross-entropy of two passes, and the divergence of what they say of each token.
+
+    As with `cross_entropy`, no logits are kept or computed twice.
+
+    Args:
+      consistency: weight of the divergence in the loss, a number.
+      hidden: `[N, d]` of the first pass, and of the second.
+      table, targets, weights: as in `cross_entropy`.
+
+    Returns:
+      `(loss, nll, divergence)`, sums over tokens, each by its weight: nll of both passes together, the symmetric divergence
+      `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `nll + consistency * divergence`. Only the loss has a
+      gradient.
+    """
+    cast = table.astype(hidden[0].dtype)
+
+    def chunk_loss(sums, chunk):
+        *h, t, w = chunk
+        return sums + _of_passes([_logits(a, cast) for a in h], t, w, consistency)[0], None
+
+    sums = jax.lax.scan(chunk_loss, jnp.zeros(2, jnp.float32), _chunks(*hidden, targets, weights))[0]
+    return _with_loss(sums, consistency)
+
+
+def _with_loss(sums, consistency):
+    nll, divergence = sums
+    return nll + consistency * divergence, nll, divergence
+
+
+def _of_passes(logits, targets, weights, consistency):
+    """Of a chunk the sums `[nll, divergence]`, and the gradients of the loss by both logits."""
+    one_hot = targets[:, None] == jnp.arange(logits[0].shape[1])
+    log_p, log_q = (jax.nn.log_softmax(a) for a in logits)
+    p, q, difference = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
+    kl_pq, kl_qp = (p * difference).sum(axis=1), -(q * difference).sum(axis=1)
+    nll = -jnp.where(one_hot, log_p + log_q, 0).sum(axis=1)
+    sums = jnp.stack([jnp.sum(weights * nll), jnp.sum(weights * (kl_pq + kl_qp) / 2)])
+    half, weights = consistency / 2, weights[:, None]
+    by_p = weights * (p - one_hot + half * (p * (difference - kl_pq[:, None]) + p - q))
+    by_q = weights * (q - one_hot + half * (q * (-difference - kl_qp[:, None]) + q - p))
+    return sums, (by_p, by_q)
+
+
+def _passes_forward(consistency, hidden, table, targets, weights):
+    cast = table.astype(hidden[0].dtype)
+
+    def chunk_gradient(carry, chunk):
+        sums, d_table = carry
+        *h, t, w = chunk
+        of_chunk, d_logits = _of_passes([_logits(a, cast) for a in h], t, w, consistency)
+        d_logits = [d.astype(cast.dtype) for d in d_logits]
+        for d, a in zip(d_logits, h, strict=True):
+            d_table = d_table + jnp.einsum("nv,nd->vd", d, a, preferred_element_type=d_table.dtype)
+        return (sums + of_chunk, d_table), tuple(d @ cast for d in d_logits)
+
+    start, chunks = (jnp.zeros(2, jnp.float32), jnp.zeros_like(table)), _chunks(*hidden, targets, weights)
+    (sums, d_table), d_hidden = jax.lax.scan(chunk_gradient, start, chunks)
+    n_tokens, width = hidden[0].shape
+    d_hidden = tuple(d.reshape(-1, width)[:n_tokens] for d in d_hidden)
+    return _with_loss(sums, consistency), (d_hidden, d_table)
+
+
+def _passes_backward(consistency, residuals, g):
+    d_hidden, d_table = residuals
+    return tuple((g[0] * d).astype(d.dtype) for d in d_hidden), g[0] * d_table, None, None
+
+
+consistent_cross_entropy.defvjp(_passes_forward, _passes_backward)
 
 
 def target_log_probs(hidden, table, targets, wanted):

@@ -16,7 +16,7 @@ from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.parallel import sum_over_tokens
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder, initial_routing_state, output_projection
-from aoe_jax.model.loss import cross_entropy
+from aoe_jax.model.loss import consistent_cross_entropy, cross_entropy
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 
@@ -54,44 +54,71 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask, 
     Returns:
       `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
     """
-    segment_ids = batch["segment_ids"] if document_mask else None
-    token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    hidden, stats = decoder.apply(
-        {"params": params},
-        batch["inputs"],
-        segment_ids,
-        token_weights,
-        routing_state,
-        rngs=None if key is None else {"experts": key},
-        method="features",
-    )
+    hidden, stats = _features(decoder, params, routing_state, batch, document_mask, key)
     with jax.named_scope("loss"):
         projection = output_projection(params)
         nll = sum_over_tokens(cross_entropy, hidden, *projection, batch["targets"], batch["weights"])
     return nll, stats
 
 
+def two_passes(decoder: Decoder, params, routing_state, batch, document_mask, key, consistency):
+    """A batch passed twice, with other random draws; arguments and statistics as in `sequence_nll`, means of both.
+
+    Returns:
+      `(loss, nll, divergence, stats)`: the sums of `loss.consistent_cross_entropy` over the batch's targets.
+    """
+    one_pass = partial(_features, decoder, params, routing_state, batch, document_mask)
+    hidden, stats = jax.lax.map(one_pass, jax.random.split(key, 2))
+    with jax.named_scope("loss"):
+        function = partial(consistent_cross_entropy, consistency)
+        projection = output_projection(params)
+        sums = sum_over_tokens(function, tuple(hidden), *projection, batch["targets"], batch["weights"])
+    return *sums, jax.tree.map(lambda a: a.mean(axis=0), stats)
+
+
+def _features(decoder, params, routing_state, batch, document_mask, key):
+    """`(hidden [B, S, d], LayerStats)`; arguments as in `sequence_nll`."""
+    return decoder.apply(
+        {"params": params},
+        batch["inputs"],
+        batch["segment_ids"] if document_mask else None,
+        (batch["segment_ids"] > 0).astype(jnp.float32),
+        routing_state,
+        rngs=None if key is None else {"experts": key},
+        method="features",
+    )
+
+
 def training_loss(config: Config, params, routing_state, batch, key, total_weight=None):
     """Mean nll plus the balance losses, and what is reported of them.
 
-    The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`.
+    The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`. Of several
+    passes the loss has the sum of their nll, and the mean is reported.
     """
-    decoder, document_mask = Decoder.from_config(config, training=True), config.data.document_mask
-    nll, stats = sequence_nll(decoder, params, routing_state, batch, document_mask, key)
-    nll = nll / jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
+    decoder, kind = Decoder.from_config(config, training=True), LAYERS[config.experts.kind]
+    total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
+    of_batch = decoder, params, routing_state, batch, config.data.document_mask, key
+    reported = {}
+    if kind.passes == 1:
+        nll, stats = sequence_nll(*of_batch)
+        loss = nll = nll / total_weight
+    else:
+        *sums, stats = two_passes(*of_batch, config.method_settings.consistency_weight)
+        loss, nll, divergence = (value / total_weight for value in sums)
+        nll, reported["divergence"] = nll / kind.passes, divergence
     with jax.named_scope("balance"):
         of_batch = balance_loss(stats.load, stats.mean_probability)
         aux_loss = (of_batch if stats.sequence_loss is None else stats.sequence_loss).mean()
         confidence_entropy = stats.confidence_entropy.mean()
         of_method = _method_losses(config, stats, routing_state, batch, params)
-    loss = nll + config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
+    loss += config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
     if stats.coupling is not None:
         of_method["coupling_loss"] = (config.balance.coupling_weight, stats.coupling.mean())
     if stats.z_loss is not None:
         of_method["z_loss"] = (config.balance.z_weight, stats.z_loss.mean())
     loss += sum(weight * value for weight, value in of_method.values())
     of_some = {name: getattr(stats, name) for name in ("dropped_share", "live") if getattr(stats, name) is not None}
-    reported = {name: value for name, (_, value) in of_method.items()}
+    reported |= {name: value for name, (_, value) in of_method.items()}
     return loss, of_some | reported | {
         "stats": stats._replace(per_token=None),
         "loss": loss,

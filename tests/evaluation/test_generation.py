@@ -24,6 +24,8 @@ KINDS = {
     "aoe by attention": {"experts": {"selection": "by_attention", "top_k": 8}, "by_attention": {"reduce": "max"}},
     "router, grouped queries": {"experts": {"kind": "router"}, "model": {"n_kv_heads": 2, "qk_norm": True}},
     "uoe": {"experts": {"kind": "uoe"}},
+    "thor, by token": {"experts": {"kind": "thor"}, "thor": {"inference": "token"}},
+    "thor, by sequence": {"experts": {"kind": "thor"}},
     "dense, biases": {
         "experts": {"kind": "dense"},
         "model": {"norm": "layer", "attention_bias": True, "output_bias": True, "rope_factors": (1.0, 2.0)},
@@ -85,6 +87,7 @@ CASES = [
     *((kind, "alone") for kind in KINDS if kind != "aoe"),
     ("aoe", "expert and tensor"),
     ("aoe by attention", "expert and tensor"),
+    ("thor, by token", "expert and tensor"),
     ("router, grouped queries", "data and fsdp"),
 ]
 

@@ -37,6 +37,8 @@ WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
     "router, biased": {"balance__bias_rate": 0.01, "experts__kind": "router"},
     "aoe, top-any": VARIANTS["aoe, top-any"][0],
     "router, routing-free": VARIANTS["router, routing-free"][0],
+    "smear": {"experts__kind": "smear", "smear__segment": 8},
+    "thor, as aoe": {"experts__kind": "thor", "experts__factorised_gate": True, "thor__inference": "token"},
 }
 
 

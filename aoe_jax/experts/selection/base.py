@@ -28,6 +28,8 @@ class Given(NamedTuple):
     # [t, H] float32 for methods with `needs_attention`: of each head of the attention before the experts, how much of its
     # attention the token pays to one token, 0 to all alike and 1 to one alone, see `model.attention.concentration`.
     attention: jax.Array | None = None
+    number: jax.Array | int | None = None  # of the layer in its model; for kinds of layer with `needs_place`
+    positions: jax.Array | None = None  # [t] int32, in their sequences; likewise
 
 
 class Choice(NamedTuple):
