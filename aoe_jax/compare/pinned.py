@@ -4,8 +4,10 @@ Run as a script, `python pinned.py CORE COMMAND ...`, which becomes the command;
 exec would be unsafe in a process with threads.
 """
 
+import contextlib
 import ctypes
 import os
+import pathlib
 import signal
 import sys
 
@@ -19,6 +21,9 @@ def main():
         if core != "any":
             os.sched_setaffinity(0, {int(core)})
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        # A session is a group of its own to the scheduler, which forgets that a comparison was started by `nice`.
+        with contextlib.suppress(OSError):
+            pathlib.Path("/proc/self/autogroup").write_text(str(os.nice(0)))
     os.execv(command[0], command)
 
 
