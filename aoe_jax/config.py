@@ -96,8 +96,8 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
 
+KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe", "smear", "thor")
 UNSELECTIVE_KINDS = ("dense", "smear", "thor")
-KIND_NAMES = ("aoe", "router", "capacity", "uoe", *UNSELECTIVE_KINDS)
 SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
 
 

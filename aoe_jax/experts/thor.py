@@ -53,7 +53,7 @@ def drawn(devices, w, expert):
     first = devices.expert_rank() * w.shape[0]
     own = jax.lax.dynamic_index_in_dim(w, jnp.clip(expert - first, 0, w.shape[0] - 1), keepdims=False)
     is_here = (expert >= first) & (expert < first + w.shape[0])
-    return devices.sum_over_experts(jnp.where(is_here, own, 0))
+    return devices.sum_over(jnp.where(is_here, own, 0), "expert")
 
 
 class ThorLayer(ExpertsModule):

@@ -81,7 +81,11 @@ def test_trained_draws_belong_to_layer_and_position(ragged, form):
     layer, params, x = make(form, inference="token")
     outputs = by_each_expert(params, x)
     want = [draw_by_position(layer_key(0, number), jnp.arange(TOKENS), EXPERTS) for number in range(3)]
-    apply = jax.jit(lambda x, number, positions: layer.apply({"params": params}, x, None, None, number, positions)[0])
+
+    @jax.jit
+    def apply(x, number, positions):
+        return layer.apply({"params": params}, x, number=number, positions=positions)[0]
+
     for number in range(3):
         y = apply(x, number, None)
         np.testing.assert_array_equal(who(y, outputs), np.broadcast_to(want[number], (SEQUENCES, TOKENS)))
