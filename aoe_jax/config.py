@@ -618,7 +618,7 @@ class Config:
             of_other = f"belongs to experts.{what}={name!r}; leave it at its default"
             require(False, f"{name}.{field_name}", getattr(settings, field_name), of_other)
 
-        for name in ("aux_weight", "entropy_weight"):
+        for name in ("aux_weight", "entropy_weight", "z_weight"):
             require(
                 self.experts.selection not in ("top_any", "routing_free") or getattr(self.balance, name) == 0,
                 f"balance.{name}",
@@ -632,7 +632,7 @@ class Config:
 
     def _check_smear(self):
         """Refuses what a decoder can't have."""
-        segment, length = self.smear.segment, self.data.seq_len
+        segment, length = self.smear.segment, self.model.max_len
         require(
             segment > 0,
             "smear.segment",
@@ -640,10 +640,10 @@ class Config:
             "merges by the mean of a whole sequence, which in a decoder knows later tokens; name the tokens of a segment",
         )
         require(
-            length % segment == 0 and segment < length,
+            segment < length,
             "smear.segment",
             segment,
-            f"must divide data.seq_len={length} into two segments or more: the first decides for the second",
+            f"must be below model.max_len={length}, so that there are two segments: the first decides for the second",
         )
         require(
             not self.data.document_mask,

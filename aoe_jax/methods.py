@@ -5,17 +5,23 @@ its defaults where the method isn't chosen.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
+
+
+def training_only(default):
+    """A field that says how a model is trained and nothing of what it computes."""
+    return field(default=default, metadata={"training_only": True})
 
 
 @dataclass(frozen=True)
 class ThresholdConfig:
     """Expert Threshold routing; `experts.top_k` is the mean number of experts per token that thresholds aim at."""
 
-    decay: float = 0.999  # of the moving average that is an expert's threshold
-    warmup_steps: int = 4000  # steps at the beginning in which experts choose tokens, which is not causal
+    decay: float = training_only(0.999)  # of the moving average that is an expert's threshold
+    # Steps at the beginning in which experts choose tokens, which is not causal.
+    warmup_steps: int = training_only(4000)
     # sigmoid: of the scores | relative: of scores less thresholds, for norms, which are never negative.
     weights: str = "sigmoid"
 
@@ -50,12 +56,12 @@ class TopAnyConfig:
     """DynMoE; `experts.n_experts` is the size of the pool, the most experts that a layer can have."""
 
     temperature: float = 1.0  # tau, of scores and thresholds
-    loss_weight: float = 0.01  # of the loss on a router's columns; AoE has none
-    initial_experts: int | None = None  # live from the first step; None: as many as the pool holds
+    loss_weight: float = training_only(0.01)  # of the loss on a router's columns; AoE has none
+    initial_experts: int | None = training_only(None)  # live from the first step; None: as many as the pool holds
     # Of every so many steps, that many pass, then that many are recorded, and experts are removed and added.
-    period_steps: int = 900
-    idle_steps: int = 300
-    record_steps: int = 300  # 0: the experts stay the same
+    period_steps: int = training_only(900)
+    idle_steps: int = training_only(300)
+    record_steps: int = training_only(300)  # 0: the experts stay the same
 
     def __post_init__(self):
         require_positive("top_any", self, "temperature", "period_steps")
@@ -79,10 +85,11 @@ class RoutingFreeConfig:
     """Routing-Free MoE; `experts.top_k` is the mean number of experts per token and layer that its loss aims at."""
 
     threshold: float = 1.0  # theta
-    bias: float = 1e-6  # the b that experts start from
-    multiplier: float = 1e-10  # the lambda that training starts from, at most 1
-    rate: float = 0.02  # eta: how fast lambda changes
-    expert_share: float = 0.5  # mu: of the loss, the part that balances experts; the rest balances tokens
+    bias: float = training_only(1e-6)  # the b that experts start from
+    multiplier: float = training_only(1e-10)  # the lambda that training starts from, at most 1
+    rate: float = training_only(0.02)  # eta: how fast lambda changes
+    # mu: of the loss, the part that balances experts; the rest balances tokens.
+    expert_share: float = training_only(0.5)
 
     def __post_init__(self):
         require_not_negative("routing_free", self, "threshold", "rate", "expert_share")
@@ -94,7 +101,7 @@ class RoutingFreeConfig:
 class GShardConfig:
     """GShard's two experts per token; experts.top_k must be 2."""
 
-    aux_weight: float = 0.01  # of its balance loss of first choices, which is 1 in perfect balance
+    aux_weight: float = training_only(0.01)  # of its balance loss of first choices, which is 1 in perfect balance
 
     def __post_init__(self):
         require_not_negative("gshard", self, "aux_weight")
@@ -127,8 +134,9 @@ class SmearConfig:
     # Tokens that share a merged expert, which the segment before them decides. 0: the whole sequence, by its own mean, which
     # isn't causal.
     segment: int = 64
-    expert_dropout: float = 0.1  # chance of an expert to be left out of a merged one, in training
-    own_share: float = 0.5  # of the variance of an expert's matrices at first, what isn't common to all experts
+    expert_dropout: float = training_only(0.1)  # chance of an expert to be left out of a merged one, in training
+    # Of the variance of an expert's matrices at first, what isn't common to all experts.
+    own_share: float = training_only(0.5)
 
     def __post_init__(self):
         require(
@@ -147,7 +155,7 @@ class SmearConfig:
 class ThorConfig:
     """THOR: one expert a layer is drawn for a batch, and two passes are trained to agree."""
 
-    consistency_weight: float = 5.0  # alpha, of the symmetric KL divergence between the passes
+    consistency_weight: float = training_only(5.0)  # alpha, of the symmetric KL divergence between the passes
     inference: str = "sequence"  # sequence | token: what draws an expert, once the model is trained
     inference_seed: int = 0  # of these draws
 

@@ -1,7 +1,7 @@
 """Goes on training a model: `--config=configs/finetune.py:DIR`, the directory of a model as safetensors.
 
-Model and experts are the model's, and so is the tokenizer; `balance` is that of its run, if it was exported from one.
-Corpus, steps, learning rate, and the balance of a model of the hub are for you to set.
+Model, experts and the settings of their method are the model's, and so is the tokenizer; `balance` is that of its run, if it was
+exported from one. Corpus, steps, learning rate, and the balance of a model of the hub are for you to set.
 """
 
 from pathlib import Path
@@ -16,11 +16,14 @@ def get_config(directory=None):
     if not directory:
         raise UserError("configs/finetune.py: name the directory of a model, --config=configs/finetune.py:DIR")
     directory = Path(directory).expanduser()
-    found = read_config(directory).to_dict()
+    model = read_config(directory)
+    found = model.to_dict()
     config = default_config()
     config.model.update(found["model"])
     config.experts.update(found["experts"])
     config.balance.update(found["balance"])
+    if model.method_name:
+        config[model.method_name].update(found[model.method_name])
     if config.experts.gate == "sparsemixer":  # for models that are trained already
         config.experts.gate = "chosen"
     tokenizer = saved_tokenizer(directory)

@@ -49,7 +49,7 @@ METHODS = {
     "loss_free": ({"balance": NO_LOSS | {"bias_rate": 0.01}}, {}, {}),
     # These merge or draw one expert a token, whose gate is that of an AoE expert, or of a traditional one.
     "smear": ({"experts": {"kind": "smear"}, "balance": NO_LOSS, "smear": {"segment": 32}}, AOE_EXPERTS, {}),
-    "thor": ({"experts": {"kind": "thor"}, "balance": NO_LOSS}, AOE_EXPERTS, {}),
+    "thor": ({"experts": {"kind": "thor"}, "balance": NO_LOSS, "thor": {"inference": "token"}}, AOE_EXPERTS, {}),
     "by_attention": (
         {"experts": {"selection": "by_attention", "top_k": 4}, "balance": {"aux_weight": AUX_WEIGHT}},
         {},

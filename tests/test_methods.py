@@ -97,10 +97,13 @@ def alone(variant):
     return run, first, (half, end), losses + more
 
 
+MESHES = (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=2, fsdp=1, expert=2, tensor=2))
+
+
 @pytest.mark.parametrize("variant", methods.VARIANTS)
 def test_the_same_on_a_mesh(ragged, variant):
-    """Eight devices along three axes give the losses of one, and the same state at the end."""
-    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    """Eight devices along three axes, which differ for AoE and router, give the losses, gradients and state of one."""
+    mesh = MESHES[variant.endswith("_router")]
     config = dataclasses.replace(configuration(variant), mesh=mesh)
     _, first, (_, want), losses = alone(variant)
     run = Run(config, jax.devices())
@@ -109,6 +112,9 @@ def test_the_same_on_a_mesh(ragged, variant):
     np.testing.assert_allclose(found, losses, rtol=2e-5)
     for a, b in zip(*(jax.tree.leaves(jax.device_get(s.routing_state)) for s in (state, want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # The moments of AdamW: its updates would hide a factor that is wrong.
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(s.opt_state)) for s in (state, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("variant", methods.VARIANTS)
@@ -127,7 +133,9 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
 
 def is_causal(config):
     kind = LAYERS[config.experts.kind]
-    return kind.causal and (not kind.selects or SELECTIONS[config.experts.selection].causal)
+    return not kind.not_causal_because(config.experts) and (
+        not kind.selects or SELECTIONS[config.experts.selection].causal
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])

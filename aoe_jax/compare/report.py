@@ -11,17 +11,10 @@ from aoe_jax.compare.results import curve_rows, difference_row, read_results, ro
 from aoe_jax.compare.runs import PACKAGES, machines_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.throughput import cost_rows, read_costs, sweep_file
+from aoe_jax.experts.kinds import LAYERS
+from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.json_files import read_json
 from aoe_jax.training.workdir import check_workdir
-
-EXPERT_CHOICE = (
-    "Expert choice is not causal: which tokens an expert takes depends on later tokens of the batch, so its losses "
-    "compare with no others here."
-)
-CAPACITY = (
-    "A capacity with more than one expert a token is not causal either, a little: later tokens' first choices take the "
-    "places of earlier tokens' second ones."
-)
 
 
 def write_report(suite: Suite, workdir: Path, command):
@@ -96,11 +89,23 @@ def _head(c, workdir):
             f"{'a core' if machines[-1]['backend'] == 'cpu' else 'all devices'}.",
             *points,
         ]
-    if any(r.run.config.experts.selection == "expert_choice" for r in c.results):
-        points.append(EXPERT_CHOICE)
-    if any(r.run.config.experts.kind == "capacity" and r.run.config.experts.top_k > 1 for r in c.results):
-        points.append(CAPACITY)
+    points += _not_causal(c)
     return [Heading(1, f"Comparison: {c.suite.name}"), Points(points)]
+
+
+def _not_causal(c):
+    """A line for each arm whose losses know of later tokens."""
+    points = []
+    for arm, config in {r.run.arm: r.run.config for r in c.results}.items():
+        kind, method = LAYERS[config.experts.kind], SELECTIONS[config.experts.selection]
+        reason, until = kind.not_causal_because(config.experts), 0
+        if kind.selects and method.not_causal_because:
+            reason, until = reason or method.not_causal_because, method.not_causal_until(config.method_settings)
+        if until:
+            points.append(f"{c.labels[arm]}: not causal before step {until}: {reason}. Validation is causal.")
+        elif reason:
+            points.append(f"{c.labels[arm]}: not causal: {reason}; its losses compare with no others here.")
+    return points
 
 
 def _in_words(machine):

@@ -83,7 +83,6 @@ class ExpertsModule(nn.Module):
     """What the layers share: tokens of any leading shape, float32 parameters cast to a dtype of computation, a pipeline."""
 
     selects: ClassVar[bool] = True  # whether experts are chosen, by the method `config.selection`
-    causal: ClassVar[bool] = True  # whether a token depends on no later one, whatever the method
     not_by_token: ClassVar[str] = ""  # why it can't process a text token by token, the end of "for ..."; "": it can
     needs_key: ClassVar[bool] = False  # whether it draws at random in training, beside what the method draws
     needs_place: ClassVar[bool] = False  # whether it goes by the number of its layer and by positions
@@ -113,6 +112,11 @@ class ExpertsModule(nn.Module):
     def flops_beside_experts(cls, config: Config, shared):
         """Useful FLOPs per token of a forward pass, but for those of its experts; `shared` weights are `for_all_tokens`."""
         return 2 * shared
+
+    @staticmethod
+    def not_causal_because(experts: ExpertsConfig) -> str:
+        """Why a token depends on later ones, or on other sequences, whatever the selection; empty: it doesn't."""
+        return ""
 
     @property
     def method(self):
@@ -366,6 +370,16 @@ class CapacityLayer(RouterLayer):
     """
 
     not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
+
+    @staticmethod
+    def not_causal_because(experts):
+        """As in every layer."""
+        if experts.top_k == 1:
+            return ""
+        return (
+            f"with experts.top_k={experts.top_k} the first choices of later tokens take the places of earlier tokens' other "
+            "choices, and what is dropped says something of the future"
+        )
 
     def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
         """The stations after scoring, arguments as in a router layer; the gate is whole.

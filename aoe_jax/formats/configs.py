@@ -23,8 +23,9 @@ def computed_fields(config: Config):
     fields = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
     fields |= {f"experts.{name}": value for name, value in dataclasses.asdict(experts).items()}
     if config.method_name:
-        settings = dataclasses.asdict(config.method_settings)
-        fields |= {f"{config.method_name}.{name}": value for name, value in settings.items()}
+        settings = config.method_settings
+        computed = [f.name for f in dataclasses.fields(settings) if not f.metadata.get("training_only")]
+        fields |= {f"{config.method_name}.{name}": getattr(settings, name) for name in computed}
     fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
     idle = {*_EXECUTION, "experts.d_ffn", "experts.round_to"}  # what they come to is d_wide
     if not experts.low_rank and not experts.large_router:

@@ -95,7 +95,9 @@ def _converted(config: Config, checkpoint, d_low):
         gate="chosen" if experts.gate == "sparsemixer" else experts.gate,
     )
     train = dataclasses.replace(config.train, router_steps=0)
-    return dataclasses.replace(config, experts=experts, train=train, mesh=MeshConfig())
+    # What was for the router: its loss, and a bias that starts anew where training asks for one again.
+    balance = dataclasses.replace(config.balance, bias_rate=0.0, coupling_weight=0.0, coupling_alpha=1.0)
+    return dataclasses.replace(config, experts=experts, balance=balance, train=train, mesh=MeshConfig())
 
 
 class _Factors:

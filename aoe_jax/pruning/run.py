@@ -135,7 +135,12 @@ def _config_of(workdir) -> Config:
 
 
 def _with_experts(config, n_experts):
-    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, n_experts=n_experts))
+    """With other experts, for which a selection bias is still to be made: the model has none."""
+    experts, balance = (
+        dataclasses.replace(config.experts, n_experts=n_experts),
+        dataclasses.replace(config.balance, bias_rate=0.0),
+    )
+    return dataclasses.replace(config, experts=experts, balance=balance)
 
 
 @dataclasses.dataclass(frozen=True)

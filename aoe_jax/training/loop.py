@@ -19,6 +19,7 @@ from aoe_jax.data.tokenised import TokenisedCorpus, open_corpus
 from aoe_jax.distributed import agree
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError, is_disk_full
 from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
@@ -50,10 +51,7 @@ NOT_CAUSAL_WARNING = (
     "%s is not causal: %s, so the losses below are not those of a causal language model and compare with no token-choice "
     "run"
 )
-CAPACITY_WARNING = (
-    "a capacity is not causal with experts.top_k=%d: the first choices of later tokens take the places of earlier tokens' "
-    "other choices, so what is dropped says something of the future"
-)
+LATER_CAUSAL_WARNING = "%s is not causal before step %d: %s, so the training losses up to then know of later tokens"
 
 
 def log_run(config: Config):
@@ -62,14 +60,23 @@ def log_run(config: Config):
         log.info("mesh: %s", ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES))
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
-    name = config.experts.selection.replace("_", " ")
-    method = SELECTIONS[config.experts.selection]
-    if method.experts_per_token(config.experts) is None:
+    if SELECTIONS[config.experts.selection].experts_per_token(config.experts) is None:
+        name = config.experts.selection.replace("_", " ")
         log.info("both count experts.top_k=%d experts per token; %s takes more or fewer", config.experts.top_k, name)
-    if not method.causal:
+    _warn_of_later_tokens(config)
+
+
+def _warn_of_later_tokens(config):
+    kind, method = LAYERS[config.experts.kind], SELECTIONS[config.experts.selection]
+    if reason := kind.not_causal_because(config.experts):
+        log.warning(NOT_CAUSAL_WARNING, f"a {config.experts.kind}", reason)
+    if not kind.selects:
+        return
+    name = config.experts.selection.replace("_", " ")
+    if until := method.not_causal_until(config.method_settings):
+        log.warning(LATER_CAUSAL_WARNING, name, until, method.not_causal_because)
+    elif not method.causal:
         log.warning(NOT_CAUSAL_WARNING, name, method.not_causal_because)
-    if config.experts.kind == "capacity" and config.experts.top_k > 1:
-        log.warning(CAPACITY_WARNING, config.experts.top_k)
 
 
 def train(

@@ -60,6 +60,10 @@ class Selection:
         """Mean number of experts that process a token, or None where the scores decide it."""
         return None
 
+    def not_causal_until(self, settings) -> int:
+        """The first step of training in which it is causal, for one that isn't at the beginning."""
+        return 0
+
     def parameters(self, experts: ExpertsConfig, settings) -> dict[str, tuple]:
         """name -> `(initializer, shape)` of the parameters that a layer has for it; their names are in `PARAMETER_AXES`."""
         return {}

@@ -60,7 +60,7 @@ class GShard(Selection):
         first, n_tokens = devices.total((first.sum(axis=0), given.token_weights.sum()))
         return Choice(assignment, {"first_choices": first / jnp.maximum(n_tokens, 1)})
 
-    def losses(self, config, stats, per_token, state, token_weights):
+    def losses(self, config, stats, per_token, state, token_weights, weights):
         """As in `Selection`."""
         loss = balance_loss(stats.records["first_choices"], stats.mean_probability).mean()
         return {"first_choice_loss": (config.gshard.aux_weight, loss)}

@@ -15,13 +15,14 @@ needed. Costs, beside the experts, a top-k over the tokens of the batch for each
 T tokens of the batch, t of this device, n experts, K = `experts.top_k`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.experts.selection.assignment import SELECTION, by_mask
 from aoe_jax.experts.selection.base import Choice, Selection
-from aoe_jax.experts.selection.expert_choice import expert_capacity
 
 
 def above_thresholds(scores, thresholds):
@@ -29,16 +30,27 @@ def above_thresholds(scores, thresholds):
     return jax.lax.stop_gradient(scores) > thresholds
 
 
-def kth_largest(scores, token_weights, k):
-    """Of each expert the `k`-th largest score among the tokens that count: `scores [T, n]`, `token_weights [T]` -> `[n]`."""
+def kth_largest(scores, token_weights, share):
+    """Of each expert the score that a `share` of the tokens reach: `scores [T, n]`, `token_weights [T]` -> `[n]`.
+
+    Of t tokens that count it is that of the `ceil(share t)`-th; -inf where none does.
+    """
+    n_tokens = scores.shape[0]
     real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
-    return jax.lax.top_k(real.T, k)[0][:, -1]
+    largest = jax.lax.top_k(real.T, min(n_tokens, math.ceil(share * n_tokens)))[0]
+    k = jnp.ceil(share * (token_weights > 0).sum() - 1e-4).astype(jnp.int32)
+    return largest[:, jnp.clip(k, 1, largest.shape[1]) - 1]
 
 
 class Threshold(Selection):
     """`experts.selection="threshold"`: state `threshold [n]`, and `updates []`, the steps it has seen."""
 
     fields = ("top_k",)
+    not_causal_because = "experts choose tokens while thresholds settle (`threshold.warmup_steps`)"
+
+    def not_causal_until(self, settings):
+        """The end of the warm-up."""
+        return settings.warmup_steps
 
     def experts_per_token(self, experts):
         """K, on average."""
@@ -54,8 +66,7 @@ class Threshold(Selection):
         chosen, records = above_thresholds(scores, thresholds), None
         if given.training:
             whole = devices.all_tokens(jax.lax.stop_gradient(scores)), devices.all_tokens(given.token_weights)
-            k = expert_capacity(whole[0].shape[0], scores.shape[1], experts.top_k)
-            records = {"kth_largest": kth_largest(*whole, k)}
+            records = {"kth_largest": kth_largest(*whole, experts.top_k / experts.n_experts)}
             of_experts = jax.lax.stop_gradient(scores) >= records["kth_largest"]
             chosen = jnp.where(given.state["updates"] < given.settings.warmup_steps, of_experts, chosen)
         chosen = checkpoint_name(chosen & (given.token_weights[:, None] > 0), SELECTION)
@@ -68,6 +79,6 @@ class Threshold(Selection):
         decay, updates = config.threshold.decay, state["updates"]
         kept = jnp.where(updates == 0, 0, decay)[:, None]
         found = stats.records["kth_largest"]
-        # A batch with fewer tokens than k for an expert says nothing.
+        # A batch without tokens says nothing.
         threshold = jnp.where(jnp.isfinite(found), kept * state["threshold"] + (1 - kept) * found, state["threshold"])
         return {"threshold": threshold, "updates": updates + 1}

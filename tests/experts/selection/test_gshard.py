@@ -29,7 +29,7 @@ def loss_of(scores, weights=None):
     choice = chosen(scores, jax.random.key(0), weights)
     stats = layer_stats(scores, scores, choice.assignment, weights)._replace(records=choice.records)
     stats = jax.tree.map(lambda a: a[None], stats)
-    weight, value = GShard().losses(CONFIG, stats, None, {}, weights)["first_choice_loss"]
+    weight, value = GShard().losses(CONFIG, stats, None, {}, weights, {})["first_choice_loss"]
     assert weight == CONFIG.gshard.aux_weight
     return value
 
