@@ -11,7 +11,7 @@ import pytest
 from aoe_jax.config import Config
 from aoe_jax.experts import reference
 from aoe_jax.experts.balance import balance_loss, layer_stats, updated_bias
-from aoe_jax.experts.layer import LAYERS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection.top_k import top_k
 from configs import methods
 
