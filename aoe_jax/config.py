@@ -618,7 +618,7 @@ class Config:
             of_other = f"belongs to experts.{what}={name!r}; leave it at its default"
             require(False, f"{name}.{field_name}", getattr(settings, field_name), of_other)
 
-        for name in ("aux_weight", "entropy_weight"):
+        for name in ("aux_weight", "entropy_weight", "z_weight"):
             require(
                 self.experts.selection not in ("top_any", "routing_free") or getattr(self.balance, name) == 0,
                 f"balance.{name}",
