@@ -39,7 +39,8 @@ METHODS = {
             "routing_free": {"rate": 0.1, "multiplier": 1e-5},
         },
         {},
-        {},
+        # Logits lie around 0. Nothing brings an expert back that no token goes to, so most pairs are active at first.
+        {"routing_free": {"bias": -2.0}},
     ),
     # Switch without its capacity, which experts.kind="capacity" has: p_i E_i(x), and L_aux of one expert per token.
     "switch": ({"experts": {"top_k": 1, "gate": "all"}, "balance": OF_ALL_TOKENS}, {}, {}),

@@ -152,6 +152,7 @@ def test_bad_values_are_named(start):
     [
         ("balance.aux_weight=0.01", {"experts": {"selection": "top_any"}}, "set it to 0"),
         ("balance.entropy_weight=0.1", {"balance": {"aux_weight": 0, "entropy_weight": 0.1}}, "set it to 0"),
+        ("balance.z_weight=0.1", {"balance": {"aux_weight": 0, "z_weight": 0.1}}, "set it to 0"),
         ("top_any.initial_experts=9", {"top_any": {"initial_experts": 9}}, "n_experts=8"),
         ("top_any.loss_weight=0.1", {"top_any": {"loss_weight": 0.1}}, "kind='router'"),
         ("experts.large_router=True", {"experts": {"kind": "router", "large_router": True}}, "columns of the router"),

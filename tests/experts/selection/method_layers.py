@@ -12,11 +12,11 @@ from aoe_jax.methods import METHODS
 TOKENS, D, EXPERTS = 29, 12, 5
 
 
-def make(kind, selection, training=True, dtype=jnp.float64, **settings):
+def make(kind, selection, training=True, dtype=jnp.float64, recompute=False, **settings):
     """`(layer, parameters, tokens)`; parameters all at random, those of the method too."""
     config = ExpertsConfig(kind=kind, selection=selection, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4)
     of_method = {"settings": METHODS[selection](**settings), "training": training}
-    layer = LAYERS[kind](config, jnp.dtype(dtype), BalanceConfig(), **of_method)
+    layer = LAYERS[kind](config, jnp.dtype(dtype), BalanceConfig(), recompute, **of_method)
     x = jax.random.normal(jax.random.key(0), (TOKENS, D), dtype)
     params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
 
