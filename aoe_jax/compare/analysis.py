@@ -146,9 +146,8 @@ class Comparison:
         """`{arm: Fit}` over the points of a scale."""
         return {arm: fit_power_law(groups) for arm, groups in self.points(scale).items()}
 
-    def balance_of(self, arm):
+    def balance_of(self, size, arm):
         """`(kind, balance)` of an arm with experts in words; None of a dense one."""
-        size = next(size for size in self.suite.sizes if arm in self.suite.arms_of(size))
         config = self.suite.config(size, arm, 0)
         if config.experts.kind == "dense":
             return None

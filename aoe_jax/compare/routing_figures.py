@@ -81,6 +81,8 @@ def through_training(runs, labels, styles, name, ylabel):
         axes.plot(100 * steps / steps[-1], values, marker="o", markersize=3, **styles[arm])
         ends.append((values[-1], labels[arm], styles[arm]["color"]))
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
+    if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
+        axes.set_ylim(0, 1)
     figure.draw_without_rendering()
     style.label_ends(axes, ends, room=0.06)
     return figure

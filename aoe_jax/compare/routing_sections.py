@@ -34,8 +34,8 @@ def balance(c: Comparison):
     for size in c.sizes():
         families = {}
         for arm in c.series(size):
-            if c.balance_of(arm):
-                kind, by = c.balance_of(arm)
+            if c.balance_of(size, arm):
+                kind, by = c.balance_of(size, arm)
                 families.setdefault(kind, {})[by] = arm
         for kind, arms in families.items():
             reference = next(iter(arms))

@@ -22,7 +22,7 @@ def scaling(c: Comparison, styles):
             low, high = fit.exponent_interval()
             floor = f"{fit.floor:.3f}" if fit.has_floor else "0, set"
             rows.append(
-                [f"{c.labels[arm]}, {words}", floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f} [{low:.4f}, {high:.4f}]"]
+                [c.labels[arm], words, floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f} [{low:.4f}, {high:.4f}]"]
             )
     text = (
         "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the "
@@ -34,7 +34,7 @@ def scaling(c: Comparison, styles):
         *blocks,
         Text(text),
         Pictures(pictures),
-        Table(["arm and x", "floor", "factor", "exponent [95% interval]"], rows),
+        Table(["arm", "x", "floor", "factor", "exponent [95% interval]"], rows),
     ]
 
 

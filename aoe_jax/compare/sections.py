@@ -73,7 +73,7 @@ def losses(c: Comparison, styles):
             difference = "baseline" if base else signed(found)
             rows.append([f"{size}: {c.labels[arm]}", str(len(results)), plus_minus(nll), plus_minus(bits), difference])
             if not base and found.n:
-                if c.balance_of(arm):  # beside a dense model the others would be hard to tell apart
+                if c.balance_of(size, arm):  # beside a dense model the others would be hard to tell apart
                     drawn.append((size, arm, found))
                 sentences.append(in_words(c, size, arm))
     head = ["arm", "seeds", "validation nll", "bits a byte", f"difference to {c.baseline_label} [95% interval]"]
@@ -124,8 +124,8 @@ def budgets(c: Comparison):
     text = (
         "The budget of a size is what the arm that takes least has spent at its end. Where an arm goes on for "
         "longer, its loss there is read from its validation curve, linear in the logarithm between points; its "
-        f"learning rate has not come down by then as that of a run planned for the budget would have. {_how_timed(c)} "
-        f"Budgets: {spent}."
+        f"learning rate has not come down by then as that of a run planned for the budget would have. A dash: its curve "
+        f"begins later, or what it takes is known from training only. {_how_timed(c)} Budgets: {spent}."
     )
     head = ["arm", "nll at equal FLOPs", "difference", "nll at equal seconds", "difference"]
     return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)]
