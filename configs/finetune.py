@@ -1,7 +1,7 @@
 """Goes on training a model: `--config=configs/finetune.py:DIR`, the directory of a model as safetensors.
 
-Model, experts and the settings of their method are the model's, and so is the tokenizer; `balance` is that of its run, if it was
-exported from one. Corpus, steps, learning rate, and the balance of a model of the hub are for you to set.
+Model, experts and the settings of their method are the model's, and so is the tokenizer; `balance` is that of its run, if it
+was exported from one. Corpus, steps, learning rate, and the balance of a model of the hub are for you to set.
 """
 
 from pathlib import Path
