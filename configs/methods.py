@@ -52,7 +52,7 @@ METHODS = {
     "smear": ({"experts": {"kind": "smear"}, "balance": NO_LOSS, "smear": {"segment": 32}}, AOE_EXPERTS, {}),
     "thor": ({"experts": {"kind": "thor"}, "balance": NO_LOSS, "thor": {"inference": "token"}}, AOE_EXPERTS, {}),
     "by_attention": (
-        {"experts": {"selection": "by_attention", "top_k": 4}, "balance": {"aux_weight": AUX_WEIGHT}},
+        {"experts": {"selection": "by_attention", "top_k": 3}, "balance": {"aux_weight": AUX_WEIGHT}},
         {},
         {},
     ),
