@@ -17,3 +17,10 @@ os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it 
 def ragged(monkeypatch):
     """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the backend is no matter."""
     monkeypatch.setattr(grouped_matmul, "_backend_here", lambda: "ragged")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """What a module has compiled goes with it: few programs are those of another module, and all of them are gigabytes."""
+    yield
+    jax.clear_caches()
