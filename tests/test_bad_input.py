@@ -345,7 +345,7 @@ VALUES = {
     "config.experts.top_k=5": ({"experts__top_k": 5}, "n_experts=4"),
     "config.experts.d_low=32": ({"experts__d_low": 32}, "smaller than model.d_model=32"),
     "config.experts.d_low=0": ({"experts__d_low": 0}, "greater than 0"),
-    "config.experts.selection='top_q'": ({"experts__selection": "top_q"}, "top_k, top_p, expert_choice"),
+    "config.experts.selection='top_q'": ({"experts__selection": "top_q"}, "top_k, ranked, top_p, expert_choice"),
     "config.model.n_heads=3": ({"model__n_heads": 3}, "d_model=32"),
     "config.data.seq_len=65": ({"data__seq_len": 65}, "max_len=64"),
     "config.train.accumulate=3": ({"train__accumulate": 3}, "batch_size=4"),

@@ -189,7 +189,7 @@ class ExpertsModule(nn.Module):
         y, stats, per_token = run(x.astype(self.dtype), of_tokens, attention, of_layer, weights)
         return y, stats._replace(per_token=per_token) if per_token else stats
 
-    def choose(self, given, scores, balance_scores):
+    def select(self, given, scores, balance_scores):
         """The select and balance stations: `(Assignment, LayerStats, per-token values)`; arguments as in `pipeline`."""
         with jax.named_scope("select"):
             choice = self.method.choose(self.config, scores, given)
@@ -223,7 +223,7 @@ class ExpertsModule(nn.Module):
         `scores [t, n]`, `balance_scores` those of every stride-th token.
         """
         scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
-        assignment, stats, per_token = self.choose(given, scores, balance_scores)
+        assignment, stats, per_token = self.select(given, scores, balance_scores)
         return self.process_chosen(devices, x, assignment, gate, weights), stats, per_token
 
     def process_chosen(self, devices, x, assignment, gate, weights):
@@ -396,7 +396,7 @@ class CapacityLayer(RouterLayer):
             """`[t, ...]` of a device as whole groups `[G, T, ...]`."""
             return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
 
-        assignment, stats, per_token = self.choose(given, scores, balance_scores)
+        assignment, stats, per_token = self.select(given, scores, balance_scores)
         with jax.named_scope("select"):
             expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
             expert = whole(jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
