@@ -3,11 +3,11 @@
 import importlib
 
 _HOMES = {
-    "AoELayer": "aoe_jax.experts.layer",
-    "CapacityLayer": "aoe_jax.experts.layer",
+    "AoELayer": "aoe_jax.experts.aoe",
+    "CapacityLayer": "aoe_jax.experts.capacity",
     "Decoder": "aoe_jax.model.decoder",
-    "DenseLayer": "aoe_jax.experts.layer",
-    "RouterLayer": "aoe_jax.experts.layer",
+    "DenseLayer": "aoe_jax.experts.dense",
+    "RouterLayer": "aoe_jax.experts.router",
     "SmearLayer": "aoe_jax.experts.smear",
     "ThorLayer": "aoe_jax.experts.thor",
     "UoELayer": "aoe_jax.experts.uoe",

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.step_times import RandomSteps
+from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config import BalanceConfig, Config, DataConfig, ExpertsConfig, ModelConfig
 from aoe_jax.counts import capacity_flops_per_token, layer_flops_per_token, training_flops_per_token
 from aoe_jax.errors import UserError
@@ -208,7 +208,7 @@ def main():
         found += _report_arms(title, seconds, programs, figures)
     if _MODEL.value:
         configs = model_steps()
-        steps = {name: RandomSteps(config) for name, config in configs.items()}
+        steps = {name: RepeatedStep(config) for name, config in configs.items()}
         seconds = medians(steps, _REPEATS.value)
         figures = {}
         for name, config in configs.items():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.step_times import RandomSteps
+from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.errors import UserError
 from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
@@ -103,7 +103,7 @@ def main():
         "AoE, loss-free": configuration("aoe", CHANGES, low, {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}}),
     }
     mixtral, versions = mixtral_step(router)
-    steps = {"Mixtral, transformers": mixtral} | {name: RandomSteps(c) for name, c in configurations.items()}
+    steps = {"Mixtral, transformers": mixtral} | {name: RepeatedStep(c) for name, c in configurations.items()}
     seconds = medians(steps, _REPEATS.value)
     print(", ".join(f"{name} {value}" for name, value in machine().items()) + f", {versions}")
     rates = medians(products(router), 5 * _REPEATS.value)

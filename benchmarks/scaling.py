@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from aoe_jax import cli, distributed
-from aoe_jax.compare.step_times import RandomSteps
+from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.errors import UserError
 from benchmarks.timing import configuration, medians, report
 
@@ -34,7 +34,7 @@ MESHES = {
 
 def time_steps(mesh, repeats):
     """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those that it has joined."""
-    step = RandomSteps(configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}}))
+    step = RepeatedStep(configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}}))
     return medians({"step": step}, repeats)["step"]
 
 

@@ -34,11 +34,11 @@ from absl import flags
 from jax.sharding import SingleDeviceSharding
 
 from aoe_jax import cli
-from aoe_jax.compare.step_times import RandomSteps
+from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.experts.layer import AoELayer
+from aoe_jax.experts.aoe import AoELayer
 from aoe_jax.experts.selection.top_k import top_k as choose_top_k
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
@@ -204,7 +204,7 @@ def main():
         timed["prepare"][name] = partial(jax.jit(method.prepare), one[1], one[0])
         timed["find"][name] = partial(jax.jit(method.find), one[1], covariance[middle])
     seconds = {what: medians(functions, _REPEATS.value) for what, functions in timed.items()}
-    step = medians({kind: RandomSteps(c) for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
+    step = medians({kind: RepeatedStep(c) for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
 
     def flops_ratios(cost):
         counted = {"step_flops_ratio": training_flops_per_token, "forward_flops_ratio": forward_flops_per_token}

@@ -9,7 +9,7 @@ import dataclasses
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.step_times import RandomSteps
+from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.errors import UserError
 from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
@@ -50,7 +50,7 @@ def main():
             router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
             low = {"experts": {"d_low": round(router.model.d_model / rank)}}
             configs = {"router": router} | {arm: configuration("aoe", MODELS[name], low, ARMS[arm]) for arm in ARMS}
-            steps = {arm: RandomSteps(config) for arm, config in configs.items()}
+            steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
             seconds = medians(steps, _REPEATS.value)
             for arm, config in configs.items():
                 tokens = config.train.batch_size * config.data.seq_len

@@ -16,6 +16,12 @@ OF_ALL_TOKENS = {"aux_weight": AUX_WEIGHT, "aux_tokens": 1.0}
 # name -> the changes for both kinds, those for AoE and those for a router; None: there is no such variant.
 METHODS = {
     "top_k": ({"balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
+    "top_p": (
+        {"experts": {"selection": "top_p"}, "balance": {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}},
+        {},
+        {},
+    ),
+    "expert_choice": ({"experts": {"selection": "expert_choice"}, "balance": NO_LOSS}, {}, {}),
     "threshold": (
         {"experts": {"selection": "threshold"}, "balance": NO_LOSS, "threshold": {"decay": 0.99, "warmup_steps": 100}},
         {"threshold": {"weights": "relative"}},

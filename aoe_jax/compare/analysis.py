@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from aoe_jax.compare.results import Result
 from aoe_jax.compare.statistics import Parabola, at, fit_parabola, fit_power_law, mean, paired_difference
 from aoe_jax.compare.suite import Suite
-from aoe_jax.counts import parameter_counts
+from aoe_jax.counts import experts_per_token, parameter_counts
+from aoe_jax.experts.kinds import LAYERS
+from aoe_jax.experts.selection import SELECTIONS
 
 BUDGETS = ("end", "flops", "seconds")  # at what arms are held against the baseline
 EQUAL_FLOPS = 1.1  # up to what ratio the training FLOPs of sizes count as equal
@@ -72,7 +74,7 @@ class Comparison:
 
     def takes_what_it_needs(self, size, arm):
         """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from training."""
-        return self.suite.config(size, arm, 0).experts.selection == "top_p"
+        return experts_per_token(self.suite.config(size, arm, 0)) is None
 
     def budget(self, size, kind):
         """What all arms of a size have spent at least: of "flops" or "seconds"."""
@@ -147,21 +149,21 @@ class Comparison:
         return {arm: fit_power_law(groups) for arm, groups in self.points(scale).items()}
 
     def balance_of(self, size, arm):
-        """`(kind, balance)` of an arm with experts in words; None of a dense one."""
+        """`(layer, balance)` in words: what the layers of an arm are, and what evens the load; None without a choice."""
         config = self.suite.config(size, arm, 0)
-        if config.experts.kind == "dense":
+        b, e, kind = config.balance, config.experts, LAYERS[config.experts.kind]
+        if not kind.selects:
             return None
-        b, e = config.balance, config.experts
+        layer = kind.in_words(e) + ", factorised gate" * e.factorised_gate + ", large router" * e.large_router
+        if e.top_k != self.suite.config(size, self.suite.baseline, 0).experts.top_k:
+            layer += f", K={e.top_k}"
+        layer += f", {e.selection.replace('_', ' ')}" * (e.selection != "top_k") + f", gate={e.gate}" * (
+            e.gate != "chosen"
+        )
         aux = "L_aux" + " of each sequence" * (b.aux_batch == "sequence")
-        parts = [(aux, b.aux_weight), ("Ent_conf", b.entropy_weight), ("z-loss", b.z_weight)]
-        parts += [("loss-free bias", b.bias_rate), ("L_ERC", b.coupling_weight)]
-        named = " + ".join(name for name, value in parts if value) or "nothing"
-        kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE", "capacity": f"MoE, capacity {e.capacity_factor:g}"}
-        kind = kinds.get(e.kind, e.kind)
-        kind += ", factorised gate" * e.factorised_gate + ", large router" * e.large_router
-        if e.selection != "top_k":
-            kind += f", {e.selection}"
-        return kind, "expert choice" if e.selection == "expert_choice" else named
+        parts = [(SELECTIONS[e.selection].balances_by, True), (aux, b.aux_weight), ("Ent_conf", b.entropy_weight)]
+        parts += [("z-loss", b.z_weight), ("loss-free bias", b.bias_rate), ("L_ERC", b.coupling_weight)]
+        return layer, " + ".join(name for name, value in parts if name and value) or "nothing"
 
     def spread(self, size, arm, figure):
         """The `Mean` over seeds of a figure of a `Result`, a function of it; nan where it has none."""

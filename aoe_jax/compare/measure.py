@@ -1,8 +1,9 @@
 """Looks at the runs of a size, or at a sweep, in a process of its own: `python -m aoe_jax.compare.measure --todo=FILE`.
 
 The JSON file says what to do. Of a size: `routing`, directories of runs whose routing is looked at (`routing.py`) on
-`tokens` tokens; and `steps`, configurations by name whose steps are timed (`step_times.py`) into the file `output`. Of a
-sweep: `points`, which are measured (`throughput.py`) into `output`, and whether its values are those of a `topology`.
+`tokens` tokens; and `steps`, runs by name, each `config` and `folder`, whose steps are timed (`step_times.py`) into the file
+`output`. Of a sweep: `points`, which are measured (`throughput.py`) into `output`, and whether its values are those of a
+`topology`.
 """
 
 import logging
@@ -45,8 +46,10 @@ def _measure_size(todo):
             log.exception("routing of %s", folder)
             failed = f"routing of {folder}: {type(e).__name__}: {e}"
     if todo["steps"]:
-        configs = {arm: Config.from_config_dict(groups) for arm, groups in todo["steps"].items()}
-        for arm, seconds in time_steps(configs, Path(todo["output"])).items():
+        trained = {
+            arm: (Config.from_config_dict(run["config"]), Path(run["folder"])) for arm, run in todo["steps"].items()
+        }
+        for arm, seconds in time_steps(trained, Path(todo["output"])).items():
             log.info("%s: %.4f s a step", arm, seconds)
     if failed:
         log.error("%s", failed)

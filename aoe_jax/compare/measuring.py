@@ -23,8 +23,9 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
         return None
     found = read_json(file)
     # As configurations: what was saved before may lack fields that are new.
-    configs = {arm: Config.from_config_dict(groups) for arm, groups in found["configs"].items()}
-    return found["seconds"] if configs == _by_arm(workdir, runs, size) else None
+    configs = {arm: Config.from_config_dict(groups) for arm, groups in found.get("trained", {}).items()}
+    wanted = {arm: run.config for arm, run in _by_arm(workdir, runs, size).items()}
+    return found["seconds"] if configs == wanted else None
 
 
 def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
@@ -38,7 +39,8 @@ def _size_job(size, runs, workdir, tokens, in_turn):
     of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
     folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run)}
     timed = not in_turn or step_seconds(workdir, runs, size) is not None
-    steps = {} if timed else {arm: config.to_dict() for arm, config in _by_arm(workdir, runs, size).items()}
+    by_arm = {} if timed else _by_arm(workdir, runs, size)
+    steps = {arm: {"config": run.config.to_dict(), "folder": str(of_size[run])} for arm, run in by_arm.items()}
     if not folders and not steps:
         return None
     routing = [str(folder) for folder in folders.values()]
@@ -80,9 +82,12 @@ def _to_route(folder, run):
 
 
 def _by_arm(workdir, runs, size):
-    """The configuration, with its first seed, of each arm of a size that has a finished run: others may not train at all."""
-    finished = {run.arm for run in runs if run.size == size and is_finished(folder_of(workdir, run), run)}
-    return {run.arm: run.config for run in runs if (run.size, run.seed) == (size, 0) and run.arm in finished}
+    """The first run of each arm of a size that is finished."""
+    found = {}
+    for run in runs:
+        if run.size == size and is_finished(folder_of(workdir, run), run):
+            found.setdefault(run.arm, run)
+    return found
 
 
 def measured_file(workdir: Path, size):

@@ -144,7 +144,8 @@ def analyse(folder: Path, n_tokens: int):
     config, kind = model.config, model.config.experts.kind
     decoder = observed(model.decoder)
     eval_step = jax.jit(make_eval_step(decoder, config.data.document_mask), out_shardings=replicated(model.mesh))
-    batches = [model.put(batch) for batch in _batches(folder, config, n_tokens)]
+    some = itertools.islice(validation_batches(folder, config), -(-n_tokens // _tokens_of_batch(config)))
+    batches = [model.put(batch) for batch in some]
     with jax.set_mesh(model.mesh):
         found = {}
         for step in steps:
@@ -164,20 +165,27 @@ def analyse(folder: Path, n_tokens: int):
     return report
 
 
-def _batches(folder, config, n_tokens):
+def validation_batches(folder, config):
+    """The whole batches of the validation split of a run, on the host; of a split with none, what there is.
+
+    Raises:
+      UserError: the split isn't the one that the run had.
+    """
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)
     size = config.train.batch_size // config.train.accumulate
-    stores = corpus.validation.values()
-    full = (
-        batch
-        for store in stores
-        for batch in eval_batches(store, config.data.seq_len, size)
-        if batch["weights"].all()  # the last batch of a split has padding
-    )
-    batches = list(itertools.islice(full, -(-n_tokens // (size * config.data.seq_len))))
-    # A split shorter than a batch: what there is of it.
-    return batches or [next(eval_batches(next(iter(stores)), config.data.seq_len, size))]
+    stores, n_whole = corpus.validation.values(), 0
+    for store in stores:
+        for batch in eval_batches(store, config.data.seq_len, size):
+            if batch["weights"].all():  # the last batch of a split has padding
+                n_whole += 1
+                yield batch
+    if not n_whole:
+        yield next(eval_batches(next(iter(stores)), config.data.seq_len, size))
+
+
+def _tokens_of_batch(config):
+    return config.train.batch_size // config.train.accumulate * config.data.seq_len
 
 
 def _gathered(results):

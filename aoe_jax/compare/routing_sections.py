@@ -36,17 +36,17 @@ def balance(c: Comparison):
         for arm in c.series(size):
             if c.balance_of(size, arm):
                 kind, by = c.balance_of(size, arm)
-                families.setdefault(kind, {})[by] = arm
+                families.setdefault(kind, []).append((by, arm))
         for kind, arms in families.items():
-            reference = next(iter(arms))
-            for by, arm in arms.items():
+            reference, first = arms[0]
+            for by, arm in arms:
                 entropy = c.spread(size, arm, lambda r: r.load_entropy)
                 nll = c.spread(size, arm, lambda r: r.nll)
-                to = c.difference(size, arm, to=arms[reference])
-                difference = "" if by == reference else f"{signed(to)} to {reference}"
+                to = c.difference(size, arm, to=first)
+                difference = "" if arm == first else f"{signed(to)} to {reference}"
                 rows.append([f"{size}: {kind}", by, plus_minus(entropy, 3), plus_minus(nll), difference])
-                if by != reference and to.n:
-                    before = c.spread(size, arms[reference], lambda r: r.load_entropy)
+                if arm != first and to.n:
+                    before = c.spread(size, first, lambda r: r.load_entropy)
                     sentences.append(
                         f"{kind} at {size}: with {by}, Ent_load is {plus_minus(entropy, 3)}, with {reference} "
                         f"{plus_minus(before, 3)}; nll differs by {signed(to)}."

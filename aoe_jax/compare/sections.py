@@ -52,10 +52,11 @@ def matched(c: Comparison):
         "are the useful ones of a training step, forward and backward, scoring all experts included. The last count "
         "of active parameters, the paper's, has the shared embedding table twice."
     )
-    if any(c.takes_what_it_needs(size, arm) for size in c.suite.sizes for arm in c.suite.arms_of(size)):
+    arms = dict.fromkeys(a for s in c.suite.sizes for a in c.suite.arms_of(s) if c.takes_what_it_needs(s, a))
+    if arms:
         text += (
-            " Top-p takes as many experts as a token needs (see routing health); here and on the axes they are counted as "
-            "K, and the seconds are those of an untrained model, which takes more."
+            f" Scores decide how many experts a token has (see routing health) in {'; '.join(c.labels[a] for a in arms)}: "
+            "here and on the axes they are counted as K, and the seconds are those of the trained model."
         )
     shares = {r.run.config.balance.aux_tokens for r in c.results if r.run.config.experts.kind == "aoe"}
     if shares and shares != {1.0}:
@@ -73,7 +74,8 @@ def losses(c: Comparison, styles):
             difference = "baseline" if base else signed(found)
             rows.append([f"{size}: {c.labels[arm]}", str(len(results)), plus_minus(nll), plus_minus(bits), difference])
             if not base and found.n:
-                if c.balance_of(size, arm):  # beside a dense model the others would be hard to tell apart
+                # Beside a dense model the others would be hard to tell apart.
+                if results[0].run.config.experts.kind != "dense":
                     drawn.append((size, arm, found))
                 sentences.append(in_words(c, size, arm))
     head = ["arm", "seeds", "validation nll", "bits a byte", f"difference to {c.baseline_label} [95% interval]"]
@@ -133,7 +135,10 @@ def budgets(c: Comparison):
 
 def _how_timed(c):
     in_turn = {r.run.size: r.timed_in_turn for r in c.results if r.state == "finished"}
-    text = "Seconds are processor seconds of a training step, all arms in turn in one process on one core."
+    text = (
+        "Seconds are processor seconds of a training step of the trained model on validation text, all arms in turn in one "
+        "process on one core."
+    )
     if all(in_turn.values()):
         return text
     others = ", ".join(size for size, timed in in_turn.items() if not timed)

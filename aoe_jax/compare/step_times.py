@@ -1,9 +1,10 @@
-"""Training steps on random tokens, and how long they take, several configurations in turn in one process.
+"""Training steps, each repeated on one batch, and how long they take, several in turn in one process.
 
 Runs that are trained at the same time, or on a machine that others use too, say little of each other's speed. Here every arm
 takes a few steps, then the next one, round by round; on CPU, processor seconds are counted.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +13,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from aoe_jax.compare.routing import validation_batches
 from aoe_jax.config import Config
 from aoe_jax.json_files import write_json
-from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch, replicated, state_shardings
+from aoe_jax.sharding import (
+    batch_sharding,
+    fill_mesh,
+    make_mesh,
+    put_batch,
+    replicated,
+    state_shardings,
+    with_shardings,
+)
+from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.memory import program_memory
 from aoe_jax.training.step import init_state, make_train_step
 
@@ -29,21 +40,38 @@ def random_batch(config: Config):
     return {"inputs": tokens[0], "targets": tokens[1], "segment_ids": ones, "weights": ones.astype(np.float32)}
 
 
-class RandomSteps:
-    """A training run on one batch of random tokens: a function that takes a step and returns its metrics."""
+class RepeatedStep:
+    """A training step on one batch, again and again: a function that takes it and returns its metrics."""
 
-    def __init__(self, config: Config):
-        """Compiles for all devices, of all processes, on the mesh of the configuration, and draws the state."""
+    def __init__(self, config: Config, folder: Path | None = None):
+        """Compiles for all devices, of all processes, on the mesh of the configuration.
+
+        Args:
+          config: of the model and its training.
+          folder: of a run of it, whose trained parameters and first validation batch are taken; None: they are drawn, and
+            the tokens as well.
+
+        Raises:
+          UserError: the run can't be read.
+        """
         config = fill_mesh(config, jax.device_count())
+        batch = next(validation_batches(folder, config)) if folder else random_batch(config)
         self._mesh = make_mesh(config, jax.devices())
 
         def new_state():
             return init_state(config, config.train.seed)
 
         with jax.set_mesh(self._mesh):
-            self._batch = put_batch(batch_sharding(self._mesh), random_batch(config))
-            shardings = state_shardings(self._mesh, jax.eval_shape(new_state))
+            self._batch = put_batch(batch_sharding(self._mesh), batch)
+            abstract = jax.eval_shape(new_state)
+            shardings = state_shardings(self._mesh, abstract)
             self._state = jax.jit(new_state, out_shardings=shardings)()
+            if folder:
+                checkpoints = Checkpoints(folder)
+                params, routing_state = checkpoints.restore_model(
+                    checkpoints.find("newest"), with_shardings(abstract, shardings)
+                )
+                self._state = dataclasses.replace(self._state, params=params, routing_state=routing_state)
             # The very program of a training run, which the compilation cache may have.
             step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(self._mesh)))
             self.program = step.lower(self._state, self._batch).compile()
@@ -70,16 +98,16 @@ def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def time_steps(configs: Mapping[str, Config], output: Path):
-    """Writes the median seconds of a step to a JSON file.
+def time_steps(trained: Mapping[str, tuple[Config, Path]], output: Path):
+    """Writes the median seconds of a step of trained models to a JSON file.
 
     Args:
-      configs: arm -> configuration; all must fit the devices together.
-      output: the file; it has `configs`, and `seconds` by arm.
+      trained: arm -> the configuration of a run and its directory; all must fit the devices together.
+      output: the file; it has `trained`, the configurations, and `seconds`, both by arm.
 
     Returns:
       The seconds by arm.
     """
-    found = seconds_in_turn({arm: RandomSteps(config) for arm, config in configs.items()})
-    write_json(output, {"configs": {arm: config.to_dict() for arm, config in configs.items()}, "seconds": found})
+    found = seconds_in_turn({arm: RepeatedStep(config, folder) for arm, (config, folder) in trained.items()})
+    write_json(output, {"trained": {arm: config.to_dict() for arm, (config, _) in trained.items()}, "seconds": found})
     return found

@@ -109,9 +109,9 @@ def measure_points(points, is_topology, output: Path):
 
 
 def _timed(_, configs: Mapping[str, Config]):
-    from aoe_jax.compare.step_times import RandomSteps, seconds_in_turn
+    from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 
-    steps = {arm: RandomSteps(config) for arm, config in configs.items()}
+    steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
     seconds = seconds_in_turn(steps)
     return {
         arm: {

@@ -1,4 +1,4 @@
-"""Experts with room for a fixed number of tokens, as MoE layers in Flax have had them since GShard and Switch.
+"""`experts.kind="capacity"`: experts with room for a fixed number of tokens, as MoE in Flax since GShard and Switch.
 
 Tokens stand in groups, one a sequence. In each group an expert has C places (GShard, arXiv 2006.16668; Switch, arXiv
 2101.03961): all first choices are placed before any second one, and either in the order of the tokens. A choice that finds
@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from aoe_jax.experts.router import RouterLayer
+from aoe_jax.experts.selection.assignment import SELECTION
 from aoe_jax.experts.selection.expert_choice import expert_capacity
 from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, weighted_product
 
@@ -92,3 +94,62 @@ def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concat
         rows = jnp.einsum("mhcf,mfd->mhcd", hidden.reshape(gate.shape), w["w_o"])
     with jax.named_scope("combine"):
         return jnp.einsum("gtnc,ngcd->gtd", combine_tensor(places, dispatch), exchange(rows, 1, 0))
+
+
+class CapacityLayer(RouterLayer):
+    """A router layer whose experts have room for a fixed number of tokens of each sequence.
+
+    A group is the tokens along the axis before the last: sequences of `[B, S, d]`. Statistics and balance losses are of the
+    router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free balancing goes by.
+    """
+
+    not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
+
+    @staticmethod
+    def in_words(experts):
+        """As in every layer."""
+        return f"MoE, capacity {experts.capacity_factor:g}"
+
+    @staticmethod
+    def not_causal_because(experts):
+        """As in every layer."""
+        if experts.top_k == 1:
+            return ""
+        return (
+            f"with experts.top_k={experts.top_k} the first choices of later tokens take the places of earlier tokens' other "
+            "choices, and what is dropped says something of the future"
+        )
+
+    def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
+        """The stations after scoring, arguments as in a router layer; the gate is whole.
+
+        Raises:
+          ValueError: tokens `[T, d]` on a mesh, of which each device would have a group of its own.
+        """
+        if len(devices.shape) == 1 and devices.total_size > 1:
+            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
+        c, length = self.config, devices.shape[-1]
+        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
+
+        def whole(a):
+            """`[t, ...]` of a device as whole groups `[G, T, ...]`."""
+            return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
+
+        assignment, stats, per_token = self.select(given, scores, balance_scores)
+        with jax.named_scope("select"):
+            expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
+            expert = whole(jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
+            n_places = places_of_expert(expert.shape[1], c.n_experts, c.top_k, c.capacity_factor)
+            places = capacity_assignment(expert, whole(weight), c.n_experts, n_places)
+        with jax.named_scope("balance"):
+            of_own = places.dropped.sum() / devices.size("tensor")  # whose devices all have the same groups
+            dropped, n_tokens = devices.total((of_own, given.token_weights.sum()))
+            stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
+
+        def experts(x, places, weights):
+            with jax.named_scope("experts"):
+                w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+            y = capacity_experts(whole(x), places, n_places, w, devices.exchange)
+            return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
+
+        return self.economical(devices, experts)(x, places, weights), stats, per_token

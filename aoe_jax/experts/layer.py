@@ -20,14 +20,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
-from aoe_jax.experts import capacity, coupling, dispatch, parallel, scoring
+from aoe_jax.experts import parallel, scoring
 from aoe_jax.experts import transport as transports
-from aoe_jax.experts.balance import LayerStats, layer_stats, sequence_balance_loss, z_loss
+from aoe_jax.experts.balance import layer_stats, sequence_balance_loss, z_loss
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.experts.selection.assignment import SELECTION, weigh_chosen
 from aoe_jax.experts.selection.base import Given
-from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu, weighted_product
+from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, swiglu
 
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
@@ -112,6 +112,11 @@ class ExpertsModule(nn.Module):
     def flops_beside_experts(cls, config: Config, shared):
         """Useful FLOPs per token of a forward pass, but for those of its experts; `shared` weights are `for_all_tokens`."""
         return 2 * shared
+
+    @staticmethod
+    def in_words(experts: ExpertsConfig) -> str:
+        """What tables call the layer."""
+        return experts.kind
 
     @staticmethod
     def not_causal_because(experts: ExpertsConfig) -> str:
@@ -270,172 +275,3 @@ class ExpertsModule(nn.Module):
         if self.recompute:
             return jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
         return devices.without_whole_weights(experts, self.gathers_experts)
-
-
-class AoELayer(ExpertsModule):
-    """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank activations, no router."""
-
-    score_name = "mean_norm"
-
-    def weights(self, d):
-        """name -> `(initializer, shape)`."""
-        return {name: (expert_init, shape) for name, shape in expert_shapes(self.config, d).items()}
-
-    def process(self, devices, x, given, weights):
-        """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
-        stride, operands, gate = self.balance.aux_stride, (x, weights["w_down"]), low_rank_gate
-        with jax.named_scope("score"):
-            if self.config.sparse_scoring:
-                if not self.balance.has_loss:
-                    operands = jax.lax.stop_gradient(operands)
-                scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
-            elif transports.is_local(devices, self.method.all_slots_used) and devices.size("tensor") == 1:
-
-                def activations(x, w_down):
-                    return scoring.low_rank_activations(x, devices.gather_weight("w_down", w_down, x.dtype))
-
-                cache = devices.without_whole_weights(activations)(x, weights["w_down"])
-                scores = scoring.activation_norms(cache)
-                balance_scores = scores[::stride]
-
-                def gate(rows, round, groups, w):
-                    c = dispatch.take_activations(cache, *round)
-                    return grouped_matmul(c, w["w_up"], groups), None
-
-            else:  # the rows lie where the cache doesn't: their activations are computed again
-                (scores,) = devices.score(lambda x, w_down: (scoring.norms(x, w_down),), *operands)
-                balance_scores = scores[::stride]
-            if self.method.relative_scores:
-                scores = scoring.relative_norms(scores, x, devices.matrix_norms(weights["w_down"]))
-                balance_scores = scores[::stride]
-        return self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
-
-
-class RouterLayer(ExpertsModule):
-    """Traditional mixture-of-experts layer (Algorithm 1), with Table 2's ablations: factorised gate, large router.
-
-    In training it may have the loss of `experts/coupling.py`, which is one of parameters and is computed here: so its
-    gradient joins that of the layer before devices add it up, and needs no array of its own.
-    """
-
-    for_all_tokens = ("w_router", "w_router_hidden")
-
-    @property
-    def needs_key(self):
-        """Whether it draws at random in training."""
-        return self.balance.coupling_weight > 0
-
-    def weights(self, d):
-        """name -> `(initializer, shape)`."""
-        c, width = self.config, self.config.width(d)
-        hidden = c.large_router_width(d)
-        routers = {"w_router_hidden": (d, hidden), "w_router": (hidden, c.n_experts)}
-        if not c.large_router:
-            routers = {"w_router": (d, c.n_experts)}
-        gates = {"w_g": (c.n_experts, d, width)}
-        if c.factorised_gate:
-            gates = {"w_down": (c.n_experts, d, c.d_low), "w_up": (c.n_experts, c.d_low, width)}
-        experts = {"w_p": (c.n_experts, d, width), "w_o": (c.n_experts, width, d), **gates}
-        return {name: (matrix_init, shape) for name, shape in routers.items()} | {
-            name: (expert_init, shape) for name, shape in experts.items()
-        }
-
-    def process(self, devices, x, given, weights):
-        """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
-        weights = dict(weights)
-        w_router = weights.pop("w_router")
-        with jax.named_scope("score"):
-            if self.config.large_router:
-                scores = scoring.large_router_logits(x, weights.pop("w_router_hidden"), w_router)
-            elif self.method.relative_scores:
-                scores = scoring.router_cosines(x, w_router)
-            else:
-                scores = scoring.router_logits(x, w_router)
-        gate = low_rank_gate if self.config.factorised_gate else whole_gate
-        balance_scores = scores[:: self.balance.aux_stride]
-        y, stats, per_token = self.pipeline(devices, x, given, scores, balance_scores, gate, weights)
-        if self.needs_key and given.key is not None:
-            key = jax.random.fold_in(given.key, 0)  # the selection may draw from the key itself
-            with jax.named_scope("balance"):
-                loss = coupling.coupling_loss(devices, w_router, weights["w_g"], self.balance.coupling_alpha, key)
-            stats = stats._replace(coupling=loss)
-        return y, stats, per_token
-
-
-class CapacityLayer(RouterLayer):
-    """A router layer whose experts have room for a fixed number of tokens of each sequence, see `experts/capacity.py`.
-
-    A group is the tokens along the axis before the last: sequences of `[B, S, d]`. Statistics and balance losses are of the
-    router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free balancing goes by.
-    """
-
-    not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
-
-    @staticmethod
-    def not_causal_because(experts):
-        """As in every layer."""
-        if experts.top_k == 1:
-            return ""
-        return (
-            f"with experts.top_k={experts.top_k} the first choices of later tokens take the places of earlier tokens' other "
-            "choices, and what is dropped says something of the future"
-        )
-
-    def pipeline(self, devices, x, given, scores, balance_scores, gate, weights):
-        """The stations after scoring, arguments as in a router layer; the gate is whole.
-
-        Raises:
-          ValueError: tokens `[T, d]` on a mesh, of which each device would have a group of its own.
-        """
-        if len(devices.shape) == 1 and devices.total_size > 1:
-            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
-        c, length = self.config, devices.shape[-1]
-        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
-
-        def whole(a):
-            """`[t, ...]` of a device as whole groups `[G, T, ...]`."""
-            return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
-
-        assignment, stats, per_token = self.select(given, scores, balance_scores)
-        with jax.named_scope("select"):
-            expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
-            expert = whole(jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
-            n_places = capacity.places_of_expert(expert.shape[1], c.n_experts, c.top_k, c.capacity_factor)
-            places = capacity.capacity_assignment(expert, whole(weight), c.n_experts, n_places)
-        with jax.named_scope("balance"):
-            of_own = places.dropped.sum() / devices.size("tensor")  # whose devices all have the same groups
-            dropped, n_tokens = devices.total((of_own, given.token_weights.sum()))
-            stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
-
-        def experts(x, places, weights):
-            with jax.named_scope("experts"):
-                w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
-            y = capacity.capacity_experts(whole(x), places, n_places, w, devices.exchange)
-            return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
-
-        return self.economical(devices, experts)(x, places, weights), stats, per_token
-
-
-class DenseLayer(ExpertsModule):
-    """One SwiGLU of width `d_ffn` for every token: the baseline without experts. Its statistics are those of one expert."""
-
-    selects = False
-
-    def weights(self, d):
-        """name -> `(initializer, shape)`."""
-        width = self.config.d_ffn
-        shapes = {"w_g": (d, width), "w_p": (d, width), "w_o": (width, d)}
-        return {name: (matrix_init, shape) for name, shape in shapes.items()}
-
-    def process(self, devices, x, given, weights):
-        """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
-
-        @jax.named_scope("experts")
-        def expert(x, weights):
-            w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
-            return weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]
-
-        y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
-        one, zero = jnp.ones(1), jnp.zeros(())
-        stats = LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
-        return devices.sum_scatter(y, "tensor"), stats, None

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.experts.layer import RouterLayer, whole_gate
+from aoe_jax.experts.layer import whole_gate
+from aoe_jax.experts.router import RouterLayer
 from aoe_jax.experts.scoring import router_logits
 
 # What an expert has computed of tokens `x [T, d]` where it pauses, from its `w_g`, `w_p` `[d, f]` and `w_o` `[f, d]`.

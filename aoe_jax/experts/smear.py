@@ -33,11 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from aoe_jax.config.methods import SmearConfig
 from aoe_jax.experts import scoring
 from aoe_jax.experts.balance import LayerStats
 from aoe_jax.experts.layer import ExpertsModule, expert_init, expert_shapes
 from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, one_expert
-from aoe_jax.methods import SmearConfig
 
 ROUTER_SCALE = 0.01  # of the router's weights at the beginning, and of the gain of their norm
 NORM_EPS = 1e-5

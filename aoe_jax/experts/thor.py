@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoe_jax.config.methods import ThorConfig
 from aoe_jax.experts.balance import LayerStats
 from aoe_jax.experts.layer import ExpertsModule, expert_init, expert_shapes, low_rank_gate, whole_gate
 from aoe_jax.experts.selection.assignment import by_token
 from aoe_jax.experts.swiglu import one_expert
-from aoe_jax.methods import ThorConfig
 
 
 def draw_expert(key, n_experts):

@@ -5,7 +5,7 @@ reads a directory, `writing.py` writes one.
 
 **The format `aoe`.** `config.json` has `model_type: "aoe"` and two groups, `model` and `experts`, whose fields are those of
 `aoe_jax.config.ModelConfig` and `ExpertsConfig` that decide what the model computes, and that of its kind or selection where
-one has settings of its own, see `aoe_jax.methods`. Tensors, L layers numbered from 0, V
+one has settings of its own, see `aoe_jax.config.methods`. Tensors, L layers numbered from 0, V
 vocabulary, d model width, H heads of queries and K of keys and values, of width h, n experts, r low rank, f or w width of an
 expert (f where its gate is whole, w where it is Wdown Wup):
 

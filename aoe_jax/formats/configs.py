@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from aoe_jax.config import SELECTION_NAMES, UNSELECTIVE_KINDS, Config
+from aoe_jax.config.methods import METHODS
 from aoe_jax.errors import UserError
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.formats.architectures import ARCHITECTURES, Architecture
-from aoe_jax.methods import METHODS
 
 OWN = "aoe"  # the model_type of our own format
 WINDOW = 1024  # tokens that texts are scored and trained in, where the model takes as many

@@ -2,9 +2,12 @@
 
 Arms are the variants of `configs/methods.py`, most of them with AoE and with a router. All have the learning rate that
 `small.py` found to be the best for AoE and for the router alike: tuning each would take longer than all runs.
+Those with one expert a token (switch, smear, thor) have about half the FLOPs of experts that the others have.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
+from aoe_jax.config import UNSELECTIVE_KINDS
+from aoe_jax.experts.selection import SELECTIONS
 from configs import methods
 from configs.compare.small import SMALLEST, base_config
 
@@ -17,7 +20,10 @@ def _arm(variant):
         found["experts"] = {"d_low": config.model.d_model // 3} | found["experts"]
         return found
 
-    return Arm(f"{'router' if variant != name else 'AoE'}, {name.replace('_', ' ')}", changes)
+    experts = {"top_k": 2, "selection": "top_k"} | methods.changes(variant)["experts"]
+    notes = " (one expert a token)" * (experts["top_k"] == 1 or experts["kind"] in UNSELECTIVE_KINDS)
+    notes += " (not causal)" * (not SELECTIONS[experts["selection"]].causal)
+    return Arm(f"{'router' if variant != name else 'AoE'}, {name.replace('_', ' ')}{notes}", changes)
 
 
 def get_suite():

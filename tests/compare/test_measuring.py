@@ -21,10 +21,10 @@ def test_steps_hold_for_equal_configurations(tmp_path):
             write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
     file, seconds = measured_file(tmp_path, "a"), {"moe": 0.1, "aoe": 0.2}
     file.parent.mkdir()
-    write_json(file, {"configs": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds})
+    write_json(file, {"trained": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds})
     assert step_seconds(tmp_path, runs, "a") == seconds
     found = read_json(file)
-    for groups in found["configs"].values():
+    for groups in found["trained"].values():
         del groups["experts"]["ranks"]
     write_json(file, found)
     assert step_seconds(tmp_path, runs, "a") == seconds

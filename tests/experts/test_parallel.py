@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
+from aoe_jax.config.methods import METHODS
 from aoe_jax.experts import parallel
 from aoe_jax.experts import transport as transport_of
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.methods import METHODS
 from aoe_jax.sharding import MESH_AXES
 
 B, S, D = 16, 8, 8

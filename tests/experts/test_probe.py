@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config import ExpertsConfig
-from aoe_jax.experts.layer import RouterLayer
 from aoe_jax.experts.probe import NODES, NORMS, ProbeLayer, by_chance, by_norm, by_router
+from aoe_jax.experts.router import RouterLayer
 from aoe_jax.sharding import MESH_AXES
 
 EXPERTS = ExpertsConfig(kind="router", n_experts=4, top_k=2, d_ffn=12)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax import AoELayer, config
+from aoe_jax import AoELayer
 from aoe_jax.config import ExpertsConfig
+from aoe_jax.config import experts as experts_config
 from aoe_jax.experts import reference
 from aoe_jax.experts.selection import SELECTIONS
 
@@ -24,7 +25,7 @@ def added(monkeypatch):
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     monkeypatch.setitem(SELECTIONS, "above_mean", names["AboveMean"]())
-    monkeypatch.setattr(config, "SELECTION_NAMES", (*config.SELECTION_NAMES, "above_mean"))
+    monkeypatch.setattr(experts_config, "SELECTION_NAMES", (*experts_config.SELECTION_NAMES, "above_mean"))
     return names
 
 

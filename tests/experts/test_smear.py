@@ -10,11 +10,11 @@ from jax.sharding import AxisType, Mesh
 
 from aoe_jax import SmearLayer
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
+from aoe_jax.config.methods import SmearConfig
 from aoe_jax.errors import UserError
 from aoe_jax.experts.reference import aoe_experts, aoe_scores, router_experts
 from aoe_jax.experts.smear import drop_experts, merge, merged_experts, near_copies
 from aoe_jax.experts.swiglu import one_expert
-from aoe_jax.methods import SmearConfig
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import check_decodes
 from aoe_jax.sharding import MESH_AXES

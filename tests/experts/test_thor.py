@@ -7,9 +7,9 @@ import pytest
 
 from aoe_jax import ThorLayer
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
+from aoe_jax.config.methods import ThorConfig
 from aoe_jax.experts.reference import aoe_experts, router_experts
 from aoe_jax.experts.thor import draw_by_position, draw_expert, layer_key
-from aoe_jax.methods import ThorConfig
 from aoe_jax.training.step import init_state, training_loss
 from configs import methods
 

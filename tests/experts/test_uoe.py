@@ -10,13 +10,13 @@ from jax.sharding import AxisType, Mesh
 
 from aoe_jax import DenseLayer, UoELayer
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
+from aoe_jax.config.methods import UoEConfig
 from aoe_jax.counts import forward_flops_per_token, parameter_counts
 from aoe_jax.errors import UserError
 from aoe_jax.experts import reference
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.parallel import Devices
 from aoe_jax.experts.uoe import routing_neurons
-from aoe_jax.methods import UoEConfig
 from aoe_jax.plan import plan
 from aoe_jax.sharding import MESH_AXES
 from aoe_jax.topology import topology_devices

@@ -49,6 +49,7 @@ class Selection:
     fields: tuple[str, ...] = ()  # of `ExpertsConfig` that it goes by
     causal = True  # whether the experts of a token depend on no later token, nor on other sequences
     not_causal_because = ""  # the end of "for ..."
+    balances_by = ""  # what keeps the load even beside the group `balance`, in words, such as "its own loss"
     needs_key = False  # whether it draws at random in training
     needs_attention = False  # whether it goes by the attention that a token pays, `Given.attention`
     all_slots_used = False  # whether every slot of every assignment is in use

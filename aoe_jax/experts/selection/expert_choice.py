@@ -74,6 +74,7 @@ class ExpertChoice(Selection):
 
     fields = ("capacity_factor",)
     causal = False
+    balances_by = "expert choice"
     not_causal_because = "which tokens an expert takes depends on all tokens of the batch, later ones included"
 
     def experts_per_token(self, experts):

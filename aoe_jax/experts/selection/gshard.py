@@ -47,6 +47,7 @@ def top_two(scores, uniform=None):
 class GShard(Selection):
     """`experts.selection="gshard"`."""
 
+    balances_by = "its loss of first choices"
     needs_key = True
 
     def choose(self, experts, scores, given):

@@ -56,10 +56,7 @@ class RoutingFree(Selection):
     """`experts.selection="routing_free"`: state `multiplier []`, lambda, the same in all layers."""
 
     fields = ("top_k",)
-
-    def experts_per_token(self, experts):
-        """K, which lambda aims at."""
-        return experts.top_k
+    balances_by = "its own losses"
 
     def parameters(self, experts, settings):
         """b."""

@@ -46,6 +46,7 @@ class Threshold(Selection):
     """`experts.selection="threshold"`: state `threshold [n]`, and `updates []`, the steps it has seen."""
 
     fields = ("top_k",)
+    balances_by = "thresholds"
     not_causal_because = "experts choose tokens while thresholds settle (`threshold.warmup_steps`)"
 
     def not_causal_until(self, settings):

@@ -128,6 +128,7 @@ class TopAny(Selection):
     """`experts.selection="top_any"`: state `live [n]`, R_E `fired [n]`, R_S `unclaimed [d]`, and `updates []`, its steps."""
 
     relative_scores = True
+    balances_by = "adding and removing experts"
 
     def parameters(self, experts, settings):
         """G."""

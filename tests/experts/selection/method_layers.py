@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.config import BalanceConfig, ExpertsConfig
+from aoe_jax.config.methods import METHODS
 from aoe_jax.experts import reference
 from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.methods import METHODS
 
 TOKENS, D, EXPERTS = 29, 12, 5
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
+from aoe_jax.config.methods import ThresholdConfig
 from aoe_jax.experts.parallel import Devices
 from aoe_jax.experts.selection.base import Given
 from aoe_jax.experts.selection.threshold import Threshold, above_thresholds, kth_largest
-from aoe_jax.methods import ThresholdConfig
 
 N, T = 8, 4000
 EXPERTS = ExpertsConfig(kind="router", n_experts=N, top_k=1, selection="threshold")

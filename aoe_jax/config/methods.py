@@ -7,7 +7,7 @@ its defaults where the method isn't chosen.
 import dataclasses
 from dataclasses import dataclass, field
 
-from aoe_jax.checks import require, require_choice, require_not_negative, require_positive
+from aoe_jax.config.checks import require, require_choice, require_not_negative, require_positive
 
 
 def training_only(default):
@@ -15,8 +15,26 @@ def training_only(default):
     return field(default=default, metadata={"training_only": True})
 
 
+class MethodConfig:
+    """What the groups share."""
+
+    def filled_in(self, experts):
+        """With a number for every None that stands for one, which the group `experts` decides."""
+        return self
+
+    def check(self, config):
+        """Refuses what doesn't fit the other groups, where the method is chosen."""
+
+
+def _refuse_losses_of_load(config):
+    for name in ("aux_weight", "entropy_weight", "z_weight"):
+        value = getattr(config.balance, name)
+        with_own = f"isn't tried beside what selection {config.experts.selection} has for its load; set it to 0"
+        require(value == 0, f"balance.{name}", value, with_own)
+
+
 @dataclass(frozen=True)
-class ThresholdConfig:
+class ThresholdConfig(MethodConfig):
     """Expert Threshold routing; `experts.top_k` is the mean number of experts per token that thresholds aim at."""
 
     decay: float = training_only(0.999)  # of the moving average that is an expert's threshold
@@ -32,17 +50,18 @@ class ThresholdConfig:
 
 
 @dataclass(frozen=True)
-class UoEConfig:
+class UoEConfig(MethodConfig):
     """Union-of-Experts-style layers, `experts.kind="uoe"`: whole experts whose first neurons score them."""
 
     routing_neurons: int | None = None  # of an expert; None: round(experts.d_ffn / experts.top_k)
 
-    def filled_in(self, d_ffn, top_k):
-        """With a number for None.
+    def filled_in(self, experts):
+        """With a number of neurons.
 
         Raises:
           UserError: no neuron is left for the one part or the other.
         """
+        d_ffn, top_k = experts.d_ffn, experts.top_k
         neurons = round(d_ffn / top_k) if self.routing_neurons is None else self.routing_neurons
         wanted = f"must be at least 1 and below experts.d_ffn={d_ffn}"
         if self.routing_neurons is None:
@@ -50,9 +69,30 @@ class UoEConfig:
         require(0 < neurons < d_ffn, "uoe.routing_neurons", self.routing_neurons, wanted)
         return dataclasses.replace(self, routing_neurons=neurons)
 
+    def check(self, config):
+        """Refuses what isn't implemented for these layers, or not tested."""
+        experts, balance, tensor = config.experts, config.balance, config.mesh.tensor
+        require(
+            experts.selection in ("top_k", "top_p"),
+            "experts.selection",
+            experts.selection,
+            "isn't implemented for experts.kind='uoe'; choose one of top_k, top_p",
+        )
+        require(
+            experts.gate != "sparsemixer",
+            "experts.gate",
+            experts.gate,
+            "isn't implemented for experts.kind='uoe'; choose one of chosen, all",
+        )
+        untested = "with experts.kind='uoe' isn't tested; leave it at its default"
+        require(balance.z_weight == 0, "balance.z_weight", balance.z_weight, untested)
+        require(balance.aux_batch == "global", "balance.aux_batch", balance.aux_batch, untested)
+        neurons = self.routing_neurons
+        require(neurons % tensor == 0, "mesh.tensor", tensor, f"must divide uoe.routing_neurons={neurons}")
+
 
 @dataclass(frozen=True)
-class TopAnyConfig:
+class TopAnyConfig(MethodConfig):
     """DynMoE; `experts.n_experts` is the size of the pool, the most experts that a layer can have."""
 
     temperature: float = 1.0  # tau, of scores and thresholds
@@ -79,9 +119,32 @@ class TopAnyConfig:
             f"must be at least idle_steps + record_steps = {self.idle_steps + self.record_steps}",
         )
 
+    def check(self, config):
+        """Refuses what doesn't fit the layer, and other losses."""
+        _refuse_losses_of_load(config)
+        n = config.experts.n_experts
+        require(
+            self.initial_experts is None or self.initial_experts <= n,
+            "top_any.initial_experts",
+            self.initial_experts,
+            f"can't be greater than the pool, experts.n_experts={n}",
+        )
+        require(
+            config.experts.has_router or self.loss_weight == type(self).loss_weight,
+            "top_any.loss_weight",
+            self.loss_weight,
+            "belongs to experts.kind='router'; leave it at its default",
+        )
+        require(
+            not config.experts.large_router,
+            "experts.large_router",
+            True,
+            "isn't implemented for selection top_any, which compares tokens with the columns of the router",
+        )
+
 
 @dataclass(frozen=True)
-class RoutingFreeConfig:
+class RoutingFreeConfig(MethodConfig):
     """Routing-Free MoE; `experts.top_k` is the mean number of experts per token and layer that its loss aims at."""
 
     threshold: float = 1.0  # theta
@@ -96,9 +159,13 @@ class RoutingFreeConfig:
         require(0 < self.multiplier <= 1, "routing_free.multiplier", self.multiplier, "must lie above 0, at most at 1")
         require(self.expert_share <= 1, "routing_free.expert_share", self.expert_share, "must lie between 0 and 1")
 
+    def check(self, config):
+        """Refuses other losses."""
+        _refuse_losses_of_load(config)
+
 
 @dataclass(frozen=True)
-class GShardConfig:
+class GShardConfig(MethodConfig):
     """GShard's two experts per token; experts.top_k must be 2."""
 
     aux_weight: float = training_only(0.01)  # of its balance loss of first choices, which is 1 in perfect balance
@@ -106,9 +173,14 @@ class GShardConfig:
     def __post_init__(self):
         require_not_negative("gshard", self, "aux_weight")
 
+    def check(self, config):
+        """Refuses another number of experts."""
+        top_k = config.experts.top_k
+        require(top_k == 2, "experts.top_k", top_k, "selection gshard is for two experts per token; set 2")
+
 
 @dataclass(frozen=True)
-class ByAttentionConfig:
+class ByAttentionConfig(MethodConfig):
     """Experts per token from attention, at most `experts.top_k`."""
 
     # How important a token is. paid: how much of its attention it pays to one token | received: how much it receives.
@@ -128,7 +200,7 @@ class ByAttentionConfig:
 
 
 @dataclass(frozen=True)
-class SmearConfig:
+class SmearConfig(MethodConfig):
     """SMEAR: experts are merged, one merged expert for a sequence or a segment of it."""
 
     # Tokens that share a merged expert, which the segment before them decides. 0: the whole sequence, by its own mean, which
@@ -150,9 +222,31 @@ class SmearConfig:
         )
         require(0 < self.own_share <= 1, "smear.own_share", self.own_share, "must be above 0 and at most 1")
 
+    def check(self, config):
+        """Refuses what a decoder can't have, and sequences of one segment, whose merged expert nothing decides."""
+        length = config.data.seq_len
+        require(
+            self.segment > 0,
+            "smear.segment",
+            self.segment,
+            "merges by the mean of a whole sequence, which in a decoder knows later tokens; name the tokens of a segment",
+        )
+        require(
+            self.segment < length,
+            "smear.segment",
+            self.segment,
+            f"must be below data.seq_len={length}, so that there are two segments: the first decides for the second",
+        )
+        require(
+            not config.data.document_mask,
+            "data.document_mask",
+            True,
+            "with experts.kind='smear' isn't implemented: a segment knows no documents, and would tell one of another",
+        )
+
 
 @dataclass(frozen=True)
-class ThorConfig:
+class ThorConfig(MethodConfig):
     """THOR: one expert a layer is drawn for a batch, and two passes are trained to agree."""
 
     consistency_weight: float = training_only(5.0)  # alpha, of the symmetric KL divergence between the passes

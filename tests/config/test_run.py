@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 
 from aoe_jax.config import Config, DataConfig, ExpertsConfig, default_config, matched_width
+from aoe_jax.config.sources import SourceConfig
 from aoe_jax.errors import UserError
-from aoe_jax.sources import SourceConfig
 
 
 def test_defaults_are_the_dataclass_defaults():
@@ -256,7 +256,7 @@ SMEAR, THOR = ({"experts": {"kind": kind}, "balance": {"aux_weight": 0.0}} for k
         ),
         ({"model": {"unroll": 2}, "mesh": {"fsdp": 4}}, "model.unroll=2: with mesh.fsdp=4 would let"),
         (SMEAR | {"smear": {"segment": 0}}, "smear.segment=0: merges by the mean of a whole sequence"),
-        (SMEAR | {"smear": {"segment": 2048}}, "smear.segment=2048: must be below model.max_len=2048"),
+        (SMEAR | {"smear": {"segment": 256}}, "smear.segment=256: must be below data.seq_len=256"),
         (SMEAR | {"smear": {"segment": 1}}, "smear.segment=1: must be at least 2"),
         (SMEAR | {"smear": {"expert_dropout": 1.0}}, "smear.expert_dropout=1.0: must be at least 0"),
         (SMEAR | {"smear": {"own_share": 0.0}}, "smear.own_share=0.0: must be above 0"),
