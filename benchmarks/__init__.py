@@ -1,1 +1,1 @@
-"""Measured claims: every figure in the README comes from a command here."""
+"""Measured claims: every figure in the README and docs/ comes from a command here."""

@@ -1,4 +1,4 @@
-"""Plans of the configurations in the README's table: AoE and its router twin on TPU slices that aren't here.
+"""Plans of the configurations in the table of docs/machines.md: AoE and its router twin on TPU slices that aren't here.
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` installed; minutes a row, of two cores. Each row
 is `python -m aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS`, at 4.2M tokens a step.

@@ -142,7 +142,7 @@ def _cause(error, data):
         return (
             f"the examples in {data} can't be used ({reason}); each line is a JSON object with the fields of the hub's"
         )
-    return f"the data set can't be had from the hub ({reason}); give --tasks-data=DIR, see the README"
+    return f"the data set can't be had from the hub ({reason}); give --tasks-data=DIR, see docs/evaluation.md"
 
 
 @contextmanager

@@ -1,0 +1,33 @@
+"""What a timed step is a step of."""
+
+import json
+
+import pytest
+
+from tests.runs import finished_run, run
+
+FIRST_STEP = """
+import json, sys
+from pathlib import Path
+import jax
+from aoe_jax.compare.routing import validation_batches
+from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.evaluation.perplexity import make_eval_step
+folder = Path(sys.argv[1])
+model = load_model(folder)
+batch = model.put(next(validation_batches(folder, model.config)))
+eval_step = make_eval_step(model.decoder, model.config.data.document_mask)
+with jax.set_mesh(model.mesh):
+    nll, tokens, _ = jax.jit(eval_step)(model.params, model.routing_state, batch)
+trained, drawn = RepeatedStep(model.config, folder), RepeatedStep(model.config)
+print(json.dumps([float(nll.sum() / tokens), *(float(step()["nll"]) for step in (trained, drawn))]))
+"""
+
+
+def test_it_is_one_of_the_trained_model_on_its_validation_split():
+    status, stdout, stderr = run(["-c", FIRST_STEP, str(finished_run())])
+    assert status == 0, stderr
+    evaluated, trained, drawn = json.loads(stdout)
+    assert trained == pytest.approx(evaluated, rel=1e-4)
+    assert abs(drawn - evaluated) > 0.1
