@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model
 from aoe_jax.experts.parallel import on_each_token
 from aoe_jax.model.decoder import Decoder, output_projection
-from aoe_jax.model.decoding import check_decodes, extend, prefill
+from aoe_jax.model.decoding import check_decodes, extend, goes_by_token, prefill
 from aoe_jax.model.loss import target_log_probs
 from aoe_jax.sharding import batch_sharding, put_batch, replicated
 
@@ -32,7 +32,8 @@ class Scorer:
 
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
         """Takes a model, and how many tokens a batch has, about; raises what `check_decodes` does."""
-        check_decodes(model.decoder)
+        check_decodes(model.decoder, by_token=False)
+        self._shares_contexts = goes_by_token(model.decoder)
         self._model, self._batch_tokens = model, batch_tokens
         compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
         # Lengths here needn't be such that a part of the tokens falls alike on all devices.
@@ -41,7 +42,7 @@ class Scorer:
         self._score_choices = compiled(partial(score_choices, decoder))
 
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
-        """Scores continuations. Long contexts that several requests share are read once.
+        """Scores continuations. Long contexts that several requests share are read once, if the model can go by token.
 
         Args:
           requests: `(context, continuation)`, token ids; a context has one at least. Of what is longer than the model's
@@ -87,7 +88,7 @@ class Scorer:
         single = []  # numbers
         shared = {}  # (N, S): [(context, numbers)]
         for context, numbers in by_context.items():
-            if len(numbers) > 1 and len(context) > SHORTEST_SHARED:
+            if self._shares_contexts and len(numbers) > 1 and len(context) > SHORTEST_SHARED:
                 longest = max(len(texts[number][1]) for number in numbers)
                 shared.setdefault((len(numbers), self._rounded(longest)), []).append((context, numbers))
             else:

@@ -104,6 +104,7 @@ class CapacityLayer(RouterLayer):
     """
 
     not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
+    padding_counts = True
 
     @staticmethod
     def in_words(experts):

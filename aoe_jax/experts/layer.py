@@ -84,6 +84,7 @@ class ExpertsModule(nn.Module):
 
     selects: ClassVar[bool] = True  # whether experts are chosen, by the method `config.selection`
     not_by_token: ClassVar[str] = ""  # why it can't process a text token by token, the end of "for ..."; "": it can
+    padding_counts: ClassVar[bool] = False  # whether padding after a text has a say in what its tokens get
     needs_key: ClassVar[bool] = False  # whether it draws at random in training, beside what the method draws
     needs_place: ClassVar[bool] = False  # whether it goes by the number of its layer and by positions
     gathers_experts: ClassVar[bool] = False  # whether each device computes with the experts of all

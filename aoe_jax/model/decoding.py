@@ -31,11 +31,20 @@ class Cache(NamedTuple):
     length: jax.Array  # [B] int32, positions that count
 
 
-def check_decodes(decoder: Decoder):
-    """Checks that a token doesn't depend on later ones, nor on those of other sequences.
+def goes_by_token(decoder: Decoder):
+    """Whether a text can go through the model piece by piece, with a cache."""
+    return not LAYERS[decoder.experts.kind].not_by_token
+
+
+def check_decodes(decoder: Decoder, by_token=True):
+    """Checks that a token doesn't depend on later ones, nor on those of other sequences, nor on padding.
+
+    Args:
+      decoder: the model.
+      by_token: whether texts are to go through it piece by piece too.
 
     Raises:
-      UserError: it does.
+      UserError: it does, or they can't.
     """
     name = decoder.experts.selection
     method = SELECTIONS[name]
@@ -45,7 +54,7 @@ def check_decodes(decoder: Decoder):
             f"config.experts.selection={name!r}: can't go token by token, for {method.not_causal_because}; use a model of a "
             "token-choice selection, such as top_k"
         )
-    if kind.not_by_token:
+    if kind.padding_counts or (by_token and not goes_by_token(decoder)):
         raise UserError(
             f"config.experts.kind={decoder.experts.kind!r}: can't go token by token, for {kind.not_by_token}; use a model "
             "of another kind, such as aoe or router"

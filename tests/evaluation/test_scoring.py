@@ -18,6 +18,7 @@ KINDS = {
     "aoe": {},
     "top_p, untied": {"experts__kind": "router", "experts__selection": "top_p", "model__tie_embeddings": False},
     "dense": {"experts__kind": "dense"},
+    "smear": {"experts__kind": "smear", "smear__segment": 8, "balance__aux_weight": 0.0},  # can't go by token
     "mesh": {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2, "mesh__data": 1, "experts__round_to": 8},
 }
 LENGTHS = (2, 35, 50)  # few, for the plain passes are compiled for each

@@ -73,8 +73,7 @@ def test_bias_moves_against_the_load():
     [
         lambda s, w: top_k(s, 2),
         lambda s, w: top_p(s, 0.6),
-        # Twelve real tokens of 20: a capacity of 5 each way.
-        lambda s, w: expert_choice(s, 5 * 6 / len(w), w),
+        lambda s, w: expert_choice(s, 2.5, w),
     ],
 )
 def test_padding_counts_in_nothing(select):

@@ -20,7 +20,7 @@ def expert_choice(scores, capacity_factor, token_weights=None):
     Args:
       scores: `[T, n]` float32.
       capacity_factor: mean number of experts per token; `C = T capacity_factor / n`, rounded up.
-      token_weights: `[T]`, 0 for padding, which takes no place from other tokens; None: all count.
+      token_weights: `[T]`, 0 for padding, which counts in nothing: without it, C is of the real tokens; None: all count.
 
     Returns:
       An `Assignment` with `P = n C`; weights are the softmax values over experts, not renormalised.
@@ -33,13 +33,14 @@ def expert_choice(scores, capacity_factor, token_weights=None):
 
 
 def _expert_choice(probability, capacity_factor, token_weights):
-    """The tokens that each expert takes, `[n, C]` int32, and which of them are no padding, bool."""
+    """The tokens that each expert takes, `[n, C]` int32, and which it really does, bool: with padding fewer than C."""
     n_tokens, n_experts = probability.shape
     capacity = expert_capacity(n_tokens, n_experts, capacity_factor)
     real = jnp.ones(n_tokens, bool) if token_weights is None else token_weights > 0
     ranked = jnp.where(real, jax.lax.stop_gradient(probability).T, -1)
     token = checkpoint_name(jax.lax.top_k(ranked, capacity)[1], SELECTION)
-    return token, real[token]
+    among_real = jnp.ceil(real.sum() * capacity_factor / n_experts)
+    return token, real[token] & (jnp.arange(capacity) < among_real)
 
 
 def expert_choice_among(scores, capacity_factor, token_weights, all_tokens, own):
