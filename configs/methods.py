@@ -73,7 +73,9 @@ def changes(variant):
     """group -> field -> value, of a variant."""
     name = variant.removesuffix("_router")
     both, of_aoe, of_router = METHODS[name]
-    found = {"experts": {"kind": "router" if variant != name else "aoe"}}
+    found = {"experts": {"kind": "aoe"}}
+    if variant != name:
+        found = {"experts": {"kind": "router"}, "balance": {"aux_tokens": 1.0}}  # which costs a router nothing
     for one in (both, of_router if variant != name else of_aoe):
         for group, values in one.items():
             found[group] = found.get(group, {}) | values

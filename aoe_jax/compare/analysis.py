@@ -51,11 +51,7 @@ class Comparison:
 
     def finished(self, size, arm):
         """The results of the finished runs of an arm, by seed."""
-        return [
-            r
-            for r in self.results
-            if (r.run.size, r.run.arm, r.state) == (size, arm, "finished") and math.isfinite(r.nll)
-        ]
+        return [r for r in self.results if (r.run.size, r.run.arm, r.state) == (size, arm, "finished")]
 
     def series(self, size):
         """`{arm: [Result, ...]}` of a size, arms without a finished run left out."""
@@ -77,9 +73,11 @@ class Comparison:
         return experts_per_token(self.suite.config(size, arm, 0)) is None
 
     def budget(self, size, kind):
-        """What all arms of a size have spent at least: of "flops" or "seconds"."""
+        """What all arms of a size have spent at least, of "flops" or "seconds", but for those that take what they need."""
         spent = [
-            min(r.run.config.train.steps * r.per_step(kind) for r in results) for results in self.series(size).values()
+            min(r.run.config.train.steps * r.per_step(kind) for r in results)
+            for arm, results in self.series(size).items()
+            if not self.takes_what_it_needs(size, arm)
         ]
         return min(spent, default=math.nan)
 
@@ -130,17 +128,19 @@ class Comparison:
         return found
 
     def points(self, scale):
-        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at least.
+        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at least, and no two of one x.
 
         Without sizes of equal FLOPs, which differ in what they spend them on.
         """
         iso, found = set().union(*self.budgets_of_flops), {}
         for arm in self.suite.arms:
-            groups = {}
+            groups, n_sizes = {}, 0
             for size in self.suite.sizes:
-                for result in self.finished(size, arm) if size not in iso else ():
+                results = self.finished(size, arm) if size not in iso else ()
+                n_sizes += bool(results)
+                for result in results:
                     groups.setdefault(_x(result, scale), []).append(result.nll)
-            if len(groups) > 1:
+            if len(groups) == n_sizes > 1:
                 found[arm] = groups
         return found
 
@@ -157,9 +157,8 @@ class Comparison:
         layer = kind.in_words(e) + ", factorised gate" * e.factorised_gate + ", large router" * e.large_router
         if e.top_k != self.suite.config(size, self.suite.baseline, 0).experts.top_k:
             layer += f", K={e.top_k}"
-        layer += f", {e.selection.replace('_', ' ')}" * (e.selection != "top_k") + f", gate={e.gate}" * (
-            e.gate != "chosen"
-        )
+        layer += f", {e.selection.replace('_', ' ')}" * (e.selection != "top_k")
+        layer += f", gate={e.gate}" * (e.gate != "chosen")
         aux = "L_aux" + " of each sequence" * (b.aux_batch == "sequence")
         parts = [(SELECTIONS[e.selection].balances_by, True), (aux, b.aux_weight), ("Ent_conf", b.entropy_weight)]
         parts += [("z-loss", b.z_weight), ("loss-free bias", b.bias_rate), ("L_ERC", b.coupling_weight)]

@@ -43,7 +43,7 @@ def _mean_curve(results):
 @drawn
 def loss_curves(series, labels, styles, axis):
     """Loss against `axis` (a key of `AXES`): training batches as lines, the validation split as points."""
-    figure, ((axes,),) = style.new_figure(3.5)
+    figure, ((axes,),) = style.new_figure(style.height_for(len(series), 3.5))
     ends, every = [], []
     for arm, results in series.items():
         cost = float(np.mean([result.per_step(axis) for result in results]))
@@ -94,7 +94,7 @@ def scaling(points, fits, labels, styles, xlabel):
       styles: of arms.
       xlabel: what x is.
     """
-    figure, ((axes,),) = style.new_figure(3.8)
+    figure, ((axes,),) = style.new_figure(style.height_for(len(points), 3.8))
     ends = []
     for arm, groups in points.items():
         xs, means = np.array(list(groups)), [mean(losses) for losses in groups.values()]
@@ -159,5 +159,5 @@ def against_setting(panels, labels, styles, xlabel):
     figure.draw_without_rendering()
     for axes, (_, _, lines) in zip(rows[:, 0], panels, strict=True):
         ends = [(points[-1][1], labels[arm], styles[arm]["color"]) for arm, points in lines.items()]
-        style.label_ends(axes, ends, room=0.1)
+        style.label_ends(axes, ends)
     return figure

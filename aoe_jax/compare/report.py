@@ -74,9 +74,11 @@ def _blocks(c, costs, workdir, command):
 
 def _head(c, workdir):
     machines, count = machines_of(workdir), len(c.results)
-    states = {state: sum(r.state == state for r in c.results) for state in ("finished", "failed", "unfinished")}
+    states = {
+        state: sum(r.state == state for r in c.results) for state in ("finished", "diverged", "failed", "unfinished")
+    }
     hours = sum(r.seconds_per_step * r.run.config.train.steps for r in c.results if r.state == "finished") / 3600
-    others = "".join(f", {states[state]} {state}" for state in ("failed", "unfinished") if states[state])
+    others = "".join(f", {states[state]} {state}" for state in ("diverged", "failed", "unfinished") if states[state])
     points = [f"Machine: {_in_words(machine)}." for machine in machines]
     if len(machines) > 1:
         points.append(
@@ -116,9 +118,13 @@ def _in_words(machine):
 
 def _failed(c, workdir):
     rows = [
-        [f"{r.run.size}: {c.labels[r.run.arm]}, seed {r.run.seed}", r.last_line[:200], f"runs/{r.run.name}.log"]
+        [
+            f"{r.run.size}: {c.labels[r.run.arm]}, seed {r.run.seed}",
+            r.last_line[:200] if r.state == "failed" else "diverged: its validation nll isn't finite",
+            f"runs/{r.run.name}.log",
+        ]
         for r in c.results
-        if r.state == "failed"
+        if r.state in ("failed", "diverged")
     ]
     measured = {f"{size}: routing and step times": measured_file(workdir, size) for size in c.suite.sizes}
     measured |= {f"throughput {name}": sweep_file(workdir, name) for name in c.suite.throughput}
@@ -131,7 +137,7 @@ def _failed(c, workdir):
         return []
     return [
         Heading(2, "Failed runs"),
-        Text("These ended before they were done; runs among them count nowhere below."),
+        Text("These ended before they were done, or diverged; runs among them count nowhere below."),
         Table(["run", "its last line", "log"], rows),
     ]
 

@@ -31,7 +31,7 @@ class Result:
     """A run and what it has come to; numbers are nan and curves short where it isn't finished."""
 
     run: Run
-    state: str  # finished | failed | unfinished
+    state: str  # finished | diverged, with a validation nll that isn't finite | failed | unfinished
     last_line: str  # of a run that failed
     nll: float  # of the validation split after the last step, nats a token
     bits_per_byte: float
@@ -79,9 +79,12 @@ def _read(run, folder, seconds_per_step):
     finished = is_finished(folder, run)
     outcome = beside(folder, ".outcome.json")
     ended = read_json(outcome) if outcome.exists() else None
-    state = "finished" if finished else "failed" if ended else "unfinished"
-    log = beside(folder, ".log")
     summary = read_json(folder / "summary.json") if finished else None
+    nll = _number(summary, "metrics", "validation_nll")
+    state = "failed" if ended else "unfinished"
+    if finished:
+        state = "finished" if math.isfinite(nll) else "diverged"
+    log = beside(folder, ".log")
     lines = _lines(folder / "metrics.jsonl")
     train = [line for line in lines if line.get("loss") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]
@@ -93,7 +96,7 @@ def _read(run, folder, seconds_per_step):
         run=run,
         state=state,
         last_line=(ended or {}).get("last_line", "") or (last_line(log) if log.exists() else ""),
-        nll=_number(summary, "metrics", "validation_nll"),
+        nll=nll,
         bits_per_byte=_number(summary, "metrics", "validation_bits_per_byte"),
         seconds_per_step=seconds_per_step or float(np.median(own or [math.nan])),
         timed_in_turn=seconds_per_step is not None,

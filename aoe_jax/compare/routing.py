@@ -25,6 +25,7 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import make_eval_step
 from aoe_jax.experts.balance import LayerStats, dead_experts, load_entropy, mean_load
+from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder, DecoderLayer
 from aoe_jax.sharding import replicated
@@ -119,8 +120,14 @@ def oracle_figures(outputs, scores, chosen, k, gate):
 
 
 def overlap(chosen, final):
-    """The mean share of a token's final experts that another model has chosen too: `[L, T, n]` bool twice -> `[L]`."""
-    return ((chosen & final).sum(axis=-1) / np.maximum(final.sum(axis=-1), 1)).mean(axis=-1)
+    """The mean share of a token's final experts that another model has chosen too: `[L, T, n]` bool twice -> `[L]`.
+
+    Over tokens that have some in the end; 1 where none has.
+    """
+    wanted = final.sum(axis=-1)
+    share = np.where(wanted > 0, (chosen & final).sum(axis=-1) / np.maximum(wanted, 1), 0).sum(axis=-1)
+    with_some = (wanted > 0).sum(axis=-1)
+    return np.where(with_some > 0, share / np.maximum(with_some, 1), 1)
 
 
 def coactivation(chosen):
@@ -144,14 +151,17 @@ def analyse(folder: Path, n_tokens: int):
     config, kind = model.config, model.config.experts.kind
     decoder = observed(model.decoder)
     eval_step = jax.jit(make_eval_step(decoder, config.data.document_mask), out_shardings=replicated(model.mesh))
-    some = itertools.islice(validation_batches(folder, config), -(-n_tokens // _tokens_of_batch(config)))
+    size = config.train.batch_size // config.train.accumulate
+    some = itertools.islice(validation_batches(folder, config, size), -(-n_tokens // (size * config.data.seq_len)))
+    some = list(some)
+    real = np.concatenate([batch["weights"].reshape(-1) > 0 for batch in some])
     batches = [model.put(batch) for batch in some]
     with jax.set_mesh(model.mesh):
         found = {}
         for step in steps:
             of_step = model if step == model.step else load_model(folder, str(step))
             run = partial(eval_step, of_step.params, of_step.routing_state)
-            found[step] = _gathered([jax.device_get(run(batch)) for batch in batches])
+            found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], real)
     final = found[steps[-1]]
     report = {
         "tokens": final["chosen"].shape[1],
@@ -159,21 +169,21 @@ def analyse(folder: Path, n_tokens: int):
         "checkpoints": [_figures(step, figures, final) for step, figures in found.items()],
         "coactivation": coactivation(final["chosen"]).tolist(),
         "oracle": final["oracle"],
-        "chance": float(final["chosen"].mean()),  # that an expert is among the chosen
+        # Of every token; None where it depends on the token.
+        "experts_per_token": config.experts.top_k if SELECTIONS[config.experts.selection].all_slots_used else None,
     }
     write_json(folder / "routing.json", report, indent=None)
     return report
 
 
-def validation_batches(folder, config):
-    """The whole batches of the validation split of a run, on the host; of a split with none, what there is.
+def validation_batches(folder, config, size):
+    """The whole batches, of `size` sequences, of the validation split of a run, on the host; without any, what there is.
 
     Raises:
       UserError: the split isn't the one that the run had.
     """
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)
-    size = config.train.batch_size // config.train.accumulate
     stores, n_whole = corpus.validation.values(), 0
     for store in stores:
         for batch in eval_batches(store, config.data.seq_len, size):
@@ -184,12 +194,8 @@ def validation_batches(folder, config):
         yield next(eval_batches(next(iter(stores)), config.data.seq_len, size))
 
 
-def _tokens_of_batch(config):
-    return config.train.batch_size // config.train.accumulate * config.data.seq_len
-
-
-def _gathered(results):
-    """The observations of all batches: means over tokens, and the choices one after another."""
+def _gathered(results, real):
+    """The observations of all batches: means over tokens, and the choices of `real [T]` ones, one after another."""
     observations = [observation for _, _, observation in results]
     stats = jax.tree.map(lambda *a: np.mean(a, axis=0), *(o.stats for o in observations))
     oracle = None
@@ -197,7 +203,11 @@ def _gathered(results):
         means = np.mean([o.oracle.mean(axis=1) for o in observations], axis=0)  # [L, 4]
         names = ("agreement", "distance_chosen", "distance_oracle", "distance_any")
         oracle = {name: means[:, i].tolist() for i, name in enumerate(names)}
-    return {"stats": stats, "chosen": np.concatenate([o.chosen for o in observations], axis=1), "oracle": oracle}
+    return {
+        "stats": stats,
+        "chosen": np.concatenate([o.chosen for o in observations], axis=1)[:, real],
+        "oracle": oracle,
+    }
 
 
 def _figures(step, figures, final):

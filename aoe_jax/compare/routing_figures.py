@@ -20,7 +20,7 @@ def load_heatmaps(entries):
     for axes, (title, routing) in zip(panels[:, 0], entries, strict=True):
         last = routing["checkpoints"][-1]
         load = np.array(last["load"])
-        share = load / load.sum(axis=1, keepdims=True)
+        share = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)
         image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
         for row, column in np.ndindex(share.shape) if n <= 16 else ():
             light = image.norm(share[row, column]) < 0.5
@@ -72,7 +72,7 @@ def through_training(runs, labels, styles, name, ylabel):
 
     `runs`: `{arm: [routing, ...]}`; `name`: of a list over layers.
     """
-    figure, ((axes,),) = style.new_figure(2.8)
+    figure, ((axes,),) = style.new_figure(style.height_for(len(runs), 2.8))
     ends = []
     for arm, routings in runs.items():
         steps = np.array(common_steps(routings))
@@ -84,23 +84,27 @@ def through_training(runs, labels, styles, name, ylabel):
     if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
         axes.set_ylim(0, 1)
     figure.draw_without_rendering()
-    style.label_ends(axes, ends, room=0.06)
+    style.label_ends(axes, ends)
     return figure
 
 
 @drawn
 def coactivation(entries):
-    """How often two experts are chosen together, over what independent choices of the same loads would give: `[(title,
-    routing)]`, the last layer of each."""
+    """How often two experts are chosen together, over what chance would give with the same loads: `[(title, routing)]`.
+
+    Of the last layer; where every token has k experts, more than one, chance draws k different ones, else each by itself.
+    """
     figure, panels = style.new_figure(1.1 + 1.9 * -(-len(entries) // 2), -(-len(entries) // 2), 2)
     for axes in panels.flat[len(entries) :]:
         axes.set_visible(False)
     for axes, (title, routing) in zip(panels.flat, entries, strict=False):
         together = np.array(routing["coactivation"][-1])
         load = np.diag(together)
-        n, k = len(load), max(load.sum(), 1e-9)
-        # Drawing k of n with equal loads, two given experts come together with k (k - 1) / (n (n - 1)).
-        expected = np.outer(load, load) * (n * (k - 1)) / max(k * (n - 1), 1e-9)
+        expected = np.outer(load, load)
+        if routing["experts_per_token"]:
+            # Drawing k of n with equal loads, two given experts come together with k (k - 1) / (n (n - 1)).
+            n, k = len(load), routing["experts_per_token"]
+            expected *= n * (k - 1) / (k * (n - 1))
         ratio = np.where(np.eye(n, dtype=bool), np.nan, together / np.maximum(expected, 1e-9))
         image = axes.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2)
         axes.set_title(title, loc="left", fontsize=7)

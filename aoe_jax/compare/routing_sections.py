@@ -73,20 +73,20 @@ def load(c: Comparison):
     for shown in dict.fromkeys((size, widest)):
         entries = [(c.labels[arm], routings[0]) for arm, routings in _routed(c, shown).items()]
         caption = (
-            f"{shown}, seed 0: share of load of each expert (columns) in %; right: Ent_load, Ent_conf of the layer."
+            f"{shown}, first seed: share of load of each expert (columns) in %; right: Ent_load, Ent_conf of the layer."
         )
         pictures.append(Picture(f"load_{shown}", routing_figures.load_heatmaps(entries), caption))
     first = {arm: routings[0] for arm, routings in routed.items()}
     entries = [(c.labels[arm], routing) for arm, routing in first.items()]
-    caption = f"{size}, seed 0, last layer: how often two experts are chosen for one token."
-    pictures.append(Picture("coactivation", routing_figures.coactivation(entries), caption))
+    several = [(label, routing) for label, routing in entries if routing["experts_per_token"] != 1]
+    if several:
+        caption = f"{size}, first seed, last layer: how often two experts are chosen for one token."
+        pictures.append(Picture("coactivation", routing_figures.coactivation(several), caption))
     for arm, routing in first.items():
         what = LAYERS[routing["kind"]].score_name.removeprefix("mean_")
         if len(routing["checkpoints"]) > 1:
             picture = routing_figures.scores_through_training(routing, what)
-            caption = (
-                f"{c.labels[arm]}, {size}, seed 0: mean {what} of every expert, a line each, at the kept checkpoints."
-            )
+            caption = f"{c.labels[arm]}, {size}, first seed: mean {what} of every expert at the kept checkpoints."
             pictures.append(Picture(f"scores_{arm}", picture, caption))
     return [Heading(2, "Load, and norms of experts"), Pictures(pictures)]
 
@@ -109,20 +109,19 @@ def health(c: Comparison, styles):
                     of(_last("dead_experts", np.sum), 1),
                     of(lambda r: _overlap(r, 0), 2),
                     of(lambda r: _overlap(r, 0.5), 2),
-                    of(lambda r: _oracle(r, "agreement"), 3),
+                    of(lambda r: _oracle(r, "agreement"), 3) + _chance(_routed(c, size_)[arm][0]),
                     "/".join(of(lambda r, n=n: _oracle(r, n), 2).split(" ")[0] for n in _DISTANCES),
                 ]
             )
     if not rows:
         return []
     routed = _routed(c, size)
-    chance = next(iter(routed.values()))[0]["chance"]
     text = (
         "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load over the "
         "mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, and one at half "
         "of the training, if there is one, has chosen too. Oracle, on the first 64 tokens of a batch: the K experts whose "
         "weighted sum comes nearest to the mixture of all experts by the softmax over all scores; agreement is the share of "
-        f"the chosen among them (by chance {chance:.2f}), and the distances to that mixture, as shares of its length, are "
+        "the chosen among them (in brackets by chance), and the distances to that mixture, as shares of its length, are "
         "those of the chosen, of the oracle's, and of any K."
     )
     if any(routings[0]["kind"] == "capacity" for size_ in c.sizes() for routings in _routed(c, size_).values()):
@@ -146,6 +145,13 @@ def health(c: Comparison, styles):
         if long
     ]
     return [Heading(2, "Routing health"), Text(text), Table(head.split("|"), rows), Pictures(pictures)]
+
+
+def _chance(routing):
+    """The share of the oracle's experts that a random choice would have too, in brackets; nothing without an oracle."""
+    if routing["oracle"] is None:
+        return ""
+    return f" ({routing['experts_per_token'] / len(routing['checkpoints'][-1]['load'][0]):.2f})"
 
 
 _DISTANCES = ("distance_chosen", "distance_oracle", "distance_any")

@@ -58,9 +58,13 @@ def matched(c: Comparison):
             f" Scores decide how many experts a token has (see routing health) in {'; '.join(c.labels[a] for a in arms)}: "
             "here and on the axes they are counted as K, and the seconds are those of the trained model."
         )
-    shares = {r.run.config.balance.aux_tokens for r in c.results if r.run.config.experts.kind == "aoe"}
-    if shares and shares != {1.0}:
-        text += f" L_aux of AoE takes its mean probabilities from {min(shares):g} of the tokens, of routers from all."
+    partly = {}  # share of the tokens: arms
+    for r in c.results:
+        balance = r.run.config.balance
+        if balance.aux_weight and balance.aux_tokens < 1:
+            partly.setdefault(balance.aux_tokens, {})[c.labels[r.run.arm]] = True
+    for share, labels in partly.items():
+        text += f" L_aux takes its mean probabilities from {share:g} of the tokens in {'; '.join(labels)}."
     return [Heading(2, "What is matched"), Text(text + c.not_matched), Table(head.split("|"), rows)]
 
 

@@ -77,8 +77,8 @@ class Fit:
 
 
 def _interval(values):
-    """`(low, high)` in which `CONFIDENCE` of the resamples lie; nan where they are all alike or one is nan."""
-    if np.ptp(values) == 0:
+    """`(low, high)` in which `CONFIDENCE` of the resamples lie; nan where they are alike but for rounding, or one is nan."""
+    if np.ptp(values) <= 1e-9 * np.abs(values).max():
         return math.nan, math.nan
     return tuple(_quantiles(values))
 

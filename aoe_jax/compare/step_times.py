@@ -4,7 +4,6 @@ Runs that are trained at the same time, or on a machine that others use too, say
 takes a few steps, then the next one, round by round; on CPU, processor seconds are counted.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -48,14 +47,14 @@ class RepeatedStep:
 
         Args:
           config: of the model and its training.
-          folder: of a run of it, whose trained parameters and first validation batch are taken; None: they are drawn, and
-            the tokens as well.
+          folder: of a run of it, which goes on from its newest checkpoint, on its first validation batch and at the learning
+            rate that it has come down to; None: parameters are drawn, and the tokens as well.
 
         Raises:
           UserError: the run can't be read.
         """
         config = fill_mesh(config, jax.device_count())
-        batch = next(validation_batches(folder, config)) if folder else random_batch(config)
+        batch = next(validation_batches(folder, config, config.train.batch_size)) if folder else random_batch(config)
         self._mesh = make_mesh(config, jax.devices())
 
         def new_state():
@@ -65,13 +64,11 @@ class RepeatedStep:
             self._batch = put_batch(batch_sharding(self._mesh), batch)
             abstract = jax.eval_shape(new_state)
             shardings = state_shardings(self._mesh, abstract)
-            self._state = jax.jit(new_state, out_shardings=shardings)()
-            if folder:
+            if not folder:
+                self._state = jax.jit(new_state, out_shardings=shardings)()
+            else:
                 checkpoints = Checkpoints(folder)
-                params, routing_state = checkpoints.restore_model(
-                    checkpoints.find("newest"), with_shardings(abstract, shardings)
-                )
-                self._state = dataclasses.replace(self._state, params=params, routing_state=routing_state)
+                self._state, *_ = checkpoints.restore(checkpoints.find("newest"), with_shardings(abstract, shardings))
             # The very program of a training run, which the compilation cache may have.
             step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(self._mesh)))
             self.program = step.lower(self._state, self._batch).compile()

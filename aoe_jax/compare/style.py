@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours for all kinds of colour vision, without yellow, which is pale on white, and black, on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (1, 3)))
 INK, PAPER_INK = "#010203", "#222222"
 WIDTH = 4.6  # inches: what a phone shows without shrinking
+LABEL_HEIGHT = 0.14  # inches, of a line of text at the end of a line
 SETTINGS = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -38,10 +39,15 @@ SETTINGS = {
 
 
 def style_of(arms):
-    """name -> colour and line style, by the order of the suite; the first seven differ in colour."""
+    """name -> colour and line style, by the order of the suite; the first seven differ in colour.
+
+    Raises:
+      ValueError: there are more arms than styles.
+    """
+    if len(arms) > len(COLOURS) * len(DASHES):
+        raise ValueError(f"{len(arms)} arms, and {len(COLOURS) * len(DASHES)} styles of line to tell them apart")
     return {
-        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
-        for i, arm in enumerate(arms)
+        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS)]} for i, arm in enumerate(arms)
     }
 
 
@@ -51,14 +57,19 @@ def new_figure(height, rows=1, columns=1, width=WIDTH, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def label_ends(axes, ends, room=0.045):
+def height_for(n_labels, least):
+    """The height of a figure, `least` or more, whose axes have room beside them for labels at the ends of lines."""
+    return max(least, 0.7 + LABEL_HEIGHT * n_labels)
+
+
+def label_ends(axes, ends):
     """Writes labels beside the right ends of lines, moved apart where they would overlap.
 
     Args:
-      axes: with its limits set by all that is drawn.
+      axes: with its limits set by all that is drawn, and laid out.
       ends: `[(y, text, colour)]`.
-      room: of a label, as a share of the height.
     """
+    room = LABEL_HEIGHT * axes.figure.dpi / axes.get_window_extent().height  # of a label, as a share of the height
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
     transform = axes.transData + axes.transAxes.inverted()

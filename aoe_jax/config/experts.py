@@ -91,10 +91,16 @@ class ExpertsConfig:
             "has no capacity; with experts.kind='capacity' leave it at 'top_k'",
         )
         require(
-            self.kind != "capacity" or self.gate != "sparsemixer",
+            self.kind != "uoe" or self.selection in ("top_k", "top_p"),
+            "experts.selection",
+            self.selection,
+            "isn't implemented for experts.kind='uoe'; choose one of top_k, top_p",
+        )
+        require(
+            self.kind not in ("capacity", "uoe") or self.gate != "sparsemixer",
             "experts.gate",
             self.gate,
-            "isn't implemented for experts.kind='capacity'; choose one of chosen, all",
+            f"isn't implemented for experts.kind={self.kind!r}; choose one of chosen, all",
         )
         router_only = "belongs to experts.kind='router'"
         require(
@@ -115,6 +121,12 @@ class ExpertsConfig:
             "experts.gate",
             self.gate,
             f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
+        )
+        require(
+            self.selection != "gshard" or self.top_k == 2,
+            "experts.top_k",
+            self.top_k,
+            "selection gshard is for two experts per token; set 2",
         )
         require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
         require(

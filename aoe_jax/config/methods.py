@@ -25,6 +25,11 @@ class MethodConfig:
     def check(self, config):
         """Refuses what doesn't fit the other groups, where the method is chosen."""
 
+    @property
+    def least_seq_len(self):
+        """Tokens that a sequence has at least."""
+        return 1
+
 
 def _refuse_losses_of_load(config):
     for name in ("aux_weight", "entropy_weight", "z_weight"):
@@ -70,20 +75,8 @@ class UoEConfig(MethodConfig):
         return dataclasses.replace(self, routing_neurons=neurons)
 
     def check(self, config):
-        """Refuses what isn't implemented for these layers, or not tested."""
-        experts, balance, tensor = config.experts, config.balance, config.mesh.tensor
-        require(
-            experts.selection in ("top_k", "top_p"),
-            "experts.selection",
-            experts.selection,
-            "isn't implemented for experts.kind='uoe'; choose one of top_k, top_p",
-        )
-        require(
-            experts.gate != "sparsemixer",
-            "experts.gate",
-            experts.gate,
-            "isn't implemented for experts.kind='uoe'; choose one of chosen, all",
-        )
+        """Refuses what isn't tested."""
+        balance, tensor = config.balance, config.mesh.tensor
         untested = "with experts.kind='uoe' isn't tested; leave it at its default"
         require(balance.z_weight == 0, "balance.z_weight", balance.z_weight, untested)
         require(balance.aux_batch == "global", "balance.aux_batch", balance.aux_batch, untested)
@@ -173,11 +166,6 @@ class GShardConfig(MethodConfig):
     def __post_init__(self):
         require_not_negative("gshard", self, "aux_weight")
 
-    def check(self, config):
-        """Refuses another number of experts."""
-        top_k = config.experts.top_k
-        require(top_k == 2, "experts.top_k", top_k, "selection gshard is for two experts per token; set 2")
-
 
 @dataclass(frozen=True)
 class ByAttentionConfig(MethodConfig):
@@ -222,6 +210,11 @@ class SmearConfig(MethodConfig):
         )
         require(0 < self.own_share <= 1, "smear.own_share", self.own_share, "must be above 0 and at most 1")
 
+    @property
+    def least_seq_len(self):
+        """That of two segments, of which the first decides for the second."""
+        return self.segment + 1
+
     def check(self, config):
         """Refuses what a decoder can't have, and sequences of one segment, whose merged expert nothing decides."""
         length = config.data.seq_len
@@ -232,7 +225,7 @@ class SmearConfig(MethodConfig):
             "merges by the mean of a whole sequence, which in a decoder knows later tokens; name the tokens of a segment",
         )
         require(
-            self.segment < length,
+            self.least_seq_len <= length,
             "smear.segment",
             self.segment,
             f"must be below data.seq_len={length}, so that there are two segments: the first decides for the second",

@@ -42,7 +42,7 @@ def load_statistics(stats: LayerStats, kind):
 def load_table(statistics):
     """The statistics as lines of text, a row a layer; loads in percent of the layer's total, drops of its choices."""
     load = np.array(statistics["load"])
-    share = load / load.sum(axis=1, keepdims=True)
+    share = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # a layer may have no active expert
     dropped = [f"{100 * s:>6.2f}%  " for s in statistics.get("dropped_share", [])]
     head = (
         "layer  Ent_load  Ent_conf  "

@@ -248,12 +248,13 @@ def evaluate_tasks(
       What `score_tasks` returns.
 
     Raises:
-      UserError: as `load_tasks`, `models.load_model` and `scoring.Scorer`.
+      UserError: as `load_tasks`, `models.load_model`, `scoring.Scorer` and, of tasks that generate, `check_decodes`.
     """
     import jax
 
     from aoe_jax.evaluation.harness import HarnessModel
     from aoe_jax.evaluation.models import load_model
+    from aoe_jax.model.decoding import check_decodes
 
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such directory; name the workdir of a training run")
@@ -261,6 +262,8 @@ def evaluate_tasks(
     known = read_json(file, "move it away") if file.exists() else {}
     tasks = load_tasks(names, fewshot, data, split)  # first, for it finds mistakes soonest
     model = load_model(workdir, step, mesh)
+    if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
+        check_decodes(model.decoder)  # before anything is scored
     is_first = jax.process_index() == 0
     report = score_tasks(HarnessModel(model, progress=is_first), tasks, limit)
     if not is_first:

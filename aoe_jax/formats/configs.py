@@ -55,7 +55,9 @@ def _used(experts):
 
 
 def from_json(path: Path, values: dict):
-    """The configuration of a model; `data.seq_len` is `WINDOW`, `model.dtype` float32, other groups are at their defaults.
+    """The configuration of a model: `data.seq_len` is `WINDOW` or what its method needs, `model.dtype` float32.
+
+    Other groups are at their defaults.
 
     Args:
       path: of the `config.json`, for errors.
@@ -75,11 +77,13 @@ def from_json(path: Path, values: dict):
     experts = groups["experts"]
     if experts["kind"] in UNSELECTIVE_KINDS or experts["selection"] in tuple(METHODS):
         groups["balance"]["aux_weight"] = 0.0
-    max_len = groups["model"]["max_len"]
-    if isinstance(max_len, int):
-        groups["data"]["seq_len"] = min(WINDOW, max_len)
+    if isinstance(groups["model"]["max_len"], int):
+        groups["data"]["seq_len"] = groups["model"]["max_len"]
     try:
-        return Config.from_config_dict(groups)
+        config = Config.from_config_dict(groups)
+        least = config.method_settings.least_seq_len if config.method_name else 1
+        seq_len = min(max(WINDOW, least), config.model.max_len)
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len))
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 

@@ -49,14 +49,15 @@ def check_decodes(decoder: Decoder, by_token=True):
     name = decoder.experts.selection
     method = SELECTIONS[name]
     kind = LAYERS[decoder.experts.kind]
+    what = "go token by token" if by_token else "score a text by itself"
     if not method.causal and kind.selects:
         raise UserError(
-            f"config.experts.selection={name!r}: can't go token by token, for {method.not_causal_because}; use a model of a "
+            f"config.experts.selection={name!r}: can't {what}, for {method.not_causal_because}; use a model of a "
             "token-choice selection, such as top_k"
         )
     if kind.padding_counts or (by_token and not goes_by_token(decoder)):
         raise UserError(
-            f"config.experts.kind={decoder.experts.kind!r}: can't go token by token, for {kind.not_by_token}; use a model "
+            f"config.experts.kind={decoder.experts.kind!r}: can't {what}, for {kind.not_by_token}; use a model "
             "of another kind, such as aoe or router"
         )
 

@@ -2,11 +2,13 @@
 
 Arms are the variants of `configs/methods.py`, most of them with AoE and with a router. All have the learning rate that
 `small.py` found to be the best for AoE and for the router alike: tuning each would take longer than all runs.
-Those with one expert a token (switch, smear, thor) have about half the FLOPs of experts that the others have.
+Those with one expert a token have about half the FLOPs of experts that the others have (switch, smear), or as many and
+twice the FLOPs of attention (thor, which passes every batch twice).
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
 from aoe_jax.config import UNSELECTIVE_KINDS
+from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
 from configs import methods
 from configs.compare.small import SMALLEST, base_config
@@ -22,6 +24,7 @@ def _arm(variant):
 
     experts = {"top_k": 2, "selection": "top_k"} | methods.changes(variant)["experts"]
     notes = " (one expert a token)" * (experts["top_k"] == 1 or experts["kind"] in UNSELECTIVE_KINDS)
+    notes += " (two passes)" * (LAYERS[experts["kind"]].passes == 2)
     notes += " (not causal)" * (not SELECTIONS[experts["selection"]].causal)
     return Arm(f"{'router' if variant != name else 'AoE'}, {name.replace('_', ' ')}{notes}", changes)
 

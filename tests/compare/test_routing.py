@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from aoe_jax.compare.routing import observed
+from aoe_jax.compare.routing import observed, overlap
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.step import init_state, sequence_nll
@@ -26,3 +26,10 @@ def test_choices_are_those_before_anything_is_dropped():
     assert stats.dropped_share.min() > 0
     oracle = np.asarray(seen.oracle)
     assert (oracle[..., 2] <= oracle[..., 1] + 1e-6).all()  # the oracle comes nearest
+
+
+def test_overlap_is_over_tokens_that_have_experts():
+    final = np.array([[[1, 1, 0], [0, 0, 1], [0, 0, 0]], [[0, 0, 0]] * 3], bool)
+    np.testing.assert_array_equal(overlap(final, final), [1, 1])
+    other = np.array([[[1, 0, 1], [0, 1, 0], [1, 1, 1]]] * 2, bool)
+    np.testing.assert_array_equal(overlap(other, final), [0.25, 1])

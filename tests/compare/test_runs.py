@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from aoe_jax.compare.arms import aoe, other_selection
 from aoe_jax.compare.document import to_markdown
 from aoe_jax.compare.layout import tuning_folder
 from aoe_jax.compare.measuring import step_seconds
+from aoe_jax.compare.report import write_report
 from aoe_jax.compare.results import Curve, read_results
 from aoe_jax.compare.runs import tuned_rates
 from aoe_jax.compare.scaling_sections import scaling
@@ -103,6 +105,20 @@ def test_finished_it_does_nothing_again():
     assert before == {path: path.stat().st_mtime_ns for path in before}
     runs = load_suite(folder / "suite.py").runs()
     assert set(step_seconds(folder / "work", runs, "a")) == {"moe", "aoe"}
+
+
+def test_a_run_whose_validation_diverged_counts_nowhere(tmp_path):
+    shutil.copytree(ended()[0] / "work", tmp_path / "work")
+    summary = tmp_path / "work/runs/a/aoe/seed_1/summary.json"
+    found = read_json(summary)
+    found["metrics"]["validation_nll"] = None
+    write_json(summary, found)
+    suite = load_suite(ended()[0] / "suite.py")
+    comparison = Comparison(suite, read_results(suite.runs(), tmp_path / "work"))
+    assert [r.state for r in comparison.results if r.run.arm == "aoe"] == ["finished", "diverged"]
+    assert list(comparison.nlls("a", "aoe")) == [0]
+    write_report(suite, tmp_path / "work", "command")
+    assert "a: AoE r=d/4, L_aux, seed 1 | diverged" in (tmp_path / "work/report.md").read_text()
 
 
 def test_a_workdir_of_another_configuration_is_refused():

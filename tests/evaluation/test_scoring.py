@@ -117,9 +117,9 @@ def test_bad_requests():
 
 
 def test_what_depends_on_other_tokens_is_refused():
-    with pytest.raises(UserError, match="expert_choice': can't go token by token"):
+    with pytest.raises(UserError, match="expert_choice': can't score a text by itself"):
         Scorer(make_model(make_config(experts__selection="expert_choice")))
-    with pytest.raises(UserError, match="kind='capacity': can't go token by token"):
+    with pytest.raises(UserError, match="kind='capacity': can't score a text by itself"):
         Scorer(make_model(make_config(experts__kind="capacity", experts__top_k=1)))
 
 

@@ -12,6 +12,7 @@ from aoe_jax import SmearLayer
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
 from aoe_jax.config.methods import SmearConfig
 from aoe_jax.errors import UserError
+from aoe_jax.experts.parallel import Devices
 from aoe_jax.experts.reference import aoe_experts, aoe_scores, router_experts
 from aoe_jax.experts.smear import drop_experts, merge, merged_experts, near_copies
 from aoe_jax.experts.swiglu import one_expert
@@ -181,6 +182,12 @@ def test_what_is_dropped():
     kept = jnp.array([[True, False, True, True], [True] * 4, [False] * 4])
     want = [[0.125, 0, 0.375, 0.5], [0.25] * 4, [0.25] * 4]
     np.testing.assert_allclose(drop_experts(p, kept), want, atol=1e-6)
+
+
+def test_how_often_an_expert_is_kept():
+    layer, *_ = make(training=True, expert_dropout=0.1)
+    kept = layer._kept(Devices(), jax.random.key(0), (500, 5))
+    assert kept.shape == (500, 5, EXPERTS) and abs(kept.mean() - 0.9) < 0.01
 
 
 def values_and_gradients(layer, params, x):

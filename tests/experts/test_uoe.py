@@ -211,6 +211,12 @@ def test_counts_and_plans():
         ({"experts": {"kind": "uoe", "top_k": 1}}, "uoe.routing_neurons=None: comes to 512 for experts.top_k=1"),
         ({"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 512}}, "uoe.routing_neurons=512: must be at least 1"),
         ({"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 0}}, "uoe.routing_neurons=0: must be at least 1"),
+        ({"experts": {"kind": "uoe"}, "balance": {"z_weight": 0.1}}, "balance.z_weight=0.1: with experts.kind='uoe'"),
+        ({"experts": {"kind": "uoe"}, "balance": {"aux_batch": "sequence"}}, "balance.aux_batch='sequence': with"),
+        (
+            {"experts": {"kind": "uoe", "selection": "threshold"}, "threshold": {"decay": 0.5}},
+            "experts.selection='threshold': isn't implemented",
+        ),
         ({"uoe": {"routing_neurons": 4}}, "uoe.routing_neurons=4: belongs to experts.kind='uoe'"),
         (
             {"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 30}, "mesh": {"tensor": 4}},

@@ -182,8 +182,8 @@ class TopAny(Selection):
     def next_parameters(self, config, weights, state, stats):
         """As in `Selection`.
 
-        The optimiser's moments of a new expert are what they were: no token has sent it a gradient for at least
-        `record_steps` steps, so little is left of them.
+        The optimiser's moments of a new expert are what they were. Tokens have sent it no gradient for `record_steps` steps
+        at least; a router's column still has had that of its length (`simplicity`).
         """
         fired, unclaimed, is_due = self._records(config, state, stats)
         live = state["live"] > 0

@@ -56,16 +56,16 @@ def test_the_second_is_drawn_with_twice_its_weight():
     assert is_drawn[1].all() and 0 < is_drawn[0].sum() < n
 
 
-def test_weights_have_gradients_and_the_draw_has_none():
+@pytest.mark.parametrize("which", [0, 1])
+def test_weights_have_gradients(which):
+    """Those of the second where it is drawn."""
     scores, uniform = jax.random.normal(jax.random.key(0), (20, 5)), jax.random.uniform(jax.random.key(1), (20,))
-
-    def of_first(scores, uniform):
-        return top_two(scores, uniform).weight[::2].sum()
-
-    got, of_draw = jax.grad(of_first, (0, 1))(scores, uniform)
-    want = jax.grad(lambda s: jax.nn.softmax(jax.lax.top_k(s, 2)[0])[:, 0].sum())(scores)
+    is_drawn = uniform < 2 * jax.nn.softmax(jax.lax.top_k(scores, 2)[0])[:, 1]
+    assert 0 < is_drawn.sum() < 20
+    counts = is_drawn if which else jnp.ones(20)
+    got = jax.grad(lambda s: top_two(s, uniform).weight[which::2].sum())(scores)
+    want = jax.grad(lambda s: (counts * jax.nn.softmax(jax.lax.top_k(s, 2)[0])[:, which]).sum())(scores)
     np.testing.assert_allclose(got, want, atol=1e-6)
-    assert not of_draw.any()
 
 
 def test_loss_on_known_loads():

@@ -1,14 +1,26 @@
 """Routing-Free MoE: gates, its two losses, and what steers its density."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.selection.routing_free import active_gates, expert_balance, next_multiplier, token_balance
+from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
+from aoe_jax.config.methods import RoutingFreeConfig
+from aoe_jax.experts.selection.routing_free import (
+    RoutingFree,
+    active_gates,
+    expert_balance,
+    next_multiplier,
+    token_balance,
+)
 from tests.experts.selection.method_layers import EXPERTS, TOKENS, assert_agree, by_loops, make, scores_of
 
 pytestmark = pytest.mark.smoke
+
+FREE = ExpertsConfig(kind="router", selection="routing_free", n_experts=4, top_k=1)
 
 
 @pytest.fixture
@@ -80,6 +92,29 @@ def test_losses_are_over_the_experts_of_all_layers(x64):
     np.testing.assert_allclose(expert_balance(active[:, real].mean(axis=1), gates[:, real].mean(axis=1)), of_experts)
     by_token = (a.mean(axis=2)[:, None] for a in (active, gates))
     np.testing.assert_allclose(token_balance(*by_token, real[None].astype(float)), of_tokens)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_loss_of_a_model_is_shared_between_both(share):
+    """And weighed by lambda; with 1 nothing is left of that of tokens."""
+    config = Config(experts=FREE, routing_free=RoutingFreeConfig(expert_share=share), balance=BalanceConfig(0.0))
+    load, gates = jnp.array([[0.5, 0.0, 0.25, 0.25]]), jnp.array([[2.0, 0.0, 1.0, 3.0]])
+    stats = SimpleNamespace(load=load, records={"gates": gates})
+    per_token, real = {"active": jnp.full((1, 1, 2), 0.5), "gates": jnp.full((1, 1, 2), 4.0)}, jnp.ones((1, 2))
+    state = {"multiplier": jnp.array([0.3])}
+    weight, value = RoutingFree().losses(config, stats, per_token, state, real, {})["density_loss"]
+    of_experts, of_tokens = (1.0 + 0.25 + 0.75) / 4, 0.5 * 4.0
+    np.testing.assert_allclose(value, share * of_experts + (1 - share) * of_tokens, rtol=1e-6)
+    assert weight == np.float32(0.3)
+
+
+@pytest.mark.parametrize(("density", "factor"), [(0.3, 1.1), (0.2, 1 / 1.1)])
+def test_lambda_aims_at_k_of_n(density, factor):
+    """1 of 4 experts per token, over all layers together."""
+    config = Config(experts=FREE, routing_free=RoutingFreeConfig(rate=0.1), balance=BalanceConfig(0.0))
+    load = jnp.array([[density + 0.1] * 4, [density - 0.1] * 4])
+    state = RoutingFree().next_state(config, {"multiplier": jnp.full(2, 1e-3)}, SimpleNamespace(load=load))
+    np.testing.assert_allclose(state["multiplier"], 1e-3 * factor, rtol=1e-5)
 
 
 def test_the_multiplier_follows_the_density():

@@ -1,5 +1,6 @@
 """Expert Threshold routing: the share of tokens that experts take, its causality, its moving averages."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -81,6 +82,13 @@ def test_experts_choose_in_the_warm_up():
     assert np.abs(loads[2] - 1 / N).max() > 1e-4 and state["updates"] == 3
     tenth = [np.sort(gaussian(number, jnp.arange(N) * 1.0), axis=0)[-T // N] for number in range(3)]
     np.testing.assert_allclose(state["threshold"], 0.25 * tenth[0] + 0.25 * tenth[1] + 0.5 * tenth[2], atol=1e-5)
+
+
+def test_two_experts_per_token_on_average():
+    experts = dataclasses.replace(EXPERTS, top_k=2)
+    _, loads = after(40, ThresholdConfig(decay=0.9, warmup_steps=2), lambda number: gaussian(number, 0.0), experts)
+    np.testing.assert_allclose(loads[:2], 2 / N, atol=1e-6)
+    np.testing.assert_allclose(loads[20:].mean(axis=0), 2 / N, atol=5e-3)
 
 
 def test_the_share_is_of_tokens_that_count():
