@@ -36,6 +36,7 @@ def size_of(d_model, n_layers, n_heads, batch_size, steps):
 
 
 SMALLEST = size_of(36, 2, 2, batch_size=4, steps=840)
+MIDDLE = size_of(48, 4, 4, batch_size=8, steps=1480)
 
 
 def base_config():
@@ -53,7 +54,7 @@ def get_suite():
         arms=ARMS,
         sizes={
             "42k": Size(SMALLEST, seeds=3),
-            "149k": Size(size_of(48, 4, 4, batch_size=8, steps=1480), seeds=3, arms=AT_ALL_SIZES, rate_factor=36 / 48),
+            "149k": Size(MIDDLE, seeds=3, arms=AT_ALL_SIZES, rate_factor=36 / 48),
             "419k": Size(size_of(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES, rate_factor=36 / 72),
         },
         baseline="moe_aux",

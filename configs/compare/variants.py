@@ -1,18 +1,21 @@
-"""Other MoE layers, selections and the paper's ablations at the smallest size of `small.py`, about an hour on a core.
+"""Other MoE layers, selections and the paper's ablations at the middle size of `small.py`, about three core-hours.
 
 `--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have room for a fixed number of
-tokens, as in Switch and GShard, the ablations of the paper's Table 2, and the selections of its Table 3.
+tokens, as in Switch and GShard, the ablations of the paper's Table 2, and the selections of its Table 3. All have the
+learning rate that `small.py` gives the MoE and AoE with L_aux at this size.
 """
 
 from aoe_jax.compare.arms import aoe, capacity, low_rank_moe, moe, other_selection
 from aoe_jax.compare.suite import Size, Suite
-from configs.compare.small import SMALLEST, TUNING, base_config
+from configs.compare.small import MIDDLE, base_config
 
 
 def get_suite():
+    base = base_config()
+    base.train.update(learning_rate=1.5e-2, final_learning_rate=6e-4)
     return Suite(
         name="variants",
-        base=base_config(),
+        base=base,
         arms={
             "moe_aux": moe("aux"),
             "aoe_d3_aux": aoe(3, "aux"),
@@ -26,7 +29,6 @@ def get_suite():
             "moe_expert_choice": other_selection(moe("none"), "expert_choice"),
             "aoe_d3_expert_choice": other_selection(aoe(3, "none"), "expert_choice"),
         },
-        sizes={"42k": Size(SMALLEST, seeds=3)},
+        sizes={"149k": Size(MIDDLE, seeds=3)},
         baseline="moe_aux",
-        tuning=TUNING,
     )
