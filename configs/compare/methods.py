@@ -23,10 +23,15 @@ def _arm(variant):
         return found
 
     experts = {"top_k": 2, "selection": "top_k"} | methods.changes(variant)["experts"]
-    notes = " (one expert a token)" * (experts["top_k"] == 1 or experts["kind"] in UNSELECTIVE_KINDS)
-    notes += " (two passes)" * (LAYERS[experts["kind"]].passes == 2)
-    notes += " (not causal)" * (not SELECTIONS[experts["selection"]].causal)
-    return Arm(f"{'router' if variant != name else 'AoE'}, {name.replace('_', ' ')}{notes}", changes)
+    notes = {
+        "one expert a token": experts["top_k"] == 1 or experts["kind"] in UNSELECTIVE_KINDS,
+        "two passes": LAYERS[experts["kind"]].passes == 2,
+        "not causal": not SELECTIONS[experts["selection"]].causal,
+    }
+    label = f"{'router' if variant != name else 'AoE'}, {name.replace('_', ' ')}"
+    if any(notes.values()):
+        label += f" ({', '.join(note for note, holds in notes.items() if holds)})"
+    return Arm(label, changes)
 
 
 def get_suite():
