@@ -38,16 +38,25 @@ def low_rank_moe(divisor, field):
     return Arm(f"MoE, {label}, {field.replace('_', ' ')} r=d/{divisor}", changes, matched=field != "large_router")
 
 
+def gate_over_all(arm):
+    """An arm whose weights are the softmax over all experts, as in Switch and in the code that AoE's authors released."""
+
+    def changed(config):
+        found = arm.changes_of(config)
+        return found | {"experts": found["experts"] | {"gate": "all"}}
+
+    return Arm(f"{arm.label}, gate=all", changed)
+
+
 def other_selection(arm, selection):
     """An arm by top_p or expert_choice instead of top-k, balanced as in `configs/paper.py`."""
     fields = {
         "top_p": {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4},
         "expert_choice": {"aux_weight": 0.0, "entropy_weight": 0.0},
     }[selection]
-    changes = arm.changes if callable(arm.changes) else lambda config: arm.changes
 
     def changed(config):
-        found = changes(config)
+        found = arm.changes_of(config)
         return {
             "experts": found["experts"] | {"selection": selection},
             "balance": found["balance"] | {"bias_rate": 0.0} | fields,

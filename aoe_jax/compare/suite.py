@@ -29,6 +29,10 @@ class Arm:
     changes: Mapping | Callable[[ConfigDict], Mapping] = field(default_factory=dict)
     matched: bool = True  # in total parameters with the other arms; where not, the report says so
 
+    def changes_of(self, config: ConfigDict) -> Mapping:
+        """The changes at a size."""
+        return self.changes(config) if callable(self.changes) else self.changes
+
 
 @dataclass(frozen=True)
 class Size:
@@ -145,8 +149,7 @@ class Suite:
         config = self.base.copy_and_resolve_references()
         for changes in changes_before:
             _change(config, changes)
-        changes = self.arms[arm].changes
-        _change(config, changes(config) if callable(changes) else changes)
+        _change(config, self.arms[arm].changes_of(config))
         _change(config, self.settings)
         return config
 

@@ -1,11 +1,11 @@
-"""Other MoE layers, selections and the paper's ablations at the middle size of `small.py`, about three core-hours.
+"""Other MoE layers, selections and the paper's ablations at the middle size of `small.py`, about four core-hours.
 
-`--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have room for a fixed number of
-tokens, as in Switch and GShard, the ablations of the paper's Table 2, and the selections of its Table 3. All have the
-learning rate that `small.py` gives the MoE and AoE with L_aux at this size.
+`--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have room for a fixed number
+of tokens, as in Switch and GShard, the ablations of the paper's Table 2, weights over all experts, and the selections of
+Table 3. All have the learning rate that `small.py` gives the MoE and AoE with L_aux at this size.
 """
 
-from aoe_jax.compare.arms import aoe, capacity, low_rank_moe, moe, other_selection
+from aoe_jax.compare.arms import aoe, capacity, gate_over_all, low_rank_moe, moe, other_selection
 from aoe_jax.compare.suite import Size, Suite
 from configs.compare.small import MIDDLE, base_config
 
@@ -24,6 +24,8 @@ def get_suite():
             "capacity_2": capacity(2.0),
             "moe_factorised": low_rank_moe(3, "factorised_gate"),
             "moe_large_router": low_rank_moe(3, "large_router"),
+            "moe_gate_all": gate_over_all(moe("aux")),
+            "aoe_d3_gate_all": gate_over_all(aoe(3, "aux")),
             "moe_top_p": other_selection(moe("none"), "top_p"),
             "aoe_d3_top_p": other_selection(aoe(3, "none"), "top_p"),
             "moe_expert_choice": other_selection(moe("none"), "expert_choice"),
