@@ -72,35 +72,42 @@ class Comparison:
         """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from training."""
         return experts_per_token(self.suite.config(size, arm, 0)) is None
 
-    def budget(self, size, kind):
-        """What all arms of a size have spent at least, of "flops" or "seconds", but for those that take what they need."""
-        spent = [
-            min(r.run.config.train.steps * r.per_step(kind) for r in results)
-            for arm, results in self.series(size).items()
-            if not self.takes_what_it_needs(size, arm)
-        ]
-        return min(spent, default=math.nan)
+    def is_comparable(self, size, arm):
+        """Whether the losses of an arm compare with those of others: not where experts choose among later tokens."""
+        experts = self.suite.config(size, arm, 0).experts
+        return not LAYERS[experts.kind].selects or SELECTIONS[experts.selection].causal
 
-    def nlls(self, size, arm, at_equal="end"):
-        """`{seed: validation nll}` of an arm, after the last step or where its curve meets the budget of its size.
+    def reference(self, arm):
+        """The arm that the differences of an arm are to."""
+        return self.suite.arms[arm].reference or self.suite.baseline
 
-        Nothing at a budget for an arm that takes what it needs.
-        """
-        if at_equal == "end":
+    def budget(self, size, arms, kind):
+        """What arms of a size have spent at least, of "flops" or "seconds"; nan if one takes what it needs or hasn't run."""
+        if any(self.takes_what_it_needs(size, arm) for arm in arms):
+            return math.nan
+        spent = [r.run.config.train.steps * r.per_step(kind) for arm in arms for r in self.finished(size, arm)]
+        return min(spent) if all(self.finished(size, arm) for arm in arms) else math.nan
+
+    def nlls(self, size, arm, kind="end", budget=None):
+        """`{seed: validation nll}` of an arm after the last step, or where its curve meets a budget of `kind`."""
+        if kind == "end":
             return {r.run.seed: r.nll for r in self.finished(size, arm)}
-        if self.takes_what_it_needs(size, arm):
-            return {}
-        budget = self.budget(size, at_equal)
         found = {
-            r.run.seed: at(r.validation.step * r.per_step(at_equal), r.validation.nll, budget)
+            r.run.seed: at(r.validation.step * r.per_step(kind), r.validation.nll, budget)
             for r in self.finished(size, arm)
         }
         return {seed: nll for seed, nll in found.items() if math.isfinite(nll)}
 
-    def difference(self, size, arm, at_equal="end", to=None):
-        """The `Difference` of an arm's nll to the baseline's, or to that of another arm, seed by seed."""
-        other = self.nlls(size, to or self.suite.baseline, at_equal)
-        return paired_difference(self.nlls(size, arm, at_equal), other)
+    def difference(self, size, arm, kind="end", to=None):
+        """The `Difference` of an arm's nll to that of another, of its reference where none is named, seed by seed.
+
+        A budget is what the one of the two that takes less has spent at its end. Of no seed where one isn't comparable.
+        """
+        to = to or self.reference(arm)
+        if not (self.is_comparable(size, arm) and self.is_comparable(size, to)):
+            return paired_difference({}, {})
+        budget = None if kind == "end" else self.budget(size, (arm, to), kind)
+        return paired_difference(*(self.nlls(size, one, kind, budget) for one in (arm, to)))
 
     @functools.cached_property
     def budgets_of_flops(self):

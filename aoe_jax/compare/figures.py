@@ -114,8 +114,8 @@ def scaling(points, fits, labels, styles, xlabel):
 
 
 @drawn
-def differences(rows, labels, styles, baseline):
-    """Paired differences to the baseline: a row an arm and size, with intervals. `rows`: `[(size, arm, Difference)]`."""
+def differences(rows, labels, styles):
+    """Paired differences: a row an arm and size, with intervals. `rows`: `[(size, arm, Difference)]`."""
     figure, ((axes,),) = style.new_figure(0.9 + 0.24 * len(rows))
     for height, (_, arm, found) in enumerate(reversed(rows)):
         reach = [[found.value - found.low], [found.high - found.value]] if np.isfinite(found.low) else None
@@ -123,7 +123,7 @@ def differences(rows, labels, styles, baseline):
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.axvline(0, color=style.INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{size}  {labels[arm]}" for size, arm, _ in reversed(rows)])
-    axes.set(xlabel=f"nll less that of {baseline}, nats")
+    axes.set(xlabel="difference of nll, nats")
     axes.grid(axis="y", visible=False)
     return figure
 

@@ -56,8 +56,13 @@ class _Running:
         """Whether the command has ended; notes its outcome."""
         status = self.process.poll()
         if status is not None:
-            write_json(self.job.outcome, {"status": status, "last_line": last_line(self.job.log)})
+            write_json(self.job.outcome, {"status": status, "last_line": self.last_words()})
         return status is not None
+
+    def last_words(self):
+        """The last line of its log, and whether it could say no more, as where memory ran out."""
+        status, line = self.process.returncode, last_line(self.job.log)
+        return f"killed by signal {-status}, after: {line}" if status < 0 else line
 
 
 def last_line(path: Path):
@@ -134,7 +139,7 @@ class _Progress:
         self._failed += status != 0
         if status:
             log.warning(
-                "%s failed with status %d: %s; its log is %s", one.job.name, status, last_line(one.job.log), one.job.log
+                "%s failed with status %d: %s; its log is %s", one.job.name, status, one.last_words(), one.job.log
             )
         self._say(f"{one.job.name} has ended", [])
 

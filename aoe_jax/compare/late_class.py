@@ -36,7 +36,7 @@ ENDINGS = {
     "apart": "classes 1 and 2 on one expert, class 3 on the other",
     "one": "all three classes on one expert",
     "spread": "class 3 on both experts",
-    "other": "each class on one expert, 1 and 2 not together",
+    "other": "class 3 on one expert, 1 and 2 not together on one",
 }
 COLOURS = ("#0072B2", "#E69F00")  # told apart by the colour-blind, and in grey
 

@@ -22,19 +22,23 @@ _TODO = flags.DEFINE_string("todo", None, "a JSON file of what to do")
 
 
 def main():
-    """Measures; exit status 1 where the routing of a run couldn't be looked at."""
+    """Measures; exit status 1 where something failed, which stops nothing else."""
     StopRequests("the same command does what is left").listen()
     todo = read_json(Path(cli.required(_TODO)))
-    if "points" not in todo:
-        return _measure_size(todo)
+    failed = _measure_sweep(todo) if "points" in todo else _measure_size(todo)
+    for line in failed:
+        log.error("%s", line)
+    return 1 if failed else 0
+
+
+def _measure_sweep(todo):
     from aoe_jax.compare.throughput import measure_points
 
-    measure_points(todo["points"], todo["topology"], Path(todo["output"]))
-    return 0
+    return measure_points(todo["points"], todo["topology"], Path(todo["output"]))
 
 
 def _measure_size(todo):
-    failed = None
+    failed = []
     from aoe_jax.compare.routing import analyse
     from aoe_jax.compare.step_times import time_steps
 
@@ -42,18 +46,18 @@ def _measure_size(todo):
         try:
             analyse(Path(folder), todo["tokens"])
             log.info("routing of %s", folder)
-        except Exception as e:  # of one run; the others are looked at all the same
+        except Exception as e:
             log.exception("routing of %s", folder)
-            failed = f"routing of {folder}: {type(e).__name__}: {e}"
+            failed.append(f"routing of {folder}: {type(e).__name__}: {e}")
     if todo["steps"]:
         trained = {
             arm: (Config.from_config_dict(run["config"]), Path(run["folder"])) for arm, run in todo["steps"].items()
         }
-        for arm, seconds in time_steps(trained, Path(todo["output"])).items():
-            log.info("%s: %.4f s a step", arm, seconds)
-    if failed:
-        log.error("%s", failed)
-    return 1 if failed else 0
+        seconds, not_timed = time_steps(trained, Path(todo["output"]))
+        for arm, value in seconds.items():
+            log.info("%s: %.4f s a step", arm, value)
+        failed += [f"steps of {arm}: {why}" for arm, why in not_timed.items()]
+    return failed
 
 
 if __name__ == "__main__":

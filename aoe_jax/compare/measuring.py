@@ -24,7 +24,8 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
     found = read_json(file)
     # As configurations: what was saved before may lack fields that are new.
     configs = {arm: Config.from_config_dict(groups) for arm, groups in found.get("trained", {}).items()}
-    wanted = {arm: run.config for arm, run in _by_arm(workdir, runs, size).items()}
+    runs_of_arms = _by_arm(workdir, runs, size)
+    wanted = {arm: run.config for arm, run in runs_of_arms.items() if arm not in found.get("failed", {})}
     return found["seconds"] if configs == wanted else None
 
 
@@ -37,7 +38,7 @@ def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
 
 def _size_job(size, runs, workdir, tokens, in_turn):
     of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
-    folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run)}
+    folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run, tokens)}
     timed = not in_turn or step_seconds(workdir, runs, size) is not None
     by_arm = {} if timed else _by_arm(workdir, runs, size)
     steps = {arm: {"config": run.config.to_dict(), "folder": str(of_size[run])} for arm, run in by_arm.items()}
@@ -46,7 +47,7 @@ def _size_job(size, runs, workdir, tokens, in_turn):
     routing = [str(folder) for folder in folders.values()]
 
     def progress():
-        return 1 - sum(_to_route(folder, run) for run, folder in folders.items()) / (len(folders) or 1)
+        return 1 - sum(_to_route(folder, run, tokens) for run, folder in folders.items()) / (len(folders) or 1)
 
     todo = {"routing": routing, "tokens": tokens, "steps": steps}
     return _job(f"measuring {size}", measured_file(workdir, size), todo, len(routing) + 1, progress)
@@ -73,12 +74,15 @@ def _job(name, output, todo, cost, progress):
     return Job(name, command, beside(output, ".log"), beside(output, ".outcome.json"), output, float(cost), progress)
 
 
-def _to_route(folder, run):
-    """Whether a run is finished, with a choice of experts whose routing after the last step hasn't been looked at."""
+def _to_route(folder, run, tokens):
+    """Whether a run is finished, with a choice of experts that hasn't been looked at, on so many tokens, at its end."""
     if not LAYERS[run.config.experts.kind].selects or not is_finished(folder, run):
         return False
     file = folder / "routing.json"
-    return not file.exists() or read_json(file)["checkpoints"][-1]["step"] != run.config.train.steps
+    if not file.exists():
+        return True
+    found = read_json(file)
+    return (found["checkpoints"][-1]["step"], found.get("wanted_tokens")) != (run.config.train.steps, tokens)
 
 
 def _by_arm(workdir, runs, size):

@@ -1,11 +1,12 @@
 """The report of a suite: `report.md`, `report.html`, CSVs and figures, from the directories of its runs alone."""
 
+import dataclasses
 from pathlib import Path
 
 from aoe_jax.compare import routing_sections, scaling_sections, sections, throughput_sections
 from aoe_jax.compare.analysis import BUDGETS, Comparison
 from aoe_jax.compare.document import Code, Heading, Points, Table, Text, save_pictures, to_html, to_markdown
-from aoe_jax.compare.layout import beside, folder_of
+from aoe_jax.compare.layout import beside, check_run, folder_of
 from aoe_jax.compare.measuring import measured_file
 from aoe_jax.compare.results import curve_rows, difference_row, read_results, routing_rows, run_rows, write_csv
 from aoe_jax.compare.runs import PACKAGES, machines_of, tuned_rates, tuning_nlls
@@ -13,8 +14,8 @@ from aoe_jax.compare.suite import Suite
 from aoe_jax.compare.throughput import cost_rows, read_costs, sweep_file
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.formats.configs import computed_fields
 from aoe_jax.json_files import read_json
-from aoe_jax.training.workdir import check_workdir
 
 
 def write_report(suite: Suite, workdir: Path, command):
@@ -33,7 +34,7 @@ def write_report(suite: Suite, workdir: Path, command):
     """
     runs = suite.runs(tuned_rates(suite, workdir))
     for run in runs:
-        check_workdir(folder_of(workdir, run), run.config)
+        check_run(folder_of(workdir, run), run)
     comparison = Comparison(suite, read_results(runs, workdir))
     costs = {name: read_costs(suite, workdir, name) for name in suite.throughput}
     blocks = _blocks(comparison, costs, workdir, command)
@@ -48,7 +49,7 @@ def write_report(suite: Suite, workdir: Path, command):
     write_csv(
         workdir / "differences.csv",
         [
-            difference_row(size, arm, budget, comparison.difference(size, arm, budget))
+            difference_row(size, arm, comparison.reference(arm), budget, comparison.difference(size, arm, budget))
             for size in comparison.sizes()
             for arm in comparison.series(size)
             if arm != suite.baseline
@@ -106,7 +107,10 @@ def _not_causal(c):
         if until:
             points.append(f"{c.labels[arm]}: not causal before step {until}: {reason}. Validation is causal.")
         elif reason:
-            points.append(f"{c.labels[arm]}: not causal: {reason}; its losses compare with no others here.")
+            leaks = "what it knows of them is in its loss"
+            if kind.selects and not method.causal:
+                leaks = "its losses compare with no others here"
+            points.append(f"{c.labels[arm]}: not causal: {reason}; {leaks}.")
     return points
 
 
@@ -151,11 +155,39 @@ def _tuning(c, workdir):
         rows.append([c.labels[arm], *cells, f"{chosen[arm]:g}" if chosen[arm] else "none"])
     text = (
         f"Validation nll after {c.suite.tuning.steps} steps at {c.suite.tuning_size}, one seed that counts nowhere else; "
-        "the best learning rate of an arm is that of all its sizes, but for the factor that the suite gives a size."
+        "the best learning rate of an arm is that of all its sizes, but for the factor that the suite gives a size. No "
+        "interval in this report has the chance of this choice in it."
     )
     if set(chosen.values()) & {min(rates), max(rates)}:
         text += " Where that is the lowest or the highest that was tried, a better one may lie beyond."
     return [Heading(2, "Learning rates"), Text(text), Table(["arm", *(f"{rate:g}" for rate in rates), "chosen"], rows)]
+
+
+def _arms(c):
+    """A line an arm, of its first size: the fields of `experts`, of its method and of `balance` that have a say."""
+    first = {}
+    for r in c.results:
+        first.setdefault(r.run.arm, r.run.config)
+    return [f"{c.labels[arm]}: {', '.join(_fields(first[arm]))}." for arm in c.suite.arms if arm in first]
+
+
+def _fields(config):
+    for name, value in computed_fields(config).items():
+        if name.startswith("experts.") and value is not False:
+            yield f"{name.removeprefix('experts.').replace('d_wide', 'width')}={_plain(value)}"
+    if config.method_name:
+        for name, value in dataclasses.asdict(config.method_settings).items():
+            yield f"{config.method_name}.{name}={_plain(value)}"
+    balance, losses = dataclasses.asdict(config.balance), ("aux_weight", "entropy_weight", "z_weight")
+    shown = [name for name in (*losses, "bias_rate", "coupling_weight") if balance[name]]
+    if any(name in losses for name in shown):
+        shown += ["aux_tokens", "aux_batch"]
+    for name in shown:
+        yield f"{name}={_plain(balance[name])}"
+
+
+def _plain(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _settings(c, command):
@@ -181,10 +213,17 @@ def _settings(c, command):
     recipe = [
         Table(head.split("|"), rows),
         Text(
-            "AdamW, linear warm-up and cosine for all arms alike. The configuration of each run is in "
+            "AdamW, linear warm-up and cosine for all arms alike"
+            + ("." if c.suite.tuning else ", and one peak learning rate a size, which wasn't tuned for each.")
+            + " The configuration of each run is in "
             "`runs/SIZE/ARM/seed_N/config.json`; numbers are in `runs.csv`, `curves.csv`, `routing.csv` and "
             "`differences.csv`."
         ),
     ]
+    if rows:
+        recipe += [
+            Text("What arms are, at the first size that has them:"),
+            Points(_arms(c)),
+        ]
     files = "Figures are in `figures/`" + ", numbers of throughput in `throughput.csv`" * bool(c.suite.throughput)
     return [Heading(2, "Settings"), *(recipe if rows else []), Text(f"{files}. To make it again:"), Code(command)]

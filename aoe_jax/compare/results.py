@@ -186,9 +186,9 @@ def routing_rows(results):
                 yield row | {name: checkpoint[name][layer] for name in per_layer}
 
 
-def difference_row(size, arm, budget, difference):
-    """A row of a paired difference; `budget` says at what: end, flops or seconds."""
-    return {"size": size, "arm": arm, "at_equal": budget} | dataclasses.asdict(difference)
+def difference_row(size, arm, to, budget, difference):
+    """A row of a paired difference of an arm to another; `budget` says at what: end, flops or seconds."""
+    return {"size": size, "arm": arm, "to": to, "at_equal": budget} | dataclasses.asdict(difference)
 
 
 def write_csv(path: Path, rows: Iterable[dict]):

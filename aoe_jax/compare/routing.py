@@ -164,6 +164,7 @@ def analyse(folder: Path, n_tokens: int):
             found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], real)
     final = found[steps[-1]]
     report = {
+        "wanted_tokens": n_tokens,
         "tokens": final["chosen"].shape[1],
         "kind": kind,
         "checkpoints": [_figures(step, figures, final) for step, figures in found.items()],

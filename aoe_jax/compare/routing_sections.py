@@ -28,6 +28,11 @@ def _largest_routed(c):
     return c.largest() if c.largest() in sizes else (sizes or [None])[-1]
 
 
+def _tokens(c):
+    """How many tokens routing was looked at on, in words."""
+    return "/".join(str(n) for n in sorted({r.routing["tokens"] for r in c.results if r.routing})) or "0"
+
+
 def balance(c: Comparison):
     """Ent_load and nll by what balances the load."""
     rows, sentences = [], []
@@ -53,10 +58,10 @@ def balance(c: Comparison):
                     )
     if not rows:
         return []
-    n = max(r.run.config.experts.n_experts for r in c.results)
+    n, tokens = max(r.run.config.experts.n_experts for r in c.results), _tokens(c)
     text = (
-        f"Ent_load (Eq. 7) is the entropy of the experts' shares of load, mean over layers, on the validation "
-        f"split: {math.log(n):.3f} in perfect balance of {n} experts."
+        f"Ent_load (Eq. 7) is the entropy of the experts' shares of load, mean over layers, on the first {tokens} tokens of "
+        f"the validation split: {math.log(n):.3f} in perfect balance of {n} experts."
     )
     head = ["size and kind", "balanced by", "Ent_load", "validation nll", "difference of nll [95% interval]"]
     return [Heading(2, "Balance of load"), Text(text), Table(head, rows), Points(sentences)]
@@ -80,7 +85,10 @@ def load(c: Comparison):
     entries = [(c.labels[arm], routing) for arm, routing in first.items()]
     several = [(label, routing) for label, routing in entries if routing["experts_per_token"] != 1]
     if several:
-        caption = f"{size}, first seed, last layer: how often two experts are chosen for one token."
+        caption = (
+            f"{size}, first seed, last layer: how often two experts are chosen for one token, over what chance would give "
+            "if loads were even."
+        )
         pictures.append(Picture("coactivation", routing_figures.coactivation(several), caption))
     for arm, routing in first.items():
         what = LAYERS[routing["kind"]].score_name.removeprefix("mean_")
@@ -117,17 +125,17 @@ def health(c: Comparison, styles):
         return []
     routed = _routed(c, size)
     text = (
-        "Means over layers and seeds on the same tokens of the validation split. Max violation: the largest load over the "
-        "mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, and one at half "
-        "of the training, if there is one, has chosen too. Oracle, on the first 64 tokens of a batch: the K experts whose "
-        "weighted sum comes nearest to the mixture of all experts by the softmax over all scores; agreement is the share of "
-        "the chosen among them (in brackets by chance), and the distances to that mixture, as shares of its length, are "
-        "those of the chosen, of the oracle's, and of any K."
+        f"Means over layers and seeds on the first {_tokens(c)} tokens of the validation split. Max violation: the largest "
+        "load over the mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, and "
+        "one at half of the training, if there is one, has chosen too. Oracle, on the first 64 tokens of a batch: the K "
+        "experts whose weighted sum comes nearest to the mixture of all experts by the softmax over all scores; agreement "
+        "is the share of the chosen among them (in brackets by chance), and the distances to that mixture, as shares of its "
+        "length, are those of the chosen, of the oracle's, and of any K."
     )
     if any(routings[0]["kind"] == "capacity" for size_ in c.sizes() for routings in _routed(c, size_).values()):
         text += " Choices of experts with a capacity are those before anything is dropped."
-    head = "arm|experts a token|Ent_conf|max violation|dead experts|settled, first|settled, half|oracle agreement"
-    head += "|distance chosen/oracle/any"
+    head = "arm|experts a token|Ent_conf|max violation|dead experts, all layers|settled, first|settled, half"
+    head += "|oracle agreement|distance chosen/oracle/any"
     names = {
         "max_violation": "max violation",
         "dead_experts": "dead experts a layer",

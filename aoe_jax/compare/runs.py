@@ -5,6 +5,7 @@ A run that is finished isn't run again, one that was cut off goes on, one that f
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -14,13 +15,12 @@ from pathlib import Path
 
 import aoe_jax
 from aoe_jax.compare.jobs import Job, run_jobs
-from aoe_jax.compare.layout import beside, folder_of, is_finished, tuning_folder
+from aoe_jax.compare.layout import beside, check_run, folder_of, is_finished, tuning_folder
 from aoe_jax.compare.measuring import measure_jobs
 from aoe_jax.compare.suite import Suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.stopping import StopRequests
-from aoe_jax.training.workdir import check_workdir
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
     runs = suite.runs(rates)
     _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop)
     in_turn = machine["backend"] == "cpu"  # elsewhere runs are alone on the devices, and the arms of a size may not fit
-    run_jobs(measure_jobs(suite, runs, workdir, in_turn), cores, environment, stop)
+    # One at a time, for they would slow each other.
+    run_jobs(measure_jobs(suite, runs, workdir, in_turn), cores[:1], environment, stop)
 
 
 def _machine():
@@ -114,7 +115,7 @@ def _cores(machine, n_jobs):
 
 def _train(folders, cores, environment, stop):
     for run, folder in folders.items():
-        check_workdir(folder, run.config)
+        check_run(folder, run)
     jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
     if jobs:
         log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(cores))
@@ -153,16 +154,28 @@ def tuning_nlls(suite: Suite, workdir: Path):
     found = {}
     for (arm, rate), run in suite.tuning_runs().items():
         folder = tuning_folder(workdir, run)
-        check_workdir(folder, run.config)
+        check_run(folder, run)
         nll = read_json(folder / "summary.json")["metrics"]["validation_nll"] if is_finished(folder, run) else None
         found.setdefault(arm, {})[rate] = nll
     return found
 
 
 def tuned_rates(suite: Suite, workdir: Path):
-    """The peak learning rate of each arm: that of the lowest nll; None, its own, where no run of the tuning has finished."""
-    finished = {
-        arm: {rate: nll for rate, nll in nlls.items() if nll is not None}
-        for arm, nlls in tuning_nlls(suite, workdir).items()
-    }
-    return {arm: min(nlls, key=nlls.get) if nlls else None for arm, nlls in finished.items()}
+    """The peak learning rate of each arm: that of the lowest nll; None, its own, where no run of the tuning has finished.
+
+    An arm whose runs have begun keeps the rate that they have begun with, whatever has been tuned since.
+    """
+    found = {}
+    for arm, nlls in tuning_nlls(suite, workdir).items():
+        finished = {rate: nll for rate, nll in nlls.items() if nll is not None}
+        found[arm] = _begun_rate(suite, workdir, arm) or (min(finished, key=finished.get) if finished else None)
+    return found
+
+
+def _begun_rate(suite, workdir, arm):
+    for run in suite.runs():
+        file = folder_of(workdir, run) / "config.json"
+        if run.arm == arm and file.exists():
+            rate = read_json(file)["train"]["learning_rate"] / suite.sizes[run.size].rate_factor
+            return next((tuned for tuned in suite.tuning.learning_rates if math.isclose(tuned, rate)), None)
+    return None

@@ -59,7 +59,7 @@ def isoflop(c: Comparison, styles):
         "Sizes whose training FLOPs are equal to 10% spend them on parameters or on tokens. All arms of a size see the same "
         "tokens, so that each arm is at FLOPs of its own. The best size is where a parabola in the logarithm of the active "
         "parameters is lowest (three sizes determine it, and leave nothing to judge it by); intervals draw the seeds of "
-        "each size anew, and are left out where a draw has no minimum."
+        "each size anew (of two or three seeds they are too narrow), and are left out where a draw has no minimum."
     )
     head = ["arm", "sizes", "training FLOPs", "best active parameters [95% interval]", "nll there"]
     return [Heading(2, "At equal FLOPs, over sizes"), Text(text + c.not_matched), Pictures(pictures), Table(head, rows)]

@@ -7,18 +7,18 @@ from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Points, Table, Text
 from aoe_jax.compare.statistics import mean
 from aoe_jax.compare.words import number, plus_minus, signed
-from aoe_jax.counts import parameter_counts, training_flops_per_token
+from aoe_jax.counts import capacity_flops_per_token, parameter_counts, training_flops_per_token
 
 
 def in_words(comparison: Comparison, size, arm):
-    """Where an arm stands to the baseline: a sentence, or None where no seed has both."""
+    """Where an arm stands to its reference: a sentence, or None where no seed has both."""
     found = comparison.difference(size, arm)
     if not found.n:
         return None
     side = "below" if found.value < 0 else "above"
     error = f" ± {found.error:.4f}" if found.n > 1 else ""
     interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} seeds" if found.n > 1 else "one seed"
-    name, label = comparison.labels[arm], comparison.baseline_label
+    name, label = comparison.labels[arm], comparison.labels[comparison.reference(arm)]
     return f"{name} is {abs(found.value):.4f}{error} nats {side} {label} at {size} ({interval})."
 
 
@@ -39,7 +39,7 @@ def matched(c: Comparison):
                     number(counts.total),
                     number(active),
                     number(counts.active),
-                    number(training_flops_per_token(config)),
+                    number(training_flops_per_token(config)) + _beside(config),
                     number(tokens),
                     f"{tokens / active:.3g}",
                     f"{config.train.learning_rate:.3g}",
@@ -50,13 +50,15 @@ def matched(c: Comparison):
         "The arms of a size are equal in total parameters to 1% (Eq. 5 of the paper sets the width of AoE experts), "
         "and see the same data in the same order for each seed. Active parameters and FLOPs are not matched. FLOPs "
         "are the useful ones of a training step, forward and backward, scoring all experts included. The last count "
-        "of active parameters, the paper's, has the shared embedding table twice."
+        "of active parameters, the paper's, has the shared embedding table twice. Active are the parameters of the chosen "
+        "experts; AoE also reads Wdown of all others, which its FLOPs count and its active parameters don't."
     )
     arms = dict.fromkeys(a for s in c.suite.sizes for a in c.suite.arms_of(s) if c.takes_what_it_needs(s, a))
     if arms:
+        labels = "; ".join(c.labels[arm] for arm in arms)
         text += (
-            f" Scores decide how many experts a token has (see routing health) in {'; '.join(c.labels[a] for a in arms)}: "
-            "here and on the axes they are counted as K, and the seconds are those of the trained model."
+            f" How many experts a token has is known from training only (see routing health) in {labels}: here and on the "
+            "axes they are counted as K, and the seconds are those of the trained model."
         )
     partly = {}  # share of the tokens: arms
     for r in c.results:
@@ -65,7 +67,19 @@ def matched(c: Comparison):
             partly.setdefault(balance.aux_tokens, {})[c.labels[r.run.arm]] = True
     for share, labels in partly.items():
         text += f" L_aux takes its mean probabilities from {share:g} of the tokens in {'; '.join(labels)}."
+    if any(r.run.config.experts.kind == "capacity" for r in c.results):
+        text += (
+            " In brackets what experts of limited room compute beside them, for places that may be empty and for sending "
+            "tokens there by products; it counts nowhere else."
+        )
     return [Heading(2, "What is matched"), Text(text + c.not_matched), Table(head.split("|"), rows)]
+
+
+def _beside(config):
+    """What experts of limited room compute beside the useful FLOPs, in brackets."""
+    if config.experts.kind != "capacity":
+        return ""
+    return f" (+{number(config.model.n_layers * capacity_flops_per_token(config)[1])})"
 
 
 def losses(c: Comparison, styles):
@@ -75,7 +89,7 @@ def losses(c: Comparison, styles):
         for arm, results in c.series(size).items():
             base, found = arm == c.suite.baseline, c.difference(size, arm)
             nll, bits = c.spread(size, arm, lambda r: r.nll), c.spread(size, arm, lambda r: r.bits_per_byte)
-            difference = "baseline" if base else signed(found)
+            difference = "baseline" if base else _difference(c, arm, found)
             rows.append([f"{size}: {c.labels[arm]}", str(len(results)), plus_minus(nll), plus_minus(bits), difference])
             if not base and found.n:
                 # Beside a dense model the others would be hard to tell apart.
@@ -90,11 +104,11 @@ def losses(c: Comparison, styles):
     )
     blocks = [Heading(2, "Final validation loss"), Text(text), Points(sentences), Table(head, rows)]
     if drawn:
-        picture = figures.differences(drawn, c.labels, styles, c.baseline_label)
-        caption = (
-            f"Difference of validation nll to {c.baseline_label}, with 95% intervals; left of 0 is a lower loss. "
-            "Dense models: see the table."
-        )
+        to = " or ".join(dict.fromkeys(c.labels[c.reference(arm)] for _, arm, _ in drawn))
+        picture = figures.differences(drawn, c.labels, styles)
+        caption = f"Difference of validation nll to {to}, with 95% intervals; left of 0 is a lower loss."
+        if any(r.run.config.experts.kind == "dense" for r in c.results):
+            caption += " Dense models: see the table."
         blocks.append(Picture("differences", picture, caption))
     return blocks
 
@@ -116,25 +130,31 @@ def curves(c: Comparison, styles):
 
 def budgets(c: Comparison):
     """Losses at equal FLOPs and at equal seconds."""
-    rows = []
+    rows, units = [], {"flops": "", "seconds": " s"}
     for size in c.sizes():
         for arm in c.series(size):
-            cells = []
-            for kind in ("flops", "seconds"):
-                cells.append("baseline" if arm == c.suite.baseline else signed(c.difference(size, arm, kind)))
-            at_budget = [plus_minus(mean(c.nlls(size, arm, kind).values())) for kind in ("flops", "seconds")]
-            rows.append([f"{size}: {c.labels[arm]}", at_budget[0], cells[0], at_budget[1], cells[1]])
-    spent = "; ".join(
-        f"{size}: {number(c.budget(size, 'flops'))} FLOPs, {number(c.budget(size, 'seconds'))} s" for size in c.sizes()
-    )
+            if arm == c.suite.baseline:
+                continue
+            row = [f"{size}: {c.labels[arm]}"]
+            for kind, unit in units.items():
+                found, budget = c.difference(size, arm, kind), c.budget(size, (arm, c.reference(arm)), kind)
+                nll = plus_minus(mean(c.nlls(size, arm, kind, budget).values())) if found.n else "-"
+                row += [f"{number(budget)}{unit}" if found.n else "-", nll, _difference(c, arm, found)]
+            rows.append(row)
     text = (
-        "The budget of a size is what the arm that takes least has spent at its end. Where an arm goes on for "
-        "longer, its loss there is read from its validation curve, linear in the logarithm between points; its "
-        f"learning rate has not come down by then as that of a run planned for the budget would have. A dash: its curve "
-        f"begins later, or what it takes is known from training only. {_how_timed(c)} Budgets: {spent}."
+        f"Each arm against {c.baseline_label}, or the arm that is named, at what the one of the two that takes less has "
+        "spent at its end. The loss of the other there is read from its validation curve, linear in the logarithm between "
+        "points; its learning rate has not come down by then as that of a run planned for the budget would have. A dash: "
+        f"the curve begins later, or what an arm takes is known from training only. {_how_timed(c)}"
     )
-    head = ["arm", "nll at equal FLOPs", "difference", "nll at equal seconds", "difference"]
-    return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)]
+    head = ["arm", "FLOPs", "nll there", "difference", "seconds", "nll there", "difference"]
+    return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)] if rows else []
+
+
+def _difference(c, arm, found):
+    """A `Difference` of an arm in a cell; to what, where that isn't the baseline."""
+    to = c.reference(arm)
+    return signed(found) + (f" to {c.labels[to]}" if found.n and to != c.suite.baseline else "")
 
 
 def _how_timed(c):

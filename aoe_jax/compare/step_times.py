@@ -4,6 +4,7 @@ Runs that are trained at the same time, or on a machine that others use too, say
 takes a few steps, then the next one, round by round; on CPU, processor seconds are counted.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from aoe_jax.sharding import (
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.memory import program_memory
 from aoe_jax.training.step import init_state, make_train_step
+
+log = logging.getLogger(__name__)
 
 ROUNDS, STEPS = 10, 3  # the first step of a round isn't counted: caches are still those of another arm
 
@@ -100,11 +103,19 @@ def time_steps(trained: Mapping[str, tuple[Config, Path]], output: Path):
 
     Args:
       trained: arm -> the configuration of a run and its directory; all must fit the devices together.
-      output: the file; it has `trained`, the configurations, and `seconds`, both by arm.
+      output: the file; it has `trained`, the configurations, `seconds` and `failed`, why an arm can't be timed, all by arm.
 
     Returns:
-      The seconds by arm.
+      The seconds and the failures.
     """
-    found = seconds_in_turn({arm: RepeatedStep(config, folder) for arm, (config, folder) in trained.items()})
-    write_json(output, {"trained": {arm: config.to_dict() for arm, (config, _) in trained.items()}, "seconds": found})
-    return found
+    steps, failed = {}, {}
+    for arm, (config, folder) in trained.items():
+        try:
+            steps[arm] = RepeatedStep(config, folder)
+        except Exception as e:  # such as a damaged checkpoint; the others are timed all the same
+            log.exception("steps of %s", arm)
+            failed[arm] = f"{type(e).__name__}: {e}"
+    seconds = seconds_in_turn(steps)
+    configs = {arm: trained[arm][0].to_dict() for arm in steps}
+    write_json(output, {"trained": configs, "seconds": seconds, "failed": failed})
+    return seconds, failed

@@ -28,6 +28,7 @@ class Arm:
     # Group -> field -> value; or a function of the size's `ConfigDict` that returns this.
     changes: Mapping | Callable[[ConfigDict], Mapping] = field(default_factory=dict)
     matched: bool = True  # in total parameters with the other arms; where not, the report says so
+    reference: str | None = None  # the arm that its differences are to; None: the suite's baseline
 
     def changes_of(self, config: ConfigDict) -> Mapping:
         """The changes at a size."""
@@ -82,7 +83,7 @@ class Suite:
     base: ConfigDict
     arms: Mapping[str, Arm]
     sizes: Mapping[str, Size]
-    baseline: str  # the arm that differences are to
+    baseline: str  # the arm that differences are to, but for arms that name another
     tuning: Tuning | None = None
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
     routing_tokens: int = 16_384  # of the validation split, at least, that routing is looked at on
@@ -116,6 +117,12 @@ class Suite:
             _require(len(sweep.values) > 1, self, f"throughput[{name!r}].values", sweep.values, "must be two or more")
 
     def _check_arms(self, place, of):
+        for name in self._arms(of):
+            to = self.arms[name].reference
+            known = self._arms(of)
+            _require(
+                to is None or to in known, self, f"arms[{name!r}].reference", to, f"choose one of {', '.join(known)}"
+            )
         unknown = [arm for arm in of.arms or () if arm not in self.arms]
         _require(not unknown, self, place, unknown, f"choose of {', '.join(self.arms)}")
         there = self.baseline in self._arms(of)

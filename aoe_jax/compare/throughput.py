@@ -91,21 +91,30 @@ def read_costs(suite: Suite, workdir: Path, name):
 
 
 def measure_points(points, is_topology, output: Path):
-    """Measures points of a sweep one by one, and adds each to a JSON file.
+    """Measures points of a sweep one by one, and adds each to a JSON file; one that fails stops no other.
 
     Args:
       points: of `missing_points`.
       is_topology: whether their values are machines that aren't here.
       output: the file.
+
+    Returns:
+      What failed, a line each.
     """
-    measure = _traced if is_topology else _timed
+    measure, failed = _traced if is_topology else _timed, []
     for point in points:
         configs = {arm: Config.from_config_dict(groups) for arm, groups in point["configs"].items()}
-        figures = measure(point["value"], configs)
+        try:
+            figures = measure(point["value"], configs)
+        except Exception as e:  # such as want of memory
+            log.exception("%s", point["value"])
+            failed.append(f"{point['value']}: {type(e).__name__}: {e}")
+            continue
         done = read_json(output)["points"] if output.exists() else []
         done = [d for d in done if d["value"] != point["value"]]
         write_json(output, {"points": [*done, point | {"figures": figures}]})
         log.info("%s: %s", point["value"], ", ".join(f"{arm} {of['seconds']:.4g} s" for arm, of in figures.items()))
+    return failed
 
 
 def _timed(_, configs: Mapping[str, Config]):

@@ -2,7 +2,8 @@
 
 The MoE spends 4e12 FLOPs at each size, on 42k to 891k active parameters and 6.8M to 0.6M tokens of the embedded corpus. All
 arms of a size see the same tokens, and spend what that takes them: AoE 1.01 to 1.04 times as much, a dense model of as many
-active parameters as much. One of as many in total would be at no equal FLOPs. Learning rates are tuned at the middle size.
+active parameters as much. One of as many in total would be at no equal FLOPs. Learning rates are tuned at the middle size,
+and are in inverse proportion to d_model.
 """
 
 from dataclasses import replace
@@ -38,7 +39,9 @@ def get_suite():
             "aoe_d3_aux": aoe(3, "aux"),
             "dense_active": replace(DENSE_ACTIVE, label="dense, active"),
         },
-        sizes={name: Size(size_at(FLOPS, *shape), seeds=2) for name, shape in SHAPES.items()},
+        sizes={
+            name: Size(size_at(FLOPS, *shape), seeds=2, rate_factor=60 / shape[0]) for name, shape in SHAPES.items()
+        },
         baseline="moe_aux",
         tuning=Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=400, size="d60"),
     )

@@ -1,6 +1,7 @@
 """Methods of expert selection at the smallest size of `small.py`: `--suite=configs/compare/methods.py`.
 
-Arms are the variants of `configs/methods.py`, most of them with AoE and with a router. All have the learning rate that
+Arms are the variants of `configs/methods.py`, most of them with AoE, whose differences are to AoE with top-k, and with a
+router, whose differences are to the router with top-k, and that one's to AoE. All have the learning rate that
 `small.py` found to be the best for AoE and for the router alike: tuning each would take longer than all runs.
 Those with one expert a token have about half the FLOPs of experts that the others have (switch, smear), or as many and
 twice the FLOPs of attention (thor, which passes every batch twice).
@@ -31,7 +32,7 @@ def _arm(variant):
     label = f"{'router' if variant != name else 'AoE'}, {name.replace('_', ' ')}"
     if any(notes.values()):
         label += f" ({', '.join(note for note, holds in notes.items() if holds)})"
-    return Arm(label, changes)
+    return Arm(label, changes, reference="top_k_router" if variant not in (name, "top_k_router") else None)
 
 
 def get_suite():

@@ -30,10 +30,13 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
     says_core = "import os; print(os.sched_getaffinity(0), os.environ['WORD'])"
     jobs = [
         job(tmp_path, "bad", "import sys; print('why', file=sys.stderr); sys.exit(4)"),
+        job(tmp_path, "killed", "import os; print('at work', flush=True); os.kill(os.getpid(), 9)"),
         job(tmp_path, "good", says_core),
     ]
     run_jobs(jobs, [CORES[0]], {"WORD": "default"}, StopRequests())
     assert read_json(tmp_path / "bad.outcome.json") == {"status": 4, "last_line": "why"}
+    killed = {"status": -9, "last_line": "killed by signal 9, after: at work"}
+    assert read_json(tmp_path / "killed.outcome.json") == killed
     assert read_json(tmp_path / "good.outcome.json") == {"status": 0, "last_line": f"{{{CORES[0]}}} default"}
 
 

@@ -16,13 +16,13 @@ import pytest
 from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.arms import aoe, other_selection
 from aoe_jax.compare.document import to_markdown
-from aoe_jax.compare.layout import tuning_folder
+from aoe_jax.compare.layout import check_run, folder_of, tuning_folder
 from aoe_jax.compare.measuring import step_seconds
 from aoe_jax.compare.report import write_report
 from aoe_jax.compare.results import Curve, read_results
 from aoe_jax.compare.runs import tuned_rates
 from aoe_jax.compare.scaling_sections import scaling
-from aoe_jax.compare.sections import styles_of
+from aoe_jax.compare.sections import losses, styles_of
 from aoe_jax.compare.suite import Size, load_suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
@@ -222,10 +222,10 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
     assert tuned_rates(suite, tmp_path) == {"moe": None, "aoe": None, "broken": None}
     nlls = {("moe", 1e-3): 6.0, ("moe", 3e-3): 5.0, ("aoe", 1e-3): 4.0, ("aoe", 3e-3): 5.0}
 
-    def finish_run(key, nll):
+    def finish_run(key, nll, again=False):
         run = suite.tuning_runs()[key]
         folder = tuning_folder(tmp_path, run)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=again)
         write_json(folder / "config.json", run.config.to_dict())
         write_json(folder / "summary.json", {"metrics": {"step": 3, "validation_nll": nll}})
 
@@ -237,6 +237,11 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
     assert runs["a/broken/seed_0"].learning_rate == 3e-3  # none of its runs has finished: as it is
     finish_run(("broken", 1e-3), 7.0)
     assert tuned_rates(suite, tmp_path)["broken"] == 1e-3
+    run = next(run for run in suite.runs(rates) if run.name == "a/moe/seed_0")
+    folder_of(tmp_path, run).mkdir(parents=True)
+    write_json(folder_of(tmp_path, run) / "config.json", run.config.to_dict())
+    finish_run(("moe", 3e-3), 9.0, again=True)
+    assert tuned_rates(suite, tmp_path)["moe"] == 3e-3  # as its runs have begun
     longer = load_suite(write_suite(tmp_path / "other.py", TUNING, train__clip_norm=0.5))
     with pytest.raises(UserError, match=r"another configuration: train\.clip_norm is 1\.0 there, 0\.5 here"):
         tuned_rates(longer, tmp_path)
@@ -252,17 +257,48 @@ def test_losses_at_equal_flops_and_seconds():
     curve = Curve(np.array([3, 6]), np.array([5.0, 4.0]))
     results = [replace(r, seconds_per_step=seconds[r.run.arm], validation=curve, nll=4.0) for r in results]
     comparison = Comparison(suite, results)
-    assert comparison.budget("a", "seconds") == 6
-    assert comparison.nlls("a", "moe", "seconds") == {0: 4.0, 1: 4.0}
+    both = ("aoe", "moe")
+    assert comparison.budget("a", both, "seconds") == 6
+    assert comparison.nlls("a", "moe", "seconds", 6) == {0: 4.0, 1: 4.0}
     assert comparison.difference("a", "aoe", "seconds").value == pytest.approx(1.0)  # it is at step 3 by then
     flops = {r.run.arm: r.flops_per_step for r in results}
     least = min(flops, key=flops.get)
-    assert comparison.budget("a", "flops") == pytest.approx(6 * flops[least])
+    budget = comparison.budget("a", both, "flops")
+    assert budget == pytest.approx(6 * flops[least])
     other = max(flops, key=flops.get)
     at = math.log(2 * flops[least] / flops[other]) / math.log(2)  # between steps 3 and 6
-    assert comparison.nlls("a", other, "flops")[0] == pytest.approx(5 - at)
-    by_top_p = Comparison(replace(suite, arms=suite.arms | {"aoe": other_selection(aoe(4, "aux"), "top_p")}), results)
-    assert by_top_p.nlls("a", "aoe") and not by_top_p.nlls("a", "aoe", "flops") and by_top_p.nlls("a", "moe", "flops")
+    assert comparison.nlls("a", other, "flops", budget)[0] == pytest.approx(5 - at)
+    of_selection = {
+        name: Comparison(replace(suite, arms=suite.arms | {"aoe": other_selection(aoe(4, "aux"), name)}), results)
+        for name in ("top_p", "expert_choice")
+    }
+    by_top_p, by_expert_choice = of_selection.values()
+    assert by_top_p.difference("a", "aoe").n == 2 and by_top_p.difference("a", "aoe", "flops").n == 0
+    assert by_expert_choice.difference("a", "aoe").n == 0  # whose losses know of later tokens
+
+
+def test_an_arm_may_be_held_against_another_than_the_baseline():
+    folder = ended()[0]
+    suite = load_suite(folder / "suite.py")
+    results = [r for r in read_results(suite.runs(), folder / "work") if r.state == "finished"]
+    twins = [replace(r, run=replace(r.run, arm="twin"), nll=r.nll + 1) for r in results if r.run.arm == "aoe"]
+    arms = suite.arms | {"twin": replace(suite.arms["aoe"], label="twin", reference="aoe")}
+    comparison = Comparison(replace(suite, arms=arms), [*results, *twins])
+    assert comparison.difference("a", "twin").value == pytest.approx(1)
+    text = to_markdown(losses(comparison, styles_of(comparison)), "figures")
+    assert "nats above AoE r=d/4, L_aux at a" in text and "] to AoE r=d/4, L_aux |" in text
+    with pytest.raises(UserError, match=r"arms\['twin'\]\.reference='nobody'"):
+        replace(suite, arms=suite.arms | {"twin": replace(arms["twin"], reference="nobody")})
+
+
+def test_a_run_of_other_length_is_refused(tmp_path):
+    """Whose learning rate has come down at another step."""
+    (run, *_) = load_suite(write_suite(tmp_path / "suite.py")).runs()
+    longer = replace(run, config=replace(run.config, train=replace(run.config.train, steps=9)))
+    write_json(tmp_path / "config.json", run.config.to_dict())
+    check_run(tmp_path, run)
+    with pytest.raises(UserError, match=r"train\.steps is 6 there, 9 here"):
+        check_run(tmp_path, longer)
 
 
 def test_a_report_of_other_settings_is_refused():
