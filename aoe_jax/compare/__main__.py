@@ -17,7 +17,9 @@ from aoe_jax.stopping import StopRequests
 
 _SUITE = flags.DEFINE_string("suite", None, "a file with get_suite(), such as configs/compare/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for runs and report; one with runs goes on from them")
-_JOBS = flags.DEFINE_integer("jobs", None, "runs at a time; by default one a core on CPU, one elsewhere", 1)
+_JOBS = flags.DEFINE_integer(
+    "jobs", None, "runs at a time, which share out GPUs; by default one a CPU core, one elsewhere", 1
+)
 _REPORT = flags.DEFINE_bool("report", False, "train nothing, only make the report of what there is")
 _SET = flags.DEFINE_multi_string("set", [], "GROUP.FIELD=VALUE for all runs, such as data.path=/data/c4")
 

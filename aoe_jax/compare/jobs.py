@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aoe_jax.json_files import write_json
@@ -32,11 +32,19 @@ class Job:
     progress: Callable[[], float]  # the fraction that is done
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where one job at a time runs."""
+
+    core: int | None = None  # None: any
+    environment: dict[str, str] = field(default_factory=dict)  # that its device is chosen by
+
+
 class _Running:
     """A job with a process."""
 
-    def __init__(self, job, core, environment):
-        self.job, self.core = job, core
+    def __init__(self, job, slot, environment):
+        self.job, self.slot = job, slot
         self.before = job.progress()  # what earlier processes have done
         job.log.parent.mkdir(parents=True, exist_ok=True)
         job.outcome.unlink(missing_ok=True)
@@ -44,11 +52,11 @@ class _Running:
             file.write(f"$ {' '.join(job.command)}\n")
             file.flush()
             self.process = subprocess.Popen(
-                [*_PINNED, "any" if core is None else str(core), *job.command],
+                [*_PINNED, "any" if slot.core is None else str(slot.core), *job.command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=environment | os.environ,
+                env=environment | os.environ | slot.environment,
                 start_new_session=True,  # Ctrl-C is for us to pass on, once
             )
 
@@ -87,8 +95,8 @@ def _is_free(folder):
     return True
 
 
-def run_jobs(jobs: list[Job], cores: list[int | None], environment: dict[str, str], stop: StopRequests):
-    """Runs jobs in order, as many at a time as there are `cores`, each on its own (None: on any).
+def run_jobs(jobs: list[Job], slots: list[Slot], environment: dict[str, str], stop: StopRequests):
+    """Runs jobs in order, as many at a time as there are slots, each in one.
 
     Every job leaves its log and its outcome. Says now and then how far all are. `environment` has defaults for variables
     that aren't set.
@@ -96,7 +104,7 @@ def run_jobs(jobs: list[Job], cores: list[int | None], environment: dict[str, st
     Raises:
       Stopped: `stop` was asked; the jobs at work were asked too and have ended.
     """
-    waiting, running, free = list(jobs), [], list(cores)
+    waiting, running, free = list(jobs), [], list(slots)
     progress = _Progress(jobs)
     with stop.between_steps(several=False):
         try:
@@ -108,7 +116,7 @@ def run_jobs(jobs: list[Job], cores: list[int | None], environment: dict[str, st
                     running.append(_Running(job, free.pop(0), environment))
                 for one in [one for one in running if one.ended()]:
                     running.remove(one)
-                    free.append(one.core)
+                    free.append(one.slot)
                     progress.end(one)
                 progress.say(running)
                 time.sleep(POLL_SECONDS)

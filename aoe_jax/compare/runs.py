@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import aoe_jax
-from aoe_jax.compare.jobs import Job, run_jobs
+from aoe_jax.compare.jobs import Job, Slot, run_jobs
 from aoe_jax.compare.layout import beside, check_run, folder_of, is_finished, tuning_folder
 from aoe_jax.compare.measuring import measure_jobs
 from aoe_jax.compare.suite import Suite
@@ -38,7 +38,7 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
     Args:
       suite: what to run.
       workdir: a directory, made and locked by the caller.
-      n_jobs: runs at a time; None: on CPU one for every core, elsewhere one.
+      n_jobs: runs at a time; None: on CPU one for every core, elsewhere one. Several on GPUs share them out.
       stop: the requests to heed.
 
     Raises:
@@ -52,24 +52,24 @@ def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopReque
         suite.swept(name)
     machine = _machine()
     _note_machine(workdir, machine)
-    cores = _cores(machine, n_jobs)
+    slots = _slots(machine, n_jobs)
     # Runs that differ in their seed alone are one program.
     environment = {
         "GLIBC_TUNABLES": ALLOCATOR,
         "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
         "PYTHONUNBUFFERED": "1",
     }
-    _train({run: tuning_folder(workdir, run) for run in suite.tuning_runs().values()}, cores, environment, stop)
+    _train({run: tuning_folder(workdir, run) for run in suite.tuning_runs().values()}, slots, environment, stop)
     rates = tuned_rates(suite, workdir)
     for arm, rate in rates.items():
         log.info(
             "learning rate of %s: %s", arm, "its own, for no run of its tuning has finished" if rate is None else rate
         )
     runs = suite.runs(rates)
-    _train({run: folder_of(workdir, run) for run in runs}, cores, environment, stop)
+    _train({run: folder_of(workdir, run) for run in runs}, slots, environment, stop)
     in_turn = machine["backend"] == "cpu"  # elsewhere runs are alone on the devices, and the arms of a size may not fit
     # One at a time, for they would slow each other.
-    run_jobs(measure_jobs(suite, runs, workdir, in_turn), cores[:1], environment, stop)
+    run_jobs(measure_jobs(suite, runs, workdir, in_turn), slots[:1], environment, stop)
 
 
 def _machine():
@@ -105,21 +105,31 @@ def _note_machine(workdir, machine):
     write_json(file, {"machines": [*(m for m in earlier if m != machine), machine]})
 
 
-def _cores(machine, n_jobs):
-    """The core of each run at a time: one on CPU, so that runs don't slow each other; any with an accelerator."""
-    if machine["backend"] != "cpu":
-        return [None] * (n_jobs or 1)
-    cores = sorted(os.sched_getaffinity(0))
-    return [cores[i % len(cores)] for i in range(n_jobs or len(cores))]
+def _slots(machine, n_jobs):
+    """Where runs go, one at a time in each: on CPU a core, so that they don't slow each other; of GPUs some, or all."""
+    if machine["backend"] == "cpu":
+        cores = sorted(os.sched_getaffinity(0))
+        return [Slot(cores[i % len(cores)]) for i in range(n_jobs or len(cores))]
+    if (n_jobs or 1) == 1:
+        return [Slot()]
+    if machine["backend"] != "gpu":
+        raise UserError(f"--jobs={n_jobs}: on {machine['backend']} a run takes all devices; leave it at 1")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
+    if len(devices) % n_jobs:
+        raise UserError(f"--jobs={n_jobs}: must divide the {len(devices)} GPUs, which runs share out")
+    size = len(devices) // n_jobs
+    of_jobs = [devices[i : i + size] for i in range(0, len(devices), size)]
+    return [Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(of_job)}) for of_job in of_jobs]
 
 
-def _train(folders, cores, environment, stop):
+def _train(folders, slots, environment, stop):
     for run, folder in folders.items():
         check_run(folder, run)
     jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
     if jobs:
-        log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(cores))
-        run_jobs(jobs, cores, environment, stop)
+        log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(slots))
+        run_jobs(jobs, slots, environment, stop)
 
 
 def _job(run, folder):

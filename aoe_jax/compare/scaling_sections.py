@@ -21,9 +21,8 @@ def scaling(c: Comparison, styles):
         for arm, fit in fits.items():
             low, high = fit.exponent_interval()
             floor = f"{fit.floor:.3f}" if fit.has_floor else "0, set"
-            rows.append(
-                [c.labels[arm], words, floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f} [{low:.4f}, {high:.4f}]"]
-            )
+            interval = f" [{low:.4f}, {high:.4f}]" if math.isfinite(low) else ""
+            rows.append([c.labels[arm], words, floor, f"{fit.factor:.4g}", f"{fit.exponent:.4f}{interval}"])
     text = (
         "Fits are nll = floor + factor * x^-exponent, by least squares in log nll; intervals and bands draw the "
         "seeds of each size anew (bootstrap); of two or three seeds a size they are too narrow, and hold the truth in about "

@@ -1,18 +1,19 @@
 """Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as there.
 
-Arms are the variants of `configs/paper.py`. All of them fit these slices, see `results/paper_plans.md`, which is what
+Arms are the variants of `configs/paper.py`. Whether they fit a slice is what
 
     python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=732M --topology=v5e:4x4 \
         --set=mesh.fsdp=16 --set=train.accumulate=32
     python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B --topology=v5e:16x16 \
         --set=mesh.fsdp=16 --set=train.accumulate=4
 
-print. A run keeps a checkpoint of every 2000 steps, which routing is followed through, and the newest three: 13 in the end,
-of 9 GB each, or 48 GB at 4B.
+print, for these two. A run keeps a checkpoint of every 2000 steps, which routing is followed through, and the newest three:
+13 in the end, of 9 GB each, or 48 GB at 4B.
 
 The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. On
 several hosts train each run by itself, `train.py --config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0
---distributed` with the `DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes, and make the report with `--report`.
+--distributed` with the `DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes, and give this command once more,
+which finds them trained, looks at their routing and reports.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
@@ -30,6 +31,11 @@ def _changes(variant):
     return merged
 
 
+def _aoe_of_both_sizes(config):
+    is_large = config.model.d_model == paper.LARGE["model"]["d_model"]
+    return _changes("aoe_4b" if is_large else "aoe_r256_aux")
+
+
 def get_suite():
     small = tuple(variant for variant in paper.VARIANTS if not variant.endswith("_4b"))
     base = paper.get_config("moe")
@@ -37,13 +43,11 @@ def get_suite():
     return Suite(
         name="paper",
         base=base,
-        arms={
-            variant: Arm(variant.replace("_", " "), _changes(variant), variant not in UNMATCHED)
-            for variant in (*small, "aoe_4b")
-        },
+        arms={variant: Arm(variant.replace("_", " "), _changes(variant), variant not in UNMATCHED) for variant in small}
+        | {"aoe_r256_aux": Arm("aoe r256 aux (4B: r400)", _aoe_of_both_sizes)},
         sizes={
             "732M": Size({}, seeds=1, arms=small),
-            "4B": Size(paper.LARGE, seeds=1, arms=("moe_aux", "aoe_4b")),
+            "4B": Size(paper.LARGE, seeds=1, arms=("moe_aux", "aoe_r256_aux")),
         },
         baseline="moe_aux",
     )

@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from aoe_jax.compare.jobs import Job, run_jobs
+from aoe_jax.compare.jobs import Job, Slot, run_jobs
+from aoe_jax.compare.runs import _slots
+from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
 from tests.runs import ROOT
@@ -33,7 +35,7 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
         job(tmp_path, "killed", "import os; print('at work', flush=True); os.kill(os.getpid(), 9)"),
         job(tmp_path, "good", says_core),
     ]
-    run_jobs(jobs, [CORES[0]], {"WORD": "default"}, StopRequests())
+    run_jobs(jobs, [Slot(CORES[0])], {"WORD": "default"}, StopRequests())
     assert read_json(tmp_path / "bad.outcome.json") == {"status": 4, "last_line": "why"}
     killed = {"status": -9, "last_line": "killed by signal 9, after: at work"}
     assert read_json(tmp_path / "killed.outcome.json") == killed
@@ -48,7 +50,7 @@ time.sleep(60)
 """
 PARENT = """
 import pathlib, sys
-from aoe_jax.compare.jobs import run_jobs
+from aoe_jax.compare.jobs import Slot, run_jobs
 from aoe_jax.errors import Stopped
 from aoe_jax.stopping import StopRequests
 from tests.compare.test_jobs import SLEEPER, job
@@ -56,7 +58,7 @@ stop = StopRequests()
 stop.listen()
 folder = pathlib.Path(sys.argv[1])
 try:
-    run_jobs([job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")], [None], {}, stop)
+    run_jobs([job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")], [Slot()], {}, stop)
 except Stopped as e:
     print(e)
 """
@@ -83,3 +85,24 @@ def test_what_is_at_work_ends_with_the_command(tmp_path, number):
         assert "what is done is saved; the same command goes on" in stdout
     wait_for(lambda: log.read_text().endswith("\nsaved\n"))
     assert not (tmp_path / "next.log").exists()
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    machine = {"backend": "gpu", "devices": 4}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _slots(machine, None) == [Slot()]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == ["5", "7"]
+    with pytest.raises(UserError, match="--jobs=4: must divide the 2 GPUs"):
+        _slots(machine, 4)
+    with pytest.raises(UserError, match="--jobs=2: on tpu a run takes all devices"):
+        _slots({"backend": "tpu", "devices": 4}, 2)
+
+
+def test_a_slot_says_which_device(tmp_path):
+    """Whatever the environment of the command says."""
+    slot = Slot(environment={"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "3"})
+    program = "import os; print(os.environ['PATH'], os.environ['CUDA_VISIBLE_DEVICES'])"
+    run_jobs([job(tmp_path, "one", program)], [slot], {}, StopRequests())
+    assert read_json(tmp_path / "one.outcome.json") == {"status": 0, "last_line": "/nowhere 3"}
