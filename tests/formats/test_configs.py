@@ -48,6 +48,16 @@ VARIANTS = {
     "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, False),
     "dense": ({"experts__kind": "dense"}, False),
     "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, False),
+    "smear, longer than a window": (
+        {
+            "experts__kind": "smear",
+            "smear__segment": 1500,
+            "balance__aux_weight": 0.0,
+            "data__seq_len": 2048,
+            "model__max_len": 2048,
+        },
+        False,
+    ),
     "threshold": ({"experts__selection": "threshold", "threshold__weights": "relative"}, False),
     "aoe, top-any": ({"experts__selection": "top_any", "top_any__temperature": 2.0}, False),
     "router, routing-free": (
