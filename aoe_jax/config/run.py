@@ -62,11 +62,9 @@ class Config:
     def __post_init__(self):
         if self.method_name:
             object.__setattr__(self, self.method_name, self.method_settings.filled_in(self.experts))
-        for group in (self.data, self.experts, self.balance, self.model):
+        for group in (self.model, self.experts, self.balance, self.data, self.train, self.checkpoint, self.mesh):
             group.check(self)
         self._check_methods()
-        for group in (self.train, self.mesh, self.checkpoint):
-            group.check(self)
 
     def _check_methods(self):
         """Checks the settings of the method that is chosen, and refuses those of others."""
@@ -75,11 +73,11 @@ class Config:
             if name == self.method_name:
                 settings.check(self)
                 continue
-            changed = [f.name for f in dataclasses.fields(group) if getattr(settings, f.name) != f.default]
             what = "kind" if name in KIND_NAMES else "selection"
-            for field_name in changed:
+            for f in dataclasses.fields(group):
+                value = getattr(settings, f.name)
                 of_other = f"belongs to experts.{what}={name!r}; leave it at its default"
-                require(False, f"{name}.{field_name}", getattr(settings, field_name), of_other)
+                require(value == f.default, f"{name}.{f.name}", value, of_other)
 
     @classmethod
     def from_config_dict(cls, config):
