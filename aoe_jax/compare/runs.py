@@ -175,17 +175,19 @@ def tuned_rates(suite: Suite, workdir: Path):
 
     An arm whose runs have begun keeps the rate that they have begun with, whatever has been tuned since.
     """
-    found = {}
+    found, begun = {}, _begun_rates(suite, workdir) if suite.tuning else {}
     for arm, nlls in tuning_nlls(suite, workdir).items():
         finished = {rate: nll for rate, nll in nlls.items() if nll is not None}
-        found[arm] = _begun_rate(suite, workdir, arm) or (min(finished, key=finished.get) if finished else None)
+        found[arm] = begun.get(arm) or (min(finished, key=finished.get) if finished else None)
     return found
 
 
-def _begun_rate(suite, workdir, arm):
+def _begun_rates(suite, workdir):
+    """`{arm: rate}` of the arms that have a run, with a rate of the tuning."""
+    found = {}
     for run in suite.runs():
         file = folder_of(workdir, run) / "config.json"
-        if run.arm == arm and file.exists():
+        if run.arm not in found and file.exists():
             rate = read_json(file)["train"]["learning_rate"] / suite.sizes[run.size].rate_factor
-            return next((tuned for tuned in suite.tuning.learning_rates if math.isclose(tuned, rate)), None)
-    return None
+            found[run.arm] = next((tuned for tuned in suite.tuning.learning_rates if math.isclose(tuned, rate)), None)
+    return found
