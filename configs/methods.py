@@ -11,7 +11,6 @@ from configs import tiny
 AUX_WEIGHT = 0.01
 NO_LOSS = {"aux_weight": 0.0}
 AOE_EXPERTS = {"experts": {"factorised_gate": True}}  # of kinds of layer that have either
-OF_ALL_TOKENS = {"aux_weight": AUX_WEIGHT, "aux_tokens": 1.0}
 
 # name -> the changes for both kinds, those for AoE and those for a router; None: there is no such variant.
 METHODS = {
@@ -49,8 +48,8 @@ METHODS = {
         {"routing_free": {"bias": -2.0}},
     ),
     # Switch without its capacity, which experts.kind="capacity" has: p_i E_i(x), and L_aux of one expert per token.
-    "switch": ({"experts": {"top_k": 1, "gate": "all"}, "balance": OF_ALL_TOKENS}, {}, {}),
-    "gshard": ({"experts": {"selection": "gshard"}, "balance": NO_LOSS | {"aux_tokens": 1.0}}, {}, {}),
+    "switch": ({"experts": {"top_k": 1, "gate": "all"}, "balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
+    "gshard": ({"experts": {"selection": "gshard"}, "balance": NO_LOSS}, {}, {}),
     "z_loss": ({"balance": {"aux_weight": AUX_WEIGHT, "z_weight": 1e-3}}, {}, {}),
     "sequence_balance": ({"balance": {"aux_weight": AUX_WEIGHT, "aux_batch": "sequence"}}, {}, {}),
     "loss_free": ({"balance": NO_LOSS | {"bias_rate": 0.01}}, {}, {}),
@@ -73,9 +72,8 @@ def changes(variant):
     """group -> field -> value, of a variant."""
     name = variant.removesuffix("_router")
     both, of_aoe, of_router = METHODS[name]
-    found = {"experts": {"kind": "aoe"}}
-    if variant != name:
-        found = {"experts": {"kind": "router"}, "balance": {"aux_tokens": 1.0}}  # which costs a router nothing
+    kind = "aoe" if variant == name else "router"
+    found = {"experts": {"kind": kind}, "balance": {"aux_tokens": 1.0}}  # as the authors have their losses
     for one in (both, of_router if variant != name else of_aoe):
         for group, values in one.items():
             found[group] = found.get(group, {}) | values

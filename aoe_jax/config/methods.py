@@ -90,6 +90,8 @@ class TopAnyConfig(MethodConfig):
 
     temperature: float = 1.0  # tau, of scores and thresholds
     loss_weight: float = training_only(0.01)  # of the loss on a router's columns; AoE has none
+    balance_weight: float = training_only(0.0)  # of gates' balance, which the authors' code has and the paper hasn't
+    efficiency_weight: float = training_only(0.0)  # of the mean of all gates, likewise
     initial_experts: int | None = training_only(None)  # live from the first step; None: as many as the pool holds
     # Of every so many steps, that many pass, then that many are recorded, and experts are removed and added.
     period_steps: int = training_only(900)
@@ -98,7 +100,8 @@ class TopAnyConfig(MethodConfig):
 
     def __post_init__(self):
         require_positive("top_any", self, "temperature", "period_steps")
-        require_not_negative("top_any", self, "loss_weight", "idle_steps", "record_steps")
+        weights = "loss_weight", "balance_weight", "efficiency_weight"
+        require_not_negative("top_any", self, *weights, "idle_steps", "record_steps")
         require(
             self.initial_experts is None or self.initial_experts > 0,
             "top_any.initial_experts",
@@ -165,6 +168,13 @@ class GShardConfig(MethodConfig):
 
     def __post_init__(self):
         require_not_negative("gshard", self, "aux_weight")
+
+    def check(self, config):
+        """Refuses L_aux, another loss of the same load."""
+        weight, counts_both = config.balance.aux_weight, "counts both choices; selection gshard has"
+        require(
+            weight == 0, "balance.aux_weight", weight, f"{counts_both} gshard.aux_weight, of the first; set it to 0"
+        )
 
 
 @dataclass(frozen=True)

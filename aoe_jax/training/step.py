@@ -89,11 +89,12 @@ def _features(decoder, params, routing_state, batch, document_mask, key):
     )
 
 
-def training_loss(config: Config, params, routing_state, batch, key, total_weight=None):
+def training_loss(config: Config, params, routing_state, batch, key, total_weight=None, before=None):
     """Mean nll plus the balance losses, and what is reported of them.
 
-    The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`. Of several
-    passes the loss has the sum of their nll, and the mean is reported.
+    The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`; `before` is
+    then what the metrics of the one before it have as `so_far`. Of several passes the loss has the sum of their nll, and the
+    mean is reported.
     """
     decoder, kind = Decoder.from_config(config, training=True), LAYERS[config.experts.kind]
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
@@ -107,10 +108,11 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
         loss, nll, divergence = (value / total_weight for value in sums)
         nll, reported["divergence"] = nll / kind.passes, divergence
     with jax.named_scope("balance"):
-        of_batch = balance_loss(stats.load, stats.mean_probability)
+        of_losses, so_far = _with_shares_so_far(config, stats, batch, before)
+        of_batch = balance_loss(of_losses.load, stats.mean_probability)
         aux_loss = (of_batch if stats.sequence_loss is None else stats.sequence_loss).mean()
         confidence_entropy = stats.confidence_entropy.mean()
-        of_method = _method_losses(config, stats, routing_state, batch, params)
+        of_method = _method_losses(config, of_losses, routing_state, batch, params)
     loss += config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
     if stats.coupling is not None:
         of_method["coupling_loss"] = (config.balance.coupling_weight, stats.coupling.mean())
@@ -121,6 +123,7 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
     reported |= {name: value for name, (_, value) in of_method.items()}
     return loss, of_some | reported | {
         "stats": stats._replace(per_token=None),
+        "so_far": so_far,
         "loss": loss,
         "nll": nll,
         "aux_loss": aux_loss,
@@ -133,11 +136,32 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
     }
 
 
+def _with_shares_so_far(config, stats, batch, before):
+    """The statistics with shares of the tokens of all micro-batches so far, which have no gradient, and their sums.
+
+    That is how Qiu et al. 2025 (arXiv 2501.11873) have balance losses of the global batch where gradients are accumulated.
+    """
+    n_tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
+    names = _method(config).shares if stats.records else ()
+    shares = {"load": stats.load} | {name: stats.records[name] for name in names}
+    sums = n_tokens, {name: n_tokens * share for name, share in shares.items()}
+    if before is None:
+        return stats, sums
+    n_tokens, sums = jax.tree.map(jnp.add, before, sums)
+    shares = {name: share / jnp.maximum(n_tokens, 1) for name, share in sums.items()}
+    load = shares.pop("load")
+    return stats._replace(load=load, records=stats.records and stats.records | shares), (n_tokens, sums)
+
+
+def _method(config):
+    return SELECTIONS[config.experts.selection] if LAYERS[config.experts.kind].selects else None
+
+
 def _method_losses(config, stats, routing_state, batch, params):
-    if not LAYERS[config.experts.kind].selects:
+    method = _method(config)
+    if method is None:
         return {}
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    method = SELECTIONS[config.experts.selection]
     return method.losses(config, stats, stats.per_token, routing_state, token_weights, _of_experts(params))
 
 
@@ -161,27 +185,30 @@ def make_train_step(config: Config):
     optimizer = make_optimizer(config.train)
     schedule = learning_rate_schedule(config.train)
     n_micro = config.train.accumulate
-    gradient = jax.grad(partial(training_loss, config), has_aux=True)
-
-    method = SELECTIONS[config.experts.selection] if LAYERS[config.experts.kind].selects else None
+    loss, method = partial(training_loss, config), _method(config)
+    gradient = jax.grad(loss, has_aux=True)
 
     def mean_gradient(params, routing_state, batch, key):
         if n_micro == 1:
-            return gradient(params, routing_state, batch, key)
+            grads, metrics = gradient(params, routing_state, batch, key)
+            del metrics["so_far"]
+            return grads, metrics
         # Every n-th sequence, so that each device has its share of each micro-batch.
         micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        mean_weight = (
-            batch["weights"].sum() / n_micro
-        )  # so that a target counts the same in whichever micro-batch it is
+        # So that a target counts the same in whichever micro-batch it is.
+        mean_weight = batch["weights"].sum() / n_micro
+        one = jax.tree.map(lambda a: a[0], micro)
+        so_far = jax.eval_shape(loss, params, routing_state, one, key)[1]["so_far"]
 
-        def add(total, numbered):
-            number, micro_batch = numbered
+        def add(before, numbered):
+            (total, so_far), (number, micro_batch) = before, numbered
             own_key = jax.random.fold_in(key, number)
-            grads, metrics = gradient(params, routing_state, micro_batch, own_key, mean_weight)
-            return jax.tree.map(lambda t, g: t + g / n_micro, total, grads), metrics
+            grads, metrics = gradient(params, routing_state, micro_batch, own_key, mean_weight, so_far)
+            total = jax.tree.map(lambda t, g: t + g / n_micro, total, grads)
+            return (total, metrics.pop("so_far")), metrics
 
-        grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(n_micro), micro))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (params, so_far))
+        (grads, _), metrics = jax.lax.scan(add, zeros, (jnp.arange(n_micro), micro))
         return grads, jax.tree.map(lambda m: m.mean(axis=0), metrics)
 
     def train_step(state, batch):

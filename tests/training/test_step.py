@@ -246,6 +246,41 @@ def test_masked_targets_are_no_padding(variant):
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("selection", ["top_k", "gshard"])
+def test_balance_is_of_all_micro_batches_so_far(selection, ragged):
+    """L_aux has the load of the micro-batches up to its own, GShard's loss its first choices; by hand, with gradients."""
+    settings = shrunken("moe_aux").to_dict()
+    settings["experts"] |= {"selection": selection}
+    settings["balance"] |= {"aux_weight": 0.5 * (selection == "top_k")}
+    settings["gshard"] |= {"aux_weight": 0.5 if selection == "gshard" else settings["gshard"]["aux_weight"]}
+    settings["train"] |= {"accumulate": 3, "batch_size": 6}
+    config, name = Config.from_config_dict(settings), "aux_loss" if selection == "top_k" else "first_choice_loss"
+    segment_ids = np.ones((6, 24), np.int32)
+    segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
+    batch = batch_of(6) | {"segment_ids": jnp.asarray(segment_ids), "weights": jnp.asarray(segment_ids, jnp.float32)}
+    micro = [jax.tree.map(lambda a, m=m: a[m::3], batch) for m in range(3)]
+    state = new_state(config)
+
+    def by_hand(params):
+        step_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+        nll = shares = n_tokens = loss = alone = 0
+        for number, one in enumerate(micro):
+            metrics = training_loss(config, params, {}, one, jax.random.fold_in(step_key, number))[1]
+            stats, weight = metrics["stats"], one["weights"].sum()
+            own = stats.load if selection == "top_k" else stats.records["first_choices"]
+            nll += metrics["nll"] * weight
+            shares, n_tokens = shares + own * weight, n_tokens + weight
+            loss += 4 * (shares / n_tokens * stats.mean_probability).sum(axis=1).mean() / 3
+            alone += metrics[name] / 3
+        return nll / n_tokens + 0.5 * loss, (loss, alone)
+
+    gradient, (balance, alone) = jax.jit(jax.grad(by_hand, has_aux=True))(state.params)
+    _, metrics = jax.jit(make_train_step(config))(state, batch)
+    np.testing.assert_allclose(metrics[name], balance, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
+    assert abs(balance - alone) > 1e-4
+
+
 def test_accumulation_weighs_every_target_alike():
     results = [metrics for _, metrics in accumulated(masked_batch())]
     np.testing.assert_allclose(results[0]["nll"], results[1]["nll"], rtol=1e-5)

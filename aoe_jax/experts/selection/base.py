@@ -52,6 +52,8 @@ class Selection:
     balances_by = ""  # what keeps the load even beside the group `balance`, in words, such as "its own loss"
     needs_key = False  # whether it draws at random in training
     needs_attention = False  # whether it goes by the attention that a token pays, `Given.attention`
+    # Of `Choice.records`, shares of the tokens, without a gradient: losses have those of all micro-batches of a step so far.
+    shares: tuple[str, ...] = ()
     all_slots_used = False  # whether every slot of every assignment is in use
     # Whether scores are wanted that lie around 0 and have the scale neither of tokens nor of weights: cosines of tokens and
     # router columns, or norms by what they would be for random directions, see `scoring.relative_norms`.
@@ -82,7 +84,7 @@ class Selection:
 
         Args:
           config: of the run.
-          stats: `LayerStats` stacked over layers, `records` among them.
+          stats: `LayerStats` stacked over layers, `records` among them; `load` and `shares` of all micro-batches so far.
           per_token: `Choice.per_token` stacked, `[L, B, S]`.
           state: the state before the step, stacked `[L, ...]`.
           token_weights: `[B, S]`, 0 for padding.

@@ -9,8 +9,7 @@ From memory of the paper's Algorithm 1, not from its text: that the gate in `2 w
 as it is where the second expert isn't drawn. That evaluation takes both is this project's choice. The loss is the paper's,
 `mean_i(f_i P_i)`, times n^2, which puts it on the scale of Switch: 1 in perfect balance, n in collapse. L_aux
 (`balance.aux_weight`), which counts both choices, is another loss. Nothing is dropped, since experts have no capacity here.
-Causal: each token goes by itself, and what is drawn doesn't depend on tokens. Norms lie close together, so that w2 is near
-1/2 and nearly every token of an AoE has both experts.
+Causal: each token goes by itself, and what is drawn doesn't depend on tokens.
 
 t tokens of a device, n experts.
 """
@@ -49,6 +48,7 @@ class GShard(Selection):
 
     balances_by = "its loss of first choices"
     needs_key = True
+    shares = ("first_choices",)
 
     def choose(self, experts, scores, given):
         """As in `Selection`."""

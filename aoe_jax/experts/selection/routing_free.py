@@ -11,7 +11,7 @@ so that a token has K = `experts.top_k` experts a layer on average, however they
 
 Faithful to the paper; as in the authors' code, what is below theta counts as 0 in the losses and lambda is at most 1. Their
 code also learns a factor for each score, which the paper doesn't have. With AoE this is the published method, less their
-initialisation: norms start near the square root of d_low here. Micro-batches each have losses of their own. A router's
+initialisation: norms start near the square root of d_low here. Of micro-batches each has G of its own. A router's
 logits in place of norms are this project's: they lie around 0, so few pairs are active from b = 0, and an expert that is
 never active has no gradient to come back by. b then has to start below 0.
 

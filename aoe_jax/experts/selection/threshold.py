@@ -8,9 +8,11 @@ have any number of experts, K of them on average. For the first `threshold.warmu
 instead (expert choice), which isn't causal, while the thresholds settle.
 
 Faithful to the paper's text but for: no shared expert, no bound on the tokens of an expert (nothing is dropped), and the
-first threshold is that of the first batch. Norms are never negative, so their sigmoid is never below 1/2:
-`threshold.weights="relative"` takes that of the score less the threshold, this project's reading for AoE. No balance loss is
-needed. Costs, beside the experts, a top-k over the tokens of the batch for each expert, in training.
+first threshold is that of the first batch. Of micro-batches (`train.accumulate`) each is a batch of its own: experts choose
+among its tokens in the warm-up, and thresholds move by the mean of the micro-batches' k-th largest scores. Norms are never
+negative, so their sigmoid is never below 1/2: `threshold.weights="relative"` takes that of the score less the threshold,
+this project's reading for AoE. No balance loss is needed. Costs, beside the experts, a top-k over the tokens of the batch
+for each expert, in training.
 
 T tokens of the batch, t of this device, n experts, K = `experts.top_k`.
 """
@@ -80,6 +82,7 @@ class Threshold(Selection):
         decay, updates = config.threshold.decay, state["updates"]
         kept = jnp.where(updates == 0, 0, decay)[:, None]
         found = stats.records["kth_largest"]
-        # A batch without tokens says nothing.
-        threshold = jnp.where(jnp.isfinite(found), kept * state["threshold"] + (1 - kept) * found, state["threshold"])
-        return {"threshold": threshold, "updates": updates + 1}
+        found_any = jnp.isfinite(found).all(axis=1)  # a batch without tokens says nothing
+        threshold = kept * state["threshold"] + (1 - kept) * found
+        threshold = jnp.where(found_any[:, None], threshold, state["threshold"])
+        return {"threshold": threshold, "updates": updates + found_any}

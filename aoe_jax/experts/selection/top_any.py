@@ -14,14 +14,15 @@ layer: the router's column is R_S / ||R_S||, the threshold 0; the rest is what t
 goes on shrinking while the place is free.
 
 With a router the loss is that of the paper, `||Wg' Wg - I||_F` over the normalised columns of live experts ("diversity")
-plus the mean length of all columns ("simplicity"), summed over layers as in the authors' code. The balance and efficiency
-terms that their code has beside it are left out, as is a temperature that is learned. Columns start as others do here,
-nearly orthogonal where the paper's are orthogonal.
+plus the mean length of all columns ("simplicity"), summed over layers as in the authors' code. Two terms that their code
+has and the paper hasn't are off by default: `balance_weight`, of `n sum_i f_i P_i` over the tokens that have an expert, P_i
+the mean of gates that are divided by their sum; and `efficiency_weight`, of the mean of all gates. Left out is a
+temperature that is learned. Columns start as others do here, nearly orthogonal where the paper's are orthogonal.
 
 With AoE, which the paper doesn't know (this project's reading): the score is the relative norm of `scoring.relative_norms`,
-around 0 like a cosine. There is no loss, for there are no columns, and flattened Wdown have no angles that count: turning
-an expert's rank space changes them and nothing else. The Wdown of a new expert is of rank one, from R_S / ||R_S|| to where
-the Wdown that the place held sends it, plus a tenth of that as noise, as large as the median of live experts.
+around 0 like a cosine. There is no loss of columns, for there are none, and flattened Wdown have no angles that count:
+turning an expert's rank space changes them and nothing else. The Wdown of a new expert is of rank one, from R_S / ||R_S||
+to where the Wdown that the place held sends it, plus a tenth of that as noise, as large as the median of live experts.
 
 Causal: each token decides by itself. Costs, beside the experts, a product of columns.
 
@@ -33,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.scoring import activation_norms
 from aoe_jax.experts.selection.assignment import SELECTION, by_mask
 from aoe_jax.experts.selection.base import Choice, Selection
@@ -151,22 +153,36 @@ class TopAny(Selection):
             x = jax.lax.stop_gradient(given.x).astype(scores.dtype)
             left = jnp.einsum("t,td->d", nobodys.astype(scores.dtype), x, precision=jax.lax.Precision.HIGHEST)
             records = {"unclaimed": given.devices.total(left)}
+            if given.settings.balance_weight or given.settings.efficiency_weight:
+                records |= self._gate_means(given, gate)
         else:
             chosen = best_where_none_fires(chosen, scores, live) & real
         chosen = checkpoint_name(chosen, SELECTION)
         weight = jnp.where(gate > 0, gate, 1) / jnp.maximum(chosen.sum(axis=1, keepdims=True), 1)
         return Choice(by_mask(chosen, weight), records, live=given.state["live"])
 
+    @staticmethod
+    def _gate_means(given, gate):
+        """Means over tokens: of gates, of gates by their sum over those who have an expert, and who has one."""
+        fired = gate.sum(axis=1, keepdims=True)
+        share = gate / jnp.where(fired > 0, fired, 1)
+        sums = gate.sum(axis=0), share.sum(axis=0), (fired > 0).sum().astype(gate.dtype), given.token_weights.sum()
+        gates, shares, n_served, n_tokens = given.devices.total(sums)
+        n_tokens, n_some = jnp.maximum(n_tokens, 1), jnp.maximum(n_served, 1)
+        return {"gates": gates / n_tokens, "gate_shares": shares / n_some, "served": n_served / n_tokens}
+
     def losses(self, config, stats, per_token, state, token_weights, weights):
         """As in `Selection`."""
-        if "w_router" not in weights:
-            return {}
-        w_router, weight = weights["w_router"], config.top_any.loss_weight
-        terms = {
-            "diversity": jax.vmap(diversity)(w_router, state["live"] > 0),
-            "simplicity": jax.vmap(simplicity)(w_router),
-        }
-        return {name: (weight, value.sum()) for name, value in terms.items()}
+        c, records, terms = config.top_any, stats.records, {}
+        if "w_router" in weights:
+            terms["diversity"] = c.loss_weight, jax.vmap(diversity)(weights["w_router"], state["live"] > 0)
+            terms["simplicity"] = c.loss_weight, jax.vmap(simplicity)(weights["w_router"])
+        if c.balance_weight:
+            load = stats.load / jnp.where(records["served"] > 0, records["served"], 1)[:, None]
+            terms["gate_balance"] = c.balance_weight, balance_loss(load, records["gate_shares"])
+        if c.efficiency_weight:
+            terms["efficiency"] = c.efficiency_weight, records["gates"].mean(axis=1)
+        return {name: (weight, value.sum()) for name, (weight, value) in terms.items()}
 
     def next_state(self, config, state, stats):
         """As in `Selection`."""

@@ -13,7 +13,9 @@ from aoe_jax.experts.selection.base import Given
 from aoe_jax.experts.selection.gshard import GShard, top_two
 from aoe_jax.experts.selection.top_k import top_k
 
-CONFIG = Config.from_config_dict({"experts": {"kind": "router", "selection": "gshard", "n_experts": 4}})
+CONFIG = Config.from_config_dict(
+    {"experts": {"kind": "router", "selection": "gshard", "n_experts": 4}, "balance": {"aux_weight": 0.0}}
+)
 
 
 def chosen(scores, key=None, weights=None):
@@ -90,3 +92,8 @@ def test_loss_is_of_gates_and_of_tokens_that_count():
 def test_it_is_for_two():
     with pytest.raises(UserError, match=r"config\.experts\.top_k=3: selection gshard is for two experts"):
         Config.from_config_dict({"experts": {"selection": "gshard", "top_k": 3}})
+
+
+def test_it_has_its_own_loss():
+    with pytest.raises(UserError, match=r"config\.balance\.aux_weight=0\.01: counts both choices; .*set it to 0"):
+        Config.from_config_dict({"experts": {"selection": "gshard"}, "balance": {"aux_weight": 0.01}})

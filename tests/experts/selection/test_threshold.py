@@ -84,6 +84,17 @@ def test_experts_choose_in_the_warm_up():
     np.testing.assert_allclose(state["threshold"], 0.25 * tenth[0] + 0.25 * tenth[1] + 0.5 * tenth[2], atol=1e-5)
 
 
+def test_a_batch_without_tokens_says_nothing():
+    """Not even that there was one: the first threshold is still that of the first batch that has tokens."""
+    settings = ThresholdConfig(decay=0.5, warmup_steps=0)
+    state = jax.tree.map(lambda a: a[None], first_state(settings))
+    for found, threshold, updates in ((-jnp.inf, 0, 0), (2.0, 2, 1), (-jnp.inf, 2, 1), (4.0, 3, 2)):
+        stats = SimpleNamespace(records={"kth_largest": jnp.full((1, N), found)})
+        state = METHOD.next_state(Config(experts=EXPERTS, threshold=settings), state, stats)
+        np.testing.assert_array_equal(state["threshold"], np.full((1, N), threshold))
+        assert state["updates"] == updates
+
+
 def test_two_experts_per_token_on_average():
     experts = dataclasses.replace(EXPERTS, top_k=2)
     _, loads = after(40, ThresholdConfig(decay=0.9, warmup_steps=2), lambda number: gaussian(number, 0.0), experts)

@@ -148,6 +148,39 @@ def test_the_loss_of_orthonormal_columns():
     assert np.isfinite(jax.grad(lambda w: diversity(w, live))(jnp.eye(D)[:, :EXPERTS])).all()
 
 
+def test_the_losses_of_gates(x64, ragged):
+    """By hand, of the tokens that have an expert, with gradients; n at most, for all gates of one expert."""
+    weights = {"balance_weight": 0.5, "efficiency_weight": 0.25}
+    layer, params, x = make("aoe", "top_any", temperature=3.0, **weights)
+    config = Config.from_config_dict(
+        {"experts": {"selection": "top_any"}, "balance": {"aux_weight": 0.0}, "top_any": weights}
+    )
+    real = jnp.arange(TOKENS) % 4 > 0
+
+    def losses(params, x):
+        stats = jax.tree.map(lambda a: a[None], layer.apply({"params": params}, x, real.astype(float))[1])
+        return SELECTIONS["top_any"].losses(config, stats, None, {}, None, params)
+
+    def by_hand(params, x):
+        scores, thresholds = relative_scores(params, x[real]), params["firing_threshold"]
+        gap = jax.nn.sigmoid(3.0 * scores) - jax.nn.sigmoid(3.0 * thresholds)
+        gate = jnp.where(gap > 0, gap - jax.lax.stop_gradient(gap) + 1, 0)
+        served = gate[(gap > 0).any(axis=1)]
+        load = jax.lax.stop_gradient(served).mean(axis=0)
+        return EXPERTS * (load * (served / served.sum(axis=1, keepdims=True)).mean(axis=0)).sum(), gate.mean()
+
+    found, wanted = losses(params, x), by_hand(params, x)
+    assert {name: weight for name, (weight, _) in found.items()} == {"gate_balance": 0.5, "efficiency": 0.25}
+    for (_, got), want in zip(found.values(), wanted, strict=True):
+        np.testing.assert_allclose(got, want)
+    got = jax.grad(lambda p, x: sum(value for _, value in losses(p, x).values()), (0, 1))(params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
+        got,
+        jax.grad(lambda p, x: sum(by_hand(p, x)), (0, 1))(params, x),
+    )
+
+
 def test_who_is_in_the_pool_after_an_update():
     """Layers by row: all fire; one didn't; one didn't and tokens are left; no place is free; none fired; no records."""
     live = jnp.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0], [1, 0, 1]]) > 0
