@@ -106,9 +106,10 @@ def test_no_jax_is_needed():
     assert "aoe_jax.data.preparation" in modules and not {"jax", "flax", "grain", "tensorflow_datasets"} & {*modules}
 
 
-def test_training_on_a_store_of_a_sentencepiece_model(folder, tmp_path):
+def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(texts(300, 0, longest=140)))
     status, stderr = finish(
-        f"--input={folder}/0.jsonl", f"--tokenizer={LLAMA}", f"--output={tmp_path / 'store'}", *FLAGS[1:]
+        f"--input={tmp_path}/texts.jsonl", f"--tokenizer={LLAMA}", f"--output={tmp_path / 'store'}", *FLAGS[1:]
     )
     assert status == 0, stderr
     store = {"data__name": "prepared", "data__path": tmp_path / "store", "train__steps": 4, "train__eval_every": 0}

@@ -23,14 +23,9 @@ def kernels_and_dense_products(lowered):
     return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
 
 
-@pytest.mark.parametrize(("generation", "n_experts"), list(zip(TOPOLOGIES, cycle([64, 8]))))
-def test_useful_flops(generation, n_experts):
-    """Three kernels and no other product; the compiler counts a kernel at the FLOPs it declares, so its tiles are added."""
-    m, d, f = 131072, 768, 3840
-    lowered = lower_for(tpu_devices(generation)[0], "megablox", m, d, f, n_experts, "bfloat16")
-    assert kernels_and_dense_products(lowered) == (3, 0)
-    assert lowered.compile().cost_analysis()["flops"] <= 1.10 * 6 * m * d * f
-    assert megablox_tile_flops(m, d, f, n_experts, 2) <= 1.10
+@pytest.mark.parametrize("n_experts", [64, 8])
+def test_tiles_compute_little_more_than_is_useful(n_experts):
+    assert megablox_tile_flops(131072, 768, 3840, n_experts, 2) <= 1.10
 
 
 EVERY_SHAPE = list(zip(expert_shapes(), cycle(TOPOLOGIES), cycle(["float32", "bfloat16"]), cycle([32768, 131072, 96])))
@@ -38,13 +33,14 @@ EVERY_SHAPE = list(zip(expert_shapes(), cycle(TOPOLOGIES), cycle(["float32", "bf
 
 @pytest.mark.parametrize(("shape", "generation", "dtype", "m"), EVERY_SHAPE)
 def test_every_shape_compiles(shape, generation, dtype, m):
-    lowered = lower_for(tpu_devices(generation)[0], "megablox", m, *shape, 8, dtype)
+    """To three kernels and no other product; the compiler counts a kernel at the FLOPs it declares."""
+    lowered = lower_for(tpu_devices(generation)[0], "megablox", m, *shape, 64 if m > 32768 else 8, dtype)
     assert kernels_and_dense_products(lowered) == (3, 0)
-    lowered.compile()
+    assert lowered.compile().cost_analysis()["flops"] <= 1.10 * 6 * m * shape[0] * shape[1]
 
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
-LAYERS = [("aoe", "v5p", SIXTY_FOUR), ("aoe", "v4", EIGHT), ("router", "v5e", EIGHT)]
+LAYERS = [("aoe", "v4", SIXTY_FOUR), ("router", "v5e", EIGHT)]
 
 
 @pytest.mark.parametrize(("kind", "generation", "shape"), LAYERS)

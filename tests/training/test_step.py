@@ -16,6 +16,8 @@ from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_opt
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 from configs import paper
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 SMALL = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 61, "dtype": "float32"},
     "experts": {"d_ffn": 48, "n_experts": 4},
@@ -68,7 +70,7 @@ def test_variants_that_differ_by_sizes_alone():
 
 
 @pytest.mark.parametrize("variant", one_of_each_program())
-def test_every_program_of_the_paper_trains(variant, ragged):
+def test_every_program_of_the_paper_trains(variant):
     """Three steps; every gradient is finite and every parameter receives one."""
     config = shrunken(variant)
     state, batch, losses = new_state(config), batch_of(), []
@@ -247,7 +249,7 @@ def test_masked_targets_are_no_padding(variant):
 
 
 @pytest.mark.parametrize("selection", ["top_k", "gshard"])
-def test_balance_is_of_all_micro_batches_so_far(selection, ragged):
+def test_balance_is_of_all_micro_batches_so_far(selection):
     """L_aux has the load of the micro-batches up to its own, GShard's loss its first choices; by hand, with gradients."""
     settings = shrunken("moe_aux").to_dict()
     settings["experts"] |= {"selection": selection}
@@ -307,7 +309,7 @@ def test_optimiser_is_the_papers():
     assert not np.allclose(params["kernel"], kernel)
 
 
-def test_routers_alone_in_the_first_steps(ragged):
+def test_routers_alone_in_the_first_steps():
     """The others stay bit for bit, and know nothing of these steps: their moments start after them."""
     settings = shrunken("moe_aux").to_dict()
     settings["train"] |= {"router_steps": 2, "steps": 4}
