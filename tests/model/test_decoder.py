@@ -47,34 +47,22 @@ def reach(decoder, variables, position):
     return np.abs(jax.jit(jax.grad(logits))(embedding[TOKENS])).sum(axis=(0, 2))
 
 
-CAUSAL = {
-    "aoe": {},
-    "aoe gate=all": {"gate": "all"},
-    "aoe top_p": {"selection": "top_p"},
-    "router": {"kind": "router"},
-    "router top_p": {"kind": "router", "selection": "top_p"},
-    "dense": {"kind": "dense"},
-}
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_token_choice_is_causal(name):
-    decoder, variables = build(**CAUSAL[name])
-    gradient = reach(decoder, variables, position=5)
-    assert (gradient[:6] > 0).all()
-    np.testing.assert_array_equal(gradient[6:], 0)
-
-
 def changed_by_the_future(decoder, variables):
     """Whether the logits of the first half change when the second half is replaced."""
     other = TOKENS.at[:, 6:].set((TOKENS[:, 6:] + 17) % 50)
-    a, b = (jax.jit(decoder.apply)(variables, tokens)[0][:, :6] for tokens in (TOKENS, other))
+    apply = jax.jit(decoder.apply)
+    a, b = (apply(variables, tokens)[0][:, :6] for tokens in (TOKENS, other))
     return float(jnp.abs(a - b).max()) > 1e-4
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_token_choice_does_not_see_the_future(name):
-    assert not changed_by_the_future(*build(**CAUSAL[name]))
+@pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
+def test_token_choice_is_causal(kind):
+    """By gradient and by value; `tests/test_methods.py` has the other selections."""
+    decoder, variables = build(kind=kind)
+    gradient = reach(decoder, variables, position=5)
+    assert (gradient[:6] > 0).all()
+    np.testing.assert_array_equal(gradient[6:], 0)
+    assert not changed_by_the_future(decoder, variables)
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
@@ -102,23 +90,21 @@ def test_rotary_depends_on_distance_only():
 def test_document_mask_separates_documents():
     decoder, variables = build()
     segment_ids = jnp.where(jnp.arange(12) < 5, 1, 2)[None].repeat(2, 0)
-    together = jax.jit(decoder.apply)(variables, TOKENS, segment_ids)[0]
+    apply = jax.jit(decoder.apply)
+    together = apply(variables, TOKENS, segment_ids)[0]
     changed = TOKENS.at[:, :5].set((TOKENS[:, :5] + 3) % 50)
-    np.testing.assert_allclose(
-        jax.jit(decoder.apply)(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5
-    )
-    alone = jax.jit(decoder.apply)(variables, TOKENS[:, 5:])[0]
+    np.testing.assert_allclose(apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5)
+    alone = apply(variables, TOKENS[:, 5:])[0]
     np.testing.assert_allclose(together[:, 5:], alone, atol=1e-4)  # rotary positions are relative
-    assert float(jnp.abs(jax.jit(decoder.apply)(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
+    assert float(jnp.abs(apply(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_remat_changes_memory_but_no_gradient(kind):
-    saved = {}
-    grads = {}
+    saved, grads, (plain, variables) = {}, {}, build(kind=kind)
     modes = ("none", "layer") if kind == "dense" else ("none", "experts", "layer")
     for remat in modes:
-        decoder, variables = build(dataclasses.replace(MODEL, remat=remat), kind=kind)
+        decoder = plain.clone(model=dataclasses.replace(MODEL, remat=remat))
 
         def loss(v, decoder=decoder):
             logits, stats = decoder.apply(v, TOKENS)
@@ -136,9 +122,9 @@ def test_remat_changes_memory_but_no_gradient(kind):
 @pytest.mark.parametrize("remat", ["none", "experts"])
 def test_several_layers_at_once_compute_the_same(remat):
     """Also where they don't divide the number of layers."""
-    got = {}
+    got, (decoder, variables) = {}, build(dataclasses.replace(MODEL, n_layers=3))
     for unroll in (1, 2, 3):
-        decoder, variables = build(dataclasses.replace(MODEL, n_layers=3, unroll=unroll, remat=remat))
+        decoder = decoder.clone(model=dataclasses.replace(decoder.model, unroll=unroll, remat=remat))
         loss = jax.value_and_grad(lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean())
         got[unroll] = jax.jit(loss)(variables)
     for unroll in (2, 3):
@@ -150,7 +136,9 @@ def test_several_layers_at_once_compute_the_same(remat):
 def test_what_recomputing_experts_keeps(kind):
     """Of the experts' rows, `C` and `x Wp` or `x Wg` and `x Wp`; and no copy of the weights in the dtype of computation."""
     model = dataclasses.replace(MODEL, remat="experts", dtype="bfloat16")
-    decoder, variables = build(model, kind=kind, n_experts=3, d_ffn=40, d_low=5, top_k=2)
+    experts = dataclasses.replace(EXPERTS, kind=kind, n_experts=3, d_ffn=40, d_low=5)
+    decoder = Decoder(model, experts)
+    variables = jax.eval_shape(decoder.init, jax.random.key(0), TOKENS)
     shapes = [a.shape for a in kept(lambda v: decoder.apply(v, TOKENS)[0], variables) if a.dtype == jnp.bfloat16]
     tokens, width = TOKENS.size, decoder.experts.width(16)
     by_row = sorted(shape[-1] for shape in shapes if len(shape) == 3 and shape[1] >= 2 * tokens)  # rows and free places
@@ -180,7 +168,8 @@ def test_scores_are_not_computed_again(remat):
 
 def test_remat_keeps_the_selection():
     """Ties must not break the other way when a layer is recomputed: the chosen experts are saved, `[L, T, K]`."""
-    decoder, variables = build(dataclasses.replace(MODEL, remat="layer"))
+    decoder, variables = build()
+    decoder = decoder.clone(model=dataclasses.replace(MODEL, remat="layer"))
     residuals = kept(lambda v: decoder.apply(v, TOKENS)[0].sum(), variables)
     assert (2, TOKENS.size, 2) in [a.shape for a in residuals if a.dtype == jnp.int32]
 
