@@ -108,7 +108,7 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
         loss, nll, divergence = (value / total_weight for value in sums)
         nll, reported["divergence"] = nll / kind.passes, divergence
     with jax.named_scope("balance"):
-        of_losses, so_far = _with_shares_so_far(config, stats, batch, before)
+        of_losses, so_far = _with_shares_so_far(config, stats, before)
         of_batch = balance_loss(of_losses.load, stats.mean_probability)
         aux_loss = (of_batch if stats.sequence_loss is None else stats.sequence_loss).mean()
         confidence_entropy = stats.confidence_entropy.mean()
@@ -136,21 +136,22 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
     }
 
 
-def _with_shares_so_far(config, stats, batch, before):
-    """The statistics with shares of the tokens of all micro-batches so far, which have no gradient, and their sums.
+def _with_shares_so_far(config, stats, before):
+    """The statistics with the mean shares of tokens in all micro-batches so far, which have no gradient; number and sums.
 
     That is how Qiu et al. 2025 (arXiv 2501.11873) have balance losses of the global batch where gradients are accumulated.
     """
-    n_tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
-    names = _method(config).shares if stats.records else ()
-    shares = {"load": stats.load} | {name: stats.records[name] for name in names}
-    sums = n_tokens, {name: n_tokens * share for name, share in shares.items()}
+    method = _method(config)
+    if method is None:
+        return stats, None
+    shares = {"load": stats.load} | {name: stats.records[name] for name in method.shares}
+    so_far = jnp.ones(()), shares
     if before is None:
-        return stats, sums
-    n_tokens, sums = jax.tree.map(jnp.add, before, sums)
-    shares = {name: share / jnp.maximum(n_tokens, 1) for name, share in sums.items()}
-    load = shares.pop("load")
-    return stats._replace(load=load, records=stats.records and stats.records | shares), (n_tokens, sums)
+        return stats, so_far
+    number, sums = so_far = jax.tree.map(jnp.add, before, so_far)
+    means = {name: share / number for name, share in sums.items()}
+    load = means.pop("load")
+    return stats._replace(load=load, records=stats.records and stats.records | means), so_far
 
 
 def _method(config):
@@ -197,7 +198,7 @@ def make_train_step(config: Config):
         micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
         # So that a target counts the same in whichever micro-batch it is.
         mean_weight = batch["weights"].sum() / n_micro
-        one = jax.tree.map(lambda a: a[0], micro)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
         so_far = jax.eval_shape(loss, params, routing_state, one, key)[1]["so_far"]
 
         def add(before, numbered):

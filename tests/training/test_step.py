@@ -265,16 +265,16 @@ def test_balance_is_of_all_micro_batches_so_far(selection):
 
     def by_hand(params):
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
-        nll = shares = n_tokens = loss = alone = 0
+        nll = shares = weights = loss = alone = 0
         for number, one in enumerate(micro):
             metrics = training_loss(config, params, {}, one, jax.random.fold_in(step_key, number))[1]
             stats, weight = metrics["stats"], one["weights"].sum()
             own = stats.load if selection == "top_k" else stats.records["first_choices"]
             nll += metrics["nll"] * weight
-            shares, n_tokens = shares + own * weight, n_tokens + weight
-            loss += 4 * (shares / n_tokens * stats.mean_probability).sum(axis=1).mean() / 3
+            shares, weights = shares + own, weights + weight
+            loss += 4 * (shares / (number + 1) * stats.mean_probability).sum(axis=1).mean() / 3
             alone += metrics[name] / 3
-        return nll / n_tokens + 0.5 * loss, (loss, alone)
+        return nll / weights + 0.5 * loss, (loss, alone)
 
     gradient, (balance, alone) = jax.jit(jax.grad(by_hand, has_aux=True))(state.params)
     _, metrics = jax.jit(make_train_step(config))(state, batch)
