@@ -117,7 +117,8 @@ def _not_causal(c):
 def _in_words(machine):
     where = f"{machine['cores']} cores" if machine["backend"] == "cpu" else f"{machine['devices']} devices"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
-    return f"{machine['device']}, {where}; {versions}"
+    commit = f"; aoe_jax at {machine['commit']}" if machine.get("commit") else ""
+    return f"{machine['device']}, {where}; {versions}{commit}"
 
 
 def _failed(c, workdir):

@@ -84,6 +84,7 @@ def _machine():
         line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
     ]
     return {
+        "commit": _commit(),
         "backend": backend,
         "device": device if backend != "cpu" or not models else models[0],
         "devices": devices,
@@ -93,8 +94,22 @@ def _machine():
     }
 
 
+def _commit():
+    """The commit of this code, `-dirty` if it has been changed since; None where git doesn't know."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None
+
+
 def machines_of(workdir: Path):
-    """The machines that have taken part, the latest last; one whose versions have changed is another."""
+    """The machines that have taken part, the latest last; one whose versions or commit have changed is another."""
     found = read_json(workdir / "machine.json")
     return found.get("machines") or [found]  # the file once was of the last machine alone
 

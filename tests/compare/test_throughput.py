@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import re
+import subprocess
 
 import pytest
 
@@ -20,7 +21,7 @@ from aoe_jax.json_files import read_json, write_json
 from configs import tiny
 from tests.compare.suites import write_suite
 from tests.hasty import xla_flags
-from tests.runs import finish, start
+from tests.runs import ROOT, finish, start
 
 ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE}
 SMALL = {"model": {"n_layers": 1, "unroll": 1, "d_model": 64, "vocab_size": 512}, "experts": {"d_ffn": 96}}
@@ -121,6 +122,9 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     machines = read_json(work / "machine.json")["machines"]
     assert len(machines) == 2 and machines[0]["device"] == "abacus"
     markdown = (work / "report.md").read_text()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert head.startswith(machines[1]["commit"].removesuffix("-dirty"))
+    assert f"aoe_jax at {machines[1]['commit']}." in markdown
     assert "Machine: abacus, 1 cores; python 2" in markdown and "took part one after another" in markdown
     assert "## Throughput against settings" in markdown and "Failed" not in markdown
     assert "What is matched" not in markdown and "0 of 0" not in markdown

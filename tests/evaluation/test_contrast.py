@@ -22,6 +22,7 @@ KINDS = {
     "aoe, 4 devices": {"mesh__expert": 2, "mesh__tensor": 2, "experts__round_to": 2},
     "router": {"experts__kind": "router", "experts__gate": "all"},
     "aoe top_p": {"experts__selection": "top_p"},
+    "one expert": {"experts__n_experts": 1, "experts__top_k": 1},
 }
 N_TOKENS = 12
 
@@ -100,13 +101,17 @@ def test_a_batch_is_decoded_as_by_full_passes(case):
     assert sum(map(len, want)) > 2 * N_TOKENS
 
 
-GREEDILY = {"no contrast": ("aoe", Contrast(0.0)), "one token taken": ("router", Contrast(7.0, alpha=1.0))}
+GREEDILY = {
+    "no contrast": ("aoe", Contrast(0.0)),
+    "one token taken": ("router", Contrast(7.0, alpha=1.0)),
+    "nothing to contrast": ("one expert", Contrast(3.0, weak_rank=1)),
+}
 
 
 @pytest.mark.parametrize("case", GREEDILY)
 def test_what_comes_to_greedy_decoding(case):
     kind, contrast = GREEDILY[case]
-    assert generated(kind, contrast) == by_full_passes(kind, Contrast(0.0))
+    assert generated(kind, contrast) == by_full_passes(kind, dataclasses.replace(contrast, beta=0.0))
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])

@@ -1,5 +1,6 @@
 """Merged experts against plain loops, and what merging must and mustn't be."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from aoe_jax import SmearLayer
+from aoe_jax import AoELayer, RouterLayer, SmearLayer
 from aoe_jax.config import BalanceConfig, Config, ExpertsConfig
 from aoe_jax.config.methods import SmearConfig
 from aoe_jax.errors import UserError
@@ -127,6 +128,16 @@ def test_linear_experts_merge_to_their_mean_output(x64):
     x, p = jax.random.normal(jax.random.key(1), (TOKENS, WIDTH)), jnp.array([0.1, 0.2, 0.3, 0.4])
     want = jnp.einsum("n,td,ndf->tf", p, x, w)
     np.testing.assert_allclose(x @ merge(p, {"w": w})["w"], want, atol=1e-12)
+
+
+@pytest.mark.parametrize(("form", "like"), [("router", RouterLayer), ("aoe", AoELayer)])
+def test_merging_takes_no_parameters(form, like):
+    """Experts are those of a layer that chooses among them."""
+    layer, *_ = make(form)
+    of_experts = {name: shape for name, (_, shape) in layer.weights(WIDTH).items() if len(shape) == 3}
+    config = dataclasses.replace(layer.config, kind=form, factorised_gate=False)
+    chosen = like(config, layer.dtype, BalanceConfig())
+    assert of_experts == {name: shape for name, (_, shape) in chosen.weights(WIDTH).items() if len(shape) == 3}
 
 
 @pytest.mark.parametrize("form", FORMS)
