@@ -10,7 +10,7 @@ from absl import flags
 from aoe_jax import cli, distributed
 from aoe_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
 _SPLIT = flags.DEFINE_string("split", "test", "validation or test")
 _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"

@@ -102,6 +102,10 @@ def _end_at_once(status, last_line):
 def _parse(argv):
     app.define_help_flags()
     absl_logging.set_verbosity(absl_logging.ERROR)
+    for module, found in FLAGS.flags_by_module_dict().items():
+        if not module.startswith("absl."):
+            for flag in found:  # so that --help lists them, and not those of the main module alone
+                FLAGS.register_key_flag_for_module(argv[0], flag)
     _check_override_names(argv)
     try:
         return FLAGS(argv)

@@ -30,7 +30,8 @@ def topology_devices(topology, n_slices=1):
     if generation == "h100":
         return generation, _gpu_devices(int(shape) if shape.isdecimal() else 0, n_slices)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology}: libtpu is missing, the compiler for TPUs; pip install libtpu")
+        wanted = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
+        raise UserError(f"--topology={topology}: libtpu is missing, the compiler for TPUs; {wanted}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks a metadata server which machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile, or train, too
     options = {"num_slices": n_slices} if n_slices > 1 else {}

@@ -274,7 +274,8 @@ def test_without_the_compiler_for_tpus():
     found = [path for path in paths if not Path(path, "libtpu").exists()]
     status, stdout, stderr = planned("--topology=v5e:2x2", PYTHONPATH=os.pathsep.join(found))
     assert status == 2 and stdout == ""
-    assert stderr == "error: --topology=v5e:2x2: libtpu is missing, the compiler for TPUs; pip install libtpu\n"
+    wanted = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
+    assert stderr == f"error: --topology=v5e:2x2: libtpu is missing, the compiler for TPUs; {wanted}\n"
 
 
 def test_a_slice_that_there_is_not():

@@ -11,15 +11,13 @@ class BalanceConfig:
 
     aux_weight: float = 0.01  # alpha of L_aux (Eq. 2 and 6)
     entropy_weight: float = 0.0  # of Ent_conf, minimised (top-p; Huang et al. 2024 use 1e-4)
-    aux_tokens: float = (
-        1.0  # fraction of the tokens, 1 / a whole number, that the softmax in the losses is averaged over
-    )
-    # What f and P of L_aux are means over: the batch on all devices, of train.accumulate micro-batches each by itself; or
-    # each sequence by itself, and the losses are averaged.
+    # Fraction of the tokens, 1 / a whole number, that the softmax in the losses is averaged over.
+    aux_tokens: float = 1.0
+    # What f and P of L_aux are means over: the batch on all devices, of train.accumulate micro-batches P of each and f of
+    # all so far; or each sequence by itself, and the losses are averaged.
     aux_batch: str = "global"  # global | sequence
-    z_weight: float = (
-        0.0  # of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for router logits
-    )
+    # Of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for router logits.
+    z_weight: float = 0.0
     # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's selection bias, as a fraction of
     # the standard deviation of a token's scores over experts; 0: none.
     bias_rate: float = 0.0

@@ -24,7 +24,7 @@ class DataConfig:
     # the train splits.
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
-    seq_len: int = 256
+    seq_len: int = 256  # tokens of a sequence in training and validation
     document_mask: bool = False  # attend within a document only
     loss_mask: bool = False  # no training loss on the first token of a document, which nothing foretells
 

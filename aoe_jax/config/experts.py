@@ -17,8 +17,8 @@ class ExpertsConfig:
 
     # aoe | router | capacity (a router, and experts of limited room) | dense | uoe, smear, thor (see `experts/KIND.py`)
     kind: str = "aoe"
-    n_experts: int = 8
-    top_k: int = 2
+    n_experts: int = 8  # of a layer (n)
+    top_k: int = 2  # experts of a token (K), where the selection has them fixed
     d_ffn: int = 512  # width of a traditional expert, or of the dense layer
     d_low: int = 32  # rank of a factorised gate (r)
     d_wide: int | None = None  # width of an expert with a factorised gate (w); None: Eq. 5
@@ -33,9 +33,8 @@ class ExpertsConfig:
     # top_k: softmax over the chosen scores (the paper), over all (the authors' released code), or sparsemixer, by which
     # Phi-3.5-MoE is used once trained (arXiv 2409.12136).
     gate: str = "chosen"
-    router_jitter: float = (
-        0.01  # sparsemixer: half of how far below the best, relatively, a score may lie and still count
-    )
+    # sparsemixer: half of how far below the best, relatively, a score may lie and still count
+    router_jitter: float = 0.01
     # aoe: sparse: only the chosen norms carry a gradient, and those of balance.aux_tokens to a balance loss; only the chosen
     # activations are kept (exact for gate=chosen). dense: as published, the whole cache is kept. None: sparse where exact.
     score_gradient: str | None = None

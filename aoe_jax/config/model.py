@@ -11,11 +11,11 @@ class ModelConfig:
     """The decoder. `vocab_size` is also the size of a vocabulary that is trained on the corpus."""
 
     n_layers: int = 4
-    n_heads: int = 4
-    d_model: int = 128
+    n_heads: int = 4  # of attention
+    d_model: int = 128  # width of the residual stream (d)
     vocab_size: int = 4096
-    max_len: int = 2048
-    tie_embeddings: bool = True
+    max_len: int = 2048  # positions; data.seq_len can't be greater, nor a prompt and its continuation together
+    tie_embeddings: bool = True  # output by the embedding table
     dtype: str = "bfloat16"  # of the computation; parameters, logits and loss are float32
     # What the backward pass recomputes. none; experts: all that is cheap to recompute inside the experts (of an AoE expert
     # C and x Wp are kept, of a traditional one x Wg and x Wp); layer: all but a layer's input, its scores and selection.
@@ -25,11 +25,11 @@ class ModelConfig:
     unroll: int = 1
     # What checkpoints of other projects have; a model that is trained here from the start needs none of it.
     n_kv_heads: int | None = None  # heads of keys and values, each shared by several of queries; None: n_heads
-    rope_base: float = 10_000.0
+    rope_base: float = 10_000.0  # of the rotary frequencies
     rope_factors: tuple = ()  # that divide the rotary frequencies, one each; (): none (LongRoPE, arXiv 2402.13753)
     rope_scale: float = 1.0  # of rotated queries and keys (LongRoPE)
     norm: str = "rms"  # rms | layer: LayerNorm with a bias
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to what a norm takes the root of
     qk_norm: bool = False  # an RMSNorm on queries and one on keys, each over all heads (OLMoE)
     attention_bias: bool = False  # of q, k, v and o
     output_bias: bool = False  # of the output projection

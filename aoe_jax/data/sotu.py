@@ -35,8 +35,6 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
-    # TFDS would find this by itself only with `importlib_resources`, which it does not install.
-    code_path = tfds.core.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

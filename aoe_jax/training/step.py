@@ -144,7 +144,7 @@ def _with_shares_so_far(config, stats, before):
     method = _method(config)
     if method is None:
         return stats, None
-    shares = {"load": stats.load} | {name: stats.records[name] for name in method.shares}
+    shares = {"load": stats.load} | {name: a for name, a in (stats.records or {}).items() if name in method.shares}
     so_far = jnp.ones(()), shares
     if before is None:
         return stats, so_far

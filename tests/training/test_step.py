@@ -248,15 +248,39 @@ def test_masked_targets_are_no_padding(variant):
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("selection", ["top_k", "gshard"])
+# selection -> what a balance loss is called, the field of its weight, and the loss by the shares of micro-batches so far.
+RUNNING = {
+    "top_k": (
+        "aux_loss",
+        "balance.aux_weight",
+        lambda shares, stats: 4 * (shares["load"] * stats.mean_probability).sum(axis=1).mean(),
+    ),
+    "gshard": (
+        "first_choice_loss",
+        "gshard.aux_weight",
+        lambda shares, stats: 4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean(),
+    ),
+    "top_any": (
+        "gate_balance",
+        "top_any.balance_weight",
+        lambda shares, stats: (
+            4 * (shares["load"] / shares["served"][:, None] * stats.records["gate_shares"]).sum(axis=1).sum()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("selection", RUNNING)
 def test_balance_is_of_all_micro_batches_so_far(selection):
-    """L_aux has the load of the micro-batches up to its own, GShard's loss its first choices; by hand, with gradients."""
+    """Losses have the load, or what else they count, of the micro-batches up to their own; by hand, with gradients."""
+    name, weight_field, value = RUNNING[selection]
     settings = shrunken("moe_aux").to_dict()
     settings["experts"] |= {"selection": selection}
-    settings["balance"] |= {"aux_weight": 0.5 * (selection == "top_k")}
-    settings["gshard"] |= {"aux_weight": 0.5 if selection == "gshard" else settings["gshard"]["aux_weight"]}
+    settings["balance"] |= {"aux_weight": 0.0}
     settings["train"] |= {"accumulate": 3, "batch_size": 6}
-    config, name = Config.from_config_dict(settings), "aux_loss" if selection == "top_k" else "first_choice_loss"
+    group, field = weight_field.split(".")
+    settings[group] |= {field: 0.5} | ({"loss_weight": 0.0} if group == "top_any" else {})
+    config = Config.from_config_dict(settings)
     segment_ids = np.ones((6, 24), np.int32)
     segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
     batch = batch_of(6) | {"segment_ids": jnp.asarray(segment_ids), "weights": jnp.asarray(segment_ids, jnp.float32)}
@@ -265,14 +289,16 @@ def test_balance_is_of_all_micro_batches_so_far(selection):
 
     def by_hand(params):
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
-        nll = shares = weights = loss = alone = 0
+        nll = weights = loss = alone = 0
+        shares = {}
         for number, one in enumerate(micro):
-            metrics = training_loss(config, params, {}, one, jax.random.fold_in(step_key, number))[1]
+            key = jax.random.fold_in(step_key, number)
+            metrics = training_loss(config, params, state.routing_state, one, key)[1]
             stats, weight = metrics["stats"], one["weights"].sum()
-            own = stats.load if selection == "top_k" else stats.records["first_choices"]
-            nll += metrics["nll"] * weight
-            shares, weights = shares + own, weights + weight
-            loss += 4 * (shares / (number + 1) * stats.mean_probability).sum(axis=1).mean() / 3
+            nll, weights = nll + metrics["nll"] * weight, weights + weight
+            own = {"load": stats.load} | (stats.records or {})
+            shares = {name: shares.get(name, 0) + jax.lax.stop_gradient(share) for name, share in own.items()}
+            loss += value({name: share / (number + 1) for name, share in shares.items()}, stats) / 3
             alone += metrics[name] / 3
         return nll / weights + 0.5 * loss, (loss, alone)
 

@@ -47,8 +47,7 @@ def check(dtype, d, f):
     """
     if dtype not in DTYPES:
         raise UserError(
-            f"grouped_matmul backend='mosaic_gpu' with {dtype}: use {' or '.join(DTYPES)} (config.model.dtype), or "
-            "backend 'blocked'"
+            f"grouped_matmul backend='mosaic_gpu' with {dtype}: use {' or '.join(DTYPES)}, or backend 'blocked'"
         )
     if d % WIDTH_BLOCK or f % WIDTH_BLOCK:
         raise UserError(

@@ -131,6 +131,7 @@ class TopAny(Selection):
 
     relative_scores = True
     balances_by = "adding and removing experts"
+    shares = ("served",)
 
     def parameters(self, experts, settings):
         """G."""
