@@ -39,8 +39,9 @@ def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
 def _size_job(size, runs, workdir, tokens, in_turn):
     of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
     folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run, tokens)}
-    timed = not in_turn or step_seconds(workdir, runs, size) is not None
-    by_arm = {} if timed else _by_arm(workdir, runs, size)
+    by_arm = _by_arm(workdir, runs, size) if in_turn else {}
+    if by_arm.keys() == (step_seconds(workdir, runs, size) or {}).keys():  # if one has failed, all are tried again
+        by_arm = {}
     steps = {arm: {"config": run.config.to_dict(), "folder": str(of_size[run])} for arm, run in by_arm.items()}
     if not folders and not steps:
         return None

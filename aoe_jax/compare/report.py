@@ -1,6 +1,7 @@
 """The report of a suite: `report.md`, `report.html`, CSVs and figures, from the directories of its runs alone."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from aoe_jax.compare import routing_sections, scaling_sections, sections, throughput_sections
@@ -147,12 +148,18 @@ def _failed(c, workdir):
     ]
 
 
+def _in_cell(nll):
+    if nll is None:
+        return "not finished"
+    return f"{nll:.4f}" if math.isfinite(nll) else "diverged"
+
+
 def _tuning(c, workdir):
     if c.suite.tuning is None:
         return []
     rates, chosen, rows = c.suite.tuning.learning_rates, tuned_rates(c.suite, workdir), []
     for arm, nlls in tuning_nlls(c.suite, workdir).items():
-        cells = ["not finished" if nlls[rate] is None else f"{nlls[rate]:.4f}" for rate in rates]
+        cells = [_in_cell(nlls[rate]) for rate in rates]
         rows.append([c.labels[arm], *cells, f"{chosen[arm]:g}" if chosen[arm] else "none"])
     text = (
         f"Validation nll after {c.suite.tuning.steps} steps at {c.suite.tuning_size}, one seed that counts nowhere else; "
@@ -194,7 +201,7 @@ def _plain(value):
 def _settings(c, command):
     rows = []
     for size in c.suite.sizes:
-        config = next(r.run.config for r in c.results if r.run.size == size)
+        config = next(r.run.config for r in c.results if (r.run.size, r.run.arm) == (size, c.suite.baseline))
         m, e, t, d = config.model, config.experts, config.train, config.data
         rows.append(
             [

@@ -14,13 +14,12 @@ MAX_LAYERS = 4  # of which norms and co-activation are drawn
 @drawn
 def load_heatmaps(entries):
     """The shares of load with both entropies (the paper's Fig. 3), a panel for each of `entries` `[(title, routing)]`."""
-    first = np.array(entries[0][1]["checkpoints"][-1]["load"])
-    layers, n = max(len(routing["checkpoints"][-1]["load"]) for _, routing in entries), first.shape[1]
+    layers = max(len(routing["checkpoints"][-1]["load"]) for _, routing in entries)
     figure, panels = style.new_figure(len(entries) * (0.65 + 0.24 * layers), len(entries), 1)
     for axes, (title, routing) in zip(panels[:, 0], entries, strict=True):
         last = routing["checkpoints"][-1]
         load = np.array(last["load"])
-        share = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)
+        share, n = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9), load.shape[1]
         image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
         for row, column in np.ndindex(share.shape) if n <= 16 else ():
             light = image.norm(share[row, column]) < 0.5
@@ -100,10 +99,9 @@ def coactivation(entries):
     for axes, (title, routing) in zip(panels.flat, entries, strict=False):
         together = np.array(routing["coactivation"][-1])
         load = np.diag(together)
-        expected = np.outer(load, load)
-        if routing["experts_per_token"]:
+        expected, n = np.outer(load, load), len(load)
+        if k := routing["experts_per_token"]:
             # Drawing k of n with equal loads, two given experts come together with k (k - 1) / (n (n - 1)).
-            n, k = len(load), routing["experts_per_token"]
             expected *= n * (k - 1) / (k * (n - 1))
         ratio = np.where(np.eye(n, dtype=bool), np.nan, together / np.maximum(expected, 1e-9))
         image = axes.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2)

@@ -87,7 +87,7 @@ def load(c: Comparison):
     if several:
         caption = (
             f"{size}, first seed, last layer: how often two experts are chosen for one token, over what chance would give "
-            "if loads were even."
+            "with the same loads."
         )
         pictures.append(Picture("coactivation", routing_figures.coactivation(several), caption))
     for arm, routing in first.items():
@@ -132,8 +132,11 @@ def health(c: Comparison, styles):
         "is the share of the chosen among them (in brackets by chance), and the distances to that mixture, as shares of its "
         "length, are those of the chosen, of the oracle's, and of any K."
     )
-    if any(routings[0]["kind"] == "capacity" for size_ in c.sizes() for routings in _routed(c, size_).values()):
+    kinds = {routings[0]["kind"] for size_ in c.sizes() for routings in _routed(c, size_).values()}
+    if "capacity" in kinds:
         text += " Choices of experts with a capacity are those before anything is dropped."
+    if "uoe" in kinds:
+        text += " Of UoE-style experts the oracle has those neurons that don't route."
     head = "arm|experts a token|Ent_conf|max violation|dead experts, all layers|settled, first|settled, half"
     head += "|oracle agreement|distance chosen/oracle/any"
     names = {

@@ -171,7 +171,7 @@ def _job(run, folder):
 
 
 def tuning_nlls(suite: Suite, workdir: Path):
-    """`{arm: {learning rate: validation nll}}` of the tuning, None of a run that isn't finished.
+    """`{arm: {learning rate: validation nll}}` of the tuning: None of a run that isn't finished, inf of one that diverged.
 
     Raises:
       UserError: a run is of another configuration.
@@ -180,7 +180,10 @@ def tuning_nlls(suite: Suite, workdir: Path):
     for (arm, rate), run in suite.tuning_runs().items():
         folder = tuning_folder(workdir, run)
         check_run(folder, run)
-        nll = read_json(folder / "summary.json")["metrics"]["validation_nll"] if is_finished(folder, run) else None
+        nll = None
+        if is_finished(folder, run):
+            nll = read_json(folder / "summary.json")["metrics"]["validation_nll"]
+            nll = math.inf if nll is None else nll
         found.setdefault(arm, {})[rate] = nll
     return found
 
@@ -192,7 +195,7 @@ def tuned_rates(suite: Suite, workdir: Path):
     """
     found, begun = {}, _begun_rates(suite, workdir) if suite.tuning else {}
     for arm, nlls in tuning_nlls(suite, workdir).items():
-        finished = {rate: nll for rate, nll in nlls.items() if nll is not None}
+        finished = {rate: nll for rate, nll in nlls.items() if nll is not None and math.isfinite(nll)}
         found[arm] = begun.get(arm) or (min(finished, key=finished.get) if finished else None)
     return found
 

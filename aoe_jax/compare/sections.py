@@ -158,16 +158,21 @@ def _difference(c, arm, found):
 
 
 def _how_timed(c):
-    in_turn = {r.run.size: r.timed_in_turn for r in c.results if r.state == "finished"}
+    finished, others = [r for r in c.results if r.state == "finished"], []
+    for size in dict.fromkeys(r.run.size for r in finished):
+        arms = {r.run.arm: r.timed_in_turn for r in finished if r.run.size == size}
+        alone = [c.labels[arm] for arm, timed in arms.items() if not timed]
+        if alone:
+            others.append(size if len(alone) == len(arms) else f"{size} ({'; '.join(alone)})")
     text = (
         "Seconds are processor seconds of a training step of the trained model on validation text, all arms in turn in one "
         "process on one core."
     )
-    if all(in_turn.values()):
+    if not others:
         return text
-    others = ", ".join(size for size, timed in in_turn.items() if not timed)
-    alone = f"those of training steps, the median of each run, with what else was at work on the machine, at {others}"
-    return f"{text} But they are {alone}." if any(in_turn.values()) else f"Seconds are {alone}."
+    alone = "those of training steps, the median of each run, with what else was at work on the machine, at "
+    alone += ", ".join(others)
+    return f"{text} But they are {alone}." if any(r.timed_in_turn for r in finished) else f"Seconds are {alone}."
 
 
 def cost(c: Comparison):

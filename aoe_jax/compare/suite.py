@@ -110,6 +110,8 @@ class Suite:
         if self.tuning:
             known, place = self.tuning_size in self.sizes, "tuning.size"
             _require(known, self, place, self.tuning.size, f"choose one of {', '.join(self.sizes)}")
+            place, factor = f"sizes[{self.tuning_size!r}].rate_factor", self.sizes[self.tuning_size].rate_factor
+            _require(factor == 1, self, place, factor, "must be 1, for learning rates are tuned at this size")
         for name, sweep in self.throughput.items():
             self._check_arms(f"throughput[{name!r}].arms", sweep)
             known, place = sweep.setting in SWEPT, f"throughput[{name!r}].setting"

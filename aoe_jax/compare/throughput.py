@@ -49,36 +49,34 @@ def sweep_file(workdir: Path, name):
     return workdir / "measured" / f"throughput_{name}.json"
 
 
-def _points(suite, name):
-    """What is to be measured, as JSON has it."""
-    return [
-        {"value": value, "configs": {arm: config.to_dict() for arm, config in configs.items()}}
-        for value, configs in suite.swept(name).items()
-    ]
-
-
 def _measured(suite, workdir, name):
-    """`[(point, its figures by arm or None)]`, None where it isn't measured, or only for other configurations."""
+    """`[(value, its configurations by arm, its figures by arm)]`; figures are None where there are none for these."""
     file = sweep_file(workdir, name)
-    done = read_json(file)["points"] if file.exists() else []
-    found = [
-        (point, [d["figures"] for d in done if {key: d[key] for key in point} == point])
-        for point in _points(suite, name)
-    ]
-    return [(point, figures[-1] if figures else None) for point, figures in found]
+    done = {}
+    for point in read_json(file)["points"] if file.exists() else []:
+        # As configurations: what was saved before may lack fields that are new.
+        configs = {arm: Config.from_config_dict(groups) for arm, groups in point["configs"].items()}
+        done[point["value"]] = configs, point["figures"]
+    for value, configs in suite.swept(name).items():
+        of, figures = done.get(value, (None, None))
+        yield value, configs, figures if of == configs else None
 
 
 def missing_points(suite: Suite, workdir: Path, name):
-    """The points of a sweep that aren't measured yet, for `measure_points`."""
-    return [point for point, figures in _measured(suite, workdir, name) if figures is None]
+    """The points of a sweep that aren't measured yet, as JSON has them, for `measure_points`."""
+    return [
+        {"value": value, "configs": {arm: config.to_dict() for arm, config in configs.items()}}
+        for value, configs, figures in _measured(suite, workdir, name)
+        if figures is None
+    ]
 
 
 def read_costs(suite: Suite, workdir: Path, name):
     """`{arm: [Cost, ...]}` of a sweep, of the values that have been measured."""
     sweep, found = suite.throughput[name], {}
-    for point, figures in _measured(suite, workdir, name):
+    for _, configs, figures in _measured(suite, workdir, name):
         for arm, of_arm in (figures or {}).items():
-            config = Config.from_config_dict(point["configs"][arm])
+            config = configs[arm]
             cost = Cost(
                 sweep.position(config),
                 config,

@@ -73,14 +73,15 @@ def _picture(c, name, by_arm, styles):
     ]
     figure = figures.against_setting(panels, c.labels, styles, SWEPT[sweep.setting])
     what = "bounds, not measured" if is_topology else "measured"
-    model = _in_words([costs[0].config for costs in by_arm.values()], sweep.setting)
+    base, *others = (by_arm[arm][0].config for arm in sorted(by_arm, key=lambda arm: arm != c.suite.baseline))
+    model = _in_words(base, others, sweep.setting)
     caption = f"Against {SWEPT[sweep.setting]} ({what}); ratios to {c.baseline_label}. {model}."
     return Picture(f"throughput_{name}", figure, caption)
 
 
-def _in_words(configs, setting):
-    """The model of all arms, the baseline the first, but for what is swept."""
-    config, ranks = configs[0], {config.experts.d_low for config in configs if config.experts.kind == "aoe"}
+def _in_words(config, others, setting):
+    """The model of the baseline, and the ranks of all arms, but for what is swept."""
+    ranks = {of.experts.d_low for of in (config, *others) if of.experts.kind == "aoe"}
     m, e, t = config.model, config.experts, config.train
     k, n = ("K" if setting == "experts.top_k" else e.top_k, "n" if setting == "experts.n_experts" else e.n_experts)
     parts = [f"{m.n_layers} layers of width {m.d_model}", f"{k} of {n} experts of width {e.d_ffn}"]

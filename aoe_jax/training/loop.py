@@ -62,7 +62,7 @@ def log_run(config: Config):
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if SELECTIONS[config.experts.selection].experts_per_token(config.experts) is None:
         name = config.experts.selection.replace("_", " ")
-        log.info("both count experts.top_k=%d experts per token; %s takes more or fewer", config.experts.top_k, name)
+        log.info("both count experts.top_k=%d experts per token; %s takes another number", config.experts.top_k, name)
     _warn_of_later_tokens(config)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from aoe_jax.config import Config
-from aoe_jax.experts.balance import balance_loss, load_entropy, load_spread
+from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.parallel import sum_over_tokens
 from aoe_jax.experts.selection import SELECTIONS
@@ -128,8 +128,6 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
         "nll": nll,
         "aux_loss": aux_loss,
         "load": stats.load,
-        "load_entropy": load_entropy(stats.load),
-        "load_spread": load_spread(stats.load, stats.live),
         "confidence_entropy": stats.confidence_entropy,
         "mean_score": stats.mean_score,
         "score_spread": stats.score_spread,

@@ -15,7 +15,7 @@ import numpy as np
 
 from aoe_jax.config import Config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.experts.balance import dead_experts, mean_load
+from aoe_jax.experts.balance import dead_experts, load_entropy, load_spread, mean_load
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
@@ -40,7 +40,7 @@ MEASURED_KEYS = {
 }
 _IN_SPEED = ("input", "checkpoint")  # what the clocks of a training step may show; other clocks count in no speed
 _SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
-_NAMED_ELSEWHERE = {*_SCALARS, "skipped", "finite", "load_spread"}
+_NAMED_ELSEWHERE = {*_SCALARS, "skipped", "finite"}
 
 
 def expert_scalars(metrics):
@@ -50,8 +50,8 @@ def expert_scalars(metrics):
         return {}
     dropped = {"dropped_share": float(np.mean(metrics["dropped_share"]))} if "dropped_share" in metrics else {}
     return dropped | {
-        "load_entropy": float(np.mean(metrics["load_entropy"])),
-        "load_spread": float(metrics["load_spread"]),
+        "load_entropy": float(np.mean(load_entropy(load))),
+        "load_spread": float(load_spread(load, metrics.get("live"))),
         "confidence_entropy": float(np.mean(metrics["confidence_entropy"])),
         "experts_per_token": float(np.mean(load.sum(axis=-1))),
     }
@@ -77,7 +77,7 @@ def layer_figures(metrics, kind):
     if live is not None:
         of_some["live_experts"] = (live > 0).sum(axis=-1)
     return of_some | {
-        "load_entropy": metrics["load_entropy"],
+        "load_entropy": load_entropy(load),
         "load_max_over_mean": load.max(axis=-1) / np.maximum(mean_load(load, live), 1e-9),
         "dead_experts": dead_experts(load, live).sum(axis=-1),
         "confidence_entropy": metrics["confidence_entropy"],
@@ -177,7 +177,8 @@ class Telemetry:
         self._write(step, "train", scalars | measured, by_layer, by_expert)
         balance = ""
         if "load_entropy" in scalars:
-            balance = f" | load entropy {scalars['load_entropy']:.3f} of {np.log(metrics['load'].shape[-1]):.3f}"
+            n_live = (metrics["live"] > 0).sum(axis=-1) if "live" in metrics else metrics["load"].shape[-1]
+            balance = f" | load entropy {scalars['load_entropy']:.3f} of {np.mean(np.log(n_live)):.3f}"
         log.info(
             "step %d/%d | loss %.4f | nll %.4f%s | %s | %s | %s left",
             step,
@@ -203,15 +204,10 @@ class Telemetry:
 
     def evaluation(self, step, result):
         """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it found, drawn."""
+        seconds = self._end_evaluation()
         scalars = {f"validation_{name}": value for name, value in result.figures().items()}
-        self._write(step, "validation", scalars | {"validation_seconds": self._interval["evaluation"]}, {}, {})
-        log.info(
-            "step %d/%d | validation %s | in %s",
-            step,
-            self._total_steps,
-            result,
-            _duration(self._interval["evaluation"]),
-        )
+        self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
+        log.info("step %d/%d | validation %s | in %s", step, self._total_steps, result, _duration(seconds))
         if self._kind != "dense":
             with self.clock("evaluation"):
                 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics  # matplotlib takes half a second
@@ -219,6 +215,14 @@ class Telemetry:
                 statistics = load_statistics(result.stats, self._kind)
                 figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
                 self._tensorboard.draw(step, "experts/load", figure)
+            self._end_evaluation()
+
+    def _end_evaluation(self):
+        """The seconds of evaluation since the last one; the steps before and after it are one interval."""
+        seconds = self._interval.pop("evaluation", 0.0)
+        self._total["evaluation"] += seconds
+        self._last_time += seconds
+        return seconds
 
     def _write(self, *figures):
         for writer in self._writers:

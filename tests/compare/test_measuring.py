@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from aoe_jax.compare.layout import folder_of
-from aoe_jax.compare.measuring import measured_file, step_seconds
+from aoe_jax.compare.layout import beside, folder_of
+from aoe_jax.compare.measuring import measure_jobs, measured_file, step_seconds
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.json_files import read_json, write_json
 from tests.compare.suites import write_suite
@@ -28,8 +28,23 @@ def test_steps_hold_for_equal_configurations(tmp_path):
         del groups["experts"]["ranks"]
     write_json(file, found)
     assert step_seconds(tmp_path, runs, "a") == seconds
+    assert measured_anew(tmp_path, runs) == set()
+    write_json(
+        file, found | {"trained": {"moe": found["trained"]["moe"]}, "seconds": {"moe": 0.1}, "failed": {"aoe": ""}}
+    )
+    assert step_seconds(tmp_path, runs, "a") == {"moe": 0.1}
+    assert measured_anew(tmp_path, runs) == {"moe", "aoe"}  # in turn, so both
     others = [dataclasses.replace(run, config=dataclasses.replace(run.config, train=decayed(run))) for run in runs]
     assert step_seconds(tmp_path, others, "a") is None
+
+
+def measured_anew(workdir, runs):
+    """The arms whose steps would be timed."""
+    suite = load_suite(workdir / "suite.py")
+    assert [job.name for job in measure_jobs(suite, runs, workdir, in_turn=True)] == [
+        "measuring a"
+    ]  # routing is missing
+    return read_json(beside(measured_file(workdir, "a"), ".todo.json"))["steps"].keys()
 
 
 def decayed(run):

@@ -20,7 +20,7 @@ from aoe_jax.compare.layout import check_run, folder_of, tuning_folder
 from aoe_jax.compare.measuring import step_seconds
 from aoe_jax.compare.report import write_report
 from aoe_jax.compare.results import Curve, read_results
-from aoe_jax.compare.runs import tuned_rates
+from aoe_jax.compare.runs import tuned_rates, tuning_nlls
 from aoe_jax.compare.scaling_sections import scaling
 from aoe_jax.compare.sections import losses, styles_of
 from aoe_jax.compare.suite import Size, load_suite
@@ -235,6 +235,9 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
     runs = {run.name: run.config.train for run in suite.runs(rates)}
     assert runs["a/moe/seed_0"].learning_rate == 3e-3 and runs["a/aoe/seed_0"].learning_rate == 1e-3
     assert runs["a/broken/seed_0"].learning_rate == 3e-3  # none of its runs has finished: as it is
+    finish_run(("broken", 3e-3), None)
+    assert tuning_nlls(suite, tmp_path)["broken"] == {1e-3: None, 3e-3: math.inf}  # it has diverged
+    assert tuned_rates(suite, tmp_path)["broken"] is None
     finish_run(("broken", 1e-3), 7.0)
     assert tuned_rates(suite, tmp_path)["broken"] == 1e-3
     run = next(run for run in suite.runs(rates) if run.name == "a/moe/seed_0")

@@ -88,6 +88,10 @@ def wide(factor):
         ({"baseline": "none"}, ["baseline='none'", "moe, aoe"]),
         ({"sizes": {"small": Size({}, 0)}}, ["sizes['small'].seeds=0"]),
         ({"tuning": Tuning((1e-3,), 60, size="big")}, ["tuning.size='big'", "choose one of small"]),
+        (
+            {"sizes": {"small": Size({}, 1, rate_factor=0.5)}, "tuning": Tuning((1e-3,), 60)},
+            ["sizes['small'].rate_factor=0.5", "must be 1"],
+        ),
         ({"sizes": {"small": Size({}, 1, arms=("aoe",))}}, ["must have the baseline 'moe'"]),
         ({"sizes": {"small": Size({}, 1, arms=("moe", "nope"))}}, ["'nope'"]),
     ],

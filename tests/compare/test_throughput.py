@@ -91,6 +91,10 @@ def test_machines_that_are_not_here_are_traced(tmp_path):
     file.parent.mkdir()
     measure_points(missing_points(suite, tmp_path, "it"), True, file)
     assert missing_points(suite, tmp_path, "it") == []
+    found = read_json(file)
+    del found["points"][0]["configs"]["moe"]["experts"]["ranks"]  # as if that field were new
+    write_json(file, found)
+    assert missing_points(suite, tmp_path, "it") == []
     costs = read_costs(suite, tmp_path, "it")["moe"]
     assert [(cost.x, cost.tokens) for cost in costs] == [(4, 4 * 64), (8, 8 * 64)]
     # FSDP: a chip receives all but its own share of the parameters, twice, and of their gradients.

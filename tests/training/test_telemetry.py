@@ -26,8 +26,6 @@ def metrics_of(step, experts=EXPERTS):
         **{name: np.float32(step + i) for i, name in enumerate(SCALARS)},
         "skipped": np.int32(3),
         "load": np.full((LAYERS, experts), 2 / experts, np.float32),
-        "load_entropy": np.array([1.0, 1.2], np.float32),
-        "load_spread": np.float32(0.25),
         "confidence_entropy": np.array([0.5, 0.7], np.float32),
         "mean_score": np.linspace(0, 1, LAYERS * experts, dtype=np.float32).reshape(LAYERS, experts),
     }
@@ -66,14 +64,14 @@ def test_lines_and_events_hold_the_metrics(tmp_path):
     telemetry.evaluation(10, evaluation_of())
     telemetry.close()
     train, validation = lines(tmp_path)
-    layers = train.pop("layers")
+    layers, entropies = train.pop("layers"), [np.log(4), -0.625 * np.log(0.625) - 0.375 * np.log(0.375)]
     assert computed(train) == pytest.approx(
         {"step": 5, "skipped": 3}
         | {name: 5 + i for i, name in enumerate(SCALARS)}
-        | {"load_entropy": 1.1, "load_spread": 0.25, "confidence_entropy": 0.6, "experts_per_token": 2}
+        | {"load_entropy": np.mean(entropies), "load_spread": 1.25, "confidence_entropy": 0.6, "experts_per_token": 2}
     )
     assert layers == {
-        "load_entropy": [1.0, 1.2],
+        "load_entropy": pytest.approx(entropies),
         "load_max_over_mean": [1, 2.5],
         "dead_experts": [0, 2],
         "confidence_entropy": [0.5, 0.7],
@@ -83,7 +81,7 @@ def test_lines_and_events_hold_the_metrics(tmp_path):
     assert (validation["step"], validation["validation_nll"]) == (10, 3.5)
 
     found = read_events(tmp_path)
-    assert found["train/loss", 5].simple_value == 5 and found["train/load_spread", 5].simple_value == 0.25
+    assert found["train/loss", 5].simple_value == 5 and found["train/load_spread", 5].simple_value == 1.25
     assert found["validation/nll", 10].simple_value == 3.5 and ("validation/bits_per_byte", 10) in found
     assert found["experts/dead_experts/layer_1", 5].simple_value == 2
     norms, loads = (found[f"histograms/{name}/layer_1", 5].histo for name in ("mean_norm", "load"))
@@ -153,13 +151,17 @@ def test_time_is_split(telemetry, tmp_path):
         with telemetry.clock(name):
             time.sleep(seconds)
     telemetry.evaluation(2, evaluation_of())
+    with telemetry.clock("evaluation"):
+        time.sleep(0.1)
+    telemetry.evaluation(2, evaluation_of())
     time.sleep(0.3)
     telemetry.train(2, metrics_of(2))
     telemetry.train(4, metrics_of(4))
-    validation, first, second = lines(tmp_path)
+    validation, again, first, second = lines(tmp_path)
     names = ("input_seconds", "checkpoint_seconds", "compute_seconds")
     assert [first[name] for name in names] == pytest.approx([0.2, 0.1, 0.3], abs=0.08)
     assert validation["validation_seconds"] == pytest.approx(0.4, abs=0.05)
+    assert again["validation_seconds"] == pytest.approx(0.1, abs=0.05)
     assert first["tokens_per_second"] == pytest.approx(2 * TOKENS / sum(first[name] for name in names))
     assert second["input_seconds"] == second["checkpoint_seconds"] == 0
     timing = telemetry.timing()
