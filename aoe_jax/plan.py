@@ -138,7 +138,7 @@ def plan(config: Config, generation, devices, compiles=True):
                 + analysis.temp_size_in_bytes
             )
             flops = _compiled_flops(config, compiled, step, state, batch, n_devices)
-    tokens = config.train.batch_size * config.data.seq_len
+    tokens = config.tokens_per_step
     useful = tokens * training_flops_per_token(config) / n_devices
     received = {}
     for (kind, _), (_, size) in found.items():
@@ -196,7 +196,7 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
     if not counted:
         return None
     passes = LAYERS[config.experts.kind].passes  # a loop too, but for the loss, which is of all at once
-    tokens = config.train.batch_size * config.data.seq_len // config.train.accumulate // n_devices
+    tokens = config.tokens_per_step // config.train.accumulate // n_devices
     per_token = 6 * config.model.vocab_size * config.model.d_model
     chunk = min(CHUNK_TOKENS, tokens)
     update = 20 * parameter_counts(config).total / (n_devices // config.mesh.data)  # AdamW's arithmetic, about

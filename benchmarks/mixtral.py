@@ -109,7 +109,7 @@ def main():
     rates = medians(products(router), 5 * _REPEATS.value)
     rate = rates["torch"] / rates["JAX"]
     print(f"one product of tokens and a weight: JAX at {rate:.2f}x torch's rate")
-    tokens, figures = router.train.batch_size * router.data.seq_len, []
+    tokens, figures = router.tokens_per_step, []
     for name in steps:
         ratio = seconds["Mixtral, transformers"] / seconds[name]
         flops = training_flops_per_token(configurations.get(name, router)) / training_flops_per_token(router)

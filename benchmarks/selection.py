@@ -177,7 +177,7 @@ def main():
     bias = routing_state["selection_bias"]
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
 
-    tokens_per_batch = config.train.batch_size * config.data.seq_len
+    tokens_per_batch = config.tokens_per_step
     batches = first_batches(corpus.validation["sotu"], config, -(-_TOKENS.value // tokens_per_batch))
     inputs = layer_inputs(config, params, routing_state, batches)
     train_inputs = layer_inputs(

@@ -53,7 +53,7 @@ def main():
             steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
             seconds = medians(steps, _REPEATS.value)
             for arm, config in configs.items():
-                tokens = config.train.batch_size * config.data.seq_len
+                tokens = config.tokens_per_step
                 figure = {
                     "model": name,
                     "d_low": config.experts.d_low if arm != "router" else None,

@@ -13,6 +13,14 @@ assert len(jax.devices()) == 8
 os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
 
 
+def pytest_configure(config):
+    """Keeps what is compiled for all workers, processes and later sessions, until `pytest --cache-clear`."""
+    folder = str(config.cache.mkdir("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 @pytest.fixture
 def ragged(monkeypatch):
     """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the backend is no matter."""

@@ -144,7 +144,6 @@ def start(command, **variables):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": HASTY if FOR_TPUS & {*command} else xla_flags(),
-        "JAX_COMPILATION_CACHE_DIR": str(scratch("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
         "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # else a benchmark would start twice, for its own
         **variables,

@@ -51,12 +51,12 @@ def configuration(variant, tied=True):
 
 def batches():
     for step in range(STEPS):
-        tokens = jax.random.randint(jax.random.key(step), (BATCH, LENGTH + 1), 0, 64)
+        tokens = np.random.default_rng(step).integers(0, 64, (BATCH, LENGTH + 1)).astype(np.int32)
         segments = np.ones((BATCH, LENGTH), np.int32)
         segments[-1, -3:] = 0
         yield {
-            "inputs": np.asarray(tokens[:, :-1], np.int32),
-            "targets": np.asarray(tokens[:, 1:], np.int32),
+            "inputs": tokens[:, :-1],
+            "targets": tokens[:, 1:],
             "segment_ids": segments,
             "weights": segments.astype(np.float32),
         }

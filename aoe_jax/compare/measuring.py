@@ -62,7 +62,7 @@ def _sweep_job(name, suite, workdir):
     def progress():
         return 1 - len(missing_points(suite, workdir, name)) / len(points)
 
-    todo = {"points": points, "topology": suite.throughput[name].setting == "topology"}
+    todo = {"points": points, "topology": suite.throughput[name].is_topology}
     return _job(f"measuring throughput {name}", sweep_file(workdir, name), todo, len(points), progress)
 
 

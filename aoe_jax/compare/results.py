@@ -47,7 +47,7 @@ class Result:
     @property
     def tokens_per_step(self):
         """Tokens of a step."""
-        return self.run.config.train.batch_size * self.run.config.data.seq_len
+        return self.run.config.tokens_per_step
 
     @property
     def tokens(self):
@@ -88,8 +88,7 @@ def _read(run, folder, seconds_per_step):
     lines = _lines(folder / "metrics.jsonl")
     train = [line for line in lines if line.get("loss") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]
-    tokens_per_step = run.config.train.batch_size * run.config.data.seq_len
-    own = [tokens_per_step / line["tokens_per_second"] for line in train]
+    own = [run.config.tokens_per_step / line["tokens_per_second"] for line in train]
     routing = folder / "routing.json"
     routing = read_json(routing) if finished and routing.exists() else None
     return Result(

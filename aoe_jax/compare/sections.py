@@ -30,7 +30,7 @@ def matched(c: Comparison):
             config = next(r.run.config for r in c.results if (r.run.size, r.run.arm) == (size, arm))
             counts, tokens = (
                 parameter_counts(config),
-                config.train.steps * config.train.batch_size * config.data.seq_len,
+                config.train.steps * config.tokens_per_step,
             )
             active = counts.active_non_embedding
             rows.append(

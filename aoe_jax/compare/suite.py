@@ -71,8 +71,7 @@ class Run:
     @property
     def flops(self):
         """Useful FLOPs of the whole training."""
-        train = self.config.train
-        return training_flops_per_token(self.config) * train.steps * train.batch_size * self.config.data.seq_len
+        return training_flops_per_token(self.config) * self.config.train.steps * self.config.tokens_per_step
 
 
 @dataclass(frozen=True)

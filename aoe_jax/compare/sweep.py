@@ -30,12 +30,17 @@ class Sweep:
     changes: Mapping  # group -> field -> value, to the base, as those of a size
     arms: tuple[str, ...] | None = None  # None: all
 
+    @property
+    def is_topology(self):
+        """Whether values are machines that aren't here, for which a step is traced."""
+        return self.setting == "topology"
+
     def changes_at(self, value, batch_size):
         """The changes, group -> field -> value, that a value stands for; UserError where it is no topology.
 
         `batch_size` is that of the other values, or of a chip.
         """
-        if self.setting == "topology":
+        if self.is_topology:
             n = _chips(value)
             mesh = {"data": 1, "fsdp": n, "expert": 1, "tensor": 1, "transport": "ring"}
             return {"mesh": mesh, "train": {"batch_size": n * batch_size, "accumulate": 1}}
@@ -44,10 +49,10 @@ class Sweep:
 
     def position(self, config):
         """Where the configuration of a value lies on the axis."""
-        if self.setting == "topology":
+        if self.is_topology:
             return config.mesh.fsdp
         if self.setting == "train.batch_size":
-            return config.train.batch_size * config.data.seq_len
+            return config.tokens_per_step
         group, _, name = self.setting.partition(".")
         return getattr(getattr(config, group), name)
 

@@ -31,7 +31,7 @@ class Cost:
     @property
     def tokens(self):
         """Tokens of a step."""
-        return self.config.train.batch_size * self.config.data.seq_len
+        return self.config.tokens_per_step
 
     @property
     def tokens_per_second(self):

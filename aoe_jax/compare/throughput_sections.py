@@ -17,7 +17,7 @@ def throughput(c: Comparison, costs, styles):
     """
     blocks = []
     for is_topology, text in ((False, _MEASURED), (True, _TRACED)):
-        names = [name for name in costs if (c.suite.throughput[name].setting == "topology") == is_topology]
+        names = [name for name in costs if c.suite.throughput[name].is_topology == is_topology]
         names = [name for name in names if c.suite.baseline in costs[name]]
         if names:
             blocks.append(Text(text.format(baseline=c.baseline_label) + c.not_matched))
@@ -41,7 +41,7 @@ _TRACED = (
 
 def _quantities(c, name):
     """`(speed of a Cost, its name, its other quantity, its name)`."""
-    if c.suite.throughput[name].setting == "topology":
+    if c.suite.throughput[name].is_topology:
         return (
             lambda cost: cost.tokens_per_second / cost.x,
             "tokens/s a chip, at most",
@@ -63,31 +63,30 @@ def _to_baseline(c, by_arm, quantity):
 def _picture(c, name, by_arm, styles):
     speed, speed_name, other, other_name = _quantities(c, name)
     sweep = c.suite.throughput[name]
-    is_topology = sweep.setting == "topology"
     panels = [
         (speed_name, True, {arm: [(cost.x, speed(cost)) for cost in costs] for arm, costs in by_arm.items()}),
         ("speed, ratio", False, _to_baseline(c, by_arm, speed)),
         (other_name, False, {arm: [(cost.x, other(cost)) for cost in costs] for arm, costs in by_arm.items()})
-        if is_topology
+        if sweep.is_topology
         else ("memory, ratio", False, _to_baseline(c, by_arm, other)),
     ]
     figure = figures.against_setting(panels, c.labels, styles, SWEPT[sweep.setting])
-    what = "bounds, not measured" if is_topology else "measured"
+    what = "bounds, not measured" if sweep.is_topology else "measured"
     base, *others = (by_arm[arm][0].config for arm in sorted(by_arm, key=lambda arm: arm != c.suite.baseline))
-    model = _in_words(base, others, sweep.setting)
+    model = _in_words(base, others, sweep)
     caption = f"Against {SWEPT[sweep.setting]} ({what}); ratios to {c.baseline_label}. {model}."
     return Picture(f"throughput_{name}", figure, caption)
 
 
-def _in_words(config, others, setting):
+def _in_words(config, others, sweep):
     """The model of the baseline, and the ranks of all arms, but for what is swept."""
     ranks = {of.experts.d_low for of in (config, *others) if of.experts.kind == "aoe"}
-    m, e, t = config.model, config.experts, config.train
+    m, e, t, setting = config.model, config.experts, config.train, sweep.setting
     k, n = ("K" if setting == "experts.top_k" else e.top_k, "n" if setting == "experts.n_experts" else e.n_experts)
     parts = [f"{m.n_layers} layers of width {m.d_model}", f"{k} of {n} experts of width {e.d_ffn}"]
     if ranks and setting != "experts.d_low":
         parts.append(f"r={', '.join(map(str, sorted(ranks)))}")
-    if setting == "topology":
+    if sweep.is_topology:
         parts.append(f"{t.batch_size // config.mesh.fsdp} x {config.data.seq_len} tokens a chip")
     elif setting != "train.batch_size":
         parts.append(f"{t.batch_size} x {config.data.seq_len} tokens")

@@ -59,6 +59,11 @@ class Config:
         """That group; None where there is none."""
         return self.method_name and getattr(self, self.method_name)
 
+    @property
+    def tokens_per_step(self):
+        """Tokens of a training step, over all devices."""
+        return self.train.batch_size * self.data.seq_len
+
     def __post_init__(self):
         if self.method_name:
             object.__setattr__(self, self.method_name, self.method_settings.filled_in(self.experts))

@@ -16,12 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.experts.router import RouterLayer
-from aoe_jax.experts.selection.assignment import SELECTION
 from aoe_jax.experts.selection.expert_choice import expert_capacity
-from aoe_jax.experts.swiglu import EXPERT_RESIDUAL, weighted_product
+from aoe_jax.experts.swiglu import one_expert
 
 
 class Places(NamedTuple):
@@ -30,11 +28,6 @@ class Places(NamedTuple):
     place: jax.Array  # [G, T, n] int32, from 0 to C - 1; C: the expert has none for this token, or wasn't chosen
     weight: jax.Array  # [G, T, n] float32, of the chosen experts, 0 of others; it has a gradient
     dropped: jax.Array  # [G, T] float32, share of the K choices of a token that found no place
-
-
-def places_of_expert(n_tokens, n_experts, top_k, capacity_factor):
-    """C for groups of `n_tokens`: `ceil(capacity_factor K T / n)`; at most T, for no expert gets a token twice."""
-    return expert_capacity(n_tokens, n_experts, capacity_factor * top_k)
 
 
 def capacity_assignment(expert, weight, n_experts, capacity):
@@ -86,12 +79,8 @@ def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concat
         dispatch = dispatch_tensor(places, capacity, x.dtype)
         rows = exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
     with jax.named_scope("experts"):
-        gate, up = (
-            checkpoint_name(jnp.einsum("mhcd,mdf->mhcf", rows, w[name]), EXPERT_RESIDUAL) for name in ("w_g", "w_p")
-        )
-        width = gate.shape[-1]
-        hidden = weighted_product(gate.reshape(-1, width), up.reshape(-1, width), jnp.ones(gate.size // width))
-        rows = jnp.einsum("mhcf,mfd->mhcd", hidden.reshape(gate.shape), w["w_o"])
+        of_expert = rows.reshape(rows.shape[0], -1, rows.shape[-1])
+        rows = one_expert(of_expert, w).reshape(rows.shape)
     with jax.named_scope("combine"):
         return jnp.einsum("gtnc,ngcd->gtd", combine_tensor(places, dispatch), exchange(rows, 1, 0))
 
@@ -127,20 +116,12 @@ class CapacityLayer(RouterLayer):
         Raises:
           ValueError: tokens `[T, d]` on a mesh, of which each device would have a group of its own.
         """
-        if len(devices.shape) == 1 and devices.total_size > 1:
-            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
-        c, length = self.config, devices.shape[-1]
-        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
-
-        def whole(a):
-            """`[t, ...]` of a device as whole groups `[G, T, ...]`."""
-            return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
-
+        c, whole = self.config, devices.whole_sequences
         assignment, stats, per_token = self.select(given, scores, balance_scores)
         with jax.named_scope("select"):
             expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
             expert = whole(jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
-            n_places = places_of_expert(expert.shape[1], c.n_experts, c.top_k, c.capacity_factor)
+            n_places = expert_capacity(expert.shape[1], c.n_experts, c.capacity_factor * c.top_k)
             places = capacity_assignment(expert, whole(weight), c.n_experts, n_places)
         with jax.named_scope("balance"):
             of_own = places.dropped.sum() / devices.size("tensor")  # whose devices all have the same groups
@@ -153,4 +134,4 @@ class CapacityLayer(RouterLayer):
             y = capacity_experts(whole(x), places, n_places, w, devices.exchange)
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 
-        return self.economical(devices, experts)(x, places, weights), stats, per_token
+        return self.rematerialised(devices, experts)(x, places, weights), stats, per_token

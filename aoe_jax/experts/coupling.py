@@ -72,8 +72,8 @@ def _norms(devices, rows, w_g):
     """M `[n, n]` on all devices."""
     rows = devices.piece(rows, "fsdp", 1)
     # One expert after another: a product with all of them would bring d to the front of w_g, a copy of it.
-    activations = devices.sum_over(jax.lax.map(lambda w: rows @ w, w_g), "fsdp")
+    activations = devices.total(jax.lax.map(lambda w: rows @ w, w_g), ("fsdp",))
     norms = activation_norms(activations)  # [m, n]
     if devices.size("tensor") > 1:
-        norms = safe_root(devices.sum_over(norms**2, "tensor"))
+        norms = safe_root(devices.total(norms**2, ("tensor",)))
     return devices.gather(norms, "expert").T

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from aoe_jax.experts.balance import LayerStats
 from aoe_jax.experts.layer import ExpertsModule, matrix_init
-from aoe_jax.experts.swiglu import weighted_product
+from aoe_jax.experts.swiglu import one_expert
 
 
 class DenseLayer(ExpertsModule):
@@ -28,7 +28,7 @@ class DenseLayer(ExpertsModule):
         @jax.named_scope("experts")
         def expert(x, weights):
             w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
-            return weighted_product(x @ w["w_g"], x @ w["w_p"], jnp.ones(x.shape[0])) @ w["w_o"]
+            return one_expert(x, w)
 
         y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
         one, zero = jnp.ones(1), jnp.zeros(())

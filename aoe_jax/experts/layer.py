@@ -197,6 +197,7 @@ class ExpertsModule(nn.Module):
 
     def select(self, given, scores, balance_scores):
         """The select and balance stations: `(Assignment, LayerStats, per-token values)`; arguments as in `pipeline`."""
+        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
         with jax.named_scope("select"):
             choice = self.method.choose(self.config, scores, given)
         with jax.named_scope("balance"):
@@ -211,8 +212,7 @@ class ExpertsModule(nn.Module):
 
     def _sequence_loss(self, given, balance_scores, assignment):
         devices = given.devices
-        if len(devices.shape) == 1 and devices.total_size > 1:
-            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
+        devices.check_sequences()
         return sequence_balance_loss(
             balance_scores,
             assignment,
@@ -228,7 +228,6 @@ class ExpertsModule(nn.Module):
 
         `scores [t, n]`, `balance_scores` those of every stride-th token.
         """
-        scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
         assignment, stats, per_token = self.select(given, scores, balance_scores)
         return self.process_chosen(devices, x, assignment, gate, weights), stats, per_token
 
@@ -269,9 +268,9 @@ class ExpertsModule(nn.Module):
             with jax.named_scope("combine"):
                 return transport.scatter(y)
 
-        return self.economical(devices, experts)(x, assignment.weight, weights)
+        return self.rematerialised(devices, experts)(x, assignment.weight, weights)
 
-    def economical(self, devices, experts):
+    def rematerialised(self, devices, experts):
         """The same function of arrays, which keeps for its backward pass what `model.remat` says."""
         if self.recompute:
             return jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from aoe_jax.experts.scoring import safe_root
 from aoe_jax.sharding import MESH_AXES, RULES, parameter_axes
 
 GATHERED_WEIGHT = "gathered_weight"
@@ -79,10 +80,6 @@ class Devices:
         """The maximum over all devices."""
         axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
         return jax.lax.pmax(x, axes) if axes else x
-
-    def sum_over(self, x, axis):
-        """The sum over a mesh axis."""
-        return jax.lax.psum(x, axis) if self.size(axis) > 1 else x
 
     def piece(self, x, axis, dimension=0):
         """This device's piece of what all devices of a mesh axis have whole; the inverse of `gather`."""
@@ -154,11 +151,17 @@ class Devices:
     def matrix_norms(self, w):
         """The Frobenius norms of the Wdown of all experts: `w [m, d, r]` of this device's, its piece of d_model -> `[n]`."""
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-        squares = jnp.sum(w * w, axis=(1, 2))
-        if self.size("fsdp") > 1:
-            squares = jax.lax.psum(squares, "fsdp")
-        some = squares > 0  # the gradient at zero is zero
-        return self.gather(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1)), 0), "expert")
+        return self.gather(safe_root(self.total(jnp.sum(w * w, axis=(1, 2)), ("fsdp",))), "expert")
+
+    def check_sequences(self):
+        """ValueError for flat tokens on a mesh, where no device knows which of them are of one sequence."""
+        if len(self.shape) == 1 and self.total_size > 1:
+            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {self.shape} and d")
+
+    def whole_sequences(self, values):
+        """`[t, ...]` of this device as whole sequences `[B, S, ...]`, those of the devices along the tensor axis."""
+        self.check_sequences()
+        return self.gather(values.reshape(-1, self.shape[-1], *values.shape[1:]), "tensor", 1)
 
     def all_tokens(self, values):
         """`[t, ...]` of every device as `[all tokens, ...]`, in the order of the batch: `[B, S]`, flattened."""

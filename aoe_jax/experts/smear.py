@@ -170,14 +170,7 @@ class SmearLayer(ExpertsModule):
         Raises:
           ValueError: tokens `[T, d]` on a mesh, where no device has a whole sequence.
         """
-        if len(devices.shape) == 1 and devices.total_size > 1:
-            raise ValueError(f"on a mesh, tokens of sequences [B, S, d] are wanted, got {devices.shape} and d")
-        length, causal = devices.shape[-1], self._settings.segment > 0
-
-        def whole(a):
-            """`[t, ...]` of a device as whole sequences `[B, S, ...]`."""
-            return devices.gather(a.reshape(-1, length, *a.shape[1:]), "tensor", 1)
-
+        whole, causal = devices.whole_sequences, self._settings.segment > 0
         token_weights = whole(given.token_weights)
         n_sequences, n_positions = token_weights.shape
         size = min(self._settings.segment or n_positions, n_positions)
@@ -206,7 +199,7 @@ class SmearLayer(ExpertsModule):
                 y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
                 return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p
 
-        y, scores, p = self.economical(devices, experts)(x, weights)
+        y, scores, p = self.rematerialised(devices, experts)(x, weights)
         return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total), None
 
     def _kept(self, devices, key, shape):

@@ -53,7 +53,7 @@ def drawn(devices, w, expert):
     first = devices.expert_rank() * w.shape[0]
     own = jax.lax.dynamic_index_in_dim(w, jnp.clip(expert - first, 0, w.shape[0] - 1), keepdims=False)
     is_here = (expert >= first) & (expert < first + w.shape[0])
-    return devices.sum_over(jnp.where(is_here, own, 0), "expert")
+    return devices.total(jnp.where(is_here, own, 0), ("expert",))
 
 
 class ThorLayer(ExpertsModule):
@@ -90,7 +90,7 @@ class ThorLayer(ExpertsModule):
             }
             return devices.sum_scatter(one_expert(devices.gather(x, "tensor"), w), "tensor")
 
-        return self.economical(devices, experts)(x, weights), _stats_of_draws(n), None
+        return self.rematerialised(devices, experts)(x, weights), _stats_of_draws(n), None
 
 
 def _stats_of_draws(n_experts):

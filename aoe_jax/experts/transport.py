@@ -178,7 +178,7 @@ class Ring(Local):
 
     def complete(self, values):
         """Each slot's row is on one device of the expert axis."""
-        return self.devices.sum_over(values, "expert")
+        return self.devices.total(values, ("expert",))
 
     def combine(self, rows, round, n_tokens):
         """See `Local`."""

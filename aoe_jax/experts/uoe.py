@@ -89,7 +89,7 @@ class UoELayer(ExpertsModule):
         """`x [t, d]` -> `([t, d], LayerStats, per-token values)`."""
         routing = {name: weights[name] for name in ROUTING}
         rest = {name: w for name, w in weights.items() if name not in ROUTING}
-        scores, shared = self.economical(devices, partial(routing_neurons, devices, self.dtype))(x, routing)
+        scores, shared = self.rematerialised(devices, partial(routing_neurons, devices, self.dtype))(x, routing)
         balance_scores = scores[:: self.balance.aux_stride]
         y, stats, per_token = self.pipeline(devices, x, given, scores, balance_scores, whole_gate, rest)
         return y + shared, stats, per_token

@@ -68,11 +68,6 @@ def _product(subscripts, a, b):
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def causal_attention(q, k, v, segment_ids=None):
-    """The output of `causal_attention_and_peaks` alone."""
-    return causal_attention_and_peaks(q, k, v, segment_ids)[0]
-
-
 @jax.custom_vjp
 def causal_attention_and_peaks(q, k, v, segment_ids=None):
     """Softmax attention of every position to itself and those before it, in blocks of queries.

@@ -29,11 +29,55 @@ def _logits(hidden, table):
     return jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=accumulator)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
+    """Sums over tokens `[n_sums]`, float32, the loss first, which alone has a gradient.
+
+    It is computed beside the loss, chunk by chunk, so that no logits are kept or computed twice; and by hand, for autodiff
+    keeps more of a chunk and takes longer.
+
+    Args:
+      of_chunk: `(logits, targets, weights) -> (sums, gradients of the loss by the logits)`, the logits of each pass.
+      hidden: `[N, d]` of each pass.
+      table, targets, weights: as in `cross_entropy`.
+    """
+    cast = table.astype(hidden[0].dtype)
+
+    def add(sums, chunk):
+        *h, t, w = chunk
+        return sums + jnp.stack(of_chunk([_logits(a, cast) for a in h], t, w)[0]), None
+
+    return jax.lax.scan(add, jnp.zeros(n_sums, jnp.float32), _chunks(*hidden, targets, weights))[0]
+
+
+def _forward(of_chunk, n_sums, hidden, table, targets, weights):
+    cast = table.astype(hidden[0].dtype)
+
+    def add_gradient(carry, chunk):
+        (sums, d_table), (*h, t, w) = carry, chunk
+        of_this, d_logits = of_chunk([_logits(a, cast) for a in h], t, w)
+        d_logits = [d.astype(cast.dtype) for d in d_logits]
+        d_hidden = tuple(d @ cast for d in d_logits)
+        for d, a in zip(d_logits, h, strict=True):
+            d_table = d_table + jnp.einsum("nv,nd->vd", d, a, preferred_element_type=d_table.dtype)
+        return (sums + jnp.stack(of_this), d_table), d_hidden
+
+    start = jnp.zeros(n_sums, jnp.float32), jnp.zeros_like(table)
+    (sums, d_table), d_hidden = jax.lax.scan(add_gradient, start, _chunks(*hidden, targets, weights))
+    n_tokens, width = hidden[0].shape
+    return sums, (tuple(d.reshape(-1, width)[:n_tokens] for d in d_hidden), d_table)
+
+
+def _backward(of_chunk, n_sums, residuals, g):
+    d_hidden, d_table = residuals
+    return tuple((g[0] * d).astype(d.dtype) for d in d_hidden), g[0] * d_table, None, None
+
+
+_over_chunks.defvjp(_forward, _backward)
+
+
 def cross_entropy(hidden, table, targets, weights):
     """Sum over tokens of `weight * -log softmax(hidden table^T)[target]`, float32, in nats.
-
-    The gradient is computed beside the loss, chunk by chunk, so that no logits are kept or computed twice.
 
     Args:
       hidden: `[N, d]`.
@@ -44,50 +88,20 @@ def cross_entropy(hidden, table, targets, weights):
     Returns:
       A scalar.
     """
-    cast = table.astype(hidden.dtype)
-
-    def chunk_loss(total, chunk):
-        h, t, w = chunk
-        logits = _logits(h, cast)
-        nll = jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, t[:, None], axis=1)[:, 0]
-        return total + jnp.sum(w * nll), None
-
-    return jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), _chunks(hidden, targets, weights))[0]
+    return _over_chunks(_of_one_pass, 1, (hidden,), table, targets, weights)[0]
 
 
-def _forward(hidden, table, targets, weights):
-    cast = table.astype(hidden.dtype)
-
-    def chunk_gradient(carry, chunk):
-        total, d_table = carry
-        h, t, w = chunk
-        logits = _logits(h, cast)
-        log_normaliser = jax.nn.logsumexp(logits, axis=1)
-        nll = log_normaliser - jnp.take_along_axis(logits, t[:, None], axis=1)[:, 0]
-        one_hot = t[:, None] == jnp.arange(table.shape[0])
-        d_logits = ((jnp.exp(logits - log_normaliser[:, None]) - one_hot) * w[:, None]).astype(h.dtype)
-        d_hidden = d_logits @ cast
-        d_table = d_table + jnp.einsum("nv,nd->vd", d_logits, h, preferred_element_type=d_table.dtype)
-        return (total + jnp.sum(w * nll), d_table), d_hidden
-
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(table))
-    (total, d_table), d_hidden = jax.lax.scan(chunk_gradient, start, _chunks(hidden, targets, weights))
-    return total, (d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], d_table)
+def _of_one_pass(logits, targets, weights):
+    (logits,) = logits
+    log_normaliser = jax.nn.logsumexp(logits, axis=1)
+    nll = log_normaliser - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    one_hot = targets[:, None] == jnp.arange(logits.shape[1])
+    by_logits = (jnp.exp(logits - log_normaliser[:, None]) - one_hot) * weights[:, None]
+    return [jnp.sum(weights * nll)], [by_logits]
 
 
-def _backward(residuals, g):
-    d_hidden, d_table = residuals
-    return (g * d_hidden).astype(d_hidden.dtype), g * d_table, None, None
-
-
-cross_entropy.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of what they say of each token.
-
-    As with `cross_entropy`, no logits are kept or computed twice.
 
     Args:
       consistency: weight of the divergence in the loss, a number.
@@ -99,60 +113,20 @@ def consistent_cross_entropy(consistency, hidden, table, targets, weights):
       `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `nll + consistency * divergence`. Only the loss has a
       gradient.
     """
-    cast = table.astype(hidden[0].dtype)
-
-    def chunk_loss(sums, chunk):
-        *h, t, w = chunk
-        return sums + _of_passes([_logits(a, cast) for a in h], t, w, consistency)[0], None
-
-    sums = jax.lax.scan(chunk_loss, jnp.zeros(2, jnp.float32), _chunks(*hidden, targets, weights))[0]
-    return _with_loss(sums, consistency)
+    return tuple(_over_chunks(partial(_of_two_passes, consistency), 3, hidden, table, targets, weights))
 
 
-def _with_loss(sums, consistency):
-    nll, divergence = sums
-    return nll + consistency * divergence, nll, divergence
-
-
-def _of_passes(logits, targets, weights, consistency):
-    """Of a chunk the sums `[nll, divergence]`, and the gradients of the loss by both logits."""
+def _of_two_passes(consistency, logits, targets, weights):
     one_hot = targets[:, None] == jnp.arange(logits[0].shape[1])
     log_p, log_q = (jax.nn.log_softmax(a) for a in logits)
     p, q, difference = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
     kl_pq, kl_qp = (p * difference).sum(axis=1), -(q * difference).sum(axis=1)
-    nll = -jnp.where(one_hot, log_p + log_q, 0).sum(axis=1)
-    sums = jnp.stack([jnp.sum(weights * nll), jnp.sum(weights * (kl_pq + kl_qp) / 2)])
+    nll = jnp.sum(weights * -jnp.where(one_hot, log_p + log_q, 0).sum(axis=1))
+    divergence = jnp.sum(weights * (kl_pq + kl_qp) / 2)
     half, weights = consistency / 2, weights[:, None]
     by_p = weights * (p - one_hot + half * (p * (difference - kl_pq[:, None]) + p - q))
     by_q = weights * (q - one_hot + half * (q * (-difference - kl_qp[:, None]) + q - p))
-    return sums, (by_p, by_q)
-
-
-def _passes_forward(consistency, hidden, table, targets, weights):
-    cast = table.astype(hidden[0].dtype)
-
-    def chunk_gradient(carry, chunk):
-        sums, d_table = carry
-        *h, t, w = chunk
-        of_chunk, d_logits = _of_passes([_logits(a, cast) for a in h], t, w, consistency)
-        d_logits = [d.astype(cast.dtype) for d in d_logits]
-        for d, a in zip(d_logits, h, strict=True):
-            d_table = d_table + jnp.einsum("nv,nd->vd", d, a, preferred_element_type=d_table.dtype)
-        return (sums + of_chunk, d_table), tuple(d @ cast for d in d_logits)
-
-    start, chunks = (jnp.zeros(2, jnp.float32), jnp.zeros_like(table)), _chunks(*hidden, targets, weights)
-    (sums, d_table), d_hidden = jax.lax.scan(chunk_gradient, start, chunks)
-    n_tokens, width = hidden[0].shape
-    d_hidden = tuple(d.reshape(-1, width)[:n_tokens] for d in d_hidden)
-    return _with_loss(sums, consistency), (d_hidden, d_table)
-
-
-def _passes_backward(consistency, residuals, g):
-    d_hidden, d_table = residuals
-    return tuple((g[0] * d).astype(d.dtype) for d in d_hidden), g[0] * d_table, None, None
-
-
-consistent_cross_entropy.defvjp(_passes_forward, _passes_backward)
+    return [nll + consistency * divergence, nll, divergence], [by_p, by_q]
 
 
 def target_log_probs(hidden, table, targets, wanted):

@@ -83,7 +83,7 @@ class Heartbeat:
     """`workdir/heartbeat.json`: what the run is at, written when that changes and while it goes on, once in a second."""
 
     def __init__(self, workdir: Path):
-        """Of the first process; writes nothing before `start`, when the run has its folder to itself."""
+        """Writes nothing before `start`: the first process calls it when the run has its folder to itself, no other does."""
         self._path = workdir / "heartbeat.json"
         self._started, self._written, self._status = False, -math.inf, None
         self.step = None
@@ -109,16 +109,3 @@ class Heartbeat:
                 "pid": os.getpid(),
             },
         )
-
-
-class NoHeartbeat:
-    """In processes other than the first."""
-
-    step = None
-
-    def start(self):
-        """Starts nothing."""
-
-    def beat(self, status, step=None):
-        """Keeps the step, and writes nothing."""
-        self.step = step if step is not None else self.step

@@ -37,7 +37,7 @@ from aoe_jax.sharding import (
 )
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
-from aoe_jax.training.health import Health, Heartbeat, NoHeartbeat
+from aoe_jax.training.health import Health, Heartbeat
 from aoe_jax.training.profile import Profile, Window
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import init_state, make_train_step
@@ -113,7 +113,7 @@ def train(
         )
     filled = fill_mesh(config, jax.device_count())
     mesh = make_mesh(filled, jax.devices())
-    heartbeat = Heartbeat(workdir) if jax.process_index() == 0 else NoHeartbeat()
+    heartbeat = Heartbeat(workdir)
     try:
         with jax.set_mesh(mesh), contextlib.ExitStack() as held:
             return _train(
@@ -147,7 +147,7 @@ class _Run:
     checkpoints: Checkpoints
     telemetry: Telemetry | NoTelemetry
     health: Health
-    heartbeat: Heartbeat | NoHeartbeat
+    heartbeat: Heartbeat
     stop: StopRequests
     eval_step: Callable
     last: dict | None = None  # loss and nll of the newest step that is reported
@@ -337,7 +337,7 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     summary = {
         "metrics": {
             "step": steps,
-            "tokens": steps * config.train.batch_size * config.data.seq_len,
+            "tokens": steps * config.tokens_per_step,
             "train_loss": float(run.last["loss"]),
             "train_nll": float(run.last["nll"]),
             "validation_perplexity": validation.perplexity,

@@ -102,7 +102,7 @@ class Speed:
     def __init__(self, config: Config):
         """Looks up the peak of the devices."""
         devices = jax.devices()
-        self.tokens_per_step = config.train.batch_size * config.data.seq_len
+        self.tokens_per_step = config.tokens_per_step
         self._flops_per_token, self._n_devices = training_flops_per_token(config), len(devices)
         self._peak = peak_flops_per_device(devices)
         if self._peak is None:

@@ -53,11 +53,15 @@ def make_model(config, change=lambda params: params):
 
 
 def plain_scores(model, context, continuation):
-    """By the definition: one pass over one text, unpadded and whole, in float64; `(log-likelihood, greedy)`."""
-    row = [*context, *continuation][-model.config.model.max_len - 1 :]
+    """By the definition: one pass over one text, whole, in float64; `(log-likelihood, greedy)`.
+
+    Zeros follow it, which a causal model doesn't see, so that few lengths are compiled.
+    """
+    row = [*context, *continuation][-model.config.model.max_len - 1 : -1]
     config = dataclasses.replace(model.config, mesh=MeshConfig())
-    logits = np.asarray(_logits(config)(jax.device_get(model.params), np.array([row[:-1]]))[0], np.float64)
-    logits = logits[len(logits) - len(continuation) :]
+    padded = np.array([row + [0] * (-len(row) % 16)])
+    logits = np.asarray(_logits(config)(jax.device_get(model.params), padded)[0], np.float64)
+    logits = logits[len(row) - len(continuation) : len(row)]
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     chosen = log_probs[np.arange(len(continuation)), list(continuation)]
     return chosen.sum(), bool((log_probs.argmax(axis=1) == list(continuation)).all())

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh
 from aoe_jax import CapacityLayer, RouterLayer
 from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.experts.balance import balance_loss
-from aoe_jax.experts.capacity import capacity_assignment, combine_tensor, dispatch_tensor, places_of_expert
+from aoe_jax.experts.capacity import capacity_assignment, combine_tensor, dispatch_tensor
+from aoe_jax.experts.selection.expert_choice import expert_capacity
 from aoe_jax.sharding import MESH_AXES
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 16, 8, 5
@@ -106,15 +107,15 @@ def test_first_choices_come_before_second_ones():
 @pytest.mark.parametrize(
     ("sizes", "factor", "want"),
     [
-        ((256, 8, 2), 1.0, 64),
-        ((256, 8, 2), 1.25, 80),
-        ((10, 8, 1), 1.0, 2),
-        ((16, 4, 2), 4.0, 16),
-        ((3, 64, 1), 0.1, 1),
+        ((256, 8), 2.0, 64),
+        ((256, 8), 2.5, 80),
+        ((10, 8), 1.0, 2),
+        ((16, 4), 8.0, 16),
+        ((3, 64), 0.1, 1),
     ],
 )
 def test_places_of_an_expert(sizes, factor, want):
-    assert places_of_expert(*sizes, factor) == want
+    assert expert_capacity(*sizes, factor) == want
 
 
 def values_and_gradients(layer, params, x):
@@ -145,7 +146,7 @@ def test_with_room_for_all_it_is_the_router(ragged, recompute, top_k, gate):
 def test_gradients_where_choices_are_dropped(x64):
     """Those of a sum over all experts with the weights of the choices that the loop finds placed."""
     layer, _, params, x = make(1.0)
-    _, dropped, placed = by_loop(params, x, 2, "chosen", places_of_expert(TOKENS, EXPERTS, 2, 1.0))
+    _, dropped, placed = by_loop(params, x, 2, "chosen", expert_capacity(TOKENS, EXPERTS, 2.0))
     assert dropped.sum() > 0
 
     def masked(params, x):
@@ -179,7 +180,7 @@ def test_padding_takes_no_place(x64):
     real = np.ones((GROUPS, TOKENS), bool)
     real[1, 3:7], real[2, :] = False, False
     y, stats = jax.jit(layer.apply)({"params": params}, x, jnp.asarray(real, float))
-    want, dropped, _ = by_loop(params, x, 2, "chosen", places_of_expert(TOKENS, EXPERTS, 2, 1.0), real)
+    want, dropped, _ = by_loop(params, x, 2, "chosen", expert_capacity(TOKENS, EXPERTS, 2.0), real)
     np.testing.assert_allclose(y, want, atol=1e-10)
     np.testing.assert_allclose(stats.dropped_share, dropped.sum() / (2 * real.sum()), atol=1e-12)
 
@@ -190,7 +191,7 @@ def test_a_selection_bias_moves_the_choice(x64):
         {"params": params}, x, routing_state={"selection_bias": jnp.array([0.0, 0, 0, 100, 0])}
     )[1]
     assert stats.load[3] == 1
-    np.testing.assert_allclose(stats.dropped_share, 1 - places_of_expert(TOKENS, EXPERTS, 1, 1.0) / TOKENS, atol=1e-12)
+    np.testing.assert_allclose(stats.dropped_share, 1 - expert_capacity(TOKENS, EXPERTS, 1.0) / TOKENS, atol=1e-12)
 
 
 def test_bfloat16():

@@ -63,11 +63,14 @@ def by_loops(rows, w_g, alpha, key):
     return total / n**2
 
 
+OF_LOOPS = jax.jit(jax.value_and_grad(by_loops, (0, 1)))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_formula_and_gradients(alpha):
     rows, w_g = normal(1, N, D), normal(2, N, D, WIDTH)
     got = jax.value_and_grad(loss_of, (0, 1))(rows, w_g, alpha, KEY)
-    want = jax.jit(jax.value_and_grad(by_loops, (0, 1)))(rows, w_g, alpha, KEY)
+    want = OF_LOOPS(rows, w_g, alpha, KEY)
     assert got[0] > 0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-10)

@@ -74,7 +74,10 @@ def fast_apply(layer, params, x):
 
 
 def assert_agree(layer, params, x, tolerance):
-    """Outputs, balance loss and Ent_conf; gradients of a random projection of them in parameters and tokens."""
+    """Outputs, balance loss and Ent_conf; gradients of a random projection of them in parameters and tokens.
+
+    Returns the gradients in parameters.
+    """
     cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
 
     @partial(jax.jit, static_argnums=0)
@@ -88,6 +91,7 @@ def assert_agree(layer, params, x, tolerance):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.abs(b).max()), 1.0)
         np.testing.assert_allclose(np.asarray(a, float) / scale, np.asarray(b, float) / scale, atol=tolerance)
+    return got[1]
 
 
 VARIANTS = {
@@ -167,7 +171,8 @@ def test_sparse_scoring_keeps_no_cache():
     sizes = {}
     for mode in ("dense", "sparse"):
         layer, params, x = make("aoe", 64, dtype="float32", n_experts=16, d_low=8, d_ffn=12, score_gradient=mode)
-        residuals = jax.tree.leaves(jax.vjp(lambda p, x, layer=layer: fast_apply(layer, p, x), params, x)[1])
+        pull_back = jax.eval_shape(lambda p, x, layer=layer: jax.vjp(partial(fast_apply, layer), p, x)[1], params, x)
+        residuals = jax.tree.leaves(pull_back)
         sizes[mode] = {a.shape for a in residuals if a.size >= 64 * 16 * 8}
     assert (64, 16, 8) in sizes["dense"] and not sizes["sparse"]
 
@@ -218,18 +223,19 @@ def test_bfloat16(kind):
     enough here that both choose the same experts."""
     layer, params, x = make(kind, dtype="bfloat16", n_tokens=24)
     exact = dataclasses.replace(layer, dtype=jnp.float32)
-    got = layer.apply({"params": params}, x)[0]
-    assert got.dtype == jnp.bfloat16
     to_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-    chosen = [layer.apply({"params": p}, t)[1].load for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))]
-    np.testing.assert_allclose(*chosen, atol=1e-6)
+    (got, stats), (_, of_exact) = (
+        jax.jit(layer.apply)({"params": p}, t) for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))
+    )
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(stats.load, of_exact.load, atol=1e-6)
 
     @partial(jax.jit, static_argnums=0)
     def gradient(layer, params, x):
         return jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum(), (0, 1))(params, x)
 
     got = (got, gradient(layer, params, x))
-    want = (reference_apply(exact, *to_float32)[0], gradient(exact, *to_float32))
+    want = (jax.jit(partial(reference_apply, exact))(*to_float32)[0], gradient(exact, *to_float32))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = float(jnp.abs(b).max())
         np.testing.assert_allclose(np.asarray(a, float) / scale, np.asarray(b) / scale, atol=TOLERANCE["bfloat16"])
@@ -248,9 +254,8 @@ def test_ties_go_to_the_lower_expert(x64, kind):
 def test_zero_tokens_have_finite_gradients(x64, variant):
     layer, params, x = make("aoe", **VARIANTS[variant])
     x = x.at[:7].set(0)
-    grads = jax.jit(jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1)))(params, x)
+    grads = assert_agree(layer, params, x, TOLERANCE["float64"])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    assert_agree(layer, params, x, TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -265,8 +270,7 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
         params["w_router"] = params["w_router"].at[0].set(jnp.array([0.0, 1, 0, 2, 0]))
     stats = jax.jit(layer.apply)({"params": params}, x)[1]
     np.testing.assert_allclose(stats.load, [0, top_k - 1, 0, 1, 0], atol=1e-12)
-    assert_agree(layer, params, x, TOLERANCE["float64"])
-    grads = jax.jit(jax.grad(lambda p: layer.apply({"params": p}, x)[0].sum()))(params)
+    grads = assert_agree(layer, params, x, TOLERANCE["float64"])
     for name in ("w_p", "w_o"):
         np.testing.assert_array_equal(grads[name][0], 0)
 
@@ -288,8 +292,8 @@ def test_one_expert_is_the_dense_layer(x64):
     layer, params, x = make("router", n_experts=1, top_k=1)
     dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=16), dtype=jnp.float64)
     dense_params = {name: params[name][0] for name in ("w_g", "w_p", "w_o")}
-    got = dense.apply({"params": dense_params}, x)[0]
-    np.testing.assert_allclose(got, layer.apply({"params": params}, x)[0], atol=1e-12)
+    got = jax.jit(dense.apply)({"params": dense_params}, x)[0]
+    np.testing.assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-12)
 
 
 def test_gate_pre_activations_start_with_equal_variance():
@@ -299,11 +303,11 @@ def test_gate_pre_activations_start_with_equal_variance():
     variances = {}
     for d_low in (8, 32, 96):
         config = ExpertsConfig(d_low=d_low, **settings)
-        p = AoELayer(config).init(jax.random.key(d_low), x)["params"]
+        p = jax.jit(AoELayer(config).init)(jax.random.key(d_low), x)["params"]
         variances[f"aoe r={d_low}"] = jnp.var(jnp.einsum("td,ndr,nrw->ntw", x, p["w_down"], p["w_up"]))
-    p = RouterLayer(ExpertsConfig(kind="router", **settings)).init(jax.random.key(1), x)["params"]
+    p = jax.jit(RouterLayer(ExpertsConfig(kind="router", **settings)).init)(jax.random.key(1), x)["params"]
     variances["router"] = jnp.var(jnp.einsum("td,ndf->ntf", x, p["w_g"]))
-    p = DenseLayer(ExpertsConfig(kind="dense", **settings)).init(jax.random.key(2), x)["params"]
+    p = jax.jit(DenseLayer(ExpertsConfig(kind="dense", **settings)).init)(jax.random.key(2), x)["params"]
     variances["dense"] = jnp.var(x @ p["w_g"])
     for name, variance in variances.items():
         assert abs(float(variance) - 1) < 0.05, (name, variances)
@@ -312,8 +316,8 @@ def test_gate_pre_activations_start_with_equal_variance():
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_leading_axes_are_tokens(kind):
     layer, params, x = make(kind, n_tokens=24, dtype="float32")
-    flat = layer.apply({"params": params}, x)[0]
-    shaped = layer.apply({"params": params}, x.reshape(2, 3, 4, -1))[0]
+    apply = jax.jit(layer.apply)
+    flat, shaped = (apply({"params": params}, tokens)[0] for tokens in (x, x.reshape(2, 3, 4, -1)))
     np.testing.assert_array_equal(shaped.reshape(24, -1), flat)
 
 

@@ -1,5 +1,7 @@
 """Causal attention in blocks of queries, against the attention of JAX: values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,6 @@ from aoe_jax.model.attention import (
     MIN_BLOCK,
     Attention,
     attend_to_cache,
-    causal_attention,
     causal_attention_and_peaks,
     concentration,
     rotary,
@@ -33,6 +34,11 @@ def library(q, k, v, segment_ids=None):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True).swapaxes(1, 2)
 
 
+def causal_attention(q, k, v, segment_ids=None):
+    return causal_attention_and_peaks(q, k, v, segment_ids)[0]
+
+
+@partial(jax.jit, static_argnums=0)
 def value_and_gradients(attention, args, cotangent, segment_ids):
     y, pull_back = jax.vjp(lambda *a: attention(*a, segment_ids), *args)
     return y, *pull_back(cotangent)

@@ -66,7 +66,7 @@ def expert_choice_among(scores, capacity_factor, token_weights, all_tokens, own)
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):
-    """Tokens that each expert takes under expert choice, `ceil(T capacity_factor / n)` and at most T."""
+    """Tokens that each expert has room for, `ceil(T capacity_factor / n)`; at most T, for none gets a token twice."""
     return min(n_tokens, -int(-n_tokens * capacity_factor // n_experts))
 
 
