@@ -29,8 +29,8 @@ def _arm(variant):
         "two passes": LAYERS[experts["kind"]].passes == 2,
         "not causal": not SELECTIONS[experts["selection"]].causal,
     }
-    of = "neither" if experts["kind"] == "uoe" else "AoE" if variant == name else "router"
-    label = f"{of}, {name.replace('_', ' ')}"
+    of = "AoE, " if variant == name else "router, "
+    label = "UoE-style" if experts["kind"] == "uoe" else of + name.replace("_", " ")
     if any(notes.values()):
         label += f" ({', '.join(note for note, holds in notes.items() if holds)})"
     return Arm(label, changes, reference="top_k_router" if variant not in (name, "top_k_router") else None)
