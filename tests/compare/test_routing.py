@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from aoe_jax.compare.routing import observed, overlap
+from aoe_jax.compare.routing_figures import coactivation
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.step import init_state, sequence_nll
@@ -33,3 +34,18 @@ def test_overlap_is_over_tokens_that_have_experts():
     np.testing.assert_array_equal(overlap(final, final), [1, 1])
     other = np.array([[[1, 0, 1], [0, 1, 0], [1, 1, 1]]] * 2, bool)
     np.testing.assert_array_equal(overlap(other, final), [0.25, 1])
+
+
+def test_coactivation_of_selections_without_a_fixed_number_of_experts():
+    """The first panel too, and with other numbers of experts beside it; chance is that of independent choices."""
+    load = np.array([0.5, 0.25, 0.5])
+    by_chance = np.outer(load, load) * (1 - np.eye(3)) + np.diag(load)
+    two_of_four = np.full((4, 4), 1 / 6) + np.eye(4) / 3  # chosen evenly: a pair has 1 / 6 of the tokens
+    entries = [
+        ("top-p", {"coactivation": [by_chance], "experts_per_token": None}),
+        ("top-k", {"coactivation": [two_of_four], "experts_per_token": 2}),
+    ]
+    figure = coactivation(entries)
+    for axes, n in zip(figure.axes, (3, 4), strict=False):
+        ratio = axes.images[0].get_array().filled(np.nan)
+        np.testing.assert_allclose(ratio[~np.eye(n, dtype=bool)], 1)
