@@ -1,4 +1,4 @@
-"""Starting JAX on several processes: a TPU pod, a Slurm job, or processes that are named one by one."""
+"""Starting JAX, also on several processes: a TPU pod, a Slurm job, or processes that are named one by one."""
 
 import hashlib
 import logging
@@ -29,6 +29,15 @@ def start():
     Raises:
       UserError: flags that don't belong together, no cluster where one was announced, or a process that doesn't join.
     """
+    _join()
+    import jax
+
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # Programs from the compilation cache have lost the order of their collectives there, and deadlock.
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _join():
     explicit = {"coordinator": _COORDINATOR.value, "processes": _PROCESSES.value, "process": _PROCESS.value}
     given = [name for name, value in explicit.items() if value is not None]
     if not given and not _DISTRIBUTED.value:

@@ -303,13 +303,15 @@ def sum_over_tokens(function, hidden, table, bias, targets, weights):
     """
 
     def local(devices, hidden, table, bias, targets, weights):
-        return devices.total(
-            function(*_projection(devices, hidden, table, bias), targets.reshape(-1), weights.reshape(-1))
-        )
+        sums = function(*_projection(devices, hidden, table, bias), targets.reshape(-1), weights.reshape(-1))
+        return jax.tree.map(lambda a: a[None], sums)
 
     table_spec = weight_specs({"embedding": table})["embedding"]
     in_specs = (token_spec(2, None), table_spec, PartitionSpec(), token_spec(2), token_spec(2))
-    return over_mesh(local, in_specs, PartitionSpec())(hidden, table, bias, targets, weights)
+    # Summed out here, for the derivative of `psum` in a `shard_map` is one more `psum`, of what all devices have alike.
+    # Nothing but the layers' loop would order it, and XLA:CPU starts it beside the collectives of that loop: a deadlock.
+    of_devices = over_mesh(local, in_specs, PartitionSpec(MESH_AXES))(hidden, table, bias, targets, weights)
+    return jax.tree.map(jnp.sum, of_devices)
 
 
 def on_each_token(function, hidden, table, bias, *values):

@@ -39,8 +39,8 @@ def test_gates_are_the_best_of_their_rank(tmp_path, d_low):
         u, s, v = np.linalg.svd(w, full_matrices=False)
         best = u[:, :d_low] * s[:d_low] @ v[:d_low]
         w_down, w_up = (new[name][layer, expert] for name in ("w_down", "w_up"))
-        np.testing.assert_allclose(w_down @ w_up, best, atol=2e-5)
-        np.testing.assert_allclose(w_up @ w_up.T, np.eye(d_low), atol=2e-5)
+        np.testing.assert_allclose(w_down @ w_up, best, atol=5e-5)
+        np.testing.assert_allclose(w_up @ w_up.T, np.eye(d_low), atol=5e-5)
         norms = np.linalg.norm(x @ w_down, axis=1), np.linalg.norm(x @ best, axis=1)
         np.testing.assert_allclose(*norms, rtol=1e-4)
         kept = report["energy_kept"]["layers"][layer]["experts"][expert]
