@@ -10,14 +10,12 @@ from tests.hasty import HASTY, xla_flags
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
+jax.config.update("jax_enable_compilation_cache", False)  # on several CPU devices, programs from the cache deadlock
 os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
 
 
 def pytest_configure(config):
-    """Keeps what processes compile that tests start, for all tests and later sessions, until `pytest --cache-clear`.
-
-    Not what is compiled here: on several CPU devices, programs from the cache deadlock.
-    """
+    """Keeps what the processes compile that tests start, for all tests and later sessions, until `pytest --cache-clear`."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
 
 
