@@ -33,8 +33,10 @@ def start():
     import jax
 
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # Programs from the compilation cache have lost the order of their collectives there, and deadlock.
+        # Programs from the cache have lost the order of their collectives there, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
+        if jax.config.jax_compilation_cache_dir:
+            logging.getLogger(__name__).warning("no compilation cache: on several CPU devices its programs deadlock")
 
 
 def _join():

@@ -60,12 +60,14 @@ def test_two_processes_train_as_one_does():
 
 
 def test_evaluation_on_other_devices_than_training(tmp_path):
-    """A run of four devices on one, and a run of one on eight, whose batches they don't divide."""
+    """A run of four devices on one, and a run of one on eight, whose batches they don't divide; these without a cache."""
     workdir = shutil.copytree(two_processes()[0], tmp_path / "run")
-    here = evaluated(workdir)
+    one, eight = tmp_path / "of_one", tmp_path / "of_eight"
+    here = evaluated(workdir, JAX_COMPILATION_CACHE_DIR=str(one))
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(finished_run(), elsewhere)
-    there = evaluated(elsewhere, XLA_FLAGS=xla_flags(8))
+    there = evaluated(elsewhere, JAX_COMPILATION_CACHE_DIR=str(eight), XLA_FLAGS=xla_flags(8))
+    assert any(one.glob("*")) and not any(eight.glob("*"))
     assert here["tokens"] == there["tokens"]
     np.testing.assert_allclose(here["nll"], there["nll"], rtol=1e-4)  # the same model, but for rounding
 
