@@ -5,6 +5,7 @@ its defaults where the method isn't chosen.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from aoe_jax.config.checks import require, require_choice, require_not_negative, require_positive
@@ -152,6 +153,7 @@ class RoutingFreeConfig(MethodConfig):
 
     def __post_init__(self):
         require_not_negative("routing_free", self, "threshold", "rate", "expert_share")
+        require(math.isfinite(self.bias), "routing_free.bias", self.bias, "must be finite")
         require(0 < self.multiplier <= 1, "routing_free.multiplier", self.multiplier, "must lie above 0, at most at 1")
         require(self.expert_share <= 1, "routing_free.expert_share", self.expert_share, "must lie between 0 and 1")
 

@@ -235,7 +235,10 @@ def _write(workdir, directory, model, config, params):
 
 def _say_what_is_new(model, method):
     if "selection_bias" in model.routing_state:
-        log.warning("the selection bias of loss-free balancing was made for the old experts: it starts at 0 again")
+        log.warning(
+            "the selection bias of loss-free balancing was made for the old experts: it starts at 0 again, and "
+            "balance.bias_rate=0 in the result, so give a rate when you train it"
+        )
     if model.config.experts.has_router and method != "greedy":
         log.warning("the router is drawn anew, so nll tells nothing before it is trained, see train.router_steps")
 

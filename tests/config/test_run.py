@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from fractions import Fraction
 
@@ -134,6 +135,7 @@ BAD = {
     "top_any.initial_experts=0": ("top_any", {"initial_experts": 0}, "or None"),
     "top_any.period_steps=500": ("top_any", {"period_steps": 500}, "idle_steps + record_steps = 600"),
     "top_any.loss_weight=0.1": ("top_any", {"loss_weight": 0.1}, "belongs to experts.selection='top_any'"),
+    "routing_free.bias=nan": ("routing_free", {"bias": math.nan}, "must be finite"),
     "routing_free.multiplier=0.0": ("routing_free", {"multiplier": 0.0}, "above 0"),
     "routing_free.expert_share=1.5": ("routing_free", {"expert_share": 1.5}, "between 0 and 1"),
 }

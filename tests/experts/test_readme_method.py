@@ -1,4 +1,4 @@
-"""The selection method that the README adds is what it says, in a layer and in a model."""
+"""The selection method that the README adds is what it says: in a layer, in training on a mesh, and token by token."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,12 @@ import pytest
 from aoe_jax import AoELayer
 from aoe_jax.config import ExpertsConfig
 from aoe_jax.config import experts as experts_config
+from aoe_jax.evaluation.generation import Generator, Sampling
 from aoe_jax.experts import reference
 from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
+from aoe_jax.training.step import init_state, make_train_step
+from tests.evaluation.models import make_config, make_model
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -57,3 +61,41 @@ def test_in_a_layer(added, ragged):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *map(function, (by_layer, by_loop))
         )
+
+
+def losses_of_training(config, n_devices):
+    mesh = make_mesh(config, jax.devices()[:n_devices])
+    tokens = np.random.default_rng(0).integers(0, 300, (8, 33)).astype(np.int32)
+    ones = np.ones((8, 32), np.int32)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": ones,
+        "weights": ones.astype(np.float32),
+    }
+    with jax.set_mesh(mesh):
+        state, step = jax.jit(lambda: init_state(config, 0))(), jax.jit(make_train_step(config))
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, put_batch(batch_sharding(mesh), batch))
+            losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_in_a_model(added, ragged, kind):
+    """Three steps on eight devices as on one; greedy decoding as by full passes."""
+    settings = {"experts__kind": kind, "experts__selection": "above_mean", "train__warmup_steps": 1}
+    alone = make_config(**settings, mesh__data=1)
+    found = losses_of_training(make_config(**settings, mesh__data=2, mesh__expert=4), 8)
+    np.testing.assert_allclose(found, losses_of_training(alone, 1), rtol=2e-5)
+    assert found[-1] < found[0]
+    model, prompts = make_model(alone), [[5, 6, 7], [9]]
+    apply, want = jax.jit(model.decoder.apply), []
+    for prompt in prompts:
+        row = list(prompt)
+        for _ in range(6):
+            logits = apply({"params": model.params}, np.array([row + [0] * (16 - len(row))], np.int32))[0]
+            row.append(int(logits[0, len(row) - 1].argmax()))
+        want.append(row[len(prompt) :])
+    assert Generator(model).generate(prompts, 6, sampling=Sampling(temperature=0.0), chunk=3) == want

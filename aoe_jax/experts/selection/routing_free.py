@@ -15,7 +15,7 @@ initialisation: norms start near the square root of d_low here. Of micro-batches
 logits in place of norms are this project's: they lie around 0, so few pairs are active from b = 0, and an expert that is
 never active has no gradient to come back by. b then has to start below 0.
 
-Causal: each token decides by itself, and lambda has no part in it. Costs nothing beside the experts.
+Causal: each token decides by itself, and lambda has no part in it. Costs n slots a token, in use or not.
 
 T tokens of the batch, t of this device, n experts, L layers, B sequences of S tokens.
 """

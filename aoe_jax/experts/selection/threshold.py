@@ -11,8 +11,8 @@ Faithful to the paper's text but for: no shared expert, no bound on the tokens o
 first threshold is that of the first batch. Of micro-batches (`train.accumulate`) each is a batch of its own: experts choose
 among its tokens in the warm-up, and thresholds move by the mean of the micro-batches' k-th largest scores. Norms are never
 negative, so their sigmoid is never below 1/2: `threshold.weights="relative"` takes that of the score less the threshold,
-this project's reading for AoE. No balance loss is needed. Costs, beside the experts, a top-k over the tokens of the batch
-for each expert, in training.
+this project's reading for AoE. No balance loss is needed. Costs a top-k over the tokens of the batch for each expert, in
+training, and n slots a token, in use or not.
 
 T tokens of the batch, t of this device, n experts, K = `experts.top_k`.
 """

@@ -24,7 +24,7 @@ around 0 like a cosine. There is no loss of columns, for there are none, and fla
 turning an expert's rank space changes them and nothing else. The Wdown of a new expert is of rank one, from R_S / ||R_S||
 to where the Wdown that the place held sends it, plus a tenth of that as noise, as large as the median of live experts.
 
-Causal: each token decides by itself. Costs, beside the experts, a product of columns.
+Causal: each token decides by itself. Costs n slots a token, in use or not.
 
 T tokens of the batch, t of this device, n places for experts, d model width, r low rank, L layers.
 """

@@ -257,6 +257,34 @@ def test_the_schedule(ragged, variant):
     assert found[0] < 1e-6  # of one column
 
 
+@pytest.mark.parametrize("variant", ["top_any", "top_any_router"])
+def test_who_never_fires_is_removed(ragged, variant):
+    """By a step of training; no token goes there afterwards, and the next expert that is added takes the place."""
+    config = config_of(variant, period_steps=2, idle_steps=1, record_steps=1, initial_experts=3)
+    step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
+    experts = state.params["layers"]["experts"]
+    thresholds = experts["firing_threshold"].at[:, 1].set(99.0)  # sigmoid 1: no score fires it
+    experts = experts | {"firing_threshold": thresholds.at[:, (0, 2)].set(-99.0)}  # and every token has another expert
+    state = state.replace(params=state.params | {"layers": state.params["layers"] | {"experts": experts}})
+    tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
+    ones = jnp.ones((4, 16))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones.astype(int), "weights": ones}
+    live, load = [], []
+    for number in range(6):
+        if number == 3:  # nobody takes a token any more, so that an expert is added
+            experts = state.params["layers"]["experts"]
+            experts = experts | {"firing_threshold": experts["firing_threshold"].at[:, (0, 2)].set(99.0)}
+            state = state.replace(params=state.params | {"layers": state.params["layers"] | {"experts": experts}})
+        state, metrics = step(state, batch)
+        live.append(state.routing_state["live"].tolist())
+        load.append(metrics["load"])
+    assert live[0] == [[1, 1, 1, 0]] * 2 and live[1] == live[2] == [[1, 0, 1, 0]] * 2
+    assert live[3] == [[1, 0, 0, 0]] * 2  # none fired: one is added, at the first free place
+    np.testing.assert_array_equal(jnp.stack(load[:3])[:, :, 1], 0)
+    np.testing.assert_array_equal(jnp.stack(load[:3])[:, :, (0, 2)], 1)
+    assert (load[4][:, 0] > 0).all()
+
+
 def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
     config = config_of("top_any_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1)
     step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
