@@ -55,7 +55,7 @@ def loss_curves(series, labels, styles, axis):
         points = [np.mean([r.validation.nll[r.validation.step == step][0] for r in results]) for step in validation]
         axes.plot(validation * cost, points, "o", markersize=3.5, color=styles[arm]["color"])
         every.extend(nll[len(nll) // 4 :])
-        ends.append((nll[-1], labels[arm], styles[arm]["color"]))
+        ends.append((nll[-1], labels[arm], styles[arm]))
     axes.set_xlim(left=min(line.get_xdata()[len(line.get_xdata()) // 12] for line in axes.lines[::2]))
     _log_x(axes)
     margin = 0.08 * (max(every) - min(every))
@@ -106,7 +106,7 @@ def scaling(points, fits, labels, styles, xlabel):
         low, high = fits[arm].band(line)
         axes.fill_between(line, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
         axes.plot(line, fits[arm](line), **styles[arm])
-        ends.append((means[int(xs.argmax())].value, labels[arm], styles[arm]["color"]))
+        ends.append((means[int(xs.argmax())].value, labels[arm], styles[arm]))
     _log_x(axes)
     axes.set(xlabel=xlabel, ylabel="validation nll, nats a token")
     _label_after_layout(figure, axes, ends)
@@ -115,14 +115,15 @@ def scaling(points, fits, labels, styles, xlabel):
 
 @drawn
 def differences(rows, labels, styles):
-    """Paired differences: a row an arm and size, with intervals. `rows`: `[(size, arm, Difference)]`."""
-    figure, ((axes,),) = style.new_figure(0.9 + 0.24 * len(rows))
-    for height, (_, arm, found) in enumerate(reversed(rows)):
+    """Paired differences with intervals, a row for each of `[(size, arm, what follows its label, Difference)]`."""
+    lines = sum(1 + behind.count("\n") for *_, behind, _ in rows)
+    figure, ((axes,),) = style.new_figure(0.9 + 0.09 * len(rows) + 0.15 * lines)
+    for height, (_, arm, _, found) in enumerate(reversed(rows)):
         reach = [[found.value - found.low], [found.high - found.value]] if np.isfinite(found.low) else None
         axes.errorbar([found.value], [height], xerr=reach, fmt="o", markersize=4, capsize=2, color=styles[arm]["color"])
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.axvline(0, color=style.INK, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{size}  {labels[arm]}" for size, arm, _ in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [f"{size}  {labels[arm]}{behind}" for size, arm, behind, _ in reversed(rows)])
     axes.set(xlabel="difference of nll, nats")
     axes.grid(axis="y", visible=False)
     return figure
@@ -158,6 +159,6 @@ def against_setting(panels, labels, styles, xlabel):
     rows[-1, 0].set_xlabel(xlabel)
     figure.draw_without_rendering()
     for axes, (_, _, lines) in zip(rows[:, 0], panels, strict=True):
-        ends = [(points[-1][1], labels[arm], styles[arm]["color"]) for arm, points in lines.items()]
+        ends = [(points[-1][1], labels[arm], styles[arm]) for arm, points in lines.items()]
         style.label_ends(axes, ends)
     return figure

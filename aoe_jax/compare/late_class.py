@@ -215,7 +215,11 @@ def draw(figures, setting):
         column[0].text(2, 0.03, "unseen", ha="center", fontsize=8, color="white")
     for row in axes:
         row[0].set_ylabel("share of a class")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    handles, words = axes[0, 0].get_legend_handles_labels()
+    order = sorted(range(len(words)), key=lambda i: words[i].startswith("the same"))  # after what it is the same as
+    figure.legend(
+        [handles[i] for i in order], [words[i] for i in order], loc="outside lower center", ncols=3, frameon=False
+    )
     figure.suptitle(
         f"Two experts, top-1: {len(shares)} seeds, d={setting.d_model}, {setting.steps} steps a stage", fontsize=11
     )

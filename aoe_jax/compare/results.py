@@ -182,6 +182,7 @@ def routing_rows(results):
             for layer in range(len(checkpoint["load"])):
                 row = {"size": result.run.size, "arm": result.run.arm, "seed": result.run.seed}
                 row |= {"step": checkpoint["step"], "layer": layer}
+                row["experts_per_token"] = sum(checkpoint["load"][layer])
                 yield row | {name: checkpoint[name][layer] for name in per_layer}
 
 

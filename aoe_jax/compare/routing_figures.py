@@ -8,7 +8,8 @@ import numpy as np
 from aoe_jax.compare import style
 from aoe_jax.compare.figures import drawn
 
-MAX_LAYERS = 4  # of which norms and co-activation are drawn
+MAX_LAYERS = 4  # of which norms are drawn
+MAX_KEY = 16  # experts that are told apart by a key
 
 
 @drawn
@@ -36,16 +37,17 @@ def load_heatmaps(entries):
     return figure
 
 
-def _some(n_layers):
+def some_layers(n_layers):
+    """Which layers `scores_through_training` draws."""
     return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
 
 
 @drawn
-def scores_through_training(routing, what):
-    """The mean norm (or logit) of every expert at each checkpoint, a panel a layer (the paper's Fig. 4)."""
+def scores_through_training(routing, what, label):
+    """The mean norm (or logit) of every expert at each checkpoint of an arm, a panel a layer (the paper's Fig. 4)."""
     steps = [checkpoint["step"] for checkpoint in routing["checkpoints"]]
     scores = np.array([checkpoint["mean_score"] for checkpoint in routing["checkpoints"]])  # [checkpoints, L, n]
-    layers = _some(scores.shape[1])
+    layers = some_layers(scores.shape[1])
     figure, panels = style.new_figure(0.6 + 1.35 * len(layers), len(layers), 1, sharex=True)
     for axes, layer in zip(panels[:, 0], layers, strict=True):
         for expert in range(scores.shape[2]):
@@ -57,6 +59,10 @@ def scores_through_training(routing, what):
         axes.set_title(f"layer {layer}", loc="left", fontsize=8)
         axes.set_ylabel(f"mean {what}")
     panels[-1, 0].set_xlabel("step")
+    figure.suptitle(label, x=0.02, ha="left", fontsize=9)
+    if scores.shape[2] <= MAX_KEY:
+        options = {"title": "expert", "title_fontsize": 8, "fontsize": 8, "frameon": False, "handlelength": 1.6}
+        figure.legend(panels[0, 0].lines, range(scores.shape[2]), loc="outside right upper", **options)
     return figure
 
 
@@ -78,7 +84,7 @@ def through_training(runs, labels, styles, name, ylabel):
         kept = [[c for c in routing["checkpoints"] if c["step"] in steps] for routing in routings]
         values = np.mean([[np.mean(c[name]) for c in checkpoints] for checkpoints in kept], axis=0)
         axes.plot(100 * steps / steps[-1], values, marker="o", markersize=3, **styles[arm])
-        ends.append((values[-1], labels[arm], styles[arm]["color"]))
+        ends.append((values[-1], labels[arm], styles[arm]))
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
     if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
         axes.set_ylim(0, 1)
@@ -109,5 +115,7 @@ def coactivation(entries):
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
-    figure.colorbar(image, ax=list(panels.flat), location="bottom", shrink=0.7, label="times as often as by chance")
+    figure.colorbar(
+        image, ax=list(panels.flat), location="bottom", shrink=0.7, label="times as often as by chance", extend="max"
+    )
     return figure

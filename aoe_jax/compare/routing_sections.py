@@ -64,7 +64,8 @@ def balance(c: Comparison):
         f"the validation split: {math.log(n):.3f} in perfect balance of {n} experts."
     )
     head = ["size and kind", "balanced by", "Ent_load", "validation nll", "difference of nll [95% interval]"]
-    return [Heading(2, "Balance of load"), Text(text), Table(head, rows), Points(sentences)]
+    blocks = [Heading(2, "Balance of load"), Text(text), Table(head, rows)]
+    return [*blocks, Points(sentences)] if sentences else blocks
 
 
 def load(c: Comparison):
@@ -93,8 +94,11 @@ def load(c: Comparison):
     for arm, routing in first.items():
         what = LAYERS[routing["kind"]].score_name.removeprefix("mean_")
         if len(routing["checkpoints"]) > 1:
-            picture = routing_figures.scores_through_training(routing, what)
-            caption = f"{c.labels[arm]}, {size}, first seed: mean {what} of every expert at the kept checkpoints."
+            picture = routing_figures.scores_through_training(routing, what, c.labels[arm])
+            n_layers = len(routing["checkpoints"][-1]["load"])
+            layers = routing_figures.some_layers(n_layers)
+            caption = f"{c.labels[arm]}, {size}, first seed: mean {what} of every expert at the kept checkpoints"
+            caption += "." if len(layers) == n_layers else f"; layers {', '.join(map(str, layers))} of {n_layers}."
             pictures.append(Picture(f"scores_{arm}", picture, caption))
     return [Heading(2, "Load, and norms of experts"), Pictures(pictures)]
 
@@ -137,6 +141,10 @@ def health(c: Comparison, styles):
         text += " Choices of experts with a capacity are those before anything is dropped."
     if "uoe" in kinds:
         text += " Of UoE-style experts the oracle has those neurons that don't route."
+    kind_of = {arm: c.suite.config(size_, arm, 0).experts.kind for size_ in c.sizes() for arm in c.series(size_)}
+    aside = [c.labels[arm] for arm, kind in kind_of.items() if kind != "dense" and not LAYERS[kind].selects]
+    if aside:
+        text += f" Without a row, for no token's scores choose experts there: {'; '.join(aside)}."
     head = "arm|experts a token|Ent_conf|max violation|dead experts, all layers|settled, first|settled, half"
     head += "|oracle agreement|distance chosen/oracle/any"
     names = {

@@ -94,7 +94,9 @@ def losses(c: Comparison, styles):
             if not base and found.n:
                 # Beside a dense model the others would be hard to tell apart.
                 if results[0].run.config.experts.kind != "dense":
-                    drawn.append((size, arm, found))
+                    reference = c.reference(arm)
+                    behind = "" if reference == c.suite.baseline else f"\n(to {c.labels[reference]})"
+                    drawn.append((size, arm, behind, found))
                 sentences.append(in_words(c, size, arm))
     head = ["arm", "seeds", "validation nll", "bits a byte", f"difference to {c.baseline_label} [95% interval]"]
     text = (
@@ -104,9 +106,10 @@ def losses(c: Comparison, styles):
     )
     blocks = [Heading(2, "Final validation loss"), Text(text), Points(sentences), Table(head, rows)]
     if drawn:
-        to = " or ".join(dict.fromkeys(c.labels[c.reference(arm)] for _, arm, _ in drawn))
         picture = figures.differences(drawn, c.labels, styles)
-        caption = f"Difference of validation nll to {to}, with 95% intervals; left of 0 is a lower loss."
+        caption = f"Difference of validation nll to {c.baseline_label}"
+        caption += ", or to what a row names," if any(behind for *_, behind, _ in drawn) else ""
+        caption += " with 95% intervals; left of 0 is a lower loss."
         if any(r.run.config.experts.kind == "dense" for r in c.results):
             caption += " Dense models: see the table."
         blocks.append(Picture("differences", picture, caption))

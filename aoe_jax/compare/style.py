@@ -8,6 +8,7 @@ import re
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours for all kinds of colour vision, without yellow, which is pale on white, and black, on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -35,6 +36,7 @@ SETTINGS = {
     "grid.alpha": 0.12,
     "axes.grid": True,
     "lines.linewidth": 1.6,
+    "figure.constrained_layout.w_pad": 0.08,  # inches: in a PNG text may be a little wider than it was when it was laid out
 }
 
 
@@ -67,7 +69,7 @@ def label_ends(axes, ends):
 
     Args:
       axes: with its limits set by all that is drawn, and laid out.
-      ends: `[(y, text, colour)]`.
+      ends: `[(y, text, style)]`, the style as in `style_of`: a piece of the line lies before the text.
     """
     room = LABEL_HEIGHT * axes.figure.dpi / axes.get_window_extent().height  # of a label, as a share of the height
     low, high = axes.get_ylim()
@@ -75,7 +77,12 @@ def label_ends(axes, ends):
     transform = axes.transData + axes.transAxes.inverted()
     x = axes.get_xlim()[1]
     places = sorted(
-        (float(transform.transform((x, y))[1]), text, colour) for y, text, colour in ends if low <= y <= high or log
+        (
+            (float(transform.transform((x, y))[1]), text, line_style)
+            for y, text, line_style in ends
+            if low <= y <= high or log
+        ),
+        key=lambda place: place[:2],
     )
     heights = []
     for place, *_ in places:
@@ -84,18 +91,15 @@ def label_ends(axes, ends):
     for i in reversed(range(len(heights))):  # down again, no further than they must be
         heights[i] = min(heights[i], limit)
         limit = heights[i] - room
-    for (place, text, colour), height in zip(places, heights, strict=True):
-        axes.annotate(
-            text,
-            (1, place),
-            (1.03, height),
-            xycoords="axes fraction",
-            color=colour,
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)},
+    inch = 1 / (axes.get_window_extent().width / axes.figure.dpi)
+    start, end = 1 + 0.1 * inch, 1 + 0.4 * inch
+    for (place, text, line_style), height in zip(places, heights, strict=True):
+        options = {"transform": axes.transAxes, "clip_on": False, "color": line_style["color"]}
+        axes.add_line(Line2D((1, start), (place, height), linewidth=0.6, **options))
+        axes.add_line(
+            Line2D((start, end), (height, height), linestyle=line_style["linestyle"], linewidth=1.2, **options)
         )
+        axes.text(end + 0.05 * inch, height, text, fontsize=8, va="center", **options)
 
 
 def render(figure):
@@ -112,7 +116,7 @@ def svg_for_page(svg):
     """SVG to put into an HTML page: text in the colour of the page, no numbered ids to clash, as wide as there is room."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
-    svg = re.sub(r' id="[a-z_]+\d*_\d+"', "", svg)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     return re.sub(r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', r'\1 style="max-width:\2pt"', svg, count=1)
 
 

@@ -1,9 +1,12 @@
 """What is observed of the layers' choices; `routing.json` of real runs is tested in test_runs.py."""
 
+import itertools
+
 import jax
 import numpy as np
+import pytest
 
-from aoe_jax.compare.routing import observed, overlap
+from aoe_jax.compare.routing import observed, oracle_figures, overlap
 from aoe_jax.compare.routing_figures import coactivation
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.model.decoder import Decoder
@@ -27,6 +30,29 @@ def test_choices_are_those_before_anything_is_dropped():
     assert stats.dropped_share.min() > 0
     oracle = np.asarray(seen.oracle)
     assert (oracle[..., 2] <= oracle[..., 1] + 1e-6).all()  # the oracle comes nearest
+
+
+@pytest.mark.parametrize("gate", ["chosen", "all"])
+def test_the_oracle_by_trying_all_sets(gate):
+    rng = np.random.default_rng(0)
+    outputs, scores = rng.normal(size=(6, 4, 3)).astype(np.float32), rng.normal(size=(6, 4)).astype(np.float32)
+    chosen = scores > np.sort(scores, axis=1)[:, [1]]  # the best two, and of some tokens others
+    chosen[3:] = np.roll(chosen[3:], 1, axis=1)
+    found = np.asarray(oracle_figures(outputs, scores, chosen, 2, gate))
+    for token in range(6):
+        share = np.exp(scores[token]) / np.exp(scores[token]).sum()
+        target = share @ outputs[token]
+
+        def distance(members, token=token, share=share, target=target):
+            weights = np.where(np.isin(range(4), members), share, 0)
+            weights = weights if gate == "all" else weights / weights.sum()
+            return np.linalg.norm(weights @ outputs[token] - target) / np.linalg.norm(target)
+
+        of_sets = {members: distance(members) for members in itertools.combinations(range(4), 2)}
+        best, own = min(of_sets, key=of_sets.get), tuple(np.flatnonzero(chosen[token]))
+        want = [len({*best} & {*own}) / 2, of_sets[own], of_sets[best], np.mean(list(of_sets.values()))]
+        np.testing.assert_allclose(found[token], want, rtol=1e-4)
+    assert len(set(found[:, 0])) > 1
 
 
 def test_overlap_is_over_tokens_that_have_experts():
