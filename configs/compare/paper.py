@@ -21,6 +21,9 @@ from configs import paper
 
 UNMATCHED = ("moe_aux_large_router",)  # the router's n r d parameters, 2.6% of all, come on top
 
+# The arms without L_aux are held against each other, those with top-p too.
+REFERENCES = {"aoe_top_p": "moe_top_p"} | {f"aoe_r{rank}": "moe" for rank in paper.RANKS}
+
 
 def _changes(variant):
     merged = {}  # but for what makes a model large, which is of the size
@@ -36,6 +39,11 @@ def _aoe_of_both_sizes(config):
     return _changes("aoe_4b" if is_large else "aoe_r256_aux")
 
 
+def _arm(variant):
+    label = variant.replace("_", " ")
+    return Arm(label, _changes(variant), matched=variant not in UNMATCHED, reference=REFERENCES.get(variant))
+
+
 def get_suite():
     small = tuple(variant for variant in paper.VARIANTS if not variant.endswith("_4b"))
     base = paper.get_config("moe")
@@ -43,7 +51,7 @@ def get_suite():
     return Suite(
         name="paper",
         base=base,
-        arms={variant: Arm(variant.replace("_", " "), _changes(variant), variant not in UNMATCHED) for variant in small}
+        arms={variant: _arm(variant) for variant in small}
         | {"aoe_r256_aux": Arm("aoe r256 aux (4B: r400)", _aoe_of_both_sizes)},
         sizes={
             "732M": Size({}, seeds=1, arms=small),
