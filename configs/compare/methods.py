@@ -8,6 +8,7 @@ twice the FLOPs of attention (thor, which passes every batch twice).
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
+from aoe_jax.compare.sweep import Sweep
 from aoe_jax.config import UNSELECTIVE_KINDS
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
@@ -45,4 +46,6 @@ def get_suite():
         arms={variant: _arm(variant) for variant in methods.VARIANTS},
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",
+        # What to hold a method's step against that has another number of experts a token.
+        throughput={"chosen": Sweep("experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router"))},
     )
