@@ -186,6 +186,9 @@ def test_mistakes_in_settings(settings, message):
         ({"experts__selection": "threshold"}, {}, "selection='threshold': --contrast isn't tried with it"),
         ({"experts__kind": "dense"}, {}, "kind='dense': --contrast takes the experts of a token by the ranks"),
         ({"experts__kind": "capacity"}, {}, "kind='capacity': --contrast takes the experts of a token by the ranks"),
+        ({"experts__kind": "uoe"}, {}, "kind='uoe': --contrast takes the experts of a token by the ranks"),
+        ({"experts__kind": "thor"}, {}, "kind='thor': --contrast takes the experts of a token by the ranks"),
+        ({"experts__kind": "smear", "smear__segment": 8}, {}, "kind='smear': --contrast takes the experts of a token"),
     ],
 )
 def test_what_cant_be_contrasted(experts, settings, message):

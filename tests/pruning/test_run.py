@@ -15,6 +15,10 @@ LARGE = {"experts__kind": "router", "experts__large_router": True}
 REFUSED = {
     "dense": ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
     "expert choice": ({"experts__selection": "expert_choice"}, 2, "every expert takes equally many tokens"),
+    "threshold": ({"experts__selection": "threshold"}, 2, "selection='threshold': pruning isn't implemented for them"),
+    "smear": ({"experts__kind": "smear", "smear__segment": 8}, 2, "has experts.kind='smear' and selection='top_k'"),
+    "thor": ({"experts__kind": "thor"}, 2, "has experts.kind='thor' and selection='top_k': pruning isn't implemented"),
+    "uoe": ({"experts__kind": "uoe"}, 2, "has experts.kind='uoe' and selection='top_k': pruning isn't implemented"),
     "large router": (LARGE, 2, "the width of a large router goes by its experts"),
     "fewer than chosen": ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),
     "as many": ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
