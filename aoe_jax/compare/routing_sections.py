@@ -137,10 +137,7 @@ def health(c: Comparison, styles):
         "length, are those of the chosen, of the oracle's, and of any K."
     )
     kinds = {routings[0]["kind"] for size_ in c.sizes() for routings in _routed(c, size_).values()}
-    if "capacity" in kinds:
-        text += " Choices of experts with a capacity are those before anything is dropped."
-    if "uoe" in kinds:
-        text += " Of UoE-style experts the oracle has those neurons that don't route."
+    text += "".join(f" {LAYERS[kind].routing_note}" for kind in sorted(kinds) if LAYERS[kind].routing_note)
     kind_of = {arm: c.suite.config(size_, arm, 0).experts.kind for size_ in c.sizes() for arm in c.series(size_)}
     aside = [c.labels[arm] for arm, kind in kind_of.items() if kind != "dense" and not LAYERS[kind].selects]
     if aside:

@@ -94,6 +94,7 @@ class CapacityLayer(RouterLayer):
 
     not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
     padding_counts = True
+    routing_note = "Choices of experts with a capacity are those before anything is dropped."
 
     @staticmethod
     def in_words(experts):

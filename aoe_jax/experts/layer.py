@@ -92,6 +92,7 @@ class ExpertsModule(nn.Module):
     # of the weight `consistency_weight` in the settings.
     passes: ClassVar[int] = 1
     score_name: ClassVar[str] = "mean_logit"  # what `LayerStats.mean_score` is
+    routing_note: ClassVar[str] = ""  # a sentence that a report of its choices needs beside it
     for_all_tokens: ClassVar[
         tuple
     ] = ()  # names of weights that every token uses; the others are those of single experts

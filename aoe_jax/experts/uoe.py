@@ -72,6 +72,7 @@ class UoELayer(ExpertsModule):
     """`experts.kind="uoe"`; its settings are `methods.UoEConfig` with `routing_neurons` filled in."""
 
     score_name = "mean_norm"
+    routing_note = "Of UoE-style experts the oracle has those neurons that don't route."
     for_all_tokens = ROUTING
 
     def weights(self, d):
