@@ -108,10 +108,13 @@ def alone(variant):
 MESHES = (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=2, fsdp=1, expert=2, tensor=2))
 
 
+def mesh_of(variant):
+    return MESHES[methods.VARIANTS.index(variant) % 2]
+
+
 def test_the_same_on_a_mesh(ragged, variant):
     """Eight devices along three axes, others for every other variant, give the losses, parameters and state of one."""
-    mesh = MESHES[methods.VARIANTS.index(variant) % 2]
-    config = dataclasses.replace(configuration(variant), mesh=mesh)
+    config = dataclasses.replace(configuration(variant), mesh=mesh_of(variant))
     _, first, (_, want), losses = alone(variant)
     run = Run(config, jax.devices())
     state, found = run.take(run.put(first), batches())
@@ -127,12 +130,16 @@ def test_the_same_on_a_mesh(ragged, variant):
 
 
 def test_resumed_bit_for_bit(ragged, tmp_path, variant):
-    """What is saved half-way goes on to the very end that it would have come to."""
+    """What is saved half-way goes on to the very end that it would have come to; and it goes to the devices of a mesh."""
     run, _, (half, want), losses = alone(variant)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     data = iter(grain.MapDataset.range(10).batch(2).to_iter_dataset())
     checkpoints.save(STEPS // 2, half, {"next_index": 0}, Progress(1.0, 2.0, True))
     checkpoints.close()
+    there = Run(dataclasses.replace(configuration(variant), mesh=mesh_of(variant)), jax.devices())
+    _, moved, _ = Checkpoints(tmp_path).restore_newest(there.abstract, data)
+    assert jax.tree.map(lambda a: a.sharding, moved) == there.shardings
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(moved), jax.device_get(half))
     _, state, _ = Checkpoints(tmp_path).restore_newest(run.abstract, data)
     state, found = run.take(state, list(batches())[STEPS // 2 :])
     assert found == losses[STEPS // 2 :]
