@@ -119,6 +119,11 @@ def oracle_figures(outputs, scores, chosen, k, gate):
     return jnp.stack([in_common, distance(chosen), of_sets.min(axis=0), of_sets.mean(axis=0)], axis=1)
 
 
+def max_violation(load, mean):
+    """The largest load over the mean, less 1; 0 in a layer in which no token has an expert: `[L, n]`, `[L]` -> `[L]`."""
+    return np.where(mean > 0, load.max(axis=1) / np.maximum(mean, 1e-9) - 1, 0)
+
+
 def overlap(chosen, final):
     """The mean share of a token's final experts that another model has chosen too: `[L, T, n]` bool twice -> `[L]`.
 
@@ -219,7 +224,7 @@ def _figures(step, figures, final):
         "load": load.tolist(),
         "load_entropy": load_entropy(load).tolist(),
         "confidence_entropy": stats.confidence_entropy.tolist(),
-        "max_violation": (load.max(axis=1) / np.maximum(mean_load(load, stats.live), 1e-9) - 1).tolist(),
+        "max_violation": max_violation(load, mean_load(load, stats.live)).tolist(),
         "dead_experts": dead_experts(load, stats.live).sum(axis=1).tolist(),
         "mean_score": stats.mean_score.tolist(),
         "overlap_with_final": overlap(figures["chosen"], final["chosen"]).tolist(),

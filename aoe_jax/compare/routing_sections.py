@@ -130,7 +130,7 @@ def health(c: Comparison, styles):
     routed = _routed(c, size)
     text = (
         f"Means over layers and seeds on the first {_tokens(c)} tokens of the validation split. Max violation: the largest "
-        "load over the mean load, less 1. Settled: the share of a token's final experts that the first kept checkpoint, and "
+        "load over the mean load, less 1 (0 where no token has an expert). Settled: the share of a token's final experts that the first kept checkpoint, and "
         "one at half of the training, if there is one, has chosen too. Oracle, on the first 64 tokens of a batch: the K "
         "experts whose weighted sum comes nearest to the mixture of all experts by the softmax over all scores; agreement "
         "is the share of the chosen among them (in brackets by chance), and the distances to that mixture, as shares of its "

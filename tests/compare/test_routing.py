@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.compare.routing import observed, oracle_figures, overlap
+from aoe_jax.compare.routing import max_violation, observed, oracle_figures, overlap
 from aoe_jax.compare.routing_figures import coactivation
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.model.decoder import Decoder
@@ -53,6 +53,11 @@ def test_the_oracle_by_trying_all_sets(gate):
         want = [len({*best} & {*own}) / 2, of_sets[own], of_sets[best], np.mean(list(of_sets.values()))]
         np.testing.assert_allclose(found[token], want, rtol=1e-4)
     assert len(set(found[:, 0])) > 1
+
+
+def test_a_layer_that_takes_no_token_violates_no_balance():
+    load = np.array([[0.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(max_violation(load, load.mean(axis=1)), [1, 0])
 
 
 def test_overlap_is_over_tokens_that_have_experts():

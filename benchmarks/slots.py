@@ -1,0 +1,85 @@
+"""What slots cost that aren't in use: top-k laid out as by selections that give a token any number of experts.
+
+`python -m benchmarks.slots [--models=tiny,small] [--repeats=15] [--json=FILE]`. Top-p, Expert Threshold, DynMoE and
+Routing-Free lay out n slots a token, and on AoE every norm of theirs carries a gradient. Here top-k does the same, with the
+experts and weights that it has anyway: a training step with K slots, with `score_gradient="dense"`, and with n slots.
+Random tokens; the arms of a kind are timed in turn.
+"""
+
+from unittest import mock
+
+import jax.numpy as jnp
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.errors import UserError
+from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.experts.selection.assignment import by_mask
+from aoe_jax.experts.selection.top_k import TopK
+from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from configs.compare.small import SMALLEST
+
+# Changes to configs/tiny.py; the smallest size of the comparisons.
+MODELS = {"tiny": {}, "small": SMALLEST | {"model": SMALLEST["model"] | {"vocab_size": 1024}}}
+DENSE = {"experts": {"score_gradient": "dense"}}
+
+_MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
+_REPEATS = flags.DEFINE_integer("repeats", 15, "timed steps of each arm", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+class AllSlots(TopK):
+    """Top-k with a slot for every token and expert."""
+
+    all_slots_used = False
+
+    def choose(self, experts, scores, given):
+        """As in `Selection`."""
+        choice = super().choose(experts, scores, given)
+        slots = choice.assignment
+        is_expert = slots.expert[:, None] == jnp.arange(experts.n_experts)
+        weight = jnp.where(is_expert, slots.weight[:, None], 0)
+        chosen, weight = (a.reshape(-1, experts.top_k, experts.n_experts).sum(axis=1) for a in (is_expert, weight))
+        return choice._replace(assignment=by_mask(chosen > 0, weight))
+
+
+def steps_of(model, kind):
+    """The arms, K slots first: name -> `RepeatedStep`."""
+    variant, changes = {"router": ("moe", {}), "aoe": ("aoe", DENSE)}[kind]
+    steps = {"K slots": RepeatedStep(configuration(variant, MODELS[model]))}
+    config = configuration(variant, MODELS[model], changes)
+    if changes:
+        steps["K slots, all norms' gradients"] = RepeatedStep(config)
+    with mock.patch.dict(SELECTIONS, top_k=AllSlots()):
+        steps["n slots"] = RepeatedStep(config)
+    return steps
+
+
+def main():
+    """Times and prints an arm a line."""
+    keep_freed_memory()
+    unknown = [name for name in _MODELS.value if name not in MODELS]
+    if unknown:
+        raise UserError(f"--models={unknown[0]} is unknown; choose of {', '.join(MODELS)}")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    figures = []
+    for model in _MODELS.value:
+        for kind in ("router", "aoe"):
+            steps = steps_of(model, kind)
+            seconds = medians(steps, _REPEATS.value)
+            for arm, step in steps.items():
+                memory = step.memory["temporary_bytes"] / steps["K slots"].memory["temporary_bytes"]
+                figure = {"model": model, "kind": kind, "arm": arm, "ms": 1e3 * seconds[arm]}
+                figure |= {"ratio": seconds[arm] / seconds["K slots"], "temp_ratio": memory}
+                figures.append(figure)
+                print(
+                    f"{model:>6} {kind:>6} {arm:>29}: {figure['ms']:6.1f} ms, {figure['ratio']:.2f}x, temporary memory "
+                    f"{memory:.2f}x",
+                    flush=True,
+                )
+    report(figures, _JSON.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
