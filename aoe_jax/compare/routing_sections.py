@@ -133,8 +133,8 @@ def health(c: Comparison, styles):
         "load over the mean load, less 1 (0 where no token has an expert). Settled: the share of a token's final experts "
         "that the first kept checkpoint, and one at half of the training, if there is one, has chosen too. Oracle, on the "
         "first 64 tokens of a batch: the K experts whose weighted sum comes nearest to the mixture of all experts by the "
-        "softmax over all scores; agreement is the share of the chosen among them (in brackets by chance), and the distances "
-        "to that mixture, as shares of its length, are those of the chosen, of the oracle's, and of any K."
+        "softmax over all scores; agreement is the share of the chosen among them (in brackets by chance); the distances to "
+        "that mixture, as shares of its length, are those of the chosen, of the oracle's, and of any K."
     )
     kinds = {routings[0]["kind"] for size_ in c.sizes() for routings in _routed(c, size_).values()}
     text += "".join(f" {LAYERS[kind].routing_note}" for kind in sorted(kinds) if LAYERS[kind].routing_note)
