@@ -7,7 +7,8 @@ Arms are the variants of `configs/paper.py`. Whether they fit a slice is what
     python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B --topology=v5e:16x16 \
         --set=mesh.fsdp=16 --set=train.accumulate=4
 
-print, for these two. A run keeps a checkpoint of every 2000 steps, which routing is followed through, and the newest three:
+print, for these two (`results/paper_plans.md`). A run keeps a checkpoint of every 2000 steps, which routing is followed
+through, and the newest three:
 13 in the end, of 9 GB each, or 48 GB at 4B.
 
 The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. On
