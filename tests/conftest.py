@@ -16,7 +16,8 @@ os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it 
 
 def pytest_configure(config):
     """Keeps what the processes compile that tests start, for all tests and later sessions, until `pytest --cache-clear`."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+    if hasattr(config, "cache"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
 
 
 @pytest.fixture
