@@ -216,10 +216,9 @@ def draw(figures, setting):
     for row in axes:
         row[0].set_ylabel("share of a class")
     handles, words = axes[0, 0].get_legend_handles_labels()
-    order = sorted(range(len(words)), key=lambda i: words[i].startswith("the same"))  # after what it is the same as
-    figure.legend(
-        [handles[i] for i in order], [words[i] for i in order], loc="outside lower center", ncols=3, frameon=False
-    )
+    # The points, which Matplotlib names first, come after the bars that they are the same as.
+    handles, words = handles[1:] + handles[:1], words[1:] + words[:1]
+    figure.legend(handles, words, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
         f"Two experts, top-1: {len(shares)} seeds, d={setting.d_model}, {setting.steps} steps a stage", fontsize=11
     )

@@ -8,8 +8,7 @@ Arms are the variants of `configs/paper.py`. Whether they fit a slice is what
         --set=mesh.fsdp=16 --set=train.accumulate=4
 
 print, for these two (`results/paper_plans.md`). A run keeps a checkpoint of every 2000 steps, which routing is followed
-through, and the newest three:
-13 in the end, of 9 GB each, or 48 GB at 4B.
+through, and the newest three: 13 in the end, of 9 GB each, or 48 GB at 4B.
 
 The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. On
 several hosts train each run by itself, `train.py --config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0

@@ -259,22 +259,25 @@ def test_the_schedule(ragged, variant):
 
 @pytest.mark.parametrize("variant", ["top_any", "top_any_router"])
 def test_who_never_fires_is_removed(ragged, variant):
-    """By a step of training; no token goes there afterwards, and the next expert that is added takes the place."""
+    """By a step of training, and no token goes there afterwards; where none fires, one is added at the first free place."""
+
+    def with_thresholds(state, places, value):
+        layers = state.params["layers"]
+        thresholds = layers["experts"]["firing_threshold"].at[:, places].set(value)
+        layers = layers | {"experts": layers["experts"] | {"firing_threshold": thresholds}}
+        return state.replace(params=state.params | {"layers": layers})
+
     config = config_of(variant, period_steps=2, idle_steps=1, record_steps=1, initial_experts=3)
     step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
-    experts = state.params["layers"]["experts"]
-    thresholds = experts["firing_threshold"].at[:, 1].set(99.0)  # sigmoid 1: no score fires it
-    experts = experts | {"firing_threshold": thresholds.at[:, (0, 2)].set(-99.0)}  # and every token has another expert
-    state = state.replace(params=state.params | {"layers": state.params["layers"] | {"experts": experts}})
+    # No score fires the second, and every token has other experts.
+    state = with_thresholds(with_thresholds(state, (1,), 99.0), (0, 2), -99.0)
     tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
     ones = jnp.ones((4, 16))
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones.astype(int), "weights": ones}
     live, load = [], []
     for number in range(6):
         if number == 3:  # nobody takes a token any more, so that an expert is added
-            experts = state.params["layers"]["experts"]
-            experts = experts | {"firing_threshold": experts["firing_threshold"].at[:, (0, 2)].set(99.0)}
-            state = state.replace(params=state.params | {"layers": state.params["layers"] | {"experts": experts}})
+            state = with_thresholds(state, (0, 2), 99.0)
         state, metrics = step(state, batch)
         live.append(state.routing_state["live"].tolist())
         load.append(metrics["load"])
