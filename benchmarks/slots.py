@@ -13,11 +13,10 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
-from aoe_jax.errors import UserError
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.experts.selection.assignment import by_mask
 from aoe_jax.experts.selection.top_k import TopK
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import check_models, configuration, keep_freed_memory, machine, medians, report
 from configs.compare.small import SMALLEST
 
 # Changes to configs/tiny.py; the smallest size of the comparisons.
@@ -59,9 +58,7 @@ def steps_of(model, kind):
 def main():
     """Times and prints an arm a line."""
     keep_freed_memory()
-    unknown = [name for name in _MODELS.value if name not in MODELS]
-    if unknown:
-        raise UserError(f"--models={unknown[0]} is unknown; choose of {', '.join(MODELS)}")
+    check_models(_MODELS.value, MODELS)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
     for model in _MODELS.value:

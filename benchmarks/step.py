@@ -11,8 +11,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import check_models, configuration, keep_freed_memory, machine, medians, report
 
 # Changes to configs/tiny.py; d_low is set by the ranks below, as a fraction of d_model.
 MODELS = {
@@ -40,9 +39,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 def main():
     """Times and prints one arm a line."""
     keep_freed_memory()
-    unknown = [name for name in _MODELS.value if name not in MODELS]
-    if unknown:
-        raise UserError(f"--models={unknown[0]} is unknown; choose of {', '.join(MODELS)}")
+    check_models(_MODELS.value, MODELS)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
     for name in _MODELS.value:

@@ -61,6 +61,13 @@ def configuration(variant, *changes):
     return Config.from_config_dict(config)
 
 
+def check_models(names, known):
+    """UserError, which says what there is, where one of `--models` isn't known."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"--models={name} is unknown; choose of {', '.join(known)}")
+
+
 def parse_sizes(shape, count, form):
     """The `count` sizes of a shape such as `4096x512`; UserError, which says the `form`, where it is none."""
     sizes = shape.split("x")

@@ -8,11 +8,7 @@ from aoe_jax.config import ExpertsConfig
 from aoe_jax.experts.selection.base import Given
 from aoe_jax.experts.selection.top_k import TopK
 from benchmarks.slots import AllSlots
-
-
-def dense_weights(assignment, n_tokens, n_experts):
-    padded = jnp.zeros((n_tokens, n_experts + 1)).at[assignment.token, assignment.expert].add(assignment.weight)
-    return padded[:, :n_experts]
+from tests.experts.test_selection import dense_weights
 
 
 def test_all_slots_hold_the_same_choice():
