@@ -8,14 +8,12 @@ Random tokens; the arms of a kind are timed in turn.
 
 from unittest import mock
 
-import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.experts.selection import SELECTIONS
-from aoe_jax.experts.selection.assignment import by_mask
-from aoe_jax.experts.selection.top_k import TopK
+from benchmarks.all_slots import AllSlots
 from benchmarks.timing import check_models, configuration, keep_freed_memory, machine, medians, report
 from configs.compare.small import SMALLEST
 
@@ -26,21 +24,6 @@ DENSE = {"experts": {"score_gradient": "dense"}}
 _MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "timed steps of each arm", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
-
-class AllSlots(TopK):
-    """Top-k with a slot for every token and expert."""
-
-    all_slots_used = False
-
-    def choose(self, experts, scores, given):
-        """As in `Selection`."""
-        choice = super().choose(experts, scores, given)
-        slots = choice.assignment
-        is_expert = slots.expert[:, None] == jnp.arange(experts.n_experts)
-        weight = jnp.where(is_expert, slots.weight[:, None], 0)
-        chosen, weight = (a.reshape(-1, experts.top_k, experts.n_experts).sum(axis=1) for a in (is_expert, weight))
-        return choice._replace(assignment=by_mask(chosen > 0, weight))
 
 
 def steps_of(model, kind):

@@ -7,7 +7,7 @@ import numpy as np
 from aoe_jax.config import ExpertsConfig
 from aoe_jax.experts.selection.base import Given
 from aoe_jax.experts.selection.top_k import TopK
-from benchmarks.slots import AllSlots
+from benchmarks.all_slots import AllSlots
 from tests.experts.test_selection import dense_weights
 
 
