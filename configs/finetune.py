@@ -6,7 +6,7 @@ was exported from one. Corpus, steps, learning rate, and the balance of a model 
 
 from pathlib import Path
 
-from aoe_jax.config import default_config
+from aoe_jax.config import ExpertsConfig, default_config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import read_config
@@ -25,7 +25,7 @@ def get_config(directory=None):
     if model.method_name:
         config[model.method_name].update(found[model.method_name])
     if config.experts.gate == "sparsemixer":  # for models that are trained already
-        config.experts.gate = "chosen"
+        config.experts.update(gate="chosen", router_jitter=ExpertsConfig.router_jitter)
     tokenizer = saved_tokenizer(directory)
     config.data.update(seq_len=found["data"]["seq_len"], tokenizer=str(tokenizer) if tokenizer.exists() else None)
     config.train.update(init_from=str(directory), learning_rate=1e-4, final_learning_rate=1e-5)

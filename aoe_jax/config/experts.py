@@ -1,5 +1,6 @@
 """The group `experts`, and Eq. 5."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -55,6 +56,11 @@ class ExpertsConfig:
             self.top_k,
             f"can't be greater than experts.n_experts={self.n_experts}",
         )
+        for name, (has_say, owner) in _fields_of_some(self.kind, self.selection, self.gate).items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            require(
+                has_say or value == default, f"experts.{name}", value, f"belongs to {owner}; leave it at {default!r}"
+            )
         self._check_ranks()
         require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
         require(
@@ -160,11 +166,14 @@ class ExpertsConfig:
             "experts.d_wide",
         )
 
+    def choosing(self, **changes):
+        """With changes to how experts are chosen; fields that have no say in it any more are at their defaults."""
+        of_choice = (changes.get(name, getattr(self, name)) for name in ("kind", "selection", "gate"))
+        idle = [name for name, (has_say, _) in _fields_of_some(*of_choice).items() if not has_say]
+        return dataclasses.replace(self, **{name: getattr(type(self), name) for name in idle} | changes)
+
     def _check_ranks(self):
         if self.selection != "ranked":
-            require(
-                self.ranks == (), "experts.ranks", self.ranks, "belongs to experts.selection='ranked'; leave it at ()"
-            )
             return
         require(
             len(set(self.ranks)) == len(self.ranks) == self.top_k
@@ -210,6 +219,19 @@ class ExpertsConfig:
     def large_router_width(self, d_model):
         """Hidden width of the large router, so that it has about `n r d` parameters."""
         return max(1, round(self.n_experts * self.d_low * d_model / (d_model + self.n_experts)))
+
+
+def _fields_of_some(kind, selection, gate):
+    """field -> whether it has a say, and what it belongs to: fields that few choices go by."""
+    return {
+        "ranks": (selection == "ranked", "experts.selection='ranked'"),
+        "top_p": (selection == "top_p", "experts.selection='top_p'"),
+        "capacity_factor": (
+            selection == "expert_choice" or kind == "capacity",
+            "experts.selection='expert_choice' and experts.kind='capacity'",
+        ),
+        "router_jitter": (gate == "sparsemixer", "experts.gate='sparsemixer'"),
+    }
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):

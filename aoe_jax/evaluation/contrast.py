@@ -84,7 +84,7 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
                 "out, for the model's own choice"
             )
         strong = dataclasses.replace(experts, top_k=contrast.strong_k)
-    weak = dataclasses.replace(experts, selection="ranked", ranks=(contrast.weak_rank - 1,), top_k=1, gate="chosen")
+    weak = experts.choosing(selection="ranked", ranks=(contrast.weak_rank - 1,), top_k=1, gate="chosen")
     return decoder.clone(experts=strong), decoder.clone(experts=weak)
 
 

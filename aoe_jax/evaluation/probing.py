@@ -63,7 +63,7 @@ def probed(decoder: Decoder, choose, equal_weights=False):
 
     Probed.Layer = Layer
     # The model's way of weighing the chosen is dropped with the router, and so is what balances its loads.
-    experts = dataclasses.replace(decoder.experts, gate="chosen")
+    experts = decoder.experts.choosing(gate="chosen")
     balance = dataclasses.replace(decoder.balance, aux_tokens=1.0)
     return Probed(decoder.model, experts, balance, decoder.transport)
 

@@ -86,8 +86,7 @@ def _converted(config: Config, checkpoint, d_low):
     if d_low >= d_model or d_low > experts.d_ffn:
         wanted = f"must be below d_model={d_model} and at most the width {experts.d_ffn} of an expert"
         raise UserError(f"--d_low={d_low}: {wanted}")
-    experts = dataclasses.replace(
-        experts,
+    experts = experts.choosing(
         kind="aoe",
         d_low=d_low,
         d_wide=experts.d_ffn,

@@ -70,7 +70,10 @@ BAD = {
     "experts.ranks=(0, True)": ("experts", {"selection": "ranked", "ranks": (0, True)}, "whole numbers"),
     "experts.gate='some'": ("experts", {"gate": "some"}, "chosen, all"),
     "experts.gate='all'": ("experts", {"gate": "all", "selection": "top_p"}, "top_k"),
-    "experts.top_p=1.0": ("experts", {"top_p": 1.0}, "between 0 and 1"),
+    "experts.top_p=1.0": ("experts", {"top_p": 1.0, "selection": "top_p"}, "between 0 and 1"),
+    "experts.top_p=0.5": ("experts", {"top_p": 0.5}, "belongs to experts.selection='top_p'; leave it at 0.6"),
+    "experts.capacity_factor=1.0": ("experts", {"capacity_factor": 1.0}, "experts.kind='capacity'; leave it at 2.0"),
+    "experts.router_jitter=0.2": ("experts", {"router_jitter": 0.2}, "experts.gate='sparsemixer'; leave it at 0.01"),
     "experts.capacity_factor=9.0": ("experts", {"capacity_factor": 9.0, "selection": "expert_choice"}, "n_experts=8"),
     "experts.capacity_factor=0.0": ("experts", {"capacity_factor": 0.0, "kind": "capacity"}, "n_experts=8"),
     "experts.selection='expert_choice'": ("experts", {"selection": "expert_choice", "kind": "capacity"}, "'top_k'"),
@@ -287,6 +290,15 @@ SMEAR, THOR = ({"experts": {"kind": kind}, "balance": {"aux_weight": 0.0}} for k
 def test_settings_that_do_not_fit_together(groups, message):
     with pytest.raises(UserError, match=message):
         Config.from_config_dict(groups)
+
+
+def test_another_choice_keeps_nothing_that_has_no_say_in_it():
+    top_p, phi = ExpertsConfig(selection="top_p", top_p=0.5), ExpertsConfig(gate="sparsemixer", router_jitter=0.2)
+    assert top_p.choosing(d_low=4) == ExpertsConfig(selection="top_p", top_p=0.5, d_low=4)
+    ranked = ExpertsConfig(selection="ranked", ranks=(3,), top_k=1)
+    assert top_p.choosing(selection="ranked", ranks=(3,), top_k=1) == ranked
+    assert phi.choosing(selection="ranked", ranks=(3,), top_k=1, gate="chosen") == ranked
+    assert ranked.choosing(selection="top_k") == ExpertsConfig(top_k=1)
 
 
 def test_scoring_is_sparse_where_that_is_exact():

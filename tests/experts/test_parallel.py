@@ -224,7 +224,9 @@ def test_bfloat16(x64, shape, transport):
 
 def kept(shape, kind, transport="ring", recompute=False):
     """Shapes of what a layer keeps for the backward pass; what differs between the devices, of all eight."""
-    settings = KINDS[kind] | {"d_ffn": 24, "capacity_factor": 1.0}  # no array of tokens has the shape of a weight
+    settings = KINDS[kind] | {"d_ffn": 24}  # no array of tokens has the shape of a weight
+    if kind == "capacity":
+        settings |= {"capacity_factor": 1.0}
     layer, params, x, _ = make(settings, transport, recompute, dtype=jnp.float32)
     layer = dataclasses.replace(layer, balance=BalanceConfig(aux_weight=0.01))
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))

@@ -90,7 +90,7 @@ def test_rotary_factors_there_and_back():
 
 def test_what_does_not_matter_does_not_count():
     config = tiny_config(experts__kind="router")
-    experts = dataclasses.replace(config.experts, d_low=4, top_p=0.5, capacity_factor=1.0, router_jitter=0.2)
+    experts = dataclasses.replace(config.experts, d_low=4)
     model = dataclasses.replace(config.model, n_kv_heads=config.model.n_heads, unroll=2, dtype="bfloat16", max_len=128)
     other = dataclasses.replace(config, experts=experts, model=model)
     assert computed_fields(config) == computed_fields(other)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.sharding import fill_mesh, make_mesh
+from configs import finetune
 from tests.formats.hub import ARCHITECTURES, LAYOUTS, hub_models, logits_here
 from tests.runs import ROOT
 
@@ -63,6 +65,15 @@ def test_rope_fields_of_before_transformers_5(tmp_path):
     assert read_config(directory) == read_config(folders["per_expert"])
     assert read_config(directory).model.max_len == 32
     np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_goes_on_with_the_weights_of_the_model_or_of_the_chosen(architecture):
+    directory = hub_models()[architecture][0]["per_expert"]
+    config = Config.from_config_dict(finetune.get_config(str(directory)))
+    read = read_config(directory)
+    assert config.model == read.model
+    assert config.experts == (read.experts.choosing(gate="chosen") if architecture == "phimoe" else read.experts)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
