@@ -1,10 +1,16 @@
 """The section of the report on what a training step costs against settings of models."""
 
+import dataclasses
+import math
+
+import numpy as np
+
 from aoe_jax.compare import figures
 from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Table, Text
 from aoe_jax.compare.sweep import SWEPT
 from aoe_jax.compare.words import number
+from aoe_jax.counts import experts_per_token
 
 
 def throughput(c: Comparison, costs, styles):
@@ -23,6 +29,9 @@ def throughput(c: Comparison, costs, styles):
             blocks.append(Text(text.format(baseline=c.baseline_label) + c.not_matched))
             blocks.append(Pictures([_picture(c, name, costs[name], styles) for name in names]))
             blocks += [_table(c, name, costs[name]) for name in names]
+    for name in costs:
+        if c.suite.throughput[name].setting == "experts.top_k":
+            blocks += _at_equal_experts(c, costs[name])
     return [Heading(2, "Throughput against settings"), *blocks] if blocks else []
 
 
@@ -37,6 +46,57 @@ _TRACED = (
     "public peak figures of arithmetic, HBM and network allow (`python -m aoe_jax.plan`), of useful FLOPs; received bytes "
     "are those of the collectives in the program. Cells are speed and bytes received, both over those of {baseline}."
 )
+
+
+_EQUAL_EXPERTS = (
+    "Steps of the trained models over those of an arm of the sweep over K: the arm itself, or the one that its differences "
+    "are to. At equal experts: over a step of that arm with as many experts a token as the model has at the end of its "
+    "training (means over layers and seeds), by the ratios of the sweep, linear between its values; a dash beyond them."
+)
+
+
+def _at_equal_experts(c, by_arm):
+    """Steps against those of an arm with as many experts a token; nothing where the sweep is of none of the sizes."""
+    rows = []
+    for size in c.sizes():
+        for arm in c.series(size):
+            to = arm if arm in by_arm else c.reference(arm)
+            steps = _steps_by_experts(c, size, to, by_arm.get(to, ()))
+            if steps is None:
+                continue
+            seconds, per_token = (c.spread(size, arm, of).value for of in (lambda r: r.seconds_per_step, _experts_of))
+            if math.isnan(per_token):
+                continue
+            ratio = seconds / c.spread(size, to, lambda r: r.seconds_per_step).value
+            at_equal = ratio / steps(per_token)
+            cells = [f"{ratio:.2f}", f"{at_equal:.2f}" if math.isfinite(at_equal) else "-"]
+            rows.append([f"{size}: {c.labels[arm]}", f"{per_token:.2f}", c.labels[to], *cells])
+    if not rows:
+        return []
+    head = ["arm", "experts a token", "a step over that of", "as trained", "at equal experts"]
+    return [Heading(3, "Steps at equal experts a token"), Text(_EQUAL_EXPERTS), Table(head, rows)]
+
+
+def _experts_of(result):
+    """Experts a token of a trained model, mean over layers; None of a dense model, and where routing wasn't looked at."""
+    if result.routing:
+        return float(np.sum(result.routing["checkpoints"][-1]["load"], axis=1).mean())
+    config = result.run.config
+    return None if config.experts.kind == "dense" or config.experts.selects else experts_per_token(config)
+
+
+def _steps_by_experts(c, size, arm, costs):
+    """Experts a token -> seconds of a step of an arm over those it has at a size; None if the sweep is of another model."""
+    if not costs or not c.finished(size, arm):
+        return None
+    config = c.suite.config(size, arm, 0)
+    of_size = dataclasses.replace(costs[0].config.experts, top_k=config.experts.top_k)
+    seconds = {cost.x: cost.seconds for cost in costs}
+    if (costs[0].config.model, of_size) != (config.model, config.experts) or config.experts.top_k not in seconds:
+        return None
+    of_own = seconds[config.experts.top_k]
+    xs = sorted(seconds)
+    return lambda x: float(np.interp(x, xs, [seconds[x] / of_own for x in xs], left=math.nan, right=math.nan))
 
 
 def _quantities(c, name):

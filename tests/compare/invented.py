@@ -28,13 +28,16 @@ def size_at(flops, width, factor=1.0):
 def comparison(sizes, loss):
     """Of results whose nll is `loss(run)`."""
     suite = Suite("s", tiny.get_config(), ARMS, sizes, "moe")
+    return Comparison(suite, [invented_result(run, loss(run)) for run in suite.runs()])
+
+
+def invented_result(run, nll, seconds_per_step=1.0, routing=None):
+    """Of a finished run."""
     curve = Curve(np.array([1, 2]), np.array([6.0, 5.0]))
     nothing = {"timed_in_turn": True, "memory_bytes": 1.0, "load_entropy": math.nan, "dropped_share": math.nan}
-    results = [
-        Result(run, "finished", "", loss(run), 1.0, 1.0, train=curve, validation=curve, routing=None, **nothing)
-        for run in suite.runs()
-    ]
-    return Comparison(suite, results)
+    return Result(
+        run, "finished", "", nll, 1.0, seconds_per_step, train=curve, validation=curve, routing=routing, **nothing
+    )
 
 
 def active(run):

@@ -11,7 +11,7 @@ from aoe_jax.compare.analysis import Comparison
 from aoe_jax.compare.arms import DENSE, aoe, moe
 from aoe_jax.compare.document import to_markdown
 from aoe_jax.compare.sections import styles_of
-from aoe_jax.compare.suite import Arm, Suite, load_suite
+from aoe_jax.compare.suite import Arm, Size, Suite, load_suite
 from aoe_jax.compare.sweep import Sweep
 from aoe_jax.compare.throughput import measure_points, missing_points, read_costs, sweep_file
 from aoe_jax.compare.throughput_sections import throughput
@@ -19,6 +19,7 @@ from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 from configs import tiny
+from tests.compare.invented import invented_result
 from tests.compare.suites import write_suite
 from tests.hasty import xla_flags
 from tests.runs import ROOT, finish, start
@@ -141,6 +142,55 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     memory = float(of["aoe", "128"]["memory_bytes"]) / float(of["moe", "128"]["memory_bytes"])
     assert f"{ratio:.2f} / {memory:.2f} |" in markdown
     assert re.search(r"figures/throughput_tokens\.png", markdown) and (work / "figures/throughput_tokens.svg").exists()
+
+
+def test_steps_are_held_against_those_of_as_many_experts(tmp_path):
+    router = {"kind": "router"}
+    arms = ARMS | {
+        "few": Arm("few", {"experts": router | {"selection": "top_p"}}, reference="aoe"),
+        "many": Arm("many", {"experts": router | {"selection": "top_p", "top_p": 0.9}}),
+        "one": Arm("one", {"experts": {"kind": "thor"}, "balance": {"aux_weight": 0.0}}, matched=False),
+    }
+    sizes = {"same": Size(SMALL, seeds=2), "other": Size(SMALL | {"experts": {"d_ffn": 104}}, seeds=1)}
+    suite = suite_of(Sweep("experts.top_k", (1, 2, 4), SMALL, ("moe", "aoe")), arms=arms, sizes=sizes)
+    file, seconds = sweep_file(tmp_path, "it"), {"moe": {1: 1.0, 2: 1.5, 4: 2.5}, "aoe": {1: 1.0, 2: 2.0, 4: 4.0}}
+    file.parent.mkdir()
+    points = [
+        point | {"figures": {arm: {"seconds": of[point["value"]], "memory_bytes": 1.0} for arm, of in seconds.items()}}
+        for point in missing_points(suite, tmp_path, "it")
+    ]
+    write_json(file, {"points": points})
+
+    trained = {
+        "moe": (3.0, 2),
+        "aoe": (4.0, 2),
+        "dense": (1.0, None),
+        "few": (6.0, 3),
+        "many": (9.0, 5),
+        "one": (4.0, None),
+    }
+
+    def result(run):
+        per_step, chosen = trained[run.arm]
+        offset = run.seed - 0.5  # seeds and layers differ, their mean is `chosen`
+        load = chosen and [[chosen - 1 + offset, 0.5], [chosen - 0.5 + offset, 1]]
+        routing = load and {"checkpoints": [{"load": [[9, 9]]}, {"load": load}]}
+        return invented_result(run, 5.0, seconds_per_step=per_step, routing=routing)
+
+    found = Comparison(suite, [result(run) for run in suite.runs()])
+    text = to_markdown(throughput(found, {"it": read_costs(suite, tmp_path, "it")}, styles_of(found)), "figures")
+    rows = [
+        line for line in text.split("### Steps at equal experts a token")[1].splitlines() if line.startswith("| same")
+    ]
+    moe, aoe = ARMS["moe"].label, ARMS["aoe"].label
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
+        [f"same: {moe}", "2.00", moe, "1.00", "1.00"],
+        [f"same: {aoe}", "2.00", aoe, "1.00", "1.00"],
+        ["same: few", "3.00", aoe, "1.50", "1.00"],
+        ["same: many", "5.00", moe, "3.00", "-"],
+        ["same: one", "1.00", moe, "1.33", "2.00"],
+    ]
+    assert "| other" not in text
 
 
 def test_bounds_are_said_to_be_no_measurement(tmp_path):

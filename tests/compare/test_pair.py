@@ -1,0 +1,93 @@
+"""Any two arms from the committed results of a suite, and what isn't there."""
+
+import math
+
+import pytest
+
+from aoe_jax.compare.pair import exponents, finished_runs, pairs
+from aoe_jax.errors import UserError
+from tests.runs import ROOT, run
+
+SMALL = ROOT / "results/small"
+
+
+def row(size, arm, seed, nll, active=100.0, state="finished"):
+    names = "size", "arm", "seed", "state", "active_non_embedding", "validation_nll"
+    return dict(zip(names, (size, arm, str(seed), state, str(active), str(nll)), strict=True))
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    rows = [
+        row("s", "a", 0, 3.0),
+        row("s", "a", 1, 3.2),
+        row("s", "a", 2, 9.0),
+        row("s", "b", 1, 3.1),
+        row("s", "b", 0, 2.8),
+    ]
+    rows += [row("t", "a", 0, 2.0), row("u", "b", 0, 1.0)]
+    (pair,) = pairs(rows, ["a", "b"])
+    assert (pair.size, pair.difference.n) == ("s", 2)
+    assert [nll.value for nll in pair.nlls] == pytest.approx([3.1, 2.95])
+    assert pair.difference.value == pytest.approx(0.15)
+    assert (pair.difference.low, pair.difference.high) == pytest.approx(
+        (0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05), rel=1e-4
+    )
+
+
+def test_exponents_are_those_of_a_power_law():
+    rows = [row("s", "a", 0, 2 * 100**-0.3, 100), row("t", "a", 0, 2 * 900**-0.3, 900)]
+    rows += [row("s", "b", 0, 3.0, 50), row("t", "b", 0, 3.0, 60)]
+    assert list(exponents(*pairs(rows, ["a", "b"]))) == pytest.approx([0.3, 0])
+    same = [row("s", "a", 0, 3.0), row("t", "a", 0, 2.0), row("s", "b", 0, 3.0, 50), row("t", "b", 0, 3.0, 60)]
+    assert math.isnan(next(exponents(*pairs(same, ["a", "b"]))))
+
+
+def test_runs_that_have_not_finished_do_not_count(tmp_path):
+    rows = [row("s", "a", 0, 3.0), row("s", "b", 0, "", state="failed")]
+    lines = [",".join(rows[0]), *(",".join(of.values()) for of in rows)]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    assert finished_runs(tmp_path) == rows[:1]
+
+
+def test_what_the_results_say_of_loss_free_balancing():
+    status, stdout, stderr = run(
+        ["-m", "aoe_jax.compare.pair", "--results=results/small", "--arms=aoe_d3_free,moe_free"]
+    )
+    assert status == 0, stderr
+    lines = stdout.strip().splitlines()
+    assert len(lines) == 2 + len(pairs(finished_runs(SMALL), ["aoe_d3_free", "moe_free"])) == 5
+    for line, said in zip(lines[2:], ("+0.0181 ± 0.0397", "+0.0538 ± 0.0161", "+0.0293 ± 0.0137"), strict=True):
+        assert said in line
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (["moe_aux"], "--arms=moe_aux: name two arms"),
+        (["moe_aux", "moe_aux"], "name two arms"),
+        (["moe_aux", "aoe"], "aoe has finished no run there; choose of moe_aux, moe_free"),
+    ],
+)
+def test_arms_are_two_that_are_there(arms, words):
+    with pytest.raises(UserError, match=words):
+        pairs(finished_runs(SMALL), arms)
+
+
+def test_arms_without_a_run_in_common():
+    with pytest.raises(UserError, match="--arms=a,b: no size and seed has both"):
+        pairs([row("s", "a", 0, 3.0), row("s", "b", 1, 3.0), row("t", "b", 0, 3.0)], ["a", "b"])
+
+
+def test_a_folder_without_results(tmp_path):
+    with pytest.raises(UserError, match=r"runs\.csv can't be read \(No such file or directory\)"):
+        finished_runs(tmp_path)
+    for content in (b"step,loss\n1,2\n", b"", b"\xff\xfe"):
+        (tmp_path / "runs.csv").write_bytes(content)
+        with pytest.raises(UserError, match="name the folder of a report"):
+            finished_runs(tmp_path)
+
+
+def test_mistakes_end_with_status_2():
+    for arguments, words in (([], "--results is missing"), (["--results=results"], "--arms is missing")):
+        status, _, stderr = run(["-m", "aoe_jax.compare.pair", *arguments])
+        assert status == 2 and words in stderr and "Traceback" not in stderr, stderr
