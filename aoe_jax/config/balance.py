@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aoe_jax.config.checks import require, require_choice, require_not_negative
+from aoe_jax.config.experts import BY_SCORES_ALONE
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ class BalanceConfig:
             "couples the rows of a plain router with whole gates, of experts.kind='router' and several experts; set 0",
         )
         require(
-            self.coupling_weight == 0 or experts.selection in ("top_k", "top_p"),
+            self.coupling_weight == 0 or experts.by_scores_alone,
             "balance.coupling_weight",
             self.coupling_weight,
-            f"isn't implemented for experts.selection={experts.selection!r}; choose one of top_k, top_p, or set 0",
+            f"isn't implemented for experts.selection={experts.selection!r}; choose one of "
+            f"{', '.join(BY_SCORES_ALONE)}, or set 0",
         )
         require(
             self.aux_batch == "global" or config.data.seq_len % self.aux_stride == 0,

@@ -9,6 +9,8 @@ from aoe_jax.config.methods import METHODS
 
 KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe", "smear", "thor")
 UNSELECTIVE_KINDS = ("dense", "smear", "thor")
+# Selections by which the scores of a token alone decide its experts, for what goes by scores without choosing.
+BY_SCORES_ALONE = ("top_k", "top_p")
 SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
 
 
@@ -96,10 +98,10 @@ class ExpertsConfig:
             "has no capacity; with experts.kind='capacity' leave it at 'top_k'",
         )
         require(
-            self.kind != "uoe" or self.selection in ("top_k", "top_p"),
+            self.kind != "uoe" or self.selection in BY_SCORES_ALONE,
             "experts.selection",
             self.selection,
-            "isn't implemented for experts.kind='uoe'; choose one of top_k, top_p",
+            f"isn't implemented for experts.kind='uoe'; choose one of {', '.join(BY_SCORES_ALONE)}",
         )
         require(
             self.kind not in ("capacity", "uoe") or self.gate != "sparsemixer",
@@ -126,12 +128,6 @@ class ExpertsConfig:
             "experts.gate",
             self.gate,
             f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
-        )
-        require(
-            self.selection != "gshard" or self.top_k == 2,
-            "experts.top_k",
-            self.top_k,
-            "selection gshard is for two experts per token; set 2",
         )
         require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
         require(
@@ -188,6 +184,11 @@ class ExpertsConfig:
     def takes_k(self):
         """Whether every token has `top_k` experts."""
         return self.selection in ("top_k", "ranked")
+
+    @property
+    def by_scores_alone(self):
+        """Whether the scores of a token alone decide its experts, by a selection of `BY_SCORES_ALONE`."""
+        return self.selects and self.selection in BY_SCORES_ALONE
 
     @property
     def selects(self):

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from aoe_jax.config import BY_SCORES_ALONE
 from aoe_jax.errors import UserError
 from aoe_jax.model.decoder import Decoder
 
@@ -66,10 +67,10 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
             f"config.experts.kind={experts.kind!r}: --contrast takes the experts of a token by the ranks of their scores; "
             "use a model of kind aoe or router"
         )
-    if experts.selection not in ("top_k", "top_p"):
+    if not experts.by_scores_alone:
         raise UserError(
             f"config.experts.selection={experts.selection!r}: --contrast isn't tried with it; use a model of selection "
-            "top_k or top_p"
+            f"{' or '.join(BY_SCORES_ALONE)}"
         )
     for flag, value in (("strong_k", contrast.strong_k), ("weak_rank", contrast.weak_rank)):
         if value is not None and value > experts.n_experts:

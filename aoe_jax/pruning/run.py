@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from aoe_jax.config import Config, MeshConfig
+from aoe_jax.config import BY_SCORES_ALONE, Config, MeshConfig
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import saved_tokenizer
@@ -113,10 +113,10 @@ def check_prunes(model: Model, n_experts, workdir):
         raise UserError(
             f"{of} experts.selection='expert_choice': every expert takes equally many tokens, so nothing says which matter"
         )
-    if e.kind not in ("aoe", "router", "capacity") or e.selection not in ("top_k", "top_p"):
+    if e.kind not in ("aoe", "router", "capacity") or not e.by_scores_alone:
         raise UserError(
             f"{of} experts.kind={e.kind!r} and selection={e.selection!r}: pruning isn't implemented for them; use a model "
-            "of kind aoe, router or capacity, and selection top_k or top_p"
+            f"of kind aoe, router or capacity, and selection {' or '.join(BY_SCORES_ALONE)}"
         )
     if e.large_router:
         raise UserError(
