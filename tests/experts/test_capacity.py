@@ -1,5 +1,6 @@
 """Experts of limited room against a plain loop over groups, ranks and tokens, and against the router that drops nothing."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.capacity import capacity_assignment, combine_tensor, dispatch_tensor
 from aoe_jax.experts.selection.expert_choice import expert_capacity
 from aoe_jax.sharding import MESH_AXES
+from tests.experts.drawn import parameters_of
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 16, 8, 5
 
@@ -26,15 +28,14 @@ def x64():
 
 def make(capacity_factor, top_k=2, gate="chosen", dtype="float64", recompute=False, balance=None):
     """The layer, the router layer of the same settings, their parameters, and tokens that crowd some experts."""
-    settings = {"n_experts": EXPERTS, "top_k": top_k, "d_ffn": 12, "gate": gate, "capacity_factor": capacity_factor}
+    router = ExpertsConfig(kind="router", n_experts=EXPERTS, top_k=top_k, d_ffn=12, gate=gate)
+    capacity = dataclasses.replace(router, kind="capacity", capacity_factor=capacity_factor)
     made = [
-        Layer(ExpertsConfig(kind=kind, **settings), jnp.dtype(dtype), balance or BalanceConfig(), recompute)
-        for Layer, kind in ((CapacityLayer, "capacity"), (RouterLayer, "router"))
+        Layer(config, jnp.dtype(dtype), balance or BalanceConfig(), recompute)
+        for Layer, config in ((CapacityLayer, capacity), (RouterLayer, router))
     ]
     x = jax.random.normal(jax.random.key(0), (GROUPS, TOKENS, WIDTH), dtype).at[..., 0].add(1.0)
-    init = jax.jit(lambda key, x: made[1].init(key, x)["params"])  # the layer itself is not computed
-    params = init(jax.random.key(1), x)
-    return *made, jax.tree.map(lambda a: a.astype(dtype), params), x
+    return *made, parameters_of(made[1], x), x
 
 
 def softmax(p):

@@ -16,6 +16,7 @@ from aoe_jax.experts.coupling import coupling_loss, loss_of_norms, noise_bounds,
 from aoe_jax.experts.parallel import Devices
 from aoe_jax.sharding import MESH_AXES
 from aoe_jax.training.step import init_state, training_loss
+from tests.experts.drawn import parameters_of
 from tests.runs import tiny_config
 
 N, D, WIDTH = 6, 8, 5
@@ -134,8 +135,7 @@ def make():
     balance = BalanceConfig(coupling_weight=1.0, coupling_alpha=0.5)
     layer = RouterLayer(config, jnp.float64, balance, training=True)
     x = normal(7, 16, 8, D)
-    params = jax.jit(lambda key, x: layer.init(key, x)["params"])(jax.random.key(1), x)
-    return layer, jax.tree.map(lambda a: a.astype(float), params), x
+    return layer, parameters_of(layer, x), x
 
 
 def evaluate(layer, params, x):

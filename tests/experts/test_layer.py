@@ -15,6 +15,7 @@ from aoe_jax.experts import reference
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection.expert_choice import expert_capacity
+from tests.experts.drawn import parameters_of
 
 pytestmark = pytest.mark.smoke
 
@@ -34,8 +35,7 @@ def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, recompute=False
     config = ExpertsConfig(kind=kind, **settings)
     layer = LAYERS[kind](config, jnp.dtype(dtype), balance or BalanceConfig(), recompute)
     x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
-    params = jax.jit(layer.init)(jax.random.key(seed + 1), x)["params"]
-    return layer, jax.tree.map(lambda a: a.astype(dtype), params), x
+    return layer, parameters_of(layer, x, seed + 1), x
 
 
 def reference_weights(config, p):
@@ -303,11 +303,11 @@ def test_gate_pre_activations_start_with_equal_variance():
     variances = {}
     for d_low in (8, 32, 96):
         config = ExpertsConfig(d_low=d_low, **settings)
-        p = jax.jit(AoELayer(config).init)(jax.random.key(d_low), x)["params"]
+        p = parameters_of(AoELayer(config), x, d_low)
         variances[f"aoe r={d_low}"] = jnp.var(jnp.einsum("td,ndr,nrw->ntw", x, p["w_down"], p["w_up"]))
-    p = jax.jit(RouterLayer(ExpertsConfig(kind="router", **settings)).init)(jax.random.key(1), x)["params"]
+    p = parameters_of(RouterLayer(ExpertsConfig(kind="router", **settings)), x)
     variances["router"] = jnp.var(jnp.einsum("td,ndf->ntf", x, p["w_g"]))
-    p = jax.jit(DenseLayer(ExpertsConfig(kind="dense", **settings)).init)(jax.random.key(2), x)["params"]
+    p = parameters_of(DenseLayer(ExpertsConfig(kind="dense", **settings)), x)
     variances["dense"] = jnp.var(x @ p["w_g"])
     for name, variance in variances.items():
         assert abs(float(variance) - 1) < 0.05, (name, variances)

@@ -16,6 +16,7 @@ from aoe_jax.experts import transport as transport_of
 from aoe_jax.experts.balance import balance_loss
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.sharding import MESH_AXES
+from tests.experts.drawn import parameters_of
 
 B, S, D = 16, 8, 8
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 4, 1), (2, 1, 1, 4)]
@@ -53,8 +54,7 @@ def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.
     of_method = {"settings": method, "training": method is not None}
     layer = LAYERS[config.kind](config, dtype, BalanceConfig(aux_tokens=aux_tokens), recompute, transport, **of_method)
     x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
-    init = jax.jit(lambda key, x: layer.init(key, x)["params"])  # the layer itself is not computed
-    params = jax.tree.map(lambda a: a.astype(jnp.float64), init(jax.random.key(1), x))
+    params = parameters_of(layer, x)
     weights = jnp.ones((B, S)).at[3, 5:].set(0)  # padding counts in no statistic
     return layer, params, x, weights
 

@@ -20,6 +20,7 @@ from aoe_jax.experts.uoe import routing_neurons
 from aoe_jax.plan import plan
 from aoe_jax.sharding import MESH_AXES
 from aoe_jax.topology import topology_devices
+from tests.experts.drawn import parameters_of
 from tests.runs import tiny_config
 
 N, D, WIDTH, ROUTING = 8, 8, 16, 4
@@ -37,8 +38,7 @@ def make(n_tokens=(16, 8), dtype="float64", transport="ring", recompute=False, r
     config = ExpertsConfig(**{"kind": "uoe", "n_experts": N, "top_k": 2, "d_ffn": WIDTH} | settings)
     layer = UoELayer(config, jnp.dtype(dtype), BalanceConfig(), recompute, transport, settings=UoEConfig(routing))
     x = jax.random.normal(jax.random.key(0), (*n_tokens, D), dtype)
-    params = jax.jit(lambda key, x: layer.init(key, x)["params"])(jax.random.key(1), x)
-    return layer, jax.tree.map(lambda a: a.astype(dtype), params), x
+    return layer, parameters_of(layer, x), x
 
 
 def by_loops(layer, params, x, bias=0.0):
@@ -181,7 +181,7 @@ def test_few_tokens_go_row_by_row(x64):
 def test_drawn_like_whole_matrices():
     config, x = ExpertsConfig(kind="uoe", d_ffn=512), jnp.zeros((4, 64))
     layer = UoELayer(config, settings=UoEConfig(128))
-    params = jax.jit(lambda key, x: layer.init(key, x)["params"])(jax.random.key(0), x)
+    params = parameters_of(layer, x)
     for name, route, rest, _ in joined(params):
         for part in (route, rest):
             assert abs(float(part.std()) / (64 if name != "w_o" else 512) ** -0.5 - 1) < 0.02

@@ -8,6 +8,7 @@ from aoe_jax.config import BalanceConfig, ExpertsConfig
 from aoe_jax.config.methods import METHODS
 from aoe_jax.experts import reference
 from aoe_jax.experts.kinds import LAYERS
+from tests.experts.drawn import parameters_of
 
 TOKENS, D, EXPERTS = 29, 12, 5
 
@@ -18,13 +19,9 @@ def make(kind, selection, training=True, dtype=jnp.float64, recompute=False, **s
     of_method = {"settings": METHODS[selection](**settings), "training": training}
     layer = LAYERS[kind](config, jnp.dtype(dtype), BalanceConfig(), recompute, **of_method)
     x = jax.random.normal(jax.random.key(0), (TOKENS, D), dtype)
-    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
-
-    def noise(path, a):
-        return a + 0.05 * jax.random.normal(jax.random.key(2), a.shape) if a.ndim == 1 else a
-
-    params = jax.tree_util.tree_map_with_path(noise, params)
-    return layer, jax.tree.map(lambda a: a.astype(dtype), params), x
+    noise = 0.05 * np.random.default_rng(2).standard_normal(EXPERTS)
+    params = jax.tree.map(lambda a: (a + noise).astype(dtype) if a.ndim == 1 else a, parameters_of(layer, x))
+    return layer, params, x
 
 
 def scores_of(params, x):
