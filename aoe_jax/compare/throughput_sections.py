@@ -1,6 +1,5 @@
 """The section of the report on what a training step costs against settings of models."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -49,9 +48,11 @@ _TRACED = (
 
 
 _EQUAL_EXPERTS = (
-    "Steps of the trained models over those of an arm of the sweep over K: the arm itself, or the one that its differences "
-    "are to. At equal experts: over a step of that arm with as many experts a token as the model has at the end of its "
-    "training (means over layers and seeds), by the ratios of the sweep, linear between its values; a dash beyond them."
+    "Steps of the trained models over those of the arm that their differences are to. At equal experts: over a step of that "
+    "arm with as many experts a token as the model has at the end of its training (means over layers and seeds), by the "
+    "ratios of the sweep over K, linear between its values; a dash beyond them. Experts are counted as in evaluation: "
+    "selections that draw whether a token has another one, or give one to tokens without any in evaluation only, have fewer "
+    "in the step that is timed, and are as much slower for their number than it says here."
 )
 
 
@@ -60,14 +61,13 @@ def _at_equal_experts(c, by_arm):
     rows = []
     for size in c.sizes():
         for arm in c.series(size):
-            to = arm if arm in by_arm else c.reference(arm)
-            steps = _steps_by_experts(c, size, to, by_arm.get(to, ()))
-            if steps is None:
+            to = c.reference(arm)
+            steps = None if arm in by_arm else _steps_by_experts(c, size, to, by_arm.get(to, ()))
+            per_token = c.spread(size, arm, _experts_of).value
+            timed = {r.timed_in_turn for of in (arm, to) for r in c.finished(size, of)}
+            if steps is None or math.isnan(per_token) or len(timed) > 1:
                 continue
-            seconds, per_token = (c.spread(size, arm, of).value for of in (lambda r: r.seconds_per_step, _experts_of))
-            if math.isnan(per_token):
-                continue
-            ratio = seconds / c.spread(size, to, lambda r: r.seconds_per_step).value
+            ratio = c.spread(size, arm, _seconds).value / c.spread(size, to, _seconds).value
             at_equal = ratio / steps(per_token)
             cells = [f"{ratio:.2f}", f"{at_equal:.2f}" if math.isfinite(at_equal) else "-"]
             rows.append([f"{size}: {c.labels[arm]}", f"{per_token:.2f}", c.labels[to], *cells])
@@ -77,26 +77,33 @@ def _at_equal_experts(c, by_arm):
     return [Heading(3, "Steps at equal experts a token"), Text(_EQUAL_EXPERTS), Table(head, rows)]
 
 
+def _seconds(result):
+    return result.seconds_per_step
+
+
 def _experts_of(result):
     """Experts a token of a trained model, mean over layers; None of a dense model, and where routing wasn't looked at."""
     if result.routing:
-        return float(np.sum(result.routing["checkpoints"][-1]["load"], axis=1).mean())
+        # Shares of tokens add up to a whole number but for rounding.
+        return round(float(np.sum(result.routing["checkpoints"][-1]["load"], axis=1).mean()), 6)
     config = result.run.config
     return None if config.experts.kind == "dense" or config.experts.selects else experts_per_token(config)
 
 
 def _steps_by_experts(c, size, arm, costs):
-    """Experts a token -> seconds of a step of an arm over those it has at a size; None if the sweep is of another model."""
-    if not costs or not c.finished(size, arm):
+    """Experts a token -> seconds of a step of an arm over those it has at a size; None if the sweep has no such step."""
+    by_k, config = {cost.x: cost for cost in costs}, c.suite.config(size, arm, 0)
+    own = by_k.get(config.experts.top_k)
+    if own is None or not c.finished(size, arm) or _step_of(own.config) != _step_of(config):
         return None
-    config = c.suite.config(size, arm, 0)
-    of_size = dataclasses.replace(costs[0].config.experts, top_k=config.experts.top_k)
-    seconds = {cost.x: cost.seconds for cost in costs}
-    if (costs[0].config.model, of_size) != (config.model, config.experts) or config.experts.top_k not in seconds:
-        return None
-    of_own = seconds[config.experts.top_k]
-    xs = sorted(seconds)
-    return lambda x: float(np.interp(x, xs, [seconds[x] / of_own for x in xs], left=math.nan, right=math.nan))
+    xs = sorted(by_k)
+    ratios = [by_k[x].seconds / own.seconds for x in xs]
+    return lambda x: float(np.interp(x, xs, ratios, left=math.nan, right=math.nan))
+
+
+def _step_of(config):
+    """What decides how long a step takes."""
+    return config.model, config.experts, config.data.seq_len, config.train.batch_size, config.train.accumulate
 
 
 def _quantities(c, name):

@@ -73,7 +73,7 @@ class BalanceConfig:
             "couples the rows of a plain router with whole gates, of experts.kind='router' and several experts; set 0",
         )
         require(
-            self.coupling_weight == 0 or experts.by_scores_alone,
+            self.coupling_weight == 0 or experts.selection in BY_SCORES_ALONE,
             "balance.coupling_weight",
             self.coupling_weight,
             f"isn't implemented for experts.selection={experts.selection!r}; choose one of "

@@ -9,7 +9,8 @@ from aoe_jax.config.methods import METHODS
 
 KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe", "smear", "thor")
 UNSELECTIVE_KINDS = ("dense", "smear", "thor")
-# Selections by which the scores of a token alone decide its experts, for what goes by scores without choosing.
+# Selections by which its scores, and a selection bias, decide the experts of a token, and nothing else does: those that
+# methods take which look at scores beside the choice.
 BY_SCORES_ALONE = ("top_k", "top_p")
 SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
 
@@ -58,11 +59,9 @@ class ExpertsConfig:
             self.top_k,
             f"can't be greater than experts.n_experts={self.n_experts}",
         )
-        for name, (has_say, owner) in _fields_of_some(self.kind, self.selection, self.gate).items():
+        for name, owner in _idle_fields(self.kind, self.selection, self.gate).items():
             value, default = getattr(self, name), getattr(type(self), name)
-            require(
-                has_say or value == default, f"experts.{name}", value, f"belongs to {owner}; leave it at {default!r}"
-            )
+            require(value == default, f"experts.{name}", value, f"belongs to {owner}; leave it at {default!r}")
         self._check_ranks()
         require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
         require(
@@ -129,6 +128,12 @@ class ExpertsConfig:
             self.gate,
             f"is a variant of selection top_k; {self.selection} has weights of its own, leave it at 'chosen'",
         )
+        require(
+            self.selection != "gshard" or self.top_k == 2,
+            "experts.top_k",
+            self.top_k,
+            "selection gshard is for two experts per token; set 2",
+        )
         require_choice("experts.score_gradient", self.score_gradient, (None, "sparse", "dense"))
         require(
             self.score_gradient is None or self.kind == "aoe",
@@ -165,8 +170,13 @@ class ExpertsConfig:
     def choosing(self, **changes):
         """With changes to how experts are chosen; fields that have no say in it any more are at their defaults."""
         of_choice = (changes.get(name, getattr(self, name)) for name in ("kind", "selection", "gate"))
-        idle = [name for name, (has_say, _) in _fields_of_some(*of_choice).items() if not has_say]
-        return dataclasses.replace(self, **{name: getattr(type(self), name) for name in idle} | changes)
+        idle = {name: getattr(type(self), name) for name in _idle_fields(*of_choice)}
+        return dataclasses.replace(self, **idle | changes)
+
+    @property
+    def idle_fields(self):
+        """Fields at their defaults, for the experts are chosen in a way that doesn't go by them."""
+        return tuple(_idle_fields(self.kind, self.selection, self.gate))
 
     def _check_ranks(self):
         if self.selection != "ranked":
@@ -184,11 +194,6 @@ class ExpertsConfig:
     def takes_k(self):
         """Whether every token has `top_k` experts."""
         return self.selection in ("top_k", "ranked")
-
-    @property
-    def by_scores_alone(self):
-        """Whether the scores of a token alone decide its experts, by a selection of `BY_SCORES_ALONE`."""
-        return self.selects and self.selection in BY_SCORES_ALONE
 
     @property
     def selects(self):
@@ -222,9 +227,9 @@ class ExpertsConfig:
         return max(1, round(self.n_experts * self.d_low * d_model / (d_model + self.n_experts)))
 
 
-def _fields_of_some(kind, selection, gate):
-    """field -> whether it has a say, and what it belongs to: fields that few choices go by."""
-    return {
+def _idle_fields(kind, selection, gate):
+    """field -> what it belongs to, of the fields that few choices go by and this one doesn't."""
+    fields = {
         "ranks": (selection == "ranked", "experts.selection='ranked'"),
         "top_p": (selection == "top_p", "experts.selection='top_p'"),
         "capacity_factor": (
@@ -233,6 +238,7 @@ def _fields_of_some(kind, selection, gate):
         ),
         "router_jitter": (gate == "sparsemixer", "experts.gate='sparsemixer'"),
     }
+    return {name: owner for name, (has_say, owner) in fields.items() if not has_say}
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):

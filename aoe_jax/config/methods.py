@@ -172,9 +172,7 @@ class GShardConfig(MethodConfig):
         require_not_negative("gshard", self, "aux_weight")
 
     def check(self, config):
-        """Refuses another number of experts, and L_aux, another loss of the same load."""
-        top_k = config.experts.top_k
-        require(top_k == 2, "experts.top_k", top_k, "selection gshard is for two experts per token; set 2")
+        """Refuses L_aux, another loss of the same load."""
         weight, counts_both = config.balance.aux_weight, "counts both choices; selection gshard has"
         require(
             weight == 0, "balance.aux_weight", weight, f"{counts_both} gshard.aux_weight, of the first; set it to 0"

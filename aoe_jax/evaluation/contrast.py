@@ -67,7 +67,7 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
             f"config.experts.kind={experts.kind!r}: --contrast takes the experts of a token by the ranks of their scores; "
             "use a model of kind aoe or router"
         )
-    if not experts.by_scores_alone:
+    if experts.selection not in BY_SCORES_ALONE:
         raise UserError(
             f"config.experts.selection={experts.selection!r}: --contrast isn't tried with it; use a model of selection "
             f"{' or '.join(BY_SCORES_ALONE)}"

@@ -34,24 +34,14 @@ def computed_fields(config: Config):
         idle |= {*CHOICE}
     if experts.kind == "dense":
         idle.add("experts.n_experts")
-    of_some = {"top_k", "ranks", "gate", "top_p", "capacity_factor", "router_jitter"}
-    idle |= {f"experts.{name}" for name in of_some - _used(experts)}
+    not_gone_by = {"top_k", "gate"} - set(SELECTIONS[experts.selection].fields)
+    idle |= {f"experts.{name}" for name in (*experts.idle_fields, *not_gone_by)}
     return {name: value for name, value in fields.items() if name not in idle}
 
 
 def is_choice(name):
     """Whether a field says how experts are chosen and weighed: other values fit the same parameters."""
     return name in CHOICE or name.partition(".")[0] in SELECTION_NAMES
-
-
-def _used(experts):
-    """The fields that say how experts are chosen and have a say in it, of those that have it for some choice only."""
-    used = set(SELECTIONS[experts.selection].fields)
-    if experts.kind == "capacity":
-        used.add("capacity_factor")
-    if experts.gate == "sparsemixer":
-        used.add("router_jitter")
-    return used
 
 
 def from_json(path: Path, values: dict):

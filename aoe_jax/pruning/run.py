@@ -113,7 +113,7 @@ def check_prunes(model: Model, n_experts, workdir):
         raise UserError(
             f"{of} experts.selection='expert_choice': every expert takes equally many tokens, so nothing says which matter"
         )
-    if e.kind not in ("aoe", "router", "capacity") or not e.by_scores_alone:
+    if e.kind not in ("aoe", "router", "capacity") or e.selection not in BY_SCORES_ALONE:
         raise UserError(
             f"{of} experts.kind={e.kind!r} and selection={e.selection!r}: pruning isn't implemented for them; use a model "
             f"of kind aoe, router or capacity, and selection {' or '.join(BY_SCORES_ALONE)}"

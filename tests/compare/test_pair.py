@@ -1,19 +1,17 @@
 """Any two arms from the committed results of a suite, and what isn't there."""
 
-import math
-
 import pytest
 
-from aoe_jax.compare.pair import exponents, finished_runs, pairs
+from aoe_jax.compare.pair import exponents, finished_runs, pairs, table
 from aoe_jax.errors import UserError
 from tests.runs import ROOT, run
 
 SMALL = ROOT / "results/small"
 
 
-def row(size, arm, seed, nll, active=100.0, state="finished"):
-    names = "size", "arm", "seed", "state", "active_non_embedding", "validation_nll"
-    return dict(zip(names, (size, arm, str(seed), state, str(active), str(nll)), strict=True))
+def row(size, arm, seed, nll, active=100.0, flops=None, state="finished"):
+    of_run = {"size": size, "arm": arm, "seed": str(seed), "state": state}
+    return of_run | {"active_non_embedding": active, "flops": flops or active**2, "validation_nll": nll}
 
 
 def test_differences_are_of_the_seeds_that_both_have():
@@ -38,15 +36,24 @@ def test_exponents_are_those_of_a_power_law():
     rows = [row("s", "a", 0, 2 * 100**-0.3, 100), row("t", "a", 0, 2 * 900**-0.3, 900)]
     rows += [row("s", "b", 0, 3.0, 50), row("t", "b", 0, 3.0, 60)]
     assert list(exponents(*pairs(rows, ["a", "b"]))) == pytest.approx([0.3, 0])
-    same = [row("s", "a", 0, 3.0), row("t", "a", 0, 2.0), row("s", "b", 0, 3.0, 50), row("t", "b", 0, 3.0, 60)]
-    assert math.isnan(next(exponents(*pairs(same, ["a", "b"]))))
+    # Of equal parameters, and of equal training FLOPs.
+    same = [row("s", "a", 0, 3.0, 100, 1e6), row("t", "a", 0, 2.0, 100, 2e6)]
+    same += [row("s", "b", 0, 3.0, 50, 1e6), row("t", "b", 0, 2.0, 90, 1.05e6)]
+    assert list(exponents(*pairs(same, ["a", "b"]))) == [None, None]
+    assert [cells[-2:] for cells in table(pairs(same, ["a", "b"]), ["a", "b"]).rows] == [["-", "-"], ["-", "-"]]
 
 
 def test_runs_that_have_not_finished_do_not_count(tmp_path):
     rows = [row("s", "a", 0, 3.0), row("s", "b", 0, "", state="failed")]
-    lines = [",".join(rows[0]), *(",".join(of.values()) for of in rows)]
+    lines = [",".join(rows[0]), *(",".join(map(str, of.values())) for of in rows)]
     (tmp_path / "runs.csv").write_text("\n".join(lines))
     assert finished_runs(tmp_path) == rows[:1]
+    (tmp_path / "runs.csv").write_text("\n".join([lines[0], lines[2]]))
+    with pytest.raises(UserError, match=r"no run of .*runs\.csv has finished"):
+        finished_runs(tmp_path)
+    (tmp_path / "runs.csv").write_text("\n".join([*lines, "s,b,1,finished,10"]))
+    with pytest.raises(UserError, match=r"runs\.csv is damaged"):
+        finished_runs(tmp_path)
 
 
 def test_what_the_results_say_of_loss_free_balancing():

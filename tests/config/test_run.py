@@ -299,6 +299,9 @@ def test_another_choice_keeps_nothing_that_has_no_say_in_it():
     assert top_p.choosing(selection="ranked", ranks=(3,), top_k=1) == ranked
     assert phi.choosing(selection="ranked", ranks=(3,), top_k=1, gate="chosen") == ranked
     assert ranked.choosing(selection="top_k") == ExpertsConfig(top_k=1)
+    room = ExpertsConfig(kind="capacity", capacity_factor=1.0, gate="all")
+    assert room.choosing(kind="router") == ExpertsConfig(kind="router", gate="all")
+    assert room.choosing(gate="chosen") == ExpertsConfig(kind="capacity", capacity_factor=1.0)
 
 
 def test_scoring_is_sparse_where_that_is_exact():

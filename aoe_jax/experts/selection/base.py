@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 class Selection:
     """A selection method: no state of its own, its functions are pure."""
 
-    fields: tuple[str, ...] = ()  # of `ExpertsConfig` that it goes by
+    fields: tuple[str, ...] = ()  # of `top_k` and `gate` in `ExpertsConfig`, those that it goes by
     causal = True  # whether the experts of a token depend on no later token, nor on other sequences
     not_causal_because = ""  # the end of "for ..."
     balances_by = ""  # what keeps the load even beside the group `balance`, in words, such as "its own loss"

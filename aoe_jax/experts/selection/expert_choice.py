@@ -73,7 +73,6 @@ def expert_capacity(n_tokens, n_experts, capacity_factor):
 class ExpertChoice(Selection):
     """`experts.selection="expert_choice"`."""
 
-    fields = ("capacity_factor",)
     causal = False
     balances_by = "expert choice"
     not_causal_because = "which tokens an expert takes depends on all tokens of the batch, later ones included"

@@ -33,7 +33,7 @@ def ranked(scores, ranks, bias=None):
 class Ranked(TopK):
     """`experts.selection="ranked"`, of the ranks `experts.ranks`; it has the state of top-k."""
 
-    fields = ("top_k", "ranks")
+    fields = ("top_k",)
 
     def choose(self, experts, scores, given):
         """As in `Selection`."""

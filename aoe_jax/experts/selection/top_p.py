@@ -29,8 +29,6 @@ def top_p(scores, threshold):
 class TopP(Selection):
     """`experts.selection="top_p"`."""
 
-    fields = ("top_p",)
-
     def choose(self, experts, scores, given):
         """As in `Selection`."""
         return Choice(top_p(scores, experts.top_p))
