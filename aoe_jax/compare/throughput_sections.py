@@ -52,7 +52,7 @@ _EQUAL_EXPERTS = (
     "arm with as many experts a token as the model has at the end of its training (means over layers and seeds), by the "
     "ratios of the sweep over K, linear between its values; a dash beyond them. Experts are counted as in evaluation: "
     "selections that draw whether a token has another one, or give one to tokens without any in evaluation only, have fewer "
-    "in the step that is timed, and are as much slower for their number than it says here."
+    "in the step that is timed: they are slower for their number than it says here."
 )
 
 
