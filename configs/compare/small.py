@@ -1,6 +1,6 @@
 """AoE against MoE and dense at three sizes, about 8 core-hours: `--suite=configs/compare/small.py`.
 
-Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 419k; every size sees 20 tokens for each of
+Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 418k; every size sees 20 tokens for each of
 them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all parameters active, 3.2 times as many, and see the
 same tokens. Learning rates are tuned at the smallest size, where two arms without balancing are run as well; wider models
 have them in inverse proportion to d_model.
