@@ -7,8 +7,8 @@ They have no derivative of their own; it is written here:
     d_weights  rows [M, D]^T x g [M, F]           -> [E, D, F]   transposed_ragged_dot
 
 They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alone has: neither an A100 nor a B200 runs them.
-`transposed_ragged_dot` asks the first device of the process for its number of cores: where no GPU is, the derivative compiles
-within `topology.compiling_for`, the forward product anywhere.
+`transposed_ragged_dot` asks the first device of the process for its number of cores: where no GPU is, the derivative
+compiles within `topology.compiling_for`, the forward product anywhere.
 
 M rows, D contracted width, F output width, E experts.
 """
