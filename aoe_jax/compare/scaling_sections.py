@@ -5,7 +5,7 @@ import math
 from aoe_jax.compare import figures
 from aoe_jax.compare.analysis import SCALES, Comparison
 from aoe_jax.compare.document import Heading, Picture, Pictures, Table, Text
-from aoe_jax.compare.statistics import mean
+from aoe_jax.compare.statistics import MIN_SIZES_OF_PARABOLA, mean
 from aoe_jax.compare.words import number
 
 
@@ -23,7 +23,6 @@ def scaling(c: Comparison, styles):
             low, high = fit.exponent_interval()
             floor = f"{fit.floor:.3f}" if fit.has_floor else "0, set"
             interval = f" [{low:.4f}, {high:.4f}]" if math.isfinite(low) else ""
-            misses = [f"{mean(nlls).value - float(fit(x)):+.3f}" for x, nlls in points[arm].items()]
             rows.append(
                 [
                     c.labels[arm],
@@ -31,7 +30,7 @@ def scaling(c: Comparison, styles):
                     floor,
                     f"{fit.factor:.4g}",
                     f"{fit.exponent:.4f}{interval}",
-                    ", ".join(misses) if len(misses) > 2 else "-",
+                    _off_the_fit(fit, points[arm]) if len(points[arm]) > 2 else "-",
                 ]
             )
     text = (
@@ -48,6 +47,11 @@ def scaling(c: Comparison, styles):
         Pictures(pictures),
         Table(["arm", "x", "floor", "factor", "exponent [95% interval]", "off the fit"], rows),
     ]
+
+
+def _off_the_fit(fit, groups):
+    """By how much the mean loss of each size lies above a fit."""
+    return ", ".join(f"{mean(nlls).value - float(fit(x)):+.3f}" for x, nlls in groups.items())
 
 
 def isoflop(c: Comparison, styles):
@@ -71,20 +75,23 @@ def isoflop(c: Comparison, styles):
         "Sizes whose training FLOPs are equal to 10% spend them on parameters or on tokens. All arms of a size see the same "
         "tokens, so that each arm is at FLOPs of its own. The best size is where a parabola in the logarithm of the active "
         "parameters is lowest (three sizes determine it, and leave nothing to judge it by); intervals draw the seeds of "
-        "each size anew (of two or three seeds they are too narrow), and are left out where a draw has no minimum."
+        "each size anew (of two or three seeds they are too narrow), and are left out where a draw has no minimum. Off the "
+        "fit: by how much the mean loss of each size, the smallest first, lies above it, in nats; the least loss is no "
+        "surer than that."
     )
-    head = ["arm", "sizes", "training FLOPs", "best active parameters [95% interval]", "nll there"]
+    head = ["arm", "sizes", "training FLOPs", "best active parameters [95% interval]", "nll there", "off the fit"]
     return [Heading(2, "At equal FLOPs, over sizes"), Text(text + c.not_matched), Pictures(pictures), Table(head, rows)]
 
 
 def _isoflop_row(label, sizes, of):
     start = [label, ", ".join(sizes)]
     if of is None:
-        return [*start, "differ by more than 10%", "-", "-"]
+        return [*start, "differ by more than 10%", "-", "-", "-"]
     best, (low, high) = of.fit.minimum(), of.fit.minimum_interval()
     cells = ["none: it is no valley", "-"]
     if math.isfinite(best):
         interval = f" [{number(low)}, {number(high)}]" if math.isfinite(low) else ""
         beyond = "" if min(of.groups) <= best <= max(of.groups) else ", beyond the sizes"
         cells = [f"{number(best)}{interval}{beyond}", f"{of.fit(best):.4f}"]
-    return [*start, number(of.flops), *cells]
+    misses = _off_the_fit(of.fit, of.groups) if len(of.groups) > MIN_SIZES_OF_PARABOLA else "-"
+    return [*start, number(of.flops), *cells, misses]

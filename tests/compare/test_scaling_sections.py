@@ -32,8 +32,9 @@ def test_a_parabola_finds_the_best_size():
     low, high = arms["moe"].fit.minimum_interval()
     assert low < 150_000 < high
     text = to_markdown(isoflop(found, styles_of(found)), "figures")
-    assert "isoflop_1.png" in text and "150k [" in text and "3.0010 |" in text
-    assert "| dense | d32, d48, d64, d96 | differ by more than 10% | - | - |" in text
+    assert "isoflop_1.png" in text and "150k [" in text
+    assert "3.0010 | +0.000, +0.000, +0.000, +0.000 |" in text.replace("-0.000", "+0.000")
+    assert "| dense | d32, d48, d64, d96 | differ by more than 10% | - | - | - |" in text
     assert "Not matched in total parameters: dense, active parameters of the MoE." in text
     assert scaling(found, styles_of(found)) == []  # no power law over sizes that cost the same
 
@@ -43,6 +44,19 @@ def test_what_a_parabola_does_not_find():
     assert "beyond the sizes |" in to_markdown(isoflop(beyond, styles_of(beyond)), "figures")
     hill = comparison(SIZES, lambda run: 6 - valley(150_000)(run))
     assert "none: it is no valley | - |" in to_markdown(isoflop(hill, styles_of(hill)), "figures")
+
+
+def test_how_far_losses_lie_off_the_parabola():
+    """What least squares leave of four sizes alternates in sign and adds up to 0; of three sizes they leave nothing."""
+    ours = comparison(SIZES, lambda run: valley(150_000, 0.0)(run) + 0.1 * (run.size == "d32"))
+    table = isoflop(ours, styles_of(ours))[-1]
+    cells = [row[-1] for row in table.rows if row[-1] != "-"]
+    assert len(cells) == 3
+    for misses in ([float(miss) for miss in cell.split(", ")] for cell in cells):
+        assert [miss > 0 for miss in misses] == [True, False, True, False]
+        assert sum(misses) == pytest.approx(0, abs=2e-3)
+    three = comparison({name: SIZES[name] for name in list(SIZES)[:3]}, valley(150_000))
+    assert {row[-1] for row in isoflop(three, styles_of(three))[-1].rows} == {"-"}
 
 
 def test_only_sizes_of_equal_flops_are_held_against_each_other():
