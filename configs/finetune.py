@@ -4,9 +4,10 @@ Model, experts and the settings of their method are the model's, and so is the t
 was exported from one. Corpus, steps, learning rate, and the balance of a model of the hub are for you to set.
 """
 
+import dataclasses
 from pathlib import Path
 
-from aoe_jax.config import ExpertsConfig, default_config
+from aoe_jax.config import default_config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import read_config
@@ -18,14 +19,15 @@ def get_config(directory=None):
     directory = Path(directory).expanduser()
     model = read_config(directory)
     found = model.to_dict()
+    experts = model.experts
+    if experts.gate == "sparsemixer":  # for models that are trained already
+        experts = experts.choosing(gate="chosen")
     config = default_config()
     config.model.update(found["model"])
-    config.experts.update(found["experts"])
+    config.experts.update(dataclasses.asdict(experts))
     config.balance.update(found["balance"])
     if model.method_name:
         config[model.method_name].update(found[model.method_name])
-    if config.experts.gate == "sparsemixer":  # for models that are trained already
-        config.experts.update(gate="chosen", router_jitter=ExpertsConfig.router_jitter)
     tokenizer = saved_tokenizer(directory)
     config.data.update(seq_len=found["data"]["seq_len"], tokenizer=str(tokenizer) if tokenizer.exists() else None)
     config.train.update(init_from=str(directory), learning_rate=1e-4, final_learning_rate=1e-5)

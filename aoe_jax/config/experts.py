@@ -65,8 +65,7 @@ class ExpertsConfig:
         self._check_ranks()
         require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
         require(
-            0 < self.capacity_factor <= self.n_experts
-            or (self.selection != "expert_choice" and self.kind != "capacity"),
+            0 < self.capacity_factor <= self.n_experts or "capacity_factor" in self.idle_fields,
             "experts.capacity_factor",
             self.capacity_factor,
             f"must lie between 0 and experts.n_experts={self.n_experts}",
@@ -234,7 +233,7 @@ def _idle_fields(kind, selection, gate):
         "top_p": (selection == "top_p", "experts.selection='top_p'"),
         "capacity_factor": (
             selection == "expert_choice" or kind == "capacity",
-            "experts.selection='expert_choice' and experts.kind='capacity'",
+            "experts.selection='expert_choice' or experts.kind='capacity'",
         ),
         "router_jitter": (gate == "sparsemixer", "experts.gate='sparsemixer'"),
     }
