@@ -1,6 +1,8 @@
-"""Evaluates a model: `python eval.py --workdir=DIR` on a held-out split, with `--tasks=NAME,...` on tasks of lm-eval.
+"""Evaluates a model: `python eval.py --workdir=DIR` on a held-out split, with `--tasks=NAME,...` on
+tasks of lm-eval.
 
-`--text=FILE` shows the load of its experts on a text instead, `--text=task:NAME` on the prompts of a task.
+`--text=FILE` shows the load of its experts on a text instead, `--text=task:NAME` on the prompts of
+a task.
 """
 
 from pathlib import Path
@@ -16,11 +18,19 @@ _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
 )
 _MESH = cli.define_mesh_flag()
-_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, and speeches_cloze and speeches_choice, of --split")
+_TASKS = flags.DEFINE_list(
+    "tasks", None, "tasks of lm-eval, and speeches_cloze and speeches_choice, of --split"
+)
 _TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
-_FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples with answers in a prompt; by default the paper's", 0)
-_LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first ones; by default all", 1)
-_DATA = flags.DEFINE_string("tasks-data", None, "a folder with TASK/SPLIT.jsonl, instead of data sets from the hub")
+_FEWSHOT = flags.DEFINE_integer(
+    "fewshot", None, "examples with answers in a prompt; by default the paper's", 0
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "examples of each task, the first ones; by default all", 1
+)
+_DATA = flags.DEFINE_string(
+    "tasks-data", None, "a folder with TASK/SPLIT.jsonl, instead of data sets from the hub"
+)
 
 
 def main():
@@ -33,10 +43,17 @@ def main():
         raise UserError(f"--text={_TEXT.value}: give it without --tasks")
     of_tasks = [flag for flag in (_FEWSHOT, _LIMIT, _DATA) if flag.present]
     if of_tasks and not (_TASKS.value or (_TEXT.value or "").startswith("task:")):
-        raise UserError(f"--{of_tasks[0].name}={of_tasks[0].value}: belongs to --tasks or --text=task:NAME")
+        raise UserError(
+            f"--{of_tasks[0].name}={of_tasks[0].value}: belongs to --tasks or --text=task:NAME"
+        )
     distributed.start()
     model = (_SPLIT.value, _STEP.value, _MESH.value)
-    examples = (_FEWSHOT.value, _DATA.value and Path(_DATA.value).expanduser(), _LIMIT.value, *model)
+    examples = (
+        _FEWSHOT.value,
+        _DATA.value and Path(_DATA.value).expanduser(),
+        _LIMIT.value,
+        *model,
+    )
     if _TASKS.value:
         from aoe_jax.evaluation.tasks import evaluate_tasks
 

@@ -18,37 +18,48 @@ from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
 
-_GROUPS = {group.name: [f.name for f in dataclasses.fields(group.type)] for group in dataclasses.fields(Config)}
+_GROUPS = {
+    group.name: [f.name for f in dataclasses.fields(group.type)]
+    for group in dataclasses.fields(Config)
+}
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def define_config_flag():
     """Defines `--config=FILE.py[:VARIANT]` with overrides `--config.GROUP.FIELD=VALUE`."""
-    return config_flags.DEFINE_config_file("config", None, "Configuration file, FILE.py or FILE.py:VARIANT.")
+    return config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, FILE.py or FILE.py:VARIANT."
+    )
 
 
 def define_mesh_flag():
-    """Defines `--mesh`, how a model that is used lies on devices; see `evaluation.models.mesh_axes`."""
-    described = (
-        "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or the whole model on each"
-    )
+    """Defines `--mesh`, how a model that is used lies on devices; see
+    `evaluation.models.mesh_axes`.
+    """
+    described = "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or the whole model on each"
     return flags.DEFINE_string("mesh", None, described)
 
 
 def parsed_config(flag):
     """The checked `Config` of a config flag."""
     if flag.value is None and not FLAGS["config"].present:
-        raise UserError("--config is missing; name a configuration file, such as --config=configs/tiny.py")
+        raise UserError(
+            "--config is missing; name a configuration file, such as --config=configs/tiny.py"
+        )
     file = FLAGS["config"].config_filename
     try:
         groups = dict(flag.value)
     except OSError as e:  # of a missing file; ml_collections keeps it until here
         raise UserError(f"--config={file}: {_config_mistake(e)}") from e
     except (TypeError, ValueError) as e:
-        raise UserError(f"--config={file}: get_config() must return a ConfigDict; start from default_config()") from e
+        raise UserError(
+            f"--config={file}: get_config() must return a ConfigDict; start from default_config()"
+        ) from e
     for name, values in groups.items():
         if name in _GROUPS and not isinstance(values, Mapping | ConfigDict):
-            raise UserError(f"config.{name}={values!r}: must be a group of fields; start from default_config()")
+            raise UserError(
+                f"config.{name}={values!r}: must be a group of fields; start from default_config()"
+            )
     return Config.from_config_dict(groups)
 
 
@@ -62,8 +73,10 @@ def required(flag):
 def run(main):
     """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
 
-    Whatever ends it is said in a last line on stderr: a mistake of the user's (`UserError`, status 2), a run that can't get
-    on (`DivergedError`, 4), a request to stop (`Stopped`), or an unforeseen exception (1), after its traceback.
+    Whatever ends it is said in a last line on stderr: a mistake of the user's (`UserError`, status
+      2), a run that can't get
+    on (`DivergedError`, 4), a request to stop (`Stopped`), or an unforeseen exception (1), after
+    its traceback.
     """
     debug = any(argument.lstrip("-") in ("debug", "debug=true") for argument in sys.argv[1:])
     try:
@@ -88,7 +101,10 @@ def run(main):
     except Exception as e:
         traceback.print_exc()
         notes = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
-        _end_at_once(1, f"failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}{notes}")
+        _end_at_once(
+            1,
+            f"failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}{notes}",
+        )
     sys.exit(status)
 
 
@@ -112,9 +128,13 @@ def _parse(argv):
     except UserError:
         raise
     except SystemExit as e:  # absl ends --help with status 1
-        if any(re.fullmatch(r"--?help(full|short|xml)?(=true)?", argument) for argument in argv[1:]):
+        if any(
+            re.fullmatch(r"--?help(full|short|xml)?(=true)?", argument) for argument in argv[1:]
+        ):
             raise SystemExit(0) from None
-        raise UserError(f"--config={_value_of('config', argv)}: get_config() called sys.exit({e.code!r})") from e
+        raise UserError(
+            f"--config={_value_of('config', argv)}: get_config() called sys.exit({e.code!r})"
+        ) from e
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
     except Exception as e:  # a configuration file is code: whatever is wrong with it shows here
@@ -131,7 +151,9 @@ def _check_override_names(argv):
         if group not in _GROUPS:
             raise UserError(f"config.{group} is unknown; known are {', '.join(_GROUPS)}")
         if field not in _GROUPS[group]:
-            raise UserError(f"config.{group}.{field or 'FIELD'} is unknown; known are {', '.join(_GROUPS[group])}")
+            raise UserError(
+                f"config.{group}.{field or 'FIELD'} is unknown; known are {', '.join(_GROUPS[group])}"
+            )
 
 
 def _value_of(name, argv):
@@ -147,9 +169,7 @@ def _flag_mistake(error):
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
-            return (
-                f"--{error.flagname}: --config is missing; name a configuration file, such as --config=configs/tiny.py"
-            )
+            return f"--{error.flagname}: --config is missing; name a configuration file, such as --config=configs/tiny.py"
         return f"--{error.flagname} is no flag; --help lists them" + (
             f". {text.split('. ', 1)[1]}" if ". " in text else ""
         )
@@ -173,17 +193,27 @@ def _config_mistake(error):
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return "has no function get_config()"
     cause = error.__context__ if isinstance(error, flags.Error) and error.__context__ else error
-    while isinstance(cause, TypeError | ValueError) and "parsing config file" in str(cause) and cause.__context__:
+    while (
+        isinstance(cause, TypeError | ValueError)
+        and "parsing config file" in str(cause)
+        and cause.__context__
+    ):
         cause = cause.__context__
     text = " ".join(str(cause).split())[:300]
     lines = [] if isinstance(cause, SyntaxError) else traceback.extract_tb(cause.__traceback__)
-    lines = [line for line in lines if "ml_collections" not in line.filename and line.filename != __file__]
+    lines = [
+        line
+        for line in lines
+        if "ml_collections" not in line.filename and line.filename != __file__
+    ]
     where = f" (line {lines[-1].lineno} of {lines[-1].filename})" if lines else ""
     return f"{type(cause).__name__}: {text}{where}"
 
 
 def _hide_background_errors():
-    """Hides what Orbax's threads print when a read or write has failed; the failure itself is raised and reported."""
+    """Hides what Orbax's threads print when a read or write has failed; the failure itself is
+    raised and reported.
+    """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 

@@ -1,4 +1,6 @@
-"""What a program communicates, read from its jaxpr: every collective, how often it runs, and the bytes a device receives."""
+"""What a program communicates, read from its jaxpr: every collective, how often it runs, and the
+bytes a device receives.
+"""
 
 import math
 
@@ -29,7 +31,13 @@ _RECEIVED = {
 }
 
 _SAME = {"name", "stop_gradient"}  # results are the arguments
-_MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}  # equal of equal arguments
+_MERGED = {
+    "all_gather",
+    "convert_element_type",
+    "reshape",
+    "squeeze",
+    "transpose",
+}  # equal of equal arguments
 # Parts of the body they are in.
 _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
@@ -37,7 +45,8 @@ _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoin
 def each_collective(jaxpr, arguments=None, known=None):
     """`(equation, how many times it runs)` of a program; 0 times within loops of unknown length.
 
-    What a body gathers twice of the same array, with no barrier between, counts once: the compiler merges it.
+    What a body gathers twice of the same array, with no barrier between, counts once: the compiler
+      merges it.
 
     Args:
       jaxpr: the program, or a part of it.
@@ -48,7 +57,10 @@ def each_collective(jaxpr, arguments=None, known=None):
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        inputs = [object() if isinstance(v, jax_core.Literal) else values.setdefault(v, object()) for v in eqn.invars]
+        inputs = [
+            object() if isinstance(v, jax_core.Literal) else values.setdefault(v, object())
+            for v in eqn.invars
+        ]
         if name in _SAME:
             values[eqn.outvars[0]] = inputs[0]
         if name in _MERGED:
@@ -67,15 +79,21 @@ def each_collective(jaxpr, arguments=None, known=None):
 
 def _inside(eqn, inputs):
     """What the arguments of a part are within it."""
-    if eqn.primitive.name == "shard_map":  # pieces, which differ where the same array is split in another way
-        return [(value, str(spec)) for value, spec in zip(inputs, eqn.params["in_specs"], strict=True)]
+    if (
+        eqn.primitive.name == "shard_map"
+    ):  # pieces, which differ where the same array is split in another way
+        return [
+            (value, str(spec)) for value, spec in zip(inputs, eqn.params["in_specs"], strict=True)
+        ]
     if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):
         return None  # behind a barrier
     return inputs
 
 
 def collectives(jaxpr, sizes):
-    """`{(kind, mesh axes): [count, bytes received by a device]}` of a program; loops of unknown length count nothing."""
+    """`{(kind, mesh axes): [count, bytes received by a device]}` of a program; loops of unknown
+    length count nothing.
+    """
     total = {}
     for eqn, times in each_collective(jaxpr):
         if times == 0:
@@ -84,8 +102,13 @@ def collectives(jaxpr, sizes):
         axes = eqn.params.get("axes", eqn.params.get("axis_name"))
         axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
         n = math.prod(sizes[axis] for axis in axes)
-        operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars  # the rest are offsets and sizes
-        size = max(sum(v.aval.size * v.aval.dtype.itemsize for v in side) for side in (operands, eqn.outvars))
+        operands = (
+            eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars
+        )  # the rest are offsets and sizes
+        size = max(
+            sum(v.aval.size * v.aval.dtype.itemsize for v in side)
+            for side in (operands, eqn.outvars)
+        )
         entry = total.setdefault((kind, axes), [0, 0.0])
         entry[0] += times
         entry[1] += times * _RECEIVED[kind](size, n)

@@ -16,8 +16,8 @@ from aoe_jax.experts.selection.expert_choice import expert_capacity
 class ParameterCounts:
     """Parameters by the conventions of the paper and of the field.
 
-    The paper counts a shared embedding table once in the total (732M for its small models) and twice, as input table and
-    as output projection, among the active parameters (247M).
+    The paper counts a shared embedding table once in the total (732M for its small models) and
+    twice, as input table and as output projection, among the active parameters (247M).
     """
 
     experts: int  # experts and routers of all layers
@@ -34,7 +34,9 @@ class ParameterCounts:
 
     @property
     def active(self):
-        """Parameters that a token uses, the paper's convention: the table counts as input and as output."""
+        """Parameters that a token uses, the paper's convention: the table counts as input and as
+        output.
+        """
         return self.active_non_embedding + 2 * self.embedding
 
     @property
@@ -54,30 +56,41 @@ def _millions(count):
 
 
 def experts_per_token(config: Config):
-    """Mean number of experts that process a token, or None where the scores decide it (such as top-p)."""
+    """Mean number of experts that process a token, or None where the scores decide it (such as
+    top-p).
+    """
     return LAYERS[config.experts.kind].experts_per_token(config.experts)
 
 
 def method_parameters(config: Config):
-    """Parameters of one layer that belong to the selection method, such as thresholds; all tokens use them."""
-    parameters = SELECTIONS[config.experts.selection].parameters(config.experts, config.method_settings)
+    """Parameters of one layer that belong to the selection method, such as thresholds; all tokens
+    use them.
+    """
+    parameters = SELECTIONS[config.experts.selection].parameters(
+        config.experts, config.method_settings
+    )
     return sum(math.prod(shape) for _, shape in parameters.values())
 
 
 def expert_parameters(config: Config):
-    """`(shared, expert)`: parameters of one layer that all tokens use, such as a router, and those of one expert alone.
+    """`(shared, expert)`: parameters of one layer that all tokens use, such as a router, and those
+    of one expert alone.
 
     AoE's Wdown belongs to the expert: it is what makes experts of both kinds equal in size (Eq. 5).
     """
     c = config.experts
     layer = LAYERS[c.kind](c, settings=config.method_settings)
-    sizes = {name: math.prod(shape) for name, (_, shape) in layer.weights(config.model.d_model).items()}
+    sizes = {
+        name: math.prod(shape) for name, (_, shape) in layer.weights(config.model.d_model).items()
+    }
     shared = sum(size for name, size in sizes.items() if name in layer.for_all_tokens)
     return shared, (sum(sizes.values()) - shared) // (1 if c.kind == "dense" else c.n_experts)
 
 
 def parameter_counts(config: Config):
-    """Counts the parameters of the decoder; under top-p, active parameters are those of `top_k` experts."""
+    """Counts the parameters of the decoder; under top-p, active parameters are those of `top_k`
+    experts.
+    """
     m, c = config.model, config.experts
     shared, expert = expert_parameters(config)
     n_experts = 1 if c.kind == "dense" else c.n_experts
@@ -108,10 +121,11 @@ def _norms_and_biases(m):
 def layer_flops_per_token(config: Config):
     """`(forward, training)`: useful matmul FLOPs per token of one layer of experts, in one pass.
 
-    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one only where the method
-    sends a gradient there: for every token with `score_gradient="dense"`, for the fraction `balance.aux_tokens` where a
-    balance loss asks for it, for none otherwise. AoE scoring counts all n experts; under top-p, `top_k` are chosen. With
-    `kind="capacity"` it is those of the router; see `capacity_flops_per_token` for what it computes beside them.
+    The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one
+    only where the method sends a gradient there: for every token with `score_gradient="dense"`, for
+    the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise. AoE
+    scoring counts all n experts; under top-p, `top_k` are chosen. With `kind="capacity"` it is
+    those of the router; see `capacity_flops_per_token` for what it computes beside them.
     """
     c = config.experts
     shared, expert = expert_parameters(config)
@@ -127,10 +141,12 @@ def layer_flops_per_token(config: Config):
 
 
 def capacity_flops_per_token(config: Config):
-    """`(forward, training)`: what a layer of `kind="capacity"` computes beyond the useful FLOPs, per token.
+    """`(forward, training)`: what a layer of `kind="capacity"` computes beyond the useful FLOPs,
+    per token.
 
-    Experts compute all their places, taken or not; dispatch and combine are products over all tokens, experts and places of
-    a sequence, forward one each, backward one more of dispatch and two of combine.
+    Experts compute all their places, taken or not; dispatch and combine are products over all
+    tokens, experts and places of a sequence, forward one each, backward one more of dispatch and
+    two of combine.
     """
     c, length = config.experts, config.data.seq_len
     places = c.n_experts * expert_capacity(length, c.n_experts, c.capacity_factor * c.top_k)
@@ -142,21 +158,26 @@ def capacity_flops_per_token(config: Config):
 def forward_flops_per_token(config: Config):
     """Useful matmul FLOPs per token of a forward pass.
 
-    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up count nothing.
+    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up count
+    nothing.
     """
     m = config.model
     return _other_flops(config) + m.n_layers * layer_flops_per_token(config)[0]
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step, forward and backward; see `layer_flops_per_token`.
+    """Useful matmul FLOPs per token of a training step, forward and backward; see
+    `layer_flops_per_token`.
 
-    The coupling loss of a router counts too, spread over the tokens of a micro-batch: it is computed once for each.
+    The coupling loss of a router counts too, spread over the tokens of a micro-batch: it is
+    computed once for each.
     """
     of_layer = layer_flops_per_token(config)[1]
     if config.balance.coupling_weight:
         of_layer += 3 * coupling_flops_per_token(config)
-    return LAYERS[config.experts.kind].passes * (3 * _other_flops(config) + config.model.n_layers * of_layer)
+    return LAYERS[config.experts.kind].passes * (
+        3 * _other_flops(config) + config.model.n_layers * of_layer
+    )
 
 
 def coupling_flops_per_token(config: Config):

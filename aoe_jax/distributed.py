@@ -1,4 +1,6 @@
-"""Starting JAX, also on several processes: a TPU pod, a Slurm job, or processes that are named one by one."""
+"""Starting JAX, also on several processes: a TPU pod, a Slurm job, or processes that are named one
+by one.
+"""
 
 import hashlib
 import logging
@@ -17,17 +19,27 @@ _DISTRIBUTED = flags.DEFINE_bool(
     False,
     "one of several processes that the cluster knows: a TPU pod slice, Slurm, Open MPI, Kubernetes",
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for processes started one by one")
-_PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are, with --coordinator", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0, with --coordinator", lower_bound=0)
-_JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, for processes started one by one"
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "how many processes there are, with --coordinator", lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", None, "which of them this is, from 0, with --coordinator", lower_bound=0
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "seconds to wait for the other processes", lower_bound=1
+)
 
 
 def start():
-    """Joins the other processes, where the command line says that there are any; call it before anything else of JAX.
+    """Joins the other processes, where the command line says that there are any; call it before
+    anything else of JAX.
 
     Raises:
-      UserError: flags that don't belong together, no cluster where one was announced, or a process that doesn't join.
+      UserError: flags that don't belong together, no cluster where one was announced, or a process
+        that doesn't join.
     """
     _join()
     import jax
@@ -36,19 +48,29 @@ def start():
         # Programs from the cache have lost the order of their collectives there, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
-            logging.getLogger(__name__).warning("no compilation cache: on several CPU devices its programs deadlock")
+            logging.getLogger(__name__).warning(
+                "no compilation cache: on several CPU devices its programs deadlock"
+            )
 
 
 def _join():
-    explicit = {"coordinator": _COORDINATOR.value, "processes": _PROCESSES.value, "process": _PROCESS.value}
+    explicit = {
+        "coordinator": _COORDINATOR.value,
+        "processes": _PROCESSES.value,
+        "process": _PROCESS.value,
+    }
     given = [name for name, value in explicit.items() if value is not None]
     if not given and not _DISTRIBUTED.value:
         return
     if _DISTRIBUTED.value and given:
-        raise UserError(f"--distributed and --{given[0]}: give one or the other; --distributed asks the cluster")
+        raise UserError(
+            f"--distributed and --{given[0]}: give one or the other; --distributed asks the cluster"
+        )
     if given and len(given) < 3:
         missing = next(name for name in explicit if name not in given)
-        raise UserError(f"--{missing} is missing; --coordinator, --processes and --process go together")
+        raise UserError(
+            f"--{missing} is missing; --coordinator, --processes and --process go together"
+        )
     if given:
         _meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
     _initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -56,11 +78,15 @@ def _join():
 
     if jax.process_index() > 0:
         logging.getLogger("aoe_jax").setLevel(logging.WARNING)
-    logging.getLogger(__name__).info("%d processes, %d devices", jax.process_count(), jax.device_count())
+    logging.getLogger(__name__).info(
+        "%d processes, %d devices", jax.process_count(), jax.device_count()
+    )
 
 
 def _initialize(address, n_processes, process):
-    """`jax.distributed.initialize`; where that takes too long, it ends the process, and JAX itself would abort it."""
+    """`jax.distributed.initialize`; where that takes too long, it ends the process, and JAX itself
+    would abort it.
+    """
     import jax
 
     joined = threading.Event()
@@ -76,7 +102,9 @@ def _initialize(address, n_processes, process):
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        jax.distributed.initialize(address, n_processes, process, initialization_timeout=_JOIN_TIMEOUT.value + 60)
+        jax.distributed.initialize(
+            address, n_processes, process, initialization_timeout=_JOIN_TIMEOUT.value + 60
+        )
     except ValueError as e:
         raise UserError(
             f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and --process"
@@ -85,16 +113,21 @@ def _initialize(address, n_processes, process):
 
 
 def _meet(address, n_processes, process, timeout):
-    """Waits until all processes are there, on the port that JAX takes next: JAX can't say which one is missing.
+    """Waits until all processes are there, on the port that JAX takes next: JAX can't say which one
+    is missing.
 
     Raises:
       UserError: a bad address or number, or processes that aren't there in time, by their numbers.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError(f"--coordinator={address}: must be HOST:PORT of process 0, such as 10.0.0.1:12345")
+        raise UserError(
+            f"--coordinator={address}: must be HOST:PORT of process 0, such as 10.0.0.1:12345"
+        )
     if process >= n_processes:
-        raise UserError(f"--process={process}: must be below --processes={n_processes}; processes count from 0")
+        raise UserError(
+            f"--process={process}: must be below --processes={n_processes}; processes count from 0"
+        )
     deadline = time.monotonic() + timeout
     if process == 0:
         _wait_for_others(address, int(port), n_processes, deadline, timeout)
@@ -145,8 +178,12 @@ def _report(address, place, process, deadline, timeout):
             return
         if answer:
             raise UserError(_missing(answer.split(","), timeout))
-        raise UserError(f"--process={process}: process 0 has another process of this number, or other --processes")
-    raise UserError(f"process 0 at --coordinator={address} can't be reached within --join_timeout={timeout} s")
+        raise UserError(
+            f"--process={process}: process 0 has another process of this number, or other --processes"
+        )
+    raise UserError(
+        f"process 0 at --coordinator={address} can't be reached within --join_timeout={timeout} s"
+    )
 
 
 def _missing(numbers, timeout):

@@ -1,8 +1,10 @@
-"""Takes the model out of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR [--step=N]`.
+"""Takes the model out of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR
+[--step=N]`.
 
-Safetensors and `config.json`, as Mixtral where that can say all of the model, else in a format of our own, see
-`aoe_jax.formats`; the tokenizer as `transformers` takes it; and the configuration of the run, by which `eval.py
---workdir=OUTPUT` evaluates the model. `train.init_from` starts another run from it.
+Safetensors and `config.json`, as Mixtral where that can say all of the model, else in a format of
+our own, see `aoe_jax.formats`; the tokenizer as `transformers` takes it; and the configuration of
+the run, by which `eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another
+run from it.
 """
 
 import logging
@@ -20,11 +22,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which mus
 _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the tensors; training has float32")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "of the tensors; training has float32"
+)
 
 
 def export(workdir: Path, output: Path, which="newest", dtype="float32"):
-    """Writes the model of a checkpoint to `output`, which comes into being only when it is complete.
+    """Writes the model of a checkpoint to `output`, which comes into being only when it is
+    complete.
 
     Args:
       workdir: of a training run.
@@ -36,7 +41,8 @@ def export(workdir: Path, output: Path, which="newest", dtype="float32"):
       The step of the checkpoint.
 
     Raises:
-      UserError: there is no such checkpoint, it can't be read, or `output` exists or can't be written.
+      UserError: there is no such checkpoint, it can't be read, or `output` exists or can't be
+        written.
     """
     import jax
 
@@ -59,7 +65,9 @@ def export(workdir: Path, output: Path, which="newest", dtype="float32"):
     mesh = make_mesh(config, jax.devices())
     with new_directory(output) as partial_output, jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-        params, routing_state = run.restore_model(step, with_shardings(abstract, state_shardings(mesh, abstract)))
+        params, routing_state = run.restore_model(
+            step, with_shardings(abstract, state_shardings(mesh, abstract))
+        )
         values = as_own(config) if routing_state else to_json(config)
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
         write_arrays(partial_output, values, params, routing_state, dtype)

@@ -1,7 +1,9 @@
-"""Continues texts: `python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...] [--max_tokens=N]`.
+"""Continues texts: `python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]
+[--max_tokens=N]`.
 
-The text appears as it comes. Several prompts are continued together and printed one after the other. `--contrast=BETA` draws
-by the model against itself with badly chosen experts, see `evaluation/contrast.py`.
+The text appears as it comes. Several prompts are continued together and printed one after the
+other. `--contrast=BETA` draws by the model against itself with badly chosen experts, see
+`evaluation/contrast.py`.
 """
 
 import sys
@@ -17,11 +19,17 @@ _STEP = flags.DEFINE_string(
     "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
 )
 _MESH = cli.define_mesh_flag()
-_PROMPT = flags.DEFINE_multi_string("prompt", [""], "a text to continue; an empty one begins a new text")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [""], "a text to continue; an empty one begins a new text"
+)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at most")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax that tokens are drawn by; 0: the likeliest token")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "of the softmax that tokens are drawn by; 0: the likeliest token"
+)
 _TOP_K = flags.DEFINE_integer("top_k", None, "draw among so many of the likeliest tokens")
-_TOP_P = flags.DEFINE_float("top_p", None, "draw among the fewest likeliest tokens whose probability reaches this")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "draw among the fewest likeliest tokens whose probability reaches this"
+)
 _CONTRAST = flags.DEFINE_float(
     "contrast",
     None,
@@ -31,7 +39,9 @@ _ALPHA = flags.DEFINE_float(
     "alpha", 0.1, "with --contrast: no token less likely than this, relatively to the likeliest"
 )
 _STRONG_K = flags.DEFINE_integer(
-    "strong_k", None, "with --contrast: experts per token of the strong pass; by default the model's own choice"
+    "strong_k",
+    None,
+    "with --contrast: experts per token of the strong pass; by default the model's own choice",
 )
 _WEAK_RANK = flags.DEFINE_integer(
     "weak_rank", 2, "with --contrast: the rank by score of the one expert of the weak pass, from 1"
@@ -40,11 +50,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 
 
 def continuations(model, prompts, max_tokens, contrast=None, **settings):
-    """Continues texts with a `Model`; contrast is that of `Generator`, settings are those of `Generator.stream`.
+    """Continues texts with a `Model`; contrast is that of `Generator`, settings are those of
+    `Generator.stream`.
 
     Yields:
-      What each text has been continued by so far, a list of texts. Characters of which some bytes are still to come are
-      held back.
+      What each text has been continued by so far, a list of texts. Characters of which some bytes
+      are still to come are held back.
     """
     from aoe_jax.evaluation.generation import Generator
 
@@ -54,9 +65,12 @@ def continuations(model, prompts, max_tokens, contrast=None, **settings):
     for new in Generator(model, contrast).stream(encoded, max_tokens, **settings):
         for row, tokens in zip(so_far, new, strict=True):
             row.extend(tokens)
-        # Decoded with the prompt: some tokenizers drop the blank before the first word of what they are given.
+        # Decoded with the prompt: some tokenizers drop the blank before the first word of what they
+        # are given.
         yield [
-            tokenizer.decode([*prompt, *row]).removeprefix(tokenizer.decode(prompt)).rstrip("\N{REPLACEMENT CHARACTER}")
+            tokenizer.decode([*prompt, *row])
+            .removeprefix(tokenizer.decode(prompt))
+            .rstrip("\N{REPLACEMENT CHARACTER}")
             for prompt, row in zip(encoded, so_far, strict=True)
         ]
 
@@ -79,14 +93,18 @@ def main():
         passes = {"strong_k": _STRONG_K.value, "weak_rank": _WEAK_RANK.value}
         contrast = Contrast(_CONTRAST.value, _ALPHA.value, **passes)
     elif idle := [flag for flag in (_ALPHA, _STRONG_K, _WEAK_RANK) if flag.present]:
-        raise UserError(f"--{idle[0].name}={idle[0].value}: belongs to --contrast; set that too, or leave this out")
+        raise UserError(
+            f"--{idle[0].name}={idle[0].value}: belongs to --contrast; set that too, or leave this out"
+        )
     prompts = _PROMPT.value
     model = load_model(workdir, _STEP.value, _MESH.value)
     write = sys.stdout.write if jax.process_index() == 0 else lambda text: None
     shown = 0
     settings = {"contrast": contrast, "sampling": sampling, "seed": _SEED.value, "chunk": 8}
     for texts in continuations(model, prompts, _MAX_TOKENS.value, **settings):
-        first = prompts[0] + texts[0]  # the prompt only now: what is logged in between would stand in its line
+        first = (
+            prompts[0] + texts[0]
+        )  # the prompt only now: what is logged in between would stand in its line
         write(first[shown:])
         sys.stdout.flush()
         shown = max(shown, len(first))

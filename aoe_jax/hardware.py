@@ -1,10 +1,11 @@
 """Accelerators by name: public peak figures, for bounds and utilisation.
 
-Sources: cloud.google.com/tpu/docs (system architecture pages of v4, v5e, v5p, v6e and Ironwood: peak compute, HBM, and
-inter-chip bandwidth, of which one direction counts here); nvidia.com (H100 SXM data sheet, dense, NVLink 4). The
-bandwidth between slices is that of a chip's share of its host's network card in the Google Cloud machine types. Peaks of the
-other GPUs are from their data sheets at nvidia.com (A100, H100 PCIe and NVL, H200, GH200, HGX B200), where those that count
-on sparse operands are halved.
+Sources: cloud.google.com/tpu/docs (system architecture pages of v4, v5e, v5p, v6e and Ironwood:
+peak compute, HBM, and inter-chip bandwidth, of which one direction counts here); nvidia.com (H100
+SXM data sheet, dense, NVLink 4). The bandwidth between slices is that of a chip's share of its
+host's network card in the Google Cloud machine types. Peaks of the other GPUs are from their data
+sheets at nvidia.com (A100, H100 PCIe and NVL, H200, GH200, HGX B200), where those that count on
+sparse operands are halved.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip that programs can be compiled for without it; a v4 or v7x chip may show as two devices, which share it."""
+    """One chip that programs can be compiled for without it; a v4 or v7x chip may show as two
+    devices, which share it.
+    """
 
     flops: float  # per second, bfloat16, dense
     hbm_bytes: float
@@ -30,8 +33,8 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
 }
 
-# By `jax.Device.device_kind`, FLOPs per second of a chip in bfloat16, dense. Names are matched whole: a part of a GPU, or
-# one of another form, has another name and another peak.
+# By `jax.Device.device_kind`, FLOPs per second of a chip in bfloat16, dense. Names are matched
+# whole: a part of a GPU, or one of another form, has another name and another peak.
 PEAK_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -64,7 +67,8 @@ def count_chips(devices):
 
 
 def peak_flops_per_device(devices):
-    """FLOPs per second of one of the devices, which are alike, at its peak in bfloat16; None for one that isn't known.
+    """FLOPs per second of one of the devices, which are alike, at its peak in bfloat16; None for
+    one that isn't known.
 
     A device that is half of a chip has half of its peak.
     """

@@ -27,7 +27,9 @@ def read_json(path: Path, wanted="name the workdir of a training run"):
 
 
 def write_json(path: Path, value, indent=2):
-    """Writes JSON, null for what isn't finite, so that a kill or a power cut leaves the old file or the new one, whole."""
+    """Writes JSON, null for what isn't finite, so that a kill or a power cut leaves the old file or
+    the new one, whole.
+    """
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_finite(value), indent=indent) + "\n")
     replace_durably(partial, path)

@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """Hold the lock on `lock_file`, waiting for it; the system frees it when the process ends, however it ends.
+    """Hold the lock on `lock_file`, waiting for it; the system frees it when the process ends,
+    however it ends.
 
     Raises:
         UserError: the folder of `lock_file` cannot be written.
@@ -34,10 +35,12 @@ def exclusive(lock_file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, flag: str) -> Iterator[None]:
-    """Keep other processes out of `folder` meanwhile; the system frees it when the process ends, however it ends.
+    """Keep other processes out of `folder` meanwhile; the system frees it when the process ends,
+    however it ends.
 
     Raises:
-        UserError: another process is there; names the `flag` of the command line that gave the folder.
+        UserError: another process is there; names the `flag` of the command line that gave the
+          folder.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -48,7 +51,11 @@ def alone_in(folder: Path, flag: str) -> Iterator[None]:
                 f"--{flag}={folder}: another process is at work there; wait for it, or use another --{flag}"
             ) from error
         except OSError as error:  # a network disk without locks
-            log.warning("%s can't be locked (%s): see to it that no other process writes there", folder, error.strerror)
+            log.warning(
+                "%s can't be locked (%s): see to it that no other process writes there",
+                folder,
+                error.strerror,
+            )
         yield
     finally:
         os.close(descriptor)

@@ -1,21 +1,24 @@
-"""What a run would need on machines that aren't here: `python -m aoe_jax.plan --config=FILE[:VARIANT] --topology=v5p:4x4x4`.
+"""What a run would need on machines that aren't here: `python -m aoe_jax.plan
+--config=FILE[:VARIANT] --topology=v5p:4x4x4`.
 
-The real train step is compiled for the named TPU slices, `--topology=GENERATION:SHAPE [--slices=N]`, with `libtpu` from its
-wheel, or for GPUs of one node, `--topology=h100:8`, with JAX's CUDA wheels. It reports parameters, memory per device against
-the chip's, FLOPs, what is communicated, and from public peak figures a bound on step time and model FLOPs utilisation (MFU).
-Any `--config.GROUP.FIELD=VALUE` works as in training; `--json=FILE` writes the report. Exit status 3: it doesn't fit.
-`--suggest` then tries other meshes, the nearest first.
+The real train step is compiled for the named TPU slices, `--topology=GENERATION:SHAPE
+[--slices=N]`, with `libtpu` from its wheel, or for GPUs of one node, `--topology=h100:8`, with
+JAX's CUDA wheels. It reports parameters, memory per device against the chip's, FLOPs, what is
+communicated, and from public peak figures a bound on step time and model FLOPs utilisation (MFU).
+Any `--config.GROUP.FIELD=VALUE` works as in training; `--json=FILE` writes the report. Exit status
+3: it doesn't fit. `--suggest` then tries other meshes, the nearest first.
 
 How the figures come about:
 
 - Memory is the compiler's: arguments (state and batch), results, and temporary memory, per device.
-- FLOPs are the compiler's. It counts the body of a loop once, so the layers and the chunks of the loss are multiplied by
-  their number; further rounds of expert parallelism (`experts/transport.py`), which balanced loads don't need, are left out.
-- Collectives are those of the program before it is compiled, where all are explicit but the sums of a few scalars and of
-  the gradients of norm scales; what is gathered twice in one body of a loop counts once. Bytes are what a device receives
-  in a step, by the usual ring algorithms.
-- The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written once) and network,
-  each at its peak and perfectly overlapped: no run is faster.
+- FLOPs are the compiler's. It counts the body of a loop once, so the layers and the chunks of the
+  loss are multiplied by their number; further rounds of expert parallelism
+  (`experts/transport.py`), which balanced loads don't need, are left out.
+- Collectives are those of the program before it is compiled, where all are explicit but the sums of
+  a few scalars and of the gradients of norm scales; what is gathered twice in one body of a loop
+  counts once. Bytes are what a device receives in a step, by the usual ring algorithms.
+- The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
+  once) and network, each at its peak and perfectly overlapped: no run is faster.
 """
 
 import dataclasses
@@ -56,57 +59,87 @@ from aoe_jax.training.step import init_state, make_train_step, training_loss
 log = logging.getLogger(__name__)
 
 _CONFIG = cli.define_config_flag()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5p:4x4x4, v5e:16x16 or h100:8")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "GENERATION:SHAPE, such as v5p:4x4x4, v5e:16x16 or h100:8"
+)
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bound=1)
-_SUGGEST = flags.DEFINE_bool("suggest", False, "where it doesn't fit, look for the nearest mesh that does")
+_SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "where it doesn't fit, look for the nearest mesh that does"
+)
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
 def _bytes_per_device(abstract):
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(abstract)
+    )
 
 
 def abstract_batch(config, n_rows, sharding=None):
     """The shapes of a batch of that many sequences."""
-    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+    dtypes = {
+        "inputs": jnp.int32,
+        "targets": jnp.int32,
+        "segment_ids": jnp.int32,
+        "weights": jnp.float32,
+    }
     shape = (n_rows, config.data.seq_len)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }
 
 
 def train_step_for(config, mesh):
-    """`(step, state, batch)` for the mesh in context: the jitted train step, and the shapes that it takes."""
+    """`(step, state, batch)` for the mesh in context: the jitted train step, and the shapes that it
+    takes.
+    """
     state = jax.eval_shape(lambda: init_state(config, 0))
     shardings = state_shardings(mesh, state)
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    step = jax.jit(
+        make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+    )
     batch = abstract_batch(config, config.train.batch_size, batch_sharding(mesh))
     return step, with_shardings(state, shardings), batch
 
 
 def _activation_bytes(config, n_devices):
-    """What the forward pass of a micro-batch keeps for the backward pass, per device: all but parameters and batch."""
+    """What the forward pass of a micro-batch keeps for the backward pass, per device: all but
+    parameters and batch.
+    """
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
 
     def kept(params, routing_state, batch, key):
-        return jax.vjp(lambda p: training_loss(config, p, routing_state, batch, key), params, has_aux=True)[1]
+        return jax.vjp(
+            lambda p: training_loss(config, p, routing_state, batch, key), params, has_aux=True
+        )[1]
 
-    key = jax.eval_shape(lambda: jax.random.key(0))  # a shape, as all else: nothing runs on these devices
+    key = jax.eval_shape(
+        lambda: jax.random.key(0)
+    )  # a shape, as all else: nothing runs on these devices
     leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, state.routing_state, batch, key))
     parameters = {(a.shape, a.dtype) for a in jax.tree.leaves(state.params)}
-    return sum(a.size * a.dtype.itemsize for a in leaves if (a.shape, a.dtype) not in parameters) / n_devices
+    return (
+        sum(a.size * a.dtype.itemsize for a in leaves if (a.shape, a.dtype) not in parameters)
+        / n_devices
+    )
 
 
 def plan(config: Config, generation, devices, compiles=True):
     """Compiles the train step of `config`, whose mesh is filled in, for devices of a topology.
 
-    Without `compiles` it is only traced, in seconds: memory, compiled FLOPs and whether it fits are then unknown, None.
+    Without `compiles` it is only traced, in seconds: memory, compiled FLOPs and whether it fits are
+    then unknown, None.
 
     Returns:
-      A dict, see `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`, `memory_bytes` {`state`,
-      `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`}, `collective_bytes` by kind, `collectives` by kind and
-      mesh axes, `step_seconds`, `bound_by`, `mfu_bound`, `compile_seconds`. Bytes and FLOPs are per device.
+      A dict, see `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
+      `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
+      `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
+      `mfu_bound`, `compile_seconds`. Bytes and FLOPs are per device.
     """
     chip, n_devices = CHIPS[generation], len(devices)
     share = count_chips(devices) / n_devices  # of a chip that is a device
@@ -126,7 +159,10 @@ def plan(config: Config, generation, devices, compiles=True):
             if _used_bytes(error) is None:
                 raise
         compile_seconds = time.perf_counter() - started
-        memory = {"state": _bytes_per_device(state), "activations": _activation_bytes(config, n_devices)}
+        memory = {
+            "state": _bytes_per_device(state),
+            "activations": _activation_bytes(config, n_devices),
+        }
         memory |= {"temp": None, "total": _used_bytes(error) if error else None}
         if compiled:
             analysis = compiled.memory_analysis()
@@ -150,7 +186,9 @@ def plan(config: Config, generation, devices, compiles=True):
         "arithmetic": (flops or useful) / (share * chip.flops),
         "network": (sum(received.values()) - across) / (share * chip.link_bandwidth)
         + across / (share * chip.slice_bandwidth),
-        "HBM": 2 * (memory["state"] + config.train.accumulate * memory["activations"]) / (share * chip.hbm_bandwidth),
+        "HBM": 2
+        * (memory["state"] + config.train.accumulate * memory["activations"])
+        / (share * chip.hbm_bandwidth),
     }
     bound_by = max(seconds, key=seconds.get)
     return {
@@ -179,8 +217,13 @@ def plan(config: Config, generation, devices, compiles=True):
 
 
 def _used_bytes(error):
-    """What the compiler says that a program needs of the chip's memory, where it refuses it for that; else None."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", error)
+    """What the compiler says that a program needs of the chip's memory, where it refuses it for
+    that; else None.
+    """
+    found = re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
+        error,
+    )
     if not found:
         return None
     size, unit = (group for group in found.groups() if group)
@@ -188,18 +231,24 @@ def _used_bytes(error):
 
 
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
-    """FLOPs of a device in a step, with every loop counted as often as it runs; None where the compiler counts none."""
+    """FLOPs of a device in a step, with every loop counted as often as it runs; None where the
+    compiler counts none.
+    """
     if config.mesh.expert > 1 or not SELECTIONS[config.experts.selection].all_slots_used:
         with transport.first_round_only():
             compiled = step.lower(state, batch).compile()
     counted = (compiled.cost_analysis() or {}).get("flops")
     if not counted:
         return None
-    passes = LAYERS[config.experts.kind].passes  # a loop too, but for the loss, which is of all at once
+    passes = LAYERS[
+        config.experts.kind
+    ].passes  # a loop too, but for the loss, which is of all at once
     tokens = config.tokens_per_step // config.train.accumulate // n_devices
     per_token = 6 * config.model.vocab_size * config.model.d_model
     chunk = min(CHUNK_TOKENS, tokens)
-    update = 20 * parameter_counts(config).total / (n_devices // config.mesh.data)  # AdamW's arithmetic, about
+    update = (
+        20 * parameter_counts(config).total / (n_devices // config.mesh.data)
+    )  # AdamW's arithmetic, about
     n_layers, unroll = config.model.n_layers, min(config.model.unroll, config.model.n_layers)
     in_program = unroll + n_layers % unroll  # the body of the scan, and the layers left over
     layer = (counted - passes * chunk * per_token - update) / in_program
@@ -207,7 +256,9 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
 
 
 def candidates(config: Config, n_devices):
-    """Other meshes that the configuration allows, the nearest first: few factors moved, tensor and expert last."""
+    """Other meshes that the configuration allows, the nearest first: few factors moved, tensor and
+    expert last.
+    """
     factors = [f for f in range(1, n_devices + 1) if n_devices % f == 0]
     given = [getattr(config.mesh, axis) for axis in MESH_AXES]
     found = []
@@ -222,7 +273,9 @@ def candidates(config: Config, n_devices):
             changed = dataclasses.replace(config, mesh=mesh, model=model)
         except UserError:
             continue
-        distance = sum(abs(math.log2(a / b)) * w for a, b, w in zip(shape, given, (1, 1, 1.5, 2), strict=True))
+        distance = sum(
+            abs(math.log2(a / b)) * w for a, b, w in zip(shape, given, (1, 1, 1.5, 2), strict=True)
+        )
         if list(shape) != given:
             found.append((distance, shape, changed))
     return [changed for _, _, changed in sorted(found, key=lambda entry: entry[:2])]
@@ -231,7 +284,8 @@ def candidates(config: Config, n_devices):
 def suggest(config: Config, generation, devices):
     """The plan of the nearest mesh that fits, or None; compiles up to `SUGGESTIONS` of them.
 
-    Only meshes that split the state further are tried, since the batch is split over all but tensor in any case.
+    Only meshes that split the state further are tried, since the batch is split over all but tensor
+    in any case.
     """
     shards = config.mesh.fsdp * config.mesh.expert * config.mesh.tensor
     tried = 0
@@ -239,7 +293,9 @@ def suggest(config: Config, generation, devices):
         if changed.mesh.fsdp * changed.mesh.expert * changed.mesh.tensor <= shards:
             continue
         tried += 1
-        log.info("trying %s", ", ".join(f"{axis} {getattr(changed.mesh, axis)}" for axis in MESH_AXES))
+        log.info(
+            "trying %s", ", ".join(f"{axis} {getattr(changed.mesh, axis)}" for axis in MESH_AXES)
+        )
         report = plan(changed, generation, devices)
         if report["fits"] or tried == SUGGESTIONS:
             return report if report["fits"] else None
@@ -255,7 +311,11 @@ def table(report):
     memory, flops = report["memory_bytes"], report["flops"]
     mesh = ", ".join(f"{name} {value}" for name, value in report["mesh"].items())
     mesh += f"; model.unroll {report['unroll']}" if report["unroll"] > 1 else ""
-    compiled = "not counted" if flops["compiled"] is None else f"{flops['compiled'] / flops['useful']:.3f} of useful"
+    compiled = (
+        "not counted"
+        if flops["compiled"] is None
+        else f"{flops['compiled'] / flops['useful']:.3f} of useful"
+    )
     lines = [
         f"{report['devices']} devices of {report['generation']}: {mesh}",
         f"parameters      {report['parameters'] / 1e6:,.0f}M, {report['active_parameters'] / 1e6:,.0f}M active; "
@@ -288,7 +348,11 @@ def main():
     if not report["fits"] and _SUGGEST.value:
         better = suggest(config, generation, devices)
         report["suggestion"] = better
-        print("\nno other mesh was found to fit" if better is None else f"\nthis mesh fits:\n{table(better)}")
+        print(
+            "\nno other mesh was found to fit"
+            if better is None
+            else f"\nthis mesh fits:\n{table(better)}"
+        )
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
     return 0 if report["fits"] else 3

@@ -1,4 +1,5 @@
-"""Where arrays lie on the mesh: its axes, the rules from logical axes to them, and shardings of a train state.
+"""Where arrays lie on the mesh: its axes, the rules from logical axes to them, and shardings of a
+train state.
 
     data    copies of the model; batches are split over it
     fsdp    batches, parameters and optimiser state are split over it
@@ -36,7 +37,8 @@ class ShardingRules:
     vocab: str | None = None
 
     def spec(self, *axes):
-        """The `PartitionSpec` of an array with these logical axes, None for one that is never split.
+        """The `PartitionSpec` of an array with these logical axes, None for one that is never
+        split.
 
         Raises:
           ValueError: an unknown logical axis, or two that are split over the same mesh axis.
@@ -44,11 +46,20 @@ class ShardingRules:
         known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         unknown = [axis for axis in axes if axis is not None and axis not in known]
         if unknown:
-            raise ValueError(f"logical axis {unknown[0]!r} is unknown; known are {', '.join(known)}")
+            raise ValueError(
+                f"logical axis {unknown[0]!r} is unknown; known are {', '.join(known)}"
+            )
         split = [None if axis is None else known[axis] for axis in axes]
-        used = [name for entry in split if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+        used = [
+            name
+            for entry in split
+            if entry
+            for name in ((entry,) if isinstance(entry, str) else entry)
+        ]
         if len(set(used)) < len(used):
-            raise ValueError(f"logical axes {axes} are split over {used}: a mesh axis can split one of them only")
+            raise ValueError(
+                f"logical axes {axes} are split over {used}: a mesh axis can split one of them only"
+            )
         return PartitionSpec(*split)
 
 
@@ -59,7 +70,8 @@ def fill_mesh(config: Config, n_devices):
     """The configuration with `mesh.data=-1` filled in, checked anew against the mesh that results.
 
     Raises:
-      UserError: the axes don't multiply to the number of devices, or something doesn't divide by them.
+      UserError: the axes don't multiply to the number of devices, or something doesn't divide by
+        them.
     """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
@@ -73,10 +85,12 @@ def fill_mesh(config: Config, n_devices):
 
 
 def make_mesh(config: Config, devices):
-    """The mesh of `config.mesh`, without -1, over devices, laid out along their network; slices along `data`.
+    """The mesh of `config.mesh`, without -1, over devices, laid out along their network; slices
+    along `data`.
 
     Raises:
-      UserError: several slices that `mesh.data` isn't a multiple of, or a shape that the network can't be cut into.
+      UserError: several slices that `mesh.data` isn't a multiple of, or a shape that the network
+        can't be cut into.
     """
     shape = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -91,7 +105,9 @@ def make_mesh(config: Config, devices):
         split = {"allow_split_physical_axes": True}
         try:
             if n_slices > 1:
-                grid = mesh_utils.create_hybrid_device_mesh(within, (n_slices, 1, 1, 1), devices, **split)
+                grid = mesh_utils.create_hybrid_device_mesh(
+                    within, (n_slices, 1, 1, 1), devices, **split
+                )
             else:
                 grid = mesh_utils.create_device_mesh(shape, devices, **split)
         except (NotImplementedError, ValueError, AssertionError) as e:
@@ -102,9 +118,11 @@ def make_mesh(config: Config, devices):
 
 
 def rows_of_process(sharding, n_rows, process):
-    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order: what it has to read.
+    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order: what it has
+    to read.
 
-    Processes whose devices hold the same rows read the same; on a TPU slice the rows of a host need not be neighbours.
+    Processes whose devices hold the same rows read the same; on a TPU slice the rows of a host need
+    not be neighbours.
     """
     rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
@@ -123,7 +141,8 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
-# The logical axes of each parameter, without the axis of stacked layers; a dense layer has no axis of experts.
+# The logical axes of each parameter, without the axis of stacked layers; a dense layer has no axis
+# of experts.
 PARAMETER_AXES = {
     "w_router": (None, None),
     "w_router_hidden": (None, None),
@@ -165,12 +184,15 @@ def parameter_axes(name, ndim):
       ValueError: a parameter that `PARAMETER_AXES` doesn't know.
     """
     if name not in PARAMETER_AXES:
-        raise ValueError(f"parameter {name} has no logical axes; give it some in sharding.PARAMETER_AXES")
+        raise ValueError(
+            f"parameter {name} has no logical axes; give it some in sharding.PARAMETER_AXES"
+        )
     return PARAMETER_AXES[name][-ndim:]
 
 
 def state_shardings(mesh, abstract_state):
-    """Shardings of a train state, given as shapes; the optimiser's copies of a parameter lie where it does.
+    """Shardings of a train state, given as shapes; the optimiser's copies of a parameter lie where
+    it does.
 
     What is no array of parameters, such as counters and the state of routing, is replicated.
     """
@@ -187,11 +209,15 @@ def state_shardings(mesh, abstract_state):
 
 def with_shardings(abstract, shardings):
     """Shapes with their shardings, as compiling and restoring want them."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
 
 
 def put_batch(sharding, batch, rows=None, n_rows=None):
-    """A global batch from host arrays: those of all its rows, or of `rows` of its `n_rows`, `[len(rows), ...]`."""
+    """A global batch from host arrays: those of all its rows, or of `rows` of its `n_rows`,
+    `[len(rows), ...]`.
+    """
 
     def put(a):
         if rows is None:

@@ -10,16 +10,20 @@ _ENDS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
 
 
 class StopRequests:
-    """Turns signals into an exception, or, while training, into an answer at the next step; a second signal kills.
+    """Turns signals into an exception, or, while training, into an answer at the next step; a
+    second signal kills.
 
-    Where several processes run, JAX's preemption service takes SIGTERM, whichever of them gets it, and has all of them stop
-    at the same step.
+    Where several processes run, JAX's preemption service takes SIGTERM, whichever of them gets it,
+    and has all of them stop at the same step.
     """
 
     def __init__(
-        self, advice="the same command goes on from the newest checkpoint, or from the start where there is none"
+        self,
+        advice="the same command goes on from the newest checkpoint, or from the start where there is none",
     ):
-        """Nothing is heeded before `listen`; `advice`: how to go on after a stop that came outside of training."""
+        """Nothing is heeded before `listen`; `advice`: how to go on after a stop that came outside
+        of training.
+        """
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
         self._interrupted = False  # from the keyboard, while the others are stopped too
@@ -31,7 +35,9 @@ class StopRequests:
 
     @contextlib.contextmanager
     def between_steps(self, several):
-        """Within, signals are answered by `asked`; `several`: whether JAX was told of a cluster, even of one process."""
+        """Within, signals are answered by `asked`; `several`: whether JAX was told of a cluster,
+        even of one process.
+        """
         self._at_steps, self._several = True, several
         try:
             yield
@@ -39,9 +45,13 @@ class StopRequests:
             self._at_steps = False
 
     def asked(self):
-        """Whether to stop now. All processes must ask equally often, at the same places of the program."""
+        """Whether to stop now. All processes must ask equally often, at the same places of the
+        program.
+        """
         if self._several:
-            from jax.experimental import multihost_utils  # JAX starts only once the command line is known to be right
+            from jax.experimental import (
+                multihost_utils,
+            )  # JAX starts only once the command line is known to be right
 
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
@@ -50,7 +60,9 @@ class StopRequests:
 
     def end(self, message):
         """The exception that ends the run."""
-        return _ENDS[self._signal](f"{'preempted' if self._signal == signal.SIGTERM else 'interrupted'}: {message}")
+        return _ENDS[self._signal](
+            f"{'preempted' if self._signal == signal.SIGTERM else 'interrupted'}: {message}"
+        )
 
     def _take(self, number, frame):
         signal.signal(number, signal.SIG_DFL)

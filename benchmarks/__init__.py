@@ -1,1 +1,3 @@
-"""Measured claims: the figures of speed, memory and plans in the README and docs/, each by a command here."""
+"""Measured claims: the figures of speed, memory and plans in the README and docs/, each by a
+command here.
+"""

@@ -1,4 +1,6 @@
-"""Top-k in the layout of selections that give a token any number of experts; what `benchmarks.slots` times."""
+"""Top-k in the layout of selections that give a token any number of experts; what
+`benchmarks.slots` times.
+"""
 
 import jax.numpy as jnp
 
@@ -17,5 +19,7 @@ class AllSlots(TopK):
         slots = choice.assignment
         is_expert = slots.expert[:, None] == jnp.arange(experts.n_experts)
         weight = jnp.where(is_expert, slots.weight[:, None], 0)
-        chosen, weight = (a.reshape(-1, experts.top_k, experts.n_experts).sum(axis=1) for a in (is_expert, weight))
+        chosen, weight = (
+            a.reshape(-1, experts.top_k, experts.n_experts).sum(axis=1) for a in (is_expert, weight)
+        )
         return choice._replace(assignment=by_mask(chosen > 0, weight))

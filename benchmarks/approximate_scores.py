@@ -1,9 +1,12 @@
-"""Cheaper ways to find the K experts of largest norm, for `benchmarks.selection`; none of them is part of the library.
+"""Cheaper ways to find the K experts of largest norm, for `benchmarks.selection`; none of them is
+part of the library.
 
-A method estimates the norms of all experts. Either the estimates decide, or they keep some candidates, whose exact norms
-decide. In both cases only the choice is approximate: sparse scoring computes the activations and norms of the chosen again.
+A method estimates the norms of all experts. Either the estimates decide, or they keep some
+candidates, whose exact norms decide. In both cases only the choice is approximate: sparse scoring
+computes the activations and norms of the chosen again.
 
-T tokens, d model width, n experts, r low rank (d_low), s sketched rank (s < r), K chosen per token, M candidates.
+T tokens, d model width, n experts, r low rank (d_low), s sketched rank (s < r), K chosen per token,
+M candidates.
 """
 
 from collections.abc import Callable
@@ -21,17 +24,23 @@ from aoe_jax.experts.selection.top_k import top_k as choose_top_k
 class Method(NamedTuple):
     """One way to choose."""
 
-    prepare: Callable[[jax.Array, Any], Any]  # (w_down [n, d, r], directions) -> what `estimate` takes: at every update
+    prepare: Callable[
+        [jax.Array, Any], Any
+    ]  # (w_down [n, d, r], directions) -> what `estimate` takes: at every update
     estimate: Callable[[jax.Array, Any], jax.Array]  # (x [T, d], prepared) -> norms [T, n]
-    # (w_down, covariance of the tokens [d, d]) -> directions to project on, found now and then; None: there are none.
+    # (w_down, covariance of the tokens [d, d]) -> directions to project on, found now and then;
+    # None: there are none.
     find: Callable[[jax.Array, jax.Array], Any] = lambda w_down, covariance: None
     operations: float = 1.0  # of the estimates, relative to exact scoring
-    operation_cost: float = 1.0  # of one of them; 1/2 in 8 bits, which accelerators multiply twice as fast as bfloat16
+    operation_cost: float = (
+        1.0  # of one of them; 1/2 in 8 bits, which accelerators multiply twice as fast as bfloat16
+    )
     candidates: int | None = None  # per expert chosen; None: the estimates decide
 
 
 def choice_scores(method, x, w_down, prepared, top_k, bias=None):
-    """Scores `[T, n]` to choose by: the estimates, or the exact norms of the candidates and -inf for other experts.
+    """Scores `[T, n]` to choose by: the estimates, or the exact norms of the candidates and -inf
+    for other experts.
 
     Args:
       method: a `Method`.
@@ -44,11 +53,17 @@ def choice_scores(method, x, w_down, prepared, top_k, bias=None):
     estimates = method.estimate(x, prepared)
     if method.candidates is None:
         return estimates
-    candidates = choose_top_k(estimates, min(method.candidates * top_k, estimates.shape[1]), bias=bias)
+    candidates = choose_top_k(
+        estimates, min(method.candidates * top_k, estimates.shape[1]), bias=bias
+    )
     plan = dispatch.plan_rows(candidates, estimates.shape[1])
     activations = grouped_matmul(dispatch.dispatch(x, candidates, plan), w_down, plan.groups)
     norms = dispatch.slot_values(scoring.activation_norms(activations), plan)
-    return jnp.full_like(estimates, -jnp.inf).at[candidates.token, candidates.expert].set(norms, unique_indices=True)
+    return (
+        jnp.full_like(estimates, -jnp.inf)
+        .at[candidates.token, candidates.expert]
+        .set(norms, unique_indices=True)
+    )
 
 
 def relative_cost(method, n_experts, top_k):
@@ -60,7 +75,8 @@ def agreement(chosen, other):
     """How far two choices `[T, K]` of experts agree.
 
     Returns:
-      `(overlap [T], identical [T])`: which part of a token's K experts both have, and whether they have the same set.
+      `(overlap [T], identical [T])`: which part of a token's K experts both have, and whether they
+        have the same set.
     """
     overlap = (chosen[:, :, None] == other[:, None, :]).sum(axis=(1, 2)) / chosen.shape[1]
     return overlap, overlap == 1
@@ -68,7 +84,10 @@ def agreement(chosen, other):
 
 def exact():
     """float32 scoring, what the others are held against."""
-    return Method(lambda w_down, _: w_down, lambda x, w: scoring.activation_norms(scoring.low_rank_activations(x, w)))
+    return Method(
+        lambda w_down, _: w_down,
+        lambda x, w: scoring.activation_norms(scoring.low_rank_activations(x, w)),
+    )
 
 
 def bfloat16():
@@ -88,11 +107,15 @@ def int8():
 
 def float8():
     """Operands in float8 (e4m3), scales as in `int8`, sums in float32."""
-    return _scaled(lambda a: a.astype(jnp.float8_e4m3fn), float(jnp.finfo(jnp.float8_e4m3fn).max), jnp.float32)
+    return _scaled(
+        lambda a: a.astype(jnp.float8_e4m3fn), float(jnp.finfo(jnp.float8_e4m3fn).max), jnp.float32
+    )
 
 
 def _scaled(rounded, largest, accumulator):
-    """Operands divided by scales so that the largest of each token and column is `largest`, then `rounded`."""
+    """Operands divided by scales so that the largest of each token and column is `largest`, then
+    `rounded`.
+    """
 
     def quantise(a, axis):
         scale = jnp.max(jnp.abs(a), axis, keepdims=True) / largest
@@ -109,17 +132,21 @@ def _scaled(rounded, largest, accumulator):
 
 
 def random_projection(r, s, candidates=None, seed=0):
-    """`||x Wdown_i R||` with random orthonormal columns `R [r, s]`, scaled so that the square has the right mean."""
+    """`||x Wdown_i R||` with random orthonormal columns `R [r, s]`, scaled so that the square has
+    the right mean.
+    """
     matrix = jnp.linalg.qr(jax.random.normal(jax.random.key(seed), (r, s)))[0] * (r / s) ** 0.5
     norms = exact().estimate
     return Method(lambda w_down, _: w_down @ matrix, norms, operations=s / r, candidates=candidates)
 
 
 def principal(r, s, candidates=None, use_data=True):
-    """The s directions of each expert's activations that hold most of its squared norm, and the mean of what is left.
+    """The s directions of each expert's activations that hold most of its squared norm, and the
+    mean of what is left.
 
-    These are the first right singular vectors of Wdown_i, or with `use_data` of `X Wdown_i` for tokens X with the given
-    covariance. The rest, in proportion to `||x||^2`, is the same for all tokens but differs between experts.
+    These are the first right singular vectors of Wdown_i, or with `use_data` of `X Wdown_i` for
+    tokens X with the given covariance. The rest, in proportion to `||x||^2`, is the same for all
+    tokens but differs between experts.
     """
     find = partial(_find_principal, s, use_data)
     return Method(_project, _estimate_principal, find, operations=s / r, candidates=candidates)
@@ -150,7 +177,9 @@ def second_moments(w_down, covariance):
 
 
 def effective_rank(second_moments):
-    """Over how many directions energy is spread, `(sum of eigenvalues)^2 / sum of squares`: `[..., r, r] -> [...]`."""
+    """Over how many directions energy is spread, `(sum of eigenvalues)^2 / sum of squares`: `[...,
+    r, r] -> [...]`.
+    """
     trace = jnp.trace(second_moments, axis1=-2, axis2=-1)
     return trace**2 / jnp.sum(second_moments**2, axis=(-2, -1))
 

@@ -1,9 +1,10 @@
-"""How AoE is balanced, on the embedded corpus: L_aux of all tokens, of an eighth of them, or none and a selection bias.
+"""How AoE is balanced, on the embedded corpus: L_aux of all tokens, of an eighth of them, or none
+and a selection bias.
 
-`python -m benchmarks.balance --workdir=DIR [--seeds=3] [--steps=350] [--json=FILE]` trains each arm of
-`configs/tiny.py` once a seed, one after the other; a run that is finished is not run again, one that was stopped goes on.
-The seed sets parameters and the order of the data, so runs of one seed pair up: differences are to the first arm, seed by
-seed, with their standard error.
+`python -m benchmarks.balance --workdir=DIR [--seeds=3] [--steps=350] [--json=FILE]` trains each arm
+of `configs/tiny.py` once a seed, one after the other; a run that is finished is not run again, one
+that was stopped goes on. The seed sets parameters and the order of the data, so runs of one seed
+pair up: differences are to the first arm, seed by seed, with their standard error.
 """
 
 import json
@@ -42,15 +43,24 @@ def _run(workdir, variant, balance, seed):
     train = {"seed": seed, "steps": _STEPS.value}
     check_workdir(workdir, configuration(variant, {"balance": balance, "train": train}))
     if not (workdir / "summary.json").exists():
-        command = [sys.executable, "train.py", f"--config=configs/tiny.py:{variant}", f"--workdir={workdir}"]
+        command = [
+            sys.executable,
+            "train.py",
+            f"--config=configs/tiny.py:{variant}",
+            f"--workdir={workdir}",
+        ]
         command += [f"--config.balance.{name}={value}" for name, value in balance.items()]
         command += [f"--config.train.{name}={value}" for name, value in train.items()]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     entropies = [line["load_entropy"] for line in lines if "load_entropy" in line][-LAST_LINES:]
-    return read_json(workdir / "summary.json")["metrics"]["validation_nll"], statistics.mean(entropies)
+    return read_json(workdir / "summary.json")["metrics"]["validation_nll"], statistics.mean(
+        entropies
+    )
 
 
 def _standard_error(values):
@@ -65,9 +75,14 @@ def main():
     for seed in range(_SEEDS.value):
         for arm, (variant, balance) in ARMS.items():
             name = "_".join(re.findall(r"\w+", arm))
-            results[arm].append(_run(root / f"{name}_steps{_STEPS.value}_seed{seed}", variant, balance, seed))
+            results[arm].append(
+                _run(root / f"{name}_steps{_STEPS.value}_seed{seed}", variant, balance, seed)
+            )
             nll, entropy = results[arm][-1]
-            print(f"seed {seed} {arm:>18}: validation nll {nll:.4f}, load entropy {entropy:.3f}", flush=True)
+            print(
+                f"seed {seed} {arm:>18}: validation nll {nll:.4f}, load entropy {entropy:.3f}",
+                flush=True,
+            )
     figures, first = [], results[next(iter(ARMS))]
     for arm, runs in results.items():
         nll, entropy = zip(*runs, strict=True)

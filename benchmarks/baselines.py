@@ -1,21 +1,26 @@
-"""Our dropless router MoE beside the MoE of the Flax tradition: experts of fixed capacity, dispatch and combine as einsums.
+"""Our dropless router MoE beside the MoE of the Flax tradition: experts of fixed capacity, dispatch
+and combine as einsums.
 
-`python -m benchmarks.baselines [--shapes=128x8x2x256,...] [--batch=8] [--length=256] [--factors=1,1.25,2]
-[--dtype=float32] [--tunix] [--nomodel] [--repeats=7] [--json=FILE]`. A shape is d_model, n_experts, top_k, d_ffn. First one
-layer, forward+backward in parameters and tokens, then a training step of `configs/tiny.py`, of 8 sequences of 256 random
-tokens, L_aux of all. `computed` is the FLOPs of the products over the useful ones, by `counts.capacity_flops_per_token`;
-`memory` the temporary memory of the compiled program, over that of the router; `dropped` the share of the choices that found
-no room, by an untrained router or, of the step, after as many steps as were timed. `eval.py` shows that of a trained model.
+`python -m benchmarks.baselines [--shapes=128x8x2x256,...] [--batch=8] [--length=256]
+[--factors=1,1.25,2] [--dtype=float32] [--tunix] [--nomodel] [--repeats=7] [--json=FILE]`. A shape
+is d_model, n_experts, top_k, d_ffn. First one layer, forward+backward in parameters and tokens,
+then a training step of `configs/tiny.py`, of 8 sequences of 256 random tokens, L_aux of all.
+`computed` is the FLOPs of the products over the useful ones, by `counts.capacity_flops_per_token`;
+`memory` the temporary memory of the compiled program, over that of the router; `dropped` the share
+of the choices that found no room, by an untrained router or, of the step, after as many steps as
+were timed. `eval.py` shows that of a trained model.
 
-`--tunix` adds two layers that were not written here, of `google-tunix` (`pip install '.[baselines]'`; Flax NNX), with our
-parameters. That of its Qwen3 computes what our router layer does (`differs` is by how much, of the largest output);
-without a mesh, and on CPU always, every expert computes every token, most of them as zeros. That of its Gemma 4 sorts rows
-by expert for `jax.lax.ragged_dot`, which on CPU is dense; it has GELU for SiLU and scales of its own. Neither drops tokens,
-and neither has a balance loss.
+`--tunix` adds two layers that were not written here, of `google-tunix` (`pip install
+'.[baselines]'`; Flax NNX), with our parameters. That of its Qwen3 computes what our router layer
+does (`differs` is by how much, of the largest output); without a mesh, and on CPU always, every
+expert computes every token, most of them as zeros. That of its Gemma 4 sorts rows by expert for
+`jax.lax.ragged_dot`, which on CPU is dense; it has GELU for SiLU and scales of its own. Neither
+drops tokens, and neither has a balance loss.
 
-Other packages of PyPI with MoE layers in Flax, tried in 2026 with Python 3.11, JAX 0.10.2 and Flax 0.12.8: nano-moe-jax
-0.1.0 installs, its experts are of two matrices and all compute all tokens; praxis and paxml 1.4.0, which have GShard's
-einsums, EasyDeL 0.3.0 and DantinoX 0.4.14 are pinned to other versions; MaxText 0.2.5 and gemma 4.0.1 need Python 3.12.
+Other packages of PyPI with MoE layers in Flax, tried in 2026 with Python 3.11, JAX 0.10.2 and Flax
+0.12.8: nano-moe-jax 0.1.0 installs, its experts are of two matrices and all compute all tokens;
+praxis and paxml 1.4.0, which have GShard's einsums, EasyDeL 0.3.0 and DantinoX 0.4.14 are pinned to
+other versions; MaxText 0.2.5 and gemma 4.0.1 need Python 3.12.
 """
 
 import dataclasses
@@ -30,7 +35,14 @@ from aoe_jax.config import BalanceConfig, Config, DataConfig, ExpertsConfig, Mod
 from aoe_jax.counts import capacity_flops_per_token, layer_flops_per_token, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.experts.kinds import LAYERS
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, parse_sizes, report
+from benchmarks.timing import (
+    configuration,
+    keep_freed_memory,
+    machine,
+    medians,
+    parse_sizes,
+    report,
+)
 
 _BATCH = flags.DEFINE_integer("batch", 8, "sequences, of the layers", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "tokens of a sequence, of the layers", lower_bound=1)
@@ -38,7 +50,9 @@ _SHAPES = flags.DEFINE_list(
     "shapes", ["128x8x2x256", "256x64x8x128"], "d_model x n_experts x top_k x d_ffn, of the layers"
 )
 _FACTORS = flags.DEFINE_list("factors", ["1", "1.25", "2"], "capacity factors")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the layers' computation")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "of the layers' computation"
+)
 _TUNIX = flags.DEFINE_bool("tunix", False, "layers of google-tunix too")
 _MODEL = flags.DEFINE_bool("model", True, "a training step of configs/tiny.py too")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each", lower_bound=1)
@@ -79,7 +93,9 @@ def _computed(config, useful, layers=1):
 
 def _compiled(apply, params, x):
     """`apply(params, x)`, forward+backward in both, compiled."""
-    gradient = jax.grad(lambda params, x: (apply(params, x).astype(jnp.float32) ** 2).mean(), (0, 1))
+    gradient = jax.grad(
+        lambda params, x: (apply(params, x).astype(jnp.float32) ** 2).mean(), (0, 1)
+    )
     return jax.jit(gradient).lower(params, x).compile()
 
 
@@ -96,13 +112,24 @@ def _import_tunix():
 
 
 def _tunix_layers(shape, params, dtype):
-    """name -> `(apply, params)` of the layers of google-tunix, with the parameters of a router layer."""
+    """name -> `(apply, params)` of the layers of google-tunix, with the parameters of a router
+    layer.
+    """
     nnx, gemma4, moe, qwen3 = _import_tunix()
     d, n_experts, top_k, d_ffn = shape
     shared = {"num_layers": 1, "embed_dim": d, "num_heads": 1, "head_dim": d, "num_kv_heads": 1}
-    shared |= {"num_experts": n_experts, "num_experts_per_tok": top_k, "dtype": dtype, "param_dtype": jnp.float32}
-    of_qwen3 = qwen3.ModelConfig(vocab_size=1, hidden_dim=d_ffn, rope_theta=1e4, norm_eps=1e-6, **shared)
-    of_gemma4 = gemma4.ModelConfig(num_embed=1, hidden_dim=d_ffn, expert_dim=d_ffn, enable_moe=True, **shared)
+    shared |= {
+        "num_experts": n_experts,
+        "num_experts_per_tok": top_k,
+        "dtype": dtype,
+        "param_dtype": jnp.float32,
+    }
+    of_qwen3 = qwen3.ModelConfig(
+        vocab_size=1, hidden_dim=d_ffn, rope_theta=1e4, norm_eps=1e-6, **shared
+    )
+    of_gemma4 = gemma4.ModelConfig(
+        num_embed=1, hidden_dim=d_ffn, expert_dim=d_ffn, enable_moe=True, **shared
+    )
     gates = jnp.stack([params["w_g"], params["w_p"]], axis=1).swapaxes(2, 3)
     layers = {
         "tunix, Qwen3": (
@@ -131,23 +158,34 @@ def layers(shape, dtype):
     """name -> `(compiled gradient, its arguments, figures)` of one layer of each arm."""
     x = jax.random.normal(jax.random.key(0), (_BATCH.value, _LENGTH.value, shape[0]), dtype)
     experts = {ROUTER: {"kind": "router"}}
-    experts |= {name: {"kind": "capacity", "capacity_factor": factor} for name, factor in factors().items()}
+    experts |= {
+        name: {"kind": "capacity", "capacity_factor": factor} for name, factor in factors().items()
+    }
     arms, params, outputs = {}, None, {}
     for name, settings in experts.items():
         config = _layer_config(shape, _LENGTH.value, **settings)
         layer = LAYERS[config.experts.kind](config.experts, dtype, config.balance)
         if params is None:  # all arms share those of the first
-            params = jax.jit(lambda key, x, layer=layer: layer.init(key, x)["params"])(jax.random.key(1), x)
+            params = jax.jit(lambda key, x, layer=layer: layer.init(key, x)["params"])(
+                jax.random.key(1), x
+            )
         outputs[name], stats = jax.jit(layer.apply)({"params": params}, x)
         figures = {"computed": _computed(config, layer_flops_per_token(config)[1])}
         if stats.dropped_share is not None:
             figures["dropped"] = float(stats.dropped_share)
-        program = _compiled(lambda params, x, layer=layer: layer.apply({"params": params}, x)[0], params, x)
+        program = _compiled(
+            lambda params, x, layer=layer: layer.apply({"params": params}, x)[0], params, x
+        )
         arms[name] = program, (params, x), figures
-    for name, (apply, state) in (_tunix_layers(shape, params, dtype) if _TUNIX.value else {}).items():
+    for name, (apply, state) in (
+        _tunix_layers(shape, params, dtype) if _TUNIX.value else {}
+    ).items():
         figures = {}
         if "Qwen3" in name:
-            difference = jnp.abs(jax.jit(apply)(state, x) - outputs[ROUTER]).max() / jnp.abs(outputs[ROUTER]).max()
+            difference = (
+                jnp.abs(jax.jit(apply)(state, x) - outputs[ROUTER]).max()
+                / jnp.abs(outputs[ROUTER]).max()
+            )
             figures["differs"] = float(difference)
         arms[name] = _compiled(apply, state, x), (state, x), figures
     return arms
@@ -155,7 +193,9 @@ def layers(shape, dtype):
 
 def _report_arms(title, seconds, programs, figures):
     """Prints an arm a line, and returns its figures."""
-    temporary = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    temporary = {
+        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+    }
     found = []
     for name in programs:
         figure = {
@@ -184,7 +224,8 @@ def model_steps():
     router = configuration("moe", {"balance": {"aux_tokens": 1.0}})
     return {ROUTER: router} | {
         name: dataclasses.replace(
-            router, experts=dataclasses.replace(router.experts, kind="capacity", capacity_factor=factor)
+            router,
+            experts=dataclasses.replace(router.experts, kind="capacity", capacity_factor=factor),
         )
         for name, factor in factors().items()
     }
@@ -201,7 +242,10 @@ def main():
     found = []
     for shape in shapes:
         arms = layers(shape, jnp.dtype(_DTYPE.value))
-        calls = {name: lambda program=program, args=args: program(*args) for name, (program, args, _) in arms.items()}
+        calls = {
+            name: lambda program=program, args=args: program(*args)
+            for name, (program, args, _) in arms.items()
+        }
         seconds = medians(calls, _REPEATS.value)
         title = f"layer d={shape[0]} {shape[2]} of {shape[1]} f={shape[3]}"
         programs, figures = ({name: arm[i] for name, arm in arms.items()} for i in (0, 2))
@@ -213,10 +257,17 @@ def main():
         figures = {}
         for name, config in configs.items():
             n_layers, metrics = config.model.n_layers, steps[name]()
-            figures[name] = {"computed": _computed(config, training_flops_per_token(config), n_layers)}
+            figures[name] = {
+                "computed": _computed(config, training_flops_per_token(config), n_layers)
+            }
             if "dropped_share" in metrics:
                 figures[name]["dropped"] = float(metrics["dropped_share"].mean())
-        found += _report_arms("step of tiny.py", seconds, {name: step.program for name, step in steps.items()}, figures)
+        found += _report_arms(
+            "step of tiny.py",
+            seconds,
+            {name: step.program for name, step in steps.items()},
+            figures,
+        )
     report(found, _JSON.value)
 
 

@@ -1,4 +1,5 @@
-"""What the compile checks share: grouped products and stacked layers, lowered for a device that isn't here.
+"""What the compile checks share: grouped products and stacked layers, lowered for a device that
+isn't here.
 
 M rows, D contracted width, F output width, E experts.
 """
@@ -20,7 +21,13 @@ from aoe_jax.topology import topology_devices
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
 
 
 def tpu_devices(generation):
@@ -40,24 +47,39 @@ def expert_shapes():
             if experts.kind != "dense":
                 width = experts.width(d)
                 shapes |= {(d, width), (width, d)}
-                shapes |= {(d, experts.d_low), (experts.d_low, width)} if experts.low_rank else set()
+                shapes |= (
+                    {(d, experts.d_low), (experts.d_low, width)} if experts.low_rank else set()
+                )
     return sorted(shapes)
 
 
 def lower_for(device, backend, m, d, f, n_experts, dtype):
-    """The product `[M, D] x [E, D, F]` and its two gradients for a device of a topology: a `jax.stages.Lowered`."""
+    """The product `[M, D] x [E, D, F]` and its two gradients for a device of a topology: a
+    `jax.stages.Lowered`.
+    """
     here = SingleDeviceSharding(device)
 
     def value_and_gradients(rows, weights, group_sizes, g):
-        value, pull_back = jax.vjp(lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), rows, weights)
+        value, pull_back = jax.vjp(
+            lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), rows, weights
+        )
         return value, *pull_back(g)
 
-    shapes = [((m, d), dtype), ((n_experts, d, f), dtype), ((n_experts,), jnp.int32), ((m, f), dtype)]
-    return jax.jit(value_and_gradients).lower(*(jax.ShapeDtypeStruct(*s, sharding=here) for s in shapes))
+    shapes = [
+        ((m, d), dtype),
+        ((n_experts, d, f), dtype),
+        ((n_experts,), jnp.int32),
+        ((m, f), dtype),
+    ]
+    return jax.jit(value_and_gradients).lower(
+        *(jax.ShapeDtypeStruct(*s, sharding=here) for s in shapes)
+    )
 
 
 def megablox_tile_flops(m, d, f, n_experts, itemsize):
-    """FLOPs of whole tiles over the useful `6 M D F`, where every group ends within a tile, computed for both its groups."""
+    """FLOPs of whole tiles over the useful `6 M D F`, where every group ends within a tile,
+    computed for both its groups.
+    """
     total = 0
     for name, (tm, tk, tn) in tiles(m, d, f, n_experts, itemsize).items():
         k, n = (f, d) if name == "d_rows" else (d, f)
@@ -66,17 +88,23 @@ def megablox_tile_flops(m, d, f, n_experts, itemsize):
 
 
 def compile_layers(device, config: Config, n_tokens):
-    """The gradient of `n_layers` scanned layers of experts, in parameters and tokens, compiled for one device of a topology.
+    """The gradient of `n_layers` scanned layers of experts, in parameters and tokens, compiled for
+    one device of a topology.
 
-    Each is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with `model.remat` and the balance loss.
+    Each is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with `model.remat`
+    and the balance loss.
     """
     m, dtype = config.model, jnp.dtype(config.model.dtype)
-    layer = LAYERS[config.experts.kind](config.experts, dtype, config.balance, recompute=m.remat == "experts")
+    layer = LAYERS[config.experts.kind](
+        config.experts, dtype, config.balance, recompute=m.remat == "experts"
+    )
     norm = RMSNorm(dtype=dtype, use_scale=False)
 
     def block(x, params):
         y, stats = layer.apply({"params": params}, norm.apply({}, x))
-        return x + y, (stats.load * stats.mean_probability).sum() if config.balance.has_loss else 0.0
+        return x + y, (
+            stats.load * stats.mean_probability
+        ).sum() if config.balance.has_loss else 0.0
 
     if m.remat == "layer":
         policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
@@ -90,6 +118,8 @@ def compile_layers(device, config: Config, n_tokens):
     here = NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((n_tokens, m.d_model), dtype, sharding=here)
     params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((8, m.d_model)))["params"]
-    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct((m.n_layers, *a.shape), a.dtype, sharding=here), params)
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((m.n_layers, *a.shape), a.dtype, sharding=here), params
+    )
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, (0, 1)), out_shardings=here).lower(params, x).compile()

@@ -1,9 +1,10 @@
 """Bits per byte of a trained model beside those of `xz -9e` on the same held-out text.
 
-`python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR [--split=...]`.
+`python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR
+[--split=...]`.
 
-The compressor gets what the model got: the bytes of the held-out split are what `xz` adds to the train text when it
-compresses both in one stream.
+The compressor gets what the model got: the bytes of the held-out split are what `xz` adds to the
+train text when it compresses both in one stream.
 """
 
 import lzma

@@ -1,10 +1,13 @@
-"""Decoding: a cache against reading the text anew for every token; AoE against router MoE; few experts; self-contrast.
+"""Decoding: a cache against reading the text anew for every token; AoE against router MoE; few
+experts; self-contrast.
 
-`python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4] [--repeats=7] [--json=FILE]`.
-Models have random weights in float32, a vocabulary of 4096, and 2 of 8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of
-equal total parameters); a dense model has the total parameters of all, another the active ones. All are timed in turn. A
-token is read and the next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a
-token needs; `recomputing` and `contrasting` say how many times as long it takes without a cache and with self-contrast.
+`python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
+[--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and 2 of
+8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal total parameters); a dense model has
+the total parameters of all, another the active ones. All are timed in turn. A token is read and the
+next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a
+token needs; `recomputing` and `contrasting` say how many times as long it takes without a cache and
+with self-contrast.
 """
 
 import jax
@@ -22,7 +25,9 @@ from benchmarks.timing import configuration, keep_freed_memory, machine, medians
 
 _LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
-_D_MODEL = flags.DEFINE_integer("d_model", 256, "width of the models, a multiple of 16", lower_bound=16)
+_D_MODEL = flags.DEFINE_integer(
+    "d_model", 256, "width of the models, a multiple of 16", lower_bound=16
+)
 _LAYERS = flags.DEFINE_integer("layers", 4, "of the models", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
@@ -60,7 +65,10 @@ def decoding(decoder, params, batch, length, contrast=None):
     decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.d_model // m.n_heads)
-    layers = tuple(tuple(jax.random.normal(jax.random.key(i), shape) for i in range(2)) for _ in range(m.n_layers))
+    layers = tuple(
+        tuple(jax.random.normal(jax.random.key(i), shape) for i in range(2))
+        for _ in range(m.n_layers)
+    )
     cache = Cache(layers, jnp.full(batch, length, jnp.int32))
     state = (jnp.zeros(batch, jnp.int32), (cache,) * len(decoders))
 
@@ -88,7 +96,9 @@ def recomputing(decoder, params, batch, length):
 
 
 def token_bytes(config):
-    """Bytes of float32 weights that a token can't do without: active ones, all Wdown of AoE, and the table."""
+    """Bytes of float32 weights that a token can't do without: active ones, all Wdown of AoE, and
+    the table.
+    """
     c, counts = config.experts, parameter_counts(config)
     idle = (c.n_experts - c.top_k) * c.d_low * config.model.d_model if c.kind == "aoe" else 0
     return 4 * (counts.active_non_embedding + counts.embedding + config.model.n_layers * idle)
@@ -97,16 +107,24 @@ def token_bytes(config):
 def main():
     """Measures and prints."""
     if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
-        raise UserError(f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0")
+        raise UserError(
+            f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0"
+        )
     length, figures = _LENGTH.value, []
     d_model = _D_MODEL.value
     if d_model % 16:
         raise UserError(f"--d_model={d_model}: must be a multiple of 16")
-    models = {name: model_of(*settings, d_model, _LAYERS.value) for name, settings in variants(d_model).items()}
+    models = {
+        name: model_of(*settings, d_model, _LAYERS.value)
+        for name, settings in variants(d_model).items()
+    }
     print(f"{machine()}")
     for batch in map(int, _BATCHES.value):
         seconds = medians(
-            {name: decoding(decoder, params, batch, length) for name, (_, decoder, _, params) in models.items()},
+            {
+                name: decoding(decoder, params, batch, length)
+                for name, (_, decoder, _, params) in models.items()
+            },
             _REPEATS.value,
         )
         both = {}

@@ -1,8 +1,10 @@
-"""Compiles the grouped products for an H100 that is not here, and reads from the program whether they are grouped.
+"""Compiles the grouped products for an H100 that is not here, and reads from the program whether
+they are grouped.
 
 `python -m benchmarks.gpu_compile [--rows=32768] [--experts=8] [--json=FILE]`, with the
-`jax[cuda13]` wheels (`pip install '.[cuda]'`). Each shape of the configurations that the kernels take is compiled forward
-and backward in bfloat16. A dense product would show as a dot, or as a temporary of `[rows, experts, width]`.
+`jax[cuda13]` wheels (`pip install '.[cuda]'`). Each shape of the configurations that the kernels
+take is compiled forward and backward in bfloat16. A dense product would show as a dot, or as a
+temporary of `[rows, experts, width]`.
 """
 
 import re

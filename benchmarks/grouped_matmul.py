@@ -1,8 +1,9 @@
 """`grouped_matmul`, forward and backward, beside one dense matmul of the same useful FLOPs.
 
-`python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged] [--dtype=float32]
-[--repeats=9] [--json=FILE]`; a shape is M rows, D contracted width, F output width, E experts. Group sizes are those of
-random choices. The dense matmul is timed in turn with the backends; forward+backward is the value and both gradients.
+`python -m benchmarks.grouped_matmul [--shapes=4096x512x1024x8,...] [--backends=auto,ragged]
+[--dtype=float32] [--repeats=9] [--json=FILE]`; a shape is M rows, D contracted width, F output
+width, E experts. Group sizes are those of random choices. The dense matmul is timed in turn with
+the backends; forward+backward is the value and both gradients.
 """
 
 import jax
@@ -14,7 +15,9 @@ from aoe_jax import cli
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 from benchmarks.timing import keep_freed_memory, machine, medians, parse_sizes, report
 
-_SHAPES = flags.DEFINE_list("shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE"
+)
 _BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
@@ -29,7 +32,9 @@ def _inputs(m, d, f, n_experts, dtype):
 
 
 def _timed(product, rows, weights, g):
-    """Nullary functions: the product, and it with its gradients; and the temporary memory of the latter."""
+    """Nullary functions: the product, and it with its gradients; and the temporary memory of the
+    latter.
+    """
 
     def with_gradients(rows, weights, g):
         value, pull_back = jax.vjp(product, rows, weights)
@@ -44,14 +49,20 @@ def _timed(product, rows, weights, g):
 def main():
     """Times and prints one backend and shape a line."""
     keep_freed_memory()
-    shapes = [parse_sizes(shape, 4, "four numbers MxDxFxE, such as 4096x512x1024x8") for shape in _SHAPES.value]
+    shapes = [
+        parse_sizes(shape, 4, "four numbers MxDxFxE, such as 4096x512x1024x8")
+        for shape in _SHAPES.value
+    ]
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
     for m, d, f, n_experts in shapes:
         rows, weights, g, sizes = _inputs(m, d, f, n_experts, _DTYPE.value)
         products = {"dense": (lambda r, w: r @ w, weights[0])}
         for name in _BACKENDS.value:
-            products[name] = (lambda r, w, name=name, sizes=sizes: grouped_matmul(r, w, sizes, backend=name), weights)
+            products[name] = (
+                lambda r, w, name=name, sizes=sizes: grouped_matmul(r, w, sizes, backend=name),
+                weights,
+            )
         timed = {name: _timed(product, rows, w, g) for name, (product, w) in products.items()}
         forward = medians({name: functions[0] for name, functions in timed.items()}, _REPEATS.value)
         both = medians({name: functions[1] for name, functions in timed.items()}, _REPEATS.value)

@@ -1,13 +1,15 @@
-"""How communication and predicted step time grow with the number of chips: AoE beside router MoE, by transport.
+"""How communication and predicted step time grow with the number of chips: AoE beside router MoE,
+by transport.
 
-`python -m benchmarks.growth --output=DIR [--chips=16,32,64,128,256] [--tokens_per_chip=16384] [--batch=256]` draws
-`growth.png` and `growth.svg` and writes `growth.json`. The models are configs/large.py's 8 of 64 experts on TPU v5p. Weak
-scaling keeps the tokens of a chip; strong scaling keeps the batch of `--batch` sequences of 4096. Programs are traced, not
-compiled: bytes are those of the collectives in the program, and step times are bounds from public peak figures, see
+`python -m benchmarks.growth --output=DIR [--chips=16,32,64,128,256] [--tokens_per_chip=16384]
+[--batch=256]` draws `growth.png` and `growth.svg` and writes `growth.json`. The models are
+configs/large.py's 8 of 64 experts on TPU v5p. Weak scaling keeps the tokens of a chip; strong
+scaling keeps the batch of `--batch` sequences of 4096. Programs are traced, not compiled: bytes are
+those of the collectives in the program, and step times are bounds from public peak figures, see
 `aoe_jax/plan.py`.
 
-FSDP splits parameters over all chips. The others split experts over 16 chips and the rest over FSDP. At the end it is said
-from which number of chips on which of them receives least.
+FSDP splits parameters over all chips. The others split experts over 16 chips and the rest over
+FSDP. At the end it is said from which number of chips on which of them receives least.
 """
 
 import dataclasses
@@ -41,8 +43,12 @@ ARMS = {
 COLOURS = {"FSDP": "tab:gray", "ring": "tab:blue", "all_to_all": "tab:orange"}
 
 _OUTPUT = flags.DEFINE_string("output", None, "a folder for the figures")
-_CHIPS = flags.DEFINE_list("chips", [str(n) for n in TOPOLOGIES], f"of {', '.join(map(str, TOPOLOGIES))}")
-_TOKENS = flags.DEFINE_integer("tokens_per_chip", 16384, "of weak scaling, in sequences of 4096", lower_bound=4096)
+_CHIPS = flags.DEFINE_list(
+    "chips", [str(n) for n in TOPOLOGIES], f"of {', '.join(map(str, TOPOLOGIES))}"
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens_per_chip", 16384, "of weak scaling, in sequences of 4096", lower_bound=4096
+)
 _BATCH = flags.DEFINE_integer("batch", 256, "sequences of 4096 of strong scaling", lower_bound=1)
 
 
@@ -52,7 +58,9 @@ def configuration(arm, n_chips, sequences):
     config = Config.from_config_dict(large.get_config(variant))
     mesh = MeshConfig(data=1, fsdp=n_chips)
     if transport:
-        mesh = MeshConfig(data=1, fsdp=n_chips // EXPERT_SHARDS, expert=EXPERT_SHARDS, transport=transport)
+        mesh = MeshConfig(
+            data=1, fsdp=n_chips // EXPERT_SHARDS, expert=EXPERT_SHARDS, transport=transport
+        )
     train = dataclasses.replace(config.train, batch_size=sequences)
     return dataclasses.replace(config, mesh=mesh, train=train)
 
@@ -65,7 +73,11 @@ def draw(figures, folder):
             points = [f for f in figures if f["arm"] == arm and f["scaling"] == scaling]
             chips = [f["chips"] for f in points]
             kind, way = arm.split(", ")
-            style = {"linestyle": "-" if kind == "AoE" else "--", "color": COLOURS[way], "label": arm}
+            style = {
+                "linestyle": "-" if kind == "AoE" else "--",
+                "color": COLOURS[way],
+                "label": arm,
+            }
             style |= {"marker": "o" if kind == "AoE" else "x", "markersize": 4}
             row[0].plot(chips, [sum(f["collective_bytes"].values()) / 1e9 for f in points], **style)
             row[1].plot(chips, [f["step_seconds"] for f in points], **style)
@@ -91,26 +103,34 @@ def draw(figures, folder):
 
 
 def overtakings(figures):
-    """One sentence for each kind and scaling: which arms receive least, and where the order changes."""
+    """One sentence for each kind and scaling: which arms receive least, and where the order
+    changes.
+    """
     for scaling in ("weak", "strong"):
         for kind in ("AoE", "MoE"):
             orders = []
             for n in sorted({f["chips"] for f in figures}):
                 points = [
-                    f for f in figures if f["scaling"] == scaling and f["chips"] == n and f["arm"].startswith(kind)
+                    f
+                    for f in figures
+                    if f["scaling"] == scaling and f["chips"] == n and f["arm"].startswith(kind)
                 ]
                 points.sort(key=lambda f: sum(f["collective_bytes"].values()))
                 order = " < ".join(f["arm"].removeprefix(f"{kind}, ") for f in points)
                 if not orders or orders[-1][1] != order:
                     orders.append((n, order))
-            yield f"{kind}, {scaling} scaling, bytes received: " + "; ".join(f"from {n} chips {o}" for n, o in orders)
+            yield f"{kind}, {scaling} scaling, bytes received: " + "; ".join(
+                f"from {n} chips {o}" for n, o in orders
+            )
 
 
 def main():
     """Traces, prints one arm a line, draws."""
     folder = Path(cli.required(_OUTPUT))
     if not all(n.isdecimal() and int(n) in TOPOLOGIES for n in _CHIPS.value):
-        raise UserError(f"--chips={','.join(_CHIPS.value)}: choose of {', '.join(map(str, TOPOLOGIES))}")
+        raise UserError(
+            f"--chips={','.join(_CHIPS.value)}: choose of {', '.join(map(str, TOPOLOGIES))}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for n in map(int, _CHIPS.value):

@@ -1,11 +1,14 @@
-"""How long a training step of configs/tiny.py waits for its batch, on several corpora: with and without reading ahead.
+"""How long a training step of configs/tiny.py waits for its batch, on several corpora: with and
+without reading ahead.
 
-`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is as `data.name`; without it the
-corpora are the embedded addresses and, as a folder of texts, what the installed packages say of themselves, half of the
-tokens from each. They are tokenised before, packed and shuffled.
+`python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is as
+`data.name`; without it the corpora are the embedded addresses and, as a folder of texts, what the
+installed packages say of themselves, half of the tokens from each. They are tokenised before,
+packed and shuffled.
 
-Real steps, those of the two arms in turn. A wait is the time of `next(data)` and of bringing the batch to the device, begun
-only when the step has ended: in training it runs beside the step, so this is the most that it can cost.
+Real steps, those of the two arms in turn. A wait is the time of `next(data)` and of bringing the
+batch to the device, begun only when the step has ended: in training it runs beside the step, so
+this is the most that it can cost.
 """
 
 import importlib.metadata
@@ -27,7 +30,10 @@ from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
 from benchmarks.timing import configuration, keep_freed_memory, machine, report
 
-ARMS = {"reading ahead": READ_OPTIONS, "without": grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)}
+ARMS = {
+    "reading ahead": READ_OPTIONS,
+    "without": grain.ReadOptions(num_threads=0, prefetch_buffer_size=0),
+}
 WARM_UP = 2  # steps of each arm that don't count
 
 _DATA = flags.DEFINE_string("data", None, "other corpora, as data.name")
@@ -76,7 +82,12 @@ def main():
     iterators = {
         arm: iter(
             train_batches(
-                corpus.train, corpus.weights, config.data.seq_len, train.batch_size, train.seed, read_options=options
+                corpus.train,
+                corpus.weights,
+                config.data.seq_len,
+                train.batch_size,
+                train.seed,
+                read_options=options,
             )
         )
         for arm, options in ARMS.items()
@@ -84,7 +95,9 @@ def main():
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config, train.seed))()
         step = jax.jit(make_train_step(config), donate_argnums=0)
-        seconds = waits(step, state, iterators, partial(put_batch, batch_sharding(mesh)), _STEPS.value)
+        seconds = waits(
+            step, state, iterators, partial(put_batch, batch_sharding(mesh)), _STEPS.value
+        )
     figures = []
     for arm, (steps, waited) in seconds.items():
         shares = [wait / (wait + step) for step, wait in zip(steps, waited, strict=True)]

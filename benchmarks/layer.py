@@ -1,8 +1,10 @@
-"""One layer of experts, forward+backward: router MoE beside a dense SwiGLU of equal active FLOPs, and AoE beside router.
+"""One layer of experts, forward+backward: router MoE beside a dense SwiGLU of equal active FLOPs,
+and AoE beside router.
 
-`python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32] [--repeats=9] [--json=FILE]`; a
-shape is d_model, n_experts, top_k, d_ffn. AoE has the same total parameters (Eq. 5), d_low = d_model / 3. `useful` is the
-ratio of analytic FLOPs. `peak` is arguments, results and temporaries of the compiled program, over those of the baseline.
+`python -m benchmarks.layer [--tokens=4096] [--shapes=256x8x2x512,...] [--dtype=float32]
+[--repeats=9] [--json=FILE]`; a shape is d_model, n_experts, top_k, d_ffn. AoE has the same total
+parameters (Eq. 5), d_low = d_model / 3. `useful` is the ratio of analytic FLOPs. `peak` is
+arguments, results and temporaries of the compiled program, over those of the baseline.
 
 Then the stations of the AoE layer, each alone, forward.
 """
@@ -25,7 +27,9 @@ from aoe_jax.experts.swiglu import swiglu
 from benchmarks.timing import keep_freed_memory, machine, medians, parse_sizes, report
 
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens", lower_bound=1)
-_SHAPES = flags.DEFINE_list("shapes", ["256x8x2x512", "256x64x8x128"], "d_model x n_experts x top_k x d_ffn")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["256x8x2x512", "256x64x8x128"], "d_model x n_experts x top_k x d_ffn"
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
@@ -35,7 +39,10 @@ def configurations(d, n_experts, top_k, d_ffn):
     """name -> `(ExpertsConfig, BalanceConfig, name of its baseline)`."""
     shared = {"n_experts": n_experts, "top_k": top_k, "d_ffn": d_ffn}
     aoe = ExpertsConfig(kind="aoe", d_low=round(d / 3), **shared)
-    no_loss, published = BalanceConfig(aux_weight=0.0), dataclasses.replace(aoe, score_gradient="dense")
+    no_loss, published = (
+        BalanceConfig(aux_weight=0.0),
+        dataclasses.replace(aoe, score_gradient="dense"),
+    )
     return {
         "dense": (ExpertsConfig(kind="dense", d_ffn=top_k * d_ffn), no_loss, "dense"),
         "router": (ExpertsConfig(kind="router", **shared), no_loss, "dense"),
@@ -90,14 +97,16 @@ def _stations(d, experts, n_tokens, dtype):
         "score": compiled(lambda x, w: scoring.sparse_scores(x, w, 1)[0], x, p["w_down"]),
         "select": compiled(lambda s: top_k(s, experts.top_k)[:3], scores),
         "dispatch": compiled(
-            lambda x, a: (lambda a: dispatch.dispatch(x, a, dispatch.plan_rows(a, experts.n_experts)))(
-                Assignment(*a, k)
-            ),
+            lambda x, a: (
+                lambda a: dispatch.dispatch(x, a, dispatch.plan_rows(a, experts.n_experts))
+            )(Assignment(*a, k)),
             x,
             arrays,
         ),
         "experts": compiled(run_experts, rows, dispatch.row_values(assignment.weight, plan), p),
-        "combine": compiled(lambda r, plan: dispatch.combine(r, assignment, plan, n_tokens), rows, plan),
+        "combine": compiled(
+            lambda r, plan: dispatch.combine(r, assignment, plan, n_tokens), rows, plan
+        ),
     }
 
 
@@ -105,7 +114,8 @@ def main():
     """Times and prints one layer a line, then the stations."""
     keep_freed_memory()
     shapes = [
-        parse_sizes(shape, 4, "d_model x n_experts x top_k x d_ffn, such as 256x8x2x512") for shape in _SHAPES.value
+        parse_sizes(shape, 4, "d_model x n_experts x top_k x d_ffn, such as 256x8x2x512")
+        for shape in _SHAPES.value
     ]
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
@@ -132,10 +142,16 @@ def main():
                 f"peak memory {figure['peak_ratio']:.2f}x",
                 flush=True,
             )
-        seconds = medians(_stations(d, layers["aoe"][0], _TOKENS.value, _DTYPE.value), _REPEATS.value)
-        figures.append({"shape": list(shape), "stations_ms": {name: 1e3 * s for name, s in seconds.items()}})
+        seconds = medians(
+            _stations(d, layers["aoe"][0], _TOKENS.value, _DTYPE.value), _REPEATS.value
+        )
+        figures.append(
+            {"shape": list(shape), "stations_ms": {name: 1e3 * s for name, s in seconds.items()}}
+        )
         print(
-            "  stations, forward: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items()), flush=True
+            "  stations, forward: "
+            + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items()),
+            flush=True,
         )
     report(figures, _JSON.value)
 

@@ -1,12 +1,15 @@
-"""What logging costs a training step: `configs/tiny.py` on one core, with telemetry and without, timed in turn.
+"""What logging costs a training step: `configs/tiny.py` on one core, with telemetry and without,
+timed in turn.
 
-`python -m benchmarks.logging [--repeats=40] [--json=FILE]`. A step is as in `training/loop.py`: dispatched, then the figures
-of the one before are fetched, the three that every step gives or, of a step that is logged, all. `without` logs nothing;
-`every 20` is what the configuration asks for, `every step` the worst. Batches are of random tokens, files are temporary.
+`python -m benchmarks.logging [--repeats=40] [--json=FILE]`. A step is as in `training/loop.py`:
+dispatched, then the figures of the one before are fetched, the three that every step gives or, of a
+step that is logged, all. `without` logs nothing; `every 20` is what the configuration asks for,
+`every step` the worst. Batches are of random tokens, files are temporary.
 
-An arm's cost is the median, over repeats, of its difference to `without` in the same repeat: a step with a line for
-`every step`, a twentieth of that for `every 20`. `norms` is what the program gains by computing the norms of update and
-parameters, which every arm has: a step without them, timed alike.
+An arm's cost is the median, over repeats, of its difference to `without` in the same repeat: a step
+with a line for `every step`, a twentieth of that for `every 20`. `norms` is what the program gains
+by computing the norms of update and parameters, which every arm has: a step without them, timed
+alike.
 """
 
 import os
@@ -57,7 +60,9 @@ class Arm:
 
 
 def without_norms(config):
-    """The train step whose norms of update and parameters nobody wants, so that the compiler leaves them out."""
+    """The train step whose norms of update and parameters nobody wants, so that the compiler leaves
+    them out.
+    """
     step = make_train_step(config)
 
     def bare(state, batch):
@@ -75,7 +80,10 @@ def main():
     config = configuration("aoe")
     programs = {"all": make_train_step(config), "bare": without_norms(config)}
     state, batch = jax.jit(lambda: init_state(config, 0))(), random_batch(config)
-    steps = {name: jax.jit(f, donate_argnums=0).lower(state, batch).compile() for name, f in programs.items()}
+    steps = {
+        name: jax.jit(f, donate_argnums=0).lower(state, batch).compile()
+        for name, f in programs.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         telemetry = Telemetry(Path(folder), config, 0)
         telemetry.start(state, steps["all"])
@@ -105,7 +113,8 @@ def main():
     for name, cost in costs.items():
         print(f"{name:>12}: {1e3 * cost:6.2f} ms a step, {100 * cost / step:5.2f}%")
     figures = [
-        {"arm": name, "ms": 1e3 * cost, "step_ms": 1e3 * step, "share": cost / step} for name, cost in costs.items()
+        {"arm": name, "ms": 1e3 * cost, "step_ms": 1e3 * step, "share": cost / step}
+        for name, cost in costs.items()
     ]
     report(figures, _JSON.value)
 

@@ -1,11 +1,13 @@
-"""Memory and FLOPs of stacked layers of experts, forward+backward, compiled for a TPU that needn't be here.
+"""Memory and FLOPs of stacked layers of experts, forward+backward, compiled for a TPU that needn't
+be here.
 
-`python -m benchmarks.memory [--generations=v5e,v5p] [--tokens=16384] [--layers=4] [--shapes=8x2x3072x256,64x8x768x512]
-[--d_model=768] [--json=FILE]`, with `libtpu` installed; a shape is n_experts, top_k, d_ffn, d_low. Layers are scanned, in
-bfloat16 over float32 parameters, each `x + experts(RMSNorm(x))`, with every setting of `model.remat`.
+`python -m benchmarks.memory [--generations=v5e,v5p] [--tokens=16384] [--layers=4]
+[--shapes=8x2x3072x256,64x8x768x512] [--d_model=768] [--json=FILE]`, with `libtpu` installed; a
+shape is n_experts, top_k, d_ffn, d_low. Layers are scanned, in bfloat16 over float32 parameters,
+each `x + experts(RMSNorm(x))`, with every setting of `model.remat`.
 
-`temp` is the compiler's temporary memory: what is kept for the backward pass and what is worked with. `flops` are the
-compiler's, over the useful ones.
+`temp` is the compiler's temporary memory: what is kept for the backward pass and what is worked
+with. `flops` are the compiler's, over the useful ones.
 """
 
 from absl import flags
@@ -26,7 +28,10 @@ def arms(n_experts, top_k, d_ffn, d_low):
         "router": (ExpertsConfig(kind="router", **shared), BalanceConfig()),
         "AoE, loss-free": (ExpertsConfig(kind="aoe", **shared), NO_LOSS),
         "AoE, L_aux of 1/8": (ExpertsConfig(kind="aoe", **shared), EIGHTH),
-        "AoE as published": (ExpertsConfig(kind="aoe", score_gradient="dense", **shared), BalanceConfig()),
+        "AoE as published": (
+            ExpertsConfig(kind="aoe", score_gradient="dense", **shared),
+            BalanceConfig(),
+        ),
     }
 
 
@@ -34,7 +39,9 @@ _GENERATIONS = flags.DEFINE_list("generations", ["v5e", "v5p"], f"of {', '.join(
 _TOKENS = flags.DEFINE_integer("tokens", 16384, "tokens", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 4, "stacked layers", lower_bound=1)
 _D_MODEL = flags.DEFINE_integer("d_model", 768, "model width", lower_bound=2)
-_SHAPES = flags.DEFINE_list("shapes", ["8x2x3072x256", "64x8x768x512"], "n_experts x top_k x d_ffn x d_low")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["8x2x3072x256", "64x8x768x512"], "n_experts x top_k x d_ffn x d_low"
+)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
@@ -48,7 +55,9 @@ def main():
             temp = {}
             for arm, (experts, balance) in arms(*shape).items():
                 for remat in ("none", "experts", "layer"):
-                    model = ModelConfig(n_layers=_LAYERS.value, n_heads=1, d_model=_D_MODEL.value, remat=remat)
+                    model = ModelConfig(
+                        n_layers=_LAYERS.value, n_heads=1, d_model=_D_MODEL.value, remat=remat
+                    )
                     config = Config(model, experts, balance)
                     compiled = compile_layers(device, config, _TOKENS.value)
                     temp[arm, remat] = compiled.memory_analysis().temp_size_in_bytes
@@ -69,9 +78,14 @@ def main():
                         flush=True,
                     )
             for arm in arms(*shape):
-                best = [min(temp[name, remat] for remat in ("none", "experts")) for name in (arm, "router")]
+                best = [
+                    min(temp[name, remat] for remat in ("none", "experts"))
+                    for name in (arm, "router")
+                ]
                 whole = temp[arm, "layer"] / temp["router", "layer"]
-                print(f"  {arm:>18} / router: {best[0] / best[1]:.2f} at best without layer, {whole:.2f} under layer")
+                print(
+                    f"  {arm:>18} / router: {best[0] / best[1]:.2f} at best without layer, {whole:.2f} under layer"
+                )
     report(figures, _JSON.value)
 
 

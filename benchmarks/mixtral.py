@@ -1,9 +1,11 @@
-"""A whole training step on one core: AoE and router MoE here, and Mixtral of the same shape in `transformers` on torch.
+"""A whole training step on one core: AoE and router MoE here, and Mixtral of the same shape in
+`transformers` on torch.
 
-`python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers` installed beside this package.
-All take 16 sequences of 256 random tokens through 4 layers of d=256 with 4 heads and 8 experts, 2 chosen, of width 512, with
-a vocabulary of 4096, L_aux (unless it says otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. They are timed
-in turn, and so is one plain product in torch and in JAX, since most of a step are products.
+`python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers`
+installed beside this package. All take 16 sequences of 256 random tokens through 4 layers of d=256
+with 4 heads and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096, L_aux (unless it says
+otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. They are timed in turn, and so is
+one plain product in torch and in JAX, since most of a step are products.
 """
 
 import os
@@ -30,7 +32,9 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def mixtral_step(config):
-    """A nullary function that takes one training step of `transformers`' Mixtral, of the shape of `config`; its versions."""
+    """A nullary function that takes one training step of `transformers`' Mixtral, of the shape of
+    `config`; its versions.
+    """
     try:
         import torch
         import transformers
@@ -56,7 +60,9 @@ def mixtral_step(config):
             use_cache=False,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), t.learning_rate, (0.9, 0.95), weight_decay=t.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), t.learning_rate, (0.9, 0.95), weight_decay=t.weight_decay
+    )
     tokens = torch.randint(m.vocab_size, (t.batch_size, config.data.seq_len))
 
     def run():
@@ -71,7 +77,9 @@ def mixtral_step(config):
 
 
 def products(config):
-    """A plain product of tokens and a weight of one expert, in torch and in JAX: most of what both steps are made of."""
+    """A plain product of tokens and a weight of one expert, in torch and in JAX: most of what both
+    steps are made of.
+    """
     import torch
 
     d, f = config.model.d_model, config.experts.d_ffn
@@ -100,10 +108,14 @@ def main():
         "router": router,
         "AoE, L_aux": configuration("aoe", CHANGES, low),
         "AoE, L_aux of 1/8": configuration("aoe", CHANGES, low, {"balance": {"aux_tokens": 0.125}}),
-        "AoE, loss-free": configuration("aoe", CHANGES, low, {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}}),
+        "AoE, loss-free": configuration(
+            "aoe", CHANGES, low, {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}}
+        ),
     }
     mixtral, versions = mixtral_step(router)
-    steps = {"Mixtral, transformers": mixtral} | {name: RepeatedStep(c) for name, c in configurations.items()}
+    steps = {"Mixtral, transformers": mixtral} | {
+        name: RepeatedStep(c) for name, c in configurations.items()
+    }
     seconds = medians(steps, _REPEATS.value)
     print(", ".join(f"{name} {value}" for name, value in machine().items()) + f", {versions}")
     rates = medians(products(router), 5 * _REPEATS.value)
@@ -112,11 +124,20 @@ def main():
     tokens, figures = router.tokens_per_step, []
     for name in steps:
         ratio = seconds["Mixtral, transformers"] / seconds[name]
-        flops = training_flops_per_token(configurations.get(name, router)) / training_flops_per_token(router)
+        flops = training_flops_per_token(
+            configurations.get(name, router)
+        ) / training_flops_per_token(router)
         figures.append(
-            {"model": name, "tokens_per_second": tokens / seconds[name], "speed_ratio": ratio, "flops_ratio": flops}
+            {
+                "model": name,
+                "tokens_per_second": tokens / seconds[name],
+                "speed_ratio": ratio,
+                "flops_ratio": flops,
+            }
         )
-        print(f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x, with {flops:.2f}x the useful FLOPs")
+        print(
+            f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x, with {flops:.2f}x the useful FLOPs"
+        )
     figures.append({"model": "one product", "speed_ratio": rate})
     report(figures, _JSON.value)
 

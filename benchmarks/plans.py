@@ -1,7 +1,9 @@
-"""Plans of the configurations in the table of docs/machines.md: AoE and its router twin on TPU slices that aren't here.
+"""Plans of the configurations in the table of docs/machines.md: AoE and its router twin on TPU
+slices that aren't here.
 
-`python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` installed; minutes a row, of two cores. Each row
-is `python -m aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS`, at 4.2M tokens a step.
+`python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` installed; minutes a
+row, of two cores. Each row is `python -m aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY`
+with the fields in `ROWS`, at 4.2M tokens a step.
 """
 
 from absl import flags
@@ -18,9 +20,24 @@ from configs import large, paper
 SHARED = {"balance.aux_tokens": 0.125}  # of all rows
 # name -> (AoE, its router twin, topology, fields)
 ROWS = {
-    "732M@v5e": ((paper, "aoe_r256_aux"), (paper, "moe_aux"), "v5e:4x4", {"mesh.fsdp": 16, "train.accumulate": 16}),
-    "4B@v5e": ((paper, "aoe_4b"), (paper, "moe_4b"), "v5e:16x16", {"mesh.fsdp": 16, "train.accumulate": 4}),
-    "4B@v5p": ((paper, "aoe_4b"), (paper, "moe_4b"), "v5p:4x4x4", {"mesh.fsdp": 16, "train.accumulate": 2}),
+    "732M@v5e": (
+        (paper, "aoe_r256_aux"),
+        (paper, "moe_aux"),
+        "v5e:4x4",
+        {"mesh.fsdp": 16, "train.accumulate": 16},
+    ),
+    "4B@v5e": (
+        (paper, "aoe_4b"),
+        (paper, "moe_4b"),
+        "v5e:16x16",
+        {"mesh.fsdp": 16, "train.accumulate": 4},
+    ),
+    "4B@v5p": (
+        (paper, "aoe_4b"),
+        (paper, "moe_4b"),
+        "v5p:4x4x4",
+        {"mesh.fsdp": 16, "train.accumulate": 2},
+    ),
     "64@v5p": ((large, "aoe_64"), (large, "moe_64"), "v5p:8x8x8", {"mesh.fsdp": 64}),
     "256@v5p": ((large, "aoe_256"), (large, "moe_256"), "v5p:8x8x8", {"mesh.fsdp": 64}),
     "732M@v5e-layer": (
@@ -62,7 +79,15 @@ def main():
             figure = plan(config, generation, devices)
             if not figure["fits"]:
                 raise UserError(f"--rows={name}: {variant} does not fit")
-            figures.append({"row": name, "variant": variant, "topology": topology, "fields": SHARED | fields, **figure})
+            figures.append(
+                {
+                    "row": name,
+                    "variant": variant,
+                    "topology": topology,
+                    "fields": SHARED | fields,
+                    **figure,
+                }
+            )
             memory, flops = figure["memory_bytes"], figure["flops"]
             totals.append(memory["total"])
             words = [

@@ -1,12 +1,14 @@
-"""Preparing data: its rate on one core beside that of the tokenizer library alone, and gigabytes of it, killed and resumed.
+"""Preparing data: its rate on one core beside that of the tokenizer library alone, and gigabytes of
+it, killed and resumed.
 
-`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, a unit of work as a worker process does it
-(JSON lines read and parsed, hashed, tokenised, written, hashed again) in turn with nothing but the library's encoding of the
-same texts, in MB of text a second.
+`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, a unit of work as a
+worker process does it (JSON lines read and parsed, hashed, tokenised, written, hashed again) in
+turn with nothing but the library's encoding of the same texts, in MB of text a second.
 
-`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes so many bytes of JSON lines into DIR, prepares
-them, kills that twice on the way, and has it go on; then counts the documents, and reads the store whole. Memory is the sum
-over all processes of what each holds alone (PSS), at its largest.
+`python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes so many bytes of JSON
+lines into DIR, prepares them, kills that twice on the way, and has it go on; then counts the
+documents, and reads the store whole. Memory is the sum over all processes of what each holds alone
+(PSS), at its largest.
 """
 
 import importlib.util
@@ -27,7 +29,14 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.data.manifest import read_manifest
-from aoe_jax.data.preparation import Settings, UnitWriter, check, install_tokenizer, make_plan, unit_of
+from aoe_jax.data.preparation import (
+    Settings,
+    UnitWriter,
+    check,
+    install_tokenizer,
+    make_plan,
+    unit_of,
+)
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
@@ -43,7 +52,9 @@ _DOCUMENTS = flags.DEFINE_integer(
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32000, "of the byte-level BPE", lower_bound=257)
 _WORKDIR = flags.DEFINE_string("workdir", None, "a new directory for the large preparation")
 _SIZE = flags.DEFINE_float("size", 2e9, "bytes of its text", lower_bound=1e7)
-_PROCESSES = flags.DEFINE_integer("processes", len(os.sched_getaffinity(0)), "of the large preparation", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", len(os.sched_getaffinity(0)), "of the large preparation", lower_bound=1
+)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
@@ -56,10 +67,14 @@ def texts():
 
 
 def llama_model():
-    """The SentencePiece model of 32,000 pieces in the package mistral-common, where that is installed."""
+    """The SentencePiece model of 32,000 pieces in the package mistral-common, where that is
+    installed.
+    """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None:
-        raise UserError("the package mistral-common is not installed; run `pip install mistral-common`")
+        raise UserError(
+            "the package mistral-common is not installed; run `pip install mistral-common`"
+        )
     return Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
 
 
@@ -72,7 +87,10 @@ def rates(repeats, vocab_size, count):
     with tempfile.TemporaryDirectory() as root:
         file = Path(root, "texts.jsonl")
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-        for name, tokenizer in {f"bpe:{vocab_size}": f"bpe:{vocab_size}", "SentencePiece": str(llama_model())}.items():
+        for name, tokenizer in {
+            f"bpe:{vocab_size}": f"bpe:{vocab_size}",
+            "SentencePiece": str(llama_model()),
+        }.items():
             output = Path(root, name.replace(":", "-"))
             (output / "units").mkdir(parents=True)
             settings = Settings(tokenizer)
@@ -97,17 +115,24 @@ def rates(repeats, vocab_size, count):
                     if repeat:
                         seconds[arm].append(time.perf_counter() - started)
             ratio = statistics.median(
-                library / prepare for library, prepare in zip(seconds["library"], seconds["prepare"], strict=True)
+                library / prepare
+                for library, prepare in zip(seconds["library"], seconds["prepare"], strict=True)
             )
             figure = {arm: size / statistics.median(times) / 1e6 for arm, times in seconds.items()}
-            figures.append({"tokenizer": name, "mb_per_second": figure, "prepare_to_library": ratio})
+            figures.append(
+                {"tokenizer": name, "mb_per_second": figure, "prepare_to_library": ratio}
+            )
             others = "".join(f", {arm} {figure[arm]:.1f}" for arm in list(arms)[1:])
-            print(f"{name:>14}: {figure['prepare']:.1f} MB of text a second{others}; {ratio:.2f} of the library's rate")
+            print(
+                f"{name:>14}: {figure['prepare']:.1f} MB of text a second{others}; {ratio:.2f} of the library's rate"
+            )
     return figures
 
 
 def write_texts(folder: Path, size):
-    """Files of about 64 MB of JSON lines, every document with a number of its own: how many documents."""
+    """Files of about 64 MB of JSON lines, every document with a number of its own: how many
+    documents.
+    """
     sources, written, count, number = list(texts()), 0, 0, 0
     while written < size:
         with open(folder / f"{number:04d}.jsonl", "w") as file:
@@ -121,7 +146,9 @@ def write_texts(folder: Path, size):
 
 
 def watched(command, output: Path, stop_at=None):
-    """Runs a command, or kills it when so many units of work are done: `(exit status, seconds, largest memory)`."""
+    """Runs a command, or kills it when so many units of work are done: `(exit status, seconds,
+    largest memory)`.
+    """
     started, largest = time.monotonic(), 0
     process = subprocess.Popen([*command, f"--output={output}"])
     while process.poll() is None:
@@ -133,7 +160,9 @@ def watched(command, output: Path, stop_at=None):
 
 
 def memory(pid):
-    """Bytes that a process and those it began hold: what each has alone, and its part of what they share."""
+    """Bytes that a process and those it began hold: what each has alone, and its part of what they
+    share.
+    """
     total = 0
     try:
         for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):

@@ -1,8 +1,10 @@
-"""One training step over more and more devices of this machine: virtual CPU devices, then processes.
+"""One training step over more and more devices of this machine: virtual CPU devices, then
+processes.
 
-`python -m benchmarks.scaling [--devices=1,2,4,8] [--process_counts=1,2] [--repeats=5] [--json=FILE]`. The batch and the
-model stay the same (configs/tiny.py, AoE), so the devices share the work of one: what is measured is what splitting it
-costs, since virtual devices share the cores. Each mesh runs in processes of its own, each after the baseline, one device.
+`python -m benchmarks.scaling [--devices=1,2,4,8] [--process_counts=1,2] [--repeats=5]
+[--json=FILE]`. The batch and the model stay the same (configs/tiny.py, AoE), so the devices share
+the work of one: what is measured is what splitting it costs, since virtual devices share the cores.
+Each mesh runs in processes of its own, each after the baseline, one device.
 """
 
 import json
@@ -33,7 +35,9 @@ MESHES = {
 
 
 def time_steps(mesh, repeats):
-    """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those that it has joined."""
+    """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those
+    that it has joined.
+    """
     step = RepeatedStep(configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}}))
     return medians({"step": step}, repeats)["step"]
 
@@ -76,7 +80,9 @@ def main():
         return
     for name, values in (("devices", _DEVICES.value), ("process_counts", _PROCESS_COUNTS.value)):
         if not all(value.isdecimal() and int(value) in (1, 2, 4, 8) for value in values):
-            raise UserError(f"--{name}={','.join(values)}: numbers of 1, 2, 4 and 8, which divide the batch")
+            raise UserError(
+                f"--{name}={','.join(values)}: numbers of 1, 2, 4 and 8, which divide the batch"
+            )
     cases = [(name, int(n), 1) for n in _DEVICES.value for name in MESHES if int(n) > 1]
     cases += [("data", 1, int(n)) for n in _PROCESS_COUNTS.value if int(n) > 1]
     figures = []

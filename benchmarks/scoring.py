@@ -1,9 +1,10 @@
 """Scoring of choices: a context read once for all its continuations against once for each.
 
-`python -m benchmarks.scoring [--contexts=128] [--layers=4] [--repeats=3] [--json=FILE]`: the default model, of random
-weights, scores random tokens in the shape of two kinds of task: contexts of 60 to 120 tokens with four continuations of 15
-to 35 (HellaSwag), and contexts of 180 to 240 with three of one token (MNLI with three shots). Without sharing each call gets
-one continuation of every context.
+`python -m benchmarks.scoring [--contexts=128] [--layers=4] [--repeats=3] [--json=FILE]`: the
+default model, of random weights, scores random tokens in the shape of two kinds of task: contexts
+of 60 to 120 tokens with four continuations of 15 to 35 (HellaSwag), and contexts of 180 to 240 with
+three of one token (MNLI with three shots). Without sharing each call gets one continuation of every
+context.
 """
 
 import jax
@@ -56,7 +57,9 @@ def main():
     """Times both ways for each shape."""
     keep_freed_memory()
     model, figures = (
-        random_model(configuration("aoe", {"model": {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}})),
+        random_model(
+            configuration("aoe", {"model": {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}})
+        ),
         [],
     )
     scorer = Scorer(model)

@@ -1,21 +1,26 @@
-"""Cheaper choices for AoE, which scores all n experts for every token though only K go on: do they find the same experts?
+"""Cheaper choices for AoE, which scores all n experts for every token though only K go on: do they
+find the same experts?
 
-`python -m benchmarks.selection --workdir=DIR [--steps=200] [--tokens=16384] [--repeats=7] [--json=FILE]` trains the 8-of-64
-model of `benchmarks.step` on the embedded corpus, loss-free (a run that is finished is not run again, one that was stopped
-goes on), takes the inputs of its layers of experts on validation text, and compares the choices of every method of
+`python -m benchmarks.selection --workdir=DIR [--steps=200] [--tokens=16384] [--repeats=7]
+[--json=FILE]` trains the 8-of-64 model of `benchmarks.step` on the embedded corpus, loss-free (a
+run that is finished is not run again, one that was stopped goes on), takes the inputs of its layers
+of experts on validation text, and compares the choices of every method of
 `benchmarks.approximate_scores` with those of exact float32 scoring. A line says, of one method:
 
-- agreement: the part of the exact choice that it finds too, mean over tokens and layers, and layer by layer; identical: the
-  tokens for which it finds all of it; nll: how much the model, trained with the exact choice, loses on the same tokens when
-  every layer chooses that way. Activations and weights of the chosen are computed exactly;
-- its scoring FLOPs relative to exact ones, 8-bit ones counted half, and the measured time of scoring and choosing in one
-  layer. `prepare` (to quantise or project the weights) is needed at every update of the weights, so once a step in training;
-  `find` is to find the directions to project on: once for a trained model; in training they may lag behind the weights, but
-  age with them;
-- what an AoE step would be to a router step: in FLOPs, as executed (the chosen activations are computed again), with those
-  of the forward pass alone in brackets; and in time: both steps are measured, and what the method saves in scoring is taken
-  off, with directions found never and at every step. The covariance of the tokens, which they need, costs `d / (n r)` of
-  scoring if it is of all tokens, and isn't counted.
+- agreement: the part of the exact choice that it finds too, mean over tokens and layers, and layer
+  by layer; identical: the tokens for which it finds all of it; nll: how much the model, trained
+  with the exact choice, loses on the same tokens when every layer chooses that way. Activations and
+  weights of the chosen are computed exactly;
+- its scoring FLOPs relative to exact ones, 8-bit ones counted half, and the measured time of
+  scoring and choosing in one layer. `prepare` (to quantise or project the weights) is needed at
+  every update of the weights, so once a step in training; `find` is to find the directions to
+  project on: once for a trained model; in training they may lag behind the weights, but age with
+  them;
+- what an AoE step would be to a router step: in FLOPs, as executed (the chosen activations are
+  computed again), with those of the forward pass alone in brackets; and in time: both steps are
+  measured, and what the method saves in scoring is taken off, with directions found never and at
+  every step. The covariance of the tokens, which they need, costs `d / (n r)` of scoring if it is
+  of all tokens, and isn't counted.
 
 The last line is what no method can pass: scoring and choosing for nothing.
 
@@ -66,7 +71,9 @@ COVARIANCE_BATCHES = 4  # of train text
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the run")
 _STEPS = flags.DEFINE_integer("steps", 200, "training steps", lower_bound=51)
-_TOKENS = flags.DEFINE_integer("tokens", 16384, "validation tokens, rounded up to whole batches", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 16384, "validation tokens, rounded up to whole batches", lower_bound=1
+)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
@@ -86,7 +93,9 @@ def trained_model(config, workdir):
 
 def first_batches(store, config, count):
     """The first batches of a split."""
-    return list(itertools.islice(eval_batches(store, config.data.seq_len, config.train.batch_size), count))
+    return list(
+        itertools.islice(eval_batches(store, config.data.seq_len, config.train.batch_size), count)
+    )
 
 
 def layer_inputs(config, params, routing_state, batches):
@@ -108,7 +117,8 @@ def layer_inputs(config, params, routing_state, batches):
 def nll_with(method, config, params, bias, prepared, batches):
     """Mean nll of the batches where each layer chooses by `choice_scores`.
 
-    Only the scores that are chosen by are replaced: sparse scoring computes the norms of the chosen, which give the
+    Only the scores that are chosen by are replaced: sparse scoring computes the norms of the
+      chosen, which give the
     weights, from their own activations.
     """
 
@@ -116,7 +126,9 @@ def nll_with(method, config, params, bias, prepared, batches):
         if isinstance(context.module, AoELayer) and context.method_name == "pipeline":
             devices, x, given, _, balance_scores, gate, weights = args
             of_layer, bias = given.state["prepared"], given.state["selection_bias"]
-            scores = choice_scores(method, x, weights["w_down"], of_layer, config.experts.top_k, bias)
+            scores = choice_scores(
+                method, x, weights["w_down"], of_layer, config.experts.top_k, bias
+            )
             return call(devices, x, given, scores, balance_scores, gate, weights)
         return call(*args, **kwargs)
 
@@ -130,9 +142,11 @@ def nll_with(method, config, params, bias, prepared, batches):
 
 
 def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
-    """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost` times exact scoring.
+    """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost`
+    times exact scoring.
 
-    Useful FLOPs count scoring once for every expert, the chosen among the active; here all scoring comes on top.
+    Useful FLOPs count scoring once for every expert, the chosen among the active; here all scoring
+    comes on top.
     """
     c = config.experts
     one_expert = 2 * config.model.d_model * c.d_low
@@ -160,8 +174,12 @@ def compare(choose, exact, inputs, w_down, prepared, bias):
     by_layer = []
     for layer, wanted in enumerate(exact):
         of_layer = jax.tree.map(lambda a: a[layer], (w_down, prepared, bias))
-        pairs = [agreement(e, choose(x[layer], *of_layer)) for e, x in zip(wanted, inputs, strict=True)]
-        by_layer.append([float(np.mean(np.concatenate(values))) for values in zip(*pairs, strict=True)])
+        pairs = [
+            agreement(e, choose(x[layer], *of_layer)) for e, x in zip(wanted, inputs, strict=True)
+        ]
+        by_layer.append(
+            [float(np.mean(np.concatenate(values))) for values in zip(*pairs, strict=True)]
+        )
     return [list(values) for values in zip(*by_layer, strict=True)]
 
 
@@ -172,31 +190,50 @@ def main():
     root.mkdir(parents=True, exist_ok=True)
     config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})
     router = configuration("moe", SPARSE, {"balance": {"aux_tokens": 1.0}})
-    n_layers, n_experts, top_k = config.model.n_layers, config.experts.n_experts, config.experts.top_k
+    n_layers, n_experts, top_k = (
+        config.model.n_layers,
+        config.experts.n_experts,
+        config.experts.top_k,
+    )
     params, routing_state, corpus = trained_model(config, root / f"steps{_STEPS.value}")
     bias = routing_state["selection_bias"]
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
 
     tokens_per_batch = config.tokens_per_step
-    batches = first_batches(corpus.validation["sotu"], config, -(-_TOKENS.value // tokens_per_batch))
+    batches = first_batches(
+        corpus.validation["sotu"], config, -(-_TOKENS.value // tokens_per_batch)
+    )
     inputs = layer_inputs(config, params, routing_state, batches)
     train_inputs = layer_inputs(
-        config, params, routing_state, first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES)
+        config,
+        params,
+        routing_state,
+        first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES),
     )
-    covariance = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs) / sum(x.shape[1] for x in train_inputs)
+    covariance = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs) / sum(
+        x.shape[1] for x in train_inputs
+    )
     w_down = params["layers"]["experts"]["w_down"]
     ranks = effective_rank(jax.vmap(second_moments)(w_down, covariance)).mean(axis=1).tolist()
 
     found = methods(config.experts.d_low)
-    choose = {name: jax.jit(partial(chosen_experts, method, top_k)) for name, method in found.items()}
+    choose = {
+        name: jax.jit(partial(chosen_experts, method, top_k)) for name, method in found.items()
+    }
     directions = {name: jax.vmap(method.find)(w_down, covariance) for name, method in found.items()}
-    prepared = {name: jax.vmap(method.prepare)(w_down, directions[name]) for name, method in found.items()}
+    prepared = {
+        name: jax.vmap(method.prepare)(w_down, directions[name]) for name, method in found.items()
+    }
     exact = [
-        [choose["exact"](x[layer], w_down[layer], prepared["exact"][layer], bias[layer]) for x in inputs]
+        [
+            choose["exact"](x[layer], w_down[layer], prepared["exact"][layer], bias[layer])
+            for x in inputs
+        ]
         for layer in range(n_layers)
     ]
 
-    # One layer alone, on real tokens: how evenly they use the experts matters to the exact norms of candidates.
+    # One layer alone, on real tokens: how evenly they use the experts matters to the exact norms of
+    # candidates.
     middle, timed = n_layers // 2, {"choose": {}, "prepare": {}, "find": {}}
     for name, method in found.items():
         one = jax.tree.map(lambda a: a[middle], (directions[name], w_down, prepared[name], bias))
@@ -204,14 +241,25 @@ def main():
         timed["prepare"][name] = partial(jax.jit(method.prepare), one[1], one[0])
         timed["find"][name] = partial(jax.jit(method.find), one[1], covariance[middle])
     seconds = {what: medians(functions, _REPEATS.value) for what, functions in timed.items()}
-    step = medians({kind: RepeatedStep(c) for kind, c in {"aoe": config, "router": router}.items()}, _REPEATS.value)
+    step = medians(
+        {kind: RepeatedStep(c) for kind, c in {"aoe": config, "router": router}.items()},
+        _REPEATS.value,
+    )
 
     def flops_ratios(cost):
-        counted = {"step_flops_ratio": training_flops_per_token, "forward_flops_ratio": forward_flops_per_token}
-        return {name: executed_flops(config, cost, useful) / useful(router) for name, useful in counted.items()}
+        counted = {
+            "step_flops_ratio": training_flops_per_token,
+            "forward_flops_ratio": forward_flops_per_token,
+        }
+        return {
+            name: executed_flops(config, cost, useful) / useful(router)
+            for name, useful in counted.items()
+        }
 
     def step_ratio(layer_seconds):
-        return (step["aoe"] + n_layers * (layer_seconds - seconds["choose"]["exact"])) / step["router"]
+        return (step["aoe"] + n_layers * (layer_seconds - seconds["choose"]["exact"])) / step[
+            "router"
+        ]
 
     print(
         f"effective rank of an expert's activations, layer by layer: {' '.join(f'{rank:.1f}' for rank in ranks)} of "
@@ -258,7 +306,9 @@ def main():
         f"{bound['forward_flops_ratio']:.3f}), time {bound['step_ratio']:.3f}; exact nll {exact_nll:.4f}"
     )
     step_ms = {kind: 1e3 * value for kind, value in step.items()}
-    figures.append({"method": "scoring for nothing", **bound, "step_ms": step_ms, "effective_rank": ranks})
+    figures.append(
+        {"method": "scoring for nothing", **bound, "step_ms": step_ms, "effective_rank": ranks}
+    )
     report(figures, _JSON.value)
 
 

@@ -1,9 +1,11 @@
-"""What slots cost that aren't in use: top-k laid out as by selections that give a token any number of experts.
+"""What slots cost that aren't in use: top-k laid out as by selections that give a token any number
+of experts.
 
-`python -m benchmarks.slots [--models=tiny,small] [--repeats=15] [--json=FILE]`. Top-p, Expert Threshold, DynMoE and
-Routing-Free lay out n slots a token, and on AoE every norm of theirs carries a gradient. Here top-k does the same, with the
-experts and weights that it has anyway: a training step with K slots, with `score_gradient="dense"`, and with n slots.
-Random tokens; the arms of a kind are timed in turn.
+`python -m benchmarks.slots [--models=tiny,small] [--repeats=15] [--json=FILE]`. Top-p, Expert
+Threshold, DynMoE and Routing-Free lay out n slots a token, and on AoE every norm of theirs carries
+a gradient. Here top-k does the same, with the experts and weights that it has anyway: a training
+step with K slots, with `score_gradient="dense"`, and with n slots. Random tokens; the arms of a
+kind are timed in turn.
 """
 
 from unittest import mock
@@ -14,7 +16,14 @@ from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.experts.selection import SELECTIONS
 from benchmarks.all_slots import AllSlots
-from benchmarks.timing import check_models, configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import (
+    check_models,
+    configuration,
+    keep_freed_memory,
+    machine,
+    medians,
+    report,
+)
 from configs.compare.small import SMALLEST
 
 # Changes to configs/tiny.py; the smallest size of the comparisons.

@@ -1,11 +1,14 @@
-"""A soak: real training processes, killed at random moments again and again, must end as the one that wasn't.
+"""A soak: real training processes, killed at random moments again and again, must end as the one
+that wasn't.
 
-`python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20] [--seed=0] [--json=FILE]`: first a small model is trained
-without a break; then the same run is started over and over, and killed (SIGKILL) or asked to stop (SIGTERM) right after its
-start, while its data is prepared, in its steps, or while it saves. A run that comes to its end in spite of that is compared
-with the first, bit for bit: the metrics, every line of metrics.jsonl but for its timing, the position in the data and the
-fingerprints of all arrays of the last checkpoint; then the next one begins. After every stop each complete checkpoint is
-read whole. Fails on the first difference, checkpoint that can't be read, or exit status that isn't right.
+`python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20] [--seed=0] [--json=FILE]`: first
+a small model is trained without a break; then the same run is started over and over, and killed
+(SIGKILL) or asked to stop (SIGTERM) right after its start, while its data is prepared, in its
+steps, or while it saves. A run that comes to its end in spite of that is compared with the first,
+bit for bit: the metrics, every line of metrics.jsonl but for its timing, the position in the data
+and the fingerprints of all arrays of the last checkpoint; then the next one begins. After every
+stop each complete checkpoint is read whole. Fails on the first difference, checkpoint that can't be
+read, or exit status that isn't right.
 """
 
 from pathlib import Path

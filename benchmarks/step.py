@@ -1,7 +1,8 @@
 """A whole training step of AoE beside that of a router MoE of equal total parameters.
 
-`python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful` is the ratio of useful FLOPs of
-the two steps; `over` is how far the measured ratio lies above it. Random tokens; the two are timed in turn.
+`python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful` is the
+ratio of useful FLOPs of the two steps; `over` is how far the measured ratio lies above it. Random
+tokens; the two are timed in turn.
 """
 
 import dataclasses
@@ -11,12 +12,23 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
-from benchmarks.timing import check_models, configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import (
+    check_models,
+    configuration,
+    keep_freed_memory,
+    machine,
+    medians,
+    report,
+)
 
 # Changes to configs/tiny.py; d_low is set by the ranks below, as a fraction of d_model.
 MODELS = {
     "tiny": {},
-    "deep": {"model": {"n_layers": 12, "d_model": 256}, "experts": {"d_ffn": 512}, "train": {"batch_size": 4}},
+    "deep": {
+        "model": {"n_layers": 12, "d_model": 256},
+        "experts": {"d_ffn": 512},
+        "train": {"batch_size": 4},
+    },
     "sparse": {
         "model": {"d_model": 192},
         "experts": {"n_experts": 64, "top_k": 8, "d_ffn": 96},
@@ -46,7 +58,9 @@ def main():
         for rank in RANKS[name]:
             router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
             low = {"experts": {"d_low": round(router.model.d_model / rank)}}
-            configs = {"router": router} | {arm: configuration("aoe", MODELS[name], low, ARMS[arm]) for arm in ARMS}
+            configs = {"router": router} | {
+                arm: configuration("aoe", MODELS[name], low, ARMS[arm]) for arm in ARMS
+            }
             steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
             seconds = medians(steps, _REPEATS.value)
             for arm, config in configs.items():
@@ -58,8 +72,10 @@ def main():
                     "ms": 1e3 * seconds[arm],
                     "tokens_per_second": tokens / seconds[arm],
                     "ratio": seconds[arm] / seconds["router"],
-                    "useful_ratio": training_flops_per_token(config) / training_flops_per_token(router),
-                    "temp_ratio": steps[arm].memory["temporary_bytes"] / steps["router"].memory["temporary_bytes"],
+                    "useful_ratio": training_flops_per_token(config)
+                    / training_flops_per_token(router),
+                    "temp_ratio": steps[arm].memory["temporary_bytes"]
+                    / steps["router"].memory["temporary_bytes"],
                     "configuration": dataclasses.asdict(config.experts),
                 }
                 figures.append(figure)

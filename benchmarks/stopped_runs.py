@@ -1,4 +1,6 @@
-"""Runs that are stopped by signals at random moments, and how they are held against one that isn't; see `soak.py`."""
+"""Runs that are stopped by signals at random moments, and how they are held against one that isn't;
+see `soak.py`.
+"""
 
 import collections
 import json
@@ -46,7 +48,9 @@ class Soak:
     """One run after the other in `root`, all with the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Writes the texts: the addresses of a few decades, one document each; `settings`: fields beside `SETTINGS`."""
+        """Writes the texts: the addresses of a few decades, one document each; `settings`: fields
+        beside `SETTINGS`.
+        """
         self._settings = SETTINGS | settings
         self._root, self.texts, self.cache = root, root / "texts", root / "cache"
         self.texts.mkdir(parents=True)
@@ -60,7 +64,11 @@ class Soak:
         command += [f"--config.{name}={value}" for name, value in settings.items()]
         cached = {"JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled")}
         return subprocess.Popen(
-            command, cwd=Path(__file__).parents[1], env=os.environ | cached, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | cached,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def whole(self):
@@ -72,14 +80,18 @@ class Soak:
         return self._root / "whole"
 
     def life(self, workdir, moment, number, chance):
-        """Starts the run and stops it at `moment` by a signal: `(exit status, stderr)`; it may end before."""
+        """Starts the run and stops it at `moment` by a signal: `(exit status, stderr)`; it may end
+        before.
+        """
         if moment == "preparation":
             shutil.rmtree(self.cache / "tokens", ignore_errors=True)
         known, saves = set(_names(workdir / "checkpoints")), chance.randrange(4)
         process = self.start(workdir)
         reached = {
             "start": lambda: True,
-            "preparation": lambda: any(".partial" in name for name in _names(self.cache / "tokens")),
+            "preparation": lambda: any(
+                ".partial" in name for name in _names(self.cache / "tokens")
+            ),
             "steps": lambda: (
                 _heartbeat(workdir).get("pid") == process.pid
                 and _heartbeat(workdir)["status"] in ("training", "validating")
@@ -92,7 +104,9 @@ class Soak:
                 process.kill()
                 raise Failure(f"{moment} did not come within {PATIENCE} s")
             time.sleep(0.001)
-        time.sleep({"start": 6, "preparation": 1, "steps": 4, "save": 0.05}[moment] * chance.random())
+        time.sleep(
+            {"start": 6, "preparation": 1, "steps": 4, "save": 0.05}[moment] * chance.random()
+        )
         process.send_signal(number)
         _, stderr = process.communicate(timeout=PATIENCE)
         return process.returncode, stderr
@@ -117,7 +131,9 @@ def _heartbeat(workdir):
 
 
 def check_checkpoints(workdir):
-    """Reads every checkpoint that is to be kept whole; `Failure` where one can't be read or was found damaged."""
+    """Reads every checkpoint that is to be kept whole; `Failure` where one can't be read or was
+    found damaged.
+    """
     if (workdir / "damaged_checkpoints").exists():
         raise Failure(f"{workdir} has damaged checkpoints")
     if not (workdir / "checkpoints").is_dir():
@@ -132,7 +148,9 @@ def check_checkpoints(workdir):
     config = Config.from_config_dict(read_config_json(workdir / "config.json"))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.eval_shape(lambda: init_state(config, 0))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract
+    )
     checkpoints = Checkpoints(workdir)
     # A kill may come while an older one is being deleted, of which a part is left then.
     for step in checkpoints.steps()[-config.checkpoint.keep :]:
@@ -145,9 +163,13 @@ def check_checkpoints(workdir):
 def result(workdir):
     """All that two runs have in common if they computed the same."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines]
+    untimed = [
+        {name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines
+    ]
     metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
-    beside = json.loads((workdir / "checkpoints" / str(metrics["step"]) / "run" / "metadata").read_text())
+    beside = json.loads(
+        (workdir / "checkpoints" / str(metrics["step"]) / "run" / "metadata").read_text()
+    )
     # A run that is stopped before its last validation saves first, and validates once it goes on.
     del beside["progress"]["validated"], beside["sha256"]
     return metrics, untimed, beside
@@ -157,7 +179,8 @@ def soak(root: Path, kills, terms, seed, settings=None):
     """Stops runs `kills` and `terms` times, with fields beside `SETTINGS`; returns what happened.
 
     Raises:
-      Failure: at the first difference, checkpoint that can't be read, or exit status that isn't right.
+      Failure: at the first difference, checkpoint that can't be read, or exit status that isn't
+        right.
     """
     chance, work = random.Random(seed), Soak(root, settings or {})
     wanted = result(work.whole())
@@ -170,7 +193,9 @@ def soak(root: Path, kills, terms, seed, settings=None):
         # SIGTERM while Python is still importing ends it as any program; nothing has begun.
         early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"
         if status not in (0, -signal.SIGKILL) and not early:
-            raise Failure(f"exit status {status} after {signal.Signals(number).name} ({moment}):\n{stderr[-2000:]}")
+            raise Failure(
+                f"exit status {status} after {signal.Signals(number).name} ({moment}):\n{stderr[-2000:]}"
+            )
         if "damaged" in stderr:
             raise Failure(f"a checkpoint was found damaged:\n{stderr[-2000:]}")
         happened[f"{signal.Signals(number).name} {moment}"] += 1
@@ -184,7 +209,12 @@ def soak(root: Path, kills, terms, seed, settings=None):
         raise Failure(f"exit status {process.returncode}:\n{stderr[-2000:]}")
     compare(run, wanted)
     check_checkpoints(run)
-    return {"kills": kills, "terms": terms, "runs_finished": finished + 1, "stops": dict(sorted(happened.items()))}
+    return {
+        "kills": kills,
+        "terms": terms,
+        "runs_finished": finished + 1,
+        "stops": dict(sorted(happened.items())),
+    }
 
 
 def compare(run, wanted):

@@ -19,8 +19,8 @@ from configs import tiny
 def keep_freed_memory():
     """Starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set; call it first.
 
-    Else page faults are measured instead of the program, in the baseline as well. `GLIBC_TUNABLES= python -m benchmarks...`
-    measures without.
+    Else page faults are measured instead of the program, in the baseline as well. `GLIBC_TUNABLES=
+    python -m benchmarks...` measures without.
     """
     if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
@@ -28,7 +28,9 @@ def keep_freed_memory():
 
 
 def medians(functions, repeats):
-    """Median seconds of each of `functions`, name -> nullary function of arrays, one call of each in turn after a first."""
+    """Median seconds of each of `functions`, name -> nullary function of arrays, one call of each
+    in turn after a first.
+    """
     for function in functions.values():
         jax.block_until_ready(function())
     seconds = {name: [] for name in functions}
@@ -69,7 +71,9 @@ def check_models(names, known):
 
 
 def parse_sizes(shape, count, form):
-    """The `count` sizes of a shape such as `4096x512`; UserError, which says the `form`, where it is none."""
+    """The `count` sizes of a shape such as `4096x512`; UserError, which says the `form`, where it
+    is none.
+    """
     sizes = shape.split("x")
     if len(sizes) != count or not all(size.isdecimal() for size in sizes):
         raise UserError(f"--shapes={shape}: {form}")

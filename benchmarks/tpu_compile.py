@@ -1,11 +1,13 @@
-"""Compiles the grouped products of every configuration for TPUs that are not here: which compile, and at what FLOPs.
+"""Compiles the grouped products of every configuration for TPUs that are not here: which compile,
+and at what FLOPs.
 
-`python -m benchmarks.tpu_compile [--generations=v4,v5e,...] [--rows=32768] [--experts=8] [--json=FILE]` on any machine with
-`libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`). Each product is compiled forward and backward, in bfloat16 and
-float32.
+`python -m benchmarks.tpu_compile [--generations=v4,v5e,...] [--rows=32768] [--experts=8]
+[--json=FILE]` on any machine with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`). Each
+product is compiled forward and backward, in bfloat16 and float32.
 
-Two figures, both over the useful FLOPs: `flops` is what the compiler counts, where a Pallas kernel counts for what it
-declares, which is its useful FLOPs; `tile_flops` counts whole tiles at the worst group sizes.
+Two figures, both over the useful FLOPs: `flops` is what the compiler counts, where a Pallas kernel
+counts for what it declares, which is its useful FLOPs; `tile_flops` counts whole tiles at the worst
+group sizes.
 """
 
 from pathlib import Path
@@ -16,7 +18,13 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.json_files import write_json
-from benchmarks.compiling import TOPOLOGIES, expert_shapes, lower_for, megablox_tile_flops, tpu_devices
+from benchmarks.compiling import (
+    TOPOLOGIES,
+    expert_shapes,
+    lower_for,
+    megablox_tile_flops,
+    tpu_devices,
+)
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), f"of {', '.join(TOPOLOGIES)}")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
@@ -32,11 +40,19 @@ def main():
     for generation, device in devices.items():
         for d, f in expert_shapes():
             for dtype in ("bfloat16", "float32"):
-                figure = {"generation": generation, "rows": m, "experts": n_experts, "shape": [d, f], "dtype": dtype}
+                figure = {
+                    "generation": generation,
+                    "rows": m,
+                    "experts": n_experts,
+                    "shape": [d, f],
+                    "dtype": dtype,
+                }
                 try:
                     compiled = lower_for(device, "megablox", m, d, f, n_experts, dtype).compile()
                     figure["flops"] = compiled.cost_analysis()["flops"] / (6 * m * d * f)
-                    figure["tile_flops"] = megablox_tile_flops(m, d, f, n_experts, jnp.dtype(dtype).itemsize)
+                    figure["tile_flops"] = megablox_tile_flops(
+                        m, d, f, n_experts, jnp.dtype(dtype).itemsize
+                    )
                 except jax.errors.JaxRuntimeError as error:
                     figure["error"] = str(error)
                 figures.append(figure)

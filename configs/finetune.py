@@ -1,7 +1,9 @@
-"""Goes on training a model: `--config=configs/finetune.py:DIR`, the directory of a model as safetensors.
+"""Goes on training a model: `--config=configs/finetune.py:DIR`, the directory of a model as
+safetensors.
 
-Model, experts and the settings of their method are the model's, and so is the tokenizer; `balance` is that of its run, if it
-was exported from one. Corpus, steps, learning rate, and the balance of a model of the hub are for you to set.
+Model, experts and the settings of their method are the model's, and so is the tokenizer; `balance`
+is that of its run, if it was exported from one. Corpus, steps, learning rate, and the balance of a
+model of the hub are for you to set.
 """
 
 import dataclasses
@@ -15,7 +17,9 @@ from aoe_jax.formats.reading import read_config
 
 def get_config(directory=None):
     if not directory:
-        raise UserError("configs/finetune.py: name the directory of a model, --config=configs/finetune.py:DIR")
+        raise UserError(
+            "configs/finetune.py: name the directory of a model, --config=configs/finetune.py:DIR"
+        )
     directory = Path(directory).expanduser()
     model = read_config(directory)
     found = model.to_dict()
@@ -29,6 +33,8 @@ def get_config(directory=None):
     if model.method_name:
         config[model.method_name].update(found[model.method_name])
     tokenizer = saved_tokenizer(directory)
-    config.data.update(seq_len=found["data"]["seq_len"], tokenizer=str(tokenizer) if tokenizer.exists() else None)
+    config.data.update(
+        seq_len=found["data"]["seq_len"], tokenizer=str(tokenizer) if tokenizer.exists() else None
+    )
     config.train.update(init_from=str(directory), learning_rate=1e-4, final_learning_rate=1e-5)
     return config

@@ -1,8 +1,10 @@
-"""Many experts: `--config=configs/large.py:VARIANT`, shapes beyond the paper's, for meshes with an expert axis.
+"""Many experts: `--config=configs/large.py:VARIANT`, shapes beyond the paper's, for meshes with an
+expert axis.
 
-`aoe_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), 16 layers, d=2048, 8 of 64 experts of
-width 1024. `aoe_256`, `moe_256`: 8 of 256 experts of width 512. AoE has the total parameters of its twin, r = d / 4, and is
-balanced without a loss. 4.2M tokens a step in micro-batches; corpus and tokenizer have to be named on the command line.
+`aoe_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), 16 layers,
+d=2048, 8 of 64 experts of width 1024. `aoe_256`, `moe_256`: 8 of 256 experts of width 512. AoE has
+the total parameters of its twin, r = d / 4, and is balanced without a loss. 4.2M tokens a step in
+micro-batches; corpus and tokenizer have to be named on the command line.
 """
 
 from aoe_jax.config import default_config
@@ -14,11 +16,19 @@ VARIANTS = tuple(f"{kind}_{size}" for size in SHAPES for kind in ("aoe", "moe"))
 
 def get_config(variant=None):
     if variant not in VARIANTS:
-        raise UserError(f"configs/large.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"configs/large.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}"
+        )
     kind, _, size = variant.partition("_")
     config = default_config()
     config.model.update(
-        n_layers=16, n_heads=16, d_model=2048, vocab_size=50_304, max_len=4096, dtype="bfloat16", remat="experts"
+        n_layers=16,
+        n_heads=16,
+        d_model=2048,
+        vocab_size=50_304,
+        max_len=4096,
+        dtype="bfloat16",
+        remat="experts",
     )
     config.experts.update(kind="aoe" if kind == "aoe" else "router", top_k=8, **SHAPES[size])
     if kind == "aoe":

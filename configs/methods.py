@@ -1,8 +1,9 @@
-"""Methods of expert selection from the literature around AoE, each on AoE's norms and on a router's logits.
+"""Methods of expert selection from the literature around AoE, each on AoE's norms and on a router's
+logits.
 
-`configs/methods.py:NAME` with AoE, `configs/methods.py:NAME_router` with a router, each where there is such a thing; sizes
-and data are those of `tiny.py`.
-What each method does, and how faithful it is, is in `docs/methods.md`.
+`configs/methods.py:NAME` with AoE, `configs/methods.py:NAME_router` with a router, each where there
+is such a thing; sizes and data are those of `tiny.py`. What each method does, and how faithful it
+is, is in `docs/methods.md`.
 """
 
 from aoe_jax.errors import UserError
@@ -12,17 +13,25 @@ AUX_WEIGHT = 0.01
 NO_LOSS = {"aux_weight": 0.0}
 AOE_EXPERTS = {"experts": {"factorised_gate": True}}  # of kinds of layer that have either
 
-# name -> the changes for both kinds, those for AoE and those for a router; None: there is no such variant.
+# name -> the changes for both kinds, those for AoE and those for a router; None: there is no such
+# variant.
 METHODS = {
     "top_k": ({"balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
     "top_p": (
-        {"experts": {"selection": "top_p"}, "balance": {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}},
+        {
+            "experts": {"selection": "top_p"},
+            "balance": {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4},
+        },
         {},
         {},
     ),
     "expert_choice": ({"experts": {"selection": "expert_choice"}, "balance": NO_LOSS}, {}, {}),
     "threshold": (
-        {"experts": {"selection": "threshold"}, "balance": NO_LOSS, "threshold": {"decay": 0.99, "warmup_steps": 100}},
+        {
+            "experts": {"selection": "threshold"},
+            "balance": NO_LOSS,
+            "threshold": {"decay": 0.99, "warmup_steps": 100},
+        },
         {"threshold": {"weights": "relative"}},
         {},
     ),
@@ -44,20 +53,38 @@ METHODS = {
             "routing_free": {"rate": 0.1, "multiplier": 1e-5},
         },
         {},
-        # Logits lie around 0. Nothing brings an expert back that no token goes to, so most pairs are active at first.
+        # Logits lie around 0. Nothing brings an expert back that no token goes to, so most pairs
+        # are active at first.
         {"routing_free": {"bias": -2.0}},
     ),
-    # Switch without its capacity, which experts.kind="capacity" has: p_i E_i(x), and L_aux of one expert per token.
-    "switch": ({"experts": {"top_k": 1, "gate": "all"}, "balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
+    # Switch without its capacity, which experts.kind="capacity" has: p_i E_i(x), and L_aux of one
+    # expert per token.
+    "switch": (
+        {"experts": {"top_k": 1, "gate": "all"}, "balance": {"aux_weight": AUX_WEIGHT}},
+        {},
+        {},
+    ),
     "gshard": ({"experts": {"selection": "gshard"}, "balance": NO_LOSS}, {}, {}),
     "z_loss": ({"balance": {"aux_weight": AUX_WEIGHT, "z_weight": 1e-3}}, {}, {}),
     "sequence_balance": ({"balance": {"aux_weight": AUX_WEIGHT, "aux_batch": "sequence"}}, {}, {}),
     "loss_free": ({"balance": NO_LOSS | {"bias_rate": 0.01}}, {}, {}),
-    # These merge or draw one expert a token, whose gate is that of an AoE expert, or of a traditional one.
-    "smear": ({"experts": {"kind": "smear"}, "balance": NO_LOSS, "smear": {"segment": 32}}, AOE_EXPERTS, {}),
-    "thor": ({"experts": {"kind": "thor"}, "balance": NO_LOSS, "thor": {"inference": "token"}}, AOE_EXPERTS, {}),
+    # These merge or draw one expert a token, whose gate is that of an AoE expert, or of a
+    # traditional one.
+    "smear": (
+        {"experts": {"kind": "smear"}, "balance": NO_LOSS, "smear": {"segment": 32}},
+        AOE_EXPERTS,
+        {},
+    ),
+    "thor": (
+        {"experts": {"kind": "thor"}, "balance": NO_LOSS, "thor": {"inference": "token"}},
+        AOE_EXPERTS,
+        {},
+    ),
     "by_attention": (
-        {"experts": {"selection": "by_attention", "top_k": 3}, "balance": {"aux_weight": AUX_WEIGHT}},
+        {
+            "experts": {"selection": "by_attention", "top_k": 3},
+            "balance": {"aux_weight": AUX_WEIGHT},
+        },
         {},
         {},
     ),
@@ -73,7 +100,10 @@ def changes(variant):
     name = variant.removesuffix("_router")
     both, of_aoe, of_router = METHODS[name]
     kind = "aoe" if variant == name else "router"
-    found = {"experts": {"kind": kind}, "balance": {"aux_tokens": 1.0}}  # as the authors have their losses
+    found = {
+        "experts": {"kind": kind},
+        "balance": {"aux_tokens": 1.0},
+    }  # as the authors have their losses
     for one in (both, of_router if variant != name else of_aoe):
         for group, values in one.items():
             found[group] = found.get(group, {}) | values
@@ -82,7 +112,9 @@ def changes(variant):
 
 def get_config(variant="top_k"):
     if variant not in VARIANTS:
-        raise UserError(f"configs/methods.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"configs/methods.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}"
+        )
     config = tiny.get_config()
     for group, values in changes(variant).items():
         config[group].update(values)

@@ -1,12 +1,13 @@
 """Every configuration of the paper (arXiv 2501.13074): `--config=configs/paper.py:VARIANT`.
 
-Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux` ... `aoe_r512_aux`.
-Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE with r = 256).
-Table 5: `moe_4b`, `aoe_4b`.
+Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux`
+... `aoe_r512_aux`. Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE
+with r = 256). Table 5: `moe_4b`, `aoe_4b`.
 
-Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its corpus, RedPajama, has to be
-named on the command line (`--config.data.name`, `--config.data.tokenizer` with 32,000 pieces); the default is the embedded
-corpus, which trains a vocabulary of its own.
+Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its
+corpus, RedPajama, has to be named on the command line (`--config.data.name`,
+`--config.data.tokenizer` with 32,000 pieces); the default is the embedded corpus, which trains a
+vocabulary of its own.
 """
 
 from aoe_jax.config import default_config
@@ -18,9 +19,16 @@ ABLATION_RANK = 256  # of rows 3 and 4 of Table 2, and of Table 3
 
 MOE = {"experts": {"kind": "router"}, "balance": {"aux_weight": 0.0}}
 AUX = {"balance": {"aux_weight": 0.01}}
-# Top-p: Huang et al. 2024 keep L_aux and add the entropy loss. Expert choice is balanced by construction.
-TOP_P = {"experts": {"selection": "top_p", "top_p": 0.6}, "balance": {"aux_weight": 0.01, "entropy_weight": 1e-4}}
-EXPERT_CHOICE = {"experts": {"selection": "expert_choice", "capacity_factor": 2.0}, "balance": {"aux_weight": 0.0}}
+# Top-p: Huang et al. 2024 keep L_aux and add the entropy loss. Expert choice is balanced by
+# construction.
+TOP_P = {
+    "experts": {"selection": "top_p", "top_p": 0.6},
+    "balance": {"aux_weight": 0.01, "entropy_weight": 1e-4},
+}
+EXPERT_CHOICE = {
+    "experts": {"selection": "expert_choice", "capacity_factor": 2.0},
+    "balance": {"aux_weight": 0.0},
+}
 LARGE = {
     "model": {"n_layers": 24, "n_heads": 20, "d_model": 1280},
     "experts": {"d_ffn": 5120},
@@ -36,7 +44,11 @@ def _aoe(rank):
 VARIANTS = {
     "moe": [MOE],
     "moe_aux": [MOE, AUX],
-    "moe_aux_factorised": [MOE, AUX, {"experts": {"factorised_gate": True, "d_low": ABLATION_RANK}}],
+    "moe_aux_factorised": [
+        MOE,
+        AUX,
+        {"experts": {"factorised_gate": True, "d_low": ABLATION_RANK}},
+    ],
     "moe_aux_large_router": [MOE, AUX, {"experts": {"large_router": True, "d_low": ABLATION_RANK}}],
     **{f"aoe_r{rank}": [_aoe(rank)] for rank in RANKS},
     **{f"aoe_r{rank}_aux": [_aoe(rank), AUX] for rank in RANKS},
@@ -51,10 +63,18 @@ VARIANTS = {
 
 def get_config(variant=None):
     if variant not in VARIANTS:
-        raise UserError(f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"configs/paper.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}"
+        )
     config = default_config()
     config.model.update(
-        n_layers=12, n_heads=12, d_model=768, vocab_size=32_000, max_len=2048, dtype="bfloat16", remat="experts"
+        n_layers=12,
+        n_heads=12,
+        d_model=768,
+        vocab_size=32_000,
+        max_len=2048,
+        dtype="bfloat16",
+        remat="experts",
     )
     config.experts.update(n_experts=8, top_k=2, d_ffn=3072)
     config.data.seq_len = 2048

@@ -1,7 +1,8 @@
 """The default job: a small model on the embedded corpus, minutes on two CPU cores.
 
-Variants: `tiny.py` (AoE), `tiny.py:moe` and `tiny.py:dense` (baselines at the same total parameters), and
-`tiny.py:dense_active` (a dense model with the active parameters of the MoE, and so about its FLOPs).
+Variants: `tiny.py` (AoE), `tiny.py:moe` and `tiny.py:dense` (baselines at the same total
+parameters), and `tiny.py:dense_active` (a dense model with the active parameters of the MoE, and so
+about its FLOPs).
 """
 
 from aoe_jax.config import default_config
@@ -12,15 +13,25 @@ VARIANTS = ("aoe", "moe", "dense", "dense_active")
 
 def get_config(variant="aoe"):
     if variant not in VARIANTS:
-        raise UserError(f"configs/tiny.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"configs/tiny.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}"
+        )
     config = default_config()
-    config.model.update(n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4)
+    config.model.update(
+        n_layers=4, n_heads=4, d_model=128, vocab_size=4096, max_len=256, dtype="float32", unroll=4
+    )
     config.experts.update(kind="aoe", n_experts=8, top_k=2, d_ffn=256, d_low=32)
-    # L_aux from an eighth of the tokens: no worse here than from all of them, see benchmarks/balance.py.
+    # L_aux from an eighth of the tokens: no worse here than from all of them, see
+    # benchmarks/balance.py.
     config.balance.update(aux_weight=0.01, aux_tokens=0.125)
     config.data.update(name="sotu", seq_len=256)
     config.train.update(
-        steps=700, batch_size=8, learning_rate=5e-3, warmup_steps=50, final_learning_rate=2e-4, log_every=20
+        steps=700,
+        batch_size=8,
+        learning_rate=5e-3,
+        warmup_steps=50,
+        final_learning_rate=2e-4,
+        log_every=20,
     )
     config.checkpoint.update(every=100, keep=2)
     if variant == "moe":

@@ -10,24 +10,32 @@ from tests.hasty import HASTY, xla_flags
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
-jax.config.update("jax_enable_compilation_cache", False)  # on several CPU devices, programs from the cache deadlock
+jax.config.update(
+    "jax_enable_compilation_cache", False
+)  # on several CPU devices, programs from the cache deadlock
 os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
 
 
 def pytest_configure(config):
-    """Keeps what the processes compile that tests start, for all tests and later sessions, until `pytest --cache-clear`."""
+    """Keeps what the processes compile that tests start, for all tests and later sessions, until
+    `pytest --cache-clear`.
+    """
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
 
 
 @pytest.fixture
 def ragged(monkeypatch):
-    """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the backend is no matter."""
+    """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the
+    backend is no matter.
+    """
     monkeypatch.setattr(grouped_matmul, "_backend_here", lambda: "ragged")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module():
-    """What a module has compiled goes with it: few programs are those of another module, and all of them are gigabytes."""
+    """What a module has compiled goes with it: few programs are those of another module, and all of
+    them are gigabytes.
+    """
     yield
     jax.clear_caches()

@@ -1,4 +1,6 @@
-"""Flags by which XLA compiles in haste: most of the time of the tests goes to compiling, not to running."""
+"""Flags by which XLA compiles in haste: most of the time of the tests goes to compiling, not to
+running.
+"""
 
 from importlib.metadata import version
 

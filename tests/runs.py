@@ -1,4 +1,6 @@
-"""Tiny runs for the end-to-end tests: a folder of texts, settings, and command lines as a user types them."""
+"""Tiny runs for the end-to-end tests: a folder of texts, settings, and command lines as a user
+types them.
+"""
 
 import atexit
 import fcntl
@@ -26,7 +28,12 @@ from tests.hasty import HASTY, xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, LOG_EVERY = 24, 3, 2
-FOR_TPUS = {"aoe_jax.plan", "aoe_jax.compare", "aoe_jax.compare.plan", "benchmarks.tpu_compile"}  # may compile for them
+FOR_TPUS = {
+    "aoe_jax.plan",
+    "aoe_jax.compare",
+    "aoe_jax.compare.plan",
+    "benchmarks.tpu_compile",
+}  # may compile for them
 
 SETTINGS = {
     "model.n_layers": 2,
@@ -82,7 +89,9 @@ def _remove_scratch():
 
 
 def shared(build):
-    """Makes `build()` run once in a test session, whichever worker comes first; its value is pickled for the others."""
+    """Makes `build()` run once in a test session, whichever worker comes first; its value is
+    pickled for the others.
+    """
 
     @functools.cache
     @functools.wraps(build)
@@ -106,7 +115,20 @@ def scratch(name):
 
 def write_texts(folder, count=40, seed=0):
     """Documents of three to six hundred words, so shorter and longer than a sequence."""
-    words = ["the", "of", "state", "union", "war", "peace", "congress", "law", "great", "people", "army", "year"]
+    words = [
+        "the",
+        "of",
+        "state",
+        "union",
+        "war",
+        "peace",
+        "congress",
+        "law",
+        "great",
+        "people",
+        "army",
+        "year",
+    ]
     choice = random.Random(seed)
     for i in range(count):
         length = choice.choice([3, 20, 100, 600])
@@ -135,21 +157,30 @@ def tiny_config(**changes):
 
 def train_command(workdir, **changes):
     """The command line that trains with these settings."""
-    overrides = [f"--config.{name}={value}" for name, value in settings(**changes).items() if value is not None]
+    overrides = [
+        f"--config.{name}={value}"
+        for name, value in settings(**changes).items()
+        if value is not None
+    ]
     return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
 
 
 def start(command, **variables):
     """Starts a command line in the root of the repository, with environment variables of its own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": HASTY if FOR_TPUS & {*command} else xla_flags(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
-        "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # else a benchmark would start twice, for its own
-        **variables,
-    }
+    environment = (
+        os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": HASTY if FOR_TPUS & {*command} else xla_flags(),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
+            "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # else a benchmark would start twice, for its own
+            **variables,
+        }
+    )
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def finish(process):
@@ -165,7 +196,9 @@ def run(command):
 
 @shared
 def mixture():
-    """Settings of a run over two corpora with both masks: a prepared store of the texts, and a folder of other texts."""
+    """Settings of a run over two corpora with both masks: a prepared store of the texts, and a
+    folder of other texts.
+    """
     other = write_texts(scratch("others"), count=20, seed=1)
     text = open_corpus(tiny_config().data, SETTINGS["model.vocab_size"])
     store = shutil.copytree(text.tokenizer.parent, scratch("stores") / "mine")
@@ -195,12 +228,21 @@ def damage(shard):
 KINDS = {
     "aoe, gate=all": {"experts__gate": "all", "balance__aux_weight": 0.01},
     "router": {"experts__kind": "router", "balance__aux_weight": 0.01},
-    "capacity": {"experts__kind": "capacity", "experts__capacity_factor": 1.0, "balance__aux_weight": 0.01},
+    "capacity": {
+        "experts__kind": "capacity",
+        "experts__capacity_factor": 1.0,
+        "balance__aux_weight": 0.01,
+    },
     "dense": {"experts__kind": "dense"},
     "top_p": {"experts__selection": "top_p", "balance__entropy_weight": 1e-4},
     "expert_choice": {"experts__selection": "expert_choice"},
 }
-_SHORT = {"train__steps": 6, "train__eval_every": 0, "train__learning_rate": 1e-2, "checkpoint__every": 100}
+_SHORT = {
+    "train__steps": 6,
+    "train__eval_every": 0,
+    "train__learning_rate": 1e-2,
+    "checkpoint__every": 100,
+}
 
 
 def kind_config(kind):
@@ -225,9 +267,13 @@ def kind_runs():
 
 @shared
 def finished_runs():
-    """Workdirs of two uninterrupted runs, `{train.accumulate: workdir}`; copy one before changing it."""
+    """Workdirs of two uninterrupted runs, `{train.accumulate: workdir}`; copy one before changing
+    it.
+    """
     workdirs = {accumulate: scratch("runs") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
-    processes = [start(train_command(workdir, train__accumulate=n)) for n, workdir in workdirs.items()]
+    processes = [
+        start(train_command(workdir, train__accumulate=n)) for n, workdir in workdirs.items()
+    ]
     for process in processes:
         status, _, stderr = finish(process)
         assert status == 0, stderr
@@ -242,20 +288,29 @@ def finished_run():
 def read_metrics(workdir):
     """The lines of `metrics.jsonl`: `(training lines, validation lines)`."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], [line for line in lines if "validation_nll" in line]
+    return [line for line in lines if "loss" in line], [
+        line for line in lines if "validation_nll" in line
+    ]
 
 
 def untimed(workdir):
-    """The lines of `metrics.jsonl` without what differs between two equal runs: `(training lines, validation lines)`."""
+    """The lines of `metrics.jsonl` without what differs between two equal runs: `(training lines,
+    validation lines)`.
+    """
     return tuple(
-        [{name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines]
+        [
+            {name: value for name, value in line.items() if name not in MEASURED_KEYS}
+            for line in lines
+        ]
         for lines in read_metrics(workdir)
     )
 
 
 def same_end(workdir, whole):
     """Whether two runs ended alike, bit for bit, and reported alike on their way."""
-    summaries = [json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)]
+    summaries = [
+        json.loads((path / "summary.json").read_text())["metrics"] for path in (workdir, whole)
+    ]
     return summaries[0] == summaries[1] and untimed(workdir) == untimed(whole)
 
 
@@ -274,13 +329,19 @@ def read_events(workdir):
 
 def contents(folder):
     """Every file below a folder with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def truncate_state(workdir):
-    """Leaves one byte of every file that holds arrays of the newest checkpoint, so that none of them can be read.
+    """Leaves one byte of every file that holds arrays of the newest checkpoint, so that none of
+    them can be read.
 
-    How Orbax spreads the arrays over files differs from run to run: a part of the files may hold optimizer state alone.
+    How Orbax spreads the arrays over files differs from run to run: a part of the files may hold
+      optimizer state alone.
     """
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     paths = [path for path in (newest / "state").rglob("d/*") if path.is_file()]

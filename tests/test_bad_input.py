@@ -1,4 +1,6 @@
-"""A user's mistake: exit status 2, a line or two that name what is wrong, no traceback, and nothing touched."""
+"""A user's mistake: exit status 2, a line or two that name what is wrong, no traceback, and nothing
+touched.
+"""
 
 import json
 import shutil
@@ -31,7 +33,9 @@ CONFIG = "--config=configs/tiny.py"
 
 @dataclass
 class Mistake:
-    """A command line and words of its message; `{workdir}` and `{here}` stand for folders of its own."""
+    """A command line and words of its message; `{workdir}` and `{here}` stand for folders of its
+    own.
+    """
 
     command: list
     words: list
@@ -56,15 +60,22 @@ COMMAND_LINE = {
     "variant of tiny.py": Mistake(flags(f"{CONFIG}:nope"), ["tiny.py:nope", "aoe, moe, dense"]),
     "no config": Mistake(flags(), ["--config is missing", "configs/tiny.py"]),
     "no workdir": Mistake(["train.py", CONFIG], ["--workdir is missing"]),
-    "mistyped field": Mistake(wrong_config("train.stepz=3"), ["config.train.stepz", "unknown", "steps, batch_size"]),
-    "mistyped group": Mistake(wrong_config("nonsense.x=1"), ["config.nonsense", "unknown", "model, experts"]),
+    "mistyped field": Mistake(
+        wrong_config("train.stepz=3"), ["config.train.stepz", "unknown", "steps, batch_size"]
+    ),
+    "mistyped group": Mistake(
+        wrong_config("nonsense.x=1"), ["config.nonsense", "unknown", "model, experts"]
+    ),
     "weights of trained models": Mistake(
         wrong_config("experts.kind=router", "experts.gate=sparsemixer"),
         ["config.experts.gate='sparsemixer'", "'chosen'"],
     ),
-    "word for a number": Mistake(wrong_config("train.steps=abc"), ["--config.train.steps=abc", "whole number"]),
+    "word for a number": Mistake(
+        wrong_config("train.steps=abc"), ["--config.train.steps=abc", "whole number"]
+    ),
     "word for a switch": Mistake(
-        wrong_config("model.tie_embeddings=maybe"), ["--config.model.tie_embeddings=maybe", "true or false"]
+        wrong_config("model.tie_embeddings=maybe"),
+        ["--config.model.tie_embeddings=maybe", "true or false"],
     ),
     "weight that is no number": Mistake(
         wrong_config("data.name=sotu=0.9, text@/a=much"),
@@ -77,26 +88,37 @@ COMMAND_LINE = {
     "unknown flag": Mistake(flags(CONFIG, "--foo"), ["--foo is no flag"]),
     "stray word": Mistake(flags(CONFIG, "extra"), ["'extra'", "--name=value"]),
     "mesh of other devices": Mistake(
-        wrong_config("mesh.expert=2"), ["config.mesh", "expert=2", "make up 1 devices", "number of devices"]
+        wrong_config("mesh.expert=2"),
+        ["config.mesh", "expert=2", "make up 1 devices", "number of devices"],
     ),
     "mesh that doesn't divide": Mistake(
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
     ),
-    "too few processes": Mistake(flags(CONFIG, "--processes=0"), ["--processes=0", "whole number, 1 or greater"]),
+    "too few processes": Mistake(
+        flags(CONFIG, "--processes=0"), ["--processes=0", "whole number, 1 or greater"]
+    ),
     "profile of no steps": Mistake(flags(CONFIG, "--profile=x"), ["--profile=x", "STEP:N", "20:3"]),
-    "no cluster": Mistake(flags(CONFIG, "--distributed"), ["--distributed", "no cluster", "--coordinator"]),
-    "half of a process": Mistake(flags(CONFIG, "--coordinator=localhost:1"), ["--processes is missing", "go together"]),
+    "no cluster": Mistake(
+        flags(CONFIG, "--distributed"), ["--distributed", "no cluster", "--coordinator"]
+    ),
+    "half of a process": Mistake(
+        flags(CONFIG, "--coordinator=localhost:1"), ["--processes is missing", "go together"]
+    ),
     "process out of range": Mistake(
-        flags(CONFIG, "--coordinator=localhost:1", "--processes=2", "--process=2"), ["--process=2", "--processes=2"]
+        flags(CONFIG, "--coordinator=localhost:1", "--processes=2", "--process=2"),
+        ["--process=2", "--processes=2"],
     ),
     "coordinator without a port": Mistake(
-        flags(CONFIG, "--coordinator=here", "--processes=2", "--process=0"), ["--coordinator=here", "HOST:PORT"]
+        flags(CONFIG, "--coordinator=here", "--processes=2", "--process=0"),
+        ["--coordinator=here", "HOST:PORT"],
     ),
     "unknown topology": Mistake(
-        ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"], ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, h100"]
+        ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"],
+        ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, h100"],
     ),
     "no compiler for GPUs": Mistake(
-        ["-m", "aoe_jax.plan", CONFIG, "--topology=h100:8"], ["--topology=h100:8", "pip install 'jax[cuda13]'"]
+        ["-m", "aoe_jax.plan", CONFIG, "--topology=h100:8"],
+        ["--topology=h100:8", "pip install 'jax[cuda13]'"],
     ),
     "no config file, but an override": Mistake(
         wrong_config("train.steps=3", config="--config={here}/nope.py"), ["nope.py", "no such file"]
@@ -171,17 +193,26 @@ def latin_1_texts(workdir, here):
 TEXTS = {"data__path": "{here}/texts", "data__cache": "{here}/cache"}
 TRAIN, EVAL = "train", ["eval.py", "--workdir={workdir}"]
 RUNS = {
-    "unknown data set": Mistake(TRAIN, ["data.name='lm1bb'", "lm1b"], changes={"data__name": "lm1bb"}),
+    "unknown data set": Mistake(
+        TRAIN, ["data.name='lm1bb'", "lm1b"], changes={"data__name": "lm1bb"}
+    ),
     "no token store": Mistake(
         TRAIN,
         ["'prepared' names {here}, which is no token store", "python -m aoe_jax.data.prepare"],
         changes={"data__name": "prepared", "data__path": "{here}"},
     ),
     "no such corpus in a mixture": Mistake(
-        TRAIN, ["data.name='lm1bb'", "lm1b"], empty_texts, {"data__name": "lm1bb, sotu", "data__path": None}
+        TRAIN,
+        ["data.name='lm1bb'", "lm1b"],
+        empty_texts,
+        {"data__name": "lm1bb, sotu", "data__path": None},
     ),
-    "empty folder of texts": Mistake(TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS),
-    "text that isn't UTF-8": Mistake(TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS),
+    "empty folder of texts": Mistake(
+        TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS
+    ),
+    "text that isn't UTF-8": Mistake(
+        TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS
+    ),
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
     "profile beyond the run": Mistake(
         [*flags(CONFIG), f"--profile={STEPS + 2}:9"],
@@ -190,16 +221,26 @@ RUNS = {
         {"train__steps": STEPS + 3},
     ),
     "no project": Mistake(
-        [*flags(CONFIG), "--wandb="], ["--wandb=", "name a project"], finished, {"train__steps": STEPS + 3}
+        [*flags(CONFIG), "--wandb="],
+        ["--wandb=", "name a project"],
+        finished,
+        {"train__steps": STEPS + 3},
     ),
     "another configuration": Mistake(
         TRAIN,
-        ["another configuration", "experts.d_low is 8 there, 16 here", "train.seed is 0 there, 1 here"],
+        [
+            "another configuration",
+            "experts.d_low is 8 there, 16 here",
+            "train.seed is 0 there, 1 here",
+        ],
         finished,
         {"experts__d_low": 16, "train__seed": 1, "train__steps": 99},
     ),
     "changed texts": Mistake(
-        TRAIN, ["token store", "data.path"], finished_and_changed_texts, TEXTS | {"train__steps": STEPS + 1}
+        TRAIN,
+        ["token store", "data.path"],
+        finished_and_changed_texts,
+        TEXTS | {"train__steps": STEPS + 1},
     ),
     "the only checkpoint is truncated": Mistake(
         TRAIN,
@@ -226,18 +267,23 @@ RUNS = {
     "eval: no checkpoint": Mistake(
         EVAL,
         ["{workdir}", "no complete checkpoint"],
-        lambda workdir, here: shutil.copytree(finished_run(), workdir, ignore=shutil.ignore_patterns("checkpoints")),
+        lambda workdir, here: shutil.copytree(
+            finished_run(), workdir, ignore=shutil.ignore_patterns("checkpoints")
+        ),
     ),
     "eval: truncated checkpoint": Mistake(
         EVAL, [f"{{workdir}}/checkpoints/{STEPS}", "can't be read"], finished_and_truncated
     ),
     "eval: changed texts": Mistake(EVAL, ["token store", "data.path"], finished_elsewhere),
-    "eval: unknown split": Mistake([*EVAL, "--split=train"], ["--split=train", "validation, test"], finished),
+    "eval: unknown split": Mistake(
+        [*EVAL, "--split=train"], ["--split=train", "validation, test"], finished
+    ),
 }
 MISTAKES = COMMAND_LINE | RUNS
 
 
-# Those that are found only after JAX has started, which takes seconds, one after the other in one process.
+# Those that are found only after JAX has started, which takes seconds, one after the other in one
+# process.
 TOGETHER = [name for name, mistake in RUNS.items() if mistake.command in (TRAIN, EVAL)]
 for name in ("unknown data set", "steps reached", "eval: truncated checkpoint"):
     TOGETHER.remove(name)  # and some as the user meets them
@@ -269,7 +315,10 @@ class Place:
     """The folder of a mistake, and what changes there."""
 
     def __init__(self, name):
-        self.mistake, self.here = MISTAKES[name], scratch("mistakes") / str(list(MISTAKES).index(name))
+        self.mistake, self.here = (
+            MISTAKES[name],
+            scratch("mistakes") / str(list(MISTAKES).index(name)),
+        )
         self.here.mkdir()
         self.workdir = self.here / "run"
         self.mistake.prepare(self.workdir, self.here)
@@ -282,8 +331,14 @@ class Place:
         return {name: self.filled_in(value) for name, value in self.mistake.changes.items()}
 
     def changed(self):
-        after = {path: content for path, content in contents(self.here).items() if not path.startswith("cache/")}
-        return sorted(p for p in self._before.keys() | after.keys() if self._before.get(p) != after.get(p))
+        after = {
+            path: content
+            for path, content in contents(self.here).items()
+            if not path.startswith("cache/")
+        }
+        return sorted(
+            p for p in self._before.keys() | after.keys() if self._before.get(p) != after.get(p)
+        )
 
 
 def as_a_command(name):
@@ -301,12 +356,16 @@ def together(names):
     """The same of each name, as if its message came of a command."""
     places = [Place(name) for name in names]
     cases = [
-        (str(place.workdir), given(place.changes()) if place.mistake.command == TRAIN else None) for place in places
+        (str(place.workdir), given(place.changes()) if place.mistake.command == TRAIN else None)
+        for place in places
     ]
     status, stdout, stderr = run(["-c", IN_ONE_PROCESS, json.dumps(cases)])
     assert status == 0, stderr
     messages = map(json.loads, stdout.splitlines())
-    return [(2, "", f"error: {m}", place.changed(), place.here) for m, place in zip(messages, places, strict=True)]
+    return [
+        (2, "", f"error: {m}", place.changed(), place.here)
+        for m, place in zip(messages, places, strict=True)
+    ]
 
 
 def given(changes):
@@ -331,7 +390,8 @@ def test_mistake(name):
     assert stdout == ""
     progress, error, message = stderr.rpartition("error: ")
     assert error and len(message.splitlines()) <= 2
-    # A run logs what it does before it comes upon the mistake; a wrong command line says one thing only.
+    # A run logs what it does before it comes upon the mistake; a wrong command line says one thing
+    # only.
     assert all(line[:2].isdigit() and line[2] == ":" for line in progress.splitlines())
     assert progress == "" or name in RUNS
     for word in MISTAKES[name].words:
@@ -345,7 +405,10 @@ VALUES = {
     "config.experts.top_k=5": ({"experts__top_k": 5}, "n_experts=4"),
     "config.experts.d_low=32": ({"experts__d_low": 32}, "smaller than model.d_model=32"),
     "config.experts.d_low=0": ({"experts__d_low": 0}, "greater than 0"),
-    "config.experts.selection='top_q'": ({"experts__selection": "top_q"}, "top_k, ranked, top_p, expert_choice"),
+    "config.experts.selection='top_q'": (
+        {"experts__selection": "top_q"},
+        "top_k, ranked, top_p, expert_choice",
+    ),
     "config.model.n_heads=3": ({"model__n_heads": 3}, "d_model=32"),
     "config.data.seq_len=65": ({"data__seq_len": 65}, "max_len=64"),
     "config.train.accumulate=3": ({"train__accumulate": 3}, "batch_size=4"),
@@ -406,23 +469,37 @@ def test_no_half_token_store_is_left():
 
 @pytest.mark.parametrize("flag", ["--debug", "--debug=true"])
 def test_debug_shows_the_traceback(tmp_path, flag):
-    status, _, stderr = run(["train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.experts.top_k=9", flag])
+    status, _, stderr = run(
+        ["train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.experts.top_k=9", flag]
+    )
     assert status == 2
     assert "Traceback" in stderr and "in from_config_dict" in stderr
     assert stderr.splitlines()[-1].startswith("error: config.experts.top_k=9")
 
 
 def test_debug_off(tmp_path):
-    status, _, stderr = run(["train.py", CONFIG, f"--workdir={tmp_path}", "--config.experts.top_k=9", "--nodebug"])
+    status, _, stderr = run(
+        ["train.py", CONFIG, f"--workdir={tmp_path}", "--config.experts.top_k=9", "--nodebug"]
+    )
     assert status == 2 and "Traceback" not in stderr
 
 
 def test_configuration_that_exits_is_no_success(tmp_path):
-    (tmp_path / "leaves.py").write_text("import sys\n\n\ndef get_config():\n    sys.exit('no corpus')\n")
-    status, _, stderr = run(["train.py", f"--config={tmp_path / 'leaves.py'}", f"--workdir={tmp_path / 'run'}"])
-    assert status == 2 and "get_config() called sys.exit('no corpus')" in stderr and not (tmp_path / "run").exists()
+    (tmp_path / "leaves.py").write_text(
+        "import sys\n\n\ndef get_config():\n    sys.exit('no corpus')\n"
+    )
+    status, _, stderr = run(
+        ["train.py", f"--config={tmp_path / 'leaves.py'}", f"--workdir={tmp_path / 'run'}"]
+    )
+    assert (
+        status == 2
+        and "get_config() called sys.exit('no corpus')" in stderr
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_help_lists_the_flags():
     status, stdout, stderr = run(["train.py", "--help"])
-    assert status == 0 and "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr
+    assert (
+        status == 0 and "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr
+    )

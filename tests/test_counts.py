@@ -41,7 +41,12 @@ def test_every_variant_builds_and_counts_agree(name):
 
 IMPORTED = {
     "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": True},
-    "biases": {"norm": "layer", "attention_bias": True, "output_bias": True, "tie_embeddings": False},
+    "biases": {
+        "norm": "layer",
+        "attention_bias": True,
+        "output_bias": True,
+        "tie_embeddings": False,
+    },
 }
 
 
@@ -87,7 +92,9 @@ def test_baselines_of_tiny_match_in_total_parameters():
 
 
 def test_large_router_has_the_stated_parameters():
-    large, plain = (parameter_counts(config_of(f"paper:{name}")) for name in ("moe_aux_large_router", "moe_aux"))
+    large, plain = (
+        parameter_counts(config_of(f"paper:{name}")) for name in ("moe_aux_large_router", "moe_aux")
+    )
     config = config_of("paper:moe_aux_large_router")
     wanted = 12 * 8 * 256 * 768
     assert abs(large.experts - plain.experts + 12 * 8 * 768 - wanted) < 0.001 * wanted
@@ -106,7 +113,9 @@ def test_large_router_has_the_stated_parameters():
     ],
 )
 def test_training_flops(experts, balance, backward):
-    """Three times the forward pass, but for the scoring of idle experts: once and what of it has a gradient."""
+    """Three times the forward pass, but for the scoring of idle experts: once and what of it has a
+    gradient.
+    """
     config = Config.from_config_dict({"experts": experts, "balance": balance})
     idle = 2 * 4 * (8 - 2) * 128 * 32  # 2 FLOPs, layers, idle experts, d, r
     forward = forward_flops_per_token(config)
@@ -117,7 +126,13 @@ def test_training_flops(experts, balance, backward):
 def test_flops_against_the_compiler():
     """A forward pass of one dense layer; XLA counts the whole attention square, we the causal half."""
     settings = {
-        "model": {"n_layers": 1, "d_model": 64, "n_heads": 4, "vocab_size": 512, "dtype": "float32"},
+        "model": {
+            "n_layers": 1,
+            "d_model": 64,
+            "n_heads": 4,
+            "vocab_size": 512,
+            "dtype": "float32",
+        },
         "experts": {"kind": "dense", "d_ffn": 256},
         "balance": {"aux_weight": 0.0},
         "data": {"seq_len": 32},
@@ -126,13 +141,20 @@ def test_flops_against_the_compiler():
     model = Decoder.from_config(config)
     tokens = jnp.zeros((4, 32), jnp.int32)
     params = model.init(jax.random.key(0), tokens)
-    compiled = jax.jit(lambda p, t: model.apply(p, t)[0]).lower(params, tokens).compile().cost_analysis()["flops"]
+    compiled = (
+        jax.jit(lambda p, t: model.apply(p, t)[0])
+        .lower(params, tokens)
+        .compile()
+        .cost_analysis()["flops"]
+    )
     ours = forward_flops_per_token(config) * tokens.size
     assert 0.95 < ours / compiled < 1.0
 
 
 def test_aoe_scores_every_expert():
-    """Scoring costs 2 d r for each expert a token doesn't choose; the rest is what equal parameters cost."""
+    """Scoring costs 2 d r for each expert a token doesn't choose; the rest is what equal parameters
+    cost.
+    """
     moe, aoe = config_of("paper:moe"), config_of("paper:aoe_r256")
     extra = forward_flops_per_token(aoe) - forward_flops_per_token(moe)
     scoring = 2 * 12 * (8 - 2) * 768 * 256
@@ -159,26 +181,40 @@ def matmul_flops(jaxpr):
                 ragged = eqn.params["ragged_dot_dimension_numbers"]
                 groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
             lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
-            used = {axis for lists in numbers for axis in lists[1]} | set(groups)  # contracted, or walked together
-            total += 2 * math.prod(lhs) * math.prod(size for axis, size in enumerate(rhs) if axis not in used)
+            used = {axis for lists in numbers for axis in lists[1]} | set(
+                groups
+            )  # contracted, or walked together
+            total += (
+                2
+                * math.prod(lhs)
+                * math.prod(size for axis, size in enumerate(rhs) if axis not in used)
+            )
         else:
             inner = [matmul_flops(inner) for inner in inner_jaxprs(eqn)]
             assert eqn.primitive.name != "while" or not any(inner)  # nobody knows how often it runs
-            total += eqn.params.get("length", 1) * sum(inner) if eqn.primitive.name != "cond" else max(inner)
+            total += (
+                eqn.params.get("length", 1) * sum(inner)
+                if eqn.primitive.name != "cond"
+                else max(inner)
+            )
     return total
 
 
 def computed_beyond_useful(config):
-    """FLOPs per token of a training step that repeat or mask what is useful, by what the code says it does.
+    """FLOPs per token of a training step that repeat or mask what is useful, by what the code says
+    it does.
 
-    Attention takes whole blocks of queries, the keys of a block's last position for each of them, and computes the scores
-    again in the backward pass: 7 products over these blocks for 6 over half the square. The coupling loss is computed again
-    there too. Sparse scoring computes the chosen activations again; for a balance loss, it scores the sampled tokens again
-    and takes both gradients also for the experts that they choose.
+    Attention takes whole blocks of queries, the keys of a block's last position for each of them,
+    and computes the scores again in the backward pass: 7 products over these blocks for 6 over half
+    the square. The coupling loss is computed again there too. Sparse scoring computes the chosen
+    activations again; for a balance loss, it scores the sampled tokens again and takes both
+    gradients also for the experts that they choose.
     """
     m, c, length = config.model, config.experts, config.data.seq_len
     size = max(64, -(-length // 8))
-    area = sum(min(size, length - first) * min(first + size, length) for first in range(0, length, size))
+    area = sum(
+        min(size, length - first) * min(first + size, length) for first in range(0, length, size)
+    )
     attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * LAYERS[c.kind].passes
     if config.balance.coupling_weight:
         return m.n_layers * (attention + coupling_flops_per_token(config))
@@ -188,7 +224,9 @@ def computed_beyond_useful(config):
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model
     sampled = config.balance.aux_tokens if config.balance.has_loss else 0
-    return m.n_layers * (attention + c.top_k * expert + sampled * (c.n_experts + 2 * c.top_k) * expert)
+    return m.n_layers * (
+        attention + c.top_k * expert + sampled * (c.n_experts + 2 * c.top_k) * expert
+    )
 
 
 STEPS = {
@@ -212,11 +250,15 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_flops_of_a_whole_training_step(name, monkeypatch):
-    """Every product of the train step of `configs/tiny.py`, forward, backward and all, is useful or known not to be.
+    """Every product of the train step of `configs/tiny.py`, forward, backward and all, is useful or
+    known not to be.
 
-    The step is the one that runs, but for `grouped_matmul`: `ragged` has one product where others have loops.
+    The step is the one that runs, but for `grouped_matmul`: `ragged` has one product where others
+    have loops.
     """
-    monkeypatch.setattr(importlib.import_module("aoe_jax.experts.grouped_matmul"), "_backend_here", lambda: "ragged")
+    monkeypatch.setattr(
+        importlib.import_module("aoe_jax.experts.grouped_matmul"), "_backend_here", lambda: "ragged"
+    )
     variant, changes = STEPS[name]
     file, _, variant = variant.rpartition(":")
     settings = FILES[file or "tiny"].get_config(variant)
@@ -224,9 +266,13 @@ def test_flops_of_a_whole_training_step(name, monkeypatch):
         settings[group].update(values)
     config = Config.from_config_dict(settings)
     shape = (config.train.batch_size, config.data.seq_len)
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets", "segment_ids")}
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("inputs", "targets", "segment_ids")
+    }
     batch |= {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
     state = jax.eval_shape(lambda: init_state(config, 0))
-    counted = matmul_flops(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) / math.prod(shape)
+    counted = matmul_flops(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) / math.prod(
+        shape
+    )
     useful = training_flops_per_token(config)
     assert counted - computed_beyond_useful(config) == pytest.approx(useful, rel=0.002)

@@ -26,14 +26,21 @@ def evaluated():
         split: shutil.copytree(finished_run(), scratch(f"evaluated_{split}") / "run")
         for split in ("validation", "test")
     }
-    commands = {split: ["eval.py", f"--workdir={workdir}", f"--split={split}"] for split, workdir in workdirs.items()}
+    commands = {
+        split: ["eval.py", f"--workdir={workdir}", f"--split={split}"]
+        for split, workdir in workdirs.items()
+    }
     commands["test"].pop()  # the default
     processes = {split: start(command) for split, command in commands.items()}
     results = {}
     for split, process in processes.items():
         status, stdout, stderr = finish(process)
         assert status == 0, stderr
-        results[split] = workdirs[split], stdout, json.loads((workdirs[split] / "eval.json").read_text())
+        results[split] = (
+            workdirs[split],
+            stdout,
+            json.loads((workdirs[split] / "eval.json").read_text()),
+        )
     return results
 
 
@@ -45,7 +52,9 @@ def png_size(path):
     while position < len(data):
         length, kind = struct.unpack(">I4s", data[position : position + 8])
         body = data[position + 8 : position + 8 + length]
-        assert struct.unpack(">I", data[position + 8 + length : position + 12 + length])[0] == zlib.crc32(kind + body)
+        assert struct.unpack(">I", data[position + 8 + length : position + 12 + length])[
+            0
+        ] == zlib.crc32(kind + body)
         chunks.append((kind, body))
         position += 12 + length
     assert chunks[-1][0] == b"IEND"
@@ -60,7 +69,9 @@ def test_validation_is_that_of_training():
     assert (report["split"], report["step"]) == ("validation", STEPS)
     np.testing.assert_allclose(report["nll"], summary["validation_nll"], rtol=1e-6)
     np.testing.assert_allclose(report["perplexity"], math.exp(report["nll"]), rtol=1e-9)
-    np.testing.assert_allclose(report["bits_per_byte"], summary["validation_bits_per_byte"], rtol=1e-6)
+    np.testing.assert_allclose(
+        report["bits_per_byte"], summary["validation_bits_per_byte"], rtol=1e-6
+    )
 
 
 def test_splits_differ():
@@ -84,7 +95,9 @@ def test_table(split):
     np.testing.assert_allclose(statistics["load_entropy"], entropy, rtol=1e-5)
     for layer in range(2):
         row = next(line for line in stdout.splitlines() if line.split()[:1] == [str(layer)])
-        assert [float(cell.rstrip("%")) for cell in row.split()[-4:]] == pytest.approx(100 * share[layer], abs=0.051)
+        assert [float(cell.rstrip("%")) for cell in row.split()[-4:]] == pytest.approx(
+            100 * share[layer], abs=0.051
+        )
         assert float(row.split()[1]) == pytest.approx(entropy[layer], abs=6e-4)
 
 
@@ -107,19 +120,25 @@ def test_nll_is_exact(split):
     tokens = store.read(0, len(store))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.eval_shape(lambda: init_state(config, 0))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract
+    )
     params, _ = Checkpoints(workdir).restore_model(STEPS, abstract)
     apply = jax.jit(lambda inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0])
     total, length = 0.0, config.data.seq_len
     for begin in range(0, len(tokens) - 1, length):
         window = tokens[begin : begin + length + 1]
         logits = np.asarray(apply(window[None, :-1])[0], np.float64)
-        log_normaliser = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+        log_normaliser = np.log(
+            np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        ) + logits.max(axis=1)
         total += (log_normaliser - logits[np.arange(len(window) - 1), window[1:]]).sum()
     assert report["tokens"] == len(tokens) - 1
     assert report["tokens"] % (length * config.train.batch_size)  # so the last batch is padded
     np.testing.assert_allclose(report["nll"], total / (len(tokens) - 1), rtol=1e-5)
-    np.testing.assert_allclose(report["bits_per_byte"], total / math.log(2) / store.text_bytes, rtol=1e-5)
+    np.testing.assert_allclose(
+        report["bits_per_byte"], total / math.log(2) / store.text_bytes, rtol=1e-5
+    )
 
 
 def test_dense_model_has_no_load(tmp_path, capsys):
@@ -137,20 +156,28 @@ def test_dropped_choices_are_in_the_table(tmp_path, capsys):
     assert json.loads((workdir / "eval.json").read_text())["load_statistics"] == statistics
     assert len(statistics["dropped_share"]) == 2 and min(statistics["dropped_share"]) > 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:5] == ["layer", "Ent_load", "Ent_conf", "dropped", "E0"] for line in lines)
+    assert any(
+        line.split()[:5] == ["layer", "Ent_load", "Ent_conf", "dropped", "E0"] for line in lines
+    )
     for layer, share in enumerate(statistics["dropped_share"]):
         row = next(line for line in lines if line.split()[:1] == [str(layer)])
         assert float(row.split()[3].rstrip("%")) == pytest.approx(100 * share, abs=0.006)
 
 
 def test_compression_benchmark(tmp_path):
-    """`benchmarks.compression` repeats the model's figure and computes the compressor's from the same text."""
+    """`benchmarks.compression` repeats the model's figure and computes the compressor's from the
+    same text.
+    """
     workdir, _, report = evaluated()["validation"]
     figures_file = tmp_path / "figures.json"
-    status, stdout, stderr = run(["-m", "benchmarks.compression", f"--workdir={workdir}", f"--json={figures_file}"])
+    status, stdout, stderr = run(
+        ["-m", "benchmarks.compression", f"--workdir={workdir}", f"--json={figures_file}"]
+    )
     assert status == 0, stderr
     figures = json.loads(figures_file.read_text())
     assert figures["model_bits_per_byte"] == report["bits_per_byte"]
     assert 0 < figures["xz_bits_per_byte"] < 8
-    np.testing.assert_allclose(figures["ratio"] * figures["xz_bits_per_byte"], figures["model_bits_per_byte"])
+    np.testing.assert_allclose(
+        figures["ratio"] * figures["xz_bits_per_byte"], figures["model_bits_per_byte"]
+    )
     assert f"ratio {figures['ratio']:.3f}" in stdout

@@ -27,7 +27,9 @@ MODULE = ["-m", "aoe_jax.export"]
 
 @shared
 def exported():
-    """The directories of exported models, `{kind: directory}`, and `converted`, the AoE made of the router's."""
+    """The directories of exported models, `{kind: directory}`, and `converted`, the AoE made of the
+    router's.
+    """
     runs = {"aoe": finished_run(), "router": kind_runs()["router"][0]}
     found = {kind: scratch("exported") / kind for kind in runs}
     for kind, workdir in runs.items():
@@ -50,11 +52,19 @@ def exported():
 def test_files():
     assert read_config(exported()["aoe"]) == tiny_config() and read_step(exported()["aoe"]) == STEPS
     assert read_config(exported()["router"]) == kind_config("router")
-    names = {"aoe_jax.json", "config.json", "data.json", "generation_config.json", "model.safetensors"}
+    names = {
+        "aoe_jax.json",
+        "config.json",
+        "data.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     names |= {"tokenizer.json", "tokenizer_config.json"}
     for kind, architecture in {"aoe": "aoe", "router": "mixtral", "converted": "aoe"}.items():
         directory = exported()[kind]
-        assert contents(directory).keys() == names | ({"convert.json"} if kind == "converted" else set())
+        assert contents(directory).keys() == names | (
+            {"convert.json"} if kind == "converted" else set()
+        )
         assert json.loads((directory / "config.json").read_text())["model_type"] == architecture
         assert contents(directory)["tokenizer.json"] == contents(finished_run())["tokenizer.json"]
 
@@ -78,13 +88,32 @@ def test_converted_models_are_evaluated(tmp_path):
 
 def test_training_starts_from_a_model(tmp_path):
     """By its own configuration, which gives the shape and the tokenizer."""
-    command = ["train.py", f"--config=configs/finetune.py:{exported()['aoe']}", f"--workdir={tmp_path / 'run'}"]
+    command = [
+        "train.py",
+        f"--config=configs/finetune.py:{exported()['aoe']}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     data = tiny_config().data
-    overrides = {"data.name": data.name, "data.path": data.path, "data.cache": data.cache, "data.seq_len": 32}
-    overrides |= {"train.steps": 2, "train.warmup_steps": 1, "train.log_every": 1, "train.batch_size": 4}
-    status, _, stderr = run([*command, *(f"--config.{name}={value}" for name, value in overrides.items())])
+    overrides = {
+        "data.name": data.name,
+        "data.path": data.path,
+        "data.cache": data.cache,
+        "data.seq_len": 32,
+    }
+    overrides |= {
+        "train.steps": 2,
+        "train.warmup_steps": 1,
+        "train.log_every": 1,
+        "train.batch_size": 4,
+    }
+    status, _, stderr = run(
+        [*command, *(f"--config.{name}={value}" for name, value in overrides.items())]
+    )
     assert status == 0, stderr
-    before, after = (read_metrics(folder)[1][-1]["validation_nll"] for folder in (finished_run(), tmp_path / "run"))
+    before, after = (
+        read_metrics(folder)[1][-1]["validation_nll"]
+        for folder in (finished_run(), tmp_path / "run")
+    )
     drawn = read_metrics(finished_run())[0][0]["nll"]
     assert abs(after - before) < 0.1 < drawn - before
 
@@ -94,18 +123,30 @@ MISTAKES = {
         [*MODULE, "--workdir={run}", "--output={here}/model", "--step=7"],
         ["--step=7", "has checkpoints of steps"],
     ),
-    "dtype": ([*MODULE, "--workdir={run}", "--output={here}/model", "--dtype=int8"], ["dtype", "float32|bfloat16"]),
-    "no run": ([*MODULE, "--workdir={here}", "--output={here}/model"], ["config.json can't be read"]),
+    "dtype": (
+        [*MODULE, "--workdir={run}", "--output={here}/model", "--dtype=int8"],
+        ["dtype", "float32|bfloat16"],
+    ),
+    "no run": (
+        [*MODULE, "--workdir={here}", "--output={here}/model"],
+        ["config.json can't be read"],
+    ),
     "a model for a run": (
         [*MODULE, "--workdir={aoe}", "--output={here}/model"],
         ["is that of a model, not of a training"],
     ),
-    "step of a model": (["eval.py", "--workdir={aoe}", "--step=7"], ["--step=7", f"a single model, of step {STEPS}"]),
+    "step of a model": (
+        ["eval.py", "--workdir={aoe}", "--step=7"],
+        ["--step=7", f"a single model, of step {STEPS}"],
+    ),
     "rank": (
         ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model", "--d_low=99"],
         ["--d_low=99", "below d_model=32"],
     ),
-    "no rank": (["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"], ["--d_low is missing"]),
+    "no rank": (
+        ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"],
+        ["--d_low is missing"],
+    ),
     "run for a checkpoint": (
         ["-m", "aoe_jax.convert", "--checkpoint={run}", "--output={here}/model", "--d_low=8"],
         ["has no model_type", "aoe_jax.export"],

@@ -1,4 +1,6 @@
-"""What goes wrong in real runs: signals, batches that aren't finite, damaged checkpoints, a full disk."""
+"""What goes wrong in real runs: signals, batches that aren't finite, damaged checkpoints, a full
+disk.
+"""
 
 import contextlib
 import json
@@ -45,7 +47,9 @@ def last_line(stderr):
     return stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("number", "status", "word"), [(15, 0, "preempted"), (2, 130, "interrupted")])
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(15, 0, "preempted"), (2, 130, "interrupted")]
+)
 def test_asked_to_stop_while_training(tmp_path, number, status, word):
     process = start(train_command(tmp_path / "run"))
     wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / str(EVERY)).exists())
@@ -53,13 +57,21 @@ def test_asked_to_stop_while_training(tmp_path, number, status, word):
     returned, _, stderr = finish(process)
     assert returned == status, stderr
     said = re.fullmatch(
-        rf"{word}: saved at step (\d+) of {STEPS}; the same command goes on from there", last_line(stderr)
+        rf"{word}: saved at step (\d+) of {STEPS}; the same command goes on from there",
+        last_line(stderr),
     )
     step = int(said[1])
     assert (tmp_path / "run" / "checkpoints" / str(step)).exists()
-    assert (heartbeat(tmp_path / "run")["status"], heartbeat(tmp_path / "run")["step"]) == (word, step)
+    assert (heartbeat(tmp_path / "run")["status"], heartbeat(tmp_path / "run")["step"]) == (
+        word,
+        step,
+    )
     returned, _, stderr = run(train_command(tmp_path / "run"))
-    assert returned == 0 and f"going on from step {step}" in stderr and last_line(stderr)[9:].startswith("done: ")
+    assert (
+        returned == 0
+        and f"going on from step {step}" in stderr
+        and last_line(stderr)[9:].startswith("done: ")
+    )
     assert heartbeat(tmp_path / "run")["status"] == "finished"
     assert same_end(tmp_path / "run", finished_run())
 
@@ -90,11 +102,15 @@ def patched(code, workdir, **changes):
 def test_asked_to_stop_while_validating(tmp_path, last):
     """The validation that was broken off is made up for, also where it is the last."""
     workdir = tmp_path / "run"
-    lines = f"sum(1 for line in open({str(workdir / 'metrics.jsonl')!r}) if 'validation_nll' in line)"
+    lines = (
+        f"sum(1 for line in open({str(workdir / 'metrics.jsonl')!r}) if 'validation_nll' in line)"
+    )
     stopped_at = STEPS if last else 10
     code = SLOW_VALIDATION.format(condition=f"{lines} == {2 if last else 0}")
     status, _, stderr = run(patched(code, workdir))
-    assert status == 0 and last_line(stderr).startswith(f"preempted: saved at step {stopped_at} of"), stderr
+    assert status == 0 and last_line(stderr).startswith(
+        f"preempted: saved at step {stopped_at} of"
+    ), stderr
     assert not (workdir / "summary.json").exists()
     status, _, stderr = run(train_command(workdir))
     assert status == 0, stderr
@@ -105,7 +121,9 @@ def test_asked_to_stop_before_training(tmp_path):
     code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
     code += "loop.init_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.run(train.main)"
     status, _, stderr = run(patched(code, tmp_path / "run"))
-    assert status == 0 and last_line(stderr).startswith("preempted: the same command goes on"), stderr
+    assert status == 0 and last_line(stderr).startswith("preempted: the same command goes on"), (
+        stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -134,7 +152,10 @@ def test_batch_that_is_not_finite(tmp_path):
     code = POISONED.format(bad="(5, 6, 13)")
     status, _, stderr = run(patched(code, tmp_path / "whole"))
     assert status == 0, stderr
-    assert "step 5 skipped: loss nan, gradient norm nan; its batch is number 5, sequences 16 to 19" in stderr
+    assert (
+        "step 5 skipped: loss nan, gradient norm nan; its batch is number 5, sequences 16 to 19"
+        in stderr
+    )
     assert stderr.count("skipped:") == 3
     lines, _ = read_metrics(tmp_path / "whole")
     assert [line["skipped"] for line in lines] == [0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
@@ -165,15 +186,21 @@ os.rename, os.replace = slowly(os.rename), slowly(os.replace)
 
 def test_run_that_cannot_get_on(tmp_path):
     changes = {"train__max_skipped": 3, "checkpoint__every": 4}
-    command = patched(SLOW_SAVES + POISONED.format(bad="range(10, 99)"), tmp_path / "run", **changes)
+    command = patched(
+        SLOW_SAVES + POISONED.format(bad="range(10, 99)"), tmp_path / "run", **changes
+    )
     for again in (False, True):
         status, _, stderr = run(command)
         assert status == 4 and "Traceback" not in stderr, stderr
-        assert last_line(stderr).startswith("error: stopped at step 12: the last 3 updates were skipped")
+        assert last_line(stderr).startswith(
+            "error: stopped at step 12: the last 3 updates were skipped"
+        )
         assert ("going on from step 8" in stderr) == again
         assert heartbeat(tmp_path / "run")["status"] == "diverged"
         assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
-    status, _, stderr = run(train_command(tmp_path / "run", **changes))  # with better data it goes on
+    status, _, stderr = run(
+        train_command(tmp_path / "run", **changes)
+    )  # with better data it goes on
     assert status == 0, stderr
 
 
@@ -183,7 +210,10 @@ def test_damaged_newest_checkpoint(tmp_path):
     truncate_state(workdir)
     status, _, stderr = run(train_command(workdir))
     assert status == 0 and "Traceback" not in stderr, stderr
-    assert f"checkpoint of step {STEPS} is damaged" in stderr and f"going on from step {STEPS - EVERY}" in stderr
+    assert (
+        f"checkpoint of step {STEPS} is damaged" in stderr
+        and f"going on from step {STEPS - EVERY}" in stderr
+    )
     assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
     assert same_end(workdir, finished_run())
 
@@ -201,7 +231,9 @@ def test_full_disk(small_disk):
     status, _, stderr = run(train_command(workdir, **changes))
     assert status == 2 and "Traceback" not in stderr, stderr
     assert "can't be saved: no space left on the disk" in stderr
-    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    newest = max(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
+    )
     assert f"the same command goes on from step {newest}" in last_line(stderr)
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
     status, _, stderr = run(train_command(workdir, **changes))
@@ -212,7 +244,10 @@ def test_full_disk(small_disk):
 def test_disk_that_is_full_to_the_last_byte(small_disk):
     """Metrics and heartbeat can't be written either."""
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
-    workdir, changes = small_disk / "run", {"train__steps": 3000, "train__eval_every": 0, "train__log_every": 1}
+    workdir, changes = (
+        small_disk / "run",
+        {"train__steps": 3000, "train__eval_every": 0, "train__log_every": 1},
+    )
     process = start(train_command(workdir, **changes))
     wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
@@ -225,12 +260,19 @@ def test_disk_that_is_full_to_the_last_byte(small_disk):
 
 def test_two_runs_begin_in_one_workdir(tmp_path):
     """None is there when either looks: one of them trains, the other changes nothing."""
-    processes = [start(train_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)]
+    processes = [
+        start(train_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
+    ]
     outcomes = [finish(process) for process in processes]
     assert sorted(status for status, _, _ in outcomes) == [0, 2], outcomes
     winner = [status for status, _, _ in outcomes].index(0)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"] == (0.003, 0.01)[winner]
-    assert [line["step"] for line in read_metrics(tmp_path / "run")[0]] == list(range(2, STEPS + 1, 2))
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"]
+        == (0.003, 0.01)[winner]
+    )
+    assert [line["step"] for line in read_metrics(tmp_path / "run")[0]] == list(
+        range(2, STEPS + 1, 2)
+    )
 
 
 def test_two_processes_in_one_workdir(tmp_path):
@@ -259,7 +301,13 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
 
 def test_exported_model_scores_as_its_run(tmp_path):
     whole = shutil.copytree(finished_run(), tmp_path / "run")
-    command = [sys.executable, "-m", "aoe_jax.export", f"--workdir={whole}", f"--output={tmp_path / 'model'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "aoe_jax.export",
+        f"--workdir={whole}",
+        f"--output={tmp_path / 'model'}",
+    ]
     exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert exported.returncode == 0, exported.stderr
     for workdir in (whole, tmp_path / "model"):
@@ -271,4 +319,7 @@ def test_exported_model_scores_as_its_run(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and f"--output={tmp_path / 'model'} exists already" in again.stderr
     status, _, stderr = run(train_command(tmp_path / "model"))
-    assert status == 2 and "is that of a model, not of a training run; train.init_from starts" in stderr
+    assert (
+        status == 2
+        and "is that of a model, not of a training run; train.init_from starts" in stderr
+    )

@@ -27,21 +27,31 @@ def test_what_has_come_stays():
     """Chunk by chunk a text only grows, to what comes in one piece."""
     model = load_model(finished_run())
     parts = list(continuations(model, ["the state of", ""], 20, chunk=3))
-    assert all(text.startswith(before) for a, b in itertools.pairwise(parts) for before, text in zip(a, b, strict=True))
+    assert all(
+        text.startswith(before)
+        for a, b in itertools.pairwise(parts)
+        for before, text in zip(a, b, strict=True)
+    )
     assert parts[-1] == list(continuations(model, ["the state of", ""], 20, chunk=20))[-1]
 
 
 def test_a_model_against_itself():
     arguments = ["--prompt=the state of", "--max_tokens=20", "--temperature=0"]
     contrast = ["--contrast=5", "--alpha=0.001", "--strong_k=3", "--weak_rank=1"]
-    greedy, contrasted = generate(finished_run(), *arguments), generate(finished_run(), *arguments, *contrast)
+    greedy, contrasted = (
+        generate(finished_run(), *arguments),
+        generate(finished_run(), *arguments, *contrast),
+    )
     assert greedy[0] == contrasted[0] == 0, contrasted[2]
     assert contrasted[1].startswith("the state of") and contrasted[1] != greedy[1]
 
 
 MISTAKES = {
     "contrast of nothing": (["--weak_rank=2"], ["--weak_rank=2: belongs to --contrast"]),
-    "contrast of too few": (["--contrast=0.5", "--weak_rank=5"], ["--weak_rank=5", "experts.n_experts=4"]),
+    "contrast of too few": (
+        ["--contrast=0.5", "--weak_rank=5"],
+        ["--weak_rank=5", "experts.n_experts=4"],
+    ),
     "too long": ([f"--prompt={'war ' * 60}"], ["prompt 0 has", "model.max_len=64"]),
     "no tokens": (["--max_tokens=0"], ["--max_tokens=0: must be 1"]),
     "cold and picky": (["--temperature=0", "--top_k=5"], ["--temperature=0", "leave --top_k"]),

@@ -9,7 +9,13 @@ from aoe_jax.topology import topology_devices
 
 @pytest.mark.parametrize(
     ("topology", "n_devices", "n_chips"),
-    [("v4:2x2x1", 4, 4), ("v5e:2x2", 4, 4), ("v5p:2x2x1", 4, 4), ("v6e:2x2", 4, 4), ("tpu7x:2x2x1", 8, 4)],
+    [
+        ("v4:2x2x1", 4, 4),
+        ("v5e:2x2", 4, 4),
+        ("v5p:2x2x1", 4, 4),
+        ("v6e:2x2", 4, 4),
+        ("tpu7x:2x2x1", 8, 4),
+    ],
 )
 def test_every_tpu_by_the_name_its_compiler_gives_it(topology, n_devices, n_chips):
     """A v7x chip shows as two devices, which have half of its peak each."""

@@ -15,7 +15,8 @@ def test_json_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "Expecting"), ("[1]", "holds no JSON object"), (None, "No such file")]
+    ("content", "message"),
+    [("{", "Expecting"), ("[1]", "holds no JSON object"), (None, "No such file")],
 )
 def test_mistakes(tmp_path, content, message):
     path = tmp_path / "value.json"

@@ -1,4 +1,6 @@
-"""What holds for every method of `configs/methods.py`: causal, the same on a mesh, and resumed bit for bit."""
+"""What holds for every method of `configs/methods.py`: causal, the same on a mesh, and resumed bit
+for bit.
+"""
 
 import dataclasses
 from functools import cache, lru_cache, partial
@@ -13,14 +15,28 @@ from aoe_jax.config import CheckpointConfig, Config, MeshConfig
 from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings, with_shardings
+from aoe_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    put_batch,
+    replicated,
+    state_shardings,
+    with_shardings,
+)
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods
 
 STEPS, BATCH, LENGTH = 4, 8, 16
 SMALL = {
-    "model": {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64, "max_len": 32, "unroll": 1},
+    "model": {
+        "n_layers": 2,
+        "n_heads": 2,
+        "d_model": 16,
+        "vocab_size": 64,
+        "max_len": 32,
+        "unroll": 1,
+    },
     "experts": {"n_experts": 4, "d_ffn": 16, "d_low": 4, "round_to": 2},
     "data": {"seq_len": LENGTH},
     "train": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 1, "learning_rate": 1e-2},
@@ -28,7 +44,12 @@ SMALL = {
 # In small, and so that what changes after many steps changes here.
 SOONER = {
     "threshold": {"warmup_steps": 2, "decay": 0.5},
-    "top_any": {"initial_experts": 2, "period_steps": 3, "idle_steps": 1, "record_steps": 2},  # an update after step 3
+    "top_any": {
+        "initial_experts": 2,
+        "period_steps": 3,
+        "idle_steps": 1,
+        "record_steps": 2,
+    },  # an update after step 3
     "routing_free": {"threshold": 1.5, "multiplier": 0.1, "rate": 0.5},
     "smear": {"segment": 4},
 }
@@ -71,7 +92,9 @@ class Run:
             first = jax.eval_shape(lambda: init_state(config, 0))
             self.shardings = state_shardings(self.mesh, first)
             self.abstract = with_shardings(first, self.shardings)
-            self.step = jax.jit(make_train_step(config), out_shardings=(self.shardings, replicated(self.mesh)))
+            self.step = jax.jit(
+                make_train_step(config), out_shardings=(self.shardings, replicated(self.mesh))
+            )
 
     def put(self, state):
         return jax.device_put(state, self.shardings)
@@ -105,7 +128,10 @@ def alone(variant):
     return run, first, (half, end), losses + more
 
 
-MESHES = (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=2, fsdp=1, expert=2, tensor=2))
+MESHES = (
+    MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    MeshConfig(data=2, fsdp=1, expert=2, tensor=2),
+)
 
 
 def mesh_of(variant):
@@ -113,24 +139,36 @@ def mesh_of(variant):
 
 
 def test_the_same_on_a_mesh(ragged, variant):
-    """Eight devices along three axes, others for every other variant, give the losses, parameters and state of one."""
+    """Eight devices along three axes, others for every other variant, give the losses, parameters
+    and state of one.
+    """
     config = dataclasses.replace(configuration(variant), mesh=mesh_of(variant))
     _, first, (_, want), losses = alone(variant)
     run = Run(config, jax.devices())
     state, found = run.take(run.put(first), batches())
     assert np.isfinite(losses).all() and losses[-1] != losses[0]
     np.testing.assert_allclose(found, losses, rtol=2e-5)
-    for a, b in zip(*(jax.tree.leaves(jax.device_get(s.routing_state)) for s in (state, want)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(jax.device_get(s.routing_state)) for s in (state, want)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    for a, b in zip(*(jax.tree.leaves(jax.device_get(s.params)) for s in (state, want)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-2)  # a gradient near 0 has either sign, and an update of full size
+    for a, b in zip(
+        *(jax.tree.leaves(jax.device_get(s.params)) for s in (state, want)), strict=True
+    ):
+        np.testing.assert_allclose(
+            a, b, atol=1e-2
+        )  # a gradient near 0 has either sign, and an update of full size
     # The moments of AdamW: its updates would hide a factor that is wrong.
-    for a, b in zip(*(jax.tree.leaves(jax.device_get(s.opt_state)) for s in (state, want)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(jax.device_get(s.opt_state)) for s in (state, want)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max())
 
 
 def test_resumed_bit_for_bit(ragged, tmp_path, variant):
-    """What is saved half-way goes on to the very end that it would have come to; and it goes to the devices of a mesh."""
+    """What is saved half-way goes on to the very end that it would have come to; and it goes to the
+    devices of a mesh.
+    """
     run, _, (half, want), losses = alone(variant)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     data = iter(grain.MapDataset.range(10).batch(2).to_iter_dataset())
@@ -146,17 +184,29 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
 
 
-# Their logits are those of evaluation; the others, and those that aren't known yet, are tried both ways.
+# Their logits are those of evaluation; the others, and those that aren't known yet, are tried both
+# ways.
 SAME_IN_TRAINING = {
-    *("top_k", "top_p", "expert_choice", "coupling", "uoe", "routing_free", "switch", "by_attention"),
+    *(
+        "top_k",
+        "top_p",
+        "expert_choice",
+        "coupling",
+        "uoe",
+        "routing_free",
+        "switch",
+        "by_attention",
+    ),
     *("z_loss", "sequence_balance", "loss_free"),
 }
 
 
 def test_no_token_depends_on_later_ones(ragged, variant):
-    """Neither by value nor by gradient: every position has a token of its own, whose embedding is nowhere else.
+    """Neither by value nor by gradient: every position has a token of its own, whose embedding is
+    nowhere else.
 
-    A method that isn't causal at the beginning of training is tried as it is after that; one that never is, is found out.
+    A method that isn't causal at the beginning of training is tried as it is after that; one that
+    never is, is found out.
     """
     config = configuration(variant, tied=False)
     trained = alone(variant)[2][1]
@@ -171,7 +221,9 @@ def test_no_token_depends_on_later_ones(ragged, variant):
         logits = decoder.apply(model, tokens, routing_state=trained.routing_state, rngs=rngs)[0]
         return (logits[0, at] ** 2).sum(), logits
 
-    for training in (False,) if variant.removesuffix("_router") in SAME_IN_TRAINING else (False, True):
+    for training in (
+        (False,) if variant.removesuffix("_router") in SAME_IN_TRAINING else (False, True)
+    ):
         step = jax.jit(jax.grad(partial(of_one_token, training), has_aux=True))
         by_token, before = step(drawn, tokens)
         by_token = np.abs(by_token).sum(axis=1)

@@ -1,4 +1,6 @@
-"""Whole runs over two corpora: killed and resumed, on two processes, evaluated by source; and a run on a damaged shard."""
+"""Whole runs over two corpora: killed and resumed, on two processes, evaluated by source; and a run
+on a damaged shard.
+"""
 
 import json
 import shutil
@@ -39,7 +41,9 @@ def whole_run():
 
 
 def position(workdir, step):
-    return json.loads((workdir / "checkpoints" / str(step) / "run" / "metadata").read_text())["data"]
+    return json.loads((workdir / "checkpoints" / str(step) / "run" / "metadata").read_text())[
+        "data"
+    ]
 
 
 def test_every_source_has_its_share():
@@ -57,7 +61,9 @@ def test_every_source_has_its_share():
     summary = json.loads((whole_run() / "summary.json").read_text())["metrics"]
     assert (
         summary.items()
-        >= {name: value for name, value in untimed(whole_run())[1][-1].items() if name != "step"}.items()
+        >= {
+            name: value for name, value in untimed(whole_run())[1][-1].items() if name != "step"
+        }.items()
     )
 
 
@@ -67,7 +73,9 @@ def test_killed_run_ends_as_an_uninterrupted_one():
     kill_when(start(command), (killed / "checkpoints" / str(2 * EVERY)).exists)
     status, _, stderr = run(command)
     assert status == 0 and "going on from step" in stderr, stderr
-    (arrays, at), (killed_arrays, killed_at) = (raw_checkpoint(workdir, STEPS) for workdir in (whole, killed))
+    (arrays, at), (killed_arrays, killed_at) = (
+        raw_checkpoint(workdir, STEPS) for workdir in (whole, killed)
+    )
     assert arrays.keys() == killed_arrays.keys() and at == killed_at
     for path, array in arrays.items():
         assert array.tobytes() == killed_arrays[path].tobytes(), path
@@ -92,7 +100,9 @@ def test_evaluation_is_of_all_tokens_and_by_source(tmp_path):
     for name in FIGURES:
         np.testing.assert_allclose(report[name], validation[f"validation_{name}"], rtol=1e-6)
         for source, result in sources.items():
-            np.testing.assert_allclose(result[name], validation[f"validation_{name}/{source}"], rtol=1e-6)
+            np.testing.assert_allclose(
+                result[name], validation[f"validation_{name}/{source}"], rtol=1e-6
+            )
     assert report["tokens"] == sum(result["tokens"] for result in sources.values())
     summed = sum(result["nll"] * result["tokens"] for result in sources.values())
     np.testing.assert_allclose(report["nll"], summed / report["tokens"], rtol=1e-9)
@@ -103,10 +113,15 @@ def test_evaluation_is_of_all_tokens_and_by_source(tmp_path):
 
 
 def test_damaged_shard_ends_a_run_where_it_comes_upon_it(tmp_path):
-    """Exit status 2 and the shard's name, nothing lost; and once the shard is whole again the run goes on."""
+    """Exit status 2 and the shard's name, nothing lost; and once the shard is whole again the run
+    goes on.
+    """
     folder = tmp_path / "texts"
     folder.mkdir()
-    settings = {"data__path": str(write_texts(folder, count=1000)), "data__cache": str(tmp_path / "cache")}
+    settings = {
+        "data__path": str(write_texts(folder, count=1000)),
+        "data__cache": str(tmp_path / "cache"),
+    }
     settings["train__eval_every"] = 0
     corpus = open_corpus(tiny_config(**settings).data, SETTINGS["model.vocab_size"])
     (shard,) = corpus.tokenizer.parent.glob("train-*.array_record")
@@ -117,7 +132,9 @@ def test_damaged_shard_ends_a_run_where_it_comes_upon_it(tmp_path):
     assert status == 2 and stdout == "" and "Traceback" not in stderr, stderr
     error = stderr.rpartition("error: ")[2]
     assert str(shard.parent) in error and shard.name in error and len(error.splitlines()) <= 2
-    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    newest = max(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
+    )
     shard.write_bytes(whole)
     status, _, stderr = run(train_command(workdir, train__steps=newest + 2, **settings))
     assert status == 0 and f"going on from step {newest}" in stderr, stderr

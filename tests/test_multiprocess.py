@@ -1,4 +1,6 @@
-"""Real processes on CPU: the curve of one, and checkpoints that go from four to two to one and to other meshes."""
+"""Real processes on CPU: the curve of one, and checkpoints that go from four to two to one and to
+other meshes.
+"""
 
 import json
 import shutil
@@ -9,7 +11,18 @@ import time
 import numpy as np
 
 from tests.hasty import xla_flags
-from tests.runs import EVERY, STEPS, finish, finished_run, read_metrics, run, scratch, shared, start, train_command
+from tests.runs import (
+    EVERY,
+    STEPS,
+    finish,
+    finished_run,
+    read_metrics,
+    run,
+    scratch,
+    shared,
+    start,
+    train_command,
+)
 
 # Two devices a process where there are two processes.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
@@ -24,7 +37,9 @@ def free_port():
 def start_on(workdir, n_processes, n_devices=4, **changes):
     """Starts training on several processes."""
     port = free_port()
-    flags = [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
+    flags = (
+        [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
+    )
     return [
         start(
             [*train_command(workdir, **changes), *flags, *([f"--process={i}"] if flags else [])],
@@ -37,7 +52,9 @@ def start_on(workdir, n_processes, n_devices=4, **changes):
 def train_on(workdir, n_processes, n_devices=4, **changes):
     """Trains on several processes; returns their stderr."""
     outcomes = [finish(process) for process in start_on(workdir, n_processes, n_devices, **changes)]
-    assert [status for status, _, _ in outcomes] == [0] * n_processes, outcomes[0][2] + outcomes[-1][2]
+    assert [status for status, _, _ in outcomes] == [0] * n_processes, (
+        outcomes[0][2] + outcomes[-1][2]
+    )
     return [stderr for _, _, stderr in outcomes]
 
 
@@ -60,7 +77,9 @@ def test_two_processes_train_as_one_does():
 
 
 def test_evaluation_on_other_devices_than_training(tmp_path):
-    """A run of four devices on one, and a run of one on eight, whose batches they don't divide; these without a cache."""
+    """A run of four devices on one, and a run of one on eight, whose batches they don't divide;
+    these without a cache.
+    """
     workdir = shutil.copytree(two_processes()[0], tmp_path / "run")
     one, eight = tmp_path / "of_one", tmp_path / "of_eight"
     here = evaluated(workdir, JAX_COMPILATION_CACHE_DIR=str(one))
@@ -69,7 +88,9 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
     there = evaluated(elsewhere, JAX_COMPILATION_CACHE_DIR=str(eight), XLA_FLAGS=xla_flags(8))
     assert any(one.glob("*")) and not any(eight.glob("*"))
     assert here["tokens"] == there["tokens"]
-    np.testing.assert_allclose(here["nll"], there["nll"], rtol=1e-4)  # the same model, but for rounding
+    np.testing.assert_allclose(
+        here["nll"], there["nll"], rtol=1e-4
+    )  # the same model, but for rounding
 
 
 def evaluated(workdir, **variables):
@@ -79,13 +100,17 @@ def evaluated(workdir, **variables):
 
 
 def test_from_four_processes_to_two_to_one():
-    """And from mesh (2, 1, 4, 1) to (1, 8, 1, 1) to a single device: the curve of one process that stops where they do."""
+    """And from mesh (2, 1, 4, 1) to (1, 8, 1, 1) to a single device: the curve of one process that
+    stops where they do.
+    """
     moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
     stages, batch = (STEPS // 2, STEPS - 4, STEPS), {"train__batch_size": 8}
     for steps in stages:
         status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
         assert status == 0, stderr
-    train_on(moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], model__unroll=2, **batch)
+    train_on(
+        moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], model__unroll=2, **batch
+    )
     (stderr, _) = train_on(moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], **batch)
     assert f"going on from step {stages[0]}" in stderr
     status, _, stderr = run(train_command(moved, train__steps=STEPS, **batch))
@@ -99,7 +124,9 @@ def checkpoints(workdir):
 
 
 def stop_one(workdir, which, number, after):
-    """Sends a signal to one of two processes once there is a checkpoint; what they end with and say."""
+    """Sends a signal to one of two processes once there is a checkpoint; what they end with and
+    say.
+    """
     processes = start_on(workdir, 2, **MESH)
     deadline = time.monotonic() + 120
     while not (workdir / "checkpoints" / str(after)).exists():
@@ -111,17 +138,24 @@ def stop_one(workdir, which, number, after):
 
 
 def test_one_process_of_two_is_stopped():
-    """SIGTERM to one has both save and end; SIGKILL of one ends the other; what goes on then follows the same curve."""
+    """SIGTERM to one has both save and end; SIGKILL of one ends the other; what goes on then
+    follows the same curve.
+    """
     workdir = scratch("multiprocess") / "stopped"
     statuses, stderr = stop_one(workdir, 1, signal.SIGTERM, after=EVERY)
     assert statuses == [0, 0], stderr
     stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert all(f"preempted: saved at step {stopped_at} of {STEPS}; the same" in text for text in stderr)
-    statuses, stderr = stop_one(workdir, 1, signal.SIGKILL, after=stopped_at // EVERY * EVERY + EVERY)
+    assert all(
+        f"preempted: saved at step {stopped_at} of {STEPS}; the same" in text for text in stderr
+    )
+    statuses, stderr = stop_one(
+        workdir, 1, signal.SIGKILL, after=stopped_at // EVERY * EVERY + EVERY
+    )
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
     # Either the lost connection is noticed here, or JAX's service ends the process.
     assert (
-        "start all processes again: they go on from the newest checkpoint" in stderr[0] or "another task" in stderr[0]
+        "start all processes again: they go on from the newest checkpoint" in stderr[0]
+        or "another task" in stderr[0]
     )
     train_on(workdir, 2, **MESH)
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
@@ -143,7 +177,9 @@ def test_cluster_of_one_process_is_stopped():
     for _ in range(2):
         process = start([*train_command(workdir, train__steps=5000, train__eval_every=0), *flags])
         deadline = time.monotonic() + 120
-        while not (workdir / "checkpoints").is_dir() or max(checkpoints(workdir), default=0) <= step:
+        while (
+            not (workdir / "checkpoints").is_dir() or max(checkpoints(workdir), default=0) <= step
+        ):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
@@ -158,11 +194,18 @@ def test_a_process_that_never_joins_is_named():
     processes = [start([*train_command(workdir), *flags, f"--process={i}"]) for i in (0, 2)]
     for process in processes:
         status, _, stderr = finish(process)
-        assert status == 2 and "error: process 1 has not joined within --join_timeout=4 s" in stderr, stderr
+        assert (
+            status == 2 and "error: process 1 has not joined within --join_timeout=4 s" in stderr
+        ), stderr
     assert not workdir.exists()
 
 
 def test_nobody_at_the_coordinators_address():
-    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--process=1", "--join_timeout=2"]
+    flags = [
+        f"--coordinator=localhost:{free_port()}",
+        "--processes=2",
+        "--process=1",
+        "--join_timeout=2",
+    ]
     status, _, stderr = run([*train_command(scratch("multiprocess") / "nobody"), *flags])
     assert status == 2 and "process 0 at --coordinator=localhost" in stderr

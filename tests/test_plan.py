@@ -1,4 +1,6 @@
-"""Plans for machines that aren't here: what they count, what they refuse, and what the programs communicate."""
+"""Plans for machines that aren't here: what they count, what they refuse, and what the programs
+communicate.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,13 @@ def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
     """Every size is another, so that a shape says what it is."""
     config = default_config()
     config.model.update(
-        n_layers=3, n_heads=8, d_model=160, vocab_size=1031, max_len=64, dtype="bfloat16", remat="layer"
+        n_layers=3,
+        n_heads=8,
+        d_model=160,
+        vocab_size=1031,
+        max_len=64,
+        dtype="bfloat16",
+        remat="layer",
     )
     config.experts.update(kind=kind, n_experts=16, top_k=3, d_ffn=224, **experts)
     if kind == "aoe":
@@ -48,14 +56,23 @@ def traced(config, devices):
 # Numbers of an array say what it is.
 TOKENS = 32 * 64 * 160
 ROWS = 8 * 120  # that a device takes in a round, with all_to_all
-SLOTS, SCORES = 32 * 64 * 3, 32 * 64 * 16 // 8  # of all tokens; of all tokens by the experts of a device
-W_DOWN, W_UP, W_P, W_G = 16 * 160 * 48, 16 * 48 * 232, 16 * 160 * 232, 16 * 160 * 224  # w_o is as large as w_p
+SLOTS, SCORES = (
+    32 * 64 * 3,
+    32 * 64 * 16 // 8,
+)  # of all tokens; of all tokens by the experts of a device
+W_DOWN, W_UP, W_P, W_G = (
+    16 * 160 * 48,
+    16 * 48 * 232,
+    16 * 160 * 232,
+    16 * 160 * 224,
+)  # w_o is as large as w_p
 ROUTER, ATTENTION, TABLE = 160 * 16, 160 * 160, 1031 * 160
 
 DATA, FSDP = ((8, 1, 1, 1), "ring"), ((1, 8, 1, 1), "ring")
 RING, ALL_TO_ALL = ((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all")
 
-# What moves in a layer, forward and backward, where the backward pass computes the layer again (all but the scores).
+# What moves in a layer, forward and backward, where the backward pass computes the layer again (all
+# but the scores).
 SUMS = {("psum", ATTENTION): 4}  # gradients of q, k, v and o
 IN_A_LAYER = {
     ("aoe", *DATA): SUMS | {("psum", W_DOWN): 1, ("psum", W_UP): 1, ("psum", W_P): 2},
@@ -80,7 +97,10 @@ IN_A_LAYER = {
     },
     ("aoe", *RING): SUMS
     | {
-        ("all_gather", TOKENS): 3,  # for scores and rows; backward for the rows, and the outputs' gradient
+        (
+            "all_gather",
+            TOKENS,
+        ): 3,  # for scores and rows; backward for the rows, and the outputs' gradient
         ("reduce_scatter", TOKENS): 2,  # outputs, and the tokens' gradient
         ("all_to_all", SCORES): 2,  # scores, and those of the balance loss
         ("all_gather", SLOTS): 2,  # the chosen experts, forward and backward
@@ -97,14 +117,20 @@ IN_A_LAYER = {
     ("aoe", *ALL_TO_ALL): SUMS
     | {
         ("all_gather", W_DOWN): 1,  # for the scores: it is smaller than the tokens
-        ("all_to_all", ROWS * 160): 5,  # rows there and back; backward there again, and the gradients of both
+        (
+            "all_to_all",
+            ROWS * 160,
+        ): 5,  # rows there and back; backward there again, and the gradients of both
         # Expert, norm and weight of each row; backward again, and the gradients of norm and weight.
         ("all_to_all", ROWS): 8,
     },
     ("router", *ALL_TO_ALL): SUMS
     | {
         ("all_to_all", ROWS * 160): 5,
-        ("all_to_all", ROWS): 5,  # expert and weight of each row; backward again, and the weights' gradient
+        (
+            "all_to_all",
+            ROWS,
+        ): 5,  # expert and weight of each row; backward again, and the weights' gradient
         ("psum", ROUTER): 1,
     },
 }
@@ -119,7 +145,9 @@ def larger_side(eqn):
 
 @pytest.mark.parametrize("case", IN_A_LAYER, ids=str)
 def test_what_moves(case, ragged):
-    """Every collective of the program, but for statistics and scalars, which have no more than n numbers."""
+    """Every collective of the program, but for statistics and scalars, which have no more than n
+    numbers.
+    """
     kind, mesh, transport = case
     program, _ = traced(configuration(kind, mesh, transport), jax.devices())
     found, in_further_rounds = Counter(), set()
@@ -142,7 +170,9 @@ MERGED = {
     ("aoe", *FSDP): {("reduce_scatter", TABLE): 2},
 }
 NORMS = {("psum", 160): 3}  # gradients of norm scales: attention, experts, final
-ADDED = dict.fromkeys(MERGED, NORMS) | {("aoe", *FSDP): NORMS | {("psum", TABLE): 1}}  # summed, and then cut
+ADDED = dict.fromkeys(MERGED, NORMS) | {
+    ("aoe", *FSDP): NORMS | {("psum", TABLE): 1}
+}  # summed, and then cut
 HLO_NAMES = {
     "psum": "all-reduce",
     "all_gather": "all-gather",
@@ -152,14 +182,20 @@ HLO_NAMES = {
 
 
 def compiled_collectives(text, n_devices):
-    """`Counter` of `(kind, numbers of the larger side)`; a tuple counts element by element, the body of a loop once."""
+    """`Counter` of `(kind, numbers of the larger side)`; a tuple counts element by element, the
+    body of a loop once.
+    """
     found = {}
-    kinds = "|".join([*HLO_NAMES.values(), "ragged-all-to-all", "collective-permute", "collective-broadcast"])
+    kinds = "|".join(
+        [*HLO_NAMES.values(), "ragged-all-to-all", "collective-permute", "collective-broadcast"]
+    )
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
         if match:
             assert not match[3], line  # its result would hold the operand too
-            chain = re.search(r'chain_id="\d+"', line)  # one that runs beside other work is written down at every stop
+            chain = re.search(
+                r'chain_id="\d+"', line
+            )  # one that runs beside other work is written down at every stop
             found[chain[0] if chain else line] = match
     sizes = Counter()
     for match in found.values():
@@ -171,7 +207,9 @@ def compiled_collectives(text, n_devices):
 
 @pytest.mark.parametrize("case", MERGED, ids=str)
 def test_what_moves_on_a_tpu(case):
-    """In the program as compiled, without further rounds: nothing more; and what `plan` counts as merged is."""
+    """In the program as compiled, without further rounds: nothing more; and what `plan` counts as
+    merged is.
+    """
     kind, mesh, transport = case
     _, devices = topology_devices("v5e:2x4")
     with first_round_only():
@@ -200,7 +238,10 @@ def test_collectives_of_loops_count_as_often_as_they_run():
     )
     found = collectives(program.jaxpr, {"data": 8})
     size = 64 * 3 * 4 * 7 / 8
-    assert found == {("all_gather", ("data",)): [5, 5 * size], ("reduce_scatter", ("data",)): [5, 5 * size]}
+    assert found == {
+        ("all_gather", ("data",)): [5, 5 * size],
+        ("reduce_scatter", ("data",)): [5, 5 * size],
+    }
 
 
 def test_a_plan_for_four_chips():
@@ -216,7 +257,9 @@ def test_a_plan_for_four_chips():
     assert report["flops"]["useful"] == tokens * training_flops_per_token(config) / 4
     # Layers are computed again in the backward pass, and all else is what it should be.
     assert 1.1 < report["flops"]["compiled"] / report["flops"]["useful"] < 1.6
-    assert report["step_seconds"] == max(report["seconds"].values()) and 0 < report["mfu_bound"] <= 1
+    assert (
+        report["step_seconds"] == max(report["seconds"].values()) and 0 < report["mfu_bound"] <= 1
+    )
 
 
 def test_nearest_meshes_come_first():
@@ -224,7 +267,9 @@ def test_nearest_meshes_come_first():
     found = [tuple(getattr(c.mesh, axis) for axis in MESH_AXES) for c in candidates(config, 8)]
     assert found[0] == (4, 2, 1, 1) and len(set(found)) == len(found) and (8, 1, 1, 1) not in found
     assert all(np.prod(shape) == 8 for shape in found)
-    unrolled = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none", unroll=3))
+    unrolled = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, remat="none", unroll=3)
+    )
     assert [c.mesh for c in candidates(unrolled, 8)] == [c.mesh for c in candidates(config, 8)]
 
 
@@ -254,34 +299,52 @@ def test_the_command_line():
 
 def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested():
     file = scratch("plan") / "suggestion.json"
-    huge = ["--config.model.n_layers=99", "--config.model.d_model=1024", "--config.experts.d_ffn=3072"]
-    huge += ["--config.model.dtype=bfloat16", "--config.train.batch_size=4", "--config.data.seq_len=128"]
+    huge = [
+        "--config.model.n_layers=99",
+        "--config.model.d_model=1024",
+        "--config.experts.d_ffn=3072",
+    ]
+    huge += [
+        "--config.model.dtype=bfloat16",
+        "--config.train.batch_size=4",
+        "--config.data.seq_len=128",
+    ]
     status, stdout, stderr = planned("--topology=v5e:2x2", "--suggest", f"--json={file}", *huge)
     assert status == 3, stdout + stderr
     assert "DOES NOT FIT" in stdout and "this mesh fits" in stdout
     report = json.loads(file.read_text())
     better = report["suggestion"]
     assert not report["fits"] and report["memory_bytes"]["total"] > report["hbm_bytes"]
-    assert better["fits"] and better["memory_bytes"]["total"] <= better["hbm_bytes"] == report["hbm_bytes"]
+    assert (
+        better["fits"]
+        and better["memory_bytes"]["total"] <= better["hbm_bytes"] == report["hbm_bytes"]
+    )
     assert better["mesh"] | {"data": 4, "fsdp": 1} == report["mesh"] and better["mesh"]["fsdp"] > 1
     assert (report["unroll"], better["unroll"]) == (4, 1)
     assert better["parameters"] == report["parameters"]
 
 
 def test_without_the_compiler_for_tpus():
-    """A user who hasn't installed it; here it lies in a folder of its own, so that Python need not find it."""
+    """A user who hasn't installed it; here it lies in a folder of its own, so that Python need not
+    find it.
+    """
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     found = [path for path in paths if not Path(path, "libtpu").exists()]
     status, stdout, stderr = planned("--topology=v5e:2x2", PYTHONPATH=os.pathsep.join(found))
     assert status == 2 and stdout == ""
     wanted = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
-    assert stderr == f"error: --topology=v5e:2x2: libtpu is missing, the compiler for TPUs; {wanted}\n"
+    assert (
+        stderr == f"error: --topology=v5e:2x2: libtpu is missing, the compiler for TPUs; {wanted}\n"
+    )
 
 
 def test_a_slice_that_there_is_not():
     status, stdout, stderr = planned("--topology=v5e:3x5")
     assert status == 2 and stdout == ""
-    assert "error: --topology=v5e:3x5: the compiler has no such slice" in stderr and "Traceback" not in stderr
+    assert (
+        "error: --topology=v5e:3x5: the compiler has no such slice" in stderr
+        and "Traceback" not in stderr
+    )
 
 
 @pytest.mark.parametrize("mesh", [(-1, 8, 1, 1), (-1, 4, 2, 1), (-1, 1, 1, 4), (-1, 2, 2, 4)])

@@ -1,4 +1,6 @@
-"""Pruning by the command line: a run becomes a model with fewer experts, which is evaluated, trained and pruned again."""
+"""Pruning by the command line: a run becomes a model with fewer experts, which is evaluated,
+trained and pruned again.
+"""
 
 import dataclasses
 import json
@@ -32,7 +34,9 @@ MODULE = ["-m", "aoe_jax.prune"]
 def pruned():
     """`(directory, stdout)` of a run of 4 experts pruned to 3."""
     directory = scratch("pruned") / "aoe"
-    status, stdout, stderr = run([*MODULE, f"--workdir={finished_run()}", "--experts=3", f"--output={directory}"])
+    status, stdout, stderr = run(
+        [*MODULE, f"--workdir={finished_run()}", "--experts=3", f"--output={directory}"]
+    )
     assert status == 0, stderr
     return directory, stdout
 
@@ -40,10 +44,26 @@ def pruned():
 def fine_tuned(directory, workdir, **changes):
     """The command line that goes on from a model."""
     data = tiny_config().data
-    overrides = {"data.name": data.name, "data.path": data.path, "data.cache": data.cache, "data.seq_len": 32}
-    overrides |= {"train.steps": 4, "train.warmup_steps": 0, "train.log_every": 1, "train.batch_size": 4, **changes}
+    overrides = {
+        "data.name": data.name,
+        "data.path": data.path,
+        "data.cache": data.cache,
+        "data.seq_len": 32,
+    }
+    overrides |= {
+        "train.steps": 4,
+        "train.warmup_steps": 0,
+        "train.log_every": 1,
+        "train.batch_size": 4,
+        **changes,
+    }
     overrides = [f"--config.{name}={value}" for name, value in overrides.items()]
-    return ["train.py", f"--config=configs/finetune.py:{directory}", f"--workdir={workdir}", *overrides]
+    return [
+        "train.py",
+        f"--config=configs/finetune.py:{directory}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
 
 
 def test_files():
@@ -51,14 +71,26 @@ def test_files():
     experts = dataclasses.replace(tiny_config().experts, n_experts=3)
     assert read_config(directory) == dataclasses.replace(tiny_config(), experts=experts)
     assert read_step(directory) == STEPS
-    names = {"aoe_jax.json", "config.json", "data.json", "generation_config.json", "model.safetensors", "prune.json"}
+    names = {
+        "aoe_jax.json",
+        "config.json",
+        "data.json",
+        "generation_config.json",
+        "model.safetensors",
+        "prune.json",
+    }
     assert contents(directory).keys() == names | {"tokenizer.json", "tokenizer_config.json"}
     report = json.loads((directory / "prune.json").read_text())
-    assert report["nll"].keys() == {"before", "uncurl", "frequency_merge", "greedy"} and report["method"] == "uncurl"
+    assert (
+        report["nll"].keys() == {"before", "uncurl", "frequency_merge", "greedy"}
+        and report["method"] == "uncurl"
+    )
     assert f"uncurl {report['nll']['uncurl']:.4f}" in stdout.splitlines()[-1]
     for layer in report["layers"]:
         assert len(layer["clusters"]) == 3 and len(layer["load"]) == 4
-        assert sorted(member for cluster in layer["clusters"] for member in cluster["members"]) == list(range(4))
+        assert sorted(
+            member for cluster in layer["clusters"] for member in cluster["members"]
+        ) == list(range(4))
 
 
 def test_a_pruned_model_is_evaluated_and_trained(tmp_path):
@@ -66,7 +98,13 @@ def test_a_pruned_model_is_evaluated_and_trained(tmp_path):
     commands = [
         ["eval.py", f"--workdir={directory}", "--split=validation"],
         fine_tuned(directory, tmp_path / "run"),
-        ["-m", "aoe_jax.generate", f"--workdir={directory}", "--prompt=the state", "--max_tokens=4"],
+        [
+            "-m",
+            "aoe_jax.generate",
+            f"--workdir={directory}",
+            "--prompt=the state",
+            "--max_tokens=4",
+        ],
     ]
     for process in [start(command) for command in commands]:
         status, stdout, stderr = finish(process)
@@ -83,22 +121,36 @@ def test_a_pruned_model_is_evaluated_and_trained(tmp_path):
 def test_a_router_is_trained_alone(tmp_path):
     """Everything else is bit for bit that of the pruned model."""
     directory = tmp_path / "model"
-    report = prune(kind_runs()["router"][0], directory, 3, "frequency_merge", n_tokens=2000, baselines=False)
+    report = prune(
+        kind_runs()["router"][0], directory, 3, "frequency_merge", n_tokens=2000, baselines=False
+    )
     assert report["nll"].keys() == {"before", "frequency_merge"}
     assert json.loads((directory / "config.json").read_text())["model_type"] == "mixtral"
     status, _, stderr = run(fine_tuned(directory, tmp_path / "run", **{"train.router_steps": 4}))
     assert status == 0, stderr
-    before, after = (jax.device_get(load_model(folder).params) for folder in (directory, tmp_path / "run"))
+    before, after = (
+        jax.device_get(load_model(folder).params) for folder in (directory, tmp_path / "run")
+    )
     old, new = (params["layers"]["experts"].pop("w_router") for params in (before, after))
     assert old.shape == (2, 32, 3) and np.abs(old - new).max() > 1e-4
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_a_pruned_model_is_pruned_again(tmp_path):
-    report = prune(pruned()[0], tmp_path / "model", 2, "greedy", data=f"text@{tiny_config().data.path}", n_tokens=2000)
+    report = prune(
+        pruned()[0],
+        tmp_path / "model",
+        2,
+        "greedy",
+        data=f"text@{tiny_config().data.path}",
+        n_tokens=2000,
+    )
     assert report["step"] == STEPS and read_config(tmp_path / "model").experts.n_experts == 2
     assert contents(tmp_path / "model").keys() == contents(pruned()[0]).keys()
-    before, after = (load_model(folder).params["layers"]["experts"] for folder in (pruned()[0], tmp_path / "model"))
+    before, after = (
+        load_model(folder).params["layers"]["experts"]
+        for folder in (pruned()[0], tmp_path / "model")
+    )
     for layer, of_layer in enumerate(report["layers"]):
         kept = [cluster["reference"] for cluster in of_layer["clusters"]]
         assert sorted(kept) == sorted(np.argsort(of_layer["load"])[1:])
@@ -107,15 +159,25 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
 
 MISTAKES = {
     "no number": (["--output={here}/model"], ["--experts is missing"]),
-    "too many": (["--output={here}/model", "--experts=4"], ["--experts=4: must be at least experts.top_k=2 and fewer"]),
-    "method": (["--output={here}/model", "--experts=2", "--method=best"], ["uncurl|frequency_merge|greedy"]),
+    "too many": (
+        ["--output={here}/model", "--experts=4"],
+        ["--experts=4: must be at least experts.top_k=2 and fewer"],
+    ),
+    "method": (
+        ["--output={here}/model", "--experts=2", "--method=best"],
+        ["uncurl|frequency_merge|greedy"],
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(tmp_path, mistake):
     flags, words = MISTAKES[mistake]
-    command = [*MODULE, f"--workdir={finished_run()}", *(flag.format(here=tmp_path) for flag in flags)]
+    command = [
+        *MODULE,
+        f"--workdir={finished_run()}",
+        *(flag.format(here=tmp_path) for flag in flags),
+    ]
     status, _, stderr = run(command)
     assert status == 2 and "Traceback" not in stderr, stderr
     for word in words:

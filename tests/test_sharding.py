@@ -10,7 +10,15 @@ from jax.sharding import PartitionSpec
 
 from aoe_jax.config import Config, MeshConfig, default_config
 from aoe_jax.errors import UserError
-from aoe_jax.sharding import RULES, ShardingRules, batch_sharding, fill_mesh, make_mesh, put_batch, state_shardings
+from aoe_jax.sharding import (
+    RULES,
+    ShardingRules,
+    batch_sharding,
+    fill_mesh,
+    make_mesh,
+    put_batch,
+    state_shardings,
+)
 from aoe_jax.training.step import init_state
 
 
@@ -50,7 +58,9 @@ def test_the_rest_of_the_devices():
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_a_state_is_split_as_the_rules_say(kind):
     """Each device holds its share of every large array, from the start."""
-    config = configuration(kind, data=1, fsdp=2, expert=1 if kind == "dense" else 2, tensor=4 if kind == "dense" else 2)
+    config = configuration(
+        kind, data=1, fsdp=2, expert=1 if kind == "dense" else 2, tensor=4 if kind == "dense" else 2
+    )
     mesh = make_mesh(config, jax.devices())
     with jax.set_mesh(mesh):
         shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
@@ -64,8 +74,13 @@ def test_a_state_is_split_as_the_rules_say(kind):
     else:
         assert shares == {"w_down": 4, "w_up": 8, "w_p": 8, "w_o": 8}
     moments = state.opt_state[1][0].mu["layers"]["experts"]
-    assert jax.tree.map(lambda a: a.sharding, moments) == jax.tree.map(lambda a: a.sharding, experts)
-    held = sum(math.prod(a.addressable_shards[0].data.shape) for a in jax.tree.leaves(state.params["layers"]))
+    assert jax.tree.map(lambda a: a.sharding, moments) == jax.tree.map(
+        lambda a: a.sharding, experts
+    )
+    held = sum(
+        math.prod(a.addressable_shards[0].data.shape)
+        for a in jax.tree.leaves(state.params["layers"])
+    )
     assert held < 0.3 * sum(a.size for a in jax.tree.leaves(state.params["layers"]))
 
 
@@ -79,6 +94,8 @@ def test_an_unknown_parameter_is_refused():
 def test_a_batch_lies_as_it_was_read(rows):
     mesh = make_mesh(configuration(data=2, fsdp=2, tensor=2), jax.devices())
     tokens = np.arange(8 * 3).reshape(8, 3)
-    got = put_batch(batch_sharding(mesh), {"inputs": tokens}, rows=rows, n_rows=rows and 8)["inputs"]
+    got = put_batch(batch_sharding(mesh), {"inputs": tokens}, rows=rows, n_rows=rows and 8)[
+        "inputs"
+    ]
     np.testing.assert_array_equal(got, tokens)
     assert {shard.data.shape for shard in got.addressable_shards} == {(2, 3)}

@@ -1,4 +1,6 @@
-"""Whole training runs: what they leave behind, and that a killed one ends as if it hadn't been killed."""
+"""Whole training runs: what they leave behind, and that a killed one ends as if it hadn't been
+killed.
+"""
 
 import json
 import random
@@ -36,8 +38,24 @@ from tests.runs import (
 )
 
 LOGGED = list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
-LINE = {"step", "loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "skipped"}
-EXPERT_LINE = LINE | {"load_entropy", "load_spread", "confidence_entropy", "experts_per_token", "layers"}
+LINE = {
+    "step",
+    "loss",
+    "nll",
+    "aux_loss",
+    "grad_norm",
+    "update_norm",
+    "param_norm",
+    "learning_rate",
+    "skipped",
+}
+EXPERT_LINE = LINE | {
+    "load_entropy",
+    "load_spread",
+    "confidence_entropy",
+    "experts_per_token",
+    "layers",
+}
 SPEED = {"tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"}
 SPLIT = {"input_seconds", "checkpoint_seconds", "compute_seconds"}
 HOST = {"host_memory_bytes", "host_memory_peak_bytes"}
@@ -49,13 +67,20 @@ def computed(line):
 
 
 def raw_checkpoint(workdir, step):
-    """Every array of a checkpoint by its path, without the library's own code; and what is saved beside them."""
+    """Every array of a checkpoint by its path, without the library's own code; and what is saved
+    beside them.
+    """
     folder = workdir / "checkpoints" / str(step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(folder / "state").item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    arrays = {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(state)}
+        state = checkpointer.restore(
+            folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
+    arrays = {
+        jax.tree_util.keystr(path): array
+        for path, array in jax.tree_util.tree_leaves_with_path(state)
+    }
     return arrays, json.loads((folder / "run" / "metadata").read_text())
 
 
@@ -73,7 +98,10 @@ def test_what_a_run_leaves_behind():
         "checkpoints",
     }
     assert json.loads((workdir / "config.json").read_text()) == tiny_config().to_dict()
-    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [STEPS - EVERY, STEPS]
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [
+        STEPS - EVERY,
+        STEPS,
+    ]
     (events,) = (workdir / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents") and events.stat().st_size > 1000
 
@@ -82,7 +110,9 @@ def test_what_a_run_leaves_behind():
     assert all(line.keys() == EXPERT_LINE | SPEED | SPLIT | HOST for line in lines)
     assert all(len(values) == 2 for line in lines for values in line["layers"].values())
     assert [line["step"] for line in validations] == [10, 20, STEPS]
-    pictures = [step for (tag, step), value in read_events(workdir).items() if value.HasField("image")]
+    pictures = [
+        step for (tag, step), value in read_events(workdir).items() if value.HasField("image")
+    ]
     assert pictures == [10, 20, STEPS]
 
     summary = json.loads((workdir / "summary.json").read_text())
@@ -95,13 +125,19 @@ def test_what_a_run_leaves_behind():
     parameters = sum(array.size for path, array in arrays.items() if path.startswith("['params']"))
     assert summary["parameters"]["total"] == parameters
     timing, memory = summary["timing"], summary["memory"]
-    assert timing.keys() == SPEED | SPLIT | {"evaluation_seconds", "compile_seconds", "total_seconds"}
+    assert timing.keys() == SPEED | SPLIT | {
+        "evaluation_seconds",
+        "compile_seconds",
+        "total_seconds",
+    }
     parts = [timing[name] for name in (*SPLIT, "evaluation_seconds", "compile_seconds")]
     assert all(seconds > 0 for seconds in parts) and sum(parts) < timing["total_seconds"]
     for name in SPLIT:  # nothing of it falls between two lines
         assert timing[name] == pytest.approx(sum(line[name] for line in lines), rel=1e-6)
     assert memory.keys() == HOST | {"state_bytes", "argument_bytes", "temporary_bytes"}
-    assert memory["state_bytes"] == pytest.approx(3 * 4 * parameter_counts(tiny_config()).total, rel=0.02)
+    assert memory["state_bytes"] == pytest.approx(
+        3 * 4 * parameter_counts(tiny_config()).total, rel=0.02
+    )
 
 
 def test_loss_goes_down():
@@ -111,10 +147,18 @@ def test_loss_goes_down():
 
 
 def test_accumulation_changes_only_rounding():
-    (one, one_validation), (two, two_validation) = (read_metrics(workdir) for workdir in finished_runs().values())
-    np.testing.assert_allclose([line["nll"] for line in one[:4]], [line["nll"] for line in two[:4]], rtol=1e-5)
-    np.testing.assert_allclose([line["nll"] for line in one], [line["nll"] for line in two], rtol=1e-3)
-    np.testing.assert_allclose(one_validation[-1]["validation_nll"], two_validation[-1]["validation_nll"], rtol=1e-3)
+    (one, one_validation), (two, two_validation) = (
+        read_metrics(workdir) for workdir in finished_runs().values()
+    )
+    np.testing.assert_allclose(
+        [line["nll"] for line in one[:4]], [line["nll"] for line in two[:4]], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        [line["nll"] for line in one], [line["nll"] for line in two], rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        one_validation[-1]["validation_nll"], two_validation[-1]["validation_nll"], rtol=1e-3
+    )
 
 
 def kill_when(process, condition):
@@ -131,7 +175,9 @@ def kill_when(process, condition):
 
 @shared
 def killed_runs():
-    """Runs with the settings of `finished_runs`, killed before a checkpoint, after one, then finished."""
+    """Runs with the settings of `finished_runs`, killed before a checkpoint, after one, then
+    finished.
+    """
     workdirs = {accumulate: scratch("killed") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
     for accumulate, workdir in workdirs.items():
         command = train_command(workdir, train__accumulate=accumulate)
@@ -152,19 +198,29 @@ def test_killed_run_ends_as_an_uninterrupted_one(accumulate):
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, killed)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
 
-    (arrays, beside), (killed_arrays, killed_beside) = (raw_checkpoint(w, STEPS) for w in (whole, killed))
+    (arrays, beside), (killed_arrays, killed_beside) = (
+        raw_checkpoint(w, STEPS) for w in (whole, killed)
+    )
     assert arrays.keys() == killed_arrays.keys()
     assert any("opt_state" in path for path in arrays) and any("params" in path for path in arrays)
     assert arrays["['step']"] == STEPS
     for path, array in arrays.items():
-        assert array.dtype == killed_arrays[path].dtype and array.tobytes() == killed_arrays[path].tobytes(), path
+        assert (
+            array.dtype == killed_arrays[path].dtype
+            and array.tobytes() == killed_arrays[path].tobytes()
+        ), path
     assert beside["data"] and beside == killed_beside
 
-    (lines, validations), (killed_lines, killed_validations) = read_metrics(whole), read_metrics(killed)
+    (lines, validations), (killed_lines, killed_validations) = (
+        read_metrics(whole),
+        read_metrics(killed),
+    )
     assert [line["step"] for line in killed_lines] == LOGGED
     for line, killed_line in zip(lines, killed_lines, strict=True):
         assert computed(line) == computed(killed_line)
-    assert [computed(line) for line in validations] == [computed(line) for line in killed_validations]
+    assert [computed(line) for line in validations] == [
+        computed(line) for line in killed_validations
+    ]
 
     events, killed_events = charts(whole), charts(killed)
     assert events.keys() == killed_events.keys()
@@ -176,7 +232,8 @@ def charts(workdir):
     return {
         (tag, step): value.SerializeToString()
         for (tag, step), value in read_events(workdir).items()
-        if tag.partition("/")[2] not in MEASURED_KEYS and f"validation_{tag.partition('/')[2]}" not in MEASURED_KEYS
+        if tag.partition("/")[2] not in MEASURED_KEYS
+        and f"validation_{tag.partition('/')[2]}" not in MEASURED_KEYS
     }
 
 
@@ -197,7 +254,9 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
         "data__path": str(shutil.copytree(corpus_folder(), tmp_path / "texts")),
         "data__cache": str(tmp_path / "cache"),
     }
-    status, _, stderr = run(train_command(workdir, train__steps=STEPS + 4, checkpoint__every=100, **moved))
+    status, _, stderr = run(
+        train_command(workdir, train__steps=STEPS + 4, checkpoint__every=100, **moved)
+    )
     assert status == 0, stderr
     assert (workdir / "metrics.jsonl").read_text().startswith(before)
     assert [line["step"] for line in read_metrics(workdir)[0]] == [*LOGGED, STEPS + 2, STEPS + 4]
@@ -216,9 +275,16 @@ def test_every_kind_trains(kind):
     assert lines[-1]["nll"] < lines[0]["nll"] - 0.3
     for line in lines:
         aux, entropy = line["aux_loss"], line.get("confidence_entropy", 0)
-        expected = line["nll"] + config.balance.aux_weight * aux + config.balance.entropy_weight * entropy
+        expected = (
+            line["nll"] + config.balance.aux_weight * aux + config.balance.entropy_weight * entropy
+        )
         np.testing.assert_allclose(line["loss"], expected, rtol=1e-6)
-    if kind in ("aoe, gate=all", "router", "capacity", "expert_choice"):  # expert choice: capacity factor 2
+    if kind in (
+        "aoe, gate=all",
+        "router",
+        "capacity",
+        "expert_choice",
+    ):  # expert choice: capacity factor 2
         np.testing.assert_allclose([line["experts_per_token"] for line in lines], 2, rtol=1e-6)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["metrics"]["validation_nll"] == validations[-1]["validation_nll"]
@@ -234,4 +300,6 @@ def test_dropped_choices_are_logged():
         by_layer = line["layers"]["dropped_share"]
         assert len(by_layer) == 2 and 0 < line["dropped_share"] < 0.9
         np.testing.assert_allclose(line["dropped_share"], np.mean(by_layer), rtol=1e-6)
-        assert events["train/dropped_share", line["step"]].simple_value == pytest.approx(line["dropped_share"])
+        assert events["train/dropped_share", line["step"]].simple_value == pytest.approx(
+            line["dropped_share"]
+        )

@@ -1,4 +1,6 @@
-"""What the results of a suite say: by size and arm, at the end and at equal budgets, and fitted over sizes."""
+"""What the results of a suite say: by size and arm, at the end and at equal budgets, and fitted
+over sizes.
+"""
 
 import functools
 import math
@@ -6,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aoe_jax.compare.results import Result
-from aoe_jax.compare.statistics import Parabola, at, fit_parabola, fit_power_law, mean, paired_difference
+from aoe_jax.compare.statistics import (
+    Parabola,
+    at,
+    fit_parabola,
+    fit_power_law,
+    mean,
+    paired_difference,
+)
 from aoe_jax.compare.suite import Suite
 from aoe_jax.counts import experts_per_token, parameter_counts
 from aoe_jax.experts.kinds import LAYERS
@@ -14,7 +23,10 @@ from aoe_jax.experts.selection import SELECTIONS
 
 BUDGETS = ("end", "flops", "seconds")  # at what arms are held against the baseline
 EQUAL_FLOPS = 1.1  # up to what ratio the training FLOPs of sizes count as equal
-SCALES = {"active_non_embedding": "active parameters without embeddings", "flops": "useful training FLOPs"}
+SCALES = {
+    "active_non_embedding": "active parameters without embeddings",
+    "flops": "useful training FLOPs",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,9 @@ class Comparison:
 
     def finished(self, size, arm):
         """The results of the finished runs of an arm, by seed."""
-        return [r for r in self.results if (r.run.size, r.run.arm, r.state) == (size, arm, "finished")]
+        return [
+            r for r in self.results if (r.run.size, r.run.arm, r.state) == (size, arm, "finished")
+        ]
 
     def series(self, size):
         """`{arm: [Result, ...]}` of a size, arms without a finished run left out."""
@@ -63,17 +77,23 @@ class Comparison:
         return [size for size in self.suite.sizes if self.series(size)]
 
     def largest(self):
-        """The last size in which every arm of it has a finished run; else the last with any; None of none."""
+        """The last size in which every arm of it has a finished run; else the last with any; None
+        of none.
+        """
         sizes = self.sizes()
         whole = [size for size in sizes if len(self.series(size)) == len(self.suite.arms_of(size))]
         return (whole or sizes or [None])[-1]
 
     def takes_what_it_needs(self, size, arm):
-        """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from training."""
+        """Whether an arm's experts a token, and so its FLOPs and seconds, are only known from
+        training.
+        """
         return experts_per_token(self.suite.config(size, arm, 0)) is None
 
     def is_comparable(self, size, arm):
-        """Whether the losses of an arm compare with those of others: not where experts choose among later tokens."""
+        """Whether the losses of an arm compare with those of others: not where experts choose among
+        later tokens.
+        """
         experts = self.suite.config(size, arm, 0).experts
         return not LAYERS[experts.kind].selects or SELECTIONS[experts.selection].causal
 
@@ -82,14 +102,22 @@ class Comparison:
         return self.suite.arms[arm].reference or self.suite.baseline
 
     def budget(self, size, arms, kind):
-        """What arms of a size have spent at least, of "flops" or "seconds"; nan if one takes what it needs or hasn't run."""
+        """What arms of a size have spent at least, of "flops" or "seconds"; nan if one takes what
+        it needs or hasn't run.
+        """
         if any(self.takes_what_it_needs(size, arm) for arm in arms):
             return math.nan
-        spent = [r.run.config.train.steps * r.per_step(kind) for arm in arms for r in self.finished(size, arm)]
+        spent = [
+            r.run.config.train.steps * r.per_step(kind)
+            for arm in arms
+            for r in self.finished(size, arm)
+        ]
         return min(spent) if all(self.finished(size, arm) for arm in arms) else math.nan
 
     def nlls(self, size, arm, kind="end", budget=None):
-        """`{seed: validation nll}` of an arm after the last step, or where its curve meets a budget of `kind`."""
+        """`{seed: validation nll}` of an arm after the last step, or where its curve meets a budget
+        of `kind`.
+        """
         if kind == "end":
             return {r.run.seed: r.nll for r in self.finished(size, arm)}
         found = {
@@ -99,9 +127,11 @@ class Comparison:
         return {seed: nll for seed, nll in found.items() if math.isfinite(nll)}
 
     def difference(self, size, arm, kind="end", to=None):
-        """The `Difference` of an arm's nll to that of another, of its reference where none is named, seed by seed.
+        """The `Difference` of an arm's nll to that of another, of its reference where none is
+        named, seed by seed.
 
-        A budget is what the one of the two that takes less has spent at its end. Of no seed where one isn't comparable.
+        A budget is what the one of the two that takes less has spent at its end. Of no seed where
+        one isn't comparable.
         """
         to = to or self.reference(arm)
         if not (self.is_comparable(size, arm) and self.is_comparable(size, to)):
@@ -119,10 +149,16 @@ class Comparison:
                 lists[-1].append(size)
             else:
                 lists.append([size])
-        return [[size for size in self.suite.sizes if size in sizes] for sizes in lists if len(sizes) > 2]
+        return [
+            [size for size in self.suite.sizes if size in sizes]
+            for sizes in lists
+            if len(sizes) > 2
+        ]
 
     def isoflops(self, sizes):
-        """`{arm: IsoFlops}` of a list of `budgets_of_flops`, for arms that it costs equal FLOPs too."""
+        """`{arm: IsoFlops}` of a list of `budgets_of_flops`, for arms that it costs equal FLOPs
+        too.
+        """
         found = {}
         for arm in self.suite.arms:
             results = [r for size in sizes for r in self.finished(size, arm)]
@@ -135,7 +171,8 @@ class Comparison:
         return found
 
     def points(self, scale):
-        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at least, and no two of one x.
+        """`{arm: {x: [nll of each seed]}}`, `scale` a key of `SCALES`; arms with two sizes at
+        least, and no two of one x.
 
         Without sizes of equal FLOPs, which differ in what they spend them on.
         """
@@ -156,19 +193,33 @@ class Comparison:
         return {arm: fit_power_law(groups) for arm, groups in self.points(scale).items()}
 
     def balance_of(self, size, arm):
-        """`(layer, balance)` in words: what the layers of an arm are, and what evens the load; None without a choice."""
+        """`(layer, balance)` in words: what the layers of an arm are, and what evens the load; None
+        without a choice.
+        """
         config = self.suite.config(size, arm, 0)
         b, e, kind = config.balance, config.experts, LAYERS[config.experts.kind]
         if not kind.selects:
             return None
-        layer = kind.in_words(e) + ", factorised gate" * e.factorised_gate + ", large router" * e.large_router
+        layer = (
+            kind.in_words(e)
+            + ", factorised gate" * e.factorised_gate
+            + ", large router" * e.large_router
+        )
         if e.top_k != self.suite.config(size, self.suite.baseline, 0).experts.top_k:
             layer += f", K={e.top_k}"
         layer += f", {e.selection.replace('_', ' ')}" * (e.selection != "top_k")
         layer += f", gate={e.gate}" * (e.gate != "chosen")
         aux = "L_aux" + " of each sequence" * (b.aux_batch == "sequence")
-        parts = [(SELECTIONS[e.selection].balances_by, True), (aux, b.aux_weight), ("Ent_conf", b.entropy_weight)]
-        parts += [("z-loss", b.z_weight), ("loss-free bias", b.bias_rate), ("L_ERC", b.coupling_weight)]
+        parts = [
+            (SELECTIONS[e.selection].balances_by, True),
+            (aux, b.aux_weight),
+            ("Ent_conf", b.entropy_weight),
+        ]
+        parts += [
+            ("z-loss", b.z_weight),
+            ("loss-free bias", b.bias_rate),
+            ("L_ERC", b.coupling_weight),
+        ]
         return layer, " + ".join(name for name, value in parts if name and value) or "nothing"
 
     def spread(self, size, arm, figure):

@@ -1,4 +1,6 @@
-"""The arms that most suites have; sizes say `d_ffn` of a traditional expert, and all arms have its total parameters."""
+"""The arms that most suites have; sizes say `d_ffn` of a traditional expert, and all arms have its
+total parameters.
+"""
 
 from aoe_jax.compare.suite import Arm
 
@@ -10,7 +12,9 @@ BALANCE = {
 }
 
 
-ALL_TOKENS = {"aux_tokens": 1.0}  # a router's scores cost no more for it; AoE has what the suite's base says
+ALL_TOKENS = {
+    "aux_tokens": 1.0
+}  # a router's scores cost no more for it; AoE has what the suite's base says
 
 
 def moe(balance):
@@ -20,10 +24,15 @@ def moe(balance):
 
 
 def capacity(factor):
-    """The same with L_aux and experts of limited room, by the einsum of GShard and Switch: tokens are dropped."""
+    """The same with L_aux and experts of limited room, by the einsum of GShard and Switch: tokens
+    are dropped.
+    """
     label, fields = BALANCE["aux"]
     experts = {"kind": "capacity", "capacity_factor": factor}
-    return Arm(f"MoE, {label}, capacity {factor:g} (not causal)", {"experts": experts, "balance": fields | ALL_TOKENS})
+    return Arm(
+        f"MoE, {label}, capacity {factor:g} (not causal)",
+        {"experts": experts, "balance": fields | ALL_TOKENS},
+    )
 
 
 def low_rank_moe(divisor, field):
@@ -32,14 +41,23 @@ def low_rank_moe(divisor, field):
 
     def changes(config):
         d_low = config.model.d_model // divisor
-        return {"experts": {"kind": "router", "d_low": d_low, field: True}, "balance": fields | ALL_TOKENS}
+        return {
+            "experts": {"kind": "router", "d_low": d_low, field: True},
+            "balance": fields | ALL_TOKENS,
+        }
 
     # The parameters of a large router come on top.
-    return Arm(f"MoE, {label}, {field.replace('_', ' ')} r=d/{divisor}", changes, matched=field != "large_router")
+    return Arm(
+        f"MoE, {label}, {field.replace('_', ' ')} r=d/{divisor}",
+        changes,
+        matched=field != "large_router",
+    )
 
 
 def gate_over_all(arm):
-    """An arm whose weights are the softmax over all experts, as in Switch and in the code that AoE's authors released."""
+    """An arm whose weights are the softmax over all experts, as in Switch and in the code that
+    AoE's authors released.
+    """
 
     def changed(config):
         found = arm.changes_of(config)
@@ -72,7 +90,10 @@ def aoe(divisor, balance):
     label, fields = BALANCE[balance]
 
     def changes(config):
-        return {"experts": {"kind": "aoe", "d_low": config.model.d_model // divisor}, "balance": fields}
+        return {
+            "experts": {"kind": "aoe", "d_low": config.model.d_model // divisor},
+            "balance": fields,
+        }
 
     return Arm(f"AoE r=d/{divisor}, {label}", changes)
 
@@ -80,7 +101,10 @@ def aoe(divisor, balance):
 def _dense_changes(width):
     def changes(config):
         d_ffn = getattr(config.experts, width) * config.experts.d_ffn
-        return {"experts": {"kind": "dense", "d_ffn": d_ffn}, "balance": {"aux_weight": 0.0, "bias_rate": 0.0}}
+        return {
+            "experts": {"kind": "dense", "d_ffn": d_ffn},
+            "balance": {"aux_weight": 0.0, "bias_rate": 0.0},
+        }
 
     return changes
 

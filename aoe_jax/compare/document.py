@@ -102,7 +102,9 @@ def _markdown(block, folder):
             return "\n".join(f"    {line}" for line in text.splitlines())
         case Table(head, rows):
             cells = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-            return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+            return "\n".join(
+                "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells
+            )
         case Picture(name, _, caption):
             return f"![{caption}]({folder}/{name}.png)\n\n*{caption}*"
         case Pictures(pictures):
@@ -111,7 +113,9 @@ def _markdown(block, folder):
 
 
 def to_html(blocks):
-    """A page with everything in it: no scripts, no addresses, pictures as SVG in the colours of the page."""
+    """A page with everything in it: no scripts, no addresses, pictures as SVG in the colours of the
+    page.
+    """
     title = next(block.text for block in blocks if isinstance(block, Heading))
     body = "\n".join(_html(block) for block in blocks)
     return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", body)
@@ -133,7 +137,10 @@ def _html(block):
             return f"<pre>{html.escape(text)}</pre>"
         case Table(head, rows):
             cells = "".join(f"<th>{_words(cell)}</th>" for cell in head)
-            lines = "".join("<tr>" + "".join(f"<td>{_words(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            lines = "".join(
+                "<tr>" + "".join(f"<td>{_words(cell)}</td>" for cell in row) + "</tr>"
+                for row in rows
+            )
             return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
         case Picture(_, _, caption):
             svg = style.svg_for_page(block.rendered[0])

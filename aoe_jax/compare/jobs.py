@@ -1,4 +1,6 @@
-"""Runs commands in processes of their own, several at a time; one that fails doesn't stop the others."""
+"""Runs commands in processes of their own, several at a time; one that fails doesn't stop the
+others.
+"""
 
 import fcntl
 import logging
@@ -80,7 +82,9 @@ def last_line(path: Path):
 
 
 def _is_free(folder):
-    """Whether no process of before, killed or asked to stop with its parent, is still at work in a folder."""
+    """Whether no process of before, killed or asked to stop with its parent, is still at work in a
+    folder.
+    """
     if not folder.is_dir():
         return True
     descriptor = os.open(folder, os.O_RDONLY)
@@ -98,8 +102,8 @@ def _is_free(folder):
 def run_jobs(jobs: list[Job], slots: list[Slot], environment: dict[str, str], stop: StopRequests):
     """Runs jobs in order, as many at a time as there are slots, each in one.
 
-    Every job leaves its log and its outcome. Says now and then how far all are. `environment` has defaults for variables
-    that aren't set.
+    Every job leaves its log and its outcome. Says now and then how far all are. `environment` has
+    defaults for variables that aren't set.
 
     Raises:
       Stopped: `stop` was asked; the jobs at work were asked too and have ended.
@@ -147,22 +151,38 @@ class _Progress:
         self._failed += status != 0
         if status:
             log.warning(
-                "%s failed with status %d: %s; its log is %s", one.job.name, status, one.last_words(), one.job.log
+                "%s failed with status %d: %s; its log is %s",
+                one.job.name,
+                status,
+                one.last_words(),
+                one.job.log,
             )
         self._say(f"{one.job.name} has ended", [])
 
     def say(self, running):
         """Says how far all are, if that was long ago."""
         if time.monotonic() - self._said > SAY_SECONDS:
-            self._say("at work: " + ", ".join(f"{one.job.name} {one.job.progress():.0%}" for one in running), running)
+            self._say(
+                "at work: "
+                + ", ".join(f"{one.job.name} {one.job.progress():.0%}" for one in running),
+                running,
+            )
 
     def _say(self, what, running):
         self._said = time.monotonic()
-        gained = self._gained + sum(one.job.cost * max(one.job.progress() - one.before, 0) for one in running)
+        gained = self._gained + sum(
+            one.job.cost * max(one.job.progress() - one.before, 0) for one in running
+        )
         done = sum(one.job.cost * one.job.progress() for one in running)
         left = ""
         if gained and self._left:
-            seconds = (sum(self._left.values()) - done) / gained * (time.monotonic() - self._started)
-            left = f", about {seconds / 3600:.1f} h left" if seconds > 5400 else f", about {seconds / 60:.0f} min left"
+            seconds = (
+                (sum(self._left.values()) - done) / gained * (time.monotonic() - self._started)
+            )
+            left = (
+                f", about {seconds / 3600:.1f} h left"
+                if seconds > 5400
+                else f", about {seconds / 60:.0f} min left"
+            )
         failed = f", {self._failed} of them failed" if self._failed else ""
         log.info("%d of %d ended%s%s; %s", self._n - len(self._left), self._n, failed, left, what)

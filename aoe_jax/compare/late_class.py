@@ -1,8 +1,9 @@
-"""The two-stage classifier of the paper's Appendix B: what it trains, what is counted, the table and the picture.
+"""The two-stage classifier of the paper's Appendix B: what it trains, what is counted, the table
+and the picture.
 
-Two things hold by construction. The norms of x and -x are equal, so AoE's choice for classes 1 and 2 is the same. And two
-logits without a bias divide the inputs by a hyperplane through 0, with half of class 3 on either side. Both choices depend
-on the direction of x alone, not on its length.
+Two things hold by construction. The norms of x and -x are equal, so AoE's choice for classes 1 and
+2 is the same. And two logits without a bias divide the inputs by a hyperplane through 0, with half
+of class 3 on either side. Both choices depend on the direction of x alone, not on its length.
 
 d input width, C = 3 classes, n = 2 experts, S seeds, T inputs.
 """
@@ -43,7 +44,9 @@ COLOURS = ("#0072B2", "#E69F00")  # told apart by the colour-blind, and in grey
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the paper leaves open. Experts of both kinds have equally many parameters (Eq. 5, rounded)."""
+    """What the paper leaves open. Experts of both kinds have equally many parameters (Eq. 5,
+    rounded).
+    """
 
     steps: int = 1000  # of each stage
     d_model: int = 32
@@ -66,7 +69,9 @@ class Outcome(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A layer of two experts, top-1, and a linear head on its output: `[T, d] -> (logits [T, C], LayerStats)`."""
+    """A layer of two experts, top-1, and a linear head on its output: `[T, d] -> (logits [T, C],
+    LayerStats)`.
+    """
 
     kind: str
     gate: str
@@ -110,7 +115,9 @@ def train(kind, gate, setting, key):
 
     def stage(state, classes_and_key):
         n_classes, key = classes_and_key
-        state, _ = jax.lax.scan(partial(step, n_classes), state, jax.random.split(key, setting.steps))
+        state, _ = jax.lax.scan(
+            partial(step, n_classes), state, jax.random.split(key, setting.steps)
+        )
         classes = jnp.arange(CLASSES), jax.random.split(test_key, CLASSES)
         return state, jax.lax.map(lambda args: outcome_of_class(state[0], *args), classes)
 
@@ -121,9 +128,13 @@ def train(kind, gate, setting, key):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def train_seeds(kind, gate, setting, seeds):
-    """One program for all seeds: `Outcome` of `share [S, 2, C, n]` and `accuracy [S, 2, C]`, axis 1 the stages."""
+    """One program for all seeds: `Outcome` of `share [S, 2, C, n]` and `accuracy [S, 2, C]`, axis 1
+    the stages.
+    """
     # One after the other: as a batch they take longer to compile and hardly less to run.
-    return jax.lax.map(partial(train, kind, gate, setting), jax.random.split(jax.random.key(0), seeds))
+    return jax.lax.map(
+        partial(train, kind, gate, setting), jax.random.split(jax.random.key(0), seeds)
+    )
 
 
 def ending(share):
@@ -138,7 +149,9 @@ def ending(share):
 
 
 def of_first_expert(share):
-    """The shares of the expert that serves most of class 1: `[S, C, n] -> [S, C]`; the other expert has the rest."""
+    """The shares of the expert that serves most of class 1: `[S, C, n] -> [S, C]`; the other expert
+    has the rest.
+    """
     first = share[:, 0].argmax(axis=-1)
     return np.take_along_axis(share, first[:, None, None], axis=2)[..., 0]
 
@@ -172,7 +185,11 @@ def table(figures):
     shares, accuracies = "share that the expert of class 1 serves [%]", "accuracy [%]"
     yield f"{'':<20}      {shares:^45} {accuracies:^21}   {'seeds that end':^28}"
     classes = [f"class {c + 1}" for c in range(CLASSES)]
-    heads = "".join(f"{name:^15}" for name in classes) + " " + "".join(f"{name[-1]:>7}" for name in classes)
+    heads = (
+        "".join(f"{name:^15}" for name in classes)
+        + " "
+        + "".join(f"{name[-1]:>7}" for name in classes)
+    )
     yield f"{'':<20} stage{heads}   " + "".join(f"{name:>7}" for name in ENDINGS)
     for figure in figures:
         for stage in figure["stages"]:
@@ -188,7 +205,9 @@ def table(figures):
 
 
 def draw(figures, setting):
-    """A `Figure` like the paper's Fig. 5: by arm and stage, which part of each class which expert serves; a dot a seed."""
+    """A `Figure` like the paper's Fig. 5: by arm and stage, which part of each class which expert
+    serves; a dot a seed.
+    """
     figure = Figure(figsize=(2.6 * len(figures), 5.6), layout="constrained")
     axes = figure.subplots(STAGES, len(figures), sharex=True, sharey=True, squeeze=False)
     places = np.arange(CLASSES)
@@ -196,7 +215,9 @@ def draw(figures, setting):
         for ax, stage in zip(column, arm["stages"], strict=True):
             shares = of_first_expert(np.array(stage["share"]))
             mean, name = shares.mean(axis=0), f"stage {stage['stage']}"
-            ax.bar(places, mean, 0.8, color=COLOURS[0], label="the expert that serves most of class 1")
+            ax.bar(
+                places, mean, 0.8, color=COLOURS[0], label="the expert that serves most of class 1"
+            )
             ax.bar(places, 1 - mean, 0.8, bottom=mean, color=COLOURS[1], label="the other expert")
             offsets = np.linspace(-0.3, 0.3, len(shares))[:, None]
             style = {
@@ -220,6 +241,7 @@ def draw(figures, setting):
     handles, words = handles[1:] + handles[:1], words[1:] + words[:1]
     figure.legend(handles, words, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
-        f"Two experts, top-1: {len(shares)} seeds, d={setting.d_model}, {setting.steps} steps a stage", fontsize=11
+        f"Two experts, top-1: {len(shares)} seeds, d={setting.d_model}, {setting.steps} steps a stage",
+        fontsize=11,
     )
     return figure

@@ -19,12 +19,15 @@ def tuning_folder(workdir: Path, run: Run):
 
 
 def beside(path: Path, suffix):
-    """A file beside another or a directory, such as its log: a directory itself belongs to `train.py`."""
+    """A file beside another or a directory, such as its log: a directory itself belongs to
+    `train.py`.
+    """
     return path.with_name(path.name + suffix)
 
 
 def check_run(folder: Path, run: Run):
-    """Checks that a directory is free or of this very run, as many steps long: its learning rate has come down by then.
+    """Checks that a directory is free or of this very run, as many steps long: its learning rate
+    has come down by then.
 
     Raises:
       UserError: it is of another.

@@ -1,9 +1,10 @@
-"""Looks at the runs of a size, or at a sweep, in a process of its own: `python -m aoe_jax.compare.measure --todo=FILE`.
+"""Looks at the runs of a size, or at a sweep, in a process of its own: `python -m
+aoe_jax.compare.measure --todo=FILE`.
 
-The JSON file says what to do. Of a size: `routing`, directories of runs whose routing is looked at (`routing.py`) on
-`tokens` tokens; and `steps`, runs by name, each `config` and `folder`, whose steps are timed (`step_times.py`) into the file
-`output`. Of a sweep: `points`, which are measured (`throughput.py`) into `output`, and whether its values are those of a
-`topology`.
+The JSON file says what to do. Of a size: `routing`, directories of runs whose routing is looked at
+(`routing.py`) on `tokens` tokens; and `steps`, runs by name, each `config` and `folder`, whose
+steps are timed (`step_times.py`) into the file `output`. Of a sweep: `points`, which are measured
+(`throughput.py`) into `output`, and whether its values are those of a `topology`.
 """
 
 import logging
@@ -16,7 +17,9 @@ from aoe_jax.config import Config
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
 
-log = logging.getLogger("aoe_jax.compare.measure")  # not __name__, which is __main__ on the command line
+log = logging.getLogger(
+    "aoe_jax.compare.measure"
+)  # not __name__, which is __main__ on the command line
 
 _TODO = flags.DEFINE_string("todo", None, "a JSON file of what to do")
 
@@ -51,7 +54,8 @@ def _measure_size(todo):
             failed.append(f"routing of {folder}: {type(e).__name__}: {e}")
     if todo["steps"]:
         trained = {
-            arm: (Config.from_config_dict(run["config"]), Path(run["folder"])) for arm, run in todo["steps"].items()
+            arm: (Config.from_config_dict(run["config"]), Path(run["folder"]))
+            for arm, run in todo["steps"].items()
         }
         seconds, not_timed = time_steps(trained, Path(todo["output"]))
         for arm, value in seconds.items():

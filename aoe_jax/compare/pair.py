@@ -1,11 +1,14 @@
-"""Any two arms of a suite, seed by seed: `python -m aoe_jax.compare.pair --results=DIR --arms=ARM,ARM`.
+"""Any two arms of a suite, seed by seed: `python -m aoe_jax.compare.pair --results=DIR
+--arms=ARM,ARM`.
 
-DIR has the `runs.csv` of a report, such as `results/small` or the working directory of a suite. Prints, for each size, the
-final validation nll of both (nats a token; means and standard errors over the seeds that both have finished) and the first
-less the second with its 95% interval (Student's t); and how fast each falls from one such size to the next, as the exponent
-of a power law in active parameters without embeddings, without an interval (a dash between sizes of equal training FLOPs,
-which spend them on parameters or on tokens). The report of a suite has the differences to its baseline, and says which arms
-aren't causal, whose losses compare with each other's at most.
+DIR has the `runs.csv` of a report, such as `results/small` or the working directory of a suite.
+Prints, for each size, the final validation nll of both (nats a token; means and standard errors
+over the seeds that both have finished) and the first less the second with its 95% interval
+(Student's t); and how fast each falls from one such size to the next, as the exponent of a power
+law in active parameters without embeddings, without an interval (a dash between sizes of equal
+training FLOPs, which spend them on parameters or on tokens). The report of a suite has the
+differences to its baseline, and says which arms aren't causal, whose losses compare with each
+other's at most.
 """
 
 import csv
@@ -23,7 +26,9 @@ from aoe_jax.compare.words import plus_minus, signed
 from aoe_jax.errors import UserError
 
 _RESULTS = flags.DEFINE_string("results", None, "a directory with runs.csv, such as results/small")
-_ARMS = flags.DEFINE_list("arms", [], "two arms by their names in the suite, such as aoe_d3_free,moe_free")
+_ARMS = flags.DEFINE_list(
+    "arms", [], "two arms by their names in the suite, such as aoe_d3_free,moe_free"
+)
 
 
 NUMBERS = ("active_non_embedding", "flops", "validation_nll")
@@ -41,7 +46,8 @@ class Pair:
 
 
 def finished_runs(folder: Path):
-    """The rows of `runs.csv` of runs that have finished, names to words, those of `NUMBERS` to numbers.
+    """The rows of `runs.csv` of runs that have finished, names to words, those of `NUMBERS` to
+    numbers.
 
     Raises:
       UserError: there is no such file, it isn't that of a report, or nothing has finished.
@@ -52,15 +58,21 @@ def finished_runs(folder: Path):
             rows = list(csv.DictReader(lines))
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "it is no text"
-        raise UserError(f"--results={folder}: {file} can't be read ({reason}); name the folder of a report") from e
+        raise UserError(
+            f"--results={folder}: {file} can't be read ({reason}); name the folder of a report"
+        ) from e
     needed = {"size", "arm", "seed", "state", *NUMBERS}
     if not rows or not needed <= rows[0].keys():
-        raise UserError(f"--results={folder}: {file} has no runs of a suite; name the folder of a report")
+        raise UserError(
+            f"--results={folder}: {file} has no runs of a suite; name the folder of a report"
+        )
     finished = [row for row in rows if row["state"] == "finished"]
     try:
         finished = [row | {name: float(row[name]) for name in NUMBERS} for row in finished]
     except (TypeError, ValueError) as e:
-        raise UserError(f"--results={folder}: {file} is damaged ({e}); make the report again") from e
+        raise UserError(
+            f"--results={folder}: {file} is damaged ({e}); make the report again"
+        ) from e
     if not finished:
         raise UserError(f"--results={folder}: no run of {file} has finished")
     return finished
@@ -78,7 +90,9 @@ def pairs(rows, arms):
     known = dict.fromkeys(row["arm"] for row in rows)
     for arm in arms:
         if arm not in known:
-            raise UserError(f"{given}: {arm} has finished no run there; choose of {', '.join(known)}")
+            raise UserError(
+                f"{given}: {arm} has finished no run there; choose of {', '.join(known)}"
+            )
     found = []
     for size in dict.fromkeys(row["size"] for row in rows):
         there = [[row for row in rows if (row["size"], row["arm"]) == (size, arm)] for arm in arms]
@@ -94,10 +108,14 @@ def pairs(rows, arms):
 
 
 def exponents(before: Pair, after: Pair):
-    """Of each arm, the a of nll ~ parameters ** -a through two sizes; None of equal parameters or equal training FLOPs."""
+    """Of each arm, the a of nll ~ parameters ** -a through two sizes; None of equal parameters or
+    equal training FLOPs.
+    """
     for i in range(2):
         ratio = math.log(after.active[i] / before.active[i])
-        same = not ratio or max(before.flops[i], after.flops[i]) < EQUAL_FLOPS * min(before.flops[i], after.flops[i])
+        same = not ratio or max(before.flops[i], after.flops[i]) < EQUAL_FLOPS * min(
+            before.flops[i], after.flops[i]
+        )
         yield None if same else -math.log(after.nlls[i].value / before.nlls[i].value) / ratio
 
 

@@ -40,7 +40,9 @@ class Result:
     memory_bytes: float  # what the compiler plans for a device: state and temporaries
     train: Curve
     validation: Curve
-    load_entropy: float  # mean over layers, of the validation split; nan where routing wasn't looked at
+    load_entropy: (
+        float  # mean over layers, of the validation split; nan where routing wasn't looked at
+    )
     dropped_share: float  # of the choices of training batches, of experts with a capacity
     routing: dict | None  # routing.json
 
@@ -66,7 +68,11 @@ class Result:
 
     def per_step(self, axis):
         """What a step costs on an axis: "tokens", "flops" or "seconds"."""
-        return {"tokens": self.tokens_per_step, "flops": self.flops_per_step, "seconds": self.seconds_per_step}[axis]
+        return {
+            "tokens": self.tokens_per_step,
+            "flops": self.flops_per_step,
+            "seconds": self.seconds_per_step,
+        }[axis]
 
 
 def read_results(runs: Sequence[Run], workdir: Path):
@@ -99,10 +105,13 @@ def _read(run, folder, seconds_per_step):
         bits_per_byte=_number(summary, "metrics", "validation_bits_per_byte"),
         seconds_per_step=seconds_per_step or float(np.median(own or [math.nan])),
         timed_in_turn=seconds_per_step is not None,
-        memory_bytes=_number(summary, "memory", "state_bytes") + _number(summary, "memory", "temporary_bytes"),
+        memory_bytes=_number(summary, "memory", "state_bytes")
+        + _number(summary, "memory", "temporary_bytes"),
         train=_curve(train, "nll"),
         validation=_curve(validation, "validation_nll"),
-        load_entropy=float(np.mean(routing["checkpoints"][-1]["load_entropy"])) if routing else math.nan,
+        load_entropy=float(np.mean(routing["checkpoints"][-1]["load_entropy"]))
+        if routing
+        else math.nan,
         dropped_share=_dropped_share(train),
         routing=routing,
     )
@@ -119,7 +128,10 @@ def _lines(path):
 
 
 def _curve(lines, name):
-    return Curve(np.array([line["step"] for line in lines], int), np.array([line[name] for line in lines], float))
+    return Curve(
+        np.array([line["step"] for line in lines], int),
+        np.array([line[name] for line in lines], float),
+    )
 
 
 def _number(summary, group, name):
@@ -165,10 +177,18 @@ def curve_rows(results):
     for result in results:
         for split, curve in (("train", result.train), ("validation", result.validation)):
             for step, nll in zip(curve.step, curve.nll, strict=True):
-                costs = {axis: step * result.per_step(axis) for axis in ("tokens", "flops", "seconds")}
+                costs = {
+                    axis: step * result.per_step(axis) for axis in ("tokens", "flops", "seconds")
+                }
                 run = result.run
                 yield (
-                    {"size": run.size, "arm": run.arm, "seed": run.seed, "split": split, "step": step}
+                    {
+                        "size": run.size,
+                        "arm": run.arm,
+                        "seed": run.seed,
+                        "split": split,
+                        "step": step,
+                    }
                     | costs
                     | {"nll": nll}
                 )
@@ -176,7 +196,13 @@ def curve_rows(results):
 
 def routing_rows(results):
     """A row a checkpoint and layer of a run."""
-    per_layer = ("load_entropy", "confidence_entropy", "max_violation", "dead_experts", "overlap_with_final")
+    per_layer = (
+        "load_entropy",
+        "confidence_entropy",
+        "max_violation",
+        "dead_experts",
+        "overlap_with_final",
+    )
     for result in results:
         for checkpoint in (result.routing or {}).get("checkpoints", ()):
             for layer in range(len(checkpoint["load"])):
@@ -187,7 +213,9 @@ def routing_rows(results):
 
 
 def difference_row(size, arm, to, budget, difference):
-    """A row of a paired difference of an arm to another; `budget` says at what: end, flops or seconds."""
+    """A row of a paired difference of an arm to another; `budget` says at what: end, flops or
+    seconds.
+    """
     return {"size": size, "arm": arm, "to": to, "at_equal": budget} | dataclasses.asdict(difference)
 
 
@@ -198,5 +226,6 @@ def write_csv(path: Path, rows: Iterable[dict]):
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(
-            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows
+            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+            for row in rows
         )

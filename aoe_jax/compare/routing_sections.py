@@ -1,4 +1,6 @@
-"""The sections of the report on balance and routing; each function takes a `Comparison` and returns blocks."""
+"""The sections of the report on balance and routing; each function takes a `Comparison` and returns
+blocks.
+"""
 
 import math
 
@@ -12,13 +14,17 @@ from aoe_jax.experts.kinds import LAYERS
 
 
 def _last(name, reduce=np.mean):
-    """A figure of the last checkpoint over layers, as a function of a `Result`; None where routing wasn't looked at."""
+    """A figure of the last checkpoint over layers, as a function of a `Result`; None where routing
+    wasn't looked at.
+    """
     return lambda r: float(reduce(r.routing["checkpoints"][-1][name])) if r.routing else None
 
 
 def _routed(c, size):
     """`{arm: [routing, ...]}` of the finished runs whose routing was looked at."""
-    found = {arm: [r.routing for r in results if r.routing] for arm, results in c.series(size).items()}
+    found = {
+        arm: [r.routing for r in results if r.routing] for arm, results in c.series(size).items()
+    }
     return {arm: routings for arm, routings in found.items() if routings}
 
 
@@ -30,7 +36,10 @@ def _largest_routed(c):
 
 def _tokens(c):
     """How many tokens routing was looked at on, in words."""
-    return "/".join(str(n) for n in sorted({r.routing["tokens"] for r in c.results if r.routing})) or "0"
+    return (
+        "/".join(str(n) for n in sorted({r.routing["tokens"] for r in c.results if r.routing}))
+        or "0"
+    )
 
 
 def balance(c: Comparison):
@@ -49,7 +58,9 @@ def balance(c: Comparison):
                 nll = c.spread(size, arm, lambda r: r.nll)
                 to = c.difference(size, arm, to=first)
                 difference = "" if arm == first else f"{signed(to)} to {reference}"
-                rows.append([f"{size}: {kind}", by, plus_minus(entropy, 3), plus_minus(nll), difference])
+                rows.append(
+                    [f"{size}: {kind}", by, plus_minus(entropy, 3), plus_minus(nll), difference]
+                )
                 if arm != first and to.n:
                     before = c.spread(size, first, lambda r: r.load_entropy)
                     sentences.append(
@@ -63,13 +74,21 @@ def balance(c: Comparison):
         f"Ent_load (Eq. 7) is the entropy of the experts' shares of load, mean over layers, on the first {tokens} tokens of "
         f"the validation split: {math.log(n):.3f} in perfect balance of {n} experts."
     )
-    head = ["size and kind", "balanced by", "Ent_load", "validation nll", "difference of nll [95% interval]"]
+    head = [
+        "size and kind",
+        "balanced by",
+        "Ent_load",
+        "validation nll",
+        "difference of nll [95% interval]",
+    ]
     blocks = [Heading(2, "Balance of load"), Text(text), Table(head, rows)]
     return [*blocks, Points(sentences)] if sentences else blocks
 
 
 def load(c: Comparison):
-    """Heatmaps of load of the largest size and of the one with most arms, norms through training, co-activation."""
+    """Heatmaps of load of the largest size and of the one with most arms, norms through training,
+    co-activation.
+    """
     size = _largest_routed(c)
     if size is None:
         return []
@@ -78,9 +97,7 @@ def load(c: Comparison):
     pictures = []
     for shown in dict.fromkeys((size, widest)):
         entries = [(c.labels[arm], routings[0]) for arm, routings in _routed(c, shown).items()]
-        caption = (
-            f"{shown}, first seed: share of load of each expert (columns) in %; right: Ent_load, Ent_conf of the layer."
-        )
+        caption = f"{shown}, first seed: share of load of each expert (columns) in %; right: Ent_load, Ent_conf of the layer."
         pictures.append(Picture(f"load_{shown}", routing_figures.load_heatmaps(entries), caption))
     first = {arm: routings[0] for arm, routings in routed.items()}
     entries = [(c.labels[arm], routing) for arm, routing in first.items()]
@@ -98,7 +115,11 @@ def load(c: Comparison):
             n_layers = len(routing["checkpoints"][-1]["load"])
             layers = routing_figures.some_layers(n_layers)
             caption = f"{c.labels[arm]}, {size}, first seed: mean {what} of every expert at the kept checkpoints"
-            caption += "." if len(layers) == n_layers else f"; layers {', '.join(map(str, layers))} of {n_layers}."
+            caption += (
+                "."
+                if len(layers) == n_layers
+                else f"; layers {', '.join(map(str, layers))} of {n_layers}."
+            )
             pictures.append(Picture(f"scores_{arm}", picture, caption))
     return [Heading(2, "Load, and norms of experts"), Pictures(pictures)]
 
@@ -137,9 +158,19 @@ def health(c: Comparison, styles):
         "that mixture, as shares of its length, are those of the chosen, of the oracle's, and of any K."
     )
     kinds = {routings[0]["kind"] for size_ in c.sizes() for routings in _routed(c, size_).values()}
-    text += "".join(f" {LAYERS[kind].routing_note}" for kind in sorted(kinds) if LAYERS[kind].routing_note)
-    kind_of = {arm: c.suite.config(size_, arm, 0).experts.kind for size_ in c.sizes() for arm in c.series(size_)}
-    aside = [c.labels[arm] for arm, kind in kind_of.items() if kind != "dense" and not LAYERS[kind].selects]
+    text += "".join(
+        f" {LAYERS[kind].routing_note}" for kind in sorted(kinds) if LAYERS[kind].routing_note
+    )
+    kind_of = {
+        arm: c.suite.config(size_, arm, 0).experts.kind
+        for size_ in c.sizes()
+        for arm in c.series(size_)
+    }
+    aside = [
+        c.labels[arm]
+        for arm, kind in kind_of.items()
+        if kind != "dense" and not LAYERS[kind].selects
+    ]
     if aside:
         text += f" Without a row, for no token's scores choose experts there: {'; '.join(aside)}."
     head = "arm|experts a token|Ent_conf|max violation|dead experts, all layers|settled, first|settled, half"
@@ -150,7 +181,11 @@ def health(c: Comparison, styles):
         "load_entropy": "Ent_load",
         "overlap_with_final": "choices in common with the final ones",
     }
-    long = {arm: routings for arm, routings in routed.items() if len(routing_figures.common_steps(routings)) > 1}
+    long = {
+        arm: routings
+        for arm, routings in routed.items()
+        if len(routing_figures.common_steps(routings)) > 1
+    }
     pictures = [
         Picture(
             f"health_{name}",
@@ -160,11 +195,18 @@ def health(c: Comparison, styles):
         for name, words in names.items()
         if long
     ]
-    return [Heading(2, "Routing health"), Text(text), Table(head.split("|"), rows), Pictures(pictures)]
+    return [
+        Heading(2, "Routing health"),
+        Text(text),
+        Table(head.split("|"), rows),
+        Pictures(pictures),
+    ]
 
 
 def _chance(routing):
-    """The share of the oracle's experts that a random choice would have too, in brackets; nothing without an oracle."""
+    """The share of the oracle's experts that a random choice would have too, in brackets; nothing
+    without an oracle.
+    """
     if routing["oracle"] is None:
         return ""
     return f" ({routing['experts_per_token'] / len(routing['checkpoints'][-1]['load'][0]):.2f})"
@@ -174,7 +216,9 @@ _DISTANCES = ("distance_chosen", "distance_oracle", "distance_any")
 
 
 def _overlap(result, share):
-    """With the final choices, of the first checkpoint from a share of the training on, mean over layers."""
+    """With the final choices, of the first checkpoint from a share of the training on, mean over
+    layers.
+    """
     if not result.routing:
         return None
     checkpoints = result.routing["checkpoints"]

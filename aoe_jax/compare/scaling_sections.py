@@ -1,4 +1,6 @@
-"""The sections of the report on how losses go with size; each function takes a `Comparison` and returns blocks."""
+"""The sections of the report on how losses go with size; each function takes a `Comparison` and
+returns blocks.
+"""
 
 import math
 
@@ -55,20 +57,30 @@ def _off_the_fit(fit, groups):
 
 
 def isoflop(c: Comparison, styles):
-    """Loss against active parameters at equal training FLOPs; nothing where fewer than three sizes share them."""
+    """Loss against active parameters at equal training FLOPs; nothing where fewer than three sizes
+    share them.
+    """
     pictures, rows = [], []
     for place, sizes in enumerate(c.budgets_of_flops, 1):
         arms = c.isoflops(sizes)
         if not arms:
             continue
-        caption = (
-            f"{', '.join(sizes)}: final validation nll at equal training FLOPs; means with standard errors, parabolas."
+        caption = f"{', '.join(sizes)}: final validation nll at equal training FLOPs; means with standard errors, parabolas."
+        groups, fits = (
+            {arm: getattr(of, name) for arm, of in arms.items()} for name in ("groups", "fit")
         )
-        groups, fits = ({arm: getattr(of, name) for arm, of in arms.items()} for name in ("groups", "fit"))
         words = SCALES["active_non_embedding"]
-        pictures.append(Picture(f"isoflop_{place}", figures.scaling(groups, fits, c.labels, styles, words), caption))
+        pictures.append(
+            Picture(
+                f"isoflop_{place}", figures.scaling(groups, fits, c.labels, styles, words), caption
+            )
+        )
         of_arms = {arm: [size for size in sizes if arm in c.series(size)] for arm in c.suite.arms}
-        rows += [_isoflop_row(c.labels[arm], own, arms.get(arm)) for arm, own in of_arms.items() if len(own) > 2]
+        rows += [
+            _isoflop_row(c.labels[arm], own, arms.get(arm))
+            for arm, own in of_arms.items()
+            if len(own) > 2
+        ]
     if not rows:
         return []
     text = (
@@ -79,8 +91,20 @@ def isoflop(c: Comparison, styles):
         "fit: by how much the mean loss of each size, the smallest first, lies above it, in nats; the least loss is no "
         "surer than that."
     )
-    head = ["arm", "sizes", "training FLOPs", "best active parameters [95% interval]", "nll there", "off the fit"]
-    return [Heading(2, "At equal FLOPs, over sizes"), Text(text + c.not_matched), Pictures(pictures), Table(head, rows)]
+    head = [
+        "arm",
+        "sizes",
+        "training FLOPs",
+        "best active parameters [95% interval]",
+        "nll there",
+        "off the fit",
+    ]
+    return [
+        Heading(2, "At equal FLOPs, over sizes"),
+        Text(text + c.not_matched),
+        Pictures(pictures),
+        Table(head, rows),
+    ]
 
 
 def _isoflop_row(label, sizes, of):

@@ -1,4 +1,6 @@
-"""The sections of the report on losses and cost; each function takes a `Comparison` and returns blocks."""
+"""The sections of the report on losses and cost; each function takes a `Comparison` and returns
+blocks.
+"""
 
 import math
 
@@ -17,7 +19,11 @@ def in_words(comparison: Comparison, size, arm):
         return None
     side = "below" if found.value < 0 else "above"
     error = f" ± {found.error:.4f}" if found.n > 1 else ""
-    interval = f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} seeds" if found.n > 1 else "one seed"
+    interval = (
+        f"95% interval {found.low:+.4f} to {found.high:+.4f}, {found.n} seeds"
+        if found.n > 1
+        else "one seed"
+    )
     name, label = comparison.labels[arm], comparison.labels[comparison.reference(arm)]
     return f"{name} is {abs(found.value):.4f}{error} nats {side} {label} at {size} ({interval})."
 
@@ -53,7 +59,9 @@ def matched(c: Comparison):
         "of active parameters, the paper's, has the shared embedding table twice. Active are the parameters of the chosen "
         "experts; AoE also reads Wdown of all others, which its FLOPs count and its active parameters don't."
     )
-    arms = dict.fromkeys(a for s in c.suite.sizes for a in c.suite.arms_of(s) if c.takes_what_it_needs(s, a))
+    arms = dict.fromkeys(
+        a for s in c.suite.sizes for a in c.suite.arms_of(s) if c.takes_what_it_needs(s, a)
+    )
     if arms:
         labels = "; ".join(c.labels[arm] for arm in arms)
         text += (
@@ -88,17 +96,36 @@ def losses(c: Comparison, styles):
     for size in c.sizes():
         for arm, results in c.series(size).items():
             base, found = arm == c.suite.baseline, c.difference(size, arm)
-            nll, bits = c.spread(size, arm, lambda r: r.nll), c.spread(size, arm, lambda r: r.bits_per_byte)
+            nll, bits = (
+                c.spread(size, arm, lambda r: r.nll),
+                c.spread(size, arm, lambda r: r.bits_per_byte),
+            )
             difference = "baseline" if base else _difference(c, arm, found)
-            rows.append([f"{size}: {c.labels[arm]}", str(len(results)), plus_minus(nll), plus_minus(bits), difference])
+            rows.append(
+                [
+                    f"{size}: {c.labels[arm]}",
+                    str(len(results)),
+                    plus_minus(nll),
+                    plus_minus(bits),
+                    difference,
+                ]
+            )
             if not base and found.n:
                 # Beside a dense model the others would be hard to tell apart.
                 if results[0].run.config.experts.kind != "dense":
                     reference = c.reference(arm)
-                    behind = "" if reference == c.suite.baseline else f"\n(to {c.labels[reference]})"
+                    behind = (
+                        "" if reference == c.suite.baseline else f"\n(to {c.labels[reference]})"
+                    )
                     drawn.append((size, arm, behind, found))
                 sentences.append(in_words(c, size, arm))
-    head = ["arm", "seeds", "validation nll", "bits a byte", f"difference to {c.baseline_label} [95% interval]"]
+    head = [
+        "arm",
+        "seeds",
+        "validation nll",
+        "bits a byte",
+        f"difference to {c.baseline_label} [95% interval]",
+    ]
     text = (
         "Nll in nats a token of the whole validation split after the last step: mean and standard error over seeds. "
         "Differences are seed by seed; their interval is Student's t's. No interval is widened for their number."
@@ -118,7 +145,11 @@ def losses(c: Comparison, styles):
 
 def curves(c: Comparison, styles):
     """Loss against tokens, FLOPs and seconds."""
-    what = {"tokens": "tokens", "flops": "useful FLOPs", "seconds": "seconds of training steps on this machine"}
+    what = {
+        "tokens": "tokens",
+        "flops": "useful FLOPs",
+        "seconds": "seconds of training steps on this machine",
+    }
     pictures = [
         Picture(
             f"loss_{axis}_{size}",
@@ -140,9 +171,16 @@ def budgets(c: Comparison):
                 continue
             row = [f"{size}: {c.labels[arm]}"]
             for kind, unit in units.items():
-                found, budget = c.difference(size, arm, kind), c.budget(size, (arm, c.reference(arm)), kind)
+                found, budget = (
+                    c.difference(size, arm, kind),
+                    c.budget(size, (arm, c.reference(arm)), kind),
+                )
                 nll = plus_minus(mean(c.nlls(size, arm, kind, budget).values())) if found.n else "-"
-                row += [f"{number(budget)}{unit}" if found.n else "-", nll, _difference(c, arm, found)]
+                row += [
+                    f"{number(budget)}{unit}" if found.n else "-",
+                    nll,
+                    _difference(c, arm, found),
+                ]
             rows.append(row)
     text = (
         f"Each arm against {c.baseline_label}, or the arm that is named, at what the one of the two that takes less has "
@@ -151,7 +189,11 @@ def budgets(c: Comparison):
         f"the curve begins later, or what an arm takes is known from training only. {_how_timed(c)}"
     )
     head = ["arm", "FLOPs", "nll there", "difference", "seconds", "nll there", "difference"]
-    return [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)] if rows else []
+    return (
+        [Heading(2, "At equal FLOPs and at equal seconds"), Text(text), Table(head, rows)]
+        if rows
+        else []
+    )
 
 
 def _difference(c, arm, found):
@@ -175,7 +217,11 @@ def _how_timed(c):
         return text
     alone = "those of training steps, the median of each run, with what else was at work on the machine, at "
     alone += ", ".join(others)
-    return f"{text} But they are {alone}." if any(r.timed_in_turn for r in finished) else f"Seconds are {alone}."
+    return (
+        f"{text} But they are {alone}."
+        if any(r.timed_in_turn for r in finished)
+        else f"Seconds are {alone}."
+    )
 
 
 def cost(c: Comparison):
@@ -188,13 +234,23 @@ def cost(c: Comparison):
         )
         base = c.suite.baseline
         for arm in c.series(size):
-            ratios = [f"{of[arm].value / of[base].value:.2f}" if base in of else "-" for of in (speed, memory)]
+            ratios = [
+                f"{of[arm].value / of[base].value:.2f}" if base in of else "-"
+                for of in (speed, memory)
+            ]
             row = [f"{speed[arm].value:.2f}", ratios[0], f"{memory[arm].value:.1f}", ratios[1]]
             if drops:
                 row.append(plus_minus(c.spread(size, arm, lambda r: r.dropped_share), 3))
             rows.append([f"{size}: {c.labels[arm]}", *row])
     label = c.baseline_label
-    head = ["arm", "thousand tokens/s", f"to {label}", "memory, MB", f"to {label}", *["choices dropped"] * drops]
+    head = [
+        "arm",
+        "thousand tokens/s",
+        f"to {label}",
+        "memory, MB",
+        f"to {label}",
+        *["choices dropped"] * drops,
+    ]
     text = f"{_how_timed(c)} Memory is what the compiler plans for state and temporaries of a step on a device."
     if drops:
         text += " Dropped: the share of the choices that found no room, over the last tenth of the training."

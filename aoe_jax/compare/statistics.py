@@ -20,7 +20,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference(Mean):
-    """The mean of differences seed by seed, with its interval of `CONFIDENCE` by Student's t; nan of one pair."""
+    """The mean of differences seed by seed, with its interval of `CONFIDENCE` by Student's t; nan
+    of one pair.
+    """
 
     low: float
     high: float
@@ -77,7 +79,9 @@ class Fit:
 
 
 def _interval(values):
-    """`(low, high)` in which `CONFIDENCE` of the resamples lie; nan where they are alike but for rounding, or one is nan."""
+    """`(low, high)` in which `CONFIDENCE` of the resamples lie; nan where they are alike but for
+    rounding, or one is nan.
+    """
     if np.ptp(values) <= 1e-9 * np.abs(values).max():
         return math.nan, math.nan
     return tuple(_quantiles(values))
@@ -94,7 +98,8 @@ MIN_SIZES, MIN_SIZES_WITH_FLOOR = 2, 4
 def fit_power_law(groups, n_resamples=500):
     """Fits a power law to losses of several sizes; None of fewer than two.
 
-    With fewer than four sizes a floor can't be told from an exponent: it is 0 then, and the fit a line in log loss, log x.
+    With fewer than four sizes a floor can't be told from an exponent: it is 0 then, and the fit a
+    line in log loss, log x.
 
     Args:
       groups: `{x: [loss of each seed]}`, one entry a size; x > 0.
@@ -108,7 +113,9 @@ def fit_power_law(groups, n_resamples=500):
         return None
     xs, has_floor = np.array(list(groups)), len(groups) >= MIN_SIZES_WITH_FLOOR
     best = _fit(xs, _means(groups), has_floor)
-    resampled = [_fit(xs, losses, has_floor, best) for losses in _resampled_means(groups, n_resamples)]
+    resampled = [
+        _fit(xs, losses, has_floor, best) for losses in _resampled_means(groups, n_resamples)
+    ]
     return Fit(*best, np.array(resampled), has_floor)
 
 
@@ -139,7 +146,9 @@ def _fit(xs, losses, has_floor, start=None):
     else:
         first = (start[0], start[1] * scale ** -start[2], start[2])
     bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
-    floor, factor, exponent = optimize.least_squares(residuals, np.clip(first, *bounds), bounds=bounds).x
+    floor, factor, exponent = optimize.least_squares(
+        residuals, np.clip(first, *bounds), bounds=bounds
+    ).x
     return floor, factor * scale**exponent, exponent
 
 
@@ -157,7 +166,9 @@ class Parabola:
 
     def band(self, x):
         """`(low, high)` of the loss at `x`, in which `CONFIDENCE` of the resamples lie."""
-        return _quantiles(np.polyval(self.resampled.T[:, :, None], np.log(np.atleast_1d(x)) - self.centre))
+        return _quantiles(
+            np.polyval(self.resampled.T[:, :, None], np.log(np.atleast_1d(x)) - self.centre)
+        )
 
     def minimum(self):
         """The `x` of least loss; nan of a parabola that has none."""
@@ -177,7 +188,8 @@ MIN_SIZES_OF_PARABOLA = 3
 
 
 def fit_parabola(groups, n_resamples=500):
-    """Fits a `Parabola` to the mean losses of several sizes, by least squares; None of fewer than three.
+    """Fits a `Parabola` to the mean losses of several sizes, by least squares; None of fewer than
+    three.
 
     Args:
       groups: `{x: [loss of each seed]}`, one entry a size; x > 0.
@@ -190,5 +202,7 @@ def fit_parabola(groups, n_resamples=500):
     centre = float(logs.mean())
     best = np.polyfit(logs - centre, _means(groups), 2)
     # All resamples at once, a column each.
-    resampled = np.polyfit(logs - centre, np.array(list(_resampled_means(groups, n_resamples))).T, 2)
+    resampled = np.polyfit(
+        logs - centre, np.array(list(_resampled_means(groups, n_resamples))).T, 2
+    )
     return Parabola(centre, best, resampled.T)

@@ -1,6 +1,8 @@
-"""How figures look: one colour an arm everywhere, labels at the ends of lines, sizes that a phone shows as they are.
+"""How figures look: one colour an arm everywhere, labels at the ends of lines, sizes that a phone
+shows as they are.
 
-Text and axes have the colour `INK`, which `svg_for_page` turns into the colour of the page's text, light or dark.
+Text and axes have the colour `INK`, which `svg_for_page` turns into the colour of the page's text,
+light or dark.
 """
 
 import io
@@ -10,7 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours for all kinds of colour vision, without yellow, which is pale on white, and black, on black.
+# Okabe and Ito's colours for all kinds of colour vision, without yellow, which is pale on white,
+# and black, on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (1, 3)))
 INK, PAPER_INK = "#010203", "#222222"
@@ -47,9 +50,12 @@ def style_of(arms):
       ValueError: there are more arms than styles.
     """
     if len(arms) > len(COLOURS) * len(DASHES):
-        raise ValueError(f"{len(arms)} arms, and {len(COLOURS) * len(DASHES)} styles of line to tell them apart")
+        raise ValueError(
+            f"{len(arms)} arms, and {len(COLOURS) * len(DASHES)} styles of line to tell them apart"
+        )
     return {
-        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS)]} for i, arm in enumerate(arms)
+        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS)]}
+        for i, arm in enumerate(arms)
     }
 
 
@@ -60,7 +66,9 @@ def new_figure(height, rows=1, columns=1, width=WIDTH, **options):
 
 
 def height_for(n_labels, least):
-    """The height of a figure, `least` or more, whose axes have room beside them for labels at the ends of lines."""
+    """The height of a figure, `least` or more, whose axes have room beside them for labels at the
+    ends of lines.
+    """
     return max(least, 0.7 + LABEL_HEIGHT * n_labels)
 
 
@@ -69,9 +77,12 @@ def label_ends(axes, ends):
 
     Args:
       axes: with its limits set by all that is drawn, and laid out.
-      ends: `[(y, text, style)]`, the style as in `style_of`: a piece of the line lies before the text.
+      ends: `[(y, text, style)]`, the style as in `style_of`: a piece of the line lies before the
+        text.
     """
-    room = LABEL_HEIGHT * axes.figure.dpi / axes.get_window_extent().height  # of a label, as a share of the height
+    room = (
+        LABEL_HEIGHT * axes.figure.dpi / axes.get_window_extent().height
+    )  # of a label, as a share of the height
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
     transform = axes.transData + axes.transAxes.inverted()
@@ -97,13 +108,21 @@ def label_ends(axes, ends):
         options = {"transform": axes.transAxes, "clip_on": False, "color": line_style["color"]}
         axes.add_line(Line2D((1, start), (place, height), linewidth=0.6, **options))
         axes.add_line(
-            Line2D((start, end), (height, height), linestyle=line_style["linestyle"], linewidth=1.2, **options)
+            Line2D(
+                (start, end),
+                (height, height),
+                linestyle=line_style["linestyle"],
+                linewidth=1.2,
+                **options,
+            )
         )
         axes.text(end + 0.05 * inch, height, text, fontsize=8, va="center", **options)
 
 
 def render(figure):
-    """`(SVG, PNG)` of a figure, text and bytes: the SVG has no background and text in `INK`, the PNG lies on white."""
+    """`(SVG, PNG)` of a figure, text and bytes: the SVG has no background and text in `INK`, the
+    PNG lies on white.
+    """
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
@@ -113,14 +132,27 @@ def render(figure):
 
 
 def svg_for_page(svg):
-    """SVG to put into an HTML page: text in the colour of the page, no numbered ids to clash, as wide as there is room."""
+    """SVG to put into an HTML page: text in the colour of the page, no numbered ids to clash, as
+    wide as there is room.
+    """
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(
+        "xlink:href", "href"
+    )
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
-    return re.sub(r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', r'\1 style="max-width:\2pt"', svg, count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"',
+        r'\1 style="max-width:\2pt"',
+        svg,
+        count=1,
+    )
 
 
 def svg_for_file(svg):
     """SVG that stands alone, on white."""
     end = svg.index(">", svg.index("<svg")) + 1
-    return svg[:end] + '<rect width="100%" height="100%" fill="white"/>' + svg[end:].replace(INK, PAPER_INK)
+    return (
+        svg[:end]
+        + '<rect width="100%" height="100%" fill="white"/>'
+        + svg[end:].replace(INK, PAPER_INK)
+    )

@@ -19,10 +19,11 @@ SWEPT = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a training step of each arm costs against one setting, of models as they start: nothing is trained for it.
+    """What a training step of each arm costs against one setting, of models as they start: nothing
+    is trained for it.
 
-    Values of `topology` are machines as in `aoe_jax.plan`, such as `v5e:4x4`. For these the step is traced, not run:
-    parameters are split over all chips, and `train.batch_size` is that of a chip.
+    Values of `topology` are machines as in `aoe_jax.plan`, such as `v5e:4x4`. For these the step is
+    traced, not run: parameters are split over all chips, and `train.batch_size` is that of a chip.
     """
 
     setting: str  # of SWEPT
@@ -36,7 +37,8 @@ class Sweep:
         return self.setting == "topology"
 
     def changes_at(self, value, batch_size):
-        """The changes, group -> field -> value, that a value stands for; UserError where it is no topology.
+        """The changes, group -> field -> value, that a value stands for; UserError where it is no
+        topology.
 
         `batch_size` is that of the other values, or of a chip.
         """
@@ -60,5 +62,7 @@ class Sweep:
 def _chips(topology):
     shape = str(topology).partition(":")[2]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise UserError(f"topology={topology!r}: must be a kind of chip and a shape, such as v5e:4x4")
+        raise UserError(
+            f"topology={topology!r}: must be a kind of chip and a shape, such as v5e:4x4"
+        )
     return math.prod(int(n) for n in shape.split("x"))

@@ -1,8 +1,10 @@
-"""What a training step of each arm costs along the sweeps of a suite, measured here or traced for machines that aren't here.
+"""What a training step of each arm costs along the sweeps of a suite, measured here or traced for
+machines that aren't here.
 
-On this machine: the seconds of a step of random tokens, all arms in turn (`step_times.py`), and the memory that the
-compiler plans. For a topology, by `aoe_jax.plan`: the least seconds that public peak figures allow, and the bytes that a
-chip receives. Devices that share a machine's cores would say nothing of more chips.
+On this machine: the seconds of a step of random tokens, all arms in turn (`step_times.py`), and the
+memory that the compiler plans. For a topology, by `aoe_jax.plan`: the least seconds that public
+peak figures allow, and the bytes that a chip receives. Devices that share a machine's cores would
+say nothing of more chips.
 """
 
 import logging
@@ -25,7 +27,9 @@ class Cost:
     x: float  # where the value lies on the axis
     config: Config
     seconds: float
-    memory_bytes: float | None  # of a device: state and temporaries; None where the step is traced only
+    memory_bytes: (
+        float | None
+    )  # of a device: state and temporaries; None where the step is traced only
     received_bytes: float | None  # by a chip; None on this machine
 
     @property
@@ -50,7 +54,9 @@ def sweep_file(workdir: Path, name):
 
 
 def _measured(suite, workdir, name):
-    """`[(value, its configurations by arm, its figures by arm)]`; figures are None where there are none for these."""
+    """`[(value, its configurations by arm, its figures by arm)]`; figures are None where there are
+    none for these.
+    """
     file = sweep_file(workdir, name)
     done = {}
     for point in read_json(file)["points"] if file.exists() else []:
@@ -89,7 +95,8 @@ def read_costs(suite: Suite, workdir: Path, name):
 
 
 def measure_points(points, is_topology, output: Path):
-    """Measures points of a sweep one by one, and adds each to a JSON file; one that fails stops no other.
+    """Measures points of a sweep one by one, and adds each to a JSON file; one that fails stops no
+    other.
 
     Args:
       points: of `missing_points`.
@@ -111,7 +118,11 @@ def measure_points(points, is_topology, output: Path):
         done = read_json(output)["points"] if output.exists() else []
         done = [d for d in done if d["value"] != point["value"]]
         write_json(output, {"points": [*done, point | {"figures": figures}]})
-        log.info("%s: %s", point["value"], ", ".join(f"{arm} {of['seconds']:.4g} s" for arm, of in figures.items()))
+        log.info(
+            "%s: %s",
+            point["value"],
+            ", ".join(f"{arm} {of['seconds']:.4g} s" for arm, of in figures.items()),
+        )
     return failed
 
 
@@ -136,7 +147,9 @@ def _traced(topology, configs: Mapping[str, Config]):
 
     generation, devices = topology_devices(topology)
     filled = {arm: fill_mesh(config, len(devices)) for arm, config in configs.items()}
-    plans = {arm: plan(config, generation, devices, compiles=False) for arm, config in filled.items()}
+    plans = {
+        arm: plan(config, generation, devices, compiles=False) for arm, config in filled.items()
+    }
     return {
         arm: {
             "seconds": found["step_seconds"],

@@ -57,7 +57,9 @@ _EQUAL_EXPERTS = (
 
 
 def _at_equal_experts(c, by_arm):
-    """Steps against those of an arm with as many experts a token; nothing where the sweep is of none of the sizes."""
+    """Steps against those of an arm with as many experts a token; nothing where the sweep is of
+    none of the sizes.
+    """
     rows = []
     for size in c.sizes():
         for arm in c.series(size):
@@ -82,16 +84,24 @@ def _seconds(result):
 
 
 def _experts_of(result):
-    """Experts a token of a trained model, mean over layers; None of a dense model, and where routing wasn't looked at."""
+    """Experts a token of a trained model, mean over layers; None of a dense model, and where
+    routing wasn't looked at.
+    """
     if result.routing:
         # Shares of tokens add up to a whole number but for rounding.
         return round(float(np.sum(result.routing["checkpoints"][-1]["load"], axis=1).mean()), 6)
     config = result.run.config
-    return None if config.experts.kind == "dense" or config.experts.selects else experts_per_token(config)
+    return (
+        None
+        if config.experts.kind == "dense" or config.experts.selects
+        else experts_per_token(config)
+    )
 
 
 def _steps_by_experts(c, size, arm, costs):
-    """Experts a token -> seconds of a step of an arm over those it has at a size; None if the sweep has no such step."""
+    """Experts a token -> seconds of a step of an arm over those it has at a size; None if the sweep
+    has no such step.
+    """
     by_k, config = {cost.x: cost for cost in costs}, c.suite.config(size, arm, 0)
     own = by_k.get(config.experts.top_k)
     if own is None or not c.finished(size, arm) or _step_of(own.config) != _step_of(config):
@@ -103,7 +113,13 @@ def _steps_by_experts(c, size, arm, costs):
 
 def _step_of(config):
     """What decides how long a step takes."""
-    return config.model, config.experts, config.data.seq_len, config.train.batch_size, config.train.accumulate
+    return (
+        config.model,
+        config.experts,
+        config.data.seq_len,
+        config.train.batch_size,
+        config.train.accumulate,
+    )
 
 
 def _quantities(c, name):
@@ -115,7 +131,12 @@ def _quantities(c, name):
             lambda cost: cost.received_bytes / 1e9,
             "GB received a chip",
         )
-    return lambda cost: cost.tokens_per_second, "tokens/s", lambda cost: cost.memory_bytes / 1e6, "memory, MB"
+    return (
+        lambda cost: cost.tokens_per_second,
+        "tokens/s",
+        lambda cost: cost.memory_bytes / 1e6,
+        "memory, MB",
+    )
 
 
 def _to_baseline(c, by_arm, quantity):
@@ -131,15 +152,25 @@ def _picture(c, name, by_arm, styles):
     speed, speed_name, other, other_name = _quantities(c, name)
     sweep = c.suite.throughput[name]
     panels = [
-        (speed_name, True, {arm: [(cost.x, speed(cost)) for cost in costs] for arm, costs in by_arm.items()}),
+        (
+            speed_name,
+            True,
+            {arm: [(cost.x, speed(cost)) for cost in costs] for arm, costs in by_arm.items()},
+        ),
         ("speed, ratio", False, _to_baseline(c, by_arm, speed)),
-        (other_name, False, {arm: [(cost.x, other(cost)) for cost in costs] for arm, costs in by_arm.items()})
+        (
+            other_name,
+            False,
+            {arm: [(cost.x, other(cost)) for cost in costs] for arm, costs in by_arm.items()},
+        )
         if sweep.is_topology
         else ("memory, ratio", False, _to_baseline(c, by_arm, other)),
     ]
     figure = figures.against_setting(panels, c.labels, styles, SWEPT[sweep.setting])
     what = "bounds, not measured" if sweep.is_topology else "measured"
-    base, *others = (by_arm[arm][0].config for arm in sorted(by_arm, key=lambda arm: arm != c.suite.baseline))
+    base, *others = (
+        by_arm[arm][0].config for arm in sorted(by_arm, key=lambda arm: arm != c.suite.baseline)
+    )
     model = _in_words(base, others, sweep)
     caption = f"Against {SWEPT[sweep.setting]} ({what}); ratios to {c.baseline_label}. {model}."
     return Picture(f"throughput_{name}", figure, caption)
@@ -149,7 +180,10 @@ def _in_words(config, others, sweep):
     """The model of the baseline, and the ranks of all arms, but for what is swept."""
     ranks = {of.experts.d_low for of in (config, *others) if of.experts.kind == "aoe"}
     m, e, t, setting = config.model, config.experts, config.train, sweep.setting
-    k, n = ("K" if setting == "experts.top_k" else e.top_k, "n" if setting == "experts.n_experts" else e.n_experts)
+    k, n = (
+        "K" if setting == "experts.top_k" else e.top_k,
+        "n" if setting == "experts.n_experts" else e.n_experts,
+    )
     parts = [f"{m.n_layers} layers of width {m.d_model}", f"{k} of {n} experts of width {e.d_ffn}"]
     if ranks and setting != "experts.d_low":
         parts.append(f"r={', '.join(map(str, sorted(ranks)))}")
@@ -163,18 +197,25 @@ def _in_words(config, others, sweep):
 def _table(c, name, by_arm):
     speed, speed_name, other, other_name = _quantities(c, name)
     base, others = by_arm[c.suite.baseline], [arm for arm in by_arm if arm != c.suite.baseline]
-    ratios = [{arm: dict(line) for arm, line in _to_baseline(c, by_arm, of).items()} for of in (speed, other)]
+    ratios = [
+        {arm: dict(line) for arm, line in _to_baseline(c, by_arm, of).items()}
+        for of in (speed, other)
+    ]
     rows = [
         [
             f"{cost.x:g}",
             number(speed(cost)),
             number(other(cost)),
             *(
-                " / ".join(f"{of[arm][cost.x]:.2f}" for of in ratios) if cost.x in ratios[0][arm] else "-"
+                " / ".join(f"{of[arm][cost.x]:.2f}" for of in ratios)
+                if cost.x in ratios[0][arm]
+                else "-"
                 for arm in others
             ),
         ]
         for cost in base
     ]
     names = [f"{c.baseline_label}: {name}" for name in (speed_name, other_name)]
-    return Table([SWEPT[c.suite.throughput[name].setting], *names, *(c.labels[arm] for arm in others)], rows)
+    return Table(
+        [SWEPT[c.suite.throughput[name].setting], *names, *(c.labels[arm] for arm in others)], rows
+    )

@@ -15,7 +15,9 @@ def plus_minus(found, digits=4):
     """A `Mean` with its standard error, where there is one."""
     if math.isnan(found.value):
         return "-"
-    return f"{found.value:.{digits}f}" + ("" if math.isnan(found.error) else f" ± {found.error:.{digits}f}")
+    return f"{found.value:.{digits}f}" + (
+        "" if math.isnan(found.error) else f" ± {found.error:.{digits}f}"
+    )
 
 
 def signed(found):
@@ -23,4 +25,6 @@ def signed(found):
     if not found.n:
         return "-"
     text = f"{found.value:+.4f}"
-    return text if found.n < 2 else f"{text} ± {found.error:.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return (
+        text if found.n < 2 else f"{text} ± {found.error:.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    )

@@ -8,26 +8,35 @@ from aoe_jax.config.experts import BY_SCORES_ALONE
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """Auxiliary losses, each averaged over layers and added to the negative log-likelihood, and loss-free balancing."""
+    """Auxiliary losses, each averaged over layers and added to the negative log-likelihood, and
+    loss-free balancing.
+    """
 
     aux_weight: float = 0.01  # alpha of L_aux (Eq. 2 and 6)
     entropy_weight: float = 0.0  # of Ent_conf, minimised (top-p; Huang et al. 2024 use 1e-4)
     # Fraction of the tokens, 1 / a whole number, that the softmax in the losses is averaged over.
     aux_tokens: float = 1.0
-    # What f and P of L_aux are means over: the batch on all devices, of train.accumulate micro-batches P of each and f of
-    # all so far; or each sequence by itself, and the losses are averaged.
+    # What f and P of L_aux are means over: the batch on all devices, of train.accumulate
+    # micro-batches P of each and f of all so far; or each sequence by itself, and the losses are
+    # averaged.
     aux_batch: str = "global"  # global | sequence
     # Of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for router logits.
     z_weight: float = 0.0
-    # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's selection bias, as a fraction of
-    # the standard deviation of a token's scores over experts; 0: none.
+    # Loss-free balancing (Wang et al. 2024): what a step adds to or takes from an expert's
+    # selection bias, as a fraction of the standard deviation of a token's scores over experts; 0:
+    # none.
     bias_rate: float = 0.0
-    # router: of the loss that couples a router's rows to its experts, see `experts/coupling.py` (the paper has 1); 0: none
+    # router: of the loss that couples a router's rows to its experts, see `experts/coupling.py`
+    # (the paper has 1); 0: none
     coupling_weight: float = 0.0
-    coupling_alpha: float = 1.0  # of that loss: what share of its own excitation an expert may have from other rows
+    coupling_alpha: float = (
+        1.0  # of that loss: what share of its own excitation an expert may have from other rows
+    )
 
     def __post_init__(self):
-        require_not_negative("balance", self, "aux_weight", "entropy_weight", "z_weight", "bias_rate")
+        require_not_negative(
+            "balance", self, "aux_weight", "entropy_weight", "z_weight", "bias_rate"
+        )
         require_not_negative("balance", self, "coupling_weight", "coupling_alpha")
         require(
             self.coupling_weight > 0 or self.coupling_alpha == 1,
@@ -67,7 +76,8 @@ class BalanceConfig:
         )
         whole_gates = not experts.factorised_gate and not experts.large_router
         require(
-            self.coupling_weight == 0 or (experts.kind == "router" and experts.n_experts > 1 and whole_gates),
+            self.coupling_weight == 0
+            or (experts.kind == "router" and experts.n_experts > 1 and whole_gates),
             "balance.coupling_weight",
             self.coupling_weight,
             "couples the rows of a plain router with whole gates, of experts.kind='router' and several experts; set 0",

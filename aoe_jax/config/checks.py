@@ -1,4 +1,6 @@
-"""Checks of configuration fields: each raises a `UserError` that names the field, its value and what would be right."""
+"""Checks of configuration fields: each raises a `UserError` that names the field, its value and
+what would be right.
+"""
 
 import math
 
@@ -6,7 +8,9 @@ from aoe_jax.errors import UserError
 
 
 def require(condition, name, value, wanted):
-    """Refuses a value of a field `GROUP.FIELD` unless the condition holds; `wanted` says what would be right."""
+    """Refuses a value of a field `GROUP.FIELD` unless the condition holds; `wanted` says what would
+    be right.
+    """
     if not condition:
         raise UserError(f"config.{name}={value!r}: {wanted}")
 

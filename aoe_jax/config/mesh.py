@@ -7,17 +7,25 @@ from aoe_jax.config.checks import require, require_choice, require_positive
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices lie along each axis of the mesh, and how tokens reach their experts; see `aoe_jax/sharding.py`."""
+    """How many devices lie along each axis of the mesh, and how tokens reach their experts; see
+    `aoe_jax/sharding.py`.
+    """
 
     data: int = -1  # -1: all devices that the other axes leave
     fsdp: int = 1  # parameters and optimiser state are split over it as well
     expert: int = 1  # experts are split over it
     tensor: int = 1  # attention heads, the width of experts, and positions between them
-    # ring: every device of the expert axis gets all tokens of its row; all_to_all: tokens go to their experts' devices only.
+    # ring: every device of the expert axis gets all tokens of its row; all_to_all: tokens go to
+    # their experts' devices only.
     transport: str = "ring"
 
     def __post_init__(self):
-        require(self.data > 0 or self.data == -1, "mesh.data", self.data, "must be greater than 0, or -1 for the rest")
+        require(
+            self.data > 0 or self.data == -1,
+            "mesh.data",
+            self.data,
+            "must be greater than 0, or -1 for the rest",
+        )
         require_positive("mesh", self, "fsdp", "expert", "tensor")
         require_choice("mesh.transport", self.transport, ("ring", "all_to_all"))
         require(
@@ -28,12 +36,24 @@ class MeshConfig:
         )
 
     def check(self, config):
-        """Refuses what doesn't fit the other groups: what the mesh would have to split unevenly, and what isn't tested."""
+        """Refuses what doesn't fit the other groups: what the mesh would have to split unevenly,
+        and what isn't tested.
+        """
         m, e, d = config.model, config.experts, config.model.d_model
         merges = "would let the compiler merge what is gathered again with what was gathered before, and keep it; set 1"
-        require(m.unroll == 1 or self.fsdp == 1, "model.unroll", m.unroll, f"with mesh.fsdp={self.fsdp} {merges}")
+        require(
+            m.unroll == 1 or self.fsdp == 1,
+            "model.unroll",
+            m.unroll,
+            f"with mesh.fsdp={self.fsdp} {merges}",
+        )
         if e.kind == "dense":
-            require(self.expert == 1, "mesh.expert", self.expert, "a dense model has no experts to split; use fsdp")
+            require(
+                self.expert == 1,
+                "mesh.expert",
+                self.expert,
+                "a dense model has no experts to split; use fsdp",
+            )
         require(
             e.kind != "capacity" or self.expert == 1 or self.transport == "all_to_all",
             "mesh.transport",
@@ -66,8 +86,15 @@ class MeshConfig:
             hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
             pieces = getattr(self, axis)
             require(size % pieces == 0, f"mesh.{axis}", pieces, f"must divide {name}={size}{hint}")
-        rows, shards = config.train.batch_size // config.train.accumulate, max(self.data, 1) * self.fsdp * self.expert
-        micro = "train.batch_size / train.accumulate" if config.train.accumulate > 1 else "train.batch_size"
+        rows, shards = (
+            config.train.batch_size // config.train.accumulate,
+            max(self.data, 1) * self.fsdp * self.expert,
+        )
+        micro = (
+            "train.batch_size / train.accumulate"
+            if config.train.accumulate > 1
+            else "train.batch_size"
+        )
         require(
             rows % shards == 0,
             "train.batch_size",

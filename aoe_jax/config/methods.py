@@ -1,7 +1,8 @@
-"""The configuration groups of methods that have settings of their own: a group bears the name of its method.
+"""The configuration groups of methods that have settings of their own: a group bears the name of
+its method.
 
-A method is a selection of experts, `experts/selection/NAME.py`, or a kind of layer, `experts/NAME.py`. A group is left at
-its defaults where the method isn't chosen.
+A method is a selection of experts, `experts/selection/NAME.py`, or a kind of layer,
+`experts/NAME.py`. A group is left at its defaults where the method isn't chosen.
 """
 
 import dataclasses
@@ -41,23 +42,30 @@ def _refuse_losses_of_load(config):
 
 @dataclass(frozen=True)
 class ThresholdConfig(MethodConfig):
-    """Expert Threshold routing; `experts.top_k` is the mean number of experts per token that thresholds aim at."""
+    """Expert Threshold routing; `experts.top_k` is the mean number of experts per token that
+    thresholds aim at.
+    """
 
     decay: float = training_only(0.999)  # of the moving average that is an expert's threshold
     # Steps at the beginning in which experts choose tokens, which is not causal.
     warmup_steps: int = training_only(4000)
-    # sigmoid: of the scores | relative: of scores less thresholds, for norms, which are never negative.
+    # sigmoid: of the scores | relative: of scores less thresholds, for norms, which are never
+    # negative.
     weights: str = "sigmoid"
 
     def __post_init__(self):
-        require(0 <= self.decay < 1, "threshold.decay", self.decay, "must be at least 0 and below 1")
+        require(
+            0 <= self.decay < 1, "threshold.decay", self.decay, "must be at least 0 and below 1"
+        )
         require_not_negative("threshold", self, "warmup_steps")
         require_choice("threshold.weights", self.weights, ("sigmoid", "relative"))
 
 
 @dataclass(frozen=True)
 class UoEConfig(MethodConfig):
-    """Union-of-Experts-style layers, `experts.kind="uoe"`: whole experts whose first neurons score them."""
+    """Union-of-Experts-style layers, `experts.kind="uoe"`: whole experts whose first neurons score
+    them.
+    """
 
     routing_neurons: int | None = None  # of an expert; None: round(experts.d_ffn / experts.top_k)
 
@@ -82,7 +90,12 @@ class UoEConfig(MethodConfig):
         require(balance.z_weight == 0, "balance.z_weight", balance.z_weight, untested)
         require(balance.aux_batch == "global", "balance.aux_batch", balance.aux_batch, untested)
         neurons = self.routing_neurons
-        require(neurons % tensor == 0, "mesh.tensor", tensor, f"must divide uoe.routing_neurons={neurons}")
+        require(
+            neurons % tensor == 0,
+            "mesh.tensor",
+            tensor,
+            f"must divide uoe.routing_neurons={neurons}",
+        )
 
 
 @dataclass(frozen=True)
@@ -91,10 +104,15 @@ class TopAnyConfig(MethodConfig):
 
     temperature: float = 1.0  # tau, of scores and thresholds
     loss_weight: float = training_only(0.01)  # of the loss on a router's columns; AoE has none
-    balance_weight: float = training_only(0.0)  # of gates' balance, which the authors' code has and the paper hasn't
+    balance_weight: float = training_only(
+        0.0
+    )  # of gates' balance, which the authors' code has and the paper hasn't
     efficiency_weight: float = training_only(0.0)  # of the mean of all gates, likewise
-    initial_experts: int | None = training_only(None)  # live from the first step; None: as many as the pool holds
-    # Of every so many steps, that many pass, then that many are recorded, and experts are removed and added.
+    initial_experts: int | None = training_only(
+        None
+    )  # live from the first step; None: as many as the pool holds
+    # Of every so many steps, that many pass, then that many are recorded, and experts are removed
+    # and added.
     period_steps: int = training_only(900)
     idle_steps: int = training_only(300)
     record_steps: int = training_only(300)  # 0: the experts stay the same
@@ -142,7 +160,9 @@ class TopAnyConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class RoutingFreeConfig(MethodConfig):
-    """Routing-Free MoE; `experts.top_k` is the mean number of experts per token and layer that its loss aims at."""
+    """Routing-Free MoE; `experts.top_k` is the mean number of experts per token and layer that its
+    loss aims at.
+    """
 
     threshold: float = 1.0  # theta
     bias: float = training_only(1e-6)  # the b that experts start from
@@ -154,8 +174,18 @@ class RoutingFreeConfig(MethodConfig):
     def __post_init__(self):
         require_not_negative("routing_free", self, "threshold", "rate", "expert_share")
         require(math.isfinite(self.bias), "routing_free.bias", self.bias, "must be finite")
-        require(0 < self.multiplier <= 1, "routing_free.multiplier", self.multiplier, "must lie above 0, at most at 1")
-        require(self.expert_share <= 1, "routing_free.expert_share", self.expert_share, "must lie between 0 and 1")
+        require(
+            0 < self.multiplier <= 1,
+            "routing_free.multiplier",
+            self.multiplier,
+            "must lie above 0, at most at 1",
+        )
+        require(
+            self.expert_share <= 1,
+            "routing_free.expert_share",
+            self.expert_share,
+            "must lie between 0 and 1",
+        )
 
     def check(self, config):
         """Refuses other losses."""
@@ -166,7 +196,9 @@ class RoutingFreeConfig(MethodConfig):
 class GShardConfig(MethodConfig):
     """GShard's two experts per token; experts.top_k must be 2."""
 
-    aux_weight: float = training_only(0.01)  # of its balance loss of first choices, which is 1 in perfect balance
+    aux_weight: float = training_only(
+        0.01
+    )  # of its balance loss of first choices, which is 1 in perfect balance
 
     def __post_init__(self):
         require_not_negative("gshard", self, "aux_weight")
@@ -175,7 +207,10 @@ class GShardConfig(MethodConfig):
         """Refuses L_aux, another loss of the same load."""
         weight, counts_both = config.balance.aux_weight, "counts both choices; selection gshard has"
         require(
-            weight == 0, "balance.aux_weight", weight, f"{counts_both} gshard.aux_weight, of the first; set it to 0"
+            weight == 0,
+            "balance.aux_weight",
+            weight,
+            f"{counts_both} gshard.aux_weight, of the first; set it to 0",
         )
 
 
@@ -183,7 +218,8 @@ class GShardConfig(MethodConfig):
 class ByAttentionConfig(MethodConfig):
     """Experts per token from attention, at most `experts.top_k`."""
 
-    # How important a token is. paid: how much of its attention it pays to one token | received: how much it receives.
+    # How important a token is. paid: how much of its attention it pays to one token | received: how
+    # much it receives.
     measure: str = "paid"
     reduce: str = "mean"  # mean | max, over heads
 
@@ -203,10 +239,12 @@ class ByAttentionConfig(MethodConfig):
 class SmearConfig(MethodConfig):
     """SMEAR: experts are merged, one merged expert for a sequence or a segment of it."""
 
-    # Tokens that share a merged expert, which the segment before them decides. 0: the whole sequence, by its own mean, which
-    # isn't causal.
+    # Tokens that share a merged expert, which the segment before them decides. 0: the whole
+    # sequence, by its own mean, which isn't causal.
     segment: int = 64
-    expert_dropout: float = training_only(0.1)  # chance of an expert to be left out of a merged one, in training
+    expert_dropout: float = training_only(
+        0.1
+    )  # chance of an expert to be left out of a merged one, in training
     # Of the variance of an expert's matrices at first, what isn't common to all experts.
     own_share: float = training_only(0.5)
 
@@ -218,9 +256,17 @@ class SmearConfig(MethodConfig):
             "must be at least 2, for experts aren't merged for every token, or 0 for a whole sequence",
         )
         require(
-            0 <= self.expert_dropout < 1, "smear.expert_dropout", self.expert_dropout, "must be at least 0 and below 1"
+            0 <= self.expert_dropout < 1,
+            "smear.expert_dropout",
+            self.expert_dropout,
+            "must be at least 0 and below 1",
         )
-        require(0 < self.own_share <= 1, "smear.own_share", self.own_share, "must be above 0 and at most 1")
+        require(
+            0 < self.own_share <= 1,
+            "smear.own_share",
+            self.own_share,
+            "must be above 0 and at most 1",
+        )
 
     @property
     def least_seq_len(self):
@@ -228,7 +274,9 @@ class SmearConfig(MethodConfig):
         return self.segment + 1
 
     def check(self, config):
-        """Refuses what a decoder can't have, and sequences of one segment, whose merged expert nothing decides."""
+        """Refuses what a decoder can't have, and sequences of one segment, whose merged expert
+        nothing decides.
+        """
         length = config.data.seq_len
         require(
             self.segment > 0,
@@ -254,7 +302,9 @@ class SmearConfig(MethodConfig):
 class ThorConfig(MethodConfig):
     """THOR: one expert a layer is drawn for a batch, and two passes are trained to agree."""
 
-    consistency_weight: float = training_only(5.0)  # alpha, of the symmetric KL divergence between the passes
+    consistency_weight: float = training_only(
+        5.0
+    )  # alpha, of the symmetric KL divergence between the passes
     inference: str = "sequence"  # sequence | token: what draws an expert, once the model is trained
     inference_seed: int = 0  # of these draws
 

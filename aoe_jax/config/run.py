@@ -51,8 +51,12 @@ class Config:
 
     @property
     def method_name(self):
-        """The name of the layer kind or selection method that has a group of its own; None where neither has."""
-        return next((name for name in (self.experts.kind, self.experts.selection) if name in METHODS), None)
+        """The name of the layer kind or selection method that has a group of its own; None where
+        neither has.
+        """
+        return next(
+            (name for name in (self.experts.kind, self.experts.selection) if name in METHODS), None
+        )
 
     @property
     def method_settings(self):
@@ -67,7 +71,15 @@ class Config:
     def __post_init__(self):
         if self.method_name:
             object.__setattr__(self, self.method_name, self.method_settings.filled_in(self.experts))
-        for group in (self.model, self.experts, self.balance, self.data, self.train, self.checkpoint, self.mesh):
+        for group in (
+            self.model,
+            self.experts,
+            self.balance,
+            self.data,
+            self.train,
+            self.checkpoint,
+            self.mesh,
+        ):
             group.check(self)
         self._check_methods()
 
@@ -94,7 +106,11 @@ class Config:
         groups = {f.name: f.type for f in dataclasses.fields(cls)}
         _refuse_unknown(dict(config), groups, "")
         return cls(
-            **{name: _build(group, name, dict(config[name])) for name, group in groups.items() if name in config}
+            **{
+                name: _build(group, name, dict(config[name]))
+                for name, group in groups.items()
+                if name in config
+            }
         )
 
     def to_dict(self):
@@ -114,7 +130,12 @@ def _refuse_unknown(given, known, prefix):
 def _build(group, group_name, values):
     hints = typing.get_type_hints(group)
     _refuse_unknown(values, hints, f"{group_name}.")
-    return group(**{name: _typed(f"{group_name}.{name}", value, hints[name]) for name, value in values.items()})
+    return group(
+        **{
+            name: _typed(f"{group_name}.{name}", value, hints[name])
+            for name, value in values.items()
+        }
+    )
 
 
 def _typed(name, value, hint):
@@ -130,7 +151,9 @@ def _typed(name, value, hint):
 
 
 def default_config():
-    """The defaults as a `ConfigDict`, for `configs/*.py` to change and the command line to override."""
+    """The defaults as a `ConfigDict`, for `configs/*.py` to change and the command line to
+    override.
+    """
     config = ml_collections.ConfigDict()
     for group in dataclasses.fields(Config):
         hints = typing.get_type_hints(group.type)

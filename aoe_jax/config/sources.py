@@ -15,7 +15,9 @@ class SourceConfig:
     label: str  # what metrics call it; no two of a run have the same
     name: str  # sotu | text | prepared | any TFDS name
     path: str | None
-    weight: Fraction | None  # share of the tokens seen in training, in proportion to those of the others
+    weight: (
+        Fraction | None
+    )  # share of the tokens seen in training, in proportion to those of the others
 
 
 def parsed_sources(name):
@@ -38,9 +40,14 @@ def parsed_sources(name):
             share = Fraction(weight.strip()) if equals else None
         except (ValueError, ZeroDivisionError):
             require(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
-        require(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
+        require(
+            share is None or share > 0, f"the weight of {source.strip()} must be greater than 0"
+        )
         sources.append(SourceConfig("", corpus, absolute(path) if at else None, share))
-    require(len({source.weight is None for source in sources}) == 1, "give every corpus a weight, or none of them")
+    require(
+        len({source.weight is None for source in sources}) == 1,
+        "give every corpus a weight, or none of them",
+    )
     twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
     require(count == 1, f"{twice[0]} is named twice; name it once, with one weight")
     return sources
@@ -51,7 +58,11 @@ def mixture_in_words(sources):
 
     def in_words(source):
         path = "" if source.path is None else f"@{source.path}"
-        return source.name + path + ("" if source.weight is None else f"={_number_in_words(source.weight)}")
+        return (
+            source.name
+            + path
+            + ("" if source.weight is None else f"={_number_in_words(source.weight)}")
+        )
 
     return ", ".join(map(in_words, sources))
 
@@ -63,7 +74,11 @@ def _number_in_words(number):
 
 def label_of(source):
     """The last part of the path, where that is what tells corpora apart, or the name."""
-    return os.path.basename(source.path) if source.name in ("text", "prepared") and source.path else source.name
+    return (
+        os.path.basename(source.path)
+        if source.name in ("text", "prepared") and source.path
+        else source.name
+    )
 
 
 def absolute(path):

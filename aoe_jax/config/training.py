@@ -21,17 +21,37 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     eval_every: int = 0  # 0: at the end only
-    max_skipped: int = 10  # the run stops after so many updates in a row that were skipped for not being finite
-    init_from: str | None = None  # directory of a model that the parameters start from; None: they are drawn
-    # The first steps, in which routers alone are updated: for a router that is drawn anew beside trained experts, as
-    # aoe_jax.prune leaves it; 0: none.
+    max_skipped: int = (
+        10  # the run stops after so many updates in a row that were skipped for not being finite
+    )
+    init_from: str | None = (
+        None  # directory of a model that the parameters start from; None: they are drawn
+    )
+    # The first steps, in which routers alone are updated: for a router that is drawn anew beside
+    # trained experts, as aoe_jax.prune leaves it; 0: none.
     router_steps: int = 0
 
     def __post_init__(self):
-        require_positive("train", self, "steps", "batch_size", "learning_rate", "clip_norm", "accumulate", "log_every")
+        require_positive(
+            "train",
+            self,
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "clip_norm",
+            "accumulate",
+            "log_every",
+        )
         require_positive("train", self, "max_skipped")
         require_not_negative(
-            "train", self, "warmup_steps", "final_learning_rate", "weight_decay", "seed", "eval_every", "router_steps"
+            "train",
+            self,
+            "warmup_steps",
+            "final_learning_rate",
+            "weight_decay",
+            "seed",
+            "eval_every",
+            "router_steps",
         )
         require(
             self.warmup_steps < self.steps,

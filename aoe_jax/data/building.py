@@ -14,22 +14,32 @@ from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import Corpus, slug
 from aoe_jax.data.manifest import FORMAT_VERSION, write_manifest
 from aoe_jax.data.store_writer import RECORDS_PER_SHARD, SplitWriter
-from aoe_jax.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, saved_tokenizer, train_tokenizer
+from aoe_jax.data.tokenizer import (
+    Tokenizer,
+    check_vocab_size,
+    load_tokenizer,
+    saved_tokenizer,
+    train_tokenizer,
+)
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
 logger = logging.getLogger(__name__)
 
 
-def cached_token_stores(corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: str) -> list[Path]:
+def cached_token_stores(
+    corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: str
+) -> list[Path]:
     """Directories of the corpora's token stores, built if they are not there yet.
 
-    Another tokenizer, vocabulary size or text makes another store, named `<cache>/tokens/<corpus name>-<hash of the corpus
-    and the tokenizer>`. Without `tokenizer`, the path of a tokenizer's file, byte-level BPE of `vocab_size` tokens is
-    trained on the train splits of all corpora. Processes that share the cache build a store once, the others wait.
+    Another tokenizer, vocabulary size or text makes another store, named `<cache>/tokens/<corpus
+    name>-<hash of the corpus and the tokenizer>`. Without `tokenizer`, the path of a tokenizer's
+    file, byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
+    Processes that share the cache build a store once, the others wait.
 
     Raises:
-        UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is too small.
+        UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is
+          too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -46,10 +56,14 @@ def cached_token_stores(corpora: list[Corpus], tokenizer: str | None, vocab_size
             if not directory.exists():
                 started = time.monotonic()
                 if not given:
-                    texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
+                    texts = itertools.chain.from_iterable(
+                        corpus.documents("train") for corpus in corpora
+                    )
                     given = train_tokenizer(texts, vocab_size)
                 build_token_store(corpus, given, directory)
-                logger.info("token store: built %s in %.1f s", directory, time.monotonic() - started)
+                logger.info(
+                    "token store: built %s in %.1f s", directory, time.monotonic() - started
+                )
         given = given or load_tokenizer(saved_tokenizer(directory))
     return directories
 
@@ -64,9 +78,13 @@ def _short_hash(value: str | list) -> str:
 
 
 def build_token_store(
-    corpus: Corpus, tokenizer: Tokenizer, directory: str | Path, records_per_shard: int = RECORDS_PER_SHARD
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    records_per_shard: int = RECORDS_PER_SHARD,
 ) -> None:
-    """Tokenise a corpus into `directory`, which comes into being only when it is complete; by one process at a time.
+    """Tokenise a corpus into `directory`, which comes into being only when it is complete; by one
+    process at a time.
 
     Memory is bounded by a batch of documents or the longest document.
 
@@ -84,7 +102,9 @@ def build_token_store(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path, records_per_shard: int) -> None:
+def _write_store(
+    corpus: Corpus, tokenizer: Tokenizer, directory: Path, records_per_shard: int
+) -> None:
     splits = {}
     for split in SPLITS:
         label = f"tokenising {corpus.name} {split}"
@@ -97,6 +117,8 @@ def _write_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path, records_
                 progress.update(len(text))
             splits[split] = writer.finish()
         if splits[split]["documents"] == 0:
-            raise UserError(f"data.name={corpus.name!r}: its {split} split has no text; give a larger corpus")
+            raise UserError(
+                f"data.name={corpus.name!r}: its {split} split has no text; give a larger corpus"
+            )
     tokenizer.save(directory)
     write_manifest(directory, corpus.name, corpus.fingerprint, tokenizer, splits)

@@ -1,4 +1,6 @@
-"""Text corpora: the bundled addresses, a folder of text files, or any TFDS data set with a text feature."""
+"""Text corpora: the bundled addresses, a folder of text files, or any TFDS data set with a text
+feature.
+"""
 
 import contextlib
 import difflib
@@ -13,7 +15,9 @@ from typing import Protocol
 
 import tensorflow_datasets as tfds
 import tensorflow_datasets.text  # registers the older text builders, such as wiki40b
-from tensorflow_datasets.core.dataset_builders.huggingface_dataset_builder import HuggingfaceDatasetBuilder
+from tensorflow_datasets.core.dataset_builders.huggingface_dataset_builder import (
+    HuggingfaceDatasetBuilder,
+)
 from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
@@ -29,8 +33,8 @@ _HUGGING_FACE = "huggingface:"
 class Corpus(Protocol):
     """Documents in three splits.
 
-    `fingerprint` changes when the text does; `documents(split)` yields the non-empty documents of a split, each time in
-    the same order, and raises `UserError` if one cannot be read.
+    `fingerprint` changes when the text does; `documents(split)` yields the non-empty documents of a
+    split, each time in the same order, and raises `UserError` if one cannot be read.
     """
 
     name: str
@@ -44,14 +48,17 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
     """Find a corpus, downloading it if need be.
 
     Args:
-        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or a data set of the Hugging Face hub, through
-            TFDS: "huggingface:OWNER/NAME" or "huggingface:OWNER/NAME/CONFIG".
-        path: for "text" the folder of .txt files; else the TFDS data_dir, by default `<cache>/tfds`.
+        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or a data set of the
+            Hugging Face hub, through TFDS: "huggingface:OWNER/NAME" or
+            "huggingface:OWNER/NAME/CONFIG".
+        path: for "text" the folder of .txt files; else the TFDS data_dir, by default
+          `<cache>/tfds`.
         cache: folder for everything that is prepared once.
         text_field: the feature of a TFDS data set that holds the text.
 
     Raises:
-        UserError: the name is unknown, the folder has no usable text, or the data set cannot be prepared.
+        UserError: the name is unknown, the folder has no usable text, or the data set cannot be
+          prepared.
     """
     if name == "text":
         return TextFolder(path)
@@ -66,8 +73,8 @@ def slug(name: str) -> str:
 class TextFolder:
     """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path.
 
-    A file's split follows from the hash of its path: about one in twenty each for validation and test, at least one.
-    So in all but small folders adding files leaves the others in their splits.
+    A file's split follows from the hash of its path: about one in twenty each for validation and
+    test, at least one. So in all but small folders adding files leaves the others in their splits.
     """
 
     name = "text"
@@ -76,10 +83,14 @@ class TextFolder:
         """Raise `UserError` unless the folder holds at least three non-empty `.txt` files."""
         self._root = Path(path).expanduser() if path else None
         if self._root is None or not self._root.is_dir():
-            raise UserError(f"data.path={path!r}: no such folder; data.name='text' needs a folder of .txt files")
+            raise UserError(
+                f"data.path={path!r}: no such folder; data.name='text' needs a folder of .txt files"
+            )
         files = sorted(file for file in self._root.rglob("*.txt") if file.is_file())
         if not files:
-            raise UserError(f"data.path={path!r}: the folder has no .txt file; put one document in each")
+            raise UserError(
+                f"data.path={path!r}: the folder has no .txt file; put one document in each"
+            )
         documents = [file for file in files if file.stat().st_size > 0]
         for file in sorted(set(files) - set(documents)):
             logger.warning("data.path: skipped the empty file %s", file)
@@ -88,7 +99,9 @@ class TextFolder:
                 f"data.path={path!r}: {len(documents)} non-empty .txt file(s); train, validation and test need at "
                 "least 3 documents, one a file"
             )
-        self._files = _split_by_hash({file.relative_to(self._root).as_posix(): file for file in documents})
+        self._files = _split_by_hash(
+            {file.relative_to(self._root).as_posix(): file for file in documents}
+        )
         self.fingerprint = _hash_of_files(self._root, documents)
 
     def documents(self, split: str) -> Iterator[str]:
@@ -105,7 +118,8 @@ class TextFolder:
 class TfdsCorpus:
     """The text feature of a prepared TFDS data set.
 
-    A validation or test split that the data set lacks is cut from its train split by document number: the tenth of
+    A validation or test split that the data set lacks is cut from its train split by document
+      number: the tenth of
     every twenty documents is for validation, the twentieth for test.
     """
 
@@ -114,10 +128,15 @@ class TfdsCorpus:
         info = builder.info
         text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
         if text_field not in text_fields:
-            raise UserError(f"data.text_field={text_field!r}: the text features of {name} are {text_fields}")
+            raise UserError(
+                f"data.text_field={text_field!r}: the text features of {name} are {text_fields}"
+            )
         if "train" not in info.splits:
             raise UserError(f"data.name={name!r}: has no train split, only {sorted(info.splits)}")
-        sizes = {split: (info.splits[split].num_examples, int(info.splits[split].num_bytes)) for split in info.splits}
+        sizes = {
+            split: (info.splits[split].num_examples, int(info.splits[split].num_bytes))
+            for split in info.splits
+        }
         self.name = name
         self.fingerprint = f"{info.full_name} {text_field} {sorted(sizes.items())}"
         self._builder = builder
@@ -143,7 +162,12 @@ def _split_by_hash(files: dict[str, Path]) -> dict[str, list[Path]]:
     """Cut the files, keyed by relative path, into three non-empty splits."""
 
     def hash_fraction(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+        return (
+            int.from_bytes(
+                hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big"
+            )
+            / 2**48
+        )
 
     ranked = sorted(files, key=lambda name: (hash_fraction(name), name))
     n_validation = sum(hash_fraction(name) < 0.05 for name in ranked)
@@ -166,17 +190,23 @@ def _hash_of_files(root: Path, files: list[Path]) -> str:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"data.path={str(root)!r}: {path} cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"data.path={str(root)!r}: {path} cannot be read ({error.strerror})"
+            ) from error
         digest.update(f"{path.relative_to(root).as_posix()!r} {content}\n".encode())
     return digest.hexdigest()
 
 
 def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set that lies in `data_dir` as ArrayRecord, after preparing it if it did not."""
+    """The builder of a data set that lies in `data_dir` as ArrayRecord, after preparing it if it
+    did not.
+    """
     builder = _find_builder(name, data_dir)
     if not builder.is_prepared():
         with exclusive(Path(data_dir, f".{slug(name)}.lock")):
-            builder = _find_builder(name, data_dir)  # again: another process may have prepared it while this one waited
+            builder = _find_builder(
+                name, data_dir
+            )  # again: another process may have prepared it while this one waited
             if not builder.is_prepared():
                 _download_and_prepare(builder, name, data_dir)
     return builder
@@ -192,9 +222,17 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        how = "pip install 'aoe_jax[huggingface]'" if name.startswith(_HUGGING_FACE) else "install that"
-        raise UserError(f"data.name={name!r}: needs a package that is not installed ({error}); {how}") from error
-    except Exception as error:  # TFDS raises ValueError, AssertionError and others for a bad config or version
+        how = (
+            "pip install 'aoe_jax[huggingface]'"
+            if name.startswith(_HUGGING_FACE)
+            else "install that"
+        )
+        raise UserError(
+            f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # TFDS raises ValueError, AssertionError and others for a bad config or version
         raise UserError(
             f"data.name={name!r}: TFDS cannot load it: {_first_line(error)}\n"
             f"Check the name, and that {data_dir} holds no other file format than array_record for it."
@@ -202,11 +240,15 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _find_hugging_face_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of `OWNER/NAME` or `OWNER/NAME/CONFIG`; the hub is asked only if it isn't prepared yet."""
+    """The builder of `OWNER/NAME` or `OWNER/NAME/CONFIG`; the hub is asked only if it isn't
+    prepared yet.
+    """
     owner, _, rest = name.partition("/")
     repository, _, config = rest.partition("/")
     if not repository:
-        raise ValueError("name a data set of the hub as huggingface:OWNER/NAME or huggingface:OWNER/NAME/CONFIG")
+        raise ValueError(
+            "name a data set of the hub as huggingface:OWNER/NAME or huggingface:OWNER/NAME/CONFIG"
+        )
     local = "/".join(to_tfds_name(part) for part in (f"{owner}/{repository}", config) if part)
     try:
         return tfds.core.read_only_builder.builder_from_files(local, data_dir=data_dir)
@@ -231,7 +273,8 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir
     logger.info("preparing the TFDS data set %s in %s", name, data_dir)
     if name == "sotu":
         tfds.disable_progress_bar()
-    # The copies on Google Cloud Storage are TFRecord files, which cannot be read without TensorFlow.
+    # The copies on Google Cloud Storage are TFRecord files, which cannot be read without
+    # TensorFlow.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -244,7 +287,9 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir
             "data.path to a TFDS data_dir where it was prepared with file_format='array_record'"
         ) from error
     except Exception as error:  # anything from the network, the disk or the builder's own code
-        raise UserError(f"data.name={name!r}: TFDS cannot prepare it: {_first_line(error)}") from error
+        raise UserError(
+            f"data.name={name!r}: TFDS cannot prepare it: {_first_line(error)}"
+        ) from error
 
 
 def _unknown_name(name: str) -> str:

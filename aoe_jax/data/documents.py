@@ -21,7 +21,8 @@ _READ_BYTES = 2**20
 
 
 class Piece(NamedTuple):
-    """A part of a file: of JSON lines the bytes from `start` to `stop`, of Parquet row groups, else the whole file.
+    """A part of a file: of JSON lines the bytes from `start` to `stop`, of Parquet row groups, else
+    the whole file.
 
     The lines of a piece are those that begin in it.
     """
@@ -32,7 +33,8 @@ class Piece(NamedTuple):
 
 
 def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
-    """The files that match any of the glob patterns (`**`: folders of any depth), each once, sorted by path.
+    """The files that match any of the glob patterns (`**`: folders of any depth), each once, sorted
+    by path.
 
     Those in `output`, which would be what is made of the others, are left out.
 
@@ -41,10 +43,15 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """
     found, left_out = set(), Path(os.path.abspath(output))
     for pattern in patterns:
-        matching = {Path(os.path.abspath(path)) for path in glob(os.path.expanduser(pattern), recursive=True)}
+        matching = {
+            Path(os.path.abspath(path))
+            for path in glob(os.path.expanduser(pattern), recursive=True)
+        }
         matching = {path for path in matching if not path.is_dir() and left_out not in path.parents}
         if not matching:
-            raise UserError(f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.zst'")
+            raise UserError(
+                f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.zst'"
+            )
         found |= matching
     for path in sorted(found):
         if not path.exists():
@@ -58,7 +65,8 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
 
 
 def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
-    """A file in pieces, each with its size: about `piece_bytes`, but a compressed file and a text are one piece.
+    """A file in pieces, each with its size: about `piece_bytes`, but a compressed file and a text
+    are one piece.
 
     Raises:
         UserError: the file cannot be read.
@@ -74,11 +82,17 @@ def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
         return [(Piece(str(path), 0, size), size)]
     starts = range(0, size, piece_bytes)
     stops = [*starts[1:], size]
-    return [(Piece(str(path), start, stop), stop - start) for start, stop in zip(starts, stops, strict=True)]
+    return [
+        (Piece(str(path), start, stop), stop - start)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
 
 
-def documents(piece: Piece, text_field: str, progress: Callable[[int], None] = lambda read: None) -> Iterator[str]:
-    """The texts of a piece, empty ones too; half a surrogate pair, which is no text, becomes U+FFFD.
+def documents(
+    piece: Piece, text_field: str, progress: Callable[[int], None] = lambda read: None
+) -> Iterator[str]:
+    """The texts of a piece, empty ones too; half a surrogate pair, which is no text, becomes
+    U+FFFD.
 
     Args:
         piece: what to read.
@@ -94,7 +108,9 @@ def documents(piece: Piece, text_field: str, progress: Callable[[int], None] = l
     try:
         yield from read(piece, compression, text_field, progress)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"--input: {path} cannot be read ({_reason(error)}); mend or remove it") from error
+        raise UserError(
+            f"--input: {path} cannot be read ({_reason(error)}); mend or remove it"
+        ) from error
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
@@ -117,7 +133,9 @@ def _row_groups(path: Path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
             start, size = stop, 0
 
 
-def _parquet(piece: Piece, compression: None, text_field: str, progress: Callable[[int], None]) -> Iterator[str]:
+def _parquet(
+    piece: Piece, compression: None, text_field: str, progress: Callable[[int], None]
+) -> Iterator[str]:
     with pyarrow.parquet.ParquetFile(piece.path) as file:
         if text_field not in file.schema_arrow.names:
             raise UserError(
@@ -125,14 +143,21 @@ def _parquet(piece: Piece, compression: None, text_field: str, progress: Callabl
             )
         done = 0
         for group in range(piece.start, piece.stop):
-            size, rows = (getattr(file.metadata.row_group(group), name) for name in ("total_byte_size", "num_rows"))
+            size, rows = (
+                getattr(file.metadata.row_group(group), name)
+                for name in ("total_byte_size", "num_rows")
+            )
             seen = 0
-            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[text_field]):
+            for batch in file.iter_batches(
+                batch_size=256, row_groups=[group], columns=[text_field]
+            ):
                 where = f"row group {group} of {piece.path}"
                 try:
                     texts = batch.column(0).to_pylist()
                 except UnicodeDecodeError as error:
-                    raise UserError(f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it") from error
+                    raise UserError(
+                        f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it"
+                    ) from error
                 for text in texts:
                     yield _checked(text, where, text_field)
                 seen += len(batch)
@@ -140,40 +165,54 @@ def _parquet(piece: Piece, compression: None, text_field: str, progress: Callabl
             done += size
 
 
-def _text(piece: Piece, compression: str | None, text_field: str, progress: Callable[[int], None]) -> Iterator[str]:
+def _text(
+    piece: Piece, compression: str | None, text_field: str, progress: Callable[[int], None]
+) -> Iterator[str]:
     with pyarrow.OSFile(piece.path) as raw:
         content = (pyarrow.CompressedInputStream(raw, compression) if compression else raw).read()
     progress(piece.stop)
     try:
         yield content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--input: {piece.path} is not UTF-8 at byte {error.start}; convert or remove it") from error
+        raise UserError(
+            f"--input: {piece.path} is not UTF-8 at byte {error.start}; convert or remove it"
+        ) from error
 
 
 def _json_lines(
     piece: Piece, compression: str | None, text_field: str, progress: Callable[[int], None]
 ) -> Iterator[str]:
     with pyarrow.OSFile(piece.path) as raw:
-        stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, compression) if compression else raw, _READ_BYTES)
+        stream = io.BufferedReader(
+            pyarrow.CompressedInputStream(raw, compression) if compression else raw, _READ_BYTES
+        )
         position = piece.start
         if piece.start > 0:
             stream.seek(piece.start - 1)
-            position += len(stream.readline()) - 1  # the line that begins before the piece belongs to the one before
+            position += (
+                len(stream.readline()) - 1
+            )  # the line that begins before the piece belongs to the one before
         for line in stream:
             if not compression and position >= piece.stop:
                 break
             if not line.isspace():
-                where = f"the line at byte {position} of {piece.path}" + (", decompressed," if compression else "")
+                where = f"the line at byte {position} of {piece.path}" + (
+                    ", decompressed," if compression else ""
+                )
                 try:
                     value = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"--input: {where} is no JSON ({error}); mend or remove it") from error
+                    raise UserError(
+                        f"--input: {where} is no JSON ({error}); mend or remove it"
+                    ) from error
                 if not isinstance(value, dict):
                     raise UserError(
                         f"--input: {where} is no JSON object; each line is one, with a field {text_field!r}"
                     )
                 if text_field not in value:
-                    raise UserError(f"--text_field={text_field!r}: {where} has no such field; it has {list(value)}")
+                    raise UserError(
+                        f"--text_field={text_field!r}: {where} has no such field; it has {list(value)}"
+                    )
                 yield _checked(value[text_field], where, text_field)
             position += len(line)
             progress(raw.tell() if compression else min(position, piece.stop) - piece.start)
@@ -181,7 +220,9 @@ def _json_lines(
 
 def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
-        raise UserError(f"--text_field={text_field!r}: {where} has a {type(text).__name__} there, not a text")
+        raise UserError(
+            f"--text_field={text_field!r}: {where} has a {type(text).__name__} there, not a text"
+        )
     try:
         text.encode()
     except UnicodeEncodeError:

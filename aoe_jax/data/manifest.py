@@ -10,10 +10,14 @@ from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 
 FORMAT_VERSION = 2
-PLAN_FILE = "plan.json"  # how a store was made from its input; only those of `aoe_jax.data.prepare` have it
+PLAN_FILE = (
+    "plan.json"  # how a store was made from its input; only those of `aoe_jax.data.prepare` have it
+)
 
 
-def write_manifest(directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]):
+def write_manifest(
+    directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]
+):
     """Write `manifest.json`, which makes a store of the shards in `directory`.
 
     Args:
@@ -38,7 +42,9 @@ def write_manifest(directory: Path, corpus: str, fingerprint: str, tokenizer: To
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a token store; `UserError` if it is missing, damaged, or of another version of this package."""
+    """The manifest of a token store; `UserError` if it is missing, damaged, or of another version
+    of this package.
+    """
     path = directory / "manifest.json"
     if not path.exists():
         if not directory.is_dir():
@@ -53,7 +59,9 @@ def read_manifest(directory: Path) -> dict:
     except UserError as error:
         raise damaged(directory, "manifest.json is damaged") from error
     if version != FORMAT_VERSION:
-        raise damaged(directory, f"manifest.json has format version {version}, not {FORMAT_VERSION}")
+        raise damaged(
+            directory, f"manifest.json has format version {version}, not {FORMAT_VERSION}"
+        )
     return read_json(path)
 
 

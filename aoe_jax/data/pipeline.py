@@ -11,15 +11,17 @@ import numpy as np
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 
-# Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples, not batches.
+# Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples, not
+# batches.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
 class PackedWindows:
     """Random access to the consecutive windows of a token stream.
 
-    Window `i` covers tokens `i * L` to `i * L + L`, where `L` is `seq_len`; the last token of a window is the first of
-    the next, so that each token after the first is a target once. The rest, which fills no window, is left out.
+    Window `i` covers tokens `i * L` to `i * L + L`, where `L` is `seq_len`; the last token of a
+    window is the first of the next, so that each token after the first is a target once. The rest,
+    which fills no window, is left out.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
@@ -40,12 +42,17 @@ class PackedWindows:
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Window `index`, as arrays `[L]`.
 
-        `inputs` and `targets` are int32; `segment_ids`, int32, numbers the documents that the inputs belong to, from 1; a
-        document begins at the end-of-text token before it. `weights`, float32, is what a target counts in the loss: 1, or
-        with `loss_mask` 0 for the first token of a document.
+        `inputs` and `targets` are int32; `segment_ids`, int32, numbers the documents that the
+        inputs belong to, from 1; a document begins at the end-of-text token before it. `weights`,
+        float32, is what a target counts in the loss: 1, or with `loss_mask` 0 for the first token
+        of a document.
         """
         start = index.__index__() * self._seq_len
-        window = _window(self._store.read(start, start + self._seq_len + 1), self._seq_len, self._store.end_of_text)
+        window = _window(
+            self._store.read(start, start + self._seq_len + 1),
+            self._seq_len,
+            self._store.end_of_text,
+        )
         if self._loss_mask:
             window["weights"][window["inputs"] == self._store.end_of_text] = 0
         return window
@@ -54,9 +61,10 @@ class PackedWindows:
 class Mixture:
     """Which window of which source comes at each position of an endless mixture.
 
-    After any number of windows each source has had its share of them, give or take a few, and wherever the whole weights
-    (see `__init__`) come to a multiple of their sum, exactly. Any position is found in time that grows with the number of
-    sources alone, so that a run goes on from anywhere without replaying what came before.
+    After any number of windows each source has had its share of them, give or take a few, and
+    wherever the whole weights (see `__init__`) come to a multiple of their sum, exactly. Any
+    position is found in time that grows with the number of sources alone, so that a run goes on
+    from anywhere without replaying what came before.
     """
 
     def __init__(self, weights: Sequence[Fraction | int]):
@@ -68,8 +76,8 @@ class Mixture:
     def counts(self, position: int) -> list[int]:
         """How many windows of each source are among the first `position`; these sum to `position`.
 
-        The first source takes its share of all, rounded up; the second its share of what that leaves; and so on. As
-        `position` grows by one, one of the counts does.
+        The first source takes its share of all, rounded up; the second its share of what that
+        leaves; and so on. As `position` grows by one, one of the counts does.
         """
         counts, left, left_weight = [], position, sum(self._weights)
         for weight in self._weights:
@@ -79,7 +87,9 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        return 2**48  # more than is ever read, and Grain computes with lengths as floating-point numbers
+        return (
+            2**48
+        )  # more than is ever read, and Grain computes with lengths as floating-point numbers
 
     def __getitem__(self, position: SupportsIndex) -> tuple[int, int]:
         """`(source, window of that source)`, as `grain.MapDataset.select_from_datasets` asks."""
@@ -106,7 +116,9 @@ class _Rows:
 class _TrainBatches(grain.IterDataset):
     """Batches whose iterators also know how much of each source they have read."""
 
-    def __init__(self, batches: grain.IterDataset, sources: Sequence[str], mixture: Mixture, batch_size: int):
+    def __init__(
+        self, batches: grain.IterDataset, sources: Sequence[str], mixture: Mixture, batch_size: int
+    ):
         super().__init__(batches)
         self._position = sources, mixture, batch_size
 
@@ -115,7 +127,13 @@ class _TrainBatches(grain.IterDataset):
 
 
 class _TrainIterator(grain.DatasetIterator):
-    def __init__(self, batches: grain.DatasetIterator, sources: Sequence[str], mixture: Mixture, batch_size: int):
+    def __init__(
+        self,
+        batches: grain.DatasetIterator,
+        sources: Sequence[str],
+        mixture: Mixture,
+        batch_size: int,
+    ):
         super().__init__(batches)
         self._sources, self._mixture, self._batch_size = sources, mixture, batch_size
 
@@ -136,7 +154,9 @@ class _TrainIterator(grain.DatasetIterator):
         self._parent.set_state({"next_index": state["next_index"]})
 
     def _windows_read(self, batches: int) -> dict[str, int]:
-        return dict(zip(self._sources, self._mixture.counts(batches * self._batch_size), strict=True))
+        return dict(
+            zip(self._sources, self._mixture.counts(batches * self._batch_size), strict=True)
+        )
 
 
 def train_batches(
@@ -151,15 +171,16 @@ def train_batches(
 ) -> grain.IterDataset:
     """Endless training batches, of each source in another order each epoch.
 
-    Each element is a dictionary of arrays `[batch_size, seq_len]` as `PackedWindows` describes them, or `[len(rows),
-    seq_len]` where `rows` names the rows of the batch that this process reads. Step `b` has the same windows in the same
-    rows however many processes share them. Iterators save and restore their position, with `get_state` and `set_state`:
-    the number of batches, and how many windows of each source they held, the same in every process.
+    Each element is a dictionary of arrays `[batch_size, seq_len]` as `PackedWindows` describes
+    them, or `[len(rows), seq_len]` where `rows` names the rows of the batch that this process
+    reads. Step `b` has the same windows in the same rows however many processes share them.
+    Iterators save and restore their position, with `get_state` and `set_state`: the number of
+    batches, and how many windows of each source they held, the same in every process.
 
     Args:
         stores: the train split of each source by its name.
-        weights: the sources' shares of the windows, in proportion to each other; None: each has as many as it holds, so
-            that one pass over the mixture is one over every source.
+        weights: the sources' shares of the windows, in proportion to each other; None: each has as
+            many as it holds, so that one pass over the mixture is one over every source.
         seq_len: tokens of a window.
         batch_size: windows of a batch, over all processes.
         seed: of the order.
@@ -168,40 +189,56 @@ def train_batches(
         read_options: threads that read ahead, and how far.
 
     Raises:
-        UserError: a stream is shorter than one window, or, when a position is restored, the checkpoint is one of other
-            sources. Iterators raise what `TokenStore.read` does.
+        UserError: a stream is shorter than one window, or, when a position is restored, the
+            checkpoint is one of other sources. Iterators raise what `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
     # The first source has the seed itself, so that alone it gives what it always gave.
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
     shuffled = [
-        grain.MapDataset.source(source).shuffle(seed).repeat() for source, seed in zip(windows, seeds, strict=True)
+        grain.MapDataset.source(source).shuffle(seed).repeat()
+        for source, seed in zip(windows, seeds, strict=True)
     ]
-    # Not MapDataset.mix: that rounds weights to about one in a hundred, so one pass would not be one over all.
+    # Not MapDataset.mix: that rounds weights to about one in a hundred, so one pass would not be
+    # one over all.
     mixture = Mixture(weights or [len(source) for source in windows])
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = grain.MapDataset.source(_Rows(mixed, batch_size, rows)).batch(len(rows)).to_iter_dataset(read_options)
+    batches = (
+        grain.MapDataset.source(_Rows(mixed, batch_size, rows))
+        .batch(len(rows))
+        .to_iter_dataset(read_options)
+    )
     return _TrainBatches(batches, tuple(stores), mixture, batch_size)
 
 
-def eval_batches(store: TokenStore, seq_len: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `[batch_size, seq_len]` that hold every token of the stream after the first as a target once, in order.
+def eval_batches(
+    store: TokenStore, seq_len: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches `[batch_size, seq_len]` that hold every token of the stream after the first as a
+    target once, in order.
 
-    The arrays are those of `PackedWindows` without a loss mask; positions beyond the end of the stream are zero in all of
-    them, `weights` and `segment_ids` included, so `weights` sums to `len(store) - 1` over all batches.
+    The arrays are those of `PackedWindows` without a loss mask; positions beyond the end of the
+    stream are zero in all of them, `weights` and `segment_ids` included, so `weights` sums to
+    `len(store) - 1` over all batches.
     """
     targets = len(store) - 1
     for batch_start in range(0, targets, seq_len * batch_size):
         rows = []
         for start in range(batch_start, batch_start + seq_len * batch_size, seq_len):
-            tokens = store.read(start, min(start + seq_len, targets) + 1) if start < targets else np.zeros(1, np.int32)
+            tokens = (
+                store.read(start, min(start + seq_len, targets) + 1)
+                if start < targets
+                else np.zeros(1, np.int32)
+            )
             rows.append(_window(tokens, seq_len, store.end_of_text))
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _window(tokens: np.ndarray, seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-    """Inputs, targets and what goes with them, from up to `seq_len + 1` consecutive tokens; the rest is zero."""
+    """Inputs, targets and what goes with them, from up to `seq_len + 1` consecutive tokens; the
+    rest is zero.
+    """
     inputs, targets = tokens[:-1], tokens[1:]
     begins = inputs == end_of_text
     begins[:1] = True

@@ -1,8 +1,10 @@
-"""Making a token store of files of any size: in parallel, and so that a kill loses little and changes nothing.
+"""Making a token store of files of any size: in parallel, and so that a kill loses little and
+changes nothing.
 
-The documents of the input are cut into units of work, whatever the number of processes. A unit's shards come into being
-complete, then a file in `units/` says so; a preparation that goes on leaves out what is done. When all is, `manifest.json`
-makes it a token store. `plan.json` stays beside it, by which a damaged shard can be written again.
+The documents of the input are cut into units of work, whatever the number of processes. A unit's
+shards come into being complete, then a file in `units/` says so; a preparation that goes on leaves
+out what is done. When all is, `manifest.json` makes it a token store. `plan.json` stays beside it,
+by which a damaged shard can be written again.
 """
 
 import contextlib
@@ -44,10 +46,11 @@ class Settings:
     """What the tokens depend on beside the files.
 
     Attributes:
-        tokenizer: the path of a tokenizer's file, or `bpe:N`, byte-level BPE of N tokens trained on a sample.
+        tokenizer: the path of a tokenizer's file, or `bpe:N`, byte-level BPE of N tokens trained on
+          a sample.
         text_field: the field or column of JSON lines and Parquet that holds the text.
-        validation: share of the documents that are for validation; they are told by a hash of their text, so that a
-            document that comes twice is in one split.
+        validation: share of the documents that are for validation; they are told by a hash of their
+            text, so that a document that comes twice is in one split.
         test: the same for test.
     """
 
@@ -61,7 +64,9 @@ class Settings:
         for name in ("validation", "test"):
             value = getattr(self, name)
             if not 0 < value < 0.5:
-                raise UserError(f"--{name}={value}: must be a share of the documents, above 0 and below 0.5")
+                raise UserError(
+                    f"--{name}={value}: must be a share of the documents, above 0 and below 0.5"
+                )
         size = self.tokenizer.removeprefix("bpe:")
         if self.tokenizer.startswith("bpe:") and not (size.isdecimal() and 256 < int(size) < 2**31):
             raise UserError(
@@ -94,14 +99,16 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         processes: that tokenise, one core each. The store is the same whatever their number.
 
     Raises:
-        UserError: an input or the tokenizer can't be used, `output` is of another preparation, the disk is full, or a split
-            came out empty.
+        UserError: an input or the tokenizer can't be used, `output` is of another preparation, the
+            disk is full, or a split came out empty.
     """
     wanted, files = _as_planned(settings), find_files(inputs, output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output={output}: can't be made ({error.strerror}); name a directory") from error
+        raise UserError(
+            f"--output={output}: can't be made ({error.strerror}); name a directory"
+        ) from error
     with alone_in(output, "output"), _no_room_means(output):
         plan = _claim(files, settings, wanted, output)
         if _is_complete(output):
@@ -113,12 +120,19 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         if done:
             logger.info("going on: %d of %d units of work are done", len(done), len(plan["units"]))
         started = time.monotonic()
-        _write_units(output, plan, processes, [unit for unit in range(len(plan["units"])) if unit not in done])
+        _write_units(
+            output,
+            plan,
+            processes,
+            [unit for unit in range(len(plan["units"])) if unit not in done],
+        )
         seconds = time.monotonic() - started
         results = [read_json(_done_file(output, unit)) for unit in range(len(plan["units"]))]
         splits = {split: _sum([result["splits"][split] for result in results]) for split in SPLITS}
         _refuse_empty(splits, settings, output)
-        fingerprint = hashlib.sha256("".join(result["fingerprint"] for result in results).encode()).hexdigest()
+        fingerprint = hashlib.sha256(
+            "".join(result["fingerprint"] for result in results).encode()
+        ).hexdigest()
         write_manifest(output, Path(os.path.abspath(output)).name, fingerprint, tokenizer, splits)
         shutil.rmtree(output / "units")
         written = [result for unit, result in enumerate(results) if unit not in done]
@@ -132,20 +146,30 @@ def check(output: Path) -> list[str]:
         UserError: there is no complete store, or its manifest or its tokenizer is damaged.
     """
     manifest = read_manifest(output)
-    if load_tokenizer(saved_tokenizer(output), setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{saved_tokenizer(output)} isn't the tokenizer of this store; put that back")
-    shards = tqdm(_sha256_of_shards(manifest).items(), desc=f"checking {output.name}", unit="shard", delay=1)
+    if (
+        load_tokenizer(saved_tokenizer(output), setting="tokenizer").sha256
+        != manifest["tokenizer_sha256"]
+    ):
+        raise UserError(
+            f"{saved_tokenizer(output)} isn't the tokenizer of this store; put that back"
+        )
+    shards = tqdm(
+        _sha256_of_shards(manifest).items(), desc=f"checking {output.name}", unit="shard", delay=1
+    )
     return [name for name, sha256 in shards if _sha256(output / name) != sha256]
 
 
 def repair(output: Path, processes: int) -> list[str]:
-    """Write the damaged shards of a complete store again, from the files that it was made from; their names.
+    """Write the damaged shards of a complete store again, from the files that it was made from;
+    their names.
 
     Raises:
         UserError: as in `check`; or the input isn't there any more, or has changed.
     """
     if not (output / PLAN_FILE).exists():
-        raise UserError(f"--output={output}: has no {PLAN_FILE}, so it can't be repaired; prepare it again")
+        raise UserError(
+            f"--output={output}: has no {PLAN_FILE}, so it can't be repaired; prepare it again"
+        )
     with alone_in(output, "output"), _no_room_means(output):
         damaged = check(output)
         if damaged:
@@ -157,7 +181,9 @@ def repair(output: Path, processes: int) -> list[str]:
 
 
 def make_plan(files: Sequence[Path], settings: Settings) -> dict:
-    """All that the store follows from, ready for JSON; units of work are lists of pieces, their files as numbers."""
+    """All that the store follows from, ready for JSON; units of work are lists of pieces, their
+    files as numbers.
+    """
     states = [_state(str(file)) for file in files]
     smallest, largest = _UNIT_BYTES
     unit_bytes = min(max(sum(size for _, size, _ in states) // _UNITS, smallest), largest)
@@ -177,14 +203,21 @@ def make_plan(files: Sequence[Path], settings: Settings) -> dict:
 
 def unit_of(plan: dict, number: int) -> Unit:
     """A unit of work of a plan."""
-    pieces = [Piece(plan["files"][file][0], start, stop) for file, start, stop in plan["units"][number]["pieces"]]
+    pieces = [
+        Piece(plan["files"][file][0], start, stop)
+        for file, start, stop in plan["units"][number]["pieces"]
+    ]
     files = sorted({file for file, _, _ in plan["units"][number]["pieces"]})
     return Unit(number, tuple(pieces), tuple(tuple(plan["files"][file]) for file in files))
 
 
 def _as_planned(settings: Settings) -> dict:
     made = settings.tokenizer.startswith("bpe:")
-    tokenizer = settings.tokenizer if made else load_tokenizer(settings.tokenizer, setting="--tokenizer").sha256
+    tokenizer = (
+        settings.tokenizer
+        if made
+        else load_tokenizer(settings.tokenizer, setting="--tokenizer").sha256
+    )
     return dataclasses.asdict(settings) | {"tokenizer": tokenizer}
 
 
@@ -198,10 +231,14 @@ def _state(path: str) -> tuple[str, int, int] | None:
 
 
 def _claim(files: Sequence[Path], settings: Settings, wanted: dict, output: Path) -> dict:
-    """The plan of `output`, which is made unless it is there; refuses one that isn't as `wanted`, or of changed files."""
+    """The plan of `output`, which is made unless it is there; refuses one that isn't as `wanted`,
+    or of changed files.
+    """
     if not (output / PLAN_FILE).exists():
         if any(path.name != f"{PLAN_FILE}.partial" for path in output.iterdir()):
-            raise UserError(f"--output={output}: is not empty, and holds no preparation; use another --output")
+            raise UserError(
+                f"--output={output}: is not empty, and holds no preparation; use another --output"
+            )
         write_json(output / PLAN_FILE, make_plan(files, settings), indent=None)
     plan = read_json(output / PLAN_FILE, "delete the folder, or use another --output")
     advice = "Delete the folder, or use another --output"
@@ -214,11 +251,15 @@ def _claim(files: Sequence[Path], settings: Settings, wanted: dict, output: Path
             )
     planned, found = {path for path, _, _ in plan["files"]}, {str(file) for file in files}
     for path in sorted(planned - found):
-        raise UserError(f"--output={output}: holds a preparation of more: {path} is gone, or not named here. {advice}")
+        raise UserError(
+            f"--output={output}: holds a preparation of more: {path} is gone, or not named here. {advice}"
+        )
     for state in plan["files"]:
         _refuse_changed(state, advice)
     if new := sorted(found - planned):
-        logger.warning("%s and %d other files are new since, and not in this store", new[0], len(new) - 1)
+        logger.warning(
+            "%s and %d other files are new since, and not in this store", new[0], len(new) - 1
+        )
     return plan
 
 
@@ -258,7 +299,9 @@ def install_tokenizer(output: Path, plan: dict, settings: Settings) -> Tokenizer
         return load_tokenizer(saved_tokenizer(output), setting="tokenizer")
     if settings.tokenizer.startswith("bpe:"):
         logger.info("training a tokenizer on a sample of the text")
-        tokenizer = train_tokenizer(_sample(plan, settings), int(settings.tokenizer.removeprefix("bpe:")))
+        tokenizer = train_tokenizer(
+            _sample(plan, settings), int(settings.tokenizer.removeprefix("bpe:"))
+        )
     else:
         tokenizer = load_tokenizer(settings.tokenizer)
     partial.mkdir()
@@ -280,20 +323,36 @@ def _sample(plan: dict, settings: Settings) -> Iterator[str]:
                 break
 
 
-def _write_units(output: Path, plan: dict, processes: int, units: list[int], expected: dict[str, str] | None = None):
+def _write_units(
+    output: Path,
+    plan: dict,
+    processes: int,
+    units: list[int],
+    expected: dict[str, str] | None = None,
+):
     """Write the shards of these units of work, with a progress bar over the input.
 
-    With `expected`, the hashes of all shards by name, a unit that comes out otherwise is refused, and what was there stays.
+    With `expected`, the hashes of all shards by name, a unit that comes out otherwise is refused,
+    and what was there stays.
     """
     settings = Settings(**{field.name: plan[field.name] for field in dataclasses.fields(Settings)})
     (output / "units").mkdir(exist_ok=True)
     for killed in (output / "units").glob("*.partial-*"):
         shutil.rmtree(killed, ignore_errors=True)
-    read = multiprocessing.get_context("spawn").Array("q", len(plan["units"]), lock=False)  # bytes read of each unit
+    read = multiprocessing.get_context("spawn").Array(
+        "q", len(plan["units"]), lock=False
+    )  # bytes read of each unit
     sizes = [unit["size"] for unit in plan["units"]]
     done = sum(sizes) - sum(sizes[unit] for unit in units)
     with (
-        tqdm(desc="preparing", total=sum(sizes), initial=done, unit="B", unit_scale=True, mininterval=1) as bar,
+        tqdm(
+            desc="preparing",
+            total=sum(sizes),
+            initial=done,
+            unit="B",
+            unit_scale=True,
+            mininterval=1,
+        ) as bar,
         Workers(processes, UnitWriter, (output, settings, read, expected)) as workers,
     ):
 
@@ -302,15 +361,25 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int], exp
                 logger.warning(message)
 
         tasks = [unit_of(plan, unit) for unit in units]
-        for _ in workers.run(tasks, lambda unit: f"{unit.pieces[0].path} (unit {unit.number})", warn):
+        for _ in workers.run(
+            tasks, lambda unit: f"{unit.pieces[0].path} (unit {unit.number})", warn
+        ):
             bar.update(min(done + sum(read), sum(sizes)) - bar.n)
 
 
 class UnitWriter:
     """What a worker process does: write the shards of one unit of work after the other."""
 
-    def __init__(self, output: Path, settings: Settings, read: MutableSequence[int], expected: dict[str, str] | None):
-        """Load the tokenizer; `read` is told how many bytes of each unit have been read; `expected` as in `_write_units`."""
+    def __init__(
+        self,
+        output: Path,
+        settings: Settings,
+        read: MutableSequence[int],
+        expected: dict[str, str] | None,
+    ):
+        """Load the tokenizer; `read` is told how many bytes of each unit have been read; `expected`
+        as in `_write_units`.
+        """
         self._output, self._settings, self._read, self._expected = output, settings, read, expected
         self._tokenizer = load_tokenizer(saved_tokenizer(output), threads=1)
 
@@ -330,7 +399,9 @@ class UnitWriter:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _refuse_other_input(self, unit: Unit, shards: dict[str, str]):
-        """Of a store that is repaired the shards tell, and it doesn't matter when a file was written."""
+        """Of a store that is repaired the shards tell, and it doesn't matter when a file was
+        written.
+        """
         if self._expected is None:
             for state in unit.files:
                 _refuse_changed(state, f"Delete {self._output}, and prepare it again")
@@ -346,7 +417,9 @@ class UnitWriter:
 
         with contextlib.ExitStack() as held:
             writers = {
-                split: held.enter_context(SplitWriter(folder, f"{split}-{unit.number:05d}", self._tokenizer))
+                split: held.enter_context(
+                    SplitWriter(folder, f"{split}-{unit.number:05d}", self._tokenizer)
+                )
                 for split in SPLITS
             }
             for text, split, text_digest in _split_documents(unit.pieces, self._settings, count):
@@ -361,7 +434,9 @@ class UnitWriter:
 def _split_documents(
     pieces: Sequence[Piece], settings: Settings, progress: Callable[[int], None] = lambda read: None
 ) -> Iterator[tuple[str, str, bytes]]:
-    """The documents of pieces: `(text, split, hash of the text)`; `progress` is told how much of all has been read."""
+    """The documents of pieces: `(text, split, hash of the text)`; `progress` is told how much of
+    all has been read.
+    """
     before = 0
     for piece in pieces:
         last = 0
@@ -392,7 +467,11 @@ def _is_done(output: Path, unit: int) -> bool:
 
 def _sha256_of_shards(result: dict) -> dict[str, str]:
     """The hash of each shard by its name, of a unit of work or of a manifest."""
-    return {shard["name"]: shard["sha256"] for split in result["splits"].values() for shard in split["shards"]}
+    return {
+        shard["name"]: shard["sha256"]
+        for split in result["splits"].values()
+        for shard in split["shards"]
+    }
 
 
 def _sum(parts: list[dict]) -> dict:
@@ -416,7 +495,9 @@ def _refuse_empty(splits: dict[str, dict], settings: Settings, output: Path):
             )
 
 
-def _report(output: Path, splits: dict[str, dict], results: list[dict], rate: float, processes: int):
+def _report(
+    output: Path, splits: dict[str, dict], results: list[dict], rate: float, processes: int
+):
     empty = sum(result["empty"] for result in results)
     if empty:
         logger.warning("left out %d documents without text", empty)
@@ -426,10 +507,15 @@ def _report(output: Path, splits: dict[str, dict], results: list[dict], rate: fl
             *(name, split["documents"], split["tokens"], split["bytes"], len(split["shards"])),
         )
     logger.info(
-        "%.1f MB of text a second, %.1f for each of %d processes", rate / 1e6, rate / 1e6 / processes, processes
+        "%.1f MB of text a second, %.1f for each of %d processes",
+        rate / 1e6,
+        rate / 1e6 / processes,
+        processes,
     )
     logger.info(
-        "wrote %s; train on it with --config.data.name=prepared --config.data.path=%s", output, output.absolute()
+        "wrote %s; train on it with --config.data.name=prepared --config.data.path=%s",
+        output,
+        output.absolute(),
     )
 
 

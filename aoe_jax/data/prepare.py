@@ -1,7 +1,9 @@
-"""Makes a token store of files: `python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR`.
+"""Makes a token store of files: `python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T
+--output=DIR`.
 
-JSON lines (.jsonl, .ndjson, .json) and plain text (.txt), also with .gz or .zst, and Parquet. Killed or stopped, the same
-command goes on where it was. `--check` reads a store whole, `--repair` writes what is damaged again.
+JSON lines (.jsonl, .ndjson, .json) and plain text (.txt), also with .gz or .zst, and Parquet.
+Killed or stopped, the same command goes on where it was. `--check` reads a store whole, `--repair`
+writes what is damaged again.
 """
 
 import logging
@@ -21,11 +23,17 @@ _INPUT = flags.DEFINE_multi_string(
     "input", [], "a glob pattern of files, '**' for folders of any depth; may be repeated"
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "a Hugging Face tokenizer.json, a SentencePiece model, or bpe:N, byte-level BPE of N tokens"
+    "tokenizer",
+    None,
+    "a Hugging Face tokenizer.json, a SentencePiece model, or bpe:N, byte-level BPE of N tokens",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "the directory of the token store")
-_TEXT_FIELD = flags.DEFINE_string("text_field", Settings.text_field, "where JSON and Parquet have the text")
-_VALIDATION = flags.DEFINE_float("validation", Settings.validation, "share of the documents for validation")
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", Settings.text_field, "where JSON and Parquet have the text"
+)
+_VALIDATION = flags.DEFINE_float(
+    "validation", Settings.validation, "share of the documents for validation"
+)
 _TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
 _PROCESSES = flags.DEFINE_integer("processes", cores(), "that tokenise, a core each", lower_bound=1)
 _CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name what is damaged")
@@ -47,12 +55,18 @@ def main():
 
 def _check_or_repair(output: Path):
     if _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
-        raise UserError("--check and --repair, one at a time, take --output alone; the store knows its input")
+        raise UserError(
+            "--check and --repair, one at a time, take --output alone; the store knows its input"
+        )
     if _REPAIR.value:
         damaged = repair(output, _PROCESSES.value)
-        log.info("wrote again: %s", ", ".join(damaged) or "nothing, all shards are as they were written")
+        log.info(
+            "wrote again: %s", ", ".join(damaged) or "nothing, all shards are as they were written"
+        )
     elif damaged := check(output):
-        raise UserError(f"--output={output}: damaged are {', '.join(damaged)}; --repair writes them again")
+        raise UserError(
+            f"--output={output}: damaged are {', '.join(damaged)}; --repair writes them again"
+        )
     else:
         log.info("all shards are as they were written")
 

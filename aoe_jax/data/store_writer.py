@@ -17,12 +17,20 @@ RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
 
 
 class SplitWriter:
-    """Tokenises documents of one split into the shards `<prefix>-00000.array_record`, `<prefix>-00001.array_record`, ...
+    """Tokenises documents of one split into the shards `<prefix>-00000.array_record`,
+    `<prefix>-00001.array_record`, ...
 
-    Use it in a `with` statement: what goes wrong within leaves unfinished files behind, but none open.
+    Use it in a `with` statement: what goes wrong within leaves unfinished files behind, but none
+    open.
     """
 
-    def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer, records_per_shard: int = RECORDS_PER_SHARD):
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        tokenizer: Tokenizer,
+        records_per_shard: int = RECORDS_PER_SHARD,
+    ):
         """Nothing is written before the first document."""
         self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
         self._records_per_shard = records_per_shard
@@ -42,7 +50,8 @@ class SplitWriter:
             self._writer.close()
 
     def add(self, text: str):
-        """Append a document, which must not be empty; a few million characters are tokenised at a time.
+        """Append a document, which must not be empty; a few million characters are tokenised at a
+        time.
 
         Raises:
             UserError: the tokenizer finds its end-of-text token within a document.
@@ -53,10 +62,11 @@ class SplitWriter:
             self._tokenise()
 
     def finish(self) -> dict:
-        """Write what is left: the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`.
+        """Write what is left: the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the
+        `shards`.
 
-        A shard has a `name`, a number of `tokens`, and the size, `file_bytes`, and the `sha256` of its file, which is on
-        the disk by now. Raises what `add` does.
+        A shard has a `name`, a number of `tokens`, and the size, `file_bytes`, and the `sha256` of
+        its file, which is on the disk by now. Raises what `add` does.
         """
         self._tokenise()
         if len(self._pending):
@@ -75,7 +85,11 @@ class SplitWriter:
             return
         end_of_text = np.array([self._tokenizer.end_of_text], self._dtype)
         tokens = np.concatenate(
-            [piece for ids in self._tokenizer.encode(texts) for piece in (ids.astype(self._dtype), end_of_text)]
+            [
+                piece
+                for ids in self._tokenizer.encode(texts)
+                for piece in (ids.astype(self._dtype), end_of_text)
+            ]
         )
         if np.count_nonzero(tokens == end_of_text) != len(texts):
             raise UserError(

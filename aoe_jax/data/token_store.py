@@ -1,8 +1,8 @@
 """Token stores: a tokenised corpus on disk, read by random access.
 
-For each split a store holds one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All but the first token lie in
-shards, ArrayRecord files of records of `RECORD_TOKENS` tokens, the last one of a shard shorter. Beside them are the
-tokenizer's file and `manifest.json`.
+For each split a store holds one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All but the
+first token lie in shards, ArrayRecord files of records of `RECORD_TOKENS` tokens, the last one of a
+shard shorter. Beside them are the tokenizer's file and `manifest.json`.
 """
 
 import functools
@@ -46,7 +46,8 @@ class TokenStore:
                 raise damaged(directory, f"{shard['name']} is missing")
             if shard["file_bytes"] != sizes[shard["name"]]:
                 raise damaged(
-                    directory, f"{shard['name']} has {sizes[shard['name']]} bytes instead of {shard['file_bytes']}"
+                    directory,
+                    f"{shard['name']} has {sizes[shard['name']]} bytes instead of {shard['file_bytes']}",
                 )
 
     def __len__(self) -> int:
@@ -80,7 +81,9 @@ class TokenStore:
             return _reader(self, str(path)).read(first, stop)
         except Exception as error:  # array_record raises RuntimeError and others
             if "Too many open files" in str(error):
-                raise UserError(f"{path}: too many files are open; raise the limit (ulimit -n)") from error
+                raise UserError(
+                    f"{path}: too many files are open; raise the limit (ulimit -n)"
+                ) from error
             raise damaged(path.parent, f"{path.name} cannot be read ({error})") from error
 
 

@@ -18,17 +18,23 @@ from aoe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class TokenisedCorpus:
-    """One corpus or several, ready for training: the token stores of each split by their source, all of one tokenizer."""
+    """One corpus or several, ready for training: the token stores of each split by their source,
+    all of one tokenizer.
+    """
 
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
     test: dict[str, TokenStore]
-    weights: tuple[Fraction, ...] | None  # the sources' shares of the tokens seen in training; None: by size
+    weights: (
+        tuple[Fraction, ...] | None
+    )  # the sources' shares of the tokens seen in training; None: by size
     tokenizer: Path  # the tokenizer's file
 
     @property
     def identities(self) -> list[str]:
-        """What each source is, in a word: the name of its corpus and a hash of text, tokenizer and splits."""
+        """What each source is, in a word: the name of its corpus and a hash of text, tokenizer and
+        splits.
+        """
         return [_identity(store.manifest) for store in self.train.values()]
 
 
@@ -38,11 +44,15 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     Without `data.tokenizer` the prepared stores' is that of all.
 
     Raises:
-        UserError: as in `cached_token_stores` and `open_token_store`; or the prepared stores are of several tokenizers, or
-            of another than `data.tokenizer`.
+        UserError: as in `cached_token_stores` and `open_token_store`; or the prepared stores are of
+            several tokenizers, or of another than `data.tokenizer`.
     """
-    directories = {source.label: Path(source.path) for source in data.sources if source.name == "prepared"}
-    tokenizer = _tokenizer_of(directories, data.tokenizer, vocab_size) if directories else data.tokenizer
+    directories = {
+        source.label: Path(source.path) for source in data.sources if source.name == "prepared"
+    }
+    tokenizer = (
+        _tokenizer_of(directories, data.tokenizer, vocab_size) if directories else data.tokenizer
+    )
     corpora = {
         source.label: load_corpus(source.name, source.path, data.cache, data.text_field)
         for source in data.sources
@@ -51,8 +61,14 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     if corpora:
         prepared = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, data.cache)
         directories |= dict(zip(corpora, prepared, strict=True))
-    labels, weights = [source.label for source in data.sources], tuple(source.weight for source in data.sources)
-    stores = {split: {label: open_token_store(directories[label], split) for label in labels} for split in SPLITS}
+    labels, weights = (
+        [source.label for source in data.sources],
+        tuple(source.weight for source in data.sources),
+    )
+    stores = {
+        split: {label: open_token_store(directories[label], split) for label in labels}
+        for split in SPLITS
+    }
     return TokenisedCorpus(
         **stores,
         weights=None if None in weights else weights,
@@ -61,14 +77,19 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
 
 def _tokenizer_of(directories: dict[str, Path], given: str | None, vocab_size: int) -> str:
-    """The file of the tokenizer that the prepared stores share, which must be the given one, where there is one."""
+    """The file of the tokenizer that the prepared stores share, which must be the given one, where
+    there is one.
+    """
     for directory in directories.values():
         if not (directory / "manifest.json").is_file():
             raise UserError(
                 f"data.name: 'prepared' names {directory}, which is no token store; make one with "
                 "`python -m aoe_jax.data.prepare`"
             )
-    hashes = {str(directory): read_manifest(directory)["tokenizer_sha256"] for directory in directories.values()}
+    hashes = {
+        str(directory): read_manifest(directory)["tokenizer_sha256"]
+        for directory in directories.values()
+    }
     if given:
         hashes = {f"data.tokenizer={given!r}": load_tokenizer(given).sha256} | hashes
     if len(set(hashes.values())) > 1:

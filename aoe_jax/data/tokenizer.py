@@ -1,4 +1,6 @@
-"""Tokenizers: byte-level BPE trained on the corpus, a Hugging Face `tokenizer.json`, or a SentencePiece model."""
+"""Tokenizers: byte-level BPE trained on the corpus, a Hugging Face `tokenizer.json`, or a
+SentencePiece model.
+"""
 
 import hashlib
 import itertools
@@ -34,15 +36,19 @@ _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\
 
 
 class Tokenizer(Protocol):
-    """Turns whole documents into token ids and back; the name of a special token in a document is ordinary text.
+    """Turns whole documents into token ids and back; the name of a special token in a document is
+    ordinary text.
 
     Attributes:
-        file_name: what the file of this kind of tokenizer is called: `tokenizer.json` or `tokenizer.model`.
+        file_name: what the file of this kind of tokenizer is called: `tokenizer.json` or
+          `tokenizer.model`.
         end_of_text: id of the token that separates documents.
         end_name: its name.
-        token_count: smallest `vocab_size` of a model for this tokenizer, its largest token id plus one.
+        token_count: smallest `vocab_size` of a model for this tokenizer, its largest token id plus
+          one.
         sha256: of the file, which tells tokenizers apart.
-        prefix: ids of the special tokens that the file has before each text, such as `<s>`; often none.
+        prefix: ids of the special tokens that the file has before each text, such as `<s>`; often
+          none.
     """
 
     file_name: ClassVar[str]
@@ -70,7 +76,8 @@ class HuggingFaceTokenizer:
     def __init__(self, content: str, threads: int | None = None):
         """Take the text of a file; raise `UserError` if the vocabulary has no end-of-text token.
 
-        `threads` is as in `load_tokenizer`; what isn't a tokenizer raises `Exception`, as the library has it.
+        `threads` is as in `load_tokenizer`; what isn't a tokenizer raises `Exception`, as the
+        library has it.
         """
         tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
@@ -111,12 +118,16 @@ class HuggingFaceTokenizer:
     def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
-            self._encode_around_the_end(text) if self.end_of_text in encoding.ids else np.array(encoding.ids, np.uint32)
+            self._encode_around_the_end(text)
+            if self.end_of_text in encoding.ids
+            else np.array(encoding.ids, np.uint32)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     def _encode_around_the_end(self, text: str) -> np.ndarray:
-        """Of a text that has the name of the end-of-text token, which some models take for that whatever they are told."""
+        """Of a text that has the name of the end-of-text token, which some models take for that
+        whatever they are told.
+        """
         half = len(self.end_name) // 2
         start, rest = (re.escape(part) for part in (self.end_name[:half], self.end_name[half:]))
         parts = re.split(f"(?<={start})(?={rest})", text)
@@ -136,7 +147,9 @@ class SentencePieceTokenizer:
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Raise `UserError` if the model has no end-of-sentence piece, `RuntimeError` if these bytes are no model."""
+        """Raise `UserError` if the model has no end-of-sentence piece, `RuntimeError` if these
+        bytes are no model.
+        """
         if not model:
             raise RuntimeError("it is empty")
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -156,7 +169,9 @@ class SentencePieceTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """As in `Tokenizer`."""
-        return self._processor.decode([int(token) for token in tokens if not self._processor.is_control(int(token))])
+        return self._processor.decode(
+            [int(token) for token in tokens if not self._processor.is_control(int(token))]
+        )
 
     def save(self, folder: Path):
         """As in `Tokenizer`."""
@@ -188,7 +203,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 
 
-def load_tokenizer(path: str | Path, threads: int | None = None, setting: str = "data.tokenizer") -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, threads: int | None = None, setting: str = "data.tokenizer"
+) -> Tokenizer:
     """Load a Hugging Face `tokenizer.json` or a SentencePiece model, whatever the file is called.
 
     Args:
@@ -204,7 +221,9 @@ def load_tokenizer(path: str | Path, threads: int | None = None, setting: str = 
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{setting}={str(path)!r}: can't be read ({error.strerror}); {wanted}") from error
+        raise UserError(
+            f"{setting}={str(path)!r}: can't be read ({error.strerror}); {wanted}"
+        ) from error
     try:
         if content[:1] == b"{":
             return HuggingFaceTokenizer(content.decode(), threads)
@@ -217,7 +236,9 @@ def load_tokenizer(path: str | Path, threads: int | None = None, setting: str = 
 
 
 def saved_tokenizer(folder: Path) -> Path:
-    """The file of the tokenizer that was saved in a folder; the first of the possible names if there is none."""
+    """The file of the tokenizer that was saved in a folder; the first of the possible names if
+    there is none.
+    """
     names = [kind.file_name for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)]
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
@@ -231,22 +252,32 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
-    """The same tokenizer in the tiktoken library, which is several times as fast; None unless it is sure to be the same.
+    """The same tokenizer in the tiktoken library, which is several times as fast; None unless it is
+    sure to be the same.
 
-    tiktoken joins the neighbours whose union has the lowest id; the tokenizers library those that come first in its list of
-    merges. These are the same if the merges stand in the order of the ids they make, each another, and the text of every
-    token is encoded to that token. For let x, y be neighbours that are no merge and z their union, a token: up to here the
-    text of z has been joined as it would be alone, and alone it would end as x, y.
+    tiktoken joins the neighbours whose union has the lowest id; the tokenizers library those that
+    come first in its list of merges. These are the same if the merges stand in the order of the ids
+    they make, each another, and the text of every token is encoded to that token. For let x, y be
+    neighbours that are no merge and z their union, a token: up to here the text of z has been
+    joined as it would be alone, and alone it would end as x, y.
     """
     spec = json.loads(tokenizer.to_str())
     model, split = spec["model"], spec["pre_tokenizer"] or {}
-    unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
+    unusual = (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "fuse_unk",
+        "byte_fallback",
+    )
     unusual += ("ignore_merges",)  # takes whole words as they are, so their text would say nothing
     if (
         spec["normalizer"] is not None
         or model["type"] != "BPE"
         or any(model.get(name) for name in unusual)
-        or (split.get("type"), split.get("add_prefix_space"), split.get("use_regex")) != ("ByteLevel", False, True)
+        or (split.get("type"), split.get("add_prefix_space"), split.get("use_regex"))
+        != ("ByteLevel", False, True)
         or not all(token["special"] for token in spec["added_tokens"])
     ):
         return None
@@ -261,19 +292,29 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
         or any(a >= b for a, b in itertools.pairwise(made))
     ):
         return None
-    alone = tokenizers.Tokenizer.from_str(json.dumps(spec | {"pre_tokenizer": None, "added_tokens": []}))
+    alone = tokenizers.Tokenizer.from_str(
+        json.dumps(spec | {"pre_tokenizer": None, "added_tokens": []})
+    )
     encodings = alone.encode_batch_fast(list(vocabulary), add_special_tokens=False)
-    if any(encoding.ids != [id] for encoding, id in zip(encodings, vocabulary.values(), strict=True)):
+    if any(
+        encoding.ids != [id] for encoding, id in zip(encodings, vocabulary.values(), strict=True)
+    ):
         return None
     ranks = {bytes(spelled[letter] for letter in token): id for token, id in vocabulary.items()}
-    return tiktoken.Encoding("byte-level BPE", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding(
+        "byte-level BPE", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """The byte that each letter of byte-level BPE stands for: printable ones for themselves, others from U+0100 on."""
+    """The byte that each letter of byte-level BPE stands for: printable ones for themselves, others
+    from U+0100 on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def cores() -> int:

@@ -12,7 +12,9 @@ from aoe_jax.errors import UserError
 _TRIES = 3  # of a task
 _POLL_SECONDS = 0.2
 
-_spawning = multiprocessing.get_context("spawn")  # forked children would share locks of threads that they lack
+_spawning = multiprocessing.get_context(
+    "spawn"
+)  # forked children would share locks of threads that they lack
 
 
 class Workers:
@@ -22,7 +24,9 @@ class Workers:
     """
 
     def __init__(self, count: int, set_up: Callable, arguments: Sequence):
-        """Each process calls `set_up(*arguments)` once; what that returns is called with every task, which is hashable."""
+        """Each process calls `set_up(*arguments)` once; what that returns is called with every
+        task, which is hashable.
+        """
         self._count, self._start = count, (set_up, arguments)
         self._alive: list[tuple] = []  # of process and connection
 
@@ -72,7 +76,9 @@ class Workers:
                             f"--processes={self._count}: {_TRIES} processes died at {names(task)}, the last one with "
                             f"{ended}; if memory ran out, use fewer"
                         ) from None
-                    died(f"a process died at {names(task)} with {ended}; another one takes its place")
+                    died(
+                        f"a process died at {names(task)} with {ended}; another one takes its place"
+                    )
                     self._alive.append(self._new())
                     idle.append(self._alive[-1])
                     waiting.append(task)

@@ -29,17 +29,23 @@ class Sampling:
 
     temperature: float = 1.0  # of the softmax; 0: the likeliest token
     top_k: int | None = None  # of the likeliest tokens only
-    top_p: float | None = None  # of the fewest likeliest tokens whose probability reaches it (arXiv 1904.09751)
+    top_p: float | None = (
+        None  # of the fewest likeliest tokens whose probability reaches it (arXiv 1904.09751)
+    )
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature={self.temperature}: must be 0 (the likeliest token) or greater")
+            raise UserError(
+                f"--temperature={self.temperature}: must be 0 (the likeliest token) or greater"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top_k={self.top_k}: must be 1 or greater")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top_p={self.top_p}: must lie between 0 and 1")
         if self.temperature == 0 and (self.top_k or self.top_p):
-            raise UserError("--temperature=0 takes the likeliest token: leave --top_k and --top_p out")
+            raise UserError(
+                "--temperature=0 takes the likeliest token: leave --top_k and --top_p out"
+            )
 
 
 def draw(logits, keys, sampling: Sampling):
@@ -53,7 +59,9 @@ def draw(logits, keys, sampling: Sampling):
         logits = jnp.where(rank < sampling.top_k, logits, -jnp.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
-        n_kept = jnp.sum(jnp.cumsum(probability, axis=-1) - probability < sampling.top_p, axis=-1, keepdims=True)
+        n_kept = jnp.sum(
+            jnp.cumsum(probability, axis=-1) - probability < sampling.top_p, axis=-1, keepdims=True
+        )
         logits = jnp.where(rank < n_kept, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
@@ -70,7 +78,9 @@ class Generator:
         check_decodes(model.decoder)
         self._model = model
         self._params = model.by_layer
-        decoders = (model.decoder,) if contrast is None else strong_and_weak(model.decoder, contrast)
+        decoders = (
+            (model.decoder,) if contrast is None else strong_and_weak(model.decoder, contrast)
+        )
         self._prefill = jax.jit(partial(_prefill, decoders, contrast), static_argnames="places")
         self._decode = jax.jit(
             partial(_decode, decoders, contrast, model.tokenizer.end_of_text),
@@ -100,8 +110,9 @@ class Generator:
     ) -> Iterator[list[list[int]]]:
         """Continues prompts, as one batch.
 
-        A continuation ends with the end-of-text token, which is not part of it, after `max_tokens`, or where `is_done` says
-        so. What is drawn depends on the seed, the prompt and its place among the prompts, not on the other prompts.
+        A continuation ends with the end-of-text token, which is not part of it, after `max_tokens`,
+        or where `is_done` says so. What is drawn depends on the seed, the prompt and its place
+        among the prompts, not on the other prompts.
 
         Args:
           prompts: token ids of each, at least one.
@@ -127,7 +138,11 @@ class Generator:
         while True:
             with jax.set_mesh(self._model.mesh):
                 tokens, left, state = self._decode(
-                    self._params, self._model.routing_state, state, sampling=sampling, n_tokens=chunk
+                    self._params,
+                    self._model.routing_state,
+                    state,
+                    sampling=sampling,
+                    n_tokens=chunk,
                 )
             new = [row[row >= 0].tolist() for row in np.asarray(tokens)[: len(prompts)]]
             for row, more in zip(so_far, new, strict=True):
@@ -135,7 +150,9 @@ class Generator:
             yield new
             left = np.array(left)
             if is_done:
-                left[: len(prompts)] *= [not is_done(number, row) for number, row in enumerate(so_far)]
+                left[: len(prompts)] *= [
+                    not is_done(number, row) for number, row in enumerate(so_far)
+                ]
             if not left.any():
                 return
             state = state._replace(left=self._put(left))
@@ -144,7 +161,9 @@ class Generator:
         longest = self._model.config.model.max_len
         for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not len(prompt):
-                raise UserError(f"prompt {number} is empty; begin a text with the token {self._model.start}")
+                raise UserError(
+                    f"prompt {number} is empty; begin a text with the token {self._model.start}"
+                )
             if len(prompt) + limit > longest:
                 raise UserError(
                     f"prompt {number} has {len(prompt)} tokens; with {limit} more it is longer than the model's length, "
@@ -152,7 +171,9 @@ class Generator:
                 )
 
     def _begin(self, prompts, limits, seed):
-        """The state after the prompts: with rows that the mesh divides, and lengths of which there are few."""
+        """The state after the prompts: with rows that the mesh divides, and lengths of which there
+        are few.
+        """
         config = self._model.config
         shards = config.mesh.data * config.mesh.fsdp * config.mesh.expert
         n_rows = -(-len(prompts) // shards) * shards
@@ -165,9 +186,15 @@ class Generator:
         left[: len(prompts)] = limits
         places = _rounded(int((lengths + left).max()))
         logits, caches = self._prefill(
-            self._params, self._model.routing_state, self._put(tokens), self._put(lengths), places=places
+            self._params,
+            self._model.routing_state,
+            self._put(tokens),
+            self._put(lengths),
+            places=places,
         )
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), self._put(np.arange(n_rows)))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.key(seed), self._put(np.arange(n_rows))
+        )
         return State(logits, caches, self._put(left), keys)
 
     def _put(self, a):
@@ -187,7 +214,8 @@ class State(NamedTuple):
 def _prefill(decoders, contrast, params, routing_state, tokens, length, places):
     """`(logits [B, V] float32, caches)` after prompts, as in `decoding.prefill`."""
     logits, caches = zip(
-        *(prefill(decoder, params, routing_state, tokens, length, places) for decoder in decoders), strict=True
+        *(prefill(decoder, params, routing_state, tokens, length, places) for decoder in decoders),
+        strict=True,
     )
     return _joined(logits, contrast), caches
 

@@ -18,13 +18,18 @@ def load_statistics(stats: LayerStats, kind):
       kind: `experts.kind`; mean scores are norms or, of a router, logits.
 
     Returns:
-      `load` `[L][n]` (fraction of the tokens that choose each expert), `load_entropy` and `confidence_entropy` `[L]` in
-      nats, `mean_norm` or `mean_logit` `[L][n]`, `load_spread`, `experts_per_token` and `dead_experts` (no token at all); of
-      experts with a capacity also `dropped_share` `[L]`, the share of the choices that found no room; where experts are
-      added and removed also `live_experts` `[L]`.
+      `load` `[L][n]` (fraction of the tokens that choose each expert), `load_entropy` and
+      `confidence_entropy` `[L]` in nats, `mean_norm` or `mean_logit` `[L][n]`, `load_spread`,
+      `experts_per_token` and `dead_experts` (no token at all); of experts with a capacity also
+      `dropped_share` `[L]`, the share of the choices that found no room; where experts are added
+      and removed also `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
-    of_some = {} if stats.dropped_share is None else {"dropped_share": np.asarray(stats.dropped_share).tolist()}
+    of_some = (
+        {}
+        if stats.dropped_share is None
+        else {"dropped_share": np.asarray(stats.dropped_share).tolist()}
+    )
     if live is not None:
         live = np.asarray(live)
         of_some["live_experts"] = (live > 0).sum(axis=-1).tolist()
@@ -40,9 +45,13 @@ def load_statistics(stats: LayerStats, kind):
 
 
 def load_table(statistics):
-    """The statistics as lines of text, a row a layer; loads in percent of the layer's total, drops of its choices."""
+    """The statistics as lines of text, a row a layer; loads in percent of the layer's total, drops
+    of its choices.
+    """
     load = np.array(statistics["load"])
-    share = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # a layer may have no active expert
+    share = load / np.maximum(
+        load.sum(axis=1, keepdims=True), 1e-9
+    )  # a layer may have no active expert
     dropped = [f"{100 * s:>6.2f}%  " for s in statistics.get("dropped_share", [])]
     head = (
         "layer  Ent_load  Ent_conf  "
@@ -63,7 +72,8 @@ def load_table(statistics):
 
 
 def draw_load_heatmap(statistics, title):
-    """A `Figure`: layers x experts, coloured by share of load, with Ent_load and Ent_conf of each layer beside it.
+    """A `Figure`: layers x experts, coloured by share of load, with Ent_load and Ent_conf of each
+    layer beside it.
 
     Numbers are written in its fields as long as they have room, for up to 16 experts and 32 layers.
     """
@@ -77,8 +87,20 @@ def draw_load_heatmap(statistics, title):
     names = [f"E{i}" for i in range(n_experts)]
     panels = [
         ("share of load", share, "viridis", (0, max(2 / n_experts, share.max())), names),
-        ("Ent_load", np.array(statistics["load_entropy"])[:, None], "Blues", (0, np.log(n_experts)), []),
-        ("Ent_conf", np.array(statistics["confidence_entropy"])[:, None], "Oranges", (0, np.log(n_experts)), []),
+        (
+            "Ent_load",
+            np.array(statistics["load_entropy"])[:, None],
+            "Blues",
+            (0, np.log(n_experts)),
+            [],
+        ),
+        (
+            "Ent_conf",
+            np.array(statistics["confidence_entropy"])[:, None],
+            "Oranges",
+            (0, np.log(n_experts)),
+            [],
+        ),
     ]
     every_expert, every_layer = -(-n_experts // 16), -(-n_layers // 32)
     for position, (name, values, colours, limits, ticks) in enumerate(panels):
@@ -88,7 +110,15 @@ def draw_load_heatmap(statistics, title):
             value = values[row, column]
             light = image.norm(value) < 0.5 if colours == "viridis" else image.norm(value) > 0.6
             text = f"{100 * value:.0f}%" if position == 0 else f"{value:.2f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if light else "black",
+            )
         axes.set_title(name, fontsize=9)
         axes.set_xticks(range(0, len(ticks), every_expert), ticks[::every_expert], fontsize=8)
         layers = range(0, n_layers, every_layer) if position == 0 else []

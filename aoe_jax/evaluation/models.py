@@ -42,31 +42,43 @@ class Model:
     decoder: Decoder
     mesh: Mesh
     params: dict  # of the decoder, as in training, stacked over layers; float32, or as the files of a model have them
-    routing_state: dict[str, jax.Array]  # [L, ...] by name, what the selection method has beside parameters
+    routing_state: dict[
+        str, jax.Array
+    ]  # [L, ...] by name, what the selection method has beside parameters
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
-    prefix: list[int]  # what its tokenizer on the hub puts before every text that it is given; often nothing
+    prefix: list[
+        int
+    ]  # what its tokenizer on the hub puts before every text that it is given; often nothing
     step: int | None  # of its training
 
     def put(self, batch):
-        """Windows of tokenised texts on the devices, with `start` where they have the end of the text before."""
-        inputs = np.where(batch["inputs"] == self.tokenizer.end_of_text, np.int32(self.start), batch["inputs"])
+        """Windows of tokenised texts on the devices, with `start` where they have the end of the
+        text before.
+        """
+        inputs = np.where(
+            batch["inputs"] == self.tokenizer.end_of_text, np.int32(self.start), batch["inputs"]
+        )
         return put_batch(batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     @functools.cached_property
     def by_layer(self):
-        """A copy of the parameters for reading on after a cache, `decoding.unstacked`; made when it is first wanted."""
+        """A copy of the parameters for reading on after a cache, `decoding.unstacked`; made when it
+        is first wanted.
+        """
         with jax.set_mesh(self.mesh):
             return unstacked(self.decoder, self.params, self.mesh)
 
 
 def load_model(directory: Path, step="newest", mesh=None):
-    """Loads the `Model` of a training run, or one as safetensors: of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
+    """Loads the `Model` of a training run, or one as safetensors: of the hub, of `aoe_jax.export`
+    or `aoe_jax.convert`.
 
     Args:
       directory: the run's `--workdir`, or that of the model.
       step: which checkpoint of the run: "newest", "best" or a number of steps.
-      mesh: how it lies on the devices, as in `mesh_axes`, such as "fsdp=4"; None: see `on_devices_here`.
+      mesh: how it lies on the devices, as in `mesh_axes`, such as "fsdp=4"; None: see
+        `on_devices_here`.
 
     Raises:
       UserError: there is no such model, it can't be read, or doesn't lie so.
@@ -74,7 +86,9 @@ def load_model(directory: Path, step="newest", mesh=None):
     axes = mesh_axes(mesh)
     if is_model(directory):
         return _of_files(directory, step, axes)
-    config = on_devices_here(Config.from_config_dict(read_config_json(directory / "config.json")), axes)
+    config = on_devices_here(
+        Config.from_config_dict(read_config_json(directory / "config.json")), axes
+    )
     mesh = make_mesh(config, jax.devices())
     checkpoints = Checkpoints(directory)
     step = checkpoints.find(step)
@@ -85,14 +99,24 @@ def load_model(directory: Path, step="newest", mesh=None):
         )
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the run")
     return Model(
-        config, Decoder.from_config(config), mesh, params, routing_state, tokenizer, tokenizer.end_of_text, [], step
+        config,
+        Decoder.from_config(config),
+        mesh,
+        params,
+        routing_state,
+        tokenizer,
+        tokenizer.end_of_text,
+        [],
+        step,
     )
 
 
 def _of_files(directory, step, axes):
     there = read_step(directory)
     if step != "newest" and (there is None or step != str(there)):
-        raise UserError(f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}")
+        raise UserError(
+            f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}"
+        )
     config = on_devices_here(read_config(directory), axes)
     mesh = make_mesh(config, jax.devices())
     params, routing_state = load_params(directory, config, mesh)
@@ -100,7 +124,17 @@ def _of_files(directory, step, axes):
     begin = read_begin_token(directory, config.model.vocab_size)
     start = tokenizer.end_of_text if begin is None else begin
     prefix = read_prefix(directory, tokenizer, begin)
-    return Model(config, Decoder.from_config(config), mesh, params, routing_state, tokenizer, start, prefix, there)
+    return Model(
+        config,
+        Decoder.from_config(config),
+        mesh,
+        params,
+        routing_state,
+        tokenizer,
+        start,
+        prefix,
+        there,
+    )
 
 
 def on_devices_here(config, axes=None):
@@ -108,11 +142,13 @@ def on_devices_here(config, axes=None):
 
     Args:
       config: of the model.
-      axes: devices along some axes of the mesh, such as `{"fsdp": 4}`, the rest along `data`; None: those of training or,
-        where these don't fit, all along `data`, so that each device holds the whole model.
+      axes: devices along some axes of the mesh, such as `{"fsdp": 4}`, the rest along `data`; None:
+        those of training or, where these don't fit, all along `data`, so that each device holds the
+        whole model.
 
     Returns:
-      The configuration. Batches may be larger, so that the devices divide them; only expert choice depends on that.
+      The configuration. Batches may be larger, so that the devices divide them; only expert choice
+      depends on that.
 
     Raises:
       UserError: the axes don't make up the devices, or something doesn't divide by them.
@@ -124,13 +160,18 @@ def on_devices_here(config, axes=None):
         except UserError:
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
-            log.warning("the mesh of training doesn't fit %d devices: each holds the whole model; see --mesh", n)
+            log.warning(
+                "the mesh of training doesn't fit %d devices: each holds the whole model; see --mesh",
+                n,
+            )
             axes = {}
     rows = max(n // axes.get("tensor", 1), axes.get("fsdp", 1) * axes.get("expert", 1))
     batch_size = -(-config.train.batch_size // config.train.accumulate // rows) * rows
     train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=1)
     model = dataclasses.replace(config.model, unroll=1)  # more layers at once don't go with fsdp
-    return fill_mesh(dataclasses.replace(config, model=model, mesh=MeshConfig(**axes), train=train), n)
+    return fill_mesh(
+        dataclasses.replace(config, model=model, mesh=MeshConfig(**axes), train=train), n
+    )
 
 
 def mesh_axes(text):
@@ -145,6 +186,8 @@ def mesh_axes(text):
     for part in text.split(","):
         name, _, number = part.partition("=")
         if name not in MESH_AXES or name in axes or not number.isdecimal() or int(number) < 1:
-            raise UserError(f"--mesh={text}: write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}")
+            raise UserError(
+                f"--mesh={text}: write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
+            )
         axes[name] = int(number)
     return axes

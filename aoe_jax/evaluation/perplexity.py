@@ -47,7 +47,9 @@ class Evaluation:
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def figures(self):
-        """`nll` and `bits_per_byte`, and with several sources `nll/SOURCE` and `bits_per_byte/SOURCE` of each."""
+        """`nll` and `bits_per_byte`, and with several sources `nll/SOURCE` and
+        `bits_per_byte/SOURCE` of each.
+        """
         figures = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             figures |= {f"{name}/{source}": value for name, value in result.figures().items()}
@@ -62,7 +64,8 @@ class Evaluation:
 
 
 def make_eval_step(decoder: Decoder, document_mask):
-    """`(params, routing_state, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit it.
+    """`(params, routing_state, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit
+    it.
 
     `document_mask` is as in `DataConfig`.
     """
@@ -79,7 +82,8 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put):
     """An `Evaluation` of a split: of every token of every source, each counted once and alike.
 
     Args:
-      score: a jitted `make_eval_step` with its parameters and selection bias: host or device batch -> what that returns.
+      score: a jitted `make_eval_step` with its parameters and selection bias: host or device batch
+        -> what that returns.
       stores: the split of each source by name.
       seq_len: tokens of a window.
       batch_size: windows of a batch.
@@ -98,7 +102,9 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put):
         tokens,
         sum(part.text_bytes for part in parts),
         jax.tree.map(
-            lambda *means: sum(m * part.tokens for m, part in zip(means, parts, strict=True)) / tokens,
+            lambda *means: (
+                sum(m * part.tokens for m, part in zip(means, parts, strict=True)) / tokens
+            ),
             *(part.stats for part in parts),
         ),
         results,
@@ -114,4 +120,6 @@ def _evaluated(score, batches, put, text_bytes):
         tokens += float(count)
         scaled = jax.tree.map(lambda a, count=count: np.asarray(a, np.float64) * count, stats)
         weighted = scaled if weighted is None else jax.tree.map(np.add, weighted, scaled)
-    return Evaluation(nll_sum, int(tokens), text_bytes, jax.tree.map(lambda a: a / tokens, weighted))
+    return Evaluation(
+        nll_sum, int(tokens), text_bytes, jax.tree.map(lambda a: a / tokens, weighted)
+    )

@@ -37,7 +37,12 @@ def check_probes(model: Model):
       UserError: it hasn't, or its experts lie otherwise than is implemented.
     """
     config, e = model.config, model.config.experts
-    if (e.kind, e.selection, e.factorised_gate, e.large_router) != ("router", "top_k", False, False):
+    if (e.kind, e.selection, e.factorised_gate, e.large_router) != (
+        "router",
+        "top_k",
+        False,
+        False,
+    ):
         raise UserError(
             f"config.experts.kind={e.kind!r}: a probe drops a router; it takes a model with a plain one and selection top_k"
         )
@@ -52,17 +57,22 @@ def check_probes(model: Model):
 
 
 def probed(decoder: Decoder, choose, equal_weights=False):
-    """The same decoder with another choice of experts, see `ProbeLayer`; it takes the same parameters."""
+    """The same decoder with another choice of experts, see `ProbeLayer`; it takes the same
+    parameters.
+    """
 
     class Layer(DecoderLayer):
         def make_experts(self, kind, **settings):
-            return super().make_experts(partial(ProbeLayer, choose=choose, equal_weights=equal_weights), **settings)
+            return super().make_experts(
+                partial(ProbeLayer, choose=choose, equal_weights=equal_weights), **settings
+            )
 
     class Probed(Decoder):
         pass
 
     Probed.Layer = Layer
-    # The model's way of weighing the chosen is dropped with the router, and so is what balances its loads.
+    # The model's way of weighing the chosen is dropped with the router, and so is what balances its
+    # loads.
     experts = decoder.experts.choosing(gate="chosen")
     balance = dataclasses.replace(decoder.balance, aux_tokens=1.0)
     return Probed(decoder.model, experts, balance, decoder.transport)
@@ -82,7 +92,8 @@ PROBES = (
     Probe("random", "", by_chance),
     *(Probe(node, norm, by_norm(node, norm)) for node in NODES for norm in NORMS),
 )
-# How the chosen are weighed: by the softmax of their scores (of the router: as the model does), or all alike.
+# How the chosen are weighed: by the softmax of their scores (of the router: as the model does), or
+# all alike.
 WEIGHTS = ("softmax", "equal")
 TIMED = 5  # passes of each probe
 
@@ -104,18 +115,22 @@ def probe_checkpoint(
       output: a directory for `probe.json`.
       step: which checkpoint of a run.
       mesh: as in `models.load_model`.
-      text: the path of a text file; None: a split of the corpus of the run, of another model that of `sotu`.
+      text: the path of a text file; None: a split of the corpus of the run, of another model that
+        of `sotu`.
       split: "validation" or "test".
       n_tokens: of the text, the first ones, in whole batches.
-      tasks: `names`, `fewshot`, `data` and `limit` as in `tasks.evaluate_tasks`; None or no names: no tasks.
+      tasks: `names`, `fewshot`, `data` and `limit` as in `tasks.evaluate_tasks`; None or no names:
+        no tasks.
 
     Returns:
-      What `probe.json` holds: `step`, `tokens` and `probes`, a list with for each probe `node`, `norm`, `agreement` (share
-      of the chosen that the router would have chosen), `seconds_per_token`, `time` (to the router's), and `nll` and `tasks`
-      for each of `WEIGHTS`; a random choice has equal weights only.
+      What `probe.json` holds: `step`, `tokens` and `probes`, a list with for each probe `node`,
+      `norm`, `agreement` (share of the chosen that the router would have chosen),
+      `seconds_per_token`, `time` (to the router's), and `nll` and `tasks` for each of `WEIGHTS`; a
+      random choice has equal weights only.
 
     Raises:
-      UserError: the model has no router to be dropped; or as `models.load_model`, `text.read_text`, `tasks.load_tasks`.
+      UserError: the model has no router to be dropped; or as `models.load_model`, `text.read_text`,
+        `tasks.load_tasks`.
     """
     check_split(split)
     make_workdir(output)
@@ -124,12 +139,18 @@ def probe_checkpoint(
     check_probes(model)
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)
-        probes = [_run(model, probe, batches, loaded, tasks) for probe in tqdm(PROBES, unit="probe")]
+        probes = [
+            _run(model, probe, batches, loaded, tasks) for probe in tqdm(PROBES, unit="probe")
+        ]
         seconds = _in_turn([entry.pop("step") for entry in probes])
     for entry, its_seconds in zip(probes, seconds, strict=True):
         entry["seconds_per_token"] = its_seconds / batches[0]["weights"].size
         entry["time"] = its_seconds / seconds[0]
-    report = {"step": model.step, "tokens": int(sum(batch["weights"].sum() for batch in batches)), "probes": probes}
+    report = {
+        "step": model.step,
+        "tokens": int(sum(batch["weights"].sum() for batch in batches)),
+        "probes": probes,
+    }
     if jax.process_index() == 0:
         print(probe_table(report))
         write_json(output / "probe.json", report)
@@ -154,7 +175,9 @@ def _batches(model, checkpoint, text, split, n_tokens):
     else:
         stores = [TextTokens([read_text(Path(text).expanduser())], model.tokenizer)]
     size = config.train.batch_size // config.train.accumulate
-    batches = itertools.chain.from_iterable(eval_batches(store, config.data.seq_len, size) for store in stores)
+    batches = itertools.chain.from_iterable(
+        eval_batches(store, config.data.seq_len, size) for store in stores
+    )
     return list(itertools.islice(batches, -(-n_tokens // (size * config.data.seq_len))))
 
 
@@ -164,7 +187,9 @@ def _run(model, probe, batches, loaded_tasks, tasks):
         if probe.choose is by_chance and weights != "equal":
             continue  # its scores mean nothing
         is_itself = probe.choose is by_router and weights != "equal"
-        decoder = model.decoder if is_itself else probed(model.decoder, probe.choose, weights == "equal")
+        decoder = (
+            model.decoder if is_itself else probed(model.decoder, probe.choose, weights == "equal")
+        )
         entry["nll"][weights], stats, step = _score(model, decoder, batches)
         if weights == WEIGHTS[0] or probe.choose is by_chance:
             entry |= {"agreement": 1.0 if is_itself else float(stats[1].mean()), "step": step}
@@ -172,22 +197,31 @@ def _run(model, probe, batches, loaded_tasks, tasks):
             from aoe_jax.evaluation.harness import HarnessModel
             from aoe_jax.evaluation.tasks import score_tasks
 
-            harness_model = HarnessModel(dataclasses.replace(model, decoder=decoder), progress=False)
+            harness_model = HarnessModel(
+                dataclasses.replace(model, decoder=decoder), progress=False
+            )
             entry["tasks"][weights] = score_tasks(harness_model, loaded_tasks, tasks["limit"])
     return entry
 
 
 def _score(model, decoder, batches):
     """`(nll, mean statistics, nullary function that passes the first batch)`."""
-    eval_step = jax.jit(make_eval_step(decoder, model.config.data.document_mask), out_shardings=replicated(model.mesh))
+    eval_step = jax.jit(
+        make_eval_step(decoder, model.config.data.document_mask),
+        out_shardings=replicated(model.mesh),
+    )
     passed = partial(eval_step, model.params, model.routing_state)
-    nll, counts, stats = zip(*(jax.device_get(passed(model.put(batch))) for batch in batches), strict=True)
+    nll, counts, stats = zip(
+        *(jax.device_get(passed(model.put(batch))) for batch in batches), strict=True
+    )
     mean = jax.tree.map(lambda *a: np.average(np.stack(a), axis=0, weights=counts), *stats)
     return float(sum(nll) / sum(counts)), mean, partial(passed, model.put(batches[0]))
 
 
 def _in_turn(steps):
-    """The median seconds of each step, compiled before; in turn, so that a busy machine is busy for all."""
+    """The median seconds of each step, compiled before; in turn, so that a busy machine is busy for
+    all.
+    """
     seconds = [[] for _ in steps]
     for _ in range(TIMED):
         for step, its_seconds in zip(steps, seconds, strict=True):
@@ -200,9 +234,14 @@ def _in_turn(steps):
 def probe_table(report):
     """The report of `probe_checkpoint` as lines of text, a row a probe and way of weighing."""
     probes = report["probes"]
-    accuracies = {task: next(iter(entry["metrics"])) for task, entry in probes[0]["tasks"].get("softmax", {}).items()}
+    accuracies = {
+        task: next(iter(entry["metrics"]))
+        for task, entry in probes[0]["tasks"].get("softmax", {}).items()
+    }
     head = "".join(f"  {f'{task} {metric}':>21}" for task, metric in accuracies.items())
-    rows = [f"{'experts chosen by':<25}  {'weights':<7}  {'nll':>7}  {'agreement':>9}  {'time':>5}{head}"]
+    rows = [
+        f"{'experts chosen by':<25}  {'weights':<7}  {'nll':>7}  {'agreement':>9}  {'time':>5}{head}"
+    ]
     for entry in probes:
         name = " ".join(part for part in (entry["norm"], entry["node"]) if part)
         for weights, nll in entry["nll"].items():

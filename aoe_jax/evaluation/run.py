@@ -1,4 +1,6 @@
-"""Evaluating a trained run: `evaluate_workdir(workdir)` restores a checkpoint and scores a held-out split."""
+"""Evaluating a trained run: `evaluate_workdir(workdir)` restores a checkpoint and scores a held-out
+split.
+"""
 
 import logging
 from functools import partial
@@ -33,9 +35,9 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
     Prints a table; writes `eval.json` and, for models with experts, `load.png`.
 
     Returns:
-      What `eval.json` holds: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`, `load_statistics` (None
-      for a dense model), all over every source; and with several `sources`, for each its tokens, nll, perplexity and bits
-      per byte (with one it is empty).
+      What `eval.json` holds: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
+      `load_statistics` (None for a dense model), all over every source; and with several `sources`,
+      for each its tokens, nll, perplexity and bits per byte (with one it is empty).
 
     Raises:
       UserError: unknown split, no run, no such checkpoint in `workdir` or one that can't be read.
@@ -57,7 +59,10 @@ def _evaluate(model, workdir, split):
     log_run(config)
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(workdir, corpus)
-    eval_step = jax.jit(make_eval_step(model.decoder, config.data.document_mask), out_shardings=replicated(model.mesh))
+    eval_step = jax.jit(
+        make_eval_step(model.decoder, config.data.document_mask),
+        out_shardings=replicated(model.mesh),
+    )
     result = evaluate(
         partial(eval_step, model.params, model.routing_state),
         getattr(corpus, split),
@@ -77,13 +82,19 @@ def _evaluate(model, workdir, split):
     print(f"{split}: {result.tokens} tokens, step {step}\n{figures_in_words(result)}")
     for name, source in result.sources.items():
         print(f"{name}: {source.tokens} tokens   {figures_in_words(source)}")
-    show_load(report["load_statistics"], f"{config.experts.kind}, {split}, step {step}", workdir / "load.png")
+    show_load(
+        report["load_statistics"],
+        f"{config.experts.kind}, {split}, step {step}",
+        workdir / "load.png",
+    )
     log.info("wrote %s", workdir / "eval.json")
     return report
 
 
 def report_figures(result, config):
-    """Of an `Evaluation`: `tokens`, `nll`, `perplexity`, `bits_per_byte`, `load_statistics` (None for a dense model)."""
+    """Of an `Evaluation`: `tokens`, `nll`, `perplexity`, `bits_per_byte`, `load_statistics` (None
+    for a dense model).
+    """
     dense = config.experts.kind == "dense"
     statistics = None if dense else load_statistics(result.stats, config.experts.kind)
     return {**_figures(result), "load_statistics": statistics}
@@ -98,7 +109,9 @@ def show_load(statistics, title, picture: Path):
 
 
 def _figures(result):
-    return {name: getattr(result, name) for name in ("tokens", "nll", "perplexity", "bits_per_byte")}
+    return {
+        name: getattr(result, name) for name in ("tokens", "nll", "perplexity", "bits_per_byte")
+    }
 
 
 def figures_in_words(result):

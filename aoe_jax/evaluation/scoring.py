@@ -1,6 +1,7 @@
 """Log-likelihoods of token sequences given what comes before them, batched by length, on any mesh.
 
-B rows of a batch, S positions, C contexts of a batch, N continuations of each, P positions of contexts.
+B rows of a batch, S positions, C contexts of a batch, N continuations of each, P positions of
+contexts.
 """
 
 import dataclasses
@@ -37,27 +38,34 @@ class Scorer:
         self._model, self._batch_tokens = model, batch_tokens
         compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
         # Lengths here needn't be such that a part of the tokens falls alike on all devices.
-        decoder = model.decoder.clone(balance=dataclasses.replace(model.decoder.balance, aux_tokens=1.0))
+        decoder = model.decoder.clone(
+            balance=dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
+        )
         self._score_texts = compiled(partial(score_texts, decoder))
         self._score_choices = compiled(partial(score_choices, decoder))
 
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
-        """Scores continuations. Long contexts that several requests share are read once, if the model can go by token.
+        """Scores continuations. Long contexts that several requests share are read once, if the
+        model can go by token.
 
         Args:
-          requests: `(context, continuation)`, token ids; a context has one at least. Of what is longer than the model's
-            length, the first tokens are left out.
+          requests: `(context, continuation)`, token ids; a context has one at least. Of what is
+            longer than the model's length, the first tokens are left out.
           progress: whether to show a bar on stderr.
 
         Returns:
-          `(log-likelihood in nats, whether greedy decoding would give the continuation)` of each, in the order of requests.
+          `(log-likelihood in nats, whether greedy decoding would give the continuation)` of each,
+          in the order of requests.
 
         Raises:
-          UserError: a continuation alone is longer than the model's length, or a log-likelihood isn't finite.
+          UserError: a continuation alone is longer than the model's length, or a log-likelihood
+            isn't finite.
         """
         texts = [self._cut(*request) for request in requests]
         results = [None] * len(texts)
-        with tqdm(total=len(texts), desc="scoring", unit="text", disable=not progress or not texts) as bar:
+        with tqdm(
+            total=len(texts), desc="scoring", unit="text", disable=not progress or not texts
+        ) as bar:
             for numbers, scores in self._scored(texts):
                 for number, score in zip(numbers, scores, strict=True):
                     results[number] = score
@@ -90,17 +98,29 @@ class Scorer:
         for context, numbers in by_context.items():
             if self._shares_contexts and len(numbers) > 1 and len(context) > SHORTEST_SHARED:
                 longest = max(len(texts[number][1]) for number in numbers)
-                shared.setdefault((len(numbers), self._rounded(longest)), []).append((context, numbers))
+                shared.setdefault((len(numbers), self._rounded(longest)), []).append(
+                    (context, numbers)
+                )
             else:
                 single += numbers
         params = self._model.params
-        for batch, length, size in self._batches(single, lambda number: sum(map(len, texts[number])) - 1):
+        for batch, length, size in self._batches(
+            single, lambda number: sum(map(len, texts[number])) - 1
+        ):
             arrays = _texts_arrays([texts[number] for number in batch], size, length)
-            yield batch, itertools.islice(self._results(self._score_texts, params, arrays), len(batch))
+            yield (
+                batch,
+                itertools.islice(self._results(self._score_texts, params, arrays), len(batch)),
+            )
         for (n, end), groups in shared.items():
-            for batch, length, size in self._batches(groups, lambda group: len(group[0]) - 1, n, end):
+            for batch, length, size in self._batches(
+                groups, lambda group: len(group[0]) - 1, n, end
+            ):
                 arrays = _choices_arrays(
-                    [(context, [texts[number][1] for number in numbers]) for context, numbers in batch],
+                    [
+                        (context, [texts[number][1] for number in numbers])
+                        for context, numbers in batch
+                    ],
                     (size, n, length, end),
                 )
                 scores = self._results(self._score_choices, self._model.by_layer, arrays)
@@ -108,7 +128,8 @@ class Scorer:
                 yield [number for _, numbers in batch for number in numbers], scores
 
     def _batches(self, items, length, n=1, others=0):
-        """Yields `(items, padded length, rows)`; each item has `length(item)` tokens to be padded and `others`, n times.
+        """Yields `(items, padded length, rows)`; each item has `length(item)` tokens to be padded
+        and `others`, n times.
 
         Those that need most memory come first. There are at most two sizes of batches for a length.
         """
@@ -123,7 +144,9 @@ class Scorer:
             items = items[size:]
 
     def _rounded(self, length):
-        """The next of few: 16, 32, 48, 64, 96, 128, ...; the model's own at most, but one that the mesh divides."""
+        """The next of few: 16, 32, 48, 64, 96, 128, ...; the model's own at most, but one that the
+        mesh divides.
+        """
         power = 2 ** math.ceil(math.log2(max(length, SHORTEST)))
         padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
         return _multiple(min(padded, self.max_len), self._model.mesh.shape["tensor"])
@@ -147,7 +170,9 @@ def _multiple(number, divisor):
 
 
 def _texts_arrays(texts, size, length):
-    """`(context, continuation)` as `inputs`, `targets`, `real` and `wanted`, `[size, length]`, zeros after their end."""
+    """`(context, continuation)` as `inputs`, `targets`, `real` and `wanted`, `[size, length]`,
+    zeros after their end.
+    """
     tokens = np.zeros((size, length + 1), np.int32)
     real, wanted = (np.zeros((size, length), bool) for _ in range(2))
     for i, (context, continuation) in enumerate(texts):
@@ -187,14 +212,17 @@ def score_texts(decoder: Decoder, params, routing_state, batch):
       decoder: the model; a static argument.
       params: of the decoder.
       routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
-      batch: `inputs` and `targets` `[B, S]` int32; `real`, where inputs are no padding, and `wanted`, which targets
-        count, `[B, S]` bool.
+      batch: `inputs` and `targets` `[B, S]` int32; `real`, where inputs are no padding, and
+        `wanted`, which targets count, `[B, S]` bool.
 
     Returns:
-      `(log-likelihood of the wanted targets, whether each of them is the likeliest token)`, `[B]` float32 and bool.
+      `(log-likelihood of the wanted targets, whether each of them is the likeliest token)`, `[B]`
+      float32 and bool.
     """
     real = batch["real"].astype(jnp.float32)
-    hidden, _ = decoder.apply({"params": params}, batch["inputs"], None, real, routing_state, method="features")
+    hidden, _ = decoder.apply(
+        {"params": params}, batch["inputs"], None, real, routing_state, method="features"
+    )
     return _sums(params, hidden, batch)
 
 
@@ -205,8 +233,9 @@ def score_choices(decoder: Decoder, params, routing_state, batch):
       decoder: the model; a static argument.
       params: of the decoder, `decoding.unstacked`.
       routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
-      batch: `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, where they are no padding; `inputs`
-        and `targets` `[C N, S]` int32, from the last token of a context on, and `wanted [C N, S]` bool.
+      batch: `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, where they
+        are no padding; `inputs` and `targets` `[C N, S]` int32, from the last token of a context
+        on, and `wanted [C N, S]` bool.
 
     Returns:
       As `score_texts`, `[C N]`.

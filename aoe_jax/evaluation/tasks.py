@@ -1,7 +1,8 @@
-"""Tasks of EleutherAI's lm-eval: `evaluate_tasks(workdir, names)` prints a table with standard errors, writes `tasks.json`.
+"""Tasks of EleutherAI's lm-eval: `evaluate_tasks(workdir, names)` prints a table with standard
+errors, writes `tasks.json`.
 
-Prompts, splits and metrics are those of lm-eval's own definitions. Data sets come from the hub, or from a folder: see
-`load_tasks`.
+Prompts, splits and metrics are those of lm-eval's own definitions. Data sets come from the hub, or
+from a folder: see `load_tasks`.
 """
 
 import difflib
@@ -29,7 +30,8 @@ from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# The paper's: where lm-eval defines them, whose index of all its tasks takes half a minute; and the shots.
+# The paper's: where lm-eval defines them, whose index of all its tasks takes half a minute; and the
+# shots.
 _PAPER = {
     "arc_easy": ("arc", 0),
     "piqa": ("piqa", 0),
@@ -53,9 +55,11 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
 
     Args:
       names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
-      fewshot: examples with answers in each prompt; None: the paper's for its tasks, for others lm-eval's.
-      data: a folder with `TASK/SPLIT.jsonl`, where `SPLIT` is what lm-eval calls the split, such as `sst2/train.jsonl` and
-        `mnli/validation_matched.jsonl`: JSON lines with the fields of the hub's data set. None: from the hub.
+      fewshot: examples with answers in each prompt; None: the paper's for its tasks, for others
+        lm-eval's.
+      data: a folder with `TASK/SPLIT.jsonl`, where `SPLIT` is what lm-eval calls the split, such as
+        `sst2/train.jsonl` and `mnli/validation_matched.jsonl`: JSON lines with the fields of the
+        hub's data set. None: from the hub.
       split: of the speeches.
 
     Returns:
@@ -79,15 +83,23 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     if data:
         loaded = {"tasks": loaded["tasks"]}  # without the groups that they came as
     for name, task in loaded["tasks"].items():
-        shots = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))[1] if fewshot is None else fewshot
+        shots = (
+            _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))[1]
+            if fewshot is None
+            else fewshot
+        )
         if data and shots and name not in SPEECH_TASKS:
             config = index.task_index[name].cfg
             shots_split = config.get("fewshot_split") or config.get("training_split")
             if shots_split is None:
-                raise UserError(f"--fewshot={shots}: {name} has no split to take examples from; give --fewshot=0")
+                raise UserError(
+                    f"--fewshot={shots}: {name} has no split to take examples from; give --fewshot=0"
+                )
             file = data / name / f"{shots_split}.jsonl"
             if not file.is_file() or len(file.read_bytes().splitlines()) <= shots:
-                raise UserError(f"--fewshot={shots}: {file} must hold more than {shots} examples to take them from")
+                raise UserError(
+                    f"--fewshot={shots}: {file} must hold more than {shots} examples to take them from"
+                )
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SHOTS_SEED)
     return loaded
@@ -102,7 +114,9 @@ def _index(names):
     root = Path(lm_eval.tasks.__file__).parent
     if all(name in _PAPER for name in names):
         folders = {_PAPER[name][0] for name in names}
-        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=[root / folder for folder in folders])
+        return lm_eval.tasks.TaskManager(
+            include_defaults=False, include_path=[root / folder for folder in folders]
+        )
     log.info("reading lm-eval's index of tasks, which takes a while")
     index = lm_eval.tasks.TaskManager()
     for name in names:
@@ -120,7 +134,9 @@ def _on_local_data(index, name, data):
     if name not in index.all_subtasks:
         raise UserError(f"--tasks={name}: is a group of tasks; with --tasks-data name single ones")
     task, folder = index.task_index[name].cfg, data / name
-    splits = {kind: task.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")}
+    splits = {
+        kind: task.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")
+    }
     evaluated = splits["test"] or splits["validation"]
     files = {split: str(folder / f"{split}.jsonl") for split in splits.values() if split}
     found = {split: file for split, file in files.items() if Path(file).is_file()}
@@ -139,22 +155,24 @@ def _cause(error, data):
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if data:
-        return (
-            f"the examples in {data} can't be used ({reason}); each line is a JSON object with the fields of the hub's"
-        )
+        return f"the examples in {data} can't be used ({reason}); each line is a JSON object with the fields of the hub's"
     return f"the data set can't be had from the hub ({reason}); give --tasks-data=DIR, see docs/evaluation.md"
 
 
 @contextmanager
 def _quiet():
-    """Without lm-eval's remarks on its own tasks; and without processes of its own, which JAX's threads forbid."""
+    """Without lm-eval's remarks on its own tasks; and without processes of its own, which JAX's
+    threads forbid.
+    """
     logger = logging.getLogger("lm_eval")
     level, alone = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="sklearn")  # of samples on which F1 isn't defined, and taken as 0
+            warnings.filterwarnings(
+                "ignore", module="sklearn"
+            )  # of samples on which F1 isn't defined, and taken as 0
             yield
     finally:
         logger.setLevel(level)
@@ -181,11 +199,14 @@ def score_tasks(harness_model, tasks, limit=None):
       limit: examples of each task, the first ones; None: all.
 
     Returns:
-      `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where there is
-      none, as for a single example. Groups have no shots and examples of their own: None.
+      `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error
+      is None where there is none, as for a single example. Groups have no shots and examples of
+      their own: None.
     """
     with _quiet():
-        results = evaluate(harness_model, tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+        results = evaluate(
+            harness_model, tasks, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
+        )
     return {
         name: {
             "fewshot": results["n-shot"].get(name),
@@ -197,34 +218,47 @@ def score_tasks(harness_model, tasks, limit=None):
 
 
 def _metrics(figures):
-    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": {"value": 0.5, "stderr": 0.1}}`; other filters named."""
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": {"value": 0.5, "stderr": 0.1}}`;
+    other filters named.
+    """
     found = {}
     for key, value in figures.items():
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = figures.get(f"{metric}_stderr,{answer_filter}")
             name = metric if answer_filter == "none" else f"{metric} ({answer_filter})"
-            found[name] = {"value": float(value), "stderr": stderr if isinstance(stderr, float) else None}
+            found[name] = {
+                "value": float(value),
+                "stderr": stderr if isinstance(stderr, float) else None,
+            }
     return found
 
 
 def tasks_table(report):
-    """The report of `score_tasks` as lines of text, a row a metric; of the paper's tasks also the mean accuracy."""
+    """The report of `score_tasks` as lines of text, a row a metric; of the paper's tasks also the
+    mean accuracy.
+    """
     width = max(map(len, (*report, "mean")))
     rows = [f"{'task':<{width}}  shots  examples  {'metric':<12}  {'value':>9}  {'stderr':>7}"]
     for task, entry in report.items():
         head = f"{task:<{width}}  {_shown(entry['fewshot']):>5}  {_shown(entry['examples']):>8}"
         for metric, figure in entry["metrics"].items():
-            rows.append(f"{head}  {metric:<12}  {figure['value']:>9.4f}  {_shown(figure['stderr'], '.4f'):>7}")
+            rows.append(
+                f"{head}  {metric:<12}  {figure['value']:>9.4f}  {_shown(figure['stderr'], '.4f'):>7}"
+            )
             head = " " * len(head)
     for averaged, name in ((AVERAGED, "the paper's AVG of"), (PAPER_TASKS, "mean of")):
         accuracies = [report[task]["metrics"]["acc"] for task in averaged if task in report]
         if len(accuracies) < 2 or (averaged == AVERAGED and len(accuracies) < len(AVERAGED)):
             continue
-        stderrs = [math.nan if figure["stderr"] is None else figure["stderr"] for figure in accuracies]
+        stderrs = [
+            math.nan if figure["stderr"] is None else figure["stderr"] for figure in accuracies
+        ]
         stderr = math.hypot(*stderrs) / len(accuracies)
         mean = sum(figure["value"] for figure in accuracies) / len(accuracies)
-        rows.append(f"{f'{name} {len(accuracies)}':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
+        rows.append(
+            f"{f'{name} {len(accuracies)}':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}"
+        )
     return "\n".join(rows)
 
 
@@ -233,9 +267,17 @@ def _shown(value, form=""):
 
 
 def evaluate_tasks(
-    workdir: Path, names, fewshot=None, data: Path | None = None, limit=None, split="test", step="newest", mesh=None
+    workdir: Path,
+    names,
+    fewshot=None,
+    data: Path | None = None,
+    limit=None,
+    split="test",
+    step="newest",
+    mesh=None,
 ):
-    """Scores a checkpoint on tasks: prints a table, and enters each task in `tasks.json`, which keeps the others.
+    """Scores a checkpoint on tasks: prints a table, and enters each task in `tasks.json`, which
+    keeps the others.
 
     Args:
       workdir: what `models.load_model` reads.
@@ -248,7 +290,8 @@ def evaluate_tasks(
       What `score_tasks` returns.
 
     Raises:
-      UserError: as `load_tasks`, `models.load_model`, `scoring.Scorer` and, of tasks that generate, `check_decodes`.
+      UserError: as `load_tasks`, `models.load_model`, `scoring.Scorer` and, of tasks that generate,
+        `check_decodes`.
     """
     import jax
 
@@ -257,7 +300,9 @@ def evaluate_tasks(
     from aoe_jax.model.decoding import check_decodes
 
     if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: no such directory; name the workdir of a training run")
+        raise UserError(
+            f"--workdir={workdir}: no such directory; name the workdir of a training run"
+        )
     file = workdir / "tasks.json"
     known = read_json(file, "move it away") if file.exists() else {}
     tasks = load_tasks(names, fewshot, data, split)  # first, for it finds mistakes soonest

@@ -1,6 +1,8 @@
-"""The load of a model's experts on any text: `show_load_on(workdir, text)` prints it, writes `text.json` and `text.png`.
+"""The load of a model's experts on any text: `show_load_on(workdir, text)` prints it, writes
+`text.json` and `text.png`.
 
-Each text is seen by itself, in windows of the run's length: attention doesn't reach from one into another.
+Each text is seen by itself, in windows of the run's length: attention doesn't reach from one into
+another.
 """
 
 import logging
@@ -24,9 +26,14 @@ class TextTokens:
 
     def __init__(self, texts, tokenizer):
         """Tokenises the texts."""
-        self.end_of_text, self.text_bytes = tokenizer.end_of_text, sum(len(text.encode()) for text in texts)
+        self.end_of_text, self.text_bytes = (
+            tokenizer.end_of_text,
+            sum(len(text.encode()) for text in texts),
+        )
         end = np.array([tokenizer.end_of_text], np.int32)
-        pieces = [piece for tokens in tokenizer.encode(texts) for piece in (tokens.astype(np.int32), end)]
+        pieces = [
+            piece for tokens in tokenizer.encode(texts) for piece in (tokens.astype(np.int32), end)
+        ]
         self._tokens = np.concatenate([end, *pieces])
 
     def __len__(self):
@@ -55,13 +62,21 @@ def read_text(path: Path):
 
 
 def show_load_on(
-    workdir: Path, text, fewshot=None, data: Path | None = None, limit=None, split="test", step="newest", mesh=None
+    workdir: Path,
+    text,
+    fewshot=None,
+    data: Path | None = None,
+    limit=None,
+    split="test",
+    step="newest",
+    mesh=None,
 ):
     """Shows a checkpoint's load statistics on a text file, or on the prompts of a task.
 
     Args:
       workdir: what `models.load_model` reads.
-      text: the path of a file, or `task:NAME`; with a task, the others are as in `tasks.evaluate_tasks`.
+      text: the path of a file, or `task:NAME`; with a task, the others are as in
+        `tasks.evaluate_tasks`.
       mesh: as in `models.load_model`.
 
     Returns:
@@ -82,7 +97,8 @@ def show_load_on(
 
 
 def load_on_texts(model, texts, name, workdir: Path):
-    """Load statistics of texts; prints their table, writes `text.json` and, for models with experts, `text.png`.
+    """Load statistics of texts; prints their table, writes `text.json` and, for models with
+    experts, `text.png`.
 
     Args:
       model: a `models.Model`.
@@ -91,11 +107,13 @@ def load_on_texts(model, texts, name, workdir: Path):
       workdir: where to write.
 
     Returns:
-      What `text.json` holds: `text` (the name), `step`, `texts`, `tokens`, `nll`, `perplexity`, `bits_per_byte`,
-      `load_statistics`. The ends of texts are tokens too.
+      What `text.json` holds: `text` (the name), `step`, `texts`, `tokens`, `nll`, `perplexity`,
+      `bits_per_byte`, `load_statistics`. The ends of texts are tokens too.
     """
     config = model.config
-    eval_step = jax.jit(make_eval_step(model.decoder, document_mask=True), out_shardings=replicated(model.mesh))
+    eval_step = jax.jit(
+        make_eval_step(model.decoder, document_mask=True), out_shardings=replicated(model.mesh)
+    )
     with jax.set_mesh(model.mesh):
         result = evaluate(
             partial(eval_step, model.params, model.routing_state),
@@ -104,10 +122,21 @@ def load_on_texts(model, texts, name, workdir: Path):
             config.train.batch_size // config.train.accumulate,
             model.put,
         )
-    report = {"text": name, "step": model.step, "texts": len(texts), **report_figures(result, config)}
+    report = {
+        "text": name,
+        "step": model.step,
+        "texts": len(texts),
+        **report_figures(result, config),
+    }
     if jax.process_index() > 0:
         return report
-    print(f"{name}: {len(texts)} texts, {result.tokens} tokens, step {model.step}\n{figures_in_words(result)}")
+    print(
+        f"{name}: {len(texts)} texts, {result.tokens} tokens, step {model.step}\n{figures_in_words(result)}"
+    )
     write_json(workdir / "text.json", report)
-    show_load(report["load_statistics"], f"{config.experts.kind}, {name}, step {model.step}", workdir / "text.png")
+    show_load(
+        report["load_statistics"],
+        f"{config.experts.kind}, {name}, step {model.step}",
+        workdir / "text.png",
+    )
     return report

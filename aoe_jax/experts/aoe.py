@@ -14,7 +14,9 @@ from aoe_jax.experts.layer import ExpertsModule, expert_init, expert_shapes, low
 
 
 class AoELayer(ExpertsModule):
-    """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank activations, no router."""
+    """Autonomy-of-Experts layer (Algorithm 2): experts ranked by the norm of their own low-rank
+    activations, no router.
+    """
 
     score_name = "mean_norm"
 
@@ -34,11 +36,18 @@ class AoELayer(ExpertsModule):
             if self.config.sparse_scoring:
                 if not self.balance.has_loss:
                     operands = jax.lax.stop_gradient(operands)
-                scores, balance_scores = devices.score(partial(scoring.sparse_scores, stride=stride), *operands)
-            elif transports.is_local(devices, self.method.all_slots_used) and devices.size("tensor") == 1:
+                scores, balance_scores = devices.score(
+                    partial(scoring.sparse_scores, stride=stride), *operands
+                )
+            elif (
+                transports.is_local(devices, self.method.all_slots_used)
+                and devices.size("tensor") == 1
+            ):
 
                 def activations(x, w_down):
-                    return scoring.low_rank_activations(x, devices.gather_weight("w_down", w_down, x.dtype))
+                    return scoring.low_rank_activations(
+                        x, devices.gather_weight("w_down", w_down, x.dtype)
+                    )
 
                 cache = devices.without_whole_weights(activations)(x, weights["w_down"])
                 scores = scoring.activation_norms(cache)

@@ -1,15 +1,17 @@
-"""`experts.kind="capacity"`: experts with room for a fixed number of tokens, as MoE in Flax since GShard and Switch.
+"""`experts.kind="capacity"`: experts with room for a fixed number of tokens, as MoE in Flax since
+GShard and Switch.
 
-Tokens stand in groups, one a sequence. In each group an expert has C places (GShard, arXiv 2006.16668; Switch, arXiv
-2101.03961): all first choices are placed before any second one, and either in the order of the tokens. A choice that finds
-its expert full is dropped and adds nothing to its token. Rows reach their experts, and their outputs the tokens, by products
-with tensors over all tokens, experts and places, so that every shape is fixed and every step a product.
+Tokens stand in groups, one a sequence. In each group an expert has C places (GShard, arXiv
+2006.16668; Switch, arXiv 2101.03961): all first choices are placed before any second one, and
+either in the order of the tokens. A choice that finds its expert full is dropped and adds nothing
+to its token. Rows reach their experts, and their outputs the tokens, by products with tensors over
+all tokens, experts and places, so that every shape is fixed and every step a product.
 
-NOT CAUSAL for more than one expert per token: the first choice of a later token takes the place of an earlier token's
-second. With one expert per token only earlier tokens of the group count.
+NOT CAUSAL for more than one expert per token: the first choice of a later token takes the place of
+an earlier token's second. With one expert per token only earlier tokens of the group count.
 
-G groups, T tokens of each, n experts, K chosen per token, C places, d model width, f expert width, m experts of a device,
-H groups whose rows meet at a device.
+G groups, T tokens of each, n experts, K chosen per token, C places, d model width, f expert width,
+m experts of a device, H groups whose rows meet at a device.
 """
 
 from typing import NamedTuple
@@ -25,16 +27,20 @@ from aoe_jax.experts.swiglu import one_expert
 class Places(NamedTuple):
     """Where the tokens of each group lie among the places of each expert."""
 
-    place: jax.Array  # [G, T, n] int32, from 0 to C - 1; C: the expert has none for this token, or wasn't chosen
+    place: (
+        jax.Array
+    )  # [G, T, n] int32, from 0 to C - 1; C: the expert has none for this token, or wasn't chosen
     weight: jax.Array  # [G, T, n] float32, of the chosen experts, 0 of others; it has a gradient
     dropped: jax.Array  # [G, T] float32, share of the K choices of a token that found no place
 
 
 def capacity_assignment(expert, weight, n_experts, capacity):
-    """Places for the choices of each group: first choices before second ones, then by the order of the tokens.
+    """Places for the choices of each group: first choices before second ones, then by the order of
+    the tokens.
 
     Args:
-      expert: `[G, T, K]` int32, the chosen experts, the first choice first; n: none, as for padding.
+      expert: `[G, T, K]` int32, the chosen experts, the first choice first; n: none, as for
+        padding.
       weight: `[G, T, K]` float32.
       n_experts: n.
       capacity: C.
@@ -45,7 +51,11 @@ def capacity_assignment(expert, weight, n_experts, capacity):
     groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
     by_rank = chosen.swapaxes(1, 2).reshape(groups, k * n_tokens, n_experts)
-    before = (jnp.cumsum(by_rank, axis=1) - by_rank).reshape(groups, k, n_tokens, n_experts).swapaxes(1, 2)
+    before = (
+        (jnp.cumsum(by_rank, axis=1) - by_rank)
+        .reshape(groups, k, n_tokens, n_experts)
+        .swapaxes(1, 2)
+    )
     place = jnp.where(chosen > 0, jnp.minimum(before, capacity), capacity).min(axis=2)
     n_chosen, n_placed = chosen.sum(axis=(2, 3)), (place < capacity).sum(axis=2)
     return Places(place, (weight[..., None] * chosen).sum(axis=2), (n_chosen - n_placed) / k)
@@ -69,8 +79,8 @@ def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concat
       places: `Places`.
       capacity: C.
       w: `w_g` and `w_p` `[m, d, f]`, `w_o` `[m, f, d]`, in the dtype of `x`.
-      exchange: `(rows, split, concatenate)`: splits rows along one axis over the devices that share the experts, and
-        concatenates what they send along another.
+      exchange: `(rows, split, concatenate)`: splits rows along one axis over the devices that share
+        the experts, and concatenates what they send along another.
 
     Returns:
       `[G, T, d]`; zero for a token none of whose choices found a place.
@@ -88,8 +98,10 @@ def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concat
 class CapacityLayer(RouterLayer):
     """A router layer whose experts have room for a fixed number of tokens of each sequence.
 
-    A group is the tokens along the axis before the last: sequences of `[B, S, d]`. Statistics and balance losses are of the
-    router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free balancing goes by.
+    A group is the tokens along the axis before the last: sequences of `[B, S, d]`. Statistics and
+      balance losses are of the
+    router's choice, before anything is dropped, but for `dropped_share`; so is what loss-free
+    balancing goes by.
     """
 
     not_by_token = "whether an expert has room for a token depends on other tokens of the text and on its length"
@@ -120,18 +132,26 @@ class CapacityLayer(RouterLayer):
         c, whole = self.config, devices.whole_sequences
         assignment, stats, per_token = self.select(given, scores, balance_scores)
         with jax.named_scope("select"):
-            expert, weight = (a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight))
-            expert = whole(jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts))  # padding takes no place
+            expert, weight = (
+                a.reshape(-1, c.top_k) for a in (assignment.expert, assignment.weight)
+            )
+            expert = whole(
+                jnp.where(given.token_weights[:, None] > 0, expert, c.n_experts)
+            )  # padding takes no place
             n_places = expert_capacity(expert.shape[1], c.n_experts, c.capacity_factor * c.top_k)
             places = capacity_assignment(expert, whole(weight), c.n_experts, n_places)
         with jax.named_scope("balance"):
-            of_own = places.dropped.sum() / devices.size("tensor")  # whose devices all have the same groups
+            of_own = places.dropped.sum() / devices.size(
+                "tensor"
+            )  # whose devices all have the same groups
             dropped, n_tokens = devices.total((of_own, given.token_weights.sum()))
             stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
 
         def experts(x, places, weights):
             with jax.named_scope("experts"):
-                w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+                w = {
+                    name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()
+                }
             y = capacity_experts(whole(x), places, n_places, w, devices.exchange)
             return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
 

@@ -12,7 +12,9 @@ from aoe_jax.experts.swiglu import one_expert
 
 
 class DenseLayer(ExpertsModule):
-    """One SwiGLU of width `d_ffn` for every token: the baseline. Its statistics are those of one expert."""
+    """One SwiGLU of width `d_ffn` for every token: the baseline. Its statistics are those of one
+    expert.
+    """
 
     selects = False
 
@@ -32,5 +34,11 @@ class DenseLayer(ExpertsModule):
 
         y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
         one, zero = jnp.ones(1), jnp.zeros(())
-        stats = LayerStats(load=one, mean_probability=one, confidence_entropy=zero, mean_score=one, score_spread=zero)
+        stats = LayerStats(
+            load=one,
+            mean_probability=one,
+            confidence_entropy=zero,
+            mean_score=one,
+            score_spread=zero,
+        )
         return devices.sum_scatter(y, "tensor"), stats, None

@@ -1,4 +1,5 @@
-"""The dispatch and combine stations: from tokens to rows by expert, and back. They know nothing of methods.
+"""The dispatch and combine stations: from tokens to rows by expert, and back. They know nothing of
+methods.
 
 T tokens, n experts, P slots, N places of rows, d model width.
 """
@@ -16,10 +17,11 @@ MAX_GATHERS = 16  # that a sum over slots is spelled out with; top-p has as many
 
 
 class Plan(NamedTuple):
-    """How slots are laid out as rows: in expert order, unused slots last, or wherever `grouped_matmul` wants them.
+    """How slots are laid out as rows: in expert order, unused slots last, or wherever
+    `grouped_matmul` wants them.
 
-    In expert order N = P. Elsewhere there may be more places than rows, and no place for unused slots: what has no
-    counterpart is `NOWHERE`, and reads as zeros.
+    In expert order N = P. Elsewhere there may be more places than rows, and no place for unused
+    slots: what has no counterpart is `NOWHERE`, and reads as zeros.
     """
 
     order: jax.Array  # [N] int32, the slot of each row
@@ -36,13 +38,18 @@ def sort_slots(expert, n_experts):
       n_experts: n.
 
     Returns:
-      `(order [P], inverse [P], group_sizes [n])`: the slot that comes first, second ..., where each slot comes, and the
+      `(order [P], inverse [P], group_sizes [n])`: the slot that comes first, second ..., where each
+        slot comes, and the
       number of slots of each expert.
     """
     slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
     _, order = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
     inverse = jnp.zeros_like(order).at[order].set(slots, unique_indices=True)
-    return order, inverse, jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    return (
+        order,
+        inverse,
+        jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32),
+    )
 
 
 def plan_rows(assignment, n_experts):
@@ -63,7 +70,9 @@ def dispatch(x, assignment, plan):
 
 
 def take_activations(cache, assignment, plan):
-    """The low-rank activations of each row's own expert: `cache [T, n, r]` -> `[N, r]`; zeros for unused rows."""
+    """The low-rank activations of each row's own expert: `cache [T, n, r]` -> `[N, r]`; zeros for
+    unused rows.
+    """
     expert = _take(assignment.expert, plan.order, cache.shape[1])
     return cache.at[plan.token, expert].get(mode="fill", fill_value=0)
 
@@ -100,7 +109,9 @@ def _sum_slots(rows, inverse, slots_per_token):
     if slots_per_token > MAX_GATHERS:
         return _take(rows, by_token).sum(axis=1, dtype=dtype).astype(rows.dtype)
     # Slot by slot: the gathers fuse with the sum, so the rows are never laid out by slot.
-    return sum(_take(rows, by_token[:, k]).astype(dtype) for k in range(slots_per_token)).astype(rows.dtype)
+    return sum(_take(rows, by_token[:, k]).astype(dtype) for k in range(slots_per_token)).astype(
+        rows.dtype
+    )
 
 
 # Dispatch and combine are each other's transpose.
@@ -121,12 +132,16 @@ def _sum_by_token(rows, token, inverse, slots_per_token):
 
 
 _sum_by_token.defvjp(
-    lambda rows, token, inverse, slots_per_token: (_sum_slots(rows, inverse, slots_per_token), token),
+    lambda rows, token, inverse, slots_per_token: (
+        _sum_slots(rows, inverse, slots_per_token),
+        token,
+    ),
     lambda slots_per_token, token, g: (_take(g, token), None, None),
 )
 
 
-# The same for a part of the slots, in any order: each other's transpose again, summed in float32 at least.
+# The same for a part of the slots, in any order: each other's transpose again, summed in float32 at
+# least.
 def take_rows(x, token):
     """The row of each token of `token [R]`, `x [T, d]` -> `[R, d]`; zeros where it is T."""
     return _take_rows(x, token, x.shape[0])
@@ -139,7 +154,9 @@ def _take_rows(x, token, n_tokens):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_rows(rows, token, n_tokens):
-    """The sum of the rows of each token: `rows [R, d]`, `token [R]` -> `[n_tokens, d]`; rows of token T count nowhere."""
+    """The sum of the rows of each token: `rows [R, d]`, `token [R]` -> `[n_tokens, d]`; rows of
+    token T count nowhere.
+    """
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
     zeros = jnp.zeros((n_tokens, rows.shape[1]), dtype)
     return zeros.at[token].add(rows.astype(dtype), mode="drop").astype(rows.dtype)

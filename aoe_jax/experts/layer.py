@@ -1,9 +1,11 @@
-"""Layers of experts as Linen modules: parameters, and the one pipeline score, select, dispatch, experts, combine.
+"""Layers of experts as Linen modules: parameters, and the one pipeline score, select, dispatch,
+experts, combine.
 
-Initialisation preserves variance, for every kind alike: matrices are drawn at `1 / sqrt(fan_in)`, so that for tokens of
-unit mean square the gate pre-activations start at variance 1, be they `x Wg` or `(x Wdown) Wup`. Where the paper is silent:
-with both factors drawn at one small std, the product would start the gate many times smaller than an unfactorised one.
-The norms then start near `sqrt(r)` with a spread of `1 / sqrt(2)` over experts, close to the spread 1 of router logits.
+Initialisation preserves variance, for every kind alike: matrices are drawn at `1 / sqrt(fan_in)`,
+so that for tokens of unit mean square the gate pre-activations start at variance 1, be they `x Wg`
+or `(x Wdown) Wup`. Where the paper is silent: with both factors drawn at one small std, the product
+would start the gate many times smaller than an unfactorised one. The norms then start near
+`sqrt(r)` with a spread of `1 / sqrt(2)` over experts, close to the spread 1 of router logits.
 
 t tokens of a device, d model width, n experts, R rows, r low rank (d_low), w expert width.
 """
@@ -48,7 +50,9 @@ def low_rank_gate(rows, round, groups, w):
 def expert_shapes(config: ExpertsConfig, d):
     """The matrices of all experts of a layer: name -> shape."""
     n, r, width = config.n_experts, config.d_low, config.width(d)
-    gates = {"w_down": (n, d, r), "w_up": (n, r, width)} if config.low_rank else {"w_g": (n, d, width)}
+    gates = (
+        {"w_down": (n, d, r), "w_up": (n, r, width)} if config.low_rank else {"w_g": (n, d, width)}
+    )
     return gates | {"w_p": (n, d, width), "w_o": (n, width, d)}
 
 
@@ -74,22 +78,34 @@ def _output_of_round(transport, gate, plan, number, args):
 def _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, n_tokens):
     with jax.named_scope("experts"):
         row_weight = transport.row_values(slot_weight, round)
-        rows = swiglu(rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.groups(round))
+        rows = swiglu(
+            rows, pre_activations, row_weight, w["w_p"], w["w_o"], transport.groups(round)
+        )
     with jax.named_scope("combine"):
         return transport.combine(rows, round, n_tokens)
 
 
 class ExpertsModule(nn.Module):
-    """What the layers share: tokens of any leading shape, float32 parameters cast to a dtype of computation, a pipeline."""
+    """What the layers share: tokens of any leading shape, float32 parameters cast to a dtype of
+    computation, a pipeline.
+    """
 
     selects: ClassVar[bool] = True  # whether experts are chosen, by the method `config.selection`
-    not_by_token: ClassVar[str] = ""  # why it can't process a text token by token, the end of "for ..."; "": it can
-    padding_counts: ClassVar[bool] = False  # whether padding after a text has a say in what its tokens get
-    needs_key: ClassVar[bool] = False  # whether it draws at random in training, beside what the method draws
-    needs_place: ClassVar[bool] = False  # whether it goes by the number of its layer and by positions
+    not_by_token: ClassVar[str] = (
+        ""  # why it can't process a text token by token, the end of "for ..."; "": it can
+    )
+    padding_counts: ClassVar[bool] = (
+        False  # whether padding after a text has a say in what its tokens get
+    )
+    needs_key: ClassVar[bool] = (
+        False  # whether it draws at random in training, beside what the method draws
+    )
+    needs_place: ClassVar[bool] = (
+        False  # whether it goes by the number of its layer and by positions
+    )
     gathers_experts: ClassVar[bool] = False  # whether each device computes with the experts of all
-    # Forward passes of a training step. With 2, both have losses and gradients, and what they differ in is a loss as well,
-    # of the weight `consistency_weight` in the settings.
+    # Forward passes of a training step. With 2, both have losses and gradients, and what they
+    # differ in is a loss as well, of the weight `consistency_weight` in the settings.
     passes: ClassVar[int] = 1
     score_name: ClassVar[str] = "mean_logit"  # what `LayerStats.mean_score` is
     routing_note: ClassVar[str] = ""  # a sentence that a report of its choices needs beside it
@@ -102,7 +118,9 @@ class ExpertsModule(nn.Module):
     balance: BalanceConfig = BalanceConfig()
     recompute: bool = False  # model.remat="experts"
     transport: str = "ring"  # MeshConfig.transport
-    settings: Any = None  # the configuration group of the kind or of the selection method, where one has any
+    settings: Any = (
+        None  # the configuration group of the kind or of the selection method, where one has any
+    )
     training: bool = False
 
     @classmethod
@@ -112,7 +130,9 @@ class ExpertsModule(nn.Module):
 
     @classmethod
     def flops_beside_experts(cls, config: Config, shared):
-        """Useful FLOPs per token of a forward pass, but for those of its experts; `shared` weights are `for_all_tokens`."""
+        """Useful FLOPs per token of a forward pass, but for those of its experts; `shared` weights
+        are `for_all_tokens`.
+        """
         return 2 * shared
 
     @staticmethod
@@ -122,7 +142,9 @@ class ExpertsModule(nn.Module):
 
     @staticmethod
     def not_causal_because(experts: ExpertsConfig) -> str:
-        """Why a token depends on later ones, or on other sequences, whatever the selection; empty: it doesn't."""
+        """Why a token depends on later ones, or on other sequences, whatever the selection; empty:
+        it doesn't.
+        """
         return ""
 
     @property
@@ -131,30 +153,42 @@ class ExpertsModule(nn.Module):
         return SELECTIONS[self.config.selection]
 
     @nn.compact
-    def __call__(self, x, token_weights=None, routing_state=None, attention=None, number=0, positions=None):
+    def __call__(
+        self, x, token_weights=None, routing_state=None, attention=None, number=0, positions=None
+    ):
         """Applies the layer, on the mesh in context where there is one (`jax.set_mesh`).
 
         Args:
           x: tokens `[..., d]`; on a mesh `[B, S, d]` or `[T, d]`.
-          token_weights: `[...]`, 1 for a token that counts in the statistics and balance losses, 0 for padding; None: all.
-          routing_state: of this layer, what its selection method has beside parameters, see `Selection.initial_state`;
-            None: that before training.
+          token_weights: `[...]`, 1 for a token that counts in the statistics and balance losses, 0
+            for padding; None: all.
+          routing_state: of this layer, what its selection method has beside parameters, see
+            `Selection.initial_state`; None: that before training.
           attention: `[..., H]`, `selection.base.Given.attention`, which some methods need.
           number: of the layer in its model, for kinds with `needs_place`.
-          positions: `[...]` int32, of tokens in their sequences, likewise; None: counted along the last axis but d.
+          positions: `[...]` int32, of tokens in their sequences, likewise; None: counted along the
+            last axis but d.
 
         Returns:
-          `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With sparse scoring the statistics
+          `(y, stats)`: `[..., d]` in the dtype of computation, and `balance.LayerStats`. With
+            sparse scoring the statistics
           have a gradient only where `balance` has a loss.
 
         Raises:
           ValueError: the method needs `attention`, and there is none.
         """
         if self.selects and self.method.needs_attention and attention is None:
-            raise ValueError(f"selection {self.config.selection!r} goes by the attention before the experts; give it")
-        weights = {name: self.param(name, init, shape) for name, (init, shape) in self.weights(x.shape[-1]).items()}
+            raise ValueError(
+                f"selection {self.config.selection!r} goes by the attention before the experts; give it"
+            )
+        weights = {
+            name: self.param(name, init, shape)
+            for name, (init, shape) in self.weights(x.shape[-1]).items()
+        }
         of_method = self.method.parameters(self.config, self.settings) if self.selects else {}
-        of_method = {name: self.param(name, init, shape) for name, (init, shape) in of_method.items()}
+        of_method = {
+            name: self.param(name, init, shape) for name, (init, shape) in of_method.items()
+        }
         draws = self.training and (self.needs_key or (self.selects and self.method.needs_key))
         key = self.make_rng("experts") if draws and not self.is_initializing() else None
         token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
@@ -171,13 +205,26 @@ class ExpertsModule(nn.Module):
             if attention is not None:
                 attention = attention.reshape(-1, attention.shape[-1])
             given = Given(
-                *(devices, token_weights, self.settings, state, parameters, flat, key, self.training),
+                *(
+                    devices,
+                    token_weights,
+                    self.settings,
+                    state,
+                    parameters,
+                    flat,
+                    key,
+                    self.training,
+                ),
                 attention=attention,
                 number=number,
                 positions=positions,
             )
             y, stats, per_token = self.process(devices, flat, given, weights)
-            return y.reshape(x.shape), stats, jax.tree.map(lambda a: a.reshape(x.shape[:-1]), per_token)
+            return (
+                y.reshape(x.shape),
+                stats,
+                jax.tree.map(lambda a: a.reshape(x.shape[:-1]), per_token),
+            )
 
         tokens = min(x.ndim - 1, 2)
         in_specs = (
@@ -187,29 +234,45 @@ class ExpertsModule(nn.Module):
             PartitionSpec(),
             parallel.weight_specs(weights),
         )
-        out_specs = (parallel.token_spec(tokens, None), PartitionSpec(), parallel.token_spec(tokens))
+        out_specs = (
+            parallel.token_spec(tokens, None),
+            PartitionSpec(),
+            parallel.token_spec(tokens),
+        )
         run = parallel.over_mesh(process, in_specs, out_specs, self.transport)
         if not routing_state and self.selects:
-            routing_state = self.method.initial_state(self.config, self.balance, self.settings, x.shape[-1])
+            routing_state = self.method.initial_state(
+                self.config, self.balance, self.settings, x.shape[-1]
+            )
         of_layer = (routing_state or {}, of_method, key, number)
         of_tokens = token_weights, positions
         y, stats, per_token = run(x.astype(self.dtype), of_tokens, attention, of_layer, weights)
         return y, stats._replace(per_token=per_token) if per_token else stats
 
     def select(self, given, scores, balance_scores):
-        """The select and balance stations: `(Assignment, LayerStats, per-token values)`; arguments as in `pipeline`."""
+        """The select and balance stations: `(Assignment, LayerStats, per-token values)`; arguments
+        as in `pipeline`.
+        """
         scores, balance_scores = (checkpoint_name(s, SELECTION) for s in (scores, balance_scores))
         with jax.named_scope("select"):
             choice = self.method.choose(self.config, scores, given)
         with jax.named_scope("balance"):
             stride, total = self.balance.aux_stride, given.devices.total
-            stats = layer_stats(scores, balance_scores, choice.assignment, given.token_weights, stride, total)
+            stats = layer_stats(
+                scores, balance_scores, choice.assignment, given.token_weights, stride, total
+            )
             if self.balance.z_weight:
-                stats = stats._replace(z_loss=z_loss(balance_scores, given.token_weights[::stride], total))
+                stats = stats._replace(
+                    z_loss=z_loss(balance_scores, given.token_weights[::stride], total)
+                )
             if self.training and self.balance.aux_batch == "sequence":
                 loss = self._sequence_loss(given, balance_scores, choice.assignment)
                 stats = stats._replace(sequence_loss=loss)
-        return choice.assignment, stats._replace(records=choice.records, live=choice.live), choice.per_token
+        return (
+            choice.assignment,
+            stats._replace(records=choice.records, live=choice.live),
+            choice.per_token,
+        )
 
     def _sequence_loss(self, given, balance_scores, assignment):
         devices = given.devices
@@ -235,8 +298,8 @@ class ExpertsModule(nn.Module):
     def process_chosen(self, devices, x, assignment, gate, weights):
         """The stations after selection; the kinds of expert differ in their gate.
 
-        `x [t, d]`; `weights` are float32 parameters by name, pieces of those of this device's experts, `w_p` and `w_o`
-        among them.
+        `x [t, d]`; `weights` are float32 parameters by name, pieces of those of this device's
+        experts, `w_p` and `w_o` among them.
         """
         c = self.config
         with jax.named_scope("plan"):
@@ -249,9 +312,12 @@ class ExpertsModule(nn.Module):
             n_slots, n_rounds = assignment.expert.shape[0], transport.rounds(plan)
 
         def experts(x, slot_weight, weights):
-            # Cast here, where it is computed again: a cast copy of all weights is not kept, nor are whole ones.
+            # Cast here, where it is computed again: a cast copy of all weights is not kept, nor are
+            # whole ones.
             with jax.named_scope("experts"):
-                w = {name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()}
+                w = {
+                    name: devices.gather_weight(name, a, self.dtype) for name, a in weights.items()
+                }
             with jax.named_scope("dispatch"):
                 x = transport.gather(x)
                 round = transport.round(plan, 0)
@@ -261,7 +327,9 @@ class ExpertsModule(nn.Module):
                 if c.sparse_scoring:
                     norms = transport.slot_values(scoring.activation_norms(c_rows), round, n_slots)
                     of_round = partial(_norms_of_round, transport, n_slots)
-                    norms = transports.sum_over_rounds(of_round, norms, n_rounds, plan, (x, w["w_down"]))
+                    norms = transports.sum_over_rounds(
+                        of_round, norms, n_rounds, plan, (x, w["w_down"])
+                    )
                     slot_weight = weigh_chosen(assignment, transport.complete(norms)).weight
             y = _rows_to_tokens(transport, round, rows, pre_activations, slot_weight, w, x.shape[0])
             of_round = partial(_output_of_round, transport, gate)
@@ -274,5 +342,7 @@ class ExpertsModule(nn.Module):
     def rematerialised(self, devices, experts):
         """The same function of arrays, which keeps for its backward pass what `model.remat` says."""
         if self.recompute:
-            return jax.checkpoint(experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL))
+            return jax.checkpoint(
+                experts, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_RESIDUAL)
+            )
         return devices.without_whole_weights(experts, self.gathers_experts)

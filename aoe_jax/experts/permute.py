@@ -6,16 +6,18 @@ import jax.numpy as jnp
 NOWHERE = jnp.iinfo(jnp.int32).max  # an index that is out of range of every array
 
 
-# Autodiff turns a gather into a scatter-add, which is slow everywhere; where no element is taken twice, the inverse index
-# gathers instead.
+# Autodiff turns a gather into a scatter-add, which is slow everywhere; where no element is taken
+# twice, the inverse index gathers instead.
 @jax.custom_vjp
 def permute(values, index, inverse):
-    """`values[index]` along the first axis, zeros where the index is out of range: `[M, ...]` -> `[N, ...]`.
+    """`values[index]` along the first axis, zeros where the index is out of range: `[M, ...]` ->
+    `[N, ...]`.
 
     Args:
       values: `[M, ...]`.
       index: `[N]` int32, each number below M at most once.
-      inverse: `[M]` int32, where in the result each element of `values` lies; out of range where it is left out.
+      inverse: `[M]` int32, where in the result each element of `values` lies; out of range where it
+        is left out.
     """
     return values.at[index].get(mode="fill", fill_value=0)
 

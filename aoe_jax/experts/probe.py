@@ -1,8 +1,11 @@
-"""A router layer whose experts are chosen by the norms of what they compute (the paper's Tables 1, 6 and 7).
+"""A router layer whose experts are chosen by the norms of what they compute (the paper's Tables 1,
+6 and 7).
 
-All experts run up to a node, the norms there stand for the router's logits, and the top K experts go on.
+All experts run up to a node, the norms there stand for the router's logits, and the top K experts
+go on.
 
-t tokens of a device, T tokens of the expert axis, d model width, n experts, f expert width, K chosen per token.
+t tokens of a device, T tokens of the expert axis, d model width, n experts, f expert width, K
+chosen per token.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,8 @@ from aoe_jax.experts.layer import whole_gate
 from aoe_jax.experts.router import RouterLayer
 from aoe_jax.experts.scoring import router_logits
 
-# What an expert has computed of tokens `x [T, d]` where it pauses, from its `w_g`, `w_p` `[d, f]` and `w_o` `[f, d]`.
+# What an expert has computed of tokens `x [T, d]` where it pauses, from its `w_g`, `w_p` `[d, f]`
+# and `w_o` `[f, d]`.
 NODES = {
     "x Wg": lambda x, w: x @ w["w_g"],
     "x Wp": lambda x, w: x @ w["w_p"],
@@ -28,7 +32,8 @@ NORMS = {
     "Linf": lambda a: jnp.abs(a).max(axis=-1),
 }
 
-# A choice is a function `(devices, x [t, d], router logits [t, n], float32 weights by name, dtype) -> scores [t, n]`.
+# A choice is a function `(devices, x [t, d], router logits [t, n], float32 weights by name, dtype)
+# -> scores [t, n]`.
 
 
 def by_router(devices, x, logits, weights, dtype):
@@ -50,22 +55,31 @@ def by_norm(node, norm):
 
     def choose(devices, x, logits, weights, dtype):
         tokens = devices.gather(x, "expert")
-        whole = {name: devices.gather_weight(name, weights[name], dtype) for name in ("w_g", "w_p", "w_o")}
+        whole = {
+            name: devices.gather_weight(name, weights[name], dtype)
+            for name in ("w_g", "w_p", "w_o")
+        }
         # One expert after another: the activations of all would be the largest array of the model.
-        norms = jax.lax.map(lambda w: NORMS[norm](NODES[node](tokens, w).astype(jnp.float32)), whole)
+        norms = jax.lax.map(
+            lambda w: NORMS[norm](NODES[node](tokens, w).astype(jnp.float32)), whole
+        )
         return devices.exchange(norms.T, split=0, concatenate=1)
 
     return choose
 
 
 class ProbeLayer(RouterLayer):
-    """A router layer whose experts are chosen by something else; its statistics are `(LayerStats, agreement)`.
+    """A router layer whose experts are chosen by something else; its statistics are `(LayerStats,
+    agreement)`.
 
-    The agreement is the mean share of a token's experts that the router would have chosen, over tokens that count.
+    The agreement is the mean share of a token's experts that the router would have chosen, over
+    tokens that count.
     """
 
     choose: Callable = by_router
-    equal_weights: bool = False  # the chosen weigh 1 / K each; otherwise the softmax of their scores (Algorithm 2)
+    equal_weights: bool = (
+        False  # the chosen weigh 1 / K each; otherwise the softmax of their scores (Algorithm 2)
+    )
 
     def process(self, devices, x, given, weights):
         """As in `RouterLayer`."""
@@ -73,9 +87,14 @@ class ProbeLayer(RouterLayer):
         with jax.named_scope("score"):
             logits = router_logits(x, weights["w_router"])
             scores = self.choose(devices, x, logits, weights, self.dtype)
-            chosen, routed = (jax.nn.one_hot(jax.lax.top_k(s, k)[1], s.shape[1]).sum(axis=1) for s in (scores, logits))
+            chosen, routed = (
+                jax.nn.one_hot(jax.lax.top_k(s, k)[1], s.shape[1]).sum(axis=1)
+                for s in (scores, logits)
+            )
         in_common = (chosen * routed).sum(axis=1) / k
-        agreement = devices.total(jnp.sum(in_common * given.token_weights)) / devices.total(given.token_weights.sum())
+        agreement = devices.total(jnp.sum(in_common * given.token_weights)) / devices.total(
+            given.token_weights.sum()
+        )
         scores = chosen if self.equal_weights else scores
         del weights["w_router"]
         y, stats, _ = self.pipeline(devices, x, given, scores, scores, whole_gate, weights)

@@ -1,9 +1,12 @@
-"""Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of every fast path.
+"""Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of
+every fast path.
 
-Slow and obvious on purpose: every expert processes every token, and a weight of zero drops what was not chosen. Plain
-functions of plain arrays, in the dtype of their inputs (float64 included), differentiable.
+Slow and obvious on purpose: every expert processes every token, and a weight of zero drops what was
+not chosen. Plain functions of plain arrays, in the dtype of their inputs (float64 included),
+differentiable.
 
-T tokens, d model width, n experts, K chosen per token, r low rank (d_low), f expert width, w AoE expert width (d_wide).
+T tokens, d model width, n experts, K chosen per token, r low rank (d_low), f expert width, w AoE
+expert width (d_wide).
 """
 
 import jax
@@ -17,10 +20,11 @@ def l2_norm(c):
 
 
 def top_k_weights(p, top_k, gate="chosen"):
-    """Weights `[T, n]` of token-choice top-K on scores `p [T, n]`; ties go to the lower expert number.
+    """Weights `[T, n]` of token-choice top-K on scores `p [T, n]`; ties go to the lower expert
+    number.
 
-    `gate="chosen"` takes the softmax over the K chosen scores (the paper), `gate="all"` the softmax over all n without
-    renormalising (the authors' released code).
+    `gate="chosen"` takes the softmax over the K chosen scores (the paper), `gate="all"` the softmax
+    over all n without renormalising (the authors' released code).
     """
 
     def weights_of_token(p):
@@ -32,7 +36,9 @@ def top_k_weights(p, top_k, gate="chosen"):
 
 
 def ranked_weights(p, ranks):
-    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the softmax over them."""
+    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the
+    softmax over them.
+    """
 
     def weights_of_token(p):
         chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]
@@ -42,7 +48,9 @@ def ranked_weights(p, ranks):
 
 
 def top_p_weights(p, threshold):
-    """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum exceeds the threshold."""
+    """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum
+    exceeds the threshold.
+    """
 
     def weights_of_token(p):
         probability = jax.nn.softmax(p)
@@ -58,7 +66,9 @@ def top_p_weights(p, threshold):
 
 
 def expert_choice_weights(p, capacity):
-    """Weights `[T, n]` of expert choice (Zhou et al. 2022): each expert takes the `capacity` tokens that rate it highest."""
+    """Weights `[T, n]` of expert choice (Zhou et al. 2022): each expert takes the `capacity` tokens
+    that rate it highest.
+    """
     probability = jax.nn.softmax(p, axis=-1)
     columns = []
     for i in range(p.shape[1]):
@@ -82,7 +92,9 @@ def aoe_experts(x, weights, w_down, w_up, w_p, w_o):
 
 
 def router_experts(x, weights, w_g, w_p, w_o):
-    """`sum_i weights[:, i] E_i(x)` with traditional SwiGLU experts; shapes as in `router_layer`, `weights [T, n]`."""
+    """`sum_i weights[:, i] E_i(x)` with traditional SwiGLU experts; shapes as in `router_layer`,
+    `weights [T, n]`.
+    """
     y = jnp.zeros_like(x)
     for i in range(w_g.shape[0]):
         expert = (jax.nn.silu(x @ w_g[i]) * (x @ w_p[i])) @ w_o[i]

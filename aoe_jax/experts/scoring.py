@@ -1,6 +1,8 @@
-"""The score station: one number per token and expert, `[T, n]` float32, the higher the better the expert knows the token.
+"""The score station: one number per token and expert, `[T, n]` float32, the higher the better the
+expert knows the token.
 
-T tokens, d model width, n experts, r low rank (d_low), h hidden width of the large router, s stride of the balance losses.
+T tokens, d model width, n experts, r low rank (d_low), h hidden width of the large router, s stride
+of the balance losses.
 """
 
 import math
@@ -13,9 +15,11 @@ FEW_TOKENS = 8
 
 
 def low_rank_activations(x, w_down):
-    """The activation cache `C = x [Wdown_1 ... Wdown_n]` (Eq. 4) as ONE matmul; of few tokens, as one for each expert.
+    """The activation cache `C = x [Wdown_1 ... Wdown_n]` (Eq. 4) as ONE matmul; of few tokens, as
+    one for each expert.
 
-    For the one matmul XLA brings d to the front of `w_down`, a copy of it that few tokens aren't worth.
+    For the one matmul XLA brings d to the front of `w_down`, a copy of it that few tokens aren't
+    worth.
 
     Args:
       x: `[T, d]`.
@@ -32,9 +36,11 @@ def low_rank_activations(x, w_down):
 
 @jax.custom_vjp
 def activation_norms(c):
-    """L2 norms over the last axis, in float32 at least: `[T, n, r] -> [T, n]`; the gradient at a zero vector is zero.
+    """L2 norms over the last axis, in float32 at least: `[T, n, r] -> [T, n]`; the gradient at a
+    zero vector is zero.
 
-    The custom derivative keeps `c` in its own dtype for the backward pass, where autodiff would keep a float32 copy.
+    The custom derivative keeps `c` in its own dtype for the backward pass, where autodiff would
+    keep a float32 copy.
     """
     c = c.astype(jnp.promote_types(c.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(c * c, axis=-1))
@@ -60,17 +66,18 @@ def safe_root(square):
 
 
 def sparse_scores(x, w_down, stride):
-    """The norms of all experts without a gradient, and with one for every `stride`-th token; no cache is kept.
+    """The norms of all experts without a gradient, and with one for every `stride`-th token; no
+    cache is kept.
 
-    Where weights depend on the chosen norms alone, this and computing those again is Algorithm 2, values and gradients.
-    The balance losses, which send a gradient to every norm, take it through the second result: what they need of the
-    cache is computed again in the backward pass.
+    Where weights depend on the chosen norms alone, this and computing those again is Algorithm 2,
+    values and gradients. The balance losses, which send a gradient to every norm, take it through
+    the second result: what they need of the cache is computed again in the backward pass.
 
     Args:
       x: `[T, d]`.
       w_down: `[n, d, r]`, cast to the dtype of `x`.
-      stride: a whole number from 1. Tokens are counted over the flattened batch: where it divides the sequence length, the
-        same positions take part in every sequence.
+      stride: a whole number from 1. Tokens are counted over the flattened batch: where it divides
+        the sequence length, the same positions take part in every sequence.
 
     Returns:
       `(scores [T, n], balance_scores [ceil(T / stride), n])`, float32 at least.
@@ -110,15 +117,18 @@ def router_logits(x, w_router):
 
 
 def router_cosines(x, w_router):
-    """The cosines of tokens and router columns: `x [T, d]`, `w_router [d, n]` -> `[T, n]`, 0 where either is zero."""
+    """The cosines of tokens and router columns: `x [T, d]`, `w_router [d, n]` -> `[T, n]`, 0 where
+    either is zero.
+    """
     return _by_lengths(router_logits(x, w_router), x, activation_norms(w_router.T))
 
 
 def relative_norms(norms, x, w_down_norms):
-    """Norms by what they would be for a random direction: `||x Wd_i|| sqrt(d) / (||x|| ||Wd_i||) - 1`.
+    """Norms by what they would be for a random direction: `||x Wd_i|| sqrt(d) / (||x|| ||Wd_i||) -
+    1`.
 
-    Neither the length of a token nor that of an expert's weights counts. At initialisation they lie around 0, with a
-    standard deviation of `1 / sqrt(2 r)` over experts.
+    Neither the length of a token nor that of an expert's weights counts. At initialisation they lie
+    around 0, with a standard deviation of `1 / sqrt(2 r)` over experts.
 
     Args:
       norms: `[T, n]` float32, of `x Wd_i`.
@@ -132,13 +142,16 @@ def relative_norms(norms, x, w_down_norms):
 
 
 def _by_lengths(scores, x, weight_norms):
-    """`scores [T, n]` by the lengths of tokens `x [T, d]` and of weights `[n]`; 0 where a length is."""
+    """`scores [T, n]` by the lengths of tokens `x [T, d]` and of weights `[n]`; 0 where a length
+    is.
+    """
     lengths = activation_norms(x)[:, None] * weight_norms
     return jnp.where(lengths > 0, scores / jnp.where(lengths > 0, lengths, 1), 0)
 
 
 def large_router_logits(x, w_hidden, w_router):
-    """Logits of the "large router" ablation (Table 2, row 4): `SiLU(x W1) W2`, a router with about `n r d` parameters.
+    """Logits of the "large router" ablation (Table 2, row 4): `SiLU(x W1) W2`, a router with about
+    `n r d` parameters.
 
     The paper gives the parameter count only; one hidden layer is this project's reading of it.
     `x [T, d]`, `w_hidden [d, h]`, `w_router [h, n]` -> `[T, n]` float32.

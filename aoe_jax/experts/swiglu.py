@@ -1,4 +1,5 @@
-"""The experts station: SwiGLU on rows by expert, through one `grouped_matmul`. It knows no method and no mesh.
+"""The experts station: SwiGLU on rows by expert, through one `grouped_matmul`. It knows no method
+and no mesh.
 
 P rows, d model width, n experts, w expert width.
 """
@@ -9,19 +10,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.experts.grouped_matmul import grouped_matmul
 
-# What `model.remat="experts"` keeps for the backward pass bears this name: per row `x Wp_i`, and of the gate `C_i` (AoE)
-# or `x Wg_i`. All else between dispatch and combine is computed again from it.
+# What `model.remat="experts"` keeps for the backward pass bears this name: per row `x Wp_i`, and of
+# the gate `C_i` (AoE) or `x Wg_i`. All else between dispatch and combine is computed again from it.
 EXPERT_RESIDUAL = "expert_residual"
 
 
 def swiglu(rows, gate, weight, w_p, w_o, groups):
     """`weight (SiLU(gate) * (x Wp_i)) Wo_i` for each row.
 
-    The weight is applied inside, so that its gradient needs no expert's output: none is kept or computed again.
+    The weight is applied inside, so that its gradient needs no expert's output: none is kept or
+    computed again.
 
     Args:
       rows: `[P, d]`.
-      gate: pre-activations `[P, w]`: `x Wg_i` of a traditional expert, `C_i Wup_i` of an AoE expert.
+      gate: pre-activations `[P, w]`: `x Wg_i` of a traditional expert, `C_i Wup_i` of an AoE
+        expert.
       weight: `[P]` float32, of the expert in the token's output.
       w_p: `[n, d, w]`. w_o: `[n, w, d]`.
       groups: the rows of each expert, as `grouped_matmul` takes them.
@@ -38,8 +41,8 @@ def one_expert(x, w):
 
     Args:
       x: `[..., T, d]`.
-      w: matrices of the dtype of `x`, with the same axes before their last two: `w_p`, `w_o`, and of the gate `w_g` or, of
-        an AoE expert, `w_down` and `w_up`.
+      w: matrices of the dtype of `x`, with the same axes before their last two: `w_p`, `w_o`, and
+        of the gate `w_g` or, of an AoE expert, `w_down` and `w_up`.
 
     Returns:
       `[..., T, d]`.
@@ -50,7 +53,9 @@ def one_expert(x, w):
         gate = checkpoint_name(x @ w["w_g"], EXPERT_RESIDUAL)
     up = checkpoint_name(x @ w["w_p"], EXPERT_RESIDUAL)
     width = up.shape[-1]
-    hidden = weighted_product(gate.reshape(-1, width), up.reshape(-1, width), jnp.ones(up.size // width))
+    hidden = weighted_product(
+        gate.reshape(-1, width), up.reshape(-1, width), jnp.ones(up.size // width)
+    )
     return hidden.reshape(up.shape) @ w["w_o"]
 
 
@@ -58,8 +63,8 @@ def one_expert(x, w):
 def weighted_product(gate, up, weight):
     """`weight SiLU(gate) * up`: `[P, w]`, `[P, w]`, `[P]` -> `[P, w]`, dtype of `up`.
 
-    Autodiff would keep every elementwise step of it for the backward pass; its three arguments suffice. `jax.checkpoint`
-    would do, but not within another that keeps all but gathered weights.
+    Autodiff would keep every elementwise step of it for the backward pass; its three arguments
+    suffice. `jax.checkpoint` would do, but not within another that keeps all but gathered weights.
     """
     return _weighted_product(gate, up, weight)
 

@@ -1,17 +1,19 @@
-"""Transports: how rows reach their experts over a mesh, with one set of methods. Collectives are in `parallel.py`.
+"""Transports: how rows reach their experts over a mesh, with one set of methods. Collectives are in
+`parallel.py`.
 
     Local      all experts are here. Tokens are gathered over tensor, and outputs summed and scattered back.
     Ring       tokens are gathered over expert and tensor; every device computes the rows of its own experts; outputs are
                summed and scattered home. It moves t d (E - 1) numbers to a device and as many back, whatever is chosen.
     AllToAll   each row goes to the device of its expert and back. It moves about K t d numbers to a device and as many back.
 
-Nothing is dropped, and memory is bounded: a device takes its rows in rounds of R rows, `ROW_BUFFER` times its share under
-perfect balance. The first round is computed like any layer. Where the load is so uneven that rows are left, further rounds
-follow, as many as the fullest device needs; they keep nothing for the backward pass and are computed again there. So the
-memory for rows stays at about two rounds even where all tokens choose the experts of one device.
+Nothing is dropped, and memory is bounded: a device takes its rows in rounds of R rows, `ROW_BUFFER`
+times its share under perfect balance. The first round is computed like any layer. Where the load is
+so uneven that rows are left, further rounds follow, as many as the fullest device needs; they keep
+nothing for the backward pass and are computed again there. So the memory for rows stays at about
+two rounds even where all tokens choose the experts of one device.
 
-T tokens of a device once gathered, t tokens it owns, d model width, n experts, m experts of a device, K slots of a token,
-P slots, R rows of a round, E devices along expert.
+T tokens of a device once gathered, t tokens it owns, d model width, n experts, m experts of a
+device, K slots of a token, P slots, R rows of a round, E devices along expert.
 """
 
 import contextlib
@@ -70,13 +72,17 @@ class Local:
         return self.devices.sum_scatter(y, "tensor")
 
     def gather_slots(self, assignment):
-        """The slots of the tokens that `gather` brings; unused slots and those of experts elsewhere have number n or m."""
+        """The slots of the tokens that `gather` brings; unused slots and those of experts elsewhere
+        have number n or m.
+        """
         k = assignment.slots_per_token
         if k is None:
             return assignment
         expert = self.gather(assignment.expert.reshape(-1, k))
         token = jnp.repeat(jnp.arange(expert.shape[0], dtype=jnp.int32), k)
-        return Assignment(token, expert.reshape(-1), self.gather(assignment.weight.reshape(-1, k)).reshape(-1), k)
+        return Assignment(
+            token, expert.reshape(-1), self.gather(assignment.weight.reshape(-1, k)).reshape(-1), k
+        )
 
     def plan(self, assignment):
         """How the slots become rows."""
@@ -121,7 +127,9 @@ class _RingPlan(NamedTuple):
 
 
 class Ring(Local):
-    """Every device of the expert axis gets all tokens of its row of the mesh, and computes the rows of its own experts."""
+    """Every device of the expert axis gets all tokens of its row of the mesh, and computes the rows
+    of its own experts.
+    """
 
     def __init__(self, devices, n_experts, slots_per_token, share):
         """Make the transport for `share` rows a device under perfect balance."""
@@ -140,7 +148,9 @@ class Ring(Local):
         """With experts numbered from the first of this device."""
         slots = super().gather_slots(assignment)
         expert = slots.expert - self.devices.expert_rank() * self.n_experts
-        return slots._replace(expert=jnp.where((expert >= 0) & (expert < self.n_experts), expert, self.n_experts))
+        return slots._replace(
+            expert=jnp.where((expert >= 0) & (expert < self.n_experts), expert, self.n_experts)
+        )
 
     def plan(self, assignment):
         """One sort of all slots, those of other devices last."""
@@ -202,7 +212,9 @@ class _AllToAllRound(NamedTuple):
 
 
 class AllToAll(Local):
-    """Each row goes to the device of its expert, in buffers of equal size for every pair of devices."""
+    """Each row goes to the device of its expert, in buffers of equal size for every pair of
+    devices.
+    """
 
     def __init__(self, devices, n_experts, slots_per_token, share):
         """Make the transport for `share` rows a device under perfect balance."""
@@ -213,7 +225,9 @@ class AllToAll(Local):
 
     def plan(self, assignment):
         """One sort of the slots: by device, and by expert within."""
-        order, _, group_sizes = dispatch.sort_slots(assignment.expert, self.n_devices * self.n_experts)
+        order, _, group_sizes = dispatch.sort_slots(
+            assignment.expert, self.n_devices * self.n_experts
+        )
         count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
         return _AllToAllPlan(order, assignment.expert[order], jnp.cumsum(count) - count, count)
 
@@ -269,7 +283,8 @@ TRANSPORTS = {"ring": Ring, "all_to_all": AllToAll}
 def sum_over_rounds(function, first, count, plan, args):
     """`first` plus `function(plan, number, args)` of rounds 1 to `count - 1`.
 
-    The number of rounds is known only when they run, so they are a loop without a derivative of its own: the backward pass
+    The number of rounds is known only when they run, so they are a loop without a derivative of its
+      own: the backward pass
     runs each round again and keeps nothing of it.
 
     Args:
@@ -289,7 +304,9 @@ _first_round_only = []
 
 @contextlib.contextmanager
 def first_round_only():
-    """Traces programs without further rounds: right for balanced loads alone, and meant for counting what those cost."""
+    """Traces programs without further rounds: right for balanced loads alone, and meant for
+    counting what those cost.
+    """
     _first_round_only.append(True)
     jax.clear_caches()  # what was traced before has them
     try:
@@ -301,8 +318,12 @@ def first_round_only():
 
 def _loop(function, count, like):
     """The sum of `function(number)`, in float32 at least."""
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), like)
-    return jax.lax.fori_loop(1, count, lambda number, total: jax.tree.map(jnp.add, total, function(number)), zeros)
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), like
+    )
+    return jax.lax.fori_loop(
+        1, count, lambda number, total: jax.tree.map(jnp.add, total, function(number)), zeros
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -325,6 +346,9 @@ def _further_rounds_backward(function, residuals, g):
 
 
 _further_rounds.defvjp(
-    lambda function, plan, count, args: (_further_rounds(function, plan, count, args), (plan, count, args)),
+    lambda function, plan, count, args: (
+        _further_rounds(function, plan, count, args),
+        (plan, count, args),
+    ),
     _further_rounds_backward,
 )

@@ -1,13 +1,15 @@
-"""Models as safetensors and `config.json`: those of the Hugging Face hub, and a format for what they can't express.
+"""Models as safetensors and `config.json`: those of the Hugging Face hub, and a format for what
+they can't express.
 
-`architectures.py` says which architectures are known and what their configurations and tensors are called; `reading.py`
-reads a directory, `writing.py` writes one.
+`architectures.py` says which architectures are known and what their configurations and tensors are
+called; `reading.py` reads a directory, `writing.py` writes one.
 
-**The format `aoe`.** `config.json` has `model_type: "aoe"` and two groups, `model` and `experts`, whose fields are those of
-`aoe_jax.config.ModelConfig` and `ExpertsConfig` that decide what the model computes, and that of its kind or selection where
-one has settings of its own, see `aoe_jax.config.methods`. Tensors, L layers numbered from 0, V
-vocabulary, d model width, H heads of queries and K of keys and values, of width h, n experts, r low rank, f or w width of an
-expert (f where its gate is whole, w where it is Wdown Wup):
+**The format `aoe`.** `config.json` has `model_type: "aoe"` and two groups, `model` and `experts`,
+whose fields are those of `aoe_jax.config.ModelConfig` and `ExpertsConfig` that decide what the
+model computes, and that of its kind or selection where one has settings of its own, see
+`aoe_jax.config.methods`. Tensors, L layers numbered from 0, V vocabulary, d model width, H heads of
+queries and K of keys and values, of width h, n experts, r low rank, f or w width of an expert (f
+where its gate is whole, w where it is Wdown Wup):
 
     model.embed_tokens.weight                       [V, d]
     lm_head.weight                                  [V, d]       unless the embedding table is shared
@@ -36,8 +38,8 @@ expert (f where its gate is whole, w where it is Wdown Wup):
     model.layers.N.mlp.firing_threshold             [n]          of selection top_any
     model.layers.N.mlp.score_bias                   [n]          of selection routing_free
 
-What other selection methods have beside parameters lies there too, by the names of `layout.ROUTING_STATE`; `config.json`
-then has a group with the method's settings.
+What other selection methods have beside parameters lies there too, by the names of
+`layout.ROUTING_STATE`; `config.json` then has a group with the method's settings.
 
 A dense layer has `mlp.experts.w_g`, `w_p`, `w_o` without the axis of experts.
 """

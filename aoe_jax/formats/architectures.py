@@ -1,4 +1,6 @@
-"""The architectures that can be read, as tables: what their configurations and their tensors are called."""
+"""The architectures that can be read, as tables: what their configurations and their tensors are
+called.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +16,19 @@ class Architecture:
     tensors: dict[
         str, tuple[Tensor, ...]
     ]  # by parameter, the layouts it may have; the first is the one that is written
-    fields: dict[str, str] = field(default_factory=dict)  # a name in config.json: the field of `Config` that it sets
-    choices: dict[str, dict] = field(default_factory=dict)  # where config.json has other words: what they mean
-    constants: dict[str, Any] = field(default_factory=dict)  # fields of `Config` that are the same for all its models
+    fields: dict[str, str] = field(
+        default_factory=dict
+    )  # a name in config.json: the field of `Config` that it sets
+    choices: dict[str, dict] = field(
+        default_factory=dict
+    )  # where config.json has other words: what they mean
+    constants: dict[str, Any] = field(
+        default_factory=dict
+    )  # fields of `Config` that are the same for all its models
     defaults: dict[str, Any] = field(default_factory=dict)  # what config.json may leave out
-    only: dict[str, tuple] = field(default_factory=dict)  # what config.json may say of that which is fixed here
+    only: dict[str, tuple] = field(
+        default_factory=dict
+    )  # what config.json may say of that which is fixed here
     rope_types: tuple[str, ...] = ("default",)
     ignored: tuple[str, ...] = ()  # tensors that old files have and nothing needs
 
@@ -57,7 +67,9 @@ _OUTPUT_BIAS = {"output_bias": (Tensor("lm_head.bias"),)}
 
 
 def _experts(block, gate, up, down, router="gate"):
-    """A tensor an expert, as on the hub, in a block of this name; or all in one, as transformers writes them since 5.0."""
+    """A tensor an expert, as on the hub, in a block of this name; or all in one, as transformers
+    writes them since 5.0.
+    """
     each, all_of = _LAYER + block + ".experts.{expert}.", _LAYER + "mlp.experts."
     routers = dict.fromkeys((_LAYER + f"{block}.gate.weight", _LAYER + f"mlp.{router}.weight"))
     return {
@@ -66,8 +78,14 @@ def _experts(block, gate, up, down, router="gate"):
             Tensor(each + f"{gate}.weight", "f d"),
             Tensor(all_of + "gate_up_proj", "n f d", half=0),
         ),
-        "layers/experts/w_p": (Tensor(each + f"{up}.weight", "f d"), Tensor(all_of + "gate_up_proj", "n f d", half=1)),
-        "layers/experts/w_o": (Tensor(each + f"{down}.weight", "d f"), Tensor(all_of + "down_proj", "n d f")),
+        "layers/experts/w_p": (
+            Tensor(each + f"{up}.weight", "f d"),
+            Tensor(all_of + "gate_up_proj", "n f d", half=1),
+        ),
+        "layers/experts/w_o": (
+            Tensor(each + f"{down}.weight", "d f"),
+            Tensor(all_of + "down_proj", "n d f"),
+        ),
     }
 
 
@@ -98,7 +116,10 @@ ARCHITECTURES = {
     ),
     "olmoe": Architecture(
         class_name="OlmoeForCausalLM",
-        tensors=_DECODER | _ATTENTION_BIASES | _QK_NORMS | _experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        tensors=_DECODER
+        | _ATTENTION_BIASES
+        | _QK_NORMS
+        | _experts("mlp", "gate_proj", "up_proj", "down_proj"),
         fields=_FIELDS
         | {
             "num_experts": "experts.n_experts",
@@ -108,7 +129,12 @@ ARCHITECTURES = {
         choices={"norm_topk_prob": {False: "all", True: "chosen"}},
         constants={"experts.kind": "router", "model.qk_norm": True},
         defaults=_DEFAULTS
-        | {"rope_theta": 1e4, "num_key_value_heads": None, "norm_topk_prob": False, "attention_bias": False},
+        | {
+            "rope_theta": 1e4,
+            "num_key_value_heads": None,
+            "norm_topk_prob": False,
+            "attention_bias": False,
+        },
         only=_ONLY | {"clip_qkv": (None,)},
     ),
     "phimoe": Architecture(
@@ -127,15 +153,25 @@ ARCHITECTURES = {
         },
         constants={"experts.kind": "router", "experts.gate": "sparsemixer", "model.norm": "layer"},
         defaults=_DEFAULTS
-        | {"rope_theta": 1e6, "router_jitter_noise": 0.01, "attention_bias": False, "lm_head_bias": False},
+        | {
+            "rope_theta": 1e6,
+            "router_jitter_noise": 0.01,
+            "attention_bias": False,
+            "lm_head_bias": False,
+        },
         only=_ONLY | {"num_experts_per_tok": (2,)},
         rope_types=("default", "longrope"),
     ),
-    # Its configuration has our own fields, see aoe_jax/formats/__init__.py; experts lie as here, inputs before outputs.
+    # Its configuration has our own fields, see aoe_jax/formats/__init__.py; experts lie as here,
+    # inputs before outputs.
     "aoe": Architecture(
         class_name="AoEForCausalLM",
         tensors={
-            path: (Tensor(f"{_LAYER}mlp.{'experts.' * axes.startswith('n ')}{path.rpartition('/')[2]}"),)
+            path: (
+                Tensor(
+                    f"{_LAYER}mlp.{'experts.' * axes.startswith('n ')}{path.rpartition('/')[2]}"
+                ),
+            )
             for path, axes in (PARAMETERS | ROUTING_STATE).items()
             if path.startswith("layers/experts/") or path in ROUTING_STATE
         }

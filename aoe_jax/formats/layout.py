@@ -1,7 +1,9 @@
-"""How the parameters of a layer lie in the tensors of a file: names, axes in another order or in one, halves of a tensor.
+"""How the parameters of a layer lie in the tensors of a file: names, axes in another order or in
+one, halves of a tensor.
 
-Axes are letters, those of one tensor in a row: V vocabulary, d model width, H heads of queries, K of keys and values, h
-width of a head, n experts, f width of an expert, s its routing neurons. `(H h) d` has the axes H and h in one, H outermost.
+Axes are letters, those of one tensor in a row: V vocabulary, d model width, H heads of queries, K
+of keys and values, h width of a head, n experts, f width of an expert, s its routing neurons. `(H
+h) d` has the axes H and h in one, H outermost.
 """
 
 import math
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The axes of each parameter of the decoder; those under `layers` have the axis of layers before these, a dense layer's no n.
+# The axes of each parameter of the decoder; those under `layers` have the axis of layers before
+# these, a dense layer's no n.
 PARAMETERS = {
     "embed/embedding": "V d",
     "output/embedding": "V d",
@@ -77,7 +80,9 @@ class Tensor:
 
     name: str  # with {layer} and {expert} where there are several
     axes: str | None = None  # as the file has them; None: as the parameter
-    half: int | None = None  # its axis f holds two parameters, one after the other: this is the first (0) or second (1)
+    half: int | None = (
+        None  # its axis f holds two parameters, one after the other: this is the first (0) or second (1)
+    )
 
     @property
     def by_expert(self):
@@ -87,7 +92,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one parameter of one layer lies: the tensor, and the parameter's sizes by letter in the parameter's order."""
+    """Where one parameter of one layer lies: the tensor, and the parameter's sizes by letter in the
+    parameter's order.
+    """
 
     tensor: Tensor
     sizes: dict[str, int]
@@ -95,7 +102,12 @@ class Place:
     @classmethod
     def of(cls, path: str, tensor: Tensor, shape: tuple[int, ...]):
         """Of a parameter with this shape, the axis of layers left out."""
-        return cls(tensor, dict(zip((PARAMETERS | ROUTING_STATE)[path].split()[-len(shape) :], shape, strict=True)))
+        return cls(
+            tensor,
+            dict(
+                zip((PARAMETERS | ROUTING_STATE)[path].split()[-len(shape) :], shape, strict=True)
+            ),
+        )
 
     @property
     def of_experts(self):
@@ -121,12 +133,16 @@ class Place:
         """The axes of the tensor, each a list of the parameter's."""
         if self.tensor.axes is None:
             return [[letter] for letter in self._letters]
-        return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", self.tensor.axes)]
+        return [
+            group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", self.tensor.axes)
+        ]
 
     @property
     def shape(self):
         """Of the tensor."""
-        return tuple(self._size(group) * (1 if self._half_of(group) is None else 2) for group in self._groups)
+        return tuple(
+            self._size(group) * (1 if self._half_of(group) is None else 2) for group in self._groups
+        )
 
     def _size(self, group):
         return math.prod(self.sizes[letter] for letter in group)
@@ -135,7 +151,8 @@ class Place:
         return self.tensor.half if group == ["f"] else None
 
     def slices(self, bounds: dict[str, tuple[int, int]]):
-        """The part of the tensor with the part of the parameter between `bounds`, `(first, end)` by letter.
+        """The part of the tensor with the part of the parameter between `bounds`, `(first, end)` by
+        letter.
 
         Raises:
           ValueError: it is no block of the tensor.
@@ -158,4 +175,6 @@ class Place:
     def to_file(self, parameter: np.ndarray):
         """The whole tensor from the whole parameter that it holds."""
         order = [letter for group in self._groups for letter in group]
-        return parameter.transpose([self._letters.index(letter) for letter in order]).reshape(self.shape)
+        return parameter.transpose([self._letters.index(letter) for letter in order]).reshape(
+            self.shape
+        )

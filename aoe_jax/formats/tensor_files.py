@@ -1,4 +1,6 @@
-"""Safetensors files: a directory of them is read lazily, slice by slice, and written one tensor at a time."""
+"""Safetensors files: a directory of them is read lazily, slice by slice, and written one tensor at
+a time.
+"""
 
 import json
 import math
@@ -16,7 +18,11 @@ from aoe_jax.json_files import read_json, sync, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -36,17 +42,21 @@ class TensorFiles:
         """Reads the headers of all files, and of the tensors nothing.
 
         Raises:
-          UserError: a file is missing, damaged or not what the index says, or a tensor is of another type than float32,
-            float16 and bfloat16.
+          UserError: a file is missing, damaged or not what the index says, or a tensor is of
+            another type than float32, float16 and bfloat16.
         """
         self.directory = directory
         index = directory / INDEX
-        if (directory / SINGLE).exists():  # first, as transformers has it: an index beside it is of an older model
+        if (
+            directory / SINGLE
+        ).exists():  # first, as transformers has it: an index beside it is of an older model
             self._stored = _header(directory / SINGLE)
         elif index.exists():
             self._stored = _of_index(index)
         else:
-            raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}; name a directory with safetensors files")
+            raise UserError(
+                f"{directory} has neither {SINGLE} nor {INDEX}; name a directory with safetensors files"
+            )
 
     def __contains__(self, name):
         return name in self._stored
@@ -65,7 +75,9 @@ class TensorFiles:
 
 
 class _Reader:
-    """Opens files when they are wanted, and closes them in the end: pages of an open file count as memory of the process."""
+    """Opens files when they are wanted, and closes them in the end: pages of an open file count as
+    memory of the process.
+    """
 
     def __init__(self, stored):
         self._stored, self._open, self._stack = stored, {}, ExitStack()
@@ -77,7 +89,9 @@ class _Reader:
         self._stack.close()
 
     def read(self, name, slices=None):
-        """A tensor, or the part of it that one slice an axis selects, as a numpy array of its own dtype."""
+        """A tensor, or the part of it that one slice an axis selects, as a numpy array of its own
+        dtype.
+        """
         file = self._stored[name].file
         try:
             if file not in self._open:
@@ -96,7 +110,9 @@ def _of_index(index: Path):
         raise UserError(f"{index} can't be read: it has no weight_map; {wanted}")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index} can't be read: tensor {name} lies in {file!r}, which is no file's name; {wanted}")
+            raise UserError(
+                f"{index} can't be read: tensor {name} lies in {file!r}, which is no file's name; {wanted}"
+            )
     stored = {}
     for file in sorted(set(weight_map.values())):
         path = index.with_name(file)
@@ -107,7 +123,9 @@ def _of_index(index: Path):
         if missing := sorted(named - found.keys()):
             raise UserError(f"{path} has no tensor {missing[0]}, which {index.name} says is there")
         if extra := sorted(found.keys() - named):
-            raise UserError(f"{path} has a tensor {extra[0]}, which {index.name} doesn't say is there")
+            raise UserError(
+                f"{path} has a tensor {extra[0]}, which {index.name} doesn't say is there"
+            )
         stored |= found
     return stored
 
@@ -116,12 +134,18 @@ def _header(path: Path):
     try:
         with safe_open(path, framework="numpy") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            described = {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in found.items()}
+            described = {
+                name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in found.items()
+            }
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} can't be read ({_reason(e)}); it is no safetensors file, or damaged") from e
+        raise UserError(
+            f"{path} can't be read ({_reason(e)}); it is no safetensors file, or damaged"
+        ) from e
     for name, (dtype, _) in described.items():
         if dtype not in _DTYPES:
-            raise UserError(f"{path}: tensor {name} is of type {dtype}; only {', '.join(_DTYPES)} can be read")
+            raise UserError(
+                f"{path}: tensor {name} is of type {dtype}; only {', '.join(_DTYPES)} can be read"
+            )
     return {name: Stored(path, shape, _DTYPES[dtype]) for name, (dtype, shape) in described.items()}
 
 
@@ -135,13 +159,16 @@ def write_tensors(
     values: Iterable[np.ndarray],
     shard_bytes: int = SHARD_BYTES,
 ):
-    """Writes tensors one after the other, so that memory holds no more than one: a file, or shards and their index.
+    """Writes tensors one after the other, so that memory holds no more than one: a file, or shards
+    and their index.
 
-    The library writes a file from all of its tensors at once; this is its format, a header and then the numbers.
+    The library writes a file from all of its tensors at once; this is its format, a header and then
+    the numbers.
 
     Args:
       directory: is there.
-      described: name, shape and dtype of every tensor; wider dtypes first, so that each lies at a multiple of its width.
+      described: name, shape and dtype of every tensor; wider dtypes first, so that each lies at a
+        multiple of its width.
       values: the tensors, in the same order.
       shard_bytes: of a file at most; one larger tensor has a file of its own.
 
@@ -151,7 +178,9 @@ def write_tensors(
     shards = _shards(described, shard_bytes)
     count, values, weight_map = len(shards), iter(values), {}
     for number, shard in enumerate(shards, 1):
-        file = directory / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+        file = directory / (
+            SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        )
         with file.open("wb") as out:
             out.write(_header_bytes(shard))
             for name, shape, dtype in shard:
@@ -183,7 +212,10 @@ def _n_bytes(tensor):
 
 
 def _header_bytes(shard):
-    header, begin = {"__metadata__": {"format": "pt"}}, 0  # the orientation of torch; transformers asks for it
+    header, begin = (
+        {"__metadata__": {"format": "pt"}},
+        0,
+    )  # the orientation of torch; transformers asks for it
     for tensor in shard:
         name, shape, dtype = tensor
         end = begin + _n_bytes(tensor)

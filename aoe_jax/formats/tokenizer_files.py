@@ -1,4 +1,6 @@
-"""The tokenizer of a model in its directory, as our own reader and `transformers.AutoTokenizer` take it."""
+"""The tokenizer of a model in its directory, as our own reader and `transformers.AutoTokenizer`
+take it.
+"""
 
 import json
 import logging
@@ -7,20 +9,32 @@ from pathlib import Path
 
 import tokenizers
 
-from aoe_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, saved_tokenizer
+from aoe_jax.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    saved_tokenizer,
+)
 from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 # Beside the tokenizer itself: what a model of the hub has of settings and chat templates.
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 SETTINGS += ("chat_template.json", "chat_template.jinja")
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):
-    """Writes the tokenizer that was saved in `folder`, and settings by which no special token is added to a text.
+    """Writes the tokenizer that was saved in `folder`, and settings by which no special token is
+    added to a text.
 
-    A `tokenizer.json` that says otherwise by itself, as many of the hub do, is changed in that alone.
+    A `tokenizer.json` that says otherwise by itself, as many of the hub do, is changed in that
+    alone.
 
     Returns:
       What `config.json` says of tokens: texts end with a token, and begin with none.
@@ -64,8 +78,8 @@ def _add_no_tokens(file: Path):
 def read_prefix(folder: Path, tokenizer: Tokenizer, begin_token: int | None) -> list[int]:
     """The tokens that the tokenizer of a model puts before a text in `transformers`.
 
-    A `tokenizer.json` says so itself. For a SentencePiece model alone it is the one that texts begin with, if
-    `tokenizer_config.json` says so.
+    A `tokenizer.json` says so itself. For a SentencePiece model alone it is the one that texts
+    begin with, if `tokenizer_config.json` says so.
 
     Raises:
       UserError: `tokenizer_config.json` can't be read.
@@ -78,7 +92,9 @@ def read_prefix(folder: Path, tokenizer: Tokenizer, begin_token: int | None) -> 
 
 
 def copy_tokenizer(folder: Path, output: Path):
-    """Copies the tokenizer of a model, where it has one, and its settings as they are; raises `OSError`."""
+    """Copies the tokenizer of a model, where it has one, and its settings as they are; raises
+    `OSError`.
+    """
     for name in ("tokenizer.json", "tokenizer.model", *SETTINGS):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)

@@ -1,4 +1,6 @@
-"""Writes models as safetensors and `config.json`: as Mixtral where that can say all, else in our own format."""
+"""Writes models as safetensors and `config.json`: as Mixtral where that can say all, else in our
+own format.
+"""
 
 import contextlib
 import os
@@ -21,7 +23,8 @@ from aoe_jax.json_files import sync, write_json
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write, which is called `output` once all is written, and is gone if that fails.
+    """A directory to write, which is called `output` once all is written, and is gone if that
+    fails.
 
     A kill leaves it, hidden beside `output`.
 
@@ -65,14 +68,16 @@ def write_model(
     dtypes: dict[str, np.dtype],
     shard_bytes: int = SHARD_BYTES,
 ):
-    """Writes `config.json` and the tensors, layer by layer: memory holds one parameter of one layer at a time.
+    """Writes `config.json` and the tensors, layer by layer: memory holds one parameter of one layer
+    at a time.
 
     Args:
       directory: is there.
-      values: of `config.json`, such as `configs.to_json` gives them; `model_type` says what tensors are called.
+      values: of `config.json`, such as `configs.to_json` gives them; `model_type` says what tensors
+        are called.
       shapes: of every parameter by its path, with the axis of layers.
-      parameter: gives the parameter of a path and layer (None: of one that has no layers), whole. Those of a layer and
-        dtype are asked for together, in the order of `shapes`.
+      parameter: gives the parameter of a path and layer (None: of one that has no layers), whole.
+        Those of a layer and dtype are asked for together, in the order of `shapes`.
       dtypes: of every parameter by its path.
       shard_bytes: of a file at most.
 
@@ -86,7 +91,9 @@ def write_model(
     }
     n_layers = next(shape[0] for path, shape in shapes.items() if is_layered(path))
     order = []
-    for dtype in sorted(set(dtypes.values()), key=lambda dtype: -dtype.itemsize):  # the widest first, so that all align
+    for dtype in sorted(
+        set(dtypes.values()), key=lambda dtype: -dtype.itemsize
+    ):  # the widest first, so that all align
         paths = [path for path in places if dtypes[path] == dtype]
         order += [(path, None) for path in paths if not is_layered(path)]
         order += [(path, layer) for layer in range(n_layers) for path in paths if is_layered(path)]
@@ -106,11 +113,18 @@ def _tensors(order, places, parameter):
             yield place.to_file(whole if expert is None else whole[expert])
 
 
-def write_arrays(directory: Path, values: dict, params: dict, routing_state: dict, dtype: str | None):
-    """Writes a model that lies on devices, as `write_model` does; parameters are cast there (None: not at all)."""
+def write_arrays(
+    directory: Path, values: dict, params: dict, routing_state: dict, dtype: str | None
+):
+    """Writes a model that lies on devices, as `write_model` does; parameters are cast there (None:
+    not at all).
+    """
     arrays = {parameter_path(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
     arrays |= {f"layers/{name}": a for name, a in routing_state.items()}
-    dtypes = {path: jnp.dtype("float32" if path in ROUTING_STATE else dtype or a.dtype) for path, a in arrays.items()}
+    dtypes = {
+        path: jnp.dtype("float32" if path in ROUTING_STATE else dtype or a.dtype)
+        for path, a in arrays.items()
+    }
 
     def parameter(path, layer):
         return jax.device_get(_part(arrays[path], layer, dtypes[path]))
@@ -121,4 +135,6 @@ def write_arrays(directory: Path, values: dict, params: dict, routing_state: dic
 
 @partial(jax.jit, static_argnums=2)
 def _part(a, layer, dtype):
-    return (a if layer is None else jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)).astype(dtype)
+    return (a if layer is None else jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)).astype(
+        dtype
+    )

@@ -1,7 +1,7 @@
 """Causal multi-head attention with rotary positions.
 
-B sequences, S positions, H heads, G heads of keys and values, h head width, d model width, Q queries of a block, P keys up
-to its last, M places of a cache.
+B sequences, S positions, H heads, G heads of keys and values, h head width, d model width, Q
+queries of a block, P keys up to its last, M places of a cache.
 """
 
 from functools import partial
@@ -21,7 +21,8 @@ _OUTPUT = (token_spec(2, None), token_spec(2, None))  # and concentration
 
 
 def rotary_tables(length, config: ModelConfig):
-    """Cosines and sines of the rotary angles of positions 0, 1, ..., each `[length, h / 2]` float64, numpy.
+    """Cosines and sines of the rotary angles of positions 0, 1, ..., each `[length, h / 2]`
+    float64, numpy.
 
     They are constants of a program, or XLA would compute them again for every sequence and head.
     """
@@ -34,7 +35,8 @@ def rotary_tables(length, config: ModelConfig):
 
 
 def rotary(x, cos, sin):
-    """Rotates pairs of features by angles that grow with position (Su et al. 2021, arXiv 2104.09864).
+    """Rotates pairs of features by angles that grow with position (Su et al. 2021, arXiv
+    2104.09864).
 
     Args:
       x: `[..., S, h]`, h even; feature i is paired with feature i + h / 2.
@@ -46,7 +48,9 @@ def rotary(x, cos, sin):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = cos.astype(dtype), sin.astype(dtype)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
 
 
 def _blocks(length):
@@ -56,7 +60,9 @@ def _blocks(length):
 
 
 def _scores(q, k, segment_ids, first, end):
-    """The products of a block of queries with the keys up to its last `[B, H, Q, P]`; -inf for those it doesn't see."""
+    """The products of a block of queries with the keys up to its last `[B, H, Q, P]`; -inf for
+    those it doesn't see.
+    """
     visible = np.arange(first, end)[:, None] >= np.arange(end)
     if segment_ids is not None:
         visible = visible & (segment_ids[:, first:end, None] == segment_ids[:, None, :end])[:, None]
@@ -65,23 +71,27 @@ def _scores(q, k, segment_ids, first, end):
 
 
 def _product(subscripts, a, b):
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.einsum(
+        subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)
+    )
 
 
 @jax.custom_vjp
 def causal_attention_and_peaks(q, k, v, segment_ids=None):
     """Softmax attention of every position to itself and those before it, in blocks of queries.
 
-    A block computes no products with the keys that all lie after it, up to 44% of them. Probabilities are normalised after
-    their product with the values, where there are fewer numbers to divide. The backward pass computes them again, from one
-    number a query that is kept (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1). Reverse mode only.
+    A block computes no products with the keys that all lie after it, up to 44% of them.
+    Probabilities are normalised after their product with the values, where there are fewer numbers
+    to divide. The backward pass computes them again, from one number a query that is kept (as in
+    FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1). Reverse mode only.
 
     Args:
       q: `[B, H, S, h]`, and so are `k` and `v`.
       segment_ids: `[B, S]` int32 document numbers to attend within, or None.
 
     Returns:
-      `(y, peaks)`: `[B, H, S, h]`, dtype of `v`, where scores and sums are float32 at least; and the largest probability of
+      `(y, peaks)`: `[B, H, S, h]`, dtype of `v`, where scores and sums are float32 at least; and
+        the largest probability of
       each query, `[B, H, S]` float32 at least, without a gradient.
     """
     return _attention_forward(q, k, v, segment_ids)[0]
@@ -99,7 +109,14 @@ def _attention_forward(q, k, v, segment_ids):
         peaks.append(1 / total[..., 0])  # that of the largest score
         log_sums.append(largest + jnp.log(total))
     y = jnp.concatenate(outputs, axis=2)
-    return (y, jnp.concatenate(peaks, axis=2)), (q, k, v, segment_ids, y, jnp.concatenate(log_sums, axis=2))
+    return (y, jnp.concatenate(peaks, axis=2)), (
+        q,
+        k,
+        v,
+        segment_ids,
+        y,
+        jnp.concatenate(log_sums, axis=2),
+    )
 
 
 def _attention_backward(residuals, g):
@@ -115,14 +132,20 @@ def _attention_backward(residuals, g):
         d_q.append(_product("bhqp,bhpi->bhqi", d_scores, k[:, :, :end]))
         d_k += jnp.pad(_product("bhqp,bhqi->bhpi", d_scores, q[:, :, block]), after)
         d_v += jnp.pad(_product("bhqp,bhqi->bhpi", p.astype(v.dtype), g[:, :, block]), after)
-    return jnp.concatenate(d_q, axis=2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return (
+        jnp.concatenate(d_q, axis=2).astype(q.dtype),
+        d_k.astype(k.dtype),
+        d_v.astype(v.dtype),
+        None,
+    )
 
 
 causal_attention_and_peaks.defvjp(_attention_forward, _attention_backward)
 
 
 def concentration(peaks, n_visible):
-    """How much of its attention a query pays to one key: 0 to all of N alike, 1 to one alone; 0 where N is 1.
+    """How much of its attention a query pays to one key: 0 to all of N alike, 1 to one alone; 0
+    where N is 1.
 
     `peaks [...]`, the largest probability; `n_visible`, N, what broadcasts to it.
     """
@@ -140,7 +163,9 @@ def _n_visible(length, segment_ids):
 
 
 def _rms_norm(x, scale, epsilon):
-    """Over all heads together: `x [B, H, S, h]`, `scale [H, h]`. In `jax.shard_map` there can be no module of its own."""
+    """Over all heads together: `x [B, H, S, h]`, `scale [H, h]`. In `jax.shard_map` there can be no
+    module of its own.
+    """
     squares = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     inverse = jax.lax.rsqrt(squares.mean(axis=(1, 3), keepdims=True) + epsilon)
     return (x * inverse).astype(x.dtype) * scale[:, None]
@@ -151,7 +176,8 @@ def attend_to_cache(q, keys, values, n_past):
 
     Args:
       q: `[B, H, S, h]` of positions `n_past`, `n_past + 1`, ...
-      keys: `[B, G, M, h]`, and so is `values`; G divides H. Those of the positions of `q` are in it.
+      keys: `[B, G, M, h]`, and so is `values`; G divides H. Those of the positions of `q` are in
+        it.
       n_past: `[B]` int32.
 
     Returns:
@@ -185,9 +211,17 @@ class Attention(nn.Module):
         }
         shapes = {f"{name}_bias": (n, h) for name, n in heads.items()} | {"o_bias": (d,)}
         zeros = nn.initializers.zeros_init()
-        self.biases = {name: self.param(name, zeros, shapes[name]) for name in shapes} if c.attention_bias else {}
+        self.biases = (
+            {name: self.param(name, zeros, shapes[name]) for name in shapes}
+            if c.attention_bias
+            else {}
+        )
         ones = nn.initializers.ones_init()
-        self.norms = {f"{name}_norm": self.param(f"{name}_norm", ones, (heads[name], h)) for name in "qk" if c.qk_norm}
+        self.norms = {
+            f"{name}_norm": self.param(f"{name}_norm", ones, (heads[name], h))
+            for name in "qk"
+            if c.qk_norm
+        }
 
     def __call__(self, x, segment_ids=None):
         """Attends to earlier positions, of the same document only where `segment_ids` says which.
@@ -202,7 +236,9 @@ class Attention(nn.Module):
         return self._over_mesh(self._attend, _OUTPUT, (token_spec(2),), x, segment_ids)
 
     def prefill(self, x):
-        """As `__call__` without documents: `(y, concentration, (keys, values))`, the latter `[B, G, S, h]`."""
+        """As `__call__` without documents: `(y, concentration, (keys, values))`, the latter `[B, G,
+        S, h]`.
+        """
         return self._over_mesh(self._prefill, (*_OUTPUT, (_CACHE, _CACHE)), (), x)
 
     def extend(self, x, cache, n_past):
@@ -211,13 +247,17 @@ class Attention(nn.Module):
         Args:
           x: `[B, S, d]`.
           cache: `(keys, values)`, `[B, G, M, h]` each.
-          n_past: `[B]` int32, how many positions of the cache count; `x` goes to the places after them, which must be there.
+          n_past: `[B]` int32, how many positions of the cache count; `x` goes to the places after
+            them, which must be there.
 
         Returns:
-          `(y, concentration, cache)`: as of `__call__`, and the cache with the keys and values of `x` in it.
+          `(y, concentration, cache)`: as of `__call__`, and the cache with the keys and values of
+            `x` in it.
         """
         in_specs = (_CACHE, _CACHE, RULES.spec("batch"))
-        return self._over_mesh(self._extend, (*_OUTPUT, (_CACHE, _CACHE)), in_specs, x, *cache, n_past)
+        return self._over_mesh(
+            self._extend, (*_OUTPUT, (_CACHE, _CACHE)), in_specs, x, *cache, n_past
+        )
 
     def _over_mesh(self, function, out_specs, in_specs, x, *args):
         weights = {**self.weights, **self.biases, **self.norms}
@@ -225,12 +265,17 @@ class Attention(nn.Module):
         return over_mesh(function, in_specs, out_specs)(x, *args, weights)
 
     def _queries_keys_values(self, x, w, positions):
-        """Of x `[B, S, d]` at the rows `positions` of the rotary tables: `[B, H, S, h]` and twice `[B, G, S, h]`."""
+        """Of x `[B, S, d]` at the rows `positions` of the rotary tables: `[B, H, S, h]` and twice
+        `[B, G, S, h]`.
+        """
         q, k, v = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in ("q", "k", "v"))
         if self.biases:
             q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
         if self.norms:
-            q, k = (_rms_norm(a, w[name], self.config.norm_eps) for a, name in ((q, "q_norm"), (k, "k_norm")))
+            q, k = (
+                _rms_norm(a, w[name], self.config.norm_eps)
+                for a, name in ((q, "q_norm"), (k, "k_norm"))
+            )
         cos, sin = positions
         return rotary(q, cos, sin), rotary(k, cos, sin), v
 
@@ -263,8 +308,12 @@ class Attention(nn.Module):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = {name: devices.gather_weight(name, a, x.dtype) for name, a in weights.items()}
         position = n_past[:, None] + jnp.arange(x.shape[1])
-        # Of all places of the cache: exact sines of large angles need float64, which only numpy has.
-        tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in rotary_tables(keys.shape[2], self.config))
+        # Of all places of the cache: exact sines of large angles need float64, which only numpy
+        # has.
+        tables = (
+            jnp.asarray(a, jnp.float32)[position][:, None]
+            for a in rotary_tables(keys.shape[2], self.config)
+        )
         q, k, v = self._queries_keys_values(x, w, tables)
         row = jnp.arange(x.shape[0])[:, None]
         keys, values = (

@@ -1,4 +1,5 @@
-"""Llama-style decoder: pre-RMSNorm, rotary causal attention, experts in every layer, scanned over layers.
+"""Llama-style decoder: pre-RMSNorm, rotary causal attention, experts in every layer, scanned over
+layers.
 
 B sequences, S positions, L layers, d model width, V vocabulary, n experts.
 """
@@ -24,7 +25,9 @@ LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 def make_norm(c: ModelConfig):
     """The norm before attention, experts and output projection, as a module."""
     settings = {"epsilon": c.norm_eps, "dtype": jnp.dtype(c.dtype)}
-    return RMSNorm(**settings) if c.norm == "rms" else LayerNorm(use_fast_variance=False, **settings)
+    return (
+        RMSNorm(**settings) if c.norm == "rms" else LayerNorm(use_fast_variance=False, **settings)
+    )
 
 
 class DecoderLayer(nn.Module):
@@ -50,10 +53,14 @@ class DecoderLayer(nn.Module):
         recompute = self.model.remat == "experts"
         dtype = jnp.dtype(self.model.dtype)
         of_method = {"settings": self.method_settings, "training": self.training}
-        return kind(self.experts, dtype, self.balance, recompute, self.transport, **of_method, **settings)
+        return kind(
+            self.experts, dtype, self.balance, recompute, self.transport, **of_method, **settings
+        )
 
     def __call__(self, x, segment_ids, token_weights, routing_state, number):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants; `number []` of the layer."""
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants; `number []`
+        of the layer.
+        """
         with jax.named_scope("attention"):
             y, concentration = self.attention(self.attention_norm(x), segment_ids)
             x = x + y
@@ -70,9 +77,13 @@ class DecoderLayer(nn.Module):
         with jax.named_scope("attention"):
             y, concentration, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
         positions = n_past[:, None] + jnp.arange(x.shape[1])
-        return self._through_experts(x + y, None, routing_state, concentration, number, positions)[0], cache
+        return self._through_experts(x + y, None, routing_state, concentration, number, positions)[
+            0
+        ], cache
 
-    def _through_experts(self, x, token_weights, routing_state, concentration, number, positions=None):
+    def _through_experts(
+        self, x, token_weights, routing_state, concentration, number, positions=None
+    ):
         of_tokens = self.experts_norm(x), token_weights
         y, stats = self.experts_layer(*of_tokens, routing_state, concentration, number, positions)
         return x + y, stats
@@ -94,16 +105,25 @@ class Decoder(nn.Module):
     def from_config(cls, config: Config, training=False):
         """The decoder of a whole configuration."""
         return cls(
-            config.model, config.experts, config.balance, config.mesh.transport, config.method_settings, training
+            config.model,
+            config.experts,
+            config.balance,
+            config.mesh.transport,
+            config.method_settings,
+            training,
         )
 
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
         c = self.model
         init = nn.initializers.normal(c.d_model**-0.5)
-        self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init)
+        self.embed = nn.Embed(
+            c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init
+        )
         if not c.tie_embeddings:
-            self.output = nn.Embed(c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init)
+            self.output = nn.Embed(
+                c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init
+            )
         layer = self.Layer
         if c.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
@@ -118,7 +138,9 @@ class Decoder(nn.Module):
         )(c, self.experts, self.balance, self.transport, self.settings, self.training)
         self.final_norm = make_norm(c)
         if c.output_bias:
-            self.output_bias = self.param("output_bias", nn.initializers.zeros_init(), (c.vocab_size,))
+            self.output_bias = self.param(
+                "output_bias", nn.initializers.zeros_init(), (c.vocab_size,)
+            )
 
     def features(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
         """Everything but the output projection.
@@ -126,20 +148,26 @@ class Decoder(nn.Module):
         Args:
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers to attend within, or None.
-          token_weights: `[B, S]`, 0 for padding, which then counts in no statistic; None: all count.
-          routing_state: what the selection method has beside parameters, arrays `[L, ...]` by name; None: that
-            before training.
+          token_weights: `[B, S]`, 0 for padding, which then counts in no statistic; None: all
+            count.
+          routing_state: what the selection method has beside parameters, arrays `[L, ...]` by name;
+            None: that before training.
 
         Returns:
-          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over layers.
+          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over
+            layers.
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
-        x, stats = self.layers(x, segment_ids, token_weights, routing_state, jnp.arange(self.model.n_layers))
+        x, stats = self.layers(
+            x, segment_ids, token_weights, routing_state, jnp.arange(self.model.n_layers)
+        )
         return self.final_norm(x), stats
 
     def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
-        """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; arguments as in `features`."""
+        """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; arguments as in
+        `features`.
+        """
         hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
         return logits(hidden, table, self.output_bias if self.model.output_bias else None), stats
@@ -151,16 +179,22 @@ def initial_routing_state(config: Config):
         return {}
     method, d = SELECTIONS[config.experts.selection], config.model.d_model
     of_layer = method.initial_state(config.experts, config.balance, config.method_settings, d)
-    return {name: jnp.broadcast_to(a, (config.model.n_layers, *a.shape)) for name, a in of_layer.items()}
+    return {
+        name: jnp.broadcast_to(a, (config.model.n_layers, *a.shape)) for name, a in of_layer.items()
+    }
 
 
 def output_projection(params):
-    """The output projection among the parameters: `[V, d]` (the embedding table where it is shared), bias `[V]` or None."""
+    """The output projection among the parameters: `[V, d]` (the embedding table where it is
+    shared), bias `[V]` or None.
+    """
     return params.get("output", params["embed"])["embedding"], params.get("output_bias")
 
 
 def logits(hidden, table, bias=None):
     """`hidden [..., d]`, `table [V, d]`, `bias [V]` or None -> `[..., V]`, float32 at least."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    y = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=dtype)
+    y = jnp.einsum(
+        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=dtype
+    )
     return y if bias is None else y + bias

@@ -1,10 +1,10 @@
 """The decoder one piece of a sequence after another, with a cache of keys and values.
 
-Layers are unrolled, and each has weights of its own, not a slice of stacked ones: a step of a scan would copy the weights of
-all experts, where few tokens need few of them.
+Layers are unrolled, and each has weights of its own, not a slice of stacked ones: a step of a scan
+would copy the weights of all experts, where few tokens need few of them.
 
-B sequences, S positions, L layers, G heads of keys and values, M places of a cache, h head width, d model width,
-V vocabulary, n experts.
+B sequences, S positions, L layers, G heads of keys and values, M places of a cache, h head width, d
+model width, V vocabulary, n experts.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,8 @@ from aoe_jax.experts.selection import SELECTIONS
 from aoe_jax.model.decoder import Decoder, logits, make_norm, output_projection
 from aoe_jax.sharding import state_shardings
 
-# Weights that are cast to the dtype of computation wherever they are used. Router weights and norm scales are not.
+# Weights that are cast to the dtype of computation wherever they are used. Router weights and norm
+# scales are not.
 _CAST = ("q", "k", "v", "o", "w_down", "w_up", "w_g", "w_p", "w_o", "embedding")
 _CAST += ("w_g_route", "w_p_route", "w_o_route")
 
@@ -37,7 +38,8 @@ def goes_by_token(decoder: Decoder):
 
 
 def check_decodes(decoder: Decoder, by_token=True):
-    """Checks that a token doesn't depend on later ones, nor on those of other sequences, nor on padding.
+    """Checks that a token doesn't depend on later ones, nor on those of other sequences, nor on
+    padding.
 
     Args:
       decoder: the model.
@@ -63,7 +65,9 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers", in the dtype of computation."""
+    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers", in the dtype
+    of computation.
+    """
     dtype = jnp.dtype(decoder.model.dtype)
 
     def cast(path, a):
@@ -72,9 +76,14 @@ def unstacked(decoder: Decoder, params, mesh):
     def split(params):
         params = dict(jax.tree_util.tree_map_with_path(cast, params))
         layers = params.pop("layers")
-        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(decoder.model.n_layers)}
+        return params | {
+            f"layer_{i}": jax.tree.map(lambda a: a[i], layers)
+            for i in range(decoder.model.n_layers)
+        }
 
-    return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(params)
+    return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(
+        params
+    )
 
 
 def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
@@ -107,7 +116,8 @@ def extend(decoder: Decoder, params, routing_state, tokens, cache):
       cache: a `Cache`; others as in `prefill`.
 
     Returns:
-      `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with these positions in it.
+      `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with
+        these positions in it.
     """
     n_tokens = tokens.shape[1]
     x, layers = _embed(decoder, params, tokens), []
@@ -123,16 +133,25 @@ def output_logits(params, hidden):
 
 
 def _embed(decoder, params, tokens):
-    """`[B, S]` -> `[B, S', d]`: with positions at the end that make S divisible by the devices that share it."""
+    """`[B, S]` -> `[B, S', d]`: with positions at the end that make S divisible by the devices that
+    share it.
+    """
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
     return embed(params["embed"]["embedding"], tokens, jnp.dtype(decoder.model.dtype))
 
 
 def _layers(decoder, params, routing_state):
-    """Of each layer a function: its arguments but the last two, routing state and number, and the method."""
+    """Of each layer a function: its arguments but the last two, routing state and number, and the
+    method.
+    """
     layer = decoder.Layer(
-        decoder.model, decoder.experts, decoder.balance, decoder.transport, decoder.settings, training=False
+        decoder.model,
+        decoder.experts,
+        decoder.balance,
+        decoder.transport,
+        decoder.settings,
+        training=False,
     )
     for i in range(decoder.model.n_layers):
         state = jax.tree.map(lambda a, i=i: a[i], routing_state)

@@ -1,4 +1,5 @@
-"""Cross-entropy over a large vocabulary, and what two passes differ in, without ever holding all logits.
+"""Cross-entropy over a large vocabulary, and what two passes differ in, without ever holding all
+logits.
 
 N tokens, V vocabulary, d model width.
 """
@@ -13,7 +14,9 @@ SCORED_CHUNK_TOKENS = 256  # of a sequence that is scored often only a few token
 
 
 def _chunks(*arrays, size=CHUNK_TOKENS):
-    """Cuts the token axis of `arrays [N, ...]` into chunks of `size`, the last one filled up with zeros, so weight 0."""
+    """Cuts the token axis of `arrays [N, ...]` into chunks of `size`, the last one filled up with
+    zeros, so weight 0.
+    """
     n_tokens = arrays[0].shape[0]
     size = min(n_tokens, size)
 
@@ -33,11 +36,12 @@ def _logits(hidden, table):
 def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     """Sums over tokens `[n_sums]`, float32, the loss first, which alone has a gradient.
 
-    It is computed beside the loss, chunk by chunk, so that no logits are kept or computed twice; and by hand, for autodiff
-    keeps more of a chunk and takes longer.
+    It is computed beside the loss, chunk by chunk, so that no logits are kept or computed twice;
+    and by hand, for autodiff keeps more of a chunk and takes longer.
 
     Args:
-      of_chunk: `(logits, targets, weights) -> (sums, gradients of the loss by the logits)`, the logits of each pass.
+      of_chunk: `(logits, targets, weights) -> (sums, gradients of the loss by the logits)`, the
+        logits of each pass.
       hidden: `[N, d]` of each pass.
       table, targets, weights: as in `cross_entropy`.
     """
@@ -63,7 +67,9 @@ def _forward(of_chunk, n_sums, hidden, table, targets, weights):
         return (sums + jnp.stack(of_this), d_table), d_hidden
 
     start = jnp.zeros(n_sums, jnp.float32), jnp.zeros_like(table)
-    (sums, d_table), d_hidden = jax.lax.scan(add_gradient, start, _chunks(*hidden, targets, weights))
+    (sums, d_table), d_hidden = jax.lax.scan(
+        add_gradient, start, _chunks(*hidden, targets, weights)
+    )
     n_tokens, width = hidden[0].shape
     return sums, (tuple(d.reshape(-1, width)[:n_tokens] for d in d_hidden), d_table)
 
@@ -109,11 +115,13 @@ def consistent_cross_entropy(consistency, hidden, table, targets, weights):
       table, targets, weights: as in `cross_entropy`.
 
     Returns:
-      `(loss, nll, divergence)`, sums over tokens, each by its weight: nll of both passes together, the symmetric divergence
-      `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `nll + consistency * divergence`. Only the loss has a
-      gradient.
+      `(loss, nll, divergence)`, sums over tokens, each by its weight: nll of both passes together,
+      the symmetric divergence `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `nll +
+      consistency * divergence`. Only the loss has a gradient.
     """
-    return tuple(_over_chunks(partial(_of_two_passes, consistency), 3, hidden, table, targets, weights))
+    return tuple(
+        _over_chunks(partial(_of_two_passes, consistency), 3, hidden, table, targets, weights)
+    )
 
 
 def _of_two_passes(consistency, logits, targets, weights):
@@ -130,7 +138,8 @@ def _of_two_passes(consistency, logits, targets, weights):
 
 
 def target_log_probs(hidden, table, targets, wanted):
-    """The log-probability of each wanted target, and whether none is more probable; logits of wanted tokens alone.
+    """The log-probability of each wanted target, and whether none is more probable; logits of
+    wanted tokens alone.
 
     Args:
       hidden: `[N, d]`.
@@ -139,15 +148,20 @@ def target_log_probs(hidden, table, targets, wanted):
       wanted: `[N]` bool.
 
     Returns:
-      `(log_prob, is_best)`: `[N]` float32, and bool, true for the first of several that are equally probable; 0 and true
+      `(log_prob, is_best)`: `[N]` float32, and bool, true for the first of several that are equally
+        probable; 0 and true
       where it isn't wanted.
     """
     cast = table.astype(hidden.dtype)
-    order = jnp.argsort(~wanted)  # those that are wanted first, so that there are chunks without any
+    order = jnp.argsort(
+        ~wanted
+    )  # those that are wanted first, so that there are chunks without any
 
     def score(token, target):
         logits = _logits(hidden[token], cast)
-        log_prob = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+        log_prob = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(
+            logits, axis=1
+        )
         return log_prob.astype(jnp.float32), logits.argmax(axis=1) == target
 
     def skip(token, target):

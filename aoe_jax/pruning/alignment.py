@@ -1,8 +1,9 @@
 """Experts that compute the same, brought into the same form before they are averaged.
 
-Hidden units can be permuted, and of a factorised gate the low rank can be rotated: `(Wdown Q, Q^T Wup)` has the same product
-and the same norms `|x Wdown|` for every orthogonal Q. Experts here are dictionaries of arrays by name, `w_g [d, f]`, or
-`w_down [d, r]` and `w_up [r, f]`; `w_p [d, f]`, `w_o [f, d]`.
+Hidden units can be permuted, and of a factorised gate the low rank can be rotated: `(Wdown Q, Q^T
+Wup)` has the same product and the same norms `|x Wdown|` for every orthogonal Q. Experts here are
+dictionaries of arrays by name, `w_g [d, f]`, or `w_down [d, r]` and `w_up [r, f]`; `w_p [d, f]`,
+`w_o [f, d]`.
 """
 
 import numpy as np
@@ -13,10 +14,12 @@ ROUNDS = 2  # of rotation and permutation, each of which depends on the other
 
 
 def aligned(reference, expert):
-    """`expert` in the form that lies nearest to `reference`: the same function, and of a factorised gate the same norms.
+    """`expert` in the form that lies nearest to `reference`: the same function, and of a factorised
+    gate the same norms.
 
-    The rotation solves the orthogonal Procrustes problem for `Wdown` and `Wup` together, the permutation the assignment
-    problem for `Wup` (or `Wg`), `Wp` and `Wo`. Signs and scales that `Wp` and `Wo` of a unit could share otherwise stay.
+    The rotation solves the orthogonal Procrustes problem for `Wdown` and `Wup` together, the
+    permutation the assignment problem for `Wup` (or `Wg`), `Wp` and `Wo`. Signs and scales that
+    `Wp` and `Wo` of a unit could share otherwise stay.
     """
     for _ in range(ROUNDS if "w_down" in expert else 1):
         if "w_down" in expert:

@@ -1,4 +1,5 @@
-"""Which experts of a layer become one: clusters by the similarity of scores, or by how often experts are chosen.
+"""Which experts of a layer become one: clusters by the similarity of scores, or by how often
+experts are chosen.
 
 Z experts of one layer, D clusters.
 """
@@ -24,12 +25,15 @@ class Cluster:
         """Weighed by how often each member is chosen, `load [Z]`; alike where none ever is."""
         members = tuple(sorted(map(int, members)))
         chosen = np.asarray(load, np.float64)[list(members)]
-        weights = chosen / chosen.sum() if chosen.sum() > 0 else np.full(len(members), 1 / len(members))
+        weights = (
+            chosen / chosen.sum() if chosen.sum() > 0 else np.full(len(members), 1 / len(members))
+        )
         return cls(members[int(np.argmax(chosen))], members, tuple(weights.tolist()))
 
 
 def similarity(moments: np.ndarray) -> np.ndarray:
-    """`(1 + cosine) / 2` of experts' scores, from their second moments: `[Z, Z]` -> `[Z, Z]` in [0, 1], 1 on the diagonal.
+    """`(1 + cosine) / 2` of experts' scores, from their second moments: `[Z, Z]` -> `[Z, Z]` in [0,
+    1], 1 on the diagonal.
 
     An expert whose scores are all 0 is alike to none.
     """
@@ -42,7 +46,8 @@ def similarity(moments: np.ndarray) -> np.ndarray:
 
 
 def uncurl(similarity, load, n_clusters, seed):
-    """Spectral clustering of the similarities (UNCURL, Sarkar et al. 2024, arXiv 2409.01483): `D` clusters of all experts.
+    """Spectral clustering of the similarities (UNCURL, Sarkar et al. 2024, arXiv 2409.01483): `D`
+    clusters of all experts.
 
     Args:
       similarity: `[Z, Z]`, of `similarity`.
@@ -55,7 +60,9 @@ def uncurl(similarity, load, n_clusters, seed):
     if 1 < n_clusters < n:
         spectral = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of experts that are equal; they are split below
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # of experts that are equal; they are split below
             labels = spectral.fit_predict(similarity)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     while len(groups) < n_clusters:  # equal experts: k-means has fewer places than clusters
@@ -65,7 +72,9 @@ def uncurl(similarity, load, n_clusters, seed):
 
 
 def frequency_merge(similarity, load, n_clusters, seed):
-    """The D experts that are chosen most often are centres; every other joins the one whose scores are most like its own."""
+    """The D experts that are chosen most often are centres; every other joins the one whose scores
+    are most like its own.
+    """
     centres, others = _by_load(load, n_clusters)
     groups = {int(centre): [centre] for centre in centres}
     for other in others:
@@ -82,11 +91,17 @@ METHODS = {"uncurl": uncurl, "frequency_merge": frequency_merge, "greedy": greed
 
 
 def find_clusters(method, similarity, load, n_clusters, seed=0):
-    """The `Cluster`s of a layer by one of `METHODS`, in the order of their references; arguments as in `uncurl`."""
-    return sorted(METHODS[method](similarity, load, n_clusters, seed), key=lambda cluster: cluster.reference)
+    """The `Cluster`s of a layer by one of `METHODS`, in the order of their references; arguments as
+    in `uncurl`.
+    """
+    return sorted(
+        METHODS[method](similarity, load, n_clusters, seed), key=lambda cluster: cluster.reference
+    )
 
 
 def _by_load(load, n):
-    """The n experts that are chosen most often, and the others; of equals the lower number comes first."""
+    """The n experts that are chosen most often, and the others; of equals the lower number comes
+    first.
+    """
     order = np.argsort(-np.asarray(load), kind="stable")
     return order[:n], order[n:]

@@ -48,7 +48,8 @@ def membership(clusters: Sequence[Cluster], n_experts) -> np.ndarray:
 
 
 def score_targets(clusters: Sequence[Cluster], mean, chosen, chosen_score) -> np.ndarray:
-    """The mean score `[D]` by which tokens chose a cluster's members: their own means, weighed by how often each is chosen.
+    """The mean score `[D]` by which tokens chose a cluster's members: their own means, weighed by
+    how often each is chosen.
 
     Args:
       clusters: of the layer.

@@ -1,4 +1,5 @@
-"""What pruning needs to know of scores, batch by batch: means, second moments and choices, never the scores themselves.
+"""What pruning needs to know of scores, batch by batch: means, second moments and choices, never
+the scores themselves.
 
 L layers, Z experts, D merged ones, t tokens of a device, d model width, r low rank.
 """
@@ -51,7 +52,9 @@ class Moments:
         return self.chosen / self.tokens
 
     def plus(self, other: "Moments"):
-        """Of the tokens of both (Chan et al. 1979): nothing is lost where means are large beside what lies about them."""
+        """Of the tokens of both (Chan et al. 1979): nothing is lost where means are large beside
+        what lies about them.
+        """
         tokens, apart = self.tokens + other.tokens, other.mean - self.mean
         between = self.tokens * other.tokens / tokens * apart[:, :, None] * apart[:, None, :]
         return Moments(
@@ -66,7 +69,8 @@ class Moments:
 def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
     """The `Moments` of a model's scores over the tokens of host batches; one forward pass.
 
-    Memory holds `[L, Z, Z]` numbers of a batch and of all. The model chooses as it does, by its selection bias too.
+    Memory holds `[L, Z, Z]` numbers of a batch and of all. The model chooses as it does, by its
+    selection bias too.
     """
     step = _passing(model, _score_sums)
     found = None
@@ -79,7 +83,9 @@ def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
 
 
 class MergedScores:
-    """The mean scores that merged AoE experts would have where the model computes what it did; compiled once."""
+    """The mean scores that merged AoE experts would have where the model computes what it did;
+    compiled once.
+    """
 
     def __init__(self, model: Model, batches: Iterable[dict]):
         """Takes the model before pruning, and the host batches that `Moments` are of."""
@@ -93,8 +99,8 @@ class MergedScores:
           members: `[L, Z, D]`, 1 where an expert is merged into one, else 0.
 
         Returns:
-          `[L, D]` float64: the mean over the tokens of each merged expert, those that chose a member of it, once for each
-          member that they chose; or over all tokens where none did.
+          `[L, D]` float64: the mean over the tokens of each merged expert, those that chose a
+          member of it, once for each member that they chose; or over all tokens where none did.
         """
         merged = jax.device_put((w_down, np.asarray(members, np.float32)), replicated(self._mesh))
         total = None
@@ -114,7 +120,12 @@ def _passing(model, observe):
         token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
         state = routing_state if given is None else routing_state | {GIVEN: given}
         _, observed = decoder.apply(
-            {"params": params}, batch["inputs"], segment_ids, token_weights, state, method="features"
+            {"params": params},
+            batch["inputs"],
+            segment_ids,
+            token_weights,
+            state,
+            method="features",
         )
         return observed
 
@@ -128,7 +139,9 @@ def _passing(model, observe):
 
 
 def _observed(decoder: Decoder, observe):
-    """The same decoder; layers find what they are given in their routing state, and have `observe` make their statistics."""
+    """The same decoder; layers find what they are given in their routing state, and have `observe`
+    make their statistics.
+    """
 
     class Layer(DecoderLayer):
         def make_experts(self, kind, **settings):
@@ -138,7 +151,9 @@ def _observed(decoder: Decoder, observe):
         pass
 
     Observed.Layer = Layer
-    return Observed(decoder.model, decoder.experts, decoder.balance, decoder.transport, decoder.settings)
+    return Observed(
+        decoder.model, decoder.experts, decoder.balance, decoder.transport, decoder.settings
+    )
 
 
 def _observing(kind, observe):
@@ -147,10 +162,16 @@ def _observing(kind, observe):
             """As in the layer."""
             assignment = self.method.choose(self.config, scores, given).assignment
             n, token_weights = scores.shape[1], given.token_weights
-            chosen = jnp.zeros((x.shape[0], n + 1)).at[assignment.token, assignment.expert].set(1)[:, :n]
+            chosen = (
+                jnp.zeros((x.shape[0], n + 1)).at[assignment.token, assignment.expert].set(1)[:, :n]
+            )
             y, _, _ = super().pipeline(devices, x, given, scores, balance_scores, gate, weights)
             chosen = chosen * token_weights[:, None]
-            return y, observe(devices, x, token_weights, chosen, scores, given.state.get(GIVEN)), None
+            return (
+                y,
+                observe(devices, x, token_weights, chosen, scores, given.state.get(GIVEN)),
+                None,
+            )
 
     return Observing
 
@@ -165,11 +186,15 @@ def _score_sums(devices, x, token_weights, chosen, scores, given):
     mean = total / jnp.maximum(tokens, 1)
     centred = scores - mean
     scatter = _product("ty,tz->yz", centred * token_weights[:, None], centred)
-    return _Sums(tokens, mean, *devices.total((scatter, chosen.sum(axis=0), (chosen * scores).sum(axis=0))))
+    return _Sums(
+        tokens, mean, *devices.total((scatter, chosen.sum(axis=0), (chosen * scores).sum(axis=0)))
+    )
 
 
 def _merged_sums(devices, x, token_weights, chosen, scores, given):
-    """`given`: `w_down [D, d, r]`, `members [Z, D]` -> sums of scores of their own tokens `[D]` and of all, and counts."""
+    """`given`: `w_down [D, d, r]`, `members [Z, D]` -> sums of scores of their own tokens `[D]` and
+    of all, and counts.
+    """
     w_down, members = given
     own, norms = chosen @ members, scoring.norms(x, w_down)
     of_all = _product("t,td->d", token_weights, norms)

@@ -18,7 +18,9 @@ from aoe_jax.sharding import state_shardings
 EXPERT_WEIGHTS = ("w_down", "w_up", "w_g", "w_p", "w_o")
 
 
-def pruned_params(model: Model, moments: Moments, merged_scores: MergedScores, n_experts, method, seed=0):
+def pruned_params(
+    model: Model, moments: Moments, merged_scores: MergedScores, n_experts, method, seed=0
+):
     """`(params, clusters of every layer)`: the parameters of a model with D experts, on its mesh.
 
     The host holds the experts of one layer, and the merged ones of all.
@@ -33,13 +35,17 @@ def pruned_params(model: Model, moments: Moments, merged_scores: MergedScores, n
     """
     experts, n_layers = model.params["layers"]["experts"], model.config.model.n_layers
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}
-    merged = {name: np.empty((n_layers, n_experts, *a.shape[2:]), a.dtype) for name, a in weights.items()}
+    merged = {
+        name: np.empty((n_layers, n_experts, *a.shape[2:]), a.dtype) for name, a in weights.items()
+    }
     is_aoe = model.config.experts.kind == "aoe"
     second, clusters = moments.scatter if is_aoe else moments.gram, []
     for layer in tqdm(range(n_layers), desc=method, unit="layer"):
         alike = similarity(second[layer])
         clusters.append(find_clusters(method, alike, moments.load[layer], n_experts, seed))
-        of_layer = merge({name: jax.device_get(a[layer]) for name, a in weights.items()}, clusters[-1])
+        of_layer = merge(
+            {name: jax.device_get(a[layer]) for name, a in weights.items()}, clusters[-1]
+        )
         for name, a in of_layer.items():
             merged[name][layer] = a
     if is_aoe:
@@ -52,7 +58,8 @@ def pruned_params(model: Model, moments: Moments, merged_scores: MergedScores, n
 
 
 def _rescale_norms(merged, moments, merged_scores, clusters):
-    """Averages are shorter than what they are of: the norms are scaled to those by which tokens chose the members.
+    """Averages are shorter than what they are of: the norms are scaled to those by which tokens
+    chose the members.
 
     What `Wdown` gains, `Wup` loses. Clusters of one stay as they are.
     """
@@ -63,14 +70,18 @@ def _rescale_norms(merged, moments, merged_scores, clusters):
     found = merged_scores(merged["w_down"], members)
     of_scores = zip(clusters, moments.mean, moments.chosen, moments.chosen_score, strict=True)
     wanted = np.stack([score_targets(*of_layer) for of_layer in of_scores])
-    scale = np.where(several & (found > 0) & (wanted > 0), wanted / np.where(found > 0, found, 1), 1)
+    scale = np.where(
+        several & (found > 0) & (wanted > 0), wanted / np.where(found > 0, found, 1), 1
+    )
     scale = scale[:, :, None, None].astype(np.float32)
     merged["w_down"] = (merged["w_down"] * scale).astype(merged["w_down"].dtype)
     merged["w_up"] = (merged["w_up"] / scale).astype(merged["w_up"].dtype)
 
 
 def _router(w_router, clusters, method, seed):
-    """`[L, d, D]`: the columns of experts that stay as they are; for merged ones a router drawn anew."""
+    """`[L, d, D]`: the columns of experts that stay as they are; for merged ones a router drawn
+    anew.
+    """
     if method == "greedy":
         kept = [[cluster.reference for cluster in of_layer] for of_layer in clusters]
         return jnp.take_along_axis(w_router, jnp.array(kept)[:, None, :], axis=2)

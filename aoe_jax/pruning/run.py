@@ -1,4 +1,5 @@
-"""A trained model with fewer experts: `prune(workdir, output, n_experts)` writes one, see `aoe_jax.prune`.
+"""A trained model with fewer experts: `prune(workdir, output, n_experts)` writes one, see
+`aoe_jax.prune`.
 
 L layers, Z experts, D merged ones.
 """
@@ -52,28 +53,32 @@ def prune(
     mesh=None,
     baselines=True,
 ):
-    """Writes a model with fewer experts to `output`, which comes into being only when it is complete; prints a table.
+    """Writes a model with fewer experts to `output`, which comes into being only when it is
+    complete; prints a table.
 
     Args:
       workdir: what `models.load_model` reads.
       output: a directory that doesn't exist.
       n_experts: D, of every layer.
       method: one of `clustering.METHODS`.
-      data: corpora as in `data.name`, whose train split says what is alike and whose validation split scores the result;
-        None: those of the model's run.
-      n_tokens: of the train split, drawn at random, and of each source's validation split, the first ones; in whole batches.
+      data: corpora as in `data.name`, whose train split says what is alike and whose validation
+        split scores the result; None: those of the model's run.
+      n_tokens: of the train split, drawn at random, and of each source's validation split, the
+        first ones; in whole batches.
       seed: of the tokens, of k-means and of a new router.
       step: which checkpoint of a run.
       mesh: as in `models.load_model`.
       baselines: whether to score the other methods too.
 
     Returns:
-      What `prune.json` in `output` holds: `method`, `step`, `tokens` gone by, validation `nll` `before` and after a method,
-      and `layers`, for each the `load` `[Z]` of these tokens, `load_entropy` and `load_entropy_after` in validation, and
-      `clusters`: `reference`, `members` and their `weights`.
+      What `prune.json` in `output` holds: `method`, `step`, `tokens` gone by, validation `nll`
+      `before` and after a method, and `layers`, for each the `load` `[Z]` of these tokens,
+      `load_entropy` and `load_entropy_after` in validation, and `clusters`: `reference`, `members`
+      and their `weights`.
 
     Raises:
-      UserError: the model, the data or the number of experts can't be, or `output` exists or can't be written.
+      UserError: the model, the data or the number of experts can't be, or `output` exists or can't
+        be written.
     """
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
@@ -83,7 +88,10 @@ def prune(
         train, validation = _batches(model, _corpus(workdir, source, data), n_tokens, seed)
         moments, merged_scores = score_moments(model, train), MergedScores(model, train)
         _check_finite(moments, workdir)
-        score, score_pruned = _scorer(model, model.decoder), _scorer(model, Decoder.from_config(config))
+        score, score_pruned = (
+            _scorer(model, model.decoder),
+            _scorer(model, Decoder.from_config(config)),
+        )
         nll = {}
         nll["before"], load = score(model.params, model.routing_state, validation)
         for name in [other for other in METHODS if other != method and baselines] + [method]:
@@ -101,7 +109,8 @@ def prune(
 
 
 def check_prunes(model: Model, n_experts, workdir):
-    """Checks that a model has more experts than it is to have, and that something says which of them matter.
+    """Checks that a model has more experts than it is to have, and that something says which of
+    them matter.
 
     Raises:
       UserError: it is dense, chooses by expert choice, has a large router, or `n_experts` can't be.
@@ -163,7 +172,10 @@ def _batches(model, corpus, n_tokens, seed):
     n = -(-n_tokens // (size * seq_len))
     train = _Some(lambda: train_batches(corpus.train, corpus.weights, seq_len, size, seed), n)
     of_sources = [
-        _Some(partial(eval_batches, store, seq_len, size), min(n, -(-(len(store) - 1) // (size * seq_len))))
+        _Some(
+            partial(eval_batches, store, seq_len, size),
+            min(n, -(-(len(store) - 1) // (size * seq_len))),
+        )
         for store in corpus.validation.values()
     ]
     return train, _Some(lambda: itertools.chain(*of_sources), sum(map(len, of_sources)))
@@ -185,7 +197,9 @@ def _corpus(workdir, config, data):
 def _check_finite(moments, workdir):
     for layer, scatter in enumerate(moments.scatter):
         if not np.isfinite(scatter).all():
-            raise UserError(f"--workdir={workdir}: scores of layer {layer} aren't finite; the model is damaged")
+            raise UserError(
+                f"--workdir={workdir}: scores of layer {layer} aren't finite; the model is damaged"
+            )
 
 
 def _scorer(model, decoder):
@@ -197,7 +211,9 @@ def _scorer(model, decoder):
         nll_sum, tokens, load = 0.0, 0.0, 0.0
         with jax.set_mesh(model.mesh):
             for batch in tqdm(batches, desc="validation", unit="batch"):
-                nll, count, stats = jax.device_get(eval_step(params, routing_state, model.put(batch)))
+                nll, count, stats = jax.device_get(
+                    eval_step(params, routing_state, model.put(batch))
+                )
                 nll_sum, tokens = nll_sum + float(nll), tokens + float(count)
                 load = load + np.asarray(stats.load, np.float64) * count
         return nll_sum / tokens, load / tokens
@@ -222,7 +238,9 @@ def _write(workdir, directory, model, config, params):
     values = to_json(config)
     if own:
         known = read_json(workdir / "config.json")
-        values |= {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        values |= {
+            name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         copy_tokenizer(workdir, directory)
     else:
         values |= write_tokenizer(workdir, directory, config.model.max_len)
@@ -240,19 +258,30 @@ def _say_what_is_new(model, method):
             "balance.bias_rate=0 in the result, so give a rate when you train it"
         )
     if model.config.experts.has_router and method != "greedy":
-        log.warning("the router is drawn anew, so nll tells nothing before it is trained, see train.router_steps")
+        log.warning(
+            "the router is drawn anew, so nll tells nothing before it is trained, see train.router_steps"
+        )
 
 
 def prune_table(report):
     """The report of `prune` as lines of text, a row a layer; experts are numbered from 0."""
-    rows = [f"{'layer':>5}  {'Ent_load':>8}  {'after':>6}  experts merged into one, and their share of the load"]
+    rows = [
+        f"{'layer':>5}  {'Ent_load':>8}  {'after':>6}  experts merged into one, and their share of the load"
+    ]
     for number, layer in enumerate(report["layers"]):
         share = np.array(layer["load"]) / sum(layer["load"])
         clusters = "  ".join(
             f"{'+'.join(map(str, cluster['members']))} {100 * share[list(cluster['members'])].sum():.1f}%"
             for cluster in layer["clusters"]
         )
-        rows.append(f"{number:>5}  {layer['load_entropy']:>8.3f}  {layer['load_entropy_after']:>6.3f}  {clusters}")
+        rows.append(
+            f"{number:>5}  {layer['load_entropy']:>8.3f}  {layer['load_entropy_after']:>6.3f}  {clusters}"
+        )
     n, n_after = len(report["layers"][0]["load"]), len(report["layers"][0]["clusters"])
     nll = ", ".join(f"{name} {value:.4f}" for name, value in report["nll"].items())
-    return "\n".join([*rows, f"Ent_load is at most {np.log(n):.3f}, then {np.log(n_after):.3f}; validation nll: {nll}"])
+    return "\n".join(
+        [
+            *rows,
+            f"Ent_load is at most {np.log(n):.3f}, then {np.log(n_after):.3f}; validation nll: {nll}",
+        ]
+    )

@@ -43,7 +43,8 @@ class _Unreadable(Exception):
 class _Manager(ocp.CheckpointManager):
     """Leaves JAX's preemption service to the training loop.
 
-    The service goes by the number of the last question, and Orbax asks with numbers of its own, also in the background: a
+    The service goes by the number of the last question, and Orbax asks with numbers of its own,
+      also in the background: a
     request to stop could then come at a number that the loop has passed.
     """
 
@@ -56,7 +57,9 @@ class Checkpoints:
     """The checkpoints of one workdir, `workdir/checkpoints/STEP`."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
-        """Opens `workdir/checkpoints`; without a configuration, for reading only: then nothing is made there."""
+        """Opens `workdir/checkpoints`; without a configuration, for reading only: then nothing is
+        made there.
+        """
         self.directory = workdir.absolute() / "checkpoints"
         self._config = config
         self._manager = None
@@ -75,7 +78,10 @@ class Checkpoints:
             self.directory,
             options=options,
             item_names=("state", "run"),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "run": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest_step(self):
@@ -83,7 +89,8 @@ class Checkpoints:
         return self._manager.latest_step() if self._manager else None
 
     def find(self, which):
-        """The step of a checkpoint by the word of a user: "newest", "best" (lowest validation nll) or a number.
+        """The step of a checkpoint by the word of a user: "newest", "best" (lowest validation nll)
+        or a number.
 
         Raises:
           UserError: there is none.
@@ -117,7 +124,9 @@ class Checkpoints:
         return step % self._config.every == 0
 
     def validated(self, step, nll):
-        """Takes note of the validation nll of the model of `step`; `checkpoint.keep_best` goes by it."""
+        """Takes note of the validation nll of the model of `step`; `checkpoint.keep_best` goes by
+        it.
+        """
         self._nlls[step] = nll
 
     def save(self, step, state, data_state, progress: Progress):
@@ -126,8 +135,8 @@ class Checkpoints:
         Args:
           step: number of updates.
           state: the `TrainState`.
-          data_state: the position in the data, JSON-ready: a number of batches and what they held of each source, the
-            same in every process.
+          data_state: the position in the data, JSON-ready: a number of batches and what they held
+            of each source, the same in every process.
           progress: see `Progress`.
 
         Raises:
@@ -136,13 +145,18 @@ class Checkpoints:
         if self._saving is not None:
             self._wait()
         state = {name: value for name, value in _as_dict(state).items() if value is not None}
-        run = {"data": data_state, "progress": dataclasses.asdict(progress), "arrays": _described(state)}
+        run = {
+            "data": data_state,
+            "progress": dataclasses.asdict(progress),
+            "arrays": _described(state),
+        }
         self._saving = step
         with self._errors_named():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({**run, "sha256": _sha256(run)})
+                    state=ocp.args.StandardSave(state),
+                    run=ocp.args.JsonSave({**run, "sha256": _sha256(run)}),
                 ),
                 force=True,  # `due` decides
             )
@@ -167,17 +181,25 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as e:  # tensorstore turns what the system says into ValueError
             failed, self._saving = self._saving, None
-            complete = [step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed]
-            then = f"the same command goes on from step {max(complete)}" if complete else "none is complete yet"
+            complete = [
+                step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed
+            ]
+            then = (
+                f"the same command goes on from step {max(complete)}"
+                if complete
+                else "none is complete yet"
+            )
             raise UserError(
                 f"checkpoint {self.directory / str(failed)} can't be saved: {_reason(e)}\n"
                 f"Free or mend the disk; then {then}"
             ) from e
 
     def restore_newest(self, abstract_state, data_iterator):
-        """Restores the newest checkpoint that can be read; newer ones are set aside, with a warning.
+        """Restores the newest checkpoint that can be read; newer ones are set aside, with a
+        warning.
 
-        Every process reads its part by itself; what one of them can't read counts as damaged for all.
+        Every process reads its part by itself; what one of them can't read counts as damaged for
+        all.
 
         Args:
           abstract_state: shapes, dtypes and shardings; over any mesh and any number of processes.
@@ -187,7 +209,8 @@ class Checkpoints:
           `(step, state, progress)`.
 
         Raises:
-          UserError: no checkpoint can be read, the newest holds another model, or the fault is with this machine.
+          UserError: no checkpoint can be read, the newest holds another model, or the fault is with
+            this machine.
         """
         while True:
             *older, step = self.steps()
@@ -214,7 +237,11 @@ class Checkpoints:
         """
         wanted = {name: a for name, a in _as_dict(abstract_state).items() if a is not None}
         state, run = self._read(step, wanted)
-        return dataclasses.replace(abstract_state, **state), Progress(**run["progress"]), run["data"]
+        return (
+            dataclasses.replace(abstract_state, **state),
+            Progress(**run["progress"]),
+            run["data"],
+        )
 
     def _set_aside(self, step, problem):
         if jax.process_index() == 0:
@@ -224,7 +251,9 @@ class Checkpoints:
             while target.exists():
                 target, n = aside / f"{step}-{n}", n + 1
             os.replace(self.directory / str(step), target)
-            log.warning("checkpoint of step %d is damaged (%s): set aside as %s", step, problem, target)
+            log.warning(
+                "checkpoint of step %d is damaged (%s): set aside as %s", step, problem, target
+            )
         barrier("the damaged checkpoint is set aside")
         self._manager.reload()
 
@@ -242,7 +271,9 @@ class Checkpoints:
         except Damaged as e:
             others = [other for other in self.steps() if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
-            raise UserError(f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}") from e
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}"
+            ) from e
         return model["params"], model.get("routing_state", {})
 
     def _read(self, step, wanted):
@@ -259,8 +290,12 @@ class Checkpoints:
             if run.pop("sha256", None) != _sha256(run):
                 raise Damaged("what was read of its position isn't what was saved")
             self._check_model(path, wanted, run["arrays"])
-            restore_args = jax.tree.map(lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted)
-            args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            restore_args = jax.tree.map(
+                lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
+            )
+            args = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=restore_args, partial_restore=True
+            )
             arrays = self._read_item(path / "state", ocp.PyTreeCheckpointHandler, args)
         except Damaged as e:
             problem = str(e)
@@ -273,7 +308,9 @@ class Checkpoints:
             )
         if not all_agree(problem is None):
             raise Damaged(problem or "another process can't read it")
-        differing = [name for name, value in fingerprints(arrays).items() if run["arrays"][name][2] != value]
+        differing = [
+            name for name, value in fingerprints(arrays).items() if run["arrays"][name][2] != value
+        ]
         if differing:
             raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
         return arrays, run
@@ -283,7 +320,11 @@ class Checkpoints:
             name = jax.tree_util.keystr(key_path)
             here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
             if here != there:
-                what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here" if there else "isn't there"
+                what = (
+                    f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
+                    if there
+                    else "isn't there"
+                )
                 raise UserError(f"checkpoint {path}: {name} {what}; {_OTHER_MODEL}")
 
     def _read_item(self, path, handler, args):
@@ -298,7 +339,9 @@ class Checkpoints:
                 handler(multiprocessing_options=alone), multiprocessing_options=alone
             ) as checkpointer:
                 return checkpointer.restore(path, args=args)
-        except Exception as e:  # Orbax, tensorstore and the file system each raise kinds of their own
+        except (
+            Exception
+        ) as e:  # Orbax, tensorstore and the file system each raise kinds of their own
             here = any(words in _all_of(e) for words in _FAULTS_OF_THE_MACHINE)
             raise (_Unreadable if here else Damaged)(_reason(e)) from e
 
@@ -316,7 +359,8 @@ class Checkpoints:
 _OTHER_MODEL = "it is of another model or of another version of this program"
 
 
-# What memory, disks and the system say when they are at fault, in the words of JAX, tensorstore and Linux.
+# What memory, disks and the system say when they are at fault, in the words of JAX, tensorstore and
+# Linux.
 _FAULTS_OF_THE_MACHINE = (
     "MemoryError",
     "RESOURCE_EXHAUSTED",
@@ -337,14 +381,22 @@ def _validation_nlls(metrics_file: Path):
         try:
             line = json.loads(line)
             nlls[line["step"]] = float(line["validation_nll"])
-        except (ValueError, KeyError, TypeError):  # of training, not finite, or the half line of a killed run
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # of training, not finite, or the half line of a killed run
             continue
     return nlls
 
 
 def _best(steps, nlls, n):
     """The `n` steps of lowest finite nll."""
-    return set(sorted((step for step in steps if math.isfinite(nlls.get(step, math.nan))), key=nlls.get)[:n])
+    return set(
+        sorted((step for step in steps if math.isfinite(nlls.get(step, math.nan))), key=nlls.get)[
+            :n
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -379,7 +431,9 @@ def _sha256(value):
 def _described(tree):
     """Shape, dtype and fingerprint of every array by its path, JSON-ready."""
     found = fingerprints(tree)
-    arrays = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
+    arrays = {
+        jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)
+    }
     return {path: [list(a.shape), a.dtype.name, found[path]] for path, a in arrays.items()}
 
 

@@ -1,4 +1,6 @@
-"""What is watched so that nobody has to: updates that are skipped, spikes of the loss, dead experts, and a heartbeat."""
+"""What is watched so that nobody has to: updates that are skipped, spikes of the loss, dead
+experts, and a heartbeat.
+"""
 
 import logging
 import math
@@ -24,7 +26,9 @@ class Health:
     """Looks at the metrics of every step."""
 
     def __init__(self, max_skipped, batch_size, skipped_in_row=0):
-        """`max_skipped`: `train.max_skipped`; `batch_size`: sequences in a batch; `skipped_in_row`: how many so far."""
+        """`max_skipped`: `train.max_skipped`; `batch_size`: sequences in a batch; `skipped_in_row`:
+        how many so far.
+        """
         self._max_skipped, self._batch_size = max_skipped, batch_size
         self.skipped_in_row = skipped_in_row
         self._losses = deque(maxlen=SPIKE_WINDOW)
@@ -61,7 +65,8 @@ class Health:
         self._losses.append(loss)
 
     def load(self, step, load, live=None):
-        """Takes in the load `[L, n]` of a logged step; warns of experts that have had no token for some of them.
+        """Takes in the load `[L, n]` of a logged step; warns of experts that have had no token for
+        some of them.
 
         `live`, of `LayerStats`: places that no expert has aren't dead.
         """
@@ -80,10 +85,14 @@ class Health:
 
 
 class Heartbeat:
-    """`workdir/heartbeat.json`: what the run is at, written when that changes and while it goes on, once in a second."""
+    """`workdir/heartbeat.json`: what the run is at, written when that changes and while it goes on,
+    once in a second.
+    """
 
     def __init__(self, workdir: Path):
-        """Writes nothing before `start`: the first process calls it when the run has its folder to itself, no other does."""
+        """Writes nothing before `start`: the first process calls it when the run has its folder to
+        itself, no other does.
+        """
         self._path = workdir / "heartbeat.json"
         self._started, self._written, self._status = False, -math.inf, None
         self.step = None
@@ -93,7 +102,9 @@ class Heartbeat:
         self._started = True
 
     def beat(self, status, step=None):
-        """Status: compiling, training, validating, saving; finished, preempted, interrupted, diverged, failed."""
+        """Status: compiling, training, validating, saving; finished, preempted, interrupted,
+        diverged, failed.
+        """
         self.step = step if step is not None else self.step
         now = time.monotonic()
         if not self._started or (status == self._status and now < self._written + 1):

@@ -51,18 +51,26 @@ NOT_CAUSAL_WARNING = (
     "%s is not causal: %s, so the losses below are not those of a causal language model and compare with no token-choice "
     "run"
 )
-LATER_CAUSAL_WARNING = "%s is not causal before step %d: %s, so the training losses up to then know of later tokens"
+LATER_CAUSAL_WARNING = (
+    "%s is not causal before step %d: %s, so the training losses up to then know of later tokens"
+)
 
 
 def log_run(config: Config):
     """Logs what is about to run: parameters by both conventions, FLOPs, and what to beware of."""
     if jax.device_count() > 1:
-        log.info("mesh: %s", ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES))
+        log.info(
+            "mesh: %s", ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES)
+        )
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if SELECTIONS[config.experts.selection].experts_per_token(config.experts) is None:
         name = config.experts.selection.replace("_", " ")
-        log.info("both count experts.top_k=%d experts per token; %s takes another number", config.experts.top_k, name)
+        log.info(
+            "both count experts.top_k=%d experts per token; %s takes another number",
+            config.experts.top_k,
+            name,
+        )
     _warn_of_later_tokens(config)
 
 
@@ -88,15 +96,17 @@ def train(
 ):
     """Trains, or goes on from the newest checkpoint of `workdir`.
 
-    Writes `config.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`, `checkpoints/`, `tokenizer.json` and, at the
-    end, `summary.json`. A run that is stopped anywhere and started again ends in the same state, bit for bit on CPU.
+    Writes `config.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`, `checkpoints/`,
+    `tokenizer.json` and, at the end, `summary.json`. A run that is stopped anywhere and started
+    again ends in the same state, bit for bit on CPU.
 
     Args:
       config: the run.
       workdir: its directory.
       stop: the requests to heed; None: there are none.
       profile: steps to trace into `profile/`.
-      wandb_project: a project of Weights & Biases that is sent the figures; it keeps its files in `wandb/`.
+      wandb_project: a project of Weights & Biases that is sent the figures; it keeps its files in
+        `wandb/`.
 
     Returns:
       The summary.
@@ -117,7 +127,15 @@ def train(
     try:
         with jax.set_mesh(mesh), contextlib.ExitStack() as held:
             return _train(
-                filled, config, workdir, mesh, stop or StopRequests(), profile, wandb_project, heartbeat, held
+                filled,
+                config,
+                workdir,
+                mesh,
+                stop or StopRequests(),
+                profile,
+                wandb_project,
+                heartbeat,
+                held,
             )
     except BaseException as e:
         with contextlib.suppress(OSError):  # that the disk is full is said below
@@ -128,7 +146,11 @@ def train(
                 "checkpoint"
             ) from e
         if heartbeat.step is not None:
-            again = "the same command goes on" if jax.process_count() == 1 else "start all processes again: they go on"
+            again = (
+                "the same command goes on"
+                if jax.process_count() == 1
+                else "start all processes again: they go on"
+            )
             e.add_note(f"after step {heartbeat.step}; {again} from the newest checkpoint")
         raise
 
@@ -154,7 +176,9 @@ class _Run:
 
     def report(self, step, metrics):
         """Takes in the metrics of a step; waits for it."""
-        now = jax.device_get({name: metrics[name] for name in ("loss", "nll", "grad_norm", "finite")})
+        now = jax.device_get(
+            {name: metrics[name] for name in ("loss", "nll", "grad_norm", "finite")}
+        )
         self.health.step(step, now["loss"], now["grad_norm"], now["finite"])
         self.heartbeat.beat("training", step)
         self.checkpoints.check()
@@ -165,7 +189,9 @@ class _Run:
         self.last = {name: now[name] for name in ("loss", "nll")}
 
     def validate(self, step, state):
-        """The `Evaluation` of the validation split, or None where the run is asked to stop meanwhile."""
+        """The `Evaluation` of the validation split, or None where the run is asked to stop
+        meanwhile.
+        """
         sharding, train = batch_sharding(self.mesh), self.config.train
 
         def put(batch):
@@ -190,7 +216,9 @@ class _Run:
         return result
 
     def save(self, step, state, validated=True):
-        """Saves in the background; `validated`: whether a validation that is due after this step is done."""
+        """Saves in the background; `validated`: whether a validation that is due after this step is
+        done.
+        """
         self.heartbeat.beat("saving", step)
         last = {name: float(value) for name, value in self.last.items()}
         progress = Progress(**last, validated=validated, skipped_in_row=self.health.skipped_in_row)
@@ -255,10 +283,16 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
     abstract = jax.eval_shape(new_state)
     shardings, everywhere = state_shardings(mesh, abstract), replicated(mesh)
     if newest:
-        first_step, state, progress = earlier.restore_newest(with_shardings(abstract, shardings), data)
+        first_step, state, progress = earlier.restore_newest(
+            with_shardings(abstract, shardings), data
+        )
         log.info("going on from step %d", first_step)
     elif config.train.init_from:
-        first_step, state, progress = 0, state_from_model(config, mesh, shardings, corpus.tokenizer), None
+        first_step, state, progress = (
+            0,
+            state_from_model(config, mesh, shardings, corpus.tokenizer),
+            None,
+        )
     else:
         first_step, state, progress = 0, jax.jit(new_state, out_shardings=shardings)(), None
     earlier.close()
@@ -278,14 +312,18 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
 
     # A run that lacks nothing but its summary validates its last step again.
     validated = progress is None or (progress.validated and first_step < steps)
-    telemetry = (Telemetry if is_main else NoTelemetry)(workdir, config, first_step, validated, wandb_project)
+    telemetry = (Telemetry if is_main else NoTelemetry)(
+        workdir, config, first_step, validated, wandb_project
+    )
     held.enter_context(contextlib.closing(telemetry))
     profile = Profile(workdir / "profile", window if is_main else None)
     put = partial(put_batch, batch_sharding(mesh), rows=rows, n_rows=config.train.batch_size)
     batch = put(next(data))
     heartbeat.beat("compiling", first_step)
     with telemetry.clock("compile"):
-        train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere))
+        train_step = jax.jit(
+            make_train_step(config), donate_argnums=0, out_shardings=(shardings, everywhere)
+        )
         train_step = train_step.lower(state, batch).compile()
 
     run = _Run(
@@ -295,10 +333,17 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         data.get_state,
         Checkpoints(workdir, config.checkpoint),
         telemetry,
-        Health(config.train.max_skipped, config.train.batch_size, progress.skipped_in_row if progress else 0),
+        Health(
+            config.train.max_skipped,
+            config.train.batch_size,
+            progress.skipped_in_row if progress else 0,
+        ),
         heartbeat,
         stop,
-        jax.jit(make_eval_step(Decoder.from_config(config), config.data.document_mask), out_shardings=everywhere),
+        jax.jit(
+            make_eval_step(Decoder.from_config(config), config.data.document_mask),
+            out_shardings=everywhere,
+        ),
         progress and {"loss": progress.loss, "nll": progress.nll},
     )
     telemetry.start(state, train_step)
@@ -309,7 +354,9 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
         if not validated:
             validation = run.validate(first_step, state)
             if validation is None:
-                raise stop.end(f"at step {first_step}, which is saved; the same command goes on from there")
+                raise stop.end(
+                    f"at step {first_step}, which is saved; the same command goes on from there"
+                )
         unreported = None  # (step, metrics), taken in while the next step runs
         for step in range(first_step + 1, steps + 1):
             state, metrics = profile.run(step, train_step, state, batch)
@@ -317,9 +364,12 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
                 run.report(*unreported)
             unreported = step, metrics
             last, stopping = step == steps, stop.asked()
-            validating = last or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
+            validating = last or (
+                config.train.eval_every > 0 and step % config.train.eval_every == 0
+            )
             saving = stopping or (not last and run.checkpoints.due(step))
-            # A step is reported before it is saved, so that a kill in between loses no line of metrics.jsonl.
+            # A step is reported before it is saved, so that a kill in between loses no line of
+            # metrics.jsonl.
             if validating or saving:
                 run.report(*unreported)
                 unreported = None
@@ -327,7 +377,9 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
             if stopping or (validating and validation is None):
                 run.save(step, state, validated=not validating)
                 run.checkpoints.close()
-                raise stop.end(f"saved at step {step} of {steps}; the same command goes on from there")
+                raise stop.end(
+                    f"saved at step {step} of {steps}; the same command goes on from there"
+                )
             if saving and not run.health.skipped_in_row:
                 run.save(step, state)
             if not last:
@@ -343,7 +395,10 @@ def _train(config, given, workdir, mesh, stop, window, wandb_project, heartbeat,
             "validation_perplexity": validation.perplexity,
             **{f"validation_{name}": value for name, value in validation.figures().items()},
         },
-        "parameters": {"total": parameter_counts(config).total, "active": parameter_counts(config).active},
+        "parameters": {
+            "total": parameter_counts(config).total,
+            "active": parameter_counts(config).active,
+        },
         "timing": telemetry.timing() | {"total_seconds": time.perf_counter() - started},
         "memory": telemetry.memory(),
     }

@@ -20,8 +20,8 @@ def host_memory():
 
 
 def device_memory():
-    """Memory in use, now and at its peak, of the fullest device of this process; nothing where the backend, as CPU's, has
-    no count of it: see `program_memory`."""
+    """Memory in use, now and at its peak, of the fullest device of this process; nothing where the
+    backend, as CPU's, has no count of it: see `program_memory`."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
     return {
@@ -32,15 +32,16 @@ def device_memory():
 
 
 def program_memory(state, step):
-    """What training needs of a device: what it holds between steps, and what the compiler plans for a step.
+    """What training needs of a device: what it holds between steps, and what the compiler plans for
+    a step.
 
     Args:
       state: the train state, as arrays.
       step: the compiled step that takes it.
 
     Returns:
-      `state_bytes`, of the fullest device of this process; `argument_bytes`, that state with a batch, and
-      `temporary_bytes`, as the compiler counts them.
+      `state_bytes`, of the fullest device of this process; `argument_bytes`, that state with a
+      batch, and `temporary_bytes`, as the compiler counts them.
     """
     held = {}
     for array in jax.tree.leaves(state):
@@ -48,4 +49,6 @@ def program_memory(state, step):
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     analysis = step.memory_analysis()
     planned = {"argument_bytes": "argument_size_in_bytes", "temporary_bytes": "temp_size_in_bytes"}
-    return {"state_bytes": max(held.values())} | {name: getattr(analysis, source) for name, source in planned.items()}
+    return {"state_bytes": max(held.values())} | {
+        name: getattr(analysis, source) for name, source in planned.items()
+    }

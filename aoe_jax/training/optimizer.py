@@ -1,4 +1,6 @@
-"""AdamW as the paper trains with it: betas (0.9, 0.95), linear warm-up, cosine decay, clipped by global norm."""
+"""AdamW as the paper trains with it: betas (0.9, 0.95), linear warm-up, cosine decay, clipped by
+global norm.
+"""
 
 import jax
 import optax
@@ -18,25 +20,40 @@ def learning_rate_schedule(config: TrainConfig):
 
 
 def decayed(params):
-    """Which parameters decay: every matrix, but neither norm scales, biases, thresholds nor embedding tables."""
+    """Which parameters decay: every matrix, but neither norm scales, biases, thresholds nor
+    embedding tables.
+    """
     others = ("scale", "norm", "bias", "threshold", "embedding")
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(others), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(others), params
+    )
 
 
 def no_routers(params):
     """Which parameters are not those of a router."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith("w_router"), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.startswith("w_router"), params
+    )
 
 
 def make_optimizer(config: TrainConfig):
-    """The optimiser as an optax transformation; in the first `train.router_steps` it updates routers alone."""
+    """The optimiser as an optax transformation; in the first `train.router_steps` it updates
+    routers alone.
+    """
     steps = [
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate_schedule(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed),
+        optax.adamw(
+            learning_rate_schedule(config),
+            b1=0.9,
+            b2=0.95,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
     ]
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
-        # Gradients, which neither the norm nor the moments then know of; and updates, for weights decay without a gradient.
+        # Gradients, which neither the norm nor the moments then know of; and updates, for weights
+        # decay without a gradient.
         steps = [frozen, *steps, frozen]
     return optax.chain(*steps)

@@ -1,4 +1,6 @@
-"""A trace of a few training steps: `--profile=STEP:N` of `train.py`, for TensorBoard's or XProf's trace viewer."""
+"""A trace of a few training steps: `--profile=STEP:N` of `train.py`, for TensorBoard's or XProf's
+trace viewer.
+"""
 
 import logging
 import re
@@ -34,11 +36,14 @@ class Window:
         numbers = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
         window = cls(*map(int, numbers.groups())) if numbers else None
         if window is None or 0 in (window.first, window.n_steps):
-            raise UserError(f"--profile={text}: must be STEP:N, N steps from step STEP on, such as 20:3; both from 1")
+            raise UserError(
+                f"--profile={text}: must be STEP:N, N steps from step STEP on, such as 20:3; both from 1"
+            )
         return window
 
     def of_run(self, start_step, total_steps):
-        """The window of a run from `start_step` to `total_steps`: None, with a warning, where it goes on behind it.
+        """The window of a run from `start_step` to `total_steps`: None, with a warning, where it
+        goes on behind it.
 
         Raises:
           UserError: the run ends before.
@@ -49,7 +54,12 @@ class Window:
                 "choose of these"
             )
         if self.first <= start_step:
-            log.warning("--profile=%d:%d: step %d is past; nothing is traced", self.first, self.n_steps, self.first)
+            log.warning(
+                "--profile=%d:%d: step %d is past; nothing is traced",
+                self.first,
+                self.n_steps,
+                self.first,
+            )
             return None
         return self
 

@@ -34,23 +34,28 @@ def check_start(config: Config):
 
 
 def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
-    """The state before the first step, with float32 parameters and the routing state of a model, the rest anew.
+    """The state before the first step, with float32 parameters and the routing state of a model,
+    the rest anew.
 
     Args:
-      config: of the run, after `check_start`; `train.init_from` is the directory of the model, as `formats.reading` takes
-        it.
+      config: of the run, after `check_start`; `train.init_from` is the directory of the model, as
+        `formats.reading` takes it.
       mesh: of the run.
       shardings: of its state.
       tokenizer: the file of the tokenizer of its corpora.
 
     Raises:
-      UserError: in every process if in one: the model can't be read, is of another tokenizer, or has a routing
-        state that the run has no use for.
+      UserError: in every process if in one: the model can't be read, is of another tokenizer, or
+        has a routing state that the run has no use for.
     """
     problem = None
     try:
         params, routing_state = _loaded(config, mesh, tokenizer)
-    except (UserError, OSError, ValueError) as e:  # whatever is wrong here, the others wait for this process below
+    except (
+        UserError,
+        OSError,
+        ValueError,
+    ) as e:  # whatever is wrong here, the others wait for this process below
         problem = e
     if not all_agree(problem is None):
         what = problem or "another process can't start from it"
@@ -58,7 +63,9 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
 
     def state(params, routing_state):
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, params, routing_state, make_optimizer(config.train).init(params))
+        return TrainState(
+            zero, zero, params, routing_state, make_optimizer(config.train).init(params)
+        )
 
     return jax.jit(state, out_shardings=shardings, donate_argnums=(0, 1))(params, routing_state)
 
@@ -87,17 +94,31 @@ def _check_architecture(directory, model, config):
     if others := [text for name, text in differing.items() if not is_choice(name)]:
         raise UserError(f"it is another model: {'; '.join(others)}")
     if differing:
-        log.warning("experts are chosen in another way than in %s: %s", directory, "; ".join(differing.values()))
+        log.warning(
+            "experts are chosen in another way than in %s: %s",
+            directory,
+            "; ".join(differing.values()),
+        )
 
 
 def _check_tokenizer(its, ours):
-    if its.exists() and its.read_bytes() != ours.read_bytes() and _vocabulary(its) != _vocabulary(ours):
-        raise UserError(f"the model is of another tokenizer than the corpora; set data.tokenizer={str(its)!r}")
+    if (
+        its.exists()
+        and its.read_bytes() != ours.read_bytes()
+        and _vocabulary(its) != _vocabulary(ours)
+    ):
+        raise UserError(
+            f"the model is of another tokenizer than the corpora; set data.tokenizer={str(its)!r}"
+        )
 
 
 def _vocabulary(file):
-    """What decides on the tokens of a text by itself: all of a `tokenizer.json` but what is added to texts."""
+    """What decides on the tokens of a text by itself: all of a `tokenizer.json` but what is added
+    to texts.
+    """
     if file.suffix != ".json":
         return file.read_bytes()
     spec = json.loads(file.read_text())
-    return {name: spec.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return {
+        name: spec.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")
+    }

@@ -25,18 +25,29 @@ class TrainState:
     """All that a step changes."""
 
     step: jax.Array  # [] int32, steps done
-    skipped: jax.Array  # [] int32, steps among them that updated nothing, for their loss or gradient wasn't finite
+    skipped: (
+        jax.Array
+    )  # [] int32, steps among them that updated nothing, for their loss or gradient wasn't finite
     params: dict
     routing_state: dict  # arrays [L, ...] by name, what the selection method has beside parameters
     opt_state: optax.OptState
 
 
 def init_state(config: Config, seed):
-    """The state before the first step; jit it with output shardings, so that nothing passes through the host."""
-    shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)  # one that the mesh divides
-    params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
+    """The state before the first step; jit it with output shardings, so that nothing passes through
+    the host.
+    """
+    shape = (
+        config.train.batch_size // config.train.accumulate,
+        config.data.seq_len,
+    )  # one that the mesh divides
+    params = Decoder.from_config(config).init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))[
+        "params"
+    ]
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, initial_routing_state(config), make_optimizer(config.train).init(params))
+    return TrainState(
+        zero, zero, params, initial_routing_state(config), make_optimizer(config.train).init(params)
+    )
 
 
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask, key=None):
@@ -46,8 +57,9 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask, 
       decoder: the model.
       params: its parameters.
       routing_state: of the selection method, arrays `[L, ...]` by name.
-      batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts in no statistic and
-        takes no place in expert choice; and `weights` `[B, S]` float32, what each target counts in the sum.
+      batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts
+        in no statistic and takes no place in expert choice; and `weights` `[B, S]` float32, what
+        each target counts in the sum.
       document_mask: whether to attend within documents only.
       key: for what layers draw at random in training, or None.
 
@@ -57,22 +69,28 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask, 
     hidden, stats = _features(decoder, params, routing_state, batch, document_mask, key)
     with jax.named_scope("loss"):
         projection = output_projection(params)
-        nll = sum_over_tokens(cross_entropy, hidden, *projection, batch["targets"], batch["weights"])
+        nll = sum_over_tokens(
+            cross_entropy, hidden, *projection, batch["targets"], batch["weights"]
+        )
     return nll, stats
 
 
 def two_passes(decoder: Decoder, params, routing_state, batch, document_mask, key, consistency):
-    """A batch passed twice, with other random draws; arguments and statistics as in `sequence_nll`, means of both.
+    """A batch passed twice, with other random draws; arguments and statistics as in `sequence_nll`,
+    means of both.
 
     Returns:
-      `(loss, nll, divergence, stats)`: the sums of `loss.consistent_cross_entropy` over the batch's targets.
+      `(loss, nll, divergence, stats)`: the sums of `loss.consistent_cross_entropy` over the batch's
+        targets.
     """
     one_pass = partial(_features, decoder, params, routing_state, batch, document_mask)
     hidden, stats = jax.lax.map(one_pass, jax.random.split(key, 2))
     with jax.named_scope("loss"):
         function = partial(consistent_cross_entropy, consistency)
         projection = output_projection(params)
-        sums = sum_over_tokens(function, tuple(hidden), *projection, batch["targets"], batch["weights"])
+        sums = sum_over_tokens(
+            function, tuple(hidden), *projection, batch["targets"], batch["weights"]
+        )
     return *sums, jax.tree.map(lambda a: a.mean(axis=0), stats)
 
 
@@ -89,12 +107,14 @@ def _features(decoder, params, routing_state, batch, document_mask, key):
     )
 
 
-def training_loss(config: Config, params, routing_state, batch, key, total_weight=None, before=None):
+def training_loss(
+    config: Config, params, routing_state, batch, key, total_weight=None, before=None
+):
     """Mean nll plus the balance losses, and what is reported of them.
 
-    The mean is over the weight of the batch or, where it is one of several micro-batches, over `total_weight`; `before` is
-    then what the metrics of the one before it have as `so_far`. Of several passes the loss has the sum of their nll, and the
-    mean is reported.
+    The mean is over the weight of the batch or, where it is one of several micro-batches, over
+    `total_weight`; `before` is then what the metrics of the one before it have as `so_far`. Of
+    several passes the loss has the sum of their nll, and the mean is reported.
     """
     decoder, kind = Decoder.from_config(config, training=True), LAYERS[config.experts.kind]
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
@@ -113,13 +133,19 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
         aux_loss = (of_batch if stats.sequence_loss is None else stats.sequence_loss).mean()
         confidence_entropy = stats.confidence_entropy.mean()
         of_method = _method_losses(config, of_losses, routing_state, batch, params)
-    loss += config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
+    loss += (
+        config.balance.aux_weight * aux_loss + config.balance.entropy_weight * confidence_entropy
+    )
     if stats.coupling is not None:
         of_method["coupling_loss"] = (config.balance.coupling_weight, stats.coupling.mean())
     if stats.z_loss is not None:
         of_method["z_loss"] = (config.balance.z_weight, stats.z_loss.mean())
     loss += sum(weight * value for weight, value in of_method.values())
-    of_some = {name: getattr(stats, name) for name in ("dropped_share", "live") if getattr(stats, name) is not None}
+    of_some = {
+        name: getattr(stats, name)
+        for name in ("dropped_share", "live")
+        if getattr(stats, name) is not None
+    }
     reported |= {name: value for name, (_, value) in of_method.items()}
     return loss, of_some | reported | {
         "stats": stats._replace(per_token=None),
@@ -135,14 +161,18 @@ def training_loss(config: Config, params, routing_state, batch, key, total_weigh
 
 
 def _with_shares_so_far(config, stats, before):
-    """The statistics with the mean shares of tokens in all micro-batches so far, which have no gradient; number and sums.
+    """The statistics with the mean shares of tokens in all micro-batches so far, which have no
+    gradient; number and sums.
 
-    That is how Qiu et al. 2025 (arXiv 2501.11873) have balance losses of the global batch where gradients are accumulated.
+    That is how Qiu et al. 2025 (arXiv 2501.11873) have balance losses of the global batch where
+    gradients are accumulated.
     """
     method = _method(config)
     if method is None:
         return stats, None
-    shares = {"load": stats.load} | {name: a for name, a in (stats.records or {}).items() if name in method.shares}
+    shares = {"load": stats.load} | {
+        name: a for name, a in (stats.records or {}).items() if name in method.shares
+    }
     so_far = jnp.ones(()), shares
     if before is None:
         return stats, so_far
@@ -161,7 +191,9 @@ def _method_losses(config, stats, routing_state, batch, params):
     if method is None:
         return {}
     token_weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    return method.losses(config, stats, stats.per_token, routing_state, token_weights, _of_experts(params))
+    return method.losses(
+        config, stats, stats.per_token, routing_state, token_weights, _of_experts(params)
+    )
 
 
 def _of_experts(params):
@@ -176,10 +208,11 @@ def _with_experts(params, changed):
 
 
 def make_train_step(config: Config):
-    """`(state, batch) -> (state, metrics)`; gradients are averaged over `train.accumulate` micro-batches.
+    """`(state, batch) -> (state, metrics)`; gradients are averaged over `train.accumulate`
+    micro-batches.
 
-    Where the loss or the gradient isn't finite, the step counts, for the schedule as well, but parameters, moments and the
-    state of routing stay as they were.
+    Where the loss or the gradient isn't finite, the step counts, for the schedule as well, but
+    parameters, moments and the state of routing stay as they were.
     """
     optimizer = make_optimizer(config.train)
     schedule = learning_rate_schedule(config.train)
@@ -202,7 +235,9 @@ def make_train_step(config: Config):
         def add(before, numbered):
             (total, so_far), (number, micro_batch) = before, numbered
             own_key = jax.random.fold_in(key, number)
-            grads, metrics = gradient(params, routing_state, micro_batch, own_key, mean_weight, so_far)
+            grads, metrics = gradient(
+                params, routing_state, micro_batch, own_key, mean_weight, so_far
+            )
             total = jax.tree.map(lambda t, g: t + g / n_micro, total, grads)
             return (total, metrics.pop("so_far")), metrics
 
@@ -221,21 +256,30 @@ def make_train_step(config: Config):
         def updated(new, old):
             """The new values, where the update counts; counters always go on."""
             return jax.tree.map(
-                lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n, new, old
+                lambda n, o: jnp.where(finite, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n,
+                new,
+                old,
             )
 
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = updated(optax.apply_updates(state.params, updates), state.params)
             opt_state = updated(opt_state, state.opt_state)
-            metrics |= {"update_norm": optax.tree.norm(updates), "param_norm": optax.tree.norm(params)}
+            metrics |= {
+                "update_norm": optax.tree.norm(updates),
+                "param_norm": optax.tree.norm(params),
+            }
         routing_state = state.routing_state
         if routing_state:
             with jax.named_scope("balance"):
                 weights = _of_experts(params)
                 changed = method.next_parameters(config, weights, routing_state, stats)
-                params = _with_experts(params, updated(changed, {name: weights[name] for name in changed}))
-                routing_state = updated(method.next_state(config, routing_state, stats), routing_state)
+                params = _with_experts(
+                    params, updated(changed, {name: weights[name] for name in changed})
+                )
+                routing_state = updated(
+                    method.next_state(config, routing_state, stats), routing_state
+                )
         skipped = state.skipped + ~finite
         metrics |= {
             "grad_norm": grad_norm,  # before clipping

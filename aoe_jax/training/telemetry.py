@@ -1,7 +1,8 @@
-"""What a run says while it runs: speed, utilisation, memory, where time goes, and how the experts fare.
+"""What a run says while it runs: speed, utilisation, memory, where time goes, and how the experts
+fare.
 
-Figures are measured here and go, as one readable line and to the writers of `writers.py`, every `train.log_every` steps.
-L layers, n experts.
+Figures are measured here and go, as one readable line and to the writers of `writers.py`, every
+`train.log_every` steps. L layers, n experts.
 """
 
 import contextlib
@@ -38,17 +39,26 @@ MEASURED_KEYS = {
     "device_memory_bytes",
     "device_memory_peak_bytes",
 }
-_IN_SPEED = ("input", "checkpoint")  # what the clocks of a training step may show; other clocks count in no speed
+_IN_SPEED = (
+    "input",
+    "checkpoint",
+)  # what the clocks of a training step may show; other clocks count in no speed
 _SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
 _NAMED_ELSEWHERE = {*_SCALARS, "skipped", "finite"}
 
 
 def expert_scalars(metrics):
-    """Of host metrics of a step, one number each: means over layers, but `load_spread`, a sum. A dense model has none."""
+    """Of host metrics of a step, one number each: means over layers, but `load_spread`, a sum. A
+    dense model has none.
+    """
     load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
-    dropped = {"dropped_share": float(np.mean(metrics["dropped_share"]))} if "dropped_share" in metrics else {}
+    dropped = (
+        {"dropped_share": float(np.mean(metrics["dropped_share"]))}
+        if "dropped_share" in metrics
+        else {}
+    )
     return dropped | {
         "load_entropy": float(np.mean(load_entropy(load))),
         "load_spread": float(load_spread(load, metrics.get("live"))),
@@ -58,17 +68,24 @@ def expert_scalars(metrics):
 
 
 def method_losses(metrics):
-    """Of host metrics of a step, the losses that some methods and settings have beside those of all."""
-    return {name: float(a) for name, a in metrics.items() if np.ndim(a) == 0 and name not in _NAMED_ELSEWHERE}
+    """Of host metrics of a step, the losses that some methods and settings have beside those of
+    all.
+    """
+    return {
+        name: float(a)
+        for name, a in metrics.items()
+        if np.ndim(a) == 0 and name not in _NAMED_ELSEWHERE
+    }
 
 
 def layer_figures(metrics, kind):
     """Of host metrics of a step, one number a layer: name -> `[L]`. A dense model has none.
 
-    `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance), `dead_experts` (those with
-    no token in the batch), and the mean over experts of their mean norms (AoE) or logits (router), or of the relative
-    scores that stand for them. Where experts have a capacity, `dropped_share` too: the share of the choices that found no
-    room. Where experts are added and removed, `live_experts` too; free places count in no figure of the load.
+    `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance),
+    `dead_experts` (those with no token in the batch), and the mean over experts of their mean norms
+    (AoE) or logits (router), or of the relative scores that stand for them. Where experts have a
+    capacity, `dropped_share` too: the share of the choices that found no room. Where experts are
+    added and removed, `live_experts` too; free places count in no figure of the load.
     """
     load, live = metrics["load"], metrics.get("live")
     if load.shape[-1] == 1:
@@ -86,7 +103,9 @@ def layer_figures(metrics, kind):
 
 
 def _by_expert(metrics, kind):
-    """Of host metrics of a step, one number an expert and layer: name -> `[L, n]`. A dense model has none."""
+    """Of host metrics of a step, one number an expert and layer: name -> `[L, n]`. A dense model
+    has none.
+    """
     if metrics["load"].shape[-1] == 1:
         return {}
     return {"load": metrics["load"], LAYERS[kind].score_name: metrics["mean_score"]}
@@ -95,8 +114,10 @@ def _by_expert(metrics, kind):
 class Speed:
     """Speed and utilisation of a configuration on the devices of this run.
 
-    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, whatever the dtype of computation: a float32
-    run is held against the same peak. Where the chip isn't known there is no MFU, and that is said once.
+    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, whatever the dtype of
+      computation: a float32
+    run is held against the same peak. Where the chip isn't known there is no MFU, and that is said
+    once.
     """
 
     def __init__(self, config: Config):
@@ -106,7 +127,10 @@ class Speed:
         self._flops_per_token, self._n_devices = training_flops_per_token(config), len(devices)
         self._peak = peak_flops_per_device(devices)
         if self._peak is None:
-            log.info("no MFU: the peak of %r isn't known, see hardware.PEAK_FLOPS", devices[0].device_kind)
+            log.info(
+                "no MFU: the peak of %r isn't known, see hardware.PEAK_FLOPS",
+                devices[0].device_kind,
+            )
 
     def figures(self, n_steps, seconds):
         """Of `n_steps` that took `seconds`."""
@@ -123,19 +147,27 @@ class Speed:
 class Telemetry:
     """Measures a run and writes its figures: one in the first process.
 
-    `start` begins the time that counts; from then on it is split into `input`, in which the loop waits for the next batch,
-    `checkpoint`, in which saving holds it up, and `compute`, all the rest. Devices compute while the loop waits, so what
-    waiting costs is at most its seconds. Evaluation is reported by itself and counts in no speed.
+    `start` begins the time that counts; from then on it is split into `input`, in which the loop
+    waits for the next batch, `checkpoint`, in which saving holds it up, and `compute`, all the
+    rest. Devices compute while the loop waits, so what waiting costs is at most its seconds.
+    Evaluation is reported by itself and counts in no speed.
     """
 
-    def __init__(self, workdir: Path, config: Config, start_step, validated=True, wandb_project=None):
-        """Opens the files for a run that goes on from `start_step`; `validated`: whether its validation is done.
+    def __init__(
+        self, workdir: Path, config: Config, start_step, validated=True, wandb_project=None
+    ):
+        """Opens the files for a run that goes on from `start_step`; `validated`: whether its
+        validation is done.
 
         Raises:
-          UserError: Weights & Biases, where a project is named, can't be reached; see `writers.Wandb`.
+          UserError: Weights & Biases, where a project is named, can't be reached; see
+            `writers.Wandb`.
         """
         self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
-        self._writers = [JsonLines(workdir / "metrics.jsonl", start_step, validated), self._tensorboard]
+        self._writers = [
+            JsonLines(workdir / "metrics.jsonl", start_step, validated),
+            self._tensorboard,
+        ]
         if wandb_project is not None:
             self._writers.append(Wandb(workdir, wandb_project, config.to_dict()))
         self._total_steps, self._kind = config.train.steps, config.experts.kind
@@ -143,11 +175,16 @@ class Telemetry:
         self._program = {}
         self._start_step = self._last_step = start_step
         self._last_time = time.perf_counter()
-        self._interval, self._total = Counter(), Counter()  # seconds by clock, since the last line and of the run
+        self._interval, self._total = (
+            Counter(),
+            Counter(),
+        )  # seconds by clock, since the last line and of the run
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as that of `input`, `checkpoint`, `evaluation` or `compile`; traces show its name."""
+        """Counts the time within as that of `input`, `checkpoint`, `evaluation` or `compile`;
+        traces show its name.
+        """
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -156,7 +193,9 @@ class Telemetry:
             self._interval[name] += time.perf_counter() - started
 
     def start(self, state, step):
-        """Begins the time that counts; takes the train state and the compiled step, see `memory.program_memory`."""
+        """Begins the time that counts; takes the train state and the compiled step, see
+        `memory.program_memory`.
+        """
         self._program = program_memory(state, step)
         log.info(
             "compiled the train step in %.1f s; memory of a device: state %s, a step %s more",
@@ -170,15 +209,28 @@ class Telemetry:
         """Reports host metrics of training step `step`; call it every `log_every` steps."""
         n_steps, split = self._end_interval(step)
         speed = self._speed.figures(n_steps, sum(split.values()))
-        scalars = {name: float(metrics[name]) for name in _SCALARS} | {"skipped": int(metrics["skipped"])}
+        scalars = {name: float(metrics[name]) for name in _SCALARS} | {
+            "skipped": int(metrics["skipped"])
+        }
         scalars |= expert_scalars(metrics) | method_losses(metrics)
-        measured = speed | {f"{name}_seconds": s for name, s in split.items()} | host_memory() | device_memory()
+        measured = (
+            speed
+            | {f"{name}_seconds": s for name, s in split.items()}
+            | host_memory()
+            | device_memory()
+        )
         by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
         self._write(step, "train", scalars | measured, by_layer, by_expert)
         balance = ""
         if "load_entropy" in scalars:
-            n_live = (metrics["live"] > 0).sum(axis=-1) if "live" in metrics else metrics["load"].shape[-1]
-            balance = f" | load entropy {scalars['load_entropy']:.3f} of {np.mean(np.log(n_live)):.3f}"
+            n_live = (
+                (metrics["live"] > 0).sum(axis=-1)
+                if "live" in metrics
+                else metrics["load"].shape[-1]
+            )
+            balance = (
+                f" | load entropy {scalars['load_entropy']:.3f} of {np.mean(np.log(n_live)):.3f}"
+            )
         log.info(
             "step %d/%d | loss %.4f | nll %.4f%s | %s | %s | %s left",
             step,
@@ -203,14 +255,25 @@ class Telemetry:
         return n_steps, split
 
     def evaluation(self, step, result):
-        """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it found, drawn."""
+        """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it
+        found, drawn.
+        """
         seconds = self._end_evaluation()
         scalars = {f"validation_{name}": value for name, value in result.figures().items()}
         self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
-        log.info("step %d/%d | validation %s | in %s", step, self._total_steps, result, _duration(seconds))
+        log.info(
+            "step %d/%d | validation %s | in %s",
+            step,
+            self._total_steps,
+            result,
+            _duration(seconds),
+        )
         if self._kind != "dense":
             with self.clock("evaluation"):
-                from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics  # matplotlib takes half a second
+                from aoe_jax.evaluation.load import (
+                    draw_load_heatmap,
+                    load_statistics,
+                )  # matplotlib takes half a second
 
                 statistics = load_statistics(result.stats, self._kind)
                 figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
@@ -218,7 +281,9 @@ class Telemetry:
             self._end_evaluation()
 
     def _end_evaluation(self):
-        """The seconds of evaluation since the last one; the steps before and after it are one interval."""
+        """The seconds of evaluation since the last one; the steps before and after it are one
+        interval.
+        """
         seconds = self._interval.pop("evaluation", 0.0)
         self._total["evaluation"] += seconds
         self._last_time += seconds
@@ -229,19 +294,28 @@ class Telemetry:
             writer.write(*figures)
 
     def sync(self):
-        """Waits until what is written is on the disk: before a checkpoint, which would else say more than was written."""
+        """Waits until what is written is on the disk: before a checkpoint, which would else say
+        more than was written.
+        """
         for writer in self._writers:
             writer.sync()
 
     def timing(self):
         """Speed of the whole run, and its seconds by part: the group `timing` of `summary.json`."""
         total = self._total + self._interval
-        n_steps, seconds = self._last_step - self._start_step, sum(total[name] for name in (*_IN_SPEED, "compute"))
+        n_steps, seconds = (
+            self._last_step - self._start_step,
+            sum(total[name] for name in (*_IN_SPEED, "compute")),
+        )
         names = ("input", "checkpoint", "compute", "evaluation", "compile")
-        return self._speed.figures(n_steps, max(seconds, 1e-9)) | {f"{name}_seconds": total[name] for name in names}
+        return self._speed.figures(n_steps, max(seconds, 1e-9)) | {
+            f"{name}_seconds": total[name] for name in names
+        }
 
     def memory(self):
-        """The group `memory` of `summary.json`: what a device needs, and what this process and its devices hold."""
+        """The group `memory` of `summary.json`: what a device needs, and what this process and its
+        devices hold.
+        """
         return self._program | host_memory() | device_memory()
 
     def close(self):

@@ -28,7 +28,11 @@ def _flat(config):
     """Every field by its name; corpora without their paths, for a corpus may move."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
-    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {
+        f"{group}.{name}": value
+        for group, values in groups.items()
+        for name, value in values.items()
+    }
 
 
 def check_workdir(workdir: Path, config: Config):
@@ -46,10 +50,14 @@ def check_workdir(workdir: Path, config: Config):
     differing = [
         f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name) and name not in FREE_FIELDS and name.split(".")[0] not in FREE_GROUPS
+        if found.get(name) != wanted.get(name)
+        and name not in FREE_FIELDS
+        and name.split(".")[0] not in FREE_GROUPS
     ]
     if differing:
-        raise UserError(f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir")
+        raise UserError(
+            f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir"
+        )
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):
@@ -83,7 +91,8 @@ def make_workdir(workdir: Path):
 
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
-    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be wrong is checked.
+    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be
+    wrong is checked.
 
     Raises:
       UserError: the directory can't be written.
@@ -100,8 +109,12 @@ def read_config_json(path: Path):
     """The nested dict of a `config.json`; UserError if it can't be read."""
     groups = read_json(path)
     if "model_type" in groups:
-        raise UserError(f"{path} is that of a model, not of a training run; train.init_from starts a run from a model")
+        raise UserError(
+            f"{path} is that of a model, not of a training run; train.init_from starts a run from a model"
+        )
     for name, values in groups.items():
         if not isinstance(values, dict):
-            raise UserError(f"{path} can't be read: {name} is no group of fields; name the workdir of a training run")
+            raise UserError(
+                f"{path} can't be read: {name} is no group of fields; name the workdir of a training run"
+            )
     return groups

@@ -1,8 +1,10 @@
-"""Where the figures of a run go: `metrics.jsonl`, TensorBoard files and, by option, Weights & Biases.
+"""Where the figures of a run go: `metrics.jsonl`, TensorBoard files and, by option, Weights &
+Biases.
 
-A writer's `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is `train` or `validation`,
-`scalars` name -> number, `layers` name -> array `[L]`, `experts` name -> array `[L, n]`, of which TensorBoard keeps the
-distribution over experts and the others nothing. L layers, n experts.
+A writer's `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is
+`train` or `validation`, `scalars` name -> number, `layers` name -> array `[L]`, `experts` name ->
+array `[L, n]`, of which TensorBoard keeps the distribution over experts and the others nothing. L
+layers, n experts.
 """
 
 import json
@@ -33,7 +35,8 @@ def _hidden(module):
             del sys.modules[module]
 
 
-# tensorboardX imports PyTorch where that is installed, for nothing that is used here: seconds at every start of a run.
+# tensorboardX imports PyTorch where that is installed, for nothing that is used here: seconds at
+# every start of a run.
 with _hidden("torch"):
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -50,7 +53,9 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start_step, validated=True):
-        """Opens the file for a run that goes on from `start_step`; `validated`: whether its validation is done."""
+        """Opens the file for a run that goes on from `start_step`; `validated`: whether its
+        validation is done.
+        """
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _belongs(line, start_step, validated)]
         partial = path.with_name(path.name + ".partial")
@@ -77,7 +82,9 @@ class JsonLines:
 
 def _shortest(values):
     """Numbers that read back as the same float32, with no more digits than that takes."""
-    return [v if isinstance(v, int) else _or_null(float(str(np.float32(v)))) for v in values.tolist()]
+    return [
+        v if isinstance(v, int) else _or_null(float(str(np.float32(v)))) for v in values.tolist()
+    ]
 
 
 def _or_null(value):
@@ -96,7 +103,9 @@ def _tags(group, scalars, layers):
     """All numbers by the names that charts have."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
-        tags |= {f"experts/{name}/layer_{layer}": value for layer, value in enumerate(values.tolist())}
+        tags |= {
+            f"experts/{name}/layer_{layer}": value for layer, value in enumerate(values.tolist())
+        }
     return tags
 
 
@@ -116,21 +125,32 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        """A point in each chart and a histogram for each layer, all as one event: one by one they take ten times as long."""
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _tags(group, scalars, layers).items()]
+        """A point in each chart and a histogram for each layer, all as one event: one by one they
+        take ten times as long.
+        """
+        values = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in _tags(group, scalars, layers).items()
+        ]
         for name, of_layers in experts.items():
             for layer, of_experts in enumerate(of_layers):
                 if np.isfinite(of_experts).all():  # there are no bins for others
-                    values += histogram(f"histograms/{name}/layer_{layer}", of_experts, bins=BINS).value
+                    values += histogram(
+                        f"histograms/{name}/layer_{layer}", of_experts, bins=BINS
+                    ).value
         self._add(step, summary=Summary(value=values))
 
     def draw(self, step, name, figure):
         """A picture of a matplotlib `Figure`; it takes a tenth of a second or more."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which a dense model saves
+        from matplotlib.backends.backend_agg import (
+            FigureCanvasAgg,
+        )  # half a second, which a dense model saves
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self._add(step, summary=image(name, np.asarray(canvas.buffer_rgba())[..., :3], dataformats="HWC"))
+        self._add(
+            step, summary=image(name, np.asarray(canvas.buffer_rgba())[..., :3], dataformats="HWC")
+        )
 
     def sync(self):
         """Does nothing: every event is handed over at once."""
@@ -143,9 +163,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run at Weights & Biases; a run that goes on in its workdir goes on there, under the id in `wandb.json`.
+    """A run at Weights & Biases; a run that goes on in its workdir goes on there, under the id in
+    `wandb.json`.
 
-    Points come by their number `step`. What a run cut off sent of later steps comes again, with the same values.
+    Points come by their number `step`. What a run cut off sent of later steps comes again, with the
+    same values.
     """
 
     def __init__(self, workdir: Path, project, config):
@@ -200,8 +222,12 @@ def check_wandb(workdir: Path, project):
     identity = workdir / "wandb.json"
     found = read_json(identity).get("project") if identity.exists() else project
     if found != project:
-        raise UserError(f"--wandb={project}: the run in {workdir} belongs to project {found}; give that, or no --wandb")
+        raise UserError(
+            f"--wandb={project}: the run in {workdir} belongs to project {found}; give that, or no --wandb"
+        )
     try:
         import wandb  # noqa: F401
     except ImportError as e:
-        raise UserError(f"--wandb={project}: the package {e.name} is missing; pip install 'aoe_jax[wandb]'") from e
+        raise UserError(
+            f"--wandb={project}: the package {e.name} is missing; pip install 'aoe_jax[wandb]'"
+        ) from e

@@ -1,9 +1,11 @@
-"""Parameters or tokens: five sizes at equal training FLOPs, about two core-hours: `--suite=configs/compare/isoflop.py`.
+"""Parameters or tokens: five sizes at equal training FLOPs, about two core-hours:
+`--suite=configs/compare/isoflop.py`.
 
-The MoE spends 4e12 FLOPs at each size, on 42k to 891k active parameters and 6.8M to 0.6M tokens of the embedded corpus. All
-arms of a size see the same tokens, and spend what that takes them: AoE 1.01 to 1.04 times as much, a dense model of as many
-active parameters as much. One of as many in total would be at no equal FLOPs. Learning rates are tuned at the middle size,
-and are in inverse proportion to d_model.
+The MoE spends 4e12 FLOPs at each size, on 42k to 891k active parameters and 6.8M to 0.6M tokens of
+the embedded corpus. All arms of a size see the same tokens, and spend what that takes them: AoE
+1.01 to 1.04 times as much, a dense model of as many active parameters as much. One of as many in
+total would be at no equal FLOPs. Learning rates are tuned at the middle size, and are in inverse
+proportion to d_model.
 """
 
 from dataclasses import replace
@@ -15,7 +17,13 @@ from aoe_jax.counts import training_flops_per_token
 from configs.compare.small import base_config, size_of
 
 FLOPS = 4e12
-SHAPES = {"d36": (36, 2, 2), "d48": (48, 3, 4), "d60": (60, 4, 6), "d72": (72, 5, 4), "d96": (96, 6, 4)}
+SHAPES = {
+    "d36": (36, 2, 2),
+    "d48": (48, 3, 4),
+    "d60": (60, 4, 6),
+    "d72": (72, 5, 4),
+    "d96": (96, 6, 4),
+}
 BATCH_SIZE = 8
 
 
@@ -40,7 +48,8 @@ def get_suite():
             "dense_active": replace(DENSE_ACTIVE, label="dense, active"),
         },
         sizes={
-            name: Size(size_at(FLOPS, *shape), seeds=2, rate_factor=60 / shape[0]) for name, shape in SHAPES.items()
+            name: Size(size_at(FLOPS, *shape), seeds=2, rate_factor=60 / shape[0])
+            for name, shape in SHAPES.items()
         },
         baseline="moe_aux",
         tuning=Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=400, size="d60"),

@@ -1,10 +1,12 @@
-"""Methods of expert selection at the smallest size of `small.py`: `--suite=configs/compare/methods.py`.
+"""Methods of expert selection at the smallest size of `small.py`:
+`--suite=configs/compare/methods.py`.
 
-Arms are the variants of `configs/methods.py`, most of them with AoE, whose differences are to AoE with top-k, and with a
-router, whose differences are to the router with top-k, and that one's to AoE. All have the learning rate that
-`small.py` found to be the best for AoE and for the router alike: tuning each would take longer than all runs.
-Those with one expert a token have about half the FLOPs of experts that the others have (switch, smear), or as many and
-twice the FLOPs of attention (thor, which passes every batch twice).
+Arms are the variants of `configs/methods.py`, most of them with AoE, whose differences are to AoE
+with top-k, and with a router, whose differences are to the router with top-k, and that one's to
+AoE. All have the learning rate that `small.py` found to be the best for AoE and for the router
+alike: tuning each would take longer than all runs. Those with one expert a token have about half
+the FLOPs of experts that the others have (switch, smear), or as many and twice the FLOPs of
+attention (thor, which passes every batch twice).
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
@@ -34,7 +36,9 @@ def _arm(variant):
     label = "UoE-style" if experts["kind"] == "uoe" else of + name.replace("_", " ")
     if any(notes.values()):
         label += f" ({', '.join(note for note, holds in notes.items() if holds)})"
-    return Arm(label, changes, reference="top_k_router" if variant not in (name, "top_k_router") else None)
+    return Arm(
+        label, changes, reference="top_k_router" if variant not in (name, "top_k_router") else None
+    )
 
 
 def get_suite():
@@ -47,5 +51,9 @@ def get_suite():
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",
         # What to hold a method's step against that has another number of experts a token.
-        throughput={"chosen": Sweep("experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router"))},
+        throughput={
+            "chosen": Sweep(
+                "experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router")
+            )
+        },
     )

@@ -1,4 +1,5 @@
-"""Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as there.
+"""Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as
+there.
 
 Arms are the variants of `configs/paper.py`. Whether they fit a slice is what
 
@@ -7,12 +8,13 @@ Arms are the variants of `configs/paper.py`. Whether they fit a slice is what
     python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B --topology=v5e:16x16 \
         --set=mesh.fsdp=16 --set=train.accumulate=4
 
-print, for these two (`results/paper_plans.md`). A run keeps a checkpoint of every 2000 steps, which routing is followed
-through, and the newest three: 13 in the end, of 9 GB each, or 48 GB at 4B.
+print, for these two (`results/paper_plans.md`). A run keeps a checkpoint of every 2000 steps, which
+routing is followed through, and the newest three: 13 in the end, of 9 GB each, or 48 GB at 4B.
 
-The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=... --set=mesh.fsdp=16`. On
-several hosts train each run by itself, `train.py --config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0
---distributed` with the `DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes, and give this command once more,
+The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=...
+--set=mesh.fsdp=16`. On several hosts train each run by itself, `train.py
+--config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0 --distributed` with the
+`DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes, and give this command once more,
 which finds them trained, looks at their routing and reports.
 """
 
@@ -41,7 +43,12 @@ def _aoe_of_both_sizes(config):
 
 def _arm(variant):
     label = variant.replace("_", " ")
-    return Arm(label, _changes(variant), matched=variant not in UNMATCHED, reference=REFERENCES.get(variant))
+    return Arm(
+        label,
+        _changes(variant),
+        matched=variant not in UNMATCHED,
+        reference=REFERENCES.get(variant),
+    )
 
 
 def get_suite():

@@ -1,9 +1,10 @@
 """AoE against MoE and dense at three sizes, about 8 core-hours: `--suite=configs/compare/small.py`.
 
-Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 418k; every size sees 20 tokens for each of
-them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all parameters active, 3.2 times as many, and see the
-same tokens. Learning rates are tuned at the smallest size, where two arms without balancing are run as well; wider models
-have them in inverse proportion to d_model.
+Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 418k; every size
+sees 20 tokens for each of them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have
+all parameters active, 3.2 times as many, and see the same tokens. Learning rates are tuned at the
+smallest size, where two arms without balancing are run as well; wider models have them in inverse
+proportion to d_model.
 """
 
 from aoe_jax.compare.arms import DENSE, aoe, moe
@@ -30,7 +31,12 @@ def size_of(d_model, n_layers, n_heads, batch_size, steps):
     return {
         "model": {"n_layers": n_layers, "unroll": n_layers, "n_heads": n_heads, "d_model": d_model},
         "experts": {"d_ffn": 2 * d_model},
-        "train": {"batch_size": batch_size, "steps": steps, "warmup_steps": steps // 20, "eval_every": 2 * tenth},
+        "train": {
+            "batch_size": batch_size,
+            "steps": steps,
+            "warmup_steps": steps // 20,
+            "eval_every": 2 * tenth,
+        },
         "checkpoint": {"every": tenth, "keep": 1, "keep_every": tenth},
     }
 
@@ -55,7 +61,12 @@ def get_suite():
         sizes={
             "42k": Size(SMALLEST, seeds=3),
             "149k": Size(MIDDLE, seeds=3, arms=AT_ALL_SIZES, rate_factor=36 / 48),
-            "419k": Size(size_of(72, 5, 4, batch_size=8, steps=4100), seeds=2, arms=AT_ALL_SIZES, rate_factor=36 / 72),
+            "419k": Size(
+                size_of(72, 5, 4, batch_size=8, steps=4100),
+                seeds=2,
+                arms=AT_ALL_SIZES,
+                rate_factor=36 / 72,
+            ),
         },
         baseline="moe_aux",
         tuning=TUNING,

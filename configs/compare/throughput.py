@@ -1,8 +1,10 @@
-"""What a training step costs against experts, K, r, tokens and chips: `--suite=configs/compare/throughput.py`.
+"""What a training step costs against experts, K, r, tokens and chips:
+`--suite=configs/compare/throughput.py`.
 
-AoE beside the dropless MoE of equal total parameters, a dense model of as many, and one of as many active ones. Nothing is
-trained. Steps of two layers of d=192 are timed, about an hour on two CPU cores; against chips, for which `libtpu` has to be
-installed, steps of twelve layers of d=768 are traced for TPU v5e.
+AoE beside the dropless MoE of equal total parameters, a dense model of as many, and one of as many
+active ones. Nothing is trained. Steps of two layers of d=192 are timed, about an hour on two CPU
+cores; against chips, for which `libtpu` has to be installed, steps of twelve layers of d=768 are
+traced for TPU v5e.
 """
 
 from dataclasses import replace

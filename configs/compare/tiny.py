@@ -1,7 +1,7 @@
 """The smoke test of comparisons, minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
 
-Two sizes, two seeds, on the embedded corpus, and steps of the smaller size against the number of experts; far too short to
-say which arm is better.
+Two sizes, two seeds, on the embedded corpus, and steps of the smaller size against the number of
+experts; far too short to say which arm is better.
 """
 
 from aoe_jax.compare.arms import DENSE, aoe, moe
@@ -17,8 +17,14 @@ def get_suite():
     base.train.update(steps=100, warmup_steps=10, eval_every=50, log_every=5)
     base.checkpoint.update(every=25, keep=1, keep_every=25)
     sizes = {
-        "d24": {"model": {"n_layers": 2, "unroll": 2, "n_heads": 2, "d_model": 24}, "experts": {"d_ffn": 48}},
-        "d48": {"model": {"n_layers": 2, "unroll": 2, "n_heads": 4, "d_model": 48}, "experts": {"d_ffn": 96}},
+        "d24": {
+            "model": {"n_layers": 2, "unroll": 2, "n_heads": 2, "d_model": 24},
+            "experts": {"d_ffn": 48},
+        },
+        "d48": {
+            "model": {"n_layers": 2, "unroll": 2, "n_heads": 4, "d_model": 48},
+            "experts": {"d_ffn": 96},
+        },
     }
     return Suite(
         name="tiny",

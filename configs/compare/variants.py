@@ -1,9 +1,11 @@
-"""Other MoE layers, selections and the paper's ablations at the middle size of `small.py`, about four core-hours.
+"""Other MoE layers, selections and the paper's ablations at the middle size of `small.py`, about
+four core-hours.
 
-`--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have room for a fixed number
-of tokens, as in Switch and GShard, the ablations of the paper's Table 2, weights over all experts, and the selections of
-Table 3, where AoE's differences are to a router with the same. All have the learning rate that `small.py` gives the MoE and
-AoE with L_aux at this size.
+`--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have
+room for a fixed number of tokens, as in Switch and GShard, the ablations of the paper's Table 2,
+weights over all experts, and the selections of Table 3, where AoE's differences are to a router
+with the same. All have the learning rate that `small.py` gives the MoE and AoE with L_aux at this
+size.
 """
 
 from dataclasses import replace
@@ -30,7 +32,9 @@ def get_suite():
             "moe_gate_all": gate_over_all(moe("aux")),
             "aoe_d3_gate_all": replace(gate_over_all(aoe(3, "aux")), reference="moe_gate_all"),
             "moe_top_p": other_selection(moe("none"), "top_p"),
-            "aoe_d3_top_p": replace(other_selection(aoe(3, "none"), "top_p"), reference="moe_top_p"),
+            "aoe_d3_top_p": replace(
+                other_selection(aoe(3, "none"), "top_p"), reference="moe_top_p"
+            ),
             "moe_expert_choice": other_selection(moe("none"), "expert_choice"),
             "aoe_d3_expert_choice": other_selection(aoe(3, "none"), "expert_choice"),
         },

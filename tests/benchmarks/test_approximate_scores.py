@@ -1,4 +1,6 @@
-"""Approximate choices of experts: exact at full rank, better with more work, exact norms for the candidates."""
+"""Approximate choices of experts: exact at full rank, better with more work, exact norms for the
+candidates.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,18 @@ from benchmarks.approximate_scores import agreement, choice_scores, relative_cos
 T, D, N, R, K = 96, 24, 12, 16, 3
 SKETCHES = {
     "random": methods_of.random_projection,
-    "singular": lambda r, s, candidates=None: methods_of.principal(r, s, candidates, use_data=False),
+    "singular": lambda r, s, candidates=None: methods_of.principal(
+        r, s, candidates, use_data=False
+    ),
     "principal": methods_of.principal,
 }
 
 
 @pytest.fixture(scope="module")
 def problem():
-    """Tokens of uneven variance, and experts whose columns differ in size: `(x, w_down, covariance)`."""
+    """Tokens of uneven variance, and experts whose columns differ in size: `(x, w_down,
+    covariance)`.
+    """
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (T, D)) * jnp.linspace(0.2, 2, D)
     w_down = jax.random.normal(keys[1], (N, D, R)) * jnp.exp(jax.random.normal(keys[2], (N, 1, R)))
@@ -28,12 +34,15 @@ def problem():
 
 def scores_of(method, problem, bias=None):
     x, w_down, covariance = problem
-    return choice_scores(method, x, w_down, method.prepare(w_down, method.find(w_down, covariance)), K, bias)
+    return choice_scores(
+        method, x, w_down, method.prepare(w_down, method.find(w_down, covariance)), K, bias
+    )
 
 
 def overlap_with_exact(method, problem, bias=None):
     exact, found = (
-        top_k(scores_of(m, problem, bias), K, bias=bias).expert.reshape(T, K) for m in (methods_of.exact(), method)
+        top_k(scores_of(m, problem, bias), K, bias=bias).expert.reshape(T, K)
+        for m in (methods_of.exact(), method)
     )
     return float(agreement(exact, found)[0].mean())
 
@@ -49,7 +58,9 @@ def test_agreement_counts_sets():
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_full_rank_is_exact(sketch, problem):
     method = SKETCHES[sketch](R, R)
-    np.testing.assert_allclose(scores_of(method, problem), scores_of(methods_of.exact(), problem), rtol=1e-5)
+    np.testing.assert_allclose(
+        scores_of(method, problem), scores_of(methods_of.exact(), problem), rtol=1e-5
+    )
     assert overlap_with_exact(method, problem) == 1 and relative_cost(method, N, K) == 1
 
 
@@ -64,21 +75,30 @@ def test_candidates_have_exact_norms(sketch, problem):
 
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_more_candidates_find_more(sketch, problem):
-    overlaps = [overlap_with_exact(SKETCHES[sketch](R, 4, candidates), problem) for candidates in (None, 2, 3, N)]
+    overlaps = [
+        overlap_with_exact(SKETCHES[sketch](R, 4, candidates), problem)
+        for candidates in (None, 2, 3, N)
+    ]
     assert overlaps == sorted(overlaps) and overlaps[0] < overlaps[-1] == 1
 
 
 def test_principal_directions_estimate_best(problem):
-    """By mean squared error of the squared norms; the mean of the directions left out is part of the estimate."""
+    """By mean squared error of the squared norms; the mean of the directions left out is part of
+    the estimate.
+    """
     exact = scores_of(methods_of.exact(), problem) ** 2
-    errors = [float(((scores_of(make(R, 4), problem) ** 2 - exact) ** 2).mean()) for make in SKETCHES.values()]
+    errors = [
+        float(((scores_of(make(R, 4), problem) ** 2 - exact) ** 2).mean())
+        for make in SKETCHES.values()
+    ]
     assert errors == sorted(errors, reverse=True)
     estimates = scores_of(methods_of.principal(R, 4), problem)
     np.testing.assert_allclose((estimates**2).mean(axis=0), exact.mean(axis=0), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "least"), [("bfloat16", 0.005, 0.98), ("int8", 0.02, 0.98), ("float8", 0.05, 0.9)]
+    ("name", "error", "least"),
+    [("bfloat16", 0.005, 0.98), ("int8", 0.02, 0.98), ("float8", 0.05, 0.9)],
 )
 def test_rounded_operands(name, error, least, problem):
     method = getattr(methods_of, name)()

@@ -10,7 +10,12 @@ from tests.hasty import xla_flags
 
 def test_three_kills(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", xla_flags())
-    settings = {"train.steps": 60, "train.eval_every": 30, "model.vocab_size": 512, "data.seq_len": 32}
+    settings = {
+        "train.steps": 60,
+        "train.eval_every": 30,
+        "model.vocab_size": 512,
+        "data.seq_len": 32,
+    }
     figures = stopped_runs.soak(tmp_path / "soak", kills=3, terms=1, seed=1, settings=settings)
     assert sum(figures["stops"].values()) == 4
     whole = tmp_path / "soak" / "whole"

@@ -1,4 +1,6 @@
-"""The timed benchmarks as commands, on shapes that take no time: what they print and write, not how fast anything is."""
+"""The timed benchmarks as commands, on shapes that take no time: what they print and write, not how
+fast anything is.
+"""
 
 import json
 
@@ -15,18 +17,26 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_figures(name, tmp_path):
     file = tmp_path / "figures.json"
-    status, stdout, stderr = run(["-m", f"benchmarks.{name}", "--repeats=2", f"--json={file}", *COMMANDS[name]])
+    status, stdout, stderr = run(
+        ["-m", f"benchmarks.{name}", "--repeats=2", f"--json={file}", *COMMANDS[name]]
+    )
     assert status == 0, stderr
     result = json.loads(file.read_text())
-    assert result["machine"]["allocator"].startswith("glibc.malloc") and result["machine"]["cores"] >= 1
+    assert (
+        result["machine"]["allocator"].startswith("glibc.malloc")
+        and result["machine"]["cores"] >= 1
+    )
     timed = [figure for figure in result["figures"] if "stations_ms" not in figure]
     if name == "grouped_matmul":
         assert [figure["backend"] for figure in timed] == 2 * ["dense", "auto", "ragged"]
-        assert timed[0]["forward_ratio"] == 1 and all(figure["forward_backward_ms"] > 0 for figure in timed)
+        assert timed[0]["forward_ratio"] == 1 and all(
+            figure["forward_backward_ms"] > 0 for figure in timed
+        )
     else:
         assert [figure["layer"] for figure in timed][:3] == ["dense", "router", "aoe"]
         useful = {figure["layer"]: figure["useful_ratio"] for figure in timed}
-        # A score is d = 24 products a token and expert; an expert is 3 d f, two of which are the baseline.
+        # A score is d = 24 products a token and expert; an expert is 3 d f, two of which are the
+        # baseline.
         assert useful["router"] == pytest.approx(1 + 4 * 24 / (2 * 3 * 24 * 16))
         assert useful["aoe"] < useful["aoe, L_aux of 1/8"] < useful["aoe as published"]
         stations = result["figures"][-1]["stations_ms"]
@@ -36,46 +46,77 @@ def test_figures(name, tmp_path):
 
 def test_baselines(tmp_path):
     file = tmp_path / "figures.json"
-    command = ["-m", "benchmarks.baselines", "--shapes=24x4x2x16", "--batch=2", "--length=20", "--factors=1,2"]
+    command = [
+        "-m",
+        "benchmarks.baselines",
+        "--shapes=24x4x2x16",
+        "--batch=2",
+        "--length=20",
+        "--factors=1,2",
+    ]
     status, stdout, stderr = run([*command, "--nomodel", "--repeats=2", f"--json={file}"])
     assert status == 0, stderr
     figures = json.loads(file.read_text())["figures"]
     assert [figure["arm"] for figure in figures] == ["router, dropless", "capacity 1", "capacity 2"]
     router, one, two = figures
-    assert router["ratio"] == router["memory_ratio"] == router["computed"] == 1 and "dropped" not in router
-    # 10 (20) places for the 10 tokens of an expert: 5 products of 2 * 40 (80) * 24 FLOPs a token, and 0 (2) experts more.
+    assert (
+        router["ratio"] == router["memory_ratio"] == router["computed"] == 1
+        and "dropped" not in router
+    )
+    # 10 (20) places for the 10 tokens of an expert: 5 products of 2 * 40 (80) * 24 FLOPs a token,
+    # and 0 (2) experts more.
     useful = 3 * 2 * (24 * 4 + 2 * 3 * 24 * 16)
     assert one["computed"] == pytest.approx(1 + 5 * 2 * 40 * 24 / useful)
-    assert two["computed"] == pytest.approx(1 + (5 * 2 * 80 * 24 + 3 * 2 * 2 * 3 * 24 * 16) / useful)
+    assert two["computed"] == pytest.approx(
+        1 + (5 * 2 * 80 * 24 + 3 * 2 * 2 * 3 * 24 * 16) / useful
+    )
     assert one["dropped"] > two["dropped"] >= 0 and two["temporary_bytes"] > one["temporary_bytes"]
     assert f"dropped {100 * one['dropped']:.2f}%" in stdout
 
 
 def test_baselines_without_the_other_package():
-    missing = "import runpy, sys; sys.modules['tunix'] = None; sys.argv = ['baselines', '--tunix']; "
-    status, _, stderr = run(["-c", missing + "runpy.run_module('benchmarks.baselines', run_name='__main__')"])
+    missing = (
+        "import runpy, sys; sys.modules['tunix'] = None; sys.argv = ['baselines', '--tunix']; "
+    )
+    status, _, stderr = run(
+        ["-c", missing + "runpy.run_module('benchmarks.baselines', run_name='__main__')"]
+    )
     assert status == 2 and "--tunix: tunix.models is missing; pip install '.[baselines]'" in stderr
 
 
 def test_decoding(tmp_path):
     file = tmp_path / "figures.json"
-    command = ["-m", "benchmarks.decoding", "--d_model=16", "--layers=1", "--length=16", "--batches=3", "--repeats=1"]
+    command = [
+        "-m",
+        "benchmarks.decoding",
+        "--d_model=16",
+        "--layers=1",
+        "--length=16",
+        "--batches=3",
+        "--repeats=1",
+    ]
     status, stdout, stderr = run([*command, f"--json={file}"])
     assert status == 0, stderr
     figures = json.loads(file.read_text())["figures"]
     assert [figure["batch"] for figure in figures] == 7 * [3]
     of = {figure["model"]: figure for figure in figures}
     assert [figure["contrasting"] is not None for figure in figures] == [True, True, *5 * [False]]
-    # Weights of a token: attention and table, and of a router MoE the chosen experts, of AoE all Wdown besides.
+    # Weights of a token: attention and table, and of a router MoE the chosen experts, of AoE all
+    # Wdown besides.
     table, attention, expert = 4096 * 16, 4 * 16 * 16, 3 * 16 * 32
     router, aoe = of["router, 2 of 8"], of["AoE, 2 of 8, r=d/3"]
     assert router["bytes"] == 4 * (table + attention + 3 * 16 + 16 * 8 + 2 * expert)
-    assert of["dense, as wide as all experts"]["bytes"] == 4 * (table + attention + 3 * 16 + 8 * expert)
+    assert of["dense, as wide as all experts"]["bytes"] == 4 * (
+        table + attention + 3 * 16 + 8 * expert
+    )
     w_down, d_wide = 16 * 5, round((3 * 16 * 32 - 5 * 16) / (5 + 2 * 16))
     chosen = 2 * (w_down + 5 * d_wide + 2 * 16 * d_wide)
     assert aoe["bytes"] == 4 * (table + attention + 3 * 16 + chosen + 6 * w_down)
     assert aoe["to_router"] == pytest.approx(aoe["step_seconds"] / router["step_seconds"])
-    assert {name for name, figure in of.items() if figure["recomputing"]} == {"router, 2 of 8", "AoE, 2 of 8, r=d/3"}
+    assert {name for name, figure in of.items() if figure["recomputing"]} == {
+        "router, 2 of 8",
+        "AoE, 2 of 8, r=d/3",
+    }
     assert len([line for line in stdout.splitlines() if "from the start" in line]) == 2
 
 
@@ -86,7 +127,9 @@ def test_scoring(tmp_path):
     )
     assert status == 0, stderr
     for figure in json.loads(file.read_text())["figures"]:
-        assert figure["ratio"] == pytest.approx(figure["seconds"]["apart"] / figure["seconds"]["together"])
+        assert figure["ratio"] == pytest.approx(
+            figure["seconds"]["apart"] / figure["seconds"]["together"]
+        )
         assert f"{figure['shape']}: " in stdout
 
 
@@ -115,7 +158,9 @@ def test_prepare(tmp_path):
     assert [figure["tokenizer"] for figure in figures] == ["bpe:300", "SentencePiece"]
     for figure in figures:
         assert figure["prepare_to_library"] > 0 and min(figure["mb_per_second"].values()) > 0
-    status, stdout, stderr = run([*command, f"--workdir={tmp_path / 'large'}", "--size=2.4e7", "--processes=1"])
+    status, stdout, stderr = run(
+        [*command, f"--workdir={tmp_path / 'large'}", "--size=2.4e7", "--processes=1"]
+    )
     assert status == 0, stderr
     (figure,) = json.loads(file.read_text())["figures"]
     assert 2.4e7 <= figure["text_bytes"] < 2.5e7 and figure["largest_memory_bytes"] > 5e7
@@ -125,16 +170,40 @@ def test_prepare(tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["-m", "benchmarks.grouped_matmul", "--shapes=64x8"], "--shapes=64x8: four numbers MxDxFxE"),
-        (["-m", "benchmarks.grouped_matmul", "--shapes=64x8x0x2"], "every size must be greater than 0"),
+        (
+            ["-m", "benchmarks.grouped_matmul", "--shapes=64x8"],
+            "--shapes=64x8: four numbers MxDxFxE",
+        ),
+        (
+            ["-m", "benchmarks.grouped_matmul", "--shapes=64x8x0x2"],
+            "every size must be greater than 0",
+        ),
         (["-m", "benchmarks.layer", "--shapes=big"], "--shapes=big: d_model x n_experts"),
-        (["-m", "benchmarks.baselines", "--factors=1,x"], "--factors=x: must be numbers greater than 0"),
-        (["-m", "benchmarks.step", "--models=huge"], "--models=huge is unknown; choose of tiny, deep, sparse"),
-        (["-m", "benchmarks.tpu_compile", "--generations=v1"], "--generations=v1 is unknown; choose of v4, v5e"),
-        (["-m", "benchmarks.gpu_compile"], "the compiler for GPUs is missing; pip install 'jax[cuda13]'"),
-        (["-m", "benchmarks.plans", "--rows=big"], "--rows=big is unknown; choose of 732M@v5e, 4B@v5e"),
+        (
+            ["-m", "benchmarks.baselines", "--factors=1,x"],
+            "--factors=x: must be numbers greater than 0",
+        ),
+        (
+            ["-m", "benchmarks.step", "--models=huge"],
+            "--models=huge is unknown; choose of tiny, deep, sparse",
+        ),
+        (
+            ["-m", "benchmarks.tpu_compile", "--generations=v1"],
+            "--generations=v1 is unknown; choose of v4, v5e",
+        ),
+        (
+            ["-m", "benchmarks.gpu_compile"],
+            "the compiler for GPUs is missing; pip install 'jax[cuda13]'",
+        ),
+        (
+            ["-m", "benchmarks.plans", "--rows=big"],
+            "--rows=big is unknown; choose of 732M@v5e, 4B@v5e",
+        ),
         (["-m", "benchmarks.input", "--steps=0"], "--steps=0"),
-        (["-m", "benchmarks.prepare", "--workdir=benchmarks"], "benchmarks exists already; name a new directory"),
+        (
+            ["-m", "benchmarks.prepare", "--workdir=benchmarks"],
+            "benchmarks exists already; name a new directory",
+        ),
         (["-m", "benchmarks.balance"], "--workdir is missing"),
         (["-m", "benchmarks.selection"], "--workdir is missing"),
     ],

@@ -17,11 +17,18 @@ ARMS = {"moe": moe("aux"), "aoe": aoe(4, "aux"), "dense": DENSE, "active": DENSE
 
 def size_at(flops, width, factor=1.0):
     """Of that many FLOPs for the MoE, by the number of steps."""
-    changes = {"model": {"d_model": width, "n_layers": 2, "vocab_size": 512}, "experts": {"d_ffn": 2 * width}}
+    changes = {
+        "model": {"d_model": width, "n_layers": 2, "vocab_size": 512},
+        "experts": {"d_ffn": 2 * width},
+    }
     config = tiny.get_config("moe")
     for group, values in changes.items():
         config[group].update(values)
-    per_step = training_flops_per_token(Config.from_config_dict(config)) * config.train.batch_size * config.data.seq_len
+    per_step = (
+        training_flops_per_token(Config.from_config_dict(config))
+        * config.train.batch_size
+        * config.data.seq_len
+    )
     return Size(changes | {"train": {"steps": round(factor * flops / per_step)}}, seeds=2)
 
 
@@ -34,9 +41,23 @@ def comparison(sizes, loss):
 def invented_result(run, nll, seconds_per_step=1.0, routing=None):
     """Of a finished run."""
     curve = Curve(np.array([1, 2]), np.array([6.0, 5.0]))
-    nothing = {"timed_in_turn": True, "memory_bytes": 1.0, "load_entropy": math.nan, "dropped_share": math.nan}
+    nothing = {
+        "timed_in_turn": True,
+        "memory_bytes": 1.0,
+        "load_entropy": math.nan,
+        "dropped_share": math.nan,
+    }
     return Result(
-        run, "finished", "", nll, 1.0, seconds_per_step, train=curve, validation=curve, routing=routing, **nothing
+        run,
+        "finished",
+        "",
+        nll,
+        1.0,
+        seconds_per_step,
+        train=curve,
+        validation=curve,
+        routing=routing,
+        **nothing,
     )
 
 

@@ -39,7 +39,10 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
     assert read_json(tmp_path / "bad.outcome.json") == {"status": 4, "last_line": "why"}
     killed = {"status": -9, "last_line": "killed by signal 9, after: at work"}
     assert read_json(tmp_path / "killed.outcome.json") == killed
-    assert read_json(tmp_path / "good.outcome.json") == {"status": 0, "last_line": f"{{{CORES[0]}}} default"}
+    assert read_json(tmp_path / "good.outcome.json") == {
+        "status": 0,
+        "last_line": f"{{{CORES[0]}}} default",
+    }
 
 
 SLEEPER = """
@@ -91,7 +94,10 @@ def test_gpus_are_shared_out(monkeypatch):
     machine = {"backend": "gpu", "devices": 4}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert _slots(machine, None) == [Slot()]
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == ["0,1", "2,3"]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == [
+        "0,1",
+        "2,3",
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == ["5", "7"]
     with pytest.raises(UserError, match="--jobs=4: must divide the 2 GPUs"):

@@ -1,11 +1,21 @@
-"""What the two-stage classifier trains on and how its endings are told; the command is tested in test_two_stage.py."""
+"""What the two-stage classifier trains on and how its endings are told; the command is tested in
+test_two_stage.py.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.compare.late_class import ENDINGS, Setting, draw_inputs, ending, of_first_expert, summary, train_seeds
+from aoe_jax.compare.late_class import (
+    ENDINGS,
+    Setting,
+    draw_inputs,
+    ending,
+    of_first_expert,
+    summary,
+    train_seeds,
+)
 
 
 def test_classes_lie_apart():

@@ -21,7 +21,10 @@ def test_steps_hold_for_equal_configurations(tmp_path):
             write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
     file, seconds = measured_file(tmp_path, "a"), {"moe": 0.1, "aoe": 0.2}
     file.parent.mkdir()
-    write_json(file, {"trained": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds})
+    write_json(
+        file,
+        {"trained": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds},
+    )
     assert step_seconds(tmp_path, runs, "a") == seconds
     found = read_json(file)
     for groups in found["trained"].values():
@@ -30,11 +33,20 @@ def test_steps_hold_for_equal_configurations(tmp_path):
     assert step_seconds(tmp_path, runs, "a") == seconds
     assert measured_anew(tmp_path, runs) == set()
     write_json(
-        file, found | {"trained": {"moe": found["trained"]["moe"]}, "seconds": {"moe": 0.1}, "failed": {"aoe": ""}}
+        file,
+        found
+        | {
+            "trained": {"moe": found["trained"]["moe"]},
+            "seconds": {"moe": 0.1},
+            "failed": {"aoe": ""},
+        },
     )
     assert step_seconds(tmp_path, runs, "a") == {"moe": 0.1}
     assert measured_anew(tmp_path, runs) == {"moe", "aoe"}  # in turn, so both
-    others = [dataclasses.replace(run, config=dataclasses.replace(run.config, train=decayed(run))) for run in runs]
+    others = [
+        dataclasses.replace(run, config=dataclasses.replace(run.config, train=decayed(run)))
+        for run in runs
+    ]
     assert step_seconds(tmp_path, others, "a") is None
 
 

@@ -11,7 +11,11 @@ SMALL = ROOT / "results/small"
 
 def row(size, arm, seed, nll, active=100.0, flops=None, state="finished"):
     of_run = {"size": size, "arm": arm, "seed": str(seed), "state": state}
-    return of_run | {"active_non_embedding": active, "flops": flops or active**2, "validation_nll": nll}
+    return of_run | {
+        "active_non_embedding": active,
+        "flops": flops or active**2,
+        "validation_nll": nll,
+    }
 
 
 def test_differences_are_of_the_seeds_that_both_have():
@@ -40,7 +44,10 @@ def test_exponents_are_those_of_a_power_law():
     same = [row("s", "a", 0, 3.0, 100, 1e6), row("t", "a", 0, 2.0, 100, 2e6)]
     same += [row("s", "b", 0, 3.0, 50, 1e6), row("t", "b", 0, 2.0, 90, 1.05e6)]
     assert list(exponents(*pairs(same, ["a", "b"]))) == [None, None]
-    assert [cells[-2:] for cells in table(pairs(same, ["a", "b"]), ["a", "b"]).rows] == [["-", "-"], ["-", "-"]]
+    assert [cells[-2:] for cells in table(pairs(same, ["a", "b"]), ["a", "b"]).rows] == [
+        ["-", "-"],
+        ["-", "-"],
+    ]
 
 
 def test_runs_that_have_not_finished_do_not_count(tmp_path):
@@ -63,7 +70,9 @@ def test_what_the_results_say_of_loss_free_balancing():
     assert status == 0, stderr
     lines = stdout.strip().splitlines()
     assert len(lines) == 2 + len(pairs(finished_runs(SMALL), ["aoe_d3_free", "moe_free"])) == 5
-    for line, said in zip(lines[2:], ("+0.0181 ± 0.0397", "+0.0538 ± 0.0161", "+0.0293 ± 0.0137"), strict=True):
+    for line, said in zip(
+        lines[2:], ("+0.0181 ± 0.0397", "+0.0538 ± 0.0161", "+0.0293 ± 0.0137"), strict=True
+    ):
         assert said in line
 
 
@@ -95,6 +104,9 @@ def test_a_folder_without_results(tmp_path):
 
 
 def test_mistakes_end_with_status_2():
-    for arguments, words in (([], "--results is missing"), (["--results=results"], "--arms is missing")):
+    for arguments, words in (
+        ([], "--results is missing"),
+        (["--results=results"], "--arms is missing"),
+    ):
         status, _, stderr = run(["-m", "aoe_jax.compare.pair", *arguments])
         assert status == 2 and words in stderr and "Traceback" not in stderr, stderr

@@ -11,8 +11,12 @@ from tests.runs import ROOT, run
 PAPER = ROOT / "configs/compare/paper.py"
 
 
-@pytest.mark.parametrize(("size", "n_arms", "accumulate", "n_chips"), [("732M", 16, 32, 16), ("4B", 2, 4, 256)])
-def test_every_arm_of_the_paper_takes_the_mesh_that_is_documented(size, n_arms, accumulate, n_chips):
+@pytest.mark.parametrize(
+    ("size", "n_arms", "accumulate", "n_chips"), [("732M", 16, 32, 16), ("4B", 2, 4, 256)]
+)
+def test_every_arm_of_the_paper_takes_the_mesh_that_is_documented(
+    size, n_arms, accumulate, n_chips
+):
     suite = load_suite(PAPER, ["mesh.fsdp=16", f"train.accumulate={accumulate}"])
     runs = first_runs(suite, [size])
     assert len(runs) == n_arms

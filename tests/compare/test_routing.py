@@ -20,7 +20,9 @@ def test_choices_are_those_before_anything_is_dropped():
     params = jax.jit(lambda: init_state(config, 0).params)()
 
     def nll_of(decoder):
-        return jax.jit(lambda params, batch: sequence_nll(decoder, params, None, batch, False))(params, batch)
+        return jax.jit(lambda params, batch: sequence_nll(decoder, params, None, batch, False))(
+            params, batch
+        )
 
     nll, stats = nll_of(decoder)
     seen_nll, seen = nll_of(observed(decoder))
@@ -35,7 +37,10 @@ def test_choices_are_those_before_anything_is_dropped():
 @pytest.mark.parametrize("gate", ["chosen", "all"])
 def test_the_oracle_by_trying_all_sets(gate):
     rng = np.random.default_rng(0)
-    outputs, scores = rng.normal(size=(6, 4, 3)).astype(np.float32), rng.normal(size=(6, 4)).astype(np.float32)
+    outputs, scores = (
+        rng.normal(size=(6, 4, 3)).astype(np.float32),
+        rng.normal(size=(6, 4)).astype(np.float32),
+    )
     chosen = scores > np.sort(scores, axis=1)[:, [1]]  # the best two, and of some tokens others
     chosen[3:] = np.roll(chosen[3:], 1, axis=1)
     found = np.asarray(oracle_figures(outputs, scores, chosen, 2, gate))
@@ -50,7 +55,12 @@ def test_the_oracle_by_trying_all_sets(gate):
 
         of_sets = {members: distance(members) for members in itertools.combinations(range(4), 2)}
         best, own = min(of_sets, key=of_sets.get), tuple(np.flatnonzero(chosen[token]))
-        want = [len({*best} & {*own}) / 2, of_sets[own], of_sets[best], np.mean(list(of_sets.values()))]
+        want = [
+            len({*best} & {*own}) / 2,
+            of_sets[own],
+            of_sets[best],
+            np.mean(list(of_sets.values())),
+        ]
         np.testing.assert_allclose(found[token], want, rtol=1e-4)
     assert len(set(found[:, 0])) > 1
 
@@ -68,10 +78,14 @@ def test_overlap_is_over_tokens_that_have_experts():
 
 
 def test_coactivation_of_selections_without_a_fixed_number_of_experts():
-    """The first panel too, and with other numbers of experts beside it; chance is that of independent choices."""
+    """The first panel too, and with other numbers of experts beside it; chance is that of
+    independent choices.
+    """
     load = np.array([0.5, 0.25, 0.5])
     by_chance = np.outer(load, load) * (1 - np.eye(3)) + np.diag(load)
-    two_of_four = np.full((4, 4), 1 / 6) + np.eye(4) / 3  # chosen evenly: a pair has 1 / 6 of the tokens
+    two_of_four = (
+        np.full((4, 4), 1 / 6) + np.eye(4) / 3
+    )  # chosen evenly: a pair has 1 / 6 of the tokens
     entries = [
         ("top-p", {"coactivation": [by_chance], "experts_per_token": None}),
         ("top-k", {"coactivation": [two_of_four], "experts_per_token": 2}),

@@ -34,7 +34,13 @@ from tests.runs import finish, scratch, shared, start
 
 
 def command(folder, *more):
-    return ["-m", "aoe_jax.compare", f"--suite={folder / 'suite.py'}", f"--workdir={folder / 'work'}", *more]
+    return [
+        "-m",
+        "aoe_jax.compare",
+        f"--suite={folder / 'suite.py'}",
+        f"--workdir={folder / 'work'}",
+        *more,
+    ]
 
 
 def checkpoints(folder):
@@ -66,7 +72,10 @@ def rows(name):
 def test_interrupted_it_stops_its_runs_and_says_how_to_go_on():
     folder, (status, stderr), _ = ended()
     assert status == 130
-    assert stderr.strip().splitlines()[-1] == "interrupted: what is done is saved; the same command goes on from there"
+    assert (
+        stderr.strip().splitlines()[-1]
+        == "interrupted: what is done is saved; the same command goes on from there"
+    )
     logs = [path.read_text() for path in folder.glob("work/runs/*/*/*.log")]
     assert any("the same command goes on" in log and log.count("$ ") > 1 for log in logs)
 
@@ -74,7 +83,9 @@ def test_interrupted_it_stops_its_runs_and_says_how_to_go_on():
 def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     folder, _, (status, stderr) = ended()
     assert status == 0, stderr
-    assert "a/broken/seed_0 failed with status 2: error: config.experts.gate='sparsemixer'" in stderr
+    assert (
+        "a/broken/seed_0 failed with status 2: error: config.experts.gate='sparsemixer'" in stderr
+    )
     states = {(row["size"], row["arm"], row["seed"]): row["state"] for row in rows("runs.csv")}
     assert [states.pop(("a", "broken", seed)) for seed in ("0", "1")] == ["failed", "failed"]
     assert set(states.values()) == {"finished"} and len(states) == 4
@@ -82,7 +93,11 @@ def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     assert "4 of 6 finished, 2 failed" in markdown
     failed = markdown[markdown.index("## Failed runs") :]
     assert "routing and step times" not in markdown
-    assert "a: broken, seed 1" in failed and "runs/a/broken/seed_1.log" in failed and "sparsemixer" in failed
+    assert (
+        "a: broken, seed 1" in failed
+        and "runs/a/broken/seed_1.log" in failed
+        and "sparsemixer" in failed
+    )
 
 
 def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
@@ -91,7 +106,9 @@ def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
     for path in folder.glob("[am]o*/seed_?"):
         config = Config.from_config_dict(read_json(path / "config.json"))
         corpus, train = open_corpus(config.data, config.model.vocab_size), config.train
-        batches = train_batches(corpus.train, corpus.weights, config.data.seq_len, train.batch_size, train.seed)
+        batches = train_batches(
+            corpus.train, corpus.weights, config.data.seq_len, train.batch_size, train.seed
+        )
         first[path.parent.name, path.name] = next(iter(batches))["inputs"]
     assert len(first) == 4
     for seed in ("seed_0", "seed_1"):
@@ -102,7 +119,11 @@ def test_arms_of_a_seed_see_the_same_data_and_seeds_other_data():
 def test_finished_it_does_nothing_again():
     """But for the arm that has failed."""
     folder = ended()[0]
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("work/runs/*/[am]o*/*/*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in folder.glob("work/runs/*/[am]o*/*/*")
+        if path.is_file()
+    }
     assert any(path.name == "metrics.jsonl" for path in before)
     status, _, stderr = finish(start(command(folder)))
     assert status == 0, stderr
@@ -129,7 +150,10 @@ def test_a_run_whose_validation_diverged_counts_nowhere(tmp_path):
 def test_a_workdir_of_another_configuration_is_refused():
     folder = ended()[0]
     status, _, stderr = finish(start(command(folder, "--set=train.weight_decay=0.3")))
-    assert status == 2 and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
+    assert (
+        status == 2
+        and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
+    )
 
 
 def test_tables_hold_the_numbers_of_the_runs():
@@ -145,7 +169,11 @@ def test_tables_hold_the_numbers_of_the_runs():
     sentence = f"AoE r=d/4, L_aux is {abs(mean):.4f} ± "
     markdown = (folder / "report.md").read_text()
     assert sentence in markdown and f"nats {side} MoE, L_aux at a (95% interval" in markdown
-    curve = [row for row in rows("curves.csv") if (row["arm"], row["seed"], row["split"]) == ("aoe", "1", "validation")]
+    curve = [
+        row
+        for row in rows("curves.csv")
+        if (row["arm"], row["seed"], row["split"]) == ("aoe", "1", "validation")
+    ]
     assert [row["step"] for row in curve] == ["3", "6"]
     assert {row["step"] for row in rows("routing.csv")} == {"2", "4", "6"}
 
@@ -158,9 +186,13 @@ def test_routing_is_looked_at():
         assert sum(load) == pytest.approx(2) and len(load) == 4
         together = routing["coactivation"][layer]
         assert [together[i][i] for i in range(4)] == pytest.approx(load)
-        assert sum(map(sum, together)) == pytest.approx(4)  # pairs of 2 chosen, in order, themselves included
+        assert sum(map(sum, together)) == pytest.approx(
+            4
+        )  # pairs of 2 chosen, in order, themselves included
     oracle = routing["oracle"]
-    for chosen, best, any_ in zip(*(oracle[f"distance_{of}"] for of in ("chosen", "oracle", "any")), strict=True):
+    for chosen, best, any_ in zip(
+        *(oracle[f"distance_{of}"] for of in ("chosen", "oracle", "any")), strict=True
+    ):
         assert best <= chosen + 1e-6 and best < any_
 
 
@@ -169,7 +201,9 @@ def test_the_page_needs_nothing_else():
     page = (folder / "report.html").read_text()
     assert not re.search(r"<(script|link|img|iframe|object)\b", page)
     assert (
-        not re.search(r"(src|href)\s*=\s*[\"'](?!#|data:)", page) and "url(http" not in page and "@import" not in page
+        not re.search(r"(src|href)\s*=\s*[\"'](?!#|data:)", page)
+        and "url(http" not in page
+        and "@import" not in page
     )
     for words in (
         "Final validation loss",
@@ -195,7 +229,12 @@ def test_scaling_is_fitted_over_sizes():
     sizes = suite.sizes | {"b": Size(deeper, seeds=2)}
     larger = [
         replace(
-            r, run=replace(r.run, size="b", config=replace(r.run.config, model=replace(r.run.config.model, n_layers=4)))
+            r,
+            run=replace(
+                r.run,
+                size="b",
+                config=replace(r.run.config, model=replace(r.run.config.model, n_layers=4)),
+            ),
         )
         for r in results
     ]
@@ -222,7 +261,9 @@ TUNING = "tuning=Tuning((1e-3, 3e-3), steps=3),"
 
 
 def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
-    """Found anew from the runs of the tuning, so that one that has failed and is tried again counts."""
+    """Found anew from the runs of the tuning, so that one that has failed and is tried again
+    counts.
+    """
     suite = load_suite(write_suite(tmp_path / "suite.py", TUNING))
     assert tuned_rates(suite, tmp_path) == {"moe": None, "aoe": None, "broken": None}
     nlls = {("moe", 1e-3): 6.0, ("moe", 3e-3): 5.0, ("aoe", 1e-3): 4.0, ("aoe", 3e-3): 5.0}
@@ -251,7 +292,9 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
     finish_run(("moe", 3e-3), 9.0, again=True)
     assert tuned_rates(suite, tmp_path)["moe"] == 3e-3  # as its runs have begun
     longer = load_suite(write_suite(tmp_path / "other.py", TUNING, train__clip_norm=0.5))
-    with pytest.raises(UserError, match=r"another configuration: train\.clip_norm is 1\.0 there, 0\.5 here"):
+    with pytest.raises(
+        UserError, match=r"another configuration: train\.clip_norm is 1\.0 there, 0\.5 here"
+    ):
         tuned_rates(longer, tmp_path)
 
 
@@ -260,15 +303,20 @@ def test_losses_at_equal_flops_and_seconds():
     folder = ended()[0]
     suite = load_suite(folder / "suite.py")
     results = [r for r in read_results(suite.runs(), folder / "work") if r.state == "finished"]
-    # As if a step of AoE took twice the seconds of one of the MoE, whose losses were 5 at step 3 and 4 at step 6.
+    # As if a step of AoE took twice the seconds of one of the MoE, whose losses were 5 at step 3
+    # and 4 at step 6.
     seconds = {"moe": 1.0, "aoe": 2.0}
     curve = Curve(np.array([3, 6]), np.array([5.0, 4.0]))
-    results = [replace(r, seconds_per_step=seconds[r.run.arm], validation=curve, nll=4.0) for r in results]
+    results = [
+        replace(r, seconds_per_step=seconds[r.run.arm], validation=curve, nll=4.0) for r in results
+    ]
     comparison = Comparison(suite, results)
     both = ("aoe", "moe")
     assert comparison.budget("a", both, "seconds") == 6
     assert comparison.nlls("a", "moe", "seconds", 6) == {0: 4.0, 1: 4.0}
-    assert comparison.difference("a", "aoe", "seconds").value == pytest.approx(1.0)  # it is at step 3 by then
+    assert comparison.difference("a", "aoe", "seconds").value == pytest.approx(
+        1.0
+    )  # it is at step 3 by then
     flops = {r.run.arm: r.flops_per_step for r in results}
     least = min(flops, key=flops.get)
     budget = comparison.budget("a", both, "flops")
@@ -277,11 +325,15 @@ def test_losses_at_equal_flops_and_seconds():
     at = math.log(2 * flops[least] / flops[other]) / math.log(2)  # between steps 3 and 6
     assert comparison.nlls("a", other, "flops", budget)[0] == pytest.approx(5 - at)
     of_selection = {
-        name: Comparison(replace(suite, arms=suite.arms | {"aoe": other_selection(aoe(4, "aux"), name)}), results)
+        name: Comparison(
+            replace(suite, arms=suite.arms | {"aoe": other_selection(aoe(4, "aux"), name)}), results
+        )
         for name in ("top_p", "expert_choice")
     }
     by_top_p, by_expert_choice = of_selection.values()
-    assert by_top_p.difference("a", "aoe").n == 2 and by_top_p.difference("a", "aoe", "flops").n == 0
+    assert (
+        by_top_p.difference("a", "aoe").n == 2 and by_top_p.difference("a", "aoe", "flops").n == 0
+    )
     assert by_expert_choice.difference("a", "aoe").n == 0  # whose losses know of later tokens
 
 
@@ -289,7 +341,11 @@ def test_an_arm_may_be_held_against_another_than_the_baseline():
     folder = ended()[0]
     suite = load_suite(folder / "suite.py")
     results = [r for r in read_results(suite.runs(), folder / "work") if r.state == "finished"]
-    twins = [replace(r, run=replace(r.run, arm="twin"), nll=r.nll + 1) for r in results if r.run.arm == "aoe"]
+    twins = [
+        replace(r, run=replace(r.run, arm="twin"), nll=r.nll + 1)
+        for r in results
+        if r.run.arm == "aoe"
+    ]
     arms = suite.arms | {"twin": replace(suite.arms["aoe"], label="twin", reference="aoe")}
     comparison = Comparison(replace(suite, arms=arms), [*results, *twins])
     assert comparison.difference("a", "twin").value == pytest.approx(1)
@@ -312,4 +368,7 @@ def test_a_run_of_other_length_is_refused(tmp_path):
 def test_a_report_of_other_settings_is_refused():
     folder = ended()[0]
     status, _, stderr = finish(start(command(folder, "--report", "--set=train.weight_decay=0.3")))
-    assert status == 2 and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
+    assert (
+        status == 2
+        and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
+    )

@@ -47,7 +47,9 @@ def test_what_a_parabola_does_not_find():
 
 
 def test_how_far_losses_lie_off_the_parabola():
-    """What least squares leave of four sizes alternates in sign and adds up to 0; of three sizes they leave nothing."""
+    """What least squares leave of four sizes alternates in sign and adds up to 0; of three sizes
+    they leave nothing.
+    """
     ours = comparison(SIZES, lambda run: valley(150_000, 0.0)(run) + 0.1 * (run.size == "d32"))
     table = isoflop(ours, styles_of(ours))[-1]
     cells = [row[-1] for row in table.rows if row[-1] != "-"]
@@ -61,7 +63,8 @@ def test_how_far_losses_lie_off_the_parabola():
 
 def test_only_sizes_of_equal_flops_are_held_against_each_other():
     apart = {
-        name: size_at(FLOPS, width, factor) for name, width, factor in (("a", 32, 1), ("b", 48, 1.08), ("c", 64, 1.2))
+        name: size_at(FLOPS, width, factor)
+        for name, width, factor in (("a", 32, 1), ("b", 48, 1.08), ("c", 64, 1.2))
     }
     found = comparison(apart, valley(100_000))
     assert found.budgets_of_flops == [] and isoflop(found, styles_of(found)) == []
@@ -78,4 +81,6 @@ def test_unmatched_arms_are_named_beside_the_losses():
     found = comparison(SIZES, valley(150_000))
     text = to_markdown(losses(found, styles_of(found)), "figures")
     assert "Not matched in total parameters: dense, active parameters of the MoE." in text
-    assert "dense, active parameters of the MoE is 0." in text  # and held against the baseline all the same
+    assert (
+        "dense, active parameters of the MoE is 0." in text
+    )  # and held against the baseline all the same

@@ -14,8 +14,11 @@ def test_mean_and_standard_error():
 
 
 def test_paired_difference_of_known_interval():
-    # Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), and t of 2 degrees of freedom at 97.5% is 4.302653.
-    found = paired_difference({0: 11.0, 1: 22.0, 2: 33.0, 7: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0, 5: 0.0})
+    # Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), and t of 2 degrees of freedom at 97.5%
+    # is 4.302653.
+    found = paired_difference(
+        {0: 11.0, 1: 22.0, 2: 33.0, 7: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0, 5: 0.0}
+    )
     assert (found.value, found.n) == (2.0, 3)
     assert found.high - found.value == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
@@ -67,7 +70,9 @@ def test_bands_widen_with_the_spread_of_seeds():
 
 
 def test_a_parabola_is_found_again_with_its_minimum():
-    groups = {x: [2 + 0.3 * np.log(x / 5e5) ** 2 + d for d in (-0.01, 0.01)] for x in (1e5, 3e5, 1e6, 3e6)}
+    groups = {
+        x: [2 + 0.3 * np.log(x / 5e5) ** 2 + d for d in (-0.01, 0.01)] for x in (1e5, 3e5, 1e6, 3e6)
+    }
     fit = fit_parabola(groups)
     assert fit.minimum() == pytest.approx(5e5) and fit(5e5) == pytest.approx(2.0)
     low, high = fit.minimum_interval()

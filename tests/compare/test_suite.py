@@ -16,7 +16,13 @@ SMALL = Size({"model": {"d_model": 64}, "experts": {"d_ffn": 96}}, seeds=2)
 
 
 def suite(**changes):
-    values = {"name": "s", "base": tiny.get_config(), "arms": ARMS, "sizes": {"small": SMALL}, "baseline": "moe"}
+    values = {
+        "name": "s",
+        "base": tiny.get_config(),
+        "arms": ARMS,
+        "sizes": {"small": SMALL},
+        "baseline": "moe",
+    }
     return Suite(**values | changes)
 
 
@@ -36,18 +42,27 @@ def test_runs_resolve_to_configurations():
     assert free.experts.width(64) == matched_width(64, 96, 16)
     assert by_name["small/dense/seed_0"].experts.d_ffn == 8 * 96
     totals = {arm: parameter_counts(by_name[f"small/{arm}/seed_0"]).total for arm in ARMS}
-    assert abs(totals["aoe"] / totals["moe"] - 1) < 0.01 and abs(totals["dense"] / totals["moe"] - 1) < 0.01
+    assert (
+        abs(totals["aoe"] / totals["moe"] - 1) < 0.01
+        and abs(totals["dense"] / totals["moe"] - 1) < 0.01
+    )
     assert totals["active"] < 0.7 * totals["moe"]  # said not to be matched
 
 
 def test_a_learning_rate_of_the_tuning_moves_the_final_one_too():
     config = suite().runs({"moe": 1e-3})[0].config
-    assert config.train.learning_rate == 1e-3 and config.train.final_learning_rate == pytest.approx(2e-4 / 5)
+    assert config.train.learning_rate == 1e-3 and config.train.final_learning_rate == pytest.approx(
+        2e-4 / 5
+    )
 
 
 def test_a_size_may_have_a_part_of_the_rate_of_the_tuning():
     wide = suite(sizes={"small": SMALL, "wide": Size({}, 1, rate_factor=0.5)})
-    rates = {run.size: run.config.train.learning_rate for run in wide.runs({"moe": 1e-3}) if run.arm == "moe"}
+    rates = {
+        run.size: run.config.train.learning_rate
+        for run in wide.runs({"moe": 1e-3})
+        if run.arm == "moe"
+    }
     assert rates == {"small": 1e-3, "wide": 5e-4}
     own = {run.size: run.config.train.learning_rate for run in wide.runs() if run.arm == "moe"}
     assert own["small"] == own["wide"]  # what isn't tuned stays
@@ -78,11 +93,26 @@ def wide(factor):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": ARMS | {"wide": wide(120)}}, ["size small", "arm wide", "1% apart", "matched=False"]),
-        ({"arms": ARMS | {"bad": Arm("bad", {"experts": {"top_k": 9}})}}, ["size small, arm bad", "experts.top_k=9"]),
-        ({"arms": ARMS | {"bad": Arm("bad", {"expert": {}})}}, ["arm bad", "config.expert is unknown"]),
-        ({"arms": ARMS | {"bad": Arm("bad", {"train": {"stepz": 1}})}}, ["arm bad", "config.train.stepz is unknown"]),
-        ({"arms": ARMS | {"bad": Arm("bad", {"train": {"steps": "x"}})}}, ["arm bad", "config.train.steps='x'"]),
+        (
+            {"arms": ARMS | {"wide": wide(120)}},
+            ["size small", "arm wide", "1% apart", "matched=False"],
+        ),
+        (
+            {"arms": ARMS | {"bad": Arm("bad", {"experts": {"top_k": 9}})}},
+            ["size small, arm bad", "experts.top_k=9"],
+        ),
+        (
+            {"arms": ARMS | {"bad": Arm("bad", {"expert": {}})}},
+            ["arm bad", "config.expert is unknown"],
+        ),
+        (
+            {"arms": ARMS | {"bad": Arm("bad", {"train": {"stepz": 1}})}},
+            ["arm bad", "config.train.stepz is unknown"],
+        ),
+        (
+            {"arms": ARMS | {"bad": Arm("bad", {"train": {"steps": "x"}})}},
+            ["arm bad", "config.train.steps='x'"],
+        ),
         ({"arms": ARMS | {"a/b": wide(96)}}, ["arms", "a/b", "letters"]),
         ({"arms": {}}, ["arms", "at least one Arm"]),
         ({"baseline": "none"}, ["baseline='none'", "moe, aoe"]),
@@ -131,8 +161,14 @@ def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
     for arguments, words in (
         ([suite], "--workdir is missing"),
         ([suite, f"--workdir={tmp_path}/w", "--report"], "has no runs to report"),
-        ([suite, f"--workdir={tmp_path}/w", "--set=train.steps"], "--set=train.steps: write it as GROUP.FIELD=VALUE"),
-        ([suite, f"--workdir={tmp_path}/w", "--set=train.stepz=1"], "config.train.stepz is unknown"),
+        (
+            [suite, f"--workdir={tmp_path}/w", "--set=train.steps"],
+            "--set=train.steps: write it as GROUP.FIELD=VALUE",
+        ),
+        (
+            [suite, f"--workdir={tmp_path}/w", "--set=train.stepz=1"],
+            "config.train.stepz is unknown",
+        ),
     ):
         status, _, stderr = run(["-m", "aoe_jax.compare", *arguments])
         assert status == 2 and words in stderr and "Traceback" not in stderr, stderr
@@ -141,8 +177,12 @@ def test_mistakes_on_the_command_line_end_with_status_2(tmp_path):
 
 def test_arms_of_another_recipe_are_refused():
     longer = load_suite(ROOT / "configs/compare/tiny.py")
-    arms = longer.arms | {"longer": Arm("longer", {"experts": {"kind": "router"}, "train": {"batch_size": 16}})}
-    with pytest.raises(UserError, match=r"arm longer has another config\.train\.batch_size than moe_aux"):
+    arms = longer.arms | {
+        "longer": Arm("longer", {"experts": {"kind": "router"}, "train": {"batch_size": 16}})
+    }
+    with pytest.raises(
+        UserError, match=r"arm longer has another config\.train\.batch_size than moe_aux"
+    ):
         dataclasses.replace(longer, arms=arms).runs()
 
 
@@ -150,18 +190,26 @@ def test_what_the_suite_sets_for_each_run_is_no_setting():
     for setting in ("train.seed=7", "train.learning_rate=0.5"):
         with pytest.raises(UserError, match=f"--set={setting}: the suite sets it for each run"):
             load_suite(ROOT / "configs/compare/small.py", [setting])
-    found = load_suite(ROOT / "configs/compare/tiny.py", ["experts.d_low=6", "train.learning_rate=0.5"])
+    found = load_suite(
+        ROOT / "configs/compare/tiny.py", ["experts.d_low=6", "train.learning_rate=0.5"]
+    )
     configs = {run.arm: run.config for run in found.runs()}
     assert {configs[arm].experts.d_low for arm in ("aoe_free", "aoe_aux")} == {6}
     assert {config.train.learning_rate for config in configs.values()} == {0.5}
 
 
 def test_settings_change_all_runs():
-    found = load_suite(ROOT / "configs/compare/tiny.py", ["train.steps=20", "data.name=lm1b", "data.path=/data"])
-    assert {(run.config.train.steps, run.config.data.name) for run in found.runs()} == {(20, "lm1b")}
+    found = load_suite(
+        ROOT / "configs/compare/tiny.py", ["train.steps=20", "data.name=lm1b", "data.path=/data"]
+    )
+    assert {(run.config.train.steps, run.config.data.name) for run in found.runs()} == {
+        (20, "lm1b")
+    }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/compare").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs/compare").glob("*.py"))
+)
 def test_every_suite_of_the_repository_resolves(name):
     suite = load_suite(ROOT / f"configs/compare/{name}.py")
     runs = suite.runs()

@@ -1,4 +1,6 @@
-"""What a step costs against settings: which configurations are measured, by the command from end to end, and the report."""
+"""What a step costs against settings: which configurations are measured, by the command from end to
+end, and the report.
+"""
 
 import csv
 import dataclasses
@@ -25,7 +27,10 @@ from tests.hasty import xla_flags
 from tests.runs import ROOT, finish, start
 
 ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE}
-SMALL = {"model": {"n_layers": 1, "unroll": 1, "d_model": 64, "vocab_size": 512}, "experts": {"d_ffn": 96}}
+SMALL = {
+    "model": {"n_layers": 1, "unroll": 1, "d_model": 64, "vocab_size": 512},
+    "experts": {"d_ffn": 96},
+}
 
 
 def suite_of(sweep, **changes):
@@ -65,12 +70,21 @@ def test_topologies_keep_the_batch_of_a_chip():
 @pytest.mark.parametrize(
     ("sweep", "words"),
     [
-        (Sweep("experts.d_ffn", (1, 2), {}), ["throughput['it'].setting='experts.d_ffn'", "experts.n_experts"]),
+        (
+            Sweep("experts.d_ffn", (1, 2), {}),
+            ["throughput['it'].setting='experts.d_ffn'", "experts.n_experts"],
+        ),
         (Sweep("experts.top_k", (2,), {}), ["throughput['it'].values=(2,)", "two or more"]),
-        (Sweep("experts.top_k", (9, 2), SMALL), ["throughput it, experts.top_k=9, arm moe", "experts.top_k=9"]),
+        (
+            Sweep("experts.top_k", (9, 2), SMALL),
+            ["throughput it, experts.top_k=9, arm moe", "experts.top_k=9"],
+        ),
         (Sweep("topology", ("v5e", "v5e:2x2"), SMALL), ["topology='v5e'", "such as v5e:4x4"]),
         (Sweep("experts.top_k", (1, 2), {}, arms=("aoe",)), ["must have the baseline 'moe'"]),
-        (Sweep("experts.top_k", (1, 2), SMALL), ["throughput it, experts.top_k=1: arm wide", "1% apart"]),
+        (
+            Sweep("experts.top_k", (1, 2), SMALL),
+            ["throughput it, experts.top_k=1: arm wide", "1% apart"],
+        ),
     ],
 )
 def test_what_no_sweep_can_be(sweep, words):
@@ -99,18 +113,30 @@ def test_machines_that_are_not_here_are_traced(tmp_path):
     costs = read_costs(suite, tmp_path, "it")["moe"]
     assert [(cost.x, cost.tokens) for cost in costs] == [(4, 4 * 64), (8, 8 * 64)]
     # FSDP: a chip receives all but its own share of the parameters, twice, and of their gradients.
-    assert costs[1].received_bytes / costs[0].received_bytes == pytest.approx((7 / 8) / (3 / 4), rel=0.02)
+    assert costs[1].received_bytes / costs[0].received_bytes == pytest.approx(
+        (7 / 8) / (3 / 4), rel=0.02
+    )
     assert all(cost.memory_bytes is None and cost.seconds > 0 for cost in costs)
 
 
-SWEPT = 'sizes={}, throughput={"tokens": Sweep("train.batch_size", (2, 4), {}, arms=("moe", "aoe"))},'
+SWEPT = (
+    'sizes={}, throughput={"tokens": Sweep("train.batch_size", (2, 4), {}, arms=("moe", "aoe"))},'
+)
 
 
 def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     """A suite that trains nothing; and the machine of an earlier version of the command."""
     file, work = tmp_path / "suite.py", tmp_path / "work"
     command = ["-m", "aoe_jax.compare", f"--suite={file}", f"--workdir={work}"]
-    earlier = {"backend": "cpu", "device": "abacus", "cores": 1, "devices": 1, "python": "2", "jax": "0", "numpy": "1"}
+    earlier = {
+        "backend": "cpu",
+        "device": "abacus",
+        "cores": 1,
+        "devices": 1,
+        "python": "2",
+        "jax": "0",
+        "numpy": "1",
+    }
     work.mkdir()
     write_json(work / "machine.json", earlier | {"jaxlib": "0", "flax": "0", "optax": "0"})
 
@@ -118,7 +144,9 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     output = sweep_file(work, "tokens")
     output.parent.mkdir()
     figures = {arm: {"seconds": 1.0, "memory_bytes": 1e6} for arm in ("moe", "aoe")}
-    write_json(output, {"points": [missing_points(suite, work, "tokens")[0] | {"figures": figures}]})
+    write_json(
+        output, {"points": [missing_points(suite, work, "tokens")[0] | {"figures": figures}]}
+    )
     status, _, stderr = finish(start(command, XLA_FLAGS=xla_flags()))
     assert status == 0, stderr
     points = read_json(output)["points"]
@@ -127,21 +155,36 @@ def test_the_command_measures_what_is_missing_and_reports(tmp_path):
     machines = read_json(work / "machine.json")["machines"]
     assert len(machines) == 2 and machines[0]["device"] == "abacus"
     markdown = (work / "report.md").read_text()
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert head.startswith(machines[1]["commit"].removesuffix("-dirty"))
     assert f"aoe_jax at {machines[1]['commit']}." in markdown
-    assert "Machine: abacus, 1 cores; python 2" in markdown and "took part one after another" in markdown
+    assert (
+        "Machine: abacus, 1 cores; python 2" in markdown
+        and "took part one after another" in markdown
+    )
     assert "## Throughput against settings" in markdown and "Failed" not in markdown
     assert "What is matched" not in markdown and "0 of 0" not in markdown
     with (work / "throughput.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["arm"], row["x"]) for row in rows] == [("moe", "64"), ("moe", "128"), ("aoe", "64"), ("aoe", "128")]
+    assert [(row["arm"], row["x"]) for row in rows] == [
+        ("moe", "64"),
+        ("moe", "128"),
+        ("aoe", "64"),
+        ("aoe", "128"),
+    ]
     of = {(row["arm"], row["x"]): row for row in rows}
-    ratio = float(of["moe", "128"]["seconds_per_step"]) / float(of["aoe", "128"]["seconds_per_step"])
+    ratio = float(of["moe", "128"]["seconds_per_step"]) / float(
+        of["aoe", "128"]["seconds_per_step"]
+    )
     assert float(of["aoe", "128"]["speed_to_baseline"]) == pytest.approx(ratio)
     memory = float(of["aoe", "128"]["memory_bytes"]) / float(of["moe", "128"]["memory_bytes"])
     assert f"{ratio:.2f} / {memory:.2f} |" in markdown
-    assert re.search(r"figures/throughput_tokens\.png", markdown) and (work / "figures/throughput_tokens.svg").exists()
+    assert (
+        re.search(r"figures/throughput_tokens\.png", markdown)
+        and (work / "figures/throughput_tokens.svg").exists()
+    )
 
 
 def test_steps_are_held_against_those_of_as_many_experts(tmp_path):
@@ -150,16 +193,32 @@ def test_steps_are_held_against_those_of_as_many_experts(tmp_path):
         "few": Arm("few", {"experts": router | {"selection": "top_p"}}, reference="aoe"),
         "many": Arm("many", {"experts": router | {"selection": "top_p", "top_p": 0.9}}),
         "edge": Arm("edge", {"experts": router | {"selection": "top_p", "top_p": 0.1}}),
-        "one": Arm("one", {"experts": {"kind": "thor"}, "balance": {"aux_weight": 0.0}}, matched=False),
+        "one": Arm(
+            "one", {"experts": {"kind": "thor"}, "balance": {"aux_weight": 0.0}}, matched=False
+        ),
     }
     others = {"wider": {"d_ffn": 104}, "three": {"top_k": 3}}
-    sizes = {name: Size(SMALL | {"experts": SMALL["experts"] | changes}, seeds=1) for name, changes in others.items()}
+    sizes = {
+        name: Size(SMALL | {"experts": SMALL["experts"] | changes}, seeds=1)
+        for name, changes in others.items()
+    }
     sizes["same"] = Size(SMALL, seeds=2)
-    suite = suite_of(Sweep("experts.top_k", (1, 2, 4), SMALL, ("moe", "aoe")), arms=arms, sizes=sizes)
-    file, seconds = sweep_file(tmp_path, "it"), {"moe": {1: 1.0, 2: 1.5, 4: 2.5}, "aoe": {1: 1.0, 2: 2.0, 4: 4.0}}
+    suite = suite_of(
+        Sweep("experts.top_k", (1, 2, 4), SMALL, ("moe", "aoe")), arms=arms, sizes=sizes
+    )
+    file, seconds = (
+        sweep_file(tmp_path, "it"),
+        {"moe": {1: 1.0, 2: 1.5, 4: 2.5}, "aoe": {1: 1.0, 2: 2.0, 4: 4.0}},
+    )
     file.parent.mkdir()
     points = [
-        point | {"figures": {arm: {"seconds": of[point["value"]], "memory_bytes": 1.0} for arm, of in seconds.items()}}
+        point
+        | {
+            "figures": {
+                arm: {"seconds": of[point["value"]], "memory_bytes": 1.0}
+                for arm, of in seconds.items()
+            }
+        }
         for point in missing_points(suite, tmp_path, "it")
     ]
     write_json(file, {"points": points})
@@ -172,7 +231,15 @@ def test_steps_are_held_against_those_of_as_many_experts(tmp_path):
         return [[chosen - 1, 0.5], [chosen - 0.5, 1]]
 
     def result(run):
-        per_step = {"moe": 3.0, "aoe": 4.0, "few": 6.0, "many": 9.0, "edge": 2.0, "one": 4.0, "dense": 1.0}[run.arm]
+        per_step = {
+            "moe": 3.0,
+            "aoe": 4.0,
+            "few": 6.0,
+            "many": 9.0,
+            "edge": 2.0,
+            "one": 4.0,
+            "dense": 1.0,
+        }[run.arm]
         routing = None
         if run.arm not in ("one", "dense"):
             routing = {"checkpoints": [{"load": [[9, 9]]}, {"load": load_of(run.arm, run.seed)}]}
@@ -193,7 +260,9 @@ def test_steps_are_held_against_those_of_as_many_experts(tmp_path):
         ["same: one", "1.00", moe, "1.33", "2.00"],
     ]
     # What was timed in another way than its reference isn't held against it.
-    assert table([dataclasses.replace(r, timed_in_turn=r.run.arm != "moe") for r in results]) == [few]
+    assert table([dataclasses.replace(r, timed_in_turn=r.run.arm != "moe") for r in results]) == [
+        few
+    ]
 
 
 def test_bounds_are_said_to_be_no_measurement(tmp_path):
@@ -201,13 +270,27 @@ def test_bounds_are_said_to_be_no_measurement(tmp_path):
     suite, file = suite_of(sweep), sweep_file(tmp_path, "it")
     file.parent.mkdir()
     figures = {
-        arm: {"seconds": 1e-3 * s, "received_bytes": 1e6 * s} for arm, s in (("moe", 1), ("aoe", 2), ("dense", 4))
+        arm: {"seconds": 1e-3 * s, "received_bytes": 1e6 * s}
+        for arm, s in (("moe", 1), ("aoe", 2), ("dense", 4))
     }
-    write_json(file, {"points": [point | {"figures": figures} for point in missing_points(suite, tmp_path, "it")]})
+    write_json(
+        file,
+        {
+            "points": [
+                point | {"figures": figures} for point in missing_points(suite, tmp_path, "it")
+            ]
+        },
+    )
     comparison = Comparison(suite, [])
-    blocks = throughput(comparison, {"it": read_costs(suite, tmp_path, "it")}, styles_of(comparison))
+    blocks = throughput(
+        comparison, {"it": read_costs(suite, tmp_path, "it")}, styles_of(comparison)
+    )
     text = to_markdown(blocks, "figures")
-    assert "nothing is measured" in text and "bounds, not measured" in text and "0.50 / 2.00 | 0.25 / 4.00" in text
+    assert (
+        "nothing is measured" in text
+        and "bounds, not measured" in text
+        and "0.50 / 2.00 | 0.25 / 4.00" in text
+    )
     other = dataclasses.replace(suite, base=tiny.get_config("moe"))
     assert read_costs(other, tmp_path, "it")  # the same configurations
     changed = suite_of(dataclasses.replace(sweep, changes=SMALL))

@@ -18,11 +18,19 @@ def test_command(tmp_path):
     result = json.loads(file.read_text())
     assert [result["setting"][name] for name in ("seeds", "steps", "d_model")] == [2, 3, 8]
     figures = {figure["arm"]: figure["stages"] for figure in result["figures"]}
-    assert list(figures) == ["AoE, gate=chosen", "AoE, gate=all", "router, gate=chosen", "router, gate=all"]
+    assert list(figures) == [
+        "AoE, gate=chosen",
+        "AoE, gate=all",
+        "router, gate=chosen",
+        "router, gate=all",
+    ]
     for stage in (stage for stages in figures.values() for stage in stages):
         share = np.array(stage["share"])
         assert share.shape == (2, 3, 2) and np.allclose(share.sum(axis=-1), 1)
-        assert sum(stage["endings"].values()) == 2 and min(stage["share_of_first_expert"]["mean"][:1]) >= 0.5
+        assert (
+            sum(stage["endings"].values()) == 2
+            and min(stage["share_of_first_expert"]["mean"][:1]) >= 0.5
+        )
     # Without a gradient a router chooses as it was drawn.
     first, second = figures["router, gate=chosen"]
     assert first["share"] == second["share"]
@@ -40,7 +48,10 @@ def test_command(tmp_path):
         ("--d_model=1", "--d_model=1: must be 2 or more"),
         ("--steps=few", "--steps=few: must be a whole number"),
         ("--json=.", "--json=.: is a folder; name a file"),
-        ("--output=README.md/pictures", "--output=README.md/pictures: README.md/pictures can't be made"),
+        (
+            "--output=README.md/pictures",
+            "--output=README.md/pictures: README.md/pictures can't be made",
+        ),
     ],
 )
 def test_refused(flag, wanted):

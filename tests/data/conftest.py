@@ -15,7 +15,9 @@ def sotu_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sotu_directory(sotu_cache):
-    (directory,) = cached_token_stores([load_corpus("sotu", None, str(sotu_cache))], None, VOCAB_SIZE, str(sotu_cache))
+    (directory,) = cached_token_stores(
+        [load_corpus("sotu", None, str(sotu_cache))], None, VOCAB_SIZE, str(sotu_cache)
+    )
     return directory
 
 

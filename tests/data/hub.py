@@ -18,7 +18,9 @@ PATH = "data/train-00000-of-00001.parquet"
 def parquet():
     """The one file of the data set."""
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": POEMS, "line": list(range(len(POEMS)))}), file)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": POEMS, "line": list(range(len(POEMS)))}), file
+    )
     return file.getvalue()
 
 
@@ -30,9 +32,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         """Metadata, listings of folders, and the file."""
         path = self.path.partition("?")[0]
-        entry = {"type": "file", "path": PATH, "size": len(self.content), "oid": hashlib.sha1(self.content).hexdigest()}
-        if path == "/api/datasets/org/poems" or path.startswith("/api/datasets/org/poems/revision/"):
-            self._answer({"id": "org/poems", "sha": COMMIT, "private": False, "gated": False, "siblings": []})
+        entry = {
+            "type": "file",
+            "path": PATH,
+            "size": len(self.content),
+            "oid": hashlib.sha1(self.content).hexdigest(),
+        }
+        if path == "/api/datasets/org/poems" or path.startswith(
+            "/api/datasets/org/poems/revision/"
+        ):
+            self._answer(
+                {"id": "org/poems", "sha": COMMIT, "private": False, "gated": False, "siblings": []}
+            )
         elif path == f"/api/datasets/org/poems/tree/{COMMIT}":
             self._answer([{"type": "directory", "path": "data", "size": 0, "oid": COMMIT}])
         elif path.startswith("/api/datasets/org/poems/tree/"):
@@ -40,14 +51,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path.endswith(f"/resolve/{COMMIT}/{PATH}"):
             self._answer(self.content, ETag=f'"{entry["oid"]}"')
         else:
-            self._answer(b"", 404, **{"X-Error-Code": "EntryNotFound" if "org/poems" in path else "RepoNotFound"})
+            self._answer(
+                b"",
+                404,
+                **{"X-Error-Code": "EntryNotFound" if "org/poems" in path else "RepoNotFound"},
+            )
 
     do_HEAD = do_GET
 
     def _answer(self, body, status=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in ({"X-Repo-Commit": COMMIT, "Content-Length": len(body)} | headers).items():
+        for name, value in (
+            {"X-Repo-Commit": COMMIT, "Content-Length": len(body)} | headers
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":

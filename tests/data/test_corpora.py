@@ -21,7 +21,10 @@ class OnlyTrain(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"body": tfds.features.Text(), "words": tfds.features.Sequence(tfds.features.Text())}
+        features = {
+            "body": tfds.features.Text(),
+            "words": tfds.features.Sequence(tfds.features.Text()),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -131,8 +134,14 @@ def test_file_that_is_not_utf8_is_named(text_folder, tmp_path):
 def test_missing_tfds_splits_are_cut_from_train(tmp_path):
     corpus = load_corpus("only_train", str(tmp_path), "unused", "body")
     found = documents(corpus)
-    assert {split: len(texts) for split, texts in found.items()} == {"train": 41, "validation": 2, "test": 2}
-    assert {text for texts in found.values() for text in texts} == {f"document {i}" for i in range(45)}
+    assert {split: len(texts) for split, texts in found.items()} == {
+        "train": 41,
+        "validation": 2,
+        "test": 2,
+    }
+    assert {text for texts in found.values() for text in texts} == {
+        f"document {i}" for i in range(45)
+    }
     again = load_corpus("only_train:1.0.0", str(tmp_path), "unused", "body")
     assert documents(again) == found
     assert again.fingerprint == corpus.fingerprint
@@ -146,13 +155,25 @@ def test_tfds_data_lies_in_the_cache_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text_field", "message"),
     [
-        ("lm1bb", "text", r"data.name='lm1bb': unknown; give sotu, text, a TFDS name.*close names:.*lm1b"),
+        (
+            "lm1bb",
+            "text",
+            r"data.name='lm1bb': unknown; give sotu, text, a TFDS name.*close names:.*lm1b",
+        ),
         ("wiki40/en", "text", r"data.name='wiki40/en': unknown.*wiki40b"),
         ("../texts", "text", r"data.name='../texts': TFDS cannot load it: ValueError"),
         ("only_train:7.0.0", "body", r"data.name='only_train:7.0.0': TFDS cannot load it"),
-        ("only_train", "text", r"data.text_field='text': the text features of only_train are \['body'\]"),
+        (
+            "only_train",
+            "text",
+            r"data.text_field='text': the text features of only_train are \['body'\]",
+        ),
         ("only_test", "body", r"data.name='only_test': has no train split, only \['test'\]"),
-        ("no_network", "body", r"data.name='no_network': TFDS cannot prepare it: OSError: .*network is unreachable"),
+        (
+            "no_network",
+            "body",
+            r"data.name='no_network': TFDS cannot prepare it: OSError: .*network is unreachable",
+        ),
         ("needs_package", "body", r"data.name='needs_package': .*apache_beam.*data.path"),
     ],
 )
@@ -165,7 +186,9 @@ def test_tfds_data_in_another_file_format(tmp_path):
     OnlyTrain(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     info = tmp_path / "only_train" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"data.name='only_train': TFDS cannot load it.*TFRECORD.*\n.*array_record"):
+    with pytest.raises(
+        UserError, match=r"data.name='only_train': TFDS cannot load it.*TFRECORD.*\n.*array_record"
+    ):
         load_corpus("only_train", str(tmp_path), "unused", "body")
 
 
@@ -184,7 +207,11 @@ except UserError as error:
 
 def load_from_hub(name, cache, endpoint, before=""):
     """What another process, which takes `endpoint` for the hub, finds."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": f"{cache}/hf", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": f"{cache}/hf",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     command = [sys.executable, "-c", before + LOAD, name, str(cache)]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -194,14 +221,26 @@ def load_from_hub(name, cache, endpoint, before=""):
 def test_hugging_face_data_set_through_tfds(tmp_path):
     with hub() as endpoint:
         fingerprint, found = load_from_hub("huggingface:org/poems", tmp_path, endpoint)
-        assert {split: len(texts) for split, texts in found.items()} == {"train": 54, "validation": 3, "test": 3}
+        assert {split: len(texts) for split, texts in found.items()} == {
+            "train": 54,
+            "validation": 3,
+            "test": 3,
+        }
         assert sorted(text for texts in found.values() for text in texts) == sorted(POEMS)
         (error,) = load_from_hub("huggingface:org/prose", tmp_path, endpoint)
-        assert error.startswith("data.name='huggingface:org/prose': TFDS cannot load it: RuntimeError: Failed to load")
+        assert error.startswith(
+            "data.name='huggingface:org/prose': TFDS cannot load it: RuntimeError: Failed to load"
+        )
     without_datasets = "import sys; sys.modules['datasets'] = None\n"
-    assert load_from_hub("huggingface:org/poems", tmp_path, endpoint, without_datasets) == [fingerprint, found]
+    assert load_from_hub("huggingface:org/poems", tmp_path, endpoint, without_datasets) == [
+        fingerprint,
+        found,
+    ]
     (error,) = load_from_hub("huggingface:org/new", tmp_path, endpoint, without_datasets)
-    assert error.startswith("data.name='huggingface:org/new': needs a package") and "[huggingface]" in error
+    assert (
+        error.startswith("data.name='huggingface:org/new': needs a package")
+        and "[huggingface]" in error
+    )
     (error,) = load_from_hub("huggingface:poems", tmp_path, endpoint)
     assert "ValueError: name a data set of the hub as huggingface:OWNER/NAME" in error
 

@@ -43,7 +43,9 @@ def test_last_line_needs_no_end(tmp_path):
         assert joined(read(tmp_path / "a.jsonl", piece_bytes)) == ["one", "two"]
 
 
-@pytest.mark.parametrize(("write", "name"), [(write_zstd, "a.jsonl.zst"), (write_gzip, "a.ndjson.gz")])
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_zstd, "a.jsonl.zst"), (write_gzip, "a.ndjson.gz")]
+)
 def test_compressed_json_lines(tmp_path, write, name):
     write(tmp_path / name, texts(50))
     assert read(tmp_path / name, piece_bytes=10) == [texts(50)]
@@ -86,13 +88,27 @@ def test_progress_reaches_the_size(tmp_path):
 
 def test_files_are_found_once_and_sorted(tmp_path):
     write_everything(tmp_path)
-    names = ["a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", "sub/0.txt", "sub/1.txt", "sub/2.txt"]
-    found = find_files([str(tmp_path / "sub" / "*.txt"), str(tmp_path / "sub" / ".." / "**")], tmp_path / "out")
+    names = [
+        "a.jsonl",
+        "b.jsonl.zst",
+        "c.json.gz",
+        "d.parquet",
+        "sub/0.txt",
+        "sub/1.txt",
+        "sub/2.txt",
+    ]
+    found = find_files(
+        [str(tmp_path / "sub" / "*.txt"), str(tmp_path / "sub" / ".." / "**")], tmp_path / "out"
+    )
     assert found == [tmp_path / name for name in names]
 
 
 def damaged(content):
-    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 255]) + content[len(content) // 2 + 1 :]
+    return (
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 255])
+        + content[len(content) // 2 + 1 :]
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,23 +120,47 @@ def damaged(content):
             r"the line at byte 16 of .*a\.jsonl is no JSON .*mend or remove",
         ),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', r"the line at byte 0 of .*a\.jsonl is no JSON"),
-        ("a.jsonl", b'["text"]\n', r"byte 0 of .*is no JSON object; each line is one, with a field 'text'"),
-        ("a.jsonl", b'{"body": "x"}\n', r"--text_field='text': .*byte 0 of .*has no such field; it has \['body'\]"),
-        ("a.jsonl", b'{"text": null}\n', r"--text_field='text': .*has a NoneType there, not a text"),
-        ("a.json.gz", gzip.compress(b"x\n", mtime=0), r"byte 0 of .*a\.json\.gz, decompressed, is no JSON"),
+        (
+            "a.jsonl",
+            b'["text"]\n',
+            r"byte 0 of .*is no JSON object; each line is one, with a field 'text'",
+        ),
+        (
+            "a.jsonl",
+            b'{"body": "x"}\n',
+            r"--text_field='text': .*byte 0 of .*has no such field; it has \['body'\]",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": null}\n',
+            r"--text_field='text': .*has a NoneType there, not a text",
+        ),
+        (
+            "a.json.gz",
+            gzip.compress(b"x\n", mtime=0),
+            r"byte 0 of .*a\.json\.gz, decompressed, is no JSON",
+        ),
         (
             "a.json.gz",
             gzip.compress(json_lines(texts(99)), mtime=0)[:-20],
             r"a\.json\.gz cannot be read \(Truncated.*mend or",
         ),
-        ("a.jsonl.zst", zstd(json_lines(texts(99)))[:-20], r"a\.jsonl\.zst cannot be read \(Truncated"),
+        (
+            "a.jsonl.zst",
+            zstd(json_lines(texts(99)))[:-20],
+            r"a\.jsonl\.zst cannot be read \(Truncated",
+        ),
         (
             "a.jsonl.gz",
             damaged(gzip.compress(json_lines(texts(99)), mtime=0)),
             r"a\.jsonl\.gz (cannot be read|, decompressed)",
         ),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst cannot be read \(ZSTD"),
-        ("a.jsonl", b'{"text": ' + 9999 * b"[" + b"\n", r"byte 0 of .*is no JSON \(maximum recursion depth"),
+        (
+            "a.jsonl",
+            b'{"text": ' + 9999 * b"[" + b"\n",
+            r"byte 0 of .*is no JSON \(maximum recursion depth",
+        ),
         ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 at byte 3; convert or remove it"),
         ("a.parquet", b"no parquet", r"a\.parquet cannot be read \(.*[Pp]arquet"),
     ],
@@ -134,10 +174,13 @@ def test_mistakes_in_files(tmp_path, name, content, message):
 def test_mistakes_in_parquet(tmp_path):
     write_parquet(tmp_path / "a.parquet", [*texts(20), None])
     with pytest.raises(
-        UserError, match=r"--text_field='body': .*a\.parquet has no such column; it has \['id', 'text'\]"
+        UserError,
+        match=r"--text_field='body': .*a\.parquet has no such column; it has \['id', 'text'\]",
     ):
         read(tmp_path / "a.parquet", field="body")
-    with pytest.raises(UserError, match=r"--text_field='text': row group 2 of .*a\.parquet has a NoneType there"):
+    with pytest.raises(
+        UserError, match=r"--text_field='text': row group 2 of .*a\.parquet has a NoneType there"
+    ):
         read(tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[:10] + bytes(200) + content[210:])
@@ -173,5 +216,7 @@ def test_patterns(tmp_path):
         find_files([str(tmp_path / "*.jsonl")], tmp_path / "out")
     for name in ("a.csv", "b.gz", "c", "d.parquet.gz"):
         (tmp_path / name).touch()
-        with pytest.raises(UserError, match=rf"{name} is in no known format; give files that end in \.jsonl"):
+        with pytest.raises(
+            UserError, match=rf"{name} is in no known format; give files that end in \.jsonl"
+        ):
             find_files([str(tmp_path / name)], tmp_path / "out")

@@ -1,4 +1,6 @@
-"""Several corpora: which window of which comes when, one tokenizer for all, and what a run's identity is made of."""
+"""Several corpora: which window of which comes when, one tokenizer for all, and what a run's
+identity is made of.
+"""
 
 import itertools
 import json
@@ -57,7 +59,10 @@ def sources_of(corpus, batch):
     """Of each row of a batch, the name of its source."""
     ids = {name: set(store.read(0, len(store)).tolist()) for name, store in corpus.train.items()}
     shared = set.intersection(*ids.values())  # end of text
-    return [next(name for name in ids if set(row) - shared <= ids[name]) for row in batch["inputs"].tolist()]
+    return [
+        next(name for name in ids if set(row) - shared <= ids[name])
+        for row in batch["inputs"].tolist()
+    ]
 
 
 WEIGHTS = [
@@ -88,7 +93,11 @@ def test_shares_are_kept_at_every_position(weights, start):
 
 
 def test_shares_are_exact_where_they_can_be():
-    assert Mixture([Fraction("0.67"), Fraction("0.045"), Fraction("0.285")]).counts(200) == [134, 9, 57]
+    assert Mixture([Fraction("0.67"), Fraction("0.045"), Fraction("0.285")]).counts(200) == [
+        134,
+        9,
+        57,
+    ]
     assert Mixture([31, 4159, 26]).counts(31 + 4159 + 26) == [31, 4159, 26]
 
 
@@ -97,7 +106,10 @@ def test_batches_hold_the_sources_in_their_shares(corpus):
     seen = Counter()
     for number in range(1, 51):
         seen.update(sources_of(corpus, next(iterator)))
-        assert iterator.get_state() == {"next_index": number, "sources": {name: seen[name] for name in corpus.train}}
+        assert iterator.get_state() == {
+            "next_index": number,
+            "sources": {name: seen[name] for name in corpus.train},
+        }
     assert seen == {"small": 150, "large": 60, "digits": 90}
 
 
@@ -122,7 +134,8 @@ def test_sources_of_one_size_are_in_different_orders(folders):
     shutil.copytree(folders["large"], copy)
     corpus = corpus_of(folders | {"copy": copy}, "text@{large}, text@{copy}")
     first, second = (
-        [batch["inputs"].tolist() for batch in itertools.islice(batches_of(corpus, rows=[row]), 20)] for row in (0, 1)
+        [batch["inputs"].tolist() for batch in itertools.islice(batches_of(corpus, rows=[row]), 20)]
+        for row in (0, 1)
     )
     assert first != second
 
@@ -151,7 +164,8 @@ def test_position_is_restored_and_whole_batches_are_those_of_processes(corpus, p
 def test_position_in_other_sources_is_refused(corpus, sources):
     state = {"next_index": 1} | ({"sources": sources} if sources else {})
     with pytest.raises(
-        UserError, match=r"data\.name: the checkpoint had read .* after 1 batches, .*'small': 3, 'large': 2"
+        UserError,
+        match=r"data\.name: the checkpoint had read .* after 1 batches, .*'small': 3, 'large': 2",
     ):
         iter(batches_of(corpus)).set_state(state)
 
@@ -170,16 +184,25 @@ def test_one_vocabulary_is_trained_on_all(folders):
 def prepared(folders, name, folder, **settings):
     """A copy of a corpus' token store, under a name of the user's."""
     corpus = corpus_of(folders, f"text@{{{folder}}}", **settings)
-    return shutil.copytree(corpus.tokenizer.parent, folders["cache"].parent / name, dirs_exist_ok=True)
+    return shutil.copytree(
+        corpus.tokenizer.parent, folders["cache"].parent / name, dirs_exist_ok=True
+    )
 
 
 def test_prepared_stores_bring_their_tokenizer(folders):
     mine = prepared(folders, "mine", "large", vocab_size=300)
-    corpus = corpus_of(folders | {"mine": mine}, "prepared@{mine}=0.9, text@{digits}=0.1", vocab_size=512)
-    assert list(corpus.train) == ["mine", "digits"] and corpus.weights == (Fraction("0.9"), Fraction("0.1"))
+    corpus = corpus_of(
+        folders | {"mine": mine}, "prepared@{mine}=0.9, text@{digits}=0.1", vocab_size=512
+    )
+    assert list(corpus.train) == ["mine", "digits"] and corpus.weights == (
+        Fraction("0.9"),
+        Fraction("0.1"),
+    )
     assert len({store.manifest["tokenizer_sha256"] for store in corpus.train.values()}) == 1
     assert corpus.identities[0] == corpus_of(folders, "text@{large}", vocab_size=300).identities[0]
-    given = corpus_of(folders | {"mine": mine}, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json"))
+    given = corpus_of(
+        folders | {"mine": mine}, "prepared@{mine}", 512, tokenizer=str(mine / "tokenizer.json")
+    )
     assert given.identities == corpus.identities[:1]
     alone = open_corpus(DataConfig("prepared", path=str(mine)), 300)
     assert alone.identities == corpus.identities[:1] and list(alone.train) == ["mine"]
@@ -193,13 +216,20 @@ def test_prepared_stores_that_do_not_fit(folders):
         ("prepared@{mine}, prepared@{other}", {}),
         ("prepared@{mine}", {"tokenizer": str(other / "tokenizer.json")}),
     ):
-        with pytest.raises(UserError, match=r"all corpora must be of one tokenizer, but .*mine has [0-9a-f]{12}"):
+        with pytest.raises(
+            UserError, match=r"all corpora must be of one tokenizer, but .*mine has [0-9a-f]{12}"
+        ):
             corpus_of(here, name, vocab_size=512, **settings)
     with pytest.raises(UserError, match=r"model\.vocab_size=280: the tokenizer has 300 tokens"):
         corpus_of(here, "prepared@{mine}, text@{digits}", vocab_size=280)
-    with pytest.raises(UserError, match=rf"data\.name: 'prepared' names {folders['cache']}, which is no token store"):
+    with pytest.raises(
+        UserError,
+        match=rf"data\.name: 'prepared' names {folders['cache']}, which is no token store",
+    ):
         corpus_of(here, "prepared@{nothing}, text@{digits}")
-    assert not any(path.name.startswith("digits") for path in (folders["cache"] / "tokens").iterdir())
+    assert not any(
+        path.name.startswith("digits") for path in (folders["cache"] / "tokens").iterdir()
+    )
 
 
 def test_batches_of_a_single_window(corpus):

@@ -137,7 +137,8 @@ def test_processes_share_the_batch_of_one(validation, process_count):
     whole = take(batches_of(validation, 64, 8, seed=0), 30)
     share = 8 // process_count
     parts = [
-        take(batches_of(validation, 64, 8, 0, range(p * share, (p + 1) * share)), 30) for p in range(process_count)
+        take(batches_of(validation, 64, 8, 0, range(p * share, (p + 1) * share)), 30)
+        for p in range(process_count)
     ]
     for b, batch in enumerate(whole):
         for name, array in batch.items():
@@ -149,11 +150,15 @@ def test_resume_from_an_orbax_checkpoint(validation, tmp_path, position):
     iterator = iter(batches_of(validation, 64, 4, seed=3))
     take(iterator, position)
     with ocp.CheckpointManager(tmp_path, item_names=("data",)) as manager:
-        manager.save(position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.save(
+            position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator))
+        )
         manager.wait_until_finished()
         expected = take(iterator, 4)
         resumed = iter(batches_of(validation, 64, 4, seed=3))
-        manager.restore(position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+        manager.restore(
+            position, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed))
+        )
     assert_same(take(resumed, 4), expected)
 
 
@@ -178,8 +183,12 @@ def test_resume_in_another_process_past_an_epoch(sotu_directory, validation):
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(128, 8), (1000, 3), (200_000, 2)])
 def test_eval_has_each_target_once_in_order(validation, stream, seq_len, batch_size):
     batches = list(eval_batches(validation, seq_len, batch_size))
-    assert all(array.shape == (batch_size, seq_len) for batch in batches for array in batch.values())
-    merged = {name: np.concatenate([batch[name].ravel() for batch in batches]) for name in batches[0]}
+    assert all(
+        array.shape == (batch_size, seq_len) for batch in batches for array in batch.values()
+    )
+    merged = {
+        name: np.concatenate([batch[name].ravel() for batch in batches]) for name in batches[0]
+    }
     real = merged["weights"] == 1
     assert merged["weights"].sum() == len(stream) - 1
     np.testing.assert_array_equal(merged["inputs"][real], stream[:-1])
@@ -190,6 +199,8 @@ def test_eval_has_each_target_once_in_order(validation, stream, seq_len, batch_s
 
 def test_mistakes(byte_store):
     store = byte_store("a short text")
-    with pytest.raises(UserError, match=r"data.seq_len=14: the train split of documents has 14 tokens"):
+    with pytest.raises(
+        UserError, match=r"data.seq_len=14: the train split of documents has 14 tokens"
+    ):
         batches_of(store, 14, 4, seed=0)
     assert len(PackedWindows(store, 13)) == 1

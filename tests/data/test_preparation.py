@@ -52,7 +52,10 @@ def prepared(inputs, output, settings=SETTINGS, processes=1):
 
 def stored(directory, split):
     """The documents of a split, decoded."""
-    store, tokenizer = open_token_store(directory, split), load_tokenizer(saved_tokenizer(directory))
+    store, tokenizer = (
+        open_token_store(directory, split),
+        load_tokenizer(saved_tokenizer(directory)),
+    )
     stream = store.read(0, len(store))
     ends = np.flatnonzero(stream == store.end_of_text)
     assert ends[0] == 0 and ends[-1] == len(stream) - 1 and len(ends) == store.documents + 1
@@ -68,10 +71,17 @@ def test_every_document_is_there_once_and_in_order(inputs, whole):
     _, expected = inputs
     found = {split: stored(whole, split) for split in SPLITS}
     places = {text: place for place, text in enumerate(expected)}
-    assert sorted(places[text] for texts in found.values() for text in texts) == list(range(len(expected)))
+    assert sorted(places[text] for texts in found.values() for text in texts) == list(
+        range(len(expected))
+    )
     for split in SPLITS:
-        assert [places[text] for text in found[split]] == sorted(places[text] for text in found[split])
-    assert 0.05 < len(found["validation"]) / len(expected) < 0.15 and 0.02 < len(found["test"]) / len(expected) < 0.09
+        assert [places[text] for text in found[split]] == sorted(
+            places[text] for text in found[split]
+        )
+    assert (
+        0.05 < len(found["validation"]) / len(expected) < 0.15
+        and 0.02 < len(found["test"]) / len(expected) < 0.09
+    )
     manifest = open_token_store(whole, "train").manifest
     for split in SPLITS:
         numbers = manifest["splits"][split]
@@ -178,7 +188,10 @@ def test_complete_store_is_left_alone(inputs, whole, tmp_path, caplog):
 def test_other_settings_are_refused(inputs, whole, changes, message):
     before = contents(whole)
     settings = Settings(**{"tokenizer": "bpe:300", "validation": 0.1, "test": 0.05} | changes)
-    with pytest.raises(UserError, match=rf"holds a preparation of something else: {message}\. Delete the folder, or"):
+    with pytest.raises(
+        UserError,
+        match=rf"holds a preparation of something else: {message}\. Delete the folder, or",
+    ):
         prepared(inputs, whole, settings)
     assert contents(whole) == before
 
@@ -192,10 +205,14 @@ def test_input_that_changes_is_refused_and_what_is_new_is_said(inputs, tmp_path,
     prepared(pattern, store)
     assert "new.txt and 0 other files are new since, and not in this store" in caplog.text
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
-    with pytest.raises(UserError, match=r"--input: .*a\.jsonl has changed since the preparation began\. Delete"):
+    with pytest.raises(
+        UserError, match=r"--input: .*a\.jsonl has changed since the preparation began\. Delete"
+    ):
         prepared(pattern, store)
     (folder / "a.jsonl").unlink()
-    with pytest.raises(UserError, match=r"holds a preparation of more: .*a\.jsonl is gone, or not named here"):
+    with pytest.raises(
+        UserError, match=r"holds a preparation of more: .*a\.jsonl is gone, or not named here"
+    ):
         prepared(pattern, store)
     assert contents(store) == before
 
@@ -226,7 +243,8 @@ def test_damaged_store_says_how_to_repair_it(whole, tmp_path):
     store = shutil.copytree(whole, tmp_path / "store")
     (store / "train-00002-00000.array_record").unlink()
     with pytest.raises(
-        UserError, match=r"train-00002-00000.* is missing; `python -m aoe_jax.data.prepare --repair --output="
+        UserError,
+        match=r"train-00002-00000.* is missing; `python -m aoe_jax.data.prepare --repair --output=",
     ):
         open_token_store(store, "train")
 
@@ -296,7 +314,8 @@ def test_empty_documents_are_left_out_and_empty_splits_refused(tmp_path, caplog)
     (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), "", ""]))
     pattern = str(tmp_path / "*.jsonl"), None
     with pytest.raises(
-        UserError, match=r"--validation=0\.0001: none of 30 documents fell to validation; delete .*store"
+        UserError,
+        match=r"--validation=0\.0001: none of 30 documents fell to validation; delete .*store",
     ):
         prepared(pattern, tmp_path / "store", Settings("bpe:300", validation=0.0001, test=0.3))
     store = prepared(pattern, tmp_path / "other", Settings("bpe:300", validation=0.3, test=0.3))
@@ -326,7 +345,9 @@ def small_disk(tmp_path):
 def test_full_disk(inputs, whole, small_disk):
     filler = small_disk / "filler"
     filler.write_bytes(bytes(20_700_000))
-    with pytest.raises(UserError, match=r"--output=.*: the disk is full; make room, and the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"--output=.*: the disk is full; make room, and the same command goes on"
+    ):
         prepared(inputs, small_disk / "store")
     filler.write_bytes(bytes(20_900_000))
     for path in (small_disk / "store").glob("*.json"):
@@ -348,12 +369,17 @@ def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
     def change(workers, number, written):
         (folder / "sub" / "2.txt").write_text("changed")
 
-    with pytest.raises(UserError, match=r"--input: .*2\.txt has changed since the preparation began\. Delete .*store"):
+    with pytest.raises(
+        UserError,
+        match=r"--input: .*2\.txt has changed since the preparation began\. Delete .*store",
+    ):
         interrupted((str(folder / "**"), None), tmp_path / "store", monkeypatch, change)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("left", ["plan.json.partial", "manifest.json", "tokenizer.partial/tokenizer.json"])
+@pytest.mark.parametrize(
+    "left", ["plan.json.partial", "manifest.json", "tokenizer.partial/tokenizer.json"]
+)
 def test_files_that_a_kill_or_a_power_cut_leaves_half(inputs, whole, tmp_path, left):
     output = tmp_path / "store"
     if left != "plan.json.partial":
@@ -375,8 +401,13 @@ def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
 
     with pytest.raises(Preempted):
         interrupted(inputs, tmp_path / "store", monkeypatch, stop)
-    for use in (check, lambda store: repair(store, 1), lambda store: open_token_store(store, "train")):
+    for use in (
+        check,
+        lambda store: repair(store, 1),
+        lambda store: open_token_store(store, "train"),
+    ):
         with pytest.raises(
-            UserError, match=r"store': isn't finished; the `python -m aoe_jax.data.prepare` that began it"
+            UserError,
+            match=r"store': isn't finished; the `python -m aoe_jax.data.prepare` that began it",
         ):
             use(tmp_path / "store")

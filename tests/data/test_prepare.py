@@ -50,7 +50,9 @@ def whole(folder, tmp_path_factory):
     assert status == 0, stderr
     lines = stderr.splitlines()
     assert any("preparing: 100%" in line for line in lines) and "MB of text a second" in stderr
-    assert lines[-1].endswith(f"train on it with --config.data.name=prepared --config.data.path={output}")
+    assert lines[-1].endswith(
+        f"train on it with --config.data.name=prepared --config.data.path={output}"
+    )
     return output
 
 
@@ -94,7 +96,10 @@ def test_check_and_repair(whole, folder, tmp_path):
     before = contents(whole)
     (whole / "train-00001-00000.array_record").unlink()
     status, stderr = finish("--check", f"--output={whole}")
-    assert status == 2 and "damaged are train-00001-00000.array_record; --repair writes them again" in stderr
+    assert (
+        status == 2
+        and "damaged are train-00001-00000.array_record; --repair writes them again" in stderr
+    )
     status, stderr = finish("--repair", f"--output={whole}")
     assert status == 0 and "wrote again: train-00001-00000.array_record" in stderr
     assert contents(whole) == before
@@ -102,17 +107,32 @@ def test_check_and_repair(whole, folder, tmp_path):
 
 def test_no_jax_is_needed():
     code = "import sys, aoe_jax.data.prepare; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert "aoe_jax.data.preparation" in modules and not {"jax", "flax", "grain", "tensorflow_datasets"} & {*modules}
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    assert "aoe_jax.data.preparation" in modules and not {
+        "jax",
+        "flax",
+        "grain",
+        "tensorflow_datasets",
+    } & {*modules}
 
 
 def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(json_lines(texts(300, 0, longest=140)))
     status, stderr = finish(
-        f"--input={tmp_path}/texts.jsonl", f"--tokenizer={LLAMA}", f"--output={tmp_path / 'store'}", *FLAGS[1:]
+        f"--input={tmp_path}/texts.jsonl",
+        f"--tokenizer={LLAMA}",
+        f"--output={tmp_path / 'store'}",
+        *FLAGS[1:],
     )
     assert status == 0, stderr
-    store = {"data__name": "prepared", "data__path": tmp_path / "store", "train__steps": 4, "train__eval_every": 0}
+    store = {
+        "data__name": "prepared",
+        "data__path": tmp_path / "store",
+        "train__steps": 4,
+        "train__eval_every": 0,
+    }
     status, _, stderr = run(train_command(tmp_path / "run", **store))
     assert status == 2 and "model.vocab_size=512: the tokenizer has 32000 tokens" in stderr
     status, _, stderr = run(train_command(tmp_path / "run", **store, model__vocab_size=32000))
@@ -128,15 +148,33 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
     [
         (["--input=x"], "--output is missing; name the directory of the token store"),
         (["--output=x", "--tokenizer=bpe:300"], "--input is missing; name a glob pattern"),
-        (["--output=x", "--input=README.md"], "--tokenizer is missing; name a Hugging Face tokenizer.json"),
-        (["--output=x", "--input=none*", "--tokenizer=bpe:300"], "--input='none*': matches no file"),
-        (["--output=x", "--input=README.md", "--tokenizer=bpe:300"], "README.md is in no known format"),
-        (["--output=x", "--input=README.md", "--tokenizer=bpe:3"], "--tokenizer='bpe:3': give bpe:N"),
+        (
+            ["--output=x", "--input=README.md"],
+            "--tokenizer is missing; name a Hugging Face tokenizer.json",
+        ),
+        (
+            ["--output=x", "--input=none*", "--tokenizer=bpe:300"],
+            "--input='none*': matches no file",
+        ),
+        (
+            ["--output=x", "--input=README.md", "--tokenizer=bpe:300"],
+            "README.md is in no known format",
+        ),
+        (
+            ["--output=x", "--input=README.md", "--tokenizer=bpe:3"],
+            "--tokenizer='bpe:3': give bpe:N",
+        ),
         (["--output=x", "--processes=0"], "--processes=0"),
         (["--output=x", "--check"], "token store 'x': no such folder"),
         (["--output=x", "--repair"], "--output=x: has no plan.json, so it can't be repaired"),
-        (["--output=x", "--repair", "--check"], "--check and --repair, one at a time, take --output alone"),
-        (["--output=x", "--repair", "--input=y"], "--check and --repair, one at a time, take --output alone"),
+        (
+            ["--output=x", "--repair", "--check"],
+            "--check and --repair, one at a time, take --output alone",
+        ),
+        (
+            ["--output=x", "--repair", "--input=y"],
+            "--check and --repair, one at a time, take --output alone",
+        ),
     ],
 )
 def test_mistakes(flags, message):

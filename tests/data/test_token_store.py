@@ -40,7 +40,11 @@ def test_decoded_stream_is_the_text(sotu_cache, sotu_directory, split):
 
 def test_manifest(sotu_directory):
     manifest = open_token_store(sotu_directory, "train").manifest
-    assert manifest["corpus"] == "sotu" and manifest["dtype"] == "uint16" and manifest["vocab_size"] == 300
+    assert (
+        manifest["corpus"] == "sotu"
+        and manifest["dtype"] == "uint16"
+        and manifest["vocab_size"] == 300
+    )
     assert {split: info["documents"] for split, info in manifest["splits"].items()} == {
         "train": 225,
         "validation": 12,
@@ -57,7 +61,13 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path):
     expected = [0]
     for text in corpus.documents("train"):
         expected += [*tokenizer.encode([text])[0].tolist(), 0]
-    for start, stop in [(0, len(store)), (4095, 4097), (4096, 8192), (100, 20000), (len(store) - 1, len(store))]:
+    for start, stop in [
+        (0, len(store)),
+        (4095, 4097),
+        (4096, 8192),
+        (100, 20000),
+        (len(store) - 1, len(store)),
+    ]:
         tokens = store.read(start, stop)
         assert tokens.dtype == np.int32 and tokens.tolist() == expected[start:stop]
     for start, stop in [(-1, 5), (5, 5), (0, len(store) + 1)]:
@@ -68,12 +78,16 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path):
 def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
     whole = prepare_text(text_folder, tmp_path / "a")
     monkeypatch.setattr(store_writer, "_BATCH_CHARACTERS", 100)
-    assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(whole, "train")
+    assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(
+        whole, "train"
+    )
 
 
 def prepare_text(folder, cache, tokenizer=None):
     corpus = load_corpus("text", str(folder), str(cache))
-    (directory,) = cached_token_stores([corpus], tokenizer and str(tokenizer), VOCAB_SIZE, str(cache))
+    (directory,) = cached_token_stores(
+        [corpus], tokenizer and str(tokenizer), VOCAB_SIZE, str(cache)
+    )
     return directory
 
 
@@ -100,7 +114,9 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = HuggingFaceTokenizer(tokenizer.to_str())
-    build_token_store(load_corpus("text", str(text_folder), str(tmp_path)), tokenizer, tmp_path / "store")
+    build_token_store(
+        load_corpus("text", str(text_folder), str(tmp_path)), tokenizer, tmp_path / "store"
+    )
     store = open_token_store(tmp_path / "store", "train")
     assert store.manifest["dtype"] == "uint32" and store.read(0, 1).tolist() == [70000]
 
@@ -156,7 +172,9 @@ def test_damaged_stores(text_folder, tmp_path):
     whole_shard, whole_manifest = shard.read_bytes(), manifest.read_text()
 
     def refuses(message):
-        with pytest.raises(UserError, match=rf"token store '.*{directory.name}': {message}.*delete this folder"):
+        with pytest.raises(
+            UserError, match=rf"token store '.*{directory.name}': {message}.*delete this folder"
+        ):
             store = open_token_store(directory, "test")
             store.read(0, len(store))
 
@@ -197,18 +215,26 @@ for _ in range(2):
 
 
 def test_setting_mistakes(text_folder, tmp_path):
-    tokenizer = train_tokenizer([path.read_bytes().decode() for path in text_folder.rglob("*.txt")], 320)
+    tokenizer = train_tokenizer(
+        [path.read_bytes().decode() for path in text_folder.rglob("*.txt")], 320
+    )
     tokenizer.save(tmp_path)
     with pytest.raises(UserError, match=r"model.vocab_size=300: the tokenizer has 3\d\d tokens"):
         prepare_text(text_folder, tmp_path, tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': can't be read \(No such file"):
+    with pytest.raises(
+        UserError, match=r"data.tokenizer='.*none.json': can't be read \(No such file"
+    ):
         prepare_text(text_folder, tmp_path, tmp_path / "none.json")
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "no-eot.json"))
-    with pytest.raises(UserError, match=r"data.tokenizer='.*no-eot.json': has no end-of-text token"):
+    with pytest.raises(
+        UserError, match=r"data.tokenizer='.*no-eot.json': has no end-of-text token"
+    ):
         prepare_text(text_folder, tmp_path, tmp_path / "no-eot.json")
     (text_folder / "00.txt").write_bytes(b"\xff")
     (text_folder / "01.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"00.txt is not UTF-8 at byte 0|01.txt is not UTF-8 at byte 0"):
+    with pytest.raises(
+        UserError, match=r"00.txt is not UTF-8 at byte 0|01.txt is not UTF-8 at byte 0"
+    ):
         prepare_text(text_folder, tmp_path)
     assert not [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
 

@@ -35,7 +35,9 @@ def test_trained_tokenizer_has_the_size_asked_for_and_every_byte(tmp_path):
     tokenizer.save(tmp_path)
     assert saved_tokenizer(tmp_path) == tmp_path / "tokenizer.json"
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert encode(loaded, STRANGE) == encode(tokenizer, STRANGE) and loaded.sha256 == tokenizer.sha256
+    assert (
+        encode(loaded, STRANGE) == encode(tokenizer, STRANGE) and loaded.sha256 == tokenizer.sha256
+    )
 
 
 def test_small_corpus_gives_a_smaller_vocabulary():
@@ -64,7 +66,9 @@ def trained(tmp_path, change=lambda spec: None, vocab_size=2000):
 def by_the_library(path, documents):
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
-    return [encoding.ids for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)]
+    return [
+        encoding.ids for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -73,12 +77,32 @@ def test_tiktoken_gives_what_the_tokenizers_library_gives(tmp_path, threads):
     tokenizer = load_tokenizer(path, threads)
     assert tokenizer._tiktoken
     choice = random.Random(0)
-    alphabet = [*"ethanos  \n\t\r'\"sdmrvl019.,-", "é", "好", "\u2003", "\u0301", "\x85", "ſ", "🚀", "\u200d"]
+    alphabet = [
+        *"ethanos  \n\t\r'\"sdmrvl019.,-",
+        "é",
+        "好",
+        "\u2003",
+        "\u0301",
+        "\x85",
+        "ſ",
+        "🚀",
+        "\u200d",
+    ]
     noise = ["".join(choice.choices(alphabet, k=300)) for _ in range(200)]
     every = [
-        "".join(f"a{chr(code)} {chr(code)}1" for code in range(start, start + 300)) for start in range(0, 9000, 300)
+        "".join(f"a{chr(code)} {chr(code)}1" for code in range(start, start + 300))
+        for start in range(0, 9000, 300)
     ]
-    documents = [STRANGE, "", " ", "<|endoftext|>", *noise, *every, *texts(100), speech_files()[0].read_text()]
+    documents = [
+        STRANGE,
+        "",
+        " ",
+        "<|endoftext|>",
+        *noise,
+        *every,
+        *texts(100),
+        speech_files()[0].read_text(),
+    ]
     assert [ids.tolist() for ids in tokenizer.encode(documents)] == by_the_library(path, documents)
 
 
@@ -98,7 +122,11 @@ def merge_twice(spec):
     vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for token in sorted(vocabulary):
         for cut in range(1, len(token)):
-            if token[:cut] in vocabulary and token[cut:] in vocabulary and [token[:cut], token[cut:]] not in merges:
+            if (
+                token[:cut] in vocabulary
+                and token[cut:] in vocabulary
+                and [token[:cut], token[cut:]] not in merges
+            ):
                 merges.append([token[:cut], token[cut:]])
                 return
 
@@ -122,7 +150,10 @@ def add_unreachable(spec):
         lambda spec: spec["added_tokens"][0].update(special=False),
         lambda spec: spec["model"]["vocab"].pop("Ā"),
         lambda spec: spec["model"].update(end_of_word_suffix="e"),
-        lambda spec: (spec["model"].update(ignore_merges=True), spec["model"]["vocab"].update(zq=5000)),
+        lambda spec: (
+            spec["model"].update(ignore_merges=True),
+            spec["model"]["vocab"].update(zq=5000),
+        ),
         lambda spec: spec["model"]["vocab"].update({"你": 5000}),
     ],
 )
@@ -163,7 +194,12 @@ def test_token_count_heeds_gaps():
 
 def test_any_hugging_face_tokenizer(tmp_path):
     """Unigram with a metaspace, as T5 has it."""
-    pieces = [("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefgh")]
+    pieces = [
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((letter, -3.0) for letter in "abcdefgh"),
+    ]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=1))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.save(str(tmp_path / "any.json"))
@@ -187,7 +223,13 @@ def llama_model():
 def test_sentencepiece(tmp_path, llama_model, threads):
     tokenizer = load_tokenizer(llama_model, threads)
     assert (tokenizer.token_count, tokenizer.end_of_text) == (32000, 2)
-    documents = [STRANGE.replace("\x00", ""), "", "a </s> <s> b", *texts(50), speech_files()[0].read_text()]
+    documents = [
+        STRANGE.replace("\x00", ""),
+        "",
+        "a </s> <s> b",
+        *texts(50),
+        speech_files()[0].read_text(),
+    ]
     encoded = tokenizer.encode(documents)
     assert list(map(tokenizer.decode, encoded)) == documents
     assert not np.isin([1, 2], np.concatenate(encoded)).any()
@@ -201,9 +243,15 @@ def test_sentencepiece(tmp_path, llama_model, threads):
 
 def test_sentencepiece_without_an_end(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "small"), vocab_size=16, eos_id=-1, minloglevel=2
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=16,
+        eos_id=-1,
+        minloglevel=2,
     )
-    with pytest.raises(UserError, match=r"data.tokenizer='.*small.model': has no end-of-sentence piece; give"):
+    with pytest.raises(
+        UserError, match=r"data.tokenizer='.*small.model': has no end-of-sentence piece; give"
+    ):
         load_tokenizer(tmp_path / "small.model")
     with pytest.raises(UserError, match="no end-of-sentence piece"):
         SentencePieceTokenizer((tmp_path / "small.model").read_bytes())
@@ -212,19 +260,33 @@ def test_sentencepiece_without_an_end(tmp_path):
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"model.vocab_size=256: must be at least 257"):
         train_tokenizer(TEXTS, 256)
-    with pytest.raises(UserError, match=r"data.tokenizer='.*none.json': can't be read \(No such file.*; give the path"):
+    with pytest.raises(
+        UserError,
+        match=r"data.tokenizer='.*none.json': can't be read \(No such file.*; give the path",
+    ):
         load_tokenizer(tmp_path / "none.json")
     for content in (b"{}", b"{", b"no model", b"", bytes(range(256))):
         (tmp_path / "bad").write_bytes(content)
-        with pytest.raises(UserError, match=r"--tokenizer='.*bad': is no tokenizer \(.*\); give the path of a Hugging"):
+        with pytest.raises(
+            UserError,
+            match=r"--tokenizer='.*bad': is no tokenizer \(.*\); give the path of a Hugging",
+        ):
             load_tokenizer(tmp_path / "bad", setting="--tokenizer")
 
 
 def test_special_tokens_before_each_text(tmp_path):
     """They are known, and no part of a text."""
-    template = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    template = (
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
     tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
-    processor = {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": template,
+        "special_tokens": tokens,
+    }
     plain = train_tokenizer(TEXTS, 262)
     plain.save(tmp_path)
     assert plain.prefix == []

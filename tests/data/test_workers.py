@@ -21,7 +21,9 @@ class Task:
             raise UserError(f"mistake {number}")
         if kind == "failure":
             raise ZeroDivisionError(f"failure {number}")
-        if kind == "killed" or (kind == "killed once" and len(list(self._folder.glob(f"{number}-*"))) == 1):
+        if kind == "killed" or (
+            kind == "killed once" and len(list(self._folder.glob(f"{number}-*"))) == 1
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "slow":
             time.sleep(60)
@@ -43,7 +45,9 @@ def test_every_task_has_its_result(tmp_path):
 def test_process_that_dies_is_replaced(tmp_path):
     tasks, said = [("easy", 1), ("killed once", 2), ("easy", 3)], []
     assert run(tmp_path, tasks, count=1, died=said.append) == {task: task[1] ** 2 for task in tasks}
-    assert said == ["a process died at ('killed once', 2) with SIGKILL; another one takes its place"]
+    assert said == [
+        "a process died at ('killed once', 2) with SIGKILL; another one takes its place"
+    ]
 
 
 def refuse():
@@ -59,7 +63,11 @@ def test_set_up_that_fails():
     ("kind", "error", "message"),
     [
         ("mistake", UserError, "^mistake 5$"),
-        ("failure", RuntimeError, r"at \('failure', 5\):\nTraceback(.|\n)*ZeroDivisionError: failure 5"),
+        (
+            "failure",
+            RuntimeError,
+            r"at \('failure', 5\):\nTraceback(.|\n)*ZeroDivisionError: failure 5",
+        ),
         (
             "killed",
             UserError,

@@ -28,12 +28,18 @@ WORDS = [
 def texts(count, seed=0, longest=60):
     """Documents of up to `longest` words, no two alike."""
     choice = random.Random(seed)
-    return [f"{seed}-{i}: " + " ".join(choice.choices(WORDS, k=choice.randint(1, longest))) for i in range(count)]
+    return [
+        f"{seed}-{i}: " + " ".join(choice.choices(WORDS, k=choice.randint(1, longest)))
+        for i in range(count)
+    ]
 
 
 def json_lines(documents, field="text", end="\n"):
     """One JSON object a line, with and without escapes."""
-    lines = [json.dumps({"id": i, field: text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
+    lines = [
+        json.dumps({"id": i, field: text}, ensure_ascii=i % 2 == 0)
+        for i, text in enumerate(documents)
+    ]
     return (end.join(lines) + end).encode()
 
 

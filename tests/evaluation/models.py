@@ -34,13 +34,19 @@ WORDS = ["the state of the union", "a cat sat on a mat", "peace and war, law and
 def make_config(**changes):
     """A tiny configuration, `group__field=value`."""
     config = default_config()
-    config.update_from_flattened_dict(SETTINGS | {name.replace("__", "."): value for name, value in changes.items()})
+    config.update_from_flattened_dict(
+        SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return Config.from_config_dict(config)
 
 
 def make_model(config, change=lambda params: params):
-    """A model of random weights, or of what `change` makes of them, over as many devices as its mesh asks for."""
-    size = np.prod([max(getattr(config.mesh, axis), 1) for axis in ("data", "fsdp", "expert", "tensor")])
+    """A model of random weights, or of what `change` makes of them, over as many devices as its
+    mesh asks for.
+    """
+    size = np.prod(
+        [max(getattr(config.mesh, axis), 1) for axis in ("data", "fsdp", "expert", "tensor")]
+    )
     config = fill_mesh(config, size)
     mesh = make_mesh(config, jax.devices()[:size])
     tokens = jnp.zeros((1, 8), jnp.int32)
@@ -49,7 +55,17 @@ def make_model(config, change=lambda params: params):
     with jax.set_mesh(mesh):
         params = jax.device_put(params, state_shardings(mesh, params))
     tokenizer = train_tokenizer(WORDS, 280)
-    return Model(config, Decoder.from_config(config), mesh, params, {}, tokenizer, tokenizer.end_of_text, [], 7)
+    return Model(
+        config,
+        Decoder.from_config(config),
+        mesh,
+        params,
+        {},
+        tokenizer,
+        tokenizer.end_of_text,
+        [],
+        7,
+    )
 
 
 def plain_scores(model, context, continuation):
@@ -69,4 +85,6 @@ def plain_scores(model, context, continuation):
 
 @functools.cache
 def _logits(config):
-    return jax.jit(lambda params, inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0])
+    return jax.jit(
+        lambda params, inputs: Decoder.from_config(config).apply({"params": params}, inputs)[0]
+    )

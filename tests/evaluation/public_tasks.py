@@ -1,7 +1,9 @@
-"""The paper's ten tasks in small: examples with the fields of the hub's data sets, and a model whose answers are known.
+"""The paper's ten tasks in small: examples with the fields of the hub's data sets, and a model
+whose answers are known.
 
-The model has a token for each byte, and the next one depends on the last alone: after a space it would rather begin yes,
-Neither or positive than anything else; it shuns the letter x anywhere; and after a q, a space.
+The model has a token for each byte, and the next one depends on the last alone: after a space it
+would rather begin yes, Neither or positive than anything else; it shuns the letter x anywhere; and
+after a q, a space.
 """
 
 import dataclasses
@@ -16,26 +18,67 @@ from tests.evaluation.models import make_config, make_model
 SIZE = 260  # 256 bytes and the end of a text, and what makes it divisible by 4
 EXAMPLES = {
     "arc_easy/test": [
-        {"id": "1", "question": "A?", "choices": {"text": ["aaa", "xxx"], "label": ["A", "B"]}, "answerKey": "A"},
+        {
+            "id": "1",
+            "question": "A?",
+            "choices": {"text": ["aaa", "xxx"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
         {
             "id": "2",
             "question": "B?",
             "choices": {"text": ["axa", "bbb", "cxc"], "label": list("ABC")},
             "answerKey": "B",
         },
-        {"id": "3", "question": "C?", "choices": {"text": ["xx", "aa"], "label": ["1", "2"]}, "answerKey": "2"},
-        {"id": "4", "question": "D?", "choices": {"text": ["ax", "aa"], "label": ["A", "B"]}, "answerKey": "A"},
+        {
+            "id": "3",
+            "question": "C?",
+            "choices": {"text": ["xx", "aa"], "label": ["1", "2"]},
+            "answerKey": "2",
+        },
+        {
+            "id": "4",
+            "question": "D?",
+            "choices": {"text": ["ax", "aa"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
     ],
     "piqa/validation": [
         {"goal": "g", "sol1": "aaaa", "sol2": "axaa", "label": 0},
         {"goal": "g", "sol1": "aaaa", "sol2": "axaa", "label": 1},
         {"goal": "g", "sol1": "xa", "sol2": "ca", "label": 1},
-        {"goal": "g", "sol1": "x", "sol2": "aaaaaaa", "label": 1},  # likelier as a whole, unlikelier by the byte
+        {
+            "goal": "g",
+            "sol1": "x",
+            "sol2": "aaaaaaa",
+            "label": 1,
+        },  # likelier as a whole, unlikelier by the byte
     ],
     "social_iqa/validation": [
-        {"context": "c", "question": "q", "answerA": "x", "answerB": "b", "answerC": "x", "label": "2"},
-        {"context": "c", "question": "q", "answerA": "x", "answerB": "x", "answerC": "b", "label": "3"},
-        {"context": "c", "question": "q", "answerA": "x", "answerB": "b", "answerC": "x", "label": "1"},
+        {
+            "context": "c",
+            "question": "q",
+            "answerA": "x",
+            "answerB": "b",
+            "answerC": "x",
+            "label": "2",
+        },
+        {
+            "context": "c",
+            "question": "q",
+            "answerA": "x",
+            "answerB": "x",
+            "answerC": "b",
+            "label": "3",
+        },
+        {
+            "context": "c",
+            "question": "q",
+            "answerA": "x",
+            "answerB": "b",
+            "answerC": "x",
+            "label": "1",
+        },
     ],
     "winogrande/validation": [
         {"sentence": "The _ was big.", "option1": "cat", "option2": "faq", "answer": "1"},
@@ -55,24 +98,36 @@ EXAMPLES = {
             "label": label,
         }
         for i, (endings, label) in enumerate(
-            [(["xa", "aa", "xb", "xc"], "1"), (["aa", "xa", "xb", "xc"], "0"), (["xa", "xb", "xc", "aa"], "0")]
+            [
+                (["xa", "aa", "xb", "xc"], "1"),
+                (["aa", "xa", "xb", "xc"], "0"),
+                (["xa", "xb", "xc", "aa"], "0"),
+            ]
         )
     ],
     "mnli/validation_matched": [
-        {"premise": "P.", "hypothesis": f"h {i}", "label": label, "idx": i} for i, label in enumerate([1, 1, 0, 2])
+        {"premise": "P.", "hypothesis": f"h {i}", "label": label, "idx": i}
+        for i, label in enumerate([1, 1, 0, 2])
     ],
     "qnli/validation": [
-        {"question": "q?", "sentence": f"s {i}.", "label": label, "idx": i} for i, label in enumerate([0, 0, 0, 1])
+        {"question": "q?", "sentence": f"s {i}.", "label": label, "idx": i}
+        for i, label in enumerate([0, 0, 0, 1])
     ],
-    "sst2/validation": [{"sentence": f"s {i} .", "label": label, "idx": i} for i, label in enumerate([1, 0, 1, 1])],
+    "sst2/validation": [
+        {"sentence": f"s {i} .", "label": label, "idx": i} for i, label in enumerate([1, 0, 1, 1])
+    ],
     "mrpc/validation": [
-        {"sentence1": "a .", "sentence2": f"b {i} .", "label": label, "idx": i} for i, label in enumerate([1, 1, 0, 1])
+        {"sentence1": "a .", "sentence2": f"b {i} .", "label": label, "idx": i}
+        for i, label in enumerate([1, 1, 0, 1])
     ],
     "qqp/validation": [
-        {"question1": "a?", "question2": f"b {i}?", "label": label, "idx": i} for i, label in enumerate([0, 1, 0])
+        {"question1": "a?", "question2": f"b {i}?", "label": label, "idx": i}
+        for i, label in enumerate([0, 1, 0])
     ],
 }
-EXAMPLES |= {f"{name.partition('/')[0]}/train": rows * 2 for name, rows in list(EXAMPLES.items())[5:]}
+EXAMPLES |= {
+    f"{name.partition('/')[0]}/train": rows * 2 for name, rows in list(EXAMPLES.items())[5:]
+}
 
 # What the model scores: (accuracy, other metric).
 KNOWN = {
@@ -108,11 +163,17 @@ def known_model():
     logits[token["q"], token[" "]] = -8
     logits[:, token["x"]] = -8
     config = make_config(
-        model__vocab_size=SIZE, model__d_model=SIZE, model__max_len=512, model__n_layers=1, model__tie_embeddings=False
+        model__vocab_size=SIZE,
+        model__d_model=SIZE,
+        model__max_len=512,
+        model__n_layers=1,
+        model__tie_embeddings=False,
     )
 
     def by_hand(params):
-        """Tokens pass the layer as they are, and the final norm makes `sqrt(SIZE)` times the unit vector of each."""
+        """Tokens pass the layer as they are, and the final norm makes `sqrt(SIZE)` times the unit
+        vector of each.
+        """
         params["layers"]["attention"]["o"] *= 0
         params["layers"]["experts"]["w_o"] *= 0
         params["embed"]["embedding"] = 100 * np.eye(

@@ -1,4 +1,6 @@
-"""Self-contrast: its formula, the two passes with caches of their own, and what can't be contrasted."""
+"""Self-contrast: its formula, the two passes with caches of their own, and what can't be
+contrasted.
+"""
 
 import dataclasses
 from functools import cache
@@ -32,7 +34,9 @@ def model(kind):
     """A model of sharp logits; AoE's choice is biased."""
 
     def change(params):
-        return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+        return jax.tree.map(
+            lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params
+        )
 
     made = make_model(make_config(**{"mesh__data": 1} | KINDS[kind]), change)
     biased = kind in ("aoe", "aoe, 4 devices")
@@ -66,11 +70,17 @@ def full_pass(kind, experts):
 
 
 def by_full_passes(kind, contrast):
-    """The likeliest tokens after `prompts()`, by the formula as it is published, all computed anew for every token."""
+    """The likeliest tokens after `prompts()`, by the formula as it is published, all computed anew
+    for every token.
+    """
     experts = model(kind).config.experts
-    strong_pass = full_pass(kind, dataclasses.replace(experts, top_k=contrast.strong_k or experts.top_k))
+    strong_pass = full_pass(
+        kind, dataclasses.replace(experts, top_k=contrast.strong_k or experts.top_k)
+    )
     ranks = (contrast.weak_rank - 1,)
-    weak_pass = full_pass(kind, dataclasses.replace(experts, selection="ranked", ranks=ranks, top_k=1, gate="chosen"))
+    weak_pass = full_pass(
+        kind, dataclasses.replace(experts, selection="ranked", ranks=ranks, top_k=1, gate="chosen")
+    )
     texts = prompts()
     for _ in range(N_TOKENS):
         strong = strong_pass(texts).astype(float)
@@ -111,13 +121,19 @@ GREEDILY = {
 @pytest.mark.parametrize("case", GREEDILY)
 def test_what_comes_to_greedy_decoding(case):
     kind, contrast = GREEDILY[case]
-    assert generated(kind, contrast) == by_full_passes(kind, dataclasses.replace(contrast, beta=0.0))
+    assert generated(kind, contrast) == by_full_passes(
+        kind, dataclasses.replace(contrast, beta=0.0)
+    )
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_ranks_of_the_best_are_the_normal_pass(kind):
-    """Bit for bit, in the whole decoder; so the weak pass of rank 1 is the strong one of K = 1, and that of rank 2 isn't."""
-    plain = model(kind).decoder.clone(experts=dataclasses.replace(model(kind).config.experts, gate="chosen"))
+    """Bit for bit, in the whole decoder; so the weak pass of rank 1 is the strong one of K = 1, and
+    that of rank 2 isn't.
+    """
+    plain = model(kind).decoder.clone(
+        experts=dataclasses.replace(model(kind).config.experts, gate="chosen")
+    )
     strong, weak = strong_and_weak(plain, Contrast(0.5, strong_k=1, weak_rank=1))
     _, second = strong_and_weak(plain, Contrast(0.5))
     same = dataclasses.replace(plain.experts, selection="ranked", ranks=(0, 1))
@@ -148,17 +164,23 @@ def test_draws_depend_on_seed_prompt_and_place():
 def test_contrasted_logits():
     strong, weak = jax.random.normal(jax.random.key(0), (2, 7, 50), jnp.float32) * 3
     z = contrasted(strong, weak, Contrast(0.5, alpha=0.1))
-    valid = np.asarray(jax.nn.softmax(strong) >= 0.1 * jax.nn.softmax(strong).max(axis=1, keepdims=True))
+    valid = np.asarray(
+        jax.nn.softmax(strong) >= 0.1 * jax.nn.softmax(strong).max(axis=1, keepdims=True)
+    )
     assert 1 < valid.sum(axis=1).mean() < 25
     np.testing.assert_allclose(z[valid], (1.5 * strong - 0.5 * weak)[valid], rtol=1e-5, atol=1e-5)
     assert np.isneginf(z[~valid]).all()
     for beta in (0.0, 0.5, 3.0):
-        np.testing.assert_array_equal(contrasted(strong, strong, Contrast(beta))[valid], strong[valid])
+        np.testing.assert_array_equal(
+            contrasted(strong, strong, Contrast(beta))[valid], strong[valid]
+        )
         one = contrasted(strong, weak, Contrast(beta, alpha=1.0))
         np.testing.assert_array_equal(one.argmax(axis=1), strong.argmax(axis=1))
         assert (np.isfinite(one).sum(axis=1) == 1).all()
         moved = contrasted(strong, weak + 4, Contrast(beta))
-        np.testing.assert_array_equal(moved.argmax(axis=1), contrasted(strong, weak, Contrast(beta)).argmax(axis=1))
+        np.testing.assert_array_equal(
+            moved.argmax(axis=1), contrasted(strong, weak, Contrast(beta)).argmax(axis=1)
+        )
     np.testing.assert_array_equal(contrasted(strong, weak, Contrast(0.0, alpha=0.0)), strong)
 
 
@@ -182,13 +204,41 @@ def test_mistakes_in_settings(settings, message):
     [
         ({}, {"weak_rank": 5}, r"--weak_rank=5: can't be greater than .*n_experts=4"),
         ({}, {"strong_k": 5}, r"--strong_k=5: can't be greater than .*n_experts=4"),
-        ({"experts__selection": "top_p"}, {"strong_k": 2}, "--strong_k=2: .*selection='top_p' takes no K"),
-        ({"experts__selection": "threshold"}, {}, "selection='threshold': --contrast isn't tried with it"),
-        ({"experts__kind": "dense"}, {}, "kind='dense': --contrast takes the experts of a token by the ranks"),
-        ({"experts__kind": "capacity"}, {}, "kind='capacity': --contrast takes the experts of a token by the ranks"),
-        ({"experts__kind": "uoe"}, {}, "kind='uoe': --contrast takes the experts of a token by the ranks"),
-        ({"experts__kind": "thor"}, {}, "kind='thor': --contrast takes the experts of a token by the ranks"),
-        ({"experts__kind": "smear", "smear__segment": 8}, {}, "kind='smear': --contrast takes the experts of a token"),
+        (
+            {"experts__selection": "top_p"},
+            {"strong_k": 2},
+            "--strong_k=2: .*selection='top_p' takes no K",
+        ),
+        (
+            {"experts__selection": "threshold"},
+            {},
+            "selection='threshold': --contrast isn't tried with it",
+        ),
+        (
+            {"experts__kind": "dense"},
+            {},
+            "kind='dense': --contrast takes the experts of a token by the ranks",
+        ),
+        (
+            {"experts__kind": "capacity"},
+            {},
+            "kind='capacity': --contrast takes the experts of a token by the ranks",
+        ),
+        (
+            {"experts__kind": "uoe"},
+            {},
+            "kind='uoe': --contrast takes the experts of a token by the ranks",
+        ),
+        (
+            {"experts__kind": "thor"},
+            {},
+            "kind='thor': --contrast takes the experts of a token by the ranks",
+        ),
+        (
+            {"experts__kind": "smear", "smear__segment": 8},
+            {},
+            "kind='smear': --contrast takes the experts of a token",
+        ),
     ],
 )
 def test_what_cant_be_contrasted(experts, settings, message):
@@ -196,7 +246,9 @@ def test_what_cant_be_contrasted(experts, settings, message):
         strong_and_weak(Decoder.from_config(make_config(**experts)), Contrast(0.5, **settings))
 
 
-@pytest.mark.parametrize("experts", [{"experts__selection": "expert_choice"}, {"experts__kind": "capacity"}])
+@pytest.mark.parametrize(
+    "experts", [{"experts__selection": "expert_choice"}, {"experts__kind": "capacity"}]
+)
 def test_what_isnt_decoded_isnt_contrasted(experts):
     there = dataclasses.replace(model("aoe"), decoder=Decoder.from_config(make_config(**experts)))
     with pytest.raises(UserError, match="can't go token by token"):

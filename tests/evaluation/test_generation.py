@@ -21,14 +21,25 @@ KINDS = {
     "aoe": {"experts": {}},
     "aoe top_p": {"experts": {"selection": "top_p"}},
     "aoe gate=all": {"experts": {"gate": "all"}},
-    "aoe by attention": {"experts": {"selection": "by_attention", "top_k": 8}, "by_attention": {"reduce": "max"}},
-    "router, grouped queries": {"experts": {"kind": "router"}, "model": {"n_kv_heads": 2, "qk_norm": True}},
+    "aoe by attention": {
+        "experts": {"selection": "by_attention", "top_k": 8},
+        "by_attention": {"reduce": "max"},
+    },
+    "router, grouped queries": {
+        "experts": {"kind": "router"},
+        "model": {"n_kv_heads": 2, "qk_norm": True},
+    },
     "uoe": {"experts": {"kind": "uoe"}},
     "thor, by token": {"experts": {"kind": "thor"}, "thor": {"inference": "token"}},
     "thor, by sequence": {"experts": {"kind": "thor"}},
     "dense, biases": {
         "experts": {"kind": "dense"},
-        "model": {"norm": "layer", "attention_bias": True, "output_bias": True, "rope_factors": (1.0, 2.0)},
+        "model": {
+            "norm": "layer",
+            "attention_bias": True,
+            "output_bias": True,
+            "rope_factors": (1.0, 2.0),
+        },
     },
 }
 MESHES = {"alone": (1, 1, 1, 1), "data and fsdp": (2, 2, 1, 1), "expert and tensor": (1, 1, 2, 4)}
@@ -43,8 +54,12 @@ class Tokenizer:
 @cache
 def model(kind, mesh=(1, 1, 1, 1), **experts):
     config = default_config()
-    config.model.update(n_layers=2, n_heads=4, d_model=16, vocab_size=VOCABULARY, max_len=128, dtype="float32")
-    config.experts.update(n_experts=8, top_k=2, d_ffn=24, d_low=8, d_wide=16 if "aoe" in kind else None)
+    config.model.update(
+        n_layers=2, n_heads=4, d_model=16, vocab_size=VOCABULARY, max_len=128, dtype="float32"
+    )
+    config.experts.update(
+        n_experts=8, top_k=2, d_ffn=24, d_low=8, d_wide=16 if "aoe" in kind else None
+    )
     config.data.update(seq_len=16)
     for group, fields in KINDS[kind].items():
         config[group].update(fields)
@@ -55,9 +70,13 @@ def model(kind, mesh=(1, 1, 1, 1), **experts):
     decoder = Decoder.from_config(config)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # Biases begin at zero, and sharper logits make ties improbable.
-    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    params = jax.tree.map(
+        lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params
+    )
     params = jax.device_put(params, state_shardings(devices, params))
-    state = {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))} if kind == "aoe" else {}
+    state = (
+        {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))} if kind == "aoe" else {}
+    )
     return Model(config, decoder, devices, params, state, Tokenizer(), END, [], None)
 
 
@@ -109,7 +128,9 @@ def test_in_bfloat16_each_token_is_about_the_likeliest_of_the_full_pass():
     tokens = np.zeros((5, 96), np.int32)
     for row, prompt, new in zip(tokens, prompts(), found, strict=True):
         row[: len(prompt) + len(new)] = [*prompt, *new]
-    logits = jax.jit(coarse.decoder.apply)({"params": there.params}, tokens, None, None, there.routing_state)[0]
+    logits = jax.jit(coarse.decoder.apply)(
+        {"params": there.params}, tokens, None, None, there.routing_state
+    )[0]
     spread = float(logits.std())
     short_of = [
         float(row[len(prompt) - 1 + i].max() - row[len(prompt) - 1 + i, token]) / spread
@@ -135,7 +156,9 @@ def test_what_ends_a_text():
     whole = by_full_passes("aoe", 20)
     few = generator().generate(prompts(), [0, 1, 2, 3, 20], sampling=GREEDY)
     assert few == [tokens[:limit] for tokens, limit in zip(whole, [0, 1, 2, 3, 20], strict=True)]
-    stopped = generator().generate(prompts(), 20, sampling=GREEDY, chunk=4, is_done=lambda number, row: number != 2)
+    stopped = generator().generate(
+        prompts(), 20, sampling=GREEDY, chunk=4, is_done=lambda number, row: number != 2
+    )
     assert stopped == [tokens[: 20 if number == 2 else 4] for number, tokens in enumerate(whole)]
     assert list(generator().stream([], 20)) == []
 
@@ -156,12 +179,16 @@ def test_draws_have_the_probabilities_asked_for():
     keys = jax.random.split(jax.random.key(0), 20_000)
 
     def frequencies(**settings):
-        tokens = jax.jit(draw, static_argnums=2)(jnp.broadcast_to(logits, (len(keys), 4)), keys, Sampling(**settings))
+        tokens = jax.jit(draw, static_argnums=2)(
+            jnp.broadcast_to(logits, (len(keys), 4)), keys, Sampling(**settings)
+        )
         return np.bincount(tokens, minlength=4) / len(keys)
 
     near = {"atol": 0.015}
     np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], **near)
-    np.testing.assert_allclose(frequencies(temperature=0.5), np.array([100, 25, 9, 4]) / 138, **near)
+    np.testing.assert_allclose(
+        frequencies(temperature=0.5), np.array([100, 25, 9, 4]) / 138, **near
+    )
     np.testing.assert_allclose(frequencies(top_k=2), [2 / 3, 1 / 3, 0, 0], **near)
     np.testing.assert_allclose(frequencies(top_p=0.7), [2 / 3, 1 / 3, 0, 0], **near)
     np.testing.assert_allclose(frequencies(top_p=0.76), np.array([10, 5, 3, 0]) / 18, **near)
@@ -186,7 +213,9 @@ def test_mistakes_in_sampling(settings, message):
 def test_mistakes_in_prompts():
     with pytest.raises(UserError, match="prompt 1 is empty"):
         generator().generate([[3], []], 4)
-    with pytest.raises(UserError, match=r"prompt 0 has 120 tokens; with 9 more .*model\.max_len=128"):
+    with pytest.raises(
+        UserError, match=r"prompt 0 has 120 tokens; with 9 more .*model\.max_len=128"
+    ):
         generator().generate([[1] * 120], 9)
     with pytest.raises(UserError, match="expert_choice': can't go token by token"):
         Generator(model("aoe", selection="expert_choice"))

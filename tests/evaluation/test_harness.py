@@ -1,4 +1,6 @@
-"""What lm-eval asks of the adapter, against plain passes, and against lm-eval's own `hf` backend with the same weights."""
+"""What lm-eval asks of the adapter, against plain passes, and against lm-eval's own `hf` backend
+with the same weights.
+"""
 
 import dataclasses
 import functools
@@ -35,7 +37,10 @@ PAIRS = [
 
 
 def instances(kind, *arguments):
-    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+    return [
+        Instance(request_type=kind, doc={}, arguments=args, idx=i)
+        for i, args in enumerate(arguments)
+    ]
 
 
 @functools.cache
@@ -51,20 +56,28 @@ def adapter():
 @functools.cache
 def hf_backend(folder):
     """The same model, exported as Mixtral, as lm-eval loads it for users of `transformers`."""
-    from lm_eval.models.huggingface import HFLM  # needs torch, which is not there wherever tests are collected
+    from lm_eval.models.huggingface import (
+        HFLM,
+    )  # needs torch, which is not there wherever tests are collected
 
     model = router_model()
     model.tokenizer.save(folder)
-    values = to_json(model.config) | write_tokenizer(folder, folder / "model", model.config.model.max_len)
+    values = to_json(model.config) | write_tokenizer(
+        folder, folder / "model", model.config.model.max_len
+    )
     write_arrays(folder / "model", values, model.params, {}, "float32")
-    return HFLM(str(folder / "model"), backend="causal", device="cpu", dtype="float32", batch_size=4)
+    return HFLM(
+        str(folder / "model"), backend="causal", device="cpu", dtype="float32", batch_size=4
+    )
 
 
 def test_log_likelihoods_are_those_of_the_hf_backend(tmp_path):
     (tmp_path / "model").mkdir()
     requests = instances("loglikelihood", *PAIRS)
     ours, theirs = (lm.loglikelihood(requests) for lm in (adapter(), hf_backend(tmp_path)))
-    np.testing.assert_allclose([score for score, _ in ours], [score for score, _ in theirs], atol=1e-3)
+    np.testing.assert_allclose(
+        [score for score, _ in ours], [score for score, _ in theirs], atol=1e-3
+    )
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     requests = instances("loglikelihood_rolling", *((text,) for text in TEXTS))
     ours, theirs = (lm.loglikelihood_rolling(requests) for lm in (adapter(), hf_backend(tmp_path)))
@@ -83,14 +96,18 @@ def test_log_likelihoods_are_those_of_plain_passes():
 
 
 def test_rolling_covers_each_token_once():
-    """A long text: windows of the model's length, the last with as much context as there is room for."""
+    """A long text: windows of the model's length, the last with as much context as there is room
+    for.
+    """
     lm, model = adapter(), router_model()
     tokens, length = lm.tok_encode(TEXTS[2]), model.config.model.max_len
     assert len(tokens) > 2 * length
     expected, done = plain_scores(model, [model.start], tokens[:length])[0], length
     while done < len(tokens):
         end = min(done + length, len(tokens))
-        expected += plain_scores(model, tokens[max(0, end - length - 1) : done], tokens[done:end])[0]
+        expected += plain_scores(model, tokens[max(0, end - length - 1) : done], tokens[done:end])[
+            0
+        ]
         done = end
     (score,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", (TEXTS[2],)))
     assert score == pytest.approx(expected, abs=1e-3)
@@ -111,7 +128,9 @@ def test_log_likelihoods_by_hand():
 
     pairs = [("faq", " yes"), ("Answer:", " Neither x"), ("q", " q q")]
     scores = HarnessModel(model, progress=False).loglikelihood(instances("loglikelihood", *pairs))
-    assert [score for score, _ in scores] == pytest.approx([by_hand(*pair) for pair in pairs], abs=1e-3)
+    assert [score for score, _ in scores] == pytest.approx(
+        [by_hand(*pair) for pair in pairs], abs=1e-3
+    )
 
 
 def test_a_continuation_that_merges_into_the_context_is_scored_by_itself():
@@ -120,16 +139,22 @@ def test_a_continuation_that_merges_into_the_context_is_scored_by_itself():
     word = next(w for w in words if len(w) > 1 and w.isalpha() and len(lm.tok_encode(w[:-1])) == 1)
     assert len(lm.tok_encode(word)) == 1
     ((score, _),) = lm.loglikelihood(instances("loglikelihood", (word[:-1], word[-1])))
-    assert score == pytest.approx(plain_scores(model, *map(lm.tok_encode, (word[:-1], word[-1])))[0], abs=1e-4)
+    assert score == pytest.approx(
+        plain_scores(model, *map(lm.tok_encode, (word[:-1], word[-1])))[0], abs=1e-4
+    )
 
 
 def test_special_tokens_of_the_tokenizer_come_first():
     model = router_model()
     lm = HarnessModel(dataclasses.replace(model, start=299, prefix=[299]), progress=False)
     tokens = adapter().tok_encode("the cat")
-    assert lm.tok_encode("the cat") == [299, *tokens] and lm.tok_encode("the cat", add_special_tokens=False) == tokens
+    assert (
+        lm.tok_encode("the cat") == [299, *tokens]
+        and lm.tok_encode("the cat", add_special_tokens=False) == tokens
+    )
     assert lm.loglikelihood(instances("loglikelihood", ("the", " cat")))[0][0] == pytest.approx(
-        plain_scores(model, [299, *adapter().tok_encode("the")], adapter().tok_encode(" cat"))[0], abs=1e-4
+        plain_scores(model, [299, *adapter().tok_encode("the")], adapter().tok_encode(" cat"))[0],
+        abs=1e-4,
     )
 
 
@@ -154,9 +179,14 @@ def test_generation_ends_at_the_until_strings():
     whole = [greedily(model, lm.tok_encode(context), 12) for context in contexts]
     texts = [model.tokenizer.decode(tokens) for tokens in whole]
     settings = {"until": [], "max_gen_toks": 12}
-    assert lm.generate_until(instances("generate_until", *((c, settings) for c in contexts))) == texts
+    assert (
+        lm.generate_until(instances("generate_until", *((c, settings) for c in contexts))) == texts
+    )
     ends = [text[len(text) // 2 :][:2] for text in texts]
-    requests = [(c, {"until": [end, "never"], "max_gen_toks": 12}) for c, end in zip(contexts, ends, strict=True)]
+    requests = [
+        (c, {"until": [end, "never"], "max_gen_toks": 12})
+        for c, end in zip(contexts, ends, strict=True)
+    ]
     expected = [text.split(end)[0] for text, end in zip(texts, ends, strict=True)]
     assert lm.generate_until(instances("generate_until", *requests)) == expected
     assert all(len(short) < len(text) for short, text in zip(expected, texts, strict=True))
@@ -165,7 +195,9 @@ def test_generation_ends_at_the_until_strings():
 def test_long_contexts_lose_their_beginning():
     lm, model = adapter(), router_model()
     context = "the state of the union is a cat " * 9
-    (text,) = lm.generate_until(instances("generate_until", (context, {"until": [], "max_gen_toks": 20})))
+    (text,) = lm.generate_until(
+        instances("generate_until", (context, {"until": [], "max_gen_toks": 20}))
+    )
     assert text == model.tokenizer.decode(greedily(model, lm.tok_encode(context)[-44:], 20))
 
 

@@ -26,10 +26,14 @@ def test_a_run_on_another_mesh():
 
 
 def test_batches_are_what_the_devices_divide():
-    assert on_devices_here(tiny_config(mesh__fsdp=4, train__batch_size=8)).mesh.fsdp == 4  # that of training fits
+    assert (
+        on_devices_here(tiny_config(mesh__fsdp=4, train__batch_size=8)).mesh.fsdp == 4
+    )  # that of training fits
     smaller = on_devices_here(tiny_config(mesh__fsdp=4))  # and here, but for the batch
     assert (smaller.mesh.data, smaller.mesh.fsdp, smaller.train.batch_size) == (2, 4, 8)
-    elsewhere = on_devices_here(tiny_config(mesh__fsdp=16, model__d_model=64, experts__d_low=16, train__batch_size=16))
+    elsewhere = on_devices_here(
+        tiny_config(mesh__fsdp=16, model__d_model=64, experts__d_low=16, train__batch_size=16)
+    )
     assert (elsewhere.mesh.data, elsewhere.train.batch_size) == (8, 16)
     split = on_devices_here(tiny_config(model__unroll=2), {"fsdp": 2, "expert": 2})
     assert (split.mesh.data, split.train.batch_size, split.model.unroll) == (2, 8, 1)
@@ -37,14 +41,18 @@ def test_batches_are_what_the_devices_divide():
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "experts=2", "fsdp=2,fsdp=2", "fsdp=two", ""])
 def test_mistakes_in_writing(text):
-    with pytest.raises(UserError, match=f"--mesh={text}: write it as fsdp=4,expert=2; the axes are data, fsdp"):
+    with pytest.raises(
+        UserError, match=f"--mesh={text}: write it as fsdp=4,expert=2; the axes are data, fsdp"
+    ):
         mesh_axes(text)
 
 
 def test_what_does_not_divide():
     with pytest.raises(UserError, match=r"config\.mesh: .*doesn't make up 8 devices"):
         on_devices_here(tiny_config(), {"fsdp": 4, "expert": 4})
-    with pytest.raises(UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"):
+    with pytest.raises(
+        UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"
+    ):
         on_devices_here(tiny_config(), {"expert": 8})
 
 
@@ -52,7 +60,8 @@ def test_what_does_not_divide():
 def test_a_first_token_that_is_none(tmp_path, token):
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": token}))
     with pytest.raises(
-        UserError, match=r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null"
+        UserError,
+        match=r"config\.json: bos_token_id=.*must be the number of one of 300 tokens, or null",
     ):
         read_begin_token(tmp_path, 300)
 

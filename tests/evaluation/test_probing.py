@@ -1,4 +1,6 @@
-"""The table of probes of a real run: its own figures are those of `eval.py`, and it is written and printed."""
+"""The table of probes of a real run: its own figures are those of `eval.py`, and it is written and
+printed.
+"""
 
 import dataclasses
 import json
@@ -29,30 +31,47 @@ def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     assert report == json.loads((tmp_path / "probe.json").read_text())
     np.testing.assert_allclose(router["nll"]["softmax"], whole["nll"], rtol=1e-5)
     assert (report["tokens"], report["step"]) == (whole["tokens"], whole["step"])
-    assert (router["agreement"], router["time"], norm["node"], norm["norm"]) == (1.0, 1.0, "x Wg", "L1")
+    assert (router["agreement"], router["time"], norm["node"], norm["norm"]) == (
+        1.0,
+        1.0,
+        "x Wg",
+        "L1",
+    )
     assert all(0.3 < probe["agreement"] < 0.9 and probe["time"] > 0 for probe in (chance, norm))
     assert chance["nll"].keys() == {"equal"} and norm["nll"].keys() == {"softmax", "equal"}
     nll = [value for probe in report["probes"] for value in probe["nll"].values()]
     assert len({round(value, 6) for value in nll}) == len(nll) == 5
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["L1", "x", "Wg", "softmax", f"{norm['nll']['softmax']:.4f}"] in [row[:5] for row in rows]
+    assert ["L1", "x", "Wg", "softmax", f"{norm['nll']['softmax']:.4f}"] in [
+        row[:5] for row in rows
+    ]
 
 
 def test_a_text_and_a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "PROBES", probing.PROBES[:1])
     (tmp_path / "text.txt").write_text("the state of the union " * 50)
     tasks = {"names": ["speeches_cloze"], "fewshot": 0, "limit": 4, "data": None}
-    report = probing.probe_checkpoint(kind_runs()["router"][0], tmp_path, text=str(tmp_path / "text.txt"), tasks=tasks)
+    report = probing.probe_checkpoint(
+        kind_runs()["router"][0], tmp_path, text=str(tmp_path / "text.txt"), tasks=tasks
+    )
     assert 50 < report["tokens"] < 400
     found = report["probes"][0]["tasks"]
-    assert found["softmax"]["speeches_cloze"]["examples"] == found["equal"]["speeches_cloze"]["examples"] == 4
+    assert (
+        found["softmax"]["speeches_cloze"]["examples"]
+        == found["equal"]["speeches_cloze"]["examples"]
+        == 4
+    )
 
 
 def test_a_choice_by_a_selection_bias_is_refused():
     model = make_model(make_config(experts__kind="router"))
     probing.check_probes(model)
     with pytest.raises(UserError, match=r"config\.balance\.bias_rate: .*probe a model without one"):
-        probing.check_probes(dataclasses.replace(model, routing_state={"selection_bias": np.zeros((2, 4), np.float32)}))
+        probing.check_probes(
+            dataclasses.replace(
+                model, routing_state={"selection_bias": np.zeros((2, 4), np.float32)}
+            )
+        )
 
 
 def test_what_has_no_router(tmp_path):

@@ -16,16 +16,32 @@ pytestmark = pytest.mark.usefixtures("ragged")
 
 KINDS = {
     "aoe": {},
-    "top_p, untied": {"experts__kind": "router", "experts__selection": "top_p", "model__tie_embeddings": False},
+    "top_p, untied": {
+        "experts__kind": "router",
+        "experts__selection": "top_p",
+        "model__tie_embeddings": False,
+    },
     "dense": {"experts__kind": "dense"},
-    "smear": {"experts__kind": "smear", "smear__segment": 8, "balance__aux_weight": 0.0},  # can't go by token
-    "mesh": {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2, "mesh__data": 1, "experts__round_to": 8},
+    "smear": {
+        "experts__kind": "smear",
+        "smear__segment": 8,
+        "balance__aux_weight": 0.0,
+    },  # can't go by token
+    "mesh": {
+        "mesh__fsdp": 2,
+        "mesh__expert": 2,
+        "mesh__tensor": 2,
+        "mesh__data": 1,
+        "experts__round_to": 8,
+    },
 }
 LENGTHS = (2, 35, 50)  # few, for the plain passes are compiled for each
 
 
 def make_requests(lengths=LENGTHS, count=23, seed=0):
-    """Texts of so many tokens, cut anywhere into context and continuation; and more than the model takes."""
+    """Texts of so many tokens, cut anywhere into context and continuation; and more than the model
+    takes.
+    """
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 300, lengths[i % len(lengths)]).tolist() for i in range(count)]
     cuts = [int(rng.integers(1, len(text))) for text in texts]
@@ -67,21 +83,28 @@ def test_what_greedy_decoding_gives_is_greedy():
         continuation += following[max(range(300), key=lambda i: scores[i][0])][1]
         assert sum(greedy for _, greedy in scores) == 1
     wrong = [*continuation[:1], (continuation[1] + 1) % 300, *continuation[2:]]
-    assert [greedy for _, greedy in scorer([(context, continuation), (context, wrong)], False)] == [True, False]
+    assert [greedy for _, greedy in scorer([(context, continuation), (context, wrong)], False)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["aoe", "mesh"])
 def test_shared_contexts_are_read_once_with_the_same_result(kind, monkeypatch):
     scorer, read = scored(kind)[1], []
     put_batch = scoring.put_batch
-    monkeypatch.setattr(scoring, "put_batch", lambda where, batch: read.append(batch) or put_batch(where, batch))
+    monkeypatch.setattr(
+        scoring, "put_batch", lambda where, batch: read.append(batch) or put_batch(where, batch)
+    )
     context = list(range(40, 100))[:50]
     requests = [(context, [5]), (context, [6, 7, 8]), ([*context[:-1], 3], [6]), (context, [9])]
     together = scorer(requests, progress=False)
     assert sum(batch["contexts"].any(axis=1).sum() for batch in read if "contexts" in batch) == 1
     apart = [scorer([request], progress=False)[0] for request in requests]
     assert not any("contexts" in batch for batch in read[2:])
-    np.testing.assert_allclose([score for score, _ in together], [score for score, _ in apart], atol=1e-4)
+    np.testing.assert_allclose(
+        [score for score, _ in together], [score for score, _ in apart], atol=1e-4
+    )
     assert [greedy for _, greedy in together] == [greedy for _, greedy in apart]
 
 
@@ -89,7 +112,9 @@ def test_few_shapes_are_compiled(monkeypatch):
     shapes = []
     put_batch = scoring.put_batch
     monkeypatch.setattr(
-        scoring, "put_batch", lambda where, batch: shapes.append(batch["inputs"].shape) or put_batch(where, batch)
+        scoring,
+        "put_batch",
+        lambda where, batch: shapes.append(batch["inputs"].shape) or put_batch(where, batch),
     )
     scored("aoe")[1](make_requests(range(2, 65), count=100), progress=False)
     assert len(shapes) > 10 and len(set(shapes)) <= 7
@@ -99,7 +124,11 @@ def test_few_shapes_are_compiled(monkeypatch):
 def test_logits_of_a_batch_are_never_whole():
     model = make_model(make_config(model__vocab_size=8192))
     batch = scoring._texts_arrays([(tuple(range(62)), (1, 2, 3))] * 64, 64, 64)
-    program = jax.jit(partial(scoring.score_texts, model.decoder)).lower(model.params, None, batch).compile()
+    program = (
+        jax.jit(partial(scoring.score_texts, model.decoder))
+        .lower(model.params, None, batch)
+        .compile()
+    )
     assert program.memory_analysis().temp_size_in_bytes < 64 * 64 * 8192 * 4 / 4
 
 

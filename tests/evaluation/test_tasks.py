@@ -1,4 +1,6 @@
-"""lm-eval's tasks through the adapter: exact results of a model whose answers are known, on local data."""
+"""lm-eval's tasks through the adapter: exact results of a model whose answers are known, on local
+data.
+"""
 
 import json
 import math
@@ -31,12 +33,20 @@ def test_the_ten_tasks_are_exactly_right(data):
     report = tasks.score_tasks(HarnessModel(known_model()[0], progress=False), loaded)
     assert list(report) == list(KNOWN)
     for name, known in KNOWN.items():
-        assert {metric: figure["value"] for metric, figure in report[name]["metrics"].items()} == pytest.approx(known)
+        assert {
+            metric: figure["value"] for metric, figure in report[name]["metrics"].items()
+        } == pytest.approx(known)
         examples = report[name]["examples"]
-        assert examples == next(len(rows) for file, rows in EXAMPLES.items() if file.startswith(f"{name}/"))
-        assert report[name]["fewshot"] == (3 if name in ("mnli", "qnli", "sst2", "mrpc", "qqp") else 0)
+        assert examples == next(
+            len(rows) for file, rows in EXAMPLES.items() if file.startswith(f"{name}/")
+        )
+        assert report[name]["fewshot"] == (
+            3 if name in ("mnli", "qnli", "sst2", "mrpc", "qqp") else 0
+        )
         acc = report[name]["metrics"]["acc"]
-        assert acc["stderr"] == pytest.approx(math.sqrt(acc["value"] * (1 - acc["value"]) / (examples - 1)))
+        assert acc["stderr"] == pytest.approx(
+            math.sqrt(acc["value"] * (1 - acc["value"]) / (examples - 1))
+        )
     assert 0 < report["mrpc"]["metrics"]["f1"]["stderr"] < 1
     mean = sum(known["acc"] for known in KNOWN.values()) / 10
     of_eight = sum(known["acc"] for name, known in KNOWN.items() if name not in ("mrpc", "qqp")) / 8
@@ -57,17 +67,23 @@ def test_prompts_have_shots_from_the_training_split(data):
 
 
 def test_shots_need_a_training_split(data):
-    with pytest.raises(UserError, match=r"--fewshot=9: .*sst2/train\.jsonl must hold more than 9 examples"):
+    with pytest.raises(
+        UserError, match=r"--fewshot=9: .*sst2/train\.jsonl must hold more than 9 examples"
+    ):
         tasks.load_tasks(["sst2"], fewshot=9, data=data)
     (data / "sst2/train.jsonl").unlink()
     tasks.load_tasks(["sst2"], fewshot=0, data=data)
-    with pytest.raises(UserError, match=r"--fewshot=3: .*sst2/train\.jsonl must hold more than 3 examples"):
+    with pytest.raises(
+        UserError, match=r"--fewshot=3: .*sst2/train\.jsonl must hold more than 3 examples"
+    ):
         tasks.load_tasks(["sst2"], data=data)
 
 
 def test_missing_and_bad_data(data):
     (data / "mnli/validation_matched.jsonl").unlink()
-    with pytest.raises(UserError, match=r"--tasks-data=.*mnli/validation_matched\.jsonl is missing"):
+    with pytest.raises(
+        UserError, match=r"--tasks-data=.*mnli/validation_matched\.jsonl is missing"
+    ):
         tasks.load_tasks(["mnli"], data=data)
     (data / "piqa/validation.jsonl").write_text('{"goal": "g", "sol1": "a"}\n')
     with pytest.raises(UserError, match=r"--tasks=piqa: .*can't be used \(ValueError: "):
@@ -81,7 +97,10 @@ def test_unknown_tasks(data, monkeypatch):
     root = Path(lm_eval.tasks.__file__).parent
     few = partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=root / "glue")
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)  # the whole index takes half a minute
-    with pytest.raises(UserError, match=r"--tasks=sst: unknown; there are arc_easy, .*speeches_choice, .*such as sst2"):
+    with pytest.raises(
+        UserError,
+        match=r"--tasks=sst: unknown; there are arc_easy, .*speeches_choice, .*such as sst2",
+    ):
         tasks.load_tasks(["sst"])
     with pytest.raises(UserError, match="--tasks=glue: is a group of tasks"):
         tasks.load_tasks(["glue"], data=data)
@@ -92,21 +111,33 @@ def test_speeches_are_cut_alike_at_every_run():
         cloze, choice = cloze_examples(split), choice_examples(split)
         assert (cloze, choice) == (cloze_examples(split), choice_examples(split))
         assert 400 < len(cloze) <= 480 and 400 < len(choice) <= 480
-        assert all(example["word"].isalpha() and len(example["passage"].split()) >= 39 for example in cloze)
+        assert all(
+            example["word"].isalpha() and len(example["passage"].split()) >= 39 for example in cloze
+        )
         assert all(len(set(example["continuations"])) == 4 for example in choice)
         labels = np.bincount([example["label"] for example in choice])
         assert labels.shape == (4,) and labels.min() > len(choice) / 5
-    assert not {e["passage"] for e in cloze_examples("validation")} & {e["passage"] for e in cloze_examples("test")}
+    assert not {e["passage"] for e in cloze_examples("validation")} & {
+        e["passage"] for e in cloze_examples("test")
+    }
 
 
 def test_speeches_follow_each_other():
     """The right continuation is what the speech says next, the others are from elsewhere."""
     from aoe_jax.data.sotu import speech_files, split_of
 
-    texts = [" ".join(file.read_text().split()) for i, file in enumerate(speech_files()) if split_of(i) == "test"]
+    texts = [
+        " ".join(file.read_text().split())
+        for i, file in enumerate(speech_files())
+        if split_of(i) == "test"
+    ]
     for example in choice_examples("test")[::20]:
-        whole = [f"{example['context']} {continuation}" for continuation in example["continuations"]]
-        assert [any(text in speech for speech in texts) for text in whole] == [i == example["label"] for i in range(4)]
+        whole = [
+            f"{example['context']} {continuation}" for continuation in example["continuations"]
+        ]
+        assert [any(text in speech for speech in texts) for text in whole] == [
+            i == example["label"] for i in range(4)
+        ]
 
 
 # Hides torch as if it weren't installed.
@@ -124,19 +155,32 @@ runpy.run_path("eval.py", run_name="__main__")
 
 
 def evaluate(workdir, *arguments, hidden="torch"):
-    return run(["-c", _WITHOUT.format(hidden=hidden, arguments=["eval.py", f"--workdir={workdir}", *arguments])])
+    return run(
+        [
+            "-c",
+            _WITHOUT.format(
+                hidden=hidden, arguments=["eval.py", f"--workdir={workdir}", *arguments]
+            ),
+        ]
+    )
 
 
 def test_command_line_without_torch(data):
     workdir = shutil.copytree(finished_run(), scratch("tasks") / "run")
     names = "sst2,speeches_cloze"
-    (workdir / "tasks.json").write_text('{"piqa": {"of": "another run"}, "sst2": {"of": "another run"}}')
-    status, stdout, stderr = evaluate(workdir, f"--tasks={names}", f"--tasks-data={data}", "--fewshot=1", "--limit=4")
+    (workdir / "tasks.json").write_text(
+        '{"piqa": {"of": "another run"}, "sst2": {"of": "another run"}}'
+    )
+    status, stdout, stderr = evaluate(
+        workdir, f"--tasks={names}", f"--tasks-data={data}", "--fewshot=1", "--limit=4"
+    )
     assert status == 0, stderr
     written = json.loads((workdir / "tasks.json").read_text())
     assert written.pop("piqa") == {"of": "another run"}
     assert sorted(written) == sorted(names.split(","))
-    assert {entry["examples"] for entry in written.values()} == {4} and written["sst2"]["fewshot"] == 1
+    assert {entry["examples"] for entry in written.values()} == {4} and written["sst2"][
+        "fewshot"
+    ] == 1
     assert written["speeches_cloze"]["metrics"]["perplexity"]["value"] > 1
     for entry in written.values():
         assert (entry["limit"], entry["split"]) == (4, "test")
@@ -149,7 +193,10 @@ def test_command_line_without_torch(data):
         (["--tasks=piqa", "--text=a.txt"], "--text=a.txt: give it without --tasks"),
         (["--limit=3"], "--limit=3: belongs to --tasks or --text=task:NAME"),
         (["--tasks="], "--tasks= names nothing; see --help"),
-        (["--tasks=speeches_cloze", "--split=train"], "--split=train: choose one of validation, test"),
+        (
+            ["--tasks=speeches_cloze", "--split=train"],
+            "--split=train: choose one of validation, test",
+        ),
     ],
 )
 def test_bad_command_lines(arguments, message, tmp_path):
@@ -159,7 +206,9 @@ def test_bad_command_lines(arguments, message, tmp_path):
 
 def test_a_damaged_file_of_results(data, tmp_path):
     (tmp_path / "tasks.json").write_text("[]")
-    with pytest.raises(UserError, match=r"tasks\.json can't be read: it holds no JSON object; move it away"):
+    with pytest.raises(
+        UserError, match=r"tasks\.json can't be read: it holds no JSON object; move it away"
+    ):
         tasks.evaluate_tasks(tmp_path, ["piqa"], data=data)
 
 
@@ -171,4 +220,7 @@ def test_a_missing_workdir(data):
 def test_without_lm_eval():
     status, _, stderr = evaluate("nowhere", "--tasks=piqa", hidden="lm_eval")
     assert status == 2
-    assert stderr.splitlines()[-1] == "error: --tasks needs the package lm-eval; run `pip install '.[eval]'`"
+    assert (
+        stderr.splitlines()[-1]
+        == "error: --tasks needs the package lm-eval; run `pip install '.[eval]'`"
+    )

@@ -16,7 +16,9 @@ from tests.evaluation.models import WORDS, make_config, make_model, plain_scores
 
 def load_of(model, inputs):
     apply = Decoder.from_config(model.config).apply
-    return np.asarray(jax.jit(lambda: apply({"params": model.params}, inputs, method="features")[1].load)())
+    return np.asarray(
+        jax.jit(lambda: apply({"params": model.params}, inputs, method="features")[1].load)()
+    )
 
 
 def test_texts_are_seen_each_by_itself(tmp_path, capsys):
@@ -33,7 +35,9 @@ def test_texts_are_seen_each_by_itself(tmp_path, capsys):
         loads, count = loads + load * len(tokens), count + len(tokens)
     assert (report["texts"], report["tokens"]) == (3, count)
     assert report["nll"] == pytest.approx(nll / count, abs=1e-5)
-    assert report["bits_per_byte"] == pytest.approx(nll / np.log(2) / sum(map(len, WORDS)), rel=1e-5)
+    assert report["bits_per_byte"] == pytest.approx(
+        nll / np.log(2) / sum(map(len, WORDS)), rel=1e-5
+    )
     np.testing.assert_allclose(report["load_statistics"]["load"], loads / count, atol=1e-6)
     printed = capsys.readouterr().out
     assert f"words: 3 texts, {count} tokens, step 7" in printed and "Ent_load" in printed
@@ -58,13 +62,17 @@ def test_a_text_is_a_stream_of_tokens():
     tokenizer = make_model(make_config(experts__kind="dense")).tokenizer
     stream = TextTokens(["é", "a cat"], tokenizer)
     tokens = stream.read(0, len(stream)).tolist()
-    assert [i for i, token in enumerate(tokens) if token == tokenizer.end_of_text][::2] == [0, len(tokens) - 1]
+    assert [i for i, token in enumerate(tokens) if token == tokenizer.end_of_text][::2] == [
+        0,
+        len(tokens) - 1,
+    ]
     assert tokenizer.decode(tokens) == "éa cat" and stream.text_bytes == 7
     assert jax.numpy.asarray(stream.read(1, 3)).shape == (2,)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "can't be read"), (b"\xff", "isn't UTF-8 at byte 0"), (b" \n", "is empty")]
+    ("content", "message"),
+    [(None, "can't be read"), (b"\xff", "isn't UTF-8 at byte 0"), (b" \n", "is empty")],
 )
 def test_bad_files(tmp_path, content, message):
     file = tmp_path / "a.txt"

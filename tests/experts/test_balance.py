@@ -43,7 +43,9 @@ def test_statistics_against_numpy():
     load = np.bincount(chosen.ravel(), minlength=6) / 50
     np.testing.assert_allclose(stats.load, load, atol=1e-6)
     np.testing.assert_allclose(stats.mean_probability, p.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(stats.confidence_entropy, -(p * np.log(p)).sum(axis=1).mean(), atol=1e-6)
+    np.testing.assert_allclose(
+        stats.confidence_entropy, -(p * np.log(p)).sum(axis=1).mean(), atol=1e-6
+    )
     np.testing.assert_allclose(stats.mean_score, np.asarray(scores).mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(stats.score_spread, np.asarray(scores).std(axis=1).mean(), atol=1e-6)
 
@@ -120,7 +122,9 @@ def test_sequences_by_themselves(stride):
         flat = scores.reshape(32, 5)
         return sequence_balance_loss(flat[::stride], select(flat), weights.reshape(32), 4, stride)
 
-    for got, want in zip(*(jax.jit(jax.value_and_grad(f))(scores) for f in (at_once, by_loop)), strict=True):
+    for got, want in zip(
+        *(jax.jit(jax.value_and_grad(f))(scores) for f in (at_once, by_loop)), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 

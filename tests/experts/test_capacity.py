@@ -1,4 +1,6 @@
-"""Experts of limited room against a plain loop over groups, ranks and tokens, and against the router that drops nothing."""
+"""Experts of limited room against a plain loop over groups, ranks and tokens, and against the
+router that drops nothing.
+"""
 
 import dataclasses
 from functools import partial
@@ -27,7 +29,9 @@ def x64():
 
 
 def make(capacity_factor, top_k=2, gate="chosen", dtype="float64", recompute=False, balance=None):
-    """The layer, the router layer of the same settings, their parameters, and tokens that crowd some experts."""
+    """The layer, the router layer of the same settings, their parameters, and tokens that crowd
+    some experts.
+    """
     router = ExpertsConfig(kind="router", n_experts=EXPERTS, top_k=top_k, d_ffn=12, gate=gate)
     capacity = dataclasses.replace(router, kind="capacity", capacity_factor=capacity_factor)
     made = [
@@ -44,7 +48,9 @@ def softmax(p):
 
 
 def by_loop(params, x, top_k, gate, capacity, real=None):
-    """`(outputs, dropped choices of each token)`, and the experts of each token that had room, in numpy."""
+    """`(outputs, dropped choices of each token)`, and the experts of each token that had room, in
+    numpy.
+    """
     w = {name: np.asarray(a) for name, a in params.items()}
     x, y = np.asarray(x), np.zeros(x.shape)
     dropped, placed = np.zeros(x.shape[:2], int), np.zeros((*x.shape[:2], EXPERTS), bool)
@@ -56,7 +62,9 @@ def by_loop(params, x, top_k, gate, capacity, real=None):
                 if real is not None and not real[g, t]:
                     continue
                 chosen = np.argsort(-scores[t], kind="stable")[:top_k]
-                weights = softmax(scores[t][chosen]) if gate == "chosen" else softmax(scores[t])[chosen]
+                weights = (
+                    softmax(scores[t][chosen]) if gate == "chosen" else softmax(scores[t])[chosen]
+                )
                 expert = chosen[rank]
                 if room[expert] == 0:
                     dropped[g, t] += 1
@@ -85,7 +93,9 @@ def test_load_and_balance_losses_are_of_the_choice_before_dropping(x64):
     layer, router, params, x = make(1.0)
     got, want = (jax.jit(made.apply)({"params": params}, x)[1] for made in (layer, router))
     assert got.dropped_share > 0.05 and want.dropped_share is None
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got._replace(dropped_share=None), want)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-12), got._replace(dropped_share=None), want
+    )
 
 
 def test_first_choices_come_before_second_ones():
@@ -93,12 +103,15 @@ def test_first_choices_come_before_second_ones():
     expert = jnp.array([[[0, 1], [1, 0], [0, 1], [0, 1]]])
     weight = jnp.array([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]])
     places = capacity_assignment(expert, weight, 2, capacity=2)
-    # Expert 0: tokens 0 and 2, by first choice; token 3 comes too late, and so does the second choice of token 1.
-    # Expert 1: token 1 by first choice, then the second choice of token 0; those of 2 and 3 come too late.
+    # Expert 0: tokens 0 and 2, by first choice; token 3 comes too late, and so does the second
+    # choice of token 1. Expert 1: token 1 by first choice, then the second choice of token 0; those
+    # of 2 and 3 come too late.
     np.testing.assert_array_equal(places.place[0], [[0, 1], [2, 0], [1, 2], [2, 2]])
     np.testing.assert_allclose(places.dropped[0], [0, 0.5, 0.5, 1])
     dispatch = dispatch_tensor(places, 2, jnp.float32)
-    np.testing.assert_array_equal(dispatch.sum(axis=1), np.ones((1, 2, 2)))  # no place has two tokens, all are taken
+    np.testing.assert_array_equal(
+        dispatch.sum(axis=1), np.ones((1, 2, 2))
+    )  # no place has two tokens, all are taken
     combine = combine_tensor(places, dispatch)
     np.testing.assert_allclose(combine[0, 0], [[0.9, 0], [0, 0.1]])
     np.testing.assert_allclose(combine[0, 1], [[0, 0], [0.8, 0]])
@@ -134,7 +147,9 @@ def values_and_gradients(layer, params, x):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("top_k", "gate"), [(1, "all"), (2, "chosen")])
 def test_with_room_for_all_it_is_the_router(ragged, recompute, top_k, gate):
-    layer, router, params, x = make(EXPERTS / top_k, top_k, gate, dtype="float32", recompute=recompute)
+    layer, router, params, x = make(
+        EXPERTS / top_k, top_k, gate, dtype="float32", recompute=recompute
+    )
     got, want = (values_and_gradients(made, params, x) for made in (layer, router))
     gradients, (y, stats) = got
     assert stats.dropped_share == 0
@@ -192,7 +207,9 @@ def test_a_selection_bias_moves_the_choice(x64):
         {"params": params}, x, routing_state={"selection_bias": jnp.array([0.0, 0, 0, 100, 0])}
     )[1]
     assert stats.load[3] == 1
-    np.testing.assert_allclose(stats.dropped_share, 1 - expert_capacity(TOKENS, EXPERTS, 1.0) / TOKENS, atol=1e-12)
+    np.testing.assert_allclose(
+        stats.dropped_share, 1 - expert_capacity(TOKENS, EXPERTS, 1.0) / TOKENS, atol=1e-12
+    )
 
 
 def test_bfloat16():
@@ -200,7 +217,9 @@ def test_bfloat16():
     layer, _, params, x = make(1.0, dtype="bfloat16")
     y, stats = jax.jit(layer.apply)({"params": params}, x)
     to_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-    exact, exact_stats = jax.jit(layer.clone(dtype=jnp.float32).apply)({"params": to_float32[0]}, to_float32[1])
+    exact, exact_stats = jax.jit(layer.clone(dtype=jnp.float32).apply)(
+        {"params": to_float32[0]}, to_float32[1]
+    )
     assert y.dtype == jnp.bfloat16 and stats.dropped_share == exact_stats.dropped_share > 0
     np.testing.assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
 

@@ -1,4 +1,6 @@
-"""The loss of Expert-Router Coupling: what it is zero for, its formula by loops, its noise, meshes, and training alone."""
+"""The loss of Expert-Router Coupling: what it is zero for, its formula by loops, its noise, meshes,
+and training alone.
+"""
 
 import dataclasses
 from functools import partial
@@ -88,7 +90,9 @@ def test_the_sum_over_pairs_is_the_mean_over_all_entries():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_zero_where_each_row_excites_its_own_expert_alone(alpha):
-    """Without noise for any orthonormal rows; with it for rows along axes, which noise leaves orthogonal."""
+    """Without noise for any orthonormal rows; with it for rows along axes, which noise leaves
+    orthogonal.
+    """
     u = normal(5, WIDTH)
     rows = orthonormal()
     norms = jnp.linalg.norm(jnp.einsum("id,jdf->ijf", rows, rows[:, :, None] * u), axis=-1)
@@ -102,7 +106,9 @@ def test_zero_where_each_row_excites_its_own_expert_alone(alpha):
 
 def test_homogeneous_in_the_rows():
     rows, w_g = normal(1, N, D), normal(2, N, D, WIDTH)
-    np.testing.assert_allclose(loss_of(2.5 * rows, w_g, 1.0, KEY), 2.5 * loss_of(rows, w_g, 1.0, KEY), rtol=1e-12)
+    np.testing.assert_allclose(
+        loss_of(2.5 * rows, w_g, 1.0, KEY), 2.5 * loss_of(rows, w_g, 1.0, KEY), rtol=1e-12
+    )
 
 
 def test_noise():
@@ -126,7 +132,9 @@ def test_zeros_have_finite_gradients():
 
 def test_activations_are_not_kept():
     rows, w_g = normal(1, N, D), normal(2, N, D, WIDTH)
-    kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(lambda *a: loss_of(*a, 1.0, KEY), *a)[1], rows, w_g))
+    kept = jax.tree.leaves(
+        jax.eval_shape(lambda *a: jax.vjp(lambda *a: loss_of(*a, 1.0, KEY), *a)[1], rows, w_g)
+    )
     assert (N, N, WIDTH) not in {a.shape for a in kept}
 
 
@@ -180,18 +188,30 @@ def test_whatever_selects_and_whatever_is_drawn(ragged):
 def test_it_is_added_to_the_loss_of_training(ragged):
     """Its mean over layers, which have noise of their own."""
     with jax.enable_x64(False):
-        config = tiny_config(experts__kind="router", balance__aux_weight=0.01, balance__coupling_weight=0.5)
+        config = tiny_config(
+            experts__kind="router", balance__aux_weight=0.01, balance__coupling_weight=0.5
+        )
         state = jax.jit(lambda: init_state(config, 0))()
         ones = jnp.ones((4, 32), jnp.int32)
-        batch = {"inputs": ones, "targets": ones, "segment_ids": ones, "weights": ones.astype(jnp.float32)}
+        batch = {
+            "inputs": ones,
+            "targets": ones,
+            "segment_ids": ones,
+            "weights": ones.astype(jnp.float32),
+        }
         run = jax.jit(partial(training_loss, config))
         loss, metrics = run(state.params, {}, batch, KEY)
         added = 0.01 * metrics["aux_loss"] + 0.5 * metrics["coupling_loss"]
         np.testing.assert_allclose(loss, metrics["nll"] + added, rtol=1e-6)
-        np.testing.assert_allclose(metrics["coupling_loss"], metrics["stats"].coupling.mean(), rtol=1e-6)
+        np.testing.assert_allclose(
+            metrics["coupling_loss"], metrics["stats"].coupling.mean(), rtol=1e-6
+        )
         first, second = metrics["stats"].coupling
         assert first > 0 and first != second
-        assert run(state.params, {}, batch, jax.random.key(5))[1]["coupling_loss"] != metrics["coupling_loss"]
+        assert (
+            run(state.params, {}, batch, jax.random.key(5))[1]["coupling_loss"]
+            != metrics["coupling_loss"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,17 +226,29 @@ def test_it_is_added_to_the_loss_of_training(ragged):
     ],
 )
 def test_it_is_refused_where_there_is_nothing_to_couple(experts):
-    with pytest.raises(UserError, match=r"config\.balance\.coupling_weight=1\.0: couples the rows of a plain router"):
-        Config.from_config_dict({"experts": experts, "balance": {"coupling_weight": 1.0, "aux_weight": 0.0}})
+    with pytest.raises(
+        UserError,
+        match=r"config\.balance\.coupling_weight=1\.0: couples the rows of a plain router",
+    ):
+        Config.from_config_dict(
+            {"experts": experts, "balance": {"coupling_weight": 1.0, "aux_weight": 0.0}}
+        )
 
 
 def test_it_is_refused_beside_other_selections():
     experts = {"kind": "router", "selection": "threshold"}
-    with pytest.raises(UserError, match=r"coupling_weight=1\.0: isn't implemented for experts\.selection='threshold'"):
-        Config.from_config_dict({"experts": experts, "balance": {"coupling_weight": 1.0, "aux_weight": 0.0}})
+    with pytest.raises(
+        UserError,
+        match=r"coupling_weight=1\.0: isn't implemented for experts\.selection='threshold'",
+    ):
+        Config.from_config_dict(
+            {"experts": experts, "balance": {"coupling_weight": 1.0, "aux_weight": 0.0}}
+        )
 
 
 def test_alpha_without_the_loss_is_refused():
-    with pytest.raises(UserError, match=r"config\.balance\.coupling_alpha=0\.5: belongs to the loss of"):
+    with pytest.raises(
+        UserError, match=r"config\.balance\.coupling_alpha=0\.5: belongs to the loss of"
+    ):
         BalanceConfig(coupling_alpha=0.5)
     assert dataclasses.asdict(BalanceConfig(coupling_weight=1.0))["coupling_alpha"] == 1

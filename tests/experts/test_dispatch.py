@@ -1,4 +1,6 @@
-"""Tokens to rows by expert and back, for token-major and arbitrary slots, in expert order and at places."""
+"""Tokens to rows by expert and back, for token-major and arbitrary slots, in expert order and at
+places.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,14 @@ import numpy as np
 import pytest
 
 from aoe_jax.experts import dispatch as station
-from aoe_jax.experts.dispatch import combine, dispatch, plan_rows, row_values, slot_values, take_activations
+from aoe_jax.experts.dispatch import (
+    combine,
+    dispatch,
+    plan_rows,
+    row_values,
+    slot_values,
+    take_activations,
+)
 from aoe_jax.experts.permute import NOWHERE
 from aoe_jax.experts.selection.expert_choice import expert_choice
 from aoe_jax.experts.selection.top_k import top_k
@@ -59,7 +68,9 @@ def test_every_used_slot_has_one_place(assignment):
 
 
 def test_round_trip_and_gradients(assignment, plan):
-    """Dispatch, weigh and combine multiplies each token by the sum of its weights; so says the gradient."""
+    """Dispatch, weigh and combine multiplies each token by the sum of its weights; so says the
+    gradient.
+    """
     x = jax.random.normal(jax.random.key(1), (30, 7))
     cotangent = jax.random.normal(jax.random.key(2), (30, 7))
     total = jnp.zeros(30).at[assignment.token].add(assignment.weight)
@@ -73,14 +84,18 @@ def test_round_trip_and_gradients(assignment, plan):
     d_x, d_weight = pull_back(cotangent)
     np.testing.assert_allclose(d_x, cotangent * total[:, None], atol=1e-5)
     used = assignment.expert < 5  # the weights of others are constants
-    np.testing.assert_allclose(d_weight[used], (x * cotangent).sum(axis=1)[assignment.token][used], atol=1e-5)
+    np.testing.assert_allclose(
+        d_weight[used], (x * cotangent).sum(axis=1)[assignment.token][used], atol=1e-5
+    )
 
 
 def test_values_by_slot_and_by_row(assignment, plan):
     values = jnp.arange(assignment.expert.shape[0], dtype=jnp.float32)
     by_row = row_values(values, plan)
     np.testing.assert_array_equal(by_row, read(values, plan.order, 0))
-    np.testing.assert_array_equal(slot_values(by_row, plan), jnp.where(plan.inverse == NOWHERE, 0, values))
+    np.testing.assert_array_equal(
+        slot_values(by_row, plan), jnp.where(plan.inverse == NOWHERE, 0, values)
+    )
 
 
 def test_activations_follow_their_rows(assignment, plan):
@@ -88,17 +103,28 @@ def test_activations_follow_their_rows(assignment, plan):
     rows = take_activations(cache, assignment, plan)
     expert = read(assignment.expert, plan.order, 5)
     used = expert < 5
-    np.testing.assert_array_equal(rows[used], np.asarray(cache)[np.asarray(plan.token)[used], expert[used]])
+    np.testing.assert_array_equal(
+        rows[used], np.asarray(cache)[np.asarray(plan.token)[used], expert[used]]
+    )
     np.testing.assert_array_equal(rows[~used], 0)
 
 
 def test_more_slots_than_gathers_are_spelled_out_for():
     """As under top-p, where every expert is a slot."""
-    rows, n_tokens, n_slots = jax.random.normal(jax.random.key(0), (90, 7)), 5, station.MAX_GATHERS + 2
+    rows, n_tokens, n_slots = (
+        jax.random.normal(jax.random.key(0), (90, 7)),
+        5,
+        station.MAX_GATHERS + 2,
+    )
     inverse = jax.random.permutation(jax.random.key(1), 90)
     for dtype in (jnp.float32, jnp.bfloat16):
         got = station._sum_slots(rows.astype(dtype), inverse, n_slots)
-        want = rows.astype(dtype).astype(jnp.float32)[inverse].reshape(n_tokens, n_slots, 7).sum(axis=1)
+        want = (
+            rows.astype(dtype)
+            .astype(jnp.float32)[inverse]
+            .reshape(n_tokens, n_slots, 7)
+            .sum(axis=1)
+        )
         assert got.dtype == dtype
         np.testing.assert_allclose(
             got.astype(jnp.float32), want, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5

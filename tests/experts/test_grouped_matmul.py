@@ -21,22 +21,35 @@ GROUP_SIZES = {
     "groups of one row": [1, 1, 1, 1, 1, 1],
     "rows past the last group": [10, 50, 3, 0, 7, 40],
     "no rows at all": [0, 0, 0, 0, 0, 0],
-    # These go through the batched product of `blocked`: whole, with a rest for its blocks, with rows of no group.
+    # These go through the batched product of `blocked`: whole, with a rest for its blocks, with
+    # rows of no group.
     "nearly equal": [42, 42, 33, 44, 29, 34],
     "one larger group": [60, 7, 37, 40, 30, 50],
     "nearly equal, rows past the last group": [31, 31, 33, 23, 46, 37],
 }
 BATCHED = list(GROUP_SIZES)[-3:]
 M, D, F = 224, 24, 40
-# One callable a backend, so that cases of one shape share a compilation; mosaic_gpu has tests of its own.
-PORTABLE = {name: partial(grouped_matmul, backend=name) for name in BACKENDS if name != "mosaic_gpu"}
+# One callable a backend, so that cases of one shape share a compilation; mosaic_gpu has tests of
+# its own.
+PORTABLE = {
+    name: partial(grouped_matmul, backend=name) for name in BACKENDS if name != "mosaic_gpu"
+}
 
 
 def reference(rows, weights, group_sizes, cotangent=None):
     """In numpy, in float64: the value, and with a cotangent the gradients too."""
     rows, weights = (np.asarray(a, float) for a in (rows, weights))
-    cotangent = np.zeros((len(rows), weights.shape[2])) if cotangent is None else np.asarray(cotangent, float)
-    value, d_rows, d_weights, start = np.zeros(cotangent.shape), np.zeros(rows.shape), np.zeros(weights.shape), 0
+    cotangent = (
+        np.zeros((len(rows), weights.shape[2]))
+        if cotangent is None
+        else np.asarray(cotangent, float)
+    )
+    value, d_rows, d_weights, start = (
+        np.zeros(cotangent.shape),
+        np.zeros(rows.shape),
+        np.zeros(weights.shape),
+        0,
+    )
     for expert, size in enumerate(group_sizes):
         own = slice(start, start + size)
         value[own], d_rows[own] = rows[own] @ weights[expert], cotangent[own] @ weights[expert].T
@@ -71,13 +84,17 @@ def test_values_and_gradients(backend, case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("backend", PORTABLE)
-@pytest.mark.parametrize("case", ["rows past the last group", "nearly equal, rows past the last group"])
+@pytest.mark.parametrize(
+    "case", ["rows past the last group", "nearly equal, rows past the last group"]
+)
 def test_nothing_leaks_from_unused_rows(backend, case):
     rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES[case], "float32")
     used = int(group_sizes.sum())
     poisoned = rows.at[used:].set(jnp.nan)
     function, cotangent = PORTABLE[backend], cotangent.at[used:].set(jnp.nan)
-    got, d_rows, d_weights = value_and_gradients(function, poisoned, weights, group_sizes, cotangent)
+    got, d_rows, d_weights = value_and_gradients(
+        function, poisoned, weights, group_sizes, cotangent
+    )
     np.testing.assert_array_equal(got[used:], 0)
     np.testing.assert_array_equal(d_rows[used:], 0)
     assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()
@@ -104,7 +121,10 @@ def test_every_row_has_one_place(case):
 
 
 def test_both_ways_of_blocked_are_tested():
-    ways = {case: bool(place_rows(jnp.array(sizes, jnp.int32), M).is_batched) for case, sizes in GROUP_SIZES.items()}
+    ways = {
+        case: bool(place_rows(jnp.array(sizes, jnp.int32), M).is_batched)
+        for case, sizes in GROUP_SIZES.items()
+    }
     assert {case for case, batched in ways.items() if batched} == set(BATCHED)
 
 

@@ -1,4 +1,6 @@
-"""The jitted path against the plain loops of `reference.py`: outputs and gradients, every kind and every selection."""
+"""The jitted path against the plain loops of `reference.py`: outputs and gradients, every kind and
+every selection.
+"""
 
 import dataclasses
 import re
@@ -29,7 +31,16 @@ def x64():
         yield
 
 
-def make(kind, n_tokens=29, d_model=12, dtype="float64", seed=0, recompute=False, balance=None, **settings):
+def make(
+    kind,
+    n_tokens=29,
+    d_model=12,
+    dtype="float64",
+    seed=0,
+    recompute=False,
+    balance=None,
+    **settings,
+):
     """A layer with its parameters and tokens, all in `dtype`."""
     settings = {"n_experts": 5, "top_k": 2, "d_ffn": 16, "d_low": 4} | settings
     config = ExpertsConfig(kind=kind, **settings)
@@ -55,7 +66,9 @@ def reference_apply(layer, params, x):
     if config.kind == "aoe":
         p = reference.aoe_scores(x, params["w_down"])
     else:
-        p = (jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x) @ params["w_router"]
+        p = (jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x) @ params[
+            "w_router"
+        ]
     weights = reference_weights(config, p)
     if config.low_rank:
         y = reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
@@ -74,7 +87,8 @@ def fast_apply(layer, params, x):
 
 
 def assert_agree(layer, params, x, tolerance):
-    """Outputs, balance loss and Ent_conf; gradients of a random projection of them in parameters and tokens.
+    """Outputs, balance loss and Ent_conf; gradients of a random projection of them in parameters
+    and tokens.
 
     Returns the gradients in parameters.
     """
@@ -83,14 +97,18 @@ def assert_agree(layer, params, x, tolerance):
     @partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, params, x):
         value, pull_back = jax.vjp(function, params, x)
-        return value, *pull_back((cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2])))
+        return value, *pull_back(
+            (cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2]))
+        )
 
     got = value_and_gradients(partial(fast_apply, layer), params, x)
     want = value_and_gradients(partial(reference_apply, layer), params, x)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = max(float(jnp.abs(b).max()), 1.0)
-        np.testing.assert_allclose(np.asarray(a, float) / scale, np.asarray(b, float) / scale, atol=tolerance)
+        np.testing.assert_allclose(
+            np.asarray(a, float) / scale, np.asarray(b, float) / scale, atol=tolerance
+        )
     return got[1]
 
 
@@ -119,14 +137,18 @@ def test_scoring_as_published_agrees_with_the_reference(x64):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, 32, 35])
-@pytest.mark.parametrize(("kind", "settings"), [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("router", {})])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("router", {})]
+)
 def test_balance_losses_from_some_of_the_tokens(x64, ragged, kind, settings, n_tokens):
     layer, params, x = make(kind, n_tokens, balance=BalanceConfig(aux_tokens=0.125), **settings)
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
 
 def test_sparse_scoring_without_balance_losses(x64):
-    """No norm but the chosen has a gradient then; outputs and their gradients stay those of Algorithm 2."""
+    """No norm but the chosen has a gradient then; outputs and their gradients stay those of
+    Algorithm 2.
+    """
     layer, params, x = make("aoe", balance=BalanceConfig(aux_weight=0.0))
     loss = lambda apply, p, x: (apply(layer, p, x)[0] ** 2).sum()  # noqa: E731
     got = jax.jit(jax.grad(partial(loss, fast_apply), (0, 1)))(params, x)
@@ -146,15 +168,23 @@ def scoring_products(layer, params, x):
         return (y**2).sum() + aux_loss
 
     lines = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).as_text().splitlines()
-    # The cache `[tokens, n, r]` is an operand or the result of each of them, and of no other product.
-    caches = (re.search(rf"tensor<(\d+)x{n}x{r}xf32>", line) for line in lines if "dot_general" in line)
+    # The cache `[tokens, n, r]` is an operand or the result of each of them, and of no other
+    # product.
+    caches = (
+        re.search(rf"tensor<(\d+)x{n}x{r}xf32>", line) for line in lines if "dot_general" in line
+    )
     return sorted(int(cache[1]) for cache in caches if cache and int(cache[1]) != d)
 
 
 @pytest.mark.parametrize(
     ("settings", "aux_weight", "aux_tokens", "want"),
     [
-        ({"score_gradient": "dense"}, 0.01, 1.0, [64, 64, 64]),  # forward, and two products backward
+        (
+            {"score_gradient": "dense"},
+            0.01,
+            1.0,
+            [64, 64, 64],
+        ),  # forward, and two products backward
         ({}, 0.0, 1.0, [64]),
         ({}, 0.01, 1.0, [64, 64, 64, 64]),  # the cache once more, instead of keeping it
         ({}, 0.01, 0.125, [8, 8, 8, 64]),
@@ -162,16 +192,24 @@ def scoring_products(layer, params, x):
 )
 def test_what_scoring_costs(settings, aux_weight, aux_tokens, want):
     balance = BalanceConfig(aux_weight=aux_weight, aux_tokens=aux_tokens)
-    layer, params, x = make("aoe", 64, dtype="float32", balance=balance, n_experts=7, d_low=5, **settings)
+    layer, params, x = make(
+        "aoe", 64, dtype="float32", balance=balance, n_experts=7, d_low=5, **settings
+    )
     assert scoring_products(layer, params, x) == want
 
 
 def test_sparse_scoring_keeps_no_cache():
-    """Neither the cache `[T, n, r]` nor anything as large is among what the forward pass leaves to the backward pass."""
+    """Neither the cache `[T, n, r]` nor anything as large is among what the forward pass leaves to
+    the backward pass.
+    """
     sizes = {}
     for mode in ("dense", "sparse"):
-        layer, params, x = make("aoe", 64, dtype="float32", n_experts=16, d_low=8, d_ffn=12, score_gradient=mode)
-        pull_back = jax.eval_shape(lambda p, x, layer=layer: jax.vjp(partial(fast_apply, layer), p, x)[1], params, x)
+        layer, params, x = make(
+            "aoe", 64, dtype="float32", n_experts=16, d_low=8, d_ffn=12, score_gradient=mode
+        )
+        pull_back = jax.eval_shape(
+            lambda p, x, layer=layer: jax.vjp(partial(fast_apply, layer), p, x)[1], params, x
+        )
         residuals = jax.tree.leaves(pull_back)
         sizes[mode] = {a.shape for a in residuals if a.size >= 64 * 16 * 8}
     assert (64, 16, 8) in sizes["dense"] and not sizes["sparse"]
@@ -187,7 +225,11 @@ def test_selection_bias_chooses_and_does_not_weigh(x64, kind, gate):
     p = reference.aoe_scores(x, params["w_down"]) if kind == "aoe" else x @ params["w_router"]
     chosen = jnp.argsort(-(p + bias), axis=1)[:, :2]
     values = jnp.take_along_axis(p, chosen, axis=1)
-    values = jax.nn.softmax(values) if gate == "chosen" else jnp.take_along_axis(jax.nn.softmax(p), chosen, axis=1)
+    values = (
+        jax.nn.softmax(values)
+        if gate == "chosen"
+        else jnp.take_along_axis(jax.nn.softmax(p), chosen, axis=1)
+    )
     weights = jnp.zeros_like(p).at[jnp.arange(x.shape[0])[:, None], chosen].set(values)
     experts = reference.aoe_experts if kind == "aoe" else reference.router_experts
     want = experts(x, weights, *(params[name] for name in WEIGHTS[kind] if name != "w_router"))
@@ -219,32 +261,40 @@ def test_random_shapes_in_float32(kind, seed):
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_bfloat16(kind):
-    """Rounded inputs, exact reference: outputs and gradients within 5% of the largest. Ties of rounded scores are rare
-    enough here that both choose the same experts."""
+    """Rounded inputs, exact reference: outputs and gradients within 5% of the largest. Ties of
+    rounded scores are rare enough here that both choose the same experts."""
     layer, params, x = make(kind, dtype="bfloat16", n_tokens=24)
     exact = dataclasses.replace(layer, dtype=jnp.float32)
     to_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
     (got, stats), (_, of_exact) = (
-        jax.jit(layer.apply)({"params": p}, t) for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))
+        jax.jit(layer.apply)({"params": p}, t)
+        for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))
     )
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(stats.load, of_exact.load, atol=1e-6)
 
     @partial(jax.jit, static_argnums=0)
     def gradient(layer, params, x):
-        return jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum(), (0, 1))(params, x)
+        return jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum(), (0, 1))(
+            params, x
+        )
 
     got = (got, gradient(layer, params, x))
     want = (jax.jit(partial(reference_apply, exact))(*to_float32)[0], gradient(exact, *to_float32))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         scale = float(jnp.abs(b).max())
-        np.testing.assert_allclose(np.asarray(a, float) / scale, np.asarray(b) / scale, atol=TOLERANCE["bfloat16"])
+        np.testing.assert_allclose(
+            np.asarray(a, float) / scale, np.asarray(b) / scale, atol=TOLERANCE["bfloat16"]
+        )
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_ties_go_to_the_lower_expert(x64, kind):
     layer, params, x = make(kind)
-    params = {k: jnp.repeat(v[:1], v.shape[0], 0) if k != "w_router" else jnp.ones_like(v) for k, v in params.items()}
+    params = {
+        k: jnp.repeat(v[:1], v.shape[0], 0) if k != "w_router" else jnp.ones_like(v)
+        for k, v in params.items()
+    }
     stats = jax.jit(layer.apply)({"params": params}, x)[1]
     np.testing.assert_allclose(stats.load, [1, 1, 0, 0, 0], atol=1e-12)
     assert_agree(layer, params, x, TOLERANCE["float64"])
@@ -283,7 +333,9 @@ def test_the_first_ranks_are_top_k(settings):
     layer, params, x = make(**{"kind": "aoe", "dtype": "float32"} | settings)
     ranks = tuple(range(layer.config.top_k))
     ranked = layer.clone(config=dataclasses.replace(layer.config, selection="ranked", ranks=ranks))
-    for a, b in zip(*(jax.jit(each.apply)({"params": params}, x) for each in (layer, ranked)), strict=True):
+    for a, b in zip(
+        *(jax.jit(each.apply)({"params": params}, x) for each in (layer, ranked)), strict=True
+    ):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -297,14 +349,18 @@ def test_one_expert_is_the_dense_layer(x64):
 
 
 def test_gate_pre_activations_start_with_equal_variance():
-    """`(x Wdown) Wup` of AoE, `x Wg` of the router MoE and of the dense layer: variance 1 on normalised tokens."""
+    """`(x Wdown) Wup` of AoE, `x Wg` of the router MoE and of the dense layer: variance 1 on
+    normalised tokens.
+    """
     d_model, settings = 128, {"n_experts": 8, "d_ffn": 256}
     x = jax.random.normal(jax.random.key(0), (512, d_model))
     variances = {}
     for d_low in (8, 32, 96):
         config = ExpertsConfig(d_low=d_low, **settings)
         p = parameters_of(AoELayer(config), x, d_low)
-        variances[f"aoe r={d_low}"] = jnp.var(jnp.einsum("td,ndr,nrw->ntw", x, p["w_down"], p["w_up"]))
+        variances[f"aoe r={d_low}"] = jnp.var(
+            jnp.einsum("td,ndr,nrw->ntw", x, p["w_down"], p["w_up"])
+        )
     p = parameters_of(RouterLayer(ExpertsConfig(kind="router", **settings)), x)
     variances["router"] = jnp.var(jnp.einsum("td,ndf->ntf", x, p["w_g"]))
     p = parameters_of(DenseLayer(ExpertsConfig(kind="dense", **settings)), x)
@@ -328,7 +384,9 @@ def test_public_reference_signatures(x64):
             layer, params, x = make(kind, gate=gate)
             jitted = jax.jit(partial(function, top_k=2, gate=gate))
             got = jitted(x, *(params[name] for name in WEIGHTS[kind]))
-            np.testing.assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10)
+            np.testing.assert_allclose(
+                got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10
+            )
 
 
 def test_scoring_is_one_matmul():

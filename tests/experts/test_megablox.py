@@ -1,4 +1,6 @@
-"""Tiles of the Megablox backend, and what only it has: padded rows, widths of several tiles, use inside scan and remat."""
+"""Tiles of the Megablox backend, and what only it has: padded rows, widths of several tiles, use
+inside scan and remat.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,9 @@ def test_row_tile(m, n_experts, tile):
 
 
 @pytest.mark.parametrize("limit", MAX_WIDTH.values())
-@pytest.mark.parametrize("width", [1, 64, 327, 400, 512, 513, 768, 1024, 1025, 1280, 3264, 4194, 4393, 6470])
+@pytest.mark.parametrize(
+    "width", [1, 64, 327, 400, 512, 513, 768, 1024, 1025, 1280, 3264, 4194, 4393, 6470]
+)
 def test_width_tile(width, limit):
     tile = width_tile(width, limit)
     assert tile == width or tile % 128 == 0
@@ -66,7 +70,9 @@ def test_widths_of_several_tiles_with_a_remainder():
         value, pull_back = jax.vjp(function, rows, weights)
         return value, *pull_back(g)
 
-    for got, want in zip(value_and_gradients("megablox"), value_and_gradients("ragged"), strict=True):
+    for got, want in zip(
+        value_and_gradients("megablox"), value_and_gradients("ragged"), strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
 
 
@@ -75,20 +81,28 @@ def test_inside_scan_and_remat():
     rows, weights = jnp.ones((16, 8)), jax.random.normal(jax.random.key(1), (2, 3, 8, 8)) / 8
 
     def loss(rows, weights, backend):
-        layer = jax.checkpoint(lambda x, w: (jnp.tanh(grouped_matmul(x, w, sizes, backend=backend)), None))
+        layer = jax.checkpoint(
+            lambda x, w: (jnp.tanh(grouped_matmul(x, w, sizes, backend=backend)), None)
+        )
         return jax.lax.scan(layer, rows, weights)[0].sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-    for got, want in zip(gradients(rows, weights, "megablox"), gradients(rows, weights, "ragged"), strict=True):
+    for got, want in zip(
+        gradients(rows, weights, "megablox"), gradients(rows, weights, "ragged"), strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(("m", "d", "f"), [(0, 8, 4), (5, 8, 0)])
 def test_nothing_to_do(m, d, f):
-    out = grouped_matmul(jnp.ones((m, d)), jnp.ones((2, d, f)), jnp.zeros(2, jnp.int32), backend="megablox")
+    out = grouped_matmul(
+        jnp.ones((m, d)), jnp.ones((2, d, f)), jnp.zeros(2, jnp.int32), backend="megablox"
+    )
     assert out.shape == (m, f)
 
 
 def test_unsupported_dtype_is_named():
     with pytest.raises(UserError, match="megablox.*float16: use bfloat16 or float32"):
-        BACKENDS["megablox"](jnp.ones((8, 8), "float16"), jnp.ones((2, 8, 8), "float16"), jnp.zeros(2, jnp.int32))
+        BACKENDS["megablox"](
+            jnp.ones((8, 8), "float16"), jnp.ones((2, 8, 8), "float16"), jnp.zeros(2, jnp.int32)
+        )

@@ -1,4 +1,6 @@
-"""Layers over meshes of eight devices against the same layer on one: values, gradients, losses, statistics."""
+"""Layers over meshes of eight devices against the same layer on one: values, gradients, losses,
+statistics.
+"""
 
 import dataclasses
 from functools import cache
@@ -19,7 +21,15 @@ from aoe_jax.sharding import MESH_AXES
 from tests.experts.drawn import parameters_of
 
 B, S, D = 16, 8, 8
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 4, 1), (2, 1, 1, 4)]
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (2, 2, 2, 1),
+    (1, 2, 2, 2),
+    (2, 1, 4, 1),
+    (2, 1, 1, 4),
+]
 KINDS = {
     "aoe": {"kind": "aoe"},
     "router": {"kind": "router"},
@@ -47,12 +57,18 @@ def x64():
 
 
 def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.float64):
-    config = ExpertsConfig(**{"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8, "d_wide": None} | settings)
+    config = ExpertsConfig(
+        **{"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8, "d_wide": None} | settings
+    )
     if config.low_rank:
-        config = ExpertsConfig(**{"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8, "d_wide": 16} | settings)
+        config = ExpertsConfig(
+            **{"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8, "d_wide": 16} | settings
+        )
     method = METHODS[config.selection]() if config.selection in METHODS else None
     of_method = {"settings": method, "training": method is not None}
-    layer = LAYERS[config.kind](config, dtype, BalanceConfig(aux_tokens=aux_tokens), recompute, transport, **of_method)
+    layer = LAYERS[config.kind](
+        config, dtype, BalanceConfig(aux_tokens=aux_tokens), recompute, transport, **of_method
+    )
     x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
     params = parameters_of(layer, x)
     weights = jnp.ones((B, S)).at[3, 5:].set(0)  # padding counts in no statistic
@@ -131,18 +147,23 @@ def test_so_do_products_of_rows_in_places(x64, shape, transport, kind):
 
 def test_balance_losses_from_some_of_the_tokens(x64, ragged):
     layer, params, x, weights = make(KINDS["aoe"], aux_tokens=0.25)
-    assert_same(on_mesh((2, 2, 2, 1), layer, params, x, weights), evaluate(layer, params, x, weights))
+    assert_same(
+        on_mesh((2, 2, 2, 1), layer, params, x, weights), evaluate(layer, params, x, weights)
+    )
 
 
 @pytest.mark.smoke
 def test_recomputed_experts(x64):
     layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute=True)
-    assert_same(on_mesh((1, 2, 4, 1), layer, params, x, weights), evaluate(layer, params, x, weights))
+    assert_same(
+        on_mesh((1, 2, 4, 1), layer, params, x, weights), evaluate(layer, params, x, weights)
+    )
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 @pytest.mark.parametrize(
-    ("shape", "transport"), [((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all"), ((2, 1, 2, 2), "ring")]
+    ("shape", "transport"),
+    [((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all"), ((2, 1, 2, 2), "ring")],
 )
 def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, transport):
     """Then its rows take several rounds, and nothing is dropped."""
@@ -150,7 +171,10 @@ def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, t
     bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
     want = evaluate(layer, params, x, weights, bias)
     assert float(want[1][1].load[0]) == 1
-    rows, buffer = B * S, transport_of.make_transport(parallel.Devices(shape, transport), 8, 1, B * S // 8, 1)
+    rows, buffer = (
+        B * S,
+        transport_of.make_transport(parallel.Devices(shape, transport), 8, 1, B * S // 8, 1),
+    )
     assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
     assert_same(on_mesh(shape, layer, params, x, weights, bias), want)
 
@@ -174,7 +198,9 @@ def test_ragged_offsets_land_where_equal_buffers_do(seed):
     for sender in range(n_devices):
         for receiver in range(n_devices):
             first = receiver * block
-            rows[sender, first : first + sent[sender, receiver]] = rng.normal(size=sent[sender, receiver])
+            rows[sender, first : first + sent[sender, receiver]] = rng.normal(
+                size=sent[sender, receiver]
+            )
     out = np.zeros_like(rows)
     for sender in range(n_devices):
         start, landing = parallel.ragged_offsets(sender, n_devices, n_devices * block)
@@ -208,22 +234,29 @@ def test_tokens_of_the_whole_batch_and_back():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    ("shape", "transport"), [((1, 8, 1, 1), "ring"), ((1, 2, 2, 2), "ring"), ((1, 2, 4, 1), "all_to_all")]
+    ("shape", "transport"),
+    [((1, 8, 1, 1), "ring"), ((1, 2, 2, 2), "ring"), ((1, 2, 4, 1), "all_to_all")],
 )
 def test_bfloat16(x64, shape, transport):
-    """Gradients within 3% of the largest of one device's; weights' are summed over devices in float32."""
+    """Gradients within 3% of the largest of one device's; weights' are summed over devices in
+    float32.
+    """
     layer, params, x, weights = make(KINDS["router"], transport, dtype=jnp.bfloat16)
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
     weights = weights.astype(jnp.float32)
     (d_params, d_x), _ = on_mesh(shape, layer, params, x, weights)
     (want_params, want_x), _ = evaluate(layer, params, x, weights)
-    for a, b in zip(jax.tree.leaves((d_params, d_x)), jax.tree.leaves((want_params, want_x)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((d_params, d_x)), jax.tree.leaves((want_params, want_x)), strict=True
+    ):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
 
 
 def kept(shape, kind, transport="ring", recompute=False):
-    """Shapes of what a layer keeps for the backward pass; what differs between the devices, of all eight."""
+    """Shapes of what a layer keeps for the backward pass; what differs between the devices, of all
+    eight.
+    """
     settings = KINDS[kind] | {"d_ffn": 24}  # no array of tokens has the shape of a weight
     if kind == "capacity":
         settings |= {"capacity_factor": 1.0}
@@ -259,7 +292,9 @@ def kept(shape, kind, transport="ring", recompute=False):
     ],
 )
 def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
-    """Nothing that is gathered over fsdp, nor the Wdown of all experts, waits for the backward pass."""
+    """Nothing that is gathered over fsdp, nor the Wdown of all experts, waits for the backward
+    pass.
+    """
     shapes, params = kept(shape, kind, transport, recompute)
     whole = set()
     for name, w in params.items():
@@ -272,7 +307,8 @@ def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
 
 
 @pytest.mark.parametrize(
-    ("kind", "recompute"), [("aoe", False), ("aoe", True), ("router", False), ("router", True), ("dense", False)]
+    ("kind", "recompute"),
+    [("aoe", False), ("aoe", True), ("router", False), ("router", True), ("dense", False)],
 )
 def test_fsdp_keeps_no_more_than_data(x64, kind, recompute):
     """The checkpoint that gathers weights again keeps nothing that is computed again within."""

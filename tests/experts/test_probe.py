@@ -53,7 +53,9 @@ def by_loops(node, norm, equal_weights):
         chosen = np.argsort(-scores)[:2]
         weights = np.exp(scores[chosen] - scores[chosen].max())
         weights = np.full(2, 0.5) if equal_weights else weights / weights.sum()
-        outputs.append(sum(weight * experts[i]["output"] for weight, i in zip(weights, chosen, strict=True)))
+        outputs.append(
+            sum(weight * experts[i]["output"] for weight, i in zip(weights, chosen, strict=True))
+        )
         routed = np.argsort(-(x @ np.asarray(PARAMS["w_router"], np.float64)))[:2]
         shares.append(len({*chosen} & {*routed}) / 2)
     return np.stack(outputs), np.average(shares, weights=np.asarray(WEIGHTS).reshape(-1))
@@ -71,7 +73,9 @@ def test_choice_by_norm(node, norm):
 
 
 def test_equal_weights():
-    np.testing.assert_allclose(apply(by_norm("x Wg", "L2"), True)[0], by_loops("x Wg", "L2", True)[0], atol=1e-4)
+    np.testing.assert_allclose(
+        apply(by_norm("x Wg", "L2"), True)[0], by_loops("x Wg", "L2", True)[0], atol=1e-4
+    )
 
 
 def test_choice_of_the_router():
@@ -88,7 +92,9 @@ def test_choice_by_chance():
     assert float(np.abs(y - apply(by_router, True)[0]).max()) > 0.1
 
 
-@pytest.mark.parametrize("choose", [by_norm("SiLU(x Wg) * x Wp", "L2"), by_chance], ids=["norm", "chance"])
+@pytest.mark.parametrize(
+    "choose", [by_norm("SiLU(x Wg) * x Wp", "L2"), by_chance], ids=["norm", "chance"]
+)
 @pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 4, 1)], ids=str)
 def test_meshes_choose_alike(shape, choose):
     want = apply(choose)

@@ -1,4 +1,6 @@
-"""The selection method that the README adds is what it says: in a layer, in training on a mesh, and token by token."""
+"""The selection method that the README adds is what it says: in a layer, in training on a mesh, and
+token by token.
+"""
 
 import re
 from pathlib import Path
@@ -24,12 +26,16 @@ README = Path(__file__).parents[2] / "README.md"
 @pytest.fixture
 def added(monkeypatch):
     """The example's names, with its method registered as the README says."""
-    code = re.search(r"### Add a method.*?```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    code = re.search(
+        r"### Add a method.*?```python\n(.*?)```", README.read_text(), re.DOTALL
+    ).group(1)
     assert code.count("\n") <= 30
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     monkeypatch.setitem(SELECTIONS, "above_mean", names["AboveMean"]())
-    monkeypatch.setattr(experts_config, "SELECTION_NAMES", (*experts_config.SELECTION_NAMES, "above_mean"))
+    monkeypatch.setattr(
+        experts_config, "SELECTION_NAMES", (*experts_config.SELECTION_NAMES, "above_mean")
+    )
     return names
 
 
@@ -38,7 +44,9 @@ def test_by_hand(added):
     assignment = added["above_mean"](scores)
     np.testing.assert_array_equal(assignment.expert.reshape(2, 4), [[4, 4, 2, 3], [0, 4, 4, 4]])
     weight = np.exp([6.0, 4.0]) / np.exp([6.0, 4.0]).sum()
-    np.testing.assert_allclose(assignment.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        assignment.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6
+    )
 
 
 def test_in_a_layer(added, ragged):
@@ -52,14 +60,17 @@ def test_in_a_layer(added, ragged):
         chosen = scores > scores.mean(axis=1, keepdims=True)
         weights = jax.nn.softmax(scores, where=chosen, axis=1)
         weights = jnp.where(chosen, weights, 0)
-        return reference.aoe_experts(x, weights, *(params[name] for name in ("w_down", "w_up", "w_p", "w_o")))
+        return reference.aoe_experts(
+            x, weights, *(params[name] for name in ("w_down", "w_up", "w_p", "w_o"))
+        )
 
     def by_layer(params):
         return layer.apply({"params": params}, x)[0]
 
     for function in (lambda f: f(params), lambda f: jax.grad(lambda p: (f(p) ** 2).sum())(params)):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *map(function, (by_layer, by_loop))
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            *map(function, (by_layer, by_loop)),
         )
 
 
@@ -95,7 +106,11 @@ def test_in_a_model(added, ragged, kind):
     for prompt in prompts:
         row = list(prompt)
         for _ in range(6):
-            logits = apply({"params": model.params}, np.array([row + [0] * (16 - len(row))], np.int32))[0]
+            logits = apply(
+                {"params": model.params}, np.array([row + [0] * (16 - len(row))], np.int32)
+            )[0]
             row.append(int(logits[0, len(row) - 1].argmax()))
         want.append(row[len(prompt) :])
-    assert Generator(model).generate(prompts, 6, sampling=Sampling(temperature=0.0), chunk=3) == want
+    assert (
+        Generator(model).generate(prompts, 6, sampling=Sampling(temperature=0.0), chunk=3) == want
+    )

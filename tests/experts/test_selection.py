@@ -17,7 +17,11 @@ pytestmark = pytest.mark.smoke
 def dense_weights(assignment, n_tokens, n_experts):
     """Weights `[T, n]`; also checks that unused slots weigh nothing."""
     weights = np.zeros((n_tokens, n_experts + 1))
-    np.add.at(weights, (np.asarray(assignment.token), np.asarray(assignment.expert)), np.asarray(assignment.weight))
+    np.add.at(
+        weights,
+        (np.asarray(assignment.token), np.asarray(assignment.expert)),
+        np.asarray(assignment.weight),
+    )
     np.testing.assert_array_equal(weights[:, n_experts], 0)
     return weights[:, :n_experts]
 
@@ -28,7 +32,9 @@ def test_top_k_weighs_the_chosen():
         dense_weights(top_k(scores, 2), 2, 4), [[0, 0, 3 / 7, 4 / 7], [0.5, 0.5, 0, 0]], atol=1e-6
     )
     np.testing.assert_allclose(
-        dense_weights(top_k(scores, 2, gate="all"), 2, 4), [[0, 0, 0.3, 0.4], [0.4, 0.4, 0, 0]], atol=1e-6
+        dense_weights(top_k(scores, 2, gate="all"), 2, 4),
+        [[0, 0, 0.3, 0.4], [0.4, 0.4, 0, 0]],
+        atol=1e-6,
     )
 
 
@@ -46,7 +52,10 @@ def test_ranks_count_from_the_highest_score():
 
 def test_a_bias_moves_ranks_and_not_weights():
     """And the first k ranks are top-k, bit for bit."""
-    scores, bias = jax.random.normal(jax.random.key(0), (50, 6)).round(1), jnp.array([0.5, 0, 0, -9, 0, 1.0])
+    scores, bias = (
+        jax.random.normal(jax.random.key(0), (50, 6)).round(1),
+        jnp.array([0.5, 0, 0, -9, 0, 1.0]),
+    )
     for a, b in zip(ranked(scores, (0, 1, 2), bias), top_k(scores, 3, bias=bias), strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(dense_weights(ranked(scores, (5,), bias), 50, 6)[:, 3], 1)
@@ -61,13 +70,21 @@ def test_top_p_on_uniform_scores(threshold, experts):
 
 
 def test_sparsemixer_weighs_among_the_near():
-    """Near in relation to their size; equal zeros are near too; without jitter every chosen expert weighs one."""
+    """Near in relation to their size; equal zeros are near too; without jitter every chosen expert
+    weighs one.
+    """
     scores = jnp.array([[2, 1.99, 0, 1], [0, 0, -1, -1], [-1, -1.01, -9, -9]])
     expert = jnp.tile(jnp.arange(2), (3, 1))
     near = 1 / (1 + np.exp(-0.01))
-    np.testing.assert_allclose(sparsemixer_weights(scores, expert, 0.01), [[near, 1], [0.5, 1], [near, 1]], rtol=1e-6)
-    np.testing.assert_allclose(sparsemixer_weights(scores, expert, 0.001), [[1, 1], [0.5, 1], [1, 1]], rtol=1e-6)
-    np.testing.assert_allclose(sparsemixer_weights(scores[:1], expert[:1], 0.0), [[1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        sparsemixer_weights(scores, expert, 0.01), [[near, 1], [0.5, 1], [near, 1]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        sparsemixer_weights(scores, expert, 0.001), [[1, 1], [0.5, 1], [1, 1]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        sparsemixer_weights(scores[:1], expert[:1], 0.0), [[1, 1]], rtol=1e-6
+    )
 
 
 def test_top_p_takes_one_sure_expert_and_is_equivariant():
@@ -75,9 +92,13 @@ def test_top_p_takes_one_sure_expert_and_is_equivariant():
     weights = dense_weights(top_p(scores, 0.6), 2, 4)
     np.testing.assert_allclose(weights[0], [0, 1, 0, 0], atol=1e-6)
     order = jnp.array([2, 0, 3, 1])
-    np.testing.assert_allclose(dense_weights(top_p(scores[:, order], 0.6), 2, 4), weights[:, order], atol=1e-7)
+    np.testing.assert_allclose(
+        dense_weights(top_p(scores[:, order], 0.6), 2, 4), weights[:, order], atol=1e-7
+    )
     scores = jax.random.normal(jax.random.key(0), (60, 16))
-    counts = [(dense_weights(top_p(scores, p), 60, 16) > 0).sum(axis=1) for p in (0.1, 0.5, 0.7, 0.95)]
+    counts = [
+        (dense_weights(top_p(scores, p), 60, 16) > 0).sum(axis=1) for p in (0.1, 0.5, 0.7, 0.95)
+    ]
     assert (np.diff(counts, axis=0) >= 0).all() and (counts[-1] > counts[0]).all()
 
 
@@ -90,18 +111,24 @@ def test_top_p_weights_pass_the_threshold_and_stay_below_one():
     assert (dense_weights(top_p(scores, 1.0), 60, 16) > 0).all()
 
 
-@pytest.mark.parametrize(("scores", "entropy"), [(jnp.zeros((5, 16)), np.log(16)), (100 * jnp.eye(16), 0)])
+@pytest.mark.parametrize(
+    ("scores", "entropy"), [(jnp.zeros((5, 16)), np.log(16)), (100 * jnp.eye(16), 0)]
+)
 def test_entropy_loss_of_top_p(scores, entropy):
     stats = layer_stats(scores, scores, top_p(scores, 0.4), jnp.ones(len(scores)))
     np.testing.assert_allclose(stats.confidence_entropy, entropy, atol=1e-5)
 
 
 def test_expert_choice_goes_with_the_tokens():
-    """Tokens in another order take the same experts; a token has as many as the factor says, on average."""
+    """Tokens in another order take the same experts; a token has as many as the factor says, on
+    average.
+    """
     scores = jax.random.normal(jax.random.key(0), (40, 8))
     order = jax.random.permutation(jax.random.key(1), 40)
     weights = dense_weights(expert_choice(scores, 2.0), 40, 8)
-    np.testing.assert_allclose(dense_weights(expert_choice(scores[order], 2.0), 40, 8), weights[order], rtol=1e-6)
+    np.testing.assert_allclose(
+        dense_weights(expert_choice(scores[order], 2.0), 40, 8), weights[order], rtol=1e-6
+    )
     per_token = (weights > 0).sum(axis=1)
     assert per_token.mean() == 2 and per_token.min() < 2 < per_token.max()
 
@@ -118,7 +145,9 @@ def test_expert_choice_fills_every_expert():
 
 def test_expert_choice_of_everything():
     scores = jax.random.normal(jax.random.key(0), (6, 3))
-    np.testing.assert_allclose(dense_weights(expert_choice(scores, 3.0), 6, 3), jax.nn.softmax(scores), atol=1e-6)
+    np.testing.assert_allclose(
+        dense_weights(expert_choice(scores, 3.0), 6, 3), jax.nn.softmax(scores), atol=1e-6
+    )
 
 
 def test_capacity_rounds_up():

@@ -32,14 +32,23 @@ def x64():
         yield
 
 
-def make(form="router", dtype="float32", recompute=False, training=False, transport="ring", **settings):
+def make(
+    form="router", dtype="float32", recompute=False, training=False, transport="ring", **settings
+):
     """The layer, parameters that are none of the first ones, and tokens."""
-    config = ExpertsConfig(kind="smear", n_experts=EXPERTS, top_k=1, d_ffn=8, d_low=4, **FORMS[form])
+    config = ExpertsConfig(
+        kind="smear", n_experts=EXPERTS, top_k=1, d_ffn=8, d_low=4, **FORMS[form]
+    )
     settings = SmearConfig(**{"segment": 4} | settings)
-    layer = SmearLayer(config, jnp.dtype(dtype), BalanceConfig(), recompute, transport, settings, training)
+    layer = SmearLayer(
+        config, jnp.dtype(dtype), BalanceConfig(), recompute, transport, settings, training
+    )
     draw = np.random.default_rng(0).normal
     x = jnp.asarray(draw(size=(SEQUENCES, TOKENS, WIDTH)), dtype)
-    params = {name: jnp.asarray(0.5 * draw(size=shape), dtype) for name, (_, shape) in layer.weights(WIDTH).items()}
+    params = {
+        name: jnp.asarray(0.5 * draw(size=shape), dtype)
+        for name, (_, shape) in layer.weights(WIDTH).items()
+    }
     return layer, params, x
 
 
@@ -74,10 +83,15 @@ def by_loop(params, x, segment, real):
                     scores = [np.linalg.norm(v @ w["w_down"][i]) for i in range(EXPERTS)]
                 else:
                     columns = layer_norm(w["w_router"].T) * w["router_scale"]
-                    scores = columns @ (layer_norm(v) * w["pooled_scale"] + w["pooled_bias"]) + w["expert_bias"]
+                    scores = (
+                        columns @ (layer_norm(v) * w["pooled_scale"] + w["pooled_bias"])
+                        + w["expert_bias"]
+                    )
                 p = softmax(np.array(scores))
             merged = {
-                name: np.tensordot(p, w[name], 1) for name in ("w_down", "w_up", "w_g", "w_p", "w_o") if name in w
+                name: np.tensordot(p, w[name], 1)
+                for name in ("w_down", "w_up", "w_g", "w_p", "w_o")
+                if name in w
             }
             t = x[b, own]
             gate = t @ merged["w_down"] @ merged["w_up"] if "w_down" in w else t @ merged["w_g"]
@@ -92,7 +106,10 @@ def by_loop(params, x, segment, real):
 def test_agrees_with_a_loop(x64, form, segment):
     layer, params, x = make(form, "float64", segment=segment)
     real = np.ones((SEQUENCES, TOKENS), bool)
-    real[1, 2:], real[2, 4:8] = False, False  # padding decides nothing, and a whole segment of it takes uniform weights
+    real[1, 2:], real[2, 4:8] = (
+        False,
+        False,
+    )  # padding decides nothing, and a whole segment of it takes uniform weights
     y, stats = jax.jit(layer.apply)({"params": params}, x, jnp.asarray(real, float))
     want, weights = by_loop(params, x, segment, real)
     np.testing.assert_allclose(y, want, atol=1e-10)
@@ -100,16 +117,22 @@ def test_agrees_with_a_loop(x64, form, segment):
     counts = np.add.reduceat(real, starts, axis=1).ravel()
     np.testing.assert_allclose(stats.load, counts @ weights / counts.sum(), atol=1e-10)
     entropy = -(weights * np.log(weights)).sum(axis=1)
-    np.testing.assert_allclose(stats.confidence_entropy, counts @ entropy / counts.sum(), atol=1e-10)
+    np.testing.assert_allclose(
+        stats.confidence_entropy, counts @ entropy / counts.sum(), atol=1e-10
+    )
     assert weights.std(axis=0).max() > 0.03
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_a_merged_expert_is(x64, form):
-    """With all weight on one it is that expert; equal experts make no difference; else it isn't the mean of outputs."""
+    """With all weight on one it is that expert; equal experts make no difference; else it isn't the
+    mean of outputs.
+    """
     _, params, x = make(form, "float64")
     function, matrices = experts_of(params)
-    of_experts = {name: params[name] for name in params if name.startswith("w_") and params[name].ndim == 3}
+    of_experts = {
+        name: params[name] for name in params if name.startswith("w_") and params[name].ndim == 3
+    }
     tokens, uneven = x[0], jnp.array([0.1, 0.2, 0.3, 0.4])
     for expert in range(EXPERTS):
         one_hot = jnp.eye(EXPERTS)[expert]
@@ -134,10 +157,14 @@ def test_linear_experts_merge_to_their_mean_output(x64):
 def test_merging_takes_no_parameters(form, like):
     """Experts are those of a layer that chooses among them."""
     layer, *_ = make(form)
-    of_experts = {name: shape for name, (_, shape) in layer.weights(WIDTH).items() if len(shape) == 3}
+    of_experts = {
+        name: shape for name, (_, shape) in layer.weights(WIDTH).items() if len(shape) == 3
+    }
     config = dataclasses.replace(layer.config, kind=form, factorised_gate=False)
     chosen = like(config, layer.dtype, BalanceConfig())
-    assert of_experts == {name: shape for name, (_, shape) in chosen.weights(WIDTH).items() if len(shape) == 3}
+    assert of_experts == {
+        name: shape for name, (_, shape) in chosen.weights(WIDTH).items() if len(shape) == 3
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,7 +178,9 @@ def test_every_expert_and_the_router_have_a_gradient(form):
 
 def test_a_sequence_of_zeros_has_a_finite_gradient():
     layer, params, x = make("aoe")
-    gradient = jax.jit(jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1)))(params, jnp.zeros_like(x))
+    gradient = jax.jit(jax.grad(lambda p, x: layer.apply({"params": p}, x)[0].sum(), (0, 1)))(
+        params, jnp.zeros_like(x)
+    )
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
@@ -165,7 +194,9 @@ def test_sequences_know_nothing_of_each_other(segment):
 
 
 def test_what_a_segment_goes_by():
-    """A layer of whole sequences looks ahead; one of segments doesn't, and its first one goes by nothing at all."""
+    """A layer of whole sequences looks ahead; one of segments doesn't, and its first one goes by
+    nothing at all.
+    """
 
     def changed(segment, at):
         layer, params, x = make(segment=segment)
@@ -180,12 +211,17 @@ def test_what_a_segment_goes_by():
 
 def test_experts_are_dropped_in_training_only():
     layer, params, x = make(training=True, expert_dropout=0.5)
-    apply = jax.jit(lambda layer, key: layer.apply({"params": params}, x, rngs={"experts": key})[0], static_argnums=0)
+    apply = jax.jit(
+        lambda layer, key: layer.apply({"params": params}, x, rngs={"experts": key})[0],
+        static_argnums=0,
+    )
     outputs = [apply(layer, jax.random.key(i)) for i in (0, 0, 1)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[0] - outputs[2]).max() > 1e-3
     trained = layer.clone(training=False)
-    np.testing.assert_array_equal(apply(trained, jax.random.key(0)), apply(trained, jax.random.key(1)))
+    np.testing.assert_array_equal(
+        apply(trained, jax.random.key(0)), apply(trained, jax.random.key(1))
+    )
 
 
 def test_what_is_dropped():
@@ -219,7 +255,9 @@ def assert_close(got, want, tolerance=1e-5):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_on_a_mesh_whose_devices_share_segments(form):
-    """Positions over four devices, two positions each, segments of four; experts over two; experts dropped alike."""
+    """Positions over four devices, two positions each, segments of four; experts over two; experts
+    dropped alike.
+    """
     layer, params, _ = make(form, training=True, expert_dropout=0.3)
     x = jax.random.normal(jax.random.key(0), (4, 8, WIDTH))
     want = values_and_gradients(layer, params, x)
@@ -245,7 +283,9 @@ def test_recomputing_changes_nothing():
 def test_bfloat16():
     layer, params, x = make("aoe", "bfloat16")
     y, stats = jax.jit(layer.apply)({"params": params}, x)
-    exact = jax.jit(layer.clone(dtype=jnp.float32).apply)({"params": params}, x.astype(jnp.float32))[0]
+    exact = jax.jit(layer.clone(dtype=jnp.float32).apply)(
+        {"params": params}, x.astype(jnp.float32)
+    )[0]
     assert y.dtype == jnp.bfloat16 and stats.load.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(y, float), exact, atol=0.05 * float(jnp.abs(exact).max()))
 
@@ -261,7 +301,8 @@ def test_experts_start_near_one():
 def test_a_decoder_decodes_nothing_token_by_token():
     config = Config.from_config_dict(methods.get_config("smear"))
     with pytest.raises(
-        UserError, match=r"kind='smear': can't go token by token, for the expert of a segment is merged by"
+        UserError,
+        match=r"kind='smear': can't go token by token, for the expert of a segment is merged by",
     ):
         check_decodes(Decoder.from_config(config))
 

@@ -1,4 +1,6 @@
-"""Drawn experts: who is drawn, who learns from it, what the passes of a step agree on, and draws that can be repeated."""
+"""Drawn experts: who is drawn, who learns from it, what the passes of a step agree on, and draws
+that can be repeated.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,20 @@ FORMS = {"router": {}, "aoe": {"factorised_gate": True, "d_wide": 8}}
 def make(form="router", recompute=False, training=False, dtype="float32", **settings):
     """The layer, its parameters, and tokens."""
     config = ExpertsConfig(kind="thor", n_experts=EXPERTS, top_k=1, d_ffn=8, d_low=4, **FORMS[form])
-    layer = ThorLayer(config, jnp.dtype(dtype), BalanceConfig(), recompute, "ring", ThorConfig(**settings), training)
+    layer = ThorLayer(
+        config,
+        jnp.dtype(dtype),
+        BalanceConfig(),
+        recompute,
+        "ring",
+        ThorConfig(**settings),
+        training,
+    )
     draw = np.random.default_rng(0).normal
     x = jnp.asarray(draw(size=(SEQUENCES, TOKENS, WIDTH)), jnp.float32)
     params = {
-        name: jnp.asarray(0.5 * draw(size=shape), jnp.float32) for name, (_, shape) in layer.weights(WIDTH).items()
+        name: jnp.asarray(0.5 * draw(size=shape), jnp.float32)
+        for name, (_, shape) in layer.weights(WIDTH).items()
     }
     return layer, params, x
 
@@ -32,9 +43,14 @@ def make(form="router", recompute=False, training=False, dtype="float32", **sett
 def by_each_expert(params, x):
     """The outputs of all tokens by each expert, `[n, B, S, d]`."""
     names = ("w_down", "w_up", "w_p", "w_o") if "w_down" in params else ("w_g", "w_p", "w_o")
-    function, flat = aoe_experts if "w_down" in params else router_experts, x.reshape(-1, x.shape[-1])
+    function, flat = (
+        aoe_experts if "w_down" in params else router_experts,
+        x.reshape(-1, x.shape[-1]),
+    )
     weights = jnp.eye(EXPERTS)[:, None].repeat(flat.shape[0], axis=1)
-    return jnp.stack([function(flat, w, *(params[name] for name in names)).reshape(x.shape) for w in weights])
+    return jnp.stack(
+        [function(flat, w, *(params[name] for name in names)).reshape(x.shape) for w in weights]
+    )
 
 
 def who(y, outputs):
@@ -48,7 +64,9 @@ def test_draws_are_uniform():
     """Within three standard deviations, over keys and over positions."""
     count, chance = 20_000, 1 / EXPERTS
     deviation = np.sqrt(count * chance * (1 - chance))
-    by_key = jax.vmap(lambda key: draw_expert(key, EXPERTS))(jax.random.split(jax.random.key(0), count))
+    by_key = jax.vmap(lambda key: draw_expert(key, EXPERTS))(
+        jax.random.split(jax.random.key(0), count)
+    )
     by_position = draw_by_position(layer_key(0, 1), jnp.arange(count), EXPERTS)
     for found in (by_key, by_position):
         assert np.abs(np.bincount(found, minlength=EXPERTS) - count * chance).max() < 3 * deviation
@@ -71,7 +89,9 @@ def test_in_training_one_expert_takes_the_batch_and_learns(form):
         gradient, y = step(jax.random.key(i))
         (expert,) = set(who(y, outputs).ravel())
         for g in gradient.values():
-            np.testing.assert_array_equal(np.abs(g).sum(axis=(1, 2)) > 0, np.arange(EXPERTS) == expert)
+            np.testing.assert_array_equal(
+                np.abs(g).sum(axis=(1, 2)) > 0, np.arange(EXPERTS) == expert
+            )
         seen.add(expert)
     assert len(seen) > 1
 
@@ -80,7 +100,9 @@ def test_in_training_one_expert_takes_the_batch_and_learns(form):
 def test_trained_draws_belong_to_layer_and_position(ragged, form):
     layer, params, x = make(form, inference="token")
     outputs = by_each_expert(params, x)
-    want = [draw_by_position(layer_key(0, number), jnp.arange(TOKENS), EXPERTS) for number in range(3)]
+    want = [
+        draw_by_position(layer_key(0, number), jnp.arange(TOKENS), EXPERTS) for number in range(3)
+    ]
 
     @jax.jit
     def apply(x, number, positions):
@@ -88,7 +110,9 @@ def test_trained_draws_belong_to_layer_and_position(ragged, form):
 
     for number in range(3):
         y = apply(x, number, None)
-        np.testing.assert_array_equal(who(y, outputs), np.broadcast_to(want[number], (SEQUENCES, TOKENS)))
+        np.testing.assert_array_equal(
+            who(y, outputs), np.broadcast_to(want[number], (SEQUENCES, TOKENS))
+        )
     assert len({tuple(np.asarray(w)) for w in want}) == 3
     later = jnp.broadcast_to(jnp.arange(5, 12), (SEQUENCES, 7))
     np.testing.assert_allclose(apply(x[:, 5:], 2, later), y[:, 5:], atol=1e-6)
@@ -118,9 +142,13 @@ def test_recomputing_changes_nothing():
     def gradient(recompute):
         layer, params, x = make("aoe", recompute, training=True)
         rngs = {"experts": jax.random.key(0)}
-        return jax.jit(jax.grad(lambda p: (layer.apply({"params": p}, x, rngs=rngs)[0] ** 2).sum()))(params)
+        return jax.jit(
+            jax.grad(lambda p: (layer.apply({"params": p}, x, rngs=rngs)[0] ** 2).sum())
+        )(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(True), gradient(False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(True), gradient(False)
+    )
 
 
 def test_bfloat16():
@@ -145,7 +173,12 @@ class Step:
         tokens = np.asarray(jax.random.randint(jax.random.key(5), (4, 9), 0, 50))
         ones = np.ones((4, 8), np.int32).copy()
         ones[0, 5:] = 0
-        self.batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones, "weights": ones * 1.0}
+        self.batch = {
+            "inputs": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": ones,
+            "weights": ones * 1.0,
+        }
         self.params = jax.jit(lambda: init_state(self.config, 0).params)()
         self.function = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
 
@@ -170,7 +203,10 @@ def test_one_expert_alone_has_nothing_to_agree_on():
 
 
 def test_equal_experts_agree(step):
-    experts = {name: jnp.broadcast_to(w[:, :1], w.shape) for name, w in step.params["layers"]["experts"].items()}
+    experts = {
+        name: jnp.broadcast_to(w[:, :1], w.shape)
+        for name, w in step.params["layers"]["experts"].items()
+    }
     params = step.params | {"layers": step.params["layers"] | {"experts": experts}}
     loss, metrics, _ = step(params)
     np.testing.assert_allclose(metrics["divergence"], 0, atol=1e-6)
@@ -178,7 +214,9 @@ def test_equal_experts_agree(step):
 
 
 def test_the_loss_of_a_step(step):
-    """Two passes, each with draws of its own in every layer; only drawn experts learn; alpha weighs how they differ."""
+    """Two passes, each with draws of its own in every layer; only drawn experts learn; alpha weighs
+    how they differ.
+    """
     sharper = jax.tree.map(lambda a: 2 * a, step.params)
     drawn = []
     for key in range(8, 16):
@@ -191,7 +229,9 @@ def test_the_loss_of_a_step(step):
         assert set(learnt.sum(axis=1)) <= {1, 2}
         assert metrics["divergence"] > 1e-4 or learnt.sum() == 2
         drawn.append(learnt)
-    assert any(one[0].tolist() != one[1].tolist() for one in drawn) and any(one.sum() == 4 for one in drawn)
+    assert any(one[0].tolist() != one[1].tolist() for one in drawn) and any(
+        one.sum() == 4 for one in drawn
+    )
 
 
 def test_padding_is_no_matter(step):

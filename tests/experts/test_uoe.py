@@ -1,4 +1,6 @@
-"""Union-of-Experts-style layers against plain loops, their extremes, meshes, few tokens, and what they refuse."""
+"""Union-of-Experts-style layers against plain loops, their extremes, meshes, few tokens, and what
+they refuse.
+"""
 
 from functools import partial
 
@@ -34,9 +36,18 @@ def x64():
         yield
 
 
-def make(n_tokens=(16, 8), dtype="float64", transport="ring", recompute=False, routing=ROUTING, **settings):
+def make(
+    n_tokens=(16, 8),
+    dtype="float64",
+    transport="ring",
+    recompute=False,
+    routing=ROUTING,
+    **settings,
+):
     config = ExpertsConfig(**{"kind": "uoe", "n_experts": N, "top_k": 2, "d_ffn": WIDTH} | settings)
-    layer = UoELayer(config, jnp.dtype(dtype), BalanceConfig(), recompute, transport, settings=UoEConfig(routing))
+    layer = UoELayer(
+        config, jnp.dtype(dtype), BalanceConfig(), recompute, transport, settings=UoEConfig(routing)
+    )
     x = jax.random.normal(jax.random.key(0), (*n_tokens, D), dtype)
     return layer, parameters_of(layer, x), x
 
@@ -46,7 +57,8 @@ def by_loops(layer, params, x, bias=0.0):
     c, shape = layer.config, x.shape
     x = x.reshape(-1, D)
     activations = [
-        jax.nn.silu(x @ w_g) * (x @ w_p) for w_g, w_p in zip(params["w_g_route"], params["w_p_route"], strict=True)
+        jax.nn.silu(x @ w_g) * (x @ w_p)
+        for w_g, w_p in zip(params["w_g_route"], params["w_p_route"], strict=True)
     ]
     y = sum(a @ w_o for a, w_o in zip(activations, params["w_o_route"], strict=True))
     scores = jnp.stack([reference.l2_norm(a) for a in activations], axis=1)
@@ -75,7 +87,9 @@ def values_and_gradients(function, params, x):
     @jax.jit
     def run(params, x):
         value, pull_back = jax.vjp(function, params, x)
-        return value, pull_back((cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2])))
+        return value, pull_back(
+            (cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2]))
+        )
 
     return run(params, x)
 
@@ -199,20 +213,46 @@ def test_counts_and_plans():
     assert more == config.model.n_layers * 6 * d * (neurons - c.top_k * 48)
     _, devices = topology_devices("v5e:2x2")
     config = tiny_config(experts__kind="uoe", mesh__data=1, mesh__expert=2, mesh__tensor=2)
-    assert plan(config, "v5e", devices, compiles=False)["parameters"] == parameter_counts(config).total
+    assert (
+        plan(config, "v5e", devices, compiles=False)["parameters"] == parameter_counts(config).total
+    )
 
 
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"experts": {"kind": "uoe", "selection": "threshold"}}, "experts.selection='threshold': isn't implemented"),
-        ({"experts": {"kind": "uoe", "selection": "expert_choice"}}, "experts.selection='expert_choice': isn't"),
-        ({"experts": {"kind": "uoe", "gate": "sparsemixer"}}, "experts.gate='sparsemixer': isn't implemented"),
-        ({"experts": {"kind": "uoe", "top_k": 1}}, "uoe.routing_neurons=None: comes to 512 for experts.top_k=1"),
-        ({"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 512}}, "uoe.routing_neurons=512: must be at least 1"),
-        ({"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 0}}, "uoe.routing_neurons=0: must be at least 1"),
-        ({"experts": {"kind": "uoe"}, "balance": {"z_weight": 0.1}}, "balance.z_weight=0.1: with experts.kind='uoe'"),
-        ({"experts": {"kind": "uoe"}, "balance": {"aux_batch": "sequence"}}, "balance.aux_batch='sequence': with"),
+        (
+            {"experts": {"kind": "uoe", "selection": "threshold"}},
+            "experts.selection='threshold': isn't implemented",
+        ),
+        (
+            {"experts": {"kind": "uoe", "selection": "expert_choice"}},
+            "experts.selection='expert_choice': isn't",
+        ),
+        (
+            {"experts": {"kind": "uoe", "gate": "sparsemixer"}},
+            "experts.gate='sparsemixer': isn't implemented",
+        ),
+        (
+            {"experts": {"kind": "uoe", "top_k": 1}},
+            "uoe.routing_neurons=None: comes to 512 for experts.top_k=1",
+        ),
+        (
+            {"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 512}},
+            "uoe.routing_neurons=512: must be at least 1",
+        ),
+        (
+            {"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 0}},
+            "uoe.routing_neurons=0: must be at least 1",
+        ),
+        (
+            {"experts": {"kind": "uoe"}, "balance": {"z_weight": 0.1}},
+            "balance.z_weight=0.1: with experts.kind='uoe'",
+        ),
+        (
+            {"experts": {"kind": "uoe"}, "balance": {"aux_batch": "sequence"}},
+            "balance.aux_batch='sequence': with",
+        ),
         (
             {"experts": {"kind": "uoe", "selection": "threshold"}, "threshold": {"decay": 0.5}},
             "experts.selection='threshold': isn't implemented",

@@ -1,4 +1,6 @@
-"""Random models of the hub's architectures, saved by transformers in both layouts, with the logits it computes."""
+"""Random models of the hub's architectures, saved by transformers in both layouts, with the logits
+it computes.
+"""
 
 import dataclasses
 import math
@@ -49,9 +51,13 @@ def _untrained():
     of = transformers.AutoModelForCausalLM.from_config
     olmoe = {**_SHAPE, "num_experts": EXPERTS, "rms_norm_eps": 1e-3}
     return {
-        "mixtral": of(transformers.MixtralConfig(**_SHAPE, num_local_experts=EXPERTS, rope_parameters=_ROPE)),
+        "mixtral": of(
+            transformers.MixtralConfig(**_SHAPE, num_local_experts=EXPERTS, rope_parameters=_ROPE)
+        ),
         "olmoe": of(transformers.OlmoeConfig(**olmoe)),
-        "olmoe_norm_topk": of(transformers.OlmoeConfig(**olmoe, norm_topk_prob=True, attention_bias=True)),
+        "olmoe_norm_topk": of(
+            transformers.OlmoeConfig(**olmoe, norm_topk_prob=True, attention_bias=True)
+        ),
         "phimoe": of(
             transformers.PhimoeConfig(
                 **_SHAPE,
@@ -67,20 +73,26 @@ def _untrained():
 
 @shared
 def hub_models():
-    """`{architecture: ({layout: directory}, logits of TOKENS)}`; the tensors of an expert each lie in many shards."""
+    """`{architecture: ({layout: directory}, logits of TOKENS)}`; the tensors of an expert each lie
+    in many shards.
+    """
     import torch
 
     torch.manual_seed(0)
     found = {}
     for name, model in _untrained().items():
         with torch.no_grad():
-            for parameter in model.parameters():  # norms and biases too, which would start at one and zero
+            for (
+                parameter
+            ) in model.parameters():  # norms and biases too, which would start at one and zero
                 parameter.normal_(std=0.3)
             logits = model.eval()(torch.tensor(TOKENS)).logits.numpy()
         folders = {layout: scratch("hub") / f"{name}_{layout}" for layout in LAYOUTS}
         for layout, original in LAYOUTS.items():
             size = "20KB" if original else "5GB"
-            model.save_pretrained(folders[layout], save_original_format=original, max_shard_size=size)
+            model.save_pretrained(
+                folders[layout], save_original_format=original, max_shard_size=size
+            )
         found[name] = folders, logits
     return found
 
@@ -97,7 +109,9 @@ def logits_here(directory, tokens=TOKENS, **mesh):
     with jax.set_mesh(mesh):
         params, routing_state = load_params(directory, config, mesh)
         decoder = Decoder.from_config(config)
-        apply = jax.jit(lambda params, state: decoder.apply({"params": params}, tokens, routing_state=state)[0])
+        apply = jax.jit(
+            lambda params, state: decoder.apply({"params": params}, tokens, routing_state=state)[0]
+        )
         return np.asarray(apply(params, routing_state))
 
 

@@ -20,9 +20,15 @@ VARIANTS = {
     "aoe by rounded Eq. 5": ({"experts__round_to": 8}, False),
     "aoe, gate=all": ({"experts__gate": "all"}, False),
     "router": ({"experts__kind": "router"}, True),
-    "router, bfloat16": ({"experts__kind": "router", "model__dtype": "bfloat16", "model__remat": "experts"}, True),
+    "router, bfloat16": (
+        {"experts__kind": "router", "model__dtype": "bfloat16", "model__remat": "experts"},
+        True,
+    ),
     "router, untied": ({"experts__kind": "router", "model__tie_embeddings": False}, True),
-    "router, grouped queries": ({"experts__kind": "router", "model__n_kv_heads": 1, "model__rope_base": 1e6}, True),
+    "router, grouped queries": (
+        {"experts__kind": "router", "model__n_kv_heads": 1, "model__rope_base": 1e6},
+        True,
+    ),
     "router, gate=all": ({"experts__kind": "router", "experts__gate": "all"}, False),
     "router, top_p": ({"experts__kind": "router", "experts__selection": "top_p"}, False),
     "router, ranked": (
@@ -32,7 +38,10 @@ VARIANTS = {
     "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, False),
     "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
     "capacity": ({"experts__kind": "capacity", "experts__capacity_factor": 1.25}, False),
-    "router, expert choice": ({"experts__kind": "router", "experts__selection": "expert_choice"}, False),
+    "router, expert choice": (
+        {"experts__kind": "router", "experts__selection": "expert_choice"},
+        False,
+    ),
     "router, by attention": (
         {
             "experts__kind": "router",
@@ -61,7 +70,11 @@ VARIANTS = {
     "threshold": ({"experts__selection": "threshold", "threshold__weights": "relative"}, False),
     "aoe, top-any": ({"experts__selection": "top_any", "top_any__temperature": 2.0}, False),
     "router, routing-free": (
-        {"experts__kind": "router", "experts__selection": "routing_free", "routing_free__threshold": 0.5},
+        {
+            "experts__kind": "router",
+            "experts__selection": "routing_free",
+            "routing_free__threshold": 0.5,
+        },
         False,
     ),
 }
@@ -91,7 +104,9 @@ def test_rotary_factors_there_and_back():
 def test_what_does_not_matter_does_not_count():
     config = tiny_config(experts__kind="router")
     experts = dataclasses.replace(config.experts, d_low=4)
-    model = dataclasses.replace(config.model, n_kv_heads=config.model.n_heads, unroll=2, dtype="bfloat16", max_len=128)
+    model = dataclasses.replace(
+        config.model, n_kv_heads=config.model.n_heads, unroll=2, dtype="bfloat16", max_len=128
+    )
     other = dataclasses.replace(config, experts=experts, model=model)
     assert computed_fields(config) == computed_fields(other)
     fewer = dataclasses.replace(config, experts=dataclasses.replace(config.experts, top_k=1))
@@ -131,8 +146,16 @@ def test_a_mixtral_of_the_hub():
         },
     )
     assert (found.model.d_model, found.model.kv_heads, found.model.rope_base) == (4096, 8, 1e6)
-    assert (found.experts.kind, found.experts.n_experts, found.experts.d_ffn) == ("router", 8, 14336)
-    assert (found.experts.gate, found.model.tie_embeddings, found.model.max_len) == ("chosen", False, 32768)
+    assert (found.experts.kind, found.experts.n_experts, found.experts.d_ffn) == (
+        "router",
+        8,
+        14336,
+    )
+    assert (found.experts.gate, found.model.tie_embeddings, found.model.max_len) == (
+        "chosen",
+        False,
+        32768,
+    )
 
 
 def changed(**changes):
@@ -148,31 +171,66 @@ REFUSED = {
         ["model_type='llama' is unknown", "mixtral, olmoe, phimoe, aoe"],
     ),
     "no architecture": (changed(model_type="removed"), ["has no model_type", "aoe_jax.export"]),
-    "architecture that is no word": (changed(model_type=["mixtral"]), ["model_type=['mixtral'] is unknown"]),
+    "architecture that is no word": (
+        changed(model_type=["mixtral"]),
+        ["model_type=['mixtral'] is unknown"],
+    ),
     "missing field": (changed(hidden_size="removed"), ["hidden_size is missing", "'mixtral'"]),
     "word for a number": (changed(hidden_size="wide"), ["config.model.d_model='wide'"]),
     "heads": (changed(num_key_value_heads=3), ["n_kv_heads=3", "n_heads"]),
     "head_dim": (changed(head_dim=64), ["head_dim=64 isn't implemented", "16"]),
     "activation": (changed(hidden_act="gelu"), ["hidden_act='gelu' isn't implemented", "'silu'"]),
     "window": (changed(sliding_window=63), ["sliding_window=63 isn't implemented", "64"]),
-    "quantised": (changed(quantization_config={"bits": 4}), ["quantization_config=", "isn't implemented"]),
+    "quantised": (
+        changed(quantization_config={"bits": 4}),
+        ["quantization_config=", "isn't implemented"],
+    ),
     "clip_qkv": (OLMOE | {"clip_qkv": 8.0}, ["clip_qkv=8.0 isn't implemented", "None"]),
     "norm_topk_prob": (OLMOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes'", "False, True"]),
-    "top_k of SparseMixer": (PHI | {"num_experts_per_tok": 3}, ["num_experts_per_tok=3 isn't implemented", "only 2"]),
-    "yarn": (changed(rope_scaling={"type": "yarn", "factor": 4.0}), ["rope_type='yarn' isn't implemented", "default"]),
-    "longrope elsewhere": (changed(rope_parameters=LONGROPE), ["rope_type='longrope' isn't implemented"]),
-    "longrope without length": (PHI | {"rope_parameters": LONGROPE}, ["original_max_position_embeddings is missing"]),
+    "top_k of SparseMixer": (
+        PHI | {"num_experts_per_tok": 3},
+        ["num_experts_per_tok=3 isn't implemented", "only 2"],
+    ),
+    "yarn": (
+        changed(rope_scaling={"type": "yarn", "factor": 4.0}),
+        ["rope_type='yarn' isn't implemented", "default"],
+    ),
+    "longrope elsewhere": (
+        changed(rope_parameters=LONGROPE),
+        ["rope_type='longrope' isn't implemented"],
+    ),
+    "longrope without length": (
+        PHI | {"rope_parameters": LONGROPE},
+        ["original_max_position_embeddings is missing"],
+    ),
     "longrope of words": (
-        PHI | {"rope_scaling": LONGROPE | {"short_factor": ["a"], "original_max_position_embeddings": 32}},
+        PHI
+        | {
+            "rope_scaling": LONGROPE
+            | {"short_factor": ["a"], "original_max_position_embeddings": 32}
+        },
         ["short_factor=['a']", "list of numbers"],
     ),
     "longrope of few numbers": (
-        PHI | {"rope_scaling": LONGROPE | {"short_factor": [1.0], "original_max_position_embeddings": 32}},
+        PHI
+        | {
+            "rope_scaling": LONGROPE
+            | {"short_factor": [1.0], "original_max_position_embeddings": 32}
+        },
         ["config.model.rope_factors=(1.0,)", "must be 8 numbers"],
     ),
-    "rope of two minds": (changed(rope_parameters={"rope_theta": 5.0}), ["rope_theta is 5.0 and 10000.0"]),
-    "base without end": (changed(rope_theta=float("inf"), rope_parameters="removed"), ["config.model.rope_base=inf"]),
-    "rope by kinds of layers": (changed(rope_parameters={"full": {"rope_theta": 5.0}}), ["aren't implemented"]),
+    "rope of two minds": (
+        changed(rope_parameters={"rope_theta": 5.0}),
+        ["rope_theta is 5.0 and 10000.0"],
+    ),
+    "base without end": (
+        changed(rope_theta=float("inf"), rope_parameters="removed"),
+        ["config.model.rope_base=inf"],
+    ),
+    "rope by kinds of layers": (
+        changed(rope_parameters={"full": {"rope_theta": 5.0}}),
+        ["aren't implemented"],
+    ),
     "part of the head": (changed(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "own without groups": ({"model_type": "aoe", "model": {}}, ["no group 'experts'"]),
     "own, unknown field": (
@@ -201,5 +259,9 @@ def test_refused_by_name(mistake):
 
 def test_other_groups_are_at_their_defaults():
     found = from_json(PATH, MIXTRAL)
-    assert (found.train, found.checkpoint, found.balance) == (Config().train, Config().checkpoint, Config().balance)
+    assert (found.train, found.checkpoint, found.balance) == (
+        Config().train,
+        Config().checkpoint,
+        Config().balance,
+    )
     assert found.data.seq_len == 64  # no longer than the model takes

@@ -29,7 +29,10 @@ def test_gates_are_the_best_of_their_rank(tmp_path, d_low):
     assert json.loads((tmp_path / "aoe" / "convert.json").read_text()) == report
     before, after = parameters(source), parameters(tmp_path / "aoe")
     old, new = before["layers"].pop("experts"), after["layers"].pop("experts")
-    assert old.keys() - new.keys() == {"w_router", "w_g"} and new.keys() - old.keys() == {"w_down", "w_up"}
+    assert old.keys() - new.keys() == {"w_router", "w_g"} and new.keys() - old.keys() == {
+        "w_down",
+        "w_up",
+    }
     jax.tree.map(np.testing.assert_array_equal, before, after)
     for name in ("w_p", "w_o"):
         np.testing.assert_array_equal(old[name], new[name])
@@ -47,10 +50,14 @@ def test_gates_are_the_best_of_their_rank(tmp_path, d_low):
         np.testing.assert_allclose(kept, np.sum(s[:d_low] ** 2) / np.sum(s**2), rtol=1e-5)
     layers = report["energy_kept"]["layers"]
     assert all(layer["min"] == min(layer["experts"]) for layer in layers)
-    np.testing.assert_allclose(report["energy_kept"]["mean"], np.mean([layer["experts"] for layer in layers]))
+    np.testing.assert_allclose(
+        report["energy_kept"]["mean"], np.mean([layer["experts"] for layer in layers])
+    )
 
 
-@pytest.mark.parametrize("architecture, gate", [("mixtral", "chosen"), ("olmoe", "all"), ("phimoe", "chosen")])
+@pytest.mark.parametrize(
+    "architecture, gate", [("mixtral", "chosen"), ("olmoe", "all"), ("phimoe", "chosen")]
+)
 def test_the_result_is_a_model(tmp_path, architecture, gate):
     source = hub_models()[architecture][0]["fused"]
     convert(source, tmp_path / "aoe", 16)
@@ -62,22 +69,34 @@ def test_the_result_is_a_model(tmp_path, architecture, gate):
 
 
 def test_parameters_keep_their_dtypes(tmp_path, caplog):
-    """Here norms and the output table are finer than the rest; a selection bias goes with the router."""
+    """Here norms and the output table are finer than the rest; a selection bias goes with the
+    router.
+    """
     directory = written(
-        tmp_path, tiny_config(experts__kind="router", model__tie_embeddings=False, balance__bias_rate=0.01), "bfloat16"
+        tmp_path,
+        tiny_config(experts__kind="router", model__tie_embeddings=False, balance__bias_rate=0.01),
+        "bfloat16",
     )[0]
     file = directory / "model.safetensors"
     tensors = load_file(file)
     fine = {name for name in tensors if "norm" in name or "lm_head" in name}
-    save_file({name: a.astype("float32" if name in fine else a.dtype) for name, a in tensors.items()}, file)
+    save_file(
+        {name: a.astype("float32" if name in fine else a.dtype) for name, a in tensors.items()},
+        file,
+    )
     convert(directory, tmp_path / "aoe", 8)
     assert "selection bias of loss-free balancing goes with the router" in caplog.text
-    config, written_there = read_config(tmp_path / "aoe"), load_file(tmp_path / "aoe" / "model.safetensors")
+    config, written_there = (
+        read_config(tmp_path / "aoe"),
+        load_file(tmp_path / "aoe" / "model.safetensors"),
+    )
     assert config.model.dtype == "bfloat16"
     assert {name: a.dtype.name for name, a in written_there.items()} == {
         name: "float32" if name in fine else "bfloat16" for name in written_there
     }
-    assert sum(name in fine for name in written_there) == len(fine) and not any("bias" in n for n in written_there)
+    assert sum(name in fine for name in written_there) == len(fine) and not any(
+        "bias" in n for n in written_there
+    )
     assert np.isfinite(logits_here(tmp_path / "aoe")).all()
 
 
@@ -87,17 +106,27 @@ def test_gates_of_full_rank_compute_the_same(tmp_path):
     directory, params, *_ = written(tmp_path, tiny_config(experts__kind="router", **changes))
     convert(directory, tmp_path / "aoe", 24)
     factors = parameters(tmp_path / "aoe")["layers"]["experts"]
-    np.testing.assert_allclose(factors["w_down"] @ factors["w_up"], params["layers"]["experts"]["w_g"], atol=1e-5)
+    np.testing.assert_allclose(
+        factors["w_down"] @ factors["w_up"], params["layers"]["experts"]["w_g"], atol=1e-5
+    )
     x = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
     for layer in range(2):
-        experts = {name: np.asarray(a[layer], np.float64) for name, a in params["layers"]["experts"].items()}
+        experts = {
+            name: np.asarray(a[layer], np.float64)
+            for name, a in params["layers"]["experts"].items()
+        }
         low = {name: np.asarray(a[layer], np.float64) for name, a in factors.items()}
         norms = np.linalg.norm(np.einsum("td,ndr->tnr", x, low["w_down"]), axis=-1)
         # The reference of an MoE whose router gives these norms: the norms of x Wg itself.
         whole = np.linalg.norm(np.einsum("td,ndf->tnf", x, experts["w_g"]), axis=-1)
         np.testing.assert_allclose(norms, whole, rtol=1e-5)
         outputs = [
-            router_layer(x, np.zeros((32, 1)), *(experts[name][i : i + 1] for name in ("w_g", "w_p", "w_o")), top_k=1)
+            router_layer(
+                x,
+                np.zeros((32, 1)),
+                *(experts[name][i : i + 1] for name in ("w_g", "w_p", "w_o")),
+                top_k=1,
+            )
             for i in range(2)
         ]
         weights = np.exp(whole) / np.exp(whole).sum(axis=1, keepdims=True)
@@ -118,8 +147,16 @@ def test_the_run_of_a_router_may_have_trained_it_alone(tmp_path):
 REFUSED = {
     "aoe": ({}, 8, "has experts.kind='aoe'; only a router MoE"),
     "dense": ({"experts__kind": "dense"}, 8, "has experts.kind='dense'; only a router MoE"),
-    "capacity": ({"experts__kind": "capacity"}, 8, "has experts.kind='capacity'; only a router MoE"),
-    "factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, 8, "a router with factorised gates"),
+    "capacity": (
+        {"experts__kind": "capacity"},
+        8,
+        "has experts.kind='capacity'; only a router MoE",
+    ),
+    "factorised": (
+        {"experts__kind": "router", "experts__factorised_gate": True},
+        8,
+        "a router with factorised gates",
+    ),
     "rank of the model": ({"experts__kind": "router"}, 32, "--d_low=32: must be below d_model=32"),
     "rank of the expert": (
         {"experts__kind": "router", "experts__d_ffn": 16},

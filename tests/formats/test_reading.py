@@ -52,7 +52,9 @@ def load(directory, dtype=None):
 def change_config(directory, **changes):
     path = directory / "config.json"
     values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in values.items() if value != "removed"}))
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if value != "removed"})
+    )
 
 
 def test_rope_fields_of_before_transformers_5(tmp_path):
@@ -73,15 +75,21 @@ def test_training_goes_on_with_the_weights_of_the_model_or_of_the_chosen(archite
     config = Config.from_config_dict(finetune.get_config(str(directory)))
     read = read_config(directory)
     assert config.model == read.model
-    assert config.experts == (read.experts.choosing(gate="chosen") if architecture == "phimoe" else read.experts)
+    assert config.experts == (
+        read.experts.choosing(gate="chosen") if architecture == "phimoe" else read.experts
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 def test_the_dtype_of_the_file_stays(tmp_path, dtype):
     directory = copy(tmp_path, layout="fused")
-    tensors = {name: a.astype(dtype) for name, a in load_file(directory / "model.safetensors").items()}
+    tensors = {
+        name: a.astype(dtype) for name, a in load_file(directory / "model.safetensors").items()
+    }
     save_file(tensors, directory / "model.safetensors")
-    assert read_config(directory).model.dtype == ("bfloat16" if dtype == ml_dtypes.bfloat16 else "float32")
+    assert read_config(directory).model.dtype == (
+        "bfloat16" if dtype == ml_dtypes.bfloat16 else "float32"
+    )
     params = load(directory)
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     w_g = np.asarray(params["layers"]["experts"]["w_g"])[1, 3]
@@ -123,14 +131,26 @@ def forget(directory):
 
 # What is done to a model, of which layout, and words of the message.
 DAMAGE = {
-    "no safetensors": ("fused", lambda d: (d / "model.safetensors").unlink(), ["neither model.safetensors nor"]),
-    "no config.json": ("fused", lambda d: (d / "config.json").unlink(), ["config.json can't be read (No such file"]),
+    "no safetensors": (
+        "fused",
+        lambda d: (d / "model.safetensors").unlink(),
+        ["neither model.safetensors nor"],
+    ),
+    "no config.json": (
+        "fused",
+        lambda d: (d / "config.json").unlink(),
+        ["config.json can't be read (No such file"],
+    ),
     "config.json that is no JSON": (
         "fused",
         lambda d: (d / "config.json").write_text("{"),
         ["config.json can't be read (Expecting"],
     ),
-    "config.json that is a list": ("fused", lambda d: (d / "config.json").write_text("[]"), ["holds no JSON object"]),
+    "config.json that is a list": (
+        "fused",
+        lambda d: (d / "config.json").write_text("[]"),
+        ["holds no JSON object"],
+    ),
     "missing tensor": ("fused", lambda d: edit(d, **{NORM: None}), [f"tensor {NORM} is missing"]),
     "missing expert": (
         "fused",
@@ -150,7 +170,9 @@ DAMAGE = {
     ),
     "transposed": (
         "fused",
-        lambda d: edit(d, **{"model.layers.1.mlp.experts.down_proj": np.ones((4, 24, 32), np.float32)}),
+        lambda d: edit(
+            d, **{"model.layers.1.mlp.experts.down_proj": np.ones((4, 24, 32), np.float32)}
+        ),
         ["model.layers.1.mlp.experts.down_proj is [4, 24, 32], by config.json [4, 32, 24]"],
     ),
     "several types": (
@@ -164,14 +186,26 @@ DAMAGE = {
         [f"model.safetensors: tensor {NORM} is of type I8; only F32, F16, BF16"],
     ),
     "truncated": ("per_expert", truncate, ["model-0000", ".safetensors can't be read", "damaged"]),
-    "no safetensors file": ("fused", lambda d: (d / "model.safetensors").write_text("hello"), ["can't be read"]),
+    "no safetensors file": (
+        "fused",
+        lambda d: (d / "model.safetensors").write_text("hello"),
+        ["can't be read"],
+    ),
     "missing shard": (
         "per_expert",
         lambda d: shard_of(d).unlink(),
         ["model-0000", "is missing; model.safetensors.index"],
     ),
-    "index that is no JSON": ("per_expert", lambda d: (d / INDEX).write_text("{"), [INDEX, "can't be read (Expecting"]),
-    "index without a map": ("per_expert", lambda d: (d / INDEX).write_text("{}"), [INDEX, "has no weight_map"]),
+    "index that is no JSON": (
+        "per_expert",
+        lambda d: (d / INDEX).write_text("{"),
+        [INDEX, "can't be read (Expecting"],
+    ),
+    "index without a map": (
+        "per_expert",
+        lambda d: (d / INDEX).write_text("{}"),
+        [INDEX, "has no weight_map"],
+    ),
     "index that leads elsewhere": (
         "per_expert",
         lambda d: map_wrongly(d, SHARDED, "../x.safetensors"),
@@ -182,7 +216,11 @@ DAMAGE = {
         lambda d: map_wrongly(d, SHARDED, "model-00001-of-00009.safetensors"),
         [f"model-00001-of-00009.safetensors has no tensor {SHARDED}"],
     ),
-    "index that lacks a tensor": ("per_expert", forget, [f"has a tensor {SHARDED}, which", "doesn't say"]),
+    "index that lacks a tensor": (
+        "per_expert",
+        forget,
+        [f"has a tensor {SHARDED}, which", "doesn't say"],
+    ),
 }
 
 
@@ -220,16 +258,27 @@ print(peak() - before, sum(a.nbytes for a in jax.tree.leaves(params)), params["l
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_second_copy_is_held(tmp_path, layout):
-    """Of 200 MB; beside the model a piece, here one parameter of all layers, and pages of the file that is being read."""
+    """Of 200 MB; beside the model a piece, here one parameter of all layers, and pages of the file
+    that is being read.
+    """
     directory = copy(tmp_path, layout="fused")
     for file in directory.glob("model*"):
         file.unlink()
-    shape = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8}
+    shape = {
+        "num_hidden_layers": 4,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_local_experts": 8,
+    }
     change_config(directory, **shape, num_attention_heads=4, num_key_value_heads=4)
     save_file(_large_tensors(layout), directory / "model.safetensors")
     command = [sys.executable, "-c", LOADING, str(directory)]
     found = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
     assert found.returncode == 0, found.stderr
     taken, model, piece = map(int, found.stdout.split())
@@ -249,10 +298,15 @@ def _large_tensors(layout):
     for layer in range(4):
         name = f"model.layers.{layer}."
         tensors |= {f"{name}self_attn.{letter}_proj.weight": ones(512, 512) for letter in "qkvo"}
-        tensors |= {f"{name}{norm}_layernorm.weight": ones(512) for norm in ("input", "post_attention")}
+        tensors |= {
+            f"{name}{norm}_layernorm.weight": ones(512) for norm in ("input", "post_attention")
+        }
         if layout == "fused":
             tensors |= {f"{name}mlp.experts.gate_up_proj": ones(8, 2048, 512)}
-            tensors |= {f"{name}mlp.experts.down_proj": ones(8, 512, 1024), f"{name}mlp.gate.weight": ones(8, 512)}
+            tensors |= {
+                f"{name}mlp.experts.down_proj": ones(8, 512, 1024),
+                f"{name}mlp.gate.weight": ones(8, 512),
+            }
             continue
         tensors[f"{name}block_sparse_moe.gate.weight"] = ones(8, 512)
         for expert in range(8):

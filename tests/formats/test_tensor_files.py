@@ -1,4 +1,6 @@
-"""What is written, the library of the format reads, and so do we; files are no larger than asked for."""
+"""What is written, the library of the format reads, and so do we; files are no larger than asked
+for.
+"""
 
 import json
 
@@ -36,14 +38,20 @@ def test_one_file(tmp_path):
     assert found.keys() == TENSORS.keys()
     assert all(same(found[name], a) for name, a in TENSORS.items())
     files = TensorFiles(tmp_path)
-    assert files.stored("half").shape == (2, 3, 4) and files.stored("ä/b").dtype == ml_dtypes.bfloat16
+    assert (
+        files.stored("half").shape == (2, 3, 4) and files.stored("ä/b").dtype == ml_dtypes.bfloat16
+    )
     with files.open() as read:
         assert all(same(read(name), a) for name, a in TENSORS.items())
-        assert same(read("half", [slice(1, 2), slice(0, 3), slice(1, 3)]), TENSORS["half"][1:2, :, 1:3])
+        assert same(
+            read("half", [slice(1, 2), slice(0, 3), slice(1, 3)]), TENSORS["half"][1:2, :, 1:3]
+        )
 
 
 def test_shards(tmp_path):
-    tensors = {f"t{i}": np.full((10, 10), i, np.float32) for i in range(7)} | {"large": np.ones((50, 50), np.float32)}
+    tensors = {f"t{i}": np.full((10, 10), i, np.float32) for i in range(7)} | {
+        "large": np.ones((50, 50), np.float32)
+    }
     write(tmp_path, tensors, shard_bytes=900)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [len(load_file(file)) for file in files] == [2, 2, 2, 1, 1]

@@ -1,4 +1,6 @@
-"""Written and read again, a model is the same, bit by bit; transformers reads what is written as Mixtral."""
+"""Written and read again, a model is the same, bit by bit; transformers reads what is written as
+Mixtral.
+"""
 
 import dataclasses
 import json
@@ -30,7 +32,15 @@ EVERYTHING = {  # that a model of the hub may have
     "model__output_bias": True,
     "model__tie_embeddings": False,
 }
-OF_OTHER_TENSORS = ("aoe", "router", "router, untied", "router, factorised", "router, large", "dense", "uoe")
+OF_OTHER_TENSORS = (
+    "aoe",
+    "router",
+    "router, untied",
+    "router, factorised",
+    "router, large",
+    "dense",
+    "uoe",
+)
 WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
     "aoe, everything": EVERYTHING,
     "aoe, biased": {"balance__bias_rate": 0.01, "model__tie_embeddings": False},
@@ -38,7 +48,11 @@ WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
     "aoe, top-any": VARIANTS["aoe, top-any"][0],
     "router, routing-free": VARIANTS["router, routing-free"][0],
     "smear": {"experts__kind": "smear", "smear__segment": 8},
-    "thor, as aoe": {"experts__kind": "thor", "experts__factorised_gate": True, "thor__inference": "token"},
+    "thor, as aoe": {
+        "experts__kind": "thor",
+        "experts__factorised_gate": True,
+        "thor__inference": "token",
+    },
 }
 
 
@@ -48,7 +62,9 @@ def random_model(config):
     mesh = make_mesh(config, jax.devices()[: 1 if config.mesh == MeshConfig(data=1) else 8])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_state(config, 0))
-    wanted, shardings = ((s.params, s.routing_state) for s in (shapes, state_shardings(mesh, shapes)))
+    wanted, shardings = (
+        (s.params, s.routing_state) for s in (shapes, state_shardings(mesh, shapes))
+    )
     draw = np.random.default_rng(1).normal
 
     def put(a, sharding):
@@ -97,7 +113,11 @@ def test_over_a_mesh(tmp_path, kind):
     assert_same(load_params(directory, config, mesh), (params, bias))
     one = fill_mesh(dataclasses.replace(config, mesh=MeshConfig()), 1)
     found, found_bias = load_params(directory, one, make_mesh(one, jax.devices()[:1]))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((found, found_bias)), jax.device_get((params, bias)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get((found, found_bias)),
+        jax.device_get((params, bias)),
+    )
 
 
 def test_bfloat16(tmp_path):
@@ -115,7 +135,9 @@ def test_names_of_our_own_format(tmp_path):
     layer, experts = "model.layers.1.", params["layers"]["experts"]
     for name in ("w_down", "w_up", "w_p", "w_o"):
         np.testing.assert_array_equal(tensors.pop(f"{layer}mlp.experts.{name}"), experts[name][1])
-    np.testing.assert_array_equal(tensors.pop(f"{layer}mlp.selection_bias"), bias["selection_bias"][1])
+    np.testing.assert_array_equal(
+        tensors.pop(f"{layer}mlp.selection_bias"), bias["selection_bias"][1]
+    )
     q = np.asarray(params["layers"]["attention"]["q"][1]).reshape(32, -1)
     np.testing.assert_array_equal(tensors.pop(f"{layer}self_attn.q_proj.weight"), q.T)
     o = np.asarray(params["layers"]["attention"]["o"][1]).reshape(-1, 32)
@@ -124,7 +146,10 @@ def test_names_of_our_own_format(tmp_path):
     rest = {f"{layer}self_attn.{name}_proj.weight" for name in "kv"}
     rest |= {f"{layer}{name}_layernorm.weight" for name in ("input", "post_attention")}
     assert {name for name in tensors if layer in name} == rest
-    assert {name for name in tensors if "layers" not in name} == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert {name for name in tensors if "layers" not in name} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
 
 
 def test_transformers_computes_the_same(tmp_path):
@@ -138,7 +163,10 @@ def test_transformers_computes_the_same(tmp_path):
 
 def test_one_parameter_of_one_layer_at_a_time(tmp_path):
     (params, _), _, config = random_model(tiny_config(experts__kind="router"))
-    arrays = {parameter_path(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = {
+        parameter_path(path): np.asarray(a)
+        for path, a in jax.tree_util.tree_leaves_with_path(params)
+    }
     asked = []
 
     def parameter(path, layer):
@@ -149,9 +177,13 @@ def test_one_parameter_of_one_layer_at_a_time(tmp_path):
     dtypes = dict.fromkeys(shapes, np.dtype(np.float32))
     write_model(tmp_path, to_json(config), shapes, parameter, dtypes, shard_bytes=20_000)
     layered = [path for path in arrays if path.startswith("layers/")]
-    assert [entry for entry in asked if entry[1] is not None] == [(path, n) for n in range(2) for path in layered]
+    assert [entry for entry in asked if entry[1] is not None] == [
+        (path, n) for n in range(2) for path in layered
+    ]
     files = list(tmp_path.glob("*.safetensors"))
-    assert len(files) > 5 and all(file.stat().st_size < 24_000 or len(load_file(file)) == 1 for file in files)
+    assert len(files) > 5 and all(
+        file.stat().st_size < 24_000 or len(load_file(file)) == 1 for file in files
+    )
     config = fill_mesh(read_config(tmp_path), 1)
     found, _ = load_params(tmp_path, config, make_mesh(config, jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
@@ -169,13 +201,19 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
     assert [path.name for path in output.parent.rglob("*")] == ["model", "whole"]
     with pytest.raises(UserError, match=r"--output=.*model exists already"), new_directory(output):
         pass
-    with pytest.raises(UserError, match=r"--output=.* can't be written"), new_directory(output / "whole" / "x"):
+    with (
+        pytest.raises(UserError, match=r"--output=.* can't be written"),
+        new_directory(output / "whole" / "x"),
+    ):
         pass
 
 
 def test_a_full_disk(tmp_path):
     with disk(tmp_path / "disk", "100k") as folder:
         (params, bias), _, config = random_model(tiny_config())
-        with pytest.raises(UserError, match="no space left on the disk"), new_directory(folder / "model") as partial:
+        with (
+            pytest.raises(UserError, match="no space left on the disk"),
+            new_directory(folder / "model") as partial,
+        ):
             write_arrays(partial, as_own(config), params, bias, "float32")
         assert list(folder.iterdir()) == []

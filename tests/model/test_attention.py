@@ -29,7 +29,11 @@ def arrays(length, dtype):
 
 
 def library(q, k, v, segment_ids=None):
-    mask = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    mask = (
+        None
+        if segment_ids is None
+        else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    )
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True).swapaxes(1, 2)
 
@@ -68,7 +72,9 @@ def test_bfloat16():
 
 
 def test_no_probabilities_are_kept():
-    """Nor any product with keys that all lie after a block: of eight blocks, 36 pairs of blocks of 64."""
+    """Nor any product with keys that all lie after a block: of eight blocks, 36 pairs of blocks of
+    64.
+    """
     length = MIN_BLOCK * MAX_BLOCKS
     args, cotangent, _ = arrays(length, jnp.float32)
     kept = jax.eval_shape(lambda *a: jax.vjp(causal_attention, *a)[1], *args)
@@ -83,7 +89,9 @@ def probabilities(q, k, documents=None):
     visible = np.tril(np.ones((length, length), bool))
     if documents is not None:
         visible = visible & np.asarray(documents[:, None, :, None] == documents[:, None, None, :])
-    scores = np.einsum("bhqi,bhki->bhqk", *(np.asarray(a, np.float64) for a in (q, k))) / np.sqrt(q.shape[3])
+    scores = np.einsum("bhqi,bhki->bhqk", *(np.asarray(a, np.float64) for a in (q, k))) / np.sqrt(
+        q.shape[3]
+    )
     return np.asarray(jax.nn.softmax(np.where(visible, scores, -np.inf))), visible
 
 
@@ -119,7 +127,9 @@ def test_peaks_of_a_cache():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_how_concentrated_each_head_is(masked):
-    """`(N p - 1) / (N - 1)` of the N keys of the token's document, `[B, S, H]`, on a mesh that splits heads too."""
+    """`(N p - 1) / (N - 1)` of the N keys of the token's document, `[B, S, H]`, on a mesh that
+    splits heads too.
+    """
     layer = Attention(ModelConfig(n_heads=4, d_model=16, dtype="float32"), watched=True)
     x = 3 * jax.random.normal(jax.random.key(0), (4, 16, 16))
     documents = jnp.arange(16)[None].repeat(4, 0) // 5 if masked else None

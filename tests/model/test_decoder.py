@@ -1,4 +1,6 @@
-"""The decoder: causality by gradient, rotary positions, document masks, remat, dtypes, a shared table."""
+"""The decoder: causality by gradient, rotary positions, document masks, remat, dtypes, a shared
+table.
+"""
 
 import dataclasses
 import re
@@ -32,16 +34,20 @@ def kept(function, variables):
 
 
 def reach(decoder, variables, position):
-    """Absolute gradient of the logits at `position` with respect to each position's embedding, `[S]`."""
+    """Absolute gradient of the logits at `position` with respect to each position's embedding,
+    `[S]`.
+    """
     embedding = variables["params"]["embed"]["embedding"]
 
     def logits(inputs):
         # One-hot tokens through the table make the inputs differentiable, each position apart.
-        params = dict(variables["params"], embed={"embedding": inputs.reshape(-1, inputs.shape[-1])})
-        numbers = jnp.arange(TOKENS.size).reshape(TOKENS.shape)
-        hidden, _ = Decoder(dataclasses.replace(decoder.model, vocab_size=TOKENS.size), decoder.experts).apply(
-            {"params": params}, numbers, method="features"
+        params = dict(
+            variables["params"], embed={"embedding": inputs.reshape(-1, inputs.shape[-1])}
         )
+        numbers = jnp.arange(TOKENS.size).reshape(TOKENS.shape)
+        hidden, _ = Decoder(
+            dataclasses.replace(decoder.model, vocab_size=TOKENS.size), decoder.experts
+        ).apply({"params": params}, numbers, method="features")
         return (hidden[0, position] * jnp.arange(1.0, hidden.shape[-1] + 1)).sum()
 
     return np.abs(jax.jit(jax.grad(logits))(embedding[TOKENS])).sum(axis=(0, 2))
@@ -67,7 +73,9 @@ def test_token_choice_is_causal(kind):
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_expert_choice_is_not_causal(kind):
-    """Which tokens an expert takes depends on later ones: a jump that no gradient shows, but the outputs do."""
+    """Which tokens an expert takes depends on later ones: a jump that no gradient shows, but the
+    outputs do.
+    """
     assert changed_by_the_future(*build(kind=kind, selection="expert_choice"))
 
 
@@ -83,7 +91,9 @@ def test_rotary_depends_on_distance_only():
     tables = rotary_tables(10, ModelConfig(n_heads=1, d_model=8))
     scores = jnp.einsum("bhqd,bhkd->bhqk", rotary(q, *tables), rotary(k, *tables))
     np.testing.assert_allclose(scores[..., :-1, :-1], scores[..., 1:, 1:], atol=1e-4)
-    np.testing.assert_allclose(jnp.linalg.norm(rotary(q, *tables), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotary(q, *tables), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5
+    )
     assert float(jnp.abs(scores[0, 0, 0] - scores[0, 0, 0, 0]).max()) > 0.1
 
 
@@ -93,7 +103,9 @@ def test_document_mask_separates_documents():
     apply = jax.jit(decoder.apply)
     together = apply(variables, TOKENS, segment_ids)[0]
     changed = TOKENS.at[:, :5].set((TOKENS[:, :5] + 3) % 50)
-    np.testing.assert_allclose(apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5)
+    np.testing.assert_allclose(
+        apply(variables, changed, segment_ids)[0][:, 5:], together[:, 5:], atol=1e-5
+    )
     alone = apply(variables, TOKENS[:, 5:])[0]
     np.testing.assert_allclose(together[:, 5:], alone, atol=1e-4)  # rotary positions are relative
     assert float(jnp.abs(apply(variables, TOKENS)[0] - together)[:, 5:].max()) > 1e-3
@@ -124,8 +136,12 @@ def test_several_layers_at_once_compute_the_same(remat):
     """Also where they don't divide the number of layers."""
     got, (decoder, variables) = {}, build(dataclasses.replace(MODEL, n_layers=3))
     for unroll in (1, 2, 3):
-        decoder = decoder.clone(model=dataclasses.replace(decoder.model, unroll=unroll, remat=remat))
-        loss = jax.value_and_grad(lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean())
+        decoder = decoder.clone(
+            model=dataclasses.replace(decoder.model, unroll=unroll, remat=remat)
+        )
+        loss = jax.value_and_grad(
+            lambda v, decoder=decoder: (decoder.apply(v, TOKENS)[0] ** 2).mean()
+        )
         got[unroll] = jax.jit(loss)(variables)
     for unroll in (2, 3):
         for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(got[unroll]), strict=True):
@@ -134,21 +150,31 @@ def test_several_layers_at_once_compute_the_same(remat):
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_what_recomputing_experts_keeps(kind):
-    """Of the experts' rows, `C` and `x Wp` or `x Wg` and `x Wp`; and no copy of the weights in the dtype of computation."""
+    """Of the experts' rows, `C` and `x Wp` or `x Wg` and `x Wp`; and no copy of the weights in the
+    dtype of computation.
+    """
     model = dataclasses.replace(MODEL, remat="experts", dtype="bfloat16")
     experts = dataclasses.replace(EXPERTS, kind=kind, n_experts=3, d_ffn=40, d_low=5)
     decoder = Decoder(model, experts)
     variables = jax.eval_shape(decoder.init, jax.random.key(0), TOKENS)
-    shapes = [a.shape for a in kept(lambda v: decoder.apply(v, TOKENS)[0], variables) if a.dtype == jnp.bfloat16]
+    shapes = [
+        a.shape
+        for a in kept(lambda v: decoder.apply(v, TOKENS)[0], variables)
+        if a.dtype == jnp.bfloat16
+    ]
     tokens, width = TOKENS.size, decoder.experts.width(16)
-    by_row = sorted(shape[-1] for shape in shapes if len(shape) == 3 and shape[1] >= 2 * tokens)  # rows and free places
+    by_row = sorted(
+        shape[-1] for shape in shapes if len(shape) == 3 and shape[1] >= 2 * tokens
+    )  # rows and free places
     assert by_row == ([5, width] if kind == "aoe" else [width, width])
     assert not [shape for shape in shapes if shape[:2] == (2, 3)]
 
 
 @pytest.mark.parametrize("remat", ["none", "experts", "layer"])
 def test_scores_are_not_computed_again(remat):
-    """Under any remat, the only product backward with the Wdown of all experts is that of the balance losses."""
+    """Under any remat, the only product backward with the Wdown of all experts is that of the
+    balance losses.
+    """
     model = dataclasses.replace(MODEL, remat=remat)
     experts = dataclasses.replace(EXPERTS, n_experts=7, d_low=5)
     tokens = []
@@ -161,13 +187,17 @@ def test_scores_are_not_computed_again(remat):
             return (logits**2).mean() + stats.mean_probability[0, 0]
 
         lines = jax.jit(jax.grad(loss)).lower(variables).as_text().splitlines()
-        caches = (re.search(r"tensor<(\d+)x7x5xf32>", line) for line in lines if "dot_general" in line)
+        caches = (
+            re.search(r"tensor<(\d+)x7x5xf32>", line) for line in lines if "dot_general" in line
+        )
         tokens.append(sorted(int(cache[1]) for cache in caches if cache))
     assert tokens == [[TOKENS.size], [TOKENS.size // 2] * 3 + [TOKENS.size]]
 
 
 def test_remat_keeps_the_selection():
-    """Ties must not break the other way when a layer is recomputed: the chosen experts are saved, `[L, T, K]`."""
+    """Ties must not break the other way when a layer is recomputed: the chosen experts are saved,
+    `[L, T, K]`.
+    """
     decoder, variables = build()
     decoder = decoder.clone(model=dataclasses.replace(MODEL, remat="layer"))
     residuals = kept(lambda v: decoder.apply(v, TOKENS)[0].sum(), variables)

@@ -54,7 +54,12 @@ def test_bfloat16_hidden_float32_loss():
 
 def test_logits_are_never_whole():
     n_tokens, vocabulary = 4096, 8192
-    shapes = (jnp.zeros((n_tokens, 8)), jnp.zeros((vocabulary, 8)), jnp.zeros(n_tokens, jnp.int32), jnp.ones(n_tokens))
+    shapes = (
+        jnp.zeros((n_tokens, 8)),
+        jnp.zeros((vocabulary, 8)),
+        jnp.zeros(n_tokens, jnp.int32),
+        jnp.ones(n_tokens),
+    )
     compiled = jax.jit(jax.grad(loss.cross_entropy, (0, 1))).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < n_tokens * vocabulary * 4
 
@@ -68,7 +73,10 @@ def plain_passes(consistency, hidden, table, targets, weights):
     """`(loss, nll, divergence)` by the definition, whole."""
     p, q = (jax.nn.softmax(h.astype(jnp.float32) @ table.T) for h in hidden)
     divergence = 0.5 * ((p * jnp.log(p / q)).sum(axis=1) + (q * jnp.log(q / p)).sum(axis=1))
-    nll, divergence = sum(plain(h, table, targets, weights) for h in hidden), (weights * divergence).sum()
+    nll, divergence = (
+        sum(plain(h, table, targets, weights) for h in hidden),
+        (weights * divergence).sum(),
+    )
     return nll + consistency * divergence, nll, divergence
 
 
@@ -101,9 +109,14 @@ def test_two_passes_in_bfloat16():
     hidden, table, *rest = two_inputs(64, "bfloat16")
 
     def value(function):
-        return jax.jit(jax.value_and_grad(lambda h, t: function(5.0, h, t, *rest)[0], (0, 1)))(hidden, table)
+        return jax.jit(jax.value_and_grad(lambda h, t: function(5.0, h, t, *rest)[0], (0, 1)))(
+            hidden, table
+        )
 
-    (got, (d_hidden, d_table)), (want, (_, wanted)) = value(loss.consistent_cross_entropy), value(plain_passes)
+    (got, (d_hidden, d_table)), (want, (_, wanted)) = (
+        value(loss.consistent_cross_entropy),
+        value(plain_passes),
+    )
     assert (got.dtype, d_hidden[1].dtype, d_table.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(got, want, rtol=2e-2)
     np.testing.assert_allclose(d_table, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
@@ -112,14 +125,21 @@ def test_two_passes_in_bfloat16():
 def test_logits_of_two_passes_are_never_whole():
     n_tokens, vocabulary = 4096, 8192
     hidden = (jnp.zeros((n_tokens, 8)),) * 2
-    shapes = (hidden, jnp.zeros((vocabulary, 8)), jnp.zeros(n_tokens, jnp.int32), jnp.ones(n_tokens))
+    shapes = (
+        hidden,
+        jnp.zeros((vocabulary, 8)),
+        jnp.zeros(n_tokens, jnp.int32),
+        jnp.ones(n_tokens),
+    )
     gradient = jax.grad(lambda *args: loss.consistent_cross_entropy(5.0, *args)[0], (0, 1))
     compiled = jax.jit(gradient).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * n_tokens * vocabulary * 4
 
 
 def test_divergence():
-    """Symmetric, never negative, the mean of both KL divergences, and 0 for equal passes, without a gradient then."""
+    """Symmetric, never negative, the mean of both KL divergences, and 0 for equal passes, without a
+    gradient then.
+    """
     args = inputs(1)
     table, rest = args[1], (args[2], jnp.ones(1))
 
@@ -136,6 +156,8 @@ def test_divergence():
     assert (found > 0).all() and not jax.vmap(divergence)(first, first).any()
     hidden, *others = inputs(64)
     alone = jax.jit(jax.grad(lambda h: loss.cross_entropy(h, *others)))(hidden)
-    both = jax.jit(jax.grad(lambda h: loss.consistent_cross_entropy(5.0, h, *others)[0]))((hidden, hidden))
+    both = jax.jit(jax.grad(lambda h: loss.consistent_cross_entropy(5.0, h, *others)[0]))(
+        (hidden, hidden)
+    )
     for gradient in both:
         np.testing.assert_allclose(gradient, alone, rtol=1e-5, atol=1e-6)

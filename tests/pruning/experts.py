@@ -10,14 +10,20 @@ SHAPES = {
 
 def draw(kind, seed=0):
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape, scale=shape[0] ** -0.5) for name, shape in SHAPES[kind].items()}
+    return {
+        name: rng.normal(size=shape, scale=shape[0] ** -0.5) for name, shape in SHAPES[kind].items()
+    }
 
 
 def disguised(expert, seed):
     """The same function, and the same norms: hidden units in another order, the low rank rotated."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(expert["w_p"].shape[1])
-    found = {name: a[order] if name == "w_o" else a[:, order] for name, a in expert.items() if name != "w_down"}
+    found = {
+        name: a[order] if name == "w_o" else a[:, order]
+        for name, a in expert.items()
+        if name != "w_down"
+    }
     if "w_down" in expert:
         q = np.linalg.qr(rng.normal(size=(expert["w_down"].shape[1],) * 2))[0]
         found |= {"w_down": expert["w_down"] @ q, "w_up": q.T @ found["w_up"]}

@@ -12,7 +12,11 @@ EXPERTS = {
     "aoe": {},
     "router": {"experts__kind": "router"},
     "capacity": {"experts__kind": "capacity", "experts__capacity_factor": 1.0},
-    "router, top_p": {"experts__kind": "router", "experts__selection": "top_p", "experts__top_p": 0.4},
+    "router, top_p": {
+        "experts__kind": "router",
+        "experts__selection": "top_p",
+        "experts__top_p": 0.4,
+    },
 }
 
 
@@ -61,5 +65,7 @@ def seen(model, of_batches):
 
     step = moments._passing(model, observe)
     found = [jax.device_get(step(batch, None)) for batch in of_batches]
-    x, weights, chosen, scores = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    x, weights, chosen, scores = (
+        np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True)
+    )
     return tuple(a[:, weights[0] > 0].astype(np.float64) for a in (x, chosen, scores))

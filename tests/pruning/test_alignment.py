@@ -40,11 +40,16 @@ def test_what_an_expert_computes_stays(kind):
 
 
 def test_the_order_of_hidden_units_alone_does_not_suffice():
-    """The average of an AoE expert and a rotated copy has smaller norms, unless the rotation is undone."""
+    """The average of an AoE expert and a rotated copy has smaller norms, unless the rotation is
+    undone.
+    """
     expert = draw("aoe")
     hidden = disguised(expert, seed=5)
     norms = output(expert, X)[1]
     plain = np.linalg.norm(X @ (expert["w_down"] + hidden["w_down"]) / 2, axis=1) / norms
-    undone = np.linalg.norm(X @ (expert["w_down"] + aligned(expert, hidden)["w_down"]) / 2, axis=1) / norms
+    undone = (
+        np.linalg.norm(X @ (expert["w_down"] + aligned(expert, hidden)["w_down"]) / 2, axis=1)
+        / norms
+    )
     assert plain.mean() < 0.85
     np.testing.assert_allclose(undone, 1, atol=1e-10)

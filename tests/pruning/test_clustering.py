@@ -11,7 +11,11 @@ LOAD = np.array([0.1, 0.5, 0.2, 0.4, 0.3, 0.5])
 def scores(n_groups=3, noise=0.1, mean=0.0):
     """Of six experts over tokens: of experts i and i + 3 alike."""
     rng = np.random.default_rng(0)
-    return np.tile(rng.normal(size=(500, n_groups)), 6 // n_groups) + noise * rng.normal(size=(500, 6)) + mean
+    return (
+        np.tile(rng.normal(size=(500, n_groups)), 6 // n_groups)
+        + noise * rng.normal(size=(500, 6))
+        + mean
+    )
 
 
 def second_moments(h):
@@ -52,7 +56,9 @@ def test_as_many_clusters_as_are_asked_for(method, n_clusters):
     assert len(set(members)) == len(members)
     assert members == list(range(6)) if method != "greedy" else len(members) == n_clusters
     assert found == find_clusters(method, similarity(second_moments(scores())), LOAD, n_clusters)
-    assert [cluster.reference for cluster in found] == sorted(cluster.reference for cluster in found)
+    assert [cluster.reference for cluster in found] == sorted(
+        cluster.reference for cluster in found
+    )
     for cluster in found:
         np.testing.assert_allclose(sum(cluster.weights), 1)
         share = LOAD[list(cluster.members)]
@@ -78,7 +84,11 @@ def test_baselines_go_by_frequency():
     kept = find_clusters("greedy", s, LOAD, 3)
     assert kept == [Cluster(number, (number,), (1.0,)) for number in (1, 3, 5)]
     merged = find_clusters("frequency_merge", s, LOAD, 3)
-    assert [(cluster.reference, cluster.members) for cluster in merged] == [(1, (1, 4)), (3, (0, 3)), (5, (2, 5))]
+    assert [(cluster.reference, cluster.members) for cluster in merged] == [
+        (1, (1, 4)),
+        (3, (0, 3)),
+        (5, (2, 5)),
+    ]
     np.testing.assert_allclose(merged[0].weights, [0.5 / 0.8, 0.3 / 0.8])
 
 

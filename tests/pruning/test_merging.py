@@ -11,7 +11,9 @@ CLUSTERS = [Cluster(1, (0, 1, 3), (0.2, 0.5, 0.3)), Cluster(2, (2,), (1.0,))]
 
 
 def layer(experts, dtype="float32"):
-    return {name: np.stack([expert[name] for expert in experts]).astype(dtype) for name in experts[0]}
+    return {
+        name: np.stack([expert[name] for expert in experts]).astype(dtype) for name in experts[0]
+    }
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -36,7 +38,9 @@ def test_members_are_weighed():
 def test_dtypes_stay():
     merged = merge(layer([draw("aoe", seed) for seed in range(4)], "float16"), CLUSTERS)
     assert {a.dtype.name for a in merged.values()} == {"float16"}
-    assert {name: a.shape for name, a in merged.items()} == {n: (2, *shape) for n, shape in SHAPES["aoe"].items()}
+    assert {name: a.shape for name, a in merged.items()} == {
+        n: (2, *shape) for n, shape in SHAPES["aoe"].items()
+    }
 
 
 def test_membership():

@@ -34,19 +34,29 @@ def check(moments, chosen, scores):
     assert moments.tokens == scores.shape[1] == 3 * (8 * 32 - 12)
     np.testing.assert_allclose(moments.mean, scores.mean(axis=1), atol=1e-6)
     centred = scores - scores.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(moments.scatter, np.einsum("lty,ltz->lyz", centred, centred), rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(moments.gram, np.einsum("lty,ltz->lyz", scores, scores), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        moments.scatter, np.einsum("lty,ltz->lyz", centred, centred), rtol=1e-4, atol=1e-3
+    )
+    np.testing.assert_allclose(
+        moments.gram, np.einsum("lty,ltz->lyz", scores, scores), rtol=1e-5, atol=1e-3
+    )
     np.testing.assert_array_equal(moments.chosen, chosen.sum(axis=1))
-    np.testing.assert_allclose(moments.chosen_score, (chosen * scores).sum(axis=1), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        moments.chosen_score, (chosen * scores).sum(axis=1), rtol=1e-5, atol=1e-3
+    )
     np.testing.assert_array_equal(moments.load, chosen.mean(axis=1))
 
 
 def test_the_choice_is_the_models_with_its_selection_bias():
     bias = np.zeros((2, 4), np.float32)
     bias[:, 3] = 100
-    moments = score_moments(dataclasses.replace(model_of("aoe"), routing_state={"selection_bias": bias}), batches())
+    moments = score_moments(
+        dataclasses.replace(model_of("aoe"), routing_state={"selection_bias": bias}), batches()
+    )
     np.testing.assert_array_equal(moments.load[:, 3], 1)
-    np.testing.assert_allclose(moments.mean[0], moments_of("aoe").mean[0], rtol=1e-5)  # of scores without it
+    np.testing.assert_allclose(
+        moments.mean[0], moments_of("aoe").mean[0], rtol=1e-5
+    )  # of scores without it
 
 
 def test_nothing_is_lost_where_means_are_large():
@@ -55,7 +65,9 @@ def test_nothing_is_lost_where_means_are_large():
     def of(part):
         centred = part - part.mean(axis=0)
         zeros = np.zeros((1, 3))
-        return Moments(float(len(part)), part.mean(axis=0)[None], (centred.T @ centred)[None], zeros, zeros)
+        return Moments(
+            float(len(part)), part.mean(axis=0)[None], (centred.T @ centred)[None], zeros, zeros
+        )
 
     total = of(scores[0])
     for part in scores[1:]:
@@ -64,7 +76,9 @@ def test_nothing_is_lost_where_means_are_large():
 
 
 def test_scores_of_merged_experts():
-    """Over the tokens that chose a member, twice those that chose two; over all where nobody is a member of anything."""
+    """Over the tokens that chose a member, twice those that chose two; over all where nobody is a
+    member of anything.
+    """
     x, chosen, _ = seen_by("aoe")
     w_down = np.random.default_rng(1).normal(size=(2, 3, 32, 8)).astype(np.float32)
     members = np.zeros((2, 4, 3))
@@ -82,7 +96,12 @@ def test_a_mesh_gathers_the_same():
     alone, found = moments_of("aoe"), score_moments(split, batches())
     for name in ("mean", "scatter", "chosen", "chosen_score"):
         np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-5, atol=1e-3)
-    w_down, members = jax.device_get(split.params["layers"]["experts"]["w_down"][:, :1]), np.zeros((2, 4, 1))
+    w_down, members = (
+        jax.device_get(split.params["layers"]["experts"]["w_down"][:, :1]),
+        np.zeros((2, 4, 1)),
+    )
     members[:, :2] = 1
-    scores = [of(w_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches()))]
+    scores = [
+        of(w_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches()))
+    ]
     np.testing.assert_allclose(*scores, rtol=1e-5)

@@ -20,11 +20,15 @@ KINDS = pytest.mark.parametrize("kind", ["aoe", "router"])
 
 
 def prune(kind, n_experts, method="uncurl", seed=0):
-    return pruned_params(model_of(kind), moments_of(kind), merged_scores_of(kind), n_experts, method, seed)
+    return pruned_params(
+        model_of(kind), moments_of(kind), merged_scores_of(kind), n_experts, method, seed
+    )
 
 
 def logits(decoder, params):
-    return np.asarray(jax.jit(lambda p: decoder.apply({"params": p}, batches(1)[0]["inputs"])[0])(params))
+    return np.asarray(
+        jax.jit(lambda p: decoder.apply({"params": p}, batches(1)[0]["inputs"])[0])(params)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,23 +43,34 @@ def test_as_many_experts_as_before_are_the_same(kind, method):
 
 
 def doubled(model, order):
-    """Every expert twice, the copy disguised; twice as many are chosen, so that each copy has half the weight."""
+    """Every expert twice, the copy disguised; twice as many are chosen, so that each copy has half
+    the weight.
+    """
     config = model.config
     experts = dataclasses.replace(config.experts, n_experts=8, top_k=4)
     config = dataclasses.replace(config, experts=experts)
     params = jax.device_get(model.params)
     old = params["layers"]["experts"]
-    new = {name: np.empty((2, 8, *a.shape[2:]), a.dtype) for name, a in old.items() if name != "w_router"}
+    new = {
+        name: np.empty((2, 8, *a.shape[2:]), a.dtype)
+        for name, a in old.items()
+        if name != "w_router"
+    }
     for layer, expert in np.ndindex(2, 4):
         weights = {name: old[name][layer, expert] for name in new}
-        for place, copy in ((expert, weights), (4 + expert, disguised(weights, seed=10 * layer + expert))):
+        for place, copy in (
+            (expert, weights),
+            (4 + expert, disguised(weights, seed=10 * layer + expert)),
+        ):
             for name in new:
                 new[name][layer, order[place]] = copy[name]
     if "w_router" in old:
         new["w_router"] = np.empty((2, old["w_router"].shape[1], 8), np.float32)
         new["w_router"][:, :, order] = np.tile(old["w_router"], 2)
     params = params | {"layers": params["layers"] | {"experts": new}}
-    return dataclasses.replace(model, config=config, decoder=Decoder.from_config(config), params=params)
+    return dataclasses.replace(
+        model, config=config, decoder=Decoder.from_config(config), params=params
+    )
 
 
 @KINDS
@@ -76,7 +91,9 @@ def test_doubled_experts_are_found_and_restored(kind, monkeypatch):
         if kind == "router":
             columns = [[cluster.reference for cluster in of_layer] for of_layer in clusters]
             router = twice.params["layers"]["experts"]["w_router"]
-            params["layers"]["experts"]["w_router"] = np.take_along_axis(router, np.array(columns)[:, None], axis=2)
+            params["layers"]["experts"]["w_router"] = np.take_along_axis(
+                router, np.array(columns)[:, None], axis=2
+            )
         return logits(model.decoder, params)
 
     np.testing.assert_allclose(restored(), want, atol=1e-5)
@@ -112,15 +129,24 @@ def test_a_scaled_norm_leaves_the_output():
 
 
 def test_a_router_is_drawn_by_its_seed():
-    routers = [np.asarray(prune("router", 2, seed=s)[0]["layers"]["experts"]["w_router"]) for s in (0, 0, 1)]
+    routers = [
+        np.asarray(prune("router", 2, seed=s)[0]["layers"]["experts"]["w_router"])
+        for s in (0, 0, 1)
+    ]
     assert routers[0].shape == (2, 32, 2)
     np.testing.assert_array_equal(routers[0], routers[1])
-    assert np.abs(routers[0] - routers[2]).max() > 0.1 and np.abs(routers[0][0] - routers[0][1]).max() > 0.1
+    assert (
+        np.abs(routers[0] - routers[2]).max() > 0.1
+        and np.abs(routers[0][0] - routers[0][1]).max() > 0.1
+    )
 
 
 def test_greedy_keeps_the_columns_of_its_experts():
     params, clusters = prune("router", 2, "greedy")
     for layer, of_layer in enumerate(clusters):
         for number, cluster in enumerate(of_layer):
-            old, new = (p["layers"]["experts"]["w_router"][layer] for p in (model_of("router").params, params))
+            old, new = (
+                p["layers"]["experts"]["w_router"][layer]
+                for p in (model_of("router").params, params)
+            )
             np.testing.assert_array_equal(new[:, number], old[:, cluster.reference])

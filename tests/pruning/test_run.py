@@ -14,13 +14,37 @@ from tests.runs import contents, finished_run
 LARGE = {"experts__kind": "router", "experts__large_router": True}
 REFUSED = {
     "dense": ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
-    "expert choice": ({"experts__selection": "expert_choice"}, 2, "every expert takes equally many tokens"),
-    "threshold": ({"experts__selection": "threshold"}, 2, "selection='threshold': pruning isn't implemented for them"),
-    "smear": ({"experts__kind": "smear", "smear__segment": 8}, 2, "has experts.kind='smear' and selection='top_k'"),
-    "thor": ({"experts__kind": "thor"}, 2, "has experts.kind='thor' and selection='top_k': pruning isn't implemented"),
-    "uoe": ({"experts__kind": "uoe"}, 2, "has experts.kind='uoe' and selection='top_k': pruning isn't implemented"),
+    "expert choice": (
+        {"experts__selection": "expert_choice"},
+        2,
+        "every expert takes equally many tokens",
+    ),
+    "threshold": (
+        {"experts__selection": "threshold"},
+        2,
+        "selection='threshold': pruning isn't implemented for them",
+    ),
+    "smear": (
+        {"experts__kind": "smear", "smear__segment": 8},
+        2,
+        "has experts.kind='smear' and selection='top_k'",
+    ),
+    "thor": (
+        {"experts__kind": "thor"},
+        2,
+        "has experts.kind='thor' and selection='top_k': pruning isn't implemented",
+    ),
+    "uoe": (
+        {"experts__kind": "uoe"},
+        2,
+        "has experts.kind='uoe' and selection='top_k': pruning isn't implemented",
+    ),
     "large router": (LARGE, 2, "the width of a large router goes by its experts"),
-    "fewer than chosen": ({}, 1, "--experts=1: must be at least experts.top_k=2 and fewer than the 4"),
+    "fewer than chosen": (
+        {},
+        1,
+        "--experts=1: must be at least experts.top_k=2 and fewer than the 4",
+    ),
     "as many": ({}, 4, "--experts=4: must be at least experts.top_k=2 and fewer than the 4"),
 }
 
@@ -29,7 +53,9 @@ REFUSED = {
 def test_refused_by_name(mistake):
     changes, n_experts, words = REFUSED[mistake]
     with pytest.raises(UserError) as error:
-        check_prunes(dataclasses.replace(model_of("aoe"), config=make_config(**changes)), n_experts, "DIR")
+        check_prunes(
+            dataclasses.replace(model_of("aoe"), config=make_config(**changes)), n_experts, "DIR"
+        )
     assert words in str(error.value)
 
 
@@ -52,7 +78,15 @@ def test_the_table():
         {"reference": 2, "members": [0, 2], "weights": [0.2, 0.8]},
         {"reference": 1, "members": [1], "weights": [1]},
     ]
-    layer = {"load": [0.2, 1.0, 0.8], "load_entropy": 0.9, "load_entropy_after": 0.6, "clusters": clusters}
+    layer = {
+        "load": [0.2, 1.0, 0.8],
+        "load_entropy": 0.9,
+        "load_entropy_after": 0.6,
+        "clusters": clusters,
+    }
     rows = prune_table({"layers": [layer], "nll": {"before": 4.0, "uncurl": 4.25}}).splitlines()
     assert rows[1].split() == ["0", "0.900", "0.600", "0+2", "50.0%", "1", "50.0%"]
-    assert f"at most {np.log(3):.3f}, then {np.log(2):.3f}; validation nll: before 4.0000, uncurl 4.2500" in rows[2]
+    assert (
+        f"at most {np.log(3):.3f}, then {np.log(2):.3f}; validation nll: before 4.0000, uncurl 4.2500"
+        in rows[2]
+    )

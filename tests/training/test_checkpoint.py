@@ -33,10 +33,15 @@ def batches():
 
 
 def state_of(value, biased=True):
-    params = {"kernel": jnp.full((SIZE,), value, jnp.float32), "scale": jnp.full((3,), value, jnp.bfloat16)}
+    params = {
+        "kernel": jnp.full((SIZE,), value, jnp.float32),
+        "scale": jnp.full((3,), value, jnp.bfloat16),
+    }
     bias = {"selection_bias": jnp.full((2, 4), value, jnp.float32)} if biased else {}
     moments = {"mu": jnp.full((5,), value, jnp.float32)}
-    return jax.device_put(TrainState(jnp.int32(value), jnp.int32(0), params, bias, moments), SHARDING)
+    return jax.device_put(
+        TrainState(jnp.int32(value), jnp.int32(0), params, bias, moments), SHARDING
+    )
 
 
 def abstract(state):
@@ -65,7 +70,9 @@ def write(workdir, config, steps, nll=lambda step: None):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Five steps, each donating its state to the next while it is saved; and the batch that follows each step."""
+    """Five steps, each donating its state to the next while it is saved; and the batch that follows
+    each step.
+    """
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(workdir, CheckpointConfig(every=2, keep=3))
     step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
@@ -73,7 +80,12 @@ def saved(tmp_path_factory):
     batch = next(data)
     for number in range(1, 6):
         state = step(state)
-        checkpoints.save(number, state, data.get_state(), Progress(number, number / 3, number % 2 == 0, 7 - number))
+        checkpoints.save(
+            number,
+            state,
+            data.get_state(),
+            Progress(number, number / 3, number % 2 == 0, 7 - number),
+        )
         following[number] = batch = next(data)
     checkpoints.close()
     assert batch.shape == (4,)
@@ -161,7 +173,9 @@ def test_validation_that_is_made_up_for_counts(tmp_path):
     checkpoints.validated(2, 3.0)
     checkpoints.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "nll": 9.0}\n{"step": 2, "validation_nll": 3.0}\n{"step": 3, "valid')
+        file.write(
+            '{"step": 2, "nll": 9.0}\n{"step": 2, "validation_nll": 3.0}\n{"step": 3, "valid'
+        )
     write(tmp_path, config, [3], {3: 4.0}.get)
     assert step_folders(tmp_path) == ["2", "3"]
 
@@ -177,7 +191,10 @@ def test_checkpoints_by_the_word_of_a_user(tmp_path):
     checkpoints = Checkpoints(write(tmp_path, CheckpointConfig(keep=9), [1, 2, 3], NLL.get))
     assert [checkpoints.find(word) for word in ("newest", "best", "1")] == [3, 2, 1]
     for word in ("4", "last", "-1"):
-        with pytest.raises(UserError, match=f"--step={word}: .*has checkpoints of steps 1, 2, 3; or give newest, best"):
+        with pytest.raises(
+            UserError,
+            match=f"--step={word}: .*has checkpoints of steps 1, 2, 3; or give newest, best",
+        ):
             checkpoints.find(word)
     unscored = Checkpoints(write(tmp_path / "unscored", CheckpointConfig(), [1]))
     with pytest.raises(UserError, match=r"--step=best: no checkpoint of .* has a validation nll"):
@@ -234,7 +251,9 @@ DAMAGE = {
 
 @pytest.fixture
 def failing_reads():
-    """What Orbax still reads when one read has failed ends in asyncio's complaints, here and not in a later test."""
+    """What Orbax still reads when one read has failed ends in asyncio's complaints, here and not in
+    a later test.
+    """
     yield
     gc.collect()
 
@@ -248,7 +267,9 @@ def unread(test):
 @unread
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
-    """Whichever file is damaged: what is restored is what was saved, of this checkpoint or of the one before."""
+    """Whichever file is damaged: what is restored is what was saved, of this checkpoint or of the
+    one before.
+    """
     names = [path.relative_to(saved[0]) for path in files_of(saved[0] / "checkpoints" / "5")]
     assert len(names) > 5
     aside = 0
@@ -274,7 +295,9 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
 def noise(step):
     """A state of random numbers, which can't be compressed: 0.8 MB a checkpoint."""
     kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
-    return dataclasses.replace(state_of(step), params={"kernel": kernel, "scale": jnp.ones(3, jnp.bfloat16)})
+    return dataclasses.replace(
+        state_of(step), params={"kernel": kernel, "scale": jnp.ones(3, jnp.bfloat16)}
+    )
 
 
 @unread
@@ -285,7 +308,11 @@ def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
         checkpoints.save(step, noise(step), {"next_index": step}, Progress(1, 1, True))
     checkpoints.close()
     seen = 0
-    (data,) = (path for path in files_of(tmp_path / "run" / "checkpoints" / "2") if path.stat().st_size > SIZE)
+    (data,) = (
+        path
+        for path in files_of(tmp_path / "run" / "checkpoints" / "2")
+        if path.stat().st_size > SIZE
+    )
     for position in range(0, data.stat().st_size, data.stat().st_size // 16):
         workdir = shutil.copytree(tmp_path / "run", tmp_path / str(position))
         flip_bit(workdir / data.relative_to(tmp_path / "run"), position)
@@ -305,7 +332,9 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
-    """Nothing is set aside: with more memory, or another disk, the run goes on from its newest checkpoint."""
+    """Nothing is set aside: with more memory, or another disk, the run goes on from its newest
+    checkpoint.
+    """
     workdir = copy_of(saved, tmp_path)
     before = contents(workdir)
 
@@ -315,7 +344,8 @@ def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
         with pytest.raises(
-            UserError, match=r"checkpoints/5 can't be read at present \(.*; mend that: the same command"
+            UserError,
+            match=r"checkpoints/5 can't be read at present \(.*; mend that: the same command",
         ):
             Checkpoints(workdir).restore_newest(ABSTRACT, batches())
     assert contents(workdir) == before
@@ -331,7 +361,11 @@ def test_damaged_several_times(saved, tmp_path):
     shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / "5")
     (workdir / "checkpoints" / "5" / "run" / "metadata").write_text("{")
     assert Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0] == 3
-    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["4", "5", "5-1"]
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == [
+        "4",
+        "5",
+        "5-1",
+    ]
 
 
 def test_the_last_checkpoint_is_not_set_aside(saved, tmp_path):
@@ -340,7 +374,9 @@ def test_the_last_checkpoint_is_not_set_aside(saved, tmp_path):
         shutil.rmtree(workdir / "checkpoints" / step)
     shutil.rmtree(workdir / "checkpoints" / "5" / "state")
     before = contents(workdir)
-    with pytest.raises(UserError, match=r"checkpoints/5 can't be read \(.*\), and there is no other"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/5 can't be read \(.*\), and there is no other"
+    ):
         Checkpoints(workdir).restore_newest(ABSTRACT, batches())
     assert contents(workdir) == before
 
@@ -349,7 +385,9 @@ def test_evaluation_of_a_damaged_checkpoint_touches_nothing(saved, tmp_path):
     workdir = copy_of(saved, tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "5" / "state")
     before = contents(workdir)
-    with pytest.raises(UserError, match=r"checkpoints/5 can't be read .*--step=4 evaluates another"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/5 can't be read .*--step=4 evaluates another"
+    ):
         Checkpoints(workdir).restore_model(5, ABSTRACT)
     assert contents(workdir) == before
 
@@ -357,8 +395,12 @@ def test_evaluation_of_a_damaged_checkpoint_touches_nothing(saved, tmp_path):
 def test_another_model_is_refused_not_set_aside(saved, tmp_path):
     workdir = copy_of(saved, tmp_path)
     before = contents(workdir)
-    wider = dataclasses.replace(ABSTRACT, opt_state={"mu": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=SHARDING)})
-    with pytest.raises(UserError, match=r"\['opt_state'\]\['mu'\] is float32\[5\] there, float32\[6\] here"):
+    wider = dataclasses.replace(
+        ABSTRACT, opt_state={"mu": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=SHARDING)}
+    )
+    with pytest.raises(
+        UserError, match=r"\['opt_state'\]\['mu'\] is float32\[5\] there, float32\[6\] here"
+    ):
         Checkpoints(workdir).restore_newest(wider, batches())
     other = dataclasses.replace(ABSTRACT, opt_state={"nu": ABSTRACT.opt_state["mu"]})
     with pytest.raises(UserError, match=r"\['opt_state'\]\['nu'\] isn't there"):
@@ -376,7 +418,8 @@ def test_full_disk(small_disk):
     checkpoints = Checkpoints(small_disk, CheckpointConfig(every=1, keep=1))
     checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True))
     with pytest.raises(
-        UserError, match=r"checkpoints/2 can't be saved: no space left on the disk\n.*goes on from step 1"
+        UserError,
+        match=r"checkpoints/2 can't be saved: no space left on the disk\n.*goes on from step 1",
     ):
         checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
         while True:  # as the loop does at every step
@@ -398,7 +441,9 @@ def test_fingerprints_do_not_depend_on_the_sharding():
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     for place in [(0, 0, 0), (7, 5, 3)]:
         for bit in (0, 31):
-            other = jax.lax.bitcast_convert_type(bits.at[place].set(bits[place] ^ jnp.uint32(1 << bit)), jnp.float32)
+            other = jax.lax.bitcast_convert_type(
+                bits.at[place].set(bits[place] ^ jnp.uint32(1 << bit)), jnp.float32
+            )
             assert fingerprints({"x": jax.device_put(other, SHARDING)})["['x']"] != one["['x']"]
     assert fingerprints({"x": jax.device_put(-x, SHARDING)})["['x']"] != one["['x']"]
     zeroed = jnp.ones((64, 64)).at[:8].set(0)

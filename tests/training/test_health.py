@@ -20,8 +20,13 @@ def test_skipped_steps_in_a_row_end_the_run(caplog):
     for step, finite in enumerate([False, False, True, False, False], 1):
         health.step(step, np.nan if not finite else 1.0, np.inf, finite)
         assert (health.skipped_in_row > 0) == (not finite)
-    assert "step 5 skipped: loss nan, gradient norm inf; its batch is number 5, sequences 16 to 19" in caplog.text
-    with pytest.raises(DivergedError, match=r"stopped at step 6: the last 3 updates.*train\.max_skipped=3"):
+    assert (
+        "step 5 skipped: loss nan, gradient norm inf; its batch is number 5, sequences 16 to 19"
+        in caplog.text
+    )
+    with pytest.raises(
+        DivergedError, match=r"stopped at step 6: the last 3 updates.*train\.max_skipped=3"
+    ):
         health.step(6, np.nan, np.nan, False)
 
 
@@ -60,7 +65,10 @@ def test_dead_experts_are_named_once(caplog):
         health.load(step, now)
     assert not caplog.text
     health.load(6, load)
-    assert "dead experts at step 6, without a token in 3 logged steps: layer 0 expert 1 (1 of 6 in all)" in caplog.text
+    assert (
+        "dead experts at step 6, without a token in 3 logged steps: layer 0 expert 1 (1 of 6 in all)"
+        in caplog.text
+    )
     caplog.clear()
     health.load(7, load)
     assert not caplog.text

@@ -21,4 +21,6 @@ def test_a_warning_where_later_tokens_have_a_say(caplog, variant, words):
         groups.threshold.warmup_steps = 200
     log_run(Config.from_config_dict(groups))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert (not warnings) if words is None else (len(warnings) == 1 and warnings[0].startswith(words)), warnings
+    assert (
+        (not warnings) if words is None else (len(warnings) == 1 and warnings[0].startswith(words))
+    ), warnings

@@ -1,4 +1,6 @@
-"""Memory against other counts of it: arrays, parameters, psutil, and what the system says that a step took."""
+"""Memory against other counts of it: arrays, parameters, psutil, and what the system says that a
+step took.
+"""
 
 import json
 import subprocess
@@ -10,7 +12,14 @@ import psutil
 import pytest
 
 from aoe_jax.counts import parameter_counts
-from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch, replicated, state_shardings
+from aoe_jax.sharding import (
+    batch_sharding,
+    fill_mesh,
+    make_mesh,
+    put_batch,
+    replicated,
+    state_shardings,
+)
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.step import init_state, make_train_step
 from tests.hasty import HASTY
@@ -26,15 +35,24 @@ def program(config):
         state = jax.jit(lambda: init_state(config, 0), out_shardings=shardings)()
         shape = (config.train.batch_size, config.data.seq_len)
         ones = np.ones(shape, np.int32)
-        batch = {"inputs": ones, "targets": ones, "segment_ids": ones, "weights": ones.astype(np.float32)}
+        batch = {
+            "inputs": ones,
+            "targets": ones,
+            "segment_ids": ones,
+            "weights": ones.astype(np.float32),
+        }
         batch = put_batch(batch_sharding(mesh), batch)
-        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        step = jax.jit(
+            make_train_step(config), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+        )
         return state, batch, step.lower(state, batch).compile()
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_what_a_device_holds(fsdp):
-    """Parameters and two moments of four bytes each, split over `fsdp`, and little else; with the batch, arguments."""
+    """Parameters and two moments of four bytes each, split over `fsdp`, and little else; with the
+    batch, arguments.
+    """
     config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
     state, batch, step = program(config)
     memory = program_memory(state, step)
@@ -42,7 +60,10 @@ def test_what_a_device_holds(fsdp):
     assert 1 <= memory["state_bytes"] / counted < 1.02
     first = jax.devices()[0]
     live = sum(
-        s.data.nbytes for a in jax.tree.leaves((state, batch)) for s in a.addressable_shards if s.device == first
+        s.data.nbytes
+        for a in jax.tree.leaves((state, batch))
+        for s in a.addressable_shards
+        if s.device == first
     )
     assert memory["argument_bytes"] == pytest.approx(live, rel=0.02)
     assert memory["temporary_bytes"] == step.memory_analysis().temp_size_in_bytes > 0
@@ -55,7 +76,9 @@ def test_host_memory():
     assert memory["host_memory_bytes"] == pytest.approx(process.rss, rel=0.02)
     assert memory["host_memory_peak_bytes"] >= memory["host_memory_bytes"] > grown.nbytes
     del grown
-    assert host_memory()["host_memory_peak_bytes"] == pytest.approx(memory["host_memory_peak_bytes"], rel=0.02)
+    assert host_memory()["host_memory_peak_bytes"] == pytest.approx(
+        memory["host_memory_peak_bytes"], rel=0.02
+    )
 
 
 def test_cpus_have_no_count():
@@ -87,12 +110,16 @@ print(json.dumps([temporary, max(taken[1:])]))
 
 
 def test_temporary_memory_is_what_a_step_takes():
-    """The peak of a process in a step, over what it held before, for a model whose step needs half a gigabyte.
+    """The peak of a process in a step, over what it held before, for a model whose step needs half
+    a gigabyte.
 
-    The first step also takes what the process keeps; a later one may find the block that the one before took.
+    The first step also takes what the process keeps; a later one may find the block that the one
+    before took.
     """
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", STEP_TAKES], env=variables, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP_TAKES], env=variables, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     temporary, taken = json.loads(done.stdout)
     assert temporary > 4e8 and taken == pytest.approx(temporary, rel=0.02)

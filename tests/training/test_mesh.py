@@ -18,12 +18,16 @@ KINDS = {"aoe": {}, "router": {"kind": "router"}}
 
 def configuration(kind):
     config = default_config()
-    config.model.update(n_layers=2, n_heads=8, d_model=32, vocab_size=64, max_len=32, dtype="float32")
+    config.model.update(
+        n_layers=2, n_heads=8, d_model=32, vocab_size=64, max_len=32, dtype="float32"
+    )
     config.experts.update(n_experts=8, top_k=2, d_ffn=32, d_low=8, **KINDS[kind])
     if kind == "aoe":
         config.experts.d_wide = 32
     config.data.update(seq_len=16)
-    config.train.update(steps=STEPS, batch_size=16, warmup_steps=2, learning_rate=1e-2, accumulate=2)
+    config.train.update(
+        steps=STEPS, batch_size=16, warmup_steps=2, learning_rate=1e-2, accumulate=2
+    )
     config.balance.update(aux_weight=0.01, aux_tokens=0.5)
     return Config.from_config_dict(config)
 
@@ -66,8 +70,8 @@ def alone(kind):
     return curve(dataclasses.replace(config, mesh=MeshConfig(data=1)), jax.devices()[:1])
 
 
-# Each kind with either transport: tests/experts/test_parallel.py has more meshes, layer by layer, and runs of several
-# processes in tests/test_multiprocess.py have (2, 1, 4, 1) and (1, 8, 1, 1).
+# Each kind with either transport: tests/experts/test_parallel.py has more meshes, layer by layer,
+# and runs of several processes in tests/test_multiprocess.py have (2, 1, 4, 1) and (1, 8, 1, 1).
 CASES = [
     ("aoe", (8, 1, 1, 1), "ring"),
     ("aoe", (2, 2, 2, 1), "ring"),
@@ -83,17 +87,23 @@ def test_the_loss_curve_is_that_of_one_device(kind, shape, transport, ragged):
     mesh = MeshConfig(*shape, transport=transport)
     got, params = curve(dataclasses.replace(configuration(kind), mesh=mesh), jax.devices())
     for name in ("loss", "nll", "aux_loss", "grad_norm"):
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-5 if name != "grad_norm" else 1e-3, err_msg=name)
+        np.testing.assert_allclose(
+            got[name], want[name], rtol=1e-5 if name != "grad_norm" else 1e-3, err_msg=name
+        )
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(want_params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_curve_is_worth_comparing(kind, ragged):
-    """It falls, the balance loss counts, and some expert has more rows than the buffer of a transport: rounds follow."""
+    """It falls, the balance loss counts, and some expert has more rows than the buffer of a
+    transport: rounds follow.
+    """
     metrics, _ = alone(kind)
     assert metrics["loss"][-1] < metrics["loss"][0] - 0.5
-    np.testing.assert_allclose(metrics["loss"] - metrics["nll"], 0.01 * metrics["aux_loss"], rtol=1e-3)
+    np.testing.assert_allclose(
+        metrics["loss"] - metrics["nll"], 0.01 * metrics["aux_loss"], rtol=1e-3
+    )
     assert (metrics["aux_loss"] > 0.9).all()
     fullest = metrics["load"].max(axis=(1, 2)) / metrics["load"].mean(axis=(1, 2))
     assert (fullest > 1.2 * ROW_BUFFER).all()

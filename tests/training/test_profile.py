@@ -10,10 +10,22 @@ from aoe_jax.errors import UserError
 from aoe_jax.training.profile import Window
 from tests.runs import KINDS, run, train_command
 
-STATIONS = ("attention", "score", "select", "plan", "dispatch", "experts", "combine", "balance", "loss")
+STATIONS = (
+    "attention",
+    "score",
+    "select",
+    "plan",
+    "dispatch",
+    "experts",
+    "combine",
+    "balance",
+    "loss",
+)
 
 
-@pytest.mark.parametrize("text", ["x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", "5:x"])
+@pytest.mark.parametrize(
+    "text", ["x", "", "5", "5:", ":5", "5:0", "0:3", "-1:2", "1:2:3", "1.5:2", "5:x"]
+)
 def test_values_that_are_none(text):
     with pytest.raises(UserError) as error:
         Window.parse(text)
@@ -37,7 +49,9 @@ def test_run_that_goes_on_behind_its_window(caplog):
 def test_trace_of_a_run(tmp_path):
     """Two steps of four; the program in it names the stations, forward and backward."""
     workdir, kind = tmp_path / "run", KINDS["aoe, gate=all"]  # one whose scores have a gradient
-    command = train_command(workdir, train__steps=4, train__eval_every=0, checkpoint__every=100, **kind)
+    command = train_command(
+        workdir, train__steps=4, train__eval_every=0, checkpoint__every=100, **kind
+    )
     status, _, stderr = run([*command, "--profile=2:2"])
     assert status == 0, stderr
     assert "wrote a trace of steps 2 to 3" in stderr
@@ -45,7 +59,9 @@ def test_trace_of_a_run(tmp_path):
     events = json.loads(gzip.decompress(shown.read_bytes()))["traceEvents"]
     steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
     assert steps == ["2", "3"]
-    assert len([event for event in events if event.get("name") == "input"]) == 1  # the wait for the second of them
+    assert (
+        len([event for event in events if event.get("name") == "input"]) == 1
+    )  # the wait for the second of them
     assert any("hlo_op" in event.get("args", {}) for event in events)
 
     (file,) = (workdir / "profile").rglob("*.xplane.pb")  # with the program

@@ -18,7 +18,9 @@ from tests.runs import tiny_config
 
 
 def first_state(directory, tokenizer, mesh=None, **changes):
-    config = dataclasses.replace(tiny_config(train__init_from=str(directory), **changes), mesh=mesh or MeshConfig())
+    config = dataclasses.replace(
+        tiny_config(train__init_from=str(directory), **changes), mesh=mesh or MeshConfig()
+    )
     n_devices = 8 if mesh else 1
     config = fill_mesh(config, n_devices)
     mesh = make_mesh(config, jax.devices()[:n_devices])
@@ -50,7 +52,9 @@ def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
 
 def test_a_selection_bias_starts_at_zero_where_there_is_none(tmp_path, tokenizer):
     directory, *_ = written(tmp_path, tiny_config())
-    assert not np.any(first_state(directory, tokenizer, balance__bias_rate=0.01).routing_state["selection_bias"])
+    assert not np.any(
+        first_state(directory, tokenizer, balance__bias_rate=0.01).routing_state["selection_bias"]
+    )
 
 
 def test_experts_may_be_chosen_in_another_way(tmp_path, tokenizer, caplog):
@@ -76,15 +80,30 @@ def with_another_tokenizer(directory):
 
 MISTAKES = {
     "shape": ({}, {"experts__d_ffn": 64}, None, "is another model: config.experts.d_wide is"),
-    "kind": ({}, {"experts__kind": "router"}, None, "config.experts.kind is 'aoe' there, 'router' here"),
+    "kind": (
+        {},
+        {"experts__kind": "router"},
+        None,
+        "config.experts.kind is 'aoe' there, 'router' here",
+    ),
     "bias": (
         {"balance__bias_rate": 0.01},
         {},
         None,
         "selection bias, which the run has no use for; set experts.selection and",
     ),
-    "tokenizer": ({}, {}, with_another_tokenizer, "another tokenizer than the corpora; set data.tokenizer="),
-    "files": ({}, {}, lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "tokenizer": (
+        {},
+        {},
+        with_another_tokenizer,
+        "another tokenizer than the corpora; set data.tokenizer=",
+    ),
+    "files": (
+        {},
+        {},
+        lambda d: (d / "model.safetensors").unlink(),
+        "neither model.safetensors nor",
+    ),
 }
 
 
@@ -96,4 +115,6 @@ def test_refused_by_name(tmp_path, tokenizer, mistake):
         change(directory)
     with pytest.raises(UserError) as error:
         first_state(directory, tokenizer, **of_run)
-    assert str(error.value).startswith(f"config.train.init_from='{directory}': ") and words in str(error.value)
+    assert str(error.value).startswith(f"config.train.init_from='{directory}': ") and words in str(
+        error.value
+    )

@@ -1,4 +1,6 @@
-"""The train step: every configuration of the paper in small, the optimiser, and gradient accumulation."""
+"""The train step: every configuration of the paper in small, the optimiser, and gradient
+accumulation.
+"""
 
 import dataclasses
 from functools import cache, partial
@@ -55,7 +57,9 @@ def one_of_each_program():
     configs = {variant: shrunken(variant) for variant in paper.VARIANTS}
     alike = {}
     for variant, config in configs.items():
-        experts = dataclasses.replace(config.experts, d_low=4) if config.experts.d_low else config.experts
+        experts = (
+            dataclasses.replace(config.experts, d_low=4) if config.experts.d_low else config.experts
+        )
         alike.setdefault(repr((experts, config.balance)), variant)
     return list(alike.values())
 
@@ -80,11 +84,17 @@ def test_every_program_of_the_paper_trains(variant):
         losses.append(float(metrics["loss"]))
         if t == 0:
             assert metrics["finite"] and float(metrics["grad_norm"]) > 0
-            (gradient,) = optax.tree.get_all_with_path(state.opt_state, "mu")  # the first moment, in proportion to it
+            (gradient,) = optax.tree.get_all_with_path(
+                state.opt_state, "mu"
+            )  # the first moment, in proportion to it
     for path, moment in jax.tree_util.tree_leaves_with_path(gradient[1]):
         name = jax.tree_util.keystr(path)
-        stacked = moment.reshape(*moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1)
-        if "embedding" not in name:  # tokens that don't occur in the batch have output gradients only
+        stacked = moment.reshape(
+            *moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1
+        )
+        if (
+            "embedding" not in name
+        ):  # tokens that don't occur in the batch have output gradients only
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
@@ -97,7 +107,9 @@ def test_every_configuration_of_the_paper_is_traced(variant):
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size)
     after, metrics = jax.eval_shape(make_train_step(config), state, batch)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
     assert metrics["load"].shape == (config.model.n_layers, config.experts.n_experts)
 
 
@@ -125,19 +137,25 @@ def test_z_loss_and_balance_of_each_sequence():
         settings["experts"] |= {"score_gradient": score_gradient}
         settings["balance"] |= {"aux_weight": 0.5, "z_weight": 0.25, "aux_batch": "sequence"}
         config = Config.from_config_dict(settings)
-        loss = jax.value_and_grad(lambda p, c=config: training_loss(c, p, {}, batch, None), has_aux=True)
+        loss = jax.value_and_grad(
+            lambda p, c=config: training_loss(c, p, {}, batch, None), has_aux=True
+        )
         (_, metrics), found[score_gradient] = jax.jit(loss)(params)
         weighted = 0.5 * metrics["aux_loss"] + 0.25 * metrics["z_loss"]
         np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
         of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
-        assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4  # each sequence is less even than all together
+        assert (
+            2 < float(of_batch) < float(metrics["aux_loss"]) < 4
+        )  # each sequence is less even than all together
         assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found.values())
 
 
 @cache
 def loss_free(variant, accumulate=1):
-    """`(config, step, first state)` of training with loss-free balancing, compiled once for all tests that need one."""
+    """`(config, step, first state)` of training with loss-free balancing, compiled once for all
+    tests that need one.
+    """
     settings = shrunken(variant).to_dict()
     settings["balance"] |= {"bias_rate": 0.1}
     settings["train"] |= {"accumulate": accumulate}
@@ -147,7 +165,9 @@ def loss_free(variant, accumulate=1):
 
 @pytest.mark.parametrize("variant", ["aoe_r64", "aoe_r64_aux", "moe_aux"])
 def test_loss_free_balancing(variant):
-    """The bias of each step comes of the load of the step before, in units of the spread; the batch itself is unbiased."""
+    """The bias of each step comes of the load of the step before, in units of the spread; the batch
+    itself is unbiased.
+    """
     _, step, state = loss_free(variant)
     batch = batch_of()
     np.testing.assert_array_equal(state.routing_state["selection_bias"], np.zeros((2, 4)))
@@ -201,8 +221,13 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
     third, metrics = step(second, batch)
     assert metrics["finite"] and int(third.skipped) == 1
-    np.testing.assert_allclose(metrics["learning_rate"], learning_rate_schedule(config.train)(2), rtol=1e-6)
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (second.params, third.params)), strict=True))
+    np.testing.assert_allclose(
+        metrics["learning_rate"], learning_rate_schedule(config.train)(2), rtol=1e-6
+    )
+    assert any(
+        (a != b).any()
+        for a, b in zip(*map(jax.tree.leaves, (second.params, third.params)), strict=True)
+    )
 
 
 def test_gradient_that_overflows_updates_nothing():
@@ -210,12 +235,20 @@ def test_gradient_that_overflows_updates_nothing():
     _, step, state = loss_free("aoe_r64")
     huge = batch_of() | {"weights": jnp.full((4, 24), 1.0)}
     scaled = jax.tree_util.tree_map_with_path(
-        lambda path, a: a * 1e-22 if path[-1].key == "scale" and "final_norm" in jax.tree_util.keystr(path) else a,
+        lambda path, a: (
+            a * 1e-22
+            if path[-1].key == "scale" and "final_norm" in jax.tree_util.keystr(path)
+            else a
+        ),
         state.params,
     )
     scaled["embed"]["embedding"] = scaled["embed"]["embedding"] * 1e22
     after, metrics = step(dataclasses.replace(state, params=scaled), huge)
-    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and not metrics["finite"]
+    assert (
+        np.isfinite(metrics["loss"])
+        and not np.isfinite(metrics["grad_norm"])
+        and not metrics["finite"]
+    )
     np.testing.assert_array_equal(after.params["embed"]["embedding"], scaled["embed"]["embedding"])
 
 
@@ -229,7 +262,9 @@ def masked_batch():
 
 @pytest.mark.parametrize("variant", ["aoe_r64_aux", "aoe_expert_choice"])
 def test_masked_targets_are_no_padding(variant):
-    """They count in the statistics and take their places in expert choice as others do, but not in the loss."""
+    """They count in the statistics and take their places in expert choice as others do, but not in
+    the loss.
+    """
     settings = shrunken("aoe_r64_aux").to_dict()
     if variant == "aoe_expert_choice":
         settings["experts"] |= {"selection": "expert_choice"}
@@ -244,11 +279,14 @@ def test_masked_targets_are_no_padding(variant):
         for i in np.flatnonzero(masked["weights"])
     ]
     np.testing.assert_allclose(with_mask["nll"], np.mean(nll), rtol=1e-5)
-    padded = loss(whole | {"weights": masked["weights"], "segment_ids": masked["weights"].astype(np.int32)})
+    padded = loss(
+        whole | {"weights": masked["weights"], "segment_ids": masked["weights"].astype(np.int32)}
+    )
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
 
 
-# selection -> what a balance loss is called, the field of its weight, and the loss by the shares of micro-batches so far.
+# selection -> what a balance loss is called, the field of its weight, and the loss by the shares of
+# micro-batches so far.
 RUNNING = {
     "top_k": (
         "aux_loss",
@@ -258,13 +296,18 @@ RUNNING = {
     "gshard": (
         "first_choice_loss",
         "gshard.aux_weight",
-        lambda shares, stats: 4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean(),
+        lambda shares, stats: (
+            4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
+        ),
     ),
     "top_any": (
         "gate_balance",
         "top_any.balance_weight",
         lambda shares, stats: (
-            4 * (shares["load"] / shares["served"][:, None] * stats.records["gate_shares"]).sum(axis=1).sum()
+            4
+            * (shares["load"] / shares["served"][:, None] * stats.records["gate_shares"])
+            .sum(axis=1)
+            .sum()
         ),
     ),
 }
@@ -272,7 +315,9 @@ RUNNING = {
 
 @pytest.mark.parametrize("selection", RUNNING)
 def test_balance_is_of_all_micro_batches_so_far(selection):
-    """Losses have the load, or what else they count, of the micro-batches up to their own; by hand, with gradients."""
+    """Losses have the load, or what else they count, of the micro-batches up to their own; by hand,
+    with gradients.
+    """
     name, weight_field, value = RUNNING[selection]
     settings = shrunken("moe_aux").to_dict()
     settings["experts"] |= {"selection": selection}
@@ -283,7 +328,10 @@ def test_balance_is_of_all_micro_batches_so_far(selection):
     config = Config.from_config_dict(settings)
     segment_ids = np.ones((6, 24), np.int32)
     segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
-    batch = batch_of(6) | {"segment_ids": jnp.asarray(segment_ids), "weights": jnp.asarray(segment_ids, jnp.float32)}
+    batch = batch_of(6) | {
+        "segment_ids": jnp.asarray(segment_ids),
+        "weights": jnp.asarray(segment_ids, jnp.float32),
+    }
     micro = [jax.tree.map(lambda a, m=m: a[m::3], batch) for m in range(3)]
     state = new_state(config)
 
@@ -297,7 +345,10 @@ def test_balance_is_of_all_micro_batches_so_far(selection):
             stats, weight = metrics["stats"], one["weights"].sum()
             nll, weights = nll + metrics["nll"] * weight, weights + weight
             own = {"load": stats.load} | (stats.records or {})
-            shares = {name: shares.get(name, 0) + jax.lax.stop_gradient(share) for name, share in own.items()}
+            shares = {
+                name: shares.get(name, 0) + jax.lax.stop_gradient(share)
+                for name, share in own.items()
+            }
             loss += value({name: share / (number + 1) for name, share in shares.items()}, stats) / 3
             alone += metrics[name] / 3
         return nll / weights + 0.5 * loss, (loss, alone)
@@ -316,10 +367,22 @@ def test_accumulation_weighs_every_target_alike():
 
 
 def test_optimiser_is_the_papers():
-    """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only, by hand."""
-    config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5)
-    params = {"kernel": jnp.array([[3.0, -2.0]]), "norm": {"scale": jnp.array([1.0])}, "embedding": jnp.array([[4.0]])}
-    grads = {"kernel": jnp.array([[3.0, 4.0]]), "norm": {"scale": jnp.array([12.0])}, "embedding": jnp.array([[0.0]])}
+    """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only,
+    by hand.
+    """
+    config = TrainConfig(
+        steps=10, warmup_steps=0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5
+    )
+    params = {
+        "kernel": jnp.array([[3.0, -2.0]]),
+        "norm": {"scale": jnp.array([1.0])},
+        "embedding": jnp.array([[4.0]]),
+    }
+    grads = {
+        "kernel": jnp.array([[3.0, 4.0]]),
+        "norm": {"scale": jnp.array([12.0])},
+        "embedding": jnp.array([[0.0]]),
+    }
     optimizer = make_optimizer(config)
     state, m, v = optimizer.init(params), 0.0, 0.0
     kernel, want = params["kernel"], np.array([[3.0, -2.0]])
@@ -368,7 +431,10 @@ def test_without_router_steps_the_optimiser_is_as_ever():
 
 def test_what_decays():
     params = jax.eval_shape(lambda: init_state(shrunken("aoe_r64"), 0)).params
-    flags = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))}
+    flags = {
+        jax.tree_util.keystr(path): flag
+        for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))
+    }
     assert {name for name, flag in flags.items() if not flag} == {
         "['embed']['embedding']",
         "['final_norm']['scale']",
@@ -381,4 +447,6 @@ def test_schedule():
     schedule = learning_rate_schedule(
         TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
     )
-    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
+    np.testing.assert_allclose(
+        [schedule(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6
+    )

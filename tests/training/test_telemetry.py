@@ -27,13 +27,17 @@ def metrics_of(step, experts=EXPERTS):
         "skipped": np.int32(3),
         "load": np.full((LAYERS, experts), 2 / experts, np.float32),
         "confidence_entropy": np.array([0.5, 0.7], np.float32),
-        "mean_score": np.linspace(0, 1, LAYERS * experts, dtype=np.float32).reshape(LAYERS, experts),
+        "mean_score": np.linspace(0, 1, LAYERS * experts, dtype=np.float32).reshape(
+            LAYERS, experts
+        ),
     }
 
 
 def evaluation_of(nll=3.5, load=0.5):
     load = np.full((LAYERS, EXPERTS), load)
-    return Evaluation(nll * 100, 100, 400, LayerStats(load, load, np.ones(LAYERS), load, np.ones(LAYERS)))
+    return Evaluation(
+        nll * 100, 100, 400, LayerStats(load, load, np.ones(LAYERS), load, np.ones(LAYERS))
+    )
 
 
 def lines(workdir):
@@ -64,11 +68,19 @@ def test_lines_and_events_hold_the_metrics(tmp_path):
     telemetry.evaluation(10, evaluation_of())
     telemetry.close()
     train, validation = lines(tmp_path)
-    layers, entropies = train.pop("layers"), [np.log(4), -0.625 * np.log(0.625) - 0.375 * np.log(0.375)]
+    layers, entropies = (
+        train.pop("layers"),
+        [np.log(4), -0.625 * np.log(0.625) - 0.375 * np.log(0.375)],
+    )
     assert computed(train) == pytest.approx(
         {"step": 5, "skipped": 3}
         | {name: 5 + i for i, name in enumerate(SCALARS)}
-        | {"load_entropy": np.mean(entropies), "load_spread": 1.25, "confidence_entropy": 0.6, "experts_per_token": 2}
+        | {
+            "load_entropy": np.mean(entropies),
+            "load_spread": 1.25,
+            "confidence_entropy": 0.6,
+            "experts_per_token": 2,
+        }
     )
     assert layers == {
         "load_entropy": pytest.approx(entropies),
@@ -81,8 +93,14 @@ def test_lines_and_events_hold_the_metrics(tmp_path):
     assert (validation["step"], validation["validation_nll"]) == (10, 3.5)
 
     found = read_events(tmp_path)
-    assert found["train/loss", 5].simple_value == 5 and found["train/load_spread", 5].simple_value == 1.25
-    assert found["validation/nll", 10].simple_value == 3.5 and ("validation/bits_per_byte", 10) in found
+    assert (
+        found["train/loss", 5].simple_value == 5
+        and found["train/load_spread", 5].simple_value == 1.25
+    )
+    assert (
+        found["validation/nll", 10].simple_value == 3.5
+        and ("validation/bits_per_byte", 10) in found
+    )
     assert found["experts/dead_experts/layer_1", 5].simple_value == 2
     norms, loads = (found[f"histograms/{name}/layer_1", 5].histo for name in ("mean_norm", "load"))
     assert (norms.num, norms.max, norms.sum) == pytest.approx((EXPERTS, 1.0, 22 / 7))
@@ -108,15 +126,21 @@ def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
 
 def test_sources_have_figures_of_their_own(telemetry, tmp_path):
     books, news = evaluation_of(2.0), evaluation_of(4.0)
-    telemetry.evaluation(10, dataclasses.replace(evaluation_of(3.0), sources={"books": books, "news": news}))
+    telemetry.evaluation(
+        10, dataclasses.replace(evaluation_of(3.0), sources={"books": books, "news": news})
+    )
     telemetry.close()
     (line,) = lines(tmp_path)
     bits = 100 / math.log(2) / 400
     figures = {"nll": 3, "bits_per_byte": 3 * bits, "nll/books": 2, "bits_per_byte/books": 2 * bits}
     figures |= {"nll/news": 4, "bits_per_byte/news": 4 * bits}
-    assert computed(line) == pytest.approx({"step": 10} | {f"validation_{name}": v for name, v in figures.items()})
+    assert computed(line) == pytest.approx(
+        {"step": 10} | {f"validation_{name}": v for name, v in figures.items()}
+    )
     found = read_events(tmp_path)
-    assert {name: found[f"validation/{name}", 10].simple_value for name in figures} == pytest.approx(figures)
+    assert {
+        name: found[f"validation/{name}", 10].simple_value for name in figures
+    } == pytest.approx(figures)
 
 
 def test_dense_model_has_no_balance(tmp_path):
@@ -126,14 +150,19 @@ def test_dense_model_has_no_balance(tmp_path):
     telemetry.evaluation(1, evaluation_of())
     telemetry.close()
     assert computed(lines(tmp_path)[0]).keys() == {"step", "skipped", *SCALARS}
-    assert not [tag for tag, _ in read_events(tmp_path) if tag.startswith(("experts", "histograms"))]
+    assert not [
+        tag for tag, _ in read_events(tmp_path) if tag.startswith(("experts", "histograms"))
+    ]
 
 
 def test_router_has_logits(tmp_path):
     telemetry = Telemetry(tmp_path, tiny_config(experts__kind="router"), 0)
     telemetry.train(1, metrics_of(1))
     telemetry.close()
-    assert "mean_logit" in lines(tmp_path)[0]["layers"] and "mean_norm" not in lines(tmp_path)[0]["layers"]
+    assert (
+        "mean_logit" in lines(tmp_path)[0]["layers"]
+        and "mean_norm" not in lines(tmp_path)[0]["layers"]
+    )
 
 
 def test_evaluation_draws_the_load(telemetry, tmp_path):
@@ -162,13 +191,19 @@ def test_time_is_split(telemetry, tmp_path):
     assert [first[name] for name in names] == pytest.approx([0.2, 0.1, 0.3], abs=0.08)
     assert validation["validation_seconds"] == pytest.approx(0.4, abs=0.05)
     assert again["validation_seconds"] == pytest.approx(0.1, abs=0.05)
-    assert first["tokens_per_second"] == pytest.approx(2 * TOKENS / sum(first[name] for name in names))
+    assert first["tokens_per_second"] == pytest.approx(
+        2 * TOKENS / sum(first[name] for name in names)
+    )
     assert second["input_seconds"] == second["checkpoint_seconds"] == 0
     timing = telemetry.timing()
     assert timing["input_seconds"] == first["input_seconds"]
-    assert timing["compute_seconds"] == pytest.approx(first["compute_seconds"] + second["compute_seconds"])
+    assert timing["compute_seconds"] == pytest.approx(
+        first["compute_seconds"] + second["compute_seconds"]
+    )
     assert 0.4 < timing["evaluation_seconds"] < 5  # with the picture
-    assert timing["tokens_per_second"] == pytest.approx(4 * TOKENS / sum(timing[name] for name in names))
+    assert timing["tokens_per_second"] == pytest.approx(
+        4 * TOKENS / sum(timing[name] for name in names)
+    )
 
 
 def test_a_line_is_of_its_steps(tmp_path):
@@ -187,7 +222,10 @@ def test_a_run_that_is_lost_is_reported(telemetry, tmp_path):
     assert lines(tmp_path)[0]["loss"] is None and lines(tmp_path)[1]["validation_nll"] is None
     telemetry.close()
     found = read_events(tmp_path)
-    assert ("histograms/load/layer_0", 1) in found and ("histograms/mean_norm/layer_0", 1) not in found
+    assert ("histograms/load/layer_0", 1) in found and (
+        "histograms/mean_norm/layer_0",
+        1,
+    ) not in found
 
 
 def test_other_processes_report_nothing(tmp_path):
@@ -207,6 +245,9 @@ def test_free_places_count_in_no_figure_of_the_load():
     np.testing.assert_allclose(figures["load_max_over_mean"], [2, 1])
     np.testing.assert_array_equal(figures["dead_experts"], [1, 0])
     np.testing.assert_array_equal(figures["live_experts"], [3, 4])
-    assert load_spread(load[:1], live[:1]) == 2 and load_spread(load[:1, [0, 2]], live[:1, [0, 3]]) == 1
+    assert (
+        load_spread(load[:1], live[:1]) == 2
+        and load_spread(load[:1, [0, 2]], live[:1, [0, 3]]) == 1
+    )
     statistics = load_statistics(evaluation_of().stats._replace(load=load, live=live), "aoe")
     assert statistics["dead_experts"] == 1 and statistics["live_experts"] == [3, 4]

@@ -49,9 +49,15 @@ def test_other_configurations_are_refused(claimed):
     workdir, _ = claimed
     before = contents(workdir)
     with pytest.raises(UserError) as error:
-        check_workdir(workdir, changed(experts={"top_k": 3}, data={"document_mask": True}, train={"steps": 2000}))
+        check_workdir(
+            workdir,
+            changed(experts={"top_k": 3}, data={"document_mask": True}, train={"steps": 2000}),
+        )
     message = str(error.value)
-    assert "experts.top_k is 2 there, 3 here" in message and "data.document_mask is False there, True here" in message
+    assert (
+        "experts.top_k is 2 there, 3 here" in message
+        and "data.document_mask is False there, True here" in message
+    )
     assert "train.steps" not in message
     assert contents(workdir) == before
 
@@ -68,7 +74,9 @@ def test_what_may_differ(claimed):
         check_workdir(workdir, changed(train={"seed": 1}))
     claim_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.5"}), claimed[1])
     check_workdir(workdir, changed(data={"name": "sotu=0.50,text@/elsewhere=1/2"}))
-    with pytest.raises(UserError, match=r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"):
+    with pytest.raises(
+        UserError, match=r"data\.name is 'sotu=0\.5, text=0\.5' there, 'sotu=0\.5, text=0\.6' here"
+    ):
         check_workdir(workdir, changed(data={"name": "sotu=0.5, text@/here=0.6"}))
 
 
@@ -76,5 +84,7 @@ def test_changed_text_is_refused(claimed, tmp_path):
     workdir, _ = claimed
     check_data(workdir, corpus_of(tmp_path / "cache", "some text"))  # the same, elsewhere
     for others in (["other text"], ["some text", "other text"]):
-        with pytest.raises(UserError, match=r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"):
+        with pytest.raises(
+            UserError, match=r"token store text-[0-9a-f]{16}, this is text-[0-9a-f]{16}.*data\.path"
+        ):
             check_data(workdir, corpus_of(tmp_path, *others))

@@ -54,11 +54,17 @@ def test_numbers_keep_their_precision(tmp_path):
 
 def test_charts(tmp_path):
     writer = TensorBoard(tmp_path / "tensorboard", 0)
-    writer.write(3, "train", {"loss": 2.5}, LAYERS, {"load": np.array([[0, 1, 1, 2], [1, 1, 1, 1.0]])})
+    writer.write(
+        3, "train", {"loss": 2.5}, LAYERS, {"load": np.array([[0, 1, 1, 2], [1, 1, 1, 1.0]])}
+    )
     writer.write(3, "validation", {"validation_nll": 3.5}, {}, {})
     writer.close()
     found = read_events(tmp_path)
-    scalars = {tag: value.simple_value for (tag, _), value in found.items() if value.HasField("simple_value")}
+    scalars = {
+        tag: value.simple_value
+        for (tag, _), value in found.items()
+        if value.HasField("simple_value")
+    }
     assert scalars == pytest.approx(
         {
             "train/loss": 2.5,
@@ -78,7 +84,10 @@ def test_wandb_is_asked_for(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name a project"):
         check_wandb(tmp_path, "")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it weren't installed
-    with pytest.raises(UserError, match=r"--wandb=mine: the package wandb is missing; pip install 'aoe_jax\[wandb\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"--wandb=mine: the package wandb is missing; pip install 'aoe_jax\[wandb\]'",
+    ):
         check_wandb(tmp_path, "mine")
     (tmp_path / "wandb.json").write_text('{"project": "mine", "id": "0"}')
     with pytest.raises(UserError, match="--wandb=other: the run in .* belongs to project mine"):
@@ -102,5 +111,7 @@ def test_wandb_offline(tmp_path):
     for file, line in zip(files, read_metrics(workdir)[0][logged:], strict=True):
         sent = file.read_bytes()
         for name, value in {"step": line["step"], "train/loss": line["loss"]}.items():
-            assert re.search(rf"{name}.{{1,8}}{re.escape(json.dumps(value))}".encode(), sent, re.DOTALL), name
+            assert re.search(
+                rf"{name}.{{1,8}}{re.escape(json.dumps(value))}".encode(), sent, re.DOTALL
+            ), name
         assert b"experts/load_entropy/layer_1" in sent and b"validation/nll" in sent

@@ -1,13 +1,16 @@
-"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the rest block by block.
+"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the rest
+block by block.
 
-B is a little more than the mean group, so with balanced loads almost all rows go through the batched product, which reads
-every expert's weights in place. Rows lie where that product reads and writes them, in E stretches of B places. What is left
-of larger groups lies in the places that smaller groups leave free; there the batched product is wrong, and a loop over
-blocks of such rows, each block one dense matmul, puts it right; its trip count is dynamic. Where groups are so uneven, or so
-many rows unused, that less than half of the batched product would be useful, all rows go through the loop: never more is
-done than about twice the useful work and two blocks a group.
+B is a little more than the mean group, so with balanced loads almost all rows go through the
+batched product, which reads every expert's weights in place. Rows lie where that product reads and
+writes them, in E stretches of B places. What is left of larger groups lies in the places that
+smaller groups leave free; there the batched product is wrong, and a loop over blocks of such rows,
+each block one dense matmul, puts it right; its trip count is dynamic. Where groups are so uneven,
+or so many rows unused, that less than half of the batched product would be useful, all rows go
+through the loop: never more is done than about twice the useful work and two blocks a group.
 
-M rows, D contracted width, F output width, E experts, B rows of a group's head, N = E B places, S rows of a block.
+M rows, D contracted width, F output width, E experts, B rows of a group's head, N = E B places, S
+rows of a block.
 """
 
 import math
@@ -32,7 +35,9 @@ def blocked_matmul(rows, weights, group_sizes):
 
 
 def _head_and_block(m, n_experts):
-    """`(B, S)`: the mean group and 1.5 standard deviations of a group of random choices; a quarter of it, a power of two."""
+    """`(B, S)`: the mean group and 1.5 standard deviations of a group of random choices; a quarter
+    of it, a power of two.
+    """
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
     block = ROW_MULTIPLE
@@ -47,17 +52,25 @@ class _Blocks(NamedTuple):
     count: jax.Array  # []
     expert: jax.Array  # [max blocks]
     stretch: jax.Array  # [max blocks], the group in whose stretch of places the block lies
-    start: jax.Array  # [max blocks], first place, moved back where the block would run past the last place
+    start: (
+        jax.Array
+    )  # [max blocks], first place, moved back where the block would run past the last place
     first: jax.Array  # [max blocks], first place that belongs to the block
     last: jax.Array  # [max blocks], one past the last place that belongs to the block
 
 
 class Places(NamedTuple):
-    """Where rows lie: those of a group's head from the start of its stretch on, the rest in free places, in order."""
+    """Where rows lie: those of a group's head from the start of its stretch on, the rest in free
+    places, in order.
+    """
 
-    place: jax.Array  # [M] int32, the place of each row in expert order; NOWHERE for rows past the last group
+    place: (
+        jax.Array
+    )  # [M] int32, the place of each row in expert order; NOWHERE for rows past the last group
     row: jax.Array  # [N] int32, the row at each place; NOWHERE where there is none
-    is_batched: jax.Array  # [], whether the batched product is worth it; if not, no group has a head
+    is_batched: (
+        jax.Array
+    )  # [], whether the batched product is worth it; if not, no group has a head
     blocks: _Blocks  # of the rows that are in no head
 
 
@@ -70,9 +83,11 @@ def place_rows(group_sizes, m):
     head = jnp.where(is_batched, head, 0)
     end = jnp.cumsum(group_sizes)
     start = end - group_sizes
-    # The rows of no head are counted through, and so are the free places: the i-th of these rows lies in the i-th place.
+    # The rows of no head are counted through, and so are the free places: the i-th of these rows
+    # lies in the i-th place.
     rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
-    # From the count of such a row to the row, by expert, and from that of a free place to the place, by stretch.
+    # From the count of such a row to the row, by expert, and from that of a free place to the
+    # place, by stretch.
     to_row = end - rest_end
     to_place = size * jnp.arange(1, n_experts + 1) - free_end
 
@@ -109,22 +124,30 @@ def place_rows(group_sizes, m):
 
 
 def _find(ends, index):
-    """Which of consecutive stretches that end at `ends [E]` holds each index: `[M] -> [M]`; the last for those past it."""
+    """Which of consecutive stretches that end at `ends [E]` holds each index: `[M] -> [M]`; the
+    last for those past it.
+    """
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
 
 def _batched_product(rows, weights, contracted):
-    """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted` is 2."""
+    """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted`
+    is 2.
+    """
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     dimensions = (((2,), (contracted,)), ((0,), (0,)))
-    return jax.lax.dot_general(rows, weights, dimensions, preferred_element_type=accumulator).astype(rows.dtype)
+    return jax.lax.dot_general(
+        rows, weights, dimensions, preferred_element_type=accumulator
+    ).astype(rows.dtype)
 
 
 def _batched_gradient(rows, g):
     """`[E, B, D], [E, B, F] -> [E, D, F]`, accumulated in float32 at least."""
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    return jax.lax.dot_general(rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator)
+    return jax.lax.dot_general(
+        rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator
+    )
 
 
 def _add_block_products(out, rows, weights, places, contracted):
@@ -138,7 +161,9 @@ def _add_block_products(out, rows, weights, places, contracted):
         x = jax.lax.dynamic_slice_in_dim(rows, start, size)
         w = jax.lax.dynamic_index_in_dim(weights, blocks.expert[b], keepdims=False)
         dimensions = (((1,), (contracted - 1,)), ((), ()))
-        y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=accumulator).astype(rows.dtype)
+        y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=accumulator).astype(
+            rows.dtype
+        )
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
         y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(out, start, size))
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
@@ -147,7 +172,9 @@ def _add_block_products(out, rows, weights, places, contracted):
 
 
 def _add_block_gradients(out, rows, g, places):
-    """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product made of their rows."""
+    """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product
+    made of their rows.
+    """
     blocks, size = places.blocks, _head_and_block(places.place.shape[0], out.shape[0])[1]
     row = jnp.arange(size)[:, None]
 
@@ -159,7 +186,9 @@ def _add_block_gradients(out, rows, g, places):
         start = blocks.start[b]
         mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
         x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (rows, g))
-        product = jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=out.dtype)
+        product = jax.lax.dot_general(
+            x, y, (((0,), (0,)), ((), ())), preferred_element_type=out.dtype
+        )
         out = add(out, blocks.expert[b], product)
         return add(out, blocks.stretch[b], jnp.where(places.is_batched, -product, 0))
 
@@ -177,7 +206,9 @@ def _product(rows, weights, places, contracted):
     n_experts, width = weights.shape[0], weights.shape[3 - contracted]
     out = jax.lax.cond(
         places.is_batched,
-        lambda: _batched_product(_stretches(rows, n_experts), weights, contracted).reshape(-1, width),
+        lambda: _batched_product(_stretches(rows, n_experts), weights, contracted).reshape(
+            -1, width
+        ),
         lambda: jnp.zeros((rows.shape[0], width), rows.dtype),
     )
     return _add_block_products(out, rows, weights, places, contracted)
@@ -188,7 +219,9 @@ def _gradient(rows, g, places, n_experts):
     out = jax.lax.cond(
         places.is_batched,
         lambda: _batched_gradient(_stretches(rows, n_experts), _stretches(g, n_experts)),
-        lambda: jnp.zeros((n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)),
+        lambda: jnp.zeros(
+            (n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)
+        ),
     )
     return _add_block_gradients(out, rows, g, places).astype(rows.dtype)
 

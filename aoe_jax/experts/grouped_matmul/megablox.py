@@ -1,7 +1,8 @@
-"""Megablox for TPU: the Pallas kernels `gmm` and `tgmm` that come with JAX, with tiles chosen for each product.
+"""Megablox for TPU: the Pallas kernels `gmm` and `tgmm` that come with JAX, with tiles chosen for
+each product.
 
-JAX's own derivative of `gmm` uses the forward tiles for the backward products too, where they may not fit; so only the
-kernels are taken from there, and the derivative is written here:
+JAX's own derivative of `gmm` uses the forward tiles for the backward products too, where they may
+not fit; so only the kernels are taken from there, and the derivative is written here:
 
     forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      gmm
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      gmm, transpose_rhs
@@ -9,7 +10,8 @@ kernels are taken from there, and the derivative is written here:
 
 On CPU the kernels run in Pallas's interpreter: slow, for tests.
 
-M rows, D contracted width, F output width, E experts; tiles: tm of rows, tk and tn of the two widths.
+M rows, D contracted width, F output width, E experts; tiles: tm of rows, tk and tn of the two
+widths.
 """
 
 import importlib
@@ -23,32 +25,37 @@ DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
 SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
 MIN_ROWS, MAX_ROWS = 128, 512
-# The largest tile of a width, by bytes of an element. With these every product stays within the 16 MiB of VMEM that the
-# compiler gives a kernel on the smallest generations.
+# The largest tile of a width, by bytes of an element. With these every product stays within the 16
+# MiB of VMEM that the compiler gives a kernel on the smallest generations.
 MAX_WIDTH = {2: 1024, 4: 512}
 
 
 def megablox_matmul(rows, weights, group_sizes):
     """`grouped_matmul` by Megablox; shapes as there. TPU v4 and later; interpreted on CPU.
 
-    Any M, D, F and E will do. Rows are padded to whole tiles where no tile of at least `MIN_ROWS` divides M.
+    Any M, D, F and E will do. Rows are padded to whole tiles where no tile of at least `MIN_ROWS`
+    divides M.
 
     Raises:
       UserError: a dtype other than bfloat16 and float32.
     """
     if rows.dtype not in DTYPES:
-        raise UserError(f"grouped_matmul backend='megablox' with {rows.dtype}: use {' or '.join(DTYPES)}")
+        raise UserError(
+            f"grouped_matmul backend='megablox' with {rows.dtype}: use {' or '.join(DTYPES)}"
+        )
     if 0 in rows.shape or 0 in weights.shape:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
     return _megablox(rows, weights, group_sizes)
 
 
 def row_tile(m, n_experts):
-    """Rows of a tile: a sixteenth of the mean group, as a power of two from 128 to 512, that divides M if it can be.
+    """Rows of a tile: a sixteenth of the mean group, as a power of two from 128 to 512, that
+    divides M if it can be.
 
-    A tile that two groups share is computed for both, so up to E - 1 tiles are computed in vain: at a sixteenth of the
-    mean group that is 1/16 of the work at most. Groups too small for it pay more, since a tile under 128 rows would
-    leave the matrix unit idle. Fewer than 128 rows in all are one tile.
+    A tile that two groups share is computed for both, so up to E - 1 tiles are computed in vain: at
+    a sixteenth of the mean group that is 1/16 of the work at most. Groups too small for it pay
+    more, since a tile under 128 rows would leave the matrix unit idle. Fewer than 128 rows in all
+    are one tile.
     """
     if m < MIN_ROWS:
         return _round_up(m, SUBLANES)
@@ -59,7 +66,9 @@ def row_tile(m, n_experts):
 
 
 def width_tile(width, limit):
-    """The whole width up to `limit`; beyond, the multiple of 128 from `limit / 2` to `limit` that pads least."""
+    """The whole width up to `limit`; beyond, the multiple of 128 from `limit / 2` to `limit` that
+    pads least.
+    """
     if width <= limit:
         return width
     return min(range(limit, limit // 2 - 1, -LANES), key=lambda tile: _round_up(width, tile))
@@ -86,7 +95,8 @@ def _round_up(value, multiple):
 
 def _kernel(name, **settings):
     """A Megablox kernel for the platform it is lowered for: compiled on TPU, interpreted on CPU."""
-    # The package's attribute `gmm` is the function with a derivative, which hides the module of the kernels.
+    # The package's attribute `gmm` is the function with a derivative, which hides the module of the
+    # kernels.
     kernel = getattr(importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm"), name)
 
     def call(lhs, rhs, group_sizes):

@@ -1,4 +1,5 @@
-"""Mosaic GPU kernels for Hopper: `ragged_dot` and `transposed_ragged_dot`, Pallas kernels that come with JAX.
+"""Mosaic GPU kernels for Hopper: `ragged_dot` and `transposed_ragged_dot`, Pallas kernels that come
+with JAX.
 
 They have no derivative of their own; it is written here:
 
@@ -6,9 +7,10 @@ They have no derivative of their own; it is written here:
     d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      ragged_dot, transpose_rhs
     d_weights  rows [M, D]^T x g [M, F]           -> [E, D, F]   transposed_ragged_dot
 
-They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alone has: neither an A100 nor a B200 runs them.
-`transposed_ragged_dot` asks the first device of the process for its number of cores: where no GPU is, the derivative
-compiles within `topology.compiling_for`, the forward product anywhere.
+They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alone has: neither an
+A100 nor a B200 runs them. `transposed_ragged_dot` asks the first device of the process for its
+number of cores: where no GPU is, the derivative compiles within `topology.compiling_for`, the
+forward product anywhere.
 
 M rows, D contracted width, F output width, E experts.
 """
@@ -25,7 +27,8 @@ CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB 
 
 
 def mosaic_gpu_matmul(rows, weights, group_sizes):
-    """`grouped_matmul` by Mosaic GPU; shapes as there, bfloat16 or float16, D and F multiples of 64. Hopper only.
+    """`grouped_matmul` by Mosaic GPU; shapes as there, bfloat16 or float16, D and F multiples of
+    64. Hopper only.
 
     Raises:
       UserError: a dtype or a width that the kernels don't take.
@@ -57,7 +60,9 @@ def check(dtype, d, f):
 
 
 def row_block(m, n_experts):
-    """128 rows, or 64 where the E - 1 blocks that two groups share would be more than 1/16 of the work."""
+    """128 rows, or 64 where the E - 1 blocks that two groups share would be more than 1/16 of the
+    work.
+    """
     return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
 
 
@@ -69,8 +74,8 @@ def width_block(width):
 def _used(rows, group_sizes):
     """Zero where no group reaches.
 
-    On outputs, since the kernels leave those rows unwritten. On operands, since for d_weights the kernel masks rows by a
-    product with zero, and one operand only, which lets a NaN through.
+    On outputs, since the kernels leave those rows unwritten. On operands, since for d_weights the
+    kernel masks rows by a product with zero, and one operand only, which lets a NaN through.
     """
     return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
 
@@ -113,7 +118,9 @@ def _mosaic_gpu(rows, weights, group_sizes):
 
 
 def _forward(rows, weights, group_sizes):
-    rows = _used(rows, group_sizes)  # here, not in the backward pass, so that it fuses with what makes the rows
+    rows = _used(
+        rows, group_sizes
+    )  # here, not in the backward pass, so that it fuses with what makes the rows
     return _mosaic_gpu(rows, weights, group_sizes), (rows, weights, group_sizes)
 
 

@@ -1,4 +1,5 @@
-"""Plain JAX for very few rows, as in decoding: row by row, so that only the weights of experts with a row are read.
+"""Plain JAX for very few rows, as in decoding: row by row, so that only the weights of experts with
+a row are read.
 
 M rows, D contracted width, F output width, E experts.
 """
@@ -14,7 +15,9 @@ def rowwise_matmul(rows, weights, group_sizes):
 
 
 def _product(rows, weights, group_sizes, contracted):
-    """Each row times its expert's weights, over their axis `contracted`; as many products as there are rows in groups."""
+    """Each row times its expert's weights, over their axis `contracted`; as many products as there
+    are rows in groups.
+    """
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     expert = _experts(rows, group_sizes)
 
@@ -29,7 +32,9 @@ def _product(rows, weights, group_sizes, contracted):
 
 
 def _experts(rows, group_sizes):
-    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right", method="compare_all")
+    return jnp.searchsorted(
+        jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right", method="compare_all"
+    )
 
 
 def _backward(residuals, g):
@@ -38,7 +43,9 @@ def _backward(residuals, g):
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
 
     def add(i, d_weights):
-        return d_weights.at[expert[i]].add(rows[i, :, None].astype(accumulator) * g[i].astype(accumulator))
+        return d_weights.at[expert[i]].add(
+            rows[i, :, None].astype(accumulator) * g[i].astype(accumulator)
+        )
 
     d_weights = jax.lax.fori_loop(0, group_sizes.sum(), add, jnp.zeros(weights.shape, accumulator))
     return _product(g, weights, group_sizes, 1), d_weights.astype(weights.dtype), None

@@ -1,6 +1,8 @@
-"""The select station: from scores `[T, n]` (norms or logits, it doesn't matter which) to an `Assignment`.
+"""The select station: from scores `[T, n]` (norms or logits, it doesn't matter which) to an
+`Assignment`.
 
-A method is a file: pure functions of scores, and a `Selection` that says where its settings, state and losses come from.
+A method is a file: pure functions of scores, and a `Selection` that says where its settings, state
+and losses come from.
 """
 
 from aoe_jax.experts.selection.by_attention import ByAttention

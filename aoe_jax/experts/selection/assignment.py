@@ -8,16 +8,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps what bears this name. The
-# scores bear it too: they are [T, n] only, and keeping them saves scoring again.
+# Recomputing a top-k in the backward pass may break ties the other way: rematerialisation keeps
+# what bears this name. The scores bear it too: they are [T, n] only, and keeping them saves scoring
+# again.
 SELECTION = "selection"
 
 
 class Assignment(NamedTuple):
     """Which expert processes which token, and with what weight, as P flat slots.
 
-    An unused slot has expert number n and weight 0. Token-choice methods lay their slots out token by token, an equal
-    number for each (`slots_per_token`); `None` says that the order is arbitrary.
+    An unused slot has expert number n and weight 0. Token-choice methods lay their slots out token
+    by token, an equal number for each (`slots_per_token`); `None` says that the order is arbitrary.
     """
 
     token: jax.Array  # [P] int32
@@ -34,13 +35,17 @@ def by_token(expert, weight):
 
 
 def by_mask(chosen, weight):
-    """An assignment from a mask `chosen [T, n]` and `weight [T, n]`, a slot for every token and expert."""
+    """An assignment from a mask `chosen [T, n]` and `weight [T, n]`, a slot for every token and
+    expert.
+    """
     n_experts = chosen.shape[1]
     expert = jnp.where(chosen, jnp.arange(n_experts, dtype=jnp.int32), n_experts)
     return by_token(expert, jnp.where(chosen, weight, 0))
 
 
 def weigh_chosen(assignment, scores):
-    """The same choice with weights from other scores: the softmax over each token's slots of `scores [P]`."""
+    """The same choice with weights from other scores: the softmax over each token's slots of
+    `scores [P]`.
+    """
     weight = jax.nn.softmax(scores.reshape(-1, assignment.slots_per_token))
     return assignment._replace(weight=weight.reshape(-1))

@@ -12,15 +12,19 @@ from aoe_jax.experts.selection.base import Choice, Selection
 
 
 def expert_choice(scores, capacity_factor, token_weights=None):
-    """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes the `C` tokens that rate it highest.
+    """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes the `C` tokens that
+    rate it highest.
 
-    NOT CAUSAL: whether a token is taken depends on every other token of the batch, later ones included, so a causal
-    language model trained with it sees the future. Its training loss is not comparable with token-choice losses.
+    NOT CAUSAL: whether a token is taken depends on every other token of the batch, later ones
+      included, so a causal
+    language model trained with it sees the future. Its training loss is not comparable with
+    token-choice losses.
 
     Args:
       scores: `[T, n]` float32.
       capacity_factor: mean number of experts per token; `C = T capacity_factor / n`, rounded up.
-      token_weights: `[T]`, 0 for padding, which counts in nothing: without it, C is of the real tokens; None: all count.
+      token_weights: `[T]`, 0 for padding, which counts in nothing: without it, C is of the real
+        tokens; None: all count.
 
     Returns:
       An `Assignment` with `P = n C`; weights are the softmax values over experts, not renormalised.
@@ -33,7 +37,9 @@ def expert_choice(scores, capacity_factor, token_weights=None):
 
 
 def _expert_choice(probability, capacity_factor, token_weights):
-    """The tokens that each expert takes, `[n, C]` int32, and which it really does, bool: with padding fewer than C."""
+    """The tokens that each expert takes, `[n, C]` int32, and which it really does, bool: with
+    padding fewer than C.
+    """
     n_tokens, n_experts = probability.shape
     capacity = expert_capacity(n_tokens, n_experts, capacity_factor)
     real = jnp.ones(n_tokens, bool) if token_weights is None else token_weights > 0
@@ -44,7 +50,8 @@ def _expert_choice(probability, capacity_factor, token_weights):
 
 
 def expert_choice_among(scores, capacity_factor, token_weights, all_tokens, own):
-    """Expert choice over a batch of which this device owns some tokens; not causal, see `expert_choice`.
+    """Expert choice over a batch of which this device owns some tokens; not causal, see
+    `expert_choice`.
 
     Args:
       scores: `[t, n]` float32, of the tokens of this device.
@@ -66,7 +73,9 @@ def expert_choice_among(scores, capacity_factor, token_weights, all_tokens, own)
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):
-    """Tokens that each expert has room for, `ceil(T capacity_factor / n)`; at most T, for none gets a token twice."""
+    """Tokens that each expert has room for, `ceil(T capacity_factor / n)`; at most T, for none gets
+    a token twice.
+    """
     return min(n_tokens, -int(-n_tokens * capacity_factor // n_experts))
 
 
@@ -75,7 +84,9 @@ class ExpertChoice(Selection):
 
     causal = False
     balances_by = "expert choice"
-    not_causal_because = "which tokens an expert takes depends on all tokens of the batch, later ones included"
+    not_causal_because = (
+        "which tokens an expert takes depends on all tokens of the batch, later ones included"
+    )
 
     def experts_per_token(self, experts):
         """The capacity factor."""

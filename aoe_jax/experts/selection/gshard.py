@@ -1,15 +1,17 @@
-"""GShard's token choice of two experts (Lepikhin et al. 2020, arXiv 2006.16668), without its capacity.
+"""GShard's token choice of two experts (Lepikhin et al. 2020, arXiv 2006.16668), without its
+capacity.
 
     e1, e2 = the two experts of highest gate g = softmax(scores);  w1 = g[e1] / (g[e1] + g[e2]),  w2 = 1 - w1
     in training:  y = w1 E_e1(x) + [u < 2 w2] w2 E_e2(x),  u uniform in [0, 1), drawn for every token
     elsewhere:    y = w1 E_e1(x) + w2 E_e2(x)
     loss = aux_weight n sum_i f_i P_i,  f_i the share of tokens whose first choice is i, P_i the mean of g[i]
 
-From memory of the paper's Algorithm 1, not from its text: that the gate in `2 w2` is the normalised one, and that `w1` stays
-as it is where the second expert isn't drawn. That evaluation takes both is this project's choice. The loss is the paper's,
-`mean_i(f_i P_i)`, times n^2, which puts it on the scale of Switch: 1 in perfect balance, n in collapse. L_aux
-(`balance.aux_weight`), which counts both choices, is another loss. Nothing is dropped, since experts have no capacity here.
-Causal: each token goes by itself, and what is drawn doesn't depend on tokens.
+From memory of the paper's Algorithm 1, not from its text: that the gate in `2 w2` is the normalised
+one, and that `w1` stays as it is where the second expert isn't drawn. That evaluation takes both is
+this project's choice. The loss is the paper's, `mean_i(f_i P_i)`, times n^2, which puts it on the
+scale of Switch: 1 in perfect balance, n in collapse. L_aux (`balance.aux_weight`), which counts
+both choices, is another loss. Nothing is dropped, since experts have no capacity here. Causal: each
+token goes by itself, and what is drawn doesn't depend on tokens.
 
 t tokens of a device, n experts.
 """
@@ -28,7 +30,8 @@ def top_two(scores, uniform=None):
 
     Args:
       scores: `[t, n]` float32.
-      uniform: `[t]`, numbers from 0 to 1, above twice its weight for a second expert that isn't to be; None: all are.
+      uniform: `[t]`, numbers from 0 to 1, above twice its weight for a second expert that isn't to
+        be; None: all are.
 
     Returns:
       An `Assignment` with `P = 2 t`.
@@ -57,7 +60,9 @@ class GShard(Selection):
             of_all = jax.random.uniform(given.key, (scores.shape[0] * devices.total_size,))
             uniform = devices.own_tokens(of_all)
         assignment = top_two(scores, uniform)
-        first = jax.nn.one_hot(assignment.expert[::2], scores.shape[1]) * given.token_weights[:, None]
+        first = (
+            jax.nn.one_hot(assignment.expert[::2], scores.shape[1]) * given.token_weights[:, None]
+        )
         first, n_tokens = devices.total((first.sum(axis=0), given.token_weights.sum()))
         return Choice(assignment, {"first_choices": first / jnp.maximum(n_tokens, 1)})
 

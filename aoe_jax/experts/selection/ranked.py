@@ -13,13 +13,16 @@ from aoe_jax.experts.selection.top_k import TopK, best_experts
 
 
 def ranked(scores, ranks, bias=None):
-    """Token choice by rank: each token goes to the experts whose scores have these ranks, weighed by the softmax over them.
+    """Token choice by rank: each token goes to the experts whose scores have these ranks, weighed
+    by the softmax over them.
 
-    Ranks from 0 to k - 1 are `top_k` of k with `gate="chosen"`; a single one has weight 1, whichever it is.
+    Ranks from 0 to k - 1 are `top_k` of k with `gate="chosen"`; a single one has weight 1,
+    whichever it is.
 
     Args:
       scores: `[T, n]` float32.
-      ranks: different numbers from 0, the highest score, to n - 1; of equal scores the lower expert number comes first.
+      ranks: different numbers from 0, the highest score, to n - 1; of equal scores the lower expert
+        number comes first.
       bias: as in `top_k`.
 
     Returns:

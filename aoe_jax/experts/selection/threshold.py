@@ -1,18 +1,21 @@
-"""Expert Threshold routing (Sun et al., arXiv 2603.11535): a token goes to every expert whose threshold it passes.
+"""Expert Threshold routing (Sun et al., arXiv 2603.11535): a token goes to every expert whose
+threshold it passes.
 
     token t goes to expert i where score[t, i] > c[i];  weight = sigmoid(score[t, i]), not normalised
     c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
 
-Tokens decide by the thresholds of before the step, so each by itself: causal, in training and at inference, and a token may
-have any number of experts, K of them on average. For the first `threshold.warmup_steps` steps experts choose their k tokens
-instead (expert choice), which isn't causal, while the thresholds settle.
+Tokens decide by the thresholds of before the step, so each by itself: causal, in training and at
+inference, and a token may have any number of experts, K of them on average. For the first
+`threshold.warmup_steps` steps experts choose their k tokens instead (expert choice), which isn't
+causal, while the thresholds settle.
 
-Faithful to the paper's text but for: no shared expert, no bound on the tokens of an expert (nothing is dropped), and the
-first threshold is that of the first batch. Of micro-batches (`train.accumulate`) each is a batch of its own: experts choose
-among its tokens in the warm-up, and thresholds move by the mean of the micro-batches' k-th largest scores. Norms are never
-negative, so their sigmoid is never below 1/2: `threshold.weights="relative"` takes that of the score less the threshold,
-this project's reading for AoE. No balance loss is needed. Costs a top-k over the tokens of the batch for each expert, in
-training, and n slots a token, in use or not.
+Faithful to the paper's text but for: no shared expert, no bound on the tokens of an expert (nothing
+is dropped), and the first threshold is that of the first batch. Of micro-batches
+(`train.accumulate`) each is a batch of its own: experts choose among its tokens in the warm-up, and
+thresholds move by the mean of the micro-batches' k-th largest scores. Norms are never negative, so
+their sigmoid is never below 1/2: `threshold.weights="relative"` takes that of the score less the
+threshold, this project's reading for AoE. No balance loss is needed. Costs a top-k over the tokens
+of the batch for each expert, in training, and n slots a token, in use or not.
 
 T tokens of the batch, t of this device, n experts, K = `experts.top_k`.
 """
@@ -33,7 +36,8 @@ def above_thresholds(scores, thresholds):
 
 
 def kth_largest(scores, token_weights, share):
-    """Of each expert the score that a `share` of the tokens reach: `scores [T, n]`, `token_weights [T]` -> `[n]`.
+    """Of each expert the score that a `share` of the tokens reach: `scores [T, n]`, `token_weights
+    [T]` -> `[n]`.
 
     Of t tokens that count it is that of the `ceil(share t)`-th; -inf where none does.
     """
@@ -45,7 +49,9 @@ def kth_largest(scores, token_weights, share):
 
 
 class Threshold(Selection):
-    """`experts.selection="threshold"`: state `threshold [n]`, and `updates []`, the steps it has seen."""
+    """`experts.selection="threshold"`: state `threshold [n]`, and `updates []`, the steps it has
+    seen.
+    """
 
     fields = ("top_k",)
     balances_by = "thresholds"
@@ -68,10 +74,15 @@ class Threshold(Selection):
         thresholds, devices = given.state["threshold"], given.devices
         chosen, records = above_thresholds(scores, thresholds), None
         if given.training:
-            whole = devices.all_tokens(jax.lax.stop_gradient(scores)), devices.all_tokens(given.token_weights)
+            whole = (
+                devices.all_tokens(jax.lax.stop_gradient(scores)),
+                devices.all_tokens(given.token_weights),
+            )
             records = {"kth_largest": kth_largest(*whole, experts.top_k / experts.n_experts)}
             of_experts = jax.lax.stop_gradient(scores) >= records["kth_largest"]
-            chosen = jnp.where(given.state["updates"] < given.settings.warmup_steps, of_experts, chosen)
+            chosen = jnp.where(
+                given.state["updates"] < given.settings.warmup_steps, of_experts, chosen
+            )
         chosen = checkpoint_name(chosen & (given.token_weights[:, None] > 0), SELECTION)
         relative = given.settings.weights == "relative"
         weight = jax.nn.sigmoid(scores - thresholds if relative else scores)

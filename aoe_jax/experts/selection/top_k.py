@@ -13,15 +13,17 @@ from aoe_jax.experts.selection.base import Choice, Selection
 
 
 def top_k(scores, k, gate="chosen", bias=None, jitter=0.01):
-    """Token choice: each token goes to the `k` experts of highest score; ties go to the lower expert number.
+    """Token choice: each token goes to the `k` experts of highest score; ties go to the lower
+    expert number.
 
     Args:
       scores: `[T, n]` float32.
       k: experts per token.
-      gate: weights are the softmax over the `"chosen"` scores (Algorithms 1 and 2), or over `"all"` n scores and not
-        renormalised (the authors' released code), or those of `sparsemixer_weights`.
-      bias: `[n]`, added to the scores for the choice, not for the weights: loss-free balancing (Wang et al. 2024, arXiv
-        2408.15664), see `balance.updated_bias`. None: no bias.
+      gate: weights are the softmax over the `"chosen"` scores (Algorithms 1 and 2), or over `"all"`
+        n scores and not renormalised (the authors' released code), or those of
+        `sparsemixer_weights`.
+      bias: `[n]`, added to the scores for the choice, not for the weights: loss-free balancing
+        (Wang et al. 2024, arXiv 2408.15664), see `balance.updated_bias`. None: no bias.
       jitter: of `sparsemixer_weights`.
 
     Returns:
@@ -43,10 +45,12 @@ def best_experts(scores, bias, k):
 
 
 def sparsemixer_weights(scores, expert, jitter):
-    """The weights of the chosen experts `[T, k]` by SparseMixer-v2 as used once trained (GRIN, arXiv 2409.12136).
+    """The weights of the chosen experts `[T, k]` by SparseMixer-v2 as used once trained (GRIN,
+    arXiv 2409.12136).
 
-    The i-th expert is weighed by the softmax over the scores that were left when it was chosen and lie near its own: below
-    it by at most `2 jitter` of the larger of the two in size. Its training, which samples, is not part of it.
+    The i-th expert is weighed by the softmax over the scores that were left when it was chosen and
+    lie near its own: below it by at most `2 jitter` of the larger of the two in size. Its training,
+    which samples, is not part of it.
 
     Args:
       scores: `[T, n]` float32.
@@ -66,7 +70,9 @@ def sparsemixer_weights(scores, expert, jitter):
 
 
 class TopK(Selection):
-    """`experts.selection="top_k"`: state `selection_bias [n]` where `balance.bias_rate` asks for loss-free balancing."""
+    """`experts.selection="top_k"`: state `selection_bias [n]` where `balance.bias_rate` asks for
+    loss-free balancing.
+    """
 
     fields = ("top_k", "gate")
     all_slots_used = True
@@ -88,5 +94,7 @@ class TopK(Selection):
         """As in `Selection`."""
         if "selection_bias" not in state:
             return state
-        bias = updated_bias(state["selection_bias"], stats.load, stats.score_spread, config.balance.bias_rate)
+        bias = updated_bias(
+            state["selection_bias"], stats.load, stats.score_spread, config.balance.bias_rate
+        )
         return {"selection_bias": bias}

@@ -12,10 +12,11 @@ from aoe_jax.experts.selection.base import Choice, Selection
 
 
 def top_p(scores, threshold):
-    """Token choice of uneven size (Huang et al. 2024, arXiv 2403.07652): the most probable experts whose sum passes p.
+    """Token choice of uneven size (Huang et al. 2024, arXiv 2403.07652): the most probable experts
+    whose sum passes p.
 
-    The expert that crosses the threshold is included. Weights are the softmax values themselves, not renormalised.
-    `scores [T, n]` -> an `Assignment` with `P = T n`, most slots of it unused.
+    The expert that crosses the threshold is included. Weights are the softmax values themselves,
+    not renormalised. `scores [T, n]` -> an `Assignment` with `P = T n`, most slots of it unused.
     """
     n_experts = scores.shape[1]
     probability = jax.nn.softmax(scores)

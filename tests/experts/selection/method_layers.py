@@ -1,4 +1,6 @@
-"""Small layers of a selection method, and the same by plain loops from the weights that it should give."""
+"""Small layers of a selection method, and the same by plain loops from the weights that it should
+give.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +17,24 @@ TOKENS, D, EXPERTS = 29, 12, 5
 
 def make(kind, selection, training=True, dtype=jnp.float64, recompute=False, **settings):
     """`(layer, parameters, tokens)`; parameters all at random, those of the method too."""
-    config = ExpertsConfig(kind=kind, selection=selection, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4)
+    config = ExpertsConfig(
+        kind=kind, selection=selection, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4
+    )
     of_method = {"settings": METHODS[selection](**settings), "training": training}
     layer = LAYERS[kind](config, jnp.dtype(dtype), BalanceConfig(), recompute, **of_method)
     x = jax.random.normal(jax.random.key(0), (TOKENS, D), dtype)
     noise = 0.05 * np.random.default_rng(2).standard_normal(EXPERTS)
-    params = jax.tree.map(lambda a: (a + noise).astype(dtype) if a.ndim == 1 else a, parameters_of(layer, x))
+    params = jax.tree.map(
+        lambda a: (a + noise).astype(dtype) if a.ndim == 1 else a, parameters_of(layer, x)
+    )
     return layer, params, x
 
 
 def scores_of(params, x):
     """Norms or logits."""
-    return reference.aoe_scores(x, params["w_down"]) if "w_down" in params else x @ params["w_router"]
+    return (
+        reference.aoe_scores(x, params["w_down"]) if "w_down" in params else x @ params["w_router"]
+    )
 
 
 def by_loops(params, x, weights):

@@ -72,7 +72,9 @@ def test_attention_received_goes_with_the_tokens_of_an_encoder():
 
 
 def test_attention_received_is_a_mean_over_those_who_may_see():
-    """Of a causal mask, the last token is seen by itself alone: it counts for what that one query pays it."""
+    """Of a causal mask, the last token is seen by itself alone: it counts for what that one query
+    pays it.
+    """
     probabilities = causal_attention_of(jax.random.key(0))
     found = np.asarray(received(probabilities, CAUSAL))
     mean = np.asarray(probabilities).sum(axis=2) / np.arange(6, 0, -1)
@@ -81,7 +83,9 @@ def test_attention_received_is_a_mean_over_those_who_may_see():
 
 
 def test_attention_received_is_not_causal_and_attention_paid_is():
-    """By value and by gradient: what the last query does has a say in the first token's importance, or none."""
+    """By value and by gradient: what the last query does has a say in the first token's importance,
+    or none.
+    """
     logits = jax.random.normal(jax.random.key(0), (1, 2, 6, 6))
 
     def probabilities(last):
@@ -107,7 +111,9 @@ def test_the_best_so_many_are_weighed_by_their_softmax():
     for row, n, experts, weights in zip(np.asarray(scores), count, expert, weight, strict=True):
         order = np.argsort(-row)[:n]
         np.testing.assert_array_equal(experts, [*order, *[6] * (3 - n)])
-        np.testing.assert_allclose(weights[:n], np.exp(row[order]) / np.exp(row[order]).sum(), rtol=1e-5)
+        np.testing.assert_allclose(
+            weights[:n], np.exp(row[order]) / np.exp(row[order]).sum(), rtol=1e-5
+        )
         np.testing.assert_array_equal(weights[n:], 0)
     gradient = jax.grad(lambda s: (best(s, count, 3).weight ** 2).sum())(scores)
     assert np.isfinite(gradient).all() and gradient.any()
@@ -121,7 +127,9 @@ SMALL = {
 
 def decoder_of(kind, **experts):
     changes = {"kind": kind, **experts}
-    return Decoder.from_config(Config.from_config_dict(SMALL | {"experts": SMALL["experts"] | changes}))
+    return Decoder.from_config(
+        Config.from_config_dict(SMALL | {"experts": SMALL["experts"] | changes})
+    )
 
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
@@ -145,9 +153,15 @@ def test_tokens_of_a_decoder_have_different_numbers_of_experts(ragged):
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match=r"by_attention\.measure='received': what a token receives depends on later"):
-        Config.from_config_dict({"experts": {"selection": "by_attention"}, "by_attention": {"measure": "received"}})
-    with pytest.raises(UserError, match=r"by_attention\.reduce='max': belongs to experts\.selection='by_attention'"):
+    with pytest.raises(
+        UserError, match=r"by_attention\.measure='received': what a token receives depends on later"
+    ):
+        Config.from_config_dict(
+            {"experts": {"selection": "by_attention"}, "by_attention": {"measure": "received"}}
+        )
+    with pytest.raises(
+        UserError, match=r"by_attention\.reduce='max': belongs to experts\.selection='by_attention'"
+    ):
         Config.from_config_dict({"by_attention": {"reduce": "max"}})
     layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4, selection="by_attention"))
     with pytest.raises(ValueError, match="goes by the attention before the experts"):

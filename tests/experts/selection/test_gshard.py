@@ -14,7 +14,10 @@ from aoe_jax.experts.selection.gshard import GShard, top_two
 from aoe_jax.experts.selection.top_k import top_k
 
 CONFIG = Config.from_config_dict(
-    {"experts": {"kind": "router", "selection": "gshard", "n_experts": 4}, "balance": {"aux_weight": 0.0}}
+    {
+        "experts": {"kind": "router", "selection": "gshard", "n_experts": 4},
+        "balance": {"aux_weight": 0.0},
+    }
 )
 
 
@@ -51,7 +54,9 @@ def test_the_second_is_drawn_with_twice_its_weight():
     np.testing.assert_array_equal(expert[..., 0], np.repeat([[1], [0]], n, axis=1))
     w2 = np.array([0.1 / 0.6, 0.5])
     is_drawn = expert[..., 1] < 4
-    for share, w, draws, weights in zip(np.mean(is_drawn, axis=1), w2, is_drawn, weight, strict=True):
+    for share, w, draws, weights in zip(
+        np.mean(is_drawn, axis=1), w2, is_drawn, weight, strict=True
+    ):
         assert abs(share - min(1, 2 * w)) <= 3 * np.sqrt(2 * w * (1 - min(1, 2 * w)) / n) + 1e-9
         np.testing.assert_allclose(weights[:, 0], 1 - w, rtol=1e-5)
         np.testing.assert_allclose(weights[:, 1], np.where(draws, w, 0), rtol=1e-5)
@@ -61,12 +66,17 @@ def test_the_second_is_drawn_with_twice_its_weight():
 @pytest.mark.parametrize("which", [0, 1])
 def test_weights_have_gradients(which):
     """Those of the second where it is drawn."""
-    scores, uniform = jax.random.normal(jax.random.key(0), (20, 5)), jax.random.uniform(jax.random.key(1), (20,))
+    scores, uniform = (
+        jax.random.normal(jax.random.key(0), (20, 5)),
+        jax.random.uniform(jax.random.key(1), (20,)),
+    )
     is_drawn = uniform < 2 * jax.nn.softmax(jax.lax.top_k(scores, 2)[0])[:, 1]
     assert 0 < is_drawn.sum() < 20
     counts = is_drawn if which else jnp.ones(20)
     got = jax.grad(lambda s: top_two(s, uniform).weight[which::2].sum())(scores)
-    want = jax.grad(lambda s: (counts * jax.nn.softmax(jax.lax.top_k(s, 2)[0])[:, which]).sum())(scores)
+    want = jax.grad(lambda s: (counts * jax.nn.softmax(jax.lax.top_k(s, 2)[0])[:, which]).sum())(
+        scores
+    )
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -90,10 +100,16 @@ def test_loss_is_of_gates_and_of_tokens_that_count():
 
 
 def test_it_is_for_two():
-    with pytest.raises(UserError, match=r"config\.experts\.top_k=3: selection gshard is for two experts"):
+    with pytest.raises(
+        UserError, match=r"config\.experts\.top_k=3: selection gshard is for two experts"
+    ):
         Config.from_config_dict({"experts": {"selection": "gshard", "top_k": 3}})
 
 
 def test_it_has_its_own_loss():
-    with pytest.raises(UserError, match=r"config\.balance\.aux_weight=0\.01: counts both choices; .*set it to 0"):
-        Config.from_config_dict({"experts": {"selection": "gshard"}, "balance": {"aux_weight": 0.01}})
+    with pytest.raises(
+        UserError, match=r"config\.balance\.aux_weight=0\.01: counts both choices; .*set it to 0"
+    ):
+        Config.from_config_dict(
+            {"experts": {"selection": "gshard"}, "balance": {"aux_weight": 0.01}}
+        )

@@ -16,7 +16,14 @@ from aoe_jax.experts.selection.routing_free import (
     next_multiplier,
     token_balance,
 )
-from tests.experts.selection.method_layers import EXPERTS, TOKENS, assert_agree, by_loops, make, scores_of
+from tests.experts.selection.method_layers import (
+    EXPERTS,
+    TOKENS,
+    assert_agree,
+    by_loops,
+    make,
+    scores_of,
+)
 
 pytestmark = pytest.mark.smoke
 
@@ -53,7 +60,9 @@ def test_agrees_with_plain_loops(x64, ragged, kind):
 
 
 def test_all_or_none(x64, ragged):
-    """A large b leaves nothing; without b and theta all experts are active and the weights are the norms."""
+    """A large b leaves nothing; without b and theta all experts are active and the weights are the
+    norms.
+    """
     layer, params, x = make("aoe", "routing_free", threshold=0.0)
     params["score_bias"] *= 0
     y, stats = jax.jit(layer.apply)({"params": params}, x)
@@ -69,16 +78,24 @@ def test_what_is_not_active_has_no_gradient():
     active, gates = active_gates(scores, jnp.full(4, 0.5), 1.0)
     np.testing.assert_array_equal(active, [[True, True, False, False]])
     np.testing.assert_array_equal(gates, [[2.5, 1.0, 0, 0]])
-    of_scores, of_bias = jax.grad(lambda s, b: active_gates(s, b, 1.0)[1].sum(), (0, 1))(scores, jnp.full(4, 0.5))
+    of_scores, of_bias = jax.grad(lambda s, b: active_gates(s, b, 1.0)[1].sum(), (0, 1))(
+        scores, jnp.full(4, 0.5)
+    )
     np.testing.assert_array_equal(of_scores, [[1, 1, 0, 0]])
     np.testing.assert_array_equal(of_bias, [-1, -1, 0, 0])
 
 
 def test_losses_of_what_is_everywhere_alike():
     """With the same density and the same gate everywhere, both losses are their product."""
-    active, gates, real = jnp.full((3, 4), 0.3), jnp.full((3, 4), 2.0), jnp.ones((2, 5)).at[0, 3:].set(0)
+    active, gates, real = (
+        jnp.full((3, 4), 0.3),
+        jnp.full((3, 4), 2.0),
+        jnp.ones((2, 5)).at[0, 3:].set(0),
+    )
     np.testing.assert_allclose(expert_balance(active, gates), 0.6, rtol=1e-6)
-    np.testing.assert_allclose(token_balance(jnp.full((3, 2, 5), 0.3), jnp.full((3, 2, 5), 2.0), real), 0.6, rtol=1e-6)
+    np.testing.assert_allclose(
+        token_balance(jnp.full((3, 2, 5), 0.3), jnp.full((3, 2, 5), 2.0), real), 0.6, rtol=1e-6
+    )
 
 
 def test_losses_are_over_the_experts_of_all_layers(x64):
@@ -89,7 +106,9 @@ def test_losses_are_over_the_experts_of_all_layers(x64):
     f, g = (jnp.concatenate(list(a), axis=1)[real] for a in (active, gates))
     of_experts = (f.mean(axis=0) * g.mean(axis=0)).mean()
     of_tokens = (f.mean(axis=1) * g.mean(axis=1)).mean()
-    np.testing.assert_allclose(expert_balance(active[:, real].mean(axis=1), gates[:, real].mean(axis=1)), of_experts)
+    np.testing.assert_allclose(
+        expert_balance(active[:, real].mean(axis=1), gates[:, real].mean(axis=1)), of_experts
+    )
     by_token = (a.mean(axis=2)[:, None] for a in (active, gates))
     np.testing.assert_allclose(token_balance(*by_token, real[None].astype(float)), of_tokens)
 
@@ -97,10 +116,15 @@ def test_losses_are_over_the_experts_of_all_layers(x64):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_loss_of_a_model_is_shared_between_both(share):
     """And weighed by lambda; with 1 nothing is left of that of tokens."""
-    config = Config(experts=FREE, routing_free=RoutingFreeConfig(expert_share=share), balance=BalanceConfig(0.0))
+    config = Config(
+        experts=FREE, routing_free=RoutingFreeConfig(expert_share=share), balance=BalanceConfig(0.0)
+    )
     load, gates = jnp.array([[0.5, 0.0, 0.25, 0.25]]), jnp.array([[2.0, 0.0, 1.0, 3.0]])
     stats = SimpleNamespace(load=load, records={"gates": gates})
-    per_token, real = {"active": jnp.full((1, 1, 2), 0.5), "gates": jnp.full((1, 1, 2), 4.0)}, jnp.ones((1, 2))
+    per_token, real = (
+        {"active": jnp.full((1, 1, 2), 0.5), "gates": jnp.full((1, 1, 2), 4.0)},
+        jnp.ones((1, 2)),
+    )
     state = {"multiplier": jnp.array([0.3])}
     weight, value = RoutingFree().losses(config, stats, per_token, state, real, {})["density_loss"]
     of_experts, of_tokens = (1.0 + 0.25 + 0.75) / 4, 0.5 * 4.0
@@ -111,9 +135,13 @@ def test_the_loss_of_a_model_is_shared_between_both(share):
 @pytest.mark.parametrize(("density", "factor"), [(0.3, 1.1), (0.2, 1 / 1.1)])
 def test_lambda_aims_at_k_of_n(density, factor):
     """1 of 4 experts per token, over all layers together."""
-    config = Config(experts=FREE, routing_free=RoutingFreeConfig(rate=0.1), balance=BalanceConfig(0.0))
+    config = Config(
+        experts=FREE, routing_free=RoutingFreeConfig(rate=0.1), balance=BalanceConfig(0.0)
+    )
     load = jnp.array([[density + 0.1] * 4, [density - 0.1] * 4])
-    state = RoutingFree().next_state(config, {"multiplier": jnp.full(2, 1e-3)}, SimpleNamespace(load=load))
+    state = RoutingFree().next_state(
+        config, {"multiplier": jnp.full(2, 1e-3)}, SimpleNamespace(load=load)
+    )
     np.testing.assert_allclose(state["multiplier"], 1e-3 * factor, rtol=1e-5)
 
 

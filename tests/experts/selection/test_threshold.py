@@ -1,4 +1,6 @@
-"""Expert Threshold routing: the share of tokens that experts take, its causality, its moving averages."""
+"""Expert Threshold routing: the share of tokens that experts take, its causality, its moving
+averages.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -51,7 +53,9 @@ def gaussian(number, means):
 
 
 def test_experts_take_their_share_whatever_their_means():
-    """Stationary scores of different means: 1 of 8 tokens each; shifting all scores shifts thresholds and nothing else."""
+    """Stationary scores of different means: 1 of 8 tokens each; shifting all scores shifts
+    thresholds and nothing else.
+    """
     means, settings = jnp.linspace(-2, 3, N), ThresholdConfig(decay=0.9, warmup_steps=0)
     state, loads = after(60, settings, lambda number: gaussian(number, means))
     np.testing.assert_allclose(loads[20:].mean(axis=0), 1 / N, atol=3e-3)
@@ -61,13 +65,17 @@ def test_experts_take_their_share_whatever_their_means():
 
 
 def test_a_token_decides_by_itself():
-    """By thresholds of before: other tokens change nothing in training after the warm-up, nor thresholds in evaluation."""
+    """By thresholds of before: other tokens change nothing in training after the warm-up, nor
+    thresholds in evaluation.
+    """
     settings = ThresholdConfig(warmup_steps=0)
     state = {"threshold": jnp.linspace(-1, 1, N), "updates": jnp.ones(())}
     scores = gaussian(0, 0.0)
     others = scores.at[1:].set(gaussian(1, 3.0)[1:])
     for training in (True, False):
-        choices = [METHOD.choose(EXPERTS, s, given(state, training, settings)) for s in (scores, others)]
+        choices = [
+            METHOD.choose(EXPERTS, s, given(state, training, settings)) for s in (scores, others)
+        ]
         first = [(c.assignment.expert[:N], c.assignment.weight[:N]) for c in choices]
         jax.tree.map(np.testing.assert_array_equal, *first)
         assert (choices[0].records is None) == (not training)
@@ -81,11 +89,15 @@ def test_experts_choose_in_the_warm_up():
     np.testing.assert_allclose(loads[:2], 1 / N, atol=1e-6)
     assert np.abs(loads[2] - 1 / N).max() > 1e-4 and state["updates"] == 3
     tenth = [np.sort(gaussian(number, jnp.arange(N) * 1.0), axis=0)[-T // N] for number in range(3)]
-    np.testing.assert_allclose(state["threshold"], 0.25 * tenth[0] + 0.25 * tenth[1] + 0.5 * tenth[2], atol=1e-5)
+    np.testing.assert_allclose(
+        state["threshold"], 0.25 * tenth[0] + 0.25 * tenth[1] + 0.5 * tenth[2], atol=1e-5
+    )
 
 
 def test_a_batch_without_tokens_says_nothing():
-    """Not even that there was one: the first threshold is still that of the first batch that has tokens."""
+    """Not even that there was one: the first threshold is still that of the first batch that has
+    tokens.
+    """
     settings = ThresholdConfig(decay=0.5, warmup_steps=0)
     state = jax.tree.map(lambda a: a[None], first_state(settings))
     for found, threshold, updates in ((-jnp.inf, 0, 0), (2.0, 2, 1), (-jnp.inf, 2, 1), (4.0, 3, 2)):
@@ -97,7 +109,12 @@ def test_a_batch_without_tokens_says_nothing():
 
 def test_two_experts_per_token_on_average():
     experts = dataclasses.replace(EXPERTS, top_k=2)
-    _, loads = after(40, ThresholdConfig(decay=0.9, warmup_steps=2), lambda number: gaussian(number, 0.0), experts)
+    _, loads = after(
+        40,
+        ThresholdConfig(decay=0.9, warmup_steps=2),
+        lambda number: gaussian(number, 0.0),
+        experts,
+    )
     np.testing.assert_allclose(loads[:2], 2 / N, atol=1e-6)
     np.testing.assert_allclose(loads[20:].mean(axis=0), 2 / N, atol=5e-3)
 
@@ -111,13 +128,17 @@ def test_the_share_is_of_tokens_that_count():
 
 
 def test_weights():
-    """The sigmoid of the score, or of what it has above the threshold; the gradient is that of the score."""
+    """The sigmoid of the score, or of what it has above the threshold; the gradient is that of the
+    score.
+    """
     state = {"threshold": jnp.full(N, 0.5), "updates": jnp.ones(())}
     scores = gaussian(0, 0.0)
 
     def weights(scores, kind):
         settings = ThresholdConfig(weights=kind, warmup_steps=0)
-        return METHOD.choose(EXPERTS, scores, given(state, True, settings)).assignment.weight.reshape(T, N)
+        return METHOD.choose(
+            EXPERTS, scores, given(state, True, settings)
+        ).assignment.weight.reshape(T, N)
 
     chosen = np.asarray(scores) > 0.5
     for kind, shift in (("sigmoid", 0.0), ("relative", 0.5)):

@@ -49,7 +49,9 @@ def weights_of(training, live, temperature):
         straight_through = gap - jax.lax.stop_gradient(gap) + 1
         gate = jnp.where(fires, straight_through, 0)
         if not training:
-            best = jnp.argmax(jnp.where(live, scores, -9), axis=1, keepdims=True) == jnp.arange(EXPERTS)
+            best = jnp.argmax(jnp.where(live, scores, -9), axis=1, keepdims=True) == jnp.arange(
+                EXPERTS
+            )
             gate += ~fires.any(axis=1, keepdims=True) & best
         return gate / jnp.maximum(jax.lax.stop_gradient(gate).sum(axis=1, keepdims=True), 1)
 
@@ -59,8 +61,12 @@ def weights_of(training, live, temperature):
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 @pytest.mark.parametrize("training", [True, False])
 def test_agrees_with_plain_loops(x64, ragged, kind, training):
-    """Two of five experts: many tokens have none, which in training have no output and else the best."""
-    layer, params, x = make(kind, "top_any", training, recompute=kind == "router", initial_experts=2, temperature=3.0)
+    """Two of five experts: many tokens have none, which in training have no output and else the
+    best.
+    """
+    layer, params, x = make(
+        kind, "top_any", training, recompute=kind == "router", initial_experts=2, temperature=3.0
+    )
     live = jnp.arange(EXPERTS) < 2
     assert_agree(layer, params, x, weights_of(training, live, 3.0))
     y, stats = jax.jit(layer.apply)({"params": params}, x)
@@ -89,7 +95,9 @@ def test_padding_counts_nowhere(x64, ragged):
 
 def test_only_experts_that_fire_have_a_gradient():
     scores = jnp.array([[0.5, -0.5, 0.0], [0.1, 0.2, -0.1]])
-    of_thresholds, of_scores = jax.grad(lambda g, s: gates(s, g, 1.0).sum(), (0, 1))(jnp.zeros(3), scores)
+    of_thresholds, of_scores = jax.grad(lambda g, s: gates(s, g, 1.0).sum(), (0, 1))(
+        jnp.zeros(3), scores
+    )
     np.testing.assert_array_equal(gates(scores, jnp.zeros(3), 1.0), [[1, 0, 0], [1, 1, 0]])
     np.testing.assert_allclose(of_thresholds, [-0.5, -0.25, 0])
     slope = np.asarray(jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores))
@@ -115,9 +123,13 @@ def test_the_best_live_expert_where_none_fires():
 
 
 def test_relative_norms_have_no_scale(x64):
-    """Around 0 with a spread of 1 / sqrt(2 r), whatever the lengths of tokens and weights; finite at zero."""
+    """Around 0 with a spread of 1 / sqrt(2 r), whatever the lengths of tokens and weights; finite
+    at zero.
+    """
     n, d, r = 8, 256, 32
-    w_down, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(n, d, r), (500, d)]))
+    w_down, x = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(n, d, r), (500, d)])
+    )
 
     def scores(x, w_down):
         return scoring.relative_norms(scoring.norms(x, w_down), x, l2_norm(w_down.reshape(n, -1)))
@@ -126,7 +138,9 @@ def test_relative_norms_have_no_scale(x64):
     assert abs(found.mean()) < 0.01 and abs(found.std() * (2 * r) ** 0.5 - 1) < 0.05
     scale = jnp.arange(1.0, n + 1)
     np.testing.assert_allclose(scores(7 * x, scale[:, None, None] * w_down), found, atol=1e-12)
-    gradients = jax.grad(lambda x, w: scores(x, w).sum(), (0, 1))(x.at[0].set(0), w_down.at[0].set(0))
+    gradients = jax.grad(lambda x, w: scores(x, w).sum(), (0, 1))(
+        x.at[0].set(0), w_down.at[0].set(0)
+    )
     assert all(np.isfinite(g).all() for g in gradients)
     cosines = scoring.router_cosines(x, w_down[:, :, 0].T)
     assert jnp.abs(cosines).max() < 1
@@ -140,7 +154,9 @@ def test_the_loss_of_orthonormal_columns():
     live = jnp.ones(EXPERTS, bool)
     assert diversity(columns, live) < 1e-6 and abs(simplicity(columns) - 1) < 1e-6
     twice = columns.at[:, 1].set(3 * columns[:, 0])
-    np.testing.assert_allclose(diversity(twice, live), 2**0.5, rtol=1e-6)  # two entries of 1, whatever the length
+    np.testing.assert_allclose(
+        diversity(twice, live), 2**0.5, rtol=1e-6
+    )  # two entries of 1, whatever the length
     np.testing.assert_allclose(simplicity(twice), (EXPERTS + 2) / EXPERTS, rtol=1e-6)
     assert diversity(twice, live.at[1].set(False)) < 1e-6
     gradients = jax.grad(lambda w: diversity(w, live) + simplicity(w))(columns.at[:, 2].set(0))
@@ -149,7 +165,9 @@ def test_the_loss_of_orthonormal_columns():
 
 
 def test_the_losses_of_gates(x64, ragged):
-    """By hand, of the tokens that have an expert, with gradients; n at most, for all gates of one expert."""
+    """By hand, of the tokens that have an expert, with gradients; n at most, for all gates of one
+    expert.
+    """
     weights = {"balance_weight": 0.5, "efficiency_weight": 0.25}
     layer, params, x = make("aoe", "top_any", temperature=3.0, **weights)
     config = Config.from_config_dict(
@@ -158,7 +176,9 @@ def test_the_losses_of_gates(x64, ragged):
     real = jnp.arange(TOKENS) % 4 > 0
 
     def losses(params, x):
-        stats = jax.tree.map(lambda a: a[None], layer.apply({"params": params}, x, real.astype(float))[1])
+        stats = jax.tree.map(
+            lambda a: a[None], layer.apply({"params": params}, x, real.astype(float))[1]
+        )
         return SELECTIONS["top_any"].losses(config, stats, None, {}, None, params)
 
     def by_hand(params, x):
@@ -167,10 +187,15 @@ def test_the_losses_of_gates(x64, ragged):
         gate = jnp.where(gap > 0, gap - jax.lax.stop_gradient(gap) + 1, 0)
         served = gate[(gap > 0).any(axis=1)]
         load = jax.lax.stop_gradient(served).mean(axis=0)
-        return EXPERTS * (load * (served / served.sum(axis=1, keepdims=True)).mean(axis=0)).sum(), gate.mean()
+        return EXPERTS * (
+            load * (served / served.sum(axis=1, keepdims=True)).mean(axis=0)
+        ).sum(), gate.mean()
 
     found, wanted = losses(params, x), by_hand(params, x)
-    assert {name: weight for name, (weight, _) in found.items()} == {"gate_balance": 0.5, "efficiency": 0.25}
+    assert {name: weight for name, (weight, _) in found.items()} == {
+        "gate_balance": 0.5,
+        "efficiency": 0.25,
+    }
     for (_, got), want in zip(found.values(), wanted, strict=True):
         np.testing.assert_allclose(got, want)
     got = jax.grad(lambda p, x: sum(value for _, value in losses(p, x).values()), (0, 1))(params, x)
@@ -182,18 +207,31 @@ def test_the_losses_of_gates(x64, ragged):
 
 
 def test_who_is_in_the_pool_after_an_update():
-    """Layers by row: all fire; one didn't; one didn't and tokens are left; no place is free; none fired; no records."""
+    """Layers by row: all fire; one didn't; one didn't and tokens are left; no place is free; none
+    fired; no records.
+    """
     live = jnp.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0], [1, 0, 1]]) > 0
     fired = jnp.array([[1, 2, 0], [0, 3, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0.0]])
     unclaimed = jnp.array([[0, 0], [0, 0], [1, 0], [1, 0], [0, -1], [0, 0.0]])
     found, added = updated_pool(live, fired, unclaimed)
-    np.testing.assert_array_equal(found, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]])
-    np.testing.assert_array_equal(added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(
+        found, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]]
+    )
+    np.testing.assert_array_equal(
+        added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    )
 
 
 def config_of(variant, **settings):
     groups = methods.get_config(variant).to_dict()
-    groups["model"] |= {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64, "max_len": 16, "unroll": 1}
+    groups["model"] |= {
+        "n_layers": 2,
+        "n_heads": 2,
+        "d_model": 16,
+        "vocab_size": 64,
+        "max_len": 16,
+        "unroll": 1,
+    }
     groups["experts"] |= {"n_experts": 4, "top_k": 2, "d_ffn": 16, "d_low": 4}
     groups["data"] |= {"seq_len": 16}
     groups["train"] |= {"batch_size": 4, "steps": 9, "warmup_steps": 1}
@@ -203,7 +241,9 @@ def config_of(variant, **settings):
 
 @pytest.mark.parametrize("variant", ["top_any", "top_any_router"])
 def test_an_expert_for_the_tokens_that_are_left(variant):
-    """One a layer, aligned with them, at the first free place; its threshold is 0 and it takes them."""
+    """One a layer, aligned with them, at the first free place; its threshold is 0 and it takes
+    them.
+    """
     config = config_of(variant, period_steps=1, idle_steps=0, record_steps=1, initial_experts=2)
     method = SELECTIONS["top_any"]
     weights = jax.jit(lambda: init_state(config, 0))().params["layers"]["experts"]
@@ -212,13 +252,20 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
         [[1.0], [0.0]]
     )  # nothing is left in the second layer
     n, zeros = 4, jnp.zeros((2, 4))
-    state = {"live": zeros.at[:, :2].set(1), "fired": zeros, "unclaimed": jnp.zeros((2, 16)), "updates": jnp.zeros(2)}
+    state = {
+        "live": zeros.at[:, :2].set(1),
+        "fired": zeros,
+        "unclaimed": jnp.zeros((2, 16)),
+        "updates": jnp.zeros(2),
+    }
     load = zeros.at[:, :2].set(1.0)
     stats = LayerStats(load, zeros, zeros[:, 0], zeros, zeros[:, 0], records={"unclaimed": left})
     after = method.next_state(config, state, stats)
     changed = method.next_parameters(config, weights, state, stats)
     np.testing.assert_array_equal(after["live"], [[1, 1, 1, 0], [1, 1, 0, 0]])
-    assert not after["fired"].any() and not after["unclaimed"].any() and (after["updates"] == 1).all()
+    assert (
+        not after["fired"].any() and not after["unclaimed"].any() and (after["updates"] == 1).all()
+    )
     added = np.zeros((2, n), bool)
     added[0, 2] = True
     np.testing.assert_array_equal(changed["firing_threshold"], np.where(added, 0, 0.5))
@@ -233,7 +280,10 @@ def test_an_expert_for_the_tokens_that_are_left(variant):
         np.testing.assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
         scores = scoring.relative_norms(scoring.norms(left[:1], w[0]), left[:1], lengths[0])
         assert scores[0, 2] > 0.9 * 16**0.5 - 1 and scores[0, 2] > 2 * np.delete(scores[0], 2).max()
-    assert changed.keys() == {"firing_threshold", "w_router" if variant == "top_any_router" else "w_down"}
+    assert changed.keys() == {
+        "firing_threshold",
+        "w_router" if variant == "top_any_router" else "w_down",
+    }
     np.testing.assert_array_equal(w[~added], before[~added])
 
 
@@ -244,7 +294,12 @@ def test_the_schedule(ragged, variant):
     step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
     tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
     ones = jnp.ones((4, 16))
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones.astype(int), "weights": ones}
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": ones.astype(int),
+        "weights": ones,
+    }
     live, recorded, found = [], [], []
     for _ in range(9):
         state, metrics = step(state, batch)
@@ -259,7 +314,9 @@ def test_the_schedule(ragged, variant):
 
 @pytest.mark.parametrize("variant", ["top_any", "top_any_router"])
 def test_who_never_fires_is_removed(ragged, variant):
-    """By a step of training, and no token goes there afterwards; where none fires, one is added at the first free place."""
+    """By a step of training, and no token goes there afterwards; where none fires, one is added at
+    the first free place.
+    """
 
     def with_thresholds(state, places, value):
         layers = state.params["layers"]
@@ -273,7 +330,12 @@ def test_who_never_fires_is_removed(ragged, variant):
     state = with_thresholds(with_thresholds(state, (1,), 99.0), (0, 2), -99.0)
     tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
     ones = jnp.ones((4, 16))
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones.astype(int), "weights": ones}
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": ones.astype(int),
+        "weights": ones,
+    }
     live, load = [], []
     for number in range(6):
         if number == 3:  # nobody takes a token any more, so that an expert is added
@@ -289,10 +351,17 @@ def test_who_never_fires_is_removed(ragged, variant):
 
 
 def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
-    config = config_of("top_any_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1)
+    config = config_of(
+        "top_any_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1
+    )
     step, state = jax.jit(make_train_step(config)), jax.jit(lambda: init_state(config, 0))()
     tokens = jnp.zeros((4, 16), jnp.int32)
-    bad = {"inputs": tokens, "targets": tokens, "segment_ids": tokens + 1, "weights": jnp.full((4, 16), jnp.nan)}
+    bad = {
+        "inputs": tokens,
+        "targets": tokens,
+        "segment_ids": tokens + 1,
+        "weights": jnp.full((4, 16), jnp.nan),
+    }
     after, metrics = step(state, bad)
     assert not metrics["finite"]
     for name in ("params", "routing_state"):

@@ -27,7 +27,11 @@ def test_switch(ragged, variant):
 
     def by_formula(params, x):
         if experts.kind == "aoe":
-            names, scores, apply = ("w_down", "w_up"), reference.aoe_scores(x, params["w_down"]), reference.aoe_experts
+            names, scores, apply = (
+                ("w_down", "w_up"),
+                reference.aoe_scores(x, params["w_down"]),
+                reference.aoe_experts,
+            )
         else:
             names, scores, apply = ("w_g",), x @ params["w_router"], reference.router_experts
         p = jax.nn.softmax(scores)
@@ -45,7 +49,9 @@ def test_switch(ragged, variant):
         return value, pull_back((jnp.ones_like(x), jnp.ones(())))
 
     jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), with_gradients(by_layer), with_gradients(by_formula)
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        with_gradients(by_layer),
+        with_gradients(by_formula),
     )
     assert config.balance.aux_weight == 0.01 and config.balance.aux_tokens == 1
 
@@ -72,7 +78,9 @@ def test_a_bias_chooses_always_and_weighs_nothing(gate):
 @pytest.mark.parametrize("gate", ["chosen", "all"])
 def test_a_bias_has_no_gradient(gate):
     scores = jax.random.normal(jax.random.key(0), (50, 8))
-    gradient = jax.grad(lambda bias: (top_k(scores, 2, gate, bias).weight ** 2).sum())(bias_of(5, 0.3))
+    gradient = jax.grad(lambda bias: (top_k(scores, 2, gate, bias).weight ** 2).sum())(
+        bias_of(5, 0.3)
+    )
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -87,7 +95,9 @@ def test_loss_free_balancing_of_a_skewed_stream():
         bias = updated_bias(bias[None], stats.load[None], stats.score_spread[None], rate)[0]
         return bias, (stats.load, bias)
 
-    _, (load, bias) = jax.jit(partial(jax.lax.scan, step))(jnp.zeros(n), jax.random.split(jax.random.key(0), 400))
+    _, (load, bias) = jax.jit(partial(jax.lax.scan, step))(
+        jnp.zeros(n), jax.random.split(jax.random.key(0), 400)
+    )
 
     def violation(load):
         return float(load.max() / load.mean() - 1)
@@ -95,4 +105,6 @@ def test_loss_free_balancing_of_a_skewed_stream():
     assert violation(load[0]) > 0.7
     assert violation(load[-200:].mean(axis=0)) < 0.1
     assert float(jnp.abs(bias.sum(axis=1)).max()) < 1 and float(jnp.abs(bias).max()) < 1
-    np.testing.assert_allclose(bias[-1] - bias[-1].mean(), -skew, atol=0.1)  # which is what was to be undone
+    np.testing.assert_allclose(
+        bias[-1] - bias[-1].mean(), -skew, atol=0.1
+    )  # which is what was to be undone
