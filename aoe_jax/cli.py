@@ -36,7 +36,10 @@ def define_mesh_flag():
     """Defines `--mesh`, how a model that is used lies on devices; see
     `evaluation.models.mesh_axes`.
     """
-    described = "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or the whole model on each"
+    described = (
+        "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or "
+        "the whole model on each"
+    )
     return flags.DEFINE_string("mesh", None, described)
 
 

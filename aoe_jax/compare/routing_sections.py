@@ -97,7 +97,10 @@ def load(c: Comparison):
     pictures = []
     for shown in dict.fromkeys((size, widest)):
         entries = [(c.labels[arm], routings[0]) for arm, routings in _routed(c, shown).items()]
-        caption = f"{shown}, first seed: share of load of each expert (columns) in %; right: Ent_load, Ent_conf of the layer."
+        caption = (
+            f"{shown}, first seed: share of load of each expert (columns) in %; right: Ent_load, "
+            "Ent_conf of the layer."
+        )
         pictures.append(Picture(f"load_{shown}", routing_figures.load_heatmaps(entries), caption))
     first = {arm: routings[0] for arm, routings in routed.items()}
     entries = [(c.labels[arm], routing) for arm, routing in first.items()]

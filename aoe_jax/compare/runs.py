@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 ROOT = Path(aoe_jax.__file__).parents[1]
 # glibc gives freed memory back to the system after every step; on CPU, getting it again costs more
 # than a tenth of the time.
-ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 

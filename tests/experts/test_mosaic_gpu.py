@@ -113,9 +113,9 @@ if jax.__version_info__ >= (0, 12):
         weights = jax.random.normal(keys[2], (6, d, f), "bfloat16")
 
         def value_and_gradients(backend, rows, weights, g):
-            function = lambda r, w: grouped_matmul(
-                r, w, jnp.array(sizes, jnp.int32), backend=backend
-            )  # noqa: E731
+            def function(r, w):
+                return grouped_matmul(r, w, jnp.array(sizes, jnp.int32), backend=backend)
+
             value, pull_back = jax.vjp(function, rows, weights)
             return value, *pull_back(g)
 
