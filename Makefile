@@ -24,7 +24,7 @@ $(LIBTPU): $(INSTALLED)
 # glibc gives freed memory back to the system after every step; on CPU, getting it again costs more than a tenth of the time.
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1
 
-# Trains (or goes on with) a model, unless it is trained already; then scores it, holds it against xz, and lets it speak.
+# Trains a model, or resumes; then scores it, compares it with xz and prints a sample.
 train: setup
 	test -f $(WORKDIR)/summary.json || $(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --split=validation

@@ -1,8 +1,7 @@
-"""Evaluates a model: `python eval.py --workdir=DIR` on a held-out split, with `--tasks=NAME,...` on
-tasks of lm-eval.
+"""Evaluates a model: `python eval.py --workdir=DIR [--tasks=NAME,...]`.
 
-`--text=FILE` shows the load of its experts on a text instead, `--text=task:NAME` on the prompts of
-a task.
+By default it is scored on a held-out split, with `--tasks` on tasks of lm-eval. `--text=FILE` shows
+the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
 """
 
 from pathlib import Path
@@ -10,62 +9,51 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli, distributed
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
-_SPLIT = flags.DEFINE_string("split", "test", "validation or test")
-_STEP = flags.DEFINE_string(
-    "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
-)
+_SPLIT = flags.DEFINE_string("split", "test", "validation or test, also of speech tasks")
+_STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
 _MESH = cli.define_mesh_flag()
-_TASKS = flags.DEFINE_list(
-    "tasks", None, "tasks of lm-eval, and speeches_cloze and speeches_choice, of --split"
-)
+_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and speeches_choice")
 _TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
-_FEWSHOT = flags.DEFINE_integer(
-    "fewshot", None, "examples with answers in a prompt; by default the paper's", 0
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "examples of each task, the first ones; by default all", 1
-)
-_DATA = flags.DEFINE_string(
-    "tasks-data", None, "a folder with TASK/SPLIT.jsonl, instead of data sets from the hub"
-)
+_FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
+_LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
+_DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
 
 
 def main():
     """Evaluates."""
-    workdir = Path(cli.required(_WORKDIR))
+    workdir, text = Path(cli.required(_WORKDIR)), _TEXT.value or ""
     for flag in (_TASKS, _TEXT):
         if flag.present and not flag.value:
             raise UserError(f"--{flag.name}= names nothing; see --help")
-    if _TASKS.value and _TEXT.value:
-        raise UserError(f"--text={_TEXT.value}: give it without --tasks")
-    of_tasks = [flag for flag in (_FEWSHOT, _LIMIT, _DATA) if flag.present]
-    if of_tasks and not (_TASKS.value or (_TEXT.value or "").startswith("task:")):
-        raise UserError(
-            f"--{of_tasks[0].name}={of_tasks[0].value}: belongs to --tasks or --text=task:NAME"
-        )
+    require_flag(not (_TASKS.value and text), "text", text, "give it without --tasks")
+    uses_tasks = _TASKS.value or text.startswith("task:")
+    for flag in (_FEWSHOT, _LIMIT, _DATA):
+        wanted = "belongs to --tasks or --text=task:NAME"
+        require_flag(uses_tasks or not flag.present, flag.name, flag.value, wanted)
     distributed.start()
-    model = (_SPLIT.value, _STEP.value, _MESH.value)
-    examples = (
-        _FEWSHOT.value,
-        _DATA.value and Path(_DATA.value).expanduser(),
-        _LIMIT.value,
-        *model,
-    )
+    model = {"step": _STEP.value, "mesh": _MESH.value}
+    settings = {
+        "limit": _LIMIT.value,
+        "fewshot": _FEWSHOT.value,
+        "data": _DATA.value and Path(_DATA.value).expanduser(),
+        "split": _SPLIT.value,
+    }
     if _TASKS.value:
         from aoe_jax.evaluation.tasks import evaluate_tasks
 
-        evaluate_tasks(workdir, _TASKS.value, *examples)
-    elif _TEXT.value:
-        from aoe_jax.evaluation.text import show_load_on
+        evaluate_tasks(workdir, _TASKS.value, **model, **settings)
+    elif text:
+        from aoe_jax.evaluation.run import evaluate_text
 
-        show_load_on(workdir, _TEXT.value, *examples)
+        evaluate_text(workdir, text, **model, **settings)
     else:
         from aoe_jax.evaluation.run import evaluate_workdir
 
-        evaluate_workdir(workdir, *model)
+        evaluate_workdir(workdir, _SPLIT.value, **model)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Trains a model: `python train.py --config=configs/tiny.py --workdir=DIR [--config.train.steps=N
-...]`.
-"""
+"""Trains a model: `python train.py --config=FILE --workdir=DIR [--config.train.steps=N ...]`."""
 
 from pathlib import Path
 
@@ -12,13 +10,13 @@ from aoe_jax.training.profile import Window
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "the directory of the run; one with a checkpoint goes on from it"
+    "workdir", None, "the directory of the run, which continues from a checkpoint there"
 )
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "STEP:N, traces N steps from step STEP on into WORKDIR/profile"
+    "profile", None, "STEP:N, trace N steps, beginning with step STEP, into WORKDIR/profile"
 )
 _WANDB = flags.DEFINE_string(
-    "wandb", None, "a project of Weights & Biases that the figures are sent to as well"
+    "wandb", None, "a project of Weights & Biases that receives the figures too"
 )
 
 
@@ -30,9 +28,7 @@ def main():
     workdir = Path(cli.required(_WORKDIR))
     profile = Window.parse(_PROFILE.value) if _PROFILE.value is not None else None
     distributed.start()
-    from aoe_jax.training.loop import (
-        train,
-    )  # JAX starts only once the command line is known to be right
+    from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
 
     train(config, workdir, stop, profile, _WANDB.value)
 

@@ -3,14 +3,11 @@
 import importlib
 
 _HOMES = {
-    "AoELayer": "aoe_jax.experts.aoe",
-    "CapacityLayer": "aoe_jax.experts.capacity",
+    "AoELayer": "aoe_jax.moe.layer",
     "Decoder": "aoe_jax.model.decoder",
-    "DenseLayer": "aoe_jax.experts.dense",
-    "RouterLayer": "aoe_jax.experts.router",
-    "SmearLayer": "aoe_jax.experts.smear",
-    "ThorLayer": "aoe_jax.experts.thor",
-    "UoELayer": "aoe_jax.experts.uoe",
+    "DenseLayer": "aoe_jax.methods.dense",
+    "ExpertsLayer": "aoe_jax.moe.layer",
+    "RouterLayer": "aoe_jax.moe.layer",
 }
 __all__ = list(_HOMES)
 

@@ -1,5 +1,6 @@
 """What every command line shares: flags, logging to stderr, and how a program ends."""
 
+import ast
 import dataclasses
 import logging
 import os
@@ -12,16 +13,15 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from aoe_jax.config import Config
+from aoe_jax.config.checks import require
 from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
 
-_GROUPS = {
-    group.name: [f.name for f in dataclasses.fields(group.type)]
-    for group in dataclasses.fields(Config)
-}
+_ROUTING = re.compile(r"--?(no)?config\.routing\.(\w+)(?:=(.*))?", re.DOTALL)
+_NO_CONFIG = "--config is missing; name a configuration file, such as --config=configs/tiny.py"
+_WORDS = ("true", "false", "none")
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -33,33 +33,33 @@ def define_config_flag():
 
 
 def define_mesh_flag():
-    """Defines `--mesh`, how a model that is used lies on devices; see
-    `evaluation.models.mesh_axes`.
-    """
-    described = (
+    """Defines `--mesh` for commands that use a trained model; see `evaluation.models.mesh_axes`."""
+    return flags.DEFINE_string(
+        "mesh",
+        None,
         "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or "
-        "the whole model on each"
+        "the whole model on each",
     )
-    return flags.DEFINE_string("mesh", None, described)
 
 
 def parsed_config(flag):
     """The checked `Config` of a config flag."""
+    from aoe_jax.config.run import Config  # imports JAX
+
+    known = {group.name for group in dataclasses.fields(Config)}
     if flag.value is None and not FLAGS["config"].present:
-        raise UserError(
-            "--config is missing; name a configuration file, such as --config=configs/tiny.py"
-        )
+        raise UserError(_NO_CONFIG)
     file = FLAGS["config"].config_filename
     try:
         groups = dict(flag.value)
-    except OSError as e:  # of a missing file; ml_collections keeps it until here
+    except OSError as e:  # ml_collections reports a missing file only here
         raise UserError(f"--config={file}: {_config_mistake(e)}") from e
     except (TypeError, ValueError) as e:
         raise UserError(
             f"--config={file}: get_config() must return a ConfigDict; start from default_config()"
         ) from e
     for name, values in groups.items():
-        if name in _GROUPS and not isinstance(values, Mapping | ConfigDict):
+        if name in known and not isinstance(values, Mapping | ConfigDict):
             raise UserError(
                 f"config.{name}={values!r}: must be a group of fields; start from default_config()"
             )
@@ -76,12 +76,12 @@ def required(flag):
 def run(main):
     """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
 
-    Whatever ends it is said in a last line on stderr: a mistake of the user's (`UserError`, status
-      2), a run that can't get
-    on (`DivergedError`, 4), a request to stop (`Stopped`), or an unforeseen exception (1), after
-    its traceback.
+    The last line on stderr says why the program ended early: a mistake of the user (`UserError`,
+    exit status 2), training that diverged (`DivergedError`, 4), a request to stop (`Stopped`), or
+    any other exception (1), whose traceback comes before.
     """
-    debug = any(argument.lstrip("-") in ("debug", "debug=true") for argument in sys.argv[1:])
+    # A mistake on the command line itself leaves FLAGS.debug unparsed.
+    debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
         arguments = _parse(sys.argv)
         if arguments[1:]:
@@ -103,16 +103,14 @@ def run(main):
         _end_at_once(Interrupted.status, "interrupted")
     except Exception as e:
         traceback.print_exc()
+        first_line = (str(e).strip().splitlines() or [""])[0][:300]
         notes = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
-        _end_at_once(
-            1,
-            f"failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}{notes}",
-        )
+        _end_at_once(1, f"failed: {type(e).__name__}: {first_line}{notes}")
     sys.exit(status)
 
 
 def _end_at_once(status, last_line):
-    """Not by sys.exit: what still runs in the background would print tracebacks."""
+    # Unlike sys.exit, this gives threads in the background no time to print tracebacks.
     print(last_line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
@@ -123,44 +121,93 @@ def _parse(argv):
     absl_logging.set_verbosity(absl_logging.ERROR)
     for module, found in FLAGS.flags_by_module_dict().items():
         if not module.startswith("absl."):
-            for flag in found:  # so that --help lists them, and not those of the main module alone
+            for flag in found:  # --help lists the key flags of the main module only
                 FLAGS.register_key_flag_for_module(argv[0], flag)
     _check_override_names(argv)
+    routing = _taken_routing(argv)
     try:
-        return FLAGS(argv)
+        arguments = FLAGS(argv)
+        if routing:
+            if "config" not in FLAGS or not FLAGS["config"].present:
+                raise UserError(_NO_CONFIG)
+            _set_routing(FLAGS.config, routing)
     except UserError:
         raise
-    except SystemExit as e:  # absl ends --help with status 1
-        if any(
-            re.fullmatch(r"--?help(full|short|xml)?(=true)?", argument) for argument in argv[1:]
-        ):
-            raise SystemExit(0) from None
+    except SystemExit as e:
+        help_flag = r"--?help(full|short|xml)?(=true)?"
+        if any(re.fullmatch(help_flag, argument) for argument in argv[1:]):
+            raise SystemExit(0) from None  # absl ends --help with status 1
         raise UserError(
             f"--config={_value_of('config', argv)}: get_config() called sys.exit({e.code!r})"
         ) from e
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
-    except Exception as e:  # a configuration file is code: whatever is wrong with it shows here
+    except Exception as e:  # a configuration file is code, which can raise anything
         raise UserError(f"--config={_value_of('config', argv)}: {_config_mistake(e)}") from e
+    return arguments
+
+
+def _taken_routing(argv):
+    """Takes `--config.routing.FIELD=VALUE` out of a command line: `{field: value}`.
+
+    ml_collections knows the fields of the router in the configuration file, and not those of the
+    router that `--config.routing.name` chooses.
+    """
+    found = {}
+    for argument in [a for a in argv[1:] if _ROUTING.fullmatch(a)]:
+        no, field, value = _ROUTING.fullmatch(argument).groups()
+        if value is None:
+            value = "false" if no else "true"
+        try:
+            found[field] = ast.literal_eval(value.capitalize() if value in _WORDS else value)
+        except (SyntaxError, ValueError):
+            found[field] = value
+        argv.remove(argument)
+    return found
+
+
+def _set_routing(config, values):
+    """Changes the group `routing`: fields of its router, or of another one that `name` chooses."""
+    from aoe_jax.config.run import ROUTED_KINDS, routing_dict  # imports JAX
+
+    kind = config.experts.kind
+    name = values.pop("name", config.routing.name if kind in ROUTED_KINDS else kind)
+    if kind not in ROUTED_KINDS:
+        require(name == kind, "routing.name", name, f"experts.kind={kind!r} has no router")
+    kept = dict(config.routing) if name == config.routing.name else {}
+    with config.unlocked():
+        config.routing = routing_dict(**kept | {"name": name} | values)
 
 
 def _check_override_names(argv):
-    """ml_collections names neither the flag nor the known fields."""
-    for argument in argv[1:]:
-        flag = argument.split("=", 1)[0]
-        if not re.match(r"--?(no)?config\.", flag):
-            continue
+    # ml_collections would name neither the flag nor the known fields.
+    found = (argument.split("=", 1)[0] for argument in argv[1:])
+    overrides = [flag for flag in found if re.match(r"--?(no)?config\.", flag)]
+    if not overrides:
+        return
+    from aoe_jax.config.run import RENAMED, Config  # imports JAX
+
+    groups = {group.name: group.type for group in dataclasses.fields(Config)}
+    for flag in overrides:
         group, _, field = flag.split(".", 1)[1].partition(".")
-        if group not in _GROUPS:
-            raise UserError(f"config.{group} is unknown; known are {', '.join(_GROUPS)}")
-        if field not in _GROUPS[group]:
+        if group in RENAMED:
+            raise UserError(f"config.{group} is gone; set config.{RENAMED[group]}")
+        if group not in groups:
+            raise UserError(f"config.{group} is unknown; known are {', '.join(groups)}")
+        if f"{group}.{field}" in RENAMED:
             raise UserError(
-                f"config.{group}.{field or 'FIELD'} is unknown; known are {', '.join(_GROUPS[group])}"
+                f"config.{group}.{field} is gone; set config.{RENAMED[f'{group}.{field}']}"
             )
+        if group == "routing":
+            continue  # its fields depend on its name
+        known = [f.name for f in dataclasses.fields(groups[group])]
+        if field not in known:
+            known = ", ".join(known)
+            raise UserError(f"config.{group}.{field or 'FIELD'} is unknown; known are {known}")
 
 
 def _value_of(name, argv):
-    """The value that the command line gives a flag which could not be parsed."""
+    """The value of a flag on a command line that could not be parsed."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = argument.lstrip("-").partition("=")
         if flag == name:
@@ -172,10 +219,9 @@ def _flag_mistake(error):
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
-            return f"--{error.flagname}: --config is missing; name a configuration file, such as --config=configs/tiny.py"
-        return f"--{error.flagname} is no flag; --help lists them" + (
-            f". {text.split('. ', 1)[1]}" if ". " in text else ""
-        )
+            return f"--{error.flagname}: {_NO_CONFIG}"
+        _, _, suggestion = text.partition(". ")
+        return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
     if isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --"):
         name, _, value = text.removeprefix("flag --").split(": ", 1)[0].partition("=")
         if name == "config":
@@ -189,34 +235,31 @@ def _flag_mistake(error):
 
 
 def _config_mistake(error):
-    """What is wrong in a configuration file, and on which line."""
+    """The mistake in a configuration file, with its line."""
     if isinstance(error, OSError):
         cause = error.__cause__ or error  # ml_collections wraps it
-        return f"can't be read ({cause.strerror or 'no such file'}); name a configuration file, such as configs/tiny.py"
+        reason = cause.strerror or "no such file"
+        return f"can't be read ({reason}); name a configuration file, such as configs/tiny.py"
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return "has no function get_config()"
     cause = error.__context__ if isinstance(error, flags.Error) and error.__context__ else error
-    while (
-        isinstance(cause, TypeError | ValueError)
-        and "parsing config file" in str(cause)
-        and cause.__context__
-    ):
+    while isinstance(cause, TypeError | ValueError) and "parsing config file" in str(cause):
+        if cause.__context__ is None:
+            break
         cause = cause.__context__
-    text = " ".join(str(cause).split())[:300]
-    lines = [] if isinstance(cause, SyntaxError) else traceback.extract_tb(cause.__traceback__)
+    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    if isinstance(cause, SyntaxError):  # its text names the line
+        return text
     lines = [
         line
-        for line in lines
+        for line in traceback.extract_tb(cause.__traceback__)
         if "ml_collections" not in line.filename and line.filename != __file__
     ]
-    where = f" (line {lines[-1].lineno} of {lines[-1].filename})" if lines else ""
-    return f"{type(cause).__name__}: {text}{where}"
+    return f"{text} (line {lines[-1].lineno} of {lines[-1].filename})" if lines else text
 
 
 def _hide_background_errors():
-    """Hides what Orbax's threads print when a read or write has failed; the failure itself is
-    raised and reported.
-    """
+    # Orbax's threads print tracebacks when a read or write fails; the failure itself is raised too.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 

@@ -1,16 +1,14 @@
-"""What a program communicates, read from its jaxpr: every collective, how often it runs, and the
-bytes a device receives.
-"""
+"""The collectives of a program, from its jaxpr: how often each runs, and the bytes received."""
 
 import math
 
 from jax.extend import core as jax_core
 
-from aoe_jax.experts import transport
+from aoe_jax.moe.parallel import transports
 
 
 def _sub_jaxprs(eqn):
-    """`(jaxpr, how many times it runs)` of an equation, all branches of a condition among them."""
+    """Yields `(jaxpr, how many times it runs)` of an equation, with all branches of a condition."""
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     for value in eqn.params.values():
         for sub in value if isinstance(value, list | tuple) else [value]:
@@ -20,38 +18,33 @@ def _sub_jaxprs(eqn):
                 yield sub, times
 
 
-# What a device receives, from the bytes of the larger of operand and result, over N devices.
+# Bytes that a device receives, by the bytes of the larger of operand and result, on n devices.
 _RECEIVED = {
     "all_gather": lambda size, n: size * (n - 1) / n,
     "reduce_scatter": lambda size, n: size * (n - 1) / n,
     "all_to_all": lambda size, n: size * (n - 1) / n,
-    "ragged_all_to_all": lambda size, n: size * (n - 1) / n / transport.ROW_BUFFER,
+    "ragged_all_to_all": lambda size, n: size * (n - 1) / n / transports.ROW_BUFFER,
     "psum": lambda size, n: 2 * size * (n - 1) / n,
     "pmax": lambda size, n: 2 * size * (n - 1) / n,
 }
 
-_SAME = {"name", "stop_gradient"}  # results are the arguments
-_MERGED = {
-    "all_gather",
-    "convert_element_type",
-    "reshape",
-    "squeeze",
-    "transpose",
-}  # equal of equal arguments
-# Parts of the body they are in.
+_SAME = {"name", "stop_gradient"}  # the result is the argument
+# The compiler merges equal equations of these kinds.
+_MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
+# The parts of these equations belong to the body around them.
 _INLINE = {"closed_call", "custom_vjp_call", "jit", "pjit", "remat2", "checkpoint", "shard_map"}
 
 
 def each_collective(jaxpr, arguments=None, known=None):
-    """`(equation, how many times it runs)` of a program; 0 times within loops of unknown length.
+    """Yields `(equation, how many times it runs)`; 0 times within loops of unknown length.
 
-    What a body gathers twice of the same array, with no barrier between, counts once: the compiler
-      merges it.
+    If a body gathers the same array twice with no barrier between, it counts once: the compiler
+    merges it.
 
     Args:
       jaxpr: the program, or a part of it.
-      arguments: an object for each argument of a part, the same for the same array.
-      known: `{equation of _MERGED: its result}` in the body around a part.
+      arguments: an object for each argument of a part, the same one for the same array.
+      known: results of the equations of `_MERGED` in the body around a part.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))
@@ -78,21 +71,24 @@ def each_collective(jaxpr, arguments=None, known=None):
 
 
 def _inside(eqn, inputs):
-    """What the arguments of a part are within it."""
-    if (
-        eqn.primitive.name == "shard_map"
-    ):  # pieces, which differ where the same array is split in another way
-        return [
-            (value, str(spec)) for value, spec in zip(inputs, eqn.params["in_specs"], strict=True)
-        ]
+    """The arguments of a part, as the part has them."""
+    if eqn.primitive.name == "shard_map":  # the same array may be split in several ways
+        specs = eqn.params["in_specs"]
+        return [(value, str(spec)) for value, spec in zip(inputs, specs, strict=True)]
     if eqn.params.get("prevent_cse") and eqn.params.get("differentiated"):
         return None  # behind a barrier
     return inputs
 
 
 def collectives(jaxpr, sizes):
-    """`{(kind, mesh axes): [count, bytes received by a device]}` of a program; loops of unknown
-    length count nothing.
+    """The collectives of a program; those in loops of unknown length are left out.
+
+    Args:
+      jaxpr: the program.
+      sizes: the size of each mesh axis.
+
+    Returns:
+      `{(kind, mesh axes): [count, bytes received by a device]}`.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):
@@ -102,9 +98,9 @@ def collectives(jaxpr, sizes):
         axes = eqn.params.get("axes", eqn.params.get("axis_name"))
         axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
         n = math.prod(sizes[axis] for axis in axes)
-        operands = (
-            eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars
-        )  # the rest are offsets and sizes
+        operands = eqn.invars
+        if kind == "ragged_all_to_all":
+            operands = operands[:1]  # the others are offsets and sizes
         size = max(
             sum(v.aval.size * v.aval.dtype.itemsize for v in side)
             for side in (operands, eqn.outvars)

@@ -6,10 +6,8 @@ L layers, d model width, n experts, V vocabulary, S sequence length.
 import math
 from dataclasses import dataclass
 
-from aoe_jax.config import Config
-from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.experts.selection import SELECTIONS
-from aoe_jax.experts.selection.expert_choice import expert_capacity
+from aoe_jax.config.run import Config
+from aoe_jax.moe.layer import ExpertsLayer
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,9 @@ class ParameterCounts:
 
     def __str__(self):
         return (
-            f"{_millions(self.total)} parameters (shared table counted once), {_millions(self.active)} active per token "
-            f"(table counted as input and as output), {_millions(self.active_non_embedding)} active without embeddings"
+            f"{_millions(self.total)} parameters (shared table counted once), "
+            f"{_millions(self.active)} active per token (table counted as input and as output), "
+            f"{_millions(self.active_non_embedding)} active without embeddings"
         )
 
 
@@ -56,35 +55,33 @@ def _millions(count):
 
 
 def experts_per_token(config: Config):
-    """Mean number of experts that process a token, or None where the scores decide it (such as
-    top-p).
-    """
-    return LAYERS[config.experts.kind].experts_per_token(config.experts)
-
-
-def method_parameters(config: Config):
-    """Parameters of one layer that belong to the selection method, such as thresholds; all tokens
-    use them.
-    """
-    parameters = SELECTIONS[config.experts.selection].parameters(
-        config.experts, config.method_settings
-    )
-    return sum(math.prod(shape) for _, shape in parameters.values())
+    """Mean number of experts that process a token; None where the scores decide it (top-p)."""
+    return config.routing.experts_per_token(config.experts)
 
 
 def expert_parameters(config: Config):
-    """`(shared, expert)`: parameters of one layer that all tokens use, such as a router, and those
-    of one expert alone.
+    """`(shared, expert)`: parameters of a layer that all tokens use, such as a router, and those of
+    one expert.
 
-    AoE's Wdown belongs to the expert: it is what makes experts of both kinds equal in size (Eq. 5).
+    AoE's W_gate_down belongs to the expert: with it, experts of both kinds are equal in size
+    (Eq. 5).
     """
-    c = config.experts
-    layer = LAYERS[c.kind](c, settings=config.method_settings)
-    sizes = {
-        name: math.prod(shape) for name, (_, shape) in layer.weights(config.model.d_model).items()
-    }
-    shared = sum(size for name, size in sizes.items() if name in layer.for_all_tokens)
-    return shared, (sum(sizes.values()) - shared) // (1 if c.kind == "dense" else c.n_experts)
+    declared = _declared(config)
+    in_experts = sum(size for parameter, size in declared if parameter.per_expert)
+    total = sum(size for _, size in declared)
+    return total - in_experts, in_experts // n_experts(config)
+
+
+def _declared(config):
+    """`[(Parameter, its size)]` of a layer of experts."""
+    sizes = config.experts.sizes(config.model.d_model)
+    declared = ExpertsLayer(config.experts, config.routing).parameters.values()
+    return [(parameter, math.prod(parameter.shape(sizes))) for parameter in declared]
+
+
+def n_experts(config: Config):
+    """Experts of a layer; 1 for a dense layer."""
+    return 1 if config.experts.kind == "dense" else config.experts.n_experts
 
 
 def parameter_counts(config: Config):
@@ -93,12 +90,10 @@ def parameter_counts(config: Config):
     """
     m, c = config.model, config.experts
     shared, expert = expert_parameters(config)
-    n_experts = 1 if c.kind == "dense" else c.n_experts
     active = experts_per_token(config) or c.top_k
-    used_by_all = shared + method_parameters(config)
     return ParameterCounts(
-        experts=m.n_layers * (used_by_all + n_experts * expert),
-        active_experts=m.n_layers * (used_by_all + round(active * expert)),
+        experts=m.n_layers * (shared + n_experts(config) * expert),
+        active_experts=m.n_layers * (shared + round(active * expert)),
         attention=m.n_layers * _attention_matrices(m),
         norms=_norms_and_biases(m),
         embedding=m.vocab_size * m.d_model,
@@ -125,34 +120,23 @@ def layer_flops_per_token(config: Config):
     only where the method sends a gradient there: for every token with `score_gradient="dense"`, for
     the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise. AoE
     scoring counts all n experts; under top-p, `top_k` are chosen. With `kind="capacity"` it is
-    those of the router; see `capacity_flops_per_token` for what it computes beside them.
+    those of the router; see `Capacity.wasted_flops` for what it computes beside them.
     """
     c = config.experts
-    shared, expert = expert_parameters(config)
+    _, expert = expert_parameters(config)
     per_token = experts_per_token(config) or c.top_k
-    active = LAYERS[c.kind].flops_beside_experts(config, shared) + 2 * round(per_token * expert)
+    matrices = [(p, size) for p, size in _declared(config) if len(p.axes.split()) > 1]
+    shared = sum(size for parameter, size in matrices if not parameter.per_expert)
+    forward, training = config.routing.flops(config) or (2 * shared, 6 * shared)
+    of_experts = 2 * round(per_token * expert)
+    forward, training = forward + of_experts, training + 3 * of_experts
     if c.kind != "aoe":
-        return active, 3 * active
+        return forward, training
     idle = 2 * round((c.n_experts - per_token) * c.d_low * config.model.d_model)
     with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
-    if not c.sparse_scoring:
+    if not c.sparse_scoring(config.routing):
         with_gradient = 1.0
-    return active + idle, 3 * active + round((1 + 2 * with_gradient) * idle)
-
-
-def capacity_flops_per_token(config: Config):
-    """`(forward, training)`: what a layer of `kind="capacity"` computes beyond the useful FLOPs,
-    per token.
-
-    Experts compute all their places, taken or not; dispatch and combine are products over all
-    tokens, experts and places of a sequence, forward one each, backward one more of dispatch and
-    two of combine.
-    """
-    c, length = config.experts, config.data.seq_len
-    places = c.n_experts * expert_capacity(length, c.n_experts, c.capacity_factor * c.top_k)
-    _, expert = expert_parameters(config)
-    empty, product = 2 * (places / length - c.top_k) * expert, 2 * places * config.model.d_model
-    return empty + 2 * product, 3 * empty + 5 * product
+    return forward + idle, training + round((1 + 2 * with_gradient) * idle)
 
 
 def forward_flops_per_token(config: Config):
@@ -166,25 +150,9 @@ def forward_flops_per_token(config: Config):
 
 
 def training_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a training step, forward and backward; see
-    `layer_flops_per_token`.
-
-    The coupling loss of a router counts too, spread over the tokens of a micro-batch: it is
-    computed once for each.
-    """
+    """Useful matmul FLOPs per token of a training step; see `layer_flops_per_token`."""
     of_layer = layer_flops_per_token(config)[1]
-    if config.balance.coupling_weight:
-        of_layer += 3 * coupling_flops_per_token(config)
-    return LAYERS[config.experts.kind].passes * (
-        3 * _other_flops(config) + config.model.n_layers * of_layer
-    )
-
-
-def coupling_flops_per_token(config: Config):
-    """Forward FLOPs of the coupling loss of a layer, `2 n^2 d f` a micro-batch, per token."""
-    c, train = config.experts, config.train
-    tokens = train.batch_size // train.accumulate * config.data.seq_len
-    return 2 * c.n_experts**2 * config.model.d_model * c.d_ffn / tokens
+    return config.routing.passes * (3 * _other_flops(config) + config.model.n_layers * of_layer)
 
 
 def _other_flops(config):

@@ -1,14 +1,12 @@
-"""Takes the model out of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR
-[--step=N]`.
+"""Writes the model of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR`.
 
-Safetensors and `config.json`, as Mixtral where that can say all of the model, else in a format of
-our own, see `aoe_jax.formats`; the tokenizer as `transformers` takes it; and the configuration of
-the run, by which `eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another
-run from it.
+The result is safetensors and `config.json`, a Mixtral where Mixtral can express the whole model,
+else our own format (`aoe_jax/formats/architectures.py`); the tokenizer as `transformers` reads it;
+and the configuration of the run, so that `eval.py --workdir=OUTPUT` evaluates the model.
+`train.init_from` starts another run from it.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 from absl import flags
@@ -19,17 +17,12 @@ log = logging.getLogger("aoe_jax.export")  # not __name__, which is __main__ on 
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
-_STEP = flags.DEFINE_string(
-    "step", "newest", "which checkpoint: newest, best (lowest validation nll) or a number of steps"
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "of the tensors; training has float32"
-)
+_STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the tensors")
 
 
 def export(workdir: Path, output: Path, which="newest", dtype="float32"):
-    """Writes the model of a checkpoint to `output`, which comes into being only when it is
-    complete.
+    """Writes the model of a checkpoint to `output`, which appears only once it is complete.
 
     Args:
       workdir: of a training run.
@@ -44,37 +37,21 @@ def export(workdir: Path, output: Path, which="newest", dtype="float32"):
       UserError: there is no such checkpoint, it can't be read, or `output` exists or can't be
         written.
     """
-    import jax
-
-    from aoe_jax.config import Config
-    from aoe_jax.evaluation.models import on_devices_here
+    from aoe_jax.evaluation.models import load_model
     from aoe_jax.formats.configs import as_own, to_json
-    from aoe_jax.formats.reading import RUN_FILE
     from aoe_jax.formats.tokenizer_files import write_tokenizer
-    from aoe_jax.formats.writing import new_directory, write_arrays
-    from aoe_jax.json_files import write_json
-    from aoe_jax.sharding import make_mesh, state_shardings, with_shardings
-    from aoe_jax.training.checkpoint import Checkpoints
-    from aoe_jax.training.step import init_state
-    from aoe_jax.training.workdir import read_config_json
+    from aoe_jax.formats.writing import new_directory, write_arrays, write_run
+    from aoe_jax.training.workdir import read_run_config
 
-    run_config = Config.from_config_dict(read_config_json(workdir / "config.json"))
-    config = on_devices_here(run_config)
-    run = Checkpoints(workdir)
-    step = run.find(which)
-    mesh = make_mesh(config, jax.devices())
-    with new_directory(output) as partial_output, jax.set_mesh(mesh):
-        abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-        params, routing_state = run.restore_model(
-            step, with_shardings(abstract, state_shardings(mesh, abstract))
-        )
-        values = as_own(config) if routing_state else to_json(config)
+    config = read_run_config(workdir / "config.json")
+    with new_directory(output) as partial_output:
+        model = load_model(workdir, which)
+        values = as_own(model.config) if model.routing_state else to_json(model.config)
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
-        write_arrays(partial_output, values, params, routing_state, dtype)
-        write_json(partial_output / RUN_FILE, {"step": step, "config": run_config.to_dict()})
-        shutil.copyfile(workdir / "data.json", partial_output / "data.json")
-    log.info("wrote the model of step %d to %s, as %s", step, output, values["model_type"])
-    return step
+        write_arrays(partial_output, values, model.params, model.routing_state, dtype)
+        write_run(partial_output, workdir, model.step, config)
+    log.info("wrote the model of step %d to %s, as %s", model.step, output, values["model_type"])
+    return model.step
 
 
 def main():

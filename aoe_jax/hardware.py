@@ -1,11 +1,9 @@
 """Accelerators by name: public peak figures, for bounds and utilisation.
 
-Sources: cloud.google.com/tpu/docs (system architecture pages of v4, v5e, v5p, v6e and Ironwood:
-peak compute, HBM, and inter-chip bandwidth, of which one direction counts here); nvidia.com (H100
-SXM data sheet, dense, NVLink 4). The bandwidth between slices is that of a chip's share of its
-host's network card in the Google Cloud machine types. Peaks of the other GPUs are from their data
-sheets at nvidia.com (A100, H100 PCIe and NVL, H200, GH200, HGX B200), where those that count on
-sparse operands are halved.
+Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
+(peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
+(bandwidth between slices: a chip's share of its host's network card); the data sheets at nvidia.com
+(dense peaks, and NVLink 4 for H100 SXM).
 """
 
 from dataclasses import dataclass
@@ -13,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip that programs can be compiled for without it; a v4 or v7x chip may show as two
-    devices, which share it.
-    """
+    """A chip that programs can be compiled for without it; a v4 or v7x chip may be two devices."""
 
     flops: float  # per second, bfloat16, dense
     hbm_bytes: float
     hbm_bandwidth: float  # bytes per second
-    link_bandwidth: float  # bytes per second into a chip, all links to other chips of its slice (or node) together
-    slice_bandwidth: float  # bytes per second into a chip from other slices (or nodes)
+    # Bytes per second into a chip, from all other chips of its slice (or node) together, and from
+    # other slices (or nodes).
+    link_bandwidth: float
+    slice_bandwidth: float
 
 
 CHIPS = {
@@ -33,8 +31,8 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
 }
 
-# By `jax.Device.device_kind`, FLOPs per second of a chip in bfloat16, dense. Names are matched
-# whole: a part of a GPU, or one of another form, has another name and another peak.
+# FLOPs per second of a chip in bfloat16, dense, by `jax.Device.device_kind`. Other forms and parts
+# of a GPU have other names and other peaks, so names must match whole.
 PEAK_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -60,17 +58,15 @@ PEAK_FLOPS = {
 
 
 def count_chips(devices):
-    """Chips of the devices: those of a TPU that lie at one place are one."""
+    """The number of chips; TPU devices with the same coordinates are one chip."""
     if devices[0].platform != "tpu":
         return len(devices)
     return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
 
 
 def peak_flops_per_device(devices):
-    """FLOPs per second of one of the devices, which are alike, at its peak in bfloat16; None for
-    one that isn't known.
-
-    A device that is half of a chip has half of its peak.
+    """The peak FLOPs per second of a device in bfloat16, for devices of one kind; None if it is
+    unknown. Half of a chip has half of its peak.
     """
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)

@@ -13,22 +13,21 @@ def read_json(path: Path, wanted="name the workdir of a training run"):
     """The JSON object in a file.
 
     Raises:
-      UserError: it can't be read, or holds something else; ends with what is `wanted`.
+      UserError: the file can't be read, or holds something else; ends with what is `wanted`.
     """
     try:
         value = json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path} can't be read ({e.strerror}); {wanted}") from e
-    except ValueError as e:
-        raise UserError(f"{path} can't be read ({e}); {wanted}") from e
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"{path} can't be read ({reason}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} can't be read: it holds no JSON object; {wanted}")
     return value
 
 
 def write_json(path: Path, value, indent=2):
-    """Writes JSON, null for what isn't finite, so that a kill or a power cut leaves the old file or
-    the new one, whole.
+    """Writes JSON, null for numbers that aren't finite; a kill or a power cut leaves either the old
+    file or the new one.
     """
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_finite(value), indent=indent) + "\n")
@@ -44,19 +43,19 @@ def _finite(value):
 
 
 def replace_durably(new: Path, path: Path):
-    """Moves a finished file to its place; once this returns a power cut doesn't undo it."""
+    """Moves a finished file to its place, safe from a power cut."""
     sync(new)
     os.replace(new, path)
     sync(path.parent)
 
 
 def sync(path: Path):
-    """Waits until a file, or what a folder lists, is on the disk."""
+    """Waits until a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno != errno.EINVAL:  # some network disks don't do that for folders
+        if e.errno != errno.EINVAL:  # some network disks can't do that for folders
             raise
     finally:
         os.close(descriptor)

@@ -1,40 +1,37 @@
-"""Fewer experts for a trained model: `python -m aoe_jax.prune --workdir=DIR --experts=D
+"""Prunes experts of a trained model: `python -m aoe_jax.prune --workdir=DIR --experts=D
 --output=DIR [--method=NAME]`.
 
-Experts whose scores go together over the tokens of a corpus (`--data`, written as `data.name`)
-become one. Methods, layer by layer:
+Experts with similar scores on the tokens of a corpus (`--data`, written like `data.name`) become
+one. The methods, layer by layer:
 
 - `uncurl` (UNCURL, Sarkar et al. 2024, arXiv 2409.01483). With `H [tokens, Z]` the scores of Z
-  experts, `S = (1 + cosine of columns of H) / 2`; spectral clustering of S into D clusters
-  (symmetric normalised Laplacian, k-means; the paper leaves open which Laplacian). In a cluster
-  each expert is aligned to the one that is chosen most often, by the permutation of hidden units
-  that brings its weights nearest, and the aligned experts are averaged, weighed by how often they
-  are chosen.
-- `frequency_merge`, a baseline of the paper: the D experts that are chosen most often are centres,
-  each of the others joins the one that it is most similar to by S; aligned and averaged as above.
-- `greedy`, a baseline of the paper: the D experts that are chosen most often stay as they are, the
-  others go.
+  experts and `S = (1 + cosine of columns of H) / 2`, spectral clustering of S gives D clusters
+  (symmetric normalised Laplacian and k-means; the paper leaves the Laplacian open). The experts of
+  a cluster are aligned to the one with the largest load, by the permutation of hidden units that
+  brings their weights nearest, and averaged with their loads as weights.
+- `frequency_merge`, a baseline of the paper: the D experts with the largest loads are centres, and
+  each other expert joins the centre most similar to it by S; merged like above.
+- `greedy`, a baseline of the paper: the D experts with the largest loads stay, others are dropped.
 
-A router MoE is pruned as in the paper: logits as they are, which lie around 0, and a router drawn
-anew, to be trained alone first (`train.router_steps`). Only `greedy` keeps the router's columns of
-its experts, of which the paper says nothing.
+A router MoE is pruned like in the paper: its logits, which are around 0, are the scores, and its
+router is drawn anew, to be trained alone first (`train.router_steps`). Only `greedy` keeps the
+router's columns of its experts, which the paper doesn't mention.
 
-AoE isn't in the paper; for it three things are this project's own. Scores are norms, which lie far
-from 0, so cosines are taken of norms less their means. The rank of Wdown and Wup is aligned too, by
-a rotation (Procrustes), in turn with the permutation, twice. And as an average has smaller norms
-than what it is of, and few would choose it, Wdown of a merged expert is scaled, and Wup by the
-inverse, which leaves its output: its mean score over the tokens that chose a member becomes the
-mean of the scores by which they did. There is no router to draw anew.
+Three things for AoE, which isn't in the paper, are ours. Its scores are norms, far from 0, so
+cosines are of centred norms. The low rank of w_gate_down and w_gate_up is aligned too, by a
+rotation (Procrustes) in turn with the permutation, twice. And since an average has smaller norms
+than its members, so that few tokens would choose it, w_gate_down of a merged expert is scaled, and
+w_gate_up by the inverse, which keeps its output: its mean score over the tokens that chose a member
+becomes the mean of their scores. There is no router to draw anew.
 
-Not as in the paper: it expects no clusters in the first layer of experts and leaves that alone, but
-here layers are scanned and have equal shapes, so all get D experts. Signs that Wp and Wo of a
-hidden unit could share otherwise aren't aligned. MC-SMoE, another baseline of the paper, is left
-out.
+Differences from the paper: all layers get D experts, for layers are scanned and have equal shapes,
+where the paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share
+aren't aligned. MC-SMoE, another baseline, is left out.
 
 Cost: a forward pass over `--tokens` of the train split, and another for the norms of merged AoE
-experts; of scores nothing is kept but moments `[Z, Z]`. An expert that is merged takes `O(f^2 d)`,
-and up to `O(f^3)` for the assignment of its f hidden units. The result is a model as
-`aoe_jax.export` writes it, with `prune.json`, from which `train.init_from` goes on.
+experts; memory holds moments `[Z, Z]`, not scores. Merging an expert takes `O(f^2 d)`, and up to
+`O(f^3)` to assign its f hidden units. The result is a model like that of `aoe_jax.export`, with
+`prune.json`; `train.init_from` continues its training.
 """
 
 from pathlib import Path
@@ -44,35 +41,23 @@ from absl import flags
 from aoe_jax import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
-_STEP = flags.DEFINE_string(
-    "step", "newest", "which checkpoint of a run: newest, best or a number of steps"
-)
+_STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
 _MESH = cli.define_mesh_flag()
 _EXPERTS = flags.DEFINE_integer("experts", None, "how many experts each layer is to have", 1)
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
-_METHOD = flags.DEFINE_enum(
-    "method", "uncurl", ["uncurl", "frequency_merge", "greedy"], "how experts are chosen"
-)
-_DATA = flags.DEFINE_string(
-    "data", None, "corpora to go by, written as in data.name; by default those of the run"
-)
-_TOKENS = flags.DEFINE_integer(
-    "tokens", 100_000, "tokens of the train split to go by, about, and of validation", 1
-)
-_SEED = flags.DEFINE_integer("seed", 0, "of these tokens, of k-means and of a new router", 0)
-_BASELINES = flags.DEFINE_bool("baselines", True, "score what the other methods would give, too")
+_METHODS = ["uncurl", "frequency_merge", "greedy"]
+_METHOD = flags.DEFINE_enum("method", "uncurl", _METHODS, "how experts are merged or dropped")
+_DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
+_TOKENS = flags.DEFINE_integer("tokens", 100_000, "tokens of the train and validation splits", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the tokens, of k-means and of a new router", 0)
+_BASELINES = flags.DEFINE_bool("baselines", True, "score the other methods, too")
 
 
 def main():
     """Prunes."""
-    workdir, n_experts, output = (
-        cli.required(_WORKDIR),
-        cli.required(_EXPERTS),
-        cli.required(_OUTPUT),
-    )
-    from aoe_jax.pruning.run import (
-        prune,
-    )  # JAX starts only once the command line is known to be right
+    workdir, n_experts = cli.required(_WORKDIR), cli.required(_EXPERTS)
+    output = cli.required(_OUTPUT)
+    from aoe_jax.pruning.run import prune  # starts JAX
 
     prune(
         Path(workdir).expanduser(),

@@ -10,6 +10,7 @@ One device is the mesh (1, 1, 1, 1).
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +18,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from aoe_jax.config import Config
 from aoe_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -32,7 +32,8 @@ class ShardingRules:
     embed: str | None = "fsdp"  # d_model, of weights
     experts: str | None = "expert"
     mlp: str | None = "tensor"  # width of experts
-    rank: str | None = "fsdp"  # d_low, of Wup; that of Wdown stays whole, its d_model is split
+    # d_low, of w_gate_up; that of w_gate_down stays whole, its d_model is split
+    rank: str | None = "fsdp"
     heads: str | None = "tensor"
     vocab: str | None = None
 
@@ -66,8 +67,8 @@ class ShardingRules:
 RULES = ShardingRules()
 
 
-def fill_mesh(config: Config, n_devices):
-    """The configuration with `mesh.data=-1` filled in, checked anew against the mesh that results.
+def fill_mesh(config, n_devices):
+    """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results.
 
     Raises:
       UserError: the axes don't multiply to the number of devices, or something doesn't divide by
@@ -78,13 +79,14 @@ def fill_mesh(config: Config, n_devices):
     data = n_devices // inner if mesh.data == -1 else mesh.data
     if data * inner != n_devices:
         raise UserError(
-            f"config.mesh: data={mesh.data} fsdp={mesh.fsdp} expert={mesh.expert} tensor={mesh.tensor} doesn't make up "
-            f"{n_devices} devices; their product must be the number of devices (data=-1 takes what the others leave)"
+            f"config.mesh: data={mesh.data} fsdp={mesh.fsdp} expert={mesh.expert} "
+            f"tensor={mesh.tensor} doesn't make up {n_devices} devices; their product must be the "
+            "number of devices (data=-1 takes what the others leave)"
         )
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
 
 
-def make_mesh(config: Config, devices):
+def make_mesh(config, devices):
     """The mesh of `config.mesh`, without -1, over devices, laid out along their network; slices
     along `data`.
 
@@ -96,7 +98,8 @@ def make_mesh(config: Config, devices):
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.mesh.data % n_slices:
         raise UserError(
-            f"config.mesh.data={config.mesh.data}: must be a multiple of the {n_slices} slices, which it spans"
+            f"config.mesh.data={config.mesh.data}: "
+            f"must be a multiple of the {n_slices} slices, which it spans"
         )
     if devices[0].platform == "cpu":  # virtual devices have no place in a network
         grid = np.reshape(devices, shape)
@@ -111,8 +114,9 @@ def make_mesh(config: Config, devices):
             else:
                 grid = mesh_utils.create_device_mesh(shape, devices, **split)
         except (NotImplementedError, ValueError, AssertionError) as e:
+            reason = " ".join(str(e).split())[:200]
             raise UserError(
-                f"config.mesh: {shape} can't be laid out on these devices: {' '.join(str(e).split())[:200]}"
+                f"config.mesh: {shape} can't be laid out on these devices: {reason}"
             ) from e
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
@@ -141,68 +145,29 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
-# The logical axes of each parameter, without the axis of stacked layers; a dense layer has no axis
-# of experts.
-PARAMETER_AXES = {
-    "w_router": (None, None),
-    "w_router_hidden": (None, None),
-    "pooled_scale": (None,),
-    "pooled_bias": (None,),
-    "router_scale": (None,),
-    "expert_bias": (None,),
-    "w_down": ("experts", "embed", None),
-    "w_up": ("experts", "rank", "mlp"),
-    "w_g": ("experts", "embed", "mlp"),
-    "w_p": ("experts", "embed", "mlp"),
-    "w_o": ("experts", "mlp", "embed"),
-    "w_g_route": ("experts", "embed", "mlp"),
-    "w_p_route": ("experts", "embed", "mlp"),
-    "w_o_route": ("experts", "mlp", "embed"),
-    "firing_threshold": (None,),
-    "score_bias": (None,),
-    "q": ("embed", "heads", None),
-    "k": ("embed", "heads", None),
-    "v": ("embed", "heads", None),
-    "o": ("heads", None, "embed"),
-    "q_bias": ("heads", None),
-    "k_bias": ("heads", None),
-    "v_bias": ("heads", None),
-    "o_bias": (None,),
-    "q_norm": ("heads", None),
-    "k_norm": ("heads", None),
-    "embedding": ("vocab", "embed"),
-    "scale": (None,),
-    "bias": (None,),
-    "output_bias": (None,),
-}
+def state_shardings(mesh, abstract_state):
+    """Shardings of a train state, given as shapes.
 
-
-def parameter_axes(name, ndim):
-    """The logical axes of a parameter of `ndim` axes.
+    Parameters are split as they are declared (`methods.declared_parameters`), and the optimiser's
+    copies like them. All else, such as counters and the state of routing, is replicated.
 
     Raises:
-      ValueError: a parameter that `PARAMETER_AXES` doesn't know.
+      ValueError: a parameter that is not declared.
     """
-    if name not in PARAMETER_AXES:
-        raise ValueError(
-            f"parameter {name} has no logical axes; give it some in sharding.PARAMETER_AXES"
-        )
-    return PARAMETER_AXES[name][-ndim:]
+    from aoe_jax.methods import declared_parameters  # which imports this module
 
-
-def state_shardings(mesh, abstract_state):
-    """Shardings of a train state, given as shapes; the optimiser's copies of a parameter lie where
-    it does.
-
-    What is no array of parameters, such as counters and the state of routing, is replicated.
-    """
+    declared = declared_parameters()
 
     def sharding(path, a):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if not names or jax.tree_util.GetAttrKey("routing_state") in path:
             return replicated(mesh)
-        axes = parameter_axes(names[-1], a.ndim - ("layers" in names))
-        return NamedSharding(mesh, RULES.spec(*((None,) * ("layers" in names) + axes)))
+        name = re.sub(r"layer_\d+", "layers", "/".join(names))
+        if name not in declared:
+            raise ValueError(f"parameter {name} is not declared in aoe_jax.parameters or a method")
+        is_stacked = names[0] == "layers"
+        split = declared[name].split[-(a.ndim - is_stacked) :] if a.ndim > is_stacked else ()
+        return NamedSharding(mesh, RULES.spec(*((None,) * is_stacked), *split))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 

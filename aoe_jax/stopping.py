@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM where a machine is taken away, SIGINT from a keyboard."""
+"""Requests to stop: SIGTERM, sent before a machine is taken away, and SIGINT from a keyboard."""
 
 import contextlib
 import os
@@ -10,32 +10,33 @@ _ENDS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
 
 
 class StopRequests:
-    """Turns signals into an exception, or, while training, into an answer at the next step; a
-    second signal kills.
+    """Turns signals into an exception or, while training, into an answer at the next step; a second
+    signal kills.
 
-    Where several processes run, JAX's preemption service takes SIGTERM, whichever of them gets it,
-    and has all of them stop at the same step.
+    With several processes, JAX's preemption service takes a SIGTERM to any of them, and has all
+    stop at the same step.
     """
 
     def __init__(
         self,
-        advice="the same command goes on from the newest checkpoint, or from the start where there is none",
+        advice="the same command goes on from the newest checkpoint, or from the start if there "
+        "is none",
     ):
-        """Nothing is heeded before `listen`; `advice`: how to go on after a stop that came outside
-        of training.
+        """Handles no signal before `listen`; `advice` says how to go on after a stop outside of
+        training.
         """
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
-        self._interrupted = False  # from the keyboard, while the others are stopped too
+        self._interrupted = False  # SIGINT came to this one of several processes
 
     def listen(self):
-        """Heeds signals from now on; call it before anything takes long."""
+        """Handles signals from now on; call it before anything takes long."""
         for number in _ENDS:
             signal.signal(number, self._take)
 
     @contextlib.contextmanager
     def between_steps(self, several):
-        """Within, signals are answered by `asked`; `several`: whether JAX was told of a cluster,
+        """Within, `asked` answers for signals; `several` says whether JAX was told of a cluster,
         even of one process.
         """
         self._at_steps, self._several = True, several
@@ -45,13 +46,9 @@ class StopRequests:
             self._at_steps = False
 
     def asked(self):
-        """Whether to stop now. All processes must ask equally often, at the same places of the
-        program.
-        """
+        """Whether to stop now; all processes must ask at the same places of the program."""
         if self._several:
-            from jax.experimental import (
-                multihost_utils,
-            )  # JAX starts only once the command line is known to be right
+            from jax.experimental import multihost_utils  # JAX may not be started before
 
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
@@ -60,15 +57,14 @@ class StopRequests:
 
     def end(self, message):
         """The exception that ends the run."""
-        return _ENDS[self._signal](
-            f"{'preempted' if self._signal == signal.SIGTERM else 'interrupted'}: {message}"
-        )
+        word = "preempted" if self._signal == signal.SIGTERM else "interrupted"
+        return _ENDS[self._signal](f"{word}: {message}")
 
     def _take(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
         if self._at_steps and self._several:
             self._interrupted = True
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX takes, and tells the others
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX takes it, and tells the others
             return
         self._signal = number
         if not self._at_steps:

@@ -1,3 +1,3 @@
-"""Measured claims: the figures of speed, memory and plans in the README and docs/, each by a
-command here.
+"""Measured claims: each command here measures or computes figures of speed, memory and plans that
+the README and docs/ quote.
 """

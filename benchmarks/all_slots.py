@@ -1,25 +1,22 @@
-"""Top-k in the layout of selections that give a token any number of experts; what
-`benchmarks.slots` times.
-"""
+"""Top-k with a slot for every token and expert, which `benchmarks.slots` times."""
+
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from aoe_jax.experts.selection.assignment import by_mask
-from aoe_jax.experts.selection.top_k import TopK
+from aoe_jax.moe.routing import TopK, by_mask
 
 
+@dataclass(frozen=True)
 class AllSlots(TopK):
-    """Top-k with a slot for every token and expert."""
+    """`TopK` in the layout of routers that give a token any number of experts."""
 
-    all_slots_used = False
+    fixed_k = False
+    normalises_chosen = False
 
-    def choose(self, experts, scores, given):
-        """As in `Selection`."""
-        choice = super().choose(experts, scores, given)
-        slots = choice.assignment
-        is_expert = slots.expert[:, None] == jnp.arange(experts.n_experts)
-        weight = jnp.where(is_expert, slots.weight[:, None], 0)
-        chosen, weight = (
-            a.reshape(-1, experts.top_k, experts.n_experts).sum(axis=1) for a in (is_expert, weight)
-        )
-        return choice._replace(assignment=by_mask(chosen > 0, weight))
+    def __call__(self, scores, weights, ctx):
+        """The experts and weights of `TopK`, with n slots per token."""
+        routing = super().__call__(scores, weights, ctx)
+        expert, weight = (a.reshape(-1, ctx.top_k, 1) for a in (routing.expert, routing.weight))
+        is_expert = expert == jnp.arange(scores.shape[1])
+        return by_mask(is_expert.any(axis=1), jnp.where(is_expert, weight, 0).sum(axis=1))

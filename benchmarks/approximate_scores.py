@@ -3,10 +3,9 @@ part of the library.
 
 A method estimates the norms of all experts. Either the estimates decide, or they keep some
 candidates, whose exact norms decide. In both cases only the choice is approximate: sparse scoring
-computes the activations and norms of the chosen again.
+computes the activations and norms of the chosen experts again.
 
-T tokens, d model width, n experts, r low rank (d_low), s sketched rank (s < r), K chosen per token,
-M candidates.
+s sketched rank (s < r), M candidates; other letters: see `aoe_jax/moe/__init__.py`.
 """
 
 from collections.abc import Callable
@@ -16,78 +15,72 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.experts import dispatch, scoring
-from aoe_jax.experts.grouped_matmul import grouped_matmul
-from aoe_jax.experts.selection.top_k import top_k as choose_top_k
+from aoe_jax.moe.dispatch import Local
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.parallel.collectives import Devices
+from aoe_jax.moe.routing import top_k as choose_top_k
+from aoe_jax.moe.scoring import activation_norms, norms
 
 
-class Method(NamedTuple):
+class Approximation(NamedTuple):
     """One way to choose."""
 
-    prepare: Callable[
-        [jax.Array, Any], Any
-    ]  # (w_down [n, d, r], directions) -> what `estimate` takes: at every update
+    # `(w_gate_down [n, d, r], directions)` -> the second argument of `estimate`; at every update.
+    prepare: Callable[[jax.Array, Any], Any]
     estimate: Callable[[jax.Array, Any], jax.Array]  # (x [T, d], prepared) -> norms [T, n]
-    # (w_down, covariance of the tokens [d, d]) -> directions to project on, found now and then;
-    # None: there are none.
-    find: Callable[[jax.Array, jax.Array], Any] = lambda w_down, covariance: None
+    # `(w_gate_down, covariance of the tokens [d, d])` -> directions to project on, found now and
+    # then; None: there are none.
+    find: Callable[[jax.Array, jax.Array], Any] = lambda w_gate_down, covariance: None
     operations: float = 1.0  # of the estimates, relative to exact scoring
-    operation_cost: float = (
-        1.0  # of one of them; 1/2 in 8 bits, which accelerators multiply twice as fast as bfloat16
-    )
+    # Of one operation: 1/2 in 8 bits, which accelerators multiply twice as fast as bfloat16.
+    operation_cost: float = 1.0
     candidates: int | None = None  # per expert chosen; None: the estimates decide
 
 
-def choice_scores(method, x, w_down, prepared, top_k, bias=None):
+def choice_scores(method, x, w_gate_down, prepared, top_k, bias=None):
     """Scores `[T, n]` to choose by: the estimates, or the exact norms of the candidates and -inf
     for other experts.
 
     Args:
-      method: a `Method`.
+      method: an `Approximation`.
       x: `[T, d]`.
-      w_down: `[n, d, r]`.
+      w_gate_down: `[n, d, r]`.
       prepared: the result of `method.prepare`.
       top_k: K.
-      bias: `[n]` of loss-free balancing, which decides with the scores, or None.
+      bias: `[n]` of loss-free balancing, added to the scores for the choice, or None.
     """
     estimates = method.estimate(x, prepared)
     if method.candidates is None:
         return estimates
-    candidates = choose_top_k(
-        estimates, min(method.candidates * top_k, estimates.shape[1]), bias=bias
-    )
-    plan = dispatch.plan_rows(candidates, estimates.shape[1])
-    activations = grouped_matmul(dispatch.dispatch(x, candidates, plan), w_down, plan.groups)
-    norms = dispatch.slot_values(scoring.activation_norms(activations), plan)
-    return (
-        jnp.full_like(estimates, -jnp.inf)
-        .at[candidates.token, candidates.expert]
-        .set(norms, unique_indices=True)
-    )
+    n_experts = estimates.shape[1]
+    candidates = choose_top_k(estimates, min(method.candidates * top_k, n_experts), bias=bias)
+    transport = Local(Devices(), n_experts)
+    round = transport.plan(candidates)
+    code = grouped_matmul(transport.dispatch(x, round), w_gate_down, transport.groups(round))
+    exact_norms = transport.slot_values(activation_norms(code), round, candidates.token.shape[0])
+    scores = jnp.full_like(estimates, -jnp.inf)
+    return scores.at[candidates.token, candidates.expert].set(exact_norms, unique_indices=True)
 
 
 def relative_cost(method, n_experts, top_k):
-    """What `choice_scores` costs, relative to the FLOPs of exact scoring."""
+    """The cost of `choice_scores`, relative to the FLOPs of exact scoring."""
     return method.operations * method.operation_cost + (method.candidates or 0) * top_k / n_experts
 
 
 def agreement(chosen, other):
-    """How far two choices `[T, K]` of experts agree.
+    """The agreement of two choices `[T, K]` of experts.
 
     Returns:
-      `(overlap [T], identical [T])`: which part of a token's K experts both have, and whether they
-        have the same set.
+      `(overlap [T], identical [T])`: the share of a token's K experts that both have, and whether
+      they have the same set.
     """
     overlap = (chosen[:, :, None] == other[:, None, :]).sum(axis=(1, 2)) / chosen.shape[1]
     return overlap, overlap == 1
 
 
 def exact():
-    """float32 scoring, what the others are held against."""
-    return Method(
-        lambda w_down, _: w_down,
-        lambda x, w: scoring.activation_norms(scoring.low_rank_activations(x, w)),
-    )
+    """float32 scoring, to which the others are compared."""
+    return Approximation(lambda w_gate_down, _: w_gate_down, norms)
 
 
 def bfloat16():
@@ -95,13 +88,13 @@ def bfloat16():
 
     def estimate(x, w):
         c = jnp.einsum("td,ndr->tnr", x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32)
-        return scoring.activation_norms(c)
+        return activation_norms(c)
 
-    return Method(lambda w_down, _: w_down.astype(jnp.bfloat16), estimate)
+    return Approximation(lambda w_gate_down, _: w_gate_down.astype(jnp.bfloat16), estimate)
 
 
 def int8():
-    """Operands of 8 bits, a scale for each token and for each column of each expert, sums in int32."""
+    """Operands of 8 bits, one scale per token and per column of each expert, sums in int32."""
     return _scaled(lambda a: jnp.round(a).astype(jnp.int8), 127.0, jnp.int32)
 
 
@@ -126,66 +119,73 @@ def _scaled(rounded, largest, accumulator):
         w, w_scale = prepared
         x, x_scale = quantise(x, 1)
         c = jnp.einsum("td,ndr->tnr", x, w, preferred_element_type=accumulator)
-        return scoring.activation_norms(c.astype(jnp.float32) * w_scale[:, 0]) * x_scale
+        return activation_norms(c.astype(jnp.float32) * w_scale[:, 0]) * x_scale
 
-    return Method(lambda w_down, _: quantise(w_down, 1), estimate, operation_cost=0.5)
+    return Approximation(
+        lambda w_gate_down, _: quantise(w_gate_down, 1), estimate, operation_cost=0.5
+    )
 
 
 def random_projection(r, s, candidates=None, seed=0):
-    """`||x Wdown_i R||` with random orthonormal columns `R [r, s]`, scaled so that the square has
-    the right mean.
+    """`||x W_gate_down_i R||` with random orthonormal columns `R [r, s]`, scaled so that the square
+    has the right mean.
     """
     matrix = jnp.linalg.qr(jax.random.normal(jax.random.key(seed), (r, s)))[0] * (r / s) ** 0.5
-    norms = exact().estimate
-    return Method(lambda w_down, _: w_down @ matrix, norms, operations=s / r, candidates=candidates)
+
+    def project(w_gate_down, _):
+        return w_gate_down @ matrix
+
+    return Approximation(project, norms, operations=s / r, candidates=candidates)
 
 
 def principal(r, s, candidates=None, use_data=True):
     """The s directions of each expert's activations that hold most of its squared norm, and the
-    mean of what is left.
+    mean of the rest.
 
-    These are the first right singular vectors of Wdown_i, or with `use_data` of `X Wdown_i` for
-    tokens X with the given covariance. The rest, in proportion to `||x||^2`, is the same for all
-    tokens but differs between experts.
+    These are the first right singular vectors of W_gate_down_i, or with `use_data` of
+    `X W_gate_down_i` for tokens X with the given covariance. The rest is an expert's constant times
+    `||x||^2`.
     """
     find = partial(_find_principal, s, use_data)
-    return Method(_project, _estimate_principal, find, operations=s / r, candidates=candidates)
+    return Approximation(
+        _project, _estimate_principal, find, operations=s / r, candidates=candidates
+    )
 
 
-def _find_principal(s, use_data, w_down, covariance):
+def _find_principal(s, use_data, w_gate_down, covariance):
     if not use_data:
-        covariance = jnp.eye(w_down.shape[1])
-    energy, directions = jnp.linalg.eigh(second_moments(w_down, covariance))  # ascending
+        covariance = jnp.eye(w_gate_down.shape[1])
+    energy, directions = jnp.linalg.eigh(second_moments(w_gate_down, covariance))  # ascending
     left = jnp.maximum(energy[:, : energy.shape[1] - s], 0).sum(axis=1) / jnp.trace(covariance)
     return directions[:, :, energy.shape[1] - s :], left
 
 
-def _project(w_down, found):
+def _project(w_gate_down, found):
     directions, left = found
-    return w_down @ directions, left
+    return w_gate_down @ directions, left
 
 
 def _estimate_principal(x, prepared):
     w, left = prepared
-    kept = scoring.activation_norms(scoring.low_rank_activations(x, w))
+    kept = norms(x, w)
     return jnp.sqrt(kept**2 + left * jnp.sum(x * x, axis=1, keepdims=True))
 
 
-def second_moments(w_down, covariance):
-    """Those of each expert's activations, `[n, r, r]`, for tokens of that covariance `[d, d]`."""
-    return jnp.einsum("ndr,de,neq->nrq", w_down, covariance, w_down)
+def second_moments(w_gate_down, covariance):
+    """Second moments `[n, r, r]` of experts' activations, for tokens of `covariance [d, d]`."""
+    return jnp.einsum("ndr,de,neq->nrq", w_gate_down, covariance, w_gate_down)
 
 
 def effective_rank(second_moments):
-    """Over how many directions energy is spread, `(sum of eigenvalues)^2 / sum of squares`: `[...,
-    r, r] -> [...]`.
+    """The number of directions over which energy is spread, `(sum of eigenvalues)^2 / sum of their
+    squares`: `[..., r, r] -> [...]`.
     """
     trace = jnp.trace(second_moments, axis1=-2, axis2=-1)
     return trace**2 / jnp.sum(second_moments**2, axis=(-2, -1))
 
 
 def methods(r):
-    """name -> `Method`, for experts of rank `r`; the first one is exact."""
+    """name -> `Approximation`, for experts of rank `r`; the first one is exact."""
     found = {"exact": exact(), "bfloat16": bfloat16(), "int8": int8(), "float8 e4m3": float8()}
     families = {
         "random projection": random_projection,

@@ -1,10 +1,10 @@
-"""How AoE is balanced, on the embedded corpus: L_aux of all tokens, of an eighth of them, or none
-and a selection bias.
+"""Ways to balance AoE, on the embedded corpus: L_aux of all tokens, L_aux of an eighth of them, or
+a selection bias without a loss.
 
 `python -m benchmarks.balance --workdir=DIR [--seeds=3] [--steps=350] [--json=FILE]` trains each arm
-of `configs/tiny.py` once a seed, one after the other; a run that is finished is not run again, one
-that was stopped goes on. The seed sets parameters and the order of the data, so runs of one seed
-pair up: differences are to the first arm, seed by seed, with their standard error.
+of `configs/tiny.py` once per seed, one after the other. A finished run is not repeated; a stopped
+run continues. The seed sets parameters and the order of the data, so runs of one seed are pairs:
+differences are to the first arm, seed by seed, with their standard error.
 """
 
 import json
@@ -39,7 +39,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def _run(workdir, variant, balance, seed):
-    """Trains unless it is done; returns validation nll and load entropy."""
+    """Trains unless that is done; returns validation nll and load entropy."""
     train = {"seed": seed, "steps": _STEPS.value}
     check_workdir(workdir, configuration(variant, {"balance": balance, "train": train}))
     if not (workdir / "summary.json").exists():
@@ -58,9 +58,8 @@ def _run(workdir, variant, balance, seed):
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     entropies = [line["load_entropy"] for line in lines if "load_entropy" in line][-LAST_LINES:]
-    return read_json(workdir / "summary.json")["metrics"]["validation_nll"], statistics.mean(
-        entropies
-    )
+    nll = read_json(workdir / "summary.json")["metrics"]["validation_nll"]
+    return nll, statistics.mean(entropies)
 
 
 def _standard_error(values):
@@ -75,10 +74,9 @@ def main():
     for seed in range(_SEEDS.value):
         for arm, (variant, balance) in ARMS.items():
             name = "_".join(re.findall(r"\w+", arm))
-            results[arm].append(
-                _run(root / f"{name}_steps{_STEPS.value}_seed{seed}", variant, balance, seed)
-            )
-            nll, entropy = results[arm][-1]
+            workdir = root / f"{name}_steps{_STEPS.value}_seed{seed}"
+            nll, entropy = _run(workdir, variant, balance, seed)
+            results[arm].append((nll, entropy))
             print(
                 f"seed {seed} {arm:>18}: validation nll {nll:.4f}, load entropy {entropy:.3f}",
                 flush=True,
@@ -100,8 +98,8 @@ def main():
         figures.append(figure)
         print(
             f"{arm:>18}: validation nll {figure['mean_nll']:.4f}, {figure['difference']:+.4f} +- "
-            f"{figure['difference_error']:.4f} to the first; load entropy {figure['load_entropy']:.3f} +- "
-            f"{figure['load_entropy_error']:.3f}"
+            f"{figure['difference_error']:.4f} to the first; "
+            f"load entropy {figure['load_entropy']:.3f} +- {figure['load_entropy_error']:.3f}"
         )
     report(figures, _JSON.value)
 

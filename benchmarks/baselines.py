@@ -1,29 +1,30 @@
-"""Our dropless router MoE beside the MoE of the Flax tradition: experts of fixed capacity, dispatch
-and combine as einsums.
+"""Our dropless router MoE beside the MoE of the Flax tradition: experts of fixed capacity, with
+dispatch and combine as einsums.
 
 `python -m benchmarks.baselines [--shapes=128x8x2x256,...] [--batch=8] [--length=256]
 [--factors=1,1.25,2] [--dtype=float32] [--tunix] [--nomodel] [--repeats=7] [--json=FILE]`. A shape
 is d_model, n_experts, top_k, d_ffn. First one layer, forward+backward in parameters and tokens,
 then a training step of `configs/tiny.py`, of 8 sequences of 256 random tokens, L_aux of all.
-`computed` is the FLOPs of the products over the useful ones, by `counts.capacity_flops_per_token`;
-`memory` the temporary memory of the compiled program, over that of the router; `dropped` the share
-of the choices that found no room, by an untrained router or, of the step, after as many steps as
-were timed. `eval.py` shows that of a trained model.
+`computed` is the FLOPs of the products over the useful ones (`Capacity.wasted_flops`); `memory` is
+the temporary memory of the compiled program, over that of the router; `dropped` is the share of the
+choices that found their expert full, by an untrained router or, for the step, after as many steps
+as were timed. `eval.py` shows it for a trained model.
 
-`--tunix` adds two layers that were not written here, of `google-tunix` (`pip install
-'.[baselines]'`; Flax NNX), with our parameters. That of its Qwen3 computes what our router layer
-does (`differs` is by how much, of the largest output); without a mesh, and on CPU always, every
-expert computes every token, most of them as zeros. That of its Gemma 4 sorts rows by expert for
-`jax.lax.ragged_dot`, which on CPU is dense; it has GELU for SiLU and scales of its own. Neither
-drops tokens, and neither has a balance loss.
+`--tunix` adds two layers of the package `google-tunix` (`pip install '.[baselines]'`; Flax NNX),
+with our parameters. Its Qwen3 layer computes the same function as our router layer (`differs` is
+the largest difference over the largest output); without a mesh, and on CPU always, every expert
+computes every token, most of them as zeros. Its Gemma 4 layer sorts rows by expert for
+`jax.lax.ragged_dot`, which is dense on CPU; it has GELU instead of SiLU and scales of its own.
+Neither drops tokens, and neither has a balance loss.
 
 Other packages of PyPI with MoE layers in Flax, tried in 2026 with Python 3.11, JAX 0.10.2 and Flax
-0.12.8: nano-moe-jax 0.1.0 installs, its experts are of two matrices and all compute all tokens;
+0.12.8: nano-moe-jax 0.1.0 installs, but its experts have two matrices and all compute all tokens;
 praxis and paxml 1.4.0, which have GShard's einsums, EasyDeL 0.3.0 and DantinoX 0.4.14 are pinned to
 other versions; MaxText 0.2.5 and gemma 4.0.1 need Python 3.12.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,22 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
-from aoe_jax.config import BalanceConfig, Config, DataConfig, ExpertsConfig, ModelConfig
-from aoe_jax.counts import capacity_flops_per_token, layer_flops_per_token, training_flops_per_token
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.data import DataConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
+from aoe_jax.config.run import Config
+from aoe_jax.counts import layer_flops_per_token, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.experts.kinds import LAYERS
+from aoe_jax.methods.capacity import Capacity
+from aoe_jax.moe.routing import TopK
+from benchmarks.compiling import experts_layer
 from benchmarks.timing import (
     configuration,
     keep_freed_memory,
-    machine,
+    machine_in_words,
     medians,
-    parse_sizes,
+    parse_shapes,
     report,
 )
 
@@ -61,33 +68,40 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 ROUTER = "router, dropless"
 
 
-def factors():
-    """The capacity factors by name; UserError where one is no number greater than 0."""
-    found = {}
+def methods():
+    """The layers by name: `(experts.kind, routing)`.
+
+    Raises:
+      UserError: a capacity factor is no number greater than 0.
+    """
+    found = {ROUTER: ("router", TopK())}
     for text in _FACTORS.value:
         try:
-            found[f"capacity {text}"] = float(text)
+            factor = float(text)
         except ValueError:
-            found[text] = 0.0
-        if not 0 < list(found.values())[-1] < float("inf"):
+            factor = 0.0
+        if not 0 < factor < math.inf:
             raise UserError(f"--factors={text}: must be numbers greater than 0, such as 1,1.25,2")
+        found[f"capacity {text}"] = ("capacity", Capacity(capacity_factor=factor))
     return found
 
 
-def _layer_config(shape, length, **experts):
-    """A `Config` of which a layer and its counts are made."""
+def layer_config(shape, kind, routing):
+    """A `Config` of one layer and its counts."""
     d, n_experts, top_k, d_ffn = shape
     return Config(
-        ModelConfig(n_heads=1, d_model=d, max_len=length),
-        ExpertsConfig(n_experts=n_experts, top_k=top_k, d_ffn=d_ffn, **experts),
-        BalanceConfig(aux_weight=0.0),
-        DataConfig(seq_len=length),
+        model=ModelConfig(n_heads=1, d_model=d, max_len=_LENGTH.value, dtype=_DTYPE.value),
+        experts=ExpertsConfig(kind=kind, n_experts=n_experts, top_k=top_k, d_ffn=d_ffn),
+        routing=routing,
+        balance=BalanceConfig(aux_weight=0.0),
+        data=DataConfig(seq_len=_LENGTH.value),
     )
 
 
 def _computed(config, useful, layers=1):
     """FLOPs of the products of a layer or model in training, over the useful ones."""
-    surplus = capacity_flops_per_token(config)[1] if config.experts.kind == "capacity" else 0
+    is_capacity = config.experts.kind == "capacity"
+    surplus = config.routing.wasted_flops(config)[1] if is_capacity else 0
     return 1 + layers * surplus / useful
 
 
@@ -100,7 +114,7 @@ def _compiled(apply, params, x):
 
 
 def _import_tunix():
-    """Its modules `(nnx, gemma4.model, gemma4.moe, qwen3.model)`; UserError where it is missing."""
+    """The modules `(nnx, gemma4.model, gemma4.moe, qwen3.model)`; UserError if one is missing."""
     try:
         from flax import nnx
         from tunix.models.gemma4 import model as gemma4
@@ -112,9 +126,7 @@ def _import_tunix():
 
 
 def _tunix_layers(shape, params, dtype):
-    """name -> `(apply, params)` of the layers of google-tunix, with the parameters of a router
-    layer.
-    """
+    """name -> `(apply, params)`: layers of google-tunix with the parameters of our router layer."""
     nnx, gemma4, moe, qwen3 = _import_tunix()
     d, n_experts, top_k, d_ffn = shape
     shared = {"num_layers": 1, "embed_dim": d, "num_heads": 1, "head_dim": d, "num_kv_heads": 1}
@@ -130,20 +142,24 @@ def _tunix_layers(shape, params, dtype):
     of_gemma4 = gemma4.ModelConfig(
         num_embed=1, hidden_dim=d_ffn, expert_dim=d_ffn, enable_moe=True, **shared
     )
-    gates = jnp.stack([params["w_g"], params["w_p"]], axis=1).swapaxes(2, 3)
+    gates = jnp.stack([params["w_gate"], params["w_up"]], axis=1).swapaxes(2, 3)
     layers = {
         "tunix, Qwen3": (
             qwen3.MoELayer(of_qwen3, rngs=nnx.Rngs(0)),
             {
                 "router": {"kernel": params["w_router"]},
-                "gate_proj": params["w_g"],
-                "up_proj": params["w_p"],
-                "down_proj": params["w_o"],
+                "gate_proj": params["w_gate"],
+                "up_proj": params["w_up"],
+                "down_proj": params["w_down"],
             },
         ),
         "tunix, Gemma 4": (
             moe.MoERagged(of_gemma4, rngs=nnx.Rngs(0)),
-            {"router_logits": params["w_router"], "gating_einsum": gates, "linear": params["w_o"]},
+            {
+                "router_logits": params["w_router"],
+                "gating_einsum": gates,
+                "linear": params["w_down"],
+            },
         ),
     }
     found = {}
@@ -154,21 +170,16 @@ def _tunix_layers(shape, params, dtype):
     return found
 
 
-def layers(shape, dtype):
+def layers(shape):
     """name -> `(compiled gradient, its arguments, figures)` of one layer of each arm."""
+    dtype = jnp.dtype(_DTYPE.value)
     x = jax.random.normal(jax.random.key(0), (_BATCH.value, _LENGTH.value, shape[0]), dtype)
-    experts = {ROUTER: {"kind": "router"}}
-    experts |= {
-        name: {"kind": "capacity", "capacity_factor": factor} for name, factor in factors().items()
-    }
     arms, params, outputs = {}, None, {}
-    for name, settings in experts.items():
-        config = _layer_config(shape, _LENGTH.value, **settings)
-        layer = LAYERS[config.experts.kind](config.experts, dtype, config.balance)
+    for name, (kind, routing) in methods().items():
+        config = layer_config(shape, kind, routing)
+        layer = experts_layer(config)
         if params is None:  # all arms share those of the first
-            params = jax.jit(lambda key, x, layer=layer: layer.init(key, x)["params"])(
-                jax.random.key(1), x
-            )
+            params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
         outputs[name], stats = jax.jit(layer.apply)({"params": params}, x)
         figures = {"computed": _computed(config, layer_flops_per_token(config)[1])}
         if stats.dropped_share is not None:
@@ -177,15 +188,12 @@ def layers(shape, dtype):
             lambda params, x, layer=layer: layer.apply({"params": params}, x)[0], params, x
         )
         arms[name] = program, (params, x), figures
-    for name, (apply, state) in (
-        _tunix_layers(shape, params, dtype) if _TUNIX.value else {}
-    ).items():
+    others = _tunix_layers(shape, params, dtype) if _TUNIX.value else {}
+    for name, (apply, state) in others.items():
         figures = {}
         if "Qwen3" in name:
-            difference = (
-                jnp.abs(jax.jit(apply)(state, x) - outputs[ROUTER]).max()
-                / jnp.abs(outputs[ROUTER]).max()
-            )
+            wanted = outputs[ROUTER]
+            difference = jnp.abs(jax.jit(apply)(state, x) - wanted).max() / jnp.abs(wanted).max()
             figures["differs"] = float(difference)
         arms[name] = _compiled(apply, state, x), (state, x), figures
     return arms
@@ -212,22 +220,21 @@ def _report_arms(title, seconds, programs, figures):
         rest += [f"dropped {100 * figure['dropped']:.2f}%"] if "dropped" in figure else []
         rest += [f"differs by {figure['differs']:.1e}"] if "differs" in figure else []
         print(
-            f"{title} {name:>16}: {figure['ms']:8.1f} ms, {figure['ratio']:.2f}x, memory {figure['memory_ratio']:.2f}x"
-            + "".join(f", {words}" for words in rest),
+            f"{title} {name:>16}: {figure['ms']:8.1f} ms, {figure['ratio']:.2f}x, "
+            f"memory {figure['memory_ratio']:.2f}x" + "".join(f", {words}" for words in rest),
             flush=True,
         )
     return found
 
 
-def model_steps():
+def model_configs():
     """name -> `Config` of a training step of each arm."""
     router = configuration("moe", {"balance": {"aux_tokens": 1.0}})
-    return {ROUTER: router} | {
+    return {
         name: dataclasses.replace(
-            router,
-            experts=dataclasses.replace(router.experts, kind="capacity", capacity_factor=factor),
+            router, experts=dataclasses.replace(router.experts, kind=kind), routing=routing
         )
-        for name, factor in factors().items()
+        for name, (kind, routing) in methods().items()
     }
 
 
@@ -235,13 +242,13 @@ def main():
     """Times and prints an arm a line."""
     keep_freed_memory()
     form = "d_model x n_experts x top_k x d_ffn, such as 128x8x2x256"
-    shapes = [parse_sizes(shape, 4, form) for shape in _SHAPES.value]
+    shapes = parse_shapes(_SHAPES.value, form)
     if _TUNIX.value:
         _import_tunix()
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_in_words())
     found = []
     for shape in shapes:
-        arms = layers(shape, jnp.dtype(_DTYPE.value))
+        arms = layers(shape)
         calls = {
             name: lambda program=program, args=args: program(*args)
             for name, (program, args, _) in arms.items()
@@ -251,7 +258,7 @@ def main():
         programs, figures = ({name: arm[i] for name, arm in arms.items()} for i in (0, 2))
         found += _report_arms(title, seconds, programs, figures)
     if _MODEL.value:
-        configs = model_steps()
+        configs = model_configs()
         steps = {name: RepeatedStep(config) for name, config in configs.items()}
         seconds = medians(steps, _REPEATS.value)
         figures = {}

@@ -1,5 +1,5 @@
-"""What the compile checks share: grouped products and stacked layers, lowered for a device that
-isn't here.
+"""Shared by the compile checks: grouped products and stacked layers, lowered for a device that is
+not here.
 
 M rows, D contracted width, F output width, E experts.
 """
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.experts.grouped_matmul import grouped_matmul
-from aoe_jax.experts.grouped_matmul.megablox import tiles
-from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.experts.selection.assignment import SELECTION
 from aoe_jax.model.decoder import RMSNorm
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.grouped_matmul.megablox import tiles
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.sharding import MESH_AXES
 from aoe_jax.topology import topology_devices
 from configs import paper, tiny
@@ -31,7 +31,7 @@ TOPOLOGIES = {
 
 
 def tpu_devices(generation):
-    """Devices of a TPU that needn't be here; `libtpu` must."""
+    """Devices of a TPU that need not be here, compiled for with `libtpu`."""
     if generation not in TOPOLOGIES:
         raise UserError(f"--generations={generation} is unknown; choose of {', '.join(TOPOLOGIES)}")
     return topology_devices(TOPOLOGIES[generation])[1]
@@ -47,15 +47,16 @@ def expert_shapes():
             if experts.kind != "dense":
                 width = experts.width(d)
                 shapes |= {(d, width), (width, d)}
-                shapes |= (
-                    {(d, experts.d_low), (experts.d_low, width)} if experts.low_rank else set()
-                )
+                if experts.low_rank:
+                    shapes |= {(d, experts.d_low), (experts.d_low, width)}
     return sorted(shapes)
 
 
 def lower_for(device, backend, m, d, f, n_experts, dtype):
-    """The product `[M, D] x [E, D, F]` and its two gradients for a device of a topology: a
-    `jax.stages.Lowered`.
+    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology.
+
+    Returns:
+      A `jax.stages.Lowered`.
     """
     here = SingleDeviceSharding(device)
 
@@ -77,8 +78,8 @@ def lower_for(device, backend, m, d, f, n_experts, dtype):
 
 
 def megablox_tile_flops(m, d, f, n_experts, itemsize):
-    """FLOPs of whole tiles over the useful `6 M D F`, where every group ends within a tile,
-    computed for both its groups.
+    """FLOPs of whole tiles over the useful `6 M D F` at the worst group sizes: every group ends
+    within a tile, which is computed for both of its groups.
     """
     total = 0
     for name, (tm, tk, tn) in tiles(m, d, f, n_experts, itemsize).items():
@@ -87,27 +88,38 @@ def megablox_tile_flops(m, d, f, n_experts, itemsize):
     return total / (6 * m * d * f)
 
 
+def experts_layer(config: Config):
+    """The `ExpertsLayer` of a configuration, in its dtype."""
+    return ExpertsLayer(
+        experts=config.experts,
+        routing=config.routing,
+        balance=config.balance,
+        dtype=jnp.dtype(config.model.dtype),
+        recompute=config.model.remat == "experts",
+    )
+
+
+def unweighted_aux_loss(stats, balance):
+    """`sum_i f_i P_i` of `LayerStats`; 0 without a balance loss."""
+    return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
+
+
 def compile_layers(device, config: Config, n_tokens):
-    """The gradient of `n_layers` scanned layers of experts, in parameters and tokens, compiled for
+    """Compiles the gradient of `n_layers` scanned layers of experts, in parameters and tokens, for
     one device of a topology.
 
     Each is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with `model.remat`
     and the balance loss.
     """
-    m, dtype = config.model, jnp.dtype(config.model.dtype)
-    layer = LAYERS[config.experts.kind](
-        config.experts, dtype, config.balance, recompute=m.remat == "experts"
-    )
+    m, dtype, layer = config.model, jnp.dtype(config.model.dtype), experts_layer(config)
     norm = RMSNorm(dtype=dtype, use_scale=False)
 
     def block(x, params):
         y, stats = layer.apply({"params": params}, norm.apply({}, x))
-        return x + y, (
-            stats.load * stats.mean_probability
-        ).sum() if config.balance.has_loss else 0.0
+        return x + y, unweighted_aux_loss(stats, config.balance)
 
     if m.remat == "layer":
-        policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT_ROUTING)
         block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
     def loss(params, x):

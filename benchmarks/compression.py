@@ -3,8 +3,8 @@
 `python -m benchmarks.compression --workdir=DIR [--json=FILE]`, after `python eval.py --workdir=DIR
 [--split=...]`.
 
-The compressor gets what the model got: the bytes of the held-out split are what `xz` adds to the
-train text when it compresses both in one stream.
+The compressor gets the same text as the model: the held-out split is charged with the bytes by
+which the train text grows when `xz` compresses both in one stream.
 """
 
 import lzma
@@ -13,11 +13,10 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import Config
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
-from aoe_jax.training.workdir import read_config_json
+from aoe_jax.training.workdir import read_run_config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
@@ -31,12 +30,13 @@ def xz_size(text: bytes):
 def main():
     """Prints the comparison."""
     workdir = Path(cli.required(_WORKDIR))
-    data = Config.from_config_dict(read_config_json(workdir / "config.json")).data
+    data = read_run_config(workdir / "config.json").data
     evaluation = read_json(workdir / "eval.json")
     source = data.sources[0]
     if len(data.sources) > 1 or source.name == "prepared":
         raise UserError(
-            f"--workdir={workdir} was trained on data.name={data.name!r}; name a run on the text of one corpus"
+            f"--workdir={workdir} was trained on data.name={data.name!r}; name a run on the text "
+            "of one corpus"
         )
     corpus = load_corpus(source.name, source.path, data.cache, data.text_field)
     train = "".join(corpus.documents("train")).encode()
@@ -50,7 +50,8 @@ def main():
     figures["ratio"] = figures["model_bits_per_byte"] / figures["xz_bits_per_byte"]
     print(
         f"{figures['split']} bits per byte: model {figures['model_bits_per_byte']:.4f}, "
-        f"xz -9e with the train text {figures['xz_bits_per_byte']:.4f}, ratio {figures['ratio']:.3f}"
+        f"xz -9e with the train text {figures['xz_bits_per_byte']:.4f}, "
+        f"ratio {figures['ratio']:.3f}"
     )
     if _JSON.value:
         write_json(Path(_JSON.value), figures)

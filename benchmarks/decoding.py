@@ -1,13 +1,13 @@
-"""Decoding: a cache against reading the text anew for every token; AoE against router MoE; few
-experts; self-contrast.
+"""Decoding: with a cache and without it, AoE beside router MoE, few and many experts, and
+self-contrast.
 
 `python -m benchmarks.decoding [--length=512] [--batches=1,16] [--d_model=256] [--layers=4]
 [--repeats=7] [--json=FILE]`. Models have random weights in float32, a vocabulary of 4096, and 2 of
 8 or 8 of 64 experts (AoE with r = d/3 and r = d/12, of equal total parameters); a dense model has
-the total parameters of all, another the active ones. All are timed in turn. A token is read and the
-next one, the likeliest, found, with a cache of `--length` positions. `bytes` are of weights that a
-token needs; `recomputing` and `contrasting` say how many times as long it takes without a cache and
-with self-contrast.
+the total parameters of all, another the active ones. All are timed in turn. A step reads a token
+and finds the likeliest next one, with a cache of `--length` positions. `bytes` counts the weights
+that a token needs; `recomputing` and `contrasting` are the times without a cache and with
+self-contrast, over the time with a cache.
 """
 
 import jax
@@ -21,7 +21,7 @@ from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
 from aoe_jax.evaluation.generation import next_logits
 from aoe_jax.model.decoding import Cache, unstacked
 from aoe_jax.sharding import make_mesh
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
 
 _LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
@@ -61,7 +61,7 @@ def model_of(variant, experts, d_model, n_layers):
 
 
 def decoding(decoder, params, batch, length, contrast=None):
-    """A nullary function that reads STEPS tokens one by one."""
+    """A function without arguments that reads STEPS tokens one by one."""
     decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
     m = decoder.model
     shape = (batch, m.kv_heads, length + STEPS, m.d_model // m.n_heads)
@@ -84,7 +84,7 @@ def decoding(decoder, params, batch, length, contrast=None):
 
 
 def recomputing(decoder, params, batch, length):
-    """A nullary function that reads texts from the start, once."""
+    """A function without arguments that reads texts from the start, once."""
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, decoder.model.vocab_size)
 
     @jax.jit
@@ -96,8 +96,8 @@ def recomputing(decoder, params, batch, length):
 
 
 def token_bytes(config):
-    """Bytes of float32 weights that a token can't do without: active ones, all Wdown of AoE, and
-    the table.
+    """Bytes of float32 weights that a token needs: the active ones, the W_gate_down of all AoE
+    experts, and the table.
     """
     c, counts = config.experts, parameter_counts(config)
     idle = (c.n_experts - c.top_k) * c.d_low * config.model.d_model if c.kind == "aoe" else 0
@@ -118,7 +118,7 @@ def main():
         name: model_of(*settings, d_model, _LAYERS.value)
         for name, settings in variants(d_model).items()
     }
-    print(f"{machine()}")
+    print(machine_in_words())
     for batch in map(int, _BATCHES.value):
         seconds = medians(
             {
@@ -151,7 +151,8 @@ def main():
             }
             figures.append(figure)
             print(
-                f"  {name:<32} {1e3 * figure['step_seconds']:7.2f} ms a step, {figure['to_all']:5.2f} of dense with all"
+                f"  {name:<32} {1e3 * figure['step_seconds']:7.2f} ms a step, "
+                f"{figure['to_all']:5.2f} of dense with all"
                 + (f", {figure['to_router']:.2f} of router" if router else "")
                 + (f"; from the start {figure['recomputing']:.0f} times as long" if cached else "")
                 + (f"; contrasted {figure['contrasting']:.2f} times as long" if cached else "")

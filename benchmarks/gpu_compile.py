@@ -1,5 +1,5 @@
-"""Compiles the grouped products for an H100 that is not here, and reads from the program whether
-they are grouped.
+"""Compiles the grouped products for an H100 that is not here, and checks in the program that they
+are grouped.
 
 `python -m benchmarks.gpu_compile [--rows=32768] [--experts=8] [--json=FILE]`, with the
 `jax[cuda13]` wheels (`pip install '.[cuda]'`). Each shape of the configurations that the kernels
@@ -14,8 +14,8 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import UserError
-from aoe_jax.experts.grouped_matmul import mosaic_gpu
 from aoe_jax.json_files import write_json
+from aoe_jax.moe.grouped_matmul import mosaic_gpu
 from aoe_jax.topology import compiling_for, topology_devices
 from benchmarks.compiling import expert_shapes, lower_for
 
@@ -49,12 +49,11 @@ def main():
         figure["grouped"] &= figure["temp_bytes"] < figure["largest_dense_bytes"]
         figures.append(figure)
         print(", ".join(f"{key} {value}" for key, value in figure.items()), flush=True)
-    print(
-        f"{sum(figure['grouped'] for figure in figures)} of {len(figures)} are grouped; refused, not in blocks: {refused}"
-    )
+    n_grouped = sum(figure["grouped"] for figure in figures)
+    print(f"{n_grouped} of {len(figures)} are grouped; refused, not in blocks: {refused}")
     if _JSON.value:
         write_json(Path(_JSON.value), {"compiled": figures, "refused": refused})
-    if not all(figure["grouped"] for figure in figures):
+    if n_grouped < len(figures):
         raise SystemExit(1)
 
 

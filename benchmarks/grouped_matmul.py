@@ -12,8 +12,8 @@ import numpy as np
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.experts.grouped_matmul import grouped_matmul
-from benchmarks.timing import keep_freed_memory, machine, medians, parse_sizes, report
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from benchmarks.timing import keep_freed_memory, machine_in_words, medians, parse_shapes, report
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE"
@@ -32,8 +32,8 @@ def _inputs(m, d, f, n_experts, dtype):
 
 
 def _timed(product, rows, weights, g):
-    """Nullary functions: the product, and it with its gradients; and the temporary memory of the
-    latter.
+    """Two functions without arguments, the product alone and with its gradients, and the temporary
+    memory of the second.
     """
 
     def with_gradients(rows, weights, g):
@@ -49,11 +49,9 @@ def _timed(product, rows, weights, g):
 def main():
     """Times and prints one backend and shape a line."""
     keep_freed_memory()
-    shapes = [
-        parse_sizes(shape, 4, "four numbers MxDxFxE, such as 4096x512x1024x8")
-        for shape in _SHAPES.value
-    ]
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    form = "four numbers MxDxFxE, such as 4096x512x1024x8"
+    shapes = parse_shapes(_SHAPES.value, form)
+    print(machine_in_words())
     figures = []
     for m, d, f, n_experts in shapes:
         rows, weights, g, sizes = _inputs(m, d, f, n_experts, _DTYPE.value)
@@ -80,9 +78,11 @@ def main():
             }
             figures.append(figure)
             print(
-                f"M={m} D={d} F={f} E={n_experts} {name:>8}: forward {figure['forward_ms']:8.2f} ms, "
-                f"{figure['forward_ratio']:6.2f}x dense; forward+backward {figure['forward_backward_ms']:8.2f} ms, "
-                f"{figure['forward_backward_ratio']:6.2f}x; {figure['forward_backward_tflops']:.3f} TFLOP/s; "
+                f"M={m} D={d} F={f} E={n_experts} {name:>8}: "
+                f"forward {figure['forward_ms']:8.2f} ms, {figure['forward_ratio']:6.2f}x dense; "
+                f"forward+backward {figure['forward_backward_ms']:8.2f} ms, "
+                f"{figure['forward_backward_ratio']:6.2f}x; "
+                f"{figure['forward_backward_tflops']:.3f} TFLOP/s; "
                 f"temporary memory {figure['temp_megabytes']:.0f} MB",
                 flush=True,
             )

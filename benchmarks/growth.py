@@ -1,4 +1,4 @@
-"""How communication and predicted step time grow with the number of chips: AoE beside router MoE,
+"""Growth of communication and predicted step time with the number of chips: AoE beside router MoE,
 by transport.
 
 `python -m benchmarks.growth --output=DIR [--chips=16,32,64,128,256] [--tokens_per_chip=16384]
@@ -8,8 +8,8 @@ scaling keeps the batch of `--batch` sequences of 4096. Programs are traced, not
 those of the collectives in the program, and step times are bounds from public peak figures, see
 `aoe_jax/plan.py`.
 
-FSDP splits parameters over all chips. The others split experts over 16 chips and the rest over
-FSDP. At the end it is said from which number of chips on which of them receives least.
+FSDP splits parameters over all chips. The other arms split experts over 16 chips and the rest over
+FSDP. The last lines say from which number of chips on which arm receives least.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ import matplotlib.ticker
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import Config, MeshConfig
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.plan import plan
 from aoe_jax.topology import topology_devices
@@ -103,8 +104,8 @@ def draw(figures, folder):
 
 
 def overtakings(figures):
-    """One sentence for each kind and scaling: which arms receive least, and where the order
-    changes.
+    """A sentence for each kind and scaling: the order of the arms by bytes received, and the
+    numbers of chips at which it changes.
     """
     for scaling in ("weak", "strong"):
         for kind in ("AoE", "MoE"):
@@ -139,9 +140,10 @@ def main():
             for arm in ARMS:
                 result = plan(configuration(arm, n, sequences), generation, devices, compiles=False)
                 figures.append({"arm": arm, "scaling": scaling, "chips": n, **result})
+                gigabytes = sum(result["collective_bytes"].values()) / 1e9
                 print(
-                    f"{n:4} chips {scaling:>6} {arm:<16}: {sum(result['collective_bytes'].values()) / 1e9:7.2f} GB received "
-                    f"by a chip, step at least {result['step_seconds']:.3f} s, bound by {result['bound_by']}",
+                    f"{n:4} chips {scaling:>6} {arm:<16}: {gigabytes:7.2f} GB received by a chip, "
+                    f"step at least {result['step_seconds']:.3f} s, bound by {result['bound_by']}",
                     flush=True,
                 )
     for sentence in overtakings(figures):

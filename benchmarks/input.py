@@ -1,14 +1,14 @@
-"""How long a training step of configs/tiny.py waits for its batch, on several corpora: with and
-without reading ahead.
+"""The time that a training step of configs/tiny.py waits for its batch, on several corpora, with
+and without reading ahead.
 
 `python -m benchmarks.input [--data=NAME] [--cache=DIR] [--steps=60] [--json=FILE]`. NAME is as
-`data.name`; without it the corpora are the embedded addresses and, as a folder of texts, what the
-installed packages say of themselves, half of the tokens from each. They are tokenised before,
+`data.name`; without it the corpora are the embedded addresses and, as a folder of texts, the long
+descriptions of the installed packages, half of the tokens from each. They are tokenised before, and
 packed and shuffled.
 
-Real steps, those of the two arms in turn. A wait is the time of `next(data)` and of bringing the
-batch to the device, begun only when the step has ended: in training it runs beside the step, so
-this is the most that it can cost.
+The arms take real steps in turn. A wait is the time of `next(data)` and of moving the batch to the
+device. It begins only when the step has ended; in training it overlaps with the step, so this is
+the most that it can cost.
 """
 
 import importlib.metadata
@@ -23,18 +23,18 @@ import jax
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import DataConfig
+from aoe_jax.config.data import DataConfig
 from aoe_jax.data.pipeline import READ_OPTIONS, train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
-from benchmarks.timing import configuration, keep_freed_memory, machine, report
+from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, report
 
 ARMS = {
     "reading ahead": READ_OPTIONS,
     "without": grain.ReadOptions(num_threads=0, prefetch_buffer_size=0),
 }
-WARM_UP = 2  # steps of each arm that don't count
+WARM_UP = 2  # steps of each arm that are not counted
 
 _DATA = flags.DEFINE_string("data", None, "other corpora, as data.name")
 _STEPS = flags.DEFINE_integer("steps", 60, "timed steps of each arm", lower_bound=1)
@@ -77,7 +77,7 @@ def main():
         config = fill_mesh(configuration("aoe", {"data": data}), jax.device_count())
         corpus = open_corpus(config.data, config.model.vocab_size)
     mesh = make_mesh(config, jax.devices())
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_in_words())
     train = config.train
     iterators = {
         arm: iter(
@@ -111,8 +111,9 @@ def main():
         }
         figures.append(figure)
         print(
-            f"{arm:>13}: step {figure['step_ms']:.0f} ms, then {figure['wait_ms']:.2f} ms for the next batch: "
-            f"{100 * figure['share']:.2f}% of the time, at most {100 * figure['largest_share']:.2f}%"
+            f"{arm:>13}: step {figure['step_ms']:.0f} ms, then {figure['wait_ms']:.2f} ms for the "
+            f"next batch: {100 * figure['share']:.2f}% of the time, "
+            f"at most {100 * figure['largest_share']:.2f}%"
         )
     report(figures, _JSON.value)
 

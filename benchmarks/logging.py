@@ -1,15 +1,14 @@
-"""What logging costs a training step: `configs/tiny.py` on one core, with telemetry and without,
-timed in turn.
+"""The cost of logging in a training step: `configs/tiny.py` on one core, with telemetry and
+without, timed in turn.
 
-`python -m benchmarks.logging [--repeats=40] [--json=FILE]`. A step is as in `training/loop.py`:
-dispatched, then the figures of the one before are fetched, the three that every step gives or, of a
-step that is logged, all. `without` logs nothing; `every 20` is what the configuration asks for,
-`every step` the worst. Batches are of random tokens, files are temporary.
+`python -m benchmarks.logging [--repeats=40] [--json=FILE]`. A step is as in `training/loop.py`: it
+is dispatched, then the figures of the step before are fetched, all of them if it is logged.
+`without` logs nothing; `every 20` is the setting of the configuration, `every step` the worst case.
+Tokens are random, files are temporary.
 
 An arm's cost is the median, over repeats, of its difference to `without` in the same repeat: a step
-with a line for `every step`, a twentieth of that for `every 20`. `norms` is what the program gains
-by computing the norms of update and parameters, which every arm has: a step without them, timed
-alike.
+with a line for `every step`, a twentieth of that for `every 20`. `norms` is the cost of the norms
+of update and parameters, which every other arm computes: the difference to a step without them.
 """
 
 import os
@@ -24,8 +23,8 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.training.step import init_state, make_train_step
-from aoe_jax.training.telemetry import NoTelemetry, Telemetry
-from benchmarks.timing import configuration, keep_freed_memory, machine, report
+from aoe_jax.training.telemetry import Telemetry
+from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, report
 
 _REPEATS = flags.DEFINE_integer("repeats", 40, "timed steps of each arm", lower_bound=3)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
@@ -60,8 +59,8 @@ class Arm:
 
 
 def without_norms(config):
-    """The train step whose norms of update and parameters nobody wants, so that the compiler leaves
-    them out.
+    """The train step without the norms of update and parameters, which the compiler then leaves
+    out.
     """
     step = make_train_step(config)
 
@@ -76,7 +75,7 @@ def main():
     """Times and prints each arm's cost."""
     keep_freed_memory()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_in_words())
     config = configuration("aoe")
     programs = {"all": make_train_step(config), "bare": without_norms(config)}
     state, batch = jax.jit(lambda: init_state(config, 0))(), random_batch(config)
@@ -86,11 +85,12 @@ def main():
     }
     with tempfile.TemporaryDirectory() as folder:
         telemetry = Telemetry(Path(folder), config, 0)
+        silent = Telemetry(Path(folder), config, 0, writes=False)
         telemetry.start(state, steps["all"])
         arms = {
-            "without": Arm(config, steps["all"], NoTelemetry(), False),
+            "without": Arm(config, steps["all"], silent, False),
             "every step": Arm(config, steps["all"], telemetry, True),
-            "without norms": Arm(config, steps["bare"], NoTelemetry(), False),
+            "without norms": Arm(config, steps["bare"], silent, False),
         }
         for arm in arms.values():
             arm.run(), arm.run()

@@ -1,4 +1,4 @@
-"""Memory and FLOPs of stacked layers of experts, forward+backward, compiled for a TPU that needn't
+"""Memory and FLOPs of stacked layers of experts, forward+backward, compiled for a TPU that need not
 be here.
 
 `python -m benchmarks.memory [--generations=v5e,v5p] [--tokens=16384] [--layers=4]
@@ -6,17 +6,20 @@ be here.
 shape is n_experts, top_k, d_ffn, d_low. Layers are scanned, in bfloat16 over float32 parameters,
 each `x + experts(RMSNorm(x))`, with every setting of `model.remat`.
 
-`temp` is the compiler's temporary memory: what is kept for the backward pass and what is worked
-with. `flops` are the compiler's, over the useful ones.
+`temp` is the compiler's temporary memory, with the arrays kept for the backward pass. `flops` are
+the compiler's, over the useful ones.
 """
 
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
+from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
 from benchmarks.compiling import TOPOLOGIES, compile_layers, tpu_devices
-from benchmarks.timing import parse_sizes, report
+from benchmarks.timing import parse_shapes, report
 
 NO_LOSS, EIGHTH = BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.125)
 
@@ -48,7 +51,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 def main():
     """Compiles and prints one arm and setting a line, then AoE over router, each at its best."""
     form = "n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256"
-    shapes, figures = [parse_sizes(shape, 4, form) for shape in _SHAPES.value], []
+    shapes, figures = parse_shapes(_SHAPES.value, form), []
     devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}
     for generation, device in devices.items():
         for shape in shapes:
@@ -58,7 +61,7 @@ def main():
                     model = ModelConfig(
                         n_layers=_LAYERS.value, n_heads=1, d_model=_D_MODEL.value, remat=remat
                     )
-                    config = Config(model, experts, balance)
+                    config = Config(model=model, experts=experts, balance=balance)
                     compiled = compile_layers(device, config, _TOKENS.value)
                     temp[arm, remat] = compiled.memory_analysis().temp_size_in_bytes
                     # The compiler counts the body of a scan once, that is one layer.
@@ -73,8 +76,9 @@ def main():
                     }
                     figures.append(figure)
                     print(
-                        f"{generation} {shape[1]} of {shape[0]} f={shape[2]} r={shape[3]} {arm:>18} remat={remat:<7}: "
-                        f"temp {temp[arm, remat] / 1e9:5.2f} GB, flops {figure['flops_ratio']:.3f}x useful",
+                        f"{generation} {shape[1]} of {shape[0]} f={shape[2]} r={shape[3]} "
+                        f"{arm:>18} remat={remat:<7}: temp {temp[arm, remat] / 1e9:5.2f} GB, "
+                        f"flops {figure['flops_ratio']:.3f}x useful",
                         flush=True,
                     )
             for arm in arms(*shape):
@@ -84,7 +88,8 @@ def main():
                 ]
                 whole = temp[arm, "layer"] / temp["router", "layer"]
                 print(
-                    f"  {arm:>18} / router: {best[0] / best[1]:.2f} at best without layer, {whole:.2f} under layer"
+                    f"  {arm:>18} / router: {best[0] / best[1]:.2f} at best without layer, "
+                    f"{whole:.2f} under layer"
                 )
     report(figures, _JSON.value)
 

@@ -3,9 +3,9 @@
 
 `python -m benchmarks.mixtral [--repeats=5] [--json=FILE]`, with `torch` and `transformers`
 installed beside this package. All take 16 sequences of 256 random tokens through 4 layers of d=256
-with 4 heads and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096, L_aux (unless it says
-otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. They are timed in turn, and so is
-one plain product in torch and in JAX, since most of a step are products.
+with 4 heads and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096, L_aux (unless the arm
+says otherwise), clipping and AdamW, in float32. Mixtral runs eagerly. They are timed in turn, and
+so is one plain product in torch and in JAX, since a step consists mostly of products.
 """
 
 import os
@@ -18,7 +18,7 @@ from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
 
 CHANGES = {
     "model": {"d_model": 256},
@@ -32,8 +32,8 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def mixtral_step(config):
-    """A nullary function that takes one training step of `transformers`' Mixtral, of the shape of
-    `config`; its versions.
+    """A function that takes one training step of `transformers`' Mixtral in the shape of `config`,
+    and the versions of the packages in words.
     """
     try:
         import torch
@@ -77,9 +77,7 @@ def mixtral_step(config):
 
 
 def products(config):
-    """A plain product of tokens and a weight of one expert, in torch and in JAX: most of what both
-    steps are made of.
-    """
+    """A plain product of tokens and a weight of one expert, in torch and in JAX."""
     import torch
 
     d, f = config.model.d_model, config.experts.d_ffn
@@ -117,7 +115,7 @@ def main():
         name: RepeatedStep(c) for name, c in configurations.items()
     }
     seconds = medians(steps, _REPEATS.value)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()) + f", {versions}")
+    print(machine_in_words() + f", {versions}")
     rates = medians(products(router), 5 * _REPEATS.value)
     rate = rates["torch"] / rates["JAX"]
     print(f"one product of tokens and a weight: JAX at {rate:.2f}x torch's rate")
@@ -136,7 +134,8 @@ def main():
             }
         )
         print(
-            f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x, with {flops:.2f}x the useful FLOPs"
+            f"{name:>22}: {tokens / seconds[name]:7,.0f} tokens/s, {ratio:.2f}x, "
+            f"with {flops:.2f}x the useful FLOPs"
         )
     figures.append({"model": "one product", "speed_ratio": rate})
     report(figures, _JSON.value)

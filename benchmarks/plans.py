@@ -1,5 +1,5 @@
 """Plans of the configurations in the table of docs/machines.md: AoE and its router twin on TPU
-slices that aren't here.
+slices that are not here.
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` installed; minutes a
 row, of two cores. Each row is `python -m aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY`
@@ -9,7 +9,7 @@ with the fields in `ROWS`, at 4.2M tokens a step.
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
@@ -91,17 +91,16 @@ def main():
             memory, flops = figure["memory_bytes"], figure["flops"]
             totals.append(memory["total"])
             words = [
-                f"{memory['total'] / 1e9:.2f} of {figure['hbm_bytes'] / 1e9:.0f} GB (state {memory['state'] / 1e9:.2f})",
+                f"{memory['total'] / 1e9:.2f} of {figure['hbm_bytes'] / 1e9:.0f} GB "
+                f"(state {memory['state'] / 1e9:.2f})",
                 f"compiled {flops['compiled'] / flops['useful']:.3f} of useful FLOPs",
                 f"{sum(figure['collective_bytes'].values()) / 1e9:.1f} GB received",
                 f"step at least {figure['step_seconds']:.2f} s by {figure['bound_by']}",
                 f"MFU at most {figure['mfu_bound']:.2f}",
                 f"compiled in {figure['compile_seconds']:.0f} s",
             ]
-            print(
-                f"{variant:>12} {topology}, {', '.join(f'{k} {v}' for k, v in fields.items())}: {', '.join(words)}",
-                flush=True,
-            )
+            settings = ", ".join(f"{name} {value}" for name, value in fields.items())
+            print(f"{variant:>12} {topology}, {settings}: {', '.join(words)}", flush=True)
         print(f"{'':>12} memory of AoE / its twin: {totals[0] / totals[1]:.3f}", flush=True)
     report(figures, flags.FLAGS.json)  # defined by aoe_jax.plan
 

@@ -1,14 +1,14 @@
-"""Preparing data: its rate on one core beside that of the tokenizer library alone, and gigabytes of
-it, killed and resumed.
+"""Data preparation: its rate on one core beside that of the tokenizer library alone, and gigabytes
+of text, prepared with kills on the way.
 
-`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, a unit of work as a
-worker process does it (JSON lines read and parsed, hashed, tokenised, written, hashed again) in
-turn with nothing but the library's encoding of the same texts, in MB of text a second.
+`python -m benchmarks.prepare [--repeats=5] [--json=FILE]`: for each tokenizer, the units of work of
+a worker process (read and parse JSON lines, hash, tokenise, write, hash again) in turn with the
+library's encoding of the same texts alone, in MB of text a second.
 
 `python -m benchmarks.prepare --workdir=DIR --size=2e9 [--json=FILE]`: writes so many bytes of JSON
-lines into DIR, prepares them, kills that twice on the way, and has it go on; then counts the
-documents, and reads the store whole. Memory is the sum over all processes of what each holds alone
-(PSS), at its largest.
+lines into DIR and prepares them, once without a break, and once with two kills, continued each
+time; then compares the two and reads both stores whole. Memory is the largest sum over all
+processes of their proportional set sizes (PSS).
 """
 
 import importlib.util
@@ -28,16 +28,15 @@ import tokenizers
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.data.manifest import read_manifest
 from aoe_jax.data.preparation import (
     Settings,
     UnitWriter,
     check,
     install_tokenizer,
     make_plan,
-    unit_of,
 )
 from aoe_jax.data.sotu import speech_files
+from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from benchmarks.timing import report
@@ -67,8 +66,8 @@ def texts():
 
 
 def llama_model():
-    """The SentencePiece model of 32,000 pieces in the package mistral-common, where that is
-    installed.
+    """The SentencePiece model of 32,000 pieces in the package mistral-common; UserError if that is
+    not installed.
     """
     spec = importlib.util.find_spec("mistral_common")
     if spec is None:
@@ -95,9 +94,9 @@ def rates(repeats, vocab_size, count):
             (output / "units").mkdir(parents=True)
             settings = Settings(tokenizer)
             plan = make_plan([file], settings)
-            units = [unit_of(plan, number) for number in range(len(plan["units"]))]
+            units = range(len(plan["units"]))
             install_tokenizer(output, plan, settings)
-            write = UnitWriter(output, settings, [0] * len(units), None)
+            write = UnitWriter(output, plan, [0] * len(units))
             encode = load_tokenizer(saved_tokenizer(output), threads=1).encode
             arms = {
                 "prepare": lambda write=write, units=units: [write(unit) for unit in units],
@@ -124,14 +123,15 @@ def rates(repeats, vocab_size, count):
             )
             others = "".join(f", {arm} {figure[arm]:.1f}" for arm in list(arms)[1:])
             print(
-                f"{name:>14}: {figure['prepare']:.1f} MB of text a second{others}; {ratio:.2f} of the library's rate"
+                f"{name:>14}: {figure['prepare']:.1f} MB of text a second{others}; "
+                f"{ratio:.2f} of the library's rate"
             )
     return figures
 
 
 def write_texts(folder: Path, size):
-    """Files of about 64 MB of JSON lines, every document with a number of its own: how many
-    documents.
+    """Writes files of about 64 MB of JSON lines, in which every document has a number of its own;
+    returns the number of documents.
     """
     sources, written, count, number = list(texts()), 0, 0, 0
     while written < size:
@@ -146,8 +146,10 @@ def write_texts(folder: Path, size):
 
 
 def watched(command, output: Path, stop_at=None):
-    """Runs a command, or kills it when so many units of work are done: `(exit status, seconds,
-    largest memory)`.
+    """Runs a command, and kills it when `stop_at` units of work are done, if that is not None.
+
+    Returns:
+      `(exit status, seconds, largest memory)`.
     """
     started, largest = time.monotonic(), 0
     process = subprocess.Popen([*command, f"--output={output}"])
@@ -160,9 +162,7 @@ def watched(command, output: Path, stop_at=None):
 
 
 def memory(pid):
-    """Bytes that a process and those it began hold: what each has alone, and its part of what they
-    share.
-    """
+    """The bytes of a process and its children: their own and their part of shared memory (PSS)."""
     total = 0
     try:
         for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
@@ -192,12 +192,13 @@ def large(root: Path, size, processes):
     manifests = [read_manifest(store) for store in (whole, killed)]
     found = sum(split["documents"] for split in manifests[0]["splits"].values())
     if status or found != count or manifests[0] != manifests[1] or check(whole) or check(killed):
-        raise UserError(f"{killed} isn't {whole}, or has not all {count} documents")
+        raise UserError(f"{killed} differs from {whole}, or lacks some of the {count} documents")
     text = sum(split["bytes"] for split in manifests[0]["splits"].values())
     print(
-        f"{text / 1e9:.2f} GB of text, {count} documents, {units} units of work, {processes} processes: {seconds:.0f} s, "
-        f"{text / seconds / 1e6:.1f} MB of text a second; at most {max(largest, held) / 1e6:.0f} MB of memory. Killed "
-        f"{KILLS} times, it ended with the same shards, and all {found} documents"
+        f"{text / 1e9:.2f} GB of text, {count} documents, {units} units of work, "
+        f"{processes} processes: {seconds:.0f} s, {text / seconds / 1e6:.1f} MB of text a second; "
+        f"at most {max(largest, held) / 1e6:.0f} MB of memory. "
+        f"Killed {KILLS} times, it ended with the same shards, and all {found} documents"
     )
     return [
         {

@@ -1,10 +1,9 @@
-"""One training step over more and more devices of this machine: virtual CPU devices, then
-processes.
+"""One training step over 1 to 8 devices of this machine: virtual CPU devices, then processes.
 
 `python -m benchmarks.scaling [--devices=1,2,4,8] [--process_counts=1,2] [--repeats=5]
 [--json=FILE]`. The batch and the model stay the same (configs/tiny.py, AoE), so the devices share
-the work of one: what is measured is what splitting it costs, since virtual devices share the cores.
-Each mesh runs in processes of its own, each after the baseline, one device.
+the work of one. Virtual devices share the cores, so the times show the cost of splitting the work.
+Each mesh runs in processes of its own, after the baseline of one device.
 """
 
 import json
@@ -35,9 +34,7 @@ MESHES = {
 
 
 def time_steps(mesh, repeats):
-    """Median seconds of a training step of configs/tiny.py on a mesh, in this process and those
-    that it has joined.
-    """
+    """Median seconds of a training step of configs/tiny.py on a mesh of all joined processes."""
     step = RepeatedStep(configuration("aoe", {"mesh": mesh, "model": {"unroll": 1}}))
     return medians({"step": step}, repeats)["step"]
 
@@ -97,8 +94,9 @@ def main():
             "ratio": seconds / alone,
         }
         figures.append(figure)
+        processes = "processes" if n_processes > 1 else "process"
         print(
-            f"{n_processes} process{'es' if n_processes > 1 else ''} x {n_devices} devices along {name:<18}: "
+            f"{n_processes} {processes} x {n_devices} devices along {name:<18}: "
             f"{1e3 * seconds:7.0f} ms, {seconds / alone:.2f}x one device",
             flush=True,
         )

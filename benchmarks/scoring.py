@@ -1,4 +1,4 @@
-"""Scoring of choices: a context read once for all its continuations against once for each.
+"""Scoring of choices: reading a context once for all its continuations beside once for each.
 
 `python -m benchmarks.scoring [--contexts=128] [--layers=4] [--repeats=3] [--json=FILE]`: the
 default model, of random weights, scores random tokens in the shape of two kinds of task: contexts
@@ -12,13 +12,13 @@ import numpy as np
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import Model
 from aoe_jax.evaluation.scoring import Scorer
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.step import init_state
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
 
 # name: (tokens of a context, continuations, tokens of a continuation); numbers of tokens from, to.
 SHAPES = {
@@ -56,14 +56,10 @@ def random_choices(n_contexts, shape, vocab_size):
 def main():
     """Times both ways for each shape."""
     keep_freed_memory()
-    model, figures = (
-        random_model(
-            configuration("aoe", {"model": {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}})
-        ),
-        [],
-    )
+    layers = {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}
+    model, figures = random_model(configuration("aoe", {"model": layers})), []
     scorer = Scorer(model)
-    print(machine())
+    print(machine_in_words())
     for name, shape in SHAPES.items():
         choices = random_choices(_CONTEXTS.value, shape, model.config.model.vocab_size)
         together = [request for group in choices for request in group]
@@ -78,7 +74,8 @@ def main():
         ratio = seconds["apart"] / seconds["together"]
         figures.append({"shape": name, "seconds": seconds, "ratio": ratio})
         print(
-            f"{name}: {seconds['apart']:.2f} s apart, {seconds['together']:.2f} s together, ratio {ratio:.2f}",
+            f"{name}: {seconds['apart']:.2f} s apart, {seconds['together']:.2f} s together, "
+            f"ratio {ratio:.2f}",
             flush=True,
         )
     report(figures, _JSON.value)

@@ -1,33 +1,33 @@
-"""Cheaper choices for AoE, which scores all n experts for every token though only K go on: do they
-find the same experts?
+"""Cheaper ways to choose for AoE, which scores all n experts for every token: whether they find the
+same K experts.
 
 `python -m benchmarks.selection --workdir=DIR [--steps=200] [--tokens=16384] [--repeats=7]
 [--json=FILE]` trains the 8-of-64 model of `benchmarks.step` on the embedded corpus, loss-free (a
-run that is finished is not run again, one that was stopped goes on), takes the inputs of its layers
-of experts on validation text, and compares the choices of every method of
-`benchmarks.approximate_scores` with those of exact float32 scoring. A line says, of one method:
+finished run is not repeated, a stopped one continues), takes the inputs of its layers of experts on
+validation text, and compares the choices of every method of `benchmarks.approximate_scores` with
+those of exact float32 scoring. Each method has a line with:
 
-- agreement: the part of the exact choice that it finds too, mean over tokens and layers, and layer
-  by layer; identical: the tokens for which it finds all of it; nll: how much the model, trained
-  with the exact choice, loses on the same tokens when every layer chooses that way. Activations and
-  weights of the chosen are computed exactly;
-- its scoring FLOPs relative to exact ones, 8-bit ones counted half, and the measured time of
-  scoring and choosing in one layer. `prepare` (to quantise or project the weights) is needed at
-  every update of the weights, so once a step in training; `find` is to find the directions to
-  project on: once for a trained model; in training they may lag behind the weights, but age with
-  them;
-- what an AoE step would be to a router step: in FLOPs, as executed (the chosen activations are
-  computed again), with those of the forward pass alone in brackets; and in time: both steps are
-  measured, and what the method saves in scoring is taken off, with directions found never and at
-  every step. The covariance of the tokens, which they need, costs `d / (n r)` of scoring if it is
-  of all tokens, and isn't counted.
+- agreement: the share of the exact choice that it finds, mean over tokens and layers, and layer by
+  layer; identical: the share of tokens for which it finds the whole choice; nll: the change of the
+  model's nll on the same tokens when every layer chooses that way. The model is trained with the
+  exact choice; activations and weights of the chosen experts are exact;
+- its scoring FLOPs relative to exact ones, where 8-bit FLOPs count half, and the measured time of
+  scoring and choosing in one layer. `prepare` quantises or projects the weights, so training needs
+  it once a step. `find` finds the directions to project on: once for a trained model; in training
+  they may be older than the weights, but become worse as the weights change;
+- the ratio of an AoE step to a router step. In FLOPs: as executed (the chosen activations are
+  computed again), and for the forward pass alone in brackets. In time: both steps are measured, and
+  the time that the method saves in scoring is subtracted, with directions found never and at every
+  step. Their covariance of the tokens costs `d / (n r)` of scoring if it is of all tokens, which is
+  not counted.
 
-The last line is what no method can pass: scoring and choosing for nothing.
+The last line is the bound for every method: scoring and choosing at no cost.
 
-T tokens, L layers, d model width, n experts, r low rank (d_low), K chosen per token.
+Axis letters: see `aoe_jax/moe/__init__.py`.
 """
 
 import itertools
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,14 +43,16 @@ from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.experts.aoe import AoELayer
-from aoe_jax.experts.selection.top_k import top_k as choose_top_k
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.routing import Method, best_experts
+from aoe_jax.moe.routing import top_k as choose_top_k
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import train
 from aoe_jax.training.step import init_state, sequence_nll
 from aoe_jax.training.workdir import check_data, check_workdir
 from benchmarks.approximate_scores import (
+    Approximation,
     agreement,
     choice_scores,
     effective_rank,
@@ -58,7 +60,7 @@ from benchmarks.approximate_scores import (
     relative_cost,
     second_moments,
 )
-from benchmarks.timing import configuration, keep_freed_memory, machine, medians, report
+from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
 
 # "sparse" of benchmarks/step.py, d_low = d / 3.
 SPARSE = {
@@ -79,7 +81,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def trained_model(config, workdir):
-    """Trains unless it is done; `(params, routing state, corpus)`."""
+    """Trains unless that is done; returns `(params, routing state, corpus)`."""
     check_workdir(workdir, config)
     if not (workdir / "summary.json").exists():
         train(config, workdir)
@@ -99,45 +101,50 @@ def first_batches(store, config, count):
 
 
 def layer_inputs(config, params, routing_state, batches):
-    """What the layers of experts score in each batch: a list of `[L, T, d]`, without padding."""
+    """The inputs of the layers of experts in each batch, without padding: a list of `[L, T, d]`."""
 
     def instead_of_statistics(call, args, kwargs, context):
         result = call(*args, **kwargs)
-        if isinstance(context.module, AoELayer) and context.method_name == "__call__":
+        if isinstance(context.module, ExpertsLayer) and context.method_name == "__call__":
             return result[0], args[0].reshape(-1, args[0].shape[-1])
         return result
 
     decoder = Decoder.from_config(config)
     with nn.intercept_methods(instead_of_statistics):
-        # Statistics are what the decoder hands out, stacked over layers.
+        # The decoder stacks over layers whatever stands in the place of statistics.
         take = jax.jit(lambda batch: sequence_nll(decoder, params, routing_state, batch, False)[1])
         return [take(batch)[:, batch["weights"].reshape(-1) > 0] for batch in batches]
 
 
-def nll_with(method, config, params, bias, prepared, batches):
-    """Mean nll of the batches where each layer chooses by `choice_scores`.
+@dataclass(frozen=True)
+class ByApproximation(Method):
+    """Top-k by `choice_scores`.
 
-    Only the scores that are chosen by are replaced: sparse scoring computes the norms of the
-      chosen, which give the
-    weights, from their own activations.
+    Only the choice is approximate: with sparse scoring, weights come from the exact norms of the
+    chosen experts. The state has `prepared` and `selection_bias`.
     """
 
-    def with_other_scores(call, args, kwargs, context):
-        if isinstance(context.module, AoELayer) and context.method_name == "pipeline":
-            devices, x, given, _, balance_scores, gate, weights = args
-            of_layer, bias = given.state["prepared"], given.state["selection_bias"]
-            scores = choice_scores(
-                method, x, weights["w_down"], of_layer, config.experts.top_k, bias
-            )
-            return call(devices, x, given, scores, balance_scores, gate, weights)
-        return call(*args, **kwargs)
+    name = "top_k"
+    fixed_k = True
+    normalises_chosen = True
 
-    decoder = Decoder.from_config(config)
-    with nn.intercept_methods(with_other_scores):
-        # The decoder gives each layer its part of whatever is in the state.
-        state = {"selection_bias": bias, "prepared": prepared}
-        step = jax.jit(lambda batch: sequence_nll(decoder, params, state, batch, False)[0])
-        total = sum(float(step(batch)) for batch in batches)
+    approximation: Approximation
+
+    def __call__(self, scores, weights, ctx):
+        """A `Routing` of other scores than `scores`."""
+        prepared, bias = ctx.state["prepared"], ctx.state["selection_bias"]
+        scores = choice_scores(
+            self.approximation, ctx.x, weights["w_gate_down"], prepared, ctx.top_k, bias
+        )
+        return choose_top_k(scores, ctx.top_k, bias=bias)
+
+
+def nll_with(method, config, params, bias, prepared, batches):
+    """Mean nll of the batches where each layer chooses by `choice_scores`."""
+    decoder = Decoder.from_config(config).clone(routing=ByApproximation(method))
+    state = {"selection_bias": bias, "prepared": prepared}
+    step = jax.jit(lambda batch: sequence_nll(decoder, params, state, batch, False)[0])
+    total = sum(float(step(batch)) for batch in batches)
     return total / sum(float(batch["weights"].sum()) for batch in batches)
 
 
@@ -145,8 +152,8 @@ def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
     """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost`
     times exact scoring.
 
-    Useful FLOPs count scoring once for every expert, the chosen among the active; here all scoring
-    comes on top.
+    Useful FLOPs count the scoring of the chosen experts with their other FLOPs; here the scoring of
+    all experts is added to these.
     """
     c = config.experts
     one_expert = 2 * config.model.d_model * c.d_low
@@ -154,26 +161,26 @@ def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
     return useful_flops(config) + config.model.n_layers * extra
 
 
-def chosen_experts(method, top_k, x, w_down, prepared, bias):
+def chosen_experts(method, top_k, x, w_gate_down, prepared, bias):
     """The choice of one layer, `[T, K]`."""
-    scores = choice_scores(method, x, w_down, prepared, top_k, bias)
-    return choose_top_k(scores, top_k, bias=bias).expert.reshape(-1, top_k)
+    scores = choice_scores(method, x, w_gate_down, prepared, top_k, bias)
+    return best_experts(scores, top_k, bias)
 
 
-def compare(choose, exact, inputs, w_down, prepared, bias):
-    """Mean agreement with the exact choice and part of identical sets, `[L]` each.
+def compare(choose, exact, inputs, w_gate_down, prepared, bias):
+    """Mean agreement with the exact choice and share of identical sets, `[L]` each.
 
     Args:
       choose: a compiled `chosen_experts`.
       exact: the exact choice, a list over layers of lists over batches.
       inputs: a list of `[L, T, d]`.
-      w_down: `[L, n, d, r]`; `prepared` and `bias` are stacked over layers as well.
-      prepared: what the method takes.
+      w_gate_down: `[L, n, d, r]`; `prepared` and `bias` are stacked over layers as well.
+      prepared: the results of the method's `prepare`.
       bias: `[L, n]`.
     """
     by_layer = []
     for layer, wanted in enumerate(exact):
-        of_layer = jax.tree.map(lambda a: a[layer], (w_down, prepared, bias))
+        of_layer = jax.tree.map(lambda a: a[layer], (w_gate_down, prepared, bias))
         pairs = [
             agreement(e, choose(x[layer], *of_layer)) for e, x in zip(wanted, inputs, strict=True)
         ]
@@ -184,59 +191,55 @@ def compare(choose, exact, inputs, w_down, prepared, bias):
 
 
 def main():
-    """Trains where that is not done, and prints one method a line."""
+    """Trains unless that is done, and prints one method a line."""
     keep_freed_memory()
     root = Path(cli.required(_WORKDIR)).absolute()
     root.mkdir(parents=True, exist_ok=True)
     config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})
     router = configuration("moe", SPARSE, {"balance": {"aux_tokens": 1.0}})
-    n_layers, n_experts, top_k = (
-        config.model.n_layers,
-        config.experts.n_experts,
-        config.experts.top_k,
-    )
+    n_layers = config.model.n_layers
+    n_experts, top_k = config.experts.n_experts, config.experts.top_k
     params, routing_state, corpus = trained_model(config, root / f"steps{_STEPS.value}")
     bias = routing_state["selection_bias"]
-    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    print(machine_in_words(), flush=True)
 
     tokens_per_batch = config.tokens_per_step
     batches = first_batches(
         corpus.validation["sotu"], config, -(-_TOKENS.value // tokens_per_batch)
     )
     inputs = layer_inputs(config, params, routing_state, batches)
-    train_inputs = layer_inputs(
-        config,
-        params,
-        routing_state,
-        first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES),
-    )
-    covariance = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs) / sum(
-        x.shape[1] for x in train_inputs
-    )
-    w_down = params["layers"]["experts"]["w_down"]
-    ranks = effective_rank(jax.vmap(second_moments)(w_down, covariance)).mean(axis=1).tolist()
+    train_batches = first_batches(corpus.train["sotu"], config, COVARIANCE_BATCHES)
+    train_inputs = layer_inputs(config, params, routing_state, train_batches)
+    squares = sum(jnp.einsum("ltd,lte->lde", x, x) for x in train_inputs)
+    covariance = squares / sum(x.shape[1] for x in train_inputs)
+    w_gate_down = params["layers"]["experts"]["w_gate_down"]
+    ranks = effective_rank(jax.vmap(second_moments)(w_gate_down, covariance)).mean(axis=1).tolist()
 
     found = methods(config.experts.d_low)
     choose = {
         name: jax.jit(partial(chosen_experts, method, top_k)) for name, method in found.items()
     }
-    directions = {name: jax.vmap(method.find)(w_down, covariance) for name, method in found.items()}
+    directions = {
+        name: jax.vmap(method.find)(w_gate_down, covariance) for name, method in found.items()
+    }
     prepared = {
-        name: jax.vmap(method.prepare)(w_down, directions[name]) for name, method in found.items()
+        name: jax.vmap(method.prepare)(w_gate_down, directions[name])
+        for name, method in found.items()
     }
     exact = [
         [
-            choose["exact"](x[layer], w_down[layer], prepared["exact"][layer], bias[layer])
+            choose["exact"](x[layer], w_gate_down[layer], prepared["exact"][layer], bias[layer])
             for x in inputs
         ]
         for layer in range(n_layers)
     ]
 
-    # One layer alone, on real tokens: how evenly they use the experts matters to the exact norms of
-    # candidates.
+    # One layer alone, on real tokens: the exact norms of candidates take longer with uneven load.
     middle, timed = n_layers // 2, {"choose": {}, "prepare": {}, "find": {}}
     for name, method in found.items():
-        one = jax.tree.map(lambda a: a[middle], (directions[name], w_down, prepared[name], bias))
+        one = jax.tree.map(
+            lambda a: a[middle], (directions[name], w_gate_down, prepared[name], bias)
+        )
         timed["choose"][name] = partial(choose[name], inputs[0][middle], *one[1:])
         timed["prepare"][name] = partial(jax.jit(method.prepare), one[1], one[0])
         timed["find"][name] = partial(jax.jit(method.find), one[1], covariance[middle])
@@ -257,18 +260,21 @@ def main():
         }
 
     def step_ratio(layer_seconds):
-        return (step["aoe"] + n_layers * (layer_seconds - seconds["choose"]["exact"])) / step[
-            "router"
-        ]
+        change = n_layers * (layer_seconds - seconds["choose"]["exact"])
+        return (step["aoe"] + change) / step["router"]
 
+    by_layer = " ".join(f"{rank:.1f}" for rank in ranks)
     print(
-        f"effective rank of an expert's activations, layer by layer: {' '.join(f'{rank:.1f}' for rank in ranks)} of "
-        f"{config.experts.d_low}; steps: AoE {1e3 * step['aoe']:.0f} ms, router {1e3 * step['router']:.0f} ms",
+        f"effective rank of an expert's activations, layer by layer: {by_layer} of "
+        f"{config.experts.d_low}; steps: AoE {1e3 * step['aoe']:.0f} ms, "
+        f"router {1e3 * step['router']:.0f} ms",
         flush=True,
     )
     figures, exact_nll = [], None
     for name, method in found.items():
-        overlaps, identical = compare(choose[name], exact, inputs, w_down, prepared[name], bias)
+        overlaps, identical = compare(
+            choose[name], exact, inputs, w_gate_down, prepared[name], bias
+        )
         nll = nll_with(method, config, params, bias, prepared[name], batches)
         exact_nll = nll if exact_nll is None else exact_nll
         cost = relative_cost(method, n_experts, top_k)
@@ -291,19 +297,22 @@ def main():
             "step_ratio_finding": step_ratio(choosing + preparing + finding),
         }
         figures.append(figure)
+        by_layer = " ".join(f"{100 * overlap:.1f}" for overlap in overlaps)
         print(
-            f"{name:>35}: agreement {figure['agreement']:7.2%} ({' '.join(f'{100 * a:.1f}' for a in overlaps)}), "
+            f"{name:>35}: agreement {figure['agreement']:7.2%} ({by_layer}), "
             f"identical {figure['identical']:6.1%}, nll {figure['nll_difference']:+.4f}; "
             f"scoring FLOPs {cost:.3f}x, {1e3 * choosing:.1f} ms ({figure['choose_ratio']:.2f}x), "
             f"prepare {1e3 * preparing:.1f} ms, find {1e3 * finding:.1f} ms; "
-            f"step / router: FLOPs {figure['step_flops_ratio']:.3f} (forward {figure['forward_flops_ratio']:.3f}), "
+            f"step / router: FLOPs {figure['step_flops_ratio']:.3f} "
+            f"(forward {figure['forward_flops_ratio']:.3f}), "
             f"time {figure['step_ratio']:.3f} to {figure['step_ratio_finding']:.3f}",
             flush=True,
         )
     bound = {**flops_ratios(0.0), "step_ratio": step_ratio(0.0)}
     print(
-        f"{'scoring for nothing':>35}: step / router: FLOPs {bound['step_flops_ratio']:.3f} (forward "
-        f"{bound['forward_flops_ratio']:.3f}), time {bound['step_ratio']:.3f}; exact nll {exact_nll:.4f}"
+        f"{'scoring for nothing':>35}: step / router: FLOPs {bound['step_flops_ratio']:.3f} "
+        f"(forward {bound['forward_flops_ratio']:.3f}), time {bound['step_ratio']:.3f}; "
+        f"exact nll {exact_nll:.4f}"
     )
     step_ms = {kind: 1e3 * value for kind, value in step.items()}
     figures.append(

@@ -1,26 +1,24 @@
-"""What slots cost that aren't in use: top-k laid out as by selections that give a token any number
-of experts.
+"""The cost of unused slots: top-k in the layout of routers that give a token any number of experts.
 
 `python -m benchmarks.slots [--models=tiny,small] [--repeats=15] [--json=FILE]`. Top-p, Expert
-Threshold, DynMoE and Routing-Free lay out n slots a token, and on AoE every norm of theirs carries
-a gradient. Here top-k does the same, with the experts and weights that it has anyway: a training
-step with K slots, with `score_gradient="dense"`, and with n slots. Random tokens; the arms of a
-kind are timed in turn.
+Threshold, DynMoE and Routing-Free have n slots per token, and on AoE all their norms carry a
+gradient. Here top-k does the same with its own experts and weights: a training step with K slots,
+with `score_gradient="dense"`, and with n slots. Tokens are random; the arms of a kind are timed in
+turn.
 """
 
-from unittest import mock
+import dataclasses
 
 from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
-from aoe_jax.experts.selection import SELECTIONS
 from benchmarks.all_slots import AllSlots
 from benchmarks.timing import (
     check_models,
     configuration,
     keep_freed_memory,
-    machine,
+    machine_in_words,
     medians,
     report,
 )
@@ -42,8 +40,7 @@ def steps_of(model, kind):
     config = configuration(variant, MODELS[model], changes)
     if changes:
         steps["K slots, all norms' gradients"] = RepeatedStep(config)
-    with mock.patch.dict(SELECTIONS, top_k=AllSlots()):
-        steps["n slots"] = RepeatedStep(config)
+    steps["n slots"] = RepeatedStep(dataclasses.replace(config, routing=AllSlots()))
     return steps
 
 
@@ -51,7 +48,7 @@ def main():
     """Times and prints an arm a line."""
     keep_freed_memory()
     check_models(_MODELS.value, MODELS)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_in_words())
     figures = []
     for model in _MODELS.value:
         for kind in ("router", "aoe"):
@@ -63,8 +60,8 @@ def main():
                 figure |= {"ratio": seconds[arm] / seconds["K slots"], "temp_ratio": memory}
                 figures.append(figure)
                 print(
-                    f"{model:>6} {kind:>6} {arm:>29}: {figure['ms']:6.1f} ms, {figure['ratio']:.2f}x, temporary memory "
-                    f"{memory:.2f}x",
+                    f"{model:>6} {kind:>6} {arm:>29}: {figure['ms']:6.1f} ms, "
+                    f"{figure['ratio']:.2f}x, temporary memory {memory:.2f}x",
                     flush=True,
                 )
     report(figures, _JSON.value)

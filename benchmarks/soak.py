@@ -1,14 +1,14 @@
-"""A soak: real training processes, killed at random moments again and again, must end as the one
-that wasn't.
+"""A soak test: real training processes that are killed at random moments must end in the same state
+as one that is not.
 
 `python -m benchmarks.soak --workdir=DIR [--kills=50] [--terms=20] [--seed=0] [--json=FILE]`: first
-a small model is trained without a break; then the same run is started over and over, and killed
+a small model is trained without a break. Then the same run is started over and over, and killed
 (SIGKILL) or asked to stop (SIGTERM) right after its start, while its data is prepared, in its
-steps, or while it saves. A run that comes to its end in spite of that is compared with the first,
-bit for bit: the metrics, every line of metrics.jsonl but for its timing, the position in the data
-and the fingerprints of all arrays of the last checkpoint; then the next one begins. After every
-stop each complete checkpoint is read whole. Fails on the first difference, checkpoint that can't be
-read, or exit status that isn't right.
+steps, or while it saves. When the run reaches its end, it is compared with the first, bit for bit:
+the metrics, every line of metrics.jsonl except its timing, the position in the data and the
+fingerprints of all arrays of the last checkpoint. Then the next run begins. After every stop each
+complete checkpoint is read whole. The program fails at the first difference, unreadable checkpoint
+or wrong exit status.
 """
 
 from pathlib import Path
@@ -34,8 +34,9 @@ def main():
         raise UserError(f"--workdir={root} exists already; name a new directory")
     figures = soak(root, _KILLS.value, _TERMS.value, _SEED.value)
     print(
-        f"{figures['kills']} kills and {figures['terms']} requests to stop over {figures['runs_finished']} run(s): all "
-        "ended bit for bit as the run without a break, and every checkpoint could be read"
+        f"{figures['kills']} kills and {figures['terms']} requests to stop over "
+        f"{figures['runs_finished']} run(s): all ended bit for bit as the run without a break, and "
+        "every checkpoint could be read"
     )
     for what, count in figures["stops"].items():
         print(f"{count:4d}  {what}")

@@ -1,8 +1,8 @@
 """A whole training step of AoE beside that of a router MoE of equal total parameters.
 
 `python -m benchmarks.step [--models=tiny,deep,sparse] [--repeats=7] [--json=FILE]`. `useful` is the
-ratio of useful FLOPs of the two steps; `over` is how far the measured ratio lies above it. Random
-tokens; the two are timed in turn.
+ratio of the useful FLOPs of the two steps; `over` is the measured ratio of times over it. Tokens
+are random; all arms are timed in turn.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from benchmarks.timing import (
     check_models,
     configuration,
     keep_freed_memory,
-    machine,
+    machine_in_words,
     medians,
     report,
 )
@@ -52,7 +52,7 @@ def main():
     """Times and prints one arm a line."""
     keep_freed_memory()
     check_models(_MODELS.value, MODELS)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_in_words())
     figures = []
     for name in _MODELS.value:
         for rank in RANKS[name]:
@@ -82,7 +82,8 @@ def main():
                 print(
                     f"{name:>6} d_low=d/{rank:<2} {arm:>12}: {figure['ms']:7.0f} ms, "
                     f"{figure['tokens_per_second']:7,.0f} tokens/s, {figure['ratio']:.3f}x router "
-                    f"(useful FLOPs {figure['useful_ratio']:.3f}x, over {figure['ratio'] / figure['useful_ratio']:.3f}), "
+                    f"(useful FLOPs {figure['useful_ratio']:.3f}x, "
+                    f"over {figure['ratio'] / figure['useful_ratio']:.3f}), "
                     f"temporary memory {figure['temp_ratio']:.2f}x",
                     flush=True,
                 )

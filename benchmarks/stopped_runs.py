@@ -1,6 +1,4 @@
-"""Runs that are stopped by signals at random moments, and how they are held against one that isn't;
-see `soak.py`.
-"""
+"""Runs that signals stop at random moments, compared with a run without a break; see `soak.py`."""
 
 import collections
 import json
@@ -37,7 +35,7 @@ SETTINGS = {
     "checkpoint.keep": 3,
 }
 MOMENTS = ("start", "preparation", "steps", "save")
-PATIENCE = 300  # seconds until a moment that doesn't come counts as a failure
+PATIENCE = 300  # seconds of waiting for a moment, before that counts as a failure
 
 
 class Failure(Exception):
@@ -48,8 +46,11 @@ class Soak:
     """One run after the other in `root`, all with the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Writes the texts: the addresses of a few decades, one document each; `settings`: fields
-        beside `SETTINGS`.
+        """Writes the texts, the addresses of a few decades, one document each.
+
+        Args:
+          root: a directory.
+          settings: fields of the configuration beside `SETTINGS`.
         """
         self._settings = SETTINGS | settings
         self._root, self.texts, self.cache = root, root / "texts", root / "cache"
@@ -58,7 +59,7 @@ class Soak:
             shutil.copyfile(file, self.texts / file.name)
 
     def start(self, workdir):
-        """Starts the training program, or has it go on."""
+        """Starts the training program, which continues a run that has begun."""
         settings = self._settings | {"data.path": self.texts, "data.cache": self.cache}
         command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in settings.items()]
@@ -72,7 +73,7 @@ class Soak:
         )
 
     def whole(self):
-        """The run that nobody stops: its workdir."""
+        """Trains the run without a break; returns its workdir."""
         process = self.start(self._root / "whole")
         _, stderr = process.communicate()
         if process.returncode:
@@ -80,8 +81,10 @@ class Soak:
         return self._root / "whole"
 
     def life(self, workdir, moment, number, chance):
-        """Starts the run and stops it at `moment` by a signal: `(exit status, stderr)`; it may end
-        before.
+        """Starts the run and stops it at `moment` by a signal, unless it ends before.
+
+        Returns:
+          `(exit status, stderr)`.
         """
         if moment == "preparation":
             shutil.rmtree(self.cache / "tokens", ignore_errors=True)
@@ -131,8 +134,10 @@ def _heartbeat(workdir):
 
 
 def check_checkpoints(workdir):
-    """Reads every checkpoint that is to be kept whole; `Failure` where one can't be read or was
-    found damaged.
+    """Reads every checkpoint that the run keeps.
+
+    Raises:
+      Failure: one cannot be read or was found damaged.
     """
     if (workdir / "damaged_checkpoints").exists():
         raise Failure(f"{workdir} has damaged checkpoints")
@@ -140,28 +145,27 @@ def check_checkpoints(workdir):
         return
     import jax
 
-    from aoe_jax.config import Config
     from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state
-    from aoe_jax.training.workdir import read_config_json
+    from aoe_jax.training.workdir import read_run_config
 
-    config = Config.from_config_dict(read_config_json(workdir / "config.json"))
+    config = read_run_config(workdir / "config.json")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.eval_shape(lambda: init_state(config, 0))
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract
     )
     checkpoints = Checkpoints(workdir)
-    # A kill may come while an older one is being deleted, of which a part is left then.
+    # A kill while an older checkpoint is being deleted leaves a part of it.
     for step in checkpoints.steps()[-config.checkpoint.keep :]:
         try:
             checkpoints.restore(step, abstract)
         except Exception as e:
-            raise Failure(f"checkpoint of step {step} of {workdir} can't be read: {e}") from e
+            raise Failure(f"checkpoint of step {step} of {workdir} cannot be read: {e}") from e
 
 
 def result(workdir):
-    """All that two runs have in common if they computed the same."""
+    """Everything that is equal in two runs that computed the same."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     untimed = [
         {name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines
@@ -170,17 +174,22 @@ def result(workdir):
     beside = json.loads(
         (workdir / "checkpoints" / str(metrics["step"]) / "run" / "metadata").read_text()
     )
-    # A run that is stopped before its last validation saves first, and validates once it goes on.
+    # A run that is stopped before its last validation saves first, and validates when continued.
     del beside["progress"]["validated"], beside["sha256"]
     return metrics, untimed, beside
 
 
 def soak(root: Path, kills, terms, seed, settings=None):
-    """Stops runs `kills` and `terms` times, with fields beside `SETTINGS`; returns what happened.
+    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; returns what happened.
+
+    Args:
+      root: a new directory.
+      kills, terms: how often.
+      seed: of the order of signals and of the moments.
+      settings: fields of the configuration beside `SETTINGS`.
 
     Raises:
-      Failure: at the first difference, checkpoint that can't be read, or exit status that isn't
-        right.
+      Failure: at the first difference, unreadable checkpoint or wrong exit status.
     """
     chance, work = random.Random(seed), Soak(root, settings or {})
     wanted = result(work.whole())
@@ -190,12 +199,11 @@ def soak(root: Path, kills, terms, seed, settings=None):
     for number in tqdm(stops, desc="stops", unit="stop"):
         moment = chance.choice(MOMENTS)
         status, stderr = work.life(run, moment, number, chance)
-        # SIGTERM while Python is still importing ends it as any program; nothing has begun.
+        # SIGTERM while Python is still importing ends the process like any program.
         early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"
         if status not in (0, -signal.SIGKILL) and not early:
-            raise Failure(
-                f"exit status {status} after {signal.Signals(number).name} ({moment}):\n{stderr[-2000:]}"
-            )
+            name = signal.Signals(number).name
+            raise Failure(f"exit status {status} after {name} ({moment}):\n{stderr[-2000:]}")
         if "damaged" in stderr:
             raise Failure(f"a checkpoint was found damaged:\n{stderr[-2000:]}")
         happened[f"{signal.Signals(number).name} {moment}"] += 1

@@ -1,4 +1,4 @@
-"""What the timed benchmarks share: interleaved medians, configurations, the machine in words."""
+"""Shared by the timed benchmarks: interleaved medians, configurations, the machine in words."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from aoe_jax.compare.runs import ALLOCATOR
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config, update_groups
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
 from configs import tiny
@@ -19,8 +19,8 @@ from configs import tiny
 def keep_freed_memory():
     """Starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set; call it first.
 
-    Else page faults are measured instead of the program, in the baseline as well. `GLIBC_TUNABLES=
-    python -m benchmarks...` measures without.
+    Otherwise page faults would dominate all times, those of the baseline too. `GLIBC_TUNABLES=
+    python -m benchmarks...` measures without it.
     """
     if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
@@ -28,8 +28,11 @@ def keep_freed_memory():
 
 
 def medians(functions, repeats):
-    """Median seconds of each of `functions`, name -> nullary function of arrays, one call of each
-    in turn after a first.
+    """The median seconds of each function, by name, over calls in turn after a first call.
+
+    Args:
+      functions: name -> a function without arguments that returns arrays.
+      repeats: timed calls of each.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -43,7 +46,7 @@ def medians(functions, repeats):
 
 
 def machine():
-    """What the figures were measured on."""
+    """The machine and the versions that the figures depend on."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -54,35 +57,49 @@ def machine():
     }
 
 
+def machine_in_words():
+    """`machine` as one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
 def configuration(variant, *changes):
-    """A variant of configs/tiny.py with changes, group by group: a `Config`."""
+    """The `Config` of a variant of configs/tiny.py with changes `{group: {field: value}}`."""
     config = tiny.get_config(variant)
     for change in changes:
-        for group, values in change.items():
-            config[group].update(values)
+        update_groups(config, change)
     return Config.from_config_dict(config)
 
 
 def check_models(names, known):
-    """UserError, which says what there is, where one of `--models` isn't known."""
+    """Refuses names of `--models` that are not known.
+
+    Raises:
+      UserError: names one that is not, and those that are.
+    """
     for name in names:
         if name not in known:
             raise UserError(f"--models={name} is unknown; choose of {', '.join(known)}")
 
 
-def parse_sizes(shape, count, form):
-    """The `count` sizes of a shape such as `4096x512`; UserError, which says the `form`, where it
-    is none.
+def parse_shapes(shapes, form):
+    """Shapes of four sizes, such as `4096x512x1024x8`, as tuples.
+
+    Raises:
+      UserError: a shape is not of this `form`, words that say what the sizes are.
     """
+    return [_parse_shape(shape, form) for shape in shapes]
+
+
+def _parse_shape(shape, form):
     sizes = shape.split("x")
-    if len(sizes) != count or not all(size.isdecimal() for size in sizes):
+    if len(sizes) != 4 or not all(size.isdecimal() for size in sizes):
         raise UserError(f"--shapes={shape}: {form}")
-    if "0" in (size.lstrip("0") or "0" for size in sizes):
+    if not all(map(int, sizes)):
         raise UserError(f"--shapes={shape}: every size must be greater than 0")
-    return tuple(int(size) for size in sizes)
+    return tuple(map(int, sizes))
 
 
 def report(figures, json_file):
-    """Writes the figures (a list of dicts) with the machine to `json_file`, where one is named."""
+    """Writes the figures, a list of dicts, and the machine to `json_file`, if there is one."""
     if json_file:
         write_json(Path(json_file), {"machine": machine(), "figures": figures})

@@ -1,13 +1,13 @@
-"""Compiles the grouped products of every configuration for TPUs that are not here: which compile,
-and at what FLOPs.
+"""Compiles the grouped products of every configuration for TPUs that are not here, and reports
+which compile and with how many FLOPs.
 
 `python -m benchmarks.tpu_compile [--generations=v4,v5e,...] [--rows=32768] [--experts=8]
 [--json=FILE]` on any machine with `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`). Each
 product is compiled forward and backward, in bfloat16 and float32.
 
-Two figures, both over the useful FLOPs: `flops` is what the compiler counts, where a Pallas kernel
-counts for what it declares, which is its useful FLOPs; `tile_flops` counts whole tiles at the worst
-group sizes.
+Both figures are relative to the useful FLOPs: `flops` are the compiler's, in which a Pallas kernel
+counts with the useful FLOPs that it declares; `tile_flops` counts whole tiles at the worst group
+sizes.
 """
 
 from pathlib import Path

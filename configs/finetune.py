@@ -1,15 +1,14 @@
 """Goes on training a model: `--config=configs/finetune.py:DIR`, the directory of a model as
 safetensors.
 
-Model, experts and the settings of their method are the model's, and so is the tokenizer; `balance`
+Model, experts and routing are the model's, and so is the tokenizer; `balance`
 is that of its run, if it was exported from one. Corpus, steps, learning rate, and the balance of a
 model of the hub are for you to set.
 """
 
-import dataclasses
 from pathlib import Path
 
-from aoe_jax.config import default_config
+from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import read_config
@@ -23,15 +22,14 @@ def get_config(directory=None):
     directory = Path(directory).expanduser()
     model = read_config(directory)
     found = model.to_dict()
-    experts = model.experts
-    if experts.gate == "sparsemixer":  # for models that are trained already
-        experts = experts.choosing(gate="chosen")
+    routing = found["routing"]
+    if routing["name"] == "sparsemixer":  # for models that are trained already
+        routing = {"name": "top_k"}
     config = default_config()
     config.model.update(found["model"])
-    config.experts.update(dataclasses.asdict(experts))
+    config.experts.update(found["experts"])
     config.balance.update(found["balance"])
-    if model.method_name:
-        config[model.method_name].update(found[model.method_name])
+    update_groups(config, {"routing": routing})
     tokenizer = saved_tokenizer(directory)
     config.data.update(
         seq_len=found["data"]["seq_len"], tokenizer=str(tokenizer) if tokenizer.exists() else None

@@ -7,7 +7,7 @@ the total parameters of its twin, r = d / 4, and is balanced without a loss. 4.2
 micro-batches; corpus and tokenizer have to be named on the command line.
 """
 
-from aoe_jax.config import default_config
+from aoe_jax.config.run import default_config
 from aoe_jax.errors import UserError
 
 SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
@@ -39,7 +39,7 @@ def get_config(variant=None):
         steps=100_000,
         batch_size=1024,
         learning_rate=4e-4,
-        warmup_steps=2000,
+        warmup=0.02,
         final_learning_rate=4e-5,
         log_every=10,
         eval_every=1000,

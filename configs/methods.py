@@ -1,121 +1,71 @@
-"""Methods of expert selection from the literature around AoE, each on AoE's norms and on a router's
-logits.
+"""Methods of the literature around AoE: `--config=configs/methods.py:NAME` on AoE's norms (or AoE's
+experts), `NAME_router` on a router's logits (or traditional experts), where there is such a thing.
 
-`configs/methods.py:NAME` with AoE, `configs/methods.py:NAME_router` with a router, each where there
-is such a thing; sizes and data are those of `tiny.py`. What each method does, and how faithful it
-is, is in `docs/methods.md`.
+Sizes and data are those of `tiny.py`. docs/methods.md says what each method does.
 """
 
+from aoe_jax.config.run import update_groups
 from aoe_jax.errors import UserError
 from configs import tiny
 
-AUX_WEIGHT = 0.01
-NO_LOSS = {"aux_weight": 0.0}
-AOE_EXPERTS = {"experts": {"factorised_gate": True}}  # of kinds of layer that have either
+AUX = {"aux_weight": 0.01, "aux_tokens": 1.0}  # L_aux from all tokens, as its authors have it
+NO_LOSS = {"aux_weight": 0.0, "aux_tokens": 1.0}
 
-# name -> the changes for both kinds, those for AoE and those for a router; None: there is no such
-# variant.
-METHODS = {
-    "top_k": ({"balance": {"aux_weight": AUX_WEIGHT}}, {}, {}),
-    "top_p": (
-        {
-            "experts": {"selection": "top_p"},
-            "balance": {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4},
-        },
-        {},
-        {},
-    ),
-    "expert_choice": ({"experts": {"selection": "expert_choice"}, "balance": NO_LOSS}, {}, {}),
-    "threshold": (
-        {
-            "experts": {"selection": "threshold"},
-            "balance": NO_LOSS,
-            "threshold": {"decay": 0.99, "warmup_steps": 100},
-        },
-        {"threshold": {"weights": "relative"}},
-        {},
-    ),
-    "coupling": ({"balance": {"aux_weight": AUX_WEIGHT, "coupling_weight": 1.0}}, None, {}),
-    "uoe": ({"experts": {"kind": "uoe"}, "balance": NO_LOSS}, {}, None),
-    "top_any": (
-        {
-            "experts": {"selection": "top_any"},
-            "balance": NO_LOSS,
-            "top_any": {"period_steps": 90, "idle_steps": 30, "record_steps": 30},
-        },
-        {},
-        {},
-    ),
-    "routing_free": (
-        {
-            "experts": {"selection": "routing_free"},
-            "balance": NO_LOSS,
-            "routing_free": {"rate": 0.1, "multiplier": 1e-5},
-        },
-        {},
-        # Logits lie around 0. Nothing brings an expert back that no token goes to, so most pairs
-        # are active at first.
-        {"routing_free": {"bias": -2.0}},
-    ),
-    # Switch without its capacity, which experts.kind="capacity" has: p_i E_i(x), and L_aux of one
-    # expert per token.
-    "switch": (
-        {"experts": {"top_k": 1, "gate": "all"}, "balance": {"aux_weight": AUX_WEIGHT}},
-        {},
-        {},
-    ),
-    "gshard": ({"experts": {"selection": "gshard"}, "balance": NO_LOSS}, {}, {}),
-    "z_loss": ({"balance": {"aux_weight": AUX_WEIGHT, "z_weight": 1e-3}}, {}, {}),
-    "sequence_balance": ({"balance": {"aux_weight": AUX_WEIGHT, "aux_batch": "sequence"}}, {}, {}),
-    "loss_free": ({"balance": NO_LOSS | {"bias_rate": 0.01}}, {}, {}),
-    # These merge or draw one expert a token, whose gate is that of an AoE expert, or of a
-    # traditional one.
-    "smear": (
-        {"experts": {"kind": "smear"}, "balance": NO_LOSS, "smear": {"segment": 32}},
-        AOE_EXPERTS,
-        {},
-    ),
-    "thor": (
-        {"experts": {"kind": "thor"}, "balance": NO_LOSS, "thor": {"inference": "token"}},
-        AOE_EXPERTS,
-        {},
-    ),
-    "by_attention": (
-        {
-            "experts": {"selection": "by_attention", "top_k": 3},
-            "balance": {"aux_weight": AUX_WEIGHT},
-        },
-        {},
-        {},
-    ),
+
+def _variants(name, routing, balance, aoe=None, router=None, **experts):
+    """`{variant: (experts, routing, balance)}`; `aoe` and `router` are changes of `routing`."""
+    return {
+        name: ({"kind": "aoe"} | experts, routing | (aoe or {}), balance),
+        f"{name}_router": ({"kind": "router"} | experts, routing | (router or {}), balance),
+    }
+
+
+def _layer_variants(kind, **settings):
+    """The same of a layer with AoE's experts, and with traditional ones."""
+    routing, factorised = {"name": kind} | settings, {"kind": kind, "factorised_gate": True}
+    return {
+        kind: (factorised, routing, NO_LOSS),
+        f"{kind}_router": ({"kind": kind}, routing, NO_LOSS),
+    }
+
+
+_TOP_K = {"name": "top_k"}
+_THRESHOLD = {"name": "threshold", "decay": 0.99, "warmup_steps": 100}
+_DYNMOE = {"name": "dynmoe", "period_steps": 90, "idle_steps": 30, "record_steps": 30}
+_ROUTING_FREE = {"name": "routing_free", "rate": 0.1, "multiplier": 1e-5}
+_SWITCH = _TOP_K | {"norm_topk_prob": False}  # without its capacity, which kind="capacity" has
+
+VARIANTS = {
+    **_variants("top_k", _TOP_K, AUX),
+    **_variants("top_p", {"name": "top_p"}, AUX | {"entropy_weight": 1e-4}),
+    **_variants("expert_choice", {"name": "expert_choice"}, NO_LOSS),
+    **_variants("threshold", _THRESHOLD, NO_LOSS, aoe={"weights": "relative"}),
+    "erc_router": ({"kind": "router"}, {"name": "erc"}, AUX),
+    "uoe": ({"kind": "uoe"}, {"name": "uoe"}, NO_LOSS),
+    **_variants("dynmoe", _DYNMOE, NO_LOSS),
+    # Logits lie around 0, and an expert without tokens never comes back: let most start active.
+    **_variants("routing_free", _ROUTING_FREE, NO_LOSS, router={"bias": -2.0}),
+    **_variants("switch", _SWITCH, AUX, top_k=1),
+    **_variants("gshard", {"name": "gshard"}, NO_LOSS),
+    **_variants("z_loss", _TOP_K, AUX | {"z_weight": 1e-3}),
+    **_variants("sequence_balance", _TOP_K, AUX | {"aux_batch": "sequence"}),
+    **_variants("loss_free", _TOP_K, NO_LOSS | {"bias_rate": 0.01}),
+    **_layer_variants("smear", segment=32),
+    **_layer_variants("thor", inference="token"),
+    **_variants("da_moe", {"name": "da_moe"}, AUX, top_k=3),
 }
-VARIANTS = (
-    *(name for name, (_, of_aoe, _) in METHODS.items() if of_aoe is not None),
-    *(f"{name}_router" for name, (*_, of_router) in METHODS.items() if of_router is not None),
-)
 
 
 def changes(variant):
     """group -> field -> value, of a variant."""
-    name = variant.removesuffix("_router")
-    both, of_aoe, of_router = METHODS[name]
-    kind = "aoe" if variant == name else "router"
-    found = {
-        "experts": {"kind": kind},
-        "balance": {"aux_tokens": 1.0},
-    }  # as the authors have their losses
-    for one in (both, of_router if variant != name else of_aoe):
-        for group, values in one.items():
-            found[group] = found.get(group, {}) | values
-    return found
+    experts, routing, balance = VARIANTS[variant]
+    return {"experts": experts, "routing": routing, "balance": balance}
 
 
 def get_config(variant="top_k"):
     if variant not in VARIANTS:
-        raise UserError(
-            f"configs/methods.py:{variant} is no variant; choose one of {', '.join(VARIANTS)}"
-        )
+        known = ", ".join(VARIANTS)
+        raise UserError(f"configs/methods.py:{variant} is no variant; choose one of {known}")
     config = tiny.get_config()
-    for group, values in changes(variant).items():
-        config[group].update(values)
+    update_groups(config, changes(variant))
     return config

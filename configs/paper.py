@@ -10,7 +10,7 @@ corpus, RedPajama, has to be named on the command line (`--config.data.name`,
 vocabulary of its own.
 """
 
-from aoe_jax.config import default_config
+from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.errors import UserError
 
 RANKS = (64, 128, 256, 512)
@@ -22,11 +22,11 @@ AUX = {"balance": {"aux_weight": 0.01}}
 # Top-p: Huang et al. 2024 keep L_aux and add the entropy loss. Expert choice is balanced by
 # construction.
 TOP_P = {
-    "experts": {"selection": "top_p", "top_p": 0.6},
+    "routing": {"name": "top_p", "p": 0.6},
     "balance": {"aux_weight": 0.01, "entropy_weight": 1e-4},
 }
 EXPERT_CHOICE = {
-    "experts": {"selection": "expert_choice", "capacity_factor": 2.0},
+    "routing": {"name": "expert_choice", "capacity_factor": 2.0},
     "balance": {"aux_weight": 0.0},
 }
 LARGE = {
@@ -82,7 +82,7 @@ def get_config(variant=None):
         steps=23_800,
         batch_size=2048,
         learning_rate=2e-4,
-        warmup_steps=4800,
+        warmup=4800 / 23_800,
         final_learning_rate=1.28e-5,
         weight_decay=0.1,
         clip_norm=1.0,
@@ -91,6 +91,5 @@ def get_config(variant=None):
     )
     config.checkpoint.update(every=1000, keep=3)
     for change in VARIANTS[variant]:
-        for group, values in change.items():
-            config[group].update(values)
+        update_groups(config, change)
     return config

@@ -2,12 +2,11 @@
 run.
 """
 
-import dataclasses
 from pathlib import Path
 
-from aoe_jax.config import Config, default_config
+from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.errors import UserError
-from aoe_jax.training.workdir import read_config_json
+from aoe_jax.training.workdir import read_run_config
 
 
 def get_config(file=None):
@@ -15,8 +14,7 @@ def get_config(file=None):
         raise UserError(
             "configs/saved.py: name the file, --config=configs/saved.py:DIR/config.json"
         )
-    groups = dataclasses.asdict(Config.from_config_dict(read_config_json(Path(file).expanduser())))
+    groups = read_run_config(Path(file).expanduser()).to_dict()
     config = default_config()
-    for group, values in groups.items():
-        config[group].update(values)
+    update_groups(config, groups)
     return config

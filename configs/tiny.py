@@ -5,7 +5,7 @@ parameters), and `tiny.py:dense_active` (a dense model with the active parameter
 about its FLOPs).
 """
 
-from aoe_jax.config import default_config
+from aoe_jax.config.run import default_config
 from aoe_jax.errors import UserError
 
 VARIANTS = ("aoe", "moe", "dense", "dense_active")
@@ -29,7 +29,7 @@ def get_config(variant="aoe"):
         steps=700,
         batch_size=8,
         learning_rate=5e-3,
-        warmup_steps=50,
+        warmup=50 / 700,
         final_learning_rate=2e-4,
         log_every=20,
     )

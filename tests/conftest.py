@@ -5,14 +5,13 @@ import os
 import jax
 import pytest
 
-from aoe_jax.experts import grouped_matmul
+from aoe_jax.moe import grouped_matmul
 from tests.hasty import HASTY, xla_flags
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
 assert len(jax.devices()) == 8
-jax.config.update(
-    "jax_enable_compilation_cache", False
-)  # on several CPU devices, programs from the cache deadlock
+# On several CPU devices, programs from the cache deadlock.
+jax.config.update("jax_enable_compilation_cache", False)
 os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it later
 
 

@@ -12,19 +12,18 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 
-from aoe_jax.config import Config, default_config
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.locking import exclusive
 from aoe_jax.training.telemetry import MEASURED_KEYS
+from tests import forking
 from tests.hasty import HASTY, xla_flags
+from tests.settings import config_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, LOG_EVERY = 24, 3, 2
@@ -55,7 +54,7 @@ SETTINGS = {
     "train.batch_size": 4,
     "train.learning_rate": 3e-3,
     "train.final_learning_rate": 3e-4,
-    "train.warmup_steps": 2,
+    "train.warmup": 2 / STEPS,
     "train.log_every": LOG_EVERY,
     "train.eval_every": 10,
     "checkpoint.every": EVERY,
@@ -89,18 +88,19 @@ def _remove_scratch():
 
 
 def shared(build):
-    """Makes `build()` run once in a test session, whichever worker comes first; its value is
-    pickled for the others.
+    """Makes `build(*arguments)` run once in a test session, in whichever worker needs it first.
+
+    Other workers wait for it and read its pickled value.
     """
 
     @functools.cache
     @functools.wraps(build)
-    def value():
-        folder = scratch("shared")
-        with exclusive(folder / f"{build.__name__}.lock"):
-            file = folder / build.__name__
+    def value(*arguments):
+        name = "_".join([build.__module__, build.__name__, *map(str, arguments)])
+        file = scratch("shared") / name
+        with exclusive(scratch("shared") / f"{name}.lock"):
             if not file.exists():
-                file.write_bytes(pickle.dumps(build()))
+                file.write_bytes(pickle.dumps(build(*arguments)))
             return pickle.loads(file.read_bytes())
 
     return value
@@ -150,9 +150,7 @@ def settings(**changes):
 
 def tiny_config(**changes):
     """The same as a `Config`."""
-    config = default_config()
-    config.update_from_flattened_dict(settings(**changes))
-    return Config.from_config_dict(config)
+    return config_of(settings(**changes))
 
 
 def train_command(workdir, **changes):
@@ -165,22 +163,10 @@ def train_command(workdir, **changes):
     return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
 
 
-def start(command, **variables):
-    """Starts a command line in the root of the repository, with environment variables of its own."""
-    environment = (
-        os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": HASTY if FOR_TPUS & {*command} else xla_flags(),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
-            "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # else a benchmark would start twice, for its own
-            **variables,
-        }
-    )
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
-    )
+def start(command, **options):
+    """`forking.start` on one virtual CPU device, unless `options` have other `XLA_FLAGS`."""
+    flags = HASTY if FOR_TPUS & {*command} else xla_flags()
+    return forking.start(command, **{"XLA_FLAGS": flags} | options)
 
 
 def finish(process):
@@ -226,19 +212,20 @@ def damage(shard):
 
 
 KINDS = {
-    "aoe, gate=all": {"experts__gate": "all", "balance__aux_weight": 0.01},
+    "aoe, over all": {"routing__norm_topk_prob": False, "balance__aux_weight": 0.01},
     "router": {"experts__kind": "router", "balance__aux_weight": 0.01},
     "capacity": {
         "experts__kind": "capacity",
-        "experts__capacity_factor": 1.0,
+        "routing__capacity_factor": 1.0,
         "balance__aux_weight": 0.01,
     },
     "dense": {"experts__kind": "dense"},
-    "top_p": {"experts__selection": "top_p", "balance__entropy_weight": 1e-4},
-    "expert_choice": {"experts__selection": "expert_choice"},
+    "top_p": {"routing__name": "top_p", "balance__entropy_weight": 1e-4},
+    "expert_choice": {"routing__name": "expert_choice"},
 }
 _SHORT = {
     "train__steps": 6,
+    "train__warmup": 0.3,
     "train__eval_every": 0,
     "train__learning_rate": 1e-2,
     "checkpoint__every": 100,
@@ -246,43 +233,32 @@ _SHORT = {
 
 
 def kind_config(kind):
-    """The configuration of a run of `kind_runs`."""
+    """The configuration of a `kind_run`."""
     return tiny_config(**_SHORT, **KINDS[kind])
 
 
 @shared
-def kind_runs():
-    """Short runs of `KINDS`, two at a time: `{kind: (workdir, stderr)}`."""
-    corpus_folder()
-
-    def train_kind(kind):
-        workdir = scratch("kinds") / kind
-        status, _, stderr = run(train_command(workdir, **_SHORT, **KINDS[kind]))
-        assert status == 0, stderr
-        return workdir, stderr
-
-    with ThreadPool(2) as pool:
-        return dict(zip(KINDS, pool.map(train_kind, KINDS, chunksize=1), strict=True))
+def kind_run(kind):
+    """A short run of one of `KINDS`: `(workdir, stderr)`."""
+    workdir = scratch("kinds") / kind
+    status, _, stderr = run(train_command(workdir, **_SHORT, **KINDS[kind]))
+    assert status == 0, stderr
+    return workdir, stderr
 
 
 @shared
-def finished_runs():
-    """Workdirs of two uninterrupted runs, `{train.accumulate: workdir}`; copy one before changing
-    it.
-    """
-    workdirs = {accumulate: scratch("runs") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
-    processes = [
-        start(train_command(workdir, train__accumulate=n)) for n, workdir in workdirs.items()
-    ]
-    for process in processes:
-        status, _, stderr = finish(process)
-        assert status == 0, stderr
-    return workdirs
+def whole_run(accumulate):
+    """Workdir of an uninterrupted run, in a process of its own; copy it before changing it."""
+    workdir = scratch("runs") / f"accumulate_{accumulate}"
+    process = start(train_command(workdir, train__accumulate=accumulate), forked=False)
+    status, _, stderr = finish(process)
+    assert status == 0, stderr
+    return workdir
 
 
 def finished_run():
-    """Workdir of the uninterrupted run without accumulation."""
-    return finished_runs()[1]
+    """`whole_run` without accumulation."""
+    return whole_run(1)
 
 
 def read_metrics(workdir):
@@ -315,7 +291,9 @@ def same_end(workdir, whole):
 
 
 def read_events(workdir):
-    """The values of the TensorBoard files: `{(tag, step): value}`, as TensorBoard's own messages."""
+    """The values of the TensorBoard files: `{(tag, step): value}`, as TensorBoard's own
+    messages.
+    """
     found = {}
     for path in sorted((workdir / "tensorboard").iterdir()):
         data, position = path.read_bytes(), 0

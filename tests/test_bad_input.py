@@ -1,12 +1,10 @@
-"""A user's mistake: exit status 2, a line or two that name what is wrong, no traceback, and nothing
+"""A user's mistake ends with exit status 2 and one or two lines that name it; no file is
 touched.
 """
 
 import json
 import shutil
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +15,10 @@ from configs import paper, tiny
 from tests.runs import (
     STEPS,
     contents,
+    finish,
     finished_run,
     run,
-    scratch,
-    settings,
-    shared,
+    start,
     tiny_config,
     train_command,
     truncate_state,
@@ -33,9 +30,7 @@ CONFIG = "--config=configs/tiny.py"
 
 @dataclass
 class Mistake:
-    """A command line and words of its message; `{workdir}` and `{here}` stand for folders of its
-    own.
-    """
+    """A command line and words of its message; `{workdir}` and `{here}` are folders of its own."""
 
     command: list
     words: list
@@ -63,12 +58,36 @@ COMMAND_LINE = {
     "mistyped field": Mistake(
         wrong_config("train.stepz=3"), ["config.train.stepz", "unknown", "steps, batch_size"]
     ),
+    "unknown router": Mistake(
+        wrong_config("routing.name=nope"), ["config.routing.name='nope'", "top_k, top_p"]
+    ),
+    "field of another router": Mistake(
+        wrong_config("routing.name=top_p", "routing.norm_topk_prob=true"),
+        ["config.routing.norm_topk_prob is unknown", "known are p"],
+    ),
+    "router's field of the wrong type": Mistake(
+        wrong_config("routing.name=top_p", "routing.p=high"), ["config.routing.p='high'", "float"]
+    ),
+    "router of a kind without one": Mistake(
+        wrong_config("routing.name=top_k", config="--config=configs/methods.py:smear"),
+        ["config.routing.name='top_k'", "experts.kind='smear' has no router"],
+    ),
+    "router's field without a configuration": Mistake(
+        ["eval.py", "--workdir={workdir}", "--config.routing.p=0.5"], ["--config is missing"]
+    ),
+    "router's field of a missing file": Mistake(
+        wrong_config("routing.p=0.5", config="--config=nope.py"), ["--config=nope.py", "can't be"]
+    ),
+    "warm-up in steps": Mistake(
+        wrong_config("train.warmup_steps=50"),
+        ["config.train.warmup_steps is gone", "config.train.warmup, a share of train.steps"],
+    ),
     "mistyped group": Mistake(
         wrong_config("nonsense.x=1"), ["config.nonsense", "unknown", "model, experts"]
     ),
     "weights of trained models": Mistake(
-        wrong_config("experts.kind=router", "experts.gate=sparsemixer"),
-        ["config.experts.gate='sparsemixer'", "'chosen'"],
+        wrong_config("experts.kind=router", "routing.name=sparsemixer"),
+        ["config.routing.name='sparsemixer'", "'top_k'"],
     ),
     "word for a number": Mistake(
         wrong_config("train.steps=abc"), ["--config.train.steps=abc", "whole number"]
@@ -282,137 +301,62 @@ RUNS = {
 MISTAKES = COMMAND_LINE | RUNS
 
 
-# Those that are found only after JAX has started, which takes seconds, one after the other in one
-# process.
-TOGETHER = [name for name, mistake in RUNS.items() if mistake.command in (TRAIN, EVAL)]
-for name in ("unknown data set", "steps reached", "eval: truncated checkpoint"):
-    TOGETHER.remove(name)  # and some as the user meets them
-IN_ONE_PROCESS = """
-import json, sys
-from pathlib import Path
-from aoe_jax.config import Config
-from aoe_jax.errors import UserError
-from aoe_jax.evaluation.run import evaluate_workdir
-from aoe_jax.training.loop import train
-from configs import tiny
-
-for workdir, settings in json.loads(sys.argv[1]):
-    message = None
-    try:
-        if settings is None:
-            evaluate_workdir(Path(workdir))
-        else:
-            config = tiny.get_config()
-            config.update_from_flattened_dict(settings)
-            train(Config.from_config_dict(config), Path(workdir))
-    except UserError as e:
-        message = str(e)
-    print(json.dumps(message))
-"""
+AS_A_USER = {"top_k", "unknown data set"}  # these start a process of their own
 
 
-class Place:
-    """The folder of a mistake, and what changes there."""
-
-    def __init__(self, name):
-        self.mistake, self.here = (
-            MISTAKES[name],
-            scratch("mistakes") / str(list(MISTAKES).index(name)),
-        )
-        self.here.mkdir()
-        self.workdir = self.here / "run"
-        self.mistake.prepare(self.workdir, self.here)
-        self._before = contents(self.here)
-
-    def filled_in(self, text):
-        return text.format(here=self.here, workdir=self.workdir) if isinstance(text, str) else text
-
-    def changes(self):
-        return {name: self.filled_in(value) for name, value in self.mistake.changes.items()}
-
-    def changed(self):
-        after = {
-            path: content
-            for path, content in contents(self.here).items()
-            if not path.startswith("cache/")
-        }
-        return sorted(
-            p for p in self._before.keys() | after.keys() if self._before.get(p) != after.get(p)
-        )
-
-
-def as_a_command(name):
-    """`(exit status, stdout, stderr, what changed in its folder, the folder)`."""
-    place = Place(name)
-    command, changes = place.mistake.command, place.changes()
+def outcome(name, here):
+    """Makes the mistake in a folder: `(exit status, stdout, stderr, files that changed)`."""
+    mistake, workdir = MISTAKES[name], here / "run"
+    mistake.prepare(workdir, here)
+    before = contents(here)
+    folders = {"here": here, "workdir": workdir}
+    changes = {
+        field: value.format(**folders) if isinstance(value, str) else value
+        for field, value in mistake.changes.items()
+    }
+    command = mistake.command
     if command == TRAIN:
-        command = train_command(place.workdir, **changes)
+        command = train_command(workdir, **changes)
     elif changes:
-        command = [*command, *train_command(place.here, **changes)[3:]]
-    return *run(list(map(place.filled_in, command))), place.changed(), place.here
-
-
-def together(names):
-    """The same of each name, as if its message came of a command."""
-    places = [Place(name) for name in names]
-    cases = [
-        (str(place.workdir), given(place.changes()) if place.mistake.command == TRAIN else None)
-        for place in places
-    ]
-    status, stdout, stderr = run(["-c", IN_ONE_PROCESS, json.dumps(cases)])
-    assert status == 0, stderr
-    messages = map(json.loads, stdout.splitlines())
-    return [
-        (2, "", f"error: {m}", place.changed(), place.here)
-        for m, place in zip(messages, places, strict=True)
-    ]
-
-
-def given(changes):
-    return {name: value for name, value in settings(**changes).items() if value is not None}
-
-
-@shared
-def outcomes():
-    """By name; a few at a time."""
-    finished_run()
-    alone = [name for name in MISTAKES if name not in TOGETHER]
-    with ThreadPool(3) as pool:
-        of_commands = pool.map_async(as_a_command, alone, chunksize=1)
-        found = dict(zip(TOGETHER, together(TOGETHER), strict=True))
-        return found | dict(zip(alone, of_commands.get(), strict=True))
+        command = [*command, *train_command(here, **changes)[3:]]
+    command = [word.format(**folders) for word in command]
+    result = finish(start(command, forked=name not in AS_A_USER))
+    after = contents(here)
+    changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+    return *result, [path for path in changed if not path.startswith("cache/")]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistake(name):
-    status, stdout, stderr, changed, here = outcomes()[name]
+def test_mistake(name, tmp_path):
+    status, stdout, stderr, changed = outcome(name, tmp_path)
     assert status == 2, stderr
     assert stdout == ""
     progress, error, message = stderr.rpartition("error: ")
     assert error and len(message.splitlines()) <= 2
-    # A run logs what it does before it comes upon the mistake; a wrong command line says one thing
-    # only.
+    # A run logs its progress until it finds the mistake; a wrong command line logs nothing.
     assert all(line[:2].isdigit() and line[2] == ":" for line in progress.splitlines())
     assert progress == "" or name in RUNS
     for word in MISTAKES[name].words:
-        assert word.format(here=here, workdir=here / "run") in message
+        assert word.format(here=tmp_path, workdir=tmp_path / "run") in message
     assert "Traceback" not in stderr
     assert changed == []
-    assert not (here / "run").exists() or MISTAKES[name].prepare is not Mistake.prepare
+    assert not (tmp_path / "run").exists() or MISTAKES[name].prepare is not Mistake.prepare
+
+
+def test_no_half_token_store_is_left(tmp_path):
+    outcome("text that isn't UTF-8", tmp_path)
+    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
 
 
 VALUES = {
     "config.experts.top_k=5": ({"experts__top_k": 5}, "n_experts=4"),
     "config.experts.d_low=32": ({"experts__d_low": 32}, "smaller than model.d_model=32"),
     "config.experts.d_low=0": ({"experts__d_low": 0}, "greater than 0"),
-    "config.experts.selection='top_q'": (
-        {"experts__selection": "top_q"},
-        "top_k, ranked, top_p, expert_choice",
-    ),
+    "config.routing.name='top_q'": ({"routing__name": "top_q"}, "top_k, top_p, expert_choice"),
     "config.model.n_heads=3": ({"model__n_heads": 3}, "d_model=32"),
     "config.data.seq_len=65": ({"data__seq_len": 65}, "max_len=64"),
     "config.train.accumulate=3": ({"train__accumulate": 3}, "batch_size=4"),
-    "config.train.warmup_steps=24": ({"train__warmup_steps": 24}, "train.steps=24"),
+    "config.train.warmup=1.0": ({"train__warmup": 1.0}, "at least 0 and below 1"),
 }
 
 
@@ -462,11 +406,6 @@ def test_config_json_that_cannot_be_read(tmp_path, text):
     assert contents(tmp_path) == before
 
 
-def test_no_half_token_store_is_left():
-    here = outcomes()["text that isn't UTF-8"][-1]
-    assert not [path for path in Path(here, "cache", "tokens").iterdir() if path.is_dir()]
-
-
 @pytest.mark.parametrize("flag", ["--debug", "--debug=true"])
 def test_debug_shows_the_traceback(tmp_path, flag):
     status, _, stderr = run(
@@ -499,7 +438,7 @@ def test_configuration_that_exits_is_no_success(tmp_path):
 
 
 def test_help_lists_the_flags():
-    status, stdout, stderr = run(["train.py", "--help"])
+    status, stdout, stderr = finish(start(["train.py", "--help"], forked=False))
     assert (
         status == 0 and "--workdir" in stdout and "--config" in stdout and "Traceback" not in stderr
     )

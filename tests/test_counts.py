@@ -9,15 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from aoe_jax import Decoder
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config, update_groups
 from aoe_jax.counts import (
-    capacity_flops_per_token,
-    coupling_flops_per_token,
     forward_flops_per_token,
     parameter_counts,
     training_flops_per_token,
 )
-from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods, paper, tiny
 
@@ -124,7 +121,9 @@ def test_training_flops(experts, balance, backward):
 
 
 def test_flops_against_the_compiler():
-    """A forward pass of one dense layer; XLA counts the whole attention square, we the causal half."""
+    """A forward pass of one dense layer; XLA counts the whole attention square, we the causal
+    half.
+    """
     settings = {
         "model": {
             "n_layers": 1,
@@ -181,9 +180,8 @@ def matmul_flops(jaxpr):
                 ragged = eqn.params["ragged_dot_dimension_numbers"]
                 groups, numbers = ragged.rhs_group_dimensions, ragged.dot_dimension_numbers
             lhs, rhs = (operand.aval.shape for operand in eqn.invars[:2])
-            used = {axis for lists in numbers for axis in lists[1]} | set(
-                groups
-            )  # contracted, or walked together
+            # Contracted, or walked together.
+            used = {axis for lists in numbers for axis in lists[1]} | set(groups)
             total += (
                 2
                 * math.prod(lhs)
@@ -215,12 +213,13 @@ def computed_beyond_useful(config):
     area = sum(
         min(size, length - first) * min(first + size, length) for first in range(0, length, size)
     )
-    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * LAYERS[c.kind].passes
-    if config.balance.coupling_weight:
-        return m.n_layers * (attention + coupling_flops_per_token(config))
+    attention = 2 * m.d_model * (7 * area / length - 6 * length / 2) * config.routing.passes
+    if config.routing.name == "erc":
+        forward, training = config.routing.flops(config)
+        return m.n_layers * (attention + (training - 3 * forward) / 3)
     if c.kind == "capacity":
-        return m.n_layers * (attention + capacity_flops_per_token(config)[1])
-    if c.kind != "aoe" or not c.sparse_scoring:
+        return m.n_layers * (attention + config.routing.wasted_flops(config)[1])
+    if not c.sparse_scoring(config.routing):
         return m.n_layers * attention
     expert = 2 * c.d_low * m.d_model
     sampled = config.balance.aux_tokens if config.balance.has_loss else 0
@@ -234,14 +233,17 @@ STEPS = {
     "sparse scoring, loss of an eighth": ("aoe", {}),
     "sparse scoring, loss of all": ("aoe", {"balance": {"aux_tokens": 1.0}}),
     "dense scoring": ("aoe", {"experts": {"score_gradient": "dense"}}),
-    "gate over all": ("aoe", {"experts": {"gate": "all"}}),
+    "weights over all": ("aoe", {"routing": {"name": "top_k", "norm_topk_prob": False}}),
     "router": ("moe", {}),
-    "capacity": ("moe", {"experts": {"kind": "capacity", "capacity_factor": 1.3}}),
-    "uoe": ("moe", {"experts": {"kind": "uoe"}, "uoe": {"routing_neurons": 40}}),
+    "capacity": (
+        "moe",
+        {"experts": {"kind": "capacity"}, "routing": {"name": "capacity", "capacity_factor": 1.3}},
+    ),
+    "uoe": ("moe", {"experts": {"kind": "uoe"}, "routing": {"name": "uoe", "routing_neurons": 40}}),
     "merged": ("methods:smear_router", {}),
     "merged by norms": ("methods:smear", {}),
     "two passes": ("methods:thor", {}),
-    "coupled router": ("moe", {"experts": {"n_experts": 32}, "balance": {"coupling_weight": 1.0}}),
+    "coupled router": ("moe", {"experts": {"n_experts": 32}, "routing": {"name": "erc"}}),
     "dense": ("dense", {}),
     "accumulated": ("aoe", {"train": {"accumulate": 2}}),
     "longer than a block": ("aoe", {"data": {"seq_len": 768}, "model": {"max_len": 768}}),
@@ -257,13 +259,12 @@ def test_flops_of_a_whole_training_step(name, monkeypatch):
     have loops.
     """
     monkeypatch.setattr(
-        importlib.import_module("aoe_jax.experts.grouped_matmul"), "_backend_here", lambda: "ragged"
+        importlib.import_module("aoe_jax.moe.grouped_matmul"), "_backend_here", lambda: "ragged"
     )
     variant, changes = STEPS[name]
     file, _, variant = variant.rpartition(":")
     settings = FILES[file or "tiny"].get_config(variant)
-    for group, values in changes.items():
-        settings[group].update(values)
+    update_groups(settings, changes)
     config = Config.from_config_dict(settings)
     shape = (config.train.batch_size, config.data.seq_len)
     batch = {

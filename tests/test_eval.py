@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
-from tests.runs import STEPS, contents, finish, finished_run, kind_runs, run, scratch, shared, start
+from tests.runs import STEPS, contents, finish, finished_run, kind_run, run, scratch, shared, start
 
 
 @shared
@@ -87,7 +87,7 @@ def test_table(split):
     assert f"nll {report['nll']:.4f}" in stdout and f"{report['bits_per_byte']:.4f}" in stdout
     statistics = report["load_statistics"]
     load = np.array(statistics["load"])
-    assert load.shape == (2, 4) == np.array(statistics["mean_norm"]).shape
+    assert load.shape == (2, 4) == np.array(statistics["mean_score"]).shape
     np.testing.assert_allclose(load.sum(axis=1), 2, rtol=1e-6)
     np.testing.assert_allclose(statistics["experts_per_token"], 2, rtol=1e-6)
     share = load / 2
@@ -142,7 +142,7 @@ def test_nll_is_exact(split):
 
 
 def test_dense_model_has_no_load(tmp_path, capsys):
-    workdir = shutil.copytree(kind_runs()["dense"][0], tmp_path / "run")
+    workdir = shutil.copytree(kind_run("dense")[0], tmp_path / "run")
     report = evaluate_workdir(workdir, "validation")
     assert report["load_statistics"] is None and not (workdir / "load.png").exists()
     summary = json.loads((workdir / "summary.json").read_text())
@@ -151,7 +151,7 @@ def test_dense_model_has_no_load(tmp_path, capsys):
 
 
 def test_dropped_choices_are_in_the_table(tmp_path, capsys):
-    workdir = shutil.copytree(kind_runs()["capacity"][0], tmp_path / "run")
+    workdir = shutil.copytree(kind_run("capacity")[0], tmp_path / "run")
     statistics = evaluate_workdir(workdir, "validation")["load_statistics"]
     assert json.loads((workdir / "eval.json").read_text())["load_statistics"] == statistics
     assert len(statistics["dropped_share"]) == 2 and min(statistics["dropped_share"]) > 0

@@ -13,7 +13,7 @@ from tests.runs import (
     contents,
     finished_run,
     kind_config,
-    kind_runs,
+    kind_run,
     read_metrics,
     run,
     scratch,
@@ -30,7 +30,7 @@ def exported():
     """The directories of exported models, `{kind: directory}`, and `converted`, the AoE made of the
     router's.
     """
-    runs = {"aoe": finished_run(), "router": kind_runs()["router"][0]}
+    runs = {"aoe": finished_run(), "router": kind_run("router")[0]}
     found = {kind: scratch("exported") / kind for kind in runs}
     for kind, workdir in runs.items():
         status, _, stderr = run([*MODULE, f"--workdir={workdir}", f"--output={found[kind]}"])
@@ -72,7 +72,7 @@ def test_files():
 def test_a_model_is_that_of_its_run():
     model, of_run = load_model(exported()["aoe"]), load_model(finished_run())
     assert (model.config, model.step, model.start) == (of_run.config, of_run.step, of_run.start)
-    for name in ("w_down", "w_o"):
+    for name in ("w_gate_down", "w_down"):
         a, b = (np.asarray(found.params["layers"]["experts"][name]) for found in (model, of_run))
         np.testing.assert_array_equal(a, b)
 
@@ -82,8 +82,8 @@ def test_converted_models_are_evaluated(tmp_path):
     status, _, stderr = run(["eval.py", f"--workdir={directory}", "--split=validation"])
     assert status == 0, stderr
     report = json.loads((directory / "eval.json").read_text())
-    of_run = read_metrics(kind_runs()["router"][0])[1][-1]["validation_nll"]
-    assert abs(report["nll"] - of_run) < 0.5 and "mean_norm" in report["load_statistics"]
+    of_run = read_metrics(kind_run("router")[0])[1][-1]["validation_nll"]
+    assert abs(report["nll"] - of_run) < 0.5 and "mean_score" in report["load_statistics"]
 
 
 def test_training_starts_from_a_model(tmp_path):
@@ -102,7 +102,7 @@ def test_training_starts_from_a_model(tmp_path):
     }
     overrides |= {
         "train.steps": 2,
-        "train.warmup_steps": 1,
+        "train.warmup": 0.5,
         "train.log_every": 1,
         "train.batch_size": 4,
     }

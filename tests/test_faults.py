@@ -1,6 +1,4 @@
-"""What goes wrong in real runs: signals, batches that aren't finite, damaged checkpoints, a full
-disk.
-"""
+"""Faults in real runs: signals, batches that aren't finite, damaged checkpoints, a full disk."""
 
 import contextlib
 import json
@@ -8,14 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.runs import (
     EVERY,
-    ROOT,
     STEPS,
     disk,
     finish,
@@ -100,7 +96,7 @@ def patched(code, workdir, **changes):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_asked_to_stop_while_validating(tmp_path, last):
-    """The validation that was broken off is made up for, also where it is the last."""
+    """The interrupted validation is repeated, also if it is the last."""
     workdir = tmp_path / "run"
     lines = (
         f"sum(1 for line in open({str(workdir / 'metrics.jsonl')!r}) if 'validation_nll' in line)"
@@ -148,7 +144,7 @@ cli.run(train.main)
 
 
 def test_batch_that_is_not_finite(tmp_path):
-    """It updates nothing, is counted and named, and a kill in between changes nothing of it."""
+    """It updates nothing, is counted and named; a kill in between changes none of this."""
     code = POISONED.format(bad="(5, 6, 13)")
     status, _, stderr = run(patched(code, tmp_path / "whole"))
     assert status == 0, stderr
@@ -198,9 +194,8 @@ def test_run_that_cannot_get_on(tmp_path):
         assert ("going on from step 8" in stderr) == again
         assert heartbeat(tmp_path / "run")["status"] == "diverged"
         assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
-    status, _, stderr = run(
-        train_command(tmp_path / "run", **changes)
-    )  # with better data it goes on
+    # With better data it goes on.
+    status, _, stderr = run(train_command(tmp_path / "run", **changes))
     assert status == 0, stderr
 
 
@@ -225,7 +220,7 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(small_disk):
-    """A checkpoint of 1.3 MB fits, not many of them; once there is room the run goes on."""
+    """One checkpoint of 1.3 MB fits, many don't; the run goes on once there is space."""
     changes = {"model__vocab_size": 2000, "checkpoint__keep": 9}
     workdir = small_disk / "run"
     status, _, stderr = run(train_command(workdir, **changes))
@@ -259,7 +254,7 @@ def test_disk_that_is_full_to_the_last_byte(small_disk):
 
 
 def test_two_runs_begin_in_one_workdir(tmp_path):
-    """None is there when either looks: one of them trains, the other changes nothing."""
+    """Neither finds the folder at its start: one of them trains, the other changes nothing."""
     processes = [
         start(train_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
     ]
@@ -294,30 +289,26 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
     status, _, stderr = run(patched(code, tmp_path / "run"))
     assert status == 1 and "Traceback" in stderr
     assert last_line(stderr) == (
-        "failed: RuntimeError: the machine is on fire; after step 10; the same command goes on from the newest checkpoint"
+        "failed: RuntimeError: the machine is on fire; after step 10; the same command goes on "
+        "from the newest checkpoint"
     )
     assert heartbeat(tmp_path / "run")["status"] == "failed"
 
 
 def test_exported_model_scores_as_its_run(tmp_path):
     whole = shutil.copytree(finished_run(), tmp_path / "run")
-    command = [
-        sys.executable,
-        "-m",
-        "aoe_jax.export",
-        f"--workdir={whole}",
-        f"--output={tmp_path / 'model'}",
-    ]
-    exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert exported.returncode == 0, exported.stderr
+    model = f"--output={tmp_path / 'model'}"
+    command = ["-m", "aoe_jax.export", f"--workdir={whole}", model]
+    status, _, stderr = run(command)
+    assert status == 0, stderr
     for workdir in (whole, tmp_path / "model"):
         status, _, stderr = run(["eval.py", f"--workdir={workdir}", "--split=validation"])
         assert status == 0, stderr
     reports = [json.loads((path / "eval.json").read_text()) for path in (whole, tmp_path / "model")]
     assert reports[0] == reports[1]
     assert reports[0]["nll"] == read_metrics(whole)[1][-1]["validation_nll"]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2 and f"--output={tmp_path / 'model'} exists already" in again.stderr
+    status, _, stderr = run(command)
+    assert status == 2 and f"{model} exists already" in stderr
     status, _, stderr = run(train_command(tmp_path / "model"))
     assert (
         status == 2

@@ -6,7 +6,7 @@ import pytest
 
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.generate import continuations
-from tests.runs import finished_run, kind_runs, run
+from tests.runs import finished_run, kind_run, run
 
 
 def generate(workdir, *arguments):
@@ -68,5 +68,5 @@ def test_mistakes(mistake):
 
 
 def test_expert_choice_is_refused():
-    status, _, stderr = generate(kind_runs()["expert_choice"][0])
-    assert status == 2 and "expert_choice': can't go token by token" in stderr
+    status, _, stderr = generate(kind_run("expert_choice")[0])
+    assert status == 2 and "expert_choice': cannot decode token by token" in stderr

@@ -1,4 +1,4 @@
-"""Peaks of chips by the names that JAX gives their devices."""
+"""Peaks of chips by the names of their devices in JAX."""
 
 import jax
 import pytest

@@ -32,7 +32,7 @@ FIGURES = ("nll", "bits_per_byte")
 
 
 @shared
-def whole_run():
+def mixed_run():
     """Workdir of an uninterrupted run."""
     workdir = scratch("mixture") / "whole"
     status, _, stderr = run(train_command(workdir, **mixture()))
@@ -48,27 +48,27 @@ def position(workdir, step):
 
 def test_every_source_has_its_share():
     rows = STEPS * tiny_config().train.batch_size
-    assert position(whole_run(), STEPS) == {
+    assert position(mixed_run(), STEPS) == {
         "next_index": STEPS,
         "sources": {"mine": rows * 3 // 4, "others": rows // 4},
     }
-    lines, validations = read_metrics(whole_run())
+    lines, validations = read_metrics(mixed_run())
     assert lines[-1]["nll"] < lines[0]["nll"] - 1
     for line in validations:
         for name in FIGURES:
             low, high = sorted(line[f"validation_{name}/{source}"] for source in ("mine", "others"))
             assert low < line[f"validation_{name}"] < high
-    summary = json.loads((whole_run() / "summary.json").read_text())["metrics"]
+    summary = json.loads((mixed_run() / "summary.json").read_text())["metrics"]
     assert (
         summary.items()
         >= {
-            name: value for name, value in untimed(whole_run())[1][-1].items() if name != "step"
+            name: value for name, value in untimed(mixed_run())[1][-1].items() if name != "step"
         }.items()
     )
 
 
 def test_killed_run_ends_as_an_uninterrupted_one():
-    whole, killed = whole_run(), scratch("mixture") / "killed"
+    whole, killed = mixed_run(), scratch("mixture") / "killed"
     command = train_command(killed, **mixture())
     kill_when(start(command), (killed / "checkpoints" / str(2 * EVERY)).exists)
     status, _, stderr = run(command)
@@ -85,12 +85,12 @@ def test_killed_run_ends_as_an_uninterrupted_one():
 def test_two_processes_train_as_one_does():
     workdir = scratch("mixture") / "two"
     train_on(workdir, 2, n_devices=2, **mixture())
-    np.testing.assert_allclose(losses(workdir), losses(whole_run()), rtol=1e-5)
-    assert position(workdir, STEPS) == position(whole_run(), STEPS)
+    np.testing.assert_allclose(losses(workdir), losses(mixed_run()), rtol=1e-5)
+    assert position(workdir, STEPS) == position(mixed_run(), STEPS)
 
 
 def test_evaluation_is_of_all_tokens_and_by_source(tmp_path):
-    workdir = shutil.copytree(whole_run(), tmp_path / "run")
+    workdir = shutil.copytree(mixed_run(), tmp_path / "run")
     status, stdout, stderr = run(["eval.py", f"--workdir={workdir}", "--split=validation"])
     assert status == 0, stderr
     report = json.loads((workdir / "eval.json").read_text())

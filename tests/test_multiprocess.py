@@ -26,6 +26,17 @@ from tests.runs import (
 
 # Two devices a process where there are two processes.
 MESH = {"mesh__data": 2, "mesh__expert": 2}
+# JAX notices after 100 s that a process has been killed.
+NOTICES_SOON = """
+import functools
+import jax
+import train
+from aoe_jax import cli
+
+initialize = jax.distributed.initialize
+jax.distributed.initialize = functools.partial(initialize, heartbeat_timeout_seconds=20)
+cli.run(train.main)
+"""
 
 
 def free_port():
@@ -34,15 +45,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_on(workdir, n_processes, n_devices=4, **changes):
+def start_on(workdir, n_processes, n_devices=4, program=("train.py",), **changes):
     """Starts training on several processes."""
     port = free_port()
+    command = [*program, *train_command(workdir, **changes)[1:]]
     flags = (
         [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
     )
     return [
         start(
-            [*train_command(workdir, **changes), *flags, *([f"--process={i}"] if flags else [])],
+            [*command, *flags, *([f"--process={i}"] if flags else [])],
             XLA_FLAGS=xla_flags(n_devices // n_processes),
         )
         for i in range(n_processes)
@@ -88,9 +100,8 @@ def test_evaluation_on_other_devices_than_training(tmp_path):
     there = evaluated(elsewhere, JAX_COMPILATION_CACHE_DIR=str(eight), XLA_FLAGS=xla_flags(8))
     assert any(one.glob("*")) and not any(eight.glob("*"))
     assert here["tokens"] == there["tokens"]
-    np.testing.assert_allclose(
-        here["nll"], there["nll"], rtol=1e-4
-    )  # the same model, but for rounding
+    # The same model, but for rounding.
+    np.testing.assert_allclose(here["nll"], there["nll"], rtol=1e-4)
 
 
 def evaluated(workdir, **variables):
@@ -104,7 +115,7 @@ def test_from_four_processes_to_two_to_one():
     stops where they do.
     """
     moved, alone = (scratch("multiprocess") / name for name in ("moved", "alone"))
-    stages, batch = (STEPS // 2, STEPS - 4, STEPS), {"train__batch_size": 8}
+    stages, batch = (4, 8, 10), {"train__batch_size": 8}
     for steps in stages:
         status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
         assert status == 0, stderr
@@ -113,7 +124,7 @@ def test_from_four_processes_to_two_to_one():
     )
     (stderr, _) = train_on(moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], **batch)
     assert f"going on from step {stages[0]}" in stderr
-    status, _, stderr = run(train_command(moved, train__steps=STEPS, **batch))
+    status, _, stderr = run(train_command(moved, train__steps=stages[2], **batch))
     assert status == 0, stderr
     assert f"going on from step {stages[1]}" in stderr
     np.testing.assert_allclose(losses(moved), losses(alone), rtol=1e-5)
@@ -123,16 +134,14 @@ def checkpoints(workdir):
     return [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()]
 
 
-def stop_one(workdir, which, number, after):
-    """Sends a signal to one of two processes once there is a checkpoint; what they end with and
-    say.
-    """
-    processes = start_on(workdir, 2, **MESH)
+def stop_one(workdir, number, after):
+    """Sends a signal to process 1 of two once there is a checkpoint: `(statuses, stderr)`."""
+    processes = start_on(workdir, 2, 2, program=("-c", NOTICES_SOON))
     deadline = time.monotonic() + 120
     while not (workdir / "checkpoints" / str(after)).exists():
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.005)
-    processes[which].send_signal(number)
+    processes[1].send_signal(number)
     outcomes = [finish(process) for process in processes]
     return [status for status, _, _ in outcomes], [stderr for _, _, stderr in outcomes]
 
@@ -142,28 +151,27 @@ def test_one_process_of_two_is_stopped():
     follows the same curve.
     """
     workdir = scratch("multiprocess") / "stopped"
-    statuses, stderr = stop_one(workdir, 1, signal.SIGTERM, after=EVERY)
+    statuses, stderr = stop_one(workdir, signal.SIGTERM, after=EVERY)
     assert statuses == [0, 0], stderr
     stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert all(
         f"preempted: saved at step {stopped_at} of {STEPS}; the same" in text for text in stderr
     )
-    statuses, stderr = stop_one(
-        workdir, 1, signal.SIGKILL, after=stopped_at // EVERY * EVERY + EVERY
-    )
+    next_saved = stopped_at // EVERY * EVERY + EVERY
+    statuses, stderr = stop_one(workdir, signal.SIGKILL, after=next_saved)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2), stderr
     # Either the lost connection is noticed here, or JAX's service ends the process.
     assert (
         "start all processes again: they go on from the newest checkpoint" in stderr[0]
         or "another task" in stderr[0]
     )
-    train_on(workdir, 2, **MESH)
+    train_on(workdir, 2, 2)
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
 
 
 def test_ctrl_c_in_one_process_of_two_stops_both():
     workdir = scratch("multiprocess") / "interrupted"
-    statuses, stderr = stop_one(workdir, 1, signal.SIGINT, after=EVERY)
+    statuses, stderr = stop_one(workdir, signal.SIGINT, after=EVERY)
     assert statuses == [0, 130], stderr
     stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     for text, word in zip(stderr, ("preempted", "interrupted"), strict=True):

@@ -18,7 +18,7 @@ from tests.runs import (
     contents,
     finish,
     finished_run,
-    kind_runs,
+    kind_run,
     read_metrics,
     run,
     scratch,
@@ -52,7 +52,7 @@ def fine_tuned(directory, workdir, **changes):
     }
     overrides |= {
         "train.steps": 4,
-        "train.warmup_steps": 0,
+        "train.warmup": 0.0,
         "train.log_every": 1,
         "train.batch_size": 4,
         **changes,
@@ -122,7 +122,7 @@ def test_a_router_is_trained_alone(tmp_path):
     """Everything else is bit for bit that of the pruned model."""
     directory = tmp_path / "model"
     report = prune(
-        kind_runs()["router"][0], directory, 3, "frequency_merge", n_tokens=2000, baselines=False
+        kind_run("router")[0], directory, 3, "frequency_merge", n_tokens=2000, baselines=False
     )
     assert report["nll"].keys() == {"before", "frequency_merge"}
     assert json.loads((directory / "config.json").read_text())["model_type"] == "mixtral"
@@ -154,7 +154,9 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
     for layer, of_layer in enumerate(report["layers"]):
         kept = [cluster["reference"] for cluster in of_layer["clusters"]]
         assert sorted(kept) == sorted(np.argsort(of_layer["load"])[1:])
-        np.testing.assert_array_equal(after["w_up"][layer], before["w_up"][layer, np.array(kept)])
+        np.testing.assert_array_equal(
+            after["w_gate_up"][layer], before["w_gate_up"][layer, np.array(kept)]
+        )
 
 
 MISTAKES = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from aoe_jax.config import Config, MeshConfig, default_config
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.config.run import Config, default_config
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import (
     RULES,
@@ -68,11 +69,11 @@ def test_a_state_is_split_as_the_rules_say(kind):
     experts = state.params["layers"]["experts"]
     shares = {name: a.size / a.addressable_shards[0].data.size for name, a in experts.items()}
     if kind == "dense":
-        assert shares == {"w_g": 8, "w_p": 8, "w_o": 8}
+        assert shares == {"w_gate": 8, "w_up": 8, "w_down": 8}
     elif kind == "router":
-        assert shares == {"w_router": 1, "w_g": 8, "w_p": 8, "w_o": 8}
+        assert shares == {"w_router": 1, "w_gate": 8, "w_up": 8, "w_down": 8}
     else:
-        assert shares == {"w_down": 4, "w_up": 8, "w_p": 8, "w_o": 8}
+        assert shares == {"w_gate_down": 4, "w_gate_up": 8, "w_up": 8, "w_down": 8}
     moments = state.opt_state[1][0].mu["layers"]["experts"]
     assert jax.tree.map(lambda a: a.sharding, moments) == jax.tree.map(
         lambda a: a.sharding, experts
@@ -86,7 +87,7 @@ def test_a_state_is_split_as_the_rules_say(kind):
 
 def test_an_unknown_parameter_is_refused():
     mesh = make_mesh(configuration(data=8), jax.devices())
-    with pytest.raises(ValueError, match="w_new has no logical axes"):
+    with pytest.raises(ValueError, match="w_new is not declared"):
         state_shardings(mesh, {"w_new": jax.ShapeDtypeStruct((3, 4), "float32")})
 
 

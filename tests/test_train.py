@@ -23,18 +23,16 @@ from tests.runs import (
     corpus_folder,
     finish,
     finished_run,
-    finished_runs,
     kind_config,
-    kind_runs,
+    kind_run,
     read_events,
     read_metrics,
     run,
     same_end,
-    scratch,
-    shared,
     start,
     tiny_config,
     train_command,
+    whole_run,
 )
 
 LOGGED = list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
@@ -148,7 +146,7 @@ def test_loss_goes_down():
 
 def test_accumulation_changes_only_rounding():
     (one, one_validation), (two, two_validation) = (
-        read_metrics(workdir) for workdir in finished_runs().values()
+        read_metrics(whole_run(accumulate)) for accumulate in (1, 2)
     )
     np.testing.assert_allclose(
         [line["nll"] for line in one[:4]], [line["nll"] for line in two[:4]], rtol=1e-5
@@ -173,28 +171,19 @@ def kill_when(process, condition):
     assert finish(process)[0] == -signal.SIGKILL
 
 
-@shared
-def killed_runs():
-    """Runs with the settings of `finished_runs`, killed before a checkpoint, after one, then
-    finished.
-    """
-    workdirs = {accumulate: scratch("killed") / f"accumulate_{accumulate}" for accumulate in (1, 2)}
-    for accumulate, workdir in workdirs.items():
-        command = train_command(workdir, train__accumulate=accumulate)
-        kill_when(start(command), (workdir / "config.json").exists)
-        assert not list((workdir / "checkpoints").glob("[0-9]"))
-        first = random.choice([1, 2, 3]) * EVERY
-        kill_when(start(command), (workdir / "checkpoints" / str(first)).exists)
-        assert not (workdir / "summary.json").exists()
-        status, _, stderr = run(command)
-        assert status == 0, stderr
-        assert "going on from step" in stderr
-    return workdirs
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_killed_run_ends_as_an_uninterrupted_one(accumulate):
-    whole, killed = finished_runs()[accumulate], killed_runs()[accumulate]
+def test_killed_run_ends_as_an_uninterrupted_one(accumulate, tmp_path):
+    """It is killed before its first checkpoint and again after one."""
+    whole, killed = whole_run(accumulate), tmp_path / "run"
+    command = train_command(killed, train__accumulate=accumulate)
+    kill_when(start(command), (killed / "config.json").exists)
+    assert not list((killed / "checkpoints").glob("[0-9]"))
+    first = random.choice([1, 2, 3]) * EVERY
+    kill_when(start(command), (killed / "checkpoints" / str(first)).exists)
+    assert not (killed / "summary.json").exists()
+    status, _, stderr = run(command)
+    assert status == 0, stderr
+    assert "going on from step" in stderr
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, killed)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
 
@@ -266,7 +255,7 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains(kind):
-    workdir, stderr = kind_runs()[kind]
+    workdir, stderr = kind_run(kind)
     config = kind_config(kind)
     lines, validations = read_metrics(workdir)
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -279,22 +268,23 @@ def test_every_kind_trains(kind):
             line["nll"] + config.balance.aux_weight * aux + config.balance.entropy_weight * entropy
         )
         np.testing.assert_allclose(line["loss"], expected, rtol=1e-6)
+    # Expert choice: capacity factor 2.
     if kind in (
-        "aoe, gate=all",
+        "aoe, over all",
         "router",
         "capacity",
         "expert_choice",
-    ):  # expert choice: capacity factor 2
+    ):
         np.testing.assert_allclose([line["experts_per_token"] for line in lines], 2, rtol=1e-6)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["metrics"]["validation_nll"] == validations[-1]["validation_nll"]
-    assert ("expert choice is not causal" in stderr) == (kind == "expert_choice")
-    assert ("a capacity is not causal" in stderr) == (kind == "capacity")
+    assert ("expert_choice is not causal" in stderr) == (kind == "expert_choice")
+    assert ("capacity is not causal" in stderr) == (kind == "capacity")
 
 
 def test_dropped_choices_are_logged():
     """The mean over layers on each line, and each layer's there and in TensorBoard."""
-    workdir, _ = kind_runs()["capacity"]
+    workdir, _ = kind_run("capacity")
     events = read_events(workdir)
     for line in read_metrics(workdir)[0]:
         by_layer = line["layers"]["dropped_share"]

@@ -1,1 +1,1 @@
-"""Comparisons: suites of training runs with reports, and the two-stage classifier."""
+"""Comparisons of arms: suites of training runs, measurements, and reports."""

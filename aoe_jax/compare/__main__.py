@@ -1,9 +1,9 @@
 """Runs a suite and reports: `python -m aoe_jax.compare --suite=configs/compare/NAME.py
 --workdir=DIR`.
 
-Arms x sizes x seeds of the suite are trained, several at a time, each on a core of its own; what is
-finished isn't run again, so the same command goes on after a stop. `--report` only makes the report
-again: `DIR/report.md`, the self-contained `DIR/report.html`, CSVs, and the figures as PNG and SVG.
+Trains the arms x sizes x seeds of the suite, several runs at a time, each on its own core. Finished
+runs are not repeated, so after a stop the same command goes on. `--report` only makes the report
+again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the figures as PNG and SVG.
 `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
 """
 
@@ -36,31 +36,29 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main():
-    """Trains what is missing, and reports."""
+    """Trains and measures what is missing, and reports."""
     stop = StopRequests("the same command goes on from there")
     stop.listen()
     suite = load_suite(Path(cli.required(_SUITE)), _SET.value)
     workdir = Path(cli.required(_WORKDIR)).expanduser().absolute()
     if _REPORT.value and not (workdir / "machine.json").exists():
-        raise UserError(
-            f"--workdir={workdir}: has no runs to report; leave out --report to train them"
-        )
+        advice = "leave out --report to train them"
+        raise UserError(f"--workdir={workdir}: has no runs to report; {advice}")
+    suite.check()
+    from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report
-    from aoe_jax.compare.runs import train_suite
+    from aoe_jax.compare.runs import Machine, train_suite
     from aoe_jax.training.workdir import make_workdir
 
     make_workdir(workdir)
     with alone_in(workdir, "workdir"):
         if not _REPORT.value:
-            train_suite(suite, workdir, _JOBS.value, stop)
+            machine = Machine.here(workdir, _JOBS.value, stop)
+            train_suite(suite, workdir, machine)
+            measure_suite(suite, workdir, machine)
         settings = "".join(f" --set={setting}" for setting in _SET.value)
-        print(
-            write_report(
-                suite,
-                workdir,
-                f"python -m aoe_jax.compare --suite={_SUITE.value} --workdir=DIR{settings}",
-            )
-        )
+        command = f"python -m aoe_jax.compare --suite={_SUITE.value} --workdir=DIR{settings}"
+        print(write_report(suite, workdir, command))
 
 
 if __name__ == "__main__":

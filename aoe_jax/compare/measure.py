@@ -1,68 +1,286 @@
-"""Looks at the runs of a size, or at a sweep, in a process of its own: `python -m
-aoe_jax.compare.measure --todo=FILE`.
+"""Measures trained runs and sweeps: routing, the times of steps, and the costs of steps.
 
-The JSON file says what to do. Of a size: `routing`, directories of runs whose routing is looked at
-(`routing.py`) on `tokens` tokens; and `steps`, runs by name, each `config` and `folder`, whose
-steps are timed (`step_times.py`) into the file `output`. Of a sweep: `points`, which are measured
-(`throughput.py`) into `output`, and whether its values are those of a `topology`.
+Each size and each sweep is measured by a process of its own, `python -m aoe_jax.compare.measure
+--todo=FILE`. The JSON file of a size has `routing`, directories of runs whose routing is analysed
+(`routing.py`) on `tokens` tokens, and `steps`, runs by arm, each with `config` and `folder`, whose
+steps are timed (`step_times.py`). The file of a sweep has its `points` and whether its values are a
+`topology`. Both name the `output` file.
+
+A sweep on this machine has the seconds of a step of random tokens, all arms in turn, and the memory
+that the compiler plans. For topologies it has the bounds of `aoe_jax.plan`: the least seconds that
+public peak figures allow, and the bytes that a chip receives. Virtual devices on this machine's
+cores would say nothing about more chips.
 """
 
 import logging
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config import Config
-from aoe_jax.json_files import read_json
+from aoe_jax.compare.routing import analyse
+from aoe_jax.compare.runs import Job, Machine, beside, folder_of, is_finished, tuned_rates
+from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
+from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_json, write_json
+from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
+from aoe_jax.topology import topology_devices
 
-log = logging.getLogger(
-    "aoe_jax.compare.measure"
-)  # not __name__, which is __main__ on the command line
+log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
 
-_TODO = flags.DEFINE_string("todo", None, "a JSON file of what to do")
+
+def measured_file(workdir: Path, name):
+    """Returns the file of the measurements of a size, or of a sweep as `throughput_SWEEP`."""
+    return workdir / "measured" / f"{name}.json"
+
+
+def sweep_file(workdir: Path, name):
+    """Returns the file of the measurements of a sweep."""
+    return measured_file(workdir, f"throughput_{name}")
+
+
+def measure_suite(suite: Suite, workdir: Path, machine: Machine):
+    """Measures the sizes and sweeps that are not measured yet.
+
+    One process runs at a time, so that they do not slow each other. Steps are timed in turn on CPU
+    only: elsewhere each run has the devices to itself, and all arms of a size may not fit.
+
+    Raises:
+      Stopped: the machine's `stop` was asked.
+    """
+    runs = suite.runs(tuned_rates(suite, workdir))
+    machine.run(measure_jobs(suite, runs, workdir, machine.backend == "cpu"), together=False)
+
+
+def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
+    """Returns a `Job` for each size and sweep that is not measured yet.
+
+    Args:
+      suite: the suite.
+      runs: its runs.
+      workdir: its directory.
+      in_turn: whether to time the steps of the arms of each size.
+    """
+    jobs = [_size_job(size, runs, workdir, suite.routing_tokens, in_turn) for size in suite.sizes]
+    jobs += [_sweep_job(name, suite, workdir) for name in suite.throughput]
+    return [job for job in jobs if job is not None]
+
+
+def _size_job(size, runs, workdir, tokens, in_turn):
+    of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
+    folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run, tokens)}
+    by_arm = _first_finished(workdir, runs, size) if in_turn else {}
+    timed = step_seconds(workdir, runs, size) or {}
+    if by_arm.keys() == timed.keys():  # if an arm has failed, all are timed again
+        by_arm = {}
+    if not folders and not by_arm:
+        return None
+    steps = {
+        arm: {"config": run.config.to_dict(), "folder": str(of_size[run])}
+        for arm, run in by_arm.items()
+    }
+    todo = {"routing": [*map(str, folders.values())], "tokens": tokens, "steps": steps}
+
+    def progress():
+        missing = sum(_to_route(folder, run, tokens) for run, folder in folders.items())
+        return 1 - missing / (len(folders) or 1)
+
+    output = measured_file(workdir, size)
+    return _job(f"measuring {size}", output, todo, len(folders) + 1, progress)
+
+
+def _sweep_job(name, suite, workdir):
+    points = missing_points(suite, workdir, name)
+    if not points:
+        return None
+    todo = {"points": points, "topology": suite.throughput[name].is_topology}
+
+    def progress():
+        return 1 - len(missing_points(suite, workdir, name)) / len(points)
+
+    output = sweep_file(workdir, name)
+    return _job(f"measuring throughput {name}", output, todo, len(points), progress)
+
+
+def _job(name, output, todo, cost, progress):
+    output.parent.mkdir(exist_ok=True)
+    file = beside(output, ".todo.json")
+    write_json(file, todo | {"output": str(output)})
+    command = (sys.executable, "-m", "aoe_jax.compare.measure", f"--todo={file}")
+    return Job(name, command, output, float(cost), progress)
+
+
+def _to_route(folder, run, tokens):
+    """Whether a finished run chooses experts, and its last choices have not been analysed."""
+    if not run.config.routing.chooses or not is_finished(folder, run):
+        return False
+    file = folder / "routing.json"
+    if not file.exists():
+        return True
+    found = read_json(file)
+    analysed = found["checkpoints"][-1]["step"], found.get("wanted_tokens")
+    return analysed != (run.config.train.steps, tokens)
+
+
+def _first_finished(workdir, runs, size):
+    found = {}
+    for run in runs:
+        if run.size == size and is_finished(folder_of(workdir, run), run):
+            found.setdefault(run.arm, run)
+    return found
+
+
+def step_seconds(workdir: Path, runs: Sequence[Run], size):
+    """Returns the seconds of a training step by arm, timed in turn.
+
+    The result is None where the finished arms were not timed, or with other configurations.
+    """
+    file = measured_file(workdir, size)
+    if not file.exists():
+        return None
+    found = read_json(file)
+    failed = found.get("failed", {})
+    finished = _first_finished(workdir, runs, size)
+    wanted = {arm: run.config for arm, run in finished.items() if arm not in failed}
+    return found["seconds"] if _configs(found.get("trained", {})) == wanted else None
+
+
+def _configs(by_arm):
+    """Reads configurations, in which files of earlier versions may lack fields that are new.
+
+    None if they have fields that have gone: then nothing is measured yet.
+    """
+    try:
+        return {arm: Config.from_config_dict(groups) for arm, groups in by_arm.items()}
+    except UserError:
+        return None
+
+
+def measured_points(suite: Suite, workdir: Path, name):
+    """Yields `(value, {arm: Config}, {arm: figures} or None)` for each value of a sweep.
+
+    The figures are None where these configurations have not been measured.
+    """
+    file, done = sweep_file(workdir, name), {}
+    for point in read_json(file)["points"] if file.exists() else []:
+        done[point["value"]] = _configs(point["configs"]), point["figures"]
+    for value, configs in suite.swept(name).items():
+        measured, figures = done.get(value, (None, None))
+        yield value, configs, figures if measured == configs else None
+
+
+def missing_points(suite: Suite, workdir: Path, name):
+    """Returns the points of a sweep that are not measured yet, ready for JSON."""
+    return [
+        {"value": value, "configs": {arm: config.to_dict() for arm, config in configs.items()}}
+        for value, configs, figures in measured_points(suite, workdir, name)
+        if figures is None
+    ]
 
 
 def main():
-    """Measures; exit status 1 where something failed, which stops nothing else."""
+    """Measures; exit status 1 if something failed, which stops nothing else."""
     StopRequests("the same command does what is left").listen()
-    todo = read_json(Path(cli.required(_TODO)))
-    failed = _measure_sweep(todo) if "points" in todo else _measure_size(todo)
+    todo = read_json(Path(cli.required(flags.FLAGS["todo"])))
+    output = Path(todo["output"])
+    if "points" in todo:
+        failed = measure_points(todo["points"], todo["topology"], output)
+    else:
+        failed = _analyse_runs(todo["routing"], todo["tokens"]) + _time_steps(todo["steps"], output)
     for line in failed:
         log.error("%s", line)
     return 1 if failed else 0
 
 
-def _measure_sweep(todo):
-    from aoe_jax.compare.throughput import measure_points
-
-    return measure_points(todo["points"], todo["topology"], Path(todo["output"]))
-
-
-def _measure_size(todo):
+def _analyse_runs(folders, tokens):
     failed = []
-    from aoe_jax.compare.routing import analyse
-    from aoe_jax.compare.step_times import time_steps
-
-    for folder in todo["routing"]:
+    for folder in folders:
         try:
-            analyse(Path(folder), todo["tokens"])
+            analyse(Path(folder), tokens)
             log.info("routing of %s", folder)
         except Exception as e:
             log.exception("routing of %s", folder)
             failed.append(f"routing of {folder}: {type(e).__name__}: {e}")
-    if todo["steps"]:
-        trained = {
-            arm: (Config.from_config_dict(run["config"]), Path(run["folder"]))
-            for arm, run in todo["steps"].items()
-        }
-        seconds, not_timed = time_steps(trained, Path(todo["output"]))
-        for arm, value in seconds.items():
-            log.info("%s: %.4f s a step", arm, value)
-        failed += [f"steps of {arm}: {why}" for arm, why in not_timed.items()]
     return failed
 
 
+def _time_steps(runs, output):
+    """Writes `trained`, the configurations, `seconds` and `failed`, all by arm."""
+    if not runs:
+        return []
+    steps, failed = {}, {}
+    for arm, run in runs.items():
+        try:
+            steps[arm] = RepeatedStep(Config.from_config_dict(run["config"]), Path(run["folder"]))
+        except Exception as e:  # such as a damaged checkpoint
+            log.exception("steps of %s", arm)
+            failed[arm] = f"{type(e).__name__}: {e}"
+    seconds = seconds_in_turn(steps)
+    for arm, value in seconds.items():
+        log.info("%s: %.4f s a step", arm, value)
+    configs = {arm: runs[arm]["config"] for arm in steps}
+    write_json(output, {"trained": configs, "seconds": seconds, "failed": failed})
+    return [f"steps of {arm}: {why}" for arm, why in failed.items()]
+
+
+def measure_points(points, is_topology, output: Path):
+    """Measures points of a sweep and adds each to a JSON file; one that fails stops no other.
+
+    Args:
+      points: from `missing_points`.
+      is_topology: whether their values are absent machines.
+      output: the file.
+
+    Returns:
+      A line for each failure.
+    """
+    measure, failed = _traced if is_topology else _timed, []
+    for point in points:
+        value = point["value"]
+        try:
+            figures = measure(value, _configs(point["configs"]))
+        except Exception as e:  # such as lack of memory
+            log.exception("%s", value)
+            failed.append(f"{value}: {type(e).__name__}: {e}")
+            continue
+        done = read_json(output)["points"] if output.exists() else []
+        others = [other for other in done if other["value"] != value]
+        write_json(output, {"points": [*others, point | {"figures": figures}]})
+        seconds = [f"{arm} {of_arm['seconds']:.4g} s" for arm, of_arm in figures.items()]
+        log.info("%s: %s", value, ", ".join(seconds))
+    return failed
+
+
+def _timed(_, configs: Mapping[str, Config]):
+    steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
+    seconds, figures = seconds_in_turn(steps), {}
+    for arm, step in steps.items():
+        memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]
+        figures[arm] = {"seconds": seconds[arm], "memory_bytes": memory}
+    return figures
+
+
+def _traced(topology, configs: Mapping[str, Config]):
+    from aoe_jax.plan import plan  # defines flags of its own command line
+
+    generation, devices = topology_devices(topology)
+    figures = {}
+    for arm, config in configs.items():
+        found = plan(fill_mesh(config, len(devices)), generation, devices, compiles=False)
+        figures[arm] = {
+            "seconds": found["step_seconds"],
+            "received_bytes": sum(found["collective_bytes"].values()),
+            "bound_by": found["bound_by"],
+            "mfu_bound": found["mfu_bound"],
+        }
+    return figures
+
+
 if __name__ == "__main__":
+    flags.DEFINE_string("todo", None, "a JSON file that says what to measure")
     cli.run(main)

@@ -1,8 +1,7 @@
-"""Trains the runs of a suite: `WORKDIR/runs/SIZE/ARM/seed_N`, each by `train.py` in a process of
-its own.
+"""Trains the runs of a suite, each by `train.py` in a process of its own.
 
-A run that is finished isn't run again, one that was cut off goes on, one that failed is tried
-again.
+A run is in `WORKDIR/runs/SIZE/ARM/seed_N`. A finished run is not repeated, an interrupted run goes
+on, and a failed run is tried again.
 """
 
 import json
@@ -10,105 +9,301 @@ import logging
 import math
 import os
 import platform
+import queue
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import aoe_jax
-from aoe_jax.compare.jobs import Job, Slot, run_jobs
-from aoe_jax.compare.layout import beside, check_run, folder_of, is_finished, tuning_folder
-from aoe_jax.compare.measuring import measure_jobs
-from aoe_jax.compare.suite import Suite
+from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
+from aoe_jax.locking import alone_in
 from aoe_jax.stopping import StopRequests
+from aoe_jax.training.workdir import check_workdir
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(aoe_jax.__file__).parents[1]
-# glibc gives freed memory back to the system after every step; on CPU, getting it again costs more
-# than a tenth of the time.
+# By default glibc returns freed memory to the system after every step; on CPU, getting it back
+# costs more than a tenth of the time.
 ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
+# Becomes the command, which gets SIGTERM (15) if the thread that started it dies, by
+# PR_SET_PDEATHSIG (1). Code between fork and exec would be unsafe in a process with threads.
+_WITH_PARENT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 15)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
-def train_suite(suite: Suite, workdir: Path, n_jobs: int | None, stop: StopRequests):
-    """Tunes learning rates where the suite says so, and trains what is missing.
+def folder_of(workdir: Path, run: Run):
+    """Returns the directory of a run of the suite."""
+    return workdir / "runs" / run.name
+
+
+def tuning_folder(workdir: Path, run: Run):
+    """Returns the directory of a run of the tuning."""
+    return workdir / "tuning" / run.name
+
+
+def beside(path: Path, suffix):
+    """Returns a file beside a file or directory, such as its log."""
+    return path.with_name(path.name + suffix)
+
+
+def check_run(folder: Path, run: Run):
+    """Checks that a directory is free or holds this very run with the same number of steps.
+
+    The number of steps matters because it decides the learning rate at each step.
+
+    Raises:
+      UserError: the directory holds another run.
+    """
+    check_workdir(folder, run.config)
+    file, steps = folder / "config.json", run.config.train.steps
+    found = read_json(file)["train"]["steps"] if file.exists() else steps
+    if found != steps:
+        raise UserError(
+            f"workdir {folder} holds another configuration: train.steps is {found} there, "
+            f"{steps} here. Use another --workdir"
+        )
+
+
+def is_finished(folder: Path, run: Run):
+    """Returns whether a run has been trained to its last step."""
+    summary = folder / "summary.json"
+    return summary.exists() and read_json(summary)["metrics"]["step"] == run.config.train.steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command to run."""
+
+    name: str
+    command: tuple[str, ...]
+    # What the command writes: a file, or a directory that it locks. Beside it are `.log` (stdout
+    # and stderr, appended) and `.outcome.json` with `status` and `last_line`.
+    output: Path
+    cost: float  # in any unit, to estimate the remaining time
+    progress: Callable[[], float]  # the fraction that is done
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one job at a time."""
+
+    core: int | None = None  # None: any
+    environment: dict[str, str] = field(default_factory=dict)  # selects its devices
+
+
+def last_line(path: Path):
+    """Returns the last line of a log that is not empty."""
+    lines = path.read_text(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def run_jobs(jobs: list[Job], slots: list[Slot], environment: dict[str, str], stop: StopRequests):
+    """Runs jobs in order, one at a time in each slot; a job that fails stops no other.
 
     Args:
-      suite: what to run.
-      workdir: a directory, made and locked by the caller.
-      n_jobs: runs at a time; None: on CPU one for every core, elsewhere one. Several on GPUs share
-        them out.
+      jobs: the commands.
+      slots: the places.
+      environment: defaults for variables that are not set.
       stop: the requests to heed.
 
     Raises:
-      UserError: a run in `workdir` is of another configuration, or `train.py` isn't there.
-      Stopped: `stop` was asked.
+      Stopped: `stop` was asked; the running jobs were asked too and have ended.
     """
-    if not (ROOT / "train.py").exists():
-        raise UserError(
-            f"{ROOT / 'train.py'} isn't there: comparisons run it, so install the package with --editable"
-        )
-    suite.runs()  # checks all of them
-    for name in suite.throughput:
-        suite.swept(name)
-    machine = _machine()
-    _note_machine(workdir, machine)
-    slots = _slots(machine, n_jobs)
-    # Runs that differ in their seed alone are one program.
-    environment = {
-        "GLIBC_TUNABLES": ALLOCATOR,
-        "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
-        "PYTHONUNBUFFERED": "1",
-    }
-    _train(
-        {run: tuning_folder(workdir, run) for run in suite.tuning_runs().values()},
-        slots,
-        environment,
-        stop,
-    )
-    rates = tuned_rates(suite, workdir)
-    for arm, rate in rates.items():
-        log.info(
-            "learning rate of %s: %s",
-            arm,
-            "its own, for no run of its tuning has finished" if rate is None else rate,
-        )
-    runs = suite.runs(rates)
-    _train({run: folder_of(workdir, run) for run in runs}, slots, environment, stop)
-    in_turn = (
-        machine["backend"] == "cpu"
-    )  # elsewhere runs are alone on the devices, and the arms of a size may not fit
-    # One at a time, for they would slow each other.
-    run_jobs(measure_jobs(suite, runs, workdir, in_turn), slots[:1], environment, stop)
+    workers, outcomes = _Workers(slots, environment), {}
+    before, started = {job: job.progress() for job in jobs}, time.monotonic()
+    reported = started
+    with (
+        stop.between_steps(several=False),
+        ThreadPoolExecutor(len(slots)) as pool,
+    ):
+        pending = {pool.submit(workers.run, job): job for job in jobs}
+        try:
+            while pending:
+                if stop.asked():
+                    raise stop.end("what is done is saved; the same command goes on from there")
+                news = []
+                for future in wait(pending, POLL_SECONDS, FIRST_COMPLETED).done:
+                    job = pending.pop(future)
+                    outcomes[job] = future.result()
+                    news.append(f"{job.name} has ended")
+                if not news and time.monotonic() - reported > REPORT_SECONDS:
+                    running = [f"{job.name} {job.progress():.0%}" for job in list(workers.running)]
+                    news.append(f"running: {', '.join(running)}")
+                if news:
+                    reported = time.monotonic()
+                    progress = _progress(jobs, before, outcomes, reported - started)
+                    log.info("%s; %s", progress, "; ".join(news))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers.stop()
 
 
-def _machine():
-    """What runs are made on from now on; JAX is asked in another process, for this one must not
-    take the accelerator.
-    """
-    ask = "import jax, json; d = jax.devices(); print(json.dumps([jax.default_backend(), d[0].device_kind, len(d)]))"
-    answer = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, check=False
+class _Workers:
+    """What the threads of a pool do: each runs one job at a time in a free slot."""
+
+    def __init__(self, slots, environment):
+        self._free, self._environment = queue.SimpleQueue(), environment
+        for slot in slots:
+            self._free.put(slot)
+        self._lock, self._stopped = threading.Lock(), False
+        self.running = {}  # Job -> Popen
+
+    def run(self, job):
+        """Returns the outcome of a job, or None if it was not started or was stopped."""
+        slot = self._free.get()
+        try:
+            while not (self._stopped or _is_free(job.output)):  # an earlier process is ending there
+                time.sleep(POLL_SECONDS)
+            return self._run_in(slot, job)
+        finally:
+            self._free.put(slot)
+
+    def _run_in(self, slot, job):
+        log_file, outcome_file = (beside(job.output, name) for name in (".log", ".outcome.json"))
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        outcome_file.unlink(missing_ok=True)
+        if slot.core is not None:
+            os.sched_setaffinity(0, {slot.core})  # of this thread and the processes it starts
+        with log_file.open("a") as file, self._lock:
+            if self._stopped:
+                return None
+            file.write(f"$ {' '.join(job.command)}\n")
+            file.flush()
+            process = self.running[job] = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _WITH_PARENT, *job.command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=self._environment | os.environ | slot.environment,
+                process_group=0,  # so that Ctrl-C reaches the jobs only through `stop`
+            )
+        status = process.wait()
+        with self._lock:
+            del self.running[job]
+        if self._stopped:
+            return None
+        line = last_line(log_file)
+        if status < 0:  # it had no chance to say why, as where memory ran out
+            line = f"killed by signal {-status}, after: {line}"
+        outcome = {"status": status, "last_line": line}
+        write_json(outcome_file, outcome)
+        if status:
+            message = "%s failed with status %d: %s; its log is %s"
+            log.warning(message, job.name, status, line, log_file)
+        return outcome
+
+    def stop(self):
+        """Asks the running jobs to stop, and starts no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self.running.values():
+                process.terminate()
+
+
+def _is_free(folder):
+    if not folder.is_dir():
+        return True
+    try:
+        with alone_in(folder, "workdir"):
+            return True
+    except UserError:
+        return False
+
+
+def _progress(jobs, before, outcomes, seconds):
+    """Says how many jobs have ended, and estimates the remaining time from `seconds` of work."""
+    failed = sum(outcome["status"] != 0 for outcome in outcomes.values())
+    progress = {job: job.progress() for job in jobs}
+    done = sum(job.cost * max(progress[job] - before[job], 0) for job in jobs)
+    left = sum(job.cost * (1 - progress[job]) for job in jobs if job not in outcomes)
+    text = f"{len(outcomes)} of {len(jobs)} ended"
+    if failed:
+        text += f", {failed} of them failed"
+    if done and left:
+        remaining = left / done * seconds
+        hours, minutes = f"{remaining / 3600:.1f} h", f"{remaining / 60:.0f} min"
+        text += f", about {hours if remaining > 5400 else minutes} left"
+    return text
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine as a place for jobs of a suite."""
+
+    backend: str
+    slots: list[Slot]
+    environment: dict[str, str]
+    stop: StopRequests
+
+    @classmethod
+    def here(cls, workdir: Path, n_jobs: int | None, stop: StopRequests):
+        """Finds out what is here, and notes it in `machine.json`.
+
+        Args:
+          workdir: the directory of the suite.
+          n_jobs: jobs at a time; None means one for each core on CPU, one elsewhere. Several jobs
+            on GPUs share them out.
+          stop: the requests to heed.
+
+        Raises:
+          UserError: JAX does not start, or `n_jobs` is impossible here.
+        """
+        description = _describe()
+        file = workdir / "machine.json"
+        earlier = machines_of(workdir) if file.exists() else []
+        machines = [*(m for m in earlier if m != description), description]
+        write_json(file, {"machines": machines})
+        # Runs that differ in their seed alone are one program.
+        environment = {
+            "GLIBC_TUNABLES": ALLOCATOR,
+            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return cls(description["backend"], slots_of(description, n_jobs), environment, stop)
+
+    def run(self, jobs, together=True):
+        """Runs jobs; one after the other where they are not run `together`."""
+        slots = self.slots if together else self.slots[:1]
+        run_jobs(jobs, slots, self.environment, self.stop)
+
+
+def _describe():
+    # JAX is asked in another process, because this one must not take the accelerator.
+    ask = (
+        "import jax, json; d = jax.devices(); "
+        "print(json.dumps([jax.default_backend(), d[0].device_kind, len(d)]))"
     )
+    answer = _output_of(sys.executable, "-c", ask)
     if answer.returncode:
-        raise UserError(f"JAX doesn't start: {(answer.stderr.strip().splitlines() or [''])[-1]}")
+        raise UserError(f"JAX does not start: {(answer.stderr.strip().splitlines() or [''])[-1]}")
     backend, device, devices = json.loads(answer.stdout.splitlines()[-1])
     cpuinfo = Path("/proc/cpuinfo")
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in cpuinfo.read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    if backend == "cpu" and cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        models = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+        device = models[0].strip() if models else device
     return {
         "commit": _commit(),
         "backend": backend,
-        "device": device if backend != "cpu" or not models else models[0],
+        "device": device,
         "devices": devices,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
@@ -116,37 +311,32 @@ def _machine():
     }
 
 
+def _output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def _commit():
-    """The commit of this code, `-dirty` if it has been changed since; None where git doesn't know."""
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
+        describe = ("describe", "--always", "--dirty", "--exclude=*")
+        return _output_of("git", "-C", str(ROOT), *describe).stdout.strip() or None
+    except FileNotFoundError:  # git is not installed
         return None
-    return answer.stdout.strip() or None
 
 
 def machines_of(workdir: Path):
-    """The machines that have taken part, the latest last; one whose versions or commit have changed
-    is another.
+    """Returns the machines that have taken part, the latest last.
+
+    A machine whose package versions or commit have changed counts as another one.
     """
     found = read_json(workdir / "machine.json")
-    return found.get("machines") or [found]  # the file once was of the last machine alone
+    return found.get("machines") or [found]  # earlier versions wrote the last machine alone
 
 
-def _note_machine(workdir, machine):
-    file = workdir / "machine.json"
-    earlier = machines_of(workdir) if file.exists() else []
-    write_json(file, {"machines": [*(m for m in earlier if m != machine), machine]})
+def slots_of(machine, n_jobs):
+    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them.
 
-
-def _slots(machine, n_jobs):
-    """Where runs go, one at a time in each: on CPU a core, so that they don't slow each other; of
-    GPUs some, or all.
+    Raises:
+      UserError: the machine has no `n_jobs` such slots.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))
@@ -154,68 +344,82 @@ def _slots(machine, n_jobs):
     if (n_jobs or 1) == 1:
         return [Slot()]
     if machine["backend"] != "gpu":
-        raise UserError(
-            f"--jobs={n_jobs}: on {machine['backend']} a run takes all devices; leave it at 1"
-        )
+        wanted = f"on {machine['backend']} a run takes all devices; leave it at 1"
+        raise UserError(f"--jobs={n_jobs}: {wanted}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
     if len(devices) % n_jobs:
-        raise UserError(
-            f"--jobs={n_jobs}: must divide the {len(devices)} GPUs, which runs share out"
-        )
-    size = len(devices) // n_jobs
-    of_jobs = [devices[i : i + size] for i in range(0, len(devices), size)]
-    return [Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(of_job)}) for of_job in of_jobs]
+        wanted = f"must divide the {len(devices)} GPUs, which runs share out"
+        raise UserError(f"--jobs={n_jobs}: {wanted}")
+    share = len(devices) // n_jobs
+    starts = range(0, len(devices), share)
+    return [
+        Slot(environment={"CUDA_VISIBLE_DEVICES": ",".join(devices[i : i + share])}) for i in starts
+    ]
 
 
-def _train(folders, slots, environment, stop):
+def train_suite(suite: Suite, workdir: Path, machine: Machine):
+    """Tunes learning rates where the suite says so, and trains the missing runs.
+
+    Args:
+      suite: what to run.
+      workdir: a directory, made and locked by the caller.
+      machine: where to run.
+
+    Raises:
+      UserError: a run in `workdir` is of another configuration, or `train.py` is missing.
+      Stopped: the machine's `stop` was asked.
+    """
+    if not (ROOT / "train.py").exists():
+        advice = "comparisons run it, so install the package with --editable"
+        raise UserError(f"{ROOT / 'train.py'} is missing: {advice}")
+    tuning = suite.tuning_runs().values()
+    _train({run: tuning_folder(workdir, run) for run in tuning}, machine)
+    rates = tuned_rates(suite, workdir)
+    for arm, rate in rates.items():
+        own = "as configured, because no run of its tuning has finished"
+        log.info("learning rate of %s: %s", arm, own if rate is None else rate)
+    _train({run: folder_of(workdir, run) for run in suite.runs(rates)}, machine)
+
+
+def _train(folders, machine):
     for run, folder in folders.items():
         check_run(folder, run)
     jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
     if jobs:
-        log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(slots))
-        run_jobs(jobs, slots, environment, stop)
+        log.info("%d of %d runs to do, %d at a time", len(jobs), len(folders), len(machine.slots))
+        machine.run(jobs)
 
 
 def _job(run, folder):
     configuration = beside(folder, ".config.json")
     configuration.parent.mkdir(parents=True, exist_ok=True)
     write_json(configuration, run.config.to_dict())
-    train, given = str(ROOT / "train.py"), f"--config={ROOT}/configs/saved.py:{configuration}"
+    given = f"--config={ROOT}/configs/saved.py:{configuration}"
+    command = (sys.executable, str(ROOT / "train.py"), given, f"--workdir={folder}")
 
     def progress():
+        heartbeat = folder / "heartbeat.json"
         if is_finished(folder, run):
             return 1.0
-        heartbeat = folder / "heartbeat.json"
-        return (
-            (read_json(heartbeat).get("step") or 0) / run.config.train.steps
-            if heartbeat.exists()
-            else 0.0
-        )
+        step = read_json(heartbeat).get("step") if heartbeat.exists() else 0
+        return (step or 0) / run.config.train.steps
 
-    return Job(
-        run.name,
-        (sys.executable, train, given, f"--workdir={folder}"),
-        beside(folder, ".log"),
-        beside(folder, ".outcome.json"),
-        folder,
-        run.flops,
-        progress,
-    )
+    return Job(run.name, command, folder, run.flops, progress)
 
 
 def tuning_nlls(suite: Suite, workdir: Path):
-    """`{arm: {learning rate: validation nll}}` of the tuning: None of a run that isn't finished,
-    inf of one that diverged.
+    """Returns `{arm: {learning rate: validation nll}}` of the tuning.
+
+    The nll is None for a run that is not finished and inf for one that diverged.
 
     Raises:
       UserError: a run is of another configuration.
     """
     found = {}
     for (arm, rate), run in suite.tuning_runs().items():
-        folder = tuning_folder(workdir, run)
+        folder, nll = tuning_folder(workdir, run), None
         check_run(folder, run)
-        nll = None
         if is_finished(folder, run):
             nll = read_json(folder / "summary.json")["metrics"]["validation_nll"]
             nll = math.inf if nll is None else nll
@@ -224,29 +428,27 @@ def tuning_nlls(suite: Suite, workdir: Path):
 
 
 def tuned_rates(suite: Suite, workdir: Path):
-    """The peak learning rate of each arm: that of the lowest nll; None, its own, where no run of
-    the tuning has finished.
+    """Returns the peak learning rate with the lowest nll of each arm.
 
-    An arm whose runs have begun keeps the rate that they have begun with, whatever has been tuned
-    since.
+    It is None, the configured rate, for an arm none of whose tuning runs has finished. An arm with
+    runs in `workdir` keeps the rate that they began with, even if the tuning has changed since.
+
+    Raises:
+      UserError: a run is of another configuration.
     """
     found, begun = {}, _begun_rates(suite, workdir) if suite.tuning else {}
     for arm, nlls in tuning_nlls(suite, workdir).items():
-        finished = {
-            rate: nll for rate, nll in nlls.items() if nll is not None and math.isfinite(nll)
-        }
-        found[arm] = begun.get(arm) or (min(finished, key=finished.get) if finished else None)
+        finite = {rate: nll for rate, nll in nlls.items() if nll is not None and nll < math.inf}
+        found[arm] = begun.get(arm) or (min(finite, key=finite.get) if finite else None)
     return found
 
 
 def _begun_rates(suite, workdir):
-    """`{arm: rate}` of the arms that have a run, with a rate of the tuning."""
     found = {}
     for run in suite.runs():
         file = folder_of(workdir, run) / "config.json"
         if run.arm not in found and file.exists():
             rate = read_json(file)["train"]["learning_rate"] / suite.sizes[run.size].rate_factor
-            found[run.arm] = next(
-                (tuned for tuned in suite.tuning.learning_rates if math.isclose(tuned, rate)), None
-            )
+            tuned = [r for r in suite.tuning.learning_rates if math.isclose(r, rate)]
+            found[run.arm] = tuned[0] if tuned else None
     return found

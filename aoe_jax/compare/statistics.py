@@ -1,208 +1,220 @@
-"""Means over seeds, paired differences, fits over sizes, and what a curve says at a budget."""
+"""Means over seeds, paired differences, fits over sizes, and how the report writes numbers."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
+EQUAL_FLOPS = 1.1  # ratio up to which training FLOPs count as equal
+MIN_SIZES, MIN_SIZES_WITH_FLOOR, MIN_SIZES_OF_PARABOLA = 2, 4, 3
+N_RESAMPLES = 500  # of a bootstrap
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over seeds."""
+class Estimate:
+    """A mean over seeds, or over differences seed by seed."""
 
     value: float
-    error: float  # the standard error; nan of one value
+    error: float  # the standard error; NaN for fewer than two values
     n: int
-
-
-@dataclass(frozen=True)
-class Difference(Mean):
-    """The mean of differences seed by seed, with its interval of `CONFIDENCE` by Student's t; nan
-    of one pair.
-    """
-
-    low: float
+    low: float  # of the interval of CONFIDENCE by Student's t; NaN for fewer than two values
     high: float
+
+    @property
+    def is_distinguishable(self):
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+    def text(self, digits=4):
+        """Writes the mean with its standard error, if there is one."""
+        if not self.n:
+            return "-"
+        error = f" ± {self.error:.{digits}f}" if self.n > 1 else ""
+        return f"{self.value:.{digits}f}{error}"
+
+    def as_difference(self):
+        """Writes the mean with its sign, standard error and interval."""
+        if self.n < 2:
+            return f"{self.value:+.4f}" if self.n else "-"
+        return f"{self.value:+.4f} ± {self.error:.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
 def mean(values):
-    """The `Mean` of a sequence of numbers; nan of none."""
-    values = np.asarray(list(values), np.float64)
-    if not values.size:
-        return Mean(math.nan, math.nan, 0)
-    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
-    return Mean(float(values.mean()), float(error), values.size)
+    """Returns the `Estimate` of the mean of numbers, without those that are NaN."""
+    values = pd.Series(values, dtype=float).dropna()
+    value, error, n, reach = values.mean(), values.sem(), len(values), math.nan
+    if n > 1:
+        reach = error * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    return Estimate(float(value), float(error), n, float(value - reach), float(value + reach))
 
 
-def paired_difference(values, baseline):
-    """The `Difference` of two `{seed: value}` over the seeds that both have."""
-    found = mean(values[seed] - baseline[seed] for seed in values if seed in baseline)
-    reach = math.nan
-    if found.n > 1:
-        reach = found.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1))
-    return Difference(found.value, found.error, found.n, found.value - reach, found.value + reach)
+def paired_difference(values: pd.Series, baseline: pd.Series):
+    """Returns the `Estimate` of the differences of two series by seed, over common seeds."""
+    return mean(values - baseline)
 
 
 def at(curve_x, curve_y, x):
-    """A curve at `x`, linear in log x between its points; nan outside of them."""
-    curve_x, curve_y = np.asarray(curve_x, np.float64), np.asarray(curve_y, np.float64)
-    if not curve_x.size or not curve_x[0] <= x * (1 + 1e-9) or not x <= curve_x[-1] * (1 + 1e-9):
+    """Interpolates a curve at `x`, linearly in log x; NaN outside of its points."""
+    logs, log_x = np.log(np.asarray(curve_x, float)), math.log(x)
+    if not logs.size or not logs[0] - 1e-9 <= log_x <= logs[-1] + 1e-9:
         return math.nan
-    return float(np.interp(math.log(x), np.log(curve_x), curve_y))
+    return float(np.interp(log_x, logs, curve_y))
+
+
+def number(value):
+    """Writes a count with three digits and a unit, such as 1.02k."""
+    # The factor: 999.6 rounds to a thousand, and so is written with the next unit.
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def markdown_table(rows):
+    """Formats dicts as a Markdown table; the first column is text, the others are numbers."""
+    frame = pd.DataFrame(rows).map(lambda cell: str(cell).replace("|", "\\|"))
+    alignment = ("left", *["right"] * (frame.shape[1] - 1))
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """`loss = floor + factor * x ** -exponent`, with those of bootstrap resamples."""
+    """A curve fitted to the mean losses of several sizes, with bootstrap resamples."""
 
-    floor: float
-    factor: float
-    exponent: float
-    resampled: np.ndarray  # [B, 3]: floor, factor, exponent
-    has_floor: bool  # False: it is 0, for want of sizes to tell
+    parameters: np.ndarray  # [P]
+    resampled: np.ndarray  # [B, P]
 
     def __call__(self, x):
-        """The loss at `x` (a number or an array)."""
-        return self.floor + self.factor * np.asarray(x, np.float64) ** -self.exponent
+        """Returns the loss at `x` (a number or an array)."""
+        return self.curve(np.asarray(x, float), *self.parameters)
 
     def band(self, x):
-        """`(low, high)` of the loss at `x`, in which `CONFIDENCE` of the resamples lie."""
-        floor, factor, exponent = self.resampled.T[:, :, None]
-        return _quantiles(floor + factor * np.atleast_1d(np.asarray(x, np.float64)) ** -exponent)
+        """Returns `(low, high)` of the loss at `x`: the middle CONFIDENCE of the resamples."""
+        return _middle(self.curve(np.atleast_1d(x).astype(float), *self.resampled.T[:, :, None]))
 
-    def exponent_interval(self):
-        """`(low, high)` of the exponent; nan where no size has two seeds."""
-        return _interval(self.resampled[:, 2])
-
-
-def _interval(values):
-    """`(low, high)` in which `CONFIDENCE` of the resamples lie; nan where they are alike but for
-    rounding, or one is nan.
-    """
-    if np.ptp(values) <= 1e-9 * np.abs(values).max():
-        return math.nan, math.nan
-    return tuple(_quantiles(values))
-
-
-def _quantiles(values):
-    """`(low, high)` of the middle `CONFIDENCE` along the first axis."""
-    return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-
-
-MIN_SIZES, MIN_SIZES_WITH_FLOOR = 2, 4
-
-
-def fit_power_law(groups, n_resamples=500):
-    """Fits a power law to losses of several sizes; None of fewer than two.
-
-    With fewer than four sizes a floor can't be told from an exponent: it is 0 then, and the fit a
-    line in log loss, log x.
-
-    Args:
-      groups: `{x: [loss of each seed]}`, one entry a size; x > 0.
-      n_resamples: of the bootstrap, which draws the seeds of each size anew.
-
-    Returns:
-      A `Fit`.
-    """
-    groups = {x: np.asarray(losses, np.float64) for x, losses in groups.items() if len(losses)}
-    if len(groups) < MIN_SIZES:
-        return None
-    xs, has_floor = np.array(list(groups)), len(groups) >= MIN_SIZES_WITH_FLOOR
-    best = _fit(xs, _means(groups), has_floor)
-    resampled = [
-        _fit(xs, losses, has_floor, best) for losses in _resampled_means(groups, n_resamples)
-    ]
-    return Fit(*best, np.array(resampled), has_floor)
-
-
-def _means(groups):
-    return np.array([losses.mean() for losses in groups.values()])
-
-
-def _resampled_means(groups, n_resamples):
-    """The bootstrap: means of each size over seeds drawn anew."""
-    rng = np.random.default_rng(0)
-    for _ in range(n_resamples):
-        yield np.array([rng.choice(losses, losses.size).mean() for losses in groups.values()])
-
-
-def _fit(xs, losses, has_floor, start=None):
-    """`(floor, factor, exponent)` of least squares in log loss."""
-    slope, intercept = np.polyfit(np.log(xs), np.log(losses), 1)
-    if not has_floor:
-        return 0.0, math.exp(intercept), -slope
-    scale = math.exp(np.log(xs).mean())  # so that the parameters are of one size
-
-    def residuals(p):
-        floor, factor, exponent = p
-        return np.log(floor + factor * (xs / scale) ** -exponent) - np.log(losses)
-
-    if start is None:
-        first = (0.5 * losses.min(), losses.mean() - 0.5 * losses.min(), max(-2 * slope, 1e-3))
-    else:
-        first = (start[0], start[1] * scale ** -start[2], start[2])
-    bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
-    floor, factor, exponent = optimize.least_squares(
-        residuals, np.clip(first, *bounds), bounds=bounds
-    ).x
-    return floor, factor * scale**exponent, exponent
+    @staticmethod
+    def curve(x, *parameters):
+        """Returns the loss at `x`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Parabola:
-    """A loss that is a parabola in log x, with those of bootstrap resamples."""
+class PowerLaw(Fit):
+    """`loss = floor + factor * x ** -exponent`."""
 
-    centre: float  # of log x, where the coefficients are taken
-    coefficients: np.ndarray  # [3], the square's first
-    resampled: np.ndarray  # [B, 3]
+    has_floor: bool  # False: the floor is set to 0, because there are too few sizes to fit it
 
-    def __call__(self, x):
-        """The loss at `x` (a number or an array)."""
-        return np.polyval(self.coefficients, np.log(x) - self.centre)
+    @staticmethod
+    def curve(x, floor, factor, exponent):
+        """Returns the loss at `x`."""
+        return floor + factor * x**-exponent
 
-    def band(self, x):
-        """`(low, high)` of the loss at `x`, in which `CONFIDENCE` of the resamples lie."""
-        return _quantiles(
-            np.polyval(self.resampled.T[:, :, None], np.log(np.atleast_1d(x)) - self.centre)
-        )
+    @property
+    def exponent(self):
+        """The exponent."""
+        return self.parameters[2]
+
+    def exponent_interval(self):
+        """Returns `(low, high)` of the exponent; NaN where no size has two seeds."""
+        return _interval(self.resampled[:, 2])
+
+
+@dataclass(frozen=True)
+class Parabola(Fit):
+    """`loss = square * log(x)^2 + slope * log(x) + constant`."""
+
+    @staticmethod
+    def curve(x, square, slope, constant):
+        """Returns the loss at `x`."""
+        return (square * np.log(x) + slope) * np.log(x) + constant
 
     def minimum(self):
-        """The `x` of least loss; nan of a parabola that has none."""
-        return float(self._minima(self.coefficients))
+        """Returns the `x` of least loss; NaN if the parabola has none."""
+        return float(_minimum(*self.parameters))
 
     def minimum_interval(self):
-        """`(low, high)` of it; nan where no size has two seeds or a resample has no minimum."""
-        return _interval(self._minima(self.resampled.T))
-
-    def _minima(self, coefficients):
-        square, slope, _ = coefficients
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return np.where(square > 0, np.exp(self.centre - slope / (2 * square)), np.nan)
+        """Returns its `(low, high)`; NaN where no size has two seeds or a resample has none."""
+        return _interval(_minimum(*self.resampled.T))
 
 
-MIN_SIZES_OF_PARABOLA = 3
+def _minimum(square, slope, _):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(square > 0, np.exp(-slope / (2 * square)), np.nan)
 
 
-def fit_parabola(groups, n_resamples=500):
-    """Fits a `Parabola` to the mean losses of several sizes, by least squares; None of fewer than
-    three.
+def _middle(values):
+    return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+
+
+def _interval(values):
+    """Returns `(low, high)`; NaN where the resamples are equal but for rounding, or one is NaN."""
+    if np.ptp(values) <= 1e-9 * np.abs(values).max():
+        return math.nan, math.nan
+    return tuple(_middle(values))
+
+
+def _means(groups, n_resamples=N_RESAMPLES):
+    """Returns `(x [N], mean losses [N], mean losses of resamples [B, N])`.
+
+    The bootstrap draws the seeds of each size with replacement.
+    """
+    rng = np.random.default_rng(0)
+    losses = [np.asarray(of_size, float) for of_size in groups.values()]
+    draws = [rng.choice(of_size, (n_resamples, of_size.size)).mean(axis=1) for of_size in losses]
+    means = np.array([of_size.mean() for of_size in losses])
+    return np.array(list(groups), float), means, np.stack(draws, axis=1)
+
+
+def fit_power_law(groups, n_resamples=N_RESAMPLES):
+    """Fits a `PowerLaw` by least squares in log loss; None for fewer than two sizes.
+
+    Fewer than four sizes cannot separate a floor from an exponent. Then the floor is 0, and the fit
+    is a line in log x and log loss.
 
     Args:
-      groups: `{x: [loss of each seed]}`, one entry a size; x > 0.
+      groups: `{x: [loss of each seed]}`, one entry for each size; x > 0.
       n_resamples: of the bootstrap.
     """
-    groups = {x: np.asarray(losses, np.float64) for x, losses in groups.items() if len(losses)}
+    if len(groups) < MIN_SIZES:
+        return None
+    x, means, resampled = _means(groups, n_resamples)
+    with_floor = len(groups) >= MIN_SIZES_WITH_FLOOR
+    if not with_floor:
+        best, of_resamples = _line(x, means), _line(x, resampled.T)
+        return PowerLaw(best, of_resamples.T, with_floor)
+    scale = math.exp(np.log(x).mean())  # so that the parameters are of one magnitude
+    guess = 0.5 * means.min(), means.mean() - 0.5 * means.min(), max(2 * _line(x, means)[2], 1e-3)
+    best = _fit_with_floor(x / scale, means, guess)
+    of_resamples = np.array([_fit_with_floor(x / scale, row, best) for row in resampled])
+    for parameters in (best, of_resamples.T):
+        parameters[1] *= scale ** parameters[2]
+    return PowerLaw(best, of_resamples, with_floor)
+
+
+def _line(x, losses):
+    """Returns `[floor 0, factor, exponent]`, each with the trailing axes of `losses [N, ...]`."""
+    slope, intercept = np.polyfit(np.log(x), np.log(losses), 1)
+    return np.stack([np.zeros_like(slope), np.exp(intercept), -slope])
+
+
+def _fit_with_floor(x, losses, guess):
+    def residuals(parameters):
+        return np.log(PowerLaw.curve(x, *parameters)) - np.log(losses)
+
+    bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
+    return optimize.least_squares(residuals, np.clip(guess, *bounds), bounds=bounds).x
+
+
+def fit_parabola(groups):
+    """Fits a `Parabola` by least squares; None for fewer than three sizes.
+
+    Args:
+      groups: `{x: [loss of each seed]}`, one entry for each size; x > 0.
+    """
     if len(groups) < MIN_SIZES_OF_PARABOLA:
         return None
-    logs = np.log(list(groups))
-    centre = float(logs.mean())
-    best = np.polyfit(logs - centre, _means(groups), 2)
-    # All resamples at once, a column each.
-    resampled = np.polyfit(
-        logs - centre, np.array(list(_resampled_means(groups, n_resamples))).T, 2
-    )
-    return Parabola(centre, best, resampled.T)
+    x, means, resampled = _means(groups)
+    return Parabola(np.polyfit(np.log(x), means, 2), np.polyfit(np.log(x), resampled.T, 2).T)

@@ -1,9 +1,7 @@
-"""Training steps, each repeated on one batch, and how long they take, several in turn in one
-process.
+"""Training steps repeated on one batch, and their times, measured in turn in one process.
 
-Runs that are trained at the same time, or on a machine that others use too, say little of each
-other's speed. Here every arm takes a few steps, then the next one, round by round; on CPU,
-processor seconds are counted.
+Times of runs that train at the same time, or on a shared machine, compare badly. Here every arm
+takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
 """
 
 import logging
@@ -16,8 +14,7 @@ import jax
 import numpy as np
 
 from aoe_jax.compare.routing import validation_batches
-from aoe_jax.config import Config
-from aoe_jax.json_files import write_json
+from aoe_jax.config.run import Config
 from aoe_jax.sharding import (
     batch_sharding,
     fill_mesh,
@@ -33,14 +30,12 @@ from aoe_jax.training.step import init_state, make_train_step
 
 log = logging.getLogger(__name__)
 
-ROUNDS, STEPS = (
-    10,
-    3,
-)  # the first step of a round isn't counted: caches are still those of another arm
+ROUNDS = 10
+STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
 
 
 def random_batch(config: Config):
-    """A batch of random tokens, on the host."""
+    """Draws a batch of random tokens `[batch_size, seq_len]`, on the host."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
     ones = np.ones(shape, np.int32)
@@ -53,28 +48,24 @@ def random_batch(config: Config):
 
 
 class RepeatedStep:
-    """A training step on one batch, again and again: a function that takes it and returns its
-    metrics.
-    """
+    """A training step on one batch: a function that takes the next step and returns its metrics."""
 
     def __init__(self, config: Config, folder: Path | None = None):
-        """Compiles for all devices, of all processes, on the mesh of the configuration.
+        """Compiles for all devices of all processes, on the mesh of the configuration.
 
         Args:
-          config: of the model and its training.
-          folder: of a run of it, which goes on from its newest checkpoint, on its first validation
-            batch and at the learning rate that it has come down to; None: parameters are drawn, and
-            the tokens as well.
+          config: the model and its training.
+          folder: a run of this configuration. Steps start from its newest checkpoint, with its
+            last learning rate, on its first validation batch. None: parameters and tokens are
+            random.
 
         Raises:
-          UserError: the run can't be read.
+          UserError: the run cannot be read.
         """
         config = fill_mesh(config, jax.device_count())
-        batch = (
-            next(validation_batches(folder, config, config.train.batch_size))
-            if folder
-            else random_batch(config)
-        )
+        batch = random_batch(config)
+        if folder:
+            batch = next(validation_batches(folder, config, config.train.batch_size))
         self._mesh = make_mesh(config, jax.devices())
 
         def new_state():
@@ -84,14 +75,13 @@ class RepeatedStep:
             self._batch = put_batch(batch_sharding(self._mesh), batch)
             abstract = jax.eval_shape(new_state)
             shardings = state_shardings(self._mesh, abstract)
-            if not folder:
-                self._state = jax.jit(new_state, out_shardings=shardings)()
-            else:
+            if folder:
                 checkpoints = Checkpoints(folder)
-                self._state, *_ = checkpoints.restore(
-                    checkpoints.find("newest"), with_shardings(abstract, shardings)
-                )
-            # The very program of a training run, which the compilation cache may have.
+                like = with_shardings(abstract, shardings)
+                self._state, *_ = checkpoints.restore(checkpoints.find("newest"), like)
+            else:
+                self._state = jax.jit(new_state, out_shardings=shardings)()
+            # The same program as in training, which the compilation cache may have.
             step = jax.jit(
                 make_train_step(config),
                 donate_argnums=0,
@@ -108,7 +98,7 @@ class RepeatedStep:
 
 
 def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
-    """The median seconds of each of several steps, functions of nothing that return arrays."""
+    """Returns the median seconds of several steps, functions without arguments, by name."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
     for _ in range(rounds):
@@ -119,28 +109,3 @@ def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
                 if number:
                     seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def time_steps(trained: Mapping[str, tuple[Config, Path]], output: Path):
-    """Writes the median seconds of a step of trained models to a JSON file.
-
-    Args:
-      trained: arm -> the configuration of a run and its directory; all must fit the devices
-        together.
-      output: the file; it has `trained`, the configurations, `seconds` and `failed`, why an arm
-        can't be timed, all by arm.
-
-    Returns:
-      The seconds and the failures.
-    """
-    steps, failed = {}, {}
-    for arm, (config, folder) in trained.items():
-        try:
-            steps[arm] = RepeatedStep(config, folder)
-        except Exception as e:  # such as a damaged checkpoint; the others are timed all the same
-            log.exception("steps of %s", arm)
-            failed[arm] = f"{type(e).__name__}: {e}"
-    seconds = seconds_in_turn(steps)
-    configs = {arm: trained[arm][0].to_dict() for arm in steps}
-    write_json(output, {"trained": configs, "seconds": seconds, "failed": failed})
-    return seconds, failed

@@ -1,10 +1,12 @@
-"""What is compared: a suite of arms x sizes x seeds, each a `Config`, and the check that arms are
-equal in parameters.
+"""What is compared: a suite of arms x sizes x seeds, each a `Config`, and sweeps of step costs.
+
+A suite file has a function `get_suite()` that returns a `Suite`; see `configs/compare/`.
 """
 
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,51 +15,107 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from aoe_jax.compare.sweep import SWEPT, Sweep
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config, update_groups
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
-TUNING_SEED = (
-    1_000_000  # of the order of the data and of the parameters; none of the seeds that count
-)
+TUNING_SEED = 1_000_000  # of tuning runs only
+# setting of a sweep -> the label of its axis
+SWEPT = {
+    "experts.n_experts": "experts",
+    "experts.top_k": "experts a token, K",
+    "experts.d_low": "low rank r",
+    "train.batch_size": "tokens a step",
+    "topology": "chips",
+}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared."""
+    """One of the models or methods that a suite compares."""
 
     label: str  # in the report
     # Group -> field -> value; or a function of the size's `ConfigDict` that returns this.
     changes: Mapping | Callable[[ConfigDict], Mapping] = field(default_factory=dict)
-    matched: bool = True  # in total parameters with the other arms; where not, the report says so
-    reference: str | None = None  # the arm that its differences are to; None: the suite's baseline
+    matched: bool = True  # False: its total parameters may differ; the report says so
+    reference: str | None = None  # the arm that it is compared to; None: the suite's baseline
 
     def changes_of(self, config: ConfigDict) -> Mapping:
-        """The changes at a size."""
+        """Returns the changes at a size."""
         return self.changes(config) if callable(self.changes) else self.changes
 
 
 @dataclass(frozen=True)
 class Size:
-    """A size that arms are compared at."""
+    """A size at which arms are compared."""
 
     changes: Mapping  # group -> field -> value
-    seeds: int  # 0, 1, ...: each sets the parameters at the start and the order of the data
+    seeds: int  # 0, 1, ...: each sets the initial parameters and the order of the data
     arms: tuple[str, ...] | None = None  # None: all
-    rate_factor: float = 1.0  # learning rates that tuning has found are multiplied by it
+    rate_factor: float = 1.0  # multiplies the learning rates found by tuning
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A search for the learning rate of each arm, by validation nll at one size;
-    `final_learning_rate` keeps pace.
+    """A search for the learning rate of each arm, by validation nll at one size.
+
+    `train.final_learning_rate` changes in proportion.
     """
 
     learning_rates: tuple[float, ...]
     steps: int
     size: str | None = None  # None: the first
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cost of a training step of each arm against one setting; nothing is trained.
+
+    Values of `topology` are absent machines as in `aoe_jax.plan`, such as `v5e:4x4`. There the
+    step is traced, not run: parameters are split over all chips, and `train.batch_size` is the
+    batch of one chip.
+    """
+
+    setting: str  # a key of SWEPT
+    values: tuple
+    changes: Mapping  # group -> field -> value, applied to the base
+    arms: tuple[str, ...] | None = None  # None: all
+
+    @property
+    def is_topology(self):
+        """Whether the values are absent machines, for which a step is traced."""
+        return self.setting == "topology"
+
+    def changes_at(self, value, batch_size):
+        """Returns the changes, group -> field -> value, for one value of the setting.
+
+        Args:
+          value: a value of the sweep.
+          batch_size: of one chip; used for topologies only.
+
+        Raises:
+          UserError: the value is not a topology.
+        """
+        if not self.is_topology:
+            group, _, name = self.setting.partition(".")
+            return {group: {name: value}}
+        shape = str(value).partition(":")[2]
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+            wanted = "must be a kind of chip and a shape, such as v5e:4x4"
+            raise UserError(f"topology={value!r}: {wanted}")
+        n_chips = math.prod(int(n) for n in shape.split("x"))
+        mesh = {"data": 1, "fsdp": n_chips, "expert": 1, "tensor": 1, "transport": "ring"}
+        return {"mesh": mesh, "train": {"batch_size": n_chips * batch_size, "accumulate": 1}}
+
+    def position(self, config):
+        """Returns the x coordinate of a configuration."""
+        if self.is_topology:
+            return config.mesh.fsdp
+        if self.setting == "train.batch_size":
+            return config.tokens_per_step
+        group, _, name = self.setting.partition(".")
+        return getattr(getattr(config, group), name)
 
 
 @dataclass(frozen=True)
@@ -71,130 +129,109 @@ class Run:
 
     @property
     def name(self):
-        """SIZE/ARM/seed_N: also where it lies below `WORKDIR/runs`."""
+        """SIZE/ARM/seed_N, also its path below `WORKDIR/runs`."""
         return f"{self.size}/{self.arm}/seed_{self.seed}"
 
     @property
     def flops(self):
         """Useful FLOPs of the whole training."""
-        return (
-            training_flops_per_token(self.config)
-            * self.config.train.steps
-            * self.config.tokens_per_step
-        )
+        tokens = self.config.train.steps * self.config.tokens_per_step
+        return training_flops_per_token(self.config) * tokens
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Arms x sizes x seeds over a common `base`; the arms of a size see the same data in the same
-    order.
+    """Arms x sizes x seeds over a common `base`.
+
+    The arms of a size see the same data in the same order.
     """
 
     name: str
     base: ConfigDict
     arms: Mapping[str, Arm]
     sizes: Mapping[str, Size]
-    baseline: str  # the arm that differences are to, but for arms that name another
+    baseline: str  # the arm that the others are compared to, unless an arm names its reference
     tuning: Tuning | None = None
     throughput: Mapping[str, Sweep] = field(default_factory=dict)
-    routing_tokens: int = 16_384  # of the validation split, at least, that routing is looked at on
-    settings: Mapping = field(
-        default_factory=dict
-    )  # group -> field -> value, of all runs, whatever size and arm say
+    routing_tokens: int = 16_384  # least number of validation tokens for the analysis of routing
+    # Group -> field -> value for all runs; wins over sizes and arms.
+    settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
-        """Checks what can be seen without resolving configurations; raises `UserError`."""
-        kinds = (
-            ("arms", self.arms, Arm),
-            ("sizes", self.sizes, Size),
-            ("throughput", self.throughput, Sweep),
-        )
-        for kind, named, cls in kinds:
-            needed = kind == "arms" or (kind == "sizes" and (self.tuning or not self.throughput))
-            ok = isinstance(named, Mapping) and (named or not needed)
-            _require(ok, self, kind, named, f"must name at least one {cls.__name__}")
-            for name, value in named.items():
-                ok = (
-                    isinstance(name, str)
-                    and re.fullmatch(r"[\w.+-]+", name)
-                    and isinstance(value, cls)
-                )
-                _require(
-                    ok,
-                    self,
-                    kind,
-                    {name: value},
-                    f"must be a {cls.__name__} by a name of letters, digits, . + - _",
-                )
-        _require(
-            self.baseline in self.arms,
-            self,
-            "baseline",
-            self.baseline,
-            f"choose one of {', '.join(self.arms)}",
-        )
+        """Checks names and values; configurations are checked by `runs` and `swept`.
+
+        Raises:
+          UserError: a field is invalid.
+        """
+        self._check_names("arms", Arm, needed=True)
+        self._check_names("sizes", Size, needed=self.tuning or not self.throughput)
+        self._check_names("throughput", Sweep, needed=False)
+        self._require(self.baseline in self.arms, "baseline", self.baseline, one_of(self.arms))
         for name, size in self.sizes.items():
-            for what in ("seeds", "rate_factor"):
-                value = getattr(size, what)
-                _require(
-                    value > 0, self, f"sizes[{name!r}].{what}", value, "must be greater than 0"
-                )
-            self._check_arms(f"sizes[{name!r}].arms", size)
+            place = f"sizes[{name!r}]"
+            positive = "must be greater than 0"
+            self._require(size.seeds > 0, f"{place}.seeds", size.seeds, positive)
+            self._require(size.rate_factor > 0, f"{place}.rate_factor", size.rate_factor, positive)
+            self._check_arms(f"{place}.arms", size)
         if self.tuning:
-            known, place = self.tuning_size in self.sizes, "tuning.size"
-            _require(known, self, place, self.tuning.size, f"choose one of {', '.join(self.sizes)}")
-            place, factor = (
-                f"sizes[{self.tuning_size!r}].rate_factor",
-                self.sizes[self.tuning_size].rate_factor,
-            )
-            _require(
-                factor == 1,
-                self,
-                place,
-                factor,
-                "must be 1, for learning rates are tuned at this size",
-            )
+            size = self.tuning_size
+            self._require(size in self.sizes, "tuning.size", size, one_of(self.sizes))
+            factor = self.sizes[size].rate_factor
+            wanted = "must be 1, because learning rates are tuned at this size"
+            self._require(factor == 1, f"sizes[{size!r}].rate_factor", factor, wanted)
         for name, sweep in self.throughput.items():
-            self._check_arms(f"throughput[{name!r}].arms", sweep)
-            known, place = sweep.setting in SWEPT, f"throughput[{name!r}].setting"
-            _require(known, self, place, sweep.setting, f"choose one of {', '.join(SWEPT)}")
-            _require(
-                len(sweep.values) > 1,
-                self,
-                f"throughput[{name!r}].values",
-                sweep.values,
-                "must be two or more",
-            )
+            place = f"throughput[{name!r}]"
+            self._check_arms(f"{place}.arms", sweep)
+            self._require(sweep.setting in SWEPT, f"{place}.setting", sweep.setting, one_of(SWEPT))
+            several = len(sweep.values) > 1
+            self._require(several, f"{place}.values", sweep.values, "must be two or more")
+
+    def _require(self, condition, name, value, wanted):
+        if not condition:
+            raise UserError(f"suite {self.name}: {name}={value!r}: {wanted}")
+
+    def _check_names(self, kind, cls, needed):
+        named = getattr(self, kind)
+        ok = isinstance(named, Mapping) and (named or not needed)
+        self._require(ok, kind, named, f"must name at least one {cls.__name__}")
+        wanted = f"must be a {cls.__name__} with a name of letters, digits, . + - _"
+        for name, value in named.items():
+            ok = isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name)
+            self._require(ok and isinstance(value, cls), kind, {name: value}, wanted)
 
     def _check_arms(self, place, of):
-        for name in self._arms(of):
-            to = self.arms[name].reference
-            known = self._arms(of)
-            _require(
-                to is None or to in known,
-                self,
-                f"arms[{name!r}].reference",
-                to,
-                f"choose one of {', '.join(known)}",
-            )
         unknown = [arm for arm in of.arms or () if arm not in self.arms]
-        _require(not unknown, self, place, unknown, f"choose of {', '.join(self.arms)}")
-        there = self.baseline in self._arms(of)
-        _require(there, self, place, of.arms, f"must have the baseline {self.baseline!r}")
+        self._require(not unknown, place, unknown, one_of(self.arms))
+        present = self._arms(of)
+        for name in present:
+            reference = self.arms[name].reference
+            ok = reference is None or reference in present
+            self._require(ok, f"arms[{name!r}].reference", reference, one_of(present))
+        wanted = f"must have the baseline {self.baseline!r}"
+        self._require(self.baseline in present, place, of.arms, wanted)
 
     def _arms(self, of):
         return [arm for arm in self.arms if of.arms is None or arm in of.arms]
 
     def arms_of(self, size):
-        """The names of the arms that a size has, in the order of the suite."""
+        """Returns the names of the arms of a size, in the order of the suite."""
         return self._arms(self.sizes[size])
 
+    def reference(self, arm):
+        """Returns the arm that an arm is compared to."""
+        return self.arms[arm].reference or self.baseline
+
     def config(self, size, arm, seed, learning_rate=None):
-        """The `Config` of a run; `learning_rate` replaces the peak, and the final one in
-        proportion.
+        """Returns the `Config` of a run.
+
+        Args:
+          size: its name.
+          arm: its name.
+          seed: of the run.
+          learning_rate: replaces the peak; the final rate changes in proportion.
 
         Raises:
-          UserError: it can't be; names size and arm.
+          UserError: the configuration is invalid; the message names size and arm.
         """
         try:
             config = self._resolved(arm, self.sizes[size].changes)
@@ -207,7 +244,6 @@ class Suite:
             raise UserError(f"suite {self.name}, size {size}, arm {arm}: {e}") from e
 
     def _resolved(self, arm, *changes_before):
-        """The `ConfigDict` of an arm on the base with changes."""
         config = self.base.copy_and_resolve_references()
         for changes in changes_before:
             _change(config, changes)
@@ -216,10 +252,10 @@ class Suite:
         return config
 
     def swept(self, name):
-        """`{value: {arm: Config}}` of a sweep.
+        """Returns `{value: {arm: Config}}` of a sweep.
 
         Raises:
-          UserError: as in `runs`; names sweep, value and arm.
+          UserError: see `runs`; the message names sweep, value and arm.
         """
         sweep, found = self.throughput[name], {}
         for value in sweep.values:
@@ -229,7 +265,7 @@ class Suite:
                     batch_size = self._resolved(arm, sweep.changes).train.batch_size
                     at_value = sweep.changes_at(value, batch_size)
                     config = self._resolved(arm, sweep.changes, at_value)
-                    _change(config, at_value)  # again, for the arm or a setting may say otherwise
+                    _change(config, at_value)  # wins over the arm and the settings
                     found[value][arm] = Config.from_config_dict(config)
                 except UserError as e:
                     raise UserError(f"suite {self.name}, {place}, arm {arm}: {e}") from e
@@ -237,99 +273,146 @@ class Suite:
         return found
 
     def runs(self, learning_rates=None):
-        """All runs, the first size first, seed by seed; `learning_rates`: peaks by arm, of the
-        tuning.
+        """Returns all runs, size by size and seed by seed.
+
+        Args:
+          learning_rates: tuned peaks by arm; None keeps the configured rate.
 
         Raises:
-          UserError: as in `config`, or arms of a size differ in their recipe, or matched ones in
-            total parameters.
+          UserError: a configuration is invalid, or the arms of a size differ in their recipe, or
+            matched arms differ in total parameters.
         """
-        learning_rates = learning_rates or {}
-        runs = [
-            Run(
-                size,
-                arm,
-                seed,
-                self.config(size, arm, seed, self._rate(size, learning_rates.get(arm))),
-            )
-            for size in self.sizes
-            for seed in range(self.sizes[size].seeds)
-            for arm in self.arms_of(size)
-        ]
-        for size in self.sizes:
-            self._check_matched(
-                f"size {size}", {arm: self.config(size, arm, 0) for arm in self.arms_of(size)}
-            )
+        learning_rates, runs = learning_rates or {}, []
+        for name, size in self.sizes.items():
+            for seed in range(size.seeds):
+                configs = {}
+                for arm in self.arms_of(name):
+                    rate = learning_rates.get(arm)
+                    rate = None if rate is None else rate * size.rate_factor
+                    configs[arm] = self.config(name, arm, seed, rate)
+                self._check_matched(f"size {name}", configs)
+                runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
 
-    def _rate(self, size, tuned):
-        return None if tuned is None else tuned * self.sizes[size].rate_factor
+    def check(self):
+        """Resolves all configurations.
+
+        Raises:
+          UserError: see `runs` and `swept`.
+        """
+        self.runs()
+        for name in self.throughput:
+            self.swept(name)
 
     @property
     def tuning_size(self):
-        """The size that learning rates are tuned at."""
+        """The size at which learning rates are tuned."""
         return self.tuning.size or next(iter(self.sizes))
 
     def tuning_runs(self):
-        """`{(arm, learning rate): Run}` of the tuning; empty without one."""
+        """Returns `{(arm, learning rate): Run}` of the tuning; empty without one."""
         if self.tuning is None:
             return {}
         size, found = self.tuning_size, {}
         for arm in self.arms_of(size):
             for rate in self.tuning.learning_rates:
                 groups = self.config(size, arm, TUNING_SEED, rate).to_dict()
-                groups["train"] |= {"steps": self.tuning.steps, "eval_every": 0}
+                steps = self.tuning.steps
+                warmup = groups["train"]["warmup"] * groups["train"]["steps"] / steps
+                groups["train"] |= {"steps": steps, "warmup": warmup, "eval_every": 0}
                 groups["checkpoint"] |= {"keep": 1, "keep_every": 0, "keep_best": 0}
-                found[arm, rate] = Run(
-                    f"rate_{rate:g}", arm, TUNING_SEED, Config.from_config_dict(groups)
-                )
+                config = Config.from_config_dict(groups)
+                found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, config)
         return found
 
     def _check_matched(self, place, configs):
         totals = {arm: parameter_counts(config).total for arm, config in configs.items()}
         wanted, recipe = totals[self.baseline], _recipe(configs[self.baseline])
         for arm, total in totals.items():
-            if differing := [
-                name for name, value in _recipe(configs[arm]).items() if value != recipe[name]
-            ]:
+            own = _recipe(configs[arm])
+            differing = [name for name in own if own[name] != recipe[name]]
+            if differing:
                 raise UserError(
-                    f"suite {self.name}, {place}: arm {arm} has another config.{differing[0]} than {self.baseline}; "
-                    "all arms of a size have one recipe and the same data"
+                    f"suite {self.name}, {place}: arm {arm} has another config.{differing[0]} "
+                    f"than {self.baseline}; all arms of a size need one recipe and the same data"
                 )
             if self.arms[arm].matched and abs(total / wanted - 1) > TOLERANCE:
                 raise UserError(
-                    f"suite {self.name}, {place}: arm {arm} has {total:,} parameters, {self.baseline} {wanted:,}: "
-                    f"more than {TOLERANCE:.0%} apart. Change its width, or give it matched=False"
+                    f"suite {self.name}, {place}: arm {arm} has {total:,} parameters, "
+                    f"{self.baseline} {wanted:,}: more than {TOLERANCE:.0%} apart. "
+                    "Change its width, or give it matched=False"
                 )
 
 
+def one_of(names):
+    """Says which names are allowed, for an error message."""
+    return f"choose one of {', '.join(names)}"
+
+
 def _recipe(config):
-    """What all arms of a size have alike: training but for the learning rate, and data."""
-    found = {
+    """Returns the fields that all arms of a size share: data, and training but for the rates."""
+    groups = config.to_dict()
+    return {
         f"{group}.{name}": value
         for group in ("train", "data")
-        for name, value in config.to_dict()[group].items()
+        for name, value in groups[group].items()
+        if not name.endswith("learning_rate")
     }
-    return {name: value for name, value in found.items() if not name.endswith("learning_rate")}
+
+
+def _change(config, changes):
+    for group, values in changes.items():
+        if group not in config:
+            raise UserError(f"config.{group} is unknown; known are {', '.join(config)}")
+        if group == "routing" and "name" in values:
+            update_groups(config, {group: values})
+            continue
+        for name, value in values.items():
+            place = f"config.{group}.{name}"
+            if name not in config[group]:
+                raise UserError(f"{place} is unknown; known are {', '.join(config[group])}")
+            try:
+                config[group][name] = value
+            except TypeError as e:
+                kind = type(config[group][name]).__name__
+                raise UserError(f"{place}={value!r}: must be of type {kind}") from e
 
 
 def load_suite(path: Path, settings=()) -> Suite:
-    """The suite of a file with `get_suite()`.
+    """Loads the suite of a file with `get_suite()`.
 
     Args:
       path: a Python file.
-      settings: `GROUP.FIELD=VALUE` for all runs, VALUE as in JSON, or a word.
+      settings: `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word.
 
     Raises:
-      UserError: the file can't be read, is no suite, or the suite can't be.
+      UserError: the file cannot be read, has no suite, or the suite or a setting is invalid.
     """
+    suite = _suite_in(path)
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        group, _, field_name = name.partition(".")
+        if not (equals and field_name):
+            wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
+            raise UserError(f"--set={setting}: {wanted}")
+        if name == "train.seed" or (name == "train.learning_rate" and suite.tuning):
+            raise UserError(f"--set={setting}: the suite sets it for each run; change the suite")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        of_group = {**suite.settings.get(group, {}), field_name: value}
+        suite = dataclasses.replace(suite, settings={**suite.settings, group: of_group})
+    return suite
+
+
+def _suite_in(path):
+    example = "such as configs/compare/tiny.py"
+    spec = importlib.util.spec_from_file_location("suite", path)
+    if spec is None:
+        raise UserError(f"--suite={path}: must be a Python file, {example}")
+    module = importlib.util.module_from_spec(spec)
     try:
-        spec = importlib.util.spec_from_file_location("suite", path)
-        if spec is None:
-            raise UserError(
-                f"--suite={path}: must be a Python file, such as configs/compare/tiny.py"
-            )
-        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         get_suite = getattr(module, "get_suite", None)
         suite = get_suite() if callable(get_suite) else None
@@ -337,66 +420,15 @@ def load_suite(path: Path, settings=()) -> Suite:
         raise UserError(f"--suite={path}: {e}") from e
     except OSError as e:
         raise UserError(
-            f"--suite={path}: can't be read ({e.strerror}); name a file such as configs/compare/tiny.py"
+            f"--suite={path}: cannot be read ({e.strerror}); name a file {example}"
         ) from e
-    except Exception as e:  # a suite is code: whatever is wrong with it shows here
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(e.__traceback__)
-            if frame.filename == str(path)
-        ]
+    except Exception as e:  # any error in the suite's own code
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
-        raise UserError(
-            f"--suite={path}: {type(e).__name__}: {' '.join(str(e).split())[:300]}{where}"
-        ) from e
+        message = " ".join(str(e).split())[:300]
+        raise UserError(f"--suite={path}: {type(e).__name__}: {message}{where}") from e
     if not isinstance(suite, Suite):
-        raise UserError(
-            f"--suite={path}: needs a function get_suite() that returns an aoe_jax.compare.suite.Suite"
-        )
-    for setting in settings:
-        suite = _with_setting(suite, setting)
+        wanted = "needs a function get_suite() that returns an aoe_jax.compare.suite.Suite"
+        raise UserError(f"--suite={path}: {wanted}")
     return suite
-
-
-def _with_setting(suite, setting):
-    """The suite with a setting for all runs."""
-    name, equals, text = setting.partition("=")
-    group, _, field_name = name.partition(".")
-    if not (equals and field_name):
-        raise UserError(
-            f"--set={setting}: write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
-        )
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-
-    if name == "train.seed" or (name == "train.learning_rate" and suite.tuning):
-        raise UserError(f"--set={setting}: the suite sets it for each run; change the suite")
-    of_group = {**suite.settings.get(group, {}), field_name: value}
-    return dataclasses.replace(suite, settings={**suite.settings, group: of_group})
-
-
-def _change(config, changes):
-    """Applies group -> field -> value; unknown names are left to `Config` to refuse, which knows
-    what is there.
-    """
-    for group, values in changes.items():
-        if group not in config:
-            raise UserError(f"config.{group} is unknown; known are {', '.join(config)}")
-        for name, value in values.items():
-            if name not in config[group]:
-                raise UserError(
-                    f"config.{group}.{name} is unknown; known are {', '.join(config[group])}"
-                )
-            try:
-                config[group][name] = value
-            except TypeError as e:
-                raise UserError(
-                    f"config.{group}.{name}={value!r}: must be of type {type(config[group][name]).__name__}"
-                ) from e
-
-
-def _require(condition, suite, name, value, wanted):
-    if not condition:
-        raise UserError(f"suite {suite.name}: {name}={value!r}: {wanted}")

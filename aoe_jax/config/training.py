@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import require, require_not_negative, require_positive
+from aoe_jax.config.checks import check_settings, require, setting
 from aoe_jax.config.sources import absolute
 
 
@@ -10,55 +10,29 @@ from aoe_jax.config.sources import absolute
 class TrainConfig:
     """Optimiser, schedule (AdamW, linear warm-up, cosine) and reporting."""
 
-    steps: int = 1000
-    batch_size: int = 16  # sequences per step, over all processes and accumulated micro-batches
-    learning_rate: float = 3e-3  # peak
-    warmup_steps: int = 100
-    final_learning_rate: float = 3e-4
-    weight_decay: float = 0.1  # on matrices; not on norm scales and embeddings
-    clip_norm: float = 1.0  # of the global gradient norm
-    accumulate: int = 1  # micro-batches per step
-    seed: int = 0
-    log_every: int = 20
-    eval_every: int = 0  # 0: at the end only
-    max_skipped: int = (
-        10  # the run stops after so many updates in a row that were skipped for not being finite
-    )
-    init_from: str | None = (
-        None  # directory of a model that the parameters start from; None: they are drawn
-    )
-    # The first steps, in which routers alone are updated: for a router that is drawn anew beside
-    # trained experts, as aoe_jax.prune leaves it; 0: none.
-    router_steps: int = 0
+    steps: int = setting(1000, above=0)
+    # Sequences per step, over all processes and accumulated micro-batches.
+    batch_size: int = setting(16, above=0)
+    learning_rate: float = setting(3e-3, above=0)  # peak
+    # Linear warm-up of the learning rate, as a share of the steps.
+    warmup: float = setting(0.1, at_least=0, below=1)
+    final_learning_rate: float = setting(3e-4, at_least=0)
+    weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings
+    clip_norm: float = setting(1.0, above=0)  # of the global gradient norm
+    accumulate: int = setting(1, above=0)  # micro-batches per step
+    seed: int = setting(0, at_least=0)
+    log_every: int = setting(20, above=0)
+    eval_every: int = setting(0, at_least=0)  # 0: at the end only
+    # The run stops after this many updates in a row were skipped because they weren't finite.
+    max_skipped: int = setting(10, above=0)
+    # Directory of a model whose parameters the run starts from; None: they are drawn at random.
+    init_from: str | None = None
+    # The number of first steps in which routers alone are updated, for a router that is drawn anew
+    # beside trained experts, as aoe_jax.prune leaves it.
+    router_steps: int = setting(0, at_least=0)
 
     def __post_init__(self):
-        require_positive(
-            "train",
-            self,
-            "steps",
-            "batch_size",
-            "learning_rate",
-            "clip_norm",
-            "accumulate",
-            "log_every",
-        )
-        require_positive("train", self, "max_skipped")
-        require_not_negative(
-            "train",
-            self,
-            "warmup_steps",
-            "final_learning_rate",
-            "weight_decay",
-            "seed",
-            "eval_every",
-            "router_steps",
-        )
-        require(
-            self.warmup_steps < self.steps,
-            "train.warmup_steps",
-            self.warmup_steps,
-            f"must be fewer than train.steps={self.steps}",
-        )
+        check_settings("train", self)
         require(
             self.final_learning_rate <= self.learning_rate,
             "train.final_learning_rate",
@@ -74,28 +48,35 @@ class TrainConfig:
         if self.init_from is not None:
             object.__setattr__(self, "init_from", absolute(self.init_from))
 
+    @property
+    def warmup_steps(self):
+        """The number of warm-up steps, fewer than `steps`."""
+        return min(round(self.warmup * self.steps), self.steps - 1)
+
     def check(self, config):
-        """Refuses what doesn't fit the other groups."""
+        """Refuses values that don't fit the other groups."""
         require(
             self.router_steps == 0 or config.experts.has_router,
             "train.router_steps",
             self.router_steps,
-            f"trains routers alone, and experts.kind={config.experts.kind!r} has none; leave it at 0",
+            f"trains routers alone, and experts.kind={config.experts.kind!r} has none; leave it "
+            "at 0",
         )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep: a checkpoint stays while any of the three asks for it."""
+    """When to save checkpoints and which to keep: one stays if any `keep` field asks for it."""
 
-    every: int = 500  # steps; one is saved at the end too, and when the run is stopped
-    keep: int = 2  # the newest ones
-    keep_every: int = 0  # those of every so many steps; 0: none
-    keep_best: int = 0  # the ones of lowest validation nll; 0: none
+    # Steps between two; a run also saves at its end, and when it is stopped.
+    every: int = setting(500, above=0)
+    keep: int = setting(2, above=0)  # number of newest checkpoints
+    # Checkpoints of multiples of this number of steps; 0: none.
+    keep_every: int = setting(0, at_least=0)
+    keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll
 
     def __post_init__(self):
-        require_positive("checkpoint", self, "every", "keep")
-        require_not_negative("checkpoint", self, "keep_every", "keep_best")
+        check_settings("checkpoint", self)
         require(
             self.keep_every % self.every == 0,
             "checkpoint.keep_every",
@@ -104,7 +85,7 @@ class CheckpointConfig:
         )
 
     def check(self, config):
-        """Refuses what doesn't fit the other groups."""
+        """Refuses values that don't fit the other groups."""
         eval_every = config.train.eval_every
         require(
             self.keep_best == 0 or (eval_every > 0 and self.every % eval_every == 0),

@@ -1,6 +1,4 @@
-"""Text corpora: the bundled addresses, a folder of text files, or any TFDS data set with a text
-feature.
-"""
+"""Text corpora: the bundled addresses, a folder of text files, or a TFDS data set with a text."""
 
 import contextlib
 import difflib
@@ -9,7 +7,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +20,7 @@ from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.data import SPLITS, sotu
+from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
@@ -31,29 +30,28 @@ _HUGGING_FACE = "huggingface:"
 
 
 class Corpus(Protocol):
-    """Documents in three splits.
-
-    `fingerprint` changes when the text does; `documents(split)` yields the non-empty documents of a
-    split, each time in the same order, and raises `UserError` if one cannot be read.
-    """
+    """Documents in three splits; `fingerprint` changes when the text does."""
 
     name: str
     fingerprint: str
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the documents of "train", "validation" or "test"."""
+        """Yield the non-empty documents of a split, always in the same order.
+
+        Raises:
+            UserError: a document cannot be read.
+        """
 
 
 def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text") -> Corpus:
-    """Find a corpus, downloading it if need be.
+    """Find a corpus, downloading it if necessary.
 
     Args:
-        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or a data set of the
-            Hugging Face hub, through TFDS: "huggingface:OWNER/NAME" or
-            "huggingface:OWNER/NAME/CONFIG".
+        name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
+            "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub.
         path: for "text" the folder of .txt files; else the TFDS data_dir, by default
-          `<cache>/tfds`.
-        cache: folder for everything that is prepared once.
+            `<cache>/tfds`.
+        cache: the folder for everything that is prepared once.
         text_field: the feature of a TFDS data set that holds the text.
 
     Raises:
@@ -73,8 +71,9 @@ def slug(name: str) -> str:
 class TextFolder:
     """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path.
 
-    A file's split follows from the hash of its path: about one in twenty each for validation and
-    test, at least one. So in all but small folders adding files leaves the others in their splits.
+    The hash of its path decides on a file's split: about one in twenty for validation, one in
+    twenty for test, at least one each. In all but small folders, files that are added leave the
+    others in their splits.
     """
 
     name = "text"
@@ -93,34 +92,46 @@ class TextFolder:
             )
         documents = [file for file in files if file.stat().st_size > 0]
         for file in sorted(set(files) - set(documents)):
-            logger.warning("data.path: skipped the empty file %s", file)
+            logger.warning(f"data.path: skipped the empty file {file}")
         if len(documents) < len(SPLITS):
             raise UserError(
-                f"data.path={path!r}: {len(documents)} non-empty .txt file(s); train, validation and test need at "
-                "least 3 documents, one a file"
+                f"data.path={path!r}: {len(documents)} non-empty .txt file(s); train, validation "
+                "and test need at least 3 documents, one a file"
             )
-        self._files = _split_by_hash(
-            {file.relative_to(self._root).as_posix(): file for file in documents}
-        )
-        self.fingerprint = _hash_of_files(self._root, documents)
+        by_path = {file.relative_to(self._root).as_posix(): file for file in documents}
+        self._files = _split_by_hash(by_path)
+        self.fingerprint = self._hash_of(by_path)
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the text of each file of the split; raise `UserError` for a file that is not UTF-8."""
+        """Yield the text of each file of the split; see `Corpus.documents`."""
         for file in self._files[split]:
             try:
                 yield file.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"data.path={str(self._root)!r}: {file} is not UTF-8 at byte {error.start}; convert or remove it"
+                    f"data.path={str(self._root)!r}: {file} is not UTF-8 at byte {error.start}; "
+                    "convert or remove it"
                 ) from error
+
+    def _hash_of(self, files: dict[str, Path]) -> str:
+        """The hash of names and contents, the same for a copy of the folder."""
+        digest = hashlib.sha256()
+        for name, path in files.items():
+            try:
+                content = file_sha256(path)
+            except OSError as error:
+                raise UserError(
+                    f"data.path={str(self._root)!r}: {path} cannot be read ({error.strerror})"
+                ) from error
+            digest.update(f"{name!r} {content}\n".encode())
+        return digest.hexdigest()
 
 
 class TfdsCorpus:
     """The text feature of a prepared TFDS data set.
 
-    A validation or test split that the data set lacks is cut from its train split by document
-      number: the tenth of
-    every twenty documents is for validation, the twentieth for test.
+    If it has no validation or test split, the tenth of every twenty documents of its train split is
+    for validation, the twentieth for test.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, name: str, text_field: str):
@@ -144,34 +155,31 @@ class TfdsCorpus:
         self._derived = [split for split in ("validation", "test") if split not in info.splits]
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the texts of the split, leaving out empty ones."""
+        """Yield the texts of the split; see `Corpus.documents`."""
         source = self._builder.as_data_source(split="train" if split in self._derived else split)
-        for index in self._indices(split, len(source)):
-            if text := source[index][self._text_field].decode("utf-8"):
-                yield text
+        for index in range(len(source)):
+            if self._belongs(index, split):
+                text = source[index][self._text_field].decode("utf-8")
+                if text:
+                    yield text
 
-    def _indices(self, split: str, count: int) -> Iterable[int]:
-        if split in self._derived:
-            return (index for index in range(count) if sotu.split_of(index) == split)
-        if split == "train" and self._derived:
-            return (index for index in range(count) if sotu.split_of(index) not in self._derived)
-        return range(count)
+    def _belongs(self, index: int, split: str) -> bool:
+        if split not in ("train", *self._derived):
+            return True
+        cut = sotu.split_of(index)
+        return split == (cut if cut in self._derived else "train")
 
 
 def _split_by_hash(files: dict[str, Path]) -> dict[str, list[Path]]:
     """Cut the files, keyed by relative path, into three non-empty splits."""
 
-    def hash_fraction(name: str) -> float:
-        return (
-            int.from_bytes(
-                hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big"
-            )
-            / 2**48
-        )
+    def fraction(name: str) -> float:
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(digest[:6], "big") / 2**48
 
-    ranked = sorted(files, key=lambda name: (hash_fraction(name), name))
-    n_validation = sum(hash_fraction(name) < 0.05 for name in ranked)
-    n_test = sum(0.05 <= hash_fraction(name) < 0.1 for name in ranked)
+    ranked = sorted(files, key=lambda name: (fraction(name), name))
+    n_validation = sum(fraction(name) < 0.05 for name in ranked)
+    n_test = sum(0.05 <= fraction(name) < 0.1 for name in ranked)
     n_validation = min(max(n_validation, 1), len(ranked) - 2)
     n_test = min(max(n_test, 1), len(ranked) - 1 - n_validation)
     names = {
@@ -182,31 +190,13 @@ def _split_by_hash(files: dict[str, Path]) -> dict[str, list[Path]]:
     return {split: [files[name] for name in sorted(names[split])] for split in SPLITS}
 
 
-def _hash_of_files(root: Path, files: list[Path]) -> str:
-    """Hash names and contents, so that a copy of the folder counts as the same corpus."""
-    digest = hashlib.sha256()
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(
-                f"data.path={str(root)!r}: {path} cannot be read ({error.strerror})"
-            ) from error
-        digest.update(f"{path.relative_to(root).as_posix()!r} {content}\n".encode())
-    return digest.hexdigest()
-
-
 def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set that lies in `data_dir` as ArrayRecord, after preparing it if it
-    did not.
-    """
+    """The builder of a data set in `data_dir`, which is prepared as ArrayRecord if it isn't yet."""
     builder = _find_builder(name, data_dir)
     if not builder.is_prepared():
         with exclusive(Path(data_dir, f".{slug(name)}.lock")):
-            builder = _find_builder(
-                name, data_dir
-            )  # again: another process may have prepared it while this one waited
+            # Another process may have prepared it while this one waited.
+            builder = _find_builder(name, data_dir)
             if not builder.is_prepared():
                 _download_and_prepare(builder, name, data_dir)
     return builder
@@ -222,27 +212,20 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_name(name)) from error
     except ImportError as error:
-        how = (
-            "pip install 'aoe_jax[huggingface]'"
-            if name.startswith(_HUGGING_FACE)
-            else "install that"
-        )
+        of_hub = name.startswith(_HUGGING_FACE)
+        how = "pip install 'aoe_jax[huggingface]'" if of_hub else "install that"
         raise UserError(
             f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
         ) from error
-    except (
-        Exception
-    ) as error:  # TFDS raises ValueError, AssertionError and others for a bad config or version
+    except Exception as error:  # TFDS raises ValueError, AssertionError and others
         raise UserError(
             f"data.name={name!r}: TFDS cannot load it: {_first_line(error)}\n"
-            f"Check the name, and that {data_dir} holds no other file format than array_record for it."
+            f"Check the name, and that {data_dir} has it in no other file format than array_record."
         ) from error
 
 
 def _find_hugging_face_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of `OWNER/NAME` or `OWNER/NAME/CONFIG`; the hub is asked only if it isn't
-    prepared yet.
-    """
+    """The builder of `OWNER/NAME[/CONFIG]`; asks the hub only if it isn't prepared."""
     owner, _, rest = name.partition("/")
     repository, _, config = rest.partition("/")
     if not repository:
@@ -253,7 +236,7 @@ def _find_hugging_face_builder(name: str, data_dir: str) -> tfds.core.DatasetBui
     try:
         return tfds.core.read_only_builder.builder_from_files(local, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        importlib.import_module("datasets")  # which TFDS needs, and would say otherwise
+        importlib.import_module("datasets")  # without it TFDS raises a less clear error
         return HuggingfaceDatasetBuilder(
             hf_repo_id=f"{owner}/{repository}",
             hf_config=config or None,
@@ -263,18 +246,17 @@ def _find_hugging_face_builder(name: str, data_dir: str) -> tfds.core.DatasetBui
 
 
 def _is_text(feature: tfds.features.FeatureConnector) -> bool:
-    """Texts are a kind of their own in the builders of TFDS, scalars in those of Hugging Face."""
-    return isinstance(feature, tfds.features.Text) or (
-        isinstance(feature, tfds.features.Scalar) and dtype_utils.is_string(feature.np_dtype)
-    )
+    if isinstance(feature, tfds.features.Text):
+        return True
+    # Builders of Hugging Face data sets have scalars for texts.
+    return isinstance(feature, tfds.features.Scalar) and dtype_utils.is_string(feature.np_dtype)
 
 
 def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: str) -> None:
-    logger.info("preparing the TFDS data set %s in %s", name, data_dir)
+    logger.info(f"preparing the TFDS data set {name} in {data_dir}")
     if name == "sotu":
         tfds.disable_progress_bar()
-    # The copies on Google Cloud Storage are TFRecord files, which cannot be read without
-    # TensorFlow.
+    # Copies on Google Cloud Storage are TFRecord files, which only TensorFlow reads.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -283,10 +265,11 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir
         raise
     except ImportError as error:
         raise UserError(
-            f"data.name={name!r}: preparing it needs a package that is not installed ({error}); install that, or set "
-            "data.path to a TFDS data_dir where it was prepared with file_format='array_record'"
+            f"data.name={name!r}: preparing it needs a package that is not installed ({error}); "
+            "install that, or set data.path to a TFDS data_dir where it was prepared with "
+            "file_format='array_record'"
         ) from error
-    except Exception as error:  # anything from the network, the disk or the builder's own code
+    except Exception as error:  # from the network, the disk or the builder's own code
         raise UserError(
             f"data.name={name!r}: TFDS cannot prepare it: {_first_line(error)}"
         ) from error
@@ -296,7 +279,10 @@ def _unknown_name(name: str) -> str:
     known = ["sotu", "text", *tfds.list_builders(with_community_datasets=False)]
     close = difflib.get_close_matches(re.split("[/:]", name)[0], known)
     hint = f"; close names: {', '.join(close)}" if close else ""
-    return f"data.name={name!r}: unknown; give sotu, text, a TFDS name such as lm1b, or huggingface:OWNER/NAME{hint}"
+    return (
+        f"data.name={name!r}: unknown; give sotu, text, a TFDS name such as lm1b, or "
+        f"huggingface:OWNER/NAME{hint}"
+    )
 
 
 def _first_line(error: Exception) -> str:

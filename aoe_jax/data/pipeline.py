@@ -11,29 +11,26 @@ import numpy as np
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 
-# Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples, not
-# batches.
+# Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
 class PackedWindows:
     """Random access to the consecutive windows of a token stream.
 
-    Window `i` covers tokens `i * L` to `i * L + L`, where `L` is `seq_len`; the last token of a
-    window is the first of the next, so that each token after the first is a target once. The rest,
-    which fills no window, is left out.
+    Window `i` has tokens `i * L` to `i * L + L`, where L is `seq_len`. The last token of a window
+    is the first of the next, so each token after the first is a target once. Tokens at the end that
+    fill no window are left out.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
         """Raise `UserError` if the stream is shorter than one window."""
         if len(store) < seq_len + 1:
             raise UserError(
-                f"data.seq_len={seq_len}: the {store.split} split of {store.manifest['corpus']} has {len(store)} tokens; "
-                "give a shorter seq_len or a larger corpus"
+                f"data.seq_len={seq_len}: the {store.split} split of {store.manifest['corpus']} "
+                f"has {len(store)} tokens; give a shorter seq_len or a larger corpus"
             )
-        self._store = store
-        self._seq_len = seq_len
-        self._loss_mask = loss_mask
+        self._store, self._seq_len, self._loss_mask = store, seq_len, loss_mask
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -42,42 +39,38 @@ class PackedWindows:
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         """Window `index`, as arrays `[L]`.
 
-        `inputs` and `targets` are int32; `segment_ids`, int32, numbers the documents that the
-        inputs belong to, from 1; a document begins at the end-of-text token before it. `weights`,
-        float32, is what a target counts in the loss: 1, or with `loss_mask` 0 for the first token
-        of a document.
+        `inputs` and `targets` are int32. `segment_ids`, int32, numbers the documents of the inputs
+        from 1; a document begins with the end-of-text token before it. `weights`, float32, are the
+        weights of the targets in the loss: 1, or with `loss_mask` 0 for the first token of a
+        document.
         """
         start = index.__index__() * self._seq_len
-        window = _window(
-            self._store.read(start, start + self._seq_len + 1),
-            self._seq_len,
-            self._store.end_of_text,
-        )
+        tokens = self._store.read(start, start + self._seq_len + 1)
+        window = _window(tokens, self._seq_len, self._store.end_of_text)
         if self._loss_mask:
             window["weights"][window["inputs"] == self._store.end_of_text] = 0
         return window
 
 
 class Mixture:
-    """Which window of which source comes at each position of an endless mixture.
+    """The order in which an endless mixture takes windows from its sources.
 
-    After any number of windows each source has had its share of them, give or take a few, and
-    wherever the whole weights (see `__init__`) come to a multiple of their sum, exactly. Any
-    position is found in time that grows with the number of sources alone, so that a run goes on
-    from anywhere without replaying what came before.
+    After any number of windows each source has had its share of them, but for a few, and exactly
+    its share after a multiple of the sum of the whole weights. The time to find a position depends
+    on the number of sources only, so a run continues anywhere without a replay.
     """
 
     def __init__(self, weights: Sequence[Fraction | int]):
-        """Make the weights whole numbers without rounding, as small as can be."""
+        """Turn the weights into the smallest whole numbers in the same proportion."""
         scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
         self._weights = [weight // math.gcd(*whole) for weight in whole]
 
     def counts(self, position: int) -> list[int]:
-        """How many windows of each source are among the first `position`; these sum to `position`.
+        """The number of windows of each source among the first `position`.
 
-        The first source takes its share of all, rounded up; the second its share of what that
-        leaves; and so on. As `position` grows by one, one of the counts does.
+        The first source has its share of all, rounded up, the second its share of the rest, and so
+        on. When `position` grows by one, so does one of the counts.
         """
         counts, left, left_weight = [], position, sum(self._weights)
         for weight in self._weights:
@@ -87,12 +80,11 @@ class Mixture:
         return counts
 
     def __len__(self) -> int:
-        return (
-            2**48
-        )  # more than is ever read, and Grain computes with lengths as floating-point numbers
+        # More than is ever read; Grain computes with lengths as floating-point numbers.
+        return 2**48
 
     def __getitem__(self, position: SupportsIndex) -> tuple[int, int]:
-        """`(source, window of that source)`, as `grain.MapDataset.select_from_datasets` asks."""
+        """`(source, window of that source)`, for `grain.MapDataset.select_from_datasets`."""
         position = position.__index__()
         before, after = self.counts(position), self.counts(position + 1)
         source = next(i for i, count in enumerate(before) if after[i] > count)
@@ -100,7 +92,7 @@ class Mixture:
 
 
 class _Rows:
-    """Of each batch of `batch_size` elements, those of some rows, one after the other."""
+    """The elements of some rows of each batch, one after the other."""
 
     def __init__(self, elements, batch_size: int, rows: Sequence[int]):
         self._elements, self._batch_size, self._rows = elements, batch_size, rows
@@ -114,28 +106,20 @@ class _Rows:
 
 
 class _TrainBatches(grain.IterDataset):
-    """Batches whose iterators also know how much of each source they have read."""
+    """Batches whose iterators also save how much of each source they have read."""
 
-    def __init__(
-        self, batches: grain.IterDataset, sources: Sequence[str], mixture: Mixture, batch_size: int
-    ):
+    def __init__(self, batches, windows_read):
         super().__init__(batches)
-        self._position = sources, mixture, batch_size
+        self._windows_read = windows_read
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _TrainIterator(iter(self._parent), *self._position)
+        return _TrainIterator(iter(self._parent), self._windows_read)
 
 
 class _TrainIterator(grain.DatasetIterator):
-    def __init__(
-        self,
-        batches: grain.DatasetIterator,
-        sources: Sequence[str],
-        mixture: Mixture,
-        batch_size: int,
-    ):
+    def __init__(self, batches, windows_read):
         super().__init__(batches)
-        self._sources, self._mixture, self._batch_size = sources, mixture, batch_size
+        self._windows_read = windows_read  # number of batches -> windows of each source
 
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._parent)
@@ -148,15 +132,11 @@ class _TrainIterator(grain.DatasetIterator):
         expected = self._windows_read(state["next_index"])
         if state.get("sources") != expected:
             raise UserError(
-                f"data.name: the checkpoint had read {state.get('sources')} windows after {state['next_index']} batches, "
-                f"these corpora would give {expected}; name those of the run as they were"
+                f"data.name: the checkpoint had read {state.get('sources')} windows after "
+                f"{state['next_index']} batches, these corpora would give {expected}; name those "
+                "of the run as they were"
             )
         self._parent.set_state({"next_index": state["next_index"]})
-
-    def _windows_read(self, batches: int) -> dict[str, int]:
-        return dict(
-            zip(self._sources, self._mixture.counts(batches * self._batch_size), strict=True)
-        )
 
 
 def train_batches(
@@ -169,76 +149,69 @@ def train_batches(
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
 ) -> grain.IterDataset:
-    """Endless training batches, of each source in another order each epoch.
+    """Endless training batches; the order of a source changes from epoch to epoch.
 
-    Each element is a dictionary of arrays `[batch_size, seq_len]` as `PackedWindows` describes
-    them, or `[len(rows), seq_len]` where `rows` names the rows of the batch that this process
-    reads. Step `b` has the same windows in the same rows however many processes share them.
-    Iterators save and restore their position, with `get_state` and `set_state`: the number of
-    batches, and how many windows of each source they held, the same in every process.
+    Each element is a dictionary of arrays `[batch_size, seq_len]`, see `PackedWindows`, or
+    `[len(rows), seq_len]`. A step has the same windows in the same rows for any number of
+    processes. Iterators save and restore their position with `get_state` and `set_state`: the
+    number of batches and of windows of each source in them, the same in every process.
 
     Args:
         stores: the train split of each source by its name.
-        weights: the sources' shares of the windows, in proportion to each other; None: each has as
-            many as it holds, so that one pass over the mixture is one over every source.
+        weights: the sources' shares of the windows, in proportion to each other; None: the numbers
+            of their windows, so that one pass over the mixture is one over every source.
         seq_len: tokens of a window.
         batch_size: windows of a batch, over all processes.
-        seed: of the order.
-        rows: see above.
-        loss_mask: as in `PackedWindows`.
-        read_options: threads that read ahead, and how far.
+        seed: the seed of the order.
+        rows: the rows of a batch that this process reads; None: all.
+        loss_mask: see `PackedWindows`.
+        read_options: number of threads that read ahead, and how far.
 
     Raises:
-        UserError: a stream is shorter than one window, or, when a position is restored, the
-            checkpoint is one of other sources. Iterators raise what `TokenStore.read` does.
+        UserError: a stream is shorter than one window; or, on `set_state`, the position is one in
+            other sources. Iterators raise what `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
-    # The first source has the seed itself, so that alone it gives what it always gave.
+    # The first source has the seed itself, so that its order alone is that of earlier versions.
     seeds = [seed, *map(int, np.random.SeedSequence(seed).generate_state(len(windows) - 1))]
     shuffled = [
         grain.MapDataset.source(source).shuffle(seed).repeat()
         for source, seed in zip(windows, seeds, strict=True)
     ]
-    # Not MapDataset.mix: that rounds weights to about one in a hundred, so one pass would not be
-    # one over all.
+    # MapDataset.mix rounds weights to about one in a hundred: one pass would not be one over all.
     mixture = Mixture(weights or [len(source) for source in windows])
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = (
-        grain.MapDataset.source(_Rows(mixed, batch_size, rows))
-        .batch(len(rows))
-        .to_iter_dataset(read_options)
-    )
-    return _TrainBatches(batches, tuple(stores), mixture, batch_size)
+    batches = grain.MapDataset.source(_Rows(mixed, batch_size, rows)).batch(len(rows))
+
+    def windows_read(n_batches: int) -> dict[str, int]:
+        return dict(zip(stores, mixture.counts(n_batches * batch_size), strict=True))
+
+    return _TrainBatches(batches.to_iter_dataset(read_options), windows_read)
 
 
 def eval_batches(
     store: TokenStore, seq_len: int, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `[batch_size, seq_len]` that hold every token of the stream after the first as a
+    """Batches `[batch_size, seq_len]` that have every token of the stream after the first as a
     target once, in order.
 
-    The arrays are those of `PackedWindows` without a loss mask; positions beyond the end of the
-    stream are zero in all of them, `weights` and `segment_ids` included, so `weights` sums to
-    `len(store) - 1` over all batches.
+    The arrays are those of `PackedWindows` without a loss mask. All are zero beyond the end of the
+    stream, so `weights` sums to `len(store) - 1` over all batches.
     """
     targets = len(store) - 1
     for batch_start in range(0, targets, seq_len * batch_size):
         rows = []
         for start in range(batch_start, batch_start + seq_len * batch_size, seq_len):
-            tokens = (
-                store.read(start, min(start + seq_len, targets) + 1)
-                if start < targets
-                else np.zeros(1, np.int32)
-            )
+            tokens = np.zeros(1, np.int32)
+            if start < targets:
+                tokens = store.read(start, min(start + seq_len, targets) + 1)
             rows.append(_window(tokens, seq_len, store.end_of_text))
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _window(tokens: np.ndarray, seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-    """Inputs, targets and what goes with them, from up to `seq_len + 1` consecutive tokens; the
-    rest is zero.
-    """
+    """A window of up to `seq_len + 1` consecutive tokens, padded with zeros."""
     inputs, targets = tokens[:-1], tokens[1:]
     begins = inputs == end_of_text
     begins[:1] = True

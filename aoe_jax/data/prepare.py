@@ -1,9 +1,8 @@
-"""Makes a token store of files: `python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T
---output=DIR`.
+"""Makes a token store: `python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR`.
 
-JSON lines (.jsonl, .ndjson, .json) and plain text (.txt), also with .gz or .zst, and Parquet.
-Killed or stopped, the same command goes on where it was. `--check` reads a store whole, `--repair`
-writes what is damaged again.
+The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also with .gz or .zst, or
+Parquet. After a kill or a stop, the same command goes on where it was. `--check` finds damaged
+shards, `--repair` writes them again.
 """
 
 import logging
@@ -29,15 +28,17 @@ _TOKENIZER = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "the directory of the token store")
 _TEXT_FIELD = flags.DEFINE_string(
-    "text_field", Settings.text_field, "where JSON and Parquet have the text"
+    "text_field", Settings.text_field, "the field of JSON or column of Parquet with the text"
 )
 _VALIDATION = flags.DEFINE_float(
     "validation", Settings.validation, "share of the documents for validation"
 )
 _TEST = flags.DEFINE_float("test", Settings.test, "share of the documents for test")
-_PROCESSES = flags.DEFINE_integer("processes", cores(), "that tokenise, a core each", lower_bound=1)
-_CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name what is damaged")
-_REPAIR = flags.DEFINE_bool("repair", False, "write what is damaged again, from the same input")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", cores(), "processes that tokenise, a core each", lower_bound=1
+)
+_CHECK = flags.DEFINE_bool("check", False, "read the store whole, and name damaged shards")
+_REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from the same input")
 
 
 def main():
@@ -56,13 +57,12 @@ def main():
 def _check_or_repair(output: Path):
     if _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
         raise UserError(
-            "--check and --repair, one at a time, take --output alone; the store knows its input"
+            "--check and --repair, one at a time, take --output alone; the store has its input"
         )
     if _REPAIR.value:
         damaged = repair(output, _PROCESSES.value)
-        log.info(
-            "wrote again: %s", ", ".join(damaged) or "nothing, all shards are as they were written"
-        )
+        names = ", ".join(damaged) or "nothing, all shards are as they were written"
+        log.info(f"wrote again: {names}")
     elif damaged := check(output):
         raise UserError(
             f"--output={output}: damaged are {', '.join(damaged)}; --repair writes them again"

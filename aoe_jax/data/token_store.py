@@ -1,54 +1,239 @@
-"""Token stores: a tokenised corpus on disk, read by random access.
+"""Token stores: a tokenised corpus on disk, written once and read by random access.
 
-For each split a store holds one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All but the
-first token lie in shards, ArrayRecord files of records of `RECORD_TOKENS` tokens, the last one of a
-shard shorter. Beside them are the tokenizer's file and `manifest.json`.
+For each split a store holds one stream of tokens, `EOT doc1 EOT doc2 EOT ... docN EOT`. All tokens
+but the first are in shards, ArrayRecord files of records of `RECORD_TOKENS` tokens, of which the
+last one of a shard may be shorter. Beside them are the tokenizer's file and `manifest.json`.
 """
 
 import functools
+import hashlib
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from aoe_jax.data.manifest import damaged, read_manifest
-from aoe_jax.data.store_writer import RECORD_TOKENS
+from aoe_jax.data.tokenizer import Tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_json, sync, write_json
+
+FORMAT_VERSION = 2
+PLAN_FILE = (
+    "plan.json"  # of stores that `aoe_jax.data.prepare` made: how they follow from the input
+)
+RECORD_TOKENS = 4096
+RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
+_BATCH_CHARACTERS = 2**21
+
+
+class SplitWriter:
+    """Tokenises documents of one split into shards `PREFIX-00000.array_record`, `PREFIX-00001...`.
+
+    Use it in a `with` statement, which closes all files; after an error within, shards may be
+    unfinished.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        tokenizer: Tokenizer,
+        records_per_shard: int = RECORDS_PER_SHARD,
+    ):
+        """Writes nothing before the first document."""
+        self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
+        self._records_per_shard = records_per_shard
+        self._dtype = _token_dtype(tokenizer)
+        self._texts: list[str] = []  # not tokenised yet
+        self._characters = 0  # in these
+        self._pending = np.empty(0, self._dtype)  # tokens that fill no record yet
+        self._writer, self._records = None, 0  # the shard that is being written
+        self._shards: list[dict] = []
+        self._documents = self._bytes = 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *exception):
+        if self._writer:
+            self._writer.close()
+
+    def add(self, text: str):
+        """Append a document, which must not be empty. Texts are tokenised a few million characters
+        at a time.
+
+        Raises:
+            UserError: the tokenizer finds its end-of-text token within a document.
+        """
+        self._texts.append(text)
+        self._characters += len(text)
+        if self._characters >= _BATCH_CHARACTERS:
+            self._tokenise()
+
+    def finish(self) -> dict:
+        """Write the rest.
+
+        Returns:
+            The numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`, which are
+            on the disk then: of each its `name`, its `tokens`, and `file_bytes` and `sha256` of its
+            file.
+
+        Raises:
+            UserError: see `add`.
+        """
+        self._tokenise()
+        if len(self._pending):
+            self._write(self._pending)
+        self._finish_shard()
+        return {
+            "tokens": sum(shard["tokens"] for shard in self._shards),
+            "documents": self._documents,
+            "bytes": self._bytes,
+            "shards": self._shards,
+        }
+
+    def _tokenise(self):
+        texts, self._texts, self._characters = self._texts, [], 0
+        if not texts:
+            return
+        end_of_text = np.array([self._tokenizer.end_of_text], self._dtype)
+        pieces = [self._pending]
+        for ids in self._tokenizer.encode(texts):
+            pieces += [ids.astype(self._dtype), end_of_text]
+        tokens = np.concatenate(pieces)
+        if np.count_nonzero(tokens[len(self._pending) :] == end_of_text) != len(texts):
+            raise UserError(
+                "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
+                "that doesn't"
+            )
+        whole = len(tokens) - len(tokens) % RECORD_TOKENS
+        for start in range(0, whole, RECORD_TOKENS):
+            self._write(tokens[start : start + RECORD_TOKENS])
+        self._pending = tokens[whole:]
+        self._documents += len(texts)
+        self._bytes += sum(len(text.encode()) for text in texts)
+
+    def _write(self, tokens: np.ndarray):
+        if self._records == self._records_per_shard:
+            self._finish_shard()
+        if self._writer is None:
+            name = f"{self._prefix}-{len(self._shards):05d}.array_record"
+            self._writer = ArrayRecordWriter(str(self._folder / name), "group_size:1")
+            self._shards.append({"name": name, "tokens": 0})
+        self._writer.write(tokens.tobytes())
+        self._records += 1
+        self._shards[-1]["tokens"] += len(tokens)
+
+    def _finish_shard(self):
+        if self._writer:
+            self._writer.close()
+            path = self._folder / self._shards[-1]["name"]
+            sync(path)
+            self._shards[-1] |= {"file_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        self._writer, self._records = None, 0
+
+
+def write_manifest(
+    directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]
+):
+    """Write `manifest.json`, which turns the shards in `directory` into a store.
+
+    Args:
+        directory: the store.
+        corpus: the name of the corpus.
+        fingerprint: a text that changes when the corpus does.
+        tokenizer: the tokenizer of the shards.
+        splits: for each split the result of `SplitWriter.finish`.
+    """
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "corpus": corpus,
+        "corpus_fingerprint": fingerprint,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.token_count,
+        "end_of_text": tokenizer.end_of_text,
+        "dtype": _token_dtype(tokenizer).name,
+        # The stream begins with an end-of-text token that is in no shard.
+        "splits": {name: split | {"tokens": 1 + split["tokens"]} for name, split in splits.items()},
+    }
+    write_json(directory / "manifest.json", manifest)
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a token store.
+
+    Raises:
+        UserError: it is missing, damaged, or has another format version.
+    """
+    path = directory / "manifest.json"
+    if not path.exists():
+        if not directory.is_dir():
+            raise UserError(f"token store {str(directory)!r}: no such folder")
+        if (directory / PLAN_FILE).exists():
+            raise UserError(
+                f"token store {str(directory)!r}: isn't finished; the `python -m "
+                "aoe_jax.data.prepare` that began it goes on"
+            )
+        raise _damaged(directory, "manifest.json is missing")
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        raise _damaged(directory, "manifest.json is damaged") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        reason = f"manifest.json has format version {version}, not {FORMAT_VERSION}"
+        raise _damaged(directory, reason)
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(directory: Path, reason: str) -> UserError:
+    cure = "delete this folder to have it built again"
+    if (directory / PLAN_FILE).exists():
+        command = f"python -m aoe_jax.data.prepare --repair --output={directory}"
+        cure = f"`{command}` writes damaged shards again"
+    return UserError(f"token store {str(directory)!r}: {reason}; {cure}")
+
+
+def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.token_count <= 2**16 else np.uint32)
 
 
 class TokenStore:
-    """One split of a token store; made by `open_token_store`.
+    """One split of a token store; `open_token_store` makes it.
 
     Attributes:
-        manifest: the store's manifest, as a dictionary.
+        manifest: the store's manifest, a dictionary.
+        split: "train", "validation" or "test".
         end_of_text: id of the token that separates documents.
         documents: number of documents in the split.
-        text_bytes: length of the split's documents in UTF-8, for bits per byte.
+        text_bytes: size of the split's documents in UTF-8, for bits per byte.
     """
 
     def __init__(self, directory: Path, manifest: dict, split: str):
-        """Open the shards of a split; raise `UserError` as `open_token_store` does."""
-        self.manifest = manifest
+        """See `open_token_store`."""
+        numbers = manifest["splits"][split]
+        self.manifest, self.split = manifest, split
         self.end_of_text = manifest["end_of_text"]
-        self.documents = manifest["splits"][split]["documents"]
-        self.text_bytes = manifest["splits"][split]["bytes"]
-        self.split = split
-        self._tokens = manifest["splits"][split]["tokens"]
-        self._dtype = np.dtype(manifest["dtype"])
-        self._directory, self._shards = directory, manifest["splits"][split]["shards"]
-        # Where each shard begins in the stream, and where the last one ends.
+        self.documents, self.text_bytes = numbers["documents"], numbers["bytes"]
+        self._directory, self._shards = directory, numbers["shards"]
+        self._tokens, self._dtype = numbers["tokens"], np.dtype(manifest["dtype"])
+        # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
         for shard in self._shards:
-            if shard["name"] not in sizes:
-                raise damaged(directory, f"{shard['name']} is missing")
-            if shard["file_bytes"] != sizes[shard["name"]]:
-                raise damaged(
-                    directory,
-                    f"{shard['name']} has {sizes[shard['name']]} bytes instead of {shard['file_bytes']}",
-                )
+            name, wanted = shard["name"], shard["file_bytes"]
+            if name not in sizes:
+                raise _damaged(directory, f"{name} is missing")
+            if sizes[name] != wanted:
+                raise _damaged(directory, f"{name} has {sizes[name]} bytes instead of {wanted}")
 
     def __len__(self) -> int:
         """Number of tokens in the stream."""
@@ -64,32 +249,34 @@ class TokenStore:
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")
         pieces = [np.array([self.end_of_text], self._dtype)] if start == 0 else []
-        at, shard = max(start, 1), int(np.searchsorted(self._starts, max(start, 1), "right")) - 1
+        at = max(start, 1)
+        shard = int(np.searchsorted(self._starts, at, "right")) - 1
         while at < stop:
-            begins, end = int(self._starts[shard]), min(stop, int(self._starts[shard + 1]))
+            end = min(stop, int(self._starts[shard + 1]))
             if at < end:
-                first, last = (at - begins) // RECORD_TOKENS, (end - begins - 1) // RECORD_TOKENS
-                records = b"".join(self._records(shard, first, last + 1))
-                begins += first * RECORD_TOKENS
-                pieces.append(np.frombuffer(records, self._dtype)[at - begins : end - begins])
+                begin = int(self._starts[shard])
+                pieces.append(self._read_shard(shard, at - begin, end - begin))
             at, shard = end, shard + 1
         return np.concatenate(pieces).astype(np.int32)
 
-    def _records(self, shard: int, first: int, stop: int) -> list[bytes]:
+    def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
         path = self._directory / self._shards[shard]["name"]
+        first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
         try:
-            return _reader(self, str(path)).read(first, stop)
+            records = _reader(self, str(path)).read(first, last + 1)
         except Exception as error:  # array_record raises RuntimeError and others
             if "Too many open files" in str(error):
                 raise UserError(
                     f"{path}: too many files are open; raise the limit (ulimit -n)"
                 ) from error
-            raise damaged(path.parent, f"{path.name} cannot be read ({error})") from error
+            raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
+        tokens = np.frombuffer(b"".join(records), self._dtype)
+        return tokens[start - first * RECORD_TOKENS : stop - first * RECORD_TOKENS]
 
 
 @functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 def _reader(store: TokenStore, path: str) -> ArrayRecordReader:
-    """An open shard of a store; those that were used least lately are closed."""
+    """An open shard of a store; the least recently used ones are closed."""
     return ArrayRecordReader(path)
 
 

@@ -1,108 +1,221 @@
-"""The corpora of a run, tokenised and opened."""
+"""The corpora of a run, tokenised once and opened."""
 
 import hashlib
+import itertools
 import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from aoe_jax.config import DataConfig
+from tqdm import tqdm
+
+from aoe_jax.config.data import DataConfig
 from aoe_jax.data import SPLITS
-from aoe_jax.data.building import cached_token_stores
-from aoe_jax.data.corpora import load_corpus, slug
-from aoe_jax.data.manifest import read_manifest
-from aoe_jax.data.token_store import TokenStore, open_token_store
-from aoe_jax.data.tokenizer import check_vocab_size, load_tokenizer, saved_tokenizer
+from aoe_jax.data.corpora import Corpus, load_corpus, slug
+from aoe_jax.data.token_store import (
+    FORMAT_VERSION,
+    RECORDS_PER_SHARD,
+    SplitWriter,
+    TokenStore,
+    open_token_store,
+    read_manifest,
+    write_manifest,
+)
+from aoe_jax.data.tokenizer import (
+    Tokenizer,
+    check_vocab_size,
+    load_tokenizer,
+    saved_tokenizer,
+    train_tokenizer,
+)
 from aoe_jax.errors import UserError
+from aoe_jax.locking import exclusive
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenisedCorpus:
-    """One corpus or several, ready for training: the token stores of each split by their source,
-    all of one tokenizer.
-    """
+    """One corpus or several with one tokenizer: the token store of each source in each split."""
 
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
     test: dict[str, TokenStore]
-    weights: (
-        tuple[Fraction, ...] | None
-    )  # the sources' shares of the tokens seen in training; None: by size
+    weights: tuple[Fraction, ...] | None  # shares of the tokens seen in training; None: by size
     tokenizer: Path  # the tokenizer's file
 
     @property
     def identities(self) -> list[str]:
-        """What each source is, in a word: the name of its corpus and a hash of text, tokenizer and
-        splits.
-        """
+        """For each source the name of its corpus with a hash of text, tokenizer and splits."""
         return [_identity(store.manifest) for store in self.train.values()]
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
-    """Open the corpora of a `DataConfig`, preparing first those that are not prepared yet.
+    """Open the corpora of a `DataConfig`; those that have no token store yet are tokenised first.
 
-    Without `data.tokenizer` the prepared stores' is that of all.
+    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores.
 
     Raises:
-        UserError: as in `cached_token_stores` and `open_token_store`; or the prepared stores are of
-            several tokenizers, or of another than `data.tokenizer`.
+        UserError: see `cached_token_stores` and `open_token_store`; or the prepared stores have
+            several tokenizers, or another than `data.tokenizer`.
     """
+    sources, tokenizer = data.sources, data.tokenizer
     directories = {
-        source.label: Path(source.path) for source in data.sources if source.name == "prepared"
+        source.label: Path(source.path) for source in sources if source.name == "prepared"
     }
-    tokenizer = (
-        _tokenizer_of(directories, data.tokenizer, vocab_size) if directories else data.tokenizer
-    )
+    if directories:
+        tokenizer = _shared_tokenizer(directories.values(), tokenizer, vocab_size)
     corpora = {
         source.label: load_corpus(source.name, source.path, data.cache, data.text_field)
-        for source in data.sources
+        for source in sources
         if source.name != "prepared"
     }
     if corpora:
-        prepared = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, data.cache)
-        directories |= dict(zip(corpora, prepared, strict=True))
-    labels, weights = (
-        [source.label for source in data.sources],
-        tuple(source.weight for source in data.sources),
-    )
+        stores = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, data.cache)
+        directories |= dict(zip(corpora, stores, strict=True))
+    weights = tuple(source.weight for source in sources)
     stores = {
-        split: {label: open_token_store(directories[label], split) for label in labels}
+        split: {
+            source.label: open_token_store(directories[source.label], split) for source in sources
+        }
         for split in SPLITS
     }
     return TokenisedCorpus(
         **stores,
         weights=None if None in weights else weights,
-        tokenizer=saved_tokenizer(directories[labels[0]]),
+        tokenizer=saved_tokenizer(directories[sources[0].label]),
     )
 
 
-def _tokenizer_of(directories: dict[str, Path], given: str | None, vocab_size: int) -> str:
-    """The file of the tokenizer that the prepared stores share, which must be the given one, where
-    there is one.
-    """
-    for directory in directories.values():
+def _shared_tokenizer(directories: Sequence[Path], given: str | None, vocab_size: int) -> str:
+    """The file of the tokenizer of all prepared stores, which must be `given` if that is named."""
+    hashes = {f"data.tokenizer={given!r}": load_tokenizer(given).sha256} if given else {}
+    for directory in directories:
         if not (directory / "manifest.json").is_file():
             raise UserError(
                 f"data.name: 'prepared' names {directory}, which is no token store; make one with "
                 "`python -m aoe_jax.data.prepare`"
             )
-    hashes = {
-        str(directory): read_manifest(directory)["tokenizer_sha256"]
-        for directory in directories.values()
-    }
-    if given:
-        hashes = {f"data.tokenizer={given!r}": load_tokenizer(given).sha256} | hashes
+        hashes[str(directory)] = read_manifest(directory)["tokenizer_sha256"]
     if len(set(hashes.values())) > 1:
         named = "; ".join(f"{name} has {sha256[:12]}" for name, sha256 in hashes.items())
         raise UserError(
-            f"data.name: all corpora must be of one tokenizer, but {named}. Prepare them again with the same tokenizer"
+            f"data.name: all corpora must be of one tokenizer, but {named}. Prepare them again "
+            "with the same tokenizer"
         )
-    path = given or str(saved_tokenizer(next(iter(directories.values()))))
+    path = given or str(saved_tokenizer(next(iter(directories))))
     check_vocab_size(load_tokenizer(path), vocab_size)
     return path
 
 
 def _identity(manifest: dict) -> str:
     tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
-    content = json.dumps([manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens])
-    return f"{slug(manifest['corpus'])}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
+    return f"{slug(manifest['corpus'])}-{_short_hash(content)}"
+
+
+def cached_token_stores(
+    corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: str
+) -> list[Path]:
+    """Directories of the corpora's token stores, which are built if they don't exist.
+
+    A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
+    tokenizer, vocabulary size or text makes another store. Of several processes that share the
+    cache one builds a store, the others wait.
+
+    Args:
+        corpora: the corpora.
+        tokenizer: the path of a tokenizer's file; None: byte-level BPE of `vocab_size` tokens is
+            trained on the train splits of all corpora.
+        vocab_size: the model's vocabulary size.
+        cache: the folder for everything that is prepared once.
+
+    Raises:
+        UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is
+            too small.
+    """
+    given = load_tokenizer(tokenizer) if tokenizer else None
+    if given:
+        check_vocab_size(given, vocab_size)
+    spec = given.sha256 if given else f"byte-level BPE of {vocab_size} tokens"
+    if not given and len(corpora) > 1:
+        spec = [spec, [corpus.fingerprint for corpus in corpora]]
+    directories = []
+    for corpus in corpora:
+        key = _short_hash([FORMAT_VERSION, corpus.fingerprint, spec])
+        directories.append(Path(cache, "tokens", f"{slug(corpus.name)}-{key}"))
+    if all(directory.exists() for directory in directories):
+        logger.info(f"token store: using {', '.join(map(str, directories))}")
+        return directories
+    for corpus, directory in zip(corpora, directories, strict=True):
+        with exclusive(directory.with_name(f".{directory.name}.lock")):
+            if not directory.exists():
+                started = time.monotonic()
+                given = given or _trained_tokenizer(corpora, vocab_size)
+                build_token_store(corpus, given, directory)
+                seconds = time.monotonic() - started
+                logger.info(f"token store: built {directory} in {seconds:.1f} s")
+        given = given or load_tokenizer(saved_tokenizer(directory))
+    return directories
+
+
+def _trained_tokenizer(corpora: list[Corpus], vocab_size: int) -> Tokenizer:
+    texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
+    return train_tokenizer(texts, vocab_size)
+
+
+def _short_hash(value: str | list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def build_token_store(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    records_per_shard: int = RECORDS_PER_SHARD,
+) -> None:
+    """Tokenise a corpus into `directory`, which is created only when it is complete.
+
+    One process at a time may do this. Memory is bounded by a batch of documents or the longest
+    document.
+
+    Raises:
+        UserError: a split has no documents, or `SplitWriter.add` refuses one.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        splits = {
+            split: _write_split(corpus, split, tokenizer, partial, records_per_shard)
+            for split in SPLITS
+        }
+        tokenizer.save(partial)
+        write_manifest(partial, corpus.name, corpus.fingerprint, tokenizer, splits)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_split(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path, records_per_shard: int
+) -> dict:
+    label = f"tokenising {corpus.name} {split}"
+    with (
+        SplitWriter(folder, split, tokenizer, records_per_shard) as writer,
+        tqdm(desc=label, unit="B", unit_scale=True, delay=5) as progress,
+    ):
+        for text in corpus.documents(split):
+            writer.add(text)
+            progress.update(len(text))
+        numbers = writer.finish()
+    if numbers["documents"] == 0:
+        raise UserError(
+            f"data.name={corpus.name!r}: its {split} split has no text; give a larger corpus"
+        )
+    return numbers

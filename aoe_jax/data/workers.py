@@ -1,4 +1,4 @@
-"""Processes that work through a list of tasks; one that dies is replaced, and its task begun again."""
+"""Processes that work through a list of tasks; one that dies is replaced and its task repeated."""
 
 import contextlib
 import multiprocessing
@@ -9,26 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 from aoe_jax.errors import UserError
 
-_TRIES = 3  # of a task
+_TRIES = 3  # for each task
 _POLL_SECONDS = 0.2
 
-_spawning = multiprocessing.get_context(
-    "spawn"
-)  # forked children would share locks of threads that they lack
+# Forked children would share locks with threads that they don't have.
+_spawning = multiprocessing.get_context("spawn")
 
 
 class Workers:
-    """A number of processes, alive within a `with` statement; leaving it kills them.
-
-    They end by themselves, after their task, where this process is killed.
+    """A number of processes. Leaving the `with` statement kills them, and if this process is
+    killed, they end after their task.
     """
 
     def __init__(self, count: int, set_up: Callable, arguments: Sequence):
-        """Each process calls `set_up(*arguments)` once; what that returns is called with every
-        task, which is hashable.
-        """
+        """Each process calls `set_up(*arguments)` once, then the result of that with every task."""
         self._count, self._start = count, (set_up, arguments)
-        self._alive: list[tuple] = []  # of process and connection
+        self._alive: list[tuple] = []  # process and connection
 
     def __enter__(self) -> "Workers":
         return self
@@ -40,27 +36,26 @@ class Workers:
             connection.close()
 
     def run(
-        self, tasks: Sequence, names: Callable[[object], str], died: Callable[[str], None]
+        self, tasks: Sequence, name: Callable[[object], str], warn: Callable[[str], None]
     ) -> Iterator[tuple | None]:
-        """Yield `(task, result)` as they come, and None now and then in between.
+        """Yield `(task, result)` in the order in which they are done, and None every now and then.
 
         Args:
-            tasks: what the processes are given, one by one, in this order.
-            names: of a task, for errors.
-            died: is told, in words, when a process has died.
+            tasks: hashable values, begun in this order.
+            name: the name of a task, for messages.
+            warn: receives a message if a process has died.
 
         Raises:
-            UserError: a task did, or the processes that took it died three times.
-            RuntimeError: a task raised anything else; its traceback is the message.
+            UserError: a task raised it, or three processes died at a task.
+            RuntimeError: a task raised anything else; the message has its traceback.
         """
         waiting, busy, tries = list(reversed(tasks)), {}, {}
-        self._alive = [self._new() for _ in range(min(self._count, len(tasks)))]
-        idle = list(self._alive)
+        idle = [self._new() for _ in range(min(self._count, len(tasks)))]
         while waiting or busy:
             while waiting and idle:
                 worker, task = idle.pop(), waiting.pop()
                 busy[worker[1]] = worker, task
-                with contextlib.suppress(OSError):  # of one that is dead, which shows below
+                with contextlib.suppress(OSError):  # a dead process is noticed below
                     worker[1].send(task)
             yield None
             for connection in multiprocessing.connection.wait(list(busy), _POLL_SECONDS):
@@ -68,25 +63,21 @@ class Workers:
                 try:
                     kind, result = connection.recv()
                 except (EOFError, OSError):
-                    self._alive.remove(worker)
-                    ended = self._end_of(*worker)
+                    end = self._bury(worker)
                     tries[task] = tries.get(task, 0) + 1
                     if tries[task] == _TRIES:
                         raise UserError(
-                            f"--processes={self._count}: {_TRIES} processes died at {names(task)}, the last one with "
-                            f"{ended}; if memory ran out, use fewer"
+                            f"--processes={self._count}: {_TRIES} processes died at {name(task)}, "
+                            f"the last one with {end}; if memory ran out, use fewer"
                         ) from None
-                    died(
-                        f"a process died at {names(task)} with {ended}; another one takes its place"
-                    )
-                    self._alive.append(self._new())
-                    idle.append(self._alive[-1])
+                    warn(f"a process died at {name(task)} with {end}; another one takes its place")
+                    idle.append(self._new())
                     waiting.append(task)
                     continue
                 if kind == "mistake":
                     raise UserError(result)
                 if kind == "failure":
-                    raise RuntimeError(f"at {names(task)}:\n{result}")
+                    raise RuntimeError(f"at {name(task)}:\n{result}")
                 idle.append(worker)
                 yield task, result
 
@@ -94,11 +85,14 @@ class Workers:
         ours, theirs = _spawning.Pipe()
         process = _spawning.Process(target=_work, args=(theirs, *self._start), daemon=True)
         process.start()
-        theirs.close()  # so that `ours` notices when the process dies
+        theirs.close()  # so that `ours` is at its end when the process dies
+        self._alive.append((process, ours))
         return process, ours
 
-    @staticmethod
-    def _end_of(process, connection) -> str:
+    def _bury(self, worker: tuple) -> str:
+        """Forget a dead process; returns how it ended."""
+        self._alive.remove(worker)
+        process, connection = worker
         process.join()
         connection.close()
         code = process.exitcode
@@ -106,7 +100,7 @@ class Workers:
 
 
 def _work(connection, set_up: Callable, arguments: Sequence):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     do = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:

@@ -1,32 +1,20 @@
-"""Self-contrast: a model against itself with its experts chosen badly (SCMoE, arXiv 2405.14507,
-NeurIPS 2024).
+"""Self-contrast: a model against itself with badly chosen experts (SCMoE, arXiv 2405.14507).
 
-Nothing is trained. Two passes read the same text:
+Nothing is trained. Two passes, each with a cache of its own, read the same text:
 
-    strong   the model as it is, or with another K of its top-K
-    weak     rank-k routing: of every layer, for the prompt as well, only the expert of the k-th highest score, weight 1
+    strong   the model as it is, or with another K
+    weak     each token goes only to its expert of rank k, with weight 1, in all layers
 
-    z = (1 + beta) z_strong - beta z_weak   where z_strong >= log(alpha) + max z_strong, elsewhere -inf
+    z = (1 + beta) z_strong - beta z_weak   where z_strong >= log(alpha) + max z_strong, else -inf
 
-and the next token is the likeliest by z, or drawn from its softmax. Both passes then read that
-token.
+The next token is the likeliest by z, or drawn from softmax(z). The published settings are alpha =
+0.1, k = 2, and beta searched in 0.1, 0.3, ... 0.9 for each task; for Mixtral 8x7B they gave GSM8K
+61.79 -> 66.94, StrategyQA 72.83 -> 76.29, MBPP 46.20 -> 48.80 and HumanEval 33.54 -> 41.46 against
+greedy decoding, at 1.30 times its latency.
 
-As published: the formula, alpha = 0.1, weak rank 2, weak routing in all layers and for the prompt,
-a cache for each pass. The authors search beta in 0.1, 0.3, ... 0.9 for each task, and in one table
-the strong K as well. Their figures for Mixtral 8x7B (strong top-2, weak rank 2, against greedy
-decoding): GSM8K 61.79 -> 66.94, StrategyQA 72.83 -> 76.29, MBPP 46.20 -> 48.80, HumanEval 33.54 ->
-41.46, at 1.30 times the latency.
-
-Ours: ranks are by the scores that the model itself chooses by, router logits or AoE's norms, and
-with the selection bias of loss-free balancing where there is one; the weight is 1 whatever the
-model's gate. Temperature, top-k and top-p of sampling apply to z; the paper draws from its softmax
-as it is.
-
-Ranks count from 1 here and on the command line, as in the paper; from 0 in `config.experts.ranks`
-and in the authors' code.
-
-Causal: both passes are, so what is drawn depends on earlier tokens only. It costs a second pass, of
-one expert a token, and a second cache of keys and values; the weights are shared.
+Our choices: ranks are by the scores that the model itself chooses by (router logits or AoE's norms,
+with the selection bias of loss-free balancing), and temperature, top-k and top-p apply to z. Ranks
+count from 1 here and on the command line, as in the paper, but from 0 in `config.routing.ranks`.
 """
 
 import dataclasses
@@ -35,79 +23,71 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from aoe_jax.config import BY_SCORES_ALONE
-from aoe_jax.errors import UserError
+from aoe_jax.config.checks import require, require_flag
+from aoe_jax.methods.ranked import Ranked
 from aoe_jax.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How far the strong pass is pushed away from the weak one, and what the two are."""
+    """Settings of self-contrast; raises `UserError` for a value out of range."""
 
-    beta: float  # 0: nothing is
-    alpha: float = 0.1  # of the probability of the likeliest token by the strong pass, below which no token is taken
-    strong_k: int | None = (
-        None  # experts per token of the strong pass; None: the model's own choice
-    )
-    weak_rank: int = 2  # of the one expert of the weak pass, from 1, that of highest score
+    beta: float  # 0: the strong pass alone
+    alpha: float = 0.1  # the least probability of a token, relative to the likeliest
+    strong_k: int | None = None  # experts per token of the strong pass; None: the model's choice
+    weak_rank: int = 2  # of the expert of the weak pass; 1 has the highest score
 
     def __post_init__(self):
-        if not 0 <= self.beta < math.inf:
-            raise UserError(
-                f"--contrast={self.beta}: must be 0 (no contrast) or greater, such as 0.5"
-            )
-        if not 0 <= self.alpha <= 1:
-            raise UserError(
-                f"--alpha={self.alpha}: must lie between 0 (any token) and 1 (the likeliest only)"
-            )
-        if self.strong_k is not None and self.strong_k < 1:
-            raise UserError(f"--strong_k={self.strong_k}: must be 1 or greater")
-        if self.weak_rank < 1:
-            raise UserError(
-                f"--weak_rank={self.weak_rank}: must be 1 (the expert of highest score) or greater"
-            )
+        k, rank = self.strong_k, self.weak_rank
+        wanted = "must be 0 (no contrast) or greater, such as 0.5"
+        require_flag(0 <= self.beta < math.inf, "contrast", self.beta, wanted)
+        wanted = "must lie between 0 (any token) and 1 (the likeliest only)"
+        require_flag(0 <= self.alpha <= 1, "alpha", self.alpha, wanted)
+        require_flag(k is None or k >= 1, "strong_k", k, "must be 1 or greater")
+        wanted = "must be 1 (the expert of highest score) or greater"
+        require_flag(rank >= 1, "weak_rank", rank, wanted)
 
 
 def strong_and_weak(decoder: Decoder, contrast: Contrast):
-    """The decoders of the two passes; they take the same parameters.
+    """The decoders of the two passes; both take the parameters of `decoder`.
 
     Raises:
-      UserError: experts have no ranks, there are fewer, or the model doesn't choose by K.
+      UserError: the model's kind or selection has no ranks, it has too few experts, or K of the
+        strong pass is set for a selection without K.
     """
-    experts = decoder.experts
-    if experts.kind not in ("aoe", "router"):
-        raise UserError(
-            f"config.experts.kind={experts.kind!r}: --contrast takes the experts of a token by the ranks of their scores; "
-            "use a model of kind aoe or router"
-        )
-    if experts.selection not in BY_SCORES_ALONE:
-        raise UserError(
-            f"config.experts.selection={experts.selection!r}: --contrast isn't tried with it; use a model of selection "
-            f"{' or '.join(BY_SCORES_ALONE)}"
-        )
-    for flag, value in (("strong_k", contrast.strong_k), ("weak_rank", contrast.weak_rank)):
-        if value is not None and value > experts.n_experts:
-            raise UserError(
-                f"--{flag}={value}: can't be greater than the model's experts.n_experts={experts.n_experts}"
-            )
-    strong = experts
-    if contrast.strong_k is not None:
-        if experts.selection != "top_k":
-            raise UserError(
-                f"--strong_k={contrast.strong_k}: the model's experts.selection={experts.selection!r} takes no K; leave it "
-                "out, for the model's own choice"
-            )
-        strong = dataclasses.replace(experts, top_k=contrast.strong_k)
-    weak = experts.choosing(
-        selection="ranked", ranks=(contrast.weak_rank - 1,), top_k=1, gate="chosen"
+    experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
+    require(
+        experts.kind in ("aoe", "router"),
+        "experts.kind",
+        experts.kind,
+        "--contrast takes the experts of a token by the ranks of their scores; use a model of kind "
+        "aoe or router",
     )
-    return decoder.clone(experts=strong), decoder.clone(experts=weak)
+    router = decoder.routing
+    require(
+        router.name in ("top_k", "top_p"),
+        "routing.name",
+        router.name,
+        "--contrast is not tested with this router; use a model with top_k or top_p",
+    )
+    wanted = f"can't be greater than the model's experts.n_experts={experts.n_experts}"
+    require_flag(k is None or k <= experts.n_experts, "strong_k", k, wanted)
+    require_flag(rank <= experts.n_experts, "weak_rank", rank, wanted)
+    strong = experts
+    if k is not None:
+        what = f"the model's routing.name={router.name!r} has no K"
+        wanted = f"{what}; leave it out, for the model's own choice"
+        require_flag(router.name == "top_k", "strong_k", k, wanted)
+        strong = dataclasses.replace(experts, top_k=k)
+    weak = dataclasses.replace(experts, top_k=1)
+    return (
+        decoder.clone(experts=strong),
+        decoder.clone(experts=weak, routing=Ranked((rank - 1,))),
+    )
 
 
 def contrasted(strong, weak, contrast: Contrast):
-    """The logits z, of strong and weak ones, all `[..., V]` float32; -inf for tokens that aren't
-    taken.
-    """
+    """The logits z `[..., V]` float32 of strong and weak logits; -inf for excluded tokens."""
     lowest = strong.max(axis=-1, keepdims=True) + jnp.log(contrast.alpha)
-    # As a difference, so that equal logits stay as they are.
+    # With a difference, equal logits stay exactly as they are.
     return jnp.where(strong >= lowest, strong + contrast.beta * (strong - weak), -jnp.inf)

@@ -1,4 +1,4 @@
-"""Text from a model: prompts are read at once, then tokens are drawn one by one in a compiled loop.
+"""Text from a model: prompts are read at once, then tokens are drawn in a compiled loop.
 
 B sequences, V vocabulary, N tokens of a chunk.
 """
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
-from aoe_jax.evaluation.models import Model
+from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
 from aoe_jax.sharding import RULES, replicated
 
@@ -25,62 +26,60 @@ LENGTH_MULTIPLE = 64  # of prompts and caches, so that few shapes are compiled
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How the next token is drawn; raises `UserError` for a value out of range."""
 
     temperature: float = 1.0  # of the softmax; 0: the likeliest token
-    top_k: int | None = None  # of the likeliest tokens only
-    top_p: float | None = (
-        None  # of the fewest likeliest tokens whose probability reaches it (arXiv 1904.09751)
-    )
+    top_k: int | None = None  # draw among so many of the likeliest tokens
+    top_p: float | None = None  # ... the fewest whose probability reaches it (arXiv 1904.09751)
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"--temperature={self.temperature}: must be 0 (the likeliest token) or greater"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"--top_k={self.top_k}: must be 1 or greater")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p={self.top_p}: must lie between 0 and 1")
-        if self.temperature == 0 and (self.top_k or self.top_p):
-            raise UserError(
-                "--temperature=0 takes the likeliest token: leave --top_k and --top_p out"
-            )
+        t, k, p = self.temperature, self.top_k, self.top_p
+        wanted = "must be 0 (the likeliest token) or greater"
+        require_flag(0 <= t < math.inf, "temperature", t, wanted)
+        require_flag(k is None or k >= 1, "top_k", k, "must be 1 or greater")
+        require_flag(p is None or 0 < p <= 1, "top_p", p, "must lie between 0 and 1")
+        if t == 0 and (k or p):
+            wanted = "takes the likeliest token: leave --top_k and --top_p out"
+            raise UserError(f"--temperature=0 {wanted}")
 
 
 def draw(logits, keys, sampling: Sampling):
-    """The next token of each sequence: `logits [B, V]`, `keys [B]` -> `[B]` int32."""
+    """Draws the next token of each sequence: `logits [B, V]`, `keys [B]` -> `[B]` int32."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    rank = jnp.argsort(order, axis=-1)  # so that of equal ones the first go before
-    if sampling.top_k is not None:
-        logits = jnp.where(rank < sampling.top_k, logits, -jnp.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
-        n_kept = jnp.sum(
-            jnp.cumsum(probability, axis=-1) - probability < sampling.top_p, axis=-1, keepdims=True
-        )
-        logits = jnp.where(rank < n_kept, logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    logits, tokens = jax.lax.top_k(logits / sampling.temperature, count)
+    if sampling.top_p is not None:
+        probability = jax.nn.softmax(logits)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+class State(NamedTuple):
+    """The state of the loop between two tokens."""
+
+    logits: jax.Array  # [B, V] float32, of the next token
+    caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
+    left: jax.Array  # [B] int32, how many tokens may still come
+    keys: jax.Array  # [B], of each sequence's draws
 
 
 class Generator:
     """Continues texts."""
 
     def __init__(self, model: Model, contrast: Contrast | None = None):
-        """Takes a model, and what its logits are contrasted with, if with anything.
+        """Takes a model, and the settings of self-contrast.
 
         Raises:
-          UserError: the selection is no token choice, or none that can be contrasted.
+          UserError: the model can't be decoded token by token, or can't be contrasted.
         """
         check_decodes(model.decoder)
-        self._model = model
-        self._params = model.by_layer
-        decoders = (
-            (model.decoder,) if contrast is None else strong_and_weak(model.decoder, contrast)
-        )
+        self._model, self._params = model, model.by_layer
+        decoders = (model.decoder,)
+        if contrast is not None:
+            decoders = strong_and_weak(model.decoder, contrast)
         self._prefill = jax.jit(partial(_prefill, decoders, contrast), static_argnames="places")
         self._decode = jax.jit(
             partial(_decode, decoders, contrast, model.tokenizer.end_of_text),
@@ -89,10 +88,8 @@ class Generator:
             out_shardings=(replicated(model.mesh), replicated(model.mesh), None),
         )
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int | Sequence[int], **settings
-    ) -> list[list[int]]:
-        """The continuations of prompts; as in `stream`, whole."""
+    def generate(self, prompts, max_tokens, **settings) -> list[list[int]]:
+        """The whole continuations of prompts; the arguments are those of `stream`."""
         continuations = [[] for _ in prompts]
         for chunk in self.stream(prompts, max_tokens, **settings):
             for continuation, tokens in zip(continuations, chunk, strict=True):
@@ -110,23 +107,23 @@ class Generator:
     ) -> Iterator[list[list[int]]]:
         """Continues prompts, as one batch.
 
-        A continuation ends with the end-of-text token, which is not part of it, after `max_tokens`,
-        or where `is_done` says so. What is drawn depends on the seed, the prompt and its place
-        among the prompts, not on the other prompts.
+        A continuation ends before the end-of-text token, after `max_tokens`, or where `is_done`
+        says so. Draws depend on the seed, the prompt and its place among the prompts, not on the
+        other prompts.
 
         Args:
           prompts: token ids of each, at least one.
-          max_tokens: for all, or of each.
+          max_tokens: for all prompts, or for each.
           sampling: how tokens are drawn.
           seed: of the draws.
-          chunk: tokens between two looks at what has come: the compiled loop runs that far.
-          is_done: gets the number of a prompt and its continuation so far, after each chunk.
+          chunk: N, how many tokens the compiled loop draws before it returns.
+          is_done: called after each chunk with the number of a prompt and its continuation so far.
 
         Yields:
-          The next tokens of each prompt, none of those that have ended.
+          The next tokens of each prompt; none for those that have ended.
 
         Raises:
-          UserError: a prompt is empty, or it and its tokens are longer than the model's length.
+          UserError: a prompt is empty, or it and its tokens exceed the model's length.
         """
         limits = np.broadcast_to(np.asarray(max_tokens), len(prompts)).copy()
         self._check(prompts, limits)
@@ -149,10 +146,9 @@ class Generator:
                 row.extend(more)
             yield new
             left = np.array(left)
-            if is_done:
-                left[: len(prompts)] *= [
-                    not is_done(number, row) for number, row in enumerate(so_far)
-                ]
+            for number, row in enumerate(so_far):
+                if is_done and is_done(number, row):
+                    left[number] = 0
             if not left.any():
                 return
             state = state._replace(left=self._put(left))
@@ -161,40 +157,32 @@ class Generator:
         longest = self._model.config.model.max_len
         for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not len(prompt):
-                raise UserError(
-                    f"prompt {number} is empty; begin a text with the token {self._model.start}"
-                )
+                wanted = f"begin a text with the token {self._model.start}"
+                raise UserError(f"prompt {number} is empty; {wanted}")
             if len(prompt) + limit > longest:
                 raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens; with {limit} more it is longer than the model's length, "
-                    f"model.max_len={longest}"
+                    f"prompt {number} has {len(prompt)} tokens; with {limit} more it is longer "
+                    f"than the model's length, model.max_len={longest}"
                 )
 
     def _begin(self, prompts, limits, seed):
-        """The state after the prompts: with rows that the mesh divides, and lengths of which there
-        are few.
-        """
-        config = self._model.config
-        shards = config.mesh.data * config.mesh.fsdp * config.mesh.expert
-        n_rows = -(-len(prompts) // shards) * shards
-        lengths = np.ones(n_rows, np.int32)
+        """The state after the prompts, with padding rows so that the mesh divides the batch."""
+        n_rows = multiple(len(prompts), self._model.batch_shards)
+        lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        tokens = np.zeros((n_rows, _rounded(lengths.max())), np.int32)
+        left[: len(prompts)] = limits
+        tokens = np.zeros((n_rows, multiple(int(lengths.max()), LENGTH_MULTIPLE)), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        left = np.zeros(n_rows, np.int32)
-        left[: len(prompts)] = limits
-        places = _rounded(int((lengths + left).max()))
         logits, caches = self._prefill(
             self._params,
             self._model.routing_state,
             self._put(tokens),
             self._put(lengths),
-            places=places,
+            places=multiple(int((lengths + left).max()), LENGTH_MULTIPLE),
         )
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(seed), self._put(np.arange(n_rows))
-        )
+        fold_in = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = fold_in(jax.random.key(seed), self._put(np.arange(n_rows)))
         return State(logits, caches, self._put(left), keys)
 
     def _put(self, a):
@@ -202,22 +190,11 @@ class Generator:
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
 
-class State(NamedTuple):
-    """Between two tokens."""
-
-    logits: jax.Array  # [B, V] float32, of the next token
-    caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
-    left: jax.Array  # [B] int32, tokens to come at most
-    keys: jax.Array  # [B], of each sequence's draws
-
-
 def _prefill(decoders, contrast, params, routing_state, tokens, length, places):
-    """`(logits [B, V] float32, caches)` after prompts, as in `decoding.prefill`."""
-    logits, caches = zip(
-        *(prefill(decoder, params, routing_state, tokens, length, places) for decoder in decoders),
-        strict=True,
-    )
-    return _joined(logits, contrast), caches
+    """`(logits [B, V] float32, caches)` after the prompts, see `decoding.prefill`."""
+    results = [prefill(d, params, routing_state, tokens, length, places) for d in decoders]
+    logits = [logits for logits, _ in results]
+    return _joined(logits, contrast), tuple(cache for _, cache in results)
 
 
 def next_logits(decoders, contrast, params, routing_state, token, caches):
@@ -229,28 +206,25 @@ def next_logits(decoders, contrast, params, routing_state, token, caches):
       params: `decoding.unstacked`.
       routing_state: of the selection method, arrays `[L, ...]` by name.
       token: `[B]` int32.
-      caches: of each decoder a `Cache` with a free place.
+      caches: a `Cache` with a free place for each decoder.
 
     Returns:
-      `(logits, caches)`: `[B, V]` float32 of the next token, and the caches with this one in them.
+      `(logits, caches)`: `[B, V]` float32 of the next token, and the caches with this token.
     """
-    hidden, caches = zip(
-        *(
-            extend(decoder, params, routing_state, token[:, None], cache)
-            for decoder, cache in zip(decoders, caches, strict=True)
-        ),
-        strict=True,
-    )
-    return _joined([output_logits(params, h)[:, 0] for h in hidden], contrast), caches
+    results = [
+        extend(decoder, params, routing_state, token[:, None], cache)
+        for decoder, cache in zip(decoders, caches, strict=True)
+    ]
+    logits = [output_logits(params, hidden)[:, 0] for hidden, _ in results]
+    return _joined(logits, contrast), tuple(cache for _, cache in results)
 
 
 def _joined(logits, contrast):
-    """The logits that tokens are drawn by, of those of each decoder."""
     return logits[0] if contrast is None else contrasted(*logits, contrast)
 
 
 def _decode(decoders, contrast, end_of_text, params, routing_state, state, sampling, n_tokens):
-    """Up to N tokens: `(tokens [B, N] int32 with -1 where there is none, left [B], state)`."""
+    """Draws up to N tokens: `(tokens [B, N] int32, -1 after the end, left [B], state)`."""
 
     def is_needed(carry):
         count, _, state = carry
@@ -271,7 +245,3 @@ def _decode(decoders, contrast, end_of_text, params, routing_state, state, sampl
     tokens = jnp.full((state.left.shape[0], n_tokens), -1, jnp.int32)
     _, tokens, state = jax.lax.while_loop(is_needed, one, (0, tokens, state))
     return tokens, state.left, state
-
-
-def _rounded(length):
-    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

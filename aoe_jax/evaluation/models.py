@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aoe_jax.config import Config, MeshConfig
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
@@ -29,129 +30,110 @@ from aoe_jax.sharding import (
 )
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
-from aoe_jax.training.workdir import read_config_json
+from aoe_jax.training.workdir import read_run_config
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the devices of this process, or of all processes of a run of several."""
+    """A model on the devices of all processes of this run."""
 
     config: Config  # its mesh is that of `mesh`
     decoder: Decoder
     mesh: Mesh
-    params: dict  # of the decoder, as in training, stacked over layers; float32, or as the files of a model have them
-    routing_state: dict[
-        str, jax.Array
-    ]  # [L, ...] by name, what the selection method has beside parameters
+    params: dict  # of the decoder, stacked over layers; float32, or the dtype of a model's files
+    routing_state: dict[str, jax.Array]  # of the selection method, [L, ...] by name
     tokenizer: Tokenizer
     start: int  # the token before the first one of a text
-    prefix: list[
-        int
-    ]  # what its tokenizer on the hub puts before every text that it is given; often nothing
+    prefix: list[int]  # tokens that the hub's tokenizer puts before every text
     step: int | None  # of its training
 
+    @property
+    def batch_shards(self):
+        """Over how many devices the mesh splits a batch."""
+        return math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+
     def put(self, batch):
-        """Windows of tokenised texts on the devices, with `start` where they have the end of the
-        text before.
-        """
-        inputs = np.where(
-            batch["inputs"] == self.tokenizer.end_of_text, np.int32(self.start), batch["inputs"]
-        )
+        """Puts windows of a corpus on the devices, with `start` in place of end-of-text tokens."""
+        is_end = batch["inputs"] == self.tokenizer.end_of_text
+        inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
         return put_batch(batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     @functools.cached_property
     def by_layer(self):
-        """A copy of the parameters for reading on after a cache, `decoding.unstacked`; made when it
-        is first wanted.
-        """
+        """A copy of the parameters for decoding with a cache, `decoding.unstacked`."""
         with jax.set_mesh(self.mesh):
             return unstacked(self.decoder, self.params, self.mesh)
 
 
+def multiple(number, divisor):
+    """The least multiple of `divisor` that is at least `number`."""
+    return -(-number // divisor) * divisor
+
+
 def load_model(directory: Path, step="newest", mesh=None):
-    """Loads the `Model` of a training run, or one as safetensors: of the hub, of `aoe_jax.export`
-    or `aoe_jax.convert`.
+    """Loads the `Model` of a training run, of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
 
     Args:
-      directory: the run's `--workdir`, or that of the model.
-      step: which checkpoint of the run: "newest", "best" or a number of steps.
-      mesh: how it lies on the devices, as in `mesh_axes`, such as "fsdp=4"; None: see
+      directory: the workdir of a run, or the directory of a model.
+      step: which checkpoint of a run: "newest", "best" or a number of steps.
+      mesh: how the devices share the model, such as "fsdp=4", see `mesh_axes`; None: see
         `on_devices_here`.
 
     Raises:
-      UserError: there is no such model, it can't be read, or doesn't lie so.
+      UserError: there is no such model, it can't be read, or the mesh doesn't fit.
     """
     axes = mesh_axes(mesh)
+    setting = "the tokenizer of the model" if is_model(directory) else "the tokenizer of the run"
     if is_model(directory):
-        return _of_files(directory, step, axes)
-    config = on_devices_here(
-        Config.from_config_dict(read_config_json(directory / "config.json")), axes
-    )
-    mesh = make_mesh(config, jax.devices())
-    checkpoints = Checkpoints(directory)
-    step = checkpoints.find(step)
-    with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(lambda: init_state(config, config.train.seed))
-        params, routing_state = checkpoints.restore_model(
-            step, with_shardings(abstract, state_shardings(mesh, abstract))
-        )
-    tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the run")
+        there = read_step(directory)
+        if step not in ("newest", str(there) if there is not None else None):
+            of_step = "" if there is None else f", of step {there}"
+            raise UserError(f"--step={step}: {directory} is a single model{of_step}")
+        config = on_devices_here(read_config(directory), axes)
+        step, devices = there, make_mesh(config, jax.devices())
+        params, routing_state = load_params(directory, config, devices)
+    else:
+        config = on_devices_here(read_run_config(directory / "config.json"), axes)
+        checkpoints, devices = Checkpoints(directory), make_mesh(config, jax.devices())
+        step = checkpoints.find(step)
+        with jax.set_mesh(devices):
+            state = jax.eval_shape(lambda: init_state(config, config.train.seed))
+            state = with_shardings(state, state_shardings(devices, state))
+            params, routing_state = checkpoints.restore_model(step, state)
+    tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
+    start, prefix = tokenizer.end_of_text, []
+    if is_model(directory):
+        begin = read_begin_token(directory, config.model.vocab_size)
+        start = start if begin is None else begin
+        prefix = read_prefix(directory, tokenizer, begin)
     return Model(
-        config,
-        Decoder.from_config(config),
-        mesh,
-        params,
-        routing_state,
-        tokenizer,
-        tokenizer.end_of_text,
-        [],
-        step,
-    )
-
-
-def _of_files(directory, step, axes):
-    there = read_step(directory)
-    if step != "newest" and (there is None or step != str(there)):
-        raise UserError(
-            f"--step={step}: {directory} is a single model{'' if there is None else f', of step {there}'}"
-        )
-    config = on_devices_here(read_config(directory), axes)
-    mesh = make_mesh(config, jax.devices())
-    params, routing_state = load_params(directory, config, mesh)
-    tokenizer = load_tokenizer(saved_tokenizer(directory), setting="the tokenizer of the model")
-    begin = read_begin_token(directory, config.model.vocab_size)
-    start = tokenizer.end_of_text if begin is None else begin
-    prefix = read_prefix(directory, tokenizer, begin)
-    return Model(
-        config,
-        Decoder.from_config(config),
-        mesh,
-        params,
-        routing_state,
-        tokenizer,
-        start,
-        prefix,
-        there,
+        config=config,
+        decoder=Decoder.from_config(config),
+        mesh=devices,
+        params=params,
+        routing_state=routing_state,
+        tokenizer=tokenizer,
+        start=start,
+        prefix=prefix,
+        step=step,
     )
 
 
 def on_devices_here(config, axes=None):
-    """The configuration on a mesh of all devices here.
+    """The configuration of a model with a mesh of all devices here.
+
+    Batches may become larger, so that the devices divide them; only expert choice depends on that.
 
     Args:
       config: of the model.
       axes: devices along some axes of the mesh, such as `{"fsdp": 4}`, the rest along `data`; None:
-        those of training or, where these don't fit, all along `data`, so that each device holds the
-        whole model.
-
-    Returns:
-      The configuration. Batches may be larger, so that the devices divide them; only expert choice
-      depends on that.
+        the mesh of training or, where it doesn't fit, all devices along `data`, so that each holds
+        the whole model.
 
     Raises:
-      UserError: the axes don't make up the devices, or something doesn't divide by them.
+      UserError: the axes don't make up the devices, or don't divide the model.
     """
     n = jax.device_count()
     if axes is None:
@@ -161,24 +143,27 @@ def on_devices_here(config, axes=None):
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
             log.warning(
-                "the mesh of training doesn't fit %d devices: each holds the whole model; see --mesh",
+                "the mesh of training doesn't fit %d devices: each holds the whole model; see "
+                "--mesh",
                 n,
             )
             axes = {}
     rows = max(n // axes.get("tensor", 1), axes.get("fsdp", 1) * axes.get("expert", 1))
-    batch_size = -(-config.train.batch_size // config.train.accumulate // rows) * rows
-    train = dataclasses.replace(config.train, batch_size=batch_size, accumulate=1)
-    model = dataclasses.replace(config.model, unroll=1)  # more layers at once don't go with fsdp
-    return fill_mesh(
-        dataclasses.replace(config, model=model, mesh=MeshConfig(**axes), train=train), n
+    batch_size = multiple(config.train.batch_size // config.train.accumulate, rows)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, unroll=1),  # unrolling excludes fsdp
+        mesh=MeshConfig(**axes),
+        train=dataclasses.replace(config.train, batch_size=batch_size, accumulate=1),
     )
+    return fill_mesh(config, n)
 
 
 def mesh_axes(text):
-    """The axes of `--mesh`, such as `fsdp=4,expert=2`, for `on_devices_here`; None for None.
+    """Parses `--mesh`, such as `fsdp=4,expert=2`, for `on_devices_here`; None for None.
 
     Raises:
-      UserError: it isn't written so.
+      UserError: the text has another form.
     """
     if text is None:
         return None
@@ -186,8 +171,7 @@ def mesh_axes(text):
     for part in text.split(","):
         name, _, number = part.partition("=")
         if name not in MESH_AXES or name in axes or not number.isdecimal() or int(number) < 1:
-            raise UserError(
-                f"--mesh={text}: write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
-            )
+            wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
+            raise UserError(f"--mesh={text}: {wanted}")
         axes[name] = int(number)
     return axes

@@ -1,32 +1,31 @@
-"""Held-out nll, perplexity and bits per byte, with the load statistics of the same tokens.
-
-L layers, n experts.
-"""
+"""Held-out nll, perplexity and bits per byte, with the load statistics of the same tokens."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import TokenStore
-from aoe_jax.experts.balance import LayerStats
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.balance import LayerStats
+from aoe_jax.sharding import replicated
 from aoe_jax.training.step import sequence_nll
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over every token of a split; of several sources also of each."""
+    """The evaluation of a split; with several sources also of each."""
 
     nll_sum: float  # nats
     tokens: int
-    text_bytes: int  # of UTF-8 text that the tokens stand for
+    text_bytes: int  # of the text in UTF-8
     stats: LayerStats  # stacked over layers, mean over tokens
-    sources: dict[str, "Evaluation"] = field(default_factory=dict)  # where there are several
+    sources: dict[str, "Evaluation"] = field(default_factory=dict)  # empty for a single source
 
     @property
     def nll(self):
@@ -35,7 +34,7 @@ class Evaluation:
 
     @property
     def perplexity(self):
-        """`exp(nll)`; infinite where that is more than a number can hold."""
+        """`exp(nll)`; infinite if it exceeds a float."""
         try:
             return math.exp(self.nll)
         except OverflowError:
@@ -43,31 +42,29 @@ class Evaluation:
 
     @property
     def bits_per_byte(self):
-        """Bits per byte of text, comparable between vocabularies and with compressors."""
+        """Bits per byte of text; it compares models of different vocabularies."""
         return self.nll_sum / math.log(2) / self.text_bytes
 
     def figures(self):
-        """`nll` and `bits_per_byte`, and with several sources `nll/SOURCE` and
-        `bits_per_byte/SOURCE` of each.
-        """
+        """`nll` and `bits_per_byte`, and for several sources `nll/SOURCE` and so on of each."""
         figures = {"nll": self.nll, "bits_per_byte": self.bits_per_byte}
         for source, result in self.sources.items():
             figures |= {f"{name}/{source}": value for name, value in result.figures().items()}
         return figures
 
     def __str__(self):
-        sources = "".join(
-            f" | {name} nll {result.nll:.4f}, bits per byte {result.bits_per_byte:.4f}"
+        own = f"nll {self.nll:.4f} | bits per byte {self.bits_per_byte:.4f}"
+        sources = [
+            f"{name} nll {result.nll:.4f}, bits per byte {result.bits_per_byte:.4f}"
             for name, result in self.sources.items()
-        )
-        return f"nll {self.nll:.4f} | bits per byte {self.bits_per_byte:.4f}{sources}"
+        ]
+        return " | ".join([own, *sources])
 
 
 def make_eval_step(decoder: Decoder, document_mask):
-    """`(params, routing_state, batch) -> (nll sum, tokens, stats)`, statistics over all tokens; jit
-    it.
+    """A function `(params, routing_state, batch) -> (nll sum, tokens, stats)`, to be jitted.
 
-    `document_mask` is as in `DataConfig`.
+    Statistics are over all tokens. `document_mask` is that of `DataConfig`.
     """
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
@@ -78,48 +75,50 @@ def make_eval_step(decoder: Decoder, document_mask):
     return eval_step
 
 
+def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
+    """`make_eval_step` compiled for a mesh, with its results on every device."""
+    return jax.jit(make_eval_step(decoder, document_mask), out_shardings=replicated(mesh))
+
+
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put):
-    """An `Evaluation` of a split: of every token of every source, each counted once and alike.
+    """The `Evaluation` of a split: every token of every source counts once.
 
     Args:
-      score: a jitted `make_eval_step` with its parameters and selection bias: host or device batch
-        -> what that returns.
+      score: a compiled `make_eval_step` with its parameters and routing state, `batch -> results`.
       stores: the split of each source by name.
       seq_len: tokens of a window.
       batch_size: windows of a batch.
       put: moves a host batch to the devices.
     """
-    results = {
-        name: _evaluated(score, eval_batches(store, seq_len, batch_size), put, store.text_bytes)
+    sources = {
+        name: evaluate_batches(
+            score, eval_batches(store, seq_len, batch_size), put, store.text_bytes
+        )
         for name, store in stores.items()
     }
-    if len(results) == 1:
-        return next(iter(results.values()))
-    parts = list(results.values())
-    tokens = sum(part.tokens for part in parts)
+    parts = list(sources.values())
+    if len(parts) == 1:
+        return parts[0]
+    counts = [part.tokens for part in parts]
+    stats = [part.stats for part in parts]
     return Evaluation(
         sum(part.nll_sum for part in parts),
-        tokens,
+        sum(counts),
         sum(part.text_bytes for part in parts),
-        jax.tree.map(
-            lambda *means: (
-                sum(m * part.tokens for m, part in zip(means, parts, strict=True)) / tokens
-            ),
-            *(part.stats for part in parts),
-        ),
-        results,
+        jax.tree.map(lambda *means: np.average(np.stack(means), axis=0, weights=counts), *stats),
+        sources,
     )
 
 
-def _evaluated(score, batches, put, text_bytes):
-    """Of one source, in batches that cover it once."""
-    nll_sum, tokens, weighted = 0.0, 0.0, None
+def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):
+    """The `Evaluation` of host batches; the other arguments are those of `evaluate`."""
+    total = None
     for batch in batches:
-        nll, count, stats = jax.device_get(score(put(batch)))
-        nll_sum += float(nll)
-        tokens += float(count)
-        scaled = jax.tree.map(lambda a, count=count: np.asarray(a, np.float64) * count, stats)
-        weighted = scaled if weighted is None else jax.tree.map(np.add, weighted, scaled)
-    return Evaluation(
-        nll_sum, int(tokens), text_bytes, jax.tree.map(lambda a: a / tokens, weighted)
-    )
+        nll, tokens, stats = jax.device_get(score(put(batch)))
+        tokens = float(tokens)
+        stats = jax.tree.map(lambda a: np.asarray(a, np.float64) * tokens, stats)
+        sums = (float(nll), tokens, stats)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    nll_sum, tokens, stats = total
+    means = jax.tree.map(lambda a: a / tokens, stats)
+    return Evaluation(float(nll_sum), int(tokens), text_bytes, means)

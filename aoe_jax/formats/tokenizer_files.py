@@ -1,6 +1,4 @@
-"""The tokenizer of a model in its directory, as our own reader and `transformers.AutoTokenizer`
-take it.
-"""
+"""The tokenizer in the directory of a model, as we and `transformers.AutoTokenizer` read it."""
 
 import json
 import logging
@@ -19,40 +17,40 @@ from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# Beside the tokenizer itself: what a model of the hub has of settings and chat templates.
-SETTINGS = (
+# The tokenizer, its settings and chat templates, as models of the hub have them.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
 )
-SETTINGS += ("chat_template.json", "chat_template.jinja")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):
-    """Writes the tokenizer that was saved in `folder`, and settings by which no special token is
-    added to a text.
+    """Writes the tokenizer of a run, with settings that add no special tokens to a text.
 
-    A `tokenizer.json` that says otherwise by itself, as many of the hub do, is changed in that
-    alone.
+    Many a `tokenizer.json` of the hub adds tokens by itself; the copy doesn't.
 
     Returns:
-      What `config.json` says of tokens: texts end with a token, and begin with none.
+      The special tokens for `config.json`: texts end with a token, and begin with none.
 
     Raises:
-      UserError: it can't be read.
-      OSError: it can't be written.
+      UserError: the tokenizer in `folder` can't be read.
+      OSError: a file can't be written.
     """
     file = saved_tokenizer(folder)
     tokenizer = load_tokenizer(file, setting="tokenizer")
     shutil.copyfile(file, output / file.name)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        kind = "LlamaTokenizer"
-    else:
-        kind = "PreTrainedTokenizerFast"
+    is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
+    if not is_sentencepiece:
         _add_no_tokens(output / file.name)
     settings = {
-        "tokenizer_class": kind,
+        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
         "bos_token": None,
         "eos_token": tokenizer.end_name,
         "add_bos_token": False,
@@ -61,7 +59,7 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
         "model_max_length": max_len,
     }
     write_json(output / "tokenizer_config.json", settings)
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
+    ids = dict(zip(_TOKENS, (None, tokenizer.end_of_text, None), strict=True))
     write_json(output / "generation_config.json", ids)
     return ids
 
@@ -78,8 +76,8 @@ def _add_no_tokens(file: Path):
 def read_prefix(folder: Path, tokenizer: Tokenizer, begin_token: int | None) -> list[int]:
     """The tokens that the tokenizer of a model puts before a text in `transformers`.
 
-    A `tokenizer.json` says so itself. For a SentencePiece model alone it is the one that texts
-    begin with, if `tokenizer_config.json` says so.
+    A `tokenizer.json` says so itself. A SentencePiece model has `begin_token`, if its
+    `tokenizer_config.json` asks for it.
 
     Raises:
       UserError: `tokenizer_config.json` can't be read.
@@ -92,9 +90,17 @@ def read_prefix(folder: Path, tokenizer: Tokenizer, begin_token: int | None) -> 
 
 
 def copy_tokenizer(folder: Path, output: Path):
-    """Copies the tokenizer of a model, where it has one, and its settings as they are; raises
-    `OSError`.
+    """Copies the tokenizer of a model and its settings unchanged, where it has them.
+
+    Returns:
+      The special tokens for `config.json`, those of the model in `folder`.
+
+    Raises:
+      UserError: its `config.json` can't be read.
+      OSError: a file can't be written.
     """
-    for name in ("tokenizer.json", "tokenizer.model", *SETTINGS):
+    for name in _FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
+    known = read_json(folder / "config.json")
+    return {name: known.get(name) for name in _TOKENS}

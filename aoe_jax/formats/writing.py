@@ -1,6 +1,4 @@
-"""Writes models as safetensors and `config.json`: as Mixtral where that can say all, else in our
-own format.
-"""
+"""Writes models as safetensors and `config.json`."""
 
 import contextlib
 import os
@@ -14,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.formats.architectures import ARCHITECTURES
-from aoe_jax.formats.layout import ROUTING_STATE, Place, is_layered, parameter_path
+from aoe_jax.formats.architectures import ARCHITECTURES, ROUTING_STATE
+from aoe_jax.formats.layout import Layout, is_layered, parameter_path
+from aoe_jax.formats.reading import RUN_FILE
 from aoe_jax.formats.tensor_files import SHARD_BYTES, write_tensors
 from aoe_jax.json_files import sync, write_json
 
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write, which is called `output` once all is written, and is gone if that
-    fails.
+    """A directory to write, renamed to `output` at the end, and removed after an exception.
 
-    A kill leaves it, hidden beside `output`.
+    A killed process leaves it, hidden beside `output`.
 
     Raises:
       UserError: `output` exists, or can't be written.
@@ -54,8 +53,7 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def _umask():
-    """That of this process, which can only be read by setting it."""
-    mask = os.umask(0)
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     return mask
 
@@ -68,73 +66,82 @@ def write_model(
     dtypes: dict[str, np.dtype],
     shard_bytes: int = SHARD_BYTES,
 ):
-    """Writes `config.json` and the tensors, layer by layer: memory holds one parameter of one layer
-    at a time.
+    """Writes `config.json` and the tensors; memory holds one parameter of one layer at a time.
 
     Args:
-      directory: is there.
-      values: of `config.json`, such as `configs.to_json` gives them; `model_type` says what tensors
-        are called.
+      directory: exists.
+      values: of `config.json`, such as `configs.to_json` returns them; their `model_type` decides
+        the names of the tensors.
       shapes: of every parameter by its path, with the axis of layers.
-      parameter: gives the parameter of a path and layer (None: of one that has no layers), whole.
-        Those of a layer and dtype are asked for together, in the order of `shapes`.
+      parameter: `(path, layer)` -> the whole parameter of a layer; layer is None for a parameter
+        outside the layers. The calls for a layer and dtype come together, in the order of `shapes`.
       dtypes: of every parameter by its path.
-      shard_bytes: of a file at most.
+      shard_bytes: the largest size of a file.
 
     Raises:
-      OSError: it can't be written.
+      OSError: a file can't be written.
     """
-    layouts = ARCHITECTURES[values["model_type"]].tensors
-    places = {
-        path: Place.of(path, layouts[path][0], shape[1:] if is_layered(path) else shape)
+    tables = ARCHITECTURES[values["model_type"]].tensors
+    layouts = {
+        path: Layout(tables[path][0], shape[1:] if is_layered(path) else shape)
         for path, shape in shapes.items()
     }
     n_layers = next(shape[0] for path, shape in shapes.items() if is_layered(path))
     order = []
-    for dtype in sorted(
-        set(dtypes.values()), key=lambda dtype: -dtype.itemsize
-    ):  # the widest first, so that all align
-        paths = [path for path in places if dtypes[path] == dtype]
+    for dtype in sorted(set(dtypes.values()), key=lambda dtype: -dtype.itemsize):
+        paths = [path for path in layouts if dtypes[path] == dtype]
         order += [(path, None) for path in paths if not is_layered(path)]
         order += [(path, layer) for layer in range(n_layers) for path in paths if is_layered(path)]
     described = [
-        (places[path].name(layer, expert), places[path].shape, dtypes[path])
+        (layouts[path].name(layer, expert), layouts[path].shape, dtypes[path])
         for path, layer in order
-        for expert in places[path].experts
+        for expert in layouts[path].experts
     ]
+
+    def tensors():
+        for path, layer in order:
+            whole, layout = parameter(path, layer), layouts[path]
+            for expert in layout.experts:
+                yield layout.to_file(whole if expert is None else whole[expert])
+
     write_json(directory / "config.json", {**values, "torch_dtype": dtypes["embed/embedding"].name})
-    write_tensors(directory, described, _tensors(order, places, parameter), shard_bytes)
-
-
-def _tensors(order, places, parameter):
-    for path, layer in order:
-        whole, place = parameter(path, layer), places[path]
-        for expert in place.experts:
-            yield place.to_file(whole if expert is None else whole[expert])
+    write_tensors(directory, described, tensors(), shard_bytes)
 
 
 def write_arrays(
     directory: Path, values: dict, params: dict, routing_state: dict, dtype: str | None
 ):
-    """Writes a model that lies on devices, as `write_model` does; parameters are cast there (None:
-    not at all).
+    """Writes a model from arrays on devices, like `write_model`.
+
+    Args:
+      directory: exists.
+      values: of `config.json`.
+      params: the decoder's parameters.
+      routing_state: the state of the selection method, `[L, ...]` by name.
+      dtype: of the parameters in the files; None: their own.
     """
     arrays = {parameter_path(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
     arrays |= {f"layers/{name}": a for name, a in routing_state.items()}
+    shapes = {path: a.shape for path, a in arrays.items()}
     dtypes = {
         path: jnp.dtype("float32" if path in ROUTING_STATE else dtype or a.dtype)
         for path, a in arrays.items()
     }
 
     def parameter(path, layer):
-        return jax.device_get(_part(arrays[path], layer, dtypes[path]))
+        return jax.device_get(_cast(arrays[path], layer, dtypes[path]))
 
-    shapes = {path: a.shape for path, a in arrays.items()}
     write_model(directory, values, shapes, parameter, dtypes)
 
 
-@partial(jax.jit, static_argnums=2)
-def _part(a, layer, dtype):
-    return (a if layer is None else jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)).astype(
-        dtype
-    )
+@partial(jax.jit, static_argnames="dtype")
+def _cast(a, layer, dtype):
+    whole = a if layer is None else jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+    return whole.astype(dtype)
+
+
+def write_run(directory: Path, source: Path, step: int | None, config: Config):
+    """Writes which run and step a model is from, and which data the run in `source` read."""
+    write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})
+    if (source / "data.json").exists():
+        shutil.copyfile(source / "data.json", directory / "data.json")

@@ -1,21 +1,24 @@
-"""Llama-style decoder: pre-RMSNorm, rotary causal attention, experts in every layer, scanned over
+"""Llama-style decoder: pre-norm, rotary causal attention, experts in every layer, scanned over
 layers.
-
-B sequences, S positions, L layers, d model width, V vocabulary, n experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config import BalanceConfig, Config, ExpertsConfig, ModelConfig
-from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.experts.parallel import embed
-from aoe_jax.experts.selection import SELECTIONS
-from aoe_jax.experts.selection.assignment import SELECTION
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
+from aoe_jax.config.run import Config
 from aoe_jax.model.attention import Attention
+from aoe_jax.model.vocabulary import embed
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.routing import Method, TopK
+from aoe_jax.moe.scoring import KEPT_ROUTING
+from aoe_jax.parameters import DECODER
 
 # Computed again in the backward pass, which would else keep several float32 copies of its input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
@@ -35,83 +38,79 @@ class DecoderLayer(nn.Module):
 
     model: ModelConfig
     experts: ExpertsConfig
+    routing: Method
     balance: BalanceConfig
     transport: str
-    method_settings: Any
     training: bool
+    observe: Callable | None = None
 
     def setup(self):
         """Makes the modules."""
         self.attention_norm, self.experts_norm = make_norm(self.model), make_norm(self.model)
-        kind = LAYERS[self.experts.kind]
-        watched = kind.selects and SELECTIONS[self.experts.selection].needs_attention
-        self.attention = Attention(self.model, watched)
-        self.experts_layer = self.make_experts(kind, name="experts")
-
-    def make_experts(self, kind, **settings):
-        """A layer of experts of a class of `experts.layer`, with the settings of this one."""
-        recompute = self.model.remat == "experts"
-        dtype = jnp.dtype(self.model.dtype)
-        of_method = {"settings": self.method_settings, "training": self.training}
-        return kind(
-            self.experts, dtype, self.balance, recompute, self.transport, **of_method, **settings
+        self.attention = Attention(self.model, self.routing.needs_attention_peaks)
+        self.experts_layer = ExpertsLayer(
+            experts=self.experts,
+            routing=self.routing,
+            balance=self.balance,
+            dtype=jnp.dtype(self.model.dtype),
+            recompute=self.model.remat == "experts",
+            transport=self.transport,
+            training=self.training,
+            observe=self.observe,
+            name="experts",
         )
 
-    def __call__(self, x, segment_ids, token_weights, routing_state, number):
-        """`x [B, S, d]` -> `([B, S, d], LayerStats)`: the shape that `nn.scan` wants; `number []`
-        of the layer.
-        """
+    def __call__(self, x, segment_ids, token_weights, routing_state, layer_index):
+        """`x [B, S, d]` -> `([B, S, d], LayerStats)`, the shape that `nn.scan` wants."""
         with jax.named_scope("attention"):
-            y, concentration = self.attention(self.attention_norm(x), segment_ids)
+            y, peaks = self.attention(self.attention_norm(x), segment_ids)
             x = x + y
-        return self._through_experts(x, token_weights, routing_state, concentration, number)
+        return self._through_experts(x, token_weights, routing_state, peaks, layer_index)
 
-    def prefill(self, x, routing_state, number):
+    def prefill(self, x, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
         with jax.named_scope("attention"):
-            y, concentration, cache = self.attention.prefill(self.attention_norm(x))
-        return self._through_experts(x + y, None, routing_state, concentration, number)[0], cache
+            y, peaks, cache = self.attention.prefill(self.attention_norm(x))
+        return self._through_experts(x + y, None, routing_state, peaks, layer_index)[0], cache
 
-    def extend(self, x, cache, n_past, routing_state, number):
-        """`x [B, S, d]` after what is in a cache -> `([B, S, d], cache)`, see `Attention.extend`."""
+    def extend(self, x, cache, n_past, routing_state, layer_index):
+        """`x [B, S, d]` after the positions of a cache -> `([B, S, d], cache)`, see
+        `Attention.extend`.
+        """
         with jax.named_scope("attention"):
-            y, concentration, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
+            y, peaks, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
         positions = n_past[:, None] + jnp.arange(x.shape[1])
-        return self._through_experts(x + y, None, routing_state, concentration, number, positions)[
-            0
-        ], cache
+        x, _ = self._through_experts(x + y, None, routing_state, peaks, layer_index, positions)
+        return x, cache
 
-    def _through_experts(
-        self, x, token_weights, routing_state, concentration, number, positions=None
-    ):
-        of_tokens = self.experts_norm(x), token_weights
-        y, stats = self.experts_layer(*of_tokens, routing_state, concentration, number, positions)
+    def _through_experts(self, x, token_weights, routing_state, peaks, layer_index, positions=None):
+        y, stats = self.experts_layer(
+            self.experts_norm(x), token_weights, routing_state, peaks, layer_index, positions
+        )
         return x + y, stats
 
 
 class Decoder(nn.Module):
-    """The language model."""
+    """The language model.
 
-    Layer = DecoderLayer  # what it has `n_layers` of
+    Attributes:
+      training: whether layers behave as in training where that differs.
+      observe: see `moe.layer.ExpertsLayer`.
+    """
 
     model: ModelConfig
     experts: ExpertsConfig
+    routing: Method = TopK()
     balance: BalanceConfig = BalanceConfig()
     transport: str = "ring"
-    settings: Any = None  # `Config.method_settings`
-    training: bool = False  # whether layers behave as in training where that differs
+    training: bool = False
+    observe: Callable | None = None
 
     @classmethod
     def from_config(cls, config: Config, training=False):
         """The decoder of a whole configuration."""
-        return cls(
-            config.model,
-            config.experts,
-            config.balance,
-            config.mesh.transport,
-            config.method_settings,
-            training,
-        )
+        c = config
+        return cls(c.model, c.experts, c.routing, c.balance, c.mesh.transport, training)
 
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
@@ -124,9 +123,9 @@ class Decoder(nn.Module):
             self.output = nn.Embed(
                 c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init
             )
-        layer = self.Layer
+        layer: Any = DecoderLayer
         if c.remat == "layer":
-            policy = jax.checkpoint_policies.save_only_these_names(SELECTION)
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT_ROUTING)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
             layer,
@@ -135,12 +134,11 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             length=c.n_layers,
             unroll=c.unroll,
-        )(c, self.experts, self.balance, self.transport, self.settings, self.training)
+        )(c, self.experts, self.routing, self.balance, self.transport, self.training, self.observe)
         self.final_norm = make_norm(c)
         if c.output_bias:
-            self.output_bias = self.param(
-                "output_bias", nn.initializers.zeros_init(), (c.vocab_size,)
-            )
+            bias = DECODER["output_bias"]
+            self.output_bias = self.param("output_bias", bias.init, (c.vocab_size,))
 
     def features(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
         """Everything but the output projection.
@@ -148,46 +146,36 @@ class Decoder(nn.Module):
         Args:
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers to attend within, or None.
-          token_weights: `[B, S]`, 0 for padding, which then counts in no statistic; None: all
-            count.
-          routing_state: what the selection method has beside parameters, arrays `[L, ...]` by name;
-            None: that before training.
+          token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
+          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: that before
+            training.
 
         Returns:
           `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over
-            layers.
+          layers.
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
-        x, stats = self.layers(
-            x, segment_ids, token_weights, routing_state, jnp.arange(self.model.n_layers)
-        )
+        layer_indices = jnp.arange(self.model.n_layers)
+        x, stats = self.layers(x, segment_ids, token_weights, routing_state, layer_indices)
         return self.final_norm(x), stats
 
     def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
-        """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; arguments as in
-        `features`.
-        """
+        """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; see `features`."""
         hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding
         return logits(hidden, table, self.output_bias if self.model.output_bias else None), stats
 
 
 def initial_routing_state(config: Config):
-    """What the selection method has beside parameters before the first step, `[L, ...]` by name."""
-    if not LAYERS[config.experts.kind].selects:
-        return {}
-    method, d = SELECTIONS[config.experts.selection], config.model.d_model
-    of_layer = method.initial_state(config.experts, config.balance, config.method_settings, d)
-    return {
-        name: jnp.broadcast_to(a, (config.model.n_layers, *a.shape)) for name, a in of_layer.items()
-    }
+    """The routing state before the first step, `[L, ...]` by name."""
+    of_layer = config.routing.state(config.experts, config.balance, config.model.d_model)
+    n_layers = config.model.n_layers
+    return {name: jnp.broadcast_to(a, (n_layers, *a.shape)) for name, a in of_layer.items()}
 
 
 def output_projection(params):
-    """The output projection among the parameters: `[V, d]` (the embedding table where it is
-    shared), bias `[V]` or None.
-    """
+    """`(table [V, d], bias [V] or None)` of the parameters; the table may be that of the input."""
     return params.get("output", params["embed"])["embedding"], params.get("output_bias")
 
 

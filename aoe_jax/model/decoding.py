@@ -2,9 +2,6 @@
 
 Layers are unrolled, and each has weights of its own, not a slice of stacked ones: a step of a scan
 would copy the weights of all experts, where few tokens need few of them.
-
-B sequences, S positions, L layers, G heads of keys and values, M places of a cache, h head width, d
-model width, V vocabulary, n experts.
 """
 
 from typing import NamedTuple
@@ -13,16 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
-from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.experts.parallel import embed
-from aoe_jax.experts.selection import SELECTIONS
-from aoe_jax.model.decoder import Decoder, logits, make_norm, output_projection
+from aoe_jax.methods import declared_parameters
+from aoe_jax.model.decoder import Decoder, DecoderLayer, logits, make_norm, output_projection
+from aoe_jax.model.vocabulary import embed
 from aoe_jax.sharding import state_shardings
-
-# Weights that are cast to the dtype of computation wherever they are used. Router weights and norm
-# scales are not.
-_CAST = ("q", "k", "v", "o", "w_down", "w_up", "w_g", "w_p", "w_o", "embedding")
-_CAST += ("w_g_route", "w_p_route", "w_o_route")
 
 
 class Cache(NamedTuple):
@@ -32,53 +23,51 @@ class Cache(NamedTuple):
     length: jax.Array  # [B] int32, positions that count
 
 
-def goes_by_token(decoder: Decoder):
-    """Whether a text can go through the model piece by piece, with a cache."""
-    return not LAYERS[decoder.experts.kind].not_by_token
+def decodes(decoder: Decoder):
+    """Whether a text can go through the model token by token, with a cache."""
+    return not decoder.routing.causality(decoder.experts).no_decoding
 
 
 def check_decodes(decoder: Decoder, by_token=True):
-    """Checks that a token doesn't depend on later ones, nor on those of other sequences, nor on
-    padding.
+    """Checks that a token depends neither on later tokens nor on other sequences nor on padding.
 
     Args:
       decoder: the model.
-      by_token: whether texts are to go through it piece by piece too.
+      by_token: whether texts also have to go through it token by token.
 
     Raises:
-      UserError: it does, or they can't.
+      UserError: it does, or they cannot.
     """
-    name = decoder.experts.selection
-    method = SELECTIONS[name]
-    kind = LAYERS[decoder.experts.kind]
-    what = "go token by token" if by_token else "score a text by itself"
-    if not method.causal and kind.selects:
+    causality = decoder.routing.causality(decoder.experts)
+    is_causal = not causality.reason or causality.until_step is not None
+    reason = "" if is_causal and not causality.padding_counts else causality.reason
+    if by_token or causality.padding_counts:
+        reason = reason or causality.no_decoding
+    if reason:
+        what = "decode token by token" if by_token else "score a text by itself"
         raise UserError(
-            f"config.experts.selection={name!r}: can't {what}, for {method.not_causal_because}; use a model of a "
-            "token-choice selection, such as top_k"
-        )
-    if kind.padding_counts or (by_token and not goes_by_token(decoder)):
-        raise UserError(
-            f"config.experts.kind={decoder.experts.kind!r}: can't {what}, for {kind.not_by_token}; use a model "
-            "of another kind, such as aoe or router"
+            f"config.routing.name={decoder.routing.name!r}: cannot {what}: {reason}; use a model "
+            "with another router, such as top_k"
         )
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers", in the dtype
-    of computation.
+    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers".
+
+    What is cast wherever it is used is in the dtype of computation.
     """
-    dtype = jnp.dtype(decoder.model.dtype)
+    dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
 
     def cast(path, a):
-        return a.astype(dtype) if path[-1].key in _CAST else a
+        parameter = declared["/".join(key.key for key in path)]
+        return a.astype(dtype) if parameter.cast else a
 
     def split(params):
         params = dict(jax.tree_util.tree_map_with_path(cast, params))
         layers = params.pop("layers")
+        n_layers = decoder.model.n_layers
         return params | {
-            f"layer_{i}": jax.tree.map(lambda a: a[i], layers)
-            for i in range(decoder.model.n_layers)
+            f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(n_layers)
         }
 
     return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(
@@ -142,21 +131,14 @@ def _embed(decoder, params, tokens):
 
 
 def _layers(decoder, params, routing_state):
-    """Of each layer a function: its arguments but the last two, routing state and number, and the
-    method.
-    """
-    layer = decoder.Layer(
-        decoder.model,
-        decoder.experts,
-        decoder.balance,
-        decoder.transport,
-        decoder.settings,
-        training=False,
-    )
+    """A function per layer: its arguments but the last two, and the method to call."""
+    d = decoder
+    layer = DecoderLayer(d.model, d.experts, d.routing, d.balance, d.transport, training=False)
     for i in range(decoder.model.n_layers):
         state = jax.tree.map(lambda a, i=i: a[i], routing_state)
-        yield lambda *args, method, i=i, state=state: layer.apply(
-            {"params": params[f"layer_{i}"]}, *args, state, i, method=method
+        variables = {"params": params[f"layer_{i}"]}
+        yield lambda *args, method, i=i, state=state, variables=variables: layer.apply(
+            variables, *args, state, i, method=method
         )
 
 

@@ -1,5 +1,4 @@
-"""Cross-entropy over a large vocabulary, and what two passes differ in, without ever holding all
-logits.
+"""Cross-entropy over a large vocabulary, computed in chunks: the logits never exist as a whole.
 
 N tokens, V vocabulary, d model width.
 """
@@ -10,13 +9,11 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_TOKENS = 1024
-SCORED_CHUNK_TOKENS = 256  # of a sequence that is scored often only a few tokens are wanted
+SCORED_CHUNK_TOKENS = 256  # smaller, for scoring often wants only a few tokens of a sequence
 
 
 def _chunks(*arrays, size=CHUNK_TOKENS):
-    """Cuts the token axis of `arrays [N, ...]` into chunks of `size`, the last one filled up with
-    zeros, so weight 0.
-    """
+    """Cuts `arrays [N, ...]` into chunks `[N / size, size, ...]`, with zeros after the end."""
     n_tokens = arrays[0].shape[0]
     size = min(n_tokens, size)
 
@@ -34,16 +31,20 @@ def _logits(hidden, table):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
-    """Sums over tokens `[n_sums]`, float32, the loss first, which alone has a gradient.
+    """Sums over tokens; the first one is the loss, and only it has a gradient.
 
-    It is computed beside the loss, chunk by chunk, so that no logits are kept or computed twice;
-    and by hand, for autodiff keeps more of a chunk and takes longer.
+    The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
+    computed twice. It is written by hand, for autodiff keeps more of a chunk and is slower.
 
     Args:
-      of_chunk: `(logits, targets, weights) -> (sums, gradients of the loss by the logits)`, the
-        logits of each pass.
+      of_chunk: `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the
+        logits)`.
+      n_sums: how many sums `of_chunk` returns.
       hidden: `[N, d]` of each pass.
-      table, targets, weights: as in `cross_entropy`.
+      table, targets, weights: those of `cross_entropy`.
+
+    Returns:
+      `[n_sums]` float32.
     """
     cast = table.astype(hidden[0].dtype)
 
@@ -87,7 +88,7 @@ def cross_entropy(hidden, table, targets, weights):
 
     Args:
       hidden: `[N, d]`.
-      table: `[V, d]`, float32 parameters; cast to the dtype of `hidden` for the product.
+      table: `[V, d]` float32 parameters, cast to the dtype of `hidden` for the product.
       targets: `[N]` int32.
       weights: `[N]` float32; no gradient.
 
@@ -107,21 +108,20 @@ def _of_one_pass(logits, targets, weights):
 
 
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
-    """The cross-entropy of two passes, and the divergence of what they say of each token.
+    """The cross-entropy of two passes, and the divergence of their predictions.
 
     Args:
       consistency: weight of the divergence in the loss, a number.
       hidden: `[N, d]` of the first pass, and of the second.
-      table, targets, weights: as in `cross_entropy`.
+      table, targets, weights: those of `cross_entropy`.
 
     Returns:
-      `(loss, nll, divergence)`, sums over tokens, each by its weight: nll of both passes together,
-      the symmetric divergence `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `nll +
-      consistency * divergence`. Only the loss has a gradient.
+      `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,
+      `divergence` the symmetric `(KL(p || q) + KL(q || p)) / 2` of their distributions, and `loss`
+      is `nll + consistency * divergence`. Only the loss has a gradient.
     """
-    return tuple(
-        _over_chunks(partial(_of_two_passes, consistency), 3, hidden, table, targets, weights)
-    )
+    of_chunk = partial(_of_two_passes, consistency)
+    return tuple(_over_chunks(of_chunk, 3, hidden, table, targets, weights))
 
 
 def _of_two_passes(consistency, logits, targets, weights):
@@ -138,30 +138,27 @@ def _of_two_passes(consistency, logits, targets, weights):
 
 
 def target_log_probs(hidden, table, targets, wanted):
-    """The log-probability of each wanted target, and whether none is more probable; logits of
-    wanted tokens alone.
+    """The log-probability of each wanted target, and whether it is the likeliest token.
+
+    Only chunks with wanted tokens compute logits.
 
     Args:
       hidden: `[N, d]`.
-      table: `[V, d]`; cast to the dtype of `hidden` for the product.
+      table: `[V, d]`, cast to the dtype of `hidden` for the product.
       targets: `[N]` int32.
       wanted: `[N]` bool.
 
     Returns:
-      `(log_prob, is_best)`: `[N]` float32, and bool, true for the first of several that are equally
-        probable; 0 and true
-      where it isn't wanted.
+      `(log_prob, is_best)`: `[N]` float32, 0 where not wanted; and `[N]` bool, true where not
+      wanted. Of equally likely tokens the first is the likeliest.
     """
     cast = table.astype(hidden.dtype)
-    order = jnp.argsort(
-        ~wanted
-    )  # those that are wanted first, so that there are chunks without any
+    order = jnp.argsort(~wanted)  # wanted tokens first
 
     def score(token, target):
         logits = _logits(hidden[token], cast)
-        log_prob = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(
-            logits, axis=1
-        )
+        of_target = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        log_prob = of_target - jax.nn.logsumexp(logits, axis=1)
         return log_prob.astype(jnp.float32), logits.argmax(axis=1) == target
 
     def skip(token, target):

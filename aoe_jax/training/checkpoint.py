@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from aoe_jax.config import CheckpointConfig
+from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, barrier
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.training.fingerprint import fingerprints
@@ -24,28 +24,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint says of its run beside the state and the position in the data."""
+    """Figures of a run that its checkpoint keeps, beside the state and the position in the data."""
 
-    loss: float  # of the training step that it follows
+    loss: float  # of the newest training step
     nll: float
     validated: bool  # False: the run was stopped before the validation that is due after this step
-    skipped_in_row: int = 0  # updates skipped up to this step
+    skipped_in_row: int = 0  # number of updates skipped directly before
 
 
 class Damaged(Exception):
-    """A checkpoint can't be read, or isn't what was saved; the message says why."""
+    """A checkpoint can't be read, or differs from what was saved; the message says why."""
 
 
 class _Unreadable(Exception):
-    """A checkpoint can't be read here and now, which says nothing of the checkpoint."""
+    """A checkpoint can't be read at present because this machine is at fault."""
 
 
 class _Manager(ocp.CheckpointManager):
     """Leaves JAX's preemption service to the training loop.
 
-    The service goes by the number of the last question, and Orbax asks with numbers of its own,
-      also in the background: a
-    request to stop could then come at a number that the loop has passed.
+    The service expects rising numbers, and Orbax asks in the background with numbers of its own: a
+    request to stop could come at a number that the loop has passed.
     """
 
     def reached_preemption(self, step):
@@ -57,8 +56,8 @@ class Checkpoints:
     """The checkpoints of one workdir, `workdir/checkpoints/STEP`."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
-        """Opens `workdir/checkpoints`; without a configuration, for reading only: then nothing is
-        made there.
+        """Opens `workdir/checkpoints`; for reading only, which makes no folder, if `config` is
+        None.
         """
         self.directory = workdir.absolute() / "checkpoints"
         self._config = config
@@ -71,62 +70,58 @@ class Checkpoints:
         if config is not None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(config, self._nlls),
-                cleanup_tmp_directories=True,  # of saves that were cut off; they may fill the disk
+                cleanup_tmp_directories=True,  # half saves of a killed run would fill the disk
                 enable_async_checkpointing=True,
             )
+        state, run = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
         self._manager = _Manager(
             self.directory,
             options=options,
             item_names=("state", "run"),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "run": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers={"state": state, "run": run},
         )
+
+    def steps(self):
+        """The steps of all complete checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps()) if self._manager else []
 
     def latest_step(self):
         """The step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step() if self._manager else None
+        return max(self.steps(), default=None)
 
     def find(self, which):
-        """The step of a checkpoint by the word of a user: "newest", "best" (lowest validation nll)
-        or a number.
+        """The step of a checkpoint that a user names "newest", "best" (lowest validation nll) or by
+        its number.
 
         Raises:
-          UserError: there is none.
+          UserError: it doesn't exist.
         """
-        steps = self.steps()
+        steps, workdir = self.steps(), self.directory.parent
         if not steps:
-            raise UserError(f"{self.directory.parent} has no complete checkpoint; train first")
+            raise UserError(f"{workdir} has no complete checkpoint; train first")
         if which == "newest":
             return steps[-1]
         if which == "best":
             best = _best(steps, self._nlls, 1)
             if not best:
                 raise UserError(
-                    f"--step=best: no checkpoint of {self.directory.parent} has a validation nll; train with "
+                    f"--step=best: no checkpoint of {workdir} has a validation nll; train with "
                     "checkpoint.keep_best"
                 )
-            return best.pop()
+            return best[0]
         if not which.isdecimal() or int(which) not in steps:
-            there = ", ".join(map(str, steps))
             raise UserError(
-                f"--step={which}: {self.directory.parent} has checkpoints of steps {there}; or give newest, best"
+                f"--step={which}: {workdir} has checkpoints of steps "
+                f"{', '.join(map(str, steps))}; or give newest, best"
             )
         return int(which)
-
-    def steps(self):
-        """The steps of all complete checkpoints, the oldest first."""
-        return sorted(self._manager.all_steps()) if self._manager else []
 
     def due(self, step):
         """Whether `checkpoint.every` asks for a checkpoint of `step`."""
         return step % self._config.every == 0
 
     def validated(self, step, nll):
-        """Takes note of the validation nll of the model of `step`; `checkpoint.keep_best` goes by
-        it.
-        """
+        """Notes the validation nll of a step, by which `checkpoint.keep_best` chooses."""
         self._nlls[step] = nll
 
     def save(self, step, state, data_state, progress: Progress):
@@ -135,40 +130,33 @@ class Checkpoints:
         Args:
           step: number of updates.
           state: the `TrainState`.
-          data_state: the position in the data, JSON-ready: a number of batches and what they held
-            of each source, the same in every process.
+          data_state: the JSON-ready position in the data, the same in every process.
           progress: see `Progress`.
 
         Raises:
-          UserError: the disk can't take this checkpoint, or couldn't take the one before.
+          UserError: this checkpoint or the one before can't be written.
         """
         if self._saving is not None:
             self._wait()
-        state = {name: value for name, value in _as_dict(state).items() if value is not None}
-        run = {
-            "data": data_state,
-            "progress": dataclasses.asdict(progress),
-            "arrays": _described(state),
-        }
+        state = _as_dict(state)
+        run = {"data": data_state, "progress": dataclasses.asdict(progress)}
+        run["arrays"] = _described(state)
+        run["sha256"] = _sha256(run)
         self._saving = step
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         with self._errors_named():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    run=ocp.args.JsonSave({**run, "sha256": _sha256(run)}),
-                ),
-                force=True,  # `due` decides
-            )
+            self._manager.save(step, args=args, force=True)  # `due` decides
 
     def check(self):
-        """Looks at the save in the background, without waiting for it.
-
-        Raises:
-          UserError: it has failed.
-        """
+        """Raises `UserError` if the save in the background has failed; doesn't wait for it."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self._wait()
+
+    def close(self):
+        """Waits for the save in the background; raises `UserError` if it fails."""
+        if self._manager:
+            self._wait()
+            self._manager.close()
 
     def _wait(self):
         with self._errors_named():
@@ -179,38 +167,33 @@ class Checkpoints:
     def _errors_named(self):
         try:
             yield
-        except (OSError, ValueError) as e:  # tensorstore turns what the system says into ValueError
+        except (OSError, ValueError) as e:  # tensorstore raises ValueError for errors of the system
             failed, self._saving = self._saving, None
-            complete = [
-                step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed
-            ]
-            then = (
-                f"the same command goes on from step {max(complete)}"
-                if complete
-                else "none is complete yet"
-            )
+            steps = [step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed]
+            then = "none is complete yet"
+            if steps:
+                then = f"the same command goes on from step {max(steps)}"
             raise UserError(
                 f"checkpoint {self.directory / str(failed)} can't be saved: {_reason(e)}\n"
                 f"Free or mend the disk; then {then}"
             ) from e
 
     def restore_newest(self, abstract_state, data_iterator):
-        """Restores the newest checkpoint that can be read; newer ones are set aside, with a
-        warning.
+        """Restores the newest checkpoint that can be read.
 
-        Every process reads its part by itself; what one of them can't read counts as damaged for
-        all.
+        Damaged ones are moved to `damaged_checkpoints`, with a warning. Each process reads its own
+        part; a checkpoint that one of them can't read counts as damaged for all.
 
         Args:
-          abstract_state: shapes, dtypes and shardings; over any mesh and any number of processes.
+          abstract_state: shapes, dtypes and shardings, over any mesh and number of processes.
           data_iterator: is moved to its position.
 
         Returns:
           `(step, state, progress)`.
 
         Raises:
-          UserError: no checkpoint can be read, the newest holds another model, or the fault is with
-            this machine.
+          UserError: no checkpoint can be read, the newest holds another model, or this machine is
+            at fault.
         """
         while True:
             *older, step = self.steps()
@@ -219,8 +202,8 @@ class Checkpoints:
             except Damaged as e:
                 if not older:
                     raise UserError(
-                        f"checkpoint {self.directory / str(step)} can't be read ({e}), and there is no other. To start "
-                        "anew, use another --workdir"
+                        f"checkpoint {self.directory / str(step)} can't be read ({e}), and there "
+                        "is no other. To start anew, use another --workdir"
                     ) from e
                 self._set_aside(step, e)
                 continue
@@ -232,33 +215,15 @@ class Checkpoints:
         """`(state, progress, position in the data)` of a step.
 
         Raises:
-          Damaged: it can't be read, or isn't what was saved.
-          UserError: it holds another model.
+          Damaged: the checkpoint can't be read, or differs from what was saved.
+          UserError: it holds another model, or this machine is at fault.
         """
-        wanted = {name: a for name, a in _as_dict(abstract_state).items() if a is not None}
-        state, run = self._read(step, wanted)
-        return (
-            dataclasses.replace(abstract_state, **state),
-            Progress(**run["progress"]),
-            run["data"],
-        )
-
-    def _set_aside(self, step, problem):
-        if jax.process_index() == 0:
-            aside = self.directory.with_name("damaged_checkpoints")
-            aside.mkdir(exist_ok=True)
-            target, n = aside / str(step), 1
-            while target.exists():
-                target, n = aside / f"{step}-{n}", n + 1
-            os.replace(self.directory / str(step), target)
-            log.warning(
-                "checkpoint of step %d is damaged (%s): set aside as %s", step, problem, target
-            )
-        barrier("the damaged checkpoint is set aside")
-        self._manager.reload()
+        state, run = self._read(step, _as_dict(abstract_state))
+        state = dataclasses.replace(abstract_state, **state)
+        return state, Progress(**run["progress"]), run["data"]
 
     def restore_model(self, step, abstract_state):
-        """What evaluation needs of a state: `(params, routing_state)`.
+        """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
 
         Raises:
           UserError: the checkpoint can't be read, or holds another model.
@@ -276,91 +241,73 @@ class Checkpoints:
             ) from e
         return model["params"], model.get("routing_state", {})
 
-    def _read(self, step, wanted):
-        """The arrays that `wanted` describes and what was saved with them.
+    def _set_aside(self, step, problem):
+        if jax.process_index() == 0:
+            aside = self.directory.with_name("damaged_checkpoints")
+            aside.mkdir(exist_ok=True)
+            target, n = aside / str(step), 1
+            while target.exists():
+                target, n = aside / f"{step}-{n}", n + 1
+            os.replace(self.directory / str(step), target)
+            log.warning(f"checkpoint of step {step} is damaged ({problem}): set aside as {target}")
+        barrier("the damaged checkpoint is set aside")
+        self._manager.reload()
 
-        Raises, in every process or in none:
-          Damaged: as in `restore`.
-          UserError: it can't be read here and now.
+    def _read(self, step, wanted):
+        """The arrays that `wanted` describes, and what was saved beside them.
+
+        Raises `Damaged` or `UserError`, in every process or in none; see `restore`.
         """
         path = self.directory / str(step)
-        problem = unreadable = None
+        problem = arrays = run = None
         try:
-            run = self._read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-            if run.pop("sha256", None) != _sha256(run):
-                raise Damaged("what was read of its position isn't what was saved")
-            self._check_model(path, wanted, run["arrays"])
-            restore_args = jax.tree.map(
-                lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
-            )
-            args = ocp.args.PyTreeRestore(
-                item=wanted, restore_args=restore_args, partial_restore=True
-            )
-            arrays = self._read_item(path / "state", ocp.PyTreeCheckpointHandler, args)
-        except Damaged as e:
-            problem = str(e)
-        except _Unreadable as e:
-            unreadable = str(e)
-        if not all_agree(unreadable is None):
+            arrays, run = self._read_alone(path, wanted)
+        except (Damaged, _Unreadable) as e:
+            problem = e
+        if not all_agree(not isinstance(problem, _Unreadable)):
+            reason = problem or "by another process"
             raise UserError(
-                f"checkpoint {path} can't be read at present ({unreadable or 'by another process'}); mend that: the same "
+                f"checkpoint {path} can't be read at present ({reason}); mend that: the same "
                 "command then goes on"
             )
         if not all_agree(problem is None):
-            raise Damaged(problem or "another process can't read it")
-        differing = [
-            name for name, value in fingerprints(arrays).items() if run["arrays"][name][2] != value
-        ]
+            raise problem or Damaged("another process can't read it")
+        found = fingerprints(arrays)
+        differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
         if differing:
             raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
         return arrays, run
 
-    def _check_model(self, path, wanted, saved):
-        for key_path, a in jax.tree_util.tree_leaves_with_path(wanted):
-            name = jax.tree_util.keystr(key_path)
-            here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
-            if here != there:
-                what = (
-                    f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
-                    if there
-                    else "isn't there"
-                )
-                raise UserError(f"checkpoint {path}: {name} {what}; {_OTHER_MODEL}")
-
-    def _read_item(self, path, handler, args):
-        # As if this process were alone: Orbax would else wait for the others, who may have failed.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(),
-            active_processes={jax.process_index()},
-            barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    def _read_alone(self, path, wanted):
+        run = _read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+        if run.pop("sha256", None) != _sha256(run):
+            raise Damaged("what was read of its position isn't what was saved")
+        _check_model(path, wanted, run["arrays"])
+        restore_args = jax.tree.map(
+            lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
         )
-        try:
-            with ocp.Checkpointer(
-                handler(multiprocessing_options=alone), multiprocessing_options=alone
-            ) as checkpointer:
-                return checkpointer.restore(path, args=args)
-        except (
-            Exception
-        ) as e:  # Orbax, tensorstore and the file system each raise kinds of their own
-            here = any(words in _all_of(e) for words in _FAULTS_OF_THE_MACHINE)
-            raise (_Unreadable if here else Damaged)(_reason(e)) from e
-
-    def close(self):
-        """Waits for what is being saved.
-
-        Raises:
-          UserError: it couldn't be saved.
-        """
-        if self._manager:
-            self._wait()
-            self._manager.close()
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        return _read_item(path / "state", ocp.PyTreeCheckpointHandler, args), run
 
 
-_OTHER_MODEL = "it is of another model or of another version of this program"
+def _read_item(path, handler, args):
+    # By itself, Orbax would wait for the other processes, which may have failed.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = handler(multiprocessing_options=alone)
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            return checkpointer.restore(path, args=args)
+    except Exception as e:  # Orbax, tensorstore and the file system each have their own
+        if any(words in _chain(e) for words in _FAULTS_OF_THE_MACHINE):
+            raise _Unreadable(_reason(e)) from e
+        raise Damaged(_reason(e)) from e
 
 
-# What memory, disks and the system say when they are at fault, in the words of JAX, tensorstore and
-# Linux.
+# Words of JAX, tensorstore and Linux in errors of memory, disks and the system.
 _FAULTS_OF_THE_MACHINE = (
     "MemoryError",
     "RESOURCE_EXHAUSTED",
@@ -374,29 +321,35 @@ _FAULTS_OF_THE_MACHINE = (
 )
 
 
+def _check_model(path, wanted, saved):
+    for key_path, a in jax.tree_util.tree_leaves_with_path(wanted):
+        name = jax.tree_util.keystr(key_path)
+        here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
+        if here != there:
+            what = "isn't there"
+            if there:
+                what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
+            raise UserError(
+                f"checkpoint {path}: {name} {what}; it is of another model or of another version "
+                "of this program"
+            )
+
+
 def _validation_nlls(metrics_file: Path):
-    """Of each step that was validated, the finite nll, as `metrics.jsonl` has it."""
+    """The finite validation nll of each step in `metrics.jsonl`."""
     nlls = {}
     for line in metrics_file.read_text().splitlines() if metrics_file.exists() else []:
-        try:
+        # Lines of training and null raise errors, and so does the half line of a killed run.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(line)
             nlls[line["step"]] = float(line["validation_nll"])
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # of training, not finite, or the half line of a killed run
-            continue
     return nlls
 
 
 def _best(steps, nlls, n):
-    """The `n` steps of lowest finite nll."""
-    return set(
-        sorted((step for step in steps if math.isfinite(nlls.get(step, math.nan))), key=nlls.get)[
-            :n
-        ]
-    )
+    """The `n` steps of lowest finite nll, the best first."""
+    scored = [step for step in steps if math.isfinite(nlls.get(step, math.nan))]
+    return sorted(scored, key=nlls.get)[:n]
 
 
 @dataclass(frozen=True)
@@ -421,7 +374,8 @@ def _preservation(config, nlls):
 
 
 def _as_dict(state):
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _sha256(value):
@@ -429,21 +383,22 @@ def _sha256(value):
 
 
 def _described(tree):
-    """Shape, dtype and fingerprint of every array by its path, JSON-ready."""
-    found = fingerprints(tree)
-    arrays = {
-        jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    return {path: [list(a.shape), a.dtype.name, found[path]] for path, a in arrays.items()}
+    """The JSON-ready shape, dtype and fingerprint of every array by its path."""
+    prints = fingerprints(tree)
+    described = {}
+    for key_path, a in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(key_path)
+        described[name] = [list(a.shape), a.dtype.name, prints[name]]
+    return described
 
 
-def _all_of(error):
-    """An exception and all that caused it, in words."""
-    return f"{type(error).__name__}: {error} {_all_of(error.__cause__)}" if error else ""
+def _chain(error):
+    """The text of an exception and of all its causes."""
+    return f"{type(error).__name__}: {error} {_chain(error.__cause__)}" if error else ""
 
 
 def _reason(error):
-    """The first line of what is at the root of an exception."""
+    """The first line of the first cause of an exception."""
     while error.__cause__:
         error = error.__cause__
     if is_disk_full(error):

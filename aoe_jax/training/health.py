@@ -1,6 +1,4 @@
-"""What is watched so that nobody has to: updates that are skipped, spikes of the loss, dead
-experts, and a heartbeat.
-"""
+"""Warnings of a run: skipped updates, loss spikes and dead experts; and its heartbeat."""
 
 import logging
 import math
@@ -13,21 +11,25 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import DivergedError
-from aoe_jax.experts.balance import dead_experts
 from aoe_jax.json_files import write_json
+from aoe_jax.moe.balance import dead_experts
 
 log = logging.getLogger(__name__)
 
 SPIKE_WINDOW, SPIKE_MINIMUM, SPIKE_DEVIATIONS = 128, 32, 6
-DEAD_AFTER = 3  # logged steps in a row without a token
+DEAD_AFTER = 3  # logged steps
 
 
 class Health:
     """Looks at the metrics of every step."""
 
     def __init__(self, max_skipped, batch_size, skipped_in_row=0):
-        """`max_skipped`: `train.max_skipped`; `batch_size`: sequences in a batch; `skipped_in_row`:
-        how many so far.
+        """Begins after `skipped_in_row` skipped updates.
+
+        Args:
+          max_skipped: `train.max_skipped`.
+          batch_size: sequences in a batch.
+          skipped_in_row: number of skipped updates directly before.
         """
         self._max_skipped, self._batch_size = max_skipped, batch_size
         self.skipped_in_row = skipped_in_row
@@ -41,34 +43,42 @@ class Health:
           DivergedError: the last `max_skipped` steps were all skipped.
         """
         if not finite:
-            self.skipped_in_row += 1
-            first = (step - 1) * self._batch_size
-            log.warning(
-                "step %d skipped: loss %g, gradient norm %g; its batch is number %d, sequences %d to %d of the run's order",
-                *(step, loss, grad_norm, step, first, first + self._batch_size - 1),
-            )
-            if self.skipped_in_row >= self._max_skipped:
-                raise DivergedError(
-                    f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped, for loss or gradient "
-                    f"weren't finite (train.max_skipped={self._max_skipped}). Look at the data; or, if the model itself is "
-                    "broken, delete the newest checkpoints, or lower train.learning_rate in another --workdir"
-                )
+            self._skipped(step, loss, grad_norm)
             return
         self.skipped_in_row = 0
         if len(self._losses) >= SPIKE_MINIMUM:
             mean, deviation = np.mean(self._losses), np.std(self._losses)
             if loss > mean + SPIKE_DEVIATIONS * deviation:
                 log.warning(
-                    "loss spike at step %d: %.4f, the last %d steps had %.4f ± %.4f; gradient norm %.3g",
-                    *(step, loss, len(self._losses), mean, deviation, grad_norm),
+                    f"loss spike at step {step}: {loss:.4f}, the last {len(self._losses)} steps "
+                    f"had {mean:.4f} ± {deviation:.4f}; gradient norm {grad_norm:.3g}"
                 )
         self._losses.append(loss)
 
-    def load(self, step, load, live=None):
-        """Takes in the load `[L, n]` of a logged step; warns of experts that have had no token for
-        some of them.
+    def _skipped(self, step, loss, grad_norm):
+        self.skipped_in_row += 1
+        first = (step - 1) * self._batch_size
+        log.warning(
+            f"step {step} skipped: loss {loss:g}, gradient norm {grad_norm:g}; its batch is number "
+            f"{step}, sequences {first} to {first + self._batch_size - 1} of the run's order"
+        )
+        if self.skipped_in_row >= self._max_skipped:
+            raise DivergedError(
+                f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped "
+                "because the loss or the gradient wasn't finite "
+                f"(train.max_skipped={self._max_skipped}). Look at the data; or, if the model "
+                "itself is broken, delete the newest checkpoints, or lower train.learning_rate in "
+                "another --workdir"
+            )
 
-        `live`, of `LayerStats`: places that no expert has aren't dead.
+    def load(self, step, load, live=None):
+        """Takes in the load `[L, n]` of a logged step, and warns of experts without a token in
+        `DEAD_AFTER` logged steps.
+
+        Args:
+          step: its number.
+          load: choices per expert.
+          live: `LayerStats.live`; a free place is no dead expert.
         """
         if load.shape[-1] == 1:
             return
@@ -77,46 +87,37 @@ class Health:
         dead = {tuple(map(int, place)) for place in np.argwhere(self._idle_for >= DEAD_AFTER)}
         if new := sorted(dead - self._dead):
             names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
+            names += ", ..." if len(new) > 8 else ""
             log.warning(
-                "dead experts at step %d, without a token in %d logged steps: %s%s (%d of %d in all)",
-                *(step, DEAD_AFTER, names, ", ..." if len(new) > 8 else "", len(dead), load.size),
+                f"dead experts at step {step}, without a token in {DEAD_AFTER} logged steps: "
+                f"{names} ({len(dead)} of {load.size} in all)"
             )
         self._dead = dead
 
 
 class Heartbeat:
-    """`workdir/heartbeat.json`: what the run is at, written when that changes and while it goes on,
-    once in a second.
-    """
+    """Writes what a run is doing to `heartbeat.json`, at every change and at most once a second."""
 
     def __init__(self, workdir: Path):
-        """Writes nothing before `start`: the first process calls it when the run has its folder to
-        itself, no other does.
-        """
+        """Writes nothing before `start`."""
         self._path = workdir / "heartbeat.json"
         self._started, self._written, self._status = False, -math.inf, None
         self.step = None
 
     def start(self):
-        """From now on the file is written."""
+        """Begins to write; the first process alone calls it, once it owns the workdir."""
         self._started = True
 
     def beat(self, status, step=None):
-        """Status: compiling, training, validating, saving; finished, preempted, interrupted,
-        diverged, failed.
+        """Notes a status and, if it has changed, the step.
+
+        Statuses are compiling, training, validating, saving; at the end finished, preempted,
+        interrupted, diverged or failed.
         """
         self.step = step if step is not None else self.step
         now = time.monotonic()
         if not self._started or (status == self._status and now < self._written + 1):
             return
         self._written, self._status = now, status
-        write_json(
-            self._path,
-            {
-                "status": status,
-                "step": self.step,
-                "time": time.time(),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-            },
-        )
+        value = {"status": status, "step": self.step, "time": time.time()}
+        write_json(self._path, value | {"host": socket.gethostname(), "pid": os.getpid()})

@@ -1,4 +1,4 @@
-"""Memory in bytes: of this process, of its devices, and what a compiled step needs of a device."""
+"""Memory in bytes: what this process and its devices hold, and what a compiled step needs."""
 
 from pathlib import Path
 
@@ -8,9 +8,8 @@ _STATUS = Path("/proc/self/status")
 
 
 def host_memory():
-    """Resident memory of this process, now and at its peak, as Linux keeps them; nothing elsewhere.
-
-    The peak is the kernel's own, so that nothing between two looks is missed.
+    """Resident memory of this process, now and at the peak that the kernel keeps; empty unless the
+    system is Linux.
     """
     if not _STATUS.exists():
         return {}
@@ -20,35 +19,36 @@ def host_memory():
 
 
 def device_memory():
-    """Memory in use, now and at its peak, of the fullest device of this process; nothing where the
-    backend, as CPU's, has no count of it: see `program_memory`."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
+    """Memory in use, now and at its peak, of the fullest device of this process; empty if the
+    backend doesn't count it, as on CPU.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
     return {
         name: max(s[source] for s in stats)
         for name, source in names.items()
-        if all(s is not None and source in s for s in stats)
+        if all(source in s for s in stats)
     }
 
 
 def program_memory(state, step):
-    """What training needs of a device: what it holds between steps, and what the compiler plans for
-    a step.
+    """Memory that training needs on a device.
 
     Args:
       state: the train state, as arrays.
-      step: the compiled step that takes it.
+      step: the compiled step.
 
     Returns:
-      `state_bytes`, of the fullest device of this process; `argument_bytes`, that state with a
-      batch, and `temporary_bytes`, as the compiler counts them.
+      `state_bytes` on the fullest device of this process; and by the compiler's count
+      `argument_bytes`, the state with a batch, and `temporary_bytes`.
     """
     held = {}
     for array in jax.tree.leaves(state):
         for shard in array.addressable_shards:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     analysis = step.memory_analysis()
-    planned = {"argument_bytes": "argument_size_in_bytes", "temporary_bytes": "temp_size_in_bytes"}
-    return {"state_bytes": max(held.values())} | {
-        name: getattr(analysis, source) for name, source in planned.items()
+    return {
+        "state_bytes": max(held.values()),
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
     }

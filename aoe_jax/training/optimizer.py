@@ -5,11 +5,13 @@ global norm.
 import jax
 import optax
 
-from aoe_jax.config import TrainConfig
+from aoe_jax.config.training import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then a cosine to the final learning rate at the last step."""
+    """Linear warm-up from 0 to the peak, then a cosine to the final learning rate at the last
+    step.
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,

@@ -1,6 +1,4 @@
-"""A trace of a few training steps: `--profile=STEP:N` of `train.py`, for TensorBoard's or XProf's
-trace viewer.
-"""
+"""`--profile=STEP:N` of `train.py`: a trace of N training steps, for TensorBoard or XProf."""
 
 import logging
 import re
@@ -16,14 +14,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Window:
-    """The steps to trace: `n_steps`, from step `first` on."""
+    """The steps to trace: `n_steps`, beginning with step `first`."""
 
     first: int
     n_steps: int
 
     @property
     def last(self):
-        """The last step traced."""
+        """The last step to trace."""
         return self.first + self.n_steps - 1
 
     @classmethod
@@ -31,50 +29,46 @@ class Window:
         """The window of a flag's value `STEP:N`.
 
         Raises:
-          UserError: it has another form, or STEP or N is 0.
+          UserError: the value has another form, or STEP or N is 0.
         """
         numbers = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
         window = cls(*map(int, numbers.groups())) if numbers else None
         if window is None or 0 in (window.first, window.n_steps):
             raise UserError(
-                f"--profile={text}: must be STEP:N, N steps from step STEP on, such as 20:3; both from 1"
+                f"--profile={text}: must be STEP:N, N steps beginning with step STEP, such as "
+                "20:3; both from 1"
             )
         return window
 
     def of_run(self, start_step, total_steps):
-        """The window of a run from `start_step` to `total_steps`: None, with a warning, where it
-        goes on behind it.
+        """The window itself, or None, with a warning, if the run starts after its first step.
 
         Raises:
-          UserError: the run ends before.
+          UserError: the run ends before the window does.
         """
+        flag = f"--profile={self.first}:{self.n_steps}"
         if self.last > total_steps:
             raise UserError(
-                f"--profile={self.first}:{self.n_steps}: this run takes the steps {start_step + 1} to {total_steps}; "
-                "choose of these"
+                f"{flag}: this run takes the steps {start_step + 1} to {total_steps}; "
+                "choose some of these"
             )
         if self.first <= start_step:
-            log.warning(
-                "--profile=%d:%d: step %d is past; nothing is traced",
-                self.first,
-                self.n_steps,
-                self.first,
-            )
+            log.warning(f"{flag}: step {self.first} is past; nothing is traced")
             return None
         return self
 
 
 class Profile:
-    """Traces the steps of a window into a folder; without a window, none."""
+    """Traces the steps of a window, if there is one, into a folder."""
 
     def __init__(self, folder: Path, window: Window | None):
-        """Where to, and which steps."""
+        """Traces nothing yet."""
         self._folder, self._window = folder, window
 
     def run(self, step, function, *args):
-        """`function(*args)`, which is training step `step`.
+        """Calls `function(*args)`, which is training step `step`.
 
-        A trace begins when all before it is done, and ends when its last step is.
+        The first traced step waits for all steps before it, the last one until it is done.
         """
         window = self._window
         if window is None or not window.first <= step <= window.last:
@@ -82,12 +76,12 @@ class Profile:
         if step == window.first:
             jax.block_until_ready(args)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every call of a Python function would bury the step
+            options.python_tracer_level = 0  # Python calls would bury the step
             jax.profiler.start_trace(self._folder, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = function(*args)
         if step == window.last:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
-            log.info("wrote a trace of steps %d to %d: %s", window.first, step, self._folder)
+            log.info(f"wrote a trace of steps {window.first} to {step}: {self._folder}")
         return result

@@ -1,4 +1,4 @@
-"""The state of a run that starts from the parameters of a model, `train.init_from`."""
+"""The first state of a run that starts from a trained model, `train.init_from`."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def check_start(config: Config):
-    """Checks `train.init_from` before anything else is done for the run.
+    """Checks the configuration of the model; writes nothing.
 
     Raises:
-      UserError: the model's configuration can't be read, or is of another architecture.
+      UserError: the configuration can't be read, or the model has another architecture.
     """
     directory = Path(config.train.init_from)
     try:
@@ -34,28 +34,25 @@ def check_start(config: Config):
 
 
 def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
-    """The state before the first step, with float32 parameters and the routing state of a model,
-    the rest anew.
+    """The state before the first step: parameters and routing state of a model, the rest new.
 
     Args:
-      config: of the run, after `check_start`; `train.init_from` is the directory of the model, as
-        `formats.reading` takes it.
-      mesh: of the run.
-      shardings: of its state.
-      tokenizer: the file of the tokenizer of its corpora.
+      config: the run, after `check_start`; `train.init_from` is the model's directory.
+      mesh: the mesh of the run.
+      shardings: the shardings of its state.
+      tokenizer: the tokenizer's file of its corpora.
+
+    Returns:
+      The `TrainState`; parameters are float32.
 
     Raises:
-      UserError: in every process if in one: the model can't be read, is of another tokenizer, or
-        has a routing state that the run has no use for.
+      UserError: in every process if in one: the model can't be read, has another tokenizer, or has
+        a routing state that the run doesn't use.
     """
     problem = None
     try:
         params, routing_state = _loaded(config, mesh, tokenizer)
-    except (
-        UserError,
-        OSError,
-        ValueError,
-    ) as e:  # whatever is wrong here, the others wait for this process below
+    except (UserError, OSError, ValueError) as e:  # raised below, in all processes together
         problem = e
     if not all_agree(problem is None):
         what = problem or "another process can't start from it"
@@ -78,8 +75,8 @@ def _loaded(config, mesh, tokenizer):
     for name in routing_state:
         if name not in wanted:
             raise UserError(
-                f"the model has a {name.replace('_', ' ')}, which the run has no use for; set experts.selection and "
-                "balance.bias_rate as in its own training"
+                f"the model has a {name.replace('_', ' ')}, which the run has no use for; set "
+                "routing.name and balance.bias_rate as in its own training"
             )
     return params, wanted | routing_state
 
@@ -94,31 +91,24 @@ def _check_architecture(directory, model, config):
     if others := [text for name, text in differing.items() if not is_choice(name)]:
         raise UserError(f"it is another model: {'; '.join(others)}")
     if differing:
-        log.warning(
-            "experts are chosen in another way than in %s: %s",
-            directory,
-            "; ".join(differing.values()),
-        )
+        how = "; ".join(differing.values())
+        log.warning(f"experts are chosen in another way than in {directory}: {how}")
 
 
 def _check_tokenizer(its, ours):
-    if (
-        its.exists()
-        and its.read_bytes() != ours.read_bytes()
-        and _vocabulary(its) != _vocabulary(ours)
-    ):
+    if not its.exists() or its.read_bytes() == ours.read_bytes():
+        return
+    if _vocabulary(its) != _vocabulary(ours):
         raise UserError(
-            f"the model is of another tokenizer than the corpora; set data.tokenizer={str(its)!r}"
+            f"the model has another tokenizer than the corpora; set data.tokenizer={str(its)!r}"
         )
 
 
 def _vocabulary(file):
-    """What decides on the tokens of a text by itself: all of a `tokenizer.json` but what is added
-    to texts.
+    """The parts of a tokenizer's file that decide on the tokens of a text; not the special tokens
+    that are added before and after it.
     """
     if file.suffix != ".json":
         return file.read_bytes()
     spec = json.loads(file.read_text())
-    return {
-        name: spec.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")
-    }
+    return [spec.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]

@@ -1,8 +1,7 @@
-"""What a run says while it runs: speed, utilisation, memory, where time goes, and how the experts
-fare.
+"""The figures of a run: speed, utilisation, memory, where time goes, and the state of the experts.
 
-Figures are measured here and go, as one readable line and to the writers of `writers.py`, every
-`train.log_every` steps. L layers, n experts.
+Every `train.log_every` steps they go to the log, as one readable line, and to the writers of
+`writers.py`. L layers, n experts.
 """
 
 import contextlib
@@ -14,17 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.experts.balance import dead_experts, load_entropy, load_spread, mean_load
-from aoe_jax.experts.kinds import LAYERS
 from aoe_jax.hardware import peak_flops_per_device
+from aoe_jax.moe.balance import dead_experts, load_entropy, load_spread, mean_load
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
 
-# What is measured and not computed: the keys of a line in which two runs of the same steps differ.
+# The keys of a line that are measured: two runs of the same steps differ in these only.
 MEASURED_KEYS = {
     "tokens_per_second",
     "tokens_per_second_per_device",
@@ -39,102 +37,83 @@ MEASURED_KEYS = {
     "device_memory_bytes",
     "device_memory_peak_bytes",
 }
-_IN_SPEED = (
-    "input",
-    "checkpoint",
-)  # what the clocks of a training step may show; other clocks count in no speed
+_IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
 _SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
-_NAMED_ELSEWHERE = {*_SCALARS, "skipped", "finite"}
 
 
-def expert_scalars(metrics):
-    """Of host metrics of a step, one number each: means over layers, but `load_spread`, a sum. A
-    dense model has none.
-    """
+def _expert_scalars(metrics):
+    """Figures of all experts, each a mean over layers but `load_spread`, which is a sum."""
     load = metrics["load"]
-    if load.shape[-1] == 1:
-        return {}
-    dropped = (
-        {"dropped_share": float(np.mean(metrics["dropped_share"]))}
-        if "dropped_share" in metrics
-        else {}
-    )
-    return dropped | {
-        "load_entropy": float(np.mean(load_entropy(load))),
-        "load_spread": float(load_spread(load, metrics.get("live"))),
-        "confidence_entropy": float(np.mean(metrics["confidence_entropy"])),
-        "experts_per_token": float(np.mean(load.sum(axis=-1))),
+    scalars = {
+        "load_entropy": np.mean(load_entropy(load)),
+        "load_spread": load_spread(load, metrics.get("live")),
+        "confidence_entropy": np.mean(metrics["confidence_entropy"]),
+        "experts_per_token": np.mean(load.sum(axis=-1)),
     }
+    if "dropped_share" in metrics:
+        scalars["dropped_share"] = np.mean(metrics["dropped_share"])
+    return {name: float(value) for name, value in scalars.items()}
 
 
-def method_losses(metrics):
-    """Of host metrics of a step, the losses that some methods and settings have beside those of
-    all.
-    """
+def _method_losses(metrics):
+    """The losses of some methods and settings, which not every run has."""
+    others = {*_SCALARS, "skipped", "finite"}
     return {
-        name: float(a)
-        for name, a in metrics.items()
-        if np.ndim(a) == 0 and name not in _NAMED_ELSEWHERE
+        name: float(value)
+        for name, value in metrics.items()
+        if np.ndim(value) == 0 and name not in others
     }
 
 
-def layer_figures(metrics, kind):
-    """Of host metrics of a step, one number a layer: name -> `[L]`. A dense model has none.
+def layer_figures(metrics):
+    """Figures of each layer from the host metrics of a step.
 
-    `load_entropy` and `confidence_entropy` in nats, `load_max_over_mean` (1 in perfect balance),
-    `dead_experts` (those with no token in the batch), and the mean over experts of their mean norms
-    (AoE) or logits (router), or of the relative scores that stand for them. Where experts have a
-    capacity, `dropped_share` too: the share of the choices that found no room. Where experts are
-    added and removed, `live_experts` too; free places count in no figure of the load.
+    `load_entropy` and `confidence_entropy` are in nats; `load_max_over_mean` is 1 in perfect
+    balance; `dead_experts` had no token in the batch; `mean_score` is the mean over experts of
+    AoE's norms or a router's logits. `dropped_share`, if experts have a capacity, is the share of
+    the choices that were dropped; `live_experts`, if experts are added and removed, is their
+    number, and free places count in no figure.
+
+    Returns:
+      A dict from name to an array `[L]`; empty for a dense model.
     """
     load, live = metrics["load"], metrics.get("live")
     if load.shape[-1] == 1:
         return {}
-    of_some = {"dropped_share": metrics["dropped_share"]} if "dropped_share" in metrics else {}
-    if live is not None:
-        of_some["live_experts"] = (live > 0).sum(axis=-1)
-    return of_some | {
+    figures = {
         "load_entropy": load_entropy(load),
         "load_max_over_mean": load.max(axis=-1) / np.maximum(mean_load(load, live), 1e-9),
         "dead_experts": dead_experts(load, live).sum(axis=-1),
         "confidence_entropy": metrics["confidence_entropy"],
-        LAYERS[kind].score_name: metrics["mean_score"].mean(axis=-1),
+        "mean_score": metrics["mean_score"].mean(axis=-1),
     }
-
-
-def _by_expert(metrics, kind):
-    """Of host metrics of a step, one number an expert and layer: name -> `[L, n]`. A dense model
-    has none.
-    """
-    if metrics["load"].shape[-1] == 1:
-        return {}
-    return {"load": metrics["load"], LAYERS[kind].score_name: metrics["mean_score"]}
+    if "dropped_share" in metrics:
+        figures["dropped_share"] = metrics["dropped_share"]
+    if live is not None:
+        figures["live_experts"] = (live > 0).sum(axis=-1)
+    return figures
 
 
 class Speed:
     """Speed and utilisation of a configuration on the devices of this run.
 
-    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, whatever the dtype of
-      computation: a float32
-    run is held against the same peak. Where the chip isn't known there is no MFU, and that is said
-    once.
+    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
+    computes in float32. It is left out, with a note in the log, if the chip is unknown.
     """
 
     def __init__(self, config: Config):
         """Looks up the peak of the devices."""
         devices = jax.devices()
-        self.tokens_per_step = config.tokens_per_step
-        self._flops_per_token, self._n_devices = training_flops_per_token(config), len(devices)
+        self._tokens_per_step, self._n_devices = config.tokens_per_step, len(devices)
+        self._flops_per_token = training_flops_per_token(config)
         self._peak = peak_flops_per_device(devices)
         if self._peak is None:
-            log.info(
-                "no MFU: the peak of %r isn't known, see hardware.PEAK_FLOPS",
-                devices[0].device_kind,
-            )
+            kind = devices[0].device_kind
+            log.info("no MFU: the peak of %r is unknown, see hardware.PEAK_FLOPS", kind)
 
     def figures(self, n_steps, seconds):
-        """Of `n_steps` that took `seconds`."""
-        tokens = n_steps * self.tokens_per_step / seconds
+        """Figures of `n_steps` that took `seconds`."""
+        tokens = n_steps * self._tokens_per_step / seconds
         flops = self._flops_per_token * tokens / self._n_devices
         figures = {
             "tokens_per_second": tokens,
@@ -145,45 +124,54 @@ class Speed:
 
 
 class Telemetry:
-    """Measures a run and writes its figures: one in the first process.
+    """Measures a run and, in the first process, writes its figures.
 
-    `start` begins the time that counts; from then on it is split into `input`, in which the loop
-    waits for the next batch, `checkpoint`, in which saving holds it up, and `compute`, all the
-    rest. Devices compute while the loop waits, so what waiting costs is at most its seconds.
-    Evaluation is reported by itself and counts in no speed.
+    Time counts from `start` on and is split into `input` (the loop waits for the next batch),
+    `checkpoint` (a save holds the loop up) and `compute` (the rest). Devices compute while the loop
+    waits, so waiting costs at most its seconds. Evaluation is reported by itself and counts in no
+    speed.
     """
 
     def __init__(
-        self, workdir: Path, config: Config, start_step, validated=True, wandb_project=None
+        self,
+        workdir: Path,
+        config: Config,
+        start_step,
+        validated=True,
+        wandb_project=None,
+        writes=True,
     ):
-        """Opens the files for a run that goes on from `start_step`; `validated`: whether its
-        validation is done.
+        """Opens the files for a run that continues from `start_step`.
+
+        Args:
+          workdir: the directory of the run.
+          config: its configuration.
+          start_step: number of updates that are done.
+          validated: whether the validation of that step is done.
+          wandb_project: a project of Weights & Biases, or None.
+          writes: False in all processes but the first.
 
         Raises:
-          UserError: Weights & Biases, where a project is named, can't be reached; see
-            `writers.Wandb`.
+          UserError: Weights & Biases refuses; see `writers.Wandb`.
         """
-        self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
-        self._writers = [
-            JsonLines(workdir / "metrics.jsonl", start_step, validated),
-            self._tensorboard,
-        ]
-        if wandb_project is not None:
-            self._writers.append(Wandb(workdir, wandb_project, config.to_dict()))
+        self._writers = []
+        if writes:
+            self._lines = JsonLines(workdir / "metrics.jsonl", start_step, validated)
+            self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
+            self._writers = [self._lines, self._tensorboard]
+            if wandb_project is not None:
+                self._writers.append(Wandb(workdir, wandb_project, config.to_dict()))
         self._total_steps, self._kind = config.train.steps, config.experts.kind
-        self._speed = Speed(config)
-        self._program = {}
+        self._speed, self._program = Speed(config), {}
         self._start_step = self._last_step = start_step
         self._last_time = time.perf_counter()
-        self._interval, self._total = (
-            Counter(),
-            Counter(),
-        )  # seconds by clock, since the last line and of the run
+        self._interval = Counter()  # seconds by clock since the last line
+        self._total = Counter()  # seconds by clock of the run
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as that of `input`, `checkpoint`, `evaluation` or `compile`;
-        traces show its name.
+        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`, the name that
+        traces show too.
         """
         started = time.perf_counter()
         try:
@@ -193,97 +181,73 @@ class Telemetry:
             self._interval[name] += time.perf_counter() - started
 
     def start(self, state, step):
-        """Begins the time that counts; takes the train state and the compiled step, see
-        `memory.program_memory`.
-        """
+        """Begins the time that counts; see `memory.program_memory` for the arguments."""
         self._program = program_memory(state, step)
         log.info(
-            "compiled the train step in %.1f s; memory of a device: state %s, a step %s more",
-            self._interval["compile"],
-            *(_bytes(self._program[name]) for name in ("state_bytes", "temporary_bytes")),
+            f"compiled the train step in {self._interval['compile']:.1f} s; memory of a device: "
+            f"state {_bytes(self._program['state_bytes'])}, "
+            f"a step {_bytes(self._program['temporary_bytes'])} more"
         )
         self._total["compile"] += self._interval["compile"]
         self._interval, self._last_time = Counter(), time.perf_counter()
 
     def train(self, step, metrics):
         """Reports host metrics of training step `step`; call it every `log_every` steps."""
-        n_steps, split = self._end_interval(step)
-        speed = self._speed.figures(n_steps, sum(split.values()))
-        scalars = {name: float(metrics[name]) for name in _SCALARS} | {
-            "skipped": int(metrics["skipped"])
-        }
-        scalars |= expert_scalars(metrics) | method_losses(metrics)
-        measured = (
-            speed
-            | {f"{name}_seconds": s for name, s in split.items()}
-            | host_memory()
-            | device_memory()
-        )
-        by_layer, by_expert = layer_figures(metrics, self._kind), _by_expert(metrics, self._kind)
+        n_steps, seconds = self._end_interval(step)
+        if not self._writers:
+            return
+        speed = self._speed.figures(n_steps, sum(seconds.values()))
+        scalars = {name: float(metrics[name]) for name in _SCALARS}
+        scalars |= {"skipped": int(metrics["skipped"])} | _method_losses(metrics)
+        by_layer, by_expert = layer_figures(metrics), {}
+        if by_layer:
+            scalars |= _expert_scalars(metrics)
+            by_expert = {name: metrics[name] for name in ("load", "mean_score")}
+        measured = speed | {f"{name}_seconds": s for name, s in seconds.items()}
+        measured |= host_memory() | device_memory()
         self._write(step, "train", scalars | measured, by_layer, by_expert)
-        balance = ""
-        if "load_entropy" in scalars:
-            n_live = (
-                (metrics["live"] > 0).sum(axis=-1)
-                if "live" in metrics
-                else metrics["load"].shape[-1]
-            )
-            balance = (
-                f" | load entropy {scalars['load_entropy']:.3f} of {np.mean(np.log(n_live)):.3f}"
-            )
+        left = sum(seconds.values()) / n_steps * (self._total_steps - step)
         log.info(
-            "step %d/%d | loss %.4f | nll %.4f%s | %s | %s | %s left",
-            step,
-            self._total_steps,
-            scalars["loss"],
-            scalars["nll"],
-            balance,
-            _speed_in_words(speed),
-            _split_in_words(split),
-            _duration(sum(split.values()) / n_steps * (self._total_steps - step)),
+            f"step {step}/{self._total_steps} | loss {scalars['loss']:.4f} | "
+            f"nll {scalars['nll']:.4f}{_balance_in_words(scalars, metrics)} | "
+            f"{_speed_in_words(speed)} | {_split_in_words(seconds)} | {_duration(left)} left"
         )
 
     def _end_interval(self, step):
-        """`(steps, seconds by part)` since the last line; evaluation and its like are left out."""
+        """Steps and seconds by clock since the last line; evaluation and compilation are left
+        out.
+        """
         now = time.perf_counter()
-        split = {name: self._interval[name] for name in _IN_SPEED}
-        others = self._interval.total()
-        split["compute"] = max(now - self._last_time - others, 1e-9)
+        seconds = {name: self._interval[name] for name in _IN_SPEED}
+        seconds["compute"] = max(now - self._last_time - self._interval.total(), 1e-9)
         n_steps = max(step - self._last_step, 1)
-        self._total += self._interval + Counter({"compute": split["compute"]})
+        self._total += self._interval + Counter({"compute": seconds["compute"]})
         self._interval, self._last_step, self._last_time = Counter(), step, now
-        return n_steps, split
+        return n_steps, seconds
 
     def evaluation(self, step, result):
-        """Reports an `Evaluation` of the validation split; in TensorBoard also the load that it
-        found, drawn.
-        """
+        """Reports an `Evaluation` of the validation split, with a picture of its load."""
         seconds = self._end_evaluation()
+        if not self._writers:
+            return
         scalars = {f"validation_{name}": value for name, value in result.figures().items()}
         self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
-        log.info(
-            "step %d/%d | validation %s | in %s",
-            step,
-            self._total_steps,
-            result,
-            _duration(seconds),
-        )
+        log.info(f"step {step}/{self._total_steps} | validation {result} | in {_duration(seconds)}")
         if self._kind != "dense":
             with self.clock("evaluation"):
-                from aoe_jax.evaluation.load import (
-                    draw_load_heatmap,
-                    load_statistics,
-                )  # matplotlib takes half a second
-
-                statistics = load_statistics(result.stats, self._kind)
-                figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
-                self._tensorboard.draw(step, "experts/load", figure)
+                self._draw_load(step, result)
             self._end_evaluation()
 
+    def _draw_load(self, step, result):
+        # matplotlib takes half a second to import.
+        from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics
+
+        statistics = load_statistics(result.stats)
+        figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
+        self._tensorboard.draw(step, "experts/load", figure)
+
     def _end_evaluation(self):
-        """The seconds of evaluation since the last one; the steps before and after it are one
-        interval.
-        """
+        """Seconds of evaluation since the last call, which count in no interval of training."""
         seconds = self._interval.pop("evaluation", 0.0)
         self._total["evaluation"] += seconds
         self._last_time += seconds
@@ -294,68 +258,26 @@ class Telemetry:
             writer.write(*figures)
 
     def sync(self):
-        """Waits until what is written is on the disk: before a checkpoint, which would else say
-        more than was written.
-        """
-        for writer in self._writers:
-            writer.sync()
+        """Waits until `metrics.jsonl` is on the disk, of which no checkpoint may be ahead."""
+        if self._writers:
+            self._lines.sync()
 
     def timing(self):
-        """Speed of the whole run, and its seconds by part: the group `timing` of `summary.json`."""
+        """Speed and seconds of the whole run: the group `timing` of `summary.json`."""
         total = self._total + self._interval
-        n_steps, seconds = (
-            self._last_step - self._start_step,
-            sum(total[name] for name in (*_IN_SPEED, "compute")),
-        )
+        seconds = sum(total[name] for name in (*_IN_SPEED, "compute"))
+        figures = self._speed.figures(self._last_step - self._start_step, max(seconds, 1e-9))
         names = ("input", "checkpoint", "compute", "evaluation", "compile")
-        return self._speed.figures(n_steps, max(seconds, 1e-9)) | {
-            f"{name}_seconds": total[name] for name in names
-        }
+        return figures | {f"{name}_seconds": total[name] for name in names}
 
     def memory(self):
-        """The group `memory` of `summary.json`: what a device needs, and what this process and its
-        devices hold.
-        """
+        """Memory of the program and of this process: the group `memory` of `summary.json`."""
         return self._program | host_memory() | device_memory()
 
     def close(self):
         """Flushes and closes the files."""
         for writer in self._writers:
             writer.close()
-
-
-class NoTelemetry:
-    """In processes other than the first: does nothing of it all."""
-
-    def __init__(self, *_):
-        """As `Telemetry`."""
-
-    def clock(self, name):
-        """Counts nothing."""
-        return contextlib.nullcontext()
-
-    def start(self, state, step):
-        """Begins nothing."""
-
-    def train(self, step, metrics):
-        """Reports nothing."""
-
-    def evaluation(self, step, result):
-        """Reports nothing."""
-
-    def sync(self):
-        """Waits for nothing."""
-
-    def timing(self):
-        """Nothing was measured."""
-        return {}
-
-    def memory(self):
-        """Nothing was measured."""
-        return {}
-
-    def close(self):
-        """Closes nothing."""
 
 
 def _duration(seconds):
@@ -370,12 +292,21 @@ def _bytes(count):
 
 def _speed_in_words(speed):
     words = (
-        f"{speed['tokens_per_second']:,.0f} tokens/s, a device {speed['tokens_per_second_per_device']:,.0f} and "
+        f"{speed['tokens_per_second']:,.0f} tokens/s, "
+        f"a device {speed['tokens_per_second_per_device']:,.0f} and "
         f"{speed['flops_per_second_per_device'] / 1e12:.3g} TFLOP/s"
     )
     return words + (f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else "")
 
 
-def _split_in_words(split):
-    total = sum(split.values())
-    return ", ".join(f"{name} {100 * split[name] / total:.1f}%" for name in _IN_SPEED)
+def _split_in_words(seconds):
+    total = sum(seconds.values())
+    return ", ".join(f"{name} {100 * seconds[name] / total:.1f}%" for name in _IN_SPEED)
+
+
+def _balance_in_words(scalars, metrics):
+    if "load_entropy" not in scalars:
+        return ""
+    n_experts = metrics["load"].shape[-1]
+    n_live = (metrics["live"] > 0).sum(axis=-1) if "live" in metrics else n_experts
+    return f" | load entropy {scalars['load_entropy']:.3f} of {np.mean(np.log(n_live)):.3f}"

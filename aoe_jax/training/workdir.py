@@ -1,17 +1,18 @@
-"""The directory of a run: whose it is, and that no two processes train in it."""
+"""The directory of a run: which configuration and data it belongs to."""
 
 import logging
 import shutil
 from pathlib import Path
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run goes on: how long it runs and how it reports, not what it computes.
+# Fields and groups that may change when a run continues: they don't affect what it computes, but
+# for how long it runs.
 FREE_FIELDS = {
     "train.steps",
     "train.log_every",
@@ -25,7 +26,7 @@ FREE_GROUPS = {"checkpoint", "mesh"}
 
 
 def _flat(config):
-    """Every field by its name; corpora without their paths, for a corpus may move."""
+    # Corpora go without their paths, for a corpus may move.
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
     return {
@@ -36,17 +37,17 @@ def _flat(config):
 
 
 def check_workdir(workdir: Path, config: Config):
-    """Checks that `workdir` is free or belongs to the same configuration; writes nothing.
+    """Checks that `workdir` is free or holds a run of this configuration; writes nothing.
 
     Raises:
-      UserError: it is a file, or a run of another configuration.
+      UserError: it is a file, or holds a run of another configuration.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a directory")
     path = workdir / "config.json"
     if not path.exists():
         return
-    found, wanted = _flat(Config.from_config_dict(read_config_json(path))), _flat(config)
+    found, wanted = _flat(read_run_config(path)), _flat(config)
     differing = [
         f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted(found.keys() | wanted.keys())
@@ -56,12 +57,13 @@ def check_workdir(workdir: Path, config: Config):
     ]
     if differing:
         raise UserError(
-            f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another --workdir"
+            f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another "
+            "--workdir"
         )
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):
-    """Checks that the run in `workdir`, if any, read these token stores; writes nothing.
+    """Checks that a run in `workdir` reads these token stores; writes nothing.
 
     Raises:
       UserError: a text or the tokenizer has changed since the run began.
@@ -73,13 +75,14 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
     if found != corpus.identities:
         there, here = (", ".join(stores or ["none"]) for stores in (found, corpus.identities))
         raise UserError(
-            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or the tokenizer has changed. "
-            "Bring the old text back (data.path, or the paths in data.name), or use another --workdir"
+            f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
+            "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
+            "data.name), or use another --workdir"
         )
 
 
 def make_workdir(workdir: Path):
-    """Makes the directory unless it is there.
+    """Makes the directory if it does not exist.
 
     Raises:
       UserError: it can't be made.
@@ -91,8 +94,7 @@ def make_workdir(workdir: Path):
 
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
-    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it when all that can be
-    wrong is checked.
+    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks.
 
     Raises:
       UserError: the directory can't be written.
@@ -105,16 +107,26 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
         raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
 
 
-def read_config_json(path: Path):
-    """The nested dict of a `config.json`; UserError if it can't be read."""
+def read_run_config(path: Path) -> Config:
+    """The configuration of a run, from its `config.json`.
+
+    Raises:
+      UserError: the file can't be read, or is no configuration of a training run, or one of an
+        earlier version with fields that have gone.
+    """
     groups = read_json(path)
     if "model_type" in groups:
         raise UserError(
-            f"{path} is that of a model, not of a training run; train.init_from starts a run from a model"
+            f"{path} is that of a model, not of a training run; train.init_from starts a run from "
+            "a model"
         )
     for name, values in groups.items():
         if not isinstance(values, dict):
             raise UserError(
-                f"{path} can't be read: {name} is no group of fields; name the workdir of a training run"
+                f"{path} can't be read: {name} is no group of fields; name the workdir of a "
+                "training run"
             )
-    return groups
+    try:
+        return Config.from_config_dict(groups)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e

@@ -1,10 +1,8 @@
-"""Where the figures of a run go: `metrics.jsonl`, TensorBoard files and, by option, Weights &
-Biases.
+"""Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
 
-A writer's `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is
-`train` or `validation`, `scalars` name -> number, `layers` name -> array `[L]`, `experts` name ->
-array `[L, n]`, of which TensorBoard keeps the distribution over experts and the others nothing. L
-layers, n experts.
+`write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is `train` or
+`validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
+to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers, n experts.
 """
 
 import json
@@ -24,7 +22,7 @@ from aoe_jax.json_files import read_json, write_json
 
 @contextmanager
 def _hidden(module):
-    """Lets others find that a module is missing, unless it is imported already."""
+    """Makes imports of a module fail within, unless it is imported already."""
     absent = module not in sys.modules
     if absent:
         sys.modules[module] = None
@@ -35,26 +33,25 @@ def _hidden(module):
             del sys.modules[module]
 
 
-# tensorboardX imports PyTorch where that is installed, for nothing that is used here: seconds at
-# every start of a run.
+# tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 with _hidden("torch"):
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.summary import histogram, image
 
-BINS = 16  # of a histogram
-
 
 class JsonLines:
-    """One JSON object a line, which outlives the process at once, null for what isn't finite.
+    """One JSON object a line, null for numbers that aren't finite.
 
-    Lines of steps after `start_step`, left by a run that was cut off, are dropped.
+    A line survives a kill of the process as soon as it is written.
     """
 
     def __init__(self, path: Path, start_step, validated=True):
-        """Opens the file for a run that goes on from `start_step`; `validated`: whether its
-        validation is done.
+        """Opens the file for a run that continues from `start_step`, and drops lines of later
+        steps.
+
+        The validation of `start_step` is dropped too if `validated` is False: it comes again.
         """
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _belongs(line, start_step, validated)]
@@ -64,7 +61,7 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, step, group, scalars, layers, experts):
-        """A line of `step`, the scalars, and `layers` where there are any."""
+        """Writes a line; see the module."""
         line = {"step": step} | {name: _or_null(value) for name, value in scalars.items()}
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
@@ -72,7 +69,7 @@ class JsonLines:
         self._file.flush()
 
     def sync(self):
-        """Waits until what is written outlives a power cut too."""
+        """Waits until all lines would survive a power cut."""
         os.fsync(self._file.fileno())
 
     def close(self):
@@ -81,7 +78,7 @@ class JsonLines:
 
 
 def _shortest(values):
-    """Numbers that read back as the same float32, with no more digits than that takes."""
+    """Numbers with just the digits that identify a float32."""
     return [
         v if isinstance(v, int) else _or_null(float(str(np.float32(v)))) for v in values.tolist()
     ]
@@ -100,7 +97,7 @@ def _belongs(line, start_step, validated):
 
 
 def _tags(group, scalars, layers):
-    """All numbers by the names that charts have."""
+    """All numbers by the names of their charts."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
         tags |= {
@@ -110,12 +107,12 @@ def _tags(group, scalars, layers):
 
 
 class TensorBoard:
-    """Event files; what a run cut off left of later steps is hidden."""
+    """Event files, in which events of later steps from a run that was killed are hidden."""
 
     def __init__(self, folder: Path, start_step):
-        """Opens a file for a run that goes on from `start_step`."""
+        """Opens a file for a run that continues from `start_step`."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Not tensorboardX's SummaryWriter: its queue is lost when the process is killed.
+        # tensorboardX's SummaryWriter has a queue, which a kill of the process would lose.
         self._events = EventsWriter(str(folder / "events"))
         self._add(start_step + 1, file_version="brain.Event:2")
         self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -125,59 +122,50 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        """A point in each chart and a histogram for each layer, all as one event: one by one they
-        take ten times as long.
-        """
+        """Writes a point in each chart and a histogram of each layer; see the module."""
+        # One event for all takes a tenth of the time of one for each.
         values = [
             Summary.Value(tag=tag, simple_value=value)
             for tag, value in _tags(group, scalars, layers).items()
         ]
         for name, of_layers in experts.items():
             for layer, of_experts in enumerate(of_layers):
-                if np.isfinite(of_experts).all():  # there are no bins for others
-                    values += histogram(
-                        f"histograms/{name}/layer_{layer}", of_experts, bins=BINS
-                    ).value
+                if np.isfinite(of_experts).all():
+                    tag = f"histograms/{name}/layer_{layer}"
+                    values += histogram(tag, of_experts, bins=16).value
         self._add(step, summary=Summary(value=values))
 
     def draw(self, step, name, figure):
-        """A picture of a matplotlib `Figure`; it takes a tenth of a second or more."""
-        from matplotlib.backends.backend_agg import (
-            FigureCanvasAgg,
-        )  # half a second, which a dense model saves
+        """Writes a matplotlib `Figure` as a picture, which takes a tenth of a second or more."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self._add(
-            step, summary=image(name, np.asarray(canvas.buffer_rgba())[..., :3], dataformats="HWC")
-        )
-
-    def sync(self):
-        """Does nothing: every event is handed over at once."""
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        self._add(step, summary=image(name, pixels, dataformats="HWC"))
 
     def close(self):
-        """Closes the file, once."""
+        """Closes the file; further calls do nothing."""
         if self._events:
             self._events.close()
         self._events = None
 
 
 class Wandb:
-    """A run at Weights & Biases; a run that goes on in its workdir goes on there, under the id in
-    `wandb.json`.
+    """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
-    Points come by their number `step`. What a run cut off sent of later steps comes again, with the
-    same values.
+    Points are placed by their `step`. A run that was killed sends later steps again, with the same
+    values.
     """
 
     def __init__(self, workdir: Path, project, config):
-        """Begins or goes on with the run; `config` is a nested dict.
+        """Begins or continues the run; `config` is a nested dict.
 
         Raises:
-          UserError: see `check_wandb`, or Weights & Biases refuses, such as without a login.
+          UserError: see `check_wandb`; or Weights & Biases refuses, for example without a login.
         """
         check_wandb(workdir, project)
-        import wandb  # nobody who doesn't ask for it needs it
+        import wandb  # an optional dependency
 
         identity = workdir / "wandb.json"
         if not identity.exists():
@@ -194,28 +182,27 @@ class Wandb:
                 settings=settings,
             )
         except wandb.Error as e:
+            reason = " ".join(str(e).split())[:200]
             raise UserError(
-                f"--wandb={project}: {' '.join(str(e).split())[:200]}; log in with `wandb login`, or set WANDB_MODE=offline"
+                f"--wandb={project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from e
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step, group, scalars, layers, experts):
-        """A point in each chart."""
+        """Sends a point for each chart; see the module."""
         self._run.log({"step": step, **_tags(group, scalars, layers)})
 
-    def sync(self):
-        """Does nothing: what is lost is sent again."""
-
     def close(self):
-        """Sends what is left, and ends the run."""
+        """Sends the remaining figures and ends the run."""
         self._run.finish()
 
 
 def check_wandb(workdir: Path, project):
-    """Checks that `--wandb=PROJECT` can be done; writes nothing.
+    """Checks `--wandb=PROJECT`; writes nothing.
 
     Raises:
-      UserError: no project or no package, or the run in `workdir` belongs to another project.
+      UserError: the project is empty, the package is missing, or the run in `workdir` belongs to
+        another project.
     """
     if not project:
         raise UserError("--wandb=: name a project")
@@ -223,7 +210,8 @@ def check_wandb(workdir: Path, project):
     found = read_json(identity).get("project") if identity.exists() else project
     if found != project:
         raise UserError(
-            f"--wandb={project}: the run in {workdir} belongs to project {found}; give that, or no --wandb"
+            f"--wandb={project}: the run in {workdir} belongs to project {found}; give that, or no "
+            "--wandb"
         )
     try:
         import wandb  # noqa: F401

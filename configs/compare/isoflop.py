@@ -1,19 +1,18 @@
-"""Parameters or tokens: five sizes at equal training FLOPs, about two core-hours:
-`--suite=configs/compare/isoflop.py`.
+"""Loss over sizes at equal training FLOPs, two core-hours: `--suite=configs/compare/isoflop.py`.
 
-The MoE spends 4e12 FLOPs at each size, on 42k to 891k active parameters and 6.8M to 0.6M tokens of
-the embedded corpus. All arms of a size see the same tokens, and spend what that takes them: AoE
-1.01 to 1.04 times as much, a dense model of as many active parameters as much. One of as many in
-total would be at no equal FLOPs. Learning rates are tuned at the middle size, and are in inverse
-proportion to d_model.
+The MoE spends 4e12 FLOPs at each of five sizes: few parameters and many tokens, or the reverse.
+That is 1.8 to 0.2 epochs of the embedded corpus. All arms of a size see the same tokens: AoE spends
+1.01x to 1.04x the MoE's FLOPs, and a dense model of equal active parameters the same. A dense model
+of equal total parameters would have other FLOPs. Learning rates are tuned at the middle size, and
+are in inverse proportion to d_model.
 """
 
 from dataclasses import replace
 
-from aoe_jax.compare.arms import DENSE_ACTIVE, aoe, moe
 from aoe_jax.compare.suite import Size, Suite, Tuning
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
+from configs.compare.arms import DENSE_ACTIVE, aoe, moe
 from configs.compare.small import base_config, size_of
 
 FLOPS = 4e12
@@ -28,7 +27,7 @@ BATCH_SIZE = 8
 
 
 def size_at(flops, *shape):
-    """The changes of a size, d_model, layers and heads, that the MoE trains for so many FLOPs."""
+    """Returns the changes of a size (d_model, layers, heads) with that many FLOPs for the MoE."""
     config = base_config()
     for group, values in size_of(*shape, BATCH_SIZE, 100).items():
         config[group].update(values)

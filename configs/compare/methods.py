@@ -1,19 +1,16 @@
 """Methods of expert selection at the smallest size of `small.py`:
 `--suite=configs/compare/methods.py`.
 
-Arms are the variants of `configs/methods.py`, most of them with AoE, whose differences are to AoE
-with top-k, and with a router, whose differences are to the router with top-k, and that one's to
-AoE. All have the learning rate that `small.py` found to be the best for AoE and for the router
-alike: tuning each would take longer than all runs. Those with one expert a token have about half
-the FLOPs of experts that the others have (switch, smear), or as many and twice the FLOPs of
-attention (thor, which passes every batch twice).
+Arms are the variants of `configs/methods.py`. Those with AoE are compared to AoE with top-k, those
+with a router to the router with top-k, and that one to AoE. All have the learning rate that
+`small.py` found to be the best for AoE and for the router alike; tuning each would take longer than
+all runs. Arms with one expert a token have about half the FLOPs of experts that the others have
+(switch, smear), or as many and twice the FLOPs of attention (thor, which passes every batch twice).
 """
 
-from aoe_jax.compare.suite import Arm, Size, Suite
-from aoe_jax.compare.sweep import Sweep
-from aoe_jax.config import UNSELECTIVE_KINDS
-from aoe_jax.experts.kinds import LAYERS
-from aoe_jax.experts.selection import SELECTIONS
+from aoe_jax.compare.suite import Arm, Size, Suite, Sweep
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods import LAYERS, ROUTERS
 from configs import methods
 from configs.compare.small import SMALLEST, base_config
 
@@ -26,14 +23,16 @@ def _arm(variant):
         found["experts"] = {"d_low": config.model.d_model // 3} | found["experts"]
         return found
 
-    experts = {"top_k": 2, "selection": "top_k"} | methods.changes(variant)["experts"]
+    experts, settings, _ = methods.VARIANTS[variant]
+    method = (ROUTERS | LAYERS)[settings["name"]]()
+    causality = method.causality(ExpertsConfig())
     notes = {
-        "one expert a token": experts["top_k"] == 1 or experts["kind"] in UNSELECTIVE_KINDS,
-        "two passes": LAYERS[experts["kind"]].passes == 2,
-        "not causal": not SELECTIONS[experts["selection"]].causal,
+        "one expert a token": experts.get("top_k") == 1 or not method.chooses,
+        "two passes": method.passes == 2,
+        "not causal": causality.reason and causality.until_step is None,
     }
     of = "AoE, " if variant == name else "router, "
-    label = "UoE-style" if experts["kind"] == "uoe" else of + name.replace("_", " ")
+    label = "UoE-style" if method.name == "uoe" else of + name.replace("_", " ")
     if any(notes.values()):
         label += f" ({', '.join(note for note, holds in notes.items() if holds)})"
     return Arm(
@@ -50,7 +49,7 @@ def get_suite():
         arms={variant: _arm(variant) for variant in methods.VARIANTS},
         sizes={"42k": Size(SMALLEST, seeds=3)},
         baseline="top_k",
-        # What to hold a method's step against that has another number of experts a token.
+        # For methods with another number of experts a token.
         throughput={
             "chosen": Sweep(
                 "experts.top_k", (1, 2, 3, 4, 5, 6), SMALLEST, ("top_k", "top_k_router")

@@ -1,34 +1,36 @@
-"""Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as
-there.
+"""Tables 2, 3 and 5 of the paper, for a pod: `--suite=configs/compare/paper.py`; one seed, as in
+the paper.
 
-Arms are the variants of `configs/paper.py`. Whether they fit a slice is what
+Arms are the variants of `configs/paper.py`. These commands tell whether they fit a slice (results
+in `results/paper_plans.md`):
 
-    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=732M --topology=v5e:4x4 \
-        --set=mesh.fsdp=16 --set=train.accumulate=32
-    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B --topology=v5e:16x16 \
-        --set=mesh.fsdp=16 --set=train.accumulate=4
+    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=732M \
+        --topology=v5e:4x4 --set=mesh.fsdp=16 --set=train.accumulate=32
+    python -m aoe_jax.compare.plan --suite=configs/compare/paper.py --sizes=4B \
+        --topology=v5e:16x16 --set=mesh.fsdp=16 --set=train.accumulate=4
 
-print, for these two (`results/paper_plans.md`). A run keeps a checkpoint of every 2000 steps, which
-routing is followed through, and the newest three: 13 in the end, of 9 GB each, or 48 GB at 4B.
+A run keeps a checkpoint every 2000 steps, for the analysis of routing, and the newest three: 13 in
+the end, of 9 GB each, or 48 GB at 4B.
 
-The corpus has to be named, and so has the mesh: `--set=data.name=... --set=data.tokenizer=...
+The corpus and the mesh must be given: `--set=data.name=... --set=data.tokenizer=...
 --set=mesh.fsdp=16`. On several hosts train each run by itself, `train.py
---config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0 --distributed` with the
-`DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes, and give this command once more,
-which finds them trained, looks at their routing and reports.
+--config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0 --distributed`, with the
+`DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes. Then the same command finds them
+trained, analyses their routing and reports.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
 from configs import paper
 
-UNMATCHED = ("moe_aux_large_router",)  # the router's n r d parameters, 2.6% of all, come on top
+# It has the router's n r d parameters in addition, 2.6% of all.
+UNMATCHED = ("moe_aux_large_router",)
 
-# The arms without L_aux are held against each other, those with top-p too.
+# The arms without L_aux are compared to each other, those with top-p too.
 REFERENCES = {"aoe_top_p": "moe_top_p"} | {f"aoe_r{rank}": "moe" for rank in paper.RANKS}
 
 
 def _changes(variant):
-    merged = {}  # but for what makes a model large, which is of the size
+    merged = {}  # without LARGE, which belongs to the size
     for change in paper.VARIANTS[variant]:
         if change is not paper.LARGE:
             for group, values in change.items():

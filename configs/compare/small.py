@@ -1,15 +1,15 @@
 """AoE against MoE and dense at three sizes, about 8 core-hours: `--suite=configs/compare/small.py`.
 
-Active parameters (without embeddings, of the MoE and AoE arms) are 42k, 149k and 418k; every size
-sees 20 tokens for each of them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have
-all parameters active, 3.2 times as many, and see the same tokens. Learning rates are tuned at the
-smallest size, where two arms without balancing are run as well; wider models have them in inverse
+The MoE and AoE arms have 42k, 149k and 418k active parameters without embeddings. Every size sees
+20 tokens for each of them: 0.22, 0.8 and 2.2 epochs of the embedded corpus. Dense arms have all
+parameters active, 3.2 times as many, and see the same tokens. Learning rates are tuned at the
+smallest size, which also has two arms without balancing. Wider models have them in inverse
 proportion to d_model.
 """
 
-from aoe_jax.compare.arms import DENSE, aoe, moe
 from aoe_jax.compare.suite import Size, Suite, Tuning
 from configs import tiny
+from configs.compare.arms import DENSE, aoe, moe
 
 ARMS = {
     "moe_aux": moe("aux"),
@@ -26,7 +26,7 @@ AT_ALL_SIZES = tuple(arm for arm in ARMS if not arm.endswith("_none"))
 
 
 def size_of(d_model, n_layers, n_heads, batch_size, steps):
-    """The changes of a size to the base."""
+    """Returns the changes of a size to the base."""
     tenth = steps // 10
     return {
         "model": {"n_layers": n_layers, "unroll": n_layers, "n_heads": n_heads, "d_model": d_model},
@@ -34,7 +34,7 @@ def size_of(d_model, n_layers, n_heads, batch_size, steps):
         "train": {
             "batch_size": batch_size,
             "steps": steps,
-            "warmup_steps": steps // 20,
+            "warmup": (steps // 20) / steps,
             "eval_every": 2 * tenth,
         },
         "checkpoint": {"every": tenth, "keep": 1, "keep_every": tenth},
@@ -46,7 +46,7 @@ MIDDLE = size_of(48, 4, 4, batch_size=8, steps=1480)
 
 
 def base_config():
-    """What all runs have."""
+    """Returns the configuration that all runs share."""
     base = tiny.get_config()
     base.model.vocab_size = 1024  # few embeddings beside so few parameters, and many tokens
     base.train.log_every = 10

@@ -1,18 +1,17 @@
-"""What a training step costs against experts, K, r, tokens and chips:
+"""Cost of a training step against experts, K, r, tokens and chips:
 `--suite=configs/compare/throughput.py`.
 
-AoE beside the dropless MoE of equal total parameters, a dense model of as many, and one of as many
-active ones. Nothing is trained. Steps of two layers of d=192 are timed, about an hour on two CPU
-cores; against chips, for which `libtpu` has to be installed, steps of twelve layers of d=768 are
-traced for TPU v5e.
+AoE, the dropless MoE of equal total parameters, a dense model of equal total parameters, and one of
+equal active parameters. Nothing is trained. Steps of two layers of d=192 are timed, about an hour
+on two CPU cores. Against chips, steps of twelve layers of d=768 are traced for TPU v5e, which needs
+`libtpu`.
 """
 
 from dataclasses import replace
 
-from aoe_jax.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
-from aoe_jax.compare.suite import Suite
-from aoe_jax.compare.sweep import Sweep
+from aoe_jax.compare.suite import Suite, Sweep
 from configs import tiny
+from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 
 MODEL = {
     "model": {"n_layers": 2, "unroll": 2, "n_heads": 4, "d_model": 192, "vocab_size": 1024},

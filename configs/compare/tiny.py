@@ -1,20 +1,19 @@
 """The smoke test of comparisons, minutes on two CPU cores: `--suite=configs/compare/tiny.py`.
 
 Two sizes, two seeds, on the embedded corpus, and steps of the smaller size against the number of
-experts; far too short to say which arm is better.
+experts. Training is far too short to say which arm is better.
 """
 
-from aoe_jax.compare.arms import DENSE, aoe, moe
-from aoe_jax.compare.suite import Size, Suite
-from aoe_jax.compare.sweep import Sweep
+from aoe_jax.compare.suite import Size, Suite, Sweep
 from configs import tiny
+from configs.compare.arms import DENSE, aoe, moe
 
 
 def get_suite():
     base = tiny.get_config()
     base.model.update(vocab_size=1024)
     base.data.update(seq_len=128)
-    base.train.update(steps=100, warmup_steps=10, eval_every=50, log_every=5)
+    base.train.update(steps=100, warmup=0.1, eval_every=50, log_every=5)
     base.checkpoint.update(every=25, keep=1, keep_every=25)
     sizes = {
         "d24": {

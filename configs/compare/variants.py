@@ -1,17 +1,16 @@
-"""Other MoE layers, selections and the paper's ablations at the middle size of `small.py`, about
-four core-hours.
+"""Other MoE layers, other routers and the paper's ablations at the middle size of `small.py`, about
+four core-hours: `--suite=configs/compare/variants.py`.
 
-`--suite=configs/compare/variants.py`: the dropless MoE and AoE against an MoE whose experts have
-room for a fixed number of tokens, as in Switch and GShard, the ablations of the paper's Table 2,
-weights over all experts, and the selections of Table 3, where AoE's differences are to a router
-with the same. All have the learning rate that `small.py` gives the MoE and AoE with L_aux at this
-size.
+The dropless MoE and AoE against an MoE with the capacity of Switch and GShard, the ablations of the
+paper's Table 2, weights over all experts, and the routers of Table 3. AoE with one of these is
+compared to an MoE with the same. All arms have the learning rate that `small.py` gives
+the MoE and AoE with L_aux at this size.
 """
 
 from dataclasses import replace
 
-from aoe_jax.compare.arms import aoe, capacity, gate_over_all, low_rank_moe, moe, other_selection
 from aoe_jax.compare.suite import Size, Suite
+from configs.compare.arms import aoe, capacity, low_rank_moe, moe, other_router, weights_over_all
 from configs.compare.small import MIDDLE, base_config
 
 
@@ -29,14 +28,12 @@ def get_suite():
             "capacity_2": capacity(2.0),
             "moe_factorised": low_rank_moe(3, "factorised_gate"),
             "moe_large_router": low_rank_moe(3, "large_router"),
-            "moe_gate_all": gate_over_all(moe("aux")),
-            "aoe_d3_gate_all": replace(gate_over_all(aoe(3, "aux")), reference="moe_gate_all"),
-            "moe_top_p": other_selection(moe("none"), "top_p"),
-            "aoe_d3_top_p": replace(
-                other_selection(aoe(3, "none"), "top_p"), reference="moe_top_p"
-            ),
-            "moe_expert_choice": other_selection(moe("none"), "expert_choice"),
-            "aoe_d3_expert_choice": other_selection(aoe(3, "none"), "expert_choice"),
+            "moe_gate_all": weights_over_all(moe("aux")),
+            "aoe_d3_gate_all": replace(weights_over_all(aoe(3, "aux")), reference="moe_gate_all"),
+            "moe_top_p": other_router(moe("none"), "top_p"),
+            "aoe_d3_top_p": replace(other_router(aoe(3, "none"), "top_p"), reference="moe_top_p"),
+            "moe_expert_choice": other_router(moe("none"), "expert_choice"),
+            "aoe_d3_expert_choice": other_router(aoe(3, "none"), "expert_choice"),
         },
         sizes={"149k": Size(MIDDLE, seeds=3)},
         baseline="moe_aux",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax.experts.selection.top_k import top_k
+from aoe_jax.moe.routing import top_k
 from benchmarks import approximate_scores as methods_of
 from benchmarks.approximate_scores import agreement, choice_scores, relative_cost
 

@@ -1,15 +1,17 @@
 """A short soak, and that it can fail."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import stopped_runs
-from tests.hasty import xla_flags
+from tests.runs import start
 
 
 def test_three_kills(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", xla_flags())
+    forking = SimpleNamespace(PIPE=None, Popen=lambda command, **options: start(command[1:]))
+    monkeypatch.setattr(stopped_runs, "subprocess", forking)
     settings = {
         "train.steps": 60,
         "train.eval_every": 30,
@@ -29,5 +31,5 @@ def test_three_kills(tmp_path, monkeypatch):
         stopped_runs.compare(other, wanted)
     newest = max((other / "checkpoints").iterdir(), key=lambda path: int(path.name))
     shutil.rmtree(newest / "state")
-    with pytest.raises(stopped_runs.Failure, match="can't be read"):
+    with pytest.raises(stopped_runs.Failure, match="cannot be read"):
         stopped_runs.check_checkpoints(other)

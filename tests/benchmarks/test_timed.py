@@ -26,7 +26,7 @@ def test_figures(name, tmp_path):
         result["machine"]["allocator"].startswith("glibc.malloc")
         and result["machine"]["cores"] >= 1
     )
-    timed = [figure for figure in result["figures"] if "stations_ms" not in figure]
+    timed = [figure for figure in result["figures"] if "phases_ms" not in figure]
     if name == "grouped_matmul":
         assert [figure["backend"] for figure in timed] == 2 * ["dense", "auto", "ragged"]
         assert timed[0]["forward_ratio"] == 1 and all(
@@ -39,8 +39,8 @@ def test_figures(name, tmp_path):
         # baseline.
         assert useful["router"] == pytest.approx(1 + 4 * 24 / (2 * 3 * 24 * 16))
         assert useful["aoe"] < useful["aoe, L_aux of 1/8"] < useful["aoe as published"]
-        stations = result["figures"][-1]["stations_ms"]
-        assert list(stations) == ["score", "select", "dispatch", "experts", "combine"]
+        phases = result["figures"][-1]["phases_ms"]
+        assert list(phases) == ["score", "route", "dispatch", "experts", "combine"]
     assert len(stdout.splitlines()) == 1 + len(result["figures"])
 
 
@@ -102,7 +102,7 @@ def test_decoding(tmp_path):
     of = {figure["model"]: figure for figure in figures}
     assert [figure["contrasting"] is not None for figure in figures] == [True, True, *5 * [False]]
     # Weights of a token: attention and table, and of a router MoE the chosen experts, of AoE all
-    # Wdown besides.
+    # w_gate_down besides.
     table, attention, expert = 4096 * 16, 4 * 16 * 16, 3 * 16 * 32
     router, aoe = of["router, 2 of 8"], of["AoE, 2 of 8, r=d/3"]
     assert router["bytes"] == 4 * (table + attention + 3 * 16 + 16 * 8 + 2 * expert)

@@ -1,22 +1,30 @@
-"""Results that nobody has trained for, of suites at any sizes."""
+"""Results of suites at any sizes without training."""
 
+import itertools
 import math
 
-import numpy as np
+import pandas as pd
 
-from aoe_jax.compare.analysis import Comparison
-from aoe_jax.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
-from aoe_jax.compare.results import Curve, Result
+from aoe_jax.compare.report import all_sections, to_markdown
+from aoe_jax.compare.results import (
+    COST_COLUMNS,
+    _routing_figures,
+    curve_of,
+    describe,
+    make_results,
+)
 from aoe_jax.compare.suite import Size, Suite
-from aoe_jax.config import Config
-from aoe_jax.counts import parameter_counts, training_flops_per_token
+from aoe_jax.config.run import Config
+from aoe_jax.counts import training_flops_per_token
 from configs import tiny
+from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 
 ARMS = {"moe": moe("aux"), "aoe": aoe(4, "aux"), "dense": DENSE, "active": DENSE_ACTIVE}
+CURVE = ([1, 2], [6.0, 5.0])
 
 
 def size_at(flops, width, factor=1.0):
-    """Of that many FLOPs for the MoE, by the number of steps."""
+    """A size with that many FLOPs for the MoE, by its number of steps."""
     changes = {
         "model": {"d_model": width, "n_layers": 2, "vocab_size": 512},
         "experts": {"d_ffn": 2 * width},
@@ -24,42 +32,61 @@ def size_at(flops, width, factor=1.0):
     config = tiny.get_config("moe")
     for group, values in changes.items():
         config[group].update(values)
-    per_step = (
-        training_flops_per_token(Config.from_config_dict(config))
-        * config.train.batch_size
-        * config.data.seq_len
-    )
+    tokens = config.train.batch_size * config.data.seq_len
+    per_step = training_flops_per_token(Config.from_config_dict(config)) * tokens
     return Size(changes | {"train": {"steps": round(factor * flops / per_step)}}, seeds=2)
 
 
+def suite_of(sizes, **changes):
+    return Suite("s", tiny.get_config(), **{"arms": ARMS, "baseline": "moe"} | changes, sizes=sizes)
+
+
+def results(suite, nll, curve=CURVE, reports=None, **columns):
+    """Results with all runs finished.
+
+    `nll` and further columns of `Results.runs` are functions of a run; `reports` are routing.json
+    by run; `curve` is `(steps, nlls)` of both splits.
+    """
+    configs, rows, curves = {}, [], []
+    reports = reports or {}
+    for run in suite.runs():
+        configs.setdefault((run.size, run.arm), run.config)
+        row = describe(run) | {
+            "state": "finished",
+            "last_line": "",
+            "validation_nll": nll(run),
+            "validation_bits_per_byte": 1.0,
+            "seconds_per_step": 1.0,
+            "timed_in_turn": True,
+            "memory_bytes": 1.0,
+            "load_entropy": math.nan,
+            "dropped_share": math.nan,
+        }
+        row |= _routing_figures(reports.get((run.size, run.arm, run.seed)))
+        row |= {name: of_run(run) for name, of_run in columns.items()}
+        row["tokens_per_second"] = run.config.tokens_per_step / row["seconds_per_step"]
+        rows.append(row)
+        curves += [curve_of(row, split, *curve) for split in ("train", "validation")]
+    return make_results(suite, configs, rows, curves, reports)
+
+
 def comparison(sizes, loss):
-    """Of results whose nll is `loss(run)`."""
-    suite = Suite("s", tiny.get_config(), ARMS, sizes, "moe")
-    return Comparison(suite, [invented_result(run, loss(run)) for run in suite.runs()])
+    """Results whose nll is `loss(run)`."""
+    return results(suite_of(sizes), loss)
 
 
-def invented_result(run, nll, seconds_per_step=1.0, routing=None):
-    """Of a finished run."""
-    curve = Curve(np.array([1, 2]), np.array([6.0, 5.0]))
-    nothing = {
-        "timed_in_turn": True,
-        "memory_bytes": 1.0,
-        "load_entropy": math.nan,
-        "dropped_share": math.nan,
-    }
-    return Result(
-        run,
-        "finished",
-        "",
-        nll,
-        1.0,
-        seconds_per_step,
-        train=curve,
-        validation=curve,
-        routing=routing,
-        **nothing,
-    )
+def markdown(found, costs=None):
+    """The report without its machine and its tuning."""
+    sections = {"states": "", "hours": "", "machines": [], "command": "command"}
+    if costs is None:
+        costs = pd.DataFrame(columns=[*COST_COLUMNS, "config"])
+    text, _ = to_markdown(found, sections | all_sections(found, costs))
+    return text
 
 
-def active(run):
-    return parameter_counts(run.config).active_non_embedding
+def table(text, heading):
+    """The cells of the first table after a heading of a report."""
+    lines = text[text.index(f"# {heading}\n") :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]

@@ -6,18 +6,19 @@ from tests.runs import settings
 
 ROWS = """
 import json
-from aoe_jax.compare.arms import aoe, moe
-from aoe_jax.compare.suite import Arm, Size, Suite, Tuning
-from aoe_jax.compare.sweep import Sweep
-from aoe_jax.config import default_config
+from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, Tuning
+from aoe_jax.config.run import default_config
+from configs.compare.arms import aoe, moe
 
 SETTINGS = json.loads('''{settings}''')
 
 
 def get_suite():
     base = default_config()
-    base.update_from_flattened_dict({{name: value for name, value in SETTINGS.items() if value is not None}})
-    broken = Arm("broken", {{"experts": {{"kind": "router", "gate": "sparsemixer"}}}})
+    known = {{name: value for name, value in SETTINGS.items() if value is not None}}
+    base.update_from_flattened_dict(known)
+    routing = {{"name": "sparsemixer"}}
+    broken = Arm("broken", {{"experts": {{"kind": "router"}}, "routing": routing}})
     return Suite(
         name="tests",
         base=base,
@@ -31,7 +32,7 @@ def get_suite():
 SHORT = {
     "train__steps": 6,
     "train__eval_every": 3,
-    "train__warmup_steps": 1,
+    "train__warmup": 0.2,
     "train__log_every": 1,
     "checkpoint__every": 2,
     "checkpoint__keep": 1,
@@ -40,6 +41,6 @@ SHORT = {
 
 
 def write_suite(path, more="", **changes):
-    """Writes the file; `more` are further arguments of `Suite`, `changes` settings of all runs."""
+    """Writes the file; `more`: further arguments of `Suite`; `changes`: settings of all runs."""
     path.write_text(ROWS.format(settings=json.dumps(settings(**SHORT | changes)), more=more))
     return path

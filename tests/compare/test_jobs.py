@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from aoe_jax.compare.jobs import Job, Slot, run_jobs
-from aoe_jax.compare.runs import _slots
+from aoe_jax.compare.runs import Job, Slot, run_jobs, slots_of
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
@@ -20,8 +19,6 @@ def job(folder, name, program):
     return Job(
         name,
         (sys.executable, "-c", program),
-        folder / f"{name}.log",
-        folder / f"{name}.outcome.json",
         folder / name,
         1.0,
         lambda: float((folder / f"{name}.outcome.json").exists()),
@@ -53,7 +50,7 @@ time.sleep(60)
 """
 PARENT = """
 import pathlib, sys
-from aoe_jax.compare.jobs import Slot, run_jobs
+from aoe_jax.compare.runs import Slot, run_jobs
 from aoe_jax.errors import Stopped
 from aoe_jax.stopping import StopRequests
 from tests.compare.test_jobs import SLEEPER, job
@@ -88,22 +85,23 @@ def test_what_is_at_work_ends_with_the_command(tmp_path, number):
         assert "what is done is saved; the same command goes on" in stdout
     wait_for(lambda: log.read_text().endswith("\nsaved\n"))
     assert not (tmp_path / "next.log").exists()
+    assert not (tmp_path / "sleeper.outcome.json").exists()  # it is unfinished, not failed
 
 
 def test_gpus_are_shared_out(monkeypatch):
     machine = {"backend": "gpu", "devices": 4}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert _slots(machine, None) == [Slot()]
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == [
+    assert slots_of(machine, None) == [Slot()]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots_of(machine, 2)] == [
         "0,1",
         "2,3",
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in _slots(machine, 2)] == ["5", "7"]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots_of(machine, 2)] == ["5", "7"]
     with pytest.raises(UserError, match="--jobs=4: must divide the 2 GPUs"):
-        _slots(machine, 4)
+        slots_of(machine, 4)
     with pytest.raises(UserError, match="--jobs=2: on tpu a run takes all devices"):
-        _slots({"backend": "tpu", "devices": 4}, 2)
+        slots_of({"backend": "tpu", "devices": 4}, 2)
 
 
 def test_a_slot_says_which_device(tmp_path):

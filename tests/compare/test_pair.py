@@ -1,8 +1,10 @@
-"""Any two arms from the committed results of a suite, and what isn't there."""
+"""Any two arms from the committed results of a suite, and missing ones."""
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from aoe_jax.compare.pair import exponents, finished_runs, pairs, table
+from aoe_jax.compare.pair import finished_runs, pairs, table
 from aoe_jax.errors import UserError
 from tests.runs import ROOT, run
 
@@ -10,7 +12,7 @@ SMALL = ROOT / "results/small"
 
 
 def row(size, arm, seed, nll, active=100.0, flops=None, state="finished"):
-    of_run = {"size": size, "arm": arm, "seed": str(seed), "state": state}
+    of_run = {"size": size, "arm": arm, "seed": seed, "state": state}
     return of_run | {
         "active_non_embedding": active,
         "flops": flops or active**2,
@@ -27,11 +29,12 @@ def test_differences_are_of_the_seeds_that_both_have():
         row("s", "b", 0, 2.8),
     ]
     rows += [row("t", "a", 0, 2.0), row("u", "b", 0, 1.0)]
-    (pair,) = pairs(rows, ["a", "b"])
-    assert (pair.size, pair.difference.n) == ("s", 2)
-    assert [nll.value for nll in pair.nlls] == pytest.approx([3.1, 2.95])
-    assert pair.difference.value == pytest.approx(0.15)
-    assert (pair.difference.low, pair.difference.high) == pytest.approx(
+    found = pairs(pd.DataFrame(rows), ["a", "b"])
+    ((size, nlls, difference, _),) = found.itertuples(index=False)
+    assert (size, difference.n) == ("s", 2)
+    assert [nll.value for nll in nlls] == pytest.approx([3.1, 2.95])
+    assert difference.value == pytest.approx(0.15)
+    assert (difference.low, difference.high) == pytest.approx(
         (0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05), rel=1e-4
     )
 
@@ -39,22 +42,22 @@ def test_differences_are_of_the_seeds_that_both_have():
 def test_exponents_are_those_of_a_power_law():
     rows = [row("s", "a", 0, 2 * 100**-0.3, 100), row("t", "a", 0, 2 * 900**-0.3, 900)]
     rows += [row("s", "b", 0, 3.0, 50), row("t", "b", 0, 3.0, 60)]
-    assert list(exponents(*pairs(rows, ["a", "b"]))) == pytest.approx([0.3, 0])
+    first, second = pairs(pd.DataFrame(rows), ["a", "b"])["exponents"]
+    assert np.isnan(first).all()
+    assert list(second) == pytest.approx([0.3, 0])
     # Of equal parameters, and of equal training FLOPs.
     same = [row("s", "a", 0, 3.0, 100, 1e6), row("t", "a", 0, 2.0, 100, 2e6)]
     same += [row("s", "b", 0, 3.0, 50, 1e6), row("t", "b", 0, 2.0, 90, 1.05e6)]
-    assert list(exponents(*pairs(same, ["a", "b"]))) == [None, None]
-    assert [cells[-2:] for cells in table(pairs(same, ["a", "b"]), ["a", "b"]).rows] == [
-        ["-", "-"],
-        ["-", "-"],
-    ]
+    found = pairs(pd.DataFrame(same), ["a", "b"])
+    assert np.isnan(np.stack(found["exponents"])).all()
+    assert (table(found, ["a", "b"]).iloc[:, -2:] == "-").all(axis=None)
 
 
 def test_runs_that_have_not_finished_do_not_count(tmp_path):
     rows = [row("s", "a", 0, 3.0), row("s", "b", 0, "", state="failed")]
     lines = [",".join(rows[0]), *(",".join(map(str, of.values())) for of in rows)]
     (tmp_path / "runs.csv").write_text("\n".join(lines))
-    assert finished_runs(tmp_path) == rows[:1]
+    assert finished_runs(tmp_path).to_dict("records") == rows[:1]
     (tmp_path / "runs.csv").write_text("\n".join([lines[0], lines[2]]))
     with pytest.raises(UserError, match=r"no run of .*runs\.csv has finished"):
         finished_runs(tmp_path)
@@ -81,7 +84,7 @@ def test_what_the_results_say_of_loss_free_balancing():
     [
         (["moe_aux"], "--arms=moe_aux: name two arms"),
         (["moe_aux", "moe_aux"], "name two arms"),
-        (["moe_aux", "aoe"], "aoe has finished no run there; choose of moe_aux, moe_free"),
+        (["moe_aux", "aoe"], "aoe has finished no run there; choose one of moe_aux, moe_free"),
     ],
 )
 def test_arms_are_two_that_are_there(arms, words):
@@ -91,11 +94,12 @@ def test_arms_are_two_that_are_there(arms, words):
 
 def test_arms_without_a_run_in_common():
     with pytest.raises(UserError, match="--arms=a,b: no size and seed has both"):
-        pairs([row("s", "a", 0, 3.0), row("s", "b", 1, 3.0), row("t", "b", 0, 3.0)], ["a", "b"])
+        rows = [row("s", "a", 0, 3.0), row("s", "b", 1, 3.0), row("t", "b", 0, 3.0)]
+        pairs(pd.DataFrame(rows), ["a", "b"])
 
 
 def test_a_folder_without_results(tmp_path):
-    with pytest.raises(UserError, match=r"runs\.csv can't be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"runs\.csv cannot be read \(No such file or directory\)"):
         finished_runs(tmp_path)
     for content in (b"step,loss\n1,2\n", b"", b"\xff\xfe"):
         (tmp_path / "runs.csv").write_bytes(content)

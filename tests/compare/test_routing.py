@@ -1,4 +1,4 @@
-"""What is observed of the layers' choices; `routing.json` of real runs is tested in test_runs.py."""
+"""Observations of the layers' choices; test_runs.py tests `routing.json` of real runs."""
 
 import itertools
 
@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.compare.routing import max_violation, observed, oracle_figures, overlap
-from aoe_jax.compare.routing_figures import coactivation
+from aoe_jax.compare.figures import coactivation
+from aoe_jax.compare.routing import max_violation, observing, oracle_figures, overlap
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.step import init_state, sequence_nll
@@ -15,7 +15,7 @@ from tests.runs import tiny_config
 
 
 def test_choices_are_those_before_anything_is_dropped():
-    config = tiny_config(experts__kind="capacity", experts__capacity_factor=0.5)
+    config = tiny_config(experts__kind="capacity", routing__capacity_factor=0.5)
     decoder, batch = Decoder.from_config(config), random_batch(config)
     params = jax.jit(lambda: init_state(config, 0).params)()
 
@@ -25,7 +25,8 @@ def test_choices_are_those_before_anything_is_dropped():
         )
 
     nll, stats = nll_of(decoder)
-    seen_nll, seen = nll_of(observed(decoder))
+    seen_nll, seen_stats = nll_of(observing(decoder))
+    seen = seen_stats.records["observed"]
     np.testing.assert_allclose(seen_nll, nll, rtol=1e-6)
     np.testing.assert_array_equal(seen.chosen.sum(axis=2), config.experts.top_k)
     np.testing.assert_allclose(seen.chosen.mean(axis=1), stats.load, rtol=1e-5)
@@ -34,8 +35,8 @@ def test_choices_are_those_before_anything_is_dropped():
     assert (oracle[..., 2] <= oracle[..., 1] + 1e-6).all()  # the oracle comes nearest
 
 
-@pytest.mark.parametrize("gate", ["chosen", "all"])
-def test_the_oracle_by_trying_all_sets(gate):
+@pytest.mark.parametrize("is_normalised", [True, False])
+def test_the_oracle_by_trying_all_sets(is_normalised):
     rng = np.random.default_rng(0)
     outputs, scores = (
         rng.normal(size=(6, 4, 3)).astype(np.float32),
@@ -43,14 +44,14 @@ def test_the_oracle_by_trying_all_sets(gate):
     )
     chosen = scores > np.sort(scores, axis=1)[:, [1]]  # the best two, and of some tokens others
     chosen[3:] = np.roll(chosen[3:], 1, axis=1)
-    found = np.asarray(oracle_figures(outputs, scores, chosen, 2, gate))
+    found = np.asarray(oracle_figures(outputs, scores, chosen, 2, is_normalised))
     for token in range(6):
         share = np.exp(scores[token]) / np.exp(scores[token]).sum()
         target = share @ outputs[token]
 
         def distance(members, token=token, share=share, target=target):
             weights = np.where(np.isin(range(4), members), share, 0)
-            weights = weights if gate == "all" else weights / weights.sum()
+            weights = weights / weights.sum() if is_normalised else weights
             return np.linalg.norm(weights @ outputs[token] - target) / np.linalg.norm(target)
 
         of_sets = {members: distance(members) for members in itertools.combinations(range(4), 2)}
@@ -83,9 +84,8 @@ def test_coactivation_of_selections_without_a_fixed_number_of_experts():
     """
     load = np.array([0.5, 0.25, 0.5])
     by_chance = np.outer(load, load) * (1 - np.eye(3)) + np.diag(load)
-    two_of_four = (
-        np.full((4, 4), 1 / 6) + np.eye(4) / 3
-    )  # chosen evenly: a pair has 1 / 6 of the tokens
+    # Chosen evenly: a pair has 1 / 6 of the tokens.
+    two_of_four = np.full((4, 4), 1 / 6) + np.eye(4) / 3
     entries = [
         ("top-p", {"coactivation": [by_chance], "experts_per_token": None}),
         ("top-k", {"coactivation": [two_of_four], "experts_per_token": 2}),

@@ -1,36 +1,46 @@
-"""A small suite from end to end: cut off and begun again, an arm that fails, and its report."""
+"""A small suite from end to end: interrupted and begun again, an arm that fails, and its report."""
 
-import csv
 import math
 import re
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from aoe_jax.compare.analysis import Comparison
-from aoe_jax.compare.arms import aoe, other_selection
-from aoe_jax.compare.document import to_markdown
-from aoe_jax.compare.layout import check_run, folder_of, tuning_folder
-from aoe_jax.compare.measuring import step_seconds
+from aoe_jax.compare.measure import missing_points, step_seconds, sweep_file
 from aoe_jax.compare.report import write_report
-from aoe_jax.compare.results import Curve, read_results
-from aoe_jax.compare.runs import tuned_rates, tuning_nlls
-from aoe_jax.compare.scaling_sections import scaling
-from aoe_jax.compare.sections import losses, styles_of
-from aoe_jax.compare.suite import Size, load_suite
-from aoe_jax.config import Config
+from aoe_jax.compare.results import read_results
+from aoe_jax.compare.runs import (
+    Machine,
+    Slot,
+    check_run,
+    folder_of,
+    train_suite,
+    tuned_rates,
+    tuning_folder,
+    tuning_nlls,
+)
+from aoe_jax.compare.suite import load_suite
+from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
+from aoe_jax.stopping import StopRequests
 from tests.compare.suites import write_suite
 from tests.hasty import xla_flags
-from tests.runs import finish, scratch, shared, start
+from tests.runs import ROOT, finish, scratch, shared, start
+
+SWEEP = 'throughput={"tokens": Sweep("train.batch_size", (2, 4), {}, arms=("moe", "aoe"))},'
+FIGURES = {arm: {"seconds": 1.0, "memory_bytes": 1e6} for arm in ("moe", "aoe")}
+EARLIER = {"backend": "cpu", "device": "abacus", "cores": 1, "devices": 1, "python": "2"}
+PACKAGES = {"jax": "0", "numpy": "1", "jaxlib": "0", "flax": "0", "optax": "0"}
 
 
 def command(folder, *more):
@@ -49,9 +59,17 @@ def checkpoints(folder):
 
 @shared
 def ended():
-    """`(folder, what was interrupted, what went on)`: each `(exit status, stderr)`."""
+    """`(folder, what was interrupted, what went on)`: each `(exit status, stderr)`.
+
+    There are the machine of an earlier version of the command, and a point of the sweep, already.
+    """
     folder = scratch("compare")
-    write_suite(folder / "suite.py")
+    work = folder / "work"
+    suite = load_suite(write_suite(folder / "suite.py", SWEEP))
+    sweep_file(work, "tokens").parent.mkdir(parents=True)
+    write_json(work / "machine.json", EARLIER | PACKAGES)
+    point = missing_points(suite, work, "tokens")[0] | {"figures": FIGURES}
+    write_json(sweep_file(work, "tokens"), {"points": [point]})
     process = start(command(folder), XLA_FLAGS=xla_flags())
     deadline = time.monotonic() + 200
     while not checkpoints(folder):
@@ -65,8 +83,8 @@ def ended():
 
 
 def rows(name):
-    with (ended()[0] / "work" / name).open() as file:
-        return list(csv.DictReader(file))
+    frame = pd.read_csv(ended()[0] / "work" / name, dtype=str)
+    return frame.to_dict("records")
 
 
 def test_interrupted_it_stops_its_runs_and_says_how_to_go_on():
@@ -84,7 +102,7 @@ def test_begun_again_it_trains_the_rest_and_shows_what_failed():
     folder, _, (status, stderr) = ended()
     assert status == 0, stderr
     assert (
-        "a/broken/seed_0 failed with status 2: error: config.experts.gate='sparsemixer'" in stderr
+        "a/broken/seed_0 failed with status 2: error: config.routing.name='sparsemixer'" in stderr
     )
     states = {(row["size"], row["arm"], row["seed"]): row["state"] for row in rows("runs.csv")}
     assert [states.pop(("a", "broken", seed)) for seed in ("0", "1")] == ["failed", "failed"]
@@ -134,26 +152,32 @@ def test_finished_it_does_nothing_again():
 
 
 def test_a_run_whose_validation_diverged_counts_nowhere(tmp_path):
-    shutil.copytree(ended()[0] / "work", tmp_path / "work")
-    summary = tmp_path / "work/runs/a/aoe/seed_1/summary.json"
+    work = shutil.copytree(ended()[0] / "work", tmp_path / "work")
+    summary = work / "runs/a/aoe/seed_1/summary.json"
     found = read_json(summary)
     found["metrics"]["validation_nll"] = None
     write_json(summary, found)
     suite = load_suite(ended()[0] / "suite.py")
-    comparison = Comparison(suite, read_results(suite.runs(), tmp_path / "work"))
-    assert [r.state for r in comparison.results if r.run.arm == "aoe"] == ["finished", "diverged"]
-    assert list(comparison.nlls("a", "aoe")) == [0]
-    write_report(suite, tmp_path / "work", "command")
-    assert "a: AoE r=d/4, L_aux, seed 1 | diverged" in (tmp_path / "work/report.md").read_text()
+    results = read_results(suite, suite.runs(), work)
+    states = results.runs.set_index(["arm", "seed"])["state"]
+    assert list(states["aoe"]) == ["finished", "diverged"]
+    assert list(results.nlls("a", "aoe").index) == [0]
+    write_report(suite, work, "command")
+    assert re.search(r"a: AoE r=d/4, L_aux, seed 1 +\| +diverged", (work / "report.md").read_text())
 
 
 def test_a_workdir_of_another_configuration_is_refused():
+    """Neither trained nor reported."""
     folder = ended()[0]
-    status, _, stderr = finish(start(command(folder, "--set=train.weight_decay=0.3")))
-    assert (
-        status == 2
-        and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
-    )
+    other = load_suite(folder / "suite.py", ["train.weight_decay=0.3"])
+    machine = Machine("cpu", [Slot()], {}, StopRequests())
+    words = r"holds another configuration: train\.weight_decay is 0\.1 there, 0\.3 here"
+    for use in (
+        lambda: train_suite(other, folder / "work", machine),
+        lambda: write_report(other, folder / "work", "command"),
+    ):
+        with pytest.raises(UserError, match=words):
+            use()
 
 
 def test_tables_hold_the_numbers_of_the_runs():
@@ -166,9 +190,9 @@ def test_tables_hold_the_numbers_of_the_runs():
     row = next(row for row in rows("differences.csv") if row["at_equal"] == "end")
     assert (row["arm"], row["n"]) == ("aoe", "2") and float(row["value"]) == pytest.approx(mean)
     side = "below" if mean < 0 else "above"
-    sentence = f"AoE r=d/4, L_aux is {abs(mean):.4f} ± "
+    sentence = f"At a, AoE r=d/4, L_aux is {abs(mean):.4f} ± "
     markdown = (folder / "report.md").read_text()
-    assert sentence in markdown and f"nats {side} MoE, L_aux at a (95% interval" in markdown
+    assert sentence in markdown and f"nats {side} MoE, L_aux (95% interval" in markdown
     curve = [
         row
         for row in rows("curves.csv")
@@ -186,9 +210,8 @@ def test_routing_is_looked_at():
         assert sum(load) == pytest.approx(2) and len(load) == 4
         together = routing["coactivation"][layer]
         assert [together[i][i] for i in range(4)] == pytest.approx(load)
-        assert sum(map(sum, together)) == pytest.approx(
-            4
-        )  # pairs of 2 chosen, in order, themselves included
+        # Pairs of 2 chosen, in order, themselves included.
+        assert sum(map(sum, together)) == pytest.approx(4)
     oracle = routing["oracle"]
     for chosen, best, any_ in zip(
         *(oracle[f"distance_{of}"] for of in ("chosen", "oracle", "any")), strict=True
@@ -218,34 +241,6 @@ def test_the_page_needs_nothing_else():
     assert used <= set(ids) and not [name for name in ids if re.search(r"_\d+$", name)]
     body = page[page.index("<body>") : page.index("</html>")]
     ElementTree.fromstring(body)  # well-formed
-
-
-def test_scaling_is_fitted_over_sizes():
-    folder = ended()[0]
-    suite = load_suite(folder / "suite.py")
-    results = read_results(suite.runs(), folder / "work")
-    # The same results once more as those of a model of twice the layers, at 0.9 times the loss.
-    deeper = {"model": {"n_layers": 4}}
-    sizes = suite.sizes | {"b": Size(deeper, seeds=2)}
-    larger = [
-        replace(
-            r,
-            run=replace(
-                r.run,
-                size="b",
-                config=replace(r.run.config, model=replace(r.run.config.model, n_layers=4)),
-            ),
-        )
-        for r in results
-    ]
-    larger = [replace(r, nll=0.9 * r.nll) for r in larger]
-    comparison = Comparison(replace(suite, sizes=sizes), [*results, *larger])
-    fits = comparison.fits("active_non_embedding")
-    assert set(fits) == {"moe", "aoe"}
-    xs = list(comparison.points("active_non_embedding")["aoe"])
-    assert fits["aoe"].exponent == pytest.approx(-math.log(0.9) / math.log(xs[1] / xs[0]))
-    text = to_markdown(scaling(comparison, styles_of(comparison)), "figures")
-    assert "scaling_flops.png" in text and f"{fits['aoe'].exponent:.4f} [" in text
 
 
 def test_figures_lie_beside_the_report():
@@ -298,63 +293,6 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
         tuned_rates(longer, tmp_path)
 
 
-def test_losses_at_equal_flops_and_seconds():
-    """By hand, of the curves of the runs."""
-    folder = ended()[0]
-    suite = load_suite(folder / "suite.py")
-    results = [r for r in read_results(suite.runs(), folder / "work") if r.state == "finished"]
-    # As if a step of AoE took twice the seconds of one of the MoE, whose losses were 5 at step 3
-    # and 4 at step 6.
-    seconds = {"moe": 1.0, "aoe": 2.0}
-    curve = Curve(np.array([3, 6]), np.array([5.0, 4.0]))
-    results = [
-        replace(r, seconds_per_step=seconds[r.run.arm], validation=curve, nll=4.0) for r in results
-    ]
-    comparison = Comparison(suite, results)
-    both = ("aoe", "moe")
-    assert comparison.budget("a", both, "seconds") == 6
-    assert comparison.nlls("a", "moe", "seconds", 6) == {0: 4.0, 1: 4.0}
-    assert comparison.difference("a", "aoe", "seconds").value == pytest.approx(
-        1.0
-    )  # it is at step 3 by then
-    flops = {r.run.arm: r.flops_per_step for r in results}
-    least = min(flops, key=flops.get)
-    budget = comparison.budget("a", both, "flops")
-    assert budget == pytest.approx(6 * flops[least])
-    other = max(flops, key=flops.get)
-    at = math.log(2 * flops[least] / flops[other]) / math.log(2)  # between steps 3 and 6
-    assert comparison.nlls("a", other, "flops", budget)[0] == pytest.approx(5 - at)
-    of_selection = {
-        name: Comparison(
-            replace(suite, arms=suite.arms | {"aoe": other_selection(aoe(4, "aux"), name)}), results
-        )
-        for name in ("top_p", "expert_choice")
-    }
-    by_top_p, by_expert_choice = of_selection.values()
-    assert (
-        by_top_p.difference("a", "aoe").n == 2 and by_top_p.difference("a", "aoe", "flops").n == 0
-    )
-    assert by_expert_choice.difference("a", "aoe").n == 0  # whose losses know of later tokens
-
-
-def test_an_arm_may_be_held_against_another_than_the_baseline():
-    folder = ended()[0]
-    suite = load_suite(folder / "suite.py")
-    results = [r for r in read_results(suite.runs(), folder / "work") if r.state == "finished"]
-    twins = [
-        replace(r, run=replace(r.run, arm="twin"), nll=r.nll + 1)
-        for r in results
-        if r.run.arm == "aoe"
-    ]
-    arms = suite.arms | {"twin": replace(suite.arms["aoe"], label="twin", reference="aoe")}
-    comparison = Comparison(replace(suite, arms=arms), [*results, *twins])
-    assert comparison.difference("a", "twin").value == pytest.approx(1)
-    text = to_markdown(losses(comparison, styles_of(comparison)), "figures")
-    assert "nats above AoE r=d/4, L_aux at a" in text and "] to AoE r=d/4, L_aux |" in text
-    with pytest.raises(UserError, match=r"arms\['twin'\]\.reference='nobody'"):
-        replace(suite, arms=suite.arms | {"twin": replace(arms["twin"], reference="nobody")})
-
-
 def test_a_run_of_other_length_is_refused(tmp_path):
     """Whose learning rate has come down at another step."""
     (run, *_) = load_suite(write_suite(tmp_path / "suite.py")).runs()
@@ -365,10 +303,39 @@ def test_a_run_of_other_length_is_refused(tmp_path):
         check_run(tmp_path, longer)
 
 
-def test_a_report_of_other_settings_is_refused():
-    folder = ended()[0]
-    status, _, stderr = finish(start(command(folder, "--report", "--set=train.weight_decay=0.3")))
-    assert (
-        status == 2
-        and "holds another configuration: train.weight_decay is 0.1 there, 0.3 here" in stderr
-    )
+def test_the_sweep_measures_what_is_missing():
+    """One point was there already, and the machine of an earlier version of the command."""
+    work = ended()[0] / "work"
+    points = read_json(sweep_file(work, "tokens"))["points"]
+    assert [point["value"] for point in points] == [2, 4] and points[0]["figures"] == FIGURES
+    assert 0 < points[1]["figures"]["aoe"]["seconds"] < 1
+    machines = read_json(work / "machine.json")["machines"]
+    assert len(machines) == 2 and machines[0]["device"] == "abacus"
+    markdown = (work / "report.md").read_text()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert head.startswith(machines[1]["commit"].removesuffix("-dirty"))
+    assert f"aoe_jax at {machines[1]['commit']}." in markdown
+    assert "Machine: abacus, 1 cores; python 2" in markdown
+    assert "took part one after another" in markdown
+    assert "## Throughput against settings" in markdown
+    of = {(row["arm"], row["x"]): row for row in rows("throughput.csv")}
+    assert list(of) == [("moe", "64"), ("moe", "128"), ("aoe", "64"), ("aoe", "128")]
+    moe, aoe = of["moe", "128"], of["aoe", "128"]
+    ratio = float(moe["seconds_per_step"]) / float(aoe["seconds_per_step"])
+    assert float(aoe["speed_to_baseline"]) == pytest.approx(ratio)
+    memory = float(aoe["memory_bytes"]) / float(moe["memory_bytes"])
+    assert f"{ratio:.2f} / {memory:.2f} |" in markdown
+    assert "figures/throughput_tokens.png" in markdown
+    assert (work / "figures/throughput_tokens.svg").exists()
+
+
+def test_a_suite_may_train_nothing(tmp_path):
+    suite = load_suite(write_suite(tmp_path / "suite.py", f"sizes={{}}, {SWEEP}"))
+    work = shutil.copytree(ended()[0] / "work/measured", tmp_path / "work/measured").parent
+    write_json(work / "machine.json", EARLIER | PACKAGES)
+    write_report(suite, work, "command")
+    markdown = (work / "report.md").read_text()
+    assert "## Throughput against settings" in markdown and "Failed" not in markdown
+    assert "What is matched" not in markdown and "0 of 0" not in markdown

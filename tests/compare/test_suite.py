@@ -1,14 +1,17 @@
+"""Which suites and sweeps there can be, and the configurations of their runs."""
+
 import dataclasses
 import json
 
 import pytest
 
-from aoe_jax.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
-from aoe_jax.compare.suite import Arm, Size, Suite, Tuning, load_suite
-from aoe_jax.config import Config, matched_width
+from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, Tuning, load_suite
+from aoe_jax.config.experts import matched_width
+from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
 from configs import saved, tiny
+from configs.compare.arms import DENSE, DENSE_ACTIVE, aoe, moe
 from tests.runs import ROOT, run, tiny_config
 
 ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE, "active": DENSE_ACTIVE}
@@ -65,7 +68,7 @@ def test_a_size_may_have_a_part_of_the_rate_of_the_tuning():
     }
     assert rates == {"small": 1e-3, "wide": 5e-4}
     own = {run.size: run.config.train.learning_rate for run in wide.runs() if run.arm == "moe"}
-    assert own["small"] == own["wide"]  # what isn't tuned stays
+    assert own["small"] == own["wide"]  # without tuning it stays
     with pytest.raises(UserError, match=r"sizes\['wide'\].rate_factor=0: must be greater than 0"):
         suite(sizes={"wide": Size({}, 1, rate_factor=0)})
 
@@ -140,7 +143,7 @@ def test_an_arm_that_says_so_need_not_match():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, ["can't be read (No such file", "configs/compare/tiny.py"]),
+        (None, ["cannot be read (No such file", "configs/compare/tiny.py"]),
         ("x = 1\n", ["needs a function get_suite()"]),
         ("def get_suite():\n    return 3\n", ["needs a function get_suite()"]),
         ("def get_suite():\n    return 1 / 0\n", ["ZeroDivisionError", "line 2"]),
@@ -208,7 +211,8 @@ def test_settings_change_all_runs():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "configs/compare").glob("*.py"))
+    "name",
+    sorted({path.stem for path in (ROOT / "configs/compare").glob("*.py")} - {"arms", "__init__"}),
 )
 def test_every_suite_of_the_repository_resolves(name):
     suite = load_suite(ROOT / f"configs/compare/{name}.py")
@@ -224,3 +228,75 @@ def test_a_saved_configuration_is_read_again(tmp_path):
     assert Config.from_config_dict(saved.get_config(str(file))) == config
     with pytest.raises(UserError, match="name the file"):
         saved.get_config()
+
+
+SWEPT_ARMS = {"moe": moe("aux"), "aoe": aoe(4, "free"), "dense": DENSE}
+SWEPT_MODEL = {
+    "model": {"n_layers": 1, "unroll": 1, "d_model": 64, "vocab_size": 512},
+    "experts": {"d_ffn": 96},
+}
+
+
+def suite_of(sweep, **changes):
+    return suite(**{"arms": SWEPT_ARMS, "sizes": {}, "throughput": {"it": sweep}} | changes)
+
+
+def test_all_arms_have_the_value_and_equal_parameters():
+    found = suite_of(Sweep("experts.n_experts", (4, 16), SWEPT_MODEL)).swept("it")
+    assert list(found) == [4, 16]
+    for n, configs in found.items():
+        assert configs["moe"].experts.n_experts == configs["aoe"].experts.n_experts == n
+        assert configs["dense"].experts.d_ffn == n * 96
+        totals = {arm: parameter_counts(config).total for arm, config in configs.items()}
+        assert max(totals.values()) / min(totals.values()) < 1.01
+
+
+def test_the_value_wins_over_what_an_arm_says():
+    sweep = Sweep("experts.d_low", (8, 24), SWEPT_MODEL)
+    found = suite_of(sweep).swept("it")
+    assert [configs["aoe"].experts.d_low for configs in found.values()] == [8, 24]
+    assert [configs["aoe"].experts.width(64) for configs in found.values()] == [132, 111]
+    sweep = Sweep("train.batch_size", (2, 4), SWEPT_MODEL)
+    found = suite_of(sweep, settings={"train": {"batch_size": 8}}).swept("it")
+    assert [sweep.position(configs["dense"]) for configs in found.values()] == [2 * 256, 4 * 256]
+
+
+def test_topologies_keep_the_batch_of_a_chip():
+    changes = SWEPT_MODEL | {"train": {"batch_size": 3}}
+    sweep = Sweep("topology", ("v5e:2x2", "v5p:2x2x4"), changes, arms=("moe", "aoe"))
+    found = suite_of(sweep, settings={"mesh": {"fsdp": 2}, "train": {"accumulate": 3}}).swept("it")
+    assert [sweep.position(configs["aoe"]) for configs in found.values()] == [4, 16]
+    assert [configs["aoe"].train.batch_size for configs in found.values()] == [12, 48]
+    assert {configs["moe"].train.accumulate for configs in found.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        (
+            Sweep("experts.d_ffn", (1, 2), {}),
+            ["throughput['it'].setting='experts.d_ffn'", "experts.n_experts"],
+        ),
+        (Sweep("experts.top_k", (2,), {}), ["throughput['it'].values=(2,)", "two or more"]),
+        (
+            Sweep("experts.top_k", (9, 2), SWEPT_MODEL),
+            ["throughput it, experts.top_k=9, arm moe", "experts.top_k=9"],
+        ),
+        (Sweep("topology", ("v5e", "v5e:2x2"), SWEPT_MODEL), ["topology='v5e'", "such as v5e:4x4"]),
+        (Sweep("experts.top_k", (1, 2), {}, arms=("aoe",)), ["must have the baseline 'moe'"]),
+        (
+            Sweep("experts.top_k", (1, 2), SWEPT_MODEL),
+            ["throughput it, experts.top_k=1: arm wide", "1% apart"],
+        ),
+    ],
+)
+def test_what_no_sweep_can_be(sweep, words):
+    wide = Arm("wide", {"experts": {"kind": "router", "d_ffn": 500}})
+    with pytest.raises(UserError) as e:
+        suite_of(sweep, arms=SWEPT_ARMS | {"wide": wide}).swept("it")
+    assert all(word in str(e.value) for word in words), e.value
+
+
+def test_without_sizes_there_must_be_a_sweep():
+    with pytest.raises(UserError, match="sizes={}: must name at least one Size"):
+        suite_of(None, throughput={})

@@ -8,9 +8,16 @@ from fractions import Fraction
 
 import pytest
 
-from aoe_jax.config import Config, DataConfig, ExpertsConfig, default_config, matched_width
+from aoe_jax.config.data import DataConfig
+from aoe_jax.config.experts import ExpertsConfig, matched_width
+from aoe_jax.config.run import Config, default_config
 from aoe_jax.config.sources import SourceConfig
+from aoe_jax.config.training import TrainConfig
 from aoe_jax.errors import UserError
+from aoe_jax.methods.smear import Smear
+from aoe_jax.moe.routing import TopK, TopP
+from configs import large, paper, tiny
+from configs.compare.small import size_of
 
 
 def test_defaults_are_the_dataclass_defaults():
@@ -18,12 +25,12 @@ def test_defaults_are_the_dataclass_defaults():
 
 
 def test_round_trip_through_a_dict():
-    ranked = {"selection": "ranked", "ranks": (1, 3)}
+    ranked = {"name": "ranked", "ranks": (1, 3)}
     config = Config.from_config_dict(
-        {"experts": {"d_wide": 77} | ranked, "train": {"learning_rate": 1}}
+        {"experts": {"d_wide": 77}, "routing": ranked, "train": {"learning_rate": 1}}
     )
     assert config.experts.d_wide == 77 and config.train.learning_rate == 1.0
-    assert config.to_dict()["experts"]["ranks"] == [1, 3]
+    assert config.to_dict()["routing"] == {"name": "ranked", "ranks": [1, 3]}
     assert Config.from_config_dict(config.to_dict()) == config
 
 
@@ -53,7 +60,7 @@ def test_width_of_each_kind():
 
 
 BAD = {
-    "mesh.data=0": ("mesh", {"data": 0}, "-1 for the rest"),
+    "mesh.data=0": ("mesh", {"data": 0}, "-1 for all remaining devices"),
     "mesh.expert=3": ("mesh", {"expert": 3}, "must divide experts.n_experts=8"),
     "mesh.tensor=8": ("mesh", {"tensor": 8}, "must divide model.n_heads=4"),
     "mesh.fsdp=3": ("mesh", {"fsdp": 3}, "must divide model.d_model=128"),
@@ -69,75 +76,10 @@ BAD = {
     "experts.d_low=128": ("experts", {"d_low": 128}, "smaller than model.d_model=128"),
     "experts.d_low=0": ("experts", {"d_low": 0}, "greater than 0"),
     "experts.d_low=-4": ("experts", {"d_low": -4}, "greater than 0"),
-    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, capacity, dense"),
-    "experts.selection='top_q'": (
-        "experts",
-        {"selection": "top_q"},
-        "top_k, ranked, top_p, expert_choice",
-    ),
-    "experts.ranks=(1,)": ("experts", {"ranks": (1,)}, "selection='ranked'; leave it at ()"),
-    "experts.ranks=()": (
-        "experts",
-        {"selection": "ranked"},
-        "top_k=2 different ranks, whole numbers from 0",
-    ),
-    "experts.ranks=(1, 1)": (
-        "experts",
-        {"selection": "ranked", "ranks": (1, 1)},
-        "top_k=2 different ranks",
-    ),
-    "experts.ranks=(1, 8)": ("experts", {"selection": "ranked", "ranks": (1, 8)}, "to 7"),
-    "experts.ranks=(0, True)": (
-        "experts",
-        {"selection": "ranked", "ranks": (0, True)},
-        "whole numbers",
-    ),
-    "experts.gate='some'": ("experts", {"gate": "some"}, "chosen, all"),
-    "experts.gate='all'": ("experts", {"gate": "all", "selection": "top_p"}, "top_k"),
-    "experts.top_p=1.0": ("experts", {"top_p": 1.0, "selection": "top_p"}, "between 0 and 1"),
-    "experts.top_p=0.5": (
-        "experts",
-        {"top_p": 0.5},
-        "belongs to experts.selection='top_p'; leave it at 0.6",
-    ),
-    "experts.capacity_factor=1.0": (
-        "experts",
-        {"capacity_factor": 1.0},
-        "experts.kind='capacity'; leave it at 2.0",
-    ),
-    "experts.router_jitter=0.2": (
-        "experts",
-        {"router_jitter": 0.2},
-        "experts.gate='sparsemixer'; leave it at 0.01",
-    ),
-    "experts.capacity_factor=9.0": (
-        "experts",
-        {"capacity_factor": 9.0, "selection": "expert_choice"},
-        "n_experts=8",
-    ),
-    "experts.capacity_factor=0.0": (
-        "experts",
-        {"capacity_factor": 0.0, "kind": "capacity"},
-        "n_experts=8",
-    ),
-    "experts.selection='expert_choice'": (
-        "experts",
-        {"selection": "expert_choice", "kind": "capacity"},
-        "'top_k'",
-    ),
-    "experts.gate='sparsemixer'": (
-        "experts",
-        {"gate": "sparsemixer", "kind": "capacity"},
-        "chosen, all",
-    ),
+    "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, dense, capacity"),
     "experts.d_wide=99": ("experts", {"d_wide": 99, "kind": "router"}, "d_ffn"),
     "experts.round_to=128": ("experts", {"round_to": 128, "kind": "router"}, "d_ffn"),
     "experts.round_to=8": ("experts", {"round_to": 8, "d_wide": 64}, "Eq. 5"),
-    "experts.selection='top_p'": (
-        "experts",
-        {"kind": "dense", "selection": "top_p"},
-        "selects nothing",
-    ),
     "experts.d_ffn=8": ("experts", {"d_ffn": 8}, "Eq. 5 finds no width for d_low=32"),
     "experts.d_ffn=512": ("experts", {"round_to": 4096}, "round_to=4096"),
     "balance.aux_weight=0.01": ("experts", {"kind": "dense"}, "set it to 0"),
@@ -159,24 +101,16 @@ BAD = {
         {"score_gradient": "dense", "kind": "router"},
         "kind='aoe'",
     ),
-    "experts.score_gradient='sparse'": (
-        "experts",
-        {"score_gradient": "sparse", "gate": "all"},
-        "use 'dense'",
-    ),
-    "balance.aux_tokens=0.3": ("balance", {"aux_tokens": 0.3}, "whole fraction"),
-    "balance.aux_tokens=0.0": ("balance", {"aux_tokens": 0.0}, "whole fraction"),
+    "balance.aux_tokens=0.3": ("balance", {"aux_tokens": 0.3}, "1 / a whole number"),
+    "balance.aux_tokens=0.0": ("balance", {"aux_tokens": 0.0}, "greater than 0"),
     "balance.aux_batch='micro'": ("balance", {"aux_batch": "micro"}, "global, sequence"),
     "balance.aux_batch='sequence'": (
         "balance",
         {"aux_batch": "sequence", "aux_weight": 0.0},
         "leave it at 'global'",
     ),
-    "balance.z_weight=-1.0": ("balance", {"z_weight": -1.0}, "0 or greater"),
-    "gshard.aux_weight=-1.0": ("gshard", {"aux_weight": -1.0}, "0 or greater"),
-    "by_attention.measure='given'": ("by_attention", {"measure": "given"}, "paid, received"),
-    "by_attention.reduce='sum'": ("by_attention", {"reduce": "sum"}, "mean, max"),
-    "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "0 or greater"),
+    "balance.z_weight=-1.0": ("balance", {"z_weight": -1.0}, "at least 0"),
+    "balance.aux_weight=-0.1": ("balance", {"aux_weight": -0.1}, "at least 0"),
     "data.name=''": ("data", {"name": ""}, "sotu"),
     "data.path=None": ("data", {"name": "text"}, "folder of .txt files"),
     "data.path=None: name the folder of a": (
@@ -215,28 +149,14 @@ BAD = {
     ),
     "data.loss_mask=1": ("data", {"loss_mask": 1}, "bool"),
     "data.seq_len=4096": ("data", {"seq_len": 4096}, "max_len=2048"),
-    "train.warmup_steps=1000": ("train", {"warmup_steps": 1000}, "train.steps=1000"),
+    "train.warmup=1.0": ("train", {"warmup": 1.0}, "at least 0 and below 1"),
+    "train.warmup=-0.1": ("train", {"warmup": -0.1}, "at least 0 and below 1"),
     "train.accumulate=3": ("train", {"accumulate": 3}, "batch_size=16"),
     "train.router_steps=5": ("train", {"router_steps": 5}, "experts.kind='aoe' has none"),
-    "train.router_steps=-1": ("train", {"router_steps": -1}, "0 or greater"),
+    "train.router_steps=-1": ("train", {"router_steps": -1}, "at least 0"),
     "train.steps=0": ("train", {"steps": 0}, "greater than 0"),
     "train.final_learning_rate=1.0": ("train", {"final_learning_rate": 1.0}, "learning_rate"),
     "checkpoint.keep=0": ("checkpoint", {"keep": 0}, "greater than 0"),
-    "top_any.temperature=0.0": ("top_any", {"temperature": 0.0}, "greater than 0"),
-    "top_any.initial_experts=0": ("top_any", {"initial_experts": 0}, "or None"),
-    "top_any.period_steps=500": (
-        "top_any",
-        {"period_steps": 500},
-        "idle_steps + record_steps = 600",
-    ),
-    "top_any.loss_weight=0.1": (
-        "top_any",
-        {"loss_weight": 0.1},
-        "belongs to experts.selection='top_any'",
-    ),
-    "routing_free.bias=nan": ("routing_free", {"bias": math.nan}, "must be finite"),
-    "routing_free.multiplier=0.0": ("routing_free", {"multiplier": 0.0}, "above 0"),
-    "routing_free.expert_share=1.5": ("routing_free", {"expert_share": 1.5}, "between 0 and 1"),
 }
 
 
@@ -248,33 +168,109 @@ def test_bad_values_are_named(start):
     assert str(error.value).startswith(f"config.{start}") and hint in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("start", "groups", "hint"),
-    [
-        ("balance.aux_weight=0.01", {"experts": {"selection": "top_any"}}, "set it to 0"),
-        (
-            "balance.entropy_weight=0.1",
-            {"balance": {"aux_weight": 0, "entropy_weight": 0.1}},
-            "set it to 0",
-        ),
-        ("balance.z_weight=0.1", {"balance": {"aux_weight": 0, "z_weight": 0.1}}, "set it to 0"),
-        ("top_any.initial_experts=9", {"top_any": {"initial_experts": 9}}, "n_experts=8"),
-        ("top_any.loss_weight=0.1", {"top_any": {"loss_weight": 0.1}}, "kind='router'"),
-        (
-            "experts.large_router=True",
-            {"experts": {"kind": "router", "large_router": True}},
-            "columns of the router",
-        ),
-    ],
-)
-def test_what_top_any_is_not_combined_with(start, groups, hint):
-    groups = (
-        {"balance": {"aux_weight": 0.0}} | groups if start != "balance.aux_weight=0.01" else groups
-    )
-    groups |= {"experts": {"selection": "top_any"} | groups.get("experts", {})}
+def router(name, **settings):
+    return {"routing": {"name": name} | settings, "balance": {"aux_weight": 0.0}}
+
+
+# What a message begins with -> groups, and what else it says.
+BAD_ROUTING = {
+    "routing.name='top_q'": (router("top_q"), "top_k, top_p, expert_choice, ranked"),
+    "routing.p is unknown": (router("top_k", p=0.5), "norm_topk_prob"),
+    "routing.ranks=()": (router("ranked", ranks=()), "top_k=2 different whole numbers from 0"),
+    "routing.ranks=(1, 1)": (router("ranked", ranks=(1, 1)), "top_k=2 different"),
+    "routing.ranks=(1, 8)": (router("ranked", ranks=(1, 8)), "to 7"),
+    "routing.ranks=(0, True)": (router("ranked", ranks=(0, True)), "whole numbers"),
+    "routing.norm_topk_prob='some'": (router("top_k", norm_topk_prob="some"), "type bool"),
+    "routing.norm_topk_prob is unknown": (router("top_p", norm_topk_prob=False), "known are p"),
+    "routing.p=1.0": (router("top_p", p=1.0), "greater than 0 and below 1"),
+    "routing.capacity_factor=9.0": (router("expert_choice", capacity_factor=9.0), "n_experts=8"),
+    "routing.capacity_factor=0.0": (
+        router("capacity", capacity_factor=0.0) | {"experts": {"kind": "capacity"}},
+        "greater than 0",
+    ),
+    "routing.jitter=-0.1": (router("sparsemixer", jitter=-0.1), "at least 0"),
+    "routing.name='expert_choice'": (
+        router("expert_choice") | {"experts": {"kind": "capacity"}},
+        "choose one of capacity",
+    ),
+    "routing.name='top_p'": (router("top_p") | {"experts": {"kind": "dense"}}, "one of dense"),
+    "routing.name='thor'": (router("thor"), "choose one of top_k"),
+    "experts.score_gradient='sparse'": (
+        router("top_k", norm_topk_prob=False) | {"experts": {"score_gradient": "sparse"}},
+        "use 'dense'",
+    ),
+    "routing.aux_weight=-1.0": (router("gshard", aux_weight=-1.0), "at least 0"),
+    "routing.reduce='sum'": (router("da_moe", reduce="sum"), "mean, max"),
+    "routing.measure is unknown": (router("da_moe", measure="paid"), "known are reduce"),
+    "routing.temperature=0.0": (router("dynmoe", temperature=0.0), "greater than 0"),
+    "routing.initial_experts=0": (router("dynmoe", initial_experts=0), "greater than 0"),
+    "routing.initial_experts=9": (router("dynmoe", initial_experts=9), "n_experts=8"),
+    "routing.period_steps=500": (router("dynmoe", period_steps=500), "record_steps = 600"),
+    "routing.loss_weight=0.1": (router("dynmoe", loss_weight=0.1), "kind='router'"),
+    "routing.bias=nan": (router("routing_free", bias=math.nan), "must be finite"),
+    "routing.multiplier=0.0": (router("routing_free", multiplier=0.0), "greater than 0"),
+    "routing.expert_share=1.5": (router("routing_free", expert_share=1.5), "at most 1"),
+    "balance.aux_weight=0.01": ({"routing": {"name": "dynmoe"}}, "set it to 0"),
+    "balance.entropy_weight=0.1": (
+        {"routing": {"name": "dynmoe"}, "balance": {"aux_weight": 0, "entropy_weight": 0.1}},
+        "set it to 0",
+    ),
+    "balance.z_weight=0.1": (
+        {"routing": {"name": "dynmoe"}, "balance": {"aux_weight": 0, "z_weight": 0.1}},
+        "set it to 0",
+    ),
+    "experts.large_router=True": (
+        router("dynmoe") | {"experts": {"kind": "router", "large_router": True}},
+        "the router's columns",
+    ),
+    "experts.top_k=3": (router("gshard") | {"experts": {"top_k": 3}}, "set 2"),
+    "routing.name='erc'": (router("erc"), "experts.kind='router'"),
+    # Fields that have gone say what stands for them.
+    "experts.selection is gone": ({"experts": {"selection": "top_p"}}, "set config.routing.name"),
+    "experts.gate is gone": ({"experts": {"gate": "all"}}, "routing.norm_topk_prob"),
+    "balance.coupling_weight is gone": ({"balance": {"coupling_weight": 1.0}}, "name='erc'"),
+    "top_any is gone": ({"top_any": {}}, "routing.name='dynmoe'"),
+    "train.warmup_steps is gone": ({"train": {"warmup_steps": 50}}, "a share of train.steps"),
+    "smear is gone": ({"smear": {"segment": 32}}, "routing.name='smear'"),
+}
+
+
+@pytest.mark.parametrize("start", BAD_ROUTING)
+def test_bad_routing_is_named(start):
+    groups, hint = BAD_ROUTING[start]
     with pytest.raises(UserError) as error:
         Config.from_config_dict(groups)
     assert str(error.value).startswith(f"config.{start}") and hint in str(error.value)
+
+
+def test_a_name_alone_replaces_the_default_router():
+    """As on the command line, where the group of the default router is given too."""
+    config = default_config()
+    config.routing.name = "top_p"
+    assert Config.from_config_dict(config).routing == TopP()
+
+
+def test_a_layer_replaces_the_default_router():
+    config = default_config()
+    config.experts.kind, config.balance.aux_weight = "smear", 0.0
+    assert Config.from_config_dict(config).routing == Smear()
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "warmup_steps"),
+    [(1000, 0.1, 100), (20, 50 / 700, 1), (3, 0.99, 2), (1, 0.5, 0), (1, 0.9, 0), (9, 0.0, 0)],
+)
+def test_warmup_is_a_share_of_the_steps(steps, warmup, warmup_steps):
+    assert TrainConfig(steps=steps, warmup=warmup).warmup_steps == warmup_steps
+
+
+def test_shipped_configurations_have_their_warmup():
+    configs = [tiny.get_config(), paper.get_config("moe"), large.get_config("aoe_64")]
+    configs = [Config.from_config_dict(config) for config in configs]
+    assert [config.train.warmup_steps for config in configs] == [50, 4800, 2000]
+    small = [size_of(36, 2, 2, 4, steps)["train"] for steps in (840, 1480, 4100, 130)]
+    steps = [TrainConfig(steps=t["steps"], warmup=t["warmup"]).warmup_steps for t in small]
+    assert steps == [42, 74, 205, 6]
 
 
 MIXTURES = {
@@ -341,16 +337,17 @@ SMEAR, THOR = (
     ("groups", "message"),
     [
         (
-            {"balance": {"bias_rate": 0.01}, "experts": {"selection": "top_p"}},
+            {"balance": {"bias_rate": 0.01}, "routing": {"name": "top_p"}},
             "balance.bias_rate=0.01: biases the choice",
         ),
         (
             {"balance": {"bias_rate": 0.01, "aux_weight": 0.0}, "experts": {"kind": "dense"}},
-            "balance.bias_rate=0.01: a dense layer has no load",
+            "balance.bias_rate=0.01: biases the choice",
         ),
         (
             {"balance": {"aux_batch": "sequence", "aux_tokens": 0.125}, "data": {"seq_len": 100}},
-            "balance.aux_tokens=0.125: with aux_batch='sequence', its denominator must divide data.seq_len=100",
+            "balance.aux_tokens=0.125: with aux_batch='sequence', its denominator must divide "
+            "data.seq_len=100",
         ),
         (
             {"balance": {"z_weight": 0.01, "aux_weight": 0.0}, "experts": {"kind": "dense"}},
@@ -362,15 +359,15 @@ SMEAR, THOR = (
                 "experts": {"kind": "dense"},
                 "balance": {"aux_weight": 0.0},
             },
-            "model.remat='experts': belongs to layers of experts",
+            "model.remat='experts': is for layers of experts",
         ),
         (
             {"model": {"unroll": 2, "remat": "layer"}},
-            "model.unroll=2: with remat='layer' would let",
+            "model.unroll=2: with remat='layer', unrolled",
         ),
         (
             {"experts": {"kind": "capacity", "factorised_gate": True}},
-            "experts.factorised_gate=True: belongs to experts.kind='router'",
+            "experts.factorised_gate=True: is for experts.kind='router'",
         ),
         (
             {"experts": {"kind": "capacity"}, "mesh": {"expert": 4}},
@@ -378,51 +375,53 @@ SMEAR, THOR = (
         ),
         (
             {"model": {"unroll": 2}, "mesh": {"fsdp": 4}},
-            "model.unroll=2: with mesh.fsdp=4 would let",
+            "model.unroll=2: with mesh.fsdp=4, unrolled",
         ),
         (
-            SMEAR | {"smear": {"segment": 0}},
-            "smear.segment=0: merges by the mean of a whole sequence",
+            SMEAR | {"routing": {"name": "smear"} | {"segment": 0}},
+            "routing.segment=0: must be at least 2 in a decoder",
         ),
-        (SMEAR | {"smear": {"segment": 256}}, "smear.segment=256: must be below data.seq_len=256"),
-        (SMEAR | {"smear": {"segment": 1}}, "smear.segment=1: must be at least 2"),
         (
-            SMEAR | {"smear": {"expert_dropout": 1.0}},
-            "smear.expert_dropout=1.0: must be at least 0",
+            SMEAR | {"routing": {"name": "smear"} | {"segment": 256}},
+            "routing.segment=256: must be below data.seq_len=256",
         ),
-        (SMEAR | {"smear": {"own_share": 0.0}}, "smear.own_share=0.0: must be above 0"),
+        (
+            SMEAR | {"routing": {"name": "smear"} | {"segment": 1}},
+            "routing.segment=1: must be at least 2",
+        ),
+        (
+            SMEAR | {"routing": {"name": "smear"} | {"expert_dropout": 1.0}},
+            "routing.expert_dropout=1.0: must be at least 0",
+        ),
+        (
+            SMEAR | {"routing": {"name": "smear"} | {"own_share": 0.0}},
+            "routing.own_share=0.0: must be greater than 0",
+        ),
         (
             SMEAR | {"data": {"document_mask": True}},
-            "data.document_mask=True: with experts.kind='smear'",
+            "data.document_mask=True: is not implemented for experts.kind='smear'",
         ),
         (SMEAR | {"balance": {}}, "balance.aux_weight=0.01: a smear layer has no load"),
         (
             SMEAR | {"mesh": {"expert": 2, "transport": "all_to_all"}},
-            "mesh.transport='all_to_all': with experts.kind='smear'",
+            "mesh.transport='all_to_all': is not implemented for experts.kind='smear'",
         ),
-        ({"smear": {"segment": 32}}, "smear.segment=32: belongs to experts.kind='smear'"),
         (
-            THOR | {"thor": {"inference": "batch"}},
-            "thor.inference='batch': choose one of sequence, token",
+            THOR | {"routing": {"name": "thor"} | {"inference": "batch"}},
+            "routing.inference='batch': choose one of sequence, token",
         ),
-        (THOR | {"thor": {"consistency_weight": -1.0}}, "thor.consistency_weight=-1.0"),
         (
-            {"experts": {"kind": "thor", "selection": "top_p"}},
-            "experts.selection='top_p': a thor layer selects nothing",
+            THOR | {"routing": {"name": "thor"} | {"consistency_weight": -1.0}},
+            "routing.consistency_weight=-1.0",
         ),
         (
             {"experts": {"kind": "thor", "large_router": True}},
-            "experts.large_router=True: belongs to experts.kind='router'",
+            "experts.large_router=True: is for experts.kind='router'",
         ),
         (
             {"experts": {"kind": "thor", "score_gradient": "dense"}},
-            "experts.score_gradient='dense': belongs to",
+            "experts.score_gradient='dense': is for",
         ),
-        (
-            {"thor": {"inference": "token"}},
-            "thor.inference='token': belongs to experts.kind='thor'",
-        ),
-        ({"experts": {"selection": "thor"}}, "experts.selection='thor'"),
     ],
 )
 def test_settings_that_do_not_fit_together(groups, message):
@@ -430,39 +429,16 @@ def test_settings_that_do_not_fit_together(groups, message):
         Config.from_config_dict(groups)
 
 
-def test_another_choice_keeps_nothing_that_has_no_say_in_it():
-    top_p, phi = (
-        ExpertsConfig(selection="top_p", top_p=0.5),
-        ExpertsConfig(gate="sparsemixer", router_jitter=0.2),
-    )
-    assert top_p.choosing(d_low=4) == ExpertsConfig(selection="top_p", top_p=0.5, d_low=4)
-    ranked = ExpertsConfig(selection="ranked", ranks=(3,), top_k=1)
-    assert top_p.choosing(selection="ranked", ranks=(3,), top_k=1) == ranked
-    assert phi.choosing(selection="ranked", ranks=(3,), top_k=1, gate="chosen") == ranked
-    assert ranked.choosing(selection="top_k") == ExpertsConfig(top_k=1)
-    room = ExpertsConfig(kind="capacity", capacity_factor=1.0, gate="all")
-    assert room.choosing(kind="router") == ExpertsConfig(kind="router", gate="all")
-    assert room.choosing(gate="chosen") == ExpertsConfig(kind="capacity", capacity_factor=1.0)
-
-
 def test_scoring_is_sparse_where_that_is_exact():
-    sparse = {
-        name: ExpertsConfig(**settings).sparse_scoring
-        for name, settings in {
-            "chosen": {},
-            "all": {"gate": "all"},
-            "top_p": {"selection": "top_p"},
-            "router": {"kind": "router"},
-            "as published": {"score_gradient": "dense"},
-        }.items()
+    cases = {
+        "top_k": ({}, TopK(), True),
+        "over all": ({}, TopK(norm_topk_prob=False), False),
+        "top_p": ({}, TopP(), False),
+        "router": ({"kind": "router"}, TopK(), False),
+        "as published": ({"score_gradient": "dense"}, TopK(), False),
     }
-    assert sparse == {
-        "chosen": True,
-        "all": False,
-        "top_p": False,
-        "router": False,
-        "as published": False,
-    }
+    for settings, routing, is_sparse in cases.values():
+        assert ExpertsConfig(**settings).sparse_scoring(routing) == is_sparse
 
 
 def test_a_width_that_the_mesh_does_not_divide_says_how_to_round_it():

@@ -25,12 +25,12 @@ def parquet():
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What `datasets` asks of a hub."""
+    """Answers the requests that `datasets` sends to a hub."""
 
     content = parquet()
 
     def do_GET(self):
-        """Metadata, listings of folders, and the file."""
+        """Sends metadata, listings of folders, and the file."""
         path = self.path.partition("?")[0]
         entry = {
             "type": "file",
@@ -71,7 +71,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *arguments):
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @contextmanager

@@ -199,14 +199,15 @@ from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
 try:
     corpus = load_corpus(sys.argv[1], None, sys.argv[2])
-    print(json.dumps([corpus.fingerprint, {split: list(corpus.documents(split)) for split in SPLITS}]))
+    documents = {split: list(corpus.documents(split)) for split in SPLITS}
+    print(json.dumps([corpus.fingerprint, documents]))
 except UserError as error:
     print(json.dumps([str(error)]))
 """
 
 
 def load_from_hub(name, cache, endpoint, before=""):
-    """What another process, which takes `endpoint` for the hub, finds."""
+    """The output of `LOAD` in another process, for which `endpoint` is the hub."""
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": f"{cache}/hf",

@@ -1,6 +1,4 @@
-"""Several corpora: which window of which comes when, one tokenizer for all, and what a run's
-identity is made of.
-"""
+"""Several corpora: the order of their windows, their one tokenizer, and the identity of a run."""
 
 import itertools
 import json
@@ -11,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from aoe_jax.config import DataConfig
+from aoe_jax.config.data import DataConfig
 from aoe_jax.data import SPLITS
 from aoe_jax.data.pipeline import Mixture, train_batches
 from aoe_jax.data.tokenised import open_corpus
@@ -21,7 +19,7 @@ SEQ_LEN, BATCH_SIZE = 16, 6
 
 
 def write_documents(folder, letters, count=12, length=400):
-    """Documents of one alphabet each, so that a window says which corpus it comes from."""
+    """Writes documents of one alphabet, by which a window shows its corpus."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for i in range(count):
@@ -56,7 +54,7 @@ def batches_of(corpus, weights="as configured", rows=None):
 
 
 def sources_of(corpus, batch):
-    """Of each row of a batch, the name of its source."""
+    """The name of the source of each row of a batch."""
     ids = {name: set(store.read(0, len(store)).tolist()) for name, store in corpus.train.items()}
     shared = set.intersection(*ids.values())  # end of text
     return [
@@ -129,7 +127,7 @@ def test_without_weights_one_pass_is_one_over_every_source(folders):
 
 
 def test_sources_of_one_size_are_in_different_orders(folders):
-    """Were all seeds one, two corpora of one size would be read in the same order."""
+    """With one seed for all, two corpora of one size would be read in the same order."""
     copy = folders["cache"].parent / "copy"
     shutil.copytree(folders["large"], copy)
     corpus = corpus_of(folders | {"copy": copy}, "text@{large}, text@{copy}")
@@ -182,7 +180,7 @@ def test_one_vocabulary_is_trained_on_all(folders):
 
 
 def prepared(folders, name, folder, **settings):
-    """A copy of a corpus' token store, under a name of the user's."""
+    """Copies the token store of a corpus to a folder with another name."""
     corpus = corpus_of(folders, f"text@{{{folder}}}", **settings)
     return shutil.copytree(
         corpus.tokenizer.parent, folders["cache"].parent / name, dirs_exist_ok=True

@@ -8,9 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from aoe_jax.data.building import build_token_store
 from aoe_jax.data.pipeline import PackedWindows, eval_batches, train_batches
 from aoe_jax.data.token_store import open_token_store
+from aoe_jax.data.tokenised import build_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 
@@ -109,7 +109,7 @@ def test_loss_mask_weighs_first_tokens_of_documents_with_zero(byte_store):
 
 
 def test_batches_of_one_corpus_are_what_they_always_were(byte_store):
-    """Bit for bit: a run that went on with other batches would be another run."""
+    """Bit for bit; otherwise a run would continue with other batches."""
     batches = take(batches_of(byte_store(*(f"{n} words. " * n for n in range(40))), 64, 8, 3), 50)
     digest = hashlib.sha256()
     for batch in batches:
@@ -133,7 +133,7 @@ def test_each_epoch_has_every_window_in_another_order(byte_store):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_batch_of_one(validation, process_count):
-    """Each row of a step is the same window, whoever reads it."""
+    """Each row of a step is the same window, whichever process reads it."""
     whole = take(batches_of(validation, 64, 8, seed=0), 30)
     share = 8 // process_count
     parts = [

@@ -1,4 +1,4 @@
-"""Token stores of files: what is in them, and that nothing which happens on the way changes them."""
+"""Token stores of files: their content, which no interruption changes."""
 
 import contextlib
 import importlib.resources
@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 
-from aoe_jax.config import DataConfig
+from aoe_jax.config.data import DataConfig
 from aoe_jax.data import SPLITS, preparation
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import open_token_store
@@ -26,7 +26,7 @@ LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
-    """So that these inputs are several units of work."""
+    """Makes several units of work of these inputs."""
     monkeypatch.setattr(preparation, "_UNIT_BYTES", (4000, 8000))
 
 
@@ -63,7 +63,7 @@ def stored(directory, split):
 
 
 def files_of(store):
-    """What must not depend on how a store came about."""
+    """The files that must be the same however a store was made."""
     return {name: content for name, content in contents(store).items() if name != "plan.json"}
 
 
@@ -112,7 +112,9 @@ def test_documents_that_come_twice_are_in_one_split(tmp_path):
 
 
 def interrupted(inputs, output, monkeypatch, when):
-    """A preparation that `when(units written)`, called in its process now and then, breaks off."""
+    """Prepares; calls `when(workers, number of the call, units written)` now and then, which may
+    raise.
+    """
     run = preparation.Workers.run
 
     def watched(self, *arguments):
@@ -346,7 +348,8 @@ def test_full_disk(inputs, whole, small_disk):
     filler = small_disk / "filler"
     filler.write_bytes(bytes(20_700_000))
     with pytest.raises(
-        UserError, match=r"--output=.*: the disk is full; make room, and the same command goes on"
+        UserError,
+        match=r"--output=.*: the disk is full; free some space, and the same command goes on",
     ):
         prepared(inputs, small_disk / "store")
     filler.write_bytes(bytes(20_900_000))

@@ -1,4 +1,4 @@
-"""The command that makes token stores, as a user meets it."""
+"""The command that makes token stores, run as a user runs it."""
 
 import importlib.resources
 import json
@@ -20,23 +20,23 @@ LLAMA = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of 13 MB in all, four units of work."""
+    """Files of 9 MB in all, three units of work."""
     folder = tmp_path_factory.mktemp("files")
-    for i in range(3):
+    for i in range(2):
         (folder / f"{i}.jsonl").write_bytes(json_lines(texts(8600, i, longest=140)))
     return folder
 
 
 def start(*flags):
+    """A process of its own, for signals."""
     command = [sys.executable, "-m", "aoe_jax.data.prepare", *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def finish(*flags):
     """`(exit status, stderr)`."""
-    process = start(*flags)
-    _, stderr = process.communicate(timeout=300)
-    return process.returncode, stderr
+    status, _, stderr = run(["-m", "aoe_jax.data.prepare", *map(str, flags)])
+    return status, stderr
 
 
 def flags_of(folder, output):
@@ -73,7 +73,7 @@ def test_killed_or_stopped_it_goes_on_where_it_was(folder, whole, tmp_path, numb
     if number == signal.SIGTERM:
         assert stderr.strip().splitlines()[-1] == "preempted: the same command goes on where it was"
     status, stderr = finish(*flags_of(folder, output))
-    assert status == 0 and "of 4 units of work are done" in stderr, stderr
+    assert status == 0 and "of 3 units of work are done" in stderr, stderr
     assert contents(output) == contents(whole)
 
 
@@ -133,8 +133,6 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
         "train__steps": 4,
         "train__eval_every": 0,
     }
-    status, _, stderr = run(train_command(tmp_path / "run", **store))
-    assert status == 2 and "model.vocab_size=512: the tokenizer has 32000 tokens" in stderr
     status, _, stderr = run(train_command(tmp_path / "run", **store, model__vocab_size=32000))
     assert status == 0, stderr
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == LLAMA.read_bytes()

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aoe_jax.data import SPLITS, store_writer
-from aoe_jax.data.building import build_token_store, cached_token_stores
+from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.data.store_writer import RECORD_TOKENS
-from aoe_jax.data.token_store import open_token_store
+from aoe_jax.data.token_store import RECORD_TOKENS, open_token_store
+from aoe_jax.data.tokenised import build_token_store, cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
 
@@ -77,7 +76,7 @@ def test_reads_cross_records_and_shards(text_folder, tmp_path):
 
 def test_batching_does_not_change_the_stream(text_folder, tmp_path, monkeypatch):
     whole = prepare_text(text_folder, tmp_path / "a")
-    monkeypatch.setattr(store_writer, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 100)
     assert stored_documents(prepare_text(text_folder, tmp_path / "b"), "train") == stored_documents(
         whole, "train"
     )
@@ -123,10 +122,10 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
 
 PREPARE = """
 import sys
-from aoe_jax.data import building, corpora
+from aoe_jax.data import corpora, tokenised
 {before}
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
-print(*building.cached_token_stores([corpus], None, 300, sys.argv[2]))
+print(*tokenised.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """
@@ -193,11 +192,11 @@ def test_damaged_stores(text_folder, tmp_path):
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
-    """Shards are more than a process may open: they are closed again."""
+    """With more shards than a process may open, some are closed again."""
     code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-from aoe_jax.data.building import build_token_store
+from aoe_jax.data.tokenised import build_token_store
 from aoe_jax.data.token_store import open_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 class Corpus:

@@ -112,7 +112,7 @@ def test_text_that_tiktoken_gives_up_on(tmp_path):
 
 
 def swap_merges(spec):
-    """Ranks that aren't those of the ids."""
+    """Merges in another order than their ids."""
     merges = spec["model"]["merges"]
     merges[5], merges[6] = merges[6], merges[5]
 
@@ -132,7 +132,7 @@ def merge_twice(spec):
 
 
 def add_unreachable(spec):
-    """A token that its own text doesn't give, but tiktoken's way of joining would."""
+    """A token that tiktoken finds in its own text and the tokenizers library doesn't."""
     vocabulary = spec["model"]["vocab"]
     vocabulary |= {"ax": 5000, "xa": 5001, "axa": 5002, "xax": 5003, "axax": 5004}
     spec["model"]["merges"] += [["a", "x"], ["x", "a"], ["a", "xa"], ["xa", "x"], ["axa", "x"]]
@@ -275,7 +275,7 @@ def test_mistakes(tmp_path):
 
 
 def test_special_tokens_before_each_text(tmp_path):
-    """They are known, and no part of a text."""
+    """The tokenizer knows them, but texts don't get them."""
     template = (
         {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
         {"Sequence": {"id": "A", "type_id": 0}},

@@ -9,7 +9,7 @@ from aoe_jax.errors import UserError
 
 
 class Task:
-    """What the workers of these tests do."""
+    """The work of these tests."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -71,7 +71,7 @@ def test_set_up_that_fails():
         (
             "killed",
             UserError,
-            r"--processes=2: 3 processes died at \('killed', 5\), the last one with SIGKILL; if memory",
+            r"--processes=2: 3 processes died at \('killed', 5\), the last one with SIGKILL; if",
         ),
     ],
 )

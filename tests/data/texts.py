@@ -1,4 +1,4 @@
-"""Documents in files of every format, for the tests of what reads them."""
+"""Documents in files of every format."""
 
 import gzip
 import json
@@ -48,30 +48,30 @@ def write_json_lines(path, documents, **how):
 
 
 def zstd(content):
-    """One frame."""
+    """Compresses to one frame."""
     return pyarrow.compress(content, codec="zstd", asbytes=True)
 
 
 def write_gzip(path, documents, **how):
-    """Of two members, as `cat a.gz b.gz` makes it."""
+    """Writes two members, like `cat a.gz b.gz`."""
     content = json_lines(documents, **how)
     path.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
 
 
 def write_zstd(path, documents, **how):
-    """Of two frames."""
+    """Writes two frames."""
     content = json_lines(documents, **how)
     path.write_bytes(zstd(content[:1000]) + zstd(content[1000:]))
 
 
 def write_parquet(path, documents, field="text", group=7):
-    """In groups of a few rows."""
+    """Writes row groups of a few rows."""
     table = pyarrow.table({"id": list(range(len(documents))), field: documents})
     pyarrow.parquet.write_table(table, path, row_group_size=group)
 
 
 def write_everything(folder):
-    """All formats in one folder and its subfolders; returns the documents in order."""
+    """Writes all formats into a folder and its subfolders; returns the documents in order."""
     (folder / "sub").mkdir(parents=True)
     parts = [texts(count, seed) for seed, count in enumerate((300, 200, 150, 120, 3))]
     write_json_lines(folder / "a.jsonl", parts[0])

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoe_jax.config import Config, MeshConfig, default_config
+from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.evaluation.models import Model
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+from tests.settings import config_of
 
 SETTINGS = {
     "model.n_layers": 2,
@@ -33,11 +34,7 @@ WORDS = ["the state of the union", "a cat sat on a mat", "peace and war, law and
 
 def make_config(**changes):
     """A tiny configuration, `group__field=value`."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
-    )
-    return Config.from_config_dict(config)
+    return config_of(SETTINGS | {name.replace("__", "."): v for name, v in changes.items()})
 
 
 def make_model(config, change=lambda params: params):
@@ -71,11 +68,11 @@ def make_model(config, change=lambda params: params):
 def plain_scores(model, context, continuation):
     """By the definition: one pass over one text, whole, in float64; `(log-likelihood, greedy)`.
 
-    Zeros follow it, which a causal model doesn't see, so that few lengths are compiled.
+    Zeros follow the text, which a causal model doesn't see, so that one length is compiled.
     """
     row = [*context, *continuation][-model.config.model.max_len - 1 : -1]
     config = dataclasses.replace(model.config, mesh=MeshConfig())
-    padded = np.array([row + [0] * (-len(row) % 16)])
+    padded = np.array([row + [0] * (model.config.model.max_len - len(row))])
     logits = np.asarray(_logits(config)(jax.device_get(model.params), padded)[0], np.float64)
     logits = logits[len(row) - len(continuation) : len(row)]
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

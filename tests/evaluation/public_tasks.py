@@ -175,10 +175,9 @@ def known_model():
         vector of each.
         """
         params["layers"]["attention"]["o"] *= 0
-        params["layers"]["experts"]["w_o"] *= 0
-        params["embed"]["embedding"] = 100 * np.eye(
-            SIZE, dtype=np.float32
-        )  # beside which the epsilon of the norm is nothing
+        params["layers"]["experts"]["w_down"] *= 0
+        # Beside this the epsilon of the norm is nothing.
+        params["embed"]["embedding"] = 100 * np.eye(SIZE, dtype=np.float32)
         params["output"]["embedding"] = logits.T / SIZE**0.5
         return params
 

@@ -13,7 +13,9 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
 from aoe_jax.evaluation.generation import Generator, Sampling
+from aoe_jax.methods.ranked import Ranked
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.moe.routing import TopK
 from tests.evaluation.models import make_config, make_model
 
 pytestmark = pytest.mark.usefixtures("ragged")
@@ -22,8 +24,8 @@ GREEDY = Sampling(temperature=0.0)
 KINDS = {
     "aoe": {},
     "aoe, 4 devices": {"mesh__expert": 2, "mesh__tensor": 2, "experts__round_to": 2},
-    "router": {"experts__kind": "router", "experts__gate": "all"},
-    "aoe top_p": {"experts__selection": "top_p"},
+    "router": {"experts__kind": "router", "routing__norm_topk_prob": False},
+    "aoe top_p": {"routing__name": "top_p"},
     "one expert": {"experts__n_experts": 1, "experts__top_k": 1},
 }
 N_TOKENS = 12
@@ -54,16 +56,15 @@ def generated(kind, contrast):
 
 
 @cache
-def full_pass(kind, experts):
+def full_pass(kind, experts, routing):
     """Logits `[B, S, V]` of texts, all in one shape, on one device."""
     there = model(kind)
-    apply = jax.jit(Decoder(there.config.model, experts).apply)
+    apply = jax.jit(Decoder(there.config.model, experts, routing).apply)
     params, state = jax.device_get((there.params, there.routing_state))
 
     def logits(texts):
-        padded = np.array(
-            [text + [0] * (32 - len(text)) for text in texts], np.int32
-        )  # what comes after doesn't matter
+        # What comes after doesn't matter.
+        padded = np.array([text + [0] * (32 - len(text)) for text in texts], np.int32)
         return np.asarray(apply({"params": params}, padded, None, None, state)[0])
 
     return logits
@@ -74,13 +75,10 @@ def by_full_passes(kind, contrast):
     for every token.
     """
     experts = model(kind).config.experts
-    strong_pass = full_pass(
-        kind, dataclasses.replace(experts, top_k=contrast.strong_k or experts.top_k)
-    )
-    ranks = (contrast.weak_rank - 1,)
-    weak_pass = full_pass(
-        kind, dataclasses.replace(experts, selection="ranked", ranks=ranks, top_k=1, gate="chosen")
-    )
+    strong_experts = dataclasses.replace(experts, top_k=contrast.strong_k or experts.top_k)
+    strong_pass = full_pass(kind, strong_experts, model(kind).config.routing)
+    weak = dataclasses.replace(experts, top_k=1)
+    weak_pass = full_pass(kind, weak, Ranked((contrast.weak_rank - 1,)))
     texts = prompts()
     for _ in range(N_TOKENS):
         strong = strong_pass(texts).astype(float)
@@ -131,15 +129,13 @@ def test_ranks_of_the_best_are_the_normal_pass(kind):
     """Bit for bit, in the whole decoder; so the weak pass of rank 1 is the strong one of K = 1, and
     that of rank 2 isn't.
     """
-    plain = model(kind).decoder.clone(
-        experts=dataclasses.replace(model(kind).config.experts, gate="chosen")
-    )
+    plain = model(kind).decoder.clone(routing=TopK())
     strong, weak = strong_and_weak(plain, Contrast(0.5, strong_k=1, weak_rank=1))
     _, second = strong_and_weak(plain, Contrast(0.5))
-    same = dataclasses.replace(plain.experts, selection="ranked", ranks=(0, 1))
+    same = plain.clone(routing=Ranked((0, 1)))
     logits = [
-        full_pass(kind, experts)(prompts())
-        for experts in (plain.experts, same, strong.experts, weak.experts, second.experts)
+        full_pass(kind, decoder.experts, decoder.routing)(prompts())
+        for decoder in (plain, same, strong, weak, second)
     ]
     np.testing.assert_array_equal(logits[0], logits[1])
     np.testing.assert_array_equal(logits[2], logits[3])
@@ -205,14 +201,14 @@ def test_mistakes_in_settings(settings, message):
         ({}, {"weak_rank": 5}, r"--weak_rank=5: can't be greater than .*n_experts=4"),
         ({}, {"strong_k": 5}, r"--strong_k=5: can't be greater than .*n_experts=4"),
         (
-            {"experts__selection": "top_p"},
+            {"routing__name": "top_p"},
             {"strong_k": 2},
-            "--strong_k=2: .*selection='top_p' takes no K",
+            "--strong_k=2: .*routing.name='top_p' has no K",
         ),
         (
-            {"experts__selection": "threshold"},
+            {"routing__name": "threshold"},
             {},
-            "selection='threshold': --contrast isn't tried with it",
+            "routing.name='threshold': --contrast is not tested",
         ),
         (
             {"experts__kind": "dense"},
@@ -235,7 +231,7 @@ def test_mistakes_in_settings(settings, message):
             "kind='thor': --contrast takes the experts of a token by the ranks",
         ),
         (
-            {"experts__kind": "smear", "smear__segment": 8},
+            {"experts__kind": "smear", "routing__segment": 8},
             {},
             "kind='smear': --contrast takes the experts of a token",
         ),
@@ -247,9 +243,9 @@ def test_what_cant_be_contrasted(experts, settings, message):
 
 
 @pytest.mark.parametrize(
-    "experts", [{"experts__selection": "expert_choice"}, {"experts__kind": "capacity"}]
+    "experts", [{"routing__name": "expert_choice"}, {"experts__kind": "capacity"}]
 )
 def test_what_isnt_decoded_isnt_contrasted(experts):
     there = dataclasses.replace(model("aoe"), decoder=Decoder.from_config(make_config(**experts)))
-    with pytest.raises(UserError, match="can't go token by token"):
+    with pytest.raises(UserError, match="cannot decode token by token"):
         Generator(there, Contrast(0.5))

@@ -8,38 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aoe_jax import Decoder
-from aoe_jax.config import Config, MeshConfig, default_config
+from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.generation import Generator, Sampling, draw
-from aoe_jax.evaluation.models import Model
-from aoe_jax.sharding import make_mesh, state_shardings
+from aoe_jax.model.decoder import Decoder
+from tests.evaluation.models import make_config, make_model
 
 VOCABULARY, END = 64, 0
 GREEDY = Sampling(temperature=0.0)
+SETTINGS = {
+    "model__n_heads": 4,
+    "model__d_model": 16,
+    "model__vocab_size": VOCABULARY,
+    "model__max_len": 128,
+    "experts__n_experts": 8,
+    "experts__d_ffn": 24,
+    "data__seq_len": 16,
+}
 KINDS = {
-    "aoe": {"experts": {}},
-    "aoe top_p": {"experts": {"selection": "top_p"}},
-    "aoe gate=all": {"experts": {"gate": "all"}},
+    "aoe": {"experts__d_wide": 16},
+    "aoe top_p": {"experts__d_wide": 16, "routing__name": "top_p"},
+    "aoe over all": {"experts__d_wide": 16, "routing__norm_topk_prob": False},
     "aoe by attention": {
-        "experts": {"selection": "by_attention", "top_k": 8},
-        "by_attention": {"reduce": "max"},
+        "experts__d_wide": 16,
+        "routing__name": "da_moe",
+        "experts__top_k": 8,
+        "routing__reduce": "max",
     },
     "router, grouped queries": {
-        "experts": {"kind": "router"},
-        "model": {"n_kv_heads": 2, "qk_norm": True},
+        "experts__kind": "router",
+        "model__n_kv_heads": 2,
+        "model__qk_norm": True,
     },
-    "uoe": {"experts": {"kind": "uoe"}},
-    "thor, by token": {"experts": {"kind": "thor"}, "thor": {"inference": "token"}},
-    "thor, by sequence": {"experts": {"kind": "thor"}},
+    "uoe": {"experts__kind": "uoe"},
+    "thor, by token": {"experts__kind": "thor", "routing__inference": "token"},
+    "thor, by sequence": {"experts__kind": "thor"},
     "dense, biases": {
-        "experts": {"kind": "dense"},
-        "model": {
-            "norm": "layer",
-            "attention_bias": True,
-            "output_bias": True,
-            "rope_factors": (1.0, 2.0),
-        },
+        "experts__kind": "dense",
+        "model__norm": "layer",
+        "model__attention_bias": True,
+        "model__output_bias": True,
+        "model__rope_factors": (1.0, 2.0),
     },
 }
 MESHES = {"alone": (1, 1, 1, 1), "data and fsdp": (2, 2, 1, 1), "expert and tensor": (1, 1, 2, 4)}
@@ -53,31 +62,18 @@ class Tokenizer:
 
 @cache
 def model(kind, mesh=(1, 1, 1, 1), **experts):
-    config = default_config()
-    config.model.update(
-        n_layers=2, n_heads=4, d_model=16, vocab_size=VOCABULARY, max_len=128, dtype="float32"
-    )
-    config.experts.update(
-        n_experts=8, top_k=2, d_ffn=24, d_low=8, d_wide=16 if "aoe" in kind else None
-    )
-    config.data.update(seq_len=16)
-    for group, fields in KINDS[kind].items():
-        config[group].update(fields)
-    config.experts.update(experts)
-    config.balance.update(aux_weight=0.0)
-    config = dataclasses.replace(Config.from_config_dict(config), mesh=MeshConfig(*mesh))
-    devices = make_mesh(config, jax.devices()[: int(np.prod(mesh))])
-    decoder = Decoder.from_config(config)
-    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    # Biases begin at zero, and sharper logits make ties improbable.
-    params = jax.tree.map(
-        lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params
-    )
-    params = jax.device_put(params, state_shardings(devices, params))
-    state = (
-        {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))} if kind == "aoe" else {}
-    )
-    return Model(config, decoder, devices, params, state, Tokenizer(), END, [], None)
+    """A model of sharp logits, so that ties are improbable, and of biases that aren't zero."""
+
+    def change(params):
+        return jax.tree.map(
+            lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params
+        )
+
+    config = make_config(**SETTINGS | KINDS[kind] | experts)
+    made = make_model(dataclasses.replace(config, mesh=MeshConfig(*mesh)), change)
+    bias = {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))}
+    state = bias if kind == "aoe" else {}
+    return dataclasses.replace(made, tokenizer=Tokenizer(), start=END, routing_state=state)
 
 
 def prompts(count=5):
@@ -87,7 +83,7 @@ def prompts(count=5):
 
 @cache
 def by_full_passes(kind, n_tokens):
-    """The likeliest continuations of `prompts()`, all computed anew for every token, on one device."""
+    """The likeliest continuations of `prompts()`, by a full pass on one device for each token."""
     there = model(kind)
     apply = jax.jit(there.decoder.apply)
     tokens = [list(prompt) for prompt in prompts()]
@@ -217,5 +213,5 @@ def test_mistakes_in_prompts():
         UserError, match=r"prompt 0 has 120 tokens; with 9 more .*model\.max_len=128"
     ):
         generator().generate([[1] * 120], 9)
-    with pytest.raises(UserError, match="expert_choice': can't go token by token"):
-        Generator(model("aoe", selection="expert_choice"))
+    with pytest.raises(UserError, match="expert_choice': cannot decode token by token"):
+        Generator(model("aoe", routing__name="expert_choice"))

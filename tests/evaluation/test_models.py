@@ -10,7 +10,7 @@ import pytest
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model, mesh_axes, on_devices_here
-from aoe_jax.evaluation.text import TextTokens
+from aoe_jax.evaluation.run import TextTokens
 from aoe_jax.formats.reading import read_begin_token
 from tests.evaluation.models import make_config, make_model
 from tests.runs import finished_run, tiny_config
@@ -19,16 +19,15 @@ from tests.runs import finished_run, tiny_config
 def test_a_run_on_another_mesh():
     model, there = load_model(finished_run(), mesh="fsdp=2,expert=4"), load_model(finished_run())
     assert (model.config.mesh.data, model.config.mesh.fsdp, model.config.mesh.expert) == (1, 2, 4)
-    w_p = model.params["layers"]["experts"]["w_p"]
-    assert {shard.data.shape for shard in w_p.addressable_shards} == {(2, 1, 16, w_p.shape[-1])}
+    w_up = model.params["layers"]["experts"]["w_up"]
+    assert {shard.data.shape for shard in w_up.addressable_shards} == {(2, 1, 16, w_up.shape[-1])}
     for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(there.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_batches_are_what_the_devices_divide():
-    assert (
-        on_devices_here(tiny_config(mesh__fsdp=4, train__batch_size=8)).mesh.fsdp == 4
-    )  # that of training fits
+    # The mesh of training fits.
+    assert on_devices_here(tiny_config(mesh__fsdp=4, train__batch_size=8)).mesh.fsdp == 4
     smaller = on_devices_here(tiny_config(mesh__fsdp=4))  # and here, but for the batch
     assert (smaller.mesh.data, smaller.mesh.fsdp, smaller.train.batch_size) == (2, 4, 8)
     elsewhere = on_devices_here(

@@ -12,7 +12,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation import probing
 from aoe_jax.evaluation.run import evaluate_workdir
 from tests.evaluation.models import make_config, make_model
-from tests.runs import finished_run, kind_runs
+from tests.runs import finished_run, kind_run
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("ragged")
 @pytest.fixture
 def few_probes(monkeypatch):
     """The router, chance, and one norm: each probe is a program of its own to compile."""
-    monkeypatch.setattr(probing, "PROBES", probing.PROBES[:3])
+    monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:3]))
 
 
 def test_the_table_of_a_run(tmp_path, few_probes, capsys):
-    workdir = kind_runs()["router"][0]
+    workdir = kind_run("router")[0]
     report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9)
     whole = evaluate_workdir(workdir, "validation")
     router, chance, norm = report["probes"]
@@ -48,11 +48,11 @@ def test_the_table_of_a_run(tmp_path, few_probes, capsys):
 
 
 def test_a_text_and_a_task(tmp_path, monkeypatch):
-    monkeypatch.setattr(probing, "PROBES", probing.PROBES[:1])
+    monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:1]))
     (tmp_path / "text.txt").write_text("the state of the union " * 50)
-    tasks = {"names": ["speeches_cloze"], "fewshot": 0, "limit": 4, "data": None}
+    tasks = {"tasks": ["speeches_cloze"], "fewshot": 0, "limit": 4}
     report = probing.probe_checkpoint(
-        kind_runs()["router"][0], tmp_path, text=str(tmp_path / "text.txt"), tasks=tasks
+        kind_run("router")[0], tmp_path, text=str(tmp_path / "text.txt"), **tasks
     )
     assert 50 < report["tokens"] < 400
     found = report["probes"][0]["tasks"]

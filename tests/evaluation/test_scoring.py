@@ -18,15 +18,15 @@ KINDS = {
     "aoe": {},
     "top_p, untied": {
         "experts__kind": "router",
-        "experts__selection": "top_p",
+        "routing__name": "top_p",
         "model__tie_embeddings": False,
     },
     "dense": {"experts__kind": "dense"},
     "smear": {
         "experts__kind": "smear",
-        "smear__segment": 8,
+        "routing__segment": 8,
         "balance__aux_weight": 0.0,
-    },  # can't go by token
+    },  # cannot go by token
     "mesh": {
         "mesh__fsdp": 2,
         "mesh__expert": 2,
@@ -35,7 +35,7 @@ KINDS = {
         "experts__round_to": 8,
     },
 }
-LENGTHS = (2, 35, 50)  # few, for the plain passes are compiled for each
+LENGTHS = (2, 35, 50)  # tokens of texts
 
 
 def make_requests(lengths=LENGTHS, count=23, seed=0):
@@ -146,9 +146,9 @@ def test_bad_requests():
 
 
 def test_what_depends_on_other_tokens_is_refused():
-    with pytest.raises(UserError, match="expert_choice': can't score a text by itself"):
-        Scorer(make_model(make_config(experts__selection="expert_choice")))
-    with pytest.raises(UserError, match="kind='capacity': can't score a text by itself"):
+    with pytest.raises(UserError, match="expert_choice': cannot score a text by itself"):
+        Scorer(make_model(make_config(routing__name="expert_choice")))
+    with pytest.raises(UserError, match="name='capacity': cannot score a text by itself"):
         Scorer(make_model(make_config(experts__kind="capacity", experts__top_k=1)))
 
 

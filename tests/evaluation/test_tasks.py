@@ -147,7 +147,8 @@ class Hiding:
     def __init__(self, finder): self.finder = finder
     def __getattr__(self, name): return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] == {hidden!r} else self.finder.find_spec(name, path, target)
+        is_hidden = name.partition(".")[0] == {hidden!r}
+        return None if is_hidden else self.finder.find_spec(name, path, target)
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 sys.argv = {arguments!r}
 runpy.run_path("eval.py", run_name="__main__")

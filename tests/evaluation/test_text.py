@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation import text as text_module
-from aoe_jax.evaluation.text import TextTokens, load_on_texts, show_load_on
+from aoe_jax.evaluation.run import TextTokens, evaluate_text, load_on_texts, read_text
 from aoe_jax.model.decoder import Decoder
 from tests.evaluation.models import WORDS, make_config, make_model, plain_scores
 
@@ -51,10 +50,10 @@ def test_dense_models_have_no_load(tmp_path):
 
 def test_a_file_and_a_task(tmp_path, monkeypatch):
     model = make_model(make_config(experts__kind="dense"))
-    monkeypatch.setattr("aoe_jax.evaluation.models.load_model", lambda directory, step, mesh: model)
+    monkeypatch.setattr("aoe_jax.evaluation.run.load_model", lambda directory, step, mesh: model)
     (tmp_path / "a.txt").write_text("a cat\n\nsat")
-    assert show_load_on(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
-    report = show_load_on(tmp_path, "task:speeches_cloze", limit=3, split="validation")
+    assert evaluate_text(tmp_path, f"{tmp_path}/a.txt")["texts"] == 1
+    report = evaluate_text(tmp_path, "task:speeches_cloze", limit=3, split="validation")
     assert (report["texts"], report["text"]) == (3, "task:speeches_cloze")
 
 
@@ -79,4 +78,4 @@ def test_bad_files(tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=f"--text={file}: {message}"):
-        text_module.read_text(file)
+        read_text(file)

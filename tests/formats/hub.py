@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 
-from aoe_jax.config import MeshConfig
+from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import as_own, computed_fields, from_json, to_json
+from aoe_jax.moe.routing import TopK
 from tests.runs import tiny_config
 
 PATH = Path("DIR/config.json")
@@ -18,7 +19,7 @@ MIXTRAL = to_json(tiny_config(experts__kind="router"))
 VARIANTS = {
     "aoe": ({}, False),
     "aoe by rounded Eq. 5": ({"experts__round_to": 8}, False),
-    "aoe, gate=all": ({"experts__gate": "all"}, False),
+    "aoe, over all": ({"routing__norm_topk_prob": False}, False),
     "router": ({"experts__kind": "router"}, True),
     "router, bfloat16": (
         {"experts__kind": "router", "model__dtype": "bfloat16", "model__remat": "experts"},
@@ -29,25 +30,25 @@ VARIANTS = {
         {"experts__kind": "router", "model__n_kv_heads": 1, "model__rope_base": 1e6},
         True,
     ),
-    "router, gate=all": ({"experts__kind": "router", "experts__gate": "all"}, False),
-    "router, top_p": ({"experts__kind": "router", "experts__selection": "top_p"}, False),
+    "router, over all": ({"experts__kind": "router", "routing__norm_topk_prob": False}, False),
+    "router, top_p": ({"experts__kind": "router", "routing__name": "top_p"}, False),
     "router, ranked": (
-        {"experts__kind": "router", "experts__selection": "ranked", "experts__ranks": (1, 3)},
+        {"experts__kind": "router", "routing__name": "ranked", "routing__ranks": (1, 3)},
         False,
     ),
     "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, False),
     "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
-    "capacity": ({"experts__kind": "capacity", "experts__capacity_factor": 1.25}, False),
+    "capacity": ({"experts__kind": "capacity", "routing__capacity_factor": 1.25}, False),
     "router, expert choice": (
-        {"experts__kind": "router", "experts__selection": "expert_choice"},
+        {"experts__kind": "router", "routing__name": "expert_choice"},
         False,
     ),
-    "router, by attention": (
+    "router, da_moe": (
         {
             "experts__kind": "router",
-            "experts__selection": "by_attention",
+            "routing__name": "da_moe",
             "experts__top_k": 3,
-            "by_attention__reduce": "max",
+            "routing__reduce": "max",
         },
         False,
     ),
@@ -60,20 +61,20 @@ VARIANTS = {
     "smear, longer than a window": (
         {
             "experts__kind": "smear",
-            "smear__segment": 1500,
+            "routing__segment": 1500,
             "balance__aux_weight": 0.0,
             "data__seq_len": 2048,
             "model__max_len": 2048,
         },
         False,
     ),
-    "threshold": ({"experts__selection": "threshold", "threshold__weights": "relative"}, False),
-    "aoe, top-any": ({"experts__selection": "top_any", "top_any__temperature": 2.0}, False),
+    "threshold": ({"routing__name": "threshold", "routing__weights": "relative"}, False),
+    "aoe, dynmoe": ({"routing__name": "dynmoe", "routing__temperature": 2.0}, False),
     "router, routing-free": (
         {
             "experts__kind": "router",
-            "experts__selection": "routing_free",
-            "routing_free__threshold": 0.5,
+            "routing__name": "routing_free",
+            "routing__threshold": 0.5,
         },
         False,
     ),
@@ -151,11 +152,8 @@ def test_a_mixtral_of_the_hub():
         8,
         14336,
     )
-    assert (found.experts.gate, found.model.tie_embeddings, found.model.max_len) == (
-        "chosen",
-        False,
-        32768,
-    )
+    assert found.routing == TopK()
+    assert (found.model.tie_embeddings, found.model.max_len) == (False, 32768)
 
 
 def changed(**changes):
@@ -186,7 +184,7 @@ REFUSED = {
         ["quantization_config=", "isn't implemented"],
     ),
     "clip_qkv": (OLMOE | {"clip_qkv": 8.0}, ["clip_qkv=8.0 isn't implemented", "None"]),
-    "norm_topk_prob": (OLMOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes'", "False, True"]),
+    "norm_topk_prob": (OLMOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes'", "bool"]),
     "top_k of SparseMixer": (
         PHI | {"num_experts_per_tok": 3},
         ["num_experts_per_tok=3 isn't implemented", "only 2"],
@@ -234,16 +232,16 @@ REFUSED = {
     "part of the head": (changed(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "own without groups": ({"model_type": "aoe", "model": {}}, ["no group 'experts'"]),
     "own, unknown field": (
-        {"model_type": "aoe", "model": {"depth": 3}, "experts": {}},
+        {"model_type": "aoe", "model": {"depth": 3}, "experts": {}, "routing": {}},
         ["config.model.depth is unknown; known are n_layers"],
     ),
     "own, rope_factors of words": (
-        {"model_type": "aoe", "model": {"rope_factors": ["a"] * 32}, "experts": {}},
+        {"model_type": "aoe", "model": {"rope_factors": ["a"] * 32}, "experts": {}, "routing": {}},
         ["config.model.rope_factors=('a', ", "numbers greater than 0"],
     ),
     "own, wrong value": (
-        {"model_type": "aoe", "model": {}, "experts": {"kind": "soup"}},
-        ["config.experts.kind='soup'", "aoe, router, capacity, dense"],
+        {"model_type": "aoe", "model": {}, "experts": {"kind": "soup"}, "routing": {}},
+        ["config.experts.kind='soup'", "aoe, router, dense"],
     ),
 }
 

@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aoe_jax.errors import UserError
-from aoe_jax.experts.reference import aoe_layer, router_layer
 from aoe_jax.formats.conversion import convert
 from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.moe.reference import aoe_layer, router_layer
+from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
 from tests.formats.hub import hub_models, logits_here
 from tests.formats.test_writing import written
@@ -29,22 +30,22 @@ def test_gates_are_the_best_of_their_rank(tmp_path, d_low):
     assert json.loads((tmp_path / "aoe" / "convert.json").read_text()) == report
     before, after = parameters(source), parameters(tmp_path / "aoe")
     old, new = before["layers"].pop("experts"), after["layers"].pop("experts")
-    assert old.keys() - new.keys() == {"w_router", "w_g"} and new.keys() - old.keys() == {
-        "w_down",
-        "w_up",
+    assert old.keys() - new.keys() == {"w_router", "w_gate"} and new.keys() - old.keys() == {
+        "w_gate_down",
+        "w_gate_up",
     }
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    for name in ("w_p", "w_o"):
+    for name in ("w_up", "w_down"):
         np.testing.assert_array_equal(old[name], new[name])
     x = np.random.default_rng(0).normal(size=(5, 32))
     for layer, expert in np.ndindex(2, 4):
-        w = old["w_g"][layer, expert].astype(np.float64)
+        w = old["w_gate"][layer, expert].astype(np.float64)
         u, s, v = np.linalg.svd(w, full_matrices=False)
         best = u[:, :d_low] * s[:d_low] @ v[:d_low]
-        w_down, w_up = (new[name][layer, expert] for name in ("w_down", "w_up"))
-        np.testing.assert_allclose(w_down @ w_up, best, atol=5e-5)
-        np.testing.assert_allclose(w_up @ w_up.T, np.eye(d_low), atol=5e-5)
-        norms = np.linalg.norm(x @ w_down, axis=1), np.linalg.norm(x @ best, axis=1)
+        w_gate_down, w_gate_up = (new[name][layer, expert] for name in ("w_gate_down", "w_gate_up"))
+        np.testing.assert_allclose(w_gate_down @ w_gate_up, best, atol=5e-5)
+        np.testing.assert_allclose(w_gate_up @ w_gate_up.T, np.eye(d_low), atol=5e-5)
+        norms = np.linalg.norm(x @ w_gate_down, axis=1), np.linalg.norm(x @ best, axis=1)
         np.testing.assert_allclose(*norms, rtol=1e-4)
         kept = report["energy_kept"]["layers"][layer]["experts"][expert]
         np.testing.assert_allclose(kept, np.sum(s[:d_low] ** 2) / np.sum(s**2), rtol=1e-5)
@@ -56,14 +57,15 @@ def test_gates_are_the_best_of_their_rank(tmp_path, d_low):
 
 
 @pytest.mark.parametrize(
-    "architecture, gate", [("mixtral", "chosen"), ("olmoe", "all"), ("phimoe", "chosen")]
+    "architecture, norm_topk_prob", [("mixtral", True), ("olmoe", False), ("phimoe", True)]
 )
-def test_the_result_is_a_model(tmp_path, architecture, gate):
+def test_the_result_is_a_model(tmp_path, architecture, norm_topk_prob):
     source = hub_models()[architecture][0]["fused"]
     convert(source, tmp_path / "aoe", 16)
     config, old = read_config(tmp_path / "aoe"), read_config(source)
     assert (config.experts.kind, config.experts.d_low, config.experts.width(32)) == ("aoe", 16, 24)
-    assert (config.experts.gate, config.experts.top_k, config.model) == (gate, 2, old.model)
+    assert config.routing == TopK(norm_topk_prob)
+    assert (config.experts.top_k, config.model) == (2, old.model)
     assert np.isfinite(logits_here(tmp_path / "aoe")).all()
     assert json.loads((tmp_path / "aoe" / "config.json").read_text())["eos_token_id"] == 1
 
@@ -101,13 +103,15 @@ def test_parameters_keep_their_dtypes(tmp_path, caplog):
 
 
 def test_gates_of_full_rank_compute_the_same(tmp_path):
-    """All experts chosen and weighed alike, an AoE whose gates lose nothing is the MoE that it was."""
+    """With all experts chosen, an AoE whose gates lose nothing computes what the MoE did."""
     changes = {"experts__n_experts": 2, "experts__top_k": 2, "experts__d_ffn": 24}
     directory, params, *_ = written(tmp_path, tiny_config(experts__kind="router", **changes))
     convert(directory, tmp_path / "aoe", 24)
     factors = parameters(tmp_path / "aoe")["layers"]["experts"]
     np.testing.assert_allclose(
-        factors["w_down"] @ factors["w_up"], params["layers"]["experts"]["w_g"], atol=1e-5
+        factors["w_gate_down"] @ factors["w_gate_up"],
+        params["layers"]["experts"]["w_gate"],
+        atol=1e-5,
     )
     x = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
     for layer in range(2):
@@ -116,21 +120,23 @@ def test_gates_of_full_rank_compute_the_same(tmp_path):
             for name, a in params["layers"]["experts"].items()
         }
         low = {name: np.asarray(a[layer], np.float64) for name, a in factors.items()}
-        norms = np.linalg.norm(np.einsum("td,ndr->tnr", x, low["w_down"]), axis=-1)
-        # The reference of an MoE whose router gives these norms: the norms of x Wg itself.
-        whole = np.linalg.norm(np.einsum("td,ndf->tnf", x, experts["w_g"]), axis=-1)
+        norms = np.linalg.norm(np.einsum("td,ndr->tnr", x, low["w_gate_down"]), axis=-1)
+        # The reference of an MoE whose router gives these norms: the norms of x w_gate itself.
+        whole = np.linalg.norm(np.einsum("td,ndf->tnf", x, experts["w_gate"]), axis=-1)
         np.testing.assert_allclose(norms, whole, rtol=1e-5)
         outputs = [
             router_layer(
                 x,
                 np.zeros((32, 1)),
-                *(experts[name][i : i + 1] for name in ("w_g", "w_p", "w_o")),
+                *(experts[name][i : i + 1] for name in ("w_gate", "w_up", "w_down")),
                 top_k=1,
             )
             for i in range(2)
         ]
         weights = np.exp(whole) / np.exp(whole).sum(axis=1, keepdims=True)
-        found = aoe_layer(x, *(low[name] for name in ("w_down", "w_up", "w_p", "w_o")), top_k=2)
+        found = aoe_layer(
+            x, *(low[name] for name in ("w_gate_down", "w_gate_up", "w_up", "w_down")), top_k=2
+        )
         np.testing.assert_allclose(
             found, sum(weights[:, i : i + 1] * outputs[i] for i in range(2)), rtol=1e-4, atol=1e-5
         )

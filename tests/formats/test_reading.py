@@ -1,4 +1,4 @@
-"""Models of the hub are read as transformers reads them; what is wrong with their files is named."""
+"""Models of the hub are read like transformers reads them; errors name what is wrong."""
 
 import json
 import os
@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
 from configs import finetune
 from tests.formats.hub import ARCHITECTURES, LAYOUTS, hub_models, logits_here
@@ -75,9 +76,8 @@ def test_training_goes_on_with_the_weights_of_the_model_or_of_the_chosen(archite
     config = Config.from_config_dict(finetune.get_config(str(directory)))
     read = read_config(directory)
     assert config.model == read.model
-    assert config.experts == (
-        read.experts.choosing(gate="chosen") if architecture == "phimoe" else read.experts
-    )
+    assert config.experts == read.experts
+    assert config.routing == (TopK() if architecture == "phimoe" else read.routing)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -92,11 +92,13 @@ def test_the_dtype_of_the_file_stays(tmp_path, dtype):
     )
     params = load(directory)
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-    w_g = np.asarray(params["layers"]["experts"]["w_g"])[1, 3]
-    np.testing.assert_array_equal(w_g.T, tensors["model.layers.1.mlp.experts.gate_up_proj"][3, :24])
-    cast = load(directory, jnp.float32)["layers"]["experts"]["w_g"]
+    w_gate = np.asarray(params["layers"]["experts"]["w_gate"])[1, 3]
+    np.testing.assert_array_equal(
+        w_gate.T, tensors["model.layers.1.mlp.experts.gate_up_proj"][3, :24]
+    )
+    cast = load(directory, jnp.float32)["layers"]["experts"]["w_gate"]
     assert cast.dtype == jnp.float32
-    np.testing.assert_array_equal(np.asarray(cast)[1, 3], w_g.astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(cast)[1, 3], w_gate.astype(np.float32))
 
 
 def edit(directory, file="model.safetensors", **changes):
@@ -243,7 +245,8 @@ from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.sharding import fill_mesh, make_mesh
 
 def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 directory = Path(sys.argv[1])
 config = fill_mesh(read_config(directory), 1)
@@ -252,7 +255,8 @@ jax.block_until_ready(jax.numpy.ones(8))
 open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
 before = peak()
 params, _ = load_params(directory, config, mesh)
-print(peak() - before, sum(a.nbytes for a in jax.tree.leaves(params)), params["layers"]["experts"]["w_g"].nbytes)
+model = sum(a.nbytes for a in jax.tree.leaves(params))
+print(peak() - before, model, params["layers"]["experts"]["w_gate"].nbytes)
 """
 
 

@@ -38,9 +38,8 @@ def test_one_file(tmp_path):
     assert found.keys() == TENSORS.keys()
     assert all(same(found[name], a) for name, a in TENSORS.items())
     files = TensorFiles(tmp_path)
-    assert (
-        files.stored("half").shape == (2, 3, 4) and files.stored("ä/b").dtype == ml_dtypes.bfloat16
-    )
+    assert files.stored["half"].shape == (2, 3, 4)
+    assert files.stored["ä/b"].dtype == ml_dtypes.bfloat16
     with files.open() as read:
         assert all(same(read(name), a) for name, a in TENSORS.items())
         assert same(

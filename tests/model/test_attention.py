@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from aoe_jax.config import ModelConfig
+from aoe_jax.config.model import ModelConfig
 from aoe_jax.model.attention import (
     MAX_BLOCKS,
     MIN_BLOCK,

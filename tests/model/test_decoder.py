@@ -12,19 +12,26 @@ import numpy as np
 import pytest
 
 from aoe_jax import Decoder
-from aoe_jax.config import BalanceConfig, ExpertsConfig, ModelConfig
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
+from aoe_jax.methods.capacity import Capacity
+from aoe_jax.methods.dense import Dense
 from aoe_jax.model.attention import rotary, rotary_tables
+from aoe_jax.moe.routing import ExpertChoice, TopK
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]
 
 MODEL = ModelConfig(n_layers=2, n_heads=2, d_model=16, vocab_size=50, dtype="float32")
 EXPERTS = ExpertsConfig(n_experts=4, top_k=2, d_ffn=24, d_low=4)
+TOP_K = TopK()
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
 
 
 @cache
-def build(model=MODEL, **experts):
-    decoder = Decoder(model, dataclasses.replace(EXPERTS, **experts))
+def build(model=MODEL, routing=TOP_K, **experts):
+    experts = dataclasses.replace(EXPERTS, **experts)
+    decoder = Decoder(model, experts, Dense() if experts.kind == "dense" else routing)
     return decoder, jax.jit(decoder.init)(jax.random.key(0), TOKENS)
 
 
@@ -46,7 +53,9 @@ def reach(decoder, variables, position):
         )
         numbers = jnp.arange(TOKENS.size).reshape(TOKENS.shape)
         hidden, _ = Decoder(
-            dataclasses.replace(decoder.model, vocab_size=TOKENS.size), decoder.experts
+            dataclasses.replace(decoder.model, vocab_size=TOKENS.size),
+            decoder.experts,
+            decoder.routing,
         ).apply({"params": params}, numbers, method="features")
         return (hidden[0, position] * jnp.arange(1.0, hidden.shape[-1] + 1)).sum()
 
@@ -63,7 +72,7 @@ def changed_by_the_future(decoder, variables):
 
 @pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
 def test_token_choice_is_causal(kind):
-    """By gradient and by value; `tests/test_methods.py` has the other selections."""
+    """By gradient and by value; `tests/test_methods.py` has the other routers."""
     decoder, variables = build(kind=kind)
     gradient = reach(decoder, variables, position=5)
     assert (gradient[:6] > 0).all()
@@ -76,13 +85,17 @@ def test_expert_choice_is_not_causal(kind):
     """Which tokens an expert takes depends on later ones: a jump that no gradient shows, but the
     outputs do.
     """
-    assert changed_by_the_future(*build(kind=kind, selection="expert_choice"))
+    assert changed_by_the_future(*build(kind=kind, routing=ExpertChoice()))
 
 
 @pytest.mark.parametrize(("top_k", "leaks"), [(1, False), (2, True)])
 def test_a_capacity_is_causal_with_one_expert_per_token_only(top_k, leaks):
-    """With two, the first choice of a later token may take the place of an earlier token's second."""
-    assert changed_by_the_future(*build(kind="capacity", top_k=top_k, capacity_factor=1.0)) == leaks
+    """With two, the first choice of a later token may take the place of an earlier token's
+    second.
+    """
+    assert (
+        changed_by_the_future(*build(kind="capacity", top_k=top_k, routing=Capacity(1.0))) == leaks
+    )
 
 
 def test_rotary_depends_on_distance_only():
@@ -150,8 +163,8 @@ def test_several_layers_at_once_compute_the_same(remat):
 
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_what_recomputing_experts_keeps(kind):
-    """Of the experts' rows, `C` and `x Wp` or `x Wg` and `x Wp`; and no copy of the weights in the
-    dtype of computation.
+    """Of the experts' rows, `C` and `x w_up` or `x w_gate` and `x w_up`; and no copy of the weights
+    in the dtype of computation.
     """
     model = dataclasses.replace(MODEL, remat="experts", dtype="bfloat16")
     experts = dataclasses.replace(EXPERTS, kind=kind, n_experts=3, d_ffn=40, d_low=5)
@@ -163,23 +176,22 @@ def test_what_recomputing_experts_keeps(kind):
         if a.dtype == jnp.bfloat16
     ]
     tokens, width = TOKENS.size, decoder.experts.width(16)
-    by_row = sorted(
-        shape[-1] for shape in shapes if len(shape) == 3 and shape[1] >= 2 * tokens
-    )  # rows and free places
+    # Rows and free places.
+    by_row = sorted(shape[-1] for shape in shapes if len(shape) == 3 and shape[1] >= 2 * tokens)
     assert by_row == ([5, width] if kind == "aoe" else [width, width])
     assert not [shape for shape in shapes if shape[:2] == (2, 3)]
 
 
 @pytest.mark.parametrize("remat", ["none", "experts", "layer"])
 def test_scores_are_not_computed_again(remat):
-    """Under any remat, the only product backward with the Wdown of all experts is that of the
+    """Under any remat, the only product backward with the w_gate_down of all experts is that of the
     balance losses.
     """
     model = dataclasses.replace(MODEL, remat=remat)
     experts = dataclasses.replace(EXPERTS, n_experts=7, d_low=5)
     tokens = []
     for balance in (BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.5)):
-        decoder = Decoder(model, experts, balance)
+        decoder = Decoder(model, experts, balance=balance)
         variables = jax.eval_shape(decoder.init, jax.random.key(0), TOKENS)
 
         def loss(v, decoder=decoder):
@@ -207,14 +219,14 @@ def test_remat_keeps_the_selection():
 def test_layers_are_scanned_and_the_table_is_shared():
     _, variables = build()
     params = variables["params"]
-    assert params["layers"]["experts"]["w_down"].shape == (2, 4, 16, 4)
+    assert params["layers"]["experts"]["w_gate_down"].shape == (2, 4, 16, 4)
     assert set(params) == {"embed", "layers", "final_norm"}
     _, untied = build(dataclasses.replace(MODEL, tie_embeddings=False))
     assert untied["params"]["output"]["embedding"].shape == (50, 16)
 
 
 def test_layers_start_different():
-    w = build()[1]["params"]["layers"]["experts"]["w_p"]
+    w = build()[1]["params"]["layers"]["experts"]["w_up"]
     assert float(jnp.abs(w[0] - w[1]).max()) > 0.01
 
 

@@ -11,11 +11,11 @@ from tests.evaluation.models import make_config, make_model
 EXPERTS = {
     "aoe": {},
     "router": {"experts__kind": "router"},
-    "capacity": {"experts__kind": "capacity", "experts__capacity_factor": 1.0},
+    "capacity": {"experts__kind": "capacity", "routing__capacity_factor": 1.0},
     "router, top_p": {
         "experts__kind": "router",
-        "experts__selection": "top_p",
-        "experts__top_p": 0.4,
+        "routing__name": "top_p",
+        "routing__p": 0.4,
     },
 }
 
@@ -60,10 +60,10 @@ def seen_by(kind):
 def seen(model, of_batches):
     """`(x [L, T, d], chosen [L, T, Z], scores [L, T, Z])` float64, of the tokens that count."""
 
-    def observe(devices, x, token_weights, chosen, scores, given):
-        return x, token_weights, chosen, scores
+    def observe(ctx, chosen, scores, given):
+        return ctx.x, ctx.token_weights, chosen, scores
 
-    step = moments._passing(model, observe)
+    step = moments.observing_step(model, observe)
     found = [jax.device_get(step(batch, None)) for batch in of_batches]
     x, weights, chosen, scores = (
         np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True)

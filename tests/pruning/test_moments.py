@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("ragged")
 def test_norms_of_an_aoe():
     """Against norms of the layers' inputs by hand, and the choice by them."""
     x, chosen, scores = seen_by("aoe")
-    w_down = np.asarray(model_of("aoe").params["layers"]["experts"]["w_down"], np.float64)
-    by_hand = np.linalg.norm(np.einsum("ltd,lzdr->ltzr", x, w_down), axis=-1)
+    w_gate_down = np.asarray(model_of("aoe").params["layers"]["experts"]["w_gate_down"], np.float64)
+    by_hand = np.linalg.norm(np.einsum("ltd,lzdr->ltzr", x, w_gate_down), axis=-1)
     np.testing.assert_allclose(scores, by_hand, rtol=1e-5)
     np.testing.assert_array_equal(chosen, (-by_hand).argsort(axis=-1).argsort(axis=-1) < 2)
     check(moments_of("aoe"), chosen, scores)
@@ -54,9 +54,8 @@ def test_the_choice_is_the_models_with_its_selection_bias():
         dataclasses.replace(model_of("aoe"), routing_state={"selection_bias": bias}), batches()
     )
     np.testing.assert_array_equal(moments.load[:, 3], 1)
-    np.testing.assert_allclose(
-        moments.mean[0], moments_of("aoe").mean[0], rtol=1e-5
-    )  # of scores without it
+    # These are of scores without it.
+    np.testing.assert_allclose(moments.mean[0], moments_of("aoe").mean[0], rtol=1e-5)
 
 
 def test_nothing_is_lost_where_means_are_large():
@@ -80,14 +79,14 @@ def test_scores_of_merged_experts():
     member of anything.
     """
     x, chosen, _ = seen_by("aoe")
-    w_down = np.random.default_rng(1).normal(size=(2, 3, 32, 8)).astype(np.float32)
+    w_gate_down = np.random.default_rng(1).normal(size=(2, 3, 32, 8)).astype(np.float32)
     members = np.zeros((2, 4, 3))
     members[:, [0, 2], 0] = members[:, 3, 1] = 1
-    norms = np.linalg.norm(np.einsum("ltd,lkdr->ltkr", x, w_down), axis=-1)
+    norms = np.linalg.norm(np.einsum("ltd,lkdr->ltkr", x, w_gate_down), axis=-1)
     own = chosen @ members
     want = np.stack([(own * norms)[..., :2].sum(axis=1) / own[..., :2].sum(axis=1)])[0]
     want = np.concatenate([want, norms[..., 2:].mean(axis=1)], axis=1)
-    np.testing.assert_allclose(merged_scores_of("aoe")(w_down, members), want, rtol=1e-5)
+    np.testing.assert_allclose(merged_scores_of("aoe")(w_gate_down, members), want, rtol=1e-5)
 
 
 def test_a_mesh_gathers_the_same():
@@ -96,12 +95,12 @@ def test_a_mesh_gathers_the_same():
     alone, found = moments_of("aoe"), score_moments(split, batches())
     for name in ("mean", "scatter", "chosen", "chosen_score"):
         np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-5, atol=1e-3)
-    w_down, members = (
-        jax.device_get(split.params["layers"]["experts"]["w_down"][:, :1]),
+    w_gate_down, members = (
+        jax.device_get(split.params["layers"]["experts"]["w_gate_down"][:, :1]),
         np.zeros((2, 4, 1)),
     )
     members[:, :2] = 1
     scores = [
-        of(w_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches()))
+        of(w_gate_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches()))
     ]
     np.testing.assert_allclose(*scores, rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.pruning import merging
-from aoe_jax.pruning.clustering import METHODS
+from aoe_jax.pruning.merging import METHODS
 from aoe_jax.pruning.moments import MergedScores, score_moments
 from aoe_jax.pruning.params import pruned_params
 from tests.pruning.experts import disguised
@@ -75,7 +75,7 @@ def doubled(model, order):
 
 @KINDS
 def test_doubled_experts_are_found_and_restored(kind, monkeypatch):
-    """What a router is drawn anew for are the experts alone: here it gets the columns that it had."""
+    """The router is drawn anew, so the test gives it back the columns that it had."""
     order = np.random.default_rng(3).permutation(8)
     model = model_of(kind)
     twice = doubled(model, order)
@@ -96,7 +96,7 @@ def test_doubled_experts_are_found_and_restored(kind, monkeypatch):
             )
         return logits(model.decoder, params)
 
-    np.testing.assert_allclose(restored(), want, atol=1e-5)
+    np.testing.assert_allclose(restored(), want, atol=2e-5)
     monkeypatch.setattr(merging, "aligned", lambda reference, expert: expert)
     assert np.abs(restored() - want).max() > 0.1  # of plain averages
 
@@ -104,12 +104,12 @@ def test_doubled_experts_are_found_and_restored(kind, monkeypatch):
 def test_norms_of_merged_experts_are_those_that_members_were_chosen_by():
     params, clusters = prune("aoe", 2)
     x, chosen, scores = seen_by("aoe")
-    w_down = np.asarray(params["layers"]["experts"]["w_down"], np.float64)
+    w_gate_down = np.asarray(params["layers"]["experts"]["w_gate_down"], np.float64)
     for layer, of_layer in enumerate(clusters):
         assert any(len(cluster.members) > 1 for cluster in of_layer)
         for number, cluster in enumerate(of_layer):
             members = list(cluster.members)
-            norms = np.linalg.norm(x[layer] @ w_down[layer, number], axis=1)
+            norms = np.linalg.norm(x[layer] @ w_gate_down[layer, number], axis=1)
             own = chosen[layer][:, members]
             found = np.average(norms, weights=own.sum(axis=1))
             want = [np.average(scores[layer][:, m], weights=chosen[layer][:, m]) for m in members]
@@ -118,14 +118,18 @@ def test_norms_of_merged_experts_are_those_that_members_were_chosen_by():
 
 
 def test_a_scaled_norm_leaves_the_output():
-    """What Wdown gains, Wup loses."""
+    """What w_gate_down gains, w_gate_up loses."""
     scaled, _ = prune("aoe", 2)
     unknown = mock.Mock(return_value=np.zeros((2, 2)))
     as_averaged, _ = pruned_params(model_of("aoe"), moments_of("aoe"), unknown, 2, "uncurl")
     a, b = (jax.device_get(params["layers"]["experts"]) for params in (scaled, as_averaged))
-    ratio = np.linalg.norm(a["w_down"], axis=(2, 3)) / np.linalg.norm(b["w_down"], axis=(2, 3))
+    ratio = np.linalg.norm(a["w_gate_down"], axis=(2, 3)) / np.linalg.norm(
+        b["w_gate_down"], axis=(2, 3)
+    )
     assert ratio.max() > 1.05
-    np.testing.assert_allclose(a["w_down"] @ a["w_up"], b["w_down"] @ b["w_up"], atol=1e-6)
+    np.testing.assert_allclose(
+        a["w_gate_down"] @ a["w_gate_up"], b["w_gate_down"] @ b["w_gate_up"], atol=1e-6
+    )
 
 
 def test_a_router_is_drawn_by_its_seed():

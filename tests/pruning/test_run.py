@@ -15,31 +15,31 @@ LARGE = {"experts__kind": "router", "experts__large_router": True}
 REFUSED = {
     "dense": ({"experts__kind": "dense"}, 2, "--workdir=DIR has experts.kind='dense'"),
     "expert choice": (
-        {"experts__selection": "expert_choice"},
+        {"routing__name": "expert_choice"},
         2,
         "every expert takes equally many tokens",
     ),
     "threshold": (
-        {"experts__selection": "threshold"},
+        {"routing__name": "threshold"},
         2,
-        "selection='threshold': pruning isn't implemented for them",
+        "routing.name='threshold': pruning is not implemented",
     ),
     "smear": (
-        {"experts__kind": "smear", "smear__segment": 8},
+        {"experts__kind": "smear", "routing__segment": 8},
         2,
-        "has experts.kind='smear' and selection='top_k'",
+        "has routing.name='smear': pruning is not implemented",
     ),
     "thor": (
         {"experts__kind": "thor"},
         2,
-        "has experts.kind='thor' and selection='top_k': pruning isn't implemented",
+        "has routing.name='thor': pruning is not implemented",
     ),
     "uoe": (
         {"experts__kind": "uoe"},
         2,
-        "has experts.kind='uoe' and selection='top_k': pruning isn't implemented",
+        "has routing.name='uoe': pruning is not implemented",
     ),
-    "large router": (LARGE, 2, "the width of a large router goes by its experts"),
+    "large router": (LARGE, 2, "the width of a large router depends on its experts"),
     "fewer than chosen": (
         {},
         1,
@@ -86,7 +86,5 @@ def test_the_table():
     }
     rows = prune_table({"layers": [layer], "nll": {"before": 4.0, "uncurl": 4.25}}).splitlines()
     assert rows[1].split() == ["0", "0.900", "0.600", "0+2", "50.0%", "1", "50.0%"]
-    assert (
-        f"at most {np.log(3):.3f}, then {np.log(2):.3f}; validation nll: before 4.0000, uncurl 4.2500"
-        in rows[2]
-    )
+    assert f"at most {np.log(3):.3f}, then {np.log(2):.3f}; validation nll: " in rows[2]
+    assert rows[2].endswith("validation nll: before 4.0000, uncurl 4.2500")

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aoe_jax.config import CheckpointConfig
+from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.errors import UserError
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprint import fingerprints
@@ -56,7 +56,7 @@ def step_folders(workdir):
 
 
 def write(workdir, config, steps, nll=lambda step: None):
-    """Saves steps as training does, and takes no note of the data."""
+    """Saves steps in the way of training."""
     checkpoints = Checkpoints(workdir, config)
     for step in steps:
         if nll(step) is not None:
@@ -105,7 +105,7 @@ def without_newer(workdir, step):
 
 @pytest.mark.parametrize("number", [3, 4, 5])
 def test_state_may_be_donated_while_it_is_saved(saved, tmp_path, number):
-    """And position and progress come back with it."""
+    """Position and progress are restored with it."""
     workdir, data = without_newer(copy_of(saved, tmp_path), number), batches()
     step, state, progress = Checkpoints(workdir).restore_newest(ABSTRACT, data)
     assert (step, progress) == (number, Progress(number, number / 3, number % 2 == 0, 7 - number))
@@ -166,7 +166,7 @@ def test_model_whose_validation_is_not_finite_is_never_the_best(tmp_path):
 
 
 def test_validation_that_is_made_up_for_counts(tmp_path):
-    """Of a checkpoint that was saved when a run was stopped before it."""
+    """A checkpoint may be older than its validation, if the run was stopped between the two."""
     config = CheckpointConfig(every=1, keep=1, keep_best=1)
     write(tmp_path, config, [1, 2], {1: 5.0}.get)
     checkpoints = Checkpoints(tmp_path, config)
@@ -221,7 +221,7 @@ def test_half_written_checkpoint_is_ignored_and_cleared_away(saved, tmp_path, ha
 
 
 def test_half_deleted_old_checkpoint_does_no_harm(saved, tmp_path):
-    """As left by a kill while an old checkpoint is removed."""
+    """A kill during the removal of an old checkpoint leaves this."""
     workdir = copy_of(saved, tmp_path)
     (workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA").unlink()
     shutil.rmtree(workdir / "checkpoints" / "3" / "run")
@@ -251,15 +251,15 @@ DAMAGE = {
 
 @pytest.fixture
 def failing_reads():
-    """What Orbax still reads when one read has failed ends in asyncio's complaints, here and not in
-    a later test.
+    """Collects the reads that Orbax leaves unfinished after a failed one, whose complaints would
+    otherwise appear in a later test.
     """
     yield
     gc.collect()
 
 
 def unread(test):
-    """For a test of `failing_reads`; the command line hides the complaints."""
+    """Marks a test with failing reads; the command line hides the complaints too."""
     test = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(test)
     return pytest.mark.usefixtures("failing_reads")(test)
 
@@ -267,8 +267,8 @@ def unread(test):
 @unread
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
-    """Whichever file is damaged: what is restored is what was saved, of this checkpoint or of the
-    one before.
+    """Whichever file is damaged, the restored state is one that was saved, in this checkpoint or in
+    the one before.
     """
     names = [path.relative_to(saved[0]) for path in files_of(saved[0] / "checkpoints" / "5")]
     assert len(names) > 5
@@ -293,7 +293,7 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
 
 
 def noise(step):
-    """A state of random numbers, which can't be compressed: 0.8 MB a checkpoint."""
+    """A state of random numbers, which don't compress: 0.8 MB a checkpoint."""
     kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
     return dataclasses.replace(
         state_of(step), params={"kernel": kernel, "scale": jnp.ones(3, jnp.bfloat16)}
@@ -302,7 +302,7 @@ def noise(step):
 
 @unread
 def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
-    """Also those that leave a readable file."""
+    """Also bits whose change leaves a readable file."""
     checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig(every=1, keep=2))
     for step in (1, 2):
         checkpoints.save(step, noise(step), {"next_index": step}, Progress(1, 1, True))
@@ -332,9 +332,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
-    """Nothing is set aside: with more memory, or another disk, the run goes on from its newest
-    checkpoint.
-    """
+    """Nothing is set aside: with more memory or another disk, the newest checkpoint is readable."""
     workdir = copy_of(saved, tmp_path)
     before = contents(workdir)
 
@@ -422,9 +420,10 @@ def test_full_disk(small_disk):
         match=r"checkpoints/2 can't be saved: no space left on the disk\n.*goes on from step 1",
     ):
         checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
-        while True:  # as the loop does at every step
+        for _ in range(6000):  # as the loop does at every step
             checkpoints.check()
             time.sleep(0.01)
+        pytest.fail(f"saved: {[*small_disk.rglob('*')]}")
     step, state, _ = Checkpoints(small_disk).restore_newest(ABSTRACT, batches())
     assert step == 1
     np.testing.assert_array_equal(state.params["kernel"], noise(1).params["kernel"])

@@ -1,4 +1,4 @@
-"""Warnings, the end of a run that can't get on, and the heartbeat."""
+"""Warnings, the end of a run that diverges, and the heartbeat."""
 
 import json
 
@@ -66,8 +66,8 @@ def test_dead_experts_are_named_once(caplog):
     assert not caplog.text
     health.load(6, load)
     assert (
-        "dead experts at step 6, without a token in 3 logged steps: layer 0 expert 1 (1 of 6 in all)"
-        in caplog.text
+        "dead experts at step 6, without a token in 3 logged steps: layer 0 expert 1 "
+        "(1 of 6 in all)" in caplog.text
     )
     caplog.clear()
     health.load(7, load)

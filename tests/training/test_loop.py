@@ -1,8 +1,8 @@
-"""What a run says before it starts; `tests/test_train.py` has the rest."""
+"""The log of a run before it starts; `tests/test_train.py` has the rest."""
 
 import pytest
 
-from aoe_jax.config import Config
+from aoe_jax.config.run import Config
 from aoe_jax.training.loop import log_run
 from configs import methods
 
@@ -12,13 +12,13 @@ from configs import methods
     [
         ("top_k", None),
         ("threshold", "threshold is not causal before step 200: "),
-        ("expert_choice", "expert choice is not causal: "),
+        ("expert_choice", "expert_choice is not causal: "),
     ],
 )
-def test_a_warning_where_later_tokens_have_a_say(caplog, variant, words):
+def test_a_warning_if_losses_depend_on_later_tokens(caplog, variant, words):
     groups = methods.get_config(variant)
     if variant == "threshold":
-        groups.threshold.warmup_steps = 200
+        groups.routing.warmup_steps = 200
     log_run(Config.from_config_dict(groups))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert (

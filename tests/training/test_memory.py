@@ -1,6 +1,4 @@
-"""Memory against other counts of it: arrays, parameters, psutil, and what the system says that a
-step took.
-"""
+"""Memory compared with other counts: of arrays, parameters, psutil, and the system."""
 
 import json
 import subprocess
@@ -50,8 +48,8 @@ def program(config):
 
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_what_a_device_holds(fsdp):
-    """Parameters and two moments of four bytes each, split over `fsdp`, and little else; with the
-    batch, arguments.
+    """Parameters and two moments of four bytes each, split over `fsdp`, and little else; the
+    arguments also have the batch.
     """
     config = tiny_config(mesh__fsdp=fsdp, train__batch_size=8, data__document_mask=True)
     state, batch, step = program(config)
@@ -70,7 +68,7 @@ def test_what_a_device_holds(fsdp):
 
 
 def test_host_memory():
-    """One look after the other, so not to the byte."""
+    """The two counts are taken one after the other, so they differ a little."""
     grown = np.ones(10**8 // 8)
     memory, process = host_memory(), psutil.Process().memory_info()
     assert memory["host_memory_bytes"] == pytest.approx(process.rss, rel=0.02)
@@ -92,14 +90,15 @@ from aoe_jax.compare.step_times import random_batch
 from benchmarks.timing import configuration
 from aoe_jax.training.step import init_state, make_train_step
 model = {"n_layers": 1, "d_model": 64, "n_heads": 1, "vocab_size": 512, "unroll": 1}
-config = configuration("dense", {"model": model, "experts": {"d_ffn": 2048}, "train": {"batch_size": 64}})
+changes = {"model": model, "experts": {"d_ffn": 2048}, "train": {"batch_size": 64}}
+config = configuration("dense", changes)
 state = jax.jit(lambda: init_state(config, 0))()
 batch = jax.device_put(random_batch(config))
 step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
 temporary, taken = program_memory(state, step)["temporary_bytes"], []
 for _ in range(5):
     jax.block_until_ready(state)
-    time.sleep(0.3)  # what the step before took is given back a moment later
+    time.sleep(0.3)  # memory of the step before is given back a moment later
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = host_memory()["host_memory_bytes"]
     state, _ = step(state, batch)
@@ -110,11 +109,11 @@ print(json.dumps([temporary, max(taken[1:])]))
 
 
 def test_temporary_memory_is_what_a_step_takes():
-    """The peak of a process in a step, over what it held before, for a model whose step needs half
-    a gigabyte.
+    """The peak of a process in a step over its memory before, for a model whose step needs half a
+    gigabyte.
 
-    The first step also takes what the process keeps; a later one may find the block that the one
-    before took.
+    The first step also takes memory that the process keeps; a later one may reuse the block of the
+    step before.
     """
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HASTY, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.config import Config, MeshConfig, default_config
-from aoe_jax.experts.transport import ROW_BUFFER
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.config.run import Config, default_config
+from aoe_jax.moe.parallel.transports import ROW_BUFFER
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
 from aoe_jax.training.step import init_state, make_train_step
 
@@ -26,7 +27,7 @@ def configuration(kind):
         config.experts.d_wide = 32
     config.data.update(seq_len=16)
     config.train.update(
-        steps=STEPS, batch_size=16, warmup_steps=2, learning_rate=1e-2, accumulate=2
+        steps=STEPS, batch_size=16, warmup=2 / STEPS, learning_rate=1e-2, accumulate=2
     )
     config.balance.update(aux_weight=0.01, aux_tokens=0.5)
     return Config.from_config_dict(config)
@@ -70,7 +71,7 @@ def alone(kind):
     return curve(dataclasses.replace(config, mesh=MeshConfig(data=1)), jax.devices()[:1])
 
 
-# Each kind with either transport: tests/experts/test_parallel.py has more meshes, layer by layer,
+# Each kind with either transport: tests/moe/test_parallel.py has more meshes, layer by layer,
 # and runs of several processes in tests/test_multiprocess.py have (2, 1, 4, 1) and (1, 8, 1, 1).
 CASES = [
     ("aoe", (8, 1, 1, 1), "ring"),

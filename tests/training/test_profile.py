@@ -1,4 +1,4 @@
-"""`--profile`: its form, and a trace of a real run."""
+"""The flag `--profile`, and a trace of a real run."""
 
 import gzip
 import json
@@ -10,10 +10,10 @@ from aoe_jax.errors import UserError
 from aoe_jax.training.profile import Window
 from tests.runs import KINDS, run, train_command
 
-STATIONS = (
+PARTS = (
     "attention",
     "score",
-    "select",
+    "route",
     "plan",
     "dispatch",
     "experts",
@@ -41,14 +41,14 @@ def test_windows_outside_the_run():
 
 
 def test_run_that_goes_on_behind_its_window(caplog):
-    """As where the same command goes on with a run that was stopped."""
+    """The same command continues a run that was stopped."""
     assert Window.parse("6:3").of_run(6, 10) is None
     assert "--profile=6:3: step 6 is past; nothing is traced" in caplog.text
 
 
 def test_trace_of_a_run(tmp_path):
-    """Two steps of four; the program in it names the stations, forward and backward."""
-    workdir, kind = tmp_path / "run", KINDS["aoe, gate=all"]  # one whose scores have a gradient
+    """Two steps of four; the program in it names the parts of a model, forward and backward."""
+    workdir, kind = tmp_path / "run", KINDS["aoe, over all"]  # one whose scores have a gradient
     command = train_command(
         workdir, train__steps=4, train__eval_every=0, checkpoint__every=100, **kind
     )
@@ -59,15 +59,14 @@ def test_trace_of_a_run(tmp_path):
     events = json.loads(gzip.decompress(shown.read_bytes()))["traceEvents"]
     steps = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
     assert steps == ["2", "3"]
-    assert (
-        len([event for event in events if event.get("name") == "input"]) == 1
-    )  # the wait for the second of them
+    # The wait for the second of them.
+    assert len([event for event in events if event.get("name") == "input"]) == 1
     assert any("hlo_op" in event.get("args", {}) for event in events)
 
     (file,) = (workdir / "profile").rglob("*.xplane.pb")  # with the program
     names = set(re.findall(rb"jit\(train_step\)/[ -~]*", file.read_bytes()))
-    for station in STATIONS:
-        found = [name for name in names if re.search(rf"[/(]{station}[/)]".encode(), name)]
-        assert any(b"transpose" not in name for name in found), station
-        assert station in ("plan", "select") or any(b"transpose" in name for name in found), station
+    for part in PARTS:
+        found = [name for name in names if re.search(rf"[/(]{part}[/)]".encode(), name)]
+        assert any(b"transpose" not in name for name in found), part
+        assert part in ("plan", "route") or any(b"transpose" in name for name in found), part
     assert any(b"/update/" in name for name in names)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.config import MeshConfig
+from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
 from aoe_jax.training.starting import check_start, state_from_model
@@ -90,7 +90,7 @@ MISTAKES = {
         {"balance__bias_rate": 0.01},
         {},
         None,
-        "selection bias, which the run has no use for; set experts.selection and",
+        "selection bias, which the run has no use for; set routing.name and",
     ),
     "tokenizer": (
         {},

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from aoe_jax.config import Config, TrainConfig
-from aoe_jax.experts.balance import balance_loss, load_spread
+from aoe_jax.config.run import Config
+from aoe_jax.config.training import TrainConfig
+from aoe_jax.moe.balance import balance_loss, load_spread
 from aoe_jax.plan import abstract_batch
 from aoe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from aoe_jax.training.step import init_state, make_train_step, training_loss
@@ -24,7 +25,7 @@ SMALL = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 61, "dtype": "float32"},
     "experts": {"d_ffn": 48, "n_experts": 4},
     "data": {"seq_len": 24},
-    "train": {"batch_size": 4, "warmup_steps": 1, "steps": 3},
+    "train": {"batch_size": 4, "warmup": 0.3, "steps": 3},
 }
 
 
@@ -60,7 +61,7 @@ def one_of_each_program():
         experts = (
             dataclasses.replace(config.experts, d_low=4) if config.experts.d_low else config.experts
         )
-        alike.setdefault(repr((experts, config.balance)), variant)
+        alike.setdefault(repr((experts, config.routing, config.balance)), variant)
     return list(alike.values())
 
 
@@ -84,17 +85,15 @@ def test_every_program_of_the_paper_trains(variant):
         losses.append(float(metrics["loss"]))
         if t == 0:
             assert metrics["finite"] and float(metrics["grad_norm"]) > 0
-            (gradient,) = optax.tree.get_all_with_path(
-                state.opt_state, "mu"
-            )  # the first moment, in proportion to it
+            # The first moment, in proportion to it.
+            (gradient,) = optax.tree.get_all_with_path(state.opt_state, "mu")
     for path, moment in jax.tree_util.tree_leaves_with_path(gradient[1]):
         name = jax.tree_util.keystr(path)
         stacked = moment.reshape(
             *moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1
         )
-        if (
-            "embedding" not in name
-        ):  # tokens that don't occur in the batch have output gradients only
+        # Tokens that don't occur in the batch have output gradients only.
+        if "embedding" not in name:
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
     assert np.isfinite(losses).all() and losses[2] < losses[0]
     assert int(state.step) == 3
@@ -144,9 +143,8 @@ def test_z_loss_and_balance_of_each_sequence():
         weighted = 0.5 * metrics["aux_loss"] + 0.25 * metrics["z_loss"]
         np.testing.assert_allclose(metrics["loss"], metrics["nll"] + weighted, rtol=1e-5)
         of_batch = balance_loss(metrics["load"], metrics["stats"].mean_probability).mean()
-        assert (
-            2 < float(of_batch) < float(metrics["aux_loss"]) < 4
-        )  # each sequence is less even than all together
+        # Each sequence is less even than all together.
+        assert 2 < float(of_batch) < float(metrics["aux_loss"]) < 4
         assert float(metrics["z_loss"]) > np.log(4) ** 2  # norms are never negative
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), *found.values())
 
@@ -200,7 +198,9 @@ def test_accumulation_is_the_mean_over_micro_batches():
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_step_that_is_not_finite_updates_nothing(accumulate):
-    """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as ever."""
+    """Loss, or gradient alone; the step counts, for the schedule too, and the next one is as
+    ever.
+    """
     config, step, state = loss_free("aoe_r64", accumulate)
     batch = batch_of()
     first, metrics = step(state, batch)
@@ -267,7 +267,7 @@ def test_masked_targets_are_no_padding(variant):
     """
     settings = shrunken("aoe_r64_aux").to_dict()
     if variant == "aoe_expert_choice":
-        settings["experts"] |= {"selection": "expert_choice"}
+        settings["routing"] = {"name": "expert_choice"}
     config, params = Config.from_config_dict(settings), new_state(shrunken("aoe_r64_aux")).params
     whole, masked = batch_of(), masked_batch()
     loss = jax.jit(lambda batch: training_loss(config, params, {}, batch, None)[1])
@@ -285,7 +285,7 @@ def test_masked_targets_are_no_padding(variant):
     assert not np.allclose(padded["load"], plain["load"], rtol=1e-3)
 
 
-# selection -> what a balance loss is called, the field of its weight, and the loss by the shares of
+# router -> the name of a balance loss, the field of its weight, and the loss by the shares of the
 # micro-batches so far.
 RUNNING = {
     "top_k": (
@@ -295,17 +295,17 @@ RUNNING = {
     ),
     "gshard": (
         "first_choice_loss",
-        "gshard.aux_weight",
+        "routing.aux_weight",
         lambda shares, stats: (
             4 * (shares["first_choices"] * stats.mean_probability).sum(axis=1).mean()
         ),
     ),
-    "top_any": (
+    "dynmoe": (
         "gate_balance",
-        "top_any.balance_weight",
+        "routing.balance_weight",
         lambda shares, stats: (
             4
-            * (shares["load"] / shares["served"][:, None] * stats.records["gate_shares"])
+            * (shares["load"] / shares["served"][:, None] * stats.records["normalised_gates"])
             .sum(axis=1)
             .sum()
         ),
@@ -313,18 +313,18 @@ RUNNING = {
 }
 
 
-@pytest.mark.parametrize("selection", RUNNING)
-def test_balance_is_of_all_micro_batches_so_far(selection):
+@pytest.mark.parametrize("router", RUNNING)
+def test_balance_is_of_all_micro_batches_so_far(router):
     """Losses have the load, or what else they count, of the micro-batches up to their own; by hand,
     with gradients.
     """
-    name, weight_field, value = RUNNING[selection]
+    name, weight_field, value = RUNNING[router]
     settings = shrunken("moe_aux").to_dict()
-    settings["experts"] |= {"selection": selection}
+    settings["routing"] = {"name": router}
     settings["balance"] |= {"aux_weight": 0.0}
     settings["train"] |= {"accumulate": 3, "batch_size": 6}
     group, field = weight_field.split(".")
-    settings[group] |= {field: 0.5} | ({"loss_weight": 0.0} if group == "top_any" else {})
+    settings[group] |= {field: 0.5} | ({"loss_weight": 0.0} if router == "dynmoe" else {})
     config = Config.from_config_dict(settings)
     segment_ids = np.ones((6, 24), np.int32)
     segment_ids[1, 3:] = 0  # so that the second of three micro-batches has fewer tokens
@@ -344,7 +344,7 @@ def test_balance_is_of_all_micro_batches_so_far(selection):
             metrics = training_loss(config, params, state.routing_state, one, key)[1]
             stats, weight = metrics["stats"], one["weights"].sum()
             nll, weights = nll + metrics["nll"] * weight, weights + weight
-            own = {"load": stats.load} | (stats.records or {})
+            own = {"load": stats.load} | (stats.shares or {})
             shares = {
                 name: shares.get(name, 0) + jax.lax.stop_gradient(share)
                 for name, share in own.items()
@@ -371,7 +371,7 @@ def test_optimiser_is_the_papers():
     by hand.
     """
     config = TrainConfig(
-        steps=10, warmup_steps=0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5
+        steps=10, warmup=0.0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5
     )
     params = {
         "kernel": jnp.array([[3.0, -2.0]]),
@@ -399,7 +399,9 @@ def test_optimiser_is_the_papers():
 
 
 def test_routers_alone_in_the_first_steps():
-    """The others stay bit for bit, and know nothing of these steps: their moments start after them."""
+    """The others stay bit for bit, and know nothing of these steps: their moments start after
+    them.
+    """
     settings = shrunken("moe_aux").to_dict()
     settings["train"] |= {"router_steps": 2, "steps": 4}
     config, batch = Config.from_config_dict(settings), batch_of()
@@ -445,7 +447,7 @@ def test_what_decays():
 
 def test_schedule():
     schedule = learning_rate_schedule(
-        TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+        TrainConfig(steps=100, warmup=0.1, learning_rate=1.0, final_learning_rate=0.1)
     )
     np.testing.assert_allclose(
         [schedule(s) for s in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6

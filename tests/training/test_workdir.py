@@ -1,13 +1,20 @@
-"""The identity of a workdir."""
+"""The configuration and data that a workdir belongs to."""
 
 import json
 
 import pytest
 
-from aoe_jax.config import Config, DataConfig
+from aoe_jax.config.data import DataConfig
+from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
+from aoe_jax.training.workdir import (
+    check_data,
+    check_workdir,
+    claim_workdir,
+    make_workdir,
+    read_run_config,
+)
 from tests.runs import contents
 
 
@@ -43,6 +50,15 @@ def test_claimed_workdir(claimed):
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_workdir(workdir, Config())
     check_data(workdir, corpus)
+
+
+def test_config_of_an_earlier_version_is_refused(claimed):
+    workdir, _ = claimed
+    groups = Config().to_dict()
+    groups["experts"]["selection"] = "top_k"
+    (workdir / "config.json").write_text(json.dumps(groups))
+    with pytest.raises(UserError, match=r"config\.json: config\.experts\.selection is gone; set"):
+        read_run_config(workdir / "config.json")
 
 
 def test_other_configurations_are_refused(claimed):

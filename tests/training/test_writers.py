@@ -95,7 +95,7 @@ def test_wandb_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_wandb_offline(tmp_path):
-    """A run that goes on is the same run there, and holds the figures of metrics.jsonl."""
+    """A run that continues is the same run there, and has the figures of metrics.jsonl."""
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
     logged = len(read_metrics(workdir)[0])
     for steps in (26, 28):

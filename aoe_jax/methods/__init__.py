@@ -1,0 +1,54 @@
+"""The methods of the field beside AoE and the top-k router, one per file: settings, code, formula.
+
+Each is a frozen dataclass that is registered here: a router, `(scores, weights, ctx) -> Routing`,
+or a layer of its own, `(x, weights, layer, ctx) -> (y, LayerStats)`. `moe/routing.py` has what both
+may bring along (`Method`). A run holds one of them as `config.routing`.
+"""
+
+from functools import cache
+
+from aoe_jax.methods.capacity import Capacity
+from aoe_jax.methods.da_moe import DAMoE
+from aoe_jax.methods.dense import Dense
+from aoe_jax.methods.dynmoe import DynMoE
+from aoe_jax.methods.erc import ERC
+from aoe_jax.methods.gshard import GShard
+from aoe_jax.methods.ranked import Ranked
+from aoe_jax.methods.routing_free import RoutingFree
+from aoe_jax.methods.smear import Smear
+from aoe_jax.methods.sparsemixer import SparseMixer
+from aoe_jax.methods.thor import Thor
+from aoe_jax.methods.threshold import Threshold
+from aoe_jax.methods.uoe import UoE
+from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
+from aoe_jax.parameters import DECODER, EXPERTS, LARGE_ROUTER, ROUTER
+
+ROUTERS = {
+    method.name: method
+    for method in (
+        TopK,
+        TopP,
+        ExpertChoice,
+        Ranked,
+        SparseMixer,
+        Threshold,
+        DynMoE,
+        RoutingFree,
+        GShard,
+        DAMoE,
+        ERC,
+    )
+}
+LAYERS = {method.name: method for method in (Dense, Capacity, UoE, Smear, Thor)}
+
+
+@cache
+def declared_parameters():
+    """Every parameter that any model has, by its path in the tree of parameters."""
+    from aoe_jax.config.experts import ExpertsConfig
+
+    experts, of_layers = ExpertsConfig(kind="router"), {}
+    for method in (ROUTERS | LAYERS).values():
+        of_layers |= method().parameters(experts)
+    of_layers |= LARGE_ROUTER | ROUTER | EXPERTS
+    return DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}

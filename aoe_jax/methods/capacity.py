@@ -1,0 +1,187 @@
+"""`experts.kind="capacity"`: a router MoE whose experts have room for a fixed number of tokens, as
+MoE in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
+
+Tokens form groups, one per sequence. In each group an expert has C places. All first choices are
+placed before any second choice, in the order of the tokens. A choice that finds its expert full is
+dropped and adds nothing to its token. Rows reach their experts, and outputs their tokens, by
+products with tensors over all tokens, experts and places, so every shape is fixed.
+
+NOT CAUSAL with more than one expert per token: the first choice of a later token takes the place of
+an earlier token's second choice. With one expert per token only earlier tokens of the group count.
+
+C places of an expert; other letters: see `aoe_jax/moe/__init__.py`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.experts import single_expert
+from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
+from aoe_jax.moe.scoring import router_scores
+from aoe_jax.parameters import ROUTER, experts_with
+
+
+class Places(NamedTuple):
+    """The places of each group's tokens."""
+
+    place: jax.Array  # [B, S, n] int32, 0 to C - 1; C where the expert is full or not chosen
+    weight: jax.Array  # [B, S, n] float32, of chosen experts, with a gradient; 0 of others
+    dropped: jax.Array  # [B, S] float32, share of a token's K choices that found no place
+
+
+def assign_places(expert, weight, n_experts, capacity):
+    """Places for the choices of each group, first choices first, then in the order of tokens.
+
+    Args:
+      expert: `[B, S, K]` int32, the first choice first; n: none, as for padding.
+      weight: `[B, S, K]` float32.
+      n_experts: n.
+      capacity: C.
+
+    Returns:
+      `Places`.
+    """
+    n_groups, n_tokens, k = expert.shape
+    chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
+    by_rank = chosen.swapaxes(1, 2).reshape(n_groups, k * n_tokens, n_experts)
+    before = jnp.cumsum(by_rank, axis=1) - by_rank
+    before = before.reshape(n_groups, k, n_tokens, n_experts).swapaxes(1, 2)
+    place = jnp.where(chosen > 0, jnp.minimum(before, capacity), capacity).min(axis=2)
+    n_chosen, n_placed = chosen.sum(axis=(2, 3)), (place < capacity).sum(axis=2)
+    return Places(place, (weight[..., None] * chosen).sum(axis=2), (n_chosen - n_placed) / k)
+
+
+def dispatch_tensor(places, capacity, dtype):
+    """`[B, S, n, C]`: 1 where a token has a place of an expert, else 0."""
+    return (places.place[..., None] == jnp.arange(capacity)).astype(dtype)
+
+
+def combine_tensor(places, dispatch):
+    """`[B, S, n, C]`: the expert's weight, with a gradient, where `dispatch_tensor` is 1."""
+    return places.weight.astype(dispatch.dtype)[..., None] * dispatch
+
+
+def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concatenate: rows):
+    """SwiGLU experts on the tokens that have a place, weighted and summed by token.
+
+    Args:
+      x: `[B, S, d]`.
+      places: `Places`.
+      capacity: C.
+      w: the matrices of experts, in the dtype of `x`.
+      exchange: `(rows, split, concatenate)`: splits rows along one axis over the devices that share
+        the experts, and concatenates what they send along another.
+
+    Returns:
+      `[B, S, d]`; zero for a token none of whose choices found a place.
+    """
+    with jax.named_scope("dispatch"):
+        dispatch = dispatch_tensor(places, capacity, x.dtype)
+        rows = exchange(jnp.einsum("gtnc,gtd->ngcd", dispatch, x), 0, 1)
+    with jax.named_scope("experts"):
+        by_expert = rows.reshape(rows.shape[0], -1, rows.shape[-1])
+        rows = single_expert(by_expert, w).reshape(rows.shape)
+    with jax.named_scope("combine"):
+        return jnp.einsum("gtnc,ngcd->gtd", combine_tensor(places, dispatch), exchange(rows, 1, 0))
+
+
+@dataclass(frozen=True)
+class Capacity(FixedK):
+    """A top-k router whose experts have C = capacity_factor K S / n places in a sequence.
+
+    Statistics, balance losses and the selection bias are of the router's choices, before any is
+    dropped; only `dropped_share` says what is.
+    """
+
+    name = "capacity"
+
+    capacity_factor: float = setting(2.0, above=0)
+    norm_topk_prob: bool = True  # as of `TopK`
+
+    def __call__(self, x, weights, layer, ctx):
+        n, devices = layer.experts.n_experts, ctx.devices
+        with jax.named_scope("score"):
+            scores = router_scores(x, weights, layer, ctx)
+        with jax.named_scope("route"):
+            bias = ctx.state.get("selection_bias")
+            routing = top_k(scores.values, ctx.top_k, self.norm_topk_prob, bias)
+            expert, weight = (a.reshape(-1, ctx.top_k) for a in (routing.expert, routing.weight))
+            is_real = ctx.token_weights[:, None] > 0  # padding takes no place
+            expert = devices.whole_sequences(jnp.where(is_real, expert, n))
+            capacity = self.places(expert.shape[1], layer.experts)
+            places = assign_places(expert, devices.whole_sequences(weight), n, capacity)
+        with jax.named_scope("balance"):
+            stats = layer.statistics(scores, routing, weights, ctx)
+            # Devices along tensor all have the same groups.
+            dropped = places.dropped.sum() / devices.size("tensor")
+            dropped, n_tokens = devices.total((dropped, ctx.token_weights.sum()))
+            stats = stats._replace(dropped_share=dropped / jnp.maximum(n_tokens, 1))
+
+        def experts(x, places, weights):
+            with jax.named_scope("experts"):
+                w = layer.gathered(weights, devices)
+            groups = devices.whole_sequences(x)
+            y = capacity_experts(groups, places, capacity, w, devices.exchange)
+            return devices.sum_scatter(y, "tensor", 1).reshape(x.shape)
+
+        matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}
+        return layer.rematerialised(experts, devices)(x, places, matrices), stats
+
+    @property
+    def normalises_chosen(self):
+        return self.norm_topk_prob
+
+    def places(self, n_tokens, experts):
+        """C, for sequences of `n_tokens`."""
+        factor = self.capacity_factor * experts.top_k
+        return expert_capacity(n_tokens, experts.n_experts, factor)
+
+    def causality(self, experts):
+        reason = (
+            f"with experts.top_k={experts.top_k} the first choices of later tokens take the places "
+            "of earlier tokens' other choices"
+        )
+        no_decoding = (
+            "whether an expert has room for a token depends on the other tokens of the text and on "
+            "its length"
+        )
+        reason = reason if experts.top_k > 1 else ""
+        return Causality(reason, no_decoding=no_decoding, padding_counts=True)
+
+    def parameters(self, experts):
+        return ROUTER | {
+            name: experts_with(("w_gate",))[name] for name in ("w_up", "w_down", "w_gate")
+        }
+
+    def wasted_flops(self, config):
+        """`(forward, training)`: FLOPs per token and layer beyond the useful ones.
+
+        Experts compute all their places, taken or not. Dispatch and combine are products over all
+        tokens, experts and places of a sequence: forward one each, backward one more of dispatch
+        and two of combine.
+        """
+        e, length, d = config.experts, config.data.seq_len, config.model.d_model
+        places = e.n_experts * self.places(length, e)
+        expert = 3 * d * e.d_ffn
+        empty, product = 2 * (places / length - e.top_k) * expert, 2 * places * d
+        return empty + 2 * product, 3 * empty + 5 * product
+
+    def check(self, config):
+        n, mesh = config.experts.n_experts, config.mesh
+        require(
+            self.capacity_factor <= n,
+            "routing.capacity_factor",
+            self.capacity_factor,
+            f"must be at most experts.n_experts={n}",
+        )
+        require(
+            mesh.expert == 1 or mesh.transport == "all_to_all",
+            "mesh.transport",
+            mesh.transport,
+            "with experts.kind='capacity' and mesh.expert, places of experts travel; set "
+            "'all_to_all'",
+        )

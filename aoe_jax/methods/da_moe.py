@@ -1,0 +1,81 @@
+"""Experts per token from attention, in the manner of DA-MoE (Aghdam et al. 2024, arXiv 2409.06669).
+
+    K[t] = ceil(importance[t] K_max), at least 1;  token t goes to its K[t] experts of highest score
+
+with the softmax over these scores as weights; K_max is `experts.top_k`. What is known of DA-MoE: a
+token's importance comes from attention weights without parameters of its own, it decides how many
+experts the token has, and the router's scores decide which. The formulas are this project's. Two
+measures of importance:
+
+- received (`received`), for encoders: the attention that a token receives, averaged over the
+  queries that may see it, as a share of the most that a token of the sequence receives. It depends
+  on later tokens; no decoder can have it, and all models here are decoders.
+- paid, for decoders: the largest attention probability p of the token over the N tokens that it
+  sees, as `(N p - 1) / (N - 1)`: 0 where it attends to all alike, 1 where it attends to one alone;
+  0 for the first token of a document. `model/attention.py` gives it for each head.
+
+K has no gradient. K_max slots are laid out per token, and those in use are computed. L_aux counts
+the experts in use. Causal.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import setting
+from aoe_jax.moe.routing import Method, by_token
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+REDUCE = {"mean": jnp.mean, "max": jnp.max}
+
+
+def received(probabilities, visible, reduce="mean"):
+    """The importance of tokens by the attention that they receive. NOT CAUSAL.
+
+    Args:
+      probabilities: `[B, H, S, S]` float32, of queries and keys.
+      visible: bool, which keys a query may see; broadcasts to `[B, H, S, S]`; at least one query
+        sees each key.
+      reduce: of `REDUCE`, over heads.
+
+    Returns:
+      `[B, S]`, above 0 and at most 1.
+    """
+    n_queries = jnp.broadcast_to(visible, probabilities.shape).sum(axis=2)
+    mean = jnp.where(visible, probabilities, 0).sum(axis=2) / n_queries
+    importance = REDUCE[reduce](mean, axis=1)
+    return importance / importance.max(axis=1, keepdims=True)
+
+
+def experts_of(importance, k_max):
+    """The number of experts of a token: `importance [...]` from 0 to 1 -> `[...]` int32."""
+    return jnp.clip(jnp.ceil(importance * k_max), 1, k_max).astype(jnp.int32)
+
+
+def best(scores, count, k_max):
+    """Token choice of the `count [T]` experts of highest score, with softmax weights.
+
+    `scores [T, n]`, `count` from 1 to `k_max` -> a `Routing` with `P = T k_max`.
+    """
+    n_experts = scores.shape[1]
+    expert = jax.lax.top_k(jax.lax.stop_gradient(scores), k_max)[1]
+    expert = jnp.where(jnp.arange(k_max) < count[:, None], expert, n_experts)
+    expert = checkpoint_name(expert, KEPT_ROUTING)
+    chosen = jnp.take_along_axis(scores, expert, axis=1, mode="fill", fill_value=-jnp.inf)
+    return by_token(expert, jax.nn.softmax(chosen))
+
+
+@dataclass(frozen=True)
+class DAMoE(Method):
+    """At most `experts.top_k` experts per token, the more the more it attends to one token."""
+
+    name = "da_moe"
+    needs_attention_peaks = True
+
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # over heads
+
+    def __call__(self, scores, weights, ctx):
+        importance = REDUCE[self.reduce](jax.lax.stop_gradient(ctx.attention_peaks), axis=1)
+        return best(scores, experts_of(importance, ctx.top_k), ctx.top_k)

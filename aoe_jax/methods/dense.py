@@ -1,0 +1,66 @@
+"""`experts.kind="dense"`: one SwiGLU of width `experts.d_ffn` for every token, the baseline."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config.checks import require
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe.experts import single_expert
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.routing import Method
+from aoe_jax.parameters import EXPERTS, matrix_init
+
+
+def _without_experts(parameter):
+    return dataclasses.replace(
+        parameter, axes=parameter.axes[2:], split=parameter.split[1:], init=matrix_init
+    )
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """The layer without experts. Its statistics are those of a single expert."""
+
+    name = "dense"
+    chooses = False
+
+    def __call__(self, x, weights, layer, ctx):
+        devices = ctx.devices
+
+        @jax.named_scope("experts")
+        def expert(x, weights):
+            return single_expert(x, layer.gathered(weights, devices))
+
+        y = devices.without_whole_weights(expert)(devices.gather(x, "tensor"), weights)
+        one, zero = jnp.ones(1), jnp.zeros(())
+        return devices.sum_scatter(y, "tensor"), LayerStats(one, one, zero, one, zero)
+
+    def parameters(self, experts):
+        names = ("w_gate", "w_up", "w_down")
+        return {name: _without_experts(EXPERTS[name]) for name in names}
+
+    def experts_per_token(self, experts):
+        return 1
+
+    def check(self, config):
+        config.balance.refuse_losses("a dense layer has no load to balance; set it to 0")
+        config.mesh.refuse_all_to_all(self.name)
+        expert, remat = config.mesh.expert, config.model.remat
+        require(
+            expert == 1, "mesh.expert", expert, "a dense model has no experts to split; use fsdp"
+        )
+        require(
+            remat != "experts",
+            "model.remat",
+            remat,
+            "is for layers of experts; use none or layer with a dense model",
+        )
+
+
+def DenseLayer(experts=None, **settings):
+    """An `ExpertsLayer` without experts."""
+    return ExpertsLayer(experts or ExpertsConfig(kind="dense"), Dense(), **settings)

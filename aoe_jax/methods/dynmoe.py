@@ -1,0 +1,305 @@
+"""DynMoE (Guo et al., arXiv 2405.14297): tokens go to any number of experts, and experts are added
+and removed.
+
+    score c[t, i]: the cosine of token and router column
+    gap[t, i] = ReLU(sigmoid(tau c[t, i]) - sigmoid(tau G[i]))
+    token t goes to expert i where gap > 0;  weight = 1 / (the number of its experts)
+
+G, an expert's threshold, is a parameter that starts at 0: then half of the experts take a token.
+The gate, 1 where the gap is above 0, passes its gradient on as if it were the gap, so experts that
+do not take a token get none. In training a token may have no expert, and the layer adds nothing to
+it; otherwise it then goes to the expert of the highest score.
+
+The layer has n places, some of which hold an expert ("live"). In every `period_steps` steps, after
+`idle_steps` of them, `record_steps` are recorded: how often each expert takes a token (R_E), and
+the sum of the tokens that no expert takes (R_S). Then the experts that took none are removed. If
+R_S is not zero, the first free place gets an expert, at most one a layer: its router column is
+R_S / ||R_S|| and its threshold 0; its matrices are what the place held, which weight decay shrinks
+while the place is free.
+
+With a router the loss is the paper's: `||W' W - I||_F` over the normalised columns of live experts
+("diversity") plus the mean length of all columns ("simplicity"), summed over layers as in the
+authors' code. Their code has two more terms, off by default here: `balance_weight`, of
+`n sum_i f_i P_i` over the tokens that have an expert, P_i the mean of normalised gates; and
+`efficiency_weight`, of the mean of all gates. Their learned temperature is left out. Columns start
+nearly orthogonal, where the paper's are orthogonal.
+
+The paper does not know AoE. This project's reading: the score is the norm relative to that for a
+random direction (`relative_scores`), which lies around 0 like a cosine. There is no loss of
+columns. The W_gate_down of a new expert has rank one, from R_S / ||R_S|| to the image of R_S under
+the place's old W_gate_down, plus a tenth of that as noise; its length is the median of live
+experts.
+
+Causal: each token is routed by itself. Costs n slots per token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.routing import Method, by_mask
+from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
+from aoe_jax.parameters import vector, zeros_init
+
+NOISE = 0.1  # of the W_gate_down of a new expert, relative to its rank-one part
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def relative_scores(scores, weights, ctx):
+    """Scores around 0 that depend neither on the length of tokens nor on that of weights.
+
+    With a router they are the cosines of tokens and columns. With AoE they are
+    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, W_i the expert's W_gate_down: the norm relative to
+    that of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
+
+    Args:
+      scores: logits or norms `[T, n]`.
+      weights: of the layer, with `w_router [d, n]` or `w_gate_down [n, d, r]`.
+      ctx: `Context`.
+
+    Returns:
+      `[T, n]` float32; a cosine is 0 and a relative norm -1 where the token or the weights are 0.
+    """
+    if "w_router" in weights:
+        return _by_lengths(scores, ctx.x, activation_norms(weights["w_router"].T))
+    lengths = ctx.devices.matrix_norms(weights["w_gate_down"])
+    return math.sqrt(ctx.x.shape[1]) * _by_lengths(scores, ctx.x, lengths) - 1
+
+
+def _by_lengths(scores, x, weight_lengths):
+    lengths = activation_norms(x)[:, None] * weight_lengths
+    return jnp.where(lengths > 0, scores / jnp.where(lengths > 0, lengths, 1), 0)
+
+
+@jax.custom_jvp
+def straight_through_sign(gap):
+    """1 where `gap`, which is never negative, is above 0, else 0; the gradient is that of `gap`."""
+    return jnp.sign(gap)
+
+
+straight_through_sign.defjvps(lambda tangent, _, gap: tangent)
+
+
+def gates(scores, thresholds, temperature):
+    """`scores [T, n]`, `thresholds [n]` -> `[T, n]`: 1, with a gradient, where an expert takes a
+    token, else 0.
+    """
+    gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
+    return straight_through_sign(jax.nn.relu(gap))
+
+
+def best_where_none(chosen, scores, live):
+    """`chosen [T, n]` bool, with the best live expert for tokens that have none."""
+    best = jnp.argmax(jnp.where(live, scores, -jnp.inf), axis=1)
+    alone = best[:, None] == jnp.arange(scores.shape[1])
+    return jnp.where(chosen.any(axis=1, keepdims=True), chosen, alone)
+
+
+def diversity(w_router, live):
+    """How far the columns of live experts are from orthogonal: `[d, n]`, `[n]` bool -> `[]`."""
+    lengths = activation_norms(w_router.T)
+    columns = w_router / jnp.where(lengths > 0, lengths, 1)
+    products = jnp.matmul(columns.T, columns, precision=HIGHEST)
+    off = jnp.where(live[:, None] & live, products - jnp.eye(live.shape[0]), 0)
+    return activation_norms(off.reshape(-1))
+
+
+def simplicity(w_router):
+    """The mean length of all columns: `[d, n]` -> `[]`."""
+    return activation_norms(w_router.T).mean()
+
+
+def updated_pool(live, fired, unclaimed):
+    """Which places hold an expert after an update. Where nothing was recorded, nothing changes.
+
+    Args:
+      live: `[L, n]` bool.
+      fired: `[L, n]`, R_E.
+      unclaimed: `[L, d]`, R_S.
+
+    Returns:
+      `(live, added)`, `[L, n]` bool.
+    """
+    wanted = (unclaimed != 0).any(axis=1, keepdims=True)
+    recorded = wanted | (fired > 0).any(axis=1, keepdims=True)
+    left = live & ((fired > 0) | ~recorded)
+    first_free = jnp.argmin(left, axis=1)[:, None] == jnp.arange(live.shape[1])
+    added = wanted & ~left & first_free
+    return left | added, added
+
+
+def router_with_added(w_router, added, unclaimed):
+    """`w_router [L, d, n]` with columns of new experts; `added [L, n]` bool, `unclaimed [L, d]`."""
+    return jnp.where(added[:, None, :], _directions(unclaimed)[:, :, None], w_router)
+
+
+def w_gate_down_with_added(w_gate_down, live, added, unclaimed):
+    """`[L, n, d, r]` with the matrices of new experts; `live`, before the update, and `added`
+    `[L, n]` bool; `unclaimed [L, d]`.
+    """
+    direction = _directions(unclaimed)
+    image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_gate_down))
+    lengths = _lengths(w_gate_down)
+    old = w_gate_down / jnp.where(lengths > 0, lengths, 1)[:, :, None, None]
+    new = direction[:, None, :, None] * image[:, :, None, :] + NOISE * old
+    median = jnp.nanmedian(jnp.where(live, lengths, jnp.nan), axis=1)
+    new_lengths = _lengths(new)
+    scale = median[:, None] / jnp.where(new_lengths > 0, new_lengths, 1)
+    return jnp.where(added[:, :, None, None], new * scale[:, :, None, None], w_gate_down)
+
+
+def _directions(vectors):
+    lengths = activation_norms(vectors)[..., None]
+    return vectors / jnp.where(lengths > 0, lengths, 1)
+
+
+def _lengths(matrices):
+    return activation_norms(matrices.reshape(*matrices.shape[:-2], -1))
+
+
+@dataclass(frozen=True)
+class DynMoE(Method):
+    """DynMoE; `experts.n_experts` is the number of places.
+
+    Parameter `firing_threshold [n]`, G. State: `live [n]`, R_E `fired [n]`, R_S `unclaimed [d]`,
+    and `updates []`, the steps so far.
+    """
+
+    name = "dynmoe"
+
+    temperature: float = setting(1.0, above=0)  # tau
+    # Weight of diversity and simplicity, for a router.
+    loss_weight: float = setting(0.01, at_least=0, training_only=True)
+    balance_weight: float = setting(0.0, at_least=0, training_only=True)
+    efficiency_weight: float = setting(0.0, at_least=0, training_only=True)
+    # Live experts before training; None: all places.
+    initial_experts: int | None = setting(None, above=0, training_only=True)
+    period_steps: int = setting(900, above=0, training_only=True)
+    idle_steps: int = setting(300, at_least=0, training_only=True)
+    record_steps: int = setting(300, at_least=0, training_only=True)  # 0: experts stay the same
+
+    def __call__(self, scores, weights, ctx):
+        scores = relative_scores(scores, weights, ctx)
+        live, is_real = ctx.state["live"] > 0, ctx.token_weights[:, None] > 0
+        gate = gates(scores, weights["firing_threshold"], self.temperature)
+        gate = jnp.where(live & is_real, gate, 0)
+        chosen, records, shares = jax.lax.stop_gradient(gate) > 0, None, None
+        if ctx.training:
+            has_none = (is_real & ~chosen.any(axis=1, keepdims=True))[:, 0].astype(scores.dtype)
+            x = jax.lax.stop_gradient(ctx.x).astype(scores.dtype)
+            left = jnp.einsum("t,td->d", has_none, x, precision=HIGHEST)
+            records = {"unclaimed": ctx.devices.total(left)}
+            if self.balance_weight or self.efficiency_weight:
+                means, shares = self._gate_means(ctx, gate)
+                records |= means
+        else:
+            chosen = best_where_none(chosen, scores, live) & is_real
+        chosen = checkpoint_name(chosen, KEPT_ROUTING)
+        weight = jnp.where(gate > 0, gate, 1) / jnp.maximum(chosen.sum(axis=1, keepdims=True), 1)
+        extras = {"records": records, "shares": shares, "live": ctx.state["live"]}
+        return by_mask(chosen, weight)._replace(**extras)
+
+    @staticmethod
+    def _gate_means(ctx, gate):
+        """Means over tokens of gates and normalised gates, and the share of served tokens."""
+        n_fired = gate.sum(axis=1, keepdims=True)
+        normalised = gate / jnp.where(n_fired > 0, n_fired, 1)
+        n_served = (n_fired > 0).sum().astype(gate.dtype)
+        sums = gate.sum(axis=0), normalised.sum(axis=0), n_served, ctx.token_weights.sum()
+        gate_sum, normalised_sum, n_served, n_tokens = ctx.devices.total(sums)
+        n_tokens = jnp.maximum(n_tokens, 1)
+        means = {
+            "gates": gate_sum / n_tokens,
+            "normalised_gates": normalised_sum / jnp.maximum(n_served, 1),
+        }
+        return means, {"served": n_served / n_tokens}
+
+    def parameters(self, experts):
+        return {"firing_threshold": vector("n", zeros_init)}
+
+    def state(self, experts, balance, d):
+        n = experts.n_experts
+        live = (jnp.arange(n) < (self.initial_experts or n)).astype(jnp.float32)
+        zero = jnp.zeros(())
+        return {"live": live, "fired": jnp.zeros(n), "unclaimed": jnp.zeros(d), "updates": zero}
+
+    def losses(self, stats, state, weights, token_weights):
+        records, terms = stats.records, {}
+        if "w_router" in weights:
+            w_router, live = weights["w_router"], state["live"] > 0
+            terms["diversity"] = self.loss_weight, jax.vmap(diversity)(w_router, live)
+            terms["simplicity"] = self.loss_weight, jax.vmap(simplicity)(w_router)
+        if self.balance_weight:
+            served = stats.shares["served"]
+            load = stats.load / jnp.where(served > 0, served, 1)[:, None]
+            of_gates = balance_loss(load, records["normalised_gates"])
+            terms["gate_balance"] = self.balance_weight, of_gates
+        if self.efficiency_weight:
+            terms["efficiency"] = self.efficiency_weight, records["gates"].mean(axis=1)
+        return {name: (weight, value.sum()) for name, (weight, value) in terms.items()}
+
+    def update(self, config, state, stats, weights):
+        """As `Method.update`.
+
+        The optimiser's moments of a new expert are what they were. Tokens have sent it no gradient
+        for at least `record_steps` steps; a router's column still has that of its length.
+        """
+        step = state["updates"][0] % self.period_steps - self.idle_steps
+        is_recorded = (step >= 0) & (step < self.record_steps)
+        is_due = is_recorded & (step == self.record_steps - 1)
+        fired = state["fired"] + jnp.where(is_recorded, stats.load, 0)
+        unclaimed = state["unclaimed"] + jnp.where(is_recorded, stats.records["unclaimed"], 0)
+        live = state["live"] > 0
+        new_live, added = updated_pool(live, fired, unclaimed)
+        name = "w_router" if "w_router" in weights else "w_gate_down"
+
+        def with_added(thresholds, w):
+            if name == "w_router":
+                w = router_with_added(w, added, unclaimed)
+            else:
+                w = w_gate_down_with_added(w, live, added, unclaimed)
+            return jnp.where(added, 0, thresholds), w
+
+        old = weights["firing_threshold"], weights[name]
+        thresholds, w = jax.lax.cond(is_due, with_added, lambda *same: same, *old)
+        new_state = {
+            "live": jnp.where(is_due, new_live.astype(jnp.float32), state["live"]),
+            "fired": jnp.where(is_due, 0, fired),
+            "unclaimed": jnp.where(is_due, 0, unclaimed),
+            "updates": state["updates"] + 1,
+        }
+        return new_state, {"firing_threshold": thresholds, name: w}
+
+    def check(self, config):
+        config.balance.refuse_losses("dynmoe balances load by its own means; set it to 0")
+        n, recorded = config.experts.n_experts, self.idle_steps + self.record_steps
+        require(
+            recorded <= self.period_steps,
+            "routing.period_steps",
+            self.period_steps,
+            f"must be at least idle_steps + record_steps = {recorded}",
+        )
+        require(
+            self.initial_experts is None or self.initial_experts <= n,
+            "routing.initial_experts",
+            self.initial_experts,
+            f"must be at most the number of places, experts.n_experts={n}",
+        )
+        require(
+            config.experts.has_router or self.loss_weight == type(self).loss_weight,
+            "routing.loss_weight",
+            self.loss_weight,
+            "is for experts.kind='router'; leave it at its default",
+        )
+        require(
+            not config.experts.large_router,
+            "experts.large_router",
+            True,
+            "is not implemented for routing.name='dynmoe', which compares tokens with the router's "
+            "columns",
+        )

@@ -1,0 +1,127 @@
+"""Expert-Router Coupling, ERC (Lv, Ma, Ma, Qiao, arXiv 2512.23447): top-k with a loss that couples
+a router's columns to its experts.
+
+    eps_i = min_j ||R_i - R_j|| / (2 ||R_i||)
+    R~_i = R_i * delta_i,   delta_i ~ U(1 - eps_i, 1 + eps_i)^d
+    M_ij = ||R~_i W_gate_j||
+    L    = 1/n^2 sum over i and j != i of  max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)
+
+Column R_i of the router stands for the tokens that it sends to expert i. With noise that leaves it
+nearer to R_i than to any other column, it has to excite its own expert more than the others, and
+its expert more than other columns do. So a router learns what AoE reads off its experts'
+activations, at a cost that does not grow with the tokens. The gradient flows through R and W_gate,
+not through eps.
+
+Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As there, the
+loss comes beside the ordinary balance loss, in training only, and tokens are routed by R without
+noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
+
+Costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f of a forward pass that is computed
+again in the backward pass; on every device of a mesh for its own part of W_gate, along `data` all
+alike. The largest array is `[n of a device, n, f]`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.routing import FixedK, TopK
+from aoe_jax.moe.scoring import activation_norms, safe_root
+
+
+def noise_bounds(rows):
+    """eps, `[n, d]` -> `[n]`, without a gradient."""
+    rows = jax.lax.stop_gradient(rows)
+    distances = jnp.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    nearest = jnp.min(jnp.where(jnp.eye(rows.shape[0], dtype=bool), jnp.inf, distances), axis=1)
+    lengths = jnp.linalg.norm(rows, axis=-1)
+    return jnp.where(lengths > 0, nearest / (2 * jnp.where(lengths > 0, lengths, 1)), 0)
+
+
+def with_noise(rows, key):
+    """`R~` from the columns R of the router as rows, `[n, d]`."""
+    noise = jax.random.uniform(key, rows.shape, rows.dtype, -1, 1)
+    return rows * (1 + noise_bounds(rows)[:, None] * noise)
+
+
+def loss_of_norms(norms, alpha):
+    """L from M: `[n, n]` -> `[]`."""
+    n = norms.shape[0]
+    own = alpha * jnp.diagonal(norms)[:, None]
+    above = jax.nn.relu(norms - own) + jax.nn.relu(norms.T - own)
+    return jnp.sum(jnp.where(jnp.eye(n, dtype=bool), 0, above)) / n**2
+
+
+def coupling_loss(devices, w_router, w_gate, alpha, key):
+    """The loss of one layer, `[]` float32, the same on all devices.
+
+    Args:
+      devices: `Devices`.
+      w_router: `[d, n]` float32, the same on all devices.
+      w_gate: `[n, d, f]` float32, of this device's experts, its piece of d and f.
+      alpha: see above.
+      key: for the noise, the same on all devices.
+    """
+    norms = jax.checkpoint(partial(_norms, devices), prevent_cse=False)
+    return loss_of_norms(norms(with_noise(w_router.T, key), w_gate), alpha)
+
+
+def _norms(devices, rows, w_gate):
+    """M `[n, n]` on all devices."""
+    rows = devices.piece(rows, "fsdp", 1)
+    # One expert after another: a product with all would copy W_gate with d in front.
+    activations = devices.total(jax.lax.map(lambda w: rows @ w, w_gate), ("fsdp",))
+    norms = activation_norms(activations)
+    if devices.size("tensor") > 1:
+        norms = safe_root(devices.total(norms**2, ("tensor",)))
+    return devices.gather(norms, "expert").T
+
+
+@dataclass(frozen=True)
+class ERC(FixedK):
+    """Top-k of a router with the coupling loss, and with the selection bias of top-k."""
+
+    name = "erc"
+
+    weight: float = setting(1.0, above=0, training_only=True)  # of the loss
+    # The share of its own excitation that an expert may have from other columns.
+    alpha: float = setting(1.0, at_least=0, training_only=True)
+    norm_topk_prob: bool = True  # as of `TopK`
+
+    def __call__(self, scores, weights, ctx):
+        routing = TopK(self.norm_topk_prob)(scores, weights, ctx)
+        if not ctx.training:
+            return routing
+        # Computed here, its gradient joins that of the layer before devices add it up.
+        with jax.named_scope("coupling"):
+            key = jax.random.fold_in(ctx.key(), 0)
+            matrices = weights["w_router"], weights["w_gate"]
+            loss = coupling_loss(ctx.devices, *matrices, self.alpha, key)
+        return routing._replace(records={"coupling_loss": loss})
+
+    @property
+    def normalises_chosen(self):
+        return self.norm_topk_prob
+
+    def losses(self, stats, state, weights, token_weights):
+        return {"coupling_loss": (self.weight, stats.records["coupling_loss"].mean())}
+
+    def flops(self, config):
+        n, d = config.experts.n_experts, config.model.d_model
+        tokens = config.tokens_per_step // config.train.accumulate
+        of_loss = 6 * n**2 * d * config.experts.d_ffn / tokens  # once per micro-batch
+        return 2 * d * n, 6 * d * n + of_loss
+
+    def check(self, config):
+        e = config.experts
+        is_plain = e.kind == "router" and not e.factorised_gate and not e.large_router
+        require(
+            is_plain and e.n_experts > 1,
+            "routing.name",
+            self.name,
+            "couples the columns of a plain router with whole gates, of several experts "
+            "(experts.kind='router')",
+        )

@@ -1,0 +1,75 @@
+"""GShard's token choice of two experts (Lepikhin et al. 2020, arXiv 2006.16668), without capacity.
+
+    e1, e2 = the two experts of highest score;  w1, w2 = softmax over their two scores
+    training:   y = w1 E_e1(x) + [u < 2 w2] w2 E_e2(x),  u uniform in [0, 1), drawn for every token
+    evaluation: y = w1 E_e1(x) + w2 E_e2(x)
+    loss = aux_weight n sum_i f_i P_i,  f_i share of tokens whose first choice is i, P_i mean g_i
+
+where g is the softmax over all scores. The paper's Algorithm 1 is recalled from memory in two
+points: the gate in `2 w2` is the normalised one, and `w1` does not change where the second expert
+is not drawn. Evaluation with both experts is this project's choice. The loss is the paper's,
+`mean_i(f_i P_i)`, times n^2, the scale of Switch: 1 in perfect balance, n in collapse.
+Causal: a draw does not depend on other tokens.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.routing import Method, by_token
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+
+def top_two(scores, uniform=None):
+    """The two experts of highest score, the second where it is drawn.
+
+    Args:
+      scores: `[T, n]` float32.
+      uniform: `[T]` in [0, 1): the second expert is dropped where it is above twice its weight;
+        None: it never is.
+
+    Returns:
+      A `Routing` with `P = 2 T`.
+    """
+    n_experts = scores.shape[1]
+    expert = jax.lax.top_k(jax.lax.stop_gradient(scores), 2)[1]
+    weight = jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1))
+    if uniform is not None:
+        is_drawn = uniform < 2 * jax.lax.stop_gradient(weight[:, 1])
+        expert = expert.at[:, 1].set(jnp.where(is_drawn, expert[:, 1], n_experts))
+    expert = checkpoint_name(expert, KEPT_ROUTING)
+    return by_token(expert, jnp.where(expert < n_experts, weight, 0))
+
+
+@dataclass(frozen=True)
+class GShard(Method):
+    """GShard's two experts per token."""
+
+    name = "gshard"
+
+    # Weight of its balance loss of first choices, which is 1 in perfect balance.
+    aux_weight: float = setting(0.01, at_least=0, training_only=True)
+
+    def __call__(self, scores, weights, ctx):
+        uniform = None
+        if ctx.training:
+            shape = (scores.shape[0] * ctx.devices.total_size,)
+            uniform = ctx.devices.own_tokens(jax.random.uniform(ctx.key(), shape))
+        routing = top_two(scores, uniform)
+        first = jax.nn.one_hot(routing.expert[::2], scores.shape[1]) * ctx.token_weights[:, None]
+        first, n_tokens = ctx.devices.total((first.sum(axis=0), ctx.token_weights.sum()))
+        return routing._replace(shares={"first_choices": first / jnp.maximum(n_tokens, 1)})
+
+    def losses(self, stats, state, weights, token_weights):
+        loss = balance_loss(stats.shares["first_choices"], stats.mean_probability).mean()
+        return {"first_choice_loss": (self.aux_weight, loss)}
+
+    def check(self, config):
+        k = config.experts.top_k
+        require(k == 2, "experts.top_k", k, "routing.name='gshard' takes two experts; set 2")
+        why = "counts both choices; routing.aux_weight is gshard's own, of the first; set it to 0"
+        config.balance.refuse_losses(why, ("aux_weight",))

@@ -1,0 +1,58 @@
+"""Token choice by rank, for self-contrast; see `aoe_jax/evaluation/contrast.py`."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import require
+from aoe_jax.moe.routing import FixedK, best_experts, by_token
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+
+def ranked(scores, ranks, bias=None):
+    """Each token goes to the experts whose scores have these ranks.
+
+    The weights are the softmax over their scores; a single expert has weight 1.
+
+    Args:
+      scores: `[T, n]` float32.
+      ranks: different numbers from 0, the highest score, to n - 1; of equal scores the lower expert
+        number comes first.
+      bias: `[n]`, added to the scores for the choice; None: no bias.
+
+    Returns:
+      A `Routing` with `P = T len(ranks)`.
+    """
+    by_rank = best_experts(scores, max(ranks) + 1, bias)
+    expert = jnp.stack([by_rank[:, rank] for rank in ranks], axis=1)
+    expert = checkpoint_name(expert, KEPT_ROUTING)
+    return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
+
+
+@dataclass(frozen=True)
+class Ranked(FixedK):
+    """The experts of `experts.top_k` given ranks, with the selection bias of top-k."""
+
+    name = "ranked"
+
+    ranks: tuple = (0, 1)  # 0: the highest score
+
+    def __call__(self, scores, weights, ctx):
+        return ranked(scores, self.ranks, ctx.state.get("selection_bias"))
+
+    @property
+    def normalises_chosen(self):
+        return True
+
+    def check(self, config):
+        k, n = config.experts.top_k, config.experts.n_experts
+        are_ranks = all(type(rank) is int and 0 <= rank < n for rank in self.ranks)
+        require(
+            are_ranks and len(set(self.ranks)) == len(self.ranks) == k,
+            "routing.ranks",
+            self.ranks,
+            f"must be experts.top_k={k} different whole numbers from 0, the highest score, to "
+            f"{n - 1}",
+        )

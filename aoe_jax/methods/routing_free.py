@@ -1,0 +1,109 @@
+"""Routing-Free MoE (Liu et al., arXiv 2604.00801): every expert decides by itself whether it takes
+a token.
+
+    G[t, i] = ReLU(score[t, i] - b[i]);  token t goes to expert i where G >= theta, with weight G
+
+b is a parameter. With f[t, i] in {0, 1} for what is active, G as 0 elsewhere, and means over the
+experts of all layers together:
+
+    L = lambda (mu mean_i(mean_t(f) mean_t(G)) + (1 - mu) mean_t(mean_i(f) mean_i(G)))
+    after each step  lambda <- lambda (1 + eta)^sign(share of active pairs - K / n),  at most 1
+
+So a token has K = `experts.top_k` experts a layer on average, in whatever distribution over layers,
+experts and tokens.
+
+It follows the paper; as in the authors' code, what is below theta counts as 0 in the losses, and
+lambda is at most 1. Their code also learns a factor of each score, which the paper does not have.
+With AoE this is the published method without their initialisation: norms start near sqrt(r) here.
+With micro-batches, G is of each. A router's logits in place of norms are this project's. They lie
+around 0, so few pairs are active from b = 0, and an expert that is never active has no gradient to
+come back by: let b start below 0.
+
+Causal: each token is routed by itself, and lambda does not affect it. Costs n slots per token.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.routing import Method, by_mask
+from aoe_jax.moe.scoring import KEPT_ROUTING
+from aoe_jax.parameters import vector
+
+
+def active_gates(scores, bias, threshold):
+    """`scores [T, n]`, `bias [n]` -> `(active [T, n] bool, G [T, n])`, G 0 where not active."""
+    gates = jax.nn.relu(scores - bias)
+    active = checkpoint_name(jax.lax.stop_gradient(gates) >= threshold, KEPT_ROUTING)
+    return active, jnp.where(active, gates, 0)
+
+
+def expert_balance(active, gates):
+    """`mean_i f_i G_i` over the experts of all layers, from means over tokens `[L, n]`."""
+    return (active * gates).mean()
+
+
+def token_balance(active, gates, token_weights):
+    """`mean_t f_t G_t`, from means over the experts of each layer `[L, B, S]`; `token_weights
+    [B, S]`, 0 for padding.
+    """
+    product = active.mean(axis=0) * gates.mean(axis=0)
+    return (product * token_weights).sum() / jnp.maximum(token_weights.sum(), 1)
+
+
+def next_multiplier(multiplier, density, target, rate):
+    """lambda after a step in which a share `density` of the pairs was active."""
+    return jnp.minimum(multiplier * (1 + rate) ** jnp.sign(density - target), 1)
+
+
+@dataclass(frozen=True)
+class RoutingFree(Method):
+    """Routing-Free MoE; parameter `score_bias [n]`, b; state `multiplier []`, lambda."""
+
+    name = "routing_free"
+
+    threshold: float = setting(1.0, at_least=0)  # theta
+    bias: float = setting(1e-6, training_only=True)  # the b that experts start from
+    # The lambda that training starts from.
+    multiplier: float = setting(1e-10, above=0, at_most=1, training_only=True)
+    rate: float = setting(0.02, at_least=0, training_only=True)  # eta
+    # mu: the part of the loss that balances experts; the rest balances tokens.
+    expert_share: float = setting(0.5, at_least=0, at_most=1, training_only=True)
+
+    def __call__(self, scores, weights, ctx):
+        active, gates = active_gates(scores, weights["score_bias"], self.threshold)
+        is_real = ctx.token_weights[:, None] > 0
+        active, gates = active & is_real, jnp.where(is_real, gates, 0)
+        routing = by_mask(active, gates)
+        if not ctx.training:
+            return routing
+        sums, n_tokens = ctx.devices.total((gates.sum(axis=0), ctx.token_weights.sum()))
+        return routing._replace(
+            records={"gates": sums / jnp.maximum(n_tokens, 1)},
+            per_token={"active": active.mean(axis=1), "gates": gates.mean(axis=1)},
+        )
+
+    def parameters(self, experts):
+        return {"score_bias": vector("n", initializers.constant(self.bias))}
+
+    def state(self, experts, balance, d):
+        return {"multiplier": jnp.full((), self.multiplier, jnp.float32)}
+
+    def losses(self, stats, state, weights, token_weights):
+        mu, of_tokens = self.expert_share, stats.per_token
+        value = mu * expert_balance(stats.load, stats.records["gates"])
+        value += (1 - mu) * token_balance(of_tokens["active"], of_tokens["gates"], token_weights)
+        return {"density_loss": (state["multiplier"][0], value)}
+
+    def update(self, config, state, stats, weights):
+        target = config.experts.top_k / config.experts.n_experts
+        density = stats.load.mean()
+        return {"multiplier": next_multiplier(state["multiplier"], density, target, self.rate)}, {}
+
+    def check(self, config):
+        require(abs(self.bias) < float("inf"), "routing.bias", self.bias, "must be finite")
+        config.balance.refuse_losses("routing_free has a loss of its own; set it to 0")

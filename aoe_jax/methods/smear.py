@@ -1,0 +1,280 @@
+"""`experts.kind="smear"`: SMEAR (Muqeeth, Liu and Raffel, arXiv 2306.03745). Experts are merged,
+and one merged expert processes a whole sequence.
+
+    v = mean of the sequence's tokens;   p = softmax(scores(v))
+    W = sum_i p_i W_i, for every matrix
+
+Nothing is chosen: every expert has a gradient, and there is no balance loss. In training each p_i
+is dropped with the probability `expert_dropout`, and the rest is normalised again.
+
+Scores are the authors' router: LayerNorm(v) by the router's weights, which a LayerNorm over d
+normalises for each expert, with a gain that starts at 0.01, so that p starts nearly uniform. (The
+bias of the second norm would add the same to all experts and is left out.) With
+`experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||: this
+project's reading for AoE.
+
+In a decoder the mean over a whole sequence would depend on later tokens. There sequences are cut
+into segments of `segment` tokens, and the expert of a segment is merged by the mean of the segment
+BEFORE it, as in Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The
+first segment has uniform weights, this project's choice. With `segment=0` the mean is that of the
+sequence itself, for classifiers and encoders; a decoder is refused.
+
+An average of matrices is no average of functions: (W_gate_down, W_gate_up) and (W_gate_down Q, Q^T
+W_gate_up) are one expert, and merge differently with others. So all experts start near one: a share
+`own_share` of the variance of their matrices is their own, the rest is common to all (the authors'
+code can start from equal experts; 1 is independent ones).
+
+Costs, beside one expert per token: 2 n |expert| FLOPs per segment for merging, and memory for one
+merged expert per segment, which the backward pass keeps unless `model.remat` is experts or layer.
+
+J segments of a sequence; other letters: see `aoe_jax/moe/__init__.py`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import initializers
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
+from aoe_jax.moe.routing import Causality, Method
+from aoe_jax.moe.scoring import norms
+from aoe_jax.parameters import (
+    Parameter,
+    expert_init,
+    experts_with,
+    ones_init,
+    vector,
+    zeros_init,
+)
+
+ROUTER_SCALE = 0.01  # of the router's first weights, and of the first gain of their norm
+NORM_EPS = 1e-5
+DROPPED = 1e-10  # left of a dropped probability: dropping all experts gives uniform weights
+HIGHEST = jax.lax.Precision.HIGHEST
+
+ROUTER = {
+    "w_router": Parameter("d n", (None, None), initializers.normal(ROUTER_SCALE), decays=True),
+    "pooled_scale": vector("d", ones_init),
+    "pooled_bias": vector("d", zeros_init),
+    "router_scale": vector("d", initializers.constant(ROUTER_SCALE)),
+    "expert_bias": vector("n", zeros_init),
+}
+
+
+def cut_segments(a, size):
+    """`[B, S, ...]` -> `[B, J, size, ...]`, with zeros at the end."""
+    padded = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size), *((0, 0) for _ in a.shape[2:])))
+    return padded.reshape(a.shape[0], -1, size, *a.shape[2:])
+
+
+def mean_tokens(segments, token_weights):
+    """Means over the tokens that count: `[..., S, d]`, `[..., S]` -> `[..., d]`, float32 at least;
+    0 where none counts.
+    """
+    segments, token_weights = _wide(segments), _wide(token_weights)
+    total = jnp.einsum("...gd,...g->...d", segments, token_weights, precision=HIGHEST)
+    return total / jnp.maximum(token_weights.sum(axis=-1), 1)[..., None]
+
+
+def router_scores(v, router):
+    """The authors' router: mean tokens `v [..., d]` -> `[..., n]`, float32 at least."""
+    normed = _normalised(v, axis=-1) * router["pooled_scale"] + router["pooled_bias"]
+    columns = _normalised(router["w_router"], axis=0) * router["router_scale"][:, None]
+    return jnp.matmul(normed, columns, precision=HIGHEST) + router["expert_bias"]
+
+
+def _wide(a):
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _normalised(a, axis):
+    a = _wide(a)
+    return (a - a.mean(axis, keepdims=True)) * jax.lax.rsqrt(a.var(axis, keepdims=True) + NORM_EPS)
+
+
+def merging_weights(scores, causal):
+    """`scores [B, J, n]` -> `p [B, J, n]`; if `causal` by the scores of the segment before, uniform
+    for the first segment.
+    """
+    if causal:
+        scores = jnp.pad(scores, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return jax.nn.softmax(scores)
+
+
+def drop_experts(p, kept):
+    """`p [..., n]` of the experts `kept [..., n]` bool, normalised again."""
+    p = p * kept + DROPPED
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def merge(p, weights):
+    """The merged experts: `p [..., n]`, matrices `[n, a, b]` by name -> `[..., a, b]`."""
+    return {
+        name: jnp.einsum("...n,nab->...ab", p.astype(w.dtype), w) for name, w in weights.items()
+    }
+
+
+def merged_experts(x, p, weights):
+    """Each sequence or segment by its own merged expert: `x [..., T, d]`, `p [..., n]`."""
+    return single_expert(x, merge(p, weights))
+
+
+def merging_stats(scores, p, counts, total):
+    """The statistics of a layer; an expert's load is its mean share in the merged experts.
+
+    Args:
+      scores: `[B, J, n]`. p: `[B, J, n]`.
+      counts: `[B, J]`, tokens of the segments that count.
+      total: adds up sums from all devices.
+    """
+    scores, p = jax.lax.stop_gradient((scores, p))
+    entropy = jax.scipy.special.entr(p).sum(axis=-1)
+
+    def token_sum(values):
+        return jnp.einsum("bj,bj...->...", counts, values, precision=HIGHEST)
+
+    sums = [token_sum(a) for a in (p, entropy, scores, jnp.std(scores, axis=-1))]
+    count, *sums = total((counts.sum(), *sums))
+    load, entropy, mean_score, spread = (value / jnp.maximum(count, 1) for value in sums)
+    return LayerStats(load, load, entropy, mean_score, spread)
+
+
+def near_copies(own_share):
+    """An initialiser like `expert_init`: a share of the variance is each expert's own, the rest
+    common to all.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        common_key, own_key = jax.random.split(key)
+        common = expert_init(common_key, (1, *shape[1:]), dtype)
+        own = expert_init(own_key, shape, dtype)
+        weights = np.sqrt(1 - own_share).astype(dtype), np.sqrt(own_share).astype(dtype)
+        return weights[0] * common + weights[1] * own
+
+    return init
+
+
+@dataclass(frozen=True)
+class Smear(Method):
+    """SMEAR. A sequence is the tokens along the axis before the last."""
+
+    name = "smear"
+    chooses = False
+
+    # Tokens that share a merged expert, which the segment before decides; 0: the whole sequence, by
+    # its own mean.
+    segment: int = setting(64, at_least=0)
+    # Chance of an expert to be left out of a merged one, in training.
+    expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
+    own_share: float = setting(0.5, above=0, at_most=1, training_only=True)  # see above
+
+    def __call__(self, x, weights, layer, ctx):
+        devices, causal = ctx.devices, self.segment > 0
+        token_weights = devices.whole_sequences(ctx.token_weights)
+        n_sequences, n_positions = token_weights.shape
+        size = min(self.segment or n_positions, n_positions)
+        token_weights = cut_segments(token_weights, size)
+        kept = self._kept(ctx, token_weights.shape[:2], layer.experts.n_experts)
+        declared = layer.parameters
+
+        def experts(x, weights):
+            with jax.named_scope("experts"):
+                w = {
+                    name: devices.gather_experts(declared[name], a, layer.dtype)
+                    for name, a in weights.items()
+                    if declared[name].per_expert
+                }
+            with jax.named_scope("dispatch"):
+                segments = cut_segments(devices.whole_sequences(x), size)
+            with jax.named_scope("score"):
+                v = mean_tokens(segments, token_weights)
+                if "w_gate_down" in w:
+                    flat = v.reshape(-1, v.shape[-1]).astype(layer.dtype)
+                    scores = norms(flat, w["w_gate_down"]).reshape(*v.shape[:-1], -1)
+                else:
+                    scores = router_scores(v, weights)
+                scores = checkpoint_name(scores, KEPT_EXPERTS)
+                p = merging_weights(scores, causal)
+                p = p if kept is None else drop_experts(p, kept)
+            with jax.named_scope("experts"):
+                y = merged_experts(segments, p, w)
+            with jax.named_scope("combine"):
+                y = y.reshape(n_sequences, -1, y.shape[-1])[:, :n_positions]
+                return devices.sum_scatter(y, "tensor", 1).reshape(x.shape), scores, p
+
+        run = layer.rematerialised(experts, devices, gathers_experts=True)
+        y, scores, p = run(x, weights)
+        return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total)
+
+    def _kept(self, ctx, shape, n_experts):
+        """Which experts are kept for each segment of this device, `[B, J, n]`; None: all."""
+        if not ctx.training:
+            return None
+        n_sequences, n_segments = shape
+        shape = (n_sequences * ctx.devices.batch_pieces, n_segments, n_experts)
+        kept = jax.random.bernoulli(ctx.key(), 1 - self.expert_dropout, shape)
+        return ctx.devices.own_sequences(kept)
+
+    def causality(self, experts):
+        return Causality(
+            reason="" if self.segment else "experts are merged by the mean of the whole sequence",
+            no_decoding="the expert of a segment is merged by the mean of the segment before it, "
+            "which no cache of a text keeps",
+        )
+
+    def experts_per_token(self, experts):
+        return 1
+
+    def parameters(self, experts):
+        gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)
+        init = near_copies(self.own_share)
+        matrices = {
+            name: dataclasses.replace(matrix, init=init)
+            for name, matrix in experts_with(gate).items()
+        }
+        return matrices if experts.low_rank else ROUTER | matrices
+
+    def flops(self, config):
+        """Merging and scoring, once per segment."""
+        e, d = config.experts, config.model.d_model
+        sizes, declared = e.sizes(d), self.parameters(e).values()
+        merging = sum(math.prod(p.shape(sizes)) for p in declared if p.per_expert)
+        scoring = e.n_experts * d * (e.d_low if e.low_rank else 1)
+        forward = round(2 * (merging + scoring) / self.segment)
+        return forward, 3 * forward
+
+    @property
+    def least_seq_len(self):
+        """Two segments: the first decides for the second."""
+        return self.segment + 1
+
+    def check(self, config):
+        config.balance.refuse_losses("a smear layer has no load to balance; set it to 0")
+        config.mesh.refuse_all_to_all(self.name)
+        length, segment = config.data.seq_len, self.segment
+        require(
+            segment > 1,
+            "routing.segment",
+            segment,
+            "must be at least 2 in a decoder: 0 would merge by the mean of a whole sequence, which "
+            "depends on later tokens",
+        )
+        require(
+            self.least_seq_len <= length,
+            "routing.segment",
+            segment,
+            f"must be below data.seq_len={length}: the first segment decides for the second",
+        )
+        require(
+            not config.data.document_mask,
+            "data.document_mask",
+            True,
+            "is not implemented for experts.kind='smear': a segment can hold several documents",
+        )

@@ -1,0 +1,44 @@
+"""SparseMixer-v2 as Phi-3.5-MoE uses it once trained (GRIN, arXiv 2409.12136).
+
+The experts are those of top-k. The i-th is weighed by the softmax over the scores that were left
+when it was chosen and that lie near its own: below it by at most `2 jitter` of the larger of the
+two in size. Its training, which samples experts, is not implemented.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import setting
+from aoe_jax.moe.routing import FixedK, best_experts, by_token
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+
+def sparsemixer_weights(scores, expert, jitter):
+    """The weights `[T, K]` of the experts `expert [T, K]`, which are ordered by falling score."""
+    weights, left = [], scores
+    for chosen in expert.T:
+        best = jnp.take_along_axis(scores, chosen[:, None], axis=1)
+        # Where both scores are zero, 0 / 0 compares as near.
+        is_far = (best - scores) / jnp.maximum(jnp.abs(scores), best) > 2 * jitter
+        probability = jax.nn.softmax(jnp.where(is_far, -jnp.inf, left))
+        weights.append(jnp.take_along_axis(probability, chosen[:, None], axis=1))
+        is_chosen = chosen[:, None] == jnp.arange(scores.shape[1])
+        left = jnp.where(is_chosen, -jnp.inf, left)
+    return jnp.concatenate(weights, axis=1)
+
+
+@dataclass(frozen=True)
+class SparseMixer(FixedK):
+    """Top-k with SparseMixer's weights, for models that are trained already."""
+
+    name = "sparsemixer"
+
+    jitter: float = setting(0.01, at_least=0)  # see above
+
+    def __call__(self, scores, weights, ctx):
+        expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
+        expert = checkpoint_name(expert, KEPT_ROUTING)
+        return by_token(expert, sparsemixer_weights(scores, expert, self.jitter))

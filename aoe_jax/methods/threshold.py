@@ -1,0 +1,94 @@
+"""Expert Threshold routing (Sun et al., arXiv 2603.11535): a token goes to every expert whose
+threshold it passes.
+
+    token t goes to expert i where score[t, i] > c[i];  weight = sigmoid(score[t, i])
+    c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
+
+Tokens are compared with the thresholds of before the step, so each is routed by itself: causal, in
+training and at inference. A token may have any number of experts, K = `experts.top_k` on average.
+While thresholds settle, in the first `warmup_steps` steps, experts choose their k tokens (expert
+choice), which is not causal.
+
+It follows the paper's text, except: there is no shared expert and no bound on the tokens of an
+expert, and the first threshold is that of the first batch. With micro-batches, experts choose
+within each in the warm-up, and thresholds move by the mean of their k-th largest scores.
+`weights="relative"` takes the sigmoid of the score less the threshold: this project's reading for
+AoE, whose norms are positive, so that their sigmoid is never below 1/2. No balance loss is needed.
+Costs in training a top-k over the tokens of the batch for each expert, and n slots per token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import setting
+from aoe_jax.moe.routing import Causality, Method, by_mask
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+
+def above_thresholds(scores, thresholds):
+    """Which tokens go to which experts: `scores [T, n]`, `thresholds [n]` -> `[T, n]` bool."""
+    return jax.lax.stop_gradient(scores) > thresholds
+
+
+def kth_largest(scores, token_weights, share):
+    """The score of each expert that a `share` of the tokens reach: `[T, n]`, `[T]` -> `[n]`.
+
+    Of t tokens that count it is that of the `ceil(share t)`-th; -inf where none counts.
+    """
+    n_tokens = scores.shape[0]
+    real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
+    largest = jax.lax.top_k(real.T, min(n_tokens, math.ceil(share * n_tokens)))[0]
+    k = jnp.ceil(share * (token_weights > 0).sum() - 1e-4).astype(jnp.int32)
+    return largest[:, jnp.clip(k, 1, largest.shape[1]) - 1]
+
+
+@dataclass(frozen=True)
+class Threshold(Method):
+    """Expert Threshold; state `threshold [n]`, and `updates []`, the steps that it has seen."""
+
+    name = "threshold"
+
+    # Decay of the moving average that is an expert's threshold.
+    decay: float = setting(0.999, at_least=0, below=1, training_only=True)
+    warmup_steps: int = setting(4000, at_least=0, training_only=True)  # of expert choice
+    # sigmoid: of the score; relative: of the score less the threshold.
+    weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
+
+    def __call__(self, scores, weights, ctx):
+        thresholds, devices = ctx.state["threshold"], ctx.devices
+        chosen, records = above_thresholds(scores, thresholds), None
+        if ctx.training:
+            everywhere = devices.all_tokens(jax.lax.stop_gradient(scores))
+            token_weights, share = (
+                devices.all_tokens(ctx.token_weights),
+                ctx.top_k / scores.shape[1],
+            )
+            records = {"kth_largest": kth_largest(everywhere, token_weights, share)}
+            by_experts = jax.lax.stop_gradient(scores) >= records["kth_largest"]
+            chosen = jnp.where(ctx.state["updates"] < self.warmup_steps, by_experts, chosen)
+        chosen = checkpoint_name(chosen & (ctx.token_weights[:, None] > 0), KEPT_ROUTING)
+        is_relative = self.weights == "relative"
+        weight = jax.nn.sigmoid(scores - thresholds if is_relative else scores)
+        return by_mask(chosen, weight)._replace(records=records)
+
+    def causality(self, experts):
+        reason = "experts choose tokens while thresholds settle (routing.warmup_steps)"
+        return Causality(reason, self.warmup_steps) if self.warmup_steps else Causality()
+
+    def experts_per_token(self, experts):
+        return experts.top_k
+
+    def state(self, experts, balance, d):
+        return {"threshold": jnp.zeros(experts.n_experts), "updates": jnp.zeros(())}
+
+    def update(self, config, state, stats, weights):
+        updates, found = state["updates"], stats.records["kth_largest"]
+        kept = jnp.where(updates == 0, 0, self.decay)[:, None]
+        has_tokens = jnp.isfinite(found).all(axis=1)  # a batch without tokens changes nothing
+        threshold = kept * state["threshold"] + (1 - kept) * found
+        threshold = jnp.where(has_tokens[:, None], threshold, state["threshold"])
+        return {"threshold": threshold, "updates": updates + has_tokens}, {}

@@ -1,0 +1,159 @@
+"""`experts.kind="uoe"`: Union-of-Experts-style layers (after Wu, Lv et al., "Neurons in
+Mixture-of-Experts are Secretly Routers", OpenReview Ksgiup7ZNZ).
+
+The first s neurons of every expert are its routing neurons. All experts compute theirs for every
+token:
+
+    a_i = SiLU(x W_gate_i[:, :s]) * (x W_up_i[:, :s]),   score_i = ||a_i||
+    y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i (the rest of expert i)
+
+The outputs of the routing neurons are not lost: their sum is a virtual shared expert. There is no
+router and no factorised gate; an expert has the parameters of a traditional one. Causal.
+
+Only abstracts and reviews of the paper were at hand. From these: routing neurons, the L2 norm of
+their activation (a review speaks of SiLU in it), top-K, the virtual shared expert, and
+s = round(f / K), which a review quotes without saying what K is. This project's reading: K is the
+number of chosen experts; the activation is that of the whole SwiGLU; chosen experts add the rest of
+their neurons only, so that no neuron counts twice; weights are the softmax over the chosen norms.
+No balance loss is needed; the reviews say that balance is better without.
+
+A token costs `6 d (n s + K (f - s))` FLOPs forward: with s = f / K the routing neurons alone are
+n / K experts. Kept for the backward pass are 3 n s numbers a token, or 2 n s with
+`model.remat="experts"`. On a mesh the routing neurons of a device see the tokens of all devices
+along `expert` and `tensor`; the rest is dispatched as in other layers. Over `tensor` both parts are
+split, so they are parameters of their own.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import require, setting
+from aoe_jax.moe.experts import KEPT_EXPERTS, weighted_product
+from aoe_jax.moe.layer import apply_experts
+from aoe_jax.moe.routing import Method, TopK, TopP
+from aoe_jax.moe.scoring import Scores, activation_norms, low_rank_activations, safe_root
+from aoe_jax.parameters import EXPERTS
+
+SUFFIX = "_route"  # of the names of routing neurons
+
+
+def routing_neurons(layer, devices, x, weights):
+    """What the routing neurons of all experts compute.
+
+    Args:
+      layer: the `ExpertsLayer`.
+      devices: `Devices`.
+      x: `[T, d]`.
+      weights: `w_gate_route`, `w_up_route` `[n, d, s]` and `w_down_route` `[n, s, d]`, this
+        device's pieces.
+
+    Returns:
+      `(scores, y)`: the norms `[T, n]`, float32 at least, and the output of the virtual shared
+      expert `[T, d]`.
+    """
+    with jax.named_scope("score"):
+        w = layer.gathered(weights, devices)
+        x = devices.gather(devices.gather(x, "expert"), "tensor")
+        gate, up = (
+            checkpoint_name(low_rank_activations(x, w[name + SUFFIX]), KEPT_EXPERTS)
+            for name in ("w_gate", "w_up")
+        )
+        shape, n_tokens = gate.shape, x.shape[0]
+        flat = gate.reshape(n_tokens, -1), up.reshape(n_tokens, -1)
+        hidden = weighted_product(*flat, jnp.ones(n_tokens))
+        norms = activation_norms(hidden.reshape(shape))
+        if devices.size("tensor") > 1:
+            norms = safe_root(devices.sum_scatter(norms**2, "tensor"))
+        scores = devices.exchange(norms, split=0, concatenate=1)
+    with jax.named_scope("experts"):
+        w_down = w["w_down" + SUFFIX]
+        y = hidden @ w_down.reshape(-1, w_down.shape[-1])
+        return scores, devices.sum_scatter(devices.sum_scatter(y, "tensor"), "expert")
+
+
+@dataclass(frozen=True)
+class UoE(Method):
+    """Whole experts whose first neurons score them."""
+
+    name = "uoe"
+
+    routing_neurons: int | None = None  # of an expert; None: round(experts.d_ffn / experts.top_k)
+    p: float | None = setting(None, above=0, below=1)  # experts by top-p; None: by top-k
+    norm_topk_prob: bool = True  # as of `TopK`
+
+    @property
+    def router(self):
+        """How experts are chosen by their scores."""
+        return TopK(self.norm_topk_prob) if self.p is None else TopP(self.p)
+
+    def __call__(self, x, weights, layer, ctx):
+        routing_weights = {name: w for name, w in weights.items() if name.endswith(SUFFIX)}
+        rest = {name: w for name, w in weights.items() if name not in routing_weights}
+        neurons = partial(routing_neurons, layer, ctx.devices)
+        norms, shared = layer.rematerialised(neurons, ctx.devices)(x, routing_weights)
+        scores = Scores.of(norms, layer.balance.aux_stride)
+        with jax.named_scope("route"):
+            routing = self.router(scores.values, weights, ctx)
+        with jax.named_scope("balance"):
+            stats = layer.statistics(scores, routing, weights, ctx)
+        return apply_experts(x, routing, rest, layer, ctx) + shared, stats
+
+    @property
+    def fixed_k(self):
+        return self.router.fixed_k
+
+    @property
+    def normalises_chosen(self):
+        return self.router.normalises_chosen
+
+    def neurons(self, experts):
+        """s, the number of routing neurons of an expert."""
+        if self.routing_neurons is None:
+            return round(experts.d_ffn / experts.top_k)
+        return self.routing_neurons
+
+    def parameters(self, experts):
+        s = self.neurons(experts)
+        # Drawn as parts of one matrix of all neurons, whose fan-in is the whole width.
+        down_init = initializers.normal(experts.d_ffn**-0.5)
+        found = {}
+        for suffix, size, per_expert in ((SUFFIX, s, False), ("", experts.d_ffn - s, True)):
+            for name in ("w_gate", "w_up", "w_down"):
+                whole = EXPERTS[name]
+                found[name + suffix] = dataclasses.replace(
+                    whole,
+                    axes=whole.axes.replace("f", str(size)),
+                    init=down_init if name == "w_down" else whole.init,
+                    per_expert=per_expert,
+                )
+        return found
+
+    def state(self, experts, balance, d):
+        return self.router.state(experts, balance, d)
+
+    def update(self, config, state, stats, weights):
+        return self.router.update(config, state, stats, weights)
+
+    def check(self, config):
+        e, balance, tensor = config.experts, config.balance, config.mesh.tensor
+        s = self.neurons(e)
+        wanted = f"must be at least 1 and below experts.d_ffn={e.d_ffn}"
+        if self.routing_neurons is None:
+            wanted = f"comes to {s} for experts.top_k={e.top_k}; it {wanted}"
+        require(0 < s < e.d_ffn, "routing.routing_neurons", self.routing_neurons, wanted)
+        require(s % tensor == 0, "mesh.tensor", tensor, f"must divide routing_neurons={s}")
+        require(
+            self.p is None or self.norm_topk_prob,
+            "routing.norm_topk_prob",
+            self.norm_topk_prob,
+            f"is a choice of top-k, and routing.p={self.p} chooses by top-p; leave it at True",
+        )
+        untested = "is not tested with experts.kind='uoe'; leave it at its default"
+        require(balance.z_weight == 0, "balance.z_weight", balance.z_weight, untested)
+        require(balance.aux_batch == "global", "balance.aux_batch", balance.aux_batch, untested)

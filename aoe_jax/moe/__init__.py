@@ -1,0 +1,16 @@
+"""The common path of a mixture-of-experts layer. The files follow a token:
+
+    scoring -> routing -> dispatch -> experts, with balance beside them and layer on top
+
+`reference` is the same in plain loops, `grouped_matmul` the product of rows with their experts'
+weights, and `parallel` what a mesh of devices adds.
+
+Axis letters, the same in the whole package; a shape such as `[T, n]` is built of them:
+
+    T  tokens of a device           n  experts of a layer          L  layers
+    B  sequences                    K  experts of a token          V  vocabulary
+    S  positions of a sequence      P  slots: choices of experts   H  heads of queries
+    d  model width                  R  rows: tokens by expert      G  heads of keys and values
+    f  width of an expert           r  rank of a factorised gate   h  width of a head
+    m  hidden width of a router     s  routing neurons             M  places of a cache
+"""

@@ -1,0 +1,167 @@
+"""Load balance: auxiliary losses, loss-free balancing, and the statistics of a layer's load.
+
+All in float32 at least. Functions of `[n]` also take stacked layers `[L, n]`.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import entr
+
+
+class LayerStats(NamedTuple):
+    """What a layer reports of a batch. Only balance losses and records have gradients."""
+
+    load: jax.Array  # [n], f of Eq. 2: share of the tokens that choose each expert; its sum is K
+    mean_probability: jax.Array  # [n], P of Eq. 2: mean over tokens of the softmax over all scores
+    confidence_entropy: jax.Array  # [], mean over tokens of Ent_conf (Eq. 8)
+    mean_score: jax.Array  # [n], mean norm or logit of each expert (Fig. 4)
+    score_spread: jax.Array  # [], mean over tokens of the standard deviation over experts
+    z_loss: jax.Array | None = None  # [], with `balance.z_weight`
+    sequence_loss: jax.Array | None = None  # [], in training with `balance.aux_batch="sequence"`
+    dropped_share: jax.Array | None = None  # [], share of the choices that a full expert dropped
+    records: dict[str, jax.Array] | None = None  # these four: see `routing.Routing`
+    shares: dict[str, jax.Array] | None = None
+    per_token: dict[str, jax.Array] | None = None
+    live: jax.Array | None = None
+
+
+def statistics(scores, routing, balance, ctx):
+    """The `LayerStats` of `Scores` and a `Routing`; `balance` is a `BalanceConfig`.
+
+    All means are over the tokens of all devices that count.
+    """
+    values, for_balance = jax.lax.stop_gradient(scores.values), scores.for_balance
+    weights, n_experts = ctx.token_weights.astype(values.dtype), values.shape[1]
+    chosen = routing.expert[:, None] == jnp.arange(n_experts)
+    load = jnp.sum(jnp.where(chosen, weights[routing.token][:, None], 0), axis=0)
+    log_probability = jax.nn.log_softmax(for_balance)
+    probability = jnp.exp(log_probability)
+    entropy = -jnp.sum(probability * log_probability, axis=1)
+
+    sampled = weights[:: balance.aux_stride]
+    counts, of_sampled, of_all = ctx.devices.total(
+        (
+            (weights.sum(), sampled.sum()),
+            (_token_sum(probability, sampled), _token_sum(entropy, sampled)),
+            (load, _token_sum(values, weights), _token_sum(jnp.std(values, axis=1), weights)),
+        )
+    )
+    n_tokens, n_sampled = (jnp.maximum(count, 1) for count in counts)
+    mean_probability, confidence_entropy = (total / n_sampled for total in of_sampled)
+    load, mean_score, score_spread = (total / n_tokens for total in of_all)
+    stats = LayerStats(load, mean_probability, confidence_entropy, mean_score, score_spread)
+    if balance.z_weight:
+        stats = stats._replace(z_loss=z_loss(for_balance, sampled, ctx.devices.total))
+    if ctx.training and balance.aux_batch == "sequence":
+        loss = sequence_balance_loss(scores, routing, ctx, balance.aux_stride)
+        stats = stats._replace(sequence_loss=loss)
+    extras = {name: getattr(routing, name) for name in ("records", "shares", "per_token", "live")}
+    return stats._replace(**extras)
+
+
+def _token_sum(values, weights):
+    """The weighted sum over tokens: `[T, ...]`, `[T]` -> `[...]`."""
+    return jnp.einsum("t,t...->...", weights, values, precision=jax.lax.Precision.HIGHEST)
+
+
+def balance_loss(load, mean_probability):
+    """`n sum_i f_i P_i` (Eq. 2 and 6 without alpha): `[..., n] -> [...]`; K in perfect balance."""
+    return load.shape[-1] * jnp.sum(load * mean_probability, axis=-1)
+
+
+def z_loss(scores, token_weights, total):
+    """The mean over tokens of `(log sum_i exp(score_i))^2` (ST-MoE, Zoph et al. 2022, arXiv
+    2202.08906), which keeps router logits small. It shrinks norms, which are positive, as a whole.
+
+    Args:
+      scores: `[T, n]`, with a gradient.
+      token_weights: `[T]`.
+      total: adds up sums over tokens from all devices.
+    """
+    square = jnp.square(jax.nn.logsumexp(scores, axis=1))
+    loss, n_tokens = total((jnp.sum(square * token_weights), token_weights.sum()))
+    return loss / jnp.maximum(n_tokens, 1)
+
+
+def sequence_balance_loss(scores, routing, ctx, stride):
+    """The mean of `balance_loss` over sequences, each by itself, `[]`.
+
+    It is the micro-batch balance of Qiu et al. 2025 (arXiv 2501.11873) with one sequence per
+    micro-batch, so it is the same on every mesh.
+
+    Args:
+      scores: `Scores`; `for_balance` has the gradient. `stride` divides the sequence length.
+      routing: `Routing` of all T tokens, which lie sequence by sequence.
+      ctx: `Context`.
+      stride: `BalanceConfig.aux_stride`.
+
+    Raises:
+      ValueError: tokens `[T, d]` on a mesh, whose sequences are unknown.
+    """
+    devices = ctx.devices
+    devices.check_sequences()
+    n_sequences = math.prod(devices.shape[:-1])
+    n_experts = scores.for_balance.shape[1]
+    weights = ctx.token_weights.astype(scores.for_balance.dtype)
+    sampled = weights[::stride]
+    sequence = routing.token // (weights.shape[0] // n_sequences)
+    counts = jnp.zeros((n_sequences, n_experts), weights.dtype)
+    counts = counts.at[sequence, routing.expert].add(weights[routing.token], mode="drop")
+    probability = jax.nn.softmax(scores.for_balance) * sampled[:, None]
+    within_sequence = partial(devices.total, axes=("tensor",))
+    counts, probability, n_tokens, n_sampled = within_sequence(
+        (
+            counts,
+            probability.reshape(n_sequences, -1, n_experts).sum(axis=1),
+            weights.reshape(n_sequences, -1).sum(axis=1),
+            sampled.reshape(n_sequences, -1).sum(axis=1),
+        )
+    )
+    load = counts / jnp.maximum(n_tokens, 1)[:, None]
+    mean_probability = probability / jnp.maximum(n_sampled, 1)[:, None]
+    losses, is_real = balance_loss(load, mean_probability), (n_tokens > 0).astype(load.dtype)
+    # Devices along the tensor axis hold parts of the same sequences: all are counted alike.
+    loss, n_sequences = devices.total((losses.sum(), is_real.sum()))
+    return loss / jnp.maximum(n_sequences, 1)
+
+
+def updated_bias(bias, load, score_spread, rate):
+    """Loss-free balancing (Wang et al. 2024, arXiv 2408.15664):
+    `bias + rate * spread * sign(mean load - load)`.
+
+    The published rate, 0.001, is meant for scores in (0, 1). Norms and logits have a scale of their
+    own that training changes, so here the rate is relative to the spread of a token's scores.
+
+    Args:
+      bias: `[L, n]`. load: `[L, n]`. score_spread: `[L]`.
+      rate: `BalanceConfig.bias_rate`.
+    """
+    direction = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+    return bias + rate * score_spread[:, None] * direction
+
+
+def load_entropy(load):
+    """Ent_load (Eq. 7) of the shares of load, `[..., n] -> [...]` of NumPy; log n at most."""
+    share = np.asarray(load) / np.maximum(np.sum(load, axis=-1, keepdims=True), 1e-9)
+    return entr(share).sum(axis=-1)
+
+
+def load_spread(load, live=None):
+    """Sum over layers of the largest minus the smallest load of live experts: `[L, n] -> []`."""
+    least = load if live is None else np.where(live > 0, load, np.inf)
+    return (np.max(load, axis=-1) - np.min(least, axis=-1)).sum()
+
+
+def mean_load(load, live=None):
+    """The mean load of live experts, `[..., n] -> [...]`."""
+    return load.mean(axis=-1) if live is None else load.sum(axis=-1) / (live > 0).sum(axis=-1)
+
+
+def dead_experts(load, live=None):
+    """Which experts have no token, `[..., n]` bool; a free place is not a dead expert."""
+    return load == 0 if live is None else (load == 0) & (live > 0)

@@ -1,0 +1,187 @@
+"""Dispatch and combine: from tokens to rows in expert order, and from rows back to tokens.
+
+`Local` is the transport of a device that holds all experts. `parallel/transports.py` has those of
+meshes, with the same methods.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.moe.grouped_matmul import place_rows
+from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
+from aoe_jax.moe.routing import Routing
+
+MAX_GATHERS = 16  # a sum over more slots is one gather: programs would grow with the slots
+
+
+class Rows(NamedTuple):
+    """How slots are laid out as rows: by expert, or where `grouped_matmul` wants them.
+
+    Where there is nothing (an unused slot, a free place), the index is `NOWHERE`, and rows are 0.
+    """
+
+    slot: jax.Array  # [R] int32, the slot of each row
+    row: jax.Array  # [P] int32, the row of each slot
+    token: jax.Array  # [R] int32, the token of each row
+    groups: jax.Array | tuple  # rows of each expert, as `grouped_matmul` takes them
+
+
+def sort_slots(expert, n_experts):
+    """Slots in expert order, by one stable sort.
+
+    Args:
+      expert: `[P]` int32, the expert of each slot; n for an unused slot.
+      n_experts: n.
+
+    Returns:
+      `(slot [P], row [P], group_sizes [n])`: the slot of each row, the row of each slot, and the
+      rows of each expert.
+    """
+    slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
+    _, slot = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
+    row = jnp.zeros_like(slot).at[slot].set(slots, unique_indices=True)
+    return slot, row, jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+
+
+def lay_out(routing, n_experts):
+    """The `Rows` of a `Routing`."""
+    slot, row, group_sizes = sort_slots(routing.expert, n_experts)
+    places = place_rows(group_sizes, slot.shape[0])
+    if places is None:
+        return Rows(slot, row, routing.token[slot], group_sizes)
+    slot = _take(slot, places.row, NOWHERE)
+    return Rows(slot, places.place[row], _take(routing.token, slot, NOWHERE), places)
+
+
+class Local:
+    """The transport of a device that holds all experts: its rows are all its slots.
+
+    Other transports cut the rows into rounds of limited size; here there is one. The methods of a
+    transport, in the order of their use:
+
+        gather, gather_routing   tokens and routing of the devices that share experts
+        plan, round              the slots of each round, and its rows
+        dispatch, groups         the rows, and how many each expert has
+        row_values, slot_values  numbers from slots to rows and back
+        combine, further_rounds  sums by token; the rounds after the first
+        scatter                  outputs back to the devices that own the tokens
+    """
+
+    def __init__(self, devices, n_experts):
+        self.devices, self.n_experts = devices, n_experts
+
+    def gather(self, x):
+        """The tokens whose rows leave from here: those along the tensor axis, `[t, ...]` ->
+        `[T, ...]`.
+        """
+        return self.devices.gather(x, "tensor")
+
+    def scatter(self, y):
+        """The transpose of `gather`: sums, and keeps what this device owns."""
+        return self.devices.sum_scatter(y, "tensor")
+
+    def gather_routing(self, routing):
+        """The routing of the tokens that `gather` brings."""
+        k = routing.slots_per_token
+        if k is None:
+            return routing
+        expert = self.gather(routing.expert.reshape(-1, k)).reshape(-1)
+        weight = self.gather(routing.weight.reshape(-1, k)).reshape(-1)
+        token = jnp.arange(expert.shape[0], dtype=jnp.int32) // k
+        return Routing(token, expert, weight, k)
+
+    def plan(self, routing):
+        """What the rounds are cut from; arrays without a gradient."""
+        return routing, lay_out(routing, self.n_experts)
+
+    def round(self, plan, number):
+        """The rows of a round, for the methods below."""
+        return plan
+
+    def groups(self, round):
+        """The rows of each expert, as `grouped_matmul` takes them."""
+        return round[1].groups
+
+    def dispatch(self, x, round):
+        """Tokens to rows: `[T, d]` -> `[R, d]`."""
+        routing, rows = round
+        if routing.slots_per_token is None:
+            return _take(x, rows.token)
+        return _gather_tokens(x, rows.token, rows.row, routing.slots_per_token)
+
+    def row_values(self, values, round):
+        """From slots to rows: `[P]` -> `[R]`."""
+        return permute(values, round[1].slot, round[1].row)
+
+    def slot_values(self, values, round, n_slots):
+        """From rows to slots: `[R]` -> `[n_slots]`; zero for slots of other rounds or devices."""
+        return permute(values, round[1].row, round[1].slot)
+
+    def complete(self, values):
+        """The values of all slots, `[P]`, once those of other devices are added."""
+        return values
+
+    def combine(self, y, round, n_tokens):
+        """The sum of each token's rows: `[R, d]` -> `[T, d]`, in the dtype of `y`.
+
+        The sum itself is in float32 at least.
+        """
+        routing, rows = round
+        if routing.slots_per_token is None:
+            dtype = jnp.promote_types(y.dtype, jnp.float32)
+            return jax.ops.segment_sum(y.astype(dtype), rows.token, n_tokens).astype(y.dtype)
+        return _sum_by_token(y, rows.token, rows.row, routing.slots_per_token)
+
+    def further_rounds(self, first, function, plan, args):
+        """`first`, of the first round, plus `function(plan, number, args)` of the others."""
+        return first
+
+
+def take_code(code, round):
+    """The low-rank activation of each row by its own expert: `code [T, n, r]` -> `[R, r]`."""
+    routing, rows = round
+    expert = _take(routing.expert, rows.slot, code.shape[1])
+    return code.at[rows.token, expert].get(mode="fill", fill_value=0)
+
+
+def _take(values, index, fill=0):
+    """`values[index]` along the first axis, `fill` where the index is out of range."""
+    return values.at[index].get(mode="fill", fill_value=fill)
+
+
+def _sum_slots(rows, row, slots_per_token):
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    by_token = row.reshape(-1, slots_per_token)
+    if slots_per_token > MAX_GATHERS:
+        return _take(rows, by_token).sum(axis=1, dtype=dtype).astype(rows.dtype)
+    # Slot by slot: the gathers fuse with the sum, so no array of rows by slot is made.
+    return sum(_take(rows, by_token[:, k]).astype(dtype) for k in range(slots_per_token)).astype(
+        rows.dtype
+    )
+
+
+# Dispatch and combine are each other's transpose. Autodiff would make scatter-adds of gathers,
+# which are slow everywhere.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather_tokens(x, token, row, slots_per_token):
+    return _take(x, token)
+
+
+_gather_tokens.defvjp(
+    lambda x, token, row, slots_per_token: (_take(x, token), row),
+    lambda slots_per_token, row, g: (_sum_slots(g, row, slots_per_token), None, None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sum_by_token(rows, token, row, slots_per_token):
+    return _sum_slots(rows, row, slots_per_token)
+
+
+_sum_by_token.defvjp(
+    lambda rows, token, row, slots_per_token: (_sum_slots(rows, row, slots_per_token), token),
+    lambda slots_per_token, token, g: (_take(g, token), None, None),
+)

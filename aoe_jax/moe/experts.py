@@ -1,0 +1,93 @@
+"""SwiGLU experts on rows sorted by expert, by `grouped_matmul`, without router or mesh.
+
+    E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
+
+where `gate_i(x)` is `x W_gate_i` in a traditional expert and `(x W_gate_down_i) W_gate_up_i` in an
+AoE expert.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+
+# `model.remat="experts"` keeps what bears this name for the backward pass: per row `x W_up`, and of
+# the gate `x W_gate` or AoE's low-rank activation. All else from dispatch to combine is recomputed.
+KEPT_EXPERTS = "experts"
+
+
+def gate_pre_activations(rows, groups, w, code=None):
+    """The gate before its SiLU.
+
+    Args:
+      rows: `[R, d]`, by expert.
+      groups: the rows of each expert, as `grouped_matmul` takes them.
+      w: `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
+      code: AoE's low-rank activations `[R, r]` of the rows, where they are known; None: computed.
+
+    Returns:
+      `(gate [R, f], code [R, r])`, the latter None for a traditional expert.
+    """
+    if "w_gate" in w:
+        return checkpoint_name(grouped_matmul(rows, w["w_gate"], groups), KEPT_EXPERTS), None
+    if code is None:
+        code = checkpoint_name(grouped_matmul(rows, w["w_gate_down"], groups), KEPT_EXPERTS)
+    return grouped_matmul(code, w["w_gate_up"], groups), code
+
+
+def swiglu(rows, gate, row_weight, groups, w):
+    """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
+
+    The weight is applied before `W_down`, so its gradient needs no expert's output.
+
+    Args:
+      rows: `[R, d]`.
+      gate: `[R, f]`, see `gate_pre_activations`.
+      row_weight: `[R]` float32, the expert's weight in the token's output.
+      groups: as in `gate_pre_activations`.
+      w: `w_up [n, d, f]` and `w_down [n, f, d]`.
+    """
+    up = checkpoint_name(grouped_matmul(rows, w["w_up"], groups), KEPT_EXPERTS)
+    return grouped_matmul(weighted_product(gate, up, row_weight), w["w_down"], groups)
+
+
+def single_expert(x, w):
+    """One expert on all tokens; or several experts, each on tokens of its own.
+
+    Args:
+      x: `[..., T, d]`.
+      w: the matrices of an expert in the dtype of `x`, with the leading axes of `x`.
+
+    Returns:
+      `[..., T, d]`.
+    """
+    if "w_gate" in w:
+        gate = checkpoint_name(x @ w["w_gate"], KEPT_EXPERTS)
+    else:
+        gate = checkpoint_name(x @ w["w_gate_down"], KEPT_EXPERTS) @ w["w_gate_up"]
+    up = checkpoint_name(x @ w["w_up"], KEPT_EXPERTS)
+    width = up.shape[-1]
+    ones = jnp.ones(up.size // width)
+    hidden = weighted_product(gate.reshape(-1, width), up.reshape(-1, width), ones)
+    return hidden.reshape(up.shape) @ w["w_down"]
+
+
+@jax.custom_vjp
+def weighted_product(gate, up, weight):
+    """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]`, dtype of `up`.
+
+    The custom derivative keeps the three arguments for the backward pass; autodiff would keep every
+    elementwise step. `jax.checkpoint` would do the same, but not inside another checkpoint.
+    """
+    return _weighted_product(gate, up, weight)
+
+
+def _weighted_product(gate, up, weight):
+    return (jax.nn.silu(gate) * up * weight[:, None]).astype(up.dtype)
+
+
+weighted_product.defvjp(
+    lambda *args: (_weighted_product(*args), args),
+    lambda args, g: jax.vjp(_weighted_product, *args)[1](g),
+)

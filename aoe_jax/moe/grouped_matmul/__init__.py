@@ -1,0 +1,136 @@
+"""Grouped matmul: rows in expert order, each group times its own expert's weights. One signature,
+one backend a file.
+
+M rows, D contracted width, F output width, E experts.
+"""
+
+import logging
+import re
+from functools import lru_cache
+
+import jax
+
+from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
+from aoe_jax.moe.grouped_matmul.blocked import place_rows as place_for_blocked
+from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
+from aoe_jax.moe.grouped_matmul.ragged import ragged_matmul
+from aoe_jax.moe.grouped_matmul.rowwise import rowwise_matmul
+
+BACKENDS = {
+    "blocked": blocked_matmul,
+    "rowwise": rowwise_matmul,
+    "ragged": ragged_matmul,
+    "megablox": megablox_matmul,
+    "mosaic_gpu": mosaic_gpu_matmul,
+}
+
+
+def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
+    """Multiplies each group of rows with its expert's weights.
+
+    Args:
+      rows: `[M, D]`, the first `group_sizes[0]` rows belong to expert 0, and so on.
+      weights: `[E, D, F]`, same dtype as `rows`.
+      group_sizes: `[E]` int32, with a sum of at most M. Or the `Places` of `place_rows`: then the
+        rows lie there, M is their number of places, places without a row hold zeros, and the result
+        lies and is zero likewise.
+      backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
+        JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
+        (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
+        `"auto"`: by the number of rows and by the devices of the mesh in context (`jax.set_mesh`,
+        `jax.shard_map`), else by those of this process. So a program that is compiled ahead of time
+        for another machine gets that machine's kernel from its mesh.
+
+    Returns:
+      `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past `sum(group_sizes)` are
+      zero. Differentiable in `rows` and `weights`.
+
+    Raises:
+      UserError: unknown backend, or a dtype or width that the named backend doesn't take.
+      ValueError: shapes or dtypes that don't fit together.
+    """
+    if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
+        raise ValueError(
+            "grouped_matmul wants rows [M, D], weights [E, D, F]; "
+            f"got {rows.shape}, {weights.shape}"
+        )
+    if isinstance(group_sizes, Places):
+        return placed_matmul(rows, weights, group_sizes)
+    if group_sizes.shape != weights.shape[:1]:
+        raise ValueError(
+            f"grouped_matmul wants group_sizes [{weights.shape[0]}]; got {group_sizes.shape}"
+        )
+    if rows.dtype != weights.dtype:
+        raise ValueError(
+            f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}"
+        )
+    if backend == "auto":
+        backend = _backend_here()
+        if backend == "mosaic_gpu":
+            backend = _hopper_backend(rows.dtype, *weights.shape[1:])
+        if backend == "blocked" and _are_few(rows.shape[0], weights.shape[0]):
+            backend = "rowwise"
+    if backend not in BACKENDS:
+        raise UserError(
+            f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
+        )
+    return BACKENDS[backend](rows, weights, group_sizes)
+
+
+def place_rows(group_sizes, m):
+    """Where the backend that `"auto"` means here wants m rows to lie; None: in expert order.
+
+    Products of rows that lie there need not move them, so what is between a gather of rows and the
+    way back saves that.
+    """
+    if _are_few(m, group_sizes.shape[0]) or _backend_here() != "blocked":
+        return None
+    return place_for_blocked(group_sizes, m)
+
+
+def _are_few(m, n_experts):
+    """Whether some experts have no row at all, so that going row by row reads fewer weights."""
+    return m < n_experts
+
+
+def _backend_here():
+    return _default_backend(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
+
+
+@lru_cache
+def _default_backend(device):
+    """For a `Device`, or the `AbstractDevice` of a mesh."""
+    backend = (
+        "megablox"
+        if device.platform == "tpu"
+        else "mosaic_gpu"
+        if _is_hopper(device)
+        else "blocked"
+    )
+    logging.getLogger(__name__).info(
+        "grouped_matmul backend on %s: %s", device.device_kind, backend
+    )
+    return backend
+
+
+def _is_hopper(device):
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:  # an AbstractDevice has no more than a name: H100, H200, H800, GH200 ...
+        return device.platform == "gpu" and re.search(r"\bG?H\d", device.device_kind) is not None
+    return str(capability).startswith("9.")
+
+
+@lru_cache
+def _hopper_backend(dtype, d, f):
+    """The kernels where they take the dtype and weights `[E, d, f]`, else the next best, which is
+    said.
+    """
+    try:
+        check_mosaic_gpu(dtype, d, f)
+    except UserError as error:
+        logging.getLogger(__name__).warning("%s. Until then: blocked, which is slower", error)
+        return "blocked"
+    return "mosaic_gpu"

@@ -1,0 +1,240 @@
+"""Plain JAX, for any platform: the first B rows of every group in one batched matmul, the rest
+block by block.
+
+B is a little more than the mean group, so with balanced loads almost all rows go through the
+batched product, which reads every expert's weights in place. Rows lie where that product reads and
+writes them, in E stretches of B places. What is left of larger groups lies in the places that
+smaller groups leave free; there the batched product is wrong, and a loop over blocks of such rows,
+each block one dense matmul, puts it right; its trip count is dynamic. Where groups are so uneven,
+or so many rows unused, that less than half of the batched product would be useful, all rows go
+through the loop: never more is done than about twice the useful work and two blocks a group.
+
+M rows, D contracted width, F output width, E experts, B rows of a group's head, N = E B places, S
+rows of a block.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
+
+ROW_MULTIPLE = 16  # of B
+MAX_BLOCK = 128
+
+
+def blocked_matmul(rows, weights, group_sizes):
+    """`grouped_matmul` of rows in expert order; shapes as there."""
+    if rows.shape[0] == 0:
+        return jnp.zeros((0, weights.shape[2]), rows.dtype)
+    places = place_rows(group_sizes, rows.shape[0])
+    out = placed_matmul(permute(rows, places.row, places.place), weights, places)
+    return permute(out, places.place, places.row)
+
+
+def _head_and_block(m, n_experts):
+    """`(B, S)`: the mean group and 1.5 standard deviations of a group of random choices; a quarter
+    of it, a power of two.
+    """
+    mean = m / n_experts
+    head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
+    block = ROW_MULTIPLE
+    while block < MAX_BLOCK and 8 * block <= head:
+        block *= 2
+    return min(head, m), min(block, m)
+
+
+class _Blocks(NamedTuple):
+    """Where each block of the loop lies; entries past `count` are meaningless."""
+
+    count: jax.Array  # []
+    expert: jax.Array  # [max blocks]
+    stretch: jax.Array  # [max blocks], the group in whose stretch of places the block lies
+    # [max blocks], first place, moved back where the block would run past the last place.
+    start: jax.Array
+    first: jax.Array  # [max blocks], first place that belongs to the block
+    last: jax.Array  # [max blocks], one past the last place that belongs to the block
+
+
+class Places(NamedTuple):
+    """Where rows lie: those of a group's head from the start of its stretch on, the rest in free
+    places, in order.
+    """
+
+    # [M] int32, the place of each row in expert order; NOWHERE for rows past the last group.
+    place: jax.Array
+    row: jax.Array  # [N] int32, the row at each place; NOWHERE where there is none
+    # [], whether the batched product is worth it; if not, no group has a head.
+    is_batched: jax.Array
+    blocks: _Blocks  # of the rows that are in no head
+
+
+def place_rows(group_sizes, m):
+    """`Places` of m rows in groups of `group_sizes [E]`."""
+    n_experts = group_sizes.shape[0]
+    size, block_size = _head_and_block(m, n_experts)
+    head = jnp.minimum(group_sizes, size)
+    is_batched = 2 * head.sum() >= size * n_experts
+    head = jnp.where(is_batched, head, 0)
+    end = jnp.cumsum(group_sizes)
+    start = end - group_sizes
+    # The rows of no head are counted through, and so are the free places: the i-th of these rows
+    # lies in the i-th place.
+    rest_end, free_end = jnp.cumsum(group_sizes - head), jnp.cumsum(size - head)
+    # From the count of such a row to the row, by expert, and from that of a free place to the
+    # place, by stretch.
+    to_row = end - rest_end
+    to_place = size * jnp.arange(1, n_experts + 1) - free_end
+
+    row = jnp.arange(m, dtype=jnp.int32)
+    expert = _find(end, row)
+    count = row - to_row[expert]
+    place = jnp.where(
+        row - start[expert] < head[expert],
+        expert * size + row - start[expert],
+        count + to_place[_find(free_end, count)],
+    )
+    place = jnp.where(row < end[-1], place, NOWHERE)
+
+    stretch, within = jnp.divmod(jnp.arange(n_experts * size, dtype=jnp.int32), size)
+    count = stretch * size + within - to_place[stretch]
+    row = jnp.where(count < rest_end[-1], count + to_row[_find(rest_end, count)], NOWHERE)
+    row = jnp.where(within < head[stretch], start[stretch] + within, row)
+
+    # Runs of rows of one expert in places of one stretch, each cut into blocks.
+    run_end = jnp.minimum(jnp.sort(jnp.concatenate([rest_end, free_end])), rest_end[-1])
+    run_start = jnp.concatenate([jnp.zeros_like(run_end[:1]), run_end[:-1]])
+    per_run = (run_end - run_start + block_size - 1) // block_size
+    block_end = jnp.cumsum(per_run)
+    block = jnp.arange(m // block_size + 2 * n_experts)
+    run = _find(block_end, block)
+    first = run_start[run] + (block - (block_end - per_run)[run]) * block_size
+    last = jnp.minimum(first + block_size, run_end[run])
+    expert, stretch = _find(rest_end, first), _find(free_end, first)
+    first, last = first + to_place[stretch], last + to_place[stretch]
+    block_start = jnp.minimum(first, n_experts * size - block_size)
+    blocks = _Blocks(block_end[-1], expert, stretch, block_start, first, last)
+    # Without the barrier XLA computes an index again for every element of the rows that it gathers.
+    return jax.lax.optimization_barrier(Places(place, row, is_batched, blocks))
+
+
+def _find(ends, index):
+    """Which of consecutive stretches that end at `ends [E]` holds each index: `[M] -> [M]`; the
+    last for those past it.
+    """
+    found = jnp.searchsorted(ends, index, side="right", method="compare_all")
+    return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
+
+
+def _batched_product(rows, weights, contracted):
+    """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted`
+    is 2.
+    """
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    dimensions = (((2,), (contracted,)), ((0,), (0,)))
+    return jax.lax.dot_general(
+        rows, weights, dimensions, preferred_element_type=accumulator
+    ).astype(rows.dtype)
+
+
+def _batched_gradient(rows, g):
+    """`[E, B, D], [E, B, F] -> [E, D, F]`, accumulated in float32 at least."""
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    return jax.lax.dot_general(
+        rows, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulator
+    )
+
+
+def _add_block_products(out, rows, weights, places, contracted):
+    """Writes the products of the blocks into `out [N, F]`."""
+    blocks, size = places.blocks, _head_and_block(places.place.shape[0], weights.shape[0])[1]
+    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    row = jnp.arange(size)[:, None]
+
+    def step(b, out):
+        start = blocks.start[b]
+        x = jax.lax.dynamic_slice_in_dim(rows, start, size)
+        w = jax.lax.dynamic_index_in_dim(weights, blocks.expert[b], keepdims=False)
+        dimensions = (((1,), (contracted - 1,)), ((), ()))
+        y = jax.lax.dot_general(x, w, dimensions, preferred_element_type=accumulator).astype(
+            rows.dtype
+        )
+        mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
+        y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(out, start, size))
+        return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
+
+    return jax.lax.fori_loop(0, blocks.count, step, out)
+
+
+def _add_block_gradients(out, rows, g, places):
+    """Adds the weight gradients of the blocks to `out [E, D, F]`, less what the batched product
+    made of their rows.
+    """
+    blocks, size = places.blocks, _head_and_block(places.place.shape[0], out.shape[0])[1]
+    row = jnp.arange(size)[:, None]
+
+    def add(out, expert, product):
+        product = product + jax.lax.dynamic_index_in_dim(out, expert, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(out, product, expert, 0)
+
+    def step(b, out):
+        start = blocks.start[b]
+        mine = (row >= blocks.first[b] - start) & (row < blocks.last[b] - start)
+        x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (rows, g))
+        product = jax.lax.dot_general(
+            x, y, (((0,), (0,)), ((), ())), preferred_element_type=out.dtype
+        )
+        out = add(out, blocks.expert[b], product)
+        return add(out, blocks.stretch[b], jnp.where(places.is_batched, -product, 0))
+
+    return jax.lax.fori_loop(0, blocks.count, step, out)
+
+
+@jax.custom_vjp
+def placed_matmul(rows, weights, places):
+    """`[N, D] x [E, D, F] -> [N, F]`, by `Places`; a place without a row must hold zeros."""
+    return _product(rows, weights, places, 1)
+
+
+def _product(rows, weights, places, contracted):
+    """`[N, D] x [E, D, F] -> [N, F]`; with `contracted=2` over the last axis of the weights."""
+    n_experts, width = weights.shape[0], weights.shape[3 - contracted]
+    out = jax.lax.cond(
+        places.is_batched,
+        lambda: _batched_product(_stretches(rows, n_experts), weights, contracted).reshape(
+            -1, width
+        ),
+        lambda: jnp.zeros((rows.shape[0], width), rows.dtype),
+    )
+    return _add_block_products(out, rows, weights, places, contracted)
+
+
+def _gradient(rows, g, places, n_experts):
+    """`[N, D], [N, F] -> [E, D, F]`."""
+    out = jax.lax.cond(
+        places.is_batched,
+        lambda: _batched_gradient(_stretches(rows, n_experts), _stretches(g, n_experts)),
+        lambda: jnp.zeros(
+            (n_experts, rows.shape[1], g.shape[1]), jnp.promote_types(rows.dtype, jnp.float32)
+        ),
+    )
+    return _add_block_gradients(out, rows, g, places).astype(rows.dtype)
+
+
+def _stretches(rows, n_experts):
+    """`[N, D] -> [E, B, D]`."""
+    return rows.reshape(n_experts, -1, rows.shape[1])
+
+
+def _forward(rows, weights, places):
+    return placed_matmul(rows, weights, places), (rows, weights, places)
+
+
+def _backward(residuals, g):
+    rows, weights, places = residuals
+    return _product(g, weights, places, 2), _gradient(rows, g, places, weights.shape[0]), None
+
+
+placed_matmul.defvjp(_forward, _backward)

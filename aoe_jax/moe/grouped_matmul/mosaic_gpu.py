@@ -1,0 +1,136 @@
+"""Mosaic GPU kernels for Hopper: `ragged_dot` and `transposed_ragged_dot`, Pallas kernels that come
+with JAX.
+
+They have no derivative of their own; it is written here:
+
+    forward    rows [M, D]  x weights [E, D, F]   -> [M, F]      ragged_dot
+    d_rows     g [M, F]     x weights [E, D, F]^T -> [M, D]      ragged_dot, transpose_rhs
+    d_weights  rows [M, D]^T x g [M, F]           -> [E, D, F]   transposed_ragged_dot
+
+They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alone has: neither an
+A100 nor a B200 runs them. `transposed_ragged_dot` asks the first device of the process for its
+number of cores: where no GPU is, the derivative compiles within `topology.compiling_for`, the
+forward product anywhere.
+
+M rows, D contracted width, F output width, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.errors import UserError
+
+DTYPES = ("bfloat16", "float16")
+# D and F are multiples of it: 128 bytes of a 2-byte dtype, a row of the kernels' shared memory
+WIDTH_BLOCK = 64
+ROW_BLOCKS = (128, 64)
+CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB of shared memory
+
+
+def mosaic_gpu_matmul(rows, weights, group_sizes):
+    """`grouped_matmul` by Mosaic GPU; shapes as there, bfloat16 or float16, D and F multiples of
+    64. Hopper only.
+
+    Raises:
+      UserError: a dtype or a width that the kernels don't take.
+    """
+    check(rows.dtype, *weights.shape[1:])
+    if 0 in rows.shape or 0 in weights.shape:
+        return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
+    m = rows.shape[0]
+    if m % ROW_BLOCKS[0]:
+        rows = jnp.pad(rows, ((0, -m % ROW_BLOCKS[0]), (0, 0)))
+    return _mosaic_gpu(rows, weights, group_sizes)[:m]
+
+
+def check(dtype, d, f):
+    """Refuses what the kernels don't take.
+
+    Raises:
+      UserError: `dtype` isn't bfloat16 or float16; `d` or `f` isn't a multiple of 64.
+    """
+    if dtype not in DTYPES:
+        raise UserError(
+            f"grouped_matmul backend='mosaic_gpu' with {dtype}: use {' or '.join(DTYPES)}, "
+            "or backend 'blocked'"
+        )
+    if d % WIDTH_BLOCK or f % WIDTH_BLOCK:
+        raise UserError(
+            f"grouped_matmul backend='mosaic_gpu' with expert weights [{d}, {f}]: both must be "
+            f"multiples of {WIDTH_BLOCK}; round the widths "
+            f"(config.experts.round_to={WIDTH_BLOCK}), or use backend 'blocked'"
+        )
+
+
+def row_block(m, n_experts):
+    """128 rows, or 64 where the E - 1 blocks that two groups share would be more than 1/16 of the
+    work.
+    """
+    return next((block for block in ROW_BLOCKS if block * 16 * n_experts <= m), ROW_BLOCKS[-1])
+
+
+def width_block(width):
+    """128 where it divides the width, else 64."""
+    return 2 * WIDTH_BLOCK if width % (2 * WIDTH_BLOCK) == 0 else WIDTH_BLOCK
+
+
+def _used(rows, group_sizes):
+    """Zero where no group reaches.
+
+    On outputs, since the kernels leave those rows unwritten. On operands, since for d_weights the
+    kernel masks rows by a product with zero, and one operand only, which lets a NaN through.
+    """
+    return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
+
+
+def _product(rows, weights, group_sizes, transpose_rhs):
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+
+    out = ragged_dot(
+        rows,
+        weights,
+        group_sizes=group_sizes,
+        block_m=row_block(rows.shape[0], weights.shape[0]),
+        block_n=width_block(weights.shape[1 if transpose_rhs else 2]),
+        block_k=WIDTH_BLOCK,
+        max_concurrent_steps=CONCURRENT_STEPS,
+        grid_block_n=1,
+        transpose_rhs=transpose_rhs,
+    )
+    return _used(out, group_sizes)
+
+
+def _weight_gradient(rows, g, group_sizes):
+    from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
+
+    return transposed_ragged_dot(
+        rows,
+        g,
+        group_sizes=group_sizes,
+        block_m=width_block(rows.shape[1]),
+        block_n=width_block(g.shape[1]),
+        block_k=WIDTH_BLOCK,
+        max_concurrent_steps=CONCURRENT_STEPS,
+        grid_block_n=1,
+    )
+
+
+@jax.custom_vjp
+def _mosaic_gpu(rows, weights, group_sizes):
+    return _product(rows, weights, group_sizes, transpose_rhs=False)
+
+
+def _forward(rows, weights, group_sizes):
+    # Here, not in the backward pass, so that it fuses with what makes the rows.
+    rows = _used(rows, group_sizes)
+    return _mosaic_gpu(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _backward(residuals, g):
+    rows, weights, group_sizes = residuals
+    g = _used(g, group_sizes)
+    d_rows = _product(g, weights, group_sizes, transpose_rhs=True)
+    return d_rows, _weight_gradient(rows, g, group_sizes), None
+
+
+_mosaic_gpu.defvjp(_forward, _backward)

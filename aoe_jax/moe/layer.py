@@ -1,0 +1,275 @@
+"""The layer of experts: `moe_block`, the way of a token, and the Linen module around it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.moe import balance
+from aoe_jax.moe.dispatch import take_code
+from aoe_jax.moe.experts import KEPT_EXPERTS, gate_pre_activations, swiglu
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.parallel import collectives
+from aoe_jax.moe.parallel.transports import is_local, make_transport
+from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
+from aoe_jax.moe.scoring import activation_norms, aoe_scores, router_scores
+from aoe_jax.parameters import LARGE_ROUTER, ROUTER, experts_with
+
+
+def moe_block(x, weights, layer, ctx):
+    """A layer of experts on one device, or inside `jax.shard_map` on each device of a mesh.
+
+    Args:
+      x: `[T, d]`, in the dtype of computation.
+      weights: float32 parameters by name; on a mesh this device's pieces.
+      layer: the `ExpertsLayer`, for its settings.
+      ctx: `routing.Context`.
+
+    Returns:
+      `(y [T, d], LayerStats)`.
+    """
+    with jax.named_scope("score"):
+        score = router_scores if "w_router" in weights else aoe_scores
+        scores = score(x, weights, layer, ctx)
+    with jax.named_scope("route"):
+        routing = layer.routing(scores.values, weights, ctx)
+    with jax.named_scope("balance"):
+        stats = layer.statistics(scores, routing, weights, ctx)
+    matrices = {name: w for name, w in weights.items() if layer.parameters[name].per_expert}
+    return apply_experts(x, routing, matrices, layer, ctx, scores.code), stats
+
+
+def apply_experts(x, routing, weights, layer, ctx, code=None):
+    """Dispatch, experts, combine: `[T, d]`, the sum over each token's experts of weight * output.
+
+    Args:
+      x: `[T, d]`.
+      routing: `Routing`.
+      weights: the matrices of experts, as `experts.gate_pre_activations` and `swiglu` name them.
+      layer, ctx: as in `moe_block`.
+      code: AoE's low-rank activations `[T, n, r]`, where scoring keeps them.
+    """
+    with jax.named_scope("plan"):
+        experts = layer.experts
+        per_token = layer.routing.experts_per_token(experts) or experts.top_k
+        transport = make_transport(ctx.devices, routing, experts.n_experts, per_token, x.shape[0])
+        routing = transport.gather_routing(routing)
+        plan = transport.plan(routing)
+        n_slots = routing.expert.shape[0]
+
+    def rows_through_experts(x, slot_weight, weights, code):
+        # Weights are gathered and cast in here, where the backward pass does it again: neither
+        # whole weights nor cast copies are kept.
+        with jax.named_scope("experts"):
+            w = layer.gathered(weights, ctx.devices)
+        with jax.named_scope("dispatch"):
+            x = transport.gather(x)
+            round = transport.round(plan, 0)
+            rows, groups = transport.dispatch(x, round), transport.groups(round)
+        with jax.named_scope("experts"):
+            row_code = None if code is None else take_code(code, round)
+            gate, row_code = gate_pre_activations(rows, groups, w, row_code)
+            if layer.sparse_scoring:  # the chosen norms again, now with a gradient
+                norms = transport.slot_values(activation_norms(row_code), round, n_slots)
+                further = partial(_norms_of_round, transport, n_slots)
+                norms = transport.further_rounds(norms, further, plan, (x, w["w_gate_down"]))
+                norms = transport.complete(norms)
+                slot_weight = softmax_over_chosen(norms, routing.slots_per_token)
+            y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w)
+        with jax.named_scope("combine"):
+            y = transport.combine(y, round, x.shape[0])
+        further = partial(_outputs_of_round, transport)
+        y = transport.further_rounds(y, further, plan, (x, slot_weight, w))
+        with jax.named_scope("combine"):
+            return transport.scatter(y)
+
+    run = layer.rematerialised(rows_through_experts, ctx.devices)
+    return run(x, routing.weight, weights, code)
+
+
+def _norms_of_round(transport, n_slots, plan, number, args):
+    x, w_gate_down = args
+    round = transport.round(plan, number)
+    code = grouped_matmul(transport.dispatch(x, round), w_gate_down, transport.groups(round))
+    return transport.slot_values(activation_norms(code), round, n_slots)
+
+
+def _outputs_of_round(transport, plan, number, args):
+    x, slot_weight, w = args
+    round = transport.round(plan, number)
+    rows, groups = transport.dispatch(x, round), transport.groups(round)
+    gate, _ = gate_pre_activations(rows, groups, w)
+    y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w)
+    return transport.combine(y, round, x.shape[0])
+
+
+class ExpertsLayer(nn.Module):
+    """A layer of experts of any kind: AoE, router, or a method of `aoe_jax/methods/`.
+
+    Tokens have any leading shape. Parameters are float32; computation is in `dtype`.
+
+    Attributes:
+      experts: kind and sizes.
+      routing: the router; for other kinds the layer of `aoe_jax/methods/` itself.
+      balance: balance losses.
+      dtype: of computation.
+      recompute: `model.remat="experts"`.
+      transport: `mesh.transport`.
+      training: whether methods behave as in training where that differs.
+      observe: a function `(scores [T, n], routing, weights, ctx)` whose result, arrays, is the
+        record "observed" of the statistics; None: nothing is observed.
+    """
+
+    experts: ExpertsConfig = ExpertsConfig()
+    routing: Method = TopK()
+    balance: BalanceConfig = BalanceConfig()
+    dtype: Any = jnp.float32
+    recompute: bool = False
+    transport: str = "ring"
+    training: bool = False
+    observe: Callable | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x,
+        token_weights=None,
+        routing_state=None,
+        attention_peaks=None,
+        layer_index=0,
+        positions=None,
+    ):
+        """Applies the layer, on the mesh in context if there is one (`jax.set_mesh`).
+
+        Args:
+          x: tokens `[..., d]`; on a mesh `[B, S, d]` or `[T, d]`.
+          token_weights: `[...]`, 1 for a token that counts in statistics and balance losses, 0 for
+            padding; None: all count.
+          routing_state: of this layer, `Method.state`; None: that before training.
+          attention_peaks: `[..., H]`, see `routing.Context`.
+          layer_index: the number of the layer in its model.
+          positions: `[...]` int32, of tokens in their sequences; None: counted along the last axis
+            but d.
+
+        Returns:
+          `(y [..., d], LayerStats)`, y in the dtype of computation. With sparse scoring the
+          statistics have a gradient only where `balance` has a loss.
+
+        Raises:
+          ValueError: the method needs `attention_peaks` and gets none.
+        """
+        method, d = self.routing, x.shape[-1]
+        if method.needs_attention_peaks and attention_peaks is None:
+            raise ValueError(f"router {method.name!r} needs attention_peaks")
+        sizes = self.experts.sizes(d)
+        weights = {
+            name: self.param(name, parameter.init, parameter.shape(sizes))
+            for name, parameter in self.parameters.items()
+        }
+        training = self.training and not self.is_initializing()
+        rng = self.make_rng("experts") if training and self.has_rng("experts") else None
+        if token_weights is None:
+            token_weights = jnp.ones(x.shape[:-1])
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
+        routing_state = routing_state or method.state(self.experts, self.balance, d)
+
+        def block(devices, x, token_weights, positions, attention_peaks, of_layer, weights):
+            devices = devices.with_tokens(x.shape[:-1])
+            flat = lambda a, n_axes=0: a.reshape(-1, *a.shape[a.ndim - n_axes :])  # noqa: E731
+            state, rng, layer_index = of_layer
+            ctx = Context(
+                devices=devices,
+                x=flat(x, 1),
+                token_weights=flat(token_weights),
+                top_k=self.experts.top_k,
+                training=training,
+                state=state,
+                rng=rng,
+                attention_peaks=None if attention_peaks is None else flat(attention_peaks, 1),
+                positions=flat(positions),
+                layer_index=layer_index,
+            )
+            y, stats = self.block(ctx.x, weights, self, ctx)
+            per_token = jax.tree.map(lambda a: a.reshape(x.shape[:-1]), stats.per_token)
+            return y.reshape(x.shape), stats._replace(per_token=None), per_token
+
+        n_axes = min(x.ndim - 1, 2)
+        tokens, vectors = (collectives.token_spec(n_axes, *last) for last in ((), (None,)))
+        weight_specs = collectives.weight_specs(self.parameters, weights)
+        in_specs = (vectors, tokens, tokens, vectors, PartitionSpec(), weight_specs)
+        out_specs = (vectors, PartitionSpec(), tokens)
+        run = collectives.over_mesh(block, in_specs, out_specs, self.transport)
+        of_layer = (routing_state, rng, layer_index)
+        y, stats, per_token = run(
+            x.astype(self.dtype), token_weights, positions, attention_peaks, of_layer, weights
+        )
+        return y, stats._replace(per_token=per_token)
+
+    @property
+    def block(self):
+        """The function that computes the layer: `(x, weights, layer, ctx) -> (y, stats)`."""
+        return moe_block if self.experts.kind in ("aoe", "router") else self.routing
+
+    @property
+    def parameters(self):
+        """The parameters by name, `Parameter`s, in the order in which they are drawn."""
+        e, own = self.experts, self.routing.parameters(self.experts)
+        if e.kind == "aoe":
+            return experts_with(("w_gate_down", "w_gate_up")) | own
+        if e.kind != "router":
+            return own
+        router = LARGE_ROUTER if e.large_router else ROUTER
+        gate = ("w_gate_down", "w_gate_up") if e.factorised_gate else ("w_gate",)
+        matrices = experts_with(gate)
+        return router | {name: matrices[name] for name in ("w_up", "w_down", *gate)} | own
+
+    @property
+    def sparse_scoring(self):
+        """Whether AoE's scores have no gradient and the chosen norms are computed again."""
+        return self.experts.sparse_scoring(self.routing)
+
+    def statistics(self, scores, routing, weights, ctx):
+        """The `LayerStats` of `Scores` and a `Routing`, with what is observed."""
+        stats = balance.statistics(scores, routing, self.balance, ctx)
+        if self.observe is None:
+            return stats
+        observed = self.observe(scores.values, routing, weights, ctx)
+        return stats._replace(records={"observed": observed})
+
+    def keeps_code(self, devices):
+        """Whether experts take AoE's low-rank activations from scoring."""
+        fixed_k = self.routing.fixed_k
+        return is_local(devices, fixed_k) and devices.size("tensor") == 1
+
+    def gathered(self, weights, devices):
+        """`weights` whole along what is split over fsdp, in the dtype of computation."""
+        return {
+            name: devices.gather_weight(self.parameters[name], w, self.dtype)
+            for name, w in weights.items()
+        }
+
+    def rematerialised(self, function, devices, gathers_experts=False):
+        """`function` of arrays, which keeps for its backward pass what `model.remat` says."""
+        if self.recompute:
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
+            return jax.checkpoint(function, policy=policy)
+        return devices.without_whole_weights(function, gathers_experts)
+
+
+def AoELayer(experts=None, **settings):
+    """An `ExpertsLayer` of Autonomy-of-Experts (Algorithm 2): experts ranked by the norm of their
+    own low-rank activations, without a router.
+    """
+    return ExpertsLayer(experts or ExpertsConfig(kind="aoe"), **settings)
+
+
+def RouterLayer(experts=None, **settings):
+    """An `ExpertsLayer` of the traditional mixture of experts (Algorithm 1)."""
+    return ExpertsLayer(experts or ExpertsConfig(kind="router"), **settings)

@@ -1,0 +1,1 @@
+"""What a mesh of devices adds to the layer: collectives, and how rows travel."""

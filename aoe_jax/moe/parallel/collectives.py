@@ -1,0 +1,347 @@
+"""What the devices of a mesh do together. All collectives are in this file.
+
+A layer runs inside one `jax.shard_map`. Every device owns T tokens: sequences are split over (data,
+fsdp, expert), positions over tensor. Expert weights are split over expert (which experts), tensor
+(their width) and fsdp (d_model, or the rank of W_gate_up), and are gathered over fsdp where they
+are used. `transports.py` has the ways of rows to their experts.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from aoe_jax.moe.scoring import safe_root
+from aoe_jax.parameters import EXPERTS, Parameter
+from aoe_jax.sharding import MESH_AXES, RULES
+
+GATHERED_WEIGHT = "gathered_weight"
+RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither for v5e nor for CPU
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The mesh as one of its devices sees it inside `jax.shard_map`; without a mesh, one device."""
+
+    sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
+    transport: str = "ring"
+    shape: tuple = ()  # of the tokens that this device owns: sequences and positions, or `(T,)`
+
+    def with_tokens(self, shape):
+        """The same for tokens of this shape."""
+        return dataclasses.replace(self, shape=shape)
+
+    def size(self, axis):
+        """Devices along a mesh axis."""
+        return self.sizes[MESH_AXES.index(axis)]
+
+    def gather(self, x, axis, dimension=0):
+        """Concatenates the pieces of `x` over a mesh axis."""
+        if self.size(axis) == 1:
+            return x
+        return jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+
+    def sum_scatter(self, x, axis, dimension=0):
+        """Sums `x` over a mesh axis and keeps this device's piece; the transpose of `gather`."""
+        if self.size(axis) == 1:
+            return x
+        return jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+
+    def exchange(self, x, split, concatenate, axis="expert"):
+        """`all_to_all` over a mesh axis."""
+        if self.size(axis) == 1:
+            return x
+        return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=concatenate, tiled=True)
+
+    def exchange_rows(self, rows, sent, received):
+        """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
+
+        Args:
+          rows: `[E B, d]`: a buffer of B rows for each device, of which the first are in use.
+          sent: `[E]` int32, rows in use of each buffer.
+          received: `[E]` int32, `sent` of the other devices for this one.
+
+        Returns:
+          `[E B, d]`, by sender. Where the platform has `ragged_all_to_all`, only rows in use
+          travel; elsewhere whole buffers do.
+        """
+        if self.has_ragged:
+            return _ragged_exchange(rows, sent, received)
+        return self.exchange(rows, 0, 0)
+
+    @property
+    def sends_rows(self):
+        """Whether rows go to the devices of their experts, by `all_to_all`."""
+        return self.transport == "all_to_all" and self.size("expert") > 1
+
+    @property
+    def has_ragged(self):
+        """Whether `ragged_all_to_all` compiles for these devices."""
+        device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+        return device.device_kind in RAGGED_PLATFORMS
+
+    def total(self, x, axes=MESH_AXES):
+        """The sum over all devices, or over those along some axes."""
+        axes = tuple(axis for axis in axes if self.size(axis) > 1)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def largest(self, x):
+        """The maximum over all devices."""
+        axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
+        return jax.lax.pmax(x, axes) if axes else x
+
+    def piece(self, x, axis, dimension=0):
+        """This device's piece of an array that all devices of a mesh axis hold whole: the inverse
+        of `gather`.
+        """
+        if self.size(axis) == 1:
+            return x
+        size = x.shape[dimension] // self.size(axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, dimension)
+
+    def expert_rank(self):
+        """The number of this device on the expert axis."""
+        return jax.lax.axis_index("expert") if self.size("expert") > 1 else 0
+
+    def gather_weight(self, parameter: Parameter, w, dtype=None):
+        """A weight, whole along the axis that is split over fsdp.
+
+        It is cast to `dtype` (None: its own) before it is sent. Its gradient is summed over the
+        devices in its own dtype.
+        """
+        dtype = dtype or w.dtype
+        split = parameter.split[-w.ndim :]
+        over_fsdp = [axis is not None and getattr(RULES, axis) == "fsdp" for axis in split]
+        if self.size("fsdp") == 1 or not any(over_fsdp):
+            return w.astype(dtype)
+        gathered = _gather_cast(w, dtype, "fsdp", over_fsdp.index(True))
+        return checkpoint_name(gathered, GATHERED_WEIGHT)
+
+    def gather_experts(self, parameter: Parameter, w, dtype):
+        """As `gather_weight`, of the experts of all devices along the expert axis."""
+        if self.size("expert") == 1:
+            return self.gather_weight(parameter, w, dtype)
+        whole = self.gather_weight(parameter, w)
+        return checkpoint_name(_gather_cast(whole, dtype, "expert", 0), GATHERED_WEIGHT)
+
+    def without_whole_weights(self, function, gathers_experts=False):
+        """`function` of arrays, which gathers weights again in its backward pass and keeps none.
+
+        A `jax.checkpoint` inside would follow the policy of this one, so what `function` recomputes
+        itself has a custom derivative. Layers are scanned: the backward pass is a loop of its own,
+        where no barrier is needed to keep the two gathers apart. `gathers_experts`: whether
+        `function` calls `gather_experts`.
+        """
+        gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
+        if self.size("fsdp") == 1 and not gathers_experts:
+            return function
+        return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
+
+    def score(self, function, x, w_gate_down):
+        """AoE's scores of this device's tokens by all experts.
+
+        Tokens are gathered over the expert axis, each device scores them for its own experts, and
+        the scores return. With `all_to_all`, the W_gate_down of all experts are gathered instead if
+        they are smaller than the tokens.
+
+        Args:
+          function: `(x [T, d], w_gate_down [n, d, r]) -> arrays [T or fewer, n]`, as a tuple.
+          x: `[T, d]`.
+          w_gate_down: of this device's experts, its piece of d.
+
+        Returns:
+          The arrays of `function`, for the tokens of this device and all experts.
+        """
+
+        def scores_by_all(x, w):
+            if self.size("fsdp") > 1:
+                w = self.gather_weight(EXPERTS["w_gate_down"], w, x.dtype)
+            if self.sends_rows and w.shape[0] * w.shape[2] <= x.shape[0]:
+                of_all = _gather_cast(w, x.dtype, "expert", 0)
+                return function(x, checkpoint_name(of_all, GATHERED_WEIGHT))
+            by_own_experts = function(self.gather(x, "expert"), w)
+            return tuple(self.exchange(a, split=0, concatenate=1) for a in by_own_experts)
+
+        return self.without_whole_weights(scores_by_all)(x, w_gate_down)
+
+    def matrix_norms(self, w):
+        """The Frobenius norms of all experts' matrices: `w [n, d, r]`, this device's experts and
+        piece of d, -> `[n]` of all experts.
+        """
+        w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        squares = self.total(jnp.sum(w * w, axis=(1, 2)), ("fsdp",))
+        return self.gather(safe_root(squares), "expert")
+
+    def check_sequences(self):
+        """Raises ValueError for flat tokens on a mesh, whose sequences are unknown."""
+        if len(self.shape) == 1 and self.total_size > 1:
+            raise ValueError(
+                "on a mesh this layer needs sequences [B, S, d]; "
+                f"it got tokens of shape {self.shape}"
+            )
+
+    def whole_sequences(self, values):
+        """The whole sequences that this device shares along the tensor axis: `[T, ...]` of its own
+        tokens -> `[B, S, ...]`.
+        """
+        self.check_sequences()
+        return self.gather(values.reshape(-1, self.shape[-1], *values.shape[1:]), "tensor", 1)
+
+    def all_tokens(self, values):
+        """The values of all devices' tokens in the order of the batch `[B, S]`, flattened:
+        `[T, ...]` of this device -> `[B S, ...]`.
+        """
+        if self.total_size == 1:
+            return values
+        trailing = values.shape[1:]
+        values = self.gather(values.reshape(*self.shape, *trailing), "tensor", len(self.shape) - 1)
+        for axis in ("expert", "fsdp", "data"):
+            values = self.gather(values, axis)
+        return values.reshape(-1, *trailing)
+
+    def own_tokens(self, values):
+        """The inverse of `all_tokens`: `[B S, ...]` -> `[T, ...]`."""
+        if self.total_size == 1:
+            return values
+        rank, n_ranks = jax.lax.axis_index("tensor"), self.size("tensor")
+        if len(self.shape) == 1:
+            first = (self._batch_rank() * n_ranks + rank) * self.shape[0]
+            return jax.lax.dynamic_slice_in_dim(values, first, self.shape[0])
+        b, s = self.shape
+        values = self.own_sequences(
+            values.reshape(b * self.batch_pieces, s * n_ranks, *values.shape[1:])
+        )
+        return jax.lax.dynamic_slice_in_dim(values, rank * s, s, axis=1).reshape(
+            -1, *values.shape[2:]
+        )
+
+    def own_sequences(self, values):
+        """Of values of all sequences `[B, ...]` those of this device's sequences."""
+        if self.batch_pieces == 1:
+            return values
+        b = values.shape[0] // self.batch_pieces
+        return jax.lax.dynamic_slice_in_dim(values, self._batch_rank() * b, b)
+
+    @property
+    def batch_pieces(self):
+        """How many devices the sequences are split over."""
+        return math.prod(self.sizes[:3])
+
+    def _batch_rank(self):
+        """The number of this device among them."""
+        data, fsdp, expert = (jax.lax.axis_index(axis) for axis in MESH_AXES[:3])
+        return (data * self.size("fsdp") + fsdp) * self.size("expert") + expert
+
+    @property
+    def total_size(self):
+        """All devices."""
+        return math.prod(self.sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_cast(w, dtype, axis, dimension):
+    return jax.lax.all_gather(w.astype(dtype), axis, axis=dimension, tiled=True)
+
+
+_gather_cast.defvjp(
+    lambda w, *how: (_gather_cast(w, *how), jnp.zeros((), w.dtype)),
+    lambda dtype, axis, dimension, like, g: (
+        jax.lax.psum_scatter(g.astype(like.dtype), axis, scatter_dimension=dimension, tiled=True),
+    ),
+)
+
+
+def ragged_offsets(rank, n_devices, n_rows):
+    """`(input offsets, output offsets)`, `[E]` each, of `ragged_all_to_all` between buffers of
+    equal size.
+
+    Buffers are ordered by receiver before and by sender after: what device `rank` sends arrives in
+    buffer `rank` of each receiver.
+    """
+    size = n_rows // n_devices
+    starts = jnp.arange(n_devices, dtype=jnp.int32) * size
+    return starts, jnp.full(n_devices, rank * size, jnp.int32)
+
+
+@jax.custom_vjp
+def _ragged_exchange(rows, sent, received):
+    n_devices = sent.shape[0]
+    start, landing = ragged_offsets(jax.lax.axis_index("expert"), n_devices, rows.shape[0])
+    out = jnp.zeros_like(rows)  # rows that nobody sends stay zero
+    return jax.lax.ragged_all_to_all(rows, out, start, sent, landing, received, axis_name="expert")
+
+
+_ragged_exchange.defvjp(
+    lambda rows, sent, received: (_ragged_exchange(rows, sent, received), (sent, received)),
+    lambda sizes, g: (_ragged_exchange(g, sizes[1], sizes[0]), None, None),
+)
+
+
+def over_mesh(function, in_specs, out_specs, transport="ring"):
+    """`function(devices, *args)` on every device of the mesh in context; without a mesh, on whole
+    arrays.
+
+    Args:
+      function: takes this device's pieces. A result that is not split must be equal on all devices.
+      in_specs: a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`.
+      out_specs: the same for the result.
+      transport: `MeshConfig.transport`.
+
+    Raises:
+      ValueError: the mesh has other axes than `MESH_AXES`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return partial(function, Devices(transport=transport))
+    if set(mesh.axis_names) != set(MESH_AXES):
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}; they must be {MESH_AXES}, as "
+            "aoe_jax.sharding.make_mesh makes them"
+        )
+    devices = Devices(tuple(mesh.shape[axis] for axis in MESH_AXES), transport)
+    idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
+    in_specs = jax.tree.map(
+        partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
+    # check_vma: Pallas kernels do not say how their results vary over the mesh.
+    return jax.shard_map(
+        partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _name_idle_axes(idle, spec):
+    """The same split with axes of one device named in it: gradients would be summed over axes that
+    are not named.
+    """
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    named = {axis for entry in entries for axis in entry}
+    rest = tuple(axis for axis in idle if axis not in named)
+    if not entries or not rest:
+        return spec
+    return PartitionSpec((*entries[0], *rest), *spec[1:])
+
+
+def _all_but_gathered_weights(primitive, *_, **params):
+    """A checkpoint policy that keeps everything except gathered weights."""
+    inner = params["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
+    gathers = any(eqn.primitive.name == "all_gather" for eqn in inner)
+    return not gathers and params.get("name") != GATHERED_WEIGHT
+
+
+def token_spec(n_axes, *trailing):
+    """Tokens `[B, S]` (`n_axes` 2), split by sequence and position, or `[T]` (1), split over both;
+    then `trailing` axes.
+    """
+    batch, sequence = RULES.spec("batch", "sequence")
+    tokens = (batch, sequence) if n_axes == 2 else ((*batch, sequence),)
+    return PartitionSpec(*tokens, *trailing)
+
+
+def weight_specs(parameters, weights):
+    """How `weights` by name are split, by the declarations of `parameters`."""
+    return {name: RULES.spec(*parameters[name].split[-w.ndim :]) for name, w in weights.items()}

@@ -1,0 +1,309 @@
+"""Transports: how rows reach their experts over a mesh. Their collectives are in `collectives.py`.
+
+    Local      All experts are on the device (`dispatch.py`). Tokens are gathered over tensor, and
+               outputs are summed and scattered back.
+    Ring       Tokens are gathered over expert and tensor. Every device computes the rows of its own
+               experts; outputs are summed and scattered back. A device receives (E - 1) T d numbers
+               and sends as many back, whatever is chosen.
+    AllToAll   Each row goes to the device of its expert and back: about K T d numbers each way.
+
+No row is dropped, and memory is bounded: a device takes its rows in rounds of R rows, `ROW_BUFFER`
+times its share under perfect balance. The first round is computed like any layer. Further rounds
+follow where the load is uneven, as many as the fullest device needs. They keep nothing for the
+backward pass, which computes them again. So two rounds are about what memory must hold, even if all
+tokens choose the experts of one device.
+
+E devices along expert; letters in shapes: see `aoe_jax/moe/__init__.py`.
+"""
+
+import contextlib
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.moe.dispatch import Local, sort_slots
+from aoe_jax.moe.grouped_matmul.permute import permute
+
+ROW_BUFFER = 1.25
+
+
+def is_local(devices, fixed_k):
+    """Whether all rows of a device's tokens are its own, and as many as its slots (`fixed_k`)."""
+    return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
+
+
+def make_transport(devices, routing, n_experts, rows_per_token, n_tokens):
+    """The transport of a layer.
+
+    Args:
+      devices: `collectives.Devices`.
+      routing: `Routing` of this device's tokens.
+      n_experts: n.
+      rows_per_token: experts of a token on average, as far as they are known.
+      n_tokens: T.
+    """
+    if is_local(devices, routing.slots_per_token == rows_per_token):
+        return Local(devices, n_experts)
+    share = n_tokens * devices.size("tensor") * rows_per_token
+    return TRANSPORTS[devices.transport](devices, n_experts, routing.slots_per_token, share)
+
+
+def _with_buffer(rows):
+    return max(8, math.ceil(ROW_BUFFER * rows / 8) * 8)
+
+
+def _take_rows(x, token):
+    """The rows of the tokens `token [R]` of `x [T, d]`: `[R, d]`; zeros where a token is T."""
+    return _take_rows_of(x, token, x.shape[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows_of(x, token, n_tokens):
+    return x.at[token].get(mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add_rows(rows, token, n_tokens):
+    """The sum of each token's rows: `[R, d]`, `[R]` -> `[n_tokens, d]`, in float32 at least."""
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    zeros = jnp.zeros((n_tokens, rows.shape[1]), dtype)
+    return zeros.at[token].add(rows.astype(dtype), mode="drop").astype(rows.dtype)
+
+
+_take_rows_of.defvjp(
+    lambda x, token, n_tokens: (_take_rows_of(x, token, n_tokens), token),
+    lambda n_tokens, token, g: (_add_rows(g, token, n_tokens), None),
+)
+_add_rows.defvjp(
+    lambda rows, token, n_tokens: (_add_rows(rows, token, n_tokens), token),
+    lambda n_tokens, token, g: (_take_rows(g, token), None),
+)
+
+
+class _Rounds(Local):
+    """What transports with rounds share; `slots_per_token` slots lie token by token."""
+
+    def further_rounds(self, first, function, plan, args):
+        return _sum_over_rounds(function, first, self.rounds(plan), plan, args)
+
+
+class _RingPlan(NamedTuple):
+    slot: jax.Array  # [P + R] int32, the slot of each row in expert order; P past the end
+    end: jax.Array  # [n] int32, the end of each expert's rows
+
+
+class Ring(_Rounds):
+    """Every device of the expert axis gets all tokens of its row of the mesh, and computes the rows
+    of its own experts.
+    """
+
+    def __init__(self, devices, n_experts, slots_per_token, share):
+        """`share`: rows of a device under perfect balance."""
+        super().__init__(devices, n_experts // devices.size("expert"))
+        self.slots_per_token, self.size = slots_per_token, _with_buffer(share)
+
+    def gather(self, x):
+        """Over expert, then over tensor."""
+        return self.devices.gather(self.devices.gather(x, "expert"), "tensor")
+
+    def scatter(self, y):
+        """The transpose."""
+        return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
+
+    def gather_routing(self, routing):
+        """As `Local`, with experts numbered from the first of this device; those of other devices
+        have number n.
+        """
+        gathered = super().gather_routing(routing)
+        expert = gathered.expert - self.devices.expert_rank() * self.n_experts
+        return gathered._replace(
+            expert=jnp.where((expert >= 0) & (expert < self.n_experts), expert, self.n_experts)
+        )
+
+    def plan(self, routing):
+        """One sort of all slots, those of other devices last."""
+        order, _, group_sizes = sort_slots(routing.expert, self.n_experts)
+        order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
+        return _RingPlan(order, jnp.cumsum(group_sizes))
+
+    def rounds(self, plan):
+        """As many as this device needs: others may need more or fewer."""
+        return -(-plan.end[-1] // self.size)
+
+    def round(self, plan, number):
+        """`(slot [R], group sizes [n])`; rows past the last group have slot P."""
+        start = number * self.size
+        within = jnp.clip(plan.end - start, 0, self.size)
+        used = jnp.arange(self.size) < within[-1]
+        slot = jax.lax.dynamic_slice_in_dim(plan.slot, start, self.size)
+        return jnp.where(used, slot, plan.slot[-1]), jnp.diff(within, prepend=0)
+
+    def groups(self, round):
+        return round[1]
+
+    def dispatch(self, x, round):
+        return _take_rows(x, round[0] // self.slots_per_token)
+
+    def row_values(self, values, round):
+        return values.at[round[0]].get(mode="fill", fill_value=0)
+
+    def slot_values(self, values, round, n_slots):
+        return jnp.zeros(n_slots, values.dtype).at[round[0]].set(values, mode="drop")
+
+    def complete(self, values):
+        """Each slot's row is on one device of the expert axis."""
+        return self.devices.total(values, ("expert",))
+
+    def combine(self, rows, round, n_tokens):
+        return _add_rows(rows, round[0] // self.slots_per_token, n_tokens)
+
+
+class _AllToAllPlan(NamedTuple):
+    slot: jax.Array  # [P] int32, slots in expert order
+    expert: jax.Array  # [P] int32, their experts
+    start: jax.Array  # [E] int32, the first row for each device
+    count: jax.Array  # [E] int32, the number of rows for each device
+
+
+class _AllToAllRound(NamedTuple):
+    slot: jax.Array  # [R] int32, the slot of each row that leaves, by device; P for none
+    order: jax.Array  # [R] int32, the expert order of the rows that arrive
+    inverse: jax.Array  # [R] int32, its inverse
+    group_sizes: jax.Array  # [n] int32
+    sent: jax.Array  # [E] int32, rows for each device
+    received: jax.Array  # [E] int32, rows from each device
+
+
+class AllToAll(_Rounds):
+    """Each row goes to the device of its expert, in buffers of equal size for every pair of
+    devices.
+    """
+
+    def __init__(self, devices, n_experts, slots_per_token, share):
+        """`share`: rows of a device under perfect balance."""
+        super().__init__(devices, n_experts // devices.size("expert"))
+        self.slots_per_token = slots_per_token
+        self.n_devices = devices.size("expert")
+        self.pair_size = _with_buffer(share / self.n_devices)
+
+    def plan(self, routing):
+        """One sort of the slots: by device, and by expert within."""
+        order, _, group_sizes = sort_slots(routing.expert, self.n_devices * self.n_experts)
+        count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
+        return _AllToAllPlan(order, routing.expert[order], jnp.cumsum(count) - count, count)
+
+    def rounds(self, plan):
+        """As many as the fullest pair of devices needs: all take part in each."""
+        return self.devices.largest(-(-plan.count.max() // self.pair_size))
+
+    def round(self, plan, number):
+        n_slots = plan.slot.shape[0]
+        within = number * self.pair_size + jnp.arange(self.pair_size)
+        used = within < plan.count[:, None]
+        row = jnp.where(used, plan.start[:, None] + within, n_slots)
+        slot = plan.slot.at[row].get(mode="fill", fill_value=n_slots)
+        first = jnp.arange(self.n_devices, dtype=jnp.int32)[:, None] * self.n_experts
+        expert = jnp.where(used, plan.expert.at[row].get(mode="clip") - first, self.n_experts)
+        arrived = self.devices.exchange(expert, 0, 0).reshape(-1)
+        order, inverse, group_sizes = sort_slots(arrived, self.n_experts)
+        sent = jnp.clip(plan.count - number * self.pair_size, 0, self.pair_size)
+        received = self.devices.exchange(sent, 0, 0)
+        return _AllToAllRound(slot.reshape(-1), order, inverse, group_sizes, sent, received)
+
+    def groups(self, round):
+        return round.group_sizes
+
+    def dispatch(self, x, round):
+        rows = _take_rows(x, round.slot // self.slots_per_token)
+        rows = self.devices.exchange_rows(rows, round.sent, round.received)
+        return permute(rows, round.order, round.inverse)
+
+    def row_values(self, values, round):
+        sent = values.at[round.slot].get(mode="fill", fill_value=0)
+        return permute(self.devices.exchange(sent, 0, 0), round.order, round.inverse)
+
+    def slot_values(self, values, round, n_slots):
+        returned = self.devices.exchange(permute(values, round.inverse, round.order), 0, 0)
+        return jnp.zeros(n_slots, values.dtype).at[round.slot].set(returned, mode="drop")
+
+    def combine(self, rows, round, n_tokens):
+        rows = permute(rows, round.inverse, round.order)
+        rows = self.devices.exchange_rows(rows, round.received, round.sent)
+        return _add_rows(rows, round.slot // self.slots_per_token, n_tokens)
+
+
+TRANSPORTS = {"ring": Ring, "all_to_all": AllToAll}
+
+
+def _sum_over_rounds(function, first, count, plan, args):
+    """`first` plus `function(plan, number, args)` of rounds 1 to `count - 1`.
+
+    The number of rounds is known only at run time. So they are a loop with a derivative of its own:
+    the backward pass computes each round again and keeps nothing of it.
+
+    Args:
+      function: closes over no arrays.
+      first: the result of round 0.
+      count: `[]` int32.
+      plan: arrays without a gradient.
+      args: arrays with a gradient.
+    """
+    if _first_round_only:
+        return first
+    return (first + _further_rounds(function, plan, count, args)).astype(first.dtype)
+
+
+_first_round_only = []
+
+
+@contextlib.contextmanager
+def first_round_only():
+    """Traces programs without further rounds, to count what balanced loads cost."""
+    _first_round_only.append(True)
+    jax.clear_caches()  # programs that were traced before have further rounds
+    try:
+        yield
+    finally:
+        _first_round_only.pop()
+        jax.clear_caches()
+
+
+def _loop(function, count, like):
+    """The sum of `function(number)`, in float32 at least."""
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), like
+    )
+    return jax.lax.fori_loop(
+        1, count, lambda number, total: jax.tree.map(jnp.add, total, function(number)), zeros
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further_rounds(function, plan, count, args):
+    with jax.named_scope("further_rounds"):
+        shape = jax.eval_shape(lambda: function(plan, 1, args))
+        return _loop(lambda number: function(plan, number, args), count, shape)
+
+
+def _further_rounds_backward(function, residuals, g):
+    plan, count, args = residuals
+    with jax.named_scope("further_rounds"):
+
+        def gradient(number):
+            result, pull_back = jax.vjp(partial(function, plan, number), args)
+            return pull_back(g.astype(result.dtype))[0]
+
+        d_args = _loop(gradient, count, args)
+    return None, None, jax.tree.map(lambda d, a: d.astype(a.dtype), d_args, args)
+
+
+_further_rounds.defvjp(
+    lambda function, plan, count, args: (
+        _further_rounds(function, plan, count, args),
+        (plan, count, args),
+    ),
+    _further_rounds_backward,
+)

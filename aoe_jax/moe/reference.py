@@ -1,0 +1,134 @@
+"""Algorithms 1 and 2 of Autonomy-of-Experts (arXiv 2501.13074) as plain loops: the specification of
+every fast path.
+
+Slow and obvious on purpose: every expert processes every token, and a weight of zero drops what was
+not chosen. Plain functions of plain arrays, in the dtype of their inputs (float64 included),
+differentiable.
+
+T tokens, d model width, n experts, K chosen per token, r low rank (d_low), f expert width, w AoE
+expert width (d_wide).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def l2_norm(c):
+    """L2 norm over the last axis; its gradient at a zero vector is zero, not NaN."""
+    square = jnp.sum(c * c, axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def top_k_weights(p, top_k, gate="chosen"):
+    """Weights `[T, n]` of token-choice top-K on scores `p [T, n]`; ties go to the lower expert
+    number.
+
+    `gate="chosen"` takes the softmax over the K chosen scores (the paper), `gate="all"` the softmax
+    over all n without renormalising (the authors' released code).
+    """
+
+    def weights_of_token(p):
+        chosen = jnp.argsort(-p, stable=True)[:top_k]
+        weights = jax.nn.softmax(p[chosen]) if gate == "chosen" else jax.nn.softmax(p)[chosen]
+        return jnp.zeros_like(p).at[chosen].set(weights)
+
+    return jax.vmap(weights_of_token)(p)
+
+
+def ranked_weights(p, ranks):
+    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the
+    softmax over them.
+    """
+
+    def weights_of_token(p):
+        chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]
+        return jnp.zeros_like(p).at[chosen].set(jax.nn.softmax(p[chosen]))
+
+    return jax.vmap(weights_of_token)(p)
+
+
+def top_p_weights(p, threshold):
+    """Weights `[T, n]` of top-p (Huang et al. 2024): the most probable experts until their sum
+    exceeds the threshold.
+    """
+
+    def weights_of_token(p):
+        probability = jax.nn.softmax(p)
+        order = jnp.argsort(-probability, stable=True)
+        weights, total = jnp.zeros_like(p), 0.0
+        for i in range(p.shape[0]):
+            weight = probability[order[i]]
+            weights = weights.at[order[i]].set(jnp.where(total <= threshold, weight, 0))
+            total = total + jax.lax.stop_gradient(weight)
+        return weights
+
+    return jax.vmap(weights_of_token)(p)
+
+
+def expert_choice_weights(p, capacity):
+    """Weights `[T, n]` of expert choice (Zhou et al. 2022): each expert takes the `capacity` tokens
+    that rate it highest.
+    """
+    probability = jax.nn.softmax(p, axis=-1)
+    columns = []
+    for i in range(p.shape[1]):
+        chosen = jnp.argsort(-probability[:, i], stable=True)[:capacity]
+        columns.append(jnp.zeros_like(probability[:, i]).at[chosen].set(probability[chosen, i]))
+    return jnp.stack(columns, axis=1)
+
+
+def aoe_scores(x, w_gate_down):
+    """Norms `[T, n]` of the low-rank activations of `x [T, d]` by `w_gate_down [n, d, r]`."""
+    return jnp.stack([l2_norm(x @ w_gate_down[i]) for i in range(w_gate_down.shape[0])], axis=1)
+
+
+def aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down):
+    """`sum_i weights[:, i] E_i(x)` with AoE experts; shapes as in `aoe_layer`, `weights [T, n]`."""
+    y = jnp.zeros_like(x)
+    for i in range(w_gate_down.shape[0]):
+        expert = (jax.nn.silu((x @ w_gate_down[i]) @ w_gate_up[i]) * (x @ w_up[i])) @ w_down[i]
+        y = y + weights[:, i : i + 1] * expert
+    return y
+
+
+def router_experts(x, weights, w_gate, w_up, w_down):
+    """`sum_i weights[:, i] E_i(x)` with traditional SwiGLU experts; shapes as in `router_layer`,
+    `weights [T, n]`.
+    """
+    y = jnp.zeros_like(x)
+    for i in range(w_gate.shape[0]):
+        expert = (jax.nn.silu(x @ w_gate[i]) * (x @ w_up[i])) @ w_down[i]
+        y = y + weights[:, i : i + 1] * expert
+    return y
+
+
+def aoe_layer(x, w_gate_down, w_gate_up, w_up, w_down, *, top_k, gate="chosen"):
+    """Algorithm 2, the Autonomy-of-Experts layer.
+
+    Args:
+      x: tokens `[T, d]`.
+      w_gate_down: `[n, d, r]`. w_gate_up: `[n, r, w]`. w_up: `[n, d, w]`. w_down: `[n, w, d]`.
+      top_k: experts chosen per token (K).
+      gate: `"chosen"` or `"all"`, see `top_k_weights`.
+
+    Returns:
+      `[T, d]`.
+    """
+    weights = top_k_weights(aoe_scores(x, w_gate_down), top_k, gate)
+    return aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down)
+
+
+def router_layer(x, w_router, w_gate, w_up, w_down, *, top_k, gate="chosen"):
+    """Algorithm 1, the traditional mixture-of-experts layer.
+
+    Args:
+      x: tokens `[T, d]`.
+      w_router: `[d, n]`. w_gate: `[n, d, f]`. w_up: `[n, d, f]`. w_down: `[n, f, d]`.
+      top_k: experts chosen per token (K).
+      gate: `"chosen"` or `"all"`, see `top_k_weights`.
+
+    Returns:
+      `[T, d]`.
+    """
+    weights = top_k_weights(x @ w_router, top_k, gate)
+    return router_experts(x, weights, w_gate, w_up, w_down)

@@ -1,0 +1,323 @@
+"""Routing: from scores `[T, n]` to the experts of each token and their weights.
+
+A router is a frozen dataclass of its own settings with `__call__(scores, weights, ctx) -> Routing`.
+It works on norms and on logits alike. The paper's three are here; `aoe_jax/methods/` has the rest
+of the field. `Method` says what else a router (or a layer of `aoe_jax/methods/`) may bring along.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.moe.balance import updated_bias
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer of experts knows beside its tokens' scores and its weights."""
+
+    devices: Any  # `parallel.collectives.Devices`: reaches the tokens of other devices
+    x: jax.Array  # [T, d], the tokens
+    token_weights: jax.Array  # [T], 1 for a token that counts, 0 for padding
+    top_k: int
+    training: bool
+    state: dict[str, jax.Array] = field(default_factory=dict)  # of this layer, `Method.state`
+    rng: jax.Array | None = None  # the same on all devices; None outside training
+    # [T, H], how much of its attention each head pays to one token (0 to 1), where
+    # `Method.needs_attention_peaks`.
+    attention_peaks: jax.Array | None = None
+    positions: jax.Array | None = None  # [T] int32, in their sequences
+    layer_index: jax.Array | int = 0
+
+    def key(self):
+        """The random key of this layer and step.
+
+        Raises:
+          ValueError: there is none; pass `rngs={"experts": key}` to a layer in training.
+        """
+        if self.rng is None:
+            raise ValueError("this layer draws at random in training: pass rngs={'experts': key}")
+        return self.rng
+
+
+class Routing(NamedTuple):
+    """The experts of each token and their weights, as P flat slots.
+
+    Token choice lays out an equal number of slots per token, token by token (`slots_per_token`).
+    An unused slot has expert n and weight 0.
+    """
+
+    token: jax.Array  # [P] int32
+    expert: jax.Array  # [P] int32
+    weight: jax.Array  # [P] float32
+    slots_per_token: int | None  # None: slots are in no order
+    # What `Method.losses` and `Method.update` need, equal on all devices, gradients included.
+    records: dict[str, jax.Array] | None = None
+    # Records that are shares of the tokens. With micro-batches, losses take their mean over all
+    # micro-batches of the step so far.
+    shares: dict[str, jax.Array] | None = None
+    per_token: dict[str, jax.Array] | None = None  # [T] each, for `Method.losses`
+    live: jax.Array | None = None  # [n], 1 where a place holds an expert; None: all do
+
+
+@dataclass(frozen=True)
+class Causality:
+    """Whether a token's output depends on later tokens or on other sequences."""
+
+    reason: str = ""  # why the method is not causal; empty if it is
+    until_step: int | None = None  # the training step from which it is causal all the same
+    no_decoding: str = ""  # why a text cannot be decoded token by token; empty if it can
+    padding_counts: bool = False  # whether padding affects the outputs of real tokens
+
+
+class Method:
+    """What routers and layers have in common, with the defaults of what most do not need."""
+
+    name: ClassVar[str]
+    chooses: ClassVar[bool] = True  # whether tokens choose experts, so that load can be balanced
+    fixed_k: ClassVar[bool] = False  # whether every token has exactly `experts.top_k` experts
+    needs_attention_peaks: ClassVar[bool] = False
+    passes: ClassVar[int] = 1  # forward passes of a training step; if more, see `training_sums`
+
+    def __post_init__(self):
+        check_settings("routing", self)
+
+    def causality(self, experts) -> Causality:
+        """Whether the method is causal with the sizes of `experts`."""
+        return Causality()
+
+    @property
+    def normalises_chosen(self) -> bool:
+        """Whether weights are the softmax over the chosen scores, so only these have a gradient."""
+        return False
+
+    def experts_per_token(self, experts) -> float | None:
+        """The mean number of experts of a token; None where the scores decide it."""
+        return experts.top_k if self.fixed_k else None
+
+    def parameters(self, experts) -> dict:
+        """Its parameters in one layer by name, in the order in which they are drawn."""
+        return {}
+
+    def state(self, experts, balance, d) -> dict[str, jax.Array]:
+        """What training changes in one layer without gradients. It is saved with the model."""
+        return {}
+
+    def losses(self, stats, state, weights, token_weights) -> dict[str, tuple]:
+        """The losses of the whole model beside those of the group `balance`.
+
+        Args:
+          stats: `balance.LayerStats` stacked over layers.
+          state: the state before the step, stacked `[L, ...]`.
+          weights: the parameters of the layers of experts by name, stacked.
+          token_weights: `[B, S]`, 0 for padding.
+
+        Returns:
+          name -> `(weight, value)`; the value is reported, and weight times value is added to the
+          loss.
+        """
+        return {}
+
+    def training_sums(self, features, key, sum_over_targets):
+        """The losses of a batch, for methods with several `passes`.
+
+        Args:
+          features: `key -> (hidden [B, S, d], LayerStats)`, one pass.
+          key: a random key.
+          sum_over_targets: `(function of hidden, table, targets, weights; hidden) -> sums`.
+
+        Returns:
+          `(loss, nll, reported, stats)`: sums over targets, of which `reported` has further ones by
+          name, and `LayerStats`.
+        """
+        raise NotImplementedError
+
+    def update(self, config, state, stats, weights) -> tuple[dict, dict]:
+        """The state after a step, and the parameters that the method itself changes.
+
+        Args:
+          config: of the run.
+          state: before the step, stacked `[L, ...]`.
+          stats: `LayerStats` of the step, stacked.
+          weights: the parameters of the layers of experts after the optimiser's update.
+
+        Returns:
+          `(state, changed)`, the second by parameter name. Optimiser moments stay as they are.
+        """
+        return state, {}
+
+    def flops(self, config) -> tuple[float, float] | None:
+        """`(forward, training)` FLOPs per token of what a layer computes beside its experts; None:
+        2 and 6 per weight that all tokens use, such as a router's.
+        """
+        return None
+
+    def check(self, config):
+        """Refuses a configuration that does not fit.
+
+        Raises:
+          UserError: names the field.
+        """
+
+
+def by_token(expert, weight):
+    """A `Routing` of `expert [T, K]` and `weight [T, K]`."""
+    n_tokens, k = expert.shape
+    token = jnp.repeat(jnp.arange(n_tokens, dtype=jnp.int32), k)
+    return Routing(token, expert.reshape(-1), weight.reshape(-1), k)
+
+
+def by_mask(chosen, weight):
+    """A `Routing` of a mask `chosen [T, n]` and `weight [T, n]`, with n slots per token."""
+    n_experts = chosen.shape[1]
+    expert = jnp.where(chosen, jnp.arange(n_experts, dtype=jnp.int32), n_experts)
+    return by_token(expert, jnp.where(chosen, weight, 0))
+
+
+def softmax_over_chosen(values, slots_per_token):
+    """Softmax over each token's slots: `[P]` -> `[P]`."""
+    return jax.nn.softmax(values.reshape(-1, slots_per_token)).reshape(-1)
+
+
+def best_experts(scores, k, bias=None):
+    """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`."""
+    ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    return jax.lax.top_k(ranked, k)[1]
+
+
+def top_k(scores, k, norm_topk_prob=True, bias=None):
+    """Token choice of the k best experts (Algorithms 1 and 2).
+
+    Args:
+      scores: `[T, n]` float32.
+      k: experts per token.
+      norm_topk_prob: weights are the softmax over the k chosen scores (the paper); otherwise the
+        softmax over all n scores, not normalised again (the authors' released code).
+      bias: `[n]`, added to the scores for the choice and not for the weights; None: no bias.
+
+    Returns:
+      A `Routing` with `P = T k`.
+    """
+    expert = checkpoint_name(best_experts(scores, k, bias), KEPT_ROUTING)
+    if norm_topk_prob:
+        return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
+    return by_token(expert, jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1))
+
+
+class FixedK(Method):
+    """What routers share that give every token `experts.top_k` experts.
+
+    With `balance.bias_rate` a bias balances their load (state `selection_bias [n]`).
+    """
+
+    fixed_k = True
+
+    def state(self, experts, balance, d):
+        return {"selection_bias": jnp.zeros(experts.n_experts)} if balance.bias_rate else {}
+
+    def update(self, config, state, stats, weights):
+        if "selection_bias" not in state:
+            return state, {}
+        rate = config.balance.bias_rate
+        bias = updated_bias(state["selection_bias"], stats.load, stats.score_spread, rate)
+        return {"selection_bias": bias}, {}
+
+
+@dataclass(frozen=True)
+class TopK(FixedK):
+    """Every token goes to the `experts.top_k` experts of highest score: the paper's router."""
+
+    name = "top_k"
+
+    norm_topk_prob: bool = True  # softmax over the chosen scores; False: over all, not normalised
+
+    def __call__(self, scores, weights, ctx):
+        return top_k(scores, ctx.top_k, self.norm_topk_prob, ctx.state.get("selection_bias"))
+
+    @property
+    def normalises_chosen(self):
+        return self.norm_topk_prob
+
+
+@dataclass(frozen=True)
+class TopP(Method):
+    """Token choice of uneven size (Huang et al. 2024, arXiv 2403.07652).
+
+    A token goes to its most probable experts until their probability passes p; the expert that
+    crosses p is included. Weights are the softmax values, not normalised again.
+    """
+
+    name = "top_p"
+
+    p: float = setting(0.6, above=0, below=1)
+
+    def __call__(self, scores, weights, ctx):
+        n_experts = scores.shape[1]
+        probability = jax.nn.softmax(scores)
+        values, expert = jax.lax.top_k(jax.lax.stop_gradient(probability), n_experts)
+        chosen = jnp.cumsum(values, axis=1) - values <= self.p
+        expert = checkpoint_name(jnp.where(chosen, expert, n_experts), KEPT_ROUTING)
+        weight = jnp.take_along_axis(probability, expert, axis=1, mode="fill", fill_value=0)
+        return by_token(expert, weight)
+
+
+@dataclass(frozen=True)
+class ExpertChoice(Method):
+    """Every expert takes the C tokens that score it highest (Zhou et al. 2022, arXiv 2202.09368).
+
+    C is the number of tokens of the batch times `capacity_factor / n`, rounded up. Weights are the
+    softmax over experts, not normalised again. Padding is never taken and does not count for C.
+
+    Not causal: whether an expert takes a token depends on every other token of the batch. Its
+    training loss cannot be compared with that of token choice.
+    """
+
+    name = "expert_choice"
+
+    capacity_factor: float = setting(2.0, above=0)  # mean number of experts per token
+
+    def __call__(self, scores, weights, ctx):
+        probability = jax.nn.softmax(scores)
+        devices, n_experts = ctx.devices, scores.shape[1]
+        everywhere = devices.all_tokens(jax.lax.stop_gradient(probability))
+        token, is_real = self._tokens_of_experts(everywhere, devices.all_tokens(ctx.token_weights))
+        expert = jnp.arange(n_experts, dtype=jnp.int32)[:, None]
+        if devices.total_size > 1:
+            chosen = jnp.zeros(everywhere.shape, bool).at[token, expert].set(is_real)
+            return by_mask(devices.own_tokens(chosen), probability)
+        weight = jnp.where(is_real, jnp.take_along_axis(probability.T, token, axis=1), 0)
+        expert = jnp.where(is_real, expert, n_experts)
+        return Routing(token.reshape(-1), expert.reshape(-1), weight.reshape(-1), None)
+
+    def _tokens_of_experts(self, probability, token_weights):
+        """`[n, C]` int32, and bool: False where there are fewer than C real tokens to take."""
+        n_tokens, n_experts = probability.shape
+        capacity = expert_capacity(n_tokens, n_experts, self.capacity_factor)
+        is_real = token_weights > 0
+        token = jax.lax.top_k(jnp.where(is_real, probability.T, -1), capacity)[1]
+        token = checkpoint_name(token, KEPT_ROUTING)
+        capacity_of_real = jnp.ceil(is_real.sum() * self.capacity_factor / n_experts)
+        return token, is_real[token] & (jnp.arange(capacity) < capacity_of_real)
+
+    def causality(self, experts):
+        reason = "an expert chooses among all tokens of the batch, later ones included"
+        return Causality(reason, no_decoding=reason)
+
+    def experts_per_token(self, experts):
+        return self.capacity_factor
+
+    def check(self, config):
+        n = config.experts.n_experts
+        wanted = f"must be at most experts.n_experts={n}"
+        require(self.capacity_factor <= n, "routing.capacity_factor", self.capacity_factor, wanted)
+
+
+def expert_capacity(n_tokens, n_experts, capacity_factor):
+    """Tokens that an expert takes, `ceil(T capacity_factor / n)`, at most T."""
+    return min(n_tokens, math.ceil(n_tokens * capacity_factor / n_experts))

@@ -1,0 +1,108 @@
+"""What a parameter is: one declaration that layers, sharding, optimiser, decoding, formats and
+counts read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+
+# Initialisation preserves variance for every kind of layer: matrices are drawn with the standard
+# deviation 1 / sqrt(fan_in). For tokens of unit mean square the gate pre-activations then start
+# with variance 1, both as `x W_gate` and as `(x W_gate_down) W_gate_up`. The paper does not say how
+# it initialises; with one small standard deviation for both factors, their product would start
+# many times smaller than a whole gate. AoE's norms start near sqrt(r), with a spread of
+# 1 / sqrt(2) over experts, close to the spread 1 of router logits.
+matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+expert_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
+zeros_init = nn.initializers.zeros_init()
+ones_init = nn.initializers.ones_init()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the decoder, without the leading axis of stacked layers.
+
+    Attributes:
+      axes: a letter per axis (legend in `aoe_jax/moe/__init__.py`), such as "n d f".
+      split: for each axis the logical axis of `sharding.RULES` that it is split over, or None.
+      init: a Flax initialiser; None where a Flax module draws the parameter itself.
+      per_expert: whether a token uses only the part of its own experts.
+      cast: whether the parameter is cast to the dtype of computation wherever it is used.
+      decays: whether weight decay applies.
+    """
+
+    axes: str
+    split: tuple[str | None, ...]
+    init: Callable | None = None
+    per_expert: bool = False
+    cast: bool = False
+    decays: bool = False
+
+    def shape(self, sizes: dict[str, int]):
+        """The shape for sizes by axis letter; an axis may be a number itself."""
+        axes = self.axes.split()
+        return tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
+
+
+def matrix_of_experts(axes, split, init=expert_init):
+    """A matrix that every expert has, `axes` such as "n d f"."""
+    return Parameter(axes, split, init, per_expert=True, cast=True, decays=True)
+
+
+def vector(axes, init=None):
+    """A small parameter that every device holds whole and that does not decay."""
+    return Parameter(axes, (None,) * len(axes.split()), init)
+
+
+EXPERTS = {
+    "w_gate": matrix_of_experts("n d f", ("experts", "embed", "mlp")),
+    "w_gate_down": matrix_of_experts("n d r", ("experts", "embed", None)),
+    "w_gate_up": matrix_of_experts("n r f", ("experts", "rank", "mlp")),
+    "w_up": matrix_of_experts("n d f", ("experts", "embed", "mlp")),
+    "w_down": matrix_of_experts("n f d", ("experts", "mlp", "embed")),
+}
+ROUTER = {"w_router": Parameter("d n", (None, None), matrix_init, decays=True)}
+LARGE_ROUTER = {
+    "w_router_hidden": Parameter("d m", (None, None), matrix_init, decays=True),
+    "w_router": Parameter("m n", (None, None), matrix_init, decays=True),
+}
+
+
+def _attention(axes, split, in_axis, out_axis):
+    init = nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", in_axis=in_axis, out_axis=out_axis
+    )
+    return Parameter(axes, split, init, cast=True, decays=True)
+
+
+ATTENTION = {
+    "q": _attention("d H h", ("embed", "heads", None), 0, (1, 2)),
+    "k": _attention("d G h", ("embed", "heads", None), 0, (1, 2)),
+    "v": _attention("d G h", ("embed", "heads", None), 0, (1, 2)),
+    "o": _attention("H h d", ("heads", None, "embed"), (0, 1), 2),
+    "q_bias": Parameter("H h", ("heads", None), zeros_init),
+    "k_bias": Parameter("G h", ("heads", None), zeros_init),
+    "v_bias": Parameter("G h", ("heads", None), zeros_init),
+    "o_bias": vector("d", zeros_init),
+    "q_norm": Parameter("H h", ("heads", None), ones_init),
+    "k_norm": Parameter("G h", ("heads", None), ones_init),
+}
+EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
+DECODER = {
+    "embed/embedding": EMBEDDING,
+    "output/embedding": EMBEDDING,
+    "output_bias": vector("V", zeros_init),
+    "final_norm/scale": vector("d"),
+    "final_norm/bias": vector("d"),
+    "layers/attention_norm/scale": vector("d"),
+    "layers/attention_norm/bias": vector("d"),
+    **{f"layers/attention/{name}": parameter for name, parameter in ATTENTION.items()},
+    "layers/experts_norm/scale": vector("d"),
+    "layers/experts_norm/bias": vector("d"),
+}
+
+
+def experts_with(gate):
+    """The matrices of SwiGLU experts with a gate of these parameters, in the order of drawing."""
+    return {name: EXPERTS[name] for name in (*gate, "w_up", "w_down")}

@@ -1,0 +1,107 @@
+"""The arms that most suites have.
+
+A size sets `d_ffn` of a traditional expert, and all arms have its total parameters.
+"""
+
+from dataclasses import replace
+
+from aoe_jax.compare.suite import Arm
+
+AUX_WEIGHT, BIAS_RATE = 0.01, 0.01
+BALANCE = {
+    "aux": ("L_aux", {"aux_weight": AUX_WEIGHT, "bias_rate": 0.0}),
+    "free": ("loss-free", {"aux_weight": 0.0, "bias_rate": BIAS_RATE}),
+    "none": ("no balancing", {"aux_weight": 0.0, "bias_rate": 0.0}),
+}
+# For a router L_aux of all tokens is free; for AoE the suite's base sets the share of tokens.
+ALL_TOKENS = {"aux_tokens": 1.0}
+
+
+def moe(balance):
+    """Returns a dropless router MoE; `balance` is aux, free or none."""
+    label, fields = BALANCE[balance]
+    return Arm(f"MoE, {label}", {"experts": {"kind": "router"}, "balance": fields | ALL_TOKENS})
+
+
+def capacity(factor):
+    """Returns a router MoE with L_aux and the capacity of GShard and Switch, which drops tokens."""
+    label, fields = BALANCE["aux"]
+    routing = {"name": "capacity", "capacity_factor": factor}
+    balance = fields | ALL_TOKENS
+    changes = {"experts": {"kind": "capacity"}, "routing": routing, "balance": balance}
+    return Arm(f"MoE, {label}, capacity {factor:g} (not causal)", changes)
+
+
+def low_rank_moe(divisor, field):
+    """Returns an ablation of the paper's Table 2, with L_aux and rank `d_model / divisor`.
+
+    `field` is factorised_gate or large_router. The parameters of a large router are additional.
+    """
+    label, fields = BALANCE["aux"]
+
+    def changes(config):
+        d_low = config.model.d_model // divisor
+        experts = {"kind": "router", "d_low": d_low, field: True}
+        return {"experts": experts, "balance": fields | ALL_TOKENS}
+
+    name = f"MoE, {label}, {field.replace('_', ' ')} r=d/{divisor}"
+    return Arm(name, changes, matched=field != "large_router")
+
+
+def aoe(divisor, balance):
+    """Returns AoE of rank `d_model / divisor`, with the width of Eq. 5.
+
+    `balance` is aux, free or none.
+    """
+    label, fields = BALANCE[balance]
+
+    def changes(config):
+        experts = {"kind": "aoe", "d_low": config.model.d_model // divisor}
+        return {"experts": experts, "balance": fields}
+
+    return Arm(f"AoE r=d/{divisor}, {label}", changes)
+
+
+def weights_over_all(arm):
+    """Returns an arm with the softmax over all experts as weights.
+
+    Switch and the code that AoE's authors released have these weights.
+    """
+
+    def changes(config):
+        return arm.changes_of(config) | {"routing": {"name": "top_k", "norm_topk_prob": False}}
+
+    return replace(arm, label=f"{arm.label}, weights over all", changes=changes)
+
+
+def other_router(arm, name):
+    """Returns an arm with top_p or expert_choice, balanced as in `configs/paper.py`."""
+    label, fields = {
+        "top_p": ("top-p", {"aux_weight": AUX_WEIGHT, "entropy_weight": 1e-4}),
+        # An expert chooses among later tokens too, so losses compare with no other arm's.
+        "expert_choice": (
+            "expert choice (not causal)",
+            {"aux_weight": 0.0, "entropy_weight": 0.0},
+        ),
+    }[name]
+
+    def changes(config):
+        found = arm.changes_of(config)
+        balance = found["balance"] | {"bias_rate": 0.0} | fields
+        return found | {"routing": {"name": name}, "balance": balance}
+
+    return Arm(f"{arm.label.split(', ')[0]}, {label}", changes)
+
+
+def _dense_changes(width):
+    def changes(config):
+        d_ffn = getattr(config.experts, width) * config.experts.d_ffn
+        balance = {"aux_weight": 0.0, "bias_rate": 0.0}
+        return {"experts": {"kind": "dense", "d_ffn": d_ffn}, "balance": balance}
+
+    return changes
+
+
+DENSE = Arm("dense", _dense_changes("n_experts"))
+# It has the active parameters of the MoE, and so about its FLOPs, but fewer parameters in total.
+DENSE_ACTIVE = Arm("dense, active parameters of the MoE", _dense_changes("top_k"), matched=False)

@@ -1,0 +1,126 @@
+"""The two-stage classifier: its inputs, how endings are named, and its command."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.two_stage import (
+    ENDINGS,
+    Setting,
+    draw_inputs,
+    ending,
+    of_first_expert,
+    summary,
+    train_seeds,
+)
+from tests.hasty import xla_flags
+from tests.runs import finish, run, start
+
+
+def test_classes_lie_apart():
+    setting = Setting()
+    label = jnp.repeat(jnp.arange(3), 1000)
+    x = np.asarray(draw_inputs(jax.random.key(0), label, setting)).reshape(3, 1000, setting.d_model)
+    means = x.mean(axis=1)
+    np.testing.assert_allclose(means[0], -means[1], atol=0.2)
+    np.testing.assert_allclose(means[2], 0, atol=0.2)
+    along = (x - means[2]) @ (means[0] / np.linalg.norm(means[0]))
+    np.testing.assert_allclose(along.std(axis=1), 1, atol=0.1)
+    # Halfway between two classes either is more than three standard deviations away.
+    middle = np.linalg.norm(means[0]) / 2
+    assert middle > 3.5
+    assert [(along > middle).mean().round(3) for along in along] == [1, 0, 0]
+    assert [(along < -middle).mean().round(3) for along in along] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "share, name",
+    [
+        ([0.95, 0.91, 0.05], "apart"),
+        ([0.02, 0.0, 1.0], "apart"),
+        ([0.95, 0.91, 0.91], "one"),
+        ([0.95, 0.91, 0.5], "spread"),
+        ([0.95, 0.0, 0.11], "spread"),
+        ([0.95, 0.0, 0.05], "other"),
+        ([0.95, 0.8, 0.05], "other"),
+    ],
+)
+def test_endings(share, name):
+    share = np.array(share)
+    for first, second in ((share, 1 - share), (1 - share, share)):
+        assert ending(np.stack([first, second], axis=1)) == name
+    assert name in ENDINGS
+
+
+def test_share_of_the_expert_of_class_1():
+    share = np.array([[[0.2, 0.8], [0.3, 0.7], [0.9, 0.1]], [[0.6, 0.4], [0.0, 1.0], [0.5, 0.5]]])
+    np.testing.assert_array_equal(of_first_expert(share), [[0.8, 0.7, 0.1], [0.6, 0.0, 0.5]])
+
+
+def test_learns_and_repeats():
+    setting = Setting(steps=150, d_model=8, held_out=200)
+    outcome = train_seeds("aoe", False, setting, 2)
+    assert outcome.share.shape == (2, 2, 3, 2) and outcome.accuracy.shape == (2, 2, 3)
+    stages = summary("AoE", outcome)["stages"]
+    # Class 3 is unknown in stage one, and learned in stage two.
+    assert min(stages[0]["accuracy"]["mean"][:2]) > 0.95 and stages[0]["accuracy"]["mean"][2] < 0.1
+    assert min(stages[1]["accuracy"]["mean"]) > 0.9
+    # Norms of x and -x are equal.
+    share = np.array([stage["share_of_first_expert"]["mean"] for stage in stages])
+    np.testing.assert_allclose(share[:, 0], share[:, 1], atol=0.1)
+    again = train_seeds("aoe", False, setting, 2)
+    jax.tree.map(np.testing.assert_array_equal, outcome, again)
+
+
+def test_command(tmp_path):
+    file, folder = tmp_path / "new" / "figures.json", tmp_path / "pictures"
+    flags = ["--seeds=2", "--steps=3", "--d_model=8", f"--json={file}", f"--output={folder}"]
+    command = ["-m", "benchmarks.two_stage", *flags]
+    status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags()))
+    assert status == 0, stderr
+    result = json.loads(file.read_text())
+    assert [result["setting"][name] for name in ("seeds", "steps", "d_model")] == [2, 3, 8]
+    figures = {figure["arm"]: figure["stages"] for figure in result["figures"]}
+    assert list(figures) == [
+        "AoE, weight of 1",
+        "AoE, softmax over both",
+        "router, weight of 1",
+        "router, softmax over both",
+    ]
+    for stage in (stage for stages in figures.values() for stage in stages):
+        share = np.array(stage["share"])
+        assert share.shape == (2, 3, 2) and np.allclose(share.sum(axis=-1), 1)
+        assert (
+            sum(stage["endings"].values()) == 2
+            and min(stage["share_of_first_expert"]["mean"][:1]) >= 0.5
+        )
+    # Without a gradient a router chooses as it was drawn.
+    first, second = figures["router, weight of 1"]
+    assert first["share"] == second["share"]
+    lines = stdout.splitlines()
+    assert len(lines) == 3 + 2 * len(figures) + len(result["endings"])
+    assert all(line.startswith(arm) for line, arm in zip(lines[2:10:2], figures, strict=True))
+    assert {path.name for path in folder.iterdir()} == {"two_stage.png", "two_stage.svg"}
+
+
+@pytest.mark.parametrize(
+    "flag, wanted",
+    [
+        ("--seeds=1", "--seeds=1: must be 2 or more"),
+        ("--steps=0", "--steps=0: must be 1 or more"),
+        ("--d_model=1", "--d_model=1: must be 2 or more"),
+        ("--steps=few", "--steps=few: must be a whole number"),
+        ("--json=.", "--json=.: is a folder; name a file"),
+        (
+            "--output=README.md/pictures",
+            "--output=README.md/pictures: README.md/pictures cannot be made",
+        ),
+    ],
+)
+def test_refused(flag, wanted):
+    status, stdout, stderr = run(["-m", "benchmarks.two_stage", flag])
+    assert status == 2 and not stdout
+    assert stderr.startswith("error: ") and wanted in stderr and len(stderr.splitlines()) == 1

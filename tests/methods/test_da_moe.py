@@ -1,0 +1,176 @@
+"""Experts per token from attention: known measures and counts, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax import AoELayer, Decoder
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.run import Config
+from aoe_jax.errors import UserError
+from aoe_jax.methods import DAMoE
+from aoe_jax.methods.da_moe import best, experts_of, received
+from aoe_jax.model.attention import concentration
+from tests.methods.method_layers import small_config
+
+K_MAX = 4
+UNIFORM = jnp.full((1, 2, 6, 6), 1 / 6)
+CAUSAL = jnp.tril(jnp.ones((6, 6), bool))
+
+
+def counts_received(probabilities, visible=True, reduce="mean"):
+    return experts_of(received(probabilities, visible, reduce), K_MAX)
+
+
+def causal_attention_of(key):
+    logits = jax.random.normal(key, (2, 3, 6, 6))
+    return jax.nn.softmax(jnp.where(CAUSAL, logits, -jnp.inf))
+
+
+def test_paying_all_tokens_alike_is_one_expert_at_every_position():
+    n = jnp.arange(1, 2000)
+    np.testing.assert_array_equal(experts_of(concentration(1 / n, n), K_MAX), 1)
+
+
+def test_paying_one_token_alone_is_every_expert():
+    n = jnp.arange(2, 2000)
+    np.testing.assert_array_equal(experts_of(concentration(jnp.ones(1998), n), K_MAX), K_MAX)
+    np.testing.assert_array_equal(concentration(jnp.ones(1), 1), 0)  # it sees itself only
+
+
+def test_more_attention_to_one_token_is_more_experts():
+    found = experts_of(concentration(jnp.linspace(0.1, 1, 91), 10), K_MAX)
+    assert (np.diff(found) >= 0).all() and set(found.tolist()) == {1, 2, 3, 4}
+    np.testing.assert_array_equal(
+        experts_of(jnp.array([0.0, 0.25, 0.2501, 0.5, 0.75, 0.7501, 1]), 4), [1, 1, 2, 2, 3, 4, 4]
+    )
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_attention_received_alike_is_the_same_number_of_experts(reduce):
+    assert len(set(counts_received(UNIFORM, reduce=reduce).ravel().tolist())) == 1
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_receiving_all_the_attention_is_every_expert_and_none_is_one(reduce):
+    to_one = jnp.zeros((1, 2, 6, 6)).at[..., 3].set(1.0)
+    np.testing.assert_array_equal(counts_received(to_one, reduce=reduce), [[1, 1, 1, K_MAX, 1, 1]])
+
+
+def test_importance_is_the_mean_or_the_maximum_over_heads():
+    """The queries of one head attend to token 0, those of the other equally to tokens 0 and 1."""
+    heads = jnp.zeros((1, 2, 6, 6)).at[0, 0, :, 0].set(1).at[0, 1, :, :2].set(0.5)
+    np.testing.assert_allclose(received(heads, True, "mean")[0], [1, 1 / 3, 0, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(received(heads, True, "max")[0], [1, 1 / 2, 0, 0, 0, 0], rtol=1e-6)
+
+
+def test_attention_received_is_permuted_with_the_tokens_of_an_encoder():
+    probabilities = jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (2, 3, 6, 6)))
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    permuted = probabilities[:, :, order][:, :, :, order]
+    found = counts_received(probabilities)
+    np.testing.assert_array_equal(counts_received(permuted), found[:, order])
+    assert len(set(found.ravel().tolist())) > 1
+
+
+def test_attention_received_is_a_mean_over_the_queries_that_see_a_token():
+    """With a causal mask only the last query sees the last token: its mean is over one query."""
+    probabilities = causal_attention_of(jax.random.key(0))
+    found = np.asarray(received(probabilities, CAUSAL))
+    mean = np.asarray(probabilities).sum(axis=2) / np.arange(6, 0, -1)
+    want = mean.mean(axis=1)
+    np.testing.assert_allclose(found, want / want.max(axis=1, keepdims=True), rtol=1e-6)
+
+
+def test_attention_received_is_not_causal_and_attention_paid_is():
+    """Checks by value and by gradient whether the last query affects earlier tokens."""
+    logits = jax.random.normal(jax.random.key(0), (1, 2, 6, 6))
+
+    def probabilities(last):
+        return jax.nn.softmax(jnp.where(CAUSAL, logits.at[:, :, 5].set(last), -jnp.inf))
+
+    def of_received(last):
+        return received(probabilities(last), CAUSAL)[0, 1]
+
+    def of_paid(last):
+        return concentration(probabilities(last).max(axis=-1), jnp.arange(1, 7))[0, :, 1].mean()
+
+    last = logits[:, :, 5]
+    for measure, leaks in ((of_received, True), (of_paid, False)):
+        assert (float(measure(last + jnp.arange(6))) != float(measure(last))) == leaks
+        assert bool(jnp.abs(jax.grad(measure)(last)).max() > 1e-4) == leaks
+
+
+def test_weights_are_the_softmax_over_the_count_best_scores():
+    scores = jax.random.normal(jax.random.key(0), (40, 6))
+    count = np.arange(40) % 3 + 1
+    found = best(scores, count, 3)
+    expert, weight = (np.asarray(a).reshape(40, 3) for a in (found.expert, found.weight))
+    for row, n, experts, weights in zip(np.asarray(scores), count, expert, weight, strict=True):
+        order = np.argsort(-row)[:n]
+        np.testing.assert_array_equal(experts, [*order, *[6] * (3 - n)])
+        np.testing.assert_allclose(
+            weights[:n], np.exp(row[order]) / np.exp(row[order]).sum(), rtol=1e-5
+        )
+        np.testing.assert_array_equal(weights[n:], 0)
+    gradient = jax.grad(lambda s: (best(s, count, 3).weight ** 2).sum())(scores)
+    assert np.isfinite(gradient).all() and gradient.any()
+
+
+def decoder_of(kind, name, top_k):
+    experts, routing = {"kind": kind, "top_k": top_k}, {"name": name}
+    return Decoder.from_config(small_config(experts=experts, routing=routing))
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_one_slot_is_top_1(ragged, kind):
+    """The same parameters give the same logits and load."""
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+    decoders = [decoder_of(kind, name, top_k=1) for name in ("da_moe", "top_k")]
+    params = jax.jit(decoders[0].init)(jax.random.key(0), tokens)
+    found, want = (jax.jit(decoder.apply)(params, tokens) for decoder in decoders)
+    np.testing.assert_allclose(found[0], want[0], atol=1e-5)
+    np.testing.assert_array_equal(found[1].load, want[1].load)
+
+
+def test_tokens_of_a_decoder_have_different_numbers_of_experts(ragged):
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+    decoder = decoder_of("aoe", "da_moe", top_k=4)
+    params = jax.jit(decoder.init)(jax.random.key(0), tokens)
+    params["params"]["layers"]["attention"]["q"] *= 6.0
+    per_token = jax.jit(decoder.apply)(params, tokens)[1].load.sum(axis=1)
+    assert ((per_token > 1.2) & (per_token < 3.8)).all()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"routing": {"name": "da_moe", "measure": "received"}},
+            r"config\.routing\.measure is unknown; known are reduce$",
+        ),
+        (
+            {"routing": {"name": "da_moe", "reduce": "sum"}},
+            r"config\.routing\.reduce='sum': choose one of mean, max$",
+        ),
+        ({"routing": {"reduce": "max"}}, r"config\.routing\.reduce is unknown"),
+        (
+            {"by_attention": {"reduce": "max"}},
+            r"config\.by_attention is gone; set config\.routing, with routing\.name='da_moe'$",
+        ),
+        (
+            {"experts": {"selection": "by_attention"}},
+            r"config\.experts\.selection is gone; set config\.routing\.name$",
+        ),
+    ],
+)
+def test_what_is_refused(groups, message):
+    with pytest.raises(UserError, match=message):
+        Config.from_config_dict(groups)
+
+
+def test_a_layer_needs_attention():
+    layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4), routing=DAMoE())
+    with pytest.raises(ValueError, match="router 'da_moe' needs attention_peaks"):
+        layer.init(jax.random.key(0), jnp.zeros((3, 8)))

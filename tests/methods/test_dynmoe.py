@@ -1,0 +1,354 @@
+"""DynMoE: gates and their gradients, the losses, and experts that are added and removed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.config.run import Config
+from aoe_jax.methods.dynmoe import (
+    best_where_none,
+    diversity,
+    gates,
+    relative_scores,
+    simplicity,
+    straight_through_sign,
+    updated_pool,
+)
+from aoe_jax.moe import scoring
+from aoe_jax.moe.balance import LayerStats
+from aoe_jax.moe.reference import l2_norm
+from aoe_jax.training.step import init_state, make_train_step
+from configs import methods
+from tests.methods.method_layers import EXPERTS, TOKENS, D, assert_agree, make, scores_of
+from tests.moe.contexts import context
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def scores_of_formula(params, x):
+    """Cosines, or relative norms, by their formulas."""
+    if "w_router" in params:
+        return x @ params["w_router"] / l2_norm(x)[:, None] / l2_norm(params["w_router"].T)
+    lengths = l2_norm(params["w_gate_down"].reshape(EXPERTS, -1))
+    return scores_of(params, x) * D**0.5 / l2_norm(x)[:, None] / lengths - 1
+
+
+def relative_norms(x, w_gate_down):
+    """`relative_scores` of AoE."""
+    norms = scoring.norms(x, w_gate_down)
+    return relative_scores(norms, {"w_gate_down": w_gate_down}, context(norms, x=x))
+
+
+def cosines(x, w_router):
+    """`relative_scores` of a router."""
+    logits = scoring.router_logits(x, w_router)
+    return relative_scores(logits, {"w_router": w_router}, context(logits, x=x))
+
+
+def weights_of(training, live, temperature):
+    """Equal weights of the experts whose gap is positive."""
+
+    def weights(params, x):
+        scores, thresholds = scores_of_formula(params, x), params["firing_threshold"]
+        gap = jax.nn.sigmoid(temperature * scores) - jax.nn.sigmoid(temperature * thresholds)
+        fires = (gap > 0) & live
+        straight_through = gap - jax.lax.stop_gradient(gap) + 1
+        gate = jnp.where(fires, straight_through, 0)
+        if not training:
+            best = jnp.argmax(jnp.where(live, scores, -9), axis=1, keepdims=True)
+            is_best = best == jnp.arange(EXPERTS)
+            gate += ~fires.any(axis=1, keepdims=True) & is_best
+        return gate / jnp.maximum(jax.lax.stop_gradient(gate).sum(axis=1, keepdims=True), 1)
+
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("training", [True, False])
+def test_agrees_with_plain_loops(x64, ragged, kind, training):
+    """Two of five places hold an expert, so many tokens have none. In training the layer adds
+    nothing to these; otherwise they go to the best expert.
+    """
+    layer, params, x = make(
+        kind, "dynmoe", training, recompute=kind == "router", initial_experts=2, temperature=3.0
+    )
+    live = jnp.arange(EXPERTS) < 2
+    assert_agree(layer, params, x, weights_of(training, live, 3.0))
+    y, stats = jax.jit(layer.apply)({"params": params}, x)
+    fires = (scores_of_formula(params, x) > params["firing_threshold"]) & live
+    without = ~fires.any(axis=1)
+    assert 0 < without.sum() < TOKENS
+    np.testing.assert_array_equal(stats.live, live)
+    # Statistics are of norms or logits, not of relative scores.
+    np.testing.assert_allclose(stats.mean_score, scores_of(params, x).mean(axis=0))
+    if training:
+        np.testing.assert_allclose(stats.load, fires.mean(axis=0))
+        np.testing.assert_array_equal(y[without], 0)
+        np.testing.assert_allclose(stats.records["unclaimed"], x[without].sum(axis=0))
+    else:
+        np.testing.assert_allclose(stats.load.sum() * TOKENS, fires.sum() + without.sum())
+        assert (y != 0).any(axis=1).all()
+        assert stats.records is None
+
+
+def test_padding_counts_nowhere(x64, ragged):
+    layer, params, x = make("router", "dynmoe", initial_experts=2)
+    real = jnp.arange(TOKENS) % 3 > 0
+    apply = jax.jit(lambda x, weights: layer.apply({"params": params}, x, weights)[1])
+    got, want = apply(x, real.astype(float)), apply(x[real], jnp.ones(real.sum()))
+    np.testing.assert_allclose(got.load, want.load)
+    np.testing.assert_allclose(got.records["unclaimed"], want.records["unclaimed"])
+
+
+def test_only_experts_that_fire_have_a_gradient():
+    scores = jnp.array([[0.5, -0.5, 0.0], [0.1, 0.2, -0.1]])
+    of_thresholds, of_scores = jax.grad(lambda g, s: gates(s, g, 1.0).sum(), (0, 1))(
+        jnp.zeros(3), scores
+    )
+    np.testing.assert_array_equal(gates(scores, jnp.zeros(3), 1.0), [[1, 0, 0], [1, 1, 0]])
+    np.testing.assert_allclose(of_thresholds, [-0.5, -0.25, 0])
+    slope = np.asarray(jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores))
+    np.testing.assert_allclose(of_scores, slope * [[1, 0, 0], [1, 1, 0]], rtol=1e-6)
+    assert jax.grad(straight_through_sign)(0.3) == 1
+
+
+def test_half_of_the_experts_fire_at_first():
+    layer, params, x = make("router", "dynmoe", dtype=jnp.float32)
+    params["firing_threshold"] *= 0
+    x = jax.random.normal(jax.random.key(3), (2000, D))
+    scores = cosines(x, params["w_router"])
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
+    np.testing.assert_allclose(stats.load, (scores > 0).mean(axis=0), atol=1e-6)
+    assert abs(stats.load.mean() - 0.5) < 0.03
+
+
+def test_the_best_live_expert_where_none_fires():
+    fires = jnp.array([[False, True, True], [False, False, False]])
+    scores = jnp.array([[9.0, 0, 0], [3, 1, 2]])
+    found = best_where_none(fires, scores, jnp.array([False, True, True]))
+    np.testing.assert_array_equal(found, [[False, True, True], [False, False, True]])
+
+
+def test_relative_norms_have_no_scale(x64):
+    """They lie around 0 with a standard deviation of 1 / sqrt(2 r) for all lengths of tokens and
+    weights, and have finite gradients at zero. So have cosines.
+    """
+    n, d, r = 8, 256, 32
+    w_gate_down = jax.random.normal(jax.random.key(0), (n, d, r))
+    x = jax.random.normal(jax.random.key(1), (500, d))
+    found = relative_norms(x, w_gate_down)
+    assert abs(found.mean()) < 0.01 and abs(found.std() * (2 * r) ** 0.5 - 1) < 0.05
+    scale = jnp.arange(1.0, n + 1)
+    scaled = relative_norms(7 * x, scale[:, None, None] * w_gate_down)
+    np.testing.assert_allclose(scaled, found, atol=1e-12)
+    gradients = jax.grad(lambda x, w: relative_norms(x, w).sum(), (0, 1))(
+        x.at[0].set(0), w_gate_down.at[0].set(0)
+    )
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert jnp.abs(cosines(x, w_gate_down[:, :, 0].T)).max() < 1
+    np.testing.assert_allclose(cosines(w_gate_down[0].T, w_gate_down[0]).diagonal(), 1)
+    gradients = jax.grad(lambda x, w: cosines(x, w).sum(), (0, 1))(x * 0, w_gate_down[0])
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_the_loss_of_orthonormal_columns():
+    columns = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (D, EXPERTS)))[0]
+    live = jnp.ones(EXPERTS, bool)
+    assert diversity(columns, live) < 1e-6 and abs(simplicity(columns) - 1) < 1e-6
+    twice = columns.at[:, 1].set(3 * columns[:, 0])
+    # Two entries are 1 for columns of any length.
+    np.testing.assert_allclose(diversity(twice, live), 2**0.5, rtol=1e-6)
+    np.testing.assert_allclose(simplicity(twice), (EXPERTS + 2) / EXPERTS, rtol=1e-6)
+    assert diversity(twice, live.at[1].set(False)) < 1e-6
+    gradients = jax.grad(lambda w: diversity(w, live) + simplicity(w))(columns.at[:, 2].set(0))
+    assert np.isfinite(gradients).all()
+    assert np.isfinite(jax.grad(lambda w: diversity(w, live))(jnp.eye(D)[:, :EXPERTS])).all()
+
+
+def test_the_losses_of_gates(x64, ragged):
+    """Values and gradients agree with the formulas over the tokens that have an expert."""
+    weights = {"balance_weight": 0.5, "efficiency_weight": 0.25}
+    layer, params, x = make("aoe", "dynmoe", temperature=3.0, **weights)
+    real = jnp.arange(TOKENS) % 4 > 0
+
+    def losses(params, x):
+        stats = layer.apply({"params": params}, x, real.astype(float))[1]
+        stats = jax.tree.map(lambda a: a[None], stats)
+        return layer.routing.losses(stats, {}, params, None)
+
+    def by_hand(params, x):
+        scores, thresholds = scores_of_formula(params, x[real]), params["firing_threshold"]
+        gap = jax.nn.sigmoid(3.0 * scores) - jax.nn.sigmoid(3.0 * thresholds)
+        gate = jnp.where(gap > 0, gap - jax.lax.stop_gradient(gap) + 1, 0)
+        served = gate[(gap > 0).any(axis=1)]
+        load = jax.lax.stop_gradient(served).mean(axis=0)
+        normalised = (served / served.sum(axis=1, keepdims=True)).mean(axis=0)
+        return EXPERTS * (load * normalised).sum(), gate.mean()
+
+    found, wanted = losses(params, x), by_hand(params, x)
+    assert {name: weight for name, (weight, _) in found.items()} == {
+        "gate_balance": 0.5,
+        "efficiency": 0.25,
+    }
+    for (_, got), want in zip(found.values(), wanted, strict=True):
+        np.testing.assert_allclose(got, want)
+    got = jax.grad(lambda p, x: sum(value for _, value in losses(p, x).values()), (0, 1))(params, x)
+    want = jax.grad(lambda p, x: sum(by_hand(p, x)), (0, 1))(params, x)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got, want)
+
+
+def test_the_pool_after_an_update():
+    """A row is a layer: all experts took tokens; one did not; one did not, and tokens are left; no
+    place is free; none took any; nothing was recorded.
+    """
+    live = jnp.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 0], [1, 0, 1]]) > 0
+    fired = jnp.array([[1, 2, 0], [0, 3, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0.0]])
+    unclaimed = jnp.array([[0, 0], [0, 0], [1, 0], [1, 0], [0, -1], [0, 0.0]])
+    found, added = updated_pool(live, fired, unclaimed)
+    np.testing.assert_array_equal(
+        found, [[1, 1, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]]
+    )
+    np.testing.assert_array_equal(
+        added, [[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    )
+
+
+def config_of(variant, **settings):
+    groups = methods.get_config(variant).to_dict()
+    groups["model"] |= {"n_layers": 2, "n_heads": 2, "d_model": 16, "vocab_size": 64}
+    groups["model"] |= {"max_len": 16, "unroll": 1}
+    groups["experts"] |= {"n_experts": 4, "top_k": 2, "d_ffn": 16, "d_low": 4}
+    groups["data"] |= {"seq_len": 16}
+    groups["train"] |= {"batch_size": 4, "steps": 9, "warmup": 0.1}
+    groups["routing"] |= settings
+    return Config.from_config_dict(groups)
+
+
+def first_state_and_step(config):
+    return jax.jit(lambda: init_state(config, 0))(), jax.jit(make_train_step(config))
+
+
+def random_batch():
+    tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 64)
+    ones = jnp.ones((4, 16))
+    segment_ids = ones.astype(int)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    return {"inputs": inputs, "targets": targets, "segment_ids": segment_ids, "weights": ones}
+
+
+@pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
+def test_an_expert_for_the_tokens_that_are_left(variant):
+    """The first free place gets an expert that is aligned with them; its threshold is 0, and it
+    takes them.
+    """
+    config = config_of(variant, period_steps=1, idle_steps=0, record_steps=1, initial_experts=2)
+    weights = jax.jit(lambda: init_state(config, 0))().params["layers"]["experts"]
+    weights["firing_threshold"] += 0.5
+    # No token is left in the second layer.
+    left = jax.random.normal(jax.random.key(1), (2, 16)) * jnp.array([[1.0], [0.0]])
+    n, zeros = 4, jnp.zeros((2, 4))
+    state = {
+        "live": zeros.at[:, :2].set(1),
+        "fired": zeros,
+        "unclaimed": jnp.zeros((2, 16)),
+        "updates": jnp.zeros(2),
+    }
+    load = zeros.at[:, :2].set(1.0)
+    stats = LayerStats(load, zeros, zeros[:, 0], zeros, zeros[:, 0], records={"unclaimed": left})
+    after, changed = config.routing.update(config, state, stats, weights)
+    np.testing.assert_array_equal(after["live"], [[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert not after["fired"].any() and not after["unclaimed"].any()
+    assert (after["updates"] == 1).all()
+    added = np.zeros((2, n), bool)
+    added[0, 2] = True
+    np.testing.assert_array_equal(changed["firing_threshold"], np.where(added, 0, 0.5))
+    if variant == "dynmoe_router":
+        before, w = (np.moveaxis(p["w_router"], 2, 1) for p in (weights, changed))
+        scores = cosines(left[:1], changed["w_router"][0])
+        np.testing.assert_allclose(scores[0, 2], 1, rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(w[0, 2]), 1, rtol=1e-5)
+    else:
+        before, w = weights["w_gate_down"], changed["w_gate_down"]
+        lengths = np.linalg.norm(w.reshape(2, n, -1), axis=-1)
+        np.testing.assert_allclose(lengths[0, 2], np.median(lengths[0, :2]), rtol=1e-5)
+        scores = relative_norms(left[:1], w[0])
+        assert scores[0, 2] > 0.9 * 16**0.5 - 1 and scores[0, 2] > 2 * np.delete(scores[0], 2).max()
+    name = "w_router" if variant == "dynmoe_router" else "w_gate_down"
+    assert changed.keys() == {"firing_threshold", name}
+    np.testing.assert_array_equal(w[~added], before[~added])
+
+
+@pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
+def test_the_schedule(ragged, variant):
+    """Two steps pass, two are recorded, then the pool is updated; the next period does the same."""
+    config = config_of(variant, period_steps=5, idle_steps=2, record_steps=2, initial_experts=1)
+    state, step = first_state_and_step(config)
+    batch = random_batch()
+    live, recorded, found = [], [], []
+    for _ in range(9):
+        state, metrics = step(state, batch)
+        live.append(state.routing_state["live"].sum(axis=1).tolist())
+        recorded.append(bool(state.routing_state["unclaimed"].any()))
+        found.append(float(metrics["diversity"]) if variant == "dynmoe_router" else 0)
+        assert metrics["finite"] and metrics["load"].max() <= 1
+    assert [step for step, some in enumerate(recorded, 1) if some] == [3, 8]
+    assert live == [[1, 1]] * 3 + [[2, 2]] * 5 + [[3, 3]]
+    assert found[0] < 1e-6  # of one column
+
+
+@pytest.mark.parametrize("variant", ["dynmoe", "dynmoe_router"])
+def test_an_expert_without_tokens_is_removed(ragged, variant):
+    """A training step removes it, and no token goes there afterwards. Where no expert takes a
+    token, one is added at the first free place.
+    """
+
+    def with_thresholds(state, places, value):
+        layers = state.params["layers"]
+        thresholds = layers["experts"]["firing_threshold"].at[:, places].set(value)
+        layers = layers | {"experts": layers["experts"] | {"firing_threshold": thresholds}}
+        return state.replace(params=state.params | {"layers": layers})
+
+    config = config_of(variant, period_steps=2, idle_steps=1, record_steps=1, initial_experts=3)
+    state, step = first_state_and_step(config)
+    # No token goes to the second expert, and every token goes to the others.
+    state = with_thresholds(with_thresholds(state, (1,), 99.0), (0, 2), -99.0)
+    batch = random_batch()
+    live, load = [], []
+    for number in range(6):
+        if number == 3:  # no expert takes a token any more, so one is added
+            state = with_thresholds(state, (0, 2), 99.0)
+        state, metrics = step(state, batch)
+        live.append(state.routing_state["live"].tolist())
+        load.append(metrics["load"])
+    assert live[0] == [[1, 1, 1, 0]] * 2 and live[1] == live[2] == [[1, 0, 1, 0]] * 2
+    assert live[3] == [[1, 0, 0, 0]] * 2  # none took a token: one is added, at the first free place
+    np.testing.assert_array_equal(jnp.stack(load[:3])[:, :, 1], 0)
+    np.testing.assert_array_equal(jnp.stack(load[:3])[:, :, (0, 2)], 1)
+    assert (load[4][:, 0] > 0).all()
+
+
+def test_a_step_that_is_not_finite_changes_no_parameters(ragged):
+    config = config_of(
+        "dynmoe_router", period_steps=1, idle_steps=0, record_steps=1, initial_experts=1
+    )
+    state, step = first_state_and_step(config)
+    tokens = jnp.zeros((4, 16), jnp.int32)
+    bad = {
+        "inputs": tokens,
+        "targets": tokens,
+        "segment_ids": tokens + 1,
+        "weights": jnp.full((4, 16), jnp.nan),
+    }
+    after, metrics = step(state, bad)
+    assert not metrics["finite"]
+    for name in ("params", "routing_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))

@@ -1,0 +1,121 @@
+"""The README's examples: the layer, and the method that it adds, in a layer, in training on a mesh,
+and token by token.
+"""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax import AoELayer
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.evaluation.generation import Generator, Sampling
+from aoe_jax.methods import ROUTERS
+from aoe_jax.moe import reference
+from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
+from aoe_jax.training.step import init_state, make_train_step
+from tests.evaluation.models import make_config, make_model
+from tests.moe.contexts import context
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def code_after(heading):
+    pattern = rf"##+ {heading}.*?```python\n(.*?)```"
+    code = re.search(pattern, README.read_text(), re.DOTALL).group(1)
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The example's router, registered as the README says."""
+    router = code_after("Add a method")["AboveMean"]
+    monkeypatch.setitem(ROUTERS, router.name, router)
+    return router()
+
+
+def test_the_layer_in_ones_own_model(ragged):
+    names = code_after("The layer in your own model")
+    assert names["y"].shape == names["x"].shape and np.isfinite(names["loss"])
+
+
+def test_by_hand(added):
+    scores = jnp.array([[1.0, 2.0, 6.0, 4.0], [5.0, 1.0, 1.0, 1.0]])
+    routing = added(scores, {}, context(scores))
+    np.testing.assert_array_equal(routing.expert.reshape(2, 4), [[4, 4, 2, 3], [0, 4, 4, 4]])
+    weight = np.exp([6.0, 4.0]) / np.exp([6.0, 4.0]).sum()
+    np.testing.assert_allclose(
+        routing.weight.reshape(2, 4), [[0, 0, *weight], [1, 0, 0, 0]], rtol=1e-6
+    )
+
+
+def test_in_a_layer(added, ragged):
+    """Against a plain loop, values and gradients."""
+    layer = AoELayer(ExpertsConfig(n_experts=4, d_ffn=24, d_low=4), routing=added)
+    x = jax.random.normal(jax.random.key(0), (12, 16))
+    params = layer.init(jax.random.key(1), x)["params"]
+
+    def by_loop(params):
+        scores = reference.aoe_scores(x, params["w_gate_down"])
+        chosen = scores > scores.mean(axis=1, keepdims=True)
+        weights = jax.nn.softmax(scores, where=chosen, axis=1)
+        weights = jnp.where(chosen, weights, 0)
+        return reference.aoe_experts(
+            x, weights, *(params[name] for name in ("w_gate_down", "w_gate_up", "w_up", "w_down"))
+        )
+
+    def by_layer(params):
+        return layer.apply({"params": params}, x)[0]
+
+    for function in (lambda f: f(params), lambda f: jax.grad(lambda p: (f(p) ** 2).sum())(params)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            *map(function, (by_layer, by_loop)),
+        )
+
+
+def losses_of_training(config, n_devices):
+    mesh = make_mesh(config, jax.devices()[:n_devices])
+    tokens = np.random.default_rng(0).integers(0, 300, (8, 33)).astype(np.int32)
+    ones = np.ones((8, 32), np.int32)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": ones,
+        "weights": ones.astype(np.float32),
+    }
+    with jax.set_mesh(mesh):
+        state, step = jax.jit(lambda: init_state(config, 0))(), jax.jit(make_train_step(config))
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, put_batch(batch_sharding(mesh), batch))
+            losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_in_a_model(added, ragged, kind):
+    """Three steps on eight devices as on one; greedy decoding as by full passes."""
+    settings = {"experts__kind": kind, "routing__name": "above_mean", "train__warmup": 0.1}
+    alone = make_config(**settings, mesh__data=1)
+    found = losses_of_training(make_config(**settings, mesh__data=2, mesh__expert=4), 8)
+    np.testing.assert_allclose(found, losses_of_training(alone, 1), rtol=2e-5)
+    assert found[-1] < found[0]
+    model, prompts = make_model(alone), [[5, 6, 7], [9]]
+    apply, want = jax.jit(model.decoder.apply), []
+    for prompt in prompts:
+        row = list(prompt)
+        for _ in range(6):
+            logits = apply(
+                {"params": model.params}, np.array([row + [0] * (16 - len(row))], np.int32)
+            )[0]
+            row.append(int(logits[0, len(row) - 1].argmax()))
+        want.append(row[len(prompt) :])
+    assert (
+        Generator(model).generate(prompts, 6, sampling=Sampling(temperature=0.0), chunk=3) == want
+    )

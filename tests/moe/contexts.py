@@ -1,0 +1,48 @@
+"""Contexts of layers without a mesh, and statistics from arrays."""
+
+import jax.numpy as jnp
+
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.moe import balance
+from aoe_jax.moe.parallel.collectives import Devices
+from aoe_jax.moe.routing import Context, ExpertChoice, Routing, TopP
+from aoe_jax.moe.scoring import Scores
+
+
+def context(scores, token_weights=None, top_k=2, training=False, shape=None, **others):
+    """The `Context` of a router on one device, for tokens with `scores [T, n]`."""
+    n_tokens = scores.shape[0]
+    return Context(
+        devices=Devices(shape=shape or (n_tokens,)),
+        x=others.pop("x", jnp.zeros((n_tokens, 1))),
+        token_weights=jnp.ones(n_tokens) if token_weights is None else token_weights,
+        top_k=top_k,
+        training=training,
+        **others,
+    )
+
+
+def top_p(scores, p):
+    return TopP(p)(scores, {}, context(scores))
+
+
+def expert_choice(scores, capacity_factor, token_weights=None):
+    return ExpertChoice(capacity_factor)(scores, {}, context(scores, token_weights))
+
+
+def layer_stats(scores, for_balance, routing, token_weights, stride=1):
+    """`LayerStats` of one layer on one device."""
+    config, ctx = BalanceConfig(aux_tokens=1 / stride), context(scores, token_weights)
+    return balance.statistics(Scores(scores, for_balance), routing, config, ctx)
+
+
+def sequence_balance_loss(for_balance, routing, token_weights, n_sequences, stride=1):
+    """The balance loss of sequences of equal length."""
+    shape = (n_sequences, token_weights.shape[0] // n_sequences)
+    ctx = context(token_weights[:, None], token_weights, shape=shape)
+    return balance.sequence_balance_loss(Scores(None, for_balance), routing, ctx, stride)
+
+
+def routing_of_slots(slots_per_token):
+    """A `Routing` of which only the number of slots counts."""
+    return Routing(None, None, None, slots_per_token)

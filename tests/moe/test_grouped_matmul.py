@@ -1,0 +1,140 @@
+"""Every backend against a plain loop, values and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
+from aoe_jax.moe.grouped_matmul.blocked import place_rows
+from aoe_jax.moe.grouped_matmul.permute import NOWHERE
+
+pytestmark = pytest.mark.smoke
+
+GROUP_SIZES = {
+    "random": [37, 5, 0, 120, 61, 1],
+    "empty groups at both ends": [0, 0, 90, 0, 134, 0],
+    "all rows in one group": [0, 224, 0, 0, 0, 0],
+    "groups of one row": [1, 1, 1, 1, 1, 1],
+    "rows past the last group": [10, 50, 3, 0, 7, 40],
+    "no rows at all": [0, 0, 0, 0, 0, 0],
+    # These go through the batched product of `blocked`: whole, with a rest for its blocks, with
+    # rows of no group.
+    "nearly equal": [42, 42, 33, 44, 29, 34],
+    "one larger group": [60, 7, 37, 40, 30, 50],
+    "nearly equal, rows past the last group": [31, 31, 33, 23, 46, 37],
+}
+BATCHED = list(GROUP_SIZES)[-3:]
+M, D, F = 224, 24, 40
+# One callable a backend, so that cases of one shape share a compilation; mosaic_gpu has tests of
+# its own.
+PORTABLE = {
+    name: partial(grouped_matmul, backend=name) for name in BACKENDS if name != "mosaic_gpu"
+}
+
+
+def reference(rows, weights, group_sizes, cotangent=None):
+    """In numpy, in float64: the value, and with a cotangent the gradients too."""
+    rows, weights = (np.asarray(a, float) for a in (rows, weights))
+    cotangent = (
+        np.zeros((len(rows), weights.shape[2]))
+        if cotangent is None
+        else np.asarray(cotangent, float)
+    )
+    value, d_rows, d_weights, start = (
+        np.zeros(cotangent.shape),
+        np.zeros(rows.shape),
+        np.zeros(weights.shape),
+        0,
+    )
+    for expert, size in enumerate(group_sizes):
+        own = slice(start, start + size)
+        value[own], d_rows[own] = rows[own] @ weights[expert], cotangent[own] @ weights[expert].T
+        d_weights[expert], start = rows[own].T @ cotangent[own], start + size
+    return value, d_rows, d_weights
+
+
+def inputs(group_sizes, dtype, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    rows = jax.random.normal(keys[0], (M, D), dtype)
+    weights = jax.random.normal(keys[1], (len(group_sizes), D, F), dtype)
+    cotangent = jax.random.normal(keys[2], (M, F), dtype)
+    return rows, weights, jnp.array(group_sizes, jnp.int32), cotangent
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, rows, weights, group_sizes, cotangent):
+    value, pull_back = jax.vjp(lambda r, w: function(r, w, group_sizes), rows, weights)
+    return value, *pull_back(cotangent)
+
+
+@pytest.mark.parametrize("backend", PORTABLE)
+@pytest.mark.parametrize("case", GROUP_SIZES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_values_and_gradients(backend, case, dtype, tolerance):
+    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES[case], dtype)
+    got = value_and_gradients(PORTABLE[backend], rows, weights, group_sizes, cotangent)
+    for a, b in zip(got, reference(rows, weights, GROUP_SIZES[case], cotangent), strict=True):
+        assert a.dtype == jnp.dtype(dtype)
+        scale = max(np.abs(b).max(), 1.0)
+        np.testing.assert_allclose(np.asarray(a, float) / scale, b / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", PORTABLE)
+@pytest.mark.parametrize(
+    "case", ["rows past the last group", "nearly equal, rows past the last group"]
+)
+def test_nothing_leaks_from_unused_rows(backend, case):
+    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES[case], "float32")
+    used = int(group_sizes.sum())
+    poisoned = rows.at[used:].set(jnp.nan)
+    function, cotangent = PORTABLE[backend], cotangent.at[used:].set(jnp.nan)
+    got, d_rows, d_weights = value_and_gradients(
+        function, poisoned, weights, group_sizes, cotangent
+    )
+    np.testing.assert_array_equal(got[used:], 0)
+    np.testing.assert_array_equal(d_rows[used:], 0)
+    assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()
+
+
+@pytest.mark.parametrize("n_experts", [1, 3, 64])
+@pytest.mark.parametrize("m", [0, 1, 7, 500, 2000])
+def test_random_group_sizes(n_experts, m):
+    rng = np.random.default_rng(n_experts * m)
+    sizes = rng.multinomial(rng.integers(m + 1), rng.dirichlet(np.full(n_experts, 0.3)))
+    rows = jnp.asarray(rng.standard_normal((m, 8)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((n_experts, 8, 4)), jnp.float32)
+    got = jax.jit(PORTABLE["blocked"])(rows, weights, jnp.asarray(sizes, jnp.int32))
+    np.testing.assert_allclose(got, reference(rows, weights, sizes)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", GROUP_SIZES)
+def test_every_row_has_one_place(case):
+    places = place_rows(jnp.array(GROUP_SIZES[case], jnp.int32), M)
+    used = sum(GROUP_SIZES[case])
+    np.testing.assert_array_equal(places.row[places.place[:used]], np.arange(used))
+    np.testing.assert_array_equal(places.place[used:], NOWHERE)
+    assert (places.row == NOWHERE).sum() == len(places.row) - used
+
+
+def test_both_ways_of_blocked_are_tested():
+    ways = {
+        case: bool(place_rows(jnp.array(sizes, jnp.int32), M).is_batched)
+        for case, sizes in GROUP_SIZES.items()
+    }
+    assert {case for case, batched in ways.items() if batched} == set(BATCHED)
+
+
+def test_bad_arguments_are_named():
+    rows, weights, group_sizes, _ = inputs(GROUP_SIZES["random"], "float32")
+    with pytest.raises(UserError, match="backend='dense' is unknown; use auto, blocked"):
+        grouped_matmul(rows, weights, group_sizes, backend="dense")
+    with pytest.raises(ValueError, match="rows \\[M, D\\]"):
+        grouped_matmul(rows[:, :-1], weights, group_sizes)
+    with pytest.raises(ValueError, match="group_sizes \\[6\\]"):
+        grouped_matmul(rows, weights, group_sizes[:-1])
+    with pytest.raises(ValueError, match="one dtype"):
+        grouped_matmul(rows, weights.astype(jnp.bfloat16), group_sizes)

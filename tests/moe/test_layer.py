@@ -1,0 +1,412 @@
+"""The jitted path against the plain loops of `reference.py`: outputs and gradients, every kind and
+every router.
+"""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax import AoELayer, DenseLayer, RouterLayer
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods.dense import Dense
+from aoe_jax.methods.ranked import Ranked
+from aoe_jax.moe import reference
+from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
+from tests.moe.drawn import parameters_of
+
+pytestmark = pytest.mark.smoke
+
+TOP_K = TopK()
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
+WEIGHTS = {
+    "aoe": ("w_gate_down", "w_gate_up", "w_up", "w_down"),
+    "router": ("w_router", "w_gate", "w_up", "w_down"),
+}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(
+    kind,
+    n_tokens=29,
+    d_model=12,
+    dtype="float64",
+    seed=0,
+    recompute=False,
+    balance=None,
+    routing=TOP_K,
+    **settings,
+):
+    """A layer with its parameters and tokens, all in `dtype`."""
+    settings = {"n_experts": 5, "top_k": 2, "d_ffn": 16, "d_low": 4} | settings
+    layer = ExpertsLayer(
+        experts=ExpertsConfig(kind=kind, **settings),
+        routing=Dense() if kind == "dense" else routing,
+        balance=balance or BalanceConfig(),
+        dtype=jnp.dtype(dtype),
+        recompute=recompute,
+    )
+    x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
+    return layer, parameters_of(layer, x, seed + 1), x
+
+
+def reference_weights(layer, p):
+    router = layer.routing
+    if router.name == "top_k":
+        gate = "chosen" if router.norm_topk_prob else "all"
+        return reference.top_k_weights(p, layer.experts.top_k, gate)
+    if router.name == "ranked":
+        return reference.ranked_weights(p, router.ranks)
+    if router.name == "top_p":
+        return reference.top_p_weights(p, router.p)
+    if router.name == "expert_choice":
+        return reference.expert_choice_weights(p, expert_capacity(*p.shape, router.capacity_factor))
+    raise ValueError(f"the reference has no router {router}")
+
+
+def reference_apply(layer, params, x):
+    config = layer.experts
+    if config.kind == "aoe":
+        p = reference.aoe_scores(x, params["w_gate_down"])
+    else:
+        p = (jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x) @ params[
+            "w_router"
+        ]
+    weights = reference_weights(layer, p)
+    if config.low_rank:
+        y = reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
+    else:
+        y = reference.router_experts(x, weights, params["w_gate"], params["w_up"], params["w_down"])
+    # Eq. 2 and Eq. 8, as they are written, over the tokens that take part.
+    probability = jax.nn.softmax(p[:: layer.balance.aux_stride])
+    load = jax.lax.stop_gradient((weights > 0).astype(p.dtype).mean(axis=0))
+    aux_loss = config.n_experts * (load * probability.mean(axis=0)).sum()
+    return y, aux_loss, -(probability * jnp.log(probability)).sum(axis=1).mean()
+
+
+def fast_apply(layer, params, x):
+    y, stats = layer.apply({"params": params}, x)
+    return y, balance_loss(stats.load, stats.mean_probability), stats.confidence_entropy
+
+
+def assert_agree(layer, params, x, tolerance):
+    """Outputs, balance loss and Ent_conf; gradients of a random projection of them in parameters
+    and tokens.
+
+    Returns the gradients in parameters.
+    """
+    cotangent = jax.random.normal(jax.random.key(9), x.shape, x.dtype)
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradients(function, params, x):
+        value, pull_back = jax.vjp(function, params, x)
+        return value, *pull_back(
+            (cotangent, 0.7 * jnp.ones_like(value[1]), -0.3 * jnp.ones_like(value[2]))
+        )
+
+    got = value_and_gradients(partial(fast_apply, layer), params, x)
+    want = value_and_gradients(partial(reference_apply, layer), params, x)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(jnp.abs(b).max()), 1.0)
+        np.testing.assert_allclose(
+            np.asarray(a, float) / scale, np.asarray(b, float) / scale, atol=tolerance
+        )
+    return got[1]
+
+
+VARIANTS = {
+    "chosen": {},
+    "over all": {"routing": TopK(norm_topk_prob=False)},
+    "top-1": {"top_k": 1},
+    "every expert": {"top_k": 5},
+    "second and fourth": {"routing": Ranked((1, 3))},
+    "top-p": {"routing": TopP(0.6)},
+    "expert choice": {"routing": ExpertChoice(2.0)},
+}
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_agrees_with_the_reference_in_float64(x64, request, kind, variant, recompute):
+    if not recompute:  # test_random_shapes_in_float32 has the backend of CPUs
+        request.getfixturevalue("ragged")
+    assert_agree(*make(kind, recompute=recompute, **VARIANTS[variant]), TOLERANCE["float64"])
+
+
+def test_scoring_as_published_agrees_with_the_reference(x64):
+    assert_agree(*make("aoe", score_gradient="dense"), TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 32, 35])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("router", {})]
+)
+def test_balance_losses_from_some_of_the_tokens(x64, ragged, kind, settings, n_tokens):
+    layer, params, x = make(kind, n_tokens, balance=BalanceConfig(aux_tokens=0.125), **settings)
+    assert_agree(layer, params, x, TOLERANCE["float64"])
+
+
+def test_sparse_scoring_without_balance_losses(x64):
+    """No norm but the chosen has a gradient then; outputs and their gradients stay those of
+    Algorithm 2.
+    """
+    layer, params, x = make("aoe", balance=BalanceConfig(aux_weight=0.0))
+    loss = lambda apply, p, x: (apply(layer, p, x)[0] ** 2).sum()  # noqa: E731
+    got = jax.jit(jax.grad(partial(loss, fast_apply), (0, 1)))(params, x)
+    want = jax.jit(jax.grad(partial(loss, reference_apply), (0, 1)))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+    of_balance = jax.jit(jax.grad(lambda p: fast_apply(layer, p, x)[1]))(params)
+    assert all((g == 0).all() for g in jax.tree.leaves(of_balance))
+
+
+def scoring_products(layer, params, x):
+    """Tokens in each matrix product with the w_gate_down of all experts, forward and backward."""
+    n, r, d = layer.experts.n_experts, layer.experts.d_low, x.shape[1]
+
+    def loss(params, x):
+        y, aux_loss, _ = fast_apply(layer, params, x)
+        return (y**2).sum() + aux_loss
+
+    lines = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).as_text().splitlines()
+    # The cache `[tokens, n, r]` is an operand or the result of each of them, and of no other
+    # product.
+    caches = (
+        re.search(rf"tensor<(\d+)x{n}x{r}xf32>", line) for line in lines if "dot_general" in line
+    )
+    return sorted(int(cache[1]) for cache in caches if cache and int(cache[1]) != d)
+
+
+@pytest.mark.parametrize(
+    ("settings", "aux_weight", "aux_tokens", "want"),
+    [
+        (
+            {"score_gradient": "dense"},
+            0.01,
+            1.0,
+            [64, 64, 64],
+        ),  # forward, and two products backward
+        ({}, 0.0, 1.0, [64]),
+        ({}, 0.01, 1.0, [64, 64, 64, 64]),  # the cache once more, instead of keeping it
+        ({}, 0.01, 0.125, [8, 8, 8, 64]),
+    ],
+)
+def test_what_scoring_costs(settings, aux_weight, aux_tokens, want):
+    balance = BalanceConfig(aux_weight=aux_weight, aux_tokens=aux_tokens)
+    layer, params, x = make(
+        "aoe", 64, dtype="float32", balance=balance, n_experts=7, d_low=5, **settings
+    )
+    assert scoring_products(layer, params, x) == want
+
+
+def test_sparse_scoring_keeps_no_cache():
+    """Neither the cache `[T, n, r]` nor anything as large is among what the forward pass leaves to
+    the backward pass.
+    """
+    sizes = {}
+    for mode in ("dense", "sparse"):
+        layer, params, x = make(
+            "aoe", 64, dtype="float32", n_experts=16, d_low=8, d_ffn=12, score_gradient=mode
+        )
+        pull_back = jax.eval_shape(
+            lambda p, x, layer=layer: jax.vjp(partial(fast_apply, layer), p, x)[1], params, x
+        )
+        residuals = jax.tree.leaves(pull_back)
+        sizes[mode] = {a.shape for a in residuals if a.size >= 64 * 16 * 8}
+    assert (64, 16, 8) in sizes["dense"] and not sizes["sparse"]
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_selection_bias_chooses_and_does_not_weigh(x64, kind, norm_topk_prob):
+    layer, params, x = make(kind, routing=TopK(norm_topk_prob))
+    bias = jnp.array([0.0, -50, 0, 50, 0])
+    y, stats = jax.jit(layer.apply)({"params": params}, x, routing_state={"selection_bias": bias})
+    assert float(stats.load[3]) == 1 and float(stats.load[1]) == 0
+    p = reference.aoe_scores(x, params["w_gate_down"]) if kind == "aoe" else x @ params["w_router"]
+    chosen = jnp.argsort(-(p + bias), axis=1)[:, :2]
+    values = jnp.take_along_axis(p, chosen, axis=1)
+    values = (
+        jax.nn.softmax(values)
+        if norm_topk_prob
+        else jnp.take_along_axis(jax.nn.softmax(p), chosen, axis=1)
+    )
+    weights = jnp.zeros_like(p).at[jnp.arange(x.shape[0])[:, None], chosen].set(values)
+    experts = reference.aoe_experts if kind == "aoe" else reference.router_experts
+    want = experts(x, weights, *(params[name] for name in WEIGHTS[kind] if name != "w_router"))
+    np.testing.assert_allclose(y, want, atol=1e-10)
+
+
+@pytest.mark.parametrize("ablation", ["factorised_gate", "large_router"])
+def test_ablations_agree_with_the_reference(x64, ablation):
+    assert_agree(*make("router", **{ablation: True}), TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_shapes_in_float32(kind, seed):
+    rng = np.random.default_rng(seed)
+    n_experts = int(rng.integers(1, 12))
+    layer, params, x = make(
+        kind,
+        n_tokens=int(rng.integers(1, 200)),
+        d_model=int(rng.integers(5, 40)),
+        dtype="float32",
+        seed=seed,
+        n_experts=n_experts,
+        top_k=int(rng.integers(1, n_experts + 1)),
+        d_ffn=int(rng.integers(8, 60)),
+    )
+    assert_agree(layer, params, x, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_bfloat16(kind):
+    """Rounded inputs, exact reference: outputs and gradients within 5% of the largest. Ties of
+    rounded scores are rare enough here that both choose the same experts."""
+    layer, params, x = make(kind, dtype="bfloat16", n_tokens=24)
+    exact = dataclasses.replace(layer, dtype=jnp.float32)
+    to_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    (got, stats), (_, of_exact) = (
+        jax.jit(layer.apply)({"params": p}, t)
+        for layer, (p, t) in ((layer, (params, x)), (exact, to_float32))
+    )
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(stats.load, of_exact.load, atol=1e-6)
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(layer, params, x):
+        return jax.grad(lambda p, x: (layer.apply({"params": p}, x)[0] ** 2).sum(), (0, 1))(
+            params, x
+        )
+
+    got = (got, gradient(layer, params, x))
+    want = (jax.jit(partial(reference_apply, exact))(*to_float32)[0], gradient(exact, *to_float32))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = float(jnp.abs(b).max())
+        np.testing.assert_allclose(
+            np.asarray(a, float) / scale, np.asarray(b) / scale, atol=TOLERANCE["bfloat16"]
+        )
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_ties_go_to_the_lower_expert(x64, kind):
+    layer, params, x = make(kind)
+    params = {
+        k: jnp.repeat(v[:1], v.shape[0], 0) if k != "w_router" else jnp.ones_like(v)
+        for k, v in params.items()
+    }
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
+    np.testing.assert_allclose(stats.load, [1, 1, 0, 0, 0], atol=1e-12)
+    assert_agree(layer, params, x, TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("variant", ["chosen", "over all", "top-p", "expert choice"])
+def test_zero_tokens_have_finite_gradients(x64, variant):
+    layer, params, x = make("aoe", **VARIANTS[variant])
+    x = x.at[:7].set(0)
+    grads = assert_agree(layer, params, x, TOLERANCE["float64"])
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
+    """The others get no rows at all, and a gradient of exactly zero."""
+    layer, params, x = make(kind, top_k=top_k)
+    if kind == "aoe":
+        params["w_gate_down"] = params["w_gate_down"].at[3].mul(100.0).at[1].mul(10.0)
+    else:
+        x = x.at[:, 0].set(50.0)
+        params["w_router"] = params["w_router"].at[0].set(jnp.array([0.0, 1, 0, 2, 0]))
+    stats = jax.jit(layer.apply)({"params": params}, x)[1]
+    np.testing.assert_allclose(stats.load, [0, top_k - 1, 0, 1, 0], atol=1e-12)
+    grads = assert_agree(layer, params, x, TOLERANCE["float64"])
+    for name in ("w_up", "w_down"):
+        np.testing.assert_array_equal(grads[name][0], 0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"score_gradient": "dense"}, {"kind": "router"}, {"n_experts": 1, "top_k": 1}]
+)
+def test_the_first_ranks_are_top_k(settings):
+    """Bit for bit; an only expert is first and last."""
+    layer, params, x = make(**{"kind": "aoe", "dtype": "float32"} | settings)
+    ranked = layer.clone(routing=Ranked(tuple(range(layer.experts.top_k))))
+    for a, b in zip(
+        *(jax.jit(each.apply)({"params": params}, x) for each in (layer, ranked)), strict=True
+    ):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_one_expert_is_the_dense_layer(x64):
+    """A router MoE of one expert, whose weight is 1, computes what the dense layer does."""
+    layer, params, x = make("router", n_experts=1, top_k=1)
+    dense = DenseLayer(ExpertsConfig(kind="dense", d_ffn=16), dtype=jnp.float64)
+    dense_params = {name: params[name][0] for name in ("w_gate", "w_up", "w_down")}
+    got = jax.jit(dense.apply)({"params": dense_params}, x)[0]
+    np.testing.assert_allclose(got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-12)
+
+
+def test_gate_pre_activations_start_with_equal_variance():
+    """`(x w_gate_down) w_gate_up` of AoE, `x w_gate` of the router MoE and of the dense layer:
+    variance 1 on normalised tokens.
+    """
+    d_model, settings = 128, {"n_experts": 8, "d_ffn": 256}
+    x = jax.random.normal(jax.random.key(0), (512, d_model))
+    variances = {}
+    for d_low in (8, 32, 96):
+        config = ExpertsConfig(d_low=d_low, **settings)
+        p = parameters_of(AoELayer(config), x, d_low)
+        variances[f"aoe r={d_low}"] = jnp.var(
+            jnp.einsum("td,ndr,nrw->ntw", x, p["w_gate_down"], p["w_gate_up"])
+        )
+    p = parameters_of(RouterLayer(ExpertsConfig(kind="router", **settings)), x)
+    variances["router"] = jnp.var(jnp.einsum("td,ndf->ntf", x, p["w_gate"]))
+    p = parameters_of(DenseLayer(ExpertsConfig(kind="dense", **settings)), x)
+    variances["dense"] = jnp.var(x @ p["w_gate"])
+    for name, variance in variances.items():
+        assert abs(float(variance) - 1) < 0.05, (name, variances)
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router", "dense"])
+def test_leading_axes_are_tokens(kind):
+    layer, params, x = make(kind, n_tokens=24, dtype="float32")
+    apply = jax.jit(layer.apply)
+    flat, shaped = (apply({"params": params}, tokens)[0] for tokens in (x, x.reshape(2, 3, 4, -1)))
+    np.testing.assert_array_equal(shaped.reshape(24, -1), flat)
+
+
+def test_public_reference_signatures(x64):
+    """`aoe_layer` and `router_layer` are the layers of arrays that the documentation promises."""
+    for kind, function in (("aoe", reference.aoe_layer), ("router", reference.router_layer)):
+        for gate in ("chosen", "all"):
+            layer, params, x = make(kind, routing=TopK(norm_topk_prob=gate == "chosen"))
+            jitted = jax.jit(partial(function, top_k=2, gate=gate))
+            got = jitted(x, *(params[name] for name in WEIGHTS[kind]))
+            np.testing.assert_allclose(
+                got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10
+            )
+
+
+def test_scoring_is_one_matmul():
+    """Eq. 4: in the whole layer, w_gate_down of all experts takes part in a single matrix
+    product.
+    """
+    layer, params, x = make("aoe", dtype="float32", score_gradient="dense")
+    lines = jax.jit(layer.apply).lower({"params": params}, x).as_text().splitlines()
+    assert sum("dot_general" in line and "5x12x4xf32" in line for line in lines) == 1

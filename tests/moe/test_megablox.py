@@ -1,0 +1,112 @@
+"""Tiles of the Megablox backend, and what only it has: padded rows, widths of several tiles, use
+inside scan and remat.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
+from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, tiles, width_tile
+
+
+@pytest.mark.parametrize(
+    ("m", "n_experts", "tile"),
+    [
+        (131072, 8, 512),
+        (32768, 8, 256),
+        (32768, 64, 128),
+        (131072, 1, 512),
+        (8192 + 256, 1, 256),  # 512 doesn't divide it
+        (32768 + 8, 1, 128),  # nothing divides it: padded
+        (100, 8, 112),
+        (1, 8, 16),
+    ],
+)
+def test_row_tile(m, n_experts, tile):
+    assert row_tile(m, n_experts) == tile
+
+
+@pytest.mark.parametrize("limit", MAX_WIDTH.values())
+@pytest.mark.parametrize(
+    "width", [1, 64, 327, 400, 512, 513, 768, 1024, 1025, 1280, 3264, 4194, 4393, 6470]
+)
+def test_width_tile(width, limit):
+    tile = width_tile(width, limit)
+    assert tile == width or tile % 128 == 0
+    assert tile <= limit
+    assert -(-width // tile) * tile < 1.5 * width
+
+
+@pytest.mark.parametrize("n_experts", [8, 64])
+def test_shared_tiles_cost_a_sixteenth_at_most(n_experts):
+    for m in (2**k for k in range(20)):
+        tile = row_tile(m, n_experts)
+        assert tile <= MAX_ROWS
+        assert (n_experts - 1) * tile <= m / 16 or tile <= 128
+
+
+def test_each_product_has_tiles_of_its_own():
+    assert tiles(32768, 64, 4393, 8, 2) == {
+        "forward": (256, 64, 896),
+        "d_rows": (256, 896, 64),
+        "d_weights": (256, 64, 896),
+    }
+
+
+def test_widths_of_several_tiles_with_a_remainder():
+    """In both widths: the kernel masks the rest of a contraction, and drops the rest of an
+    output.
+    """
+    m, d, f, sizes = 70, 520, 530, [13, 0, 40]
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = jax.random.normal(keys[0], (m, d)) / d**0.5
+    weights, g = jax.random.normal(keys[1], (3, d, f)), jax.random.normal(keys[2], (m, f))
+    (tm, tk, tn) = tiles(m, d, f, 3, 4)["forward"]
+    assert m % tm and d % tk and f % tn
+
+    def value_and_gradients(backend):
+        def function(r, w):
+            return grouped_matmul(r, w, jnp.array(sizes, jnp.int32), backend=backend)
+
+        value, pull_back = jax.vjp(function, rows, weights)
+        return value, *pull_back(g)
+
+    for got, want in zip(
+        value_and_gradients("megablox"), value_and_gradients("ragged"), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_inside_scan_and_remat():
+    sizes = jnp.array([5, 0, 9], jnp.int32)
+    rows, weights = jnp.ones((16, 8)), jax.random.normal(jax.random.key(1), (2, 3, 8, 8)) / 8
+
+    def loss(rows, weights, backend):
+        layer = jax.checkpoint(
+            lambda x, w: (jnp.tanh(grouped_matmul(x, w, sizes, backend=backend)), None)
+        )
+        return jax.lax.scan(layer, rows, weights)[0].sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    for got, want in zip(
+        gradients(rows, weights, "megablox"), gradients(rows, weights, "ragged"), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "d", "f"), [(0, 8, 4), (5, 8, 0)])
+def test_nothing_to_do(m, d, f):
+    out = grouped_matmul(
+        jnp.ones((m, d)), jnp.ones((2, d, f)), jnp.zeros(2, jnp.int32), backend="megablox"
+    )
+    assert out.shape == (m, f)
+
+
+def test_unsupported_dtype_is_named():
+    with pytest.raises(UserError, match="megablox.*float16: use bfloat16 or float32"):
+        BACKENDS["megablox"](
+            jnp.ones((8, 8), "float16"), jnp.ones((2, 8, 8), "float16"), jnp.zeros(2, jnp.int32)
+        )

@@ -1,0 +1,134 @@
+"""The Hopper backend: what it refuses, when it is chosen, and its values and gradients in Pallas's
+GPU interpreter.
+
+The interpreter is public from JAX 0.12, and is run by the smoke suite there. `python -m
+benchmarks.gpu_compile` compiles the kernels for a GPU.
+"""
+
+import logging
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul import _default_backend, _hopper_backend, grouped_matmul
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import row_block, width_block
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "f", "message"),
+    [
+        ("float32", 128, 128, "float32: use bfloat16 or float16"),
+        ("bfloat16", 768, 4393, r"weights \[768, 4393\]: both must be multiples of 64"),
+        ("bfloat16", 32, 128, r"weights \[32, 128\]: both must be multiples of 64"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(dtype, d, f, message):
+    with pytest.raises(UserError, match=message):
+        grouped_matmul(
+            jnp.ones((8, d), dtype),
+            jnp.ones((2, d, f), dtype),
+            jnp.zeros(2, "int32"),
+            backend="mosaic_gpu",
+        )
+
+
+def test_blocks():
+    assert [row_block(m, 8) for m in (64, 16383, 16384)] == [64, 64, 128]
+    assert [width_block(width) for width in (64, 128, 192, 768)] == [64, 128, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "capability", "backend"),
+    [
+        ("cpu", "cpu", None, "blocked"),
+        ("tpu", "TPU v5 lite", None, "megablox"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "8.0", "blocked"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "9.0", "mosaic_gpu"),
+        ("gpu", "NVIDIA B200", "10.0", "blocked"),
+        (
+            "gpu",
+            "NVIDIA A100-SXM4-80GB",
+            None,
+            "blocked",
+        ),  # the devices of a mesh have no capability
+        ("gpu", "NVIDIA H100 80GB HBM3", None, "mosaic_gpu"),
+        ("gpu", "NVIDIA GH200 480GB", None, "mosaic_gpu"),
+        ("gpu", "NVIDIA GB200", None, "blocked"),
+    ],
+)
+def test_default_backend(platform, kind, capability, backend, caplog):
+    class Device(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    with caplog.at_level(logging.INFO):
+        assert (
+            _default_backend(
+                Device(platform=platform, device_kind=kind, compute_capability=capability)
+            )
+            == backend
+        )
+    assert f"grouped_matmul backend on {kind}: {backend}" in caplog.text
+
+
+def test_hopper_says_when_it_is_slower(caplog):
+    assert _hopper_backend("bfloat16", 768, 3264) == "mosaic_gpu"
+    assert not caplog.text
+    _hopper_backend.cache_clear()
+    assert _hopper_backend("float32", 768, 3264) == "blocked"
+    assert "float32: use bfloat16" in caplog.text and "blocked, which is slower" in caplog.text
+
+
+# Earlier ones have no public interpreter: there the kernels are compiled only. From here on it must
+# be there.
+if jax.__version_info__ >= (0, 12):
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            [37, 5, 0, 120, 61, 1],
+            [0, 0, 90, 0, 110, 0],
+            [1, 1, 1, 1, 1, 1],
+            [10, 50, 3, 0, 7, 40],
+            [0] * 6,
+        ],
+    )
+    def test_values_and_gradients_in_the_interpreter(sizes, monkeypatch):
+        """Against `ragged` in float32, with NaN past the last group; M is no whole number of
+        blocks.
+        """
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        m, d, f, used = 224, 64, 128, sum(sizes)
+        keys = jax.random.split(jax.random.key(0), 3)
+        rows, g = (
+            jax.random.normal(key, (m, width), "bfloat16")
+            for key, width in zip(keys[:2], (d, f), strict=True)
+        )
+        weights = jax.random.normal(keys[2], (6, d, f), "bfloat16")
+
+        def value_and_gradients(backend, rows, weights, g):
+            def function(r, w):
+                return grouped_matmul(r, w, jnp.array(sizes, jnp.int32), backend=backend)
+
+            value, pull_back = jax.vjp(function, rows, weights)
+            return value, *pull_back(g)
+
+        want = value_and_gradients("ragged", *(a.astype(jnp.float32) for a in (rows, weights, g)))
+        with plgpu.force_gpu_interpret_mode(), monkeypatch.context() as patch:
+            # The kernel asks for it.
+            patch.setattr(jax, "devices", lambda *_: [SimpleNamespace(core_count=4)])
+            got = value_and_gradients(
+                "mosaic_gpu", rows.at[used:].set(jnp.nan), weights, g.at[used:].set(jnp.nan)
+            )
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == jnp.bfloat16
+            scale = max(1.0, float(jnp.abs(b).max()))
+            np.testing.assert_allclose(
+                np.asarray(a, np.float32) / scale, np.asarray(b) / scale, atol=1e-2
+            )

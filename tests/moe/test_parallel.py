@@ -1,0 +1,346 @@
+"""Layers over meshes of eight devices against the same layer on one: values, gradients, losses,
+statistics.
+"""
+
+import dataclasses
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods import LAYERS
+from aoe_jax.methods.capacity import Capacity
+from aoe_jax.methods.dynmoe import DynMoE
+from aoe_jax.methods.routing_free import RoutingFree
+from aoe_jax.moe.balance import balance_loss
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.parallel import collectives as parallel
+from aoe_jax.moe.parallel.transports import first_round_only, make_transport
+from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
+from aoe_jax.sharding import MESH_AXES
+from tests.moe.contexts import routing_of_slots
+from tests.moe.drawn import parameters_of
+
+B, S, D = 16, 8, 8
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (2, 2, 2, 1),
+    (1, 2, 2, 2),
+    (2, 1, 4, 1),
+    (2, 1, 1, 4),
+]
+KINDS = {
+    "aoe": {"kind": "aoe"},
+    "router": {"kind": "router"},
+    "over all": {"kind": "aoe", "routing": TopK(norm_topk_prob=False)},
+    "as published": {"kind": "aoe", "score_gradient": "dense"},
+    "top-p": {"kind": "aoe", "routing": TopP()},
+    "expert choice": {"kind": "aoe", "routing": ExpertChoice()},
+    "router, top-p": {"kind": "router", "routing": TopP()},
+    "router, expert choice": {"kind": "router", "routing": ExpertChoice()},
+    "factorised": {"kind": "router", "factorised_gate": True},
+    "large router": {"kind": "router", "large_router": True},
+    "capacity": {"kind": "capacity", "routing": Capacity(1.25)},  # some choices find no place
+    "dense": {"kind": "dense"},
+    "dynmoe": {"kind": "aoe", "routing": DynMoE()},
+    "router, dynmoe": {"kind": "router", "routing": DynMoE()},
+    "routing-free": {"kind": "aoe", "routing": RoutingFree()},
+    "router, routing-free": {"kind": "router", "routing": RoutingFree()},
+}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.float64):
+    settings = {"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8} | settings
+    default = LAYERS[settings["kind"]]() if settings["kind"] in LAYERS else TopK()
+    routing = settings.pop("routing", default)
+    experts = ExpertsConfig(**settings)
+    if experts.low_rank:
+        experts = dataclasses.replace(experts, d_wide=16)
+    layer = ExpertsLayer(
+        experts=experts,
+        routing=routing,
+        balance=BalanceConfig(aux_tokens=aux_tokens),
+        dtype=dtype,
+        recompute=recompute,
+        transport=transport,
+        training=isinstance(routing, DynMoE | RoutingFree),
+    )
+    x = jax.random.normal(jax.random.key(0), (B, S, D), jnp.float64)
+    params = parameters_of(layer, x)
+    weights = jnp.ones((B, S)).at[3, 5:].set(0)  # padding counts in no statistic
+    return layer, params, x, weights
+
+
+def evaluate(layer, params, x, weights, routing_state=None):
+    """Output, statistics, and the gradients of a projection of them."""
+    cotangent = jax.random.normal(jax.random.key(2), x.shape, x.dtype)
+
+    def loss(params, x):
+        y, stats = layer.apply({"params": params}, x, weights, routing_state)
+        balance = balance_loss(stats.load, stats.mean_probability) + 0.3 * stats.confidence_entropy
+        extras = stats.records, stats.shares, stats.per_token
+        balance += sum((a * a).sum() for a in jax.tree.leaves(extras))
+        return (y * cotangent).sum() + balance, (y, stats)
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+
+
+@cache
+def alone(kind):
+    """What one device computes."""
+    return evaluate(*make(KINDS[kind]))
+
+
+def on_mesh(shape, *args):
+    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        return evaluate(*args)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10 * max(1, float(jnp.abs(b).max())))
+
+
+def transports(shape):
+    return ["ring", "all_to_all"] if shape[2] > 1 else ["ring"]
+
+
+CASES = [(shape, way, "aoe") for shape in MESHES for way in transports(shape)]
+CASES.remove(((2, 2, 2, 1), "ring", "aoe"))  # a training of tests/training/test_mesh.py
+CASES += [((1, 2, 2, 2), transport, "router") for transport in ("ring", "all_to_all")]
+OTHERS = [kind for kind in KINDS if kind not in ("aoe", "router", "dense")]
+CASES += [((1, 2, 2, 2), ("ring", "all_to_all")[i % 2], kind) for i, kind in enumerate(OTHERS)]
+CASES += [((2, 2, 1, 2), "ring", "dense")]
+CASES += [
+    ((2, 4, 1, 1), "ring", kind)
+    for kind in ("router", "as published", "top-p", "expert choice", "capacity", "dense", "dynmoe")
+]
+CASES += [((2, 1, 4, 1), "all_to_all", "capacity"), ((2, 1, 1, 4), "ring", "capacity")]
+
+
+@pytest.mark.parametrize(("shape", "transport", "kind"), CASES)
+def test_a_mesh_computes_what_one_device_does(x64, ragged, shape, transport, kind):
+    layer, params, x, weights = make(KINDS[kind], transport)
+    assert_same(on_mesh(shape, layer, params, x, weights), alone(kind))
+
+
+@pytest.mark.parametrize(
+    ("shape", "transport", "kind"),
+    [
+        ((1, 8, 1, 1), "ring", "aoe"),
+        ((1, 1, 8, 1), "ring", "aoe"),
+        ((1, 2, 2, 2), "all_to_all", "aoe"),
+        ((1, 2, 2, 2), "ring", "router"),
+        ((2, 4, 1, 1), "ring", "top-p"),
+    ],
+)
+def test_so_do_products_of_rows_in_places(x64, shape, transport, kind):
+    """The backend of CPUs, `blocked`, for which a layer lays its rows out otherwise."""
+    layer, params, x, weights = make(KINDS[kind], transport)
+    assert_same(on_mesh(shape, layer, params, x, weights), alone(kind))
+
+
+def test_balance_losses_from_some_of_the_tokens(x64, ragged):
+    layer, params, x, weights = make(KINDS["aoe"], aux_tokens=0.25)
+    assert_same(
+        on_mesh((2, 2, 2, 1), layer, params, x, weights), evaluate(layer, params, x, weights)
+    )
+
+
+@pytest.mark.smoke
+def test_recomputed_experts(x64):
+    layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute=True)
+    assert_same(
+        on_mesh((1, 2, 4, 1), layer, params, x, weights), evaluate(layer, params, x, weights)
+    )
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize(
+    ("shape", "transport"),
+    [((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all"), ((2, 1, 2, 2), "ring")],
+)
+def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, transport):
+    """Then its rows take several rounds, and nothing is dropped."""
+    layer, params, x, weights = make(KINDS[kind] | {"top_k": 1}, transport)
+    bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
+    want = evaluate(layer, params, x, weights, bias)
+    assert float(want[1][1].load[0]) == 1
+    devices, rows = parallel.Devices(shape, transport), B * S
+    buffer = make_transport(devices, routing_of_slots(1), 8, 1, B * S // 8)
+    assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
+    assert_same(on_mesh(shape, layer, params, x, weights, bias), want)
+
+
+def test_further_rounds_are_needed_for_that(x64, ragged):
+    """Without them the same layer computes something else: the rounds above did run."""
+    layer, params, x, weights = make(KINDS["router"] | {"top_k": 1})
+    bias = {"selection_bias": jnp.zeros(8).at[0].set(100.0)}
+    with first_round_only():
+        got = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
+    want = evaluate(layer, params, x, weights, bias)
+    assert float(jnp.abs(got[1][0] - want[1][0]).max()) > 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ragged_offsets_land_where_equal_buffers_do(seed):
+    """`ragged_all_to_all`, said in numpy: row block by row block, from sender to receiver."""
+    rng, n_devices, block = np.random.default_rng(seed), 4, 5
+    sent = rng.integers(0, block + 1, (n_devices, n_devices))  # from, to
+    rows = np.zeros((n_devices, n_devices * block))
+    for sender in range(n_devices):
+        for receiver in range(n_devices):
+            first = receiver * block
+            rows[sender, first : first + sent[sender, receiver]] = rng.normal(
+                size=sent[sender, receiver]
+            )
+    out = np.zeros_like(rows)
+    for sender in range(n_devices):
+        start, landing = parallel.ragged_offsets(sender, n_devices, n_devices * block)
+        for receiver in range(n_devices):
+            size = sent[sender, receiver]
+            out[receiver, landing[receiver] : landing[receiver] + size] = rows[
+                sender, start[receiver] : start[receiver] + size
+            ]
+    equal = rows.reshape(n_devices, n_devices, block).swapaxes(0, 1).reshape(n_devices, -1)
+    np.testing.assert_array_equal(out, equal)
+
+
+@pytest.mark.smoke
+def test_tokens_of_the_whole_batch_and_back():
+    values = jnp.arange(B * S * 3.0).reshape(B, S, 3)
+    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+    def there_and_back(devices, values):
+        devices = devices.with_tokens(values.shape[:2])
+        everywhere = devices.all_tokens(values.reshape(-1, 3))
+        return everywhere[None], devices.own_tokens(everywhere).reshape(values.shape)
+
+    with jax.set_mesh(mesh):
+        specs = (parallel.token_spec(1, None, None), parallel.token_spec(2, None))
+        run = parallel.over_mesh(there_and_back, (parallel.token_spec(2, None),), specs)
+        everywhere, own = jax.jit(run)(values)
+    np.testing.assert_array_equal(own, values)
+    for copy in everywhere:
+        np.testing.assert_array_equal(copy, values.reshape(-1, 3))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("shape", "transport"),
+    [((1, 8, 1, 1), "ring"), ((1, 2, 2, 2), "ring"), ((1, 2, 4, 1), "all_to_all")],
+)
+def test_bfloat16(x64, shape, transport):
+    """Gradients within 3% of the largest of one device's; weights' are summed over devices in
+    float32.
+    """
+    layer, params, x, weights = make(KINDS["router"], transport, dtype=jnp.bfloat16)
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    weights = weights.astype(jnp.float32)
+    (d_params, d_x), _ = on_mesh(shape, layer, params, x, weights)
+    (want_params, want_x), _ = evaluate(layer, params, x, weights)
+    for a, b in zip(
+        jax.tree.leaves((d_params, d_x)), jax.tree.leaves((want_params, want_x)), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
+
+
+def kept(shape, kind, transport="ring", recompute=False):
+    """Shapes of what a layer keeps for the backward pass; what differs between the devices, of all
+    eight.
+    """
+    settings = KINDS[kind] | {"d_ffn": 24}  # no array of tokens has the shape of a weight
+    if kind == "capacity":
+        settings |= {"routing": Capacity(1.0)}
+    layer, params, x, _ = make(settings, transport, recompute, dtype=jnp.float32)
+    layer = dataclasses.replace(layer, balance=BalanceConfig(aux_weight=0.01))
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    mesh = Mesh(np.reshape(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+    def outputs(params, x):
+        y, stats = layer.apply({"params": params}, x)
+        return y, stats.mean_probability
+
+    with jax.set_mesh(mesh):
+        pull_back = jax.eval_shape(lambda p, x: jax.vjp(outputs, p, x)[1], params, x)
+    return [a.shape for a in jax.tree.leaves(pull_back)], params
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "transport", "kind"),
+    [
+        ((1, 8, 1, 1), "ring", "router"),
+        ((1, 8, 1, 1), "ring", "aoe"),
+        ((1, 8, 1, 1), "ring", "as published"),
+        ((1, 8, 1, 1), "ring", "factorised"),
+        ((1, 8, 1, 1), "ring", "capacity"),
+        ((1, 2, 4, 1), "all_to_all", "capacity"),
+        ((1, 2, 4, 1), "ring", "aoe"),
+        ((1, 2, 4, 1), "all_to_all", "aoe"),
+        ((1, 1, 8, 1), "all_to_all", "aoe"),
+        ((1, 8, 1, 1), "ring", "dense"),
+    ],
+)
+def test_whole_weights_are_not_kept(x64, shape, transport, kind, recompute):
+    """Nothing that is gathered over fsdp, nor the w_gate_down of all experts, waits for the
+    backward pass.
+    """
+    shapes, params = kept(shape, kind, transport, recompute)
+    whole = set()
+    for name, w in params.items():
+        everywhere = name == "w_gate_down" and transport == "all_to_all"
+        if everywhere or (shape[1] > 1 and "router" not in name):
+            experts = 1 if w.ndim == 2 else shape[2]  # w.shape[0] are experts, but in a dense layer
+            whole.add((8 * w.shape[0] // (1 if everywhere else experts), *w.shape[1:]))
+    assert not whole & set(shapes)
+    assert any(len(one) == 2 and one[0] >= B * S for one in shapes)  # rows, which do wait
+
+
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    [("aoe", False), ("aoe", True), ("router", False), ("router", True), ("dense", False)],
+)
+def test_fsdp_keeps_no_more_than_data(x64, kind, recompute):
+    """The checkpoint that gathers weights again keeps nothing that is computed again within."""
+    wide = []
+    for shape in (1, 8, 1, 1), (8, 1, 1, 1):
+        shapes, _ = kept(shape, kind, recompute=recompute)
+        wide.append(sum(len(shape) == 2 and shape[0] >= B * S for shape in shapes))
+    assert wide[0] <= wide[1]
+
+
+@pytest.mark.smoke
+def test_what_a_router_does_not_need_costs_nothing(x64):
+    """Positions, attention peaks and random keys are no inputs of the program of a top-k router."""
+    layer, params, x, weights = make(KINDS["aoe"], dtype=jnp.float32)
+    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 2, 2)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+    def outputs(params, x, weights, peaks, positions, key):
+        variables, rngs = {"params": params}, {"experts": key}
+        layer_in_training = layer.clone(training=True)
+        return layer_in_training.apply(variables, x, weights, None, peaks, 3, positions, rngs=rngs)
+
+    peaks, positions = jnp.ones((B, S, 2)), jnp.zeros((B, S), jnp.int32)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(outputs).lower(params, x, weights, peaks, positions, jax.random.key(0))
+    main = re.search(r"@main\((.*?)\) ->", lowered.as_text(), re.DOTALL)[1]
+    assert len(re.findall(r"%arg\d+", main)) == len(params) + 2

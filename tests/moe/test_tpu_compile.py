@@ -1,0 +1,117 @@
+"""Grouped products compiled for TPUs that aren't here, forward and backward, with `libtpu` from its
+wheel.
+
+`python -m benchmarks.tpu_compile` compiles every shape for every generation; here every shape is
+compiled for one.
+"""
+
+from functools import partial
+from itertools import cycle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.model import ModelConfig
+from aoe_jax.config.run import Config
+from aoe_jax.counts import layer_flops_per_token
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from benchmarks.compiling import (
+    TOPOLOGIES,
+    compile_layers,
+    expert_shapes,
+    lower_for,
+    megablox_tile_flops,
+    tpu_devices,
+)
+
+
+def kernels_and_dense_products(lowered):
+    # Of the program as lowered: jaxlib can't always print what a newer libtpu has compiled.
+    text = lowered.as_text()
+    return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
+
+
+@pytest.mark.parametrize("n_experts", [64, 8])
+def test_tiles_compute_little_more_than_is_useful(n_experts):
+    assert megablox_tile_flops(131072, 768, 3840, n_experts, 2) <= 1.10
+
+
+EVERY_SHAPE = list(
+    zip(
+        expert_shapes(),
+        cycle(TOPOLOGIES),
+        cycle(["float32", "bfloat16"]),
+        cycle([32768, 131072, 96]),
+    )
+)
+
+
+@pytest.mark.parametrize(("shape", "generation", "dtype", "m"), EVERY_SHAPE)
+def test_every_shape_compiles(shape, generation, dtype, m):
+    """To three kernels and no other product; the compiler counts a kernel at the FLOPs it
+    declares.
+    """
+    lowered = lower_for(
+        tpu_devices(generation)[0], "megablox", m, *shape, 64 if m > 32768 else 8, dtype
+    )
+    assert kernels_and_dense_products(lowered) == (3, 0)
+    assert lowered.compile().cost_analysis()["flops"] <= 1.10 * 6 * m * shape[0] * shape[1]
+
+
+EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
+LAYERS = [("aoe", "v4", SIXTY_FOUR), ("router", "v5e", EIGHT)]
+
+
+@pytest.mark.parametrize(("kind", "generation", "shape"), LAYERS)
+def test_useful_flops_of_a_layer(kind, generation, shape):
+    """Forward and backward, loss-free; no expert is computed but the chosen, whose norms are
+    computed twice.
+    """
+    n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape
+    experts = ExpertsConfig(kind=kind, n_experts=n_experts, top_k=top_k, d_ffn=d_ffn, d_low=d_low)
+    config = Config(
+        model=ModelConfig(n_layers=2, n_heads=1, d_model=768),
+        experts=experts,
+        balance=BalanceConfig(aux_weight=0.0),
+    )
+    compiled = compile_layers(tpu_devices(generation)[0], config, n_tokens)
+    # The compiler counts the body of the scan once, that is one layer.
+    ratio = compiled.cost_analysis()["flops"] / (n_tokens * layer_flops_per_token(config)[1])
+    assert 0.95 < ratio <= 1.10
+
+
+@pytest.mark.smoke
+def test_the_mesh_chooses_the_backend():
+    """No argument is needed: on a CPU host, a program for a TPU mesh gets the TPU kernel, inside
+    scan and remat too.
+    """
+    mesh = jax.sharding.Mesh(np.array(tpu_devices("v5e")), ("data",))
+    spec = jax.sharding.PartitionSpec
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(spec("data"), spec(), spec()),
+        out_specs=spec("data"),
+        check_vma=False,
+    )
+    def gradient(rows, weights, group_sizes):
+        def loss(rows):
+            layer = jax.checkpoint(lambda x, w: (jnp.tanh(grouped_matmul(x, w, group_sizes)), None))
+            return jax.lax.scan(layer, rows, weights)[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss)(rows)
+
+    shapes = [((4 * 256, 128), spec("data")), ((3, 8, 128, 128), spec())]
+    args = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, p))
+        for s, p in shapes
+    ]
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, spec()))
+    lowered = jax.jit(gradient).lower(*args, sizes)
+    assert kernels_and_dense_products(lowered)[0] >= 2
+    lowered.compile()

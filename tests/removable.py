@@ -1,0 +1,99 @@
+"""Shows that methods can be removed: `python -m tests.removable [METHOD ...]`, by default all.
+
+For each method it copies the repository without the method's file, its registry line, its variants
+in `configs/methods.py` and its tests, and then runs what must not depend on it: the import of every
+module, the check of every other variant, and training steps of AoE and of a router.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from aoe_jax.methods import LAYERS, ROUTERS
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("aoe_jax", "configs", "tests", "pyproject.toml")
+# Shipped configurations have the dense baseline, and self-contrast is made of `ranked`.
+NEEDED = ("dense", "ranked")
+METHODS = {
+    name: method.__module__.rpartition(".")[2]
+    for name, method in (ROUTERS | LAYERS).items()
+    if method.__module__.startswith("aoe_jax.methods.") and name not in NEEDED
+}
+CHECK = """
+import importlib, pkgutil, jax, jax.numpy as jnp
+import aoe_jax
+from aoe_jax.config.run import Config
+from aoe_jax.training.step import init_state, make_train_step
+from configs import methods, paper, tiny
+
+for module in pkgutil.walk_packages(aoe_jax.__path__, "aoe_jax."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for module in (methods, paper, tiny):
+    for variant in module.VARIANTS:
+        Config.from_config_dict(module.get_config(variant))
+for variant in ("aoe", "moe"):
+    config = tiny.get_config(variant)
+    config.model.update(n_layers=1, d_model=32, n_heads=2, vocab_size=64, unroll=1)
+    config.experts.update(d_ffn=32, d_low=8)
+    config.data.seq_len = 16
+    config = Config.from_config_dict(config)
+    ones = jnp.ones((config.train.batch_size, 16), jnp.int32)
+    batch = {"inputs": ones, "targets": ones, "segment_ids": ones, "weights": ones * 1.0}
+    state, metrics = jax.jit(make_train_step(config))(init_state(config, 0), batch)
+    assert jnp.isfinite(metrics["loss"])
+print("works")
+"""
+
+
+def remove(root: Path, name):
+    """Removes a method from a copy of the repository."""
+    module = METHODS[name]
+    (root / f"aoe_jax/methods/{module}.py").unlink()
+    class_name = (ROUTERS | LAYERS)[name].__name__
+    registry = root / "aoe_jax/methods/__init__.py"
+    text = registry.read_text()
+    text = re.sub(rf"from aoe_jax\.methods\.{module} import .*\n", "", text)
+    registry.write_text(re.sub(rf"\b{class_name},? ?", "", text))
+    variants = root / "configs/methods.py"
+    lines = variants.read_text().splitlines(keepends=True)
+    variants.write_text("".join(line for line in lines if not _is_variant(line, name)))
+    for test in (root / "tests/methods").glob(f"test_{module}.py"):
+        test.unlink()
+
+
+def _is_variant(line, name):
+    """Whether a line of `configs/methods.py` is one of the method's variants."""
+    return re.match(rf' {{4}}(\*\*)?.*"{name}(_router)?"', line) is not None
+
+
+def check(name):
+    """Removes a method in a copy and runs what is left.
+
+    Raises:
+      AssertionError: something depends on the method.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for part in COPIED:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, root / part)
+        remove(root, name)
+        command = [sys.executable, "-c", CHECK]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert result.stdout == "works\n", result.stderr
+
+
+def main():
+    """Checks the methods that are named, or all."""
+    for name in sys.argv[1:] or METHODS:
+        check(name)
+        print(f"{name}: everything else works without it", flush=True)
+
+
+if __name__ == "__main__":
+    main()

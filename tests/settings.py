@@ -1,0 +1,19 @@
+"""Configurations from flat settings, `{"group.field": value}`."""
+
+from aoe_jax.config.run import Config, default_config, routing_dict
+from aoe_jax.methods import LAYERS
+
+
+def config_of(settings):
+    """The `Config` of flat settings; `routing.name` may be left out for top-k and for a layer."""
+    config, routing = default_config(), {}
+    for name, value in settings.items():
+        if name.startswith("routing."):
+            routing[name.removeprefix("routing.")] = value
+    rest = {name: value for name, value in settings.items() if not name.startswith("routing.")}
+    config.update_from_flattened_dict(rest)
+    if routing:
+        kind = config.experts.kind
+        name = routing.pop("name", kind if kind in LAYERS else "top_k")
+        config.routing = routing_dict(name, **routing)
+    return Config.from_config_dict(config)
