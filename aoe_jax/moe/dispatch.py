@@ -117,7 +117,7 @@ class Local:
         return permute(values, round[1].slot, round[1].row)
 
     def slot_values(self, values, round, n_slots):
-        """From rows to slots: `[R]` -> `[n_slots]`; zero for slots of other rounds or devices."""
+        """From rows to slots: `[R]` -> `[n_slots]`; 0 for slots that have no row here."""
         return permute(values, round[1].row, round[1].slot)
 
     def complete(self, values):

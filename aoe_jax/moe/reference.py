@@ -19,17 +19,17 @@ def l2_norm(c):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def top_k_weights(p, top_k, gate="chosen"):
+def top_k_weights(p, top_k, norm_topk_prob=True):
     """Weights `[T, n]` of token-choice top-K on scores `p [T, n]`; ties go to the lower expert
     number.
 
-    `gate="chosen"` takes the softmax over the K chosen scores (the paper), `gate="all"` the softmax
-    over all n without renormalising (the authors' released code).
+    `norm_topk_prob` takes the softmax over the K chosen scores (the paper); without it, the softmax
+    over all n, not normalised again (the authors' released code).
     """
 
     def weights_of_token(p):
         chosen = jnp.argsort(-p, stable=True)[:top_k]
-        weights = jax.nn.softmax(p[chosen]) if gate == "chosen" else jax.nn.softmax(p)[chosen]
+        weights = jax.nn.softmax(p[chosen]) if norm_topk_prob else jax.nn.softmax(p)[chosen]
         return jnp.zeros_like(p).at[chosen].set(weights)
 
     return jax.vmap(weights_of_token)(p)
@@ -102,33 +102,33 @@ def router_experts(x, weights, w_gate, w_up, w_down):
     return y
 
 
-def aoe_layer(x, w_gate_down, w_gate_up, w_up, w_down, *, top_k, gate="chosen"):
+def aoe_layer(x, w_gate_down, w_gate_up, w_up, w_down, *, top_k, norm_topk_prob=True):
     """Algorithm 2, the Autonomy-of-Experts layer.
 
     Args:
       x: tokens `[T, d]`.
       w_gate_down: `[n, d, r]`. w_gate_up: `[n, r, w]`. w_up: `[n, d, w]`. w_down: `[n, w, d]`.
       top_k: experts chosen per token (K).
-      gate: `"chosen"` or `"all"`, see `top_k_weights`.
+      norm_topk_prob: see `top_k_weights`.
 
     Returns:
       `[T, d]`.
     """
-    weights = top_k_weights(aoe_scores(x, w_gate_down), top_k, gate)
+    weights = top_k_weights(aoe_scores(x, w_gate_down), top_k, norm_topk_prob)
     return aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down)
 
 
-def router_layer(x, w_router, w_gate, w_up, w_down, *, top_k, gate="chosen"):
+def router_layer(x, w_router, w_gate, w_up, w_down, *, top_k, norm_topk_prob=True):
     """Algorithm 1, the traditional mixture-of-experts layer.
 
     Args:
       x: tokens `[T, d]`.
       w_router: `[d, n]`. w_gate: `[n, d, f]`. w_up: `[n, d, f]`. w_down: `[n, f, d]`.
       top_k: experts chosen per token (K).
-      gate: `"chosen"` or `"all"`, see `top_k_weights`.
+      norm_topk_prob: see `top_k_weights`.
 
     Returns:
       `[T, d]`.
     """
-    weights = top_k_weights(x @ w_router, top_k, gate)
+    weights = top_k_weights(x @ w_router, top_k, norm_topk_prob)
     return router_experts(x, weights, w_gate, w_up, w_down)

@@ -77,7 +77,7 @@ class Causality:
 
 
 class Method:
-    """What routers and layers have in common, with the defaults of what most do not need."""
+    """The base of routers and layers. Each default is for a method without the feature."""
 
     name: ClassVar[str]
     chooses: ClassVar[bool] = True  # whether tokens choose experts, so that load can be balanced
@@ -106,7 +106,7 @@ class Method:
         return {}
 
     def state(self, experts, balance, d) -> dict[str, jax.Array]:
-        """What training changes in one layer without gradients. It is saved with the model."""
+        """The arrays of one layer that training changes without gradients; saved with the model."""
         return {}
 
     def losses(self, stats, state, weights, token_weights) -> dict[str, tuple]:
@@ -211,7 +211,7 @@ def top_k(scores, k, norm_topk_prob=True, bias=None):
 
 
 class FixedK(Method):
-    """What routers share that give every token `experts.top_k` experts.
+    """The base of routers that give every token `experts.top_k` experts.
 
     With `balance.bias_rate` a bias balances their load (state `selection_bias [n]`).
     """

@@ -96,7 +96,7 @@ class Health:
 
 
 class Heartbeat:
-    """Writes what a run is doing to `heartbeat.json`, at every change and at most once a second."""
+    """Writes status and step to `heartbeat.json`: at each change, else at most once a second."""
 
     def __init__(self, workdir: Path):
         """Writes nothing before `start`."""

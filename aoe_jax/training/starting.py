@@ -75,8 +75,8 @@ def _loaded(config, mesh, tokenizer):
     for name in routing_state:
         if name not in wanted:
             raise UserError(
-                f"the model has a {name.replace('_', ' ')}, which the run has no use for; set "
-                "routing.name and balance.bias_rate as in its own training"
+                f"the model has a {name.replace('_', ' ')}, which this run cannot use; set "
+                "routing.name and balance.bias_rate as in the model's own training"
             )
     return params, wanted | routing_state
 

@@ -184,9 +184,9 @@ class Telemetry:
         """Begins the time that counts; see `memory.program_memory` for the arguments."""
         self._program = program_memory(state, step)
         log.info(
-            f"compiled the train step in {self._interval['compile']:.1f} s; memory of a device: "
-            f"state {_bytes(self._program['state_bytes'])}, "
-            f"a step {_bytes(self._program['temporary_bytes'])} more"
+            f"compiled the train step in {self._interval['compile']:.1f} s; on each device the "
+            f"state takes {_bytes(self._program['state_bytes'])}, "
+            f"and a step {_bytes(self._program['temporary_bytes'])} more"
         )
         self._total["compile"] += self._interval["compile"]
         self._interval, self._last_time = Counter(), time.perf_counter()

@@ -122,7 +122,7 @@ BAD = {
     "data.path='/b'": ("data", {"name": "text@/a", "path": "/b"}, "leave it at None"),
     "data.name='sotu, text'": ("data", {"name": "sotu, text"}, "as text@FOLDER"),
     "data.name='sotu, prepared'": ("data", {"name": "sotu, prepared"}, "as prepared@FOLDER"),
-    "data.name='sotu,,lm1b'": ("data", {"name": "sotu,,lm1b"}, "SOURCE=WEIGHT, SOURCE=WEIGHT"),
+    "data.name='sotu,,lm1b'": ("data", {"name": "sotu,,lm1b"}, "sotu=1, c4=3"),
     "data.name='sotu, text@'": ("data", {"name": "sotu, text@"}, "text@ lacks its path"),
     "data.name='sotu=1, lm1b'": (
         "data",

@@ -205,7 +205,7 @@ def test_input_that_changes_is_refused_and_what_is_new_is_said(inputs, tmp_path,
     before = contents(store)
     (folder / "new.txt").write_text("new")
     prepared(pattern, store)
-    assert "new.txt and 0 other files are new since, and not in this store" in caplog.text
+    assert "new.txt, are not in this preparation, which is older" in caplog.text
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
     with pytest.raises(
         UserError, match=r"--input: .*a\.jsonl has changed since the preparation began\. Delete"
@@ -317,7 +317,7 @@ def test_empty_documents_are_left_out_and_empty_splits_refused(tmp_path, caplog)
     pattern = str(tmp_path / "*.jsonl"), None
     with pytest.raises(
         UserError,
-        match=r"--validation=0\.0001: none of 30 documents fell to validation; delete .*store",
+        match=r"=0\.0001: the validation split got none of 30 documents; delete .*store",
     ):
         prepared(pattern, tmp_path / "store", Settings("bpe:300", validation=0.0001, test=0.3))
     store = prepared(pattern, tmp_path / "other", Settings("bpe:300", validation=0.3, test=0.3))

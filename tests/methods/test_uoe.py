@@ -65,11 +65,10 @@ def by_loops(layer, params, x, bias=0.0):
     if method.p is not None:
         weights = reference.top_p_weights(scores, method.p)
     else:
-        gate = "chosen" if method.norm_topk_prob else "all"
-        weights = reference.top_k_weights(scores + bias, top_k, gate)
+        weights = reference.top_k_weights(scores + bias, top_k, method.norm_topk_prob)
         if np.any(bias):
             chosen = jnp.where(weights > 0, scores, -jnp.inf)
-            weights = jax.nn.softmax(chosen if gate == "chosen" else scores) * (weights > 0)
+            weights = jax.nn.softmax(chosen if method.norm_topk_prob else scores) * (weights > 0)
     y += reference.router_experts(x, weights, params["w_gate"], params["w_up"], params["w_down"])
     probability = jax.nn.softmax(scores)
     load = jax.lax.stop_gradient((weights > 0).astype(x.dtype).mean(axis=0))

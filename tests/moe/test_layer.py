@@ -65,8 +65,7 @@ def make(
 def reference_weights(layer, p):
     router = layer.routing
     if router.name == "top_k":
-        gate = "chosen" if router.norm_topk_prob else "all"
-        return reference.top_k_weights(p, layer.experts.top_k, gate)
+        return reference.top_k_weights(p, layer.experts.top_k, router.norm_topk_prob)
     if router.name == "ranked":
         return reference.ranked_weights(p, router.ranks)
     if router.name == "top_p":
@@ -394,9 +393,9 @@ def test_leading_axes_are_tokens(kind):
 def test_public_reference_signatures(x64):
     """`aoe_layer` and `router_layer` are the layers of arrays that the documentation promises."""
     for kind, function in (("aoe", reference.aoe_layer), ("router", reference.router_layer)):
-        for gate in ("chosen", "all"):
-            layer, params, x = make(kind, routing=TopK(norm_topk_prob=gate == "chosen"))
-            jitted = jax.jit(partial(function, top_k=2, gate=gate))
+        for norm_topk_prob in (True, False):
+            layer, params, x = make(kind, routing=TopK(norm_topk_prob))
+            jitted = jax.jit(partial(function, top_k=2, norm_topk_prob=norm_topk_prob))
             got = jitted(x, *(params[name] for name in WEIGHTS[kind]))
             np.testing.assert_allclose(
                 got, jax.jit(layer.apply)({"params": params}, x)[0], atol=1e-10

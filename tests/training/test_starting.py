@@ -90,7 +90,7 @@ MISTAKES = {
         {"balance__bias_rate": 0.01},
         {},
         None,
-        "selection bias, which the run has no use for; set routing.name and",
+        "selection bias, which this run cannot use; set routing.name and",
     ),
     "tokenizer": (
         {},

@@ -131,6 +131,8 @@ def _hopper_backend(dtype, d, f):
     try:
         check_mosaic_gpu(dtype, d, f)
     except UserError as error:
-        logging.getLogger(__name__).warning("%s. Until then: blocked, which is slower", error)
+        logging.getLogger(__name__).warning(
+            "%s. This run uses backend 'blocked', which is slower", error
+        )
         return "blocked"
     return "mosaic_gpu"
