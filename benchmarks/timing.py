@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from aoe_jax.compare.runs import ALLOCATOR
+from aoe_jax.compare.jobs import ALLOCATOR
 from aoe_jax.config.run import Config, update_groups
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json

@@ -45,9 +45,10 @@ def main():
         advice = "leave out --report to train them"
         raise UserError(f"--workdir={workdir}: has no runs to report; {advice}")
     suite.check()
+    from aoe_jax.compare.jobs import Machine
     from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report
-    from aoe_jax.compare.runs import Machine, train_suite
+    from aoe_jax.compare.runs import train_suite
     from aoe_jax.training.workdir import make_workdir
 
     make_workdir(workdir)

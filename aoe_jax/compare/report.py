@@ -15,31 +15,30 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
+from aoe_jax.compare.jobs import PACKAGES, beside, machines_of
 from aoe_jax.compare.measure import measured_file, sweep_file
+from aoe_jax.compare.reading import COST_COLUMNS, read_costs, read_results
 from aoe_jax.compare.results import (
-    COST_COLUMNS,
     CURVE_COLUMNS,
     ROUTING_DIGITS,
     RUN_COLUMNS,
     SCALES,
     Results,
-    read_costs,
-    read_results,
 )
-from aoe_jax.compare.runs import (
-    PACKAGES,
-    beside,
-    check_run,
-    folder_of,
-    machines_of,
-    tuned_rates,
-    tuning_nlls,
-)
+from aoe_jax.compare.runs import check_run, folder_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.statistics import markdown_table, mean, number
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
 from aoe_jax.json_files import read_json
+
+BALANCED_BY = {  # methods that balance load, or couple router and experts, by themselves
+    "expert_choice": "expert choice",
+    "threshold": "thresholds",
+    "routing_free": "its own losses",
+    "gshard": "its loss of first choices",
+    "erc": "L_ERC",
+}
 
 
 def write_report(suite: Suite, workdir: Path, command):
@@ -277,11 +276,41 @@ def balanced(r: Results):
     for size in r.sizes:
         kinds = {}
         for arm in r.arms(size):
-            if words := r.balance_of(size, arm):
+            if words := balance_of(r, size, arm):
                 kinds.setdefault(words[0], []).append((arm, words[1]))
         for kind, members in kinds.items():
             rows += [(size, arm, kind, method, *members[0]) for arm, method in members]
     return rows
+
+
+def balance_of(r: Results, size, arm):
+    """Returns `(kind of layer, balancing methods)` in words; None for arms without a choice."""
+    config = r.configs[size, arm]
+    b, e, routing = config.balance, config.experts, config.routing
+    if not routing.chooses:
+        return None
+    default_k = r.configs[size, r.suite.baseline].experts.top_k
+    kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE"}
+    if e.kind == "capacity":
+        kinds["capacity"] = f"MoE, capacity {routing.capacity_factor:g}"
+    layer = {
+        kinds.get(e.kind, e.kind): True,
+        "factorised gate": e.factorised_gate,
+        "large router": e.large_router,
+        f"K={e.top_k}": e.top_k != default_k,
+        f"{routing.name.replace('_', ' ')} router": routing.name not in ("top_k", e.kind),
+        "weights over all": routing.name == "top_k" and not routing.norm_topk_prob,
+    }
+    methods = {
+        BALANCED_BY.get(routing.name, ""): routing.name in BALANCED_BY,
+        "L_aux of each sequence" if b.aux_batch == "sequence" else "L_aux": b.aux_weight,
+        "Ent_conf": b.entropy_weight,
+        "z-loss": b.z_weight,
+        "loss-free bias": b.bias_rate,
+    }
+    layer = ", ".join(name for name, holds in layer.items() if holds)
+    methods = " + ".join(name for name, holds in methods.items() if holds)
+    return layer, methods or "nothing"
 
 
 def routed_sizes(r: Results):

@@ -6,17 +6,13 @@ each checkpoint and layer. The CSV files of a report are these frames.
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.measure import measured_points, step_seconds
-from aoe_jax.compare.runs import beside, folder_of, is_finished, last_line
 from aoe_jax.compare.statistics import (
     EQUAL_FLOPS,
     at,
@@ -25,10 +21,9 @@ from aoe_jax.compare.statistics import (
     mean,
     paired_difference,
 )
-from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.compare.suite import Suite
 from aoe_jax.config.run import Config
-from aoe_jax.counts import experts_per_token, parameter_counts, training_flops_per_token
-from aoe_jax.json_files import read_json
+from aoe_jax.counts import experts_per_token
 
 KEYS = ["size", "arm", "seed"]
 RUN_COLUMNS = [
@@ -69,26 +64,6 @@ CURVE_COLUMNS = [*KEYS, "split", "step", "tokens", "flops", "seconds", "nll"]
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_FIGURES = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
 ROUTING_COLUMNS = [*KEYS, "step", "layer", "experts_per_token", *LAYER_FIGURES]
-COST_COLUMNS = [
-    "sweep",
-    "setting",
-    "x",
-    "arm",
-    "tokens_per_step",
-    "seconds_per_step",
-    "tokens_per_second",
-    "speed_to_baseline",
-    "flops_per_step",
-    "memory_bytes",  # of a device: state and temporaries; None for absent machines
-    "received_bytes",  # by a chip; None for this machine
-]
-BALANCED_BY = {  # methods that balance load, or couple router and experts, by themselves
-    "expert_choice": "expert choice",
-    "threshold": "thresholds",
-    "routing_free": "its own losses",
-    "gshard": "its loss of first choices",
-    "erc": "L_ERC",
-}
 BUDGETS = ("end", "flops", "seconds")  # at which arms are compared
 SCALES = {
     "active_non_embedding": "active parameters without embeddings",
@@ -298,195 +273,6 @@ class Results:
                 found[arm] = groups, fit_power_law(groups)
         return found
 
-    def balance_of(self, size, arm):
-        """Returns `(kind of layer, balancing methods)` in words; None for arms without a choice."""
-        config = self.configs[size, arm]
-        b, e, routing = config.balance, config.experts, config.routing
-        if not routing.chooses:
-            return None
-        default_k = self.configs[size, self.suite.baseline].experts.top_k
-        kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE"}
-        if e.kind == "capacity":
-            kinds["capacity"] = f"MoE, capacity {routing.capacity_factor:g}"
-        layer = {
-            kinds.get(e.kind, e.kind): True,
-            "factorised gate": e.factorised_gate,
-            "large router": e.large_router,
-            f"K={e.top_k}": e.top_k != default_k,
-            f"{routing.name.replace('_', ' ')} router": routing.name not in ("top_k", e.kind),
-            "weights over all": routing.name == "top_k" and not routing.norm_topk_prob,
-        }
-        methods = {
-            BALANCED_BY.get(routing.name, ""): routing.name in BALANCED_BY,
-            "L_aux of each sequence" if b.aux_batch == "sequence" else "L_aux": b.aux_weight,
-            "Ent_conf": b.entropy_weight,
-            "z-loss": b.z_weight,
-            "loss-free bias": b.bias_rate,
-        }
-        layer = ", ".join(name for name, holds in layer.items() if holds)
-        methods = " + ".join(name for name, holds in methods.items() if holds)
-        return layer, methods or "nothing"
-
 
 def _groups(rows, scale):
     return rows.groupby(scale, sort=False)["validation_nll"].apply(list).to_dict()
-
-
-def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
-    """Reads the `Results` of runs, finished or not, from their directories."""
-    configs, rows, curves, reports = {}, [], [], {}
-    timed = {size: step_seconds(workdir, runs, size) or {} for size in suite.sizes}
-    for run in runs:
-        configs.setdefault((run.size, run.arm), run.config)
-        seconds = timed[run.size].get(run.arm)
-        row, of_run, report = _read_run(run, folder_of(workdir, run), seconds)
-        rows.append(row)
-        curves += of_run
-        if report:
-            reports[run.size, run.arm, run.seed] = report
-    return make_results(suite, configs, rows, curves, reports)
-
-
-def make_results(suite, configs, rows, curves, reports):
-    """Returns `Results` from rows of `runs` as dicts and a list of frames of `curves`."""
-    runs = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *MORE_RUN_COLUMNS])
-    curves = [curve for curve in curves if len(curve)]
-    curves = pd.concat(curves) if curves else pd.DataFrame(columns=CURVE_COLUMNS)
-    return Results(suite, configs, runs, curves, reports)
-
-
-def _read_run(run, folder, seconds):
-    """Returns a row of `Results.runs`, a list of frames of `curves`, and routing.json or None."""
-    finished, outcome = is_finished(folder, run), beside(folder, ".outcome.json")
-    ended = read_json(outcome) if outcome.exists() else None
-    summary = read_json(folder / "summary.json") if finished else {"metrics": {}, "memory": {}}
-    metrics, memory = (pd.Series(summary[name], dtype=float) for name in ("metrics", "memory"))
-    nll = metrics.get("validation_nll", math.nan)
-    state = "failed" if ended else "unfinished"
-    if finished:
-        state = "finished" if math.isfinite(nll) else "diverged"
-    log = beside(folder, ".log")
-    lines = _read_lines(folder / "metrics.jsonl")
-    train, validation = (lines[lines[name].notna()] for name in ("loss", "validation_nll"))
-    own_seconds = run.config.tokens_per_step / train["tokens_per_second"].median()
-    shares = lines["dropped_share"].dropna()
-    file = folder / "routing.json"
-    report = read_json(file) if finished and file.exists() else None
-    row = describe(run) | {
-        "state": state,
-        "last_line": ended["last_line"] if ended else last_line(log) if log.exists() else "",
-        "validation_nll": nll,
-        "validation_bits_per_byte": metrics.get("validation_bits_per_byte", math.nan),
-        "dropped_share": shares.tail(math.ceil(len(shares) / 10)).mean(),
-        "seconds_per_step": seconds or own_seconds,
-        "timed_in_turn": seconds is not None,
-        "memory_bytes": memory.reindex(["state_bytes", "temporary_bytes"]).sum(skipna=False),
-    }
-    row["tokens_per_second"] = run.config.tokens_per_step / row["seconds_per_step"]
-    curves = [
-        curve_of(row, "train", train["step"], train["nll"]),
-        curve_of(row, "validation", validation["step"], validation["validation_nll"]),
-    ]
-    return row | _routing_figures(report), curves, report
-
-
-def describe(run: Run):
-    """Returns the columns of `Results.runs` that are known before training."""
-    config, counts = run.config, parameter_counts(run.config)
-    return {
-        "size": run.size,
-        "arm": run.arm,
-        "seed": run.seed,
-        "parameters": counts.total,
-        "active_parameters": counts.active,
-        "active_non_embedding": counts.active_non_embedding,
-        "flops_per_token": training_flops_per_token(config),
-        "learning_rate": config.train.learning_rate,
-        "steps": config.train.steps,
-        "tokens": config.train.steps * config.tokens_per_step,
-        "flops": run.flops,
-    }
-
-
-def _read_lines(path):
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line of a killed run may be cut off
-            continue
-    columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
-    return pd.DataFrame(found).reindex(columns=columns).astype(float)
-
-
-def curve_of(row, split, step, nll):
-    """Returns the rows of `Results.curves` of a split of a run, whose row of `runs` is given."""
-    step = np.asarray(step, int)
-    keys = {name: row[name] for name in KEYS} | {"split": split}
-    costs = {
-        "step": step,
-        "tokens": step * row["tokens"] / row["steps"],
-        "flops": step * row["flops"] / row["steps"],
-        "seconds": step * row["seconds_per_step"],
-        "nll": np.asarray(nll, float),
-    }
-    return pd.DataFrame(keys | costs, columns=CURVE_COLUMNS)
-
-
-def _routing_figures(report):
-    """Summarises a run's routing.json by columns of `runs`: means over layers at the end.
-
-    `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
-    the final choices at the first checkpoint and at half of the training. Missing figures are left
-    out.
-    """
-    if report is None:
-        return {}
-    checkpoints, last = report["checkpoints"], report["checkpoints"][-1]
-    found = {name: np.mean(last[name]) for name in LAYER_MEANS}
-    # Shares of tokens add up to a whole number but for rounding.
-    found["experts_per_token"] = round(float(np.sum(last["load"], axis=1).mean()), 6)
-    found["dead_experts"] = np.sum(last["dead_experts"])
-    found["settled_first"] = np.mean(checkpoints[0]["overlap_with_final"])
-    half = next(c for c in checkpoints if c["step"] >= 0.5 * last["step"])
-    if half["step"] <= 0.6 * last["step"]:
-        found["settled_half"] = np.mean(half["overlap_with_final"])
-    return found | {name: np.mean(values) for name, values in (report["oracle"] or {}).items()}
-
-
-def read_costs(suite: Suite, workdir: Path):
-    """Returns a frame of all sweeps, with a row for each measured arm and value.
-
-    The columns are COST_COLUMNS and `config`. Arms are in the order of the suite.
-    """
-    rows = []
-    for name, sweep in suite.throughput.items():
-        points = list(measured_points(suite, workdir, name))
-        for arm in suite.arms:
-            rows += [
-                _cost(name, sweep, arm, configs[arm], figures[arm])
-                for _, configs, figures in points
-                if figures and arm in figures
-            ]
-    frame = pd.DataFrame(rows, columns=[*COST_COLUMNS, "config"])
-    base = frame[frame["arm"] == suite.baseline].set_index(["sweep", "x"])["tokens_per_second"]
-    keys = pd.MultiIndex.from_frame(frame[["sweep", "x"]])
-    frame["speed_to_baseline"] = frame["tokens_per_second"] / base.reindex(keys).to_numpy()
-    return frame
-
-
-def _cost(name, sweep, arm, config, figures):
-    tokens = config.tokens_per_step
-    return {
-        "sweep": name,
-        "setting": sweep.setting,
-        "x": sweep.position(config),
-        "arm": arm,
-        "tokens_per_step": tokens,
-        "seconds_per_step": figures["seconds"],
-        "tokens_per_second": tokens / figures["seconds"],
-        "flops_per_step": tokens * training_flops_per_token(config),
-        "memory_bytes": figures.get("memory_bytes"),
-        "received_bytes": figures.get("received_bytes"),
-        "config": config,
-    }

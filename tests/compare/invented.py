@@ -5,14 +5,14 @@ import math
 
 import pandas as pd
 
-from aoe_jax.compare.report import all_sections, to_markdown
-from aoe_jax.compare.results import (
+from aoe_jax.compare.reading import (
     COST_COLUMNS,
     _routing_figures,
     curve_of,
     describe,
     make_results,
 )
+from aoe_jax.compare.report import all_sections, to_markdown
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from aoe_jax.compare.runs import Job, Slot, run_jobs, slots_of
+from aoe_jax.compare.jobs import Job, Slot, run_jobs, slots_of
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
@@ -50,7 +50,7 @@ time.sleep(60)
 """
 PARENT = """
 import pathlib, sys
-from aoe_jax.compare.runs import Slot, run_jobs
+from aoe_jax.compare.jobs import Slot, run_jobs
 from aoe_jax.errors import Stopped
 from aoe_jax.stopping import StopRequests
 from tests.compare.test_jobs import SLEEPER, job

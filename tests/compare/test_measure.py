@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from aoe_jax.compare.jobs import beside
 from aoe_jax.compare.measure import (
     measure_jobs,
     measure_points,
@@ -16,9 +17,10 @@ from aoe_jax.compare.measure import (
     step_seconds,
     sweep_file,
 )
+from aoe_jax.compare.reading import read_costs
 from aoe_jax.compare.report import at_equal_experts
-from aoe_jax.compare.results import LAYER_FIGURES, read_costs
-from aoe_jax.compare.runs import beside, folder_of
+from aoe_jax.compare.results import LAYER_FIGURES
+from aoe_jax.compare.runs import folder_of
 from aoe_jax.compare.suite import Arm, Size, Suite, Sweep, load_suite
 from aoe_jax.json_files import read_json, write_json
 from configs import tiny

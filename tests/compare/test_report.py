@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from aoe_jax.compare.report import balance_of
 from aoe_jax.compare.suite import Arm
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
@@ -24,12 +25,12 @@ def flat(text):
 
 def test_arms_are_named_as_they_are_at_each_size():
     found = comparison(TWO, lambda run: 1.0)
-    assert [found.balance_of(size, "aoe") for size in "ab"] == [
+    assert [balance_of(found, size, "aoe") for size in "ab"] == [
         ("AoE, r=8", "L_aux"),
         ("AoE, r=16", "L_aux"),
     ]
-    assert found.balance_of("a", "moe") == ("MoE", "L_aux")
-    assert found.balance_of("a", "dense") is None
+    assert balance_of(found, "a", "moe") == ("MoE", "L_aux")
+    assert balance_of(found, "a", "dense") is None
     no_loss = {"aux_weight": 0.0}
     others = {
         "aoe": other_router(aoe(4, "none"), "expert_choice"),
@@ -38,7 +39,7 @@ def test_arms_are_named_as_they_are_at_each_size():
         "over_all": weights_over_all(moe("free")),
     }
     found = results(suite_of({"a": TWO["a"]}, arms=ARMS | others), lambda run: 1.0)
-    assert {arm: found.balance_of("a", arm) for arm in others} == {
+    assert {arm: balance_of(found, "a", arm) for arm in others} == {
         "aoe": ("AoE, r=8, expert choice router", "expert choice"),
         "capacity": ("MoE, capacity 1.25", "L_aux"),
         "uoe": ("uoe", "nothing"),

@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.compare.measure import missing_points, step_seconds, sweep_file
+from aoe_jax.compare.reading import read_results
 from aoe_jax.compare.report import write_report
-from aoe_jax.compare.results import read_results
 from aoe_jax.compare.runs import (
-    Machine,
-    Slot,
     check_run,
     folder_of,
     train_suite,
@@ -67,7 +66,7 @@ def ended():
     work = folder / "work"
     suite = load_suite(write_suite(folder / "suite.py", SWEEP))
     sweep_file(work, "tokens").parent.mkdir(parents=True)
-    write_json(work / "machine.json", EARLIER | PACKAGES)
+    write_json(work / "machine.json", {"machines": [EARLIER | PACKAGES]})
     point = missing_points(suite, work, "tokens")[0] | {"figures": FIGURES}
     write_json(sweep_file(work, "tokens"), {"points": [point]})
     process = start(command(folder), XLA_FLAGS=xla_flags())
@@ -334,7 +333,7 @@ def test_the_sweep_measures_what_is_missing():
 def test_a_suite_may_train_nothing(tmp_path):
     suite = load_suite(write_suite(tmp_path / "suite.py", f"sizes={{}}, {SWEEP}"))
     work = shutil.copytree(ended()[0] / "work/measured", tmp_path / "work/measured").parent
-    write_json(work / "machine.json", EARLIER | PACKAGES)
+    write_json(work / "machine.json", {"machines": [EARLIER | PACKAGES]})
     write_report(suite, work, "command")
     markdown = (work / "report.md").read_text()
     assert "## Throughput against settings" in markdown and "Failed" not in markdown
