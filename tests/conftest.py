@@ -24,6 +24,13 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def x64():
+    """64-bit numbers."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def ragged(monkeypatch):
     """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the
     backend is no matter.

@@ -163,6 +163,31 @@ def train_command(workdir, **changes):
     return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *overrides]
 
 
+def fine_tuned(directory, workdir, **changes):
+    """The command line that goes on from a model."""
+    data = tiny_config().data
+    overrides = {
+        "data.name": data.name,
+        "data.path": data.path,
+        "data.cache": data.cache,
+        "data.seq_len": 32,
+    }
+    overrides |= {
+        "train.steps": 4,
+        "train.warmup": 0.0,
+        "train.log_every": 1,
+        "train.batch_size": 4,
+        **changes,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in overrides.items()]
+    return [
+        "train.py",
+        f"--config=configs/finetune.py:{directory}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
+
+
 def start(command, **options):
     """`forking.start` on one virtual CPU device, unless `options` have other `XLA_FLAGS`."""
     flags = HASTY if FOR_TPUS & {*command} else xla_flags()

@@ -11,6 +11,7 @@ from aoe_jax.formats.reading import read_config, read_step
 from tests.runs import (
     STEPS,
     contents,
+    fine_tuned,
     finished_run,
     kind_config,
     kind_run,
@@ -88,27 +89,8 @@ def test_converted_models_are_evaluated(tmp_path):
 
 def test_training_starts_from_a_model(tmp_path):
     """By its own configuration, which gives the shape and the tokenizer."""
-    command = [
-        "train.py",
-        f"--config=configs/finetune.py:{exported()['aoe']}",
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    data = tiny_config().data
-    overrides = {
-        "data.name": data.name,
-        "data.path": data.path,
-        "data.cache": data.cache,
-        "data.seq_len": 32,
-    }
-    overrides |= {
-        "train.steps": 2,
-        "train.warmup": 0.5,
-        "train.log_every": 1,
-        "train.batch_size": 4,
-    }
-    status, _, stderr = run(
-        [*command, *(f"--config.{name}={value}" for name, value in overrides.items())]
-    )
+    changes = {"train.steps": 2, "train.warmup": 0.5}
+    status, _, stderr = run(fine_tuned(exported()["aoe"], tmp_path / "run", **changes))
     assert status == 0, stderr
     before, after = (
         read_metrics(folder)[1][-1]["validation_nll"]

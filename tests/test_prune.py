@@ -16,6 +16,7 @@ from aoe_jax.pruning.run import prune
 from tests.runs import (
     STEPS,
     contents,
+    fine_tuned,
     finish,
     finished_run,
     kind_run,
@@ -39,31 +40,6 @@ def pruned():
     )
     assert status == 0, stderr
     return directory, stdout
-
-
-def fine_tuned(directory, workdir, **changes):
-    """The command line that goes on from a model."""
-    data = tiny_config().data
-    overrides = {
-        "data.name": data.name,
-        "data.path": data.path,
-        "data.cache": data.cache,
-        "data.seq_len": 32,
-    }
-    overrides |= {
-        "train.steps": 4,
-        "train.warmup": 0.0,
-        "train.log_every": 1,
-        "train.batch_size": 4,
-        **changes,
-    }
-    overrides = [f"--config.{name}={value}" for name, value in overrides.items()]
-    return [
-        "train.py",
-        f"--config=configs/finetune.py:{directory}",
-        f"--workdir={workdir}",
-        *overrides,
-    ]
 
 
 def test_files():

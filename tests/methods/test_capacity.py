@@ -24,12 +24,6 @@ from tests.moe.drawn import parameters_of
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 16, 8, 5
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def make(capacity_factor, top_k=2, norm_topk_prob=True, dtype="float64", recompute=False):
     """The layer, the router layer of the same settings, their parameters, and tokens that crowd
     some experts.

@@ -28,12 +28,6 @@ from tests.moe.contexts import context
 pytestmark = pytest.mark.smoke
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def scores_of_formula(params, x):
     """Cosines, or relative norms, by their formulas."""
     if "w_router" in params:

@@ -27,13 +27,7 @@ from tests.moe.drawn import parameters_of
 N, D, WIDTH = 6, 8, 5
 KEY = jax.random.key(3)
 
-pytestmark = pytest.mark.smoke
-
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("x64")]
 
 
 def normal(seed, *shape):

@@ -22,12 +22,6 @@ from tests.methods.method_layers import EXPERTS, TOKENS, assert_agree, by_loops,
 pytestmark = pytest.mark.smoke
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def weights_of(threshold):
     def weights(params, x):
         gates = jax.nn.relu(scores_of(params, x) - params["score_bias"])

@@ -28,12 +28,6 @@ SEQUENCES, TOKENS, WIDTH, EXPERTS = 3, 12, 8, 4
 FORMS = {"router": {}, "aoe": {"factorised_gate": True, "d_wide": 8}}
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def shapes_of(layer):
     """The shapes of the parameters by name."""
     sizes = layer.experts.sizes(WIDTH)

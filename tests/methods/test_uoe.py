@@ -31,12 +31,6 @@ N, D, WIDTH, ROUTING = 8, 8, 16, 4
 pytestmark = pytest.mark.smoke
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def make(
     n_tokens=(16, 8), dtype="float64", transport="ring", recompute=False, experts=None, **settings
 ):

@@ -32,12 +32,6 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def make(
     kind,
     n_tokens=29,

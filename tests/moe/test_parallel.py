@@ -57,12 +57,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.float64):
     settings = {"n_experts": 8, "top_k": 2, "d_ffn": 16, "d_low": 8} | settings
     default = LAYERS[settings["kind"]]() if settings["kind"] in LAYERS else TopK()
