@@ -338,3 +338,18 @@ def test_what_a_router_does_not_need_costs_nothing(x64):
         lowered = jax.jit(outputs).lower(params, x, weights, peaks, positions, jax.random.key(0))
     main = re.search(r"@main\((.*?)\) ->", lowered.as_text(), re.DOTALL)[1]
     assert len(re.findall(r"%arg\d+", main)) == len(params) + 2
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("recompute", [False, True])
+def test_devices_agree_on_the_number_of_rounds_once(x64, recompute):
+    """AoE has further rounds of norms and of outputs, and both have the rounds of one plan."""
+    layer, params, x, weights = make(KINDS["aoe"], "all_to_all", recompute)
+    mesh = Mesh(np.reshape(jax.devices(), (1, 2, 4, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+    def gradient(params, x):
+        return jax.grad(lambda params: layer.apply({"params": params}, x, weights)[0].sum())(params)
+
+    with jax.set_mesh(mesh):
+        program = str(jax.make_jaxpr(gradient)(params, x))
+    assert program.count("pmax[") == 1

@@ -87,12 +87,13 @@ class _Rounds(Local):
     """What transports with rounds share; `slots_per_token` slots lie token by token."""
 
     def further_rounds(self, first, function, plan, args):
-        return _sum_over_rounds(function, first, self.rounds(plan), plan, args)
+        return _sum_over_rounds(function, first, plan.n_rounds, plan, args)
 
 
 class _RingPlan(NamedTuple):
     slot: jax.Array  # [P + R] int32, the slot of each row in expert order; P past the end
     end: jax.Array  # [n] int32, the end of each expert's rows
+    n_rounds: jax.Array  # [] int32, as many as this device needs: others may need more or fewer
 
 
 class Ring(_Rounds):
@@ -127,11 +128,8 @@ class Ring(_Rounds):
         """One sort of all slots, those of other devices last."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_experts)
         order = jnp.pad(order, (0, self.size), constant_values=order.shape[0])
-        return _RingPlan(order, jnp.cumsum(group_sizes))
-
-    def rounds(self, plan):
-        """As many as this device needs: others may need more or fewer."""
-        return -(-plan.end[-1] // self.size)
+        end = jnp.cumsum(group_sizes)
+        return _RingPlan(order, end, -(-end[-1] // self.size))
 
     def round(self, plan, number):
         """`(slot [R], group sizes [n])`; rows past the last group have slot P."""
@@ -166,6 +164,8 @@ class _AllToAllPlan(NamedTuple):
     expert: jax.Array  # [P] int32, their experts
     start: jax.Array  # [E] int32, the first row for each device
     count: jax.Array  # [E] int32, the number of rows for each device
+    # [] int32, as many as the fullest pair of devices needs: all take part in each.
+    n_rounds: jax.Array
 
 
 class _AllToAllRound(NamedTuple):
@@ -193,11 +193,9 @@ class AllToAll(_Rounds):
         """One sort of the slots: by device, and by expert within."""
         order, _, group_sizes = sort_slots(routing.expert, self.n_devices * self.n_experts)
         count = group_sizes.reshape(self.n_devices, -1).sum(axis=1)
-        return _AllToAllPlan(order, routing.expert[order], jnp.cumsum(count) - count, count)
-
-    def rounds(self, plan):
-        """As many as the fullest pair of devices needs: all take part in each."""
-        return self.devices.largest(-(-plan.count.max() // self.pair_size))
+        start, n_rounds = jnp.cumsum(count) - count, -(-count.max() // self.pair_size)
+        expert, n_rounds = routing.expert[order], self.devices.largest(n_rounds)
+        return _AllToAllPlan(order, expert, start, count, n_rounds)
 
     def round(self, plan, number):
         n_slots = plan.slot.shape[0]
