@@ -1,4 +1,6 @@
-"""Imports start no backend of JAX: `jax.distributed.initialize` has to come first."""
+"""Neither imports nor configurations start a backend of JAX: `jax.distributed.initialize` has to
+come first.
+"""
 
 import subprocess
 import sys
@@ -16,10 +18,18 @@ for package in (aoe_jax, configs):
         if "flags.DEFINE" not in source:  # commands cannot be imported together
             importlib.import_module(module.name)
         assert not xla_bridge.backends_are_initialized(), module.name
+
+from aoe_jax.config.run import Config
+from configs import methods, paper
+
+for module in (methods, paper):
+    for variant in module.VARIANTS:
+        Config.from_config_dict(module.get_config(variant))
+        assert not xla_bridge.backends_are_initialized(), variant
 """
 
 
-def test_imports_start_no_backend():
+def test_no_backend_is_started():
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -45,12 +45,13 @@ class BalanceConfig:
 
     def check(self, config):
         """Refuses what does not fit the other groups."""
-        state = config.routing.state(config.experts, self, config.model.d_model)
+        method = config.routing
+        state = method.state_shapes(config.experts, self, config.model.d_model)
         require(
             self.bias_rate == 0 or "selection_bias" in state,
             "balance.bias_rate",
             self.bias_rate,
-            f"biases the choice of top-k routers; set it to 0 with {config.method_name}",
+            f"biases the choice of top-k routers; set it to 0 with routing.name={method.name!r}",
         )
         require(
             self.aux_batch == "global" or config.data.seq_len % self.aux_stride == 0,

@@ -68,11 +68,6 @@ class Config:
             getattr(self, f.name).check(self)
 
     @property
-    def method_name(self):
-        """The method in words for messages: the router, or the kind of layer."""
-        return f"routing.name={self.routing.name!r}"
-
-    @property
     def tokens_per_step(self):
         """Tokens of a training step, over all devices."""
         return self.train.batch_size * self.data.seq_len

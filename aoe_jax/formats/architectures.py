@@ -22,8 +22,6 @@ without the axis n.
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.formats.layout import LAYER, Tensor, parse_table
@@ -94,8 +92,7 @@ def _routing_state():
     return {
         f"layers/{name}": (Tensor(f"{LAYER}mlp.{name}", axes[a.shape], None),)
         for method in (ROUTERS | LAYERS).values()
-        # Only the shapes: arrays would start JAX's backend on import.
-        for name, a in jax.eval_shape(lambda m=method: m().state(experts, balance, d)).items()
+        for name, a in method().state_shapes(experts, balance, d).items()
     }
 
 

@@ -109,6 +109,10 @@ class Method:
         """The arrays of one layer that training changes without gradients; saved with the model."""
         return {}
 
+    def state_shapes(self, experts, balance, d):
+        """The shapes of `state`; arrays would start JAX, which configurations may not."""
+        return jax.eval_shape(lambda: self.state(experts, balance, d))
+
     def losses(self, stats, state, weights, token_weights) -> dict[str, tuple]:
         """The losses of the whole model beside those of the group `balance`.
 
