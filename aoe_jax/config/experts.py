@@ -73,7 +73,7 @@ class ExpertsConfig:
     def check(self, config):
         """Refuses what does not fit the other groups."""
         require(
-            self.score_gradient != "sparse" or config.routing.normalises_chosen,
+            self.score_gradient != "sparse" or config.routing.choice(self).is_normalised,
             "experts.score_gradient",
             self.score_gradient,
             "is exact only where weights are the softmax over the chosen scores, as with "
@@ -100,7 +100,7 @@ class ExpertsConfig:
         """Whether AoE scores without a gradient and computes the chosen norms again."""
         if self.kind != "aoe":
             return False
-        default = "sparse" if routing.normalises_chosen else "dense"
+        default = "sparse" if routing.choice(self).is_normalised else "dense"
         return (self.score_gradient or default) == "sparse"
 
     @property
