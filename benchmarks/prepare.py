@@ -93,7 +93,7 @@ def rates(repeats, vocab_size, count):
             output = Path(root, name.replace(":", "-"))
             (output / "units").mkdir(parents=True)
             settings = Settings(tokenizer)
-            plan = make_plan([file], settings)
+            plan = make_plan([file], settings.as_planned())
             units = range(len(plan["units"]))
             install_tokenizer(output, plan, settings)
             write = UnitWriter(output, plan, [0] * len(units))

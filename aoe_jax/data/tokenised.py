@@ -1,12 +1,11 @@
 """The corpora of a run, tokenised once and opened."""
 
 import hashlib
-import itertools
 import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,11 +18,10 @@ from aoe_jax.data.corpora import Corpus, load_corpus, slug
 from aoe_jax.data.token_store import (
     FORMAT_VERSION,
     RECORDS_PER_SHARD,
-    SplitWriter,
     TokenStore,
-    open_token_store,
     read_manifest,
     write_manifest,
+    write_splits,
 )
 from aoe_jax.data.tokenizer import (
     Tokenizer,
@@ -51,7 +49,12 @@ class TokenisedCorpus:
     @property
     def identities(self) -> list[str]:
         """For each source the name of its corpus with a hash of text, tokenizer and splits."""
-        return [_identity(store.manifest) for store in self.train.values()]
+        names = []
+        for manifest in (store.manifest for store in self.train.values()):
+            tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
+            content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
+            names.append(f"{slug(manifest['corpus'])}-{_short_hash(content)}")
+        return names
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
@@ -60,15 +63,15 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores.
 
     Raises:
-        UserError: see `cached_token_stores` and `open_token_store`; or the prepared stores have
-            several tokenizers, or another than `data.tokenizer`.
+        UserError: see `cached_token_stores` and `TokenStore`; or the prepared stores have several
+            tokenizers, or another than `data.tokenizer`.
     """
     sources, tokenizer = data.sources, data.tokenizer
     directories = {
         source.label: Path(source.path) for source in sources if source.name == "prepared"
     }
     if directories:
-        tokenizer = _shared_tokenizer(directories.values(), tokenizer, vocab_size)
+        tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     corpora = {
         source.label: load_corpus(source.name, source.path, data.cache, data.text_field)
         for source in sources
@@ -79,9 +82,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         directories |= dict(zip(corpora, stores, strict=True))
     weights = tuple(source.weight for source in sources)
     stores = {
-        split: {
-            source.label: open_token_store(directories[source.label], split) for source in sources
-        }
+        split: {source.label: TokenStore(directories[source.label], split) for source in sources}
         for split in SPLITS
     }
     return TokenisedCorpus(
@@ -91,7 +92,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     )
 
 
-def _shared_tokenizer(directories: Sequence[Path], given: str | None, vocab_size: int) -> str:
+def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
     """The file of the tokenizer of all prepared stores, which must be `given` if that is named."""
     hashes = {f"data.tokenizer={given!r}": load_tokenizer(given).sha256} if given else {}
     for directory in directories:
@@ -107,15 +108,9 @@ def _shared_tokenizer(directories: Sequence[Path], given: str | None, vocab_size
             f"data.name: all corpora must be of one tokenizer, but {named}. Prepare them again "
             "with the same tokenizer"
         )
-    path = given or str(saved_tokenizer(next(iter(directories))))
+    path = given or str(saved_tokenizer(directories[0]))
     check_vocab_size(load_tokenizer(path), vocab_size)
     return path
-
-
-def _identity(manifest: dict) -> str:
-    tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
-    content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
-    return f"{slug(manifest['corpus'])}-{_short_hash(content)}"
 
 
 def cached_token_stores(
@@ -155,7 +150,9 @@ def cached_token_stores(
         with exclusive(directory.with_name(f".{directory.name}.lock")):
             if not directory.exists():
                 started = time.monotonic()
-                given = given or _trained_tokenizer(corpora, vocab_size)
+                if not given:
+                    texts = (text for corpus in corpora for text in corpus.documents("train"))
+                    given = train_tokenizer(texts, vocab_size)
                 build_token_store(corpus, given, directory)
                 seconds = time.monotonic() - started
                 logger.info(f"token store: built {directory} in {seconds:.1f} s")
@@ -163,19 +160,14 @@ def cached_token_stores(
     return directories
 
 
-def _trained_tokenizer(corpora: list[Corpus], vocab_size: int) -> Tokenizer:
-    texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
-    return train_tokenizer(texts, vocab_size)
-
-
-def _short_hash(value: str | list) -> str:
+def _short_hash(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def build_token_store(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    directory: str | Path,
+    directory: Path,
     records_per_shard: int = RECORDS_PER_SHARD,
 ) -> None:
     """Tokenise a corpus into `directory`, which is created only when it is complete.
@@ -184,17 +176,20 @@ def build_token_store(
     document.
 
     Raises:
-        UserError: a split has no documents, or `SplitWriter.add` refuses one.
+        UserError: a split has no documents; see also `write_splits`.
     """
-    directory = Path(directory)
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        splits = {
-            split: _write_split(corpus, split, tokenizer, partial, records_per_shard)
-            for split in SPLITS
-        }
+        documents = _documents(corpus)
+        splits = write_splits(partial, documents, tokenizer, records_per_shard=records_per_shard)
+        for split, numbers in splits.items():
+            if numbers["documents"] == 0:
+                raise UserError(
+                    f"data.name={corpus.name!r}: its {split} split has no text; give a larger "
+                    "corpus"
+                )
         tokenizer.save(partial)
         write_manifest(partial, corpus.name, corpus.fingerprint, tokenizer, splits)
         partial.rename(directory)
@@ -202,20 +197,9 @@ def build_token_store(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_split(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path, records_per_shard: int
-) -> dict:
-    label = f"tokenising {corpus.name} {split}"
-    with (
-        SplitWriter(folder, split, tokenizer, records_per_shard) as writer,
-        tqdm(desc=label, unit="B", unit_scale=True, delay=5) as progress,
-    ):
-        for text in corpus.documents(split):
-            writer.add(text)
-            progress.update(len(text))
-        numbers = writer.finish()
-    if numbers["documents"] == 0:
-        raise UserError(
-            f"data.name={corpus.name!r}: its {split} split has no text; give a larger corpus"
-        )
-    return numbers
+def _documents(corpus: Corpus) -> Iterator[tuple[str, str]]:
+    with tqdm(desc=f"tokenising {corpus.name}", unit="B", unit_scale=True, delay=5) as progress:
+        for split in SPLITS:
+            for text in corpus.documents(split):
+                yield split, text
+                progress.update(len(text))

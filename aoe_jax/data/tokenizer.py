@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import replace_durably
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -69,8 +70,10 @@ class Tokenizer:
         raise NotImplementedError
 
     def save(self, folder: Path):
-        """Write the tokenizer to `folder / file_name`."""
-        (folder / self.file_name).write_bytes(self._content)
+        """Write the tokenizer to `folder / file_name`, whole or not at all."""
+        partial = folder / f"{self.file_name}.partial"
+        partial.write_bytes(self._content)
+        replace_durably(partial, folder / self.file_name)
 
 
 class HuggingFaceTokenizer(Tokenizer):

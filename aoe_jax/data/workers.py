@@ -1,13 +1,17 @@
 """Processes that work through a list of tasks; one that dies is replaced and its task repeated."""
 
 import contextlib
+import logging
 import multiprocessing
-import multiprocessing.connection
 import signal
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 
 from aoe_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _TRIES = 3  # for each task
 _POLL_SECONDS = 0.2
@@ -24,53 +28,50 @@ class Workers:
     def __init__(self, count: int, set_up: Callable, arguments: Sequence):
         """Each process calls `set_up(*arguments)` once, then the result of that with every task."""
         self._count, self._start = count, (set_up, arguments)
-        self._alive: list[tuple] = []  # process and connection
+        self._alive: dict[Connection, multiprocessing.Process] = {}
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *exception):
-        for process, connection in self._alive:
+        for connection, process in self._alive.items():
             process.kill()
             process.join()
             connection.close()
 
-    def run(
-        self, tasks: Sequence, name: Callable[[object], str], warn: Callable[[str], None]
-    ) -> Iterator[tuple | None]:
+    def run(self, tasks: Sequence, name: Callable[[object], str]) -> Iterator[tuple | None]:
         """Yield `(task, result)` in the order in which they are done, and None every now and then.
 
-        Args:
-            tasks: hashable values, begun in this order.
-            name: the name of a task, for messages.
-            warn: receives a message if a process has died.
+        `tasks` are hashable and begun in order; `name` gives the name of one for messages.
 
         Raises:
             UserError: a task raised it, or three processes died at a task.
             RuntimeError: a task raised anything else; the message has its traceback.
         """
-        waiting, busy, tries = list(reversed(tasks)), {}, {}
+        waiting, busy, deaths = list(reversed(tasks)), {}, Counter()
         idle = [self._new() for _ in range(min(self._count, len(tasks)))]
         while waiting or busy:
             while waiting and idle:
-                worker, task = idle.pop(), waiting.pop()
-                busy[worker[1]] = worker, task
+                connection, task = idle.pop(), waiting.pop()
+                busy[connection] = task
                 with contextlib.suppress(OSError):  # a dead process is noticed below
-                    worker[1].send(task)
+                    connection.send(task)
             yield None
-            for connection in multiprocessing.connection.wait(list(busy), _POLL_SECONDS):
-                worker, task = busy.pop(connection)
+            for connection in wait(list(busy), _POLL_SECONDS):
+                task = busy.pop(connection)
                 try:
                     kind, result = connection.recv()
                 except (EOFError, OSError):
-                    end = self._bury(worker)
-                    tries[task] = tries.get(task, 0) + 1
-                    if tries[task] == _TRIES:
+                    end = self._bury(connection)
+                    deaths[task] += 1
+                    if deaths[task] == _TRIES:
                         raise UserError(
                             f"--processes={self._count}: {_TRIES} processes died at {name(task)}, "
                             f"the last one with {end}; if memory ran out, use fewer"
                         ) from None
-                    warn(f"a process died at {name(task)} with {end}; another one takes its place")
+                    logger.warning(
+                        f"a process died at {name(task)} with {end}; another one takes its place"
+                    )
                     idle.append(self._new())
                     waiting.append(task)
                     continue
@@ -78,28 +79,27 @@ class Workers:
                     raise UserError(result)
                 if kind == "failure":
                     raise RuntimeError(f"at {name(task)}:\n{result}")
-                idle.append(worker)
+                idle.append(connection)
                 yield task, result
 
-    def _new(self) -> tuple:
+    def _new(self) -> Connection:
         ours, theirs = _spawning.Pipe()
         process = _spawning.Process(target=_work, args=(theirs, *self._start), daemon=True)
         process.start()
         theirs.close()  # so that `ours` is at its end when the process dies
-        self._alive.append((process, ours))
-        return process, ours
+        self._alive[ours] = process
+        return ours
 
-    def _bury(self, worker: tuple) -> str:
+    def _bury(self, connection: Connection) -> str:
         """Forget a dead process; returns how it ended."""
-        self._alive.remove(worker)
-        process, connection = worker
+        process = self._alive.pop(connection)
         process.join()
         connection.close()
         code = process.exitcode
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
-def _work(connection, set_up: Callable, arguments: Sequence):
+def _work(connection: Connection, set_up: Callable, arguments: Sequence):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     do = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
