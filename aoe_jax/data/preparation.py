@@ -100,11 +100,8 @@ class Settings:
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
     """Make a token store in `output`, or continue one that the same call began.
 
-    Args:
-        inputs: glob patterns, see `documents.find_files`.
-        settings: see `Settings`.
-        output: a directory that is empty, new, or of the same preparation.
-        processes: number of processes that tokenise; the store doesn't depend on it.
+    `inputs` are glob patterns, see `find_files`. `output` is a directory that is empty, new, or of
+    the same preparation. The store doesn't depend on the number of `processes`.
 
     Raises:
         UserError: an input or the tokenizer can't be used, `output` belongs to another preparation,
@@ -119,7 +116,8 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         ) from error
     with alone_in(output, "output"), _full_disk_is_named(output):
         plan = _claim(files, planned, output)
-        if _is_complete(output):
+        with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
+            read_manifest(output)
             shutil.rmtree(output / "units", ignore_errors=True)
             logger.info(f"{output} is complete already; --check reads it whole")
             return
@@ -258,15 +256,15 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
                 f"--output={output}: holds a preparation of something else: {name} is {there!r} "
                 f"there, {here!r} here. {advice}"
             )
-    known, found = {path for path, _, _ in plan["files"]}, {str(file) for file in files}
-    for path in sorted(known - found):
-        raise UserError(
-            f"--output={output}: holds a preparation of more: {path} is gone, or not named here. "
-            f"{advice}"
-        )
+    known, found = [state[0] for state in plan["files"]], {str(file) for file in files}
     for state in plan["files"]:
+        if state[0] not in found:
+            raise UserError(
+                f"--output={output}: holds a preparation of more: {state[0]} is gone, or not named "
+                f"here. {advice}"
+            )
         _refuse_changed(state, advice)
-    if new := sorted(found - known):
+    if new := sorted(found.difference(known)):
         logger.warning(
             f"{len(new)} new files, such as {new[0]}, are not in this preparation, which is older"
         )
@@ -278,20 +276,10 @@ def _refuse_changed(state: list, advice: str):
         raise UserError(f"--input: {state[0]} has changed since the preparation began. {advice}")
 
 
-def _is_complete(output: Path) -> bool:
-    try:
-        read_manifest(output)
-    except UserError:  # missing, or half written before a power cut
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _full_disk_is_named(output: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # array_record raises RuntimeError, tokenizers bare Exception
         if not is_disk_full(error):
             raise
@@ -333,7 +321,6 @@ def _write_units(
     units: list[int],
     expected: dict[str, str] | None = None,
 ):
-    """Write the shards of these units of work; `expected` is as in `UnitWriter`."""
     (output / "units").mkdir(exist_ok=True)
     for killed in (output / "units").glob("*.partial-*"):
         shutil.rmtree(killed, ignore_errors=True)
@@ -341,10 +328,7 @@ def _write_units(
     total, done = sum(sizes), sum(sizes) - sum(sizes[unit] for unit in units)
     # Bytes that the processes have read of each unit.
     read = multiprocessing.get_context("spawn").Array("q", len(sizes), lock=False)
-
-    def name(unit: int):
-        return f"{_pieces(plan, unit)[0].path} (unit {unit})"
-
+    names = {unit: f"{_pieces(plan, unit)[0].path} (unit {unit})" for unit in units}
     with (
         tqdm(
             desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
@@ -352,7 +336,7 @@ def _write_units(
         logging_redirect_tqdm([logging.getLogger("aoe_jax")]),
         Workers(processes, UnitWriter, (output, plan, read, expected)) as workers,
     ):
-        for _ in workers.run(units, name):
+        for _ in workers.run(names):
             bar.update(min(done + sum(read), total) - bar.n)
 
 
@@ -366,14 +350,8 @@ class UnitWriter:
         read: MutableSequence[int],
         expected: dict[str, str] | None = None,
     ):
-        """Load the tokenizer.
-
-        Args:
-            output: the store.
-            plan: its plan.
-            read: receives the number of bytes read of each unit.
-            expected: in a repair, hashes of all shards by name; a unit whose shards would differ is
-                refused.
+        """`read` receives the number of bytes read of each unit. In a repair, `expected` has the
+        hashes of all shards by name, and a unit whose shards would differ is refused.
         """
         self._output, self._plan, self._read, self._expected = output, plan, read, expected
         self._tokenizer = load_tokenizer(saved_tokenizer(output), threads=1)
@@ -442,12 +420,11 @@ def _done_file(output: Path, unit: int) -> Path:
 
 
 def _is_done(output: Path, unit: int) -> bool:
-    # After a power cut, shards may be missing although they were noted.
-    try:
-        result = read_json(_done_file(output, unit))
-    except UserError:
-        return False
-    return all((output / shard).is_file() for shard in _hashes_of_shards(result))
+    with contextlib.suppress(UserError):
+        shards = _hashes_of_shards(read_json(_done_file(output, unit)))
+        # After a power cut, shards may be missing although they were noted.
+        return all((output / shard).is_file() for shard in shards)
+    return False
 
 
 def _hashes_of_shards(result: dict) -> dict[str, str]:

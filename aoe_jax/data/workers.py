@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 
 from aoe_jax.errors import UserError
@@ -39,10 +39,10 @@ class Workers:
             process.join()
             connection.close()
 
-    def run(self, tasks: Sequence, name: Callable[[object], str]) -> Iterator[tuple | None]:
+    def run(self, tasks: Mapping[Hashable, str]) -> Iterator[tuple | None]:
         """Yield `(task, result)` in the order in which they are done, and None every now and then.
 
-        `tasks` are hashable and begun in order; `name` gives the name of one for messages.
+        `tasks` has the name of each task for messages; they are begun in order.
 
         Raises:
             UserError: a task raised it, or three processes died at a task.
@@ -66,11 +66,11 @@ class Workers:
                     deaths[task] += 1
                     if deaths[task] == _TRIES:
                         raise UserError(
-                            f"--processes={self._count}: {_TRIES} processes died at {name(task)}, "
+                            f"--processes={self._count}: {_TRIES} processes died at {tasks[task]}, "
                             f"the last one with {end}; if memory ran out, use fewer"
                         ) from None
                     logger.warning(
-                        f"a process died at {name(task)} with {end}; another one takes its place"
+                        f"a process died at {tasks[task]} with {end}; another one takes its place"
                     )
                     idle.append(self._new())
                     waiting.append(task)
@@ -78,7 +78,7 @@ class Workers:
                 if kind == "mistake":
                     raise UserError(result)
                 if kind == "failure":
-                    raise RuntimeError(f"at {name(task)}:\n{result}")
+                    raise RuntimeError(f"at {tasks[task]}:\n{result}")
                 idle.append(connection)
                 yield task, result
 

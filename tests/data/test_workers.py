@@ -32,7 +32,7 @@ class Task:
 
 def run(folder, tasks, count=2):
     with Workers(count, Task, (folder,)) as workers:
-        return dict(item for item in workers.run(tasks, str) if item)
+        return dict(item for item in workers.run({task: str(task) for task in tasks}) if item)
 
 
 def test_every_task_has_its_result(tmp_path, caplog):
@@ -57,7 +57,7 @@ def refuse():
 
 def test_set_up_that_fails(caplog):
     with Workers(1, refuse, ()) as workers, pytest.raises(UserError, match="no tokenizer"):
-        list(workers.run([1], str))
+        list(workers.run({1: "a task"}))
     assert not caplog.messages
 
 
