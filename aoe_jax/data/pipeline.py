@@ -46,10 +46,10 @@ class PackedWindows:
         """
         start = index.__index__() * self._seq_len
         tokens = self._store.read(start, start + self._seq_len + 1)
-        window = _window(tokens, self._seq_len, self._store.end_of_text)
+        windows = _windows(tokens, 1, self._seq_len, self._store.end_of_text)
         if self._loss_mask:
-            window["weights"][window["inputs"] == self._store.end_of_text] = 0
-        return window
+            windows["weights"][windows["inputs"] == self._store.end_of_text] = 0
+        return {name: array[0] for name, array in windows.items()}
 
 
 class Mixture:
@@ -60,12 +60,7 @@ class Mixture:
     on the number of sources only, so a run continues anywhere without a replay.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Fraction | int],
-        batch_size: int = 1,
-        rows: Sequence[int] = (0,),
-    ):
+    def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
         """Turns the weights into the smallest whole numbers in the same proportion; `rows` are
         those of each batch that are read.
         """
@@ -137,10 +132,10 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless training batches; the order of a source changes from epoch to epoch.
 
-    A batch is a dictionary of arrays `[batch_size, seq_len]`, see `PackedWindows`, or
-    `[len(rows), seq_len]`. A step has the same windows in the same rows for any number of
-    processes. `get_state` and `set_state` save and restore the position: the number of batches, and
-    of windows of each source in them, the same in every process.
+    A batch is a dictionary of arrays `[len(rows), seq_len]`, see `PackedWindows`. A step has the
+    same windows in the same rows for any number of processes. `get_state` and `set_state` save and
+    restore the position: the number of batches, and of windows of each source in them, the same in
+    every process.
 
     Args:
         stores: the train split of each source by its name.
@@ -185,25 +180,24 @@ def eval_batches(
     The arrays are those of `PackedWindows` without a loss mask. All are zero beyond the end of the
     stream, so `weights` sums to `len(store) - 1` over all batches.
     """
-    targets = len(store) - 1
-    for batch_start in range(0, targets, seq_len * batch_size):
-        rows = []
-        for start in range(batch_start, batch_start + seq_len * batch_size, seq_len):
-            stop = min(start + seq_len, targets)
-            tokens = store.read(start, stop + 1) if start < stop else np.zeros(1, np.int32)
-            rows.append(_window(tokens, seq_len, store.end_of_text))
-        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    size, end = seq_len * batch_size, len(store) - 1
+    for start in range(0, end, size):
+        tokens = store.read(start, min(start + size, end) + 1)
+        yield _windows(tokens, batch_size, seq_len, store.end_of_text)
 
 
-def _window(tokens: np.ndarray, seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-    """A window of up to `seq_len + 1` consecutive tokens, padded with zeros."""
-    n_targets = len(tokens) - 1
-    begins = tokens[:-1] == end_of_text
-    begins[:1] = True
-    window = {name: np.zeros(seq_len, np.int32) for name in ("inputs", "targets", "segment_ids")}
-    window["weights"] = np.zeros(seq_len, np.float32)
-    window["inputs"][:n_targets] = tokens[:-1]
-    window["targets"][:n_targets] = tokens[1:]
-    window["segment_ids"][:n_targets] = np.cumsum(begins)
-    window["weights"][:n_targets] = 1
-    return window
+def _windows(
+    tokens: np.ndarray, n_windows: int, seq_len: int, end_of_text: int
+) -> dict[str, np.ndarray]:
+    """Consecutive windows `[n_windows, seq_len]`; zeros where there are too few tokens."""
+    rows = np.zeros((3, n_windows * seq_len), np.int32)
+    rows[:, : len(tokens) - 1] = tokens[:-1], tokens[1:], np.ones_like(tokens[1:])
+    inputs, targets, is_real = rows.reshape(3, n_windows, seq_len)
+    begins = inputs == end_of_text
+    begins[:, 0] = True
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "segment_ids": np.cumsum(begins, axis=1, dtype=np.int32) * is_real,
+        "weights": is_real.astype(np.float32),
+    }

@@ -29,11 +29,7 @@ _BATCH_CHARACTERS = 2**21
 
 
 def write_splits(
-    folder: Path,
-    documents: Iterable[tuple[str, str]],
-    tokenizer: Tokenizer,
-    suffix: str = "",
-    records_per_shard: int = RECORDS_PER_SHARD,
+    folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, suffix: str = ""
 ) -> dict[str, dict]:
     """Tokenise documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
@@ -51,7 +47,7 @@ def write_splits(
     with contextlib.ExitStack() as files:
         writers = {}
         for split in SPLITS:
-            writers[split] = _SplitWriter(folder, split + suffix, tokenizer, records_per_shard)
+            writers[split] = _SplitWriter(folder, split + suffix, tokenizer)
             files.callback(writers[split].close)
         for split, text in documents:
             writers[split].add(text)
@@ -59,9 +55,9 @@ def write_splits(
 
 
 class _SplitWriter:
-    def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer, records_per_shard: int):
+    def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer):
         self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
-        self._shard_tokens, self._dtype = records_per_shard * RECORD_TOKENS, _token_dtype(tokenizer)
+        self._dtype = _token_dtype(tokenizer)
         self._texts: list[str] = []  # not tokenised yet
         self._characters = 0  # in these
         self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
@@ -105,8 +101,6 @@ class _SplitWriter:
 
     def _write(self, tokens: np.ndarray):
         shards = self._numbers["shards"]
-        if self._shard and shards[-1]["tokens"] == self._shard_tokens:
-            self._finish_shard()
         if not self._shard:
             name = f"{self._prefix}-{len(shards):05d}.array_record"
             self._shard = ArrayRecordWriter(str(self._folder / name), "group_size:1")
@@ -114,6 +108,8 @@ class _SplitWriter:
         self._shard.write(tokens.tobytes())
         shards[-1]["tokens"] += len(tokens)
         self._numbers["tokens"] += len(tokens)
+        if shards[-1]["tokens"] == RECORDS_PER_SHARD * RECORD_TOKENS:
+            self._finish_shard()
 
     def _finish_shard(self):
         if self._shard:

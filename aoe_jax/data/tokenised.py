@@ -17,7 +17,6 @@ from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import Corpus, load_corpus, slug
 from aoe_jax.data.token_store import (
     FORMAT_VERSION,
-    RECORDS_PER_SHARD,
     TokenStore,
     read_manifest,
     write_manifest,
@@ -120,14 +119,8 @@ def cached_token_stores(
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
     tokenizer, vocabulary size or text makes another store. Of several processes that share the
-    cache one builds a store, the others wait.
-
-    Args:
-        corpora: the corpora.
-        tokenizer: the path of a tokenizer's file; None: byte-level BPE of `vocab_size` tokens is
-            trained on the train splits of all corpora.
-        vocab_size: the model's vocabulary size.
-        cache: the folder for everything that is prepared once.
+    cache one builds a store, the others wait. `tokenizer` is the path of a file; if it is None,
+    byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
 
     Raises:
         UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is
@@ -164,12 +157,7 @@ def _short_hash(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def build_token_store(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    directory: Path,
-    records_per_shard: int = RECORDS_PER_SHARD,
-) -> None:
+def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
     """Tokenise a corpus into `directory`, which is created only when it is complete.
 
     One process at a time may do this. Memory is bounded by a batch of documents or the longest
@@ -182,8 +170,7 @@ def build_token_store(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        documents = _documents(corpus)
-        splits = write_splits(partial, documents, tokenizer, records_per_shard=records_per_shard)
+        splits = write_splits(partial, _documents(corpus), tokenizer)
         for split, numbers in splits.items():
             if numbers["documents"] == 0:
                 raise UserError(

@@ -51,10 +51,11 @@ def test_manifest(sotu_directory):
     }
 
 
-def test_reads_cross_records_and_shards(text_folder, tmp_path):
+def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "RECORDS_PER_SHARD", 1)
     corpus = load_corpus("text", str(text_folder), str(tmp_path))
     tokenizer = train_tokenizer([], 257)
-    build_token_store(corpus, tokenizer, tmp_path / "store", records_per_shard=1)
+    build_token_store(corpus, tokenizer, tmp_path / "store")
     store = TokenStore(tmp_path / "store", "train")
     assert len(store.manifest["splits"]["train"]["shards"]) == -(-len(store) // RECORD_TOKENS) > 8
     expected = [0]
@@ -201,15 +202,16 @@ def test_few_files_are_open_at_a_time(tmp_path):
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from aoe_jax.data import token_store
 from aoe_jax.data.tokenised import build_token_store
-from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenizer import train_tokenizer
 class Corpus:
     name, fingerprint = "corpus", "1"
     def documents(self, split):
         return ["word " * 1000] * (250 if split == "train" else 1)
-build_token_store(Corpus(), train_tokenizer([], 257), Path(sys.argv[1]), records_per_shard=1)
-store = TokenStore(sys.argv[1], "train")
+token_store.RECORDS_PER_SHARD = 1
+build_token_store(Corpus(), train_tokenizer([], 257), Path(sys.argv[1]))
+store = token_store.TokenStore(sys.argv[1], "train")
 assert len(list(Path(sys.argv[1]).glob("train*"))) > 250
 for _ in range(2):
     for start in range(0, len(store) - 10, 4096):
