@@ -216,8 +216,6 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    if name == "sotu":
-        return sotu.Sotu(data_dir=data_dir, file_format="array_record")
     if not name.startswith(_HUGGING_FACE):
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     owner, _, rest = name.removeprefix(_HUGGING_FACE).partition("/")

@@ -207,8 +207,9 @@ def repair(output: Path, processes: int) -> list[str]:
         damaged = check(output)
         if damaged:
             plan = read_json(output / PLAN_FILE, "prepare it again, in another folder")
-            units = sorted({int(name.split("-")[1]) for name in damaged})
-            _write_units(output, plan, processes, units, _hashes_of_shards(read_manifest(output)))
+            _write_units(
+                output, plan, processes, sorted({int(name.split("-")[1]) for name in damaged})
+            )
             shutil.rmtree(output / "units")
     return damaged
 
@@ -314,13 +315,7 @@ def _sample(plan: dict) -> Iterator[str]:
                 break
 
 
-def _write_units(
-    output: Path,
-    plan: dict,
-    processes: int,
-    units: list[int],
-    expected: dict[str, str] | None = None,
-):
+def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     (output / "units").mkdir(exist_ok=True)
     for killed in (output / "units").glob("*.partial-*"):
         shutil.rmtree(killed, ignore_errors=True)
@@ -334,7 +329,7 @@ def _write_units(
             desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
         ) as bar,
         logging_redirect_tqdm([logging.getLogger("aoe_jax")]),
-        Workers(processes, UnitWriter, (output, plan, read, expected)) as workers,
+        Workers(processes, UnitWriter, (output, read)) as workers,
     ):
         for _ in workers.run(names):
             bar.update(min(done + sum(read), total) - bar.n)
@@ -343,21 +338,21 @@ def _write_units(
 class UnitWriter:
     """Writes the shards of units of work, in a worker process."""
 
-    def __init__(
-        self,
-        output: Path,
-        plan: dict,
-        read: MutableSequence[int],
-        expected: dict[str, str] | None = None,
-    ):
-        """`read` receives the number of bytes read of each unit. In a repair, `expected` has the
-        hashes of all shards by name, and a unit whose shards would differ is refused.
-        """
-        self._output, self._plan, self._read, self._expected = output, plan, read, expected
+    def __init__(self, output: Path, read: MutableSequence[int]):
+        """`read` receives the number of bytes read of each unit of the plan in `output`."""
+        self._output, self._read = output, read
+        self._plan = read_json(output / PLAN_FILE)
         self._tokenizer = load_tokenizer(saved_tokenizer(output), threads=1)
+        self._expected = None
+        with contextlib.suppress(UserError):  # only a repair writes to a complete store
+            self._expected = _hashes_of_shards(read_manifest(output))
 
     def __call__(self, unit: int):
-        """Write the shards of a unit, then the file that notes it."""
+        """Write the shards of a unit, then the file that notes it.
+
+        Raises:
+            UserError: the input has changed, so that in a repair the shards would differ.
+        """
         partial = self._output / "units" / f"{unit:05d}.partial-{os.getpid()}"
         try:
             with _full_disk_is_named(self._output):

@@ -55,12 +55,12 @@ class Workers:
                 connection, task = idle.pop(), waiting.pop()
                 busy[connection] = task
                 with contextlib.suppress(OSError):  # a dead process is noticed below
-                    connection.send(task)
+                    connection.send((task, tasks[task]))
             yield None
             for connection in wait(list(busy), _POLL_SECONDS):
                 task = busy.pop(connection)
                 try:
-                    kind, result = connection.recv()
+                    result, error = connection.recv()
                 except (EOFError, OSError):
                     end = self._bury(connection)
                     deaths[task] += 1
@@ -75,10 +75,8 @@ class Workers:
                     idle.append(self._new())
                     waiting.append(task)
                     continue
-                if kind == "mistake":
-                    raise UserError(result)
-                if kind == "failure":
-                    raise RuntimeError(f"at {tasks[task]}:\n{result}")
+                if error:
+                    raise error
                 idle.append(connection)
                 yield task, result
 
@@ -104,12 +102,12 @@ def _work(connection: Connection, set_up: Callable, arguments: Sequence):
     do = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
-            task = connection.recv()
+            task, name = connection.recv()
             try:
                 do = do or set_up(*arguments)
-                answer = "done", do(task)
+                answer = do(task), None
             except UserError as error:
-                answer = "mistake", str(error)
+                answer = None, error
             except Exception:
-                answer = "failure", traceback.format_exc()
+                answer = None, RuntimeError(f"at {name}:\n{traceback.format_exc()}")
             connection.send(answer)
