@@ -44,8 +44,8 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     found, left_out = set(), Path(os.path.abspath(output))
     for pattern in patterns:
         paths = glob(os.path.expanduser(pattern), recursive=True)
-        matching = {Path(os.path.abspath(path)) for path in paths}
-        matching = {path for path in matching if not path.is_dir() and left_out not in path.parents}
+        matching = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+        matching = {path for path in matching if left_out not in path.parents}
         if not matching:
             raise UserError(
                 f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.gz'"

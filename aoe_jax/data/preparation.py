@@ -18,6 +18,7 @@ from collections.abc import Iterator, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -46,19 +47,13 @@ _TRAINING_BYTES = 2**26  # text that byte-level BPE is trained on
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that the tokens depend on.
+    """Settings that the tokens depend on."""
 
-    Attributes:
-        tokenizer: the path of a tokenizer's file, or `bpe:N`, byte-level BPE of N tokens trained on
-            a sample.
-        text_field: the field or column of JSON lines and Parquet that holds the text.
-        validation: the share of documents for validation. A hash of its text decides on the split
-            of a document, so that copies of a document are in one split.
-        test: the share of documents for test.
-    """
-
+    # A tokenizer's file, or `bpe:N`: byte-level BPE of N tokens, trained on a sample.
     tokenizer: str
-    text_field: str = "text"
+    text_field: str = "text"  # the field or column of JSON lines and Parquet that holds the text
+    # Shares of the documents. A hash of its text decides on the split of a document, so that copies
+    # of a document are in one split.
     validation: float = 0.005
     test: float = 0.005
 
@@ -123,9 +118,8 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
             return
         tokenizer, n_units = install_tokenizer(output, plan, settings), len(plan["units"])
         missing = [unit for unit in range(n_units) if not _is_done(output, unit)]
-        if len(missing) < n_units:
-            done = n_units - len(missing)
-            logger.info(f"going on: {done} of {n_units} units of work are done")
+        if n_done := n_units - len(missing):
+            logger.info(f"going on: {n_done} of {n_units} units of work are done")
         started = time.monotonic()
         _write_units(output, plan, processes, missing)
         seconds = time.monotonic() - started
@@ -145,14 +139,11 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
 
 def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: list[dict]):
     """Write the manifest, from the results of all units."""
-    splits = {}
-    for name in SPLITS:
-        parts = [result["splits"][name] for result in results]
-        splits[name] = split = {
-            number: sum(part[number] for part in parts)
-            for number in ("tokens", "documents", "bytes")
-        }
-        split["shards"] = [shard for part in parts for shard in part["shards"]]
+    splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for name in SPLITS}
+    for result in results:
+        for name, part in result["splits"].items():
+            for key, value in part.items():
+                splits[name][key] += value
     for name, split in splits.items():
         if split["documents"] == 0:
             share = "" if name == "train" else f"--{name}={getattr(settings, name)}: "
@@ -207,9 +198,8 @@ def repair(output: Path, processes: int) -> list[str]:
         damaged = check(output)
         if damaged:
             plan = read_json(output / PLAN_FILE, "prepare it again, in another folder")
-            _write_units(
-                output, plan, processes, sorted({int(name.split("-")[1]) for name in damaged})
-            )
+            units = sorted({int(name.split("-")[1]) for name in damaged})
+            _write_units(output, plan, processes, units)
             shutil.rmtree(output / "units")
     return damaged
 
@@ -257,7 +247,7 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
                 f"--output={output}: holds a preparation of something else: {name} is {there!r} "
                 f"there, {here!r} here. {advice}"
             )
-    known, found = [state[0] for state in plan["files"]], {str(file) for file in files}
+    found = {str(file) for file in files}
     for state in plan["files"]:
         if state[0] not in found:
             raise UserError(
@@ -265,7 +255,7 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
                 f"here. {advice}"
             )
         _refuse_changed(state, advice)
-    if new := sorted(found.difference(known)):
+    if new := sorted(found.difference(state[0] for state in plan["files"])):
         logger.warning(
             f"{len(new)} new files, such as {new[0]}, are not in this preparation, which is older"
         )
@@ -324,13 +314,11 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     # Bytes that the processes have read of each unit.
     read = multiprocessing.get_context("spawn").Array("q", len(sizes), lock=False)
     names = {unit: f"{_pieces(plan, unit)[0].path} (unit {unit})" for unit in units}
-    with (
-        tqdm(
-            desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
-        ) as bar,
-        logging_redirect_tqdm([logging.getLogger("aoe_jax")]),
-        Workers(processes, UnitWriter, (output, read)) as workers,
-    ):
+    bar = tqdm(
+        desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
+    )
+    workers = Workers(processes, UnitWriter, (output, read))
+    with bar, workers, logging_redirect_tqdm([logging.getLogger("aoe_jax")]):
         for _ in workers.run(names):
             bar.update(min(done + sum(read), total) - bar.n)
 
@@ -353,18 +341,14 @@ class UnitWriter:
         Raises:
             UserError: the input has changed, so that in a repair the shards would differ.
         """
-        partial = self._output / "units" / f"{unit:05d}.partial-{os.getpid()}"
-        try:
-            with _full_disk_is_named(self._output):
-                partial.mkdir()
-                result = self._write(unit, partial)
-                shards = _hashes_of_shards(result)
-                self._refuse_other_input(unit, shards)
-                for shard in shards:
-                    os.replace(partial / shard, self._output / shard)
-                write_json(_done_file(self._output, unit), result)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        notes, prefix = self._output / "units", f"{unit:05d}.partial-"
+        with _full_disk_is_named(self._output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
+            result = self._write(unit, Path(new))
+            shards = _hashes_of_shards(result)
+            self._refuse_other_input(unit, shards)
+            for shard in shards:
+                os.replace(Path(new, shard), self._output / shard)
+            write_json(_done_file(self._output, unit), result)
 
     def _write(self, unit: int, folder: Path) -> dict:
         fingerprint, empty = hashlib.sha256(), 0
