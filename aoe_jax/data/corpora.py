@@ -54,9 +54,8 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
         cache: the folder for everything that is prepared once.
         text_field: the feature of a TFDS data set that holds the text.
 
-    Raises:
-        UserError: the name is unknown, the folder has no usable text, or the data set cannot be
-          prepared.
+    Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
+    be prepared.
     """
     if name == "text":
         return _text_folder(path)

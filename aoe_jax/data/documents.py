@@ -36,10 +36,8 @@ class Piece(NamedTuple):
 def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """The files that match glob patterns (`**`: folders of any depth), each once, sorted by path.
 
-    Files in `output` are left out.
-
-    Raises:
-        UserError: a pattern matches no file, a file has an unknown format, or a link is broken.
+    Files in `output` are left out. Raises `UserError` if a pattern matches no file, a file has an
+    unknown format, or a link is broken.
     """
     found, left_out = set(), Path(os.path.abspath(output))
     for pattern in patterns:
@@ -64,10 +62,7 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
 
 def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
     """The pieces of a file, each with its size: about `piece_bytes`, but compressed files and texts
-    are one piece.
-
-    Raises:
-        UserError: the file cannot be read.
+    are one piece. Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
     try:
@@ -88,10 +83,8 @@ def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
     """The texts of a piece, each with the number of bytes read of the piece so far.
 
     Texts may be empty; half of a surrogate pair becomes U+FFFD. `text_field` is the field of JSON
-    or column of Parquet with the text.
-
-    Raises:
-        UserError: the file cannot be read, is damaged, or has an entry without a text.
+    or column of Parquet with the text. Raises `UserError` if the file cannot be read, is damaged,
+    or has an entry without a text.
     """
     kind, compression = _format(Path(piece.path))
     try:

@@ -148,9 +148,8 @@ def train_batches(
         loss_mask: see `PackedWindows`.
         read_options: number of threads that read ahead, and how far.
 
-    Raises:
-        UserError: a stream is shorter than one window; or, on `set_state`, the position is one in
-            other sources; or, on `next`, see `TokenStore.read`.
+    Raises `UserError` if a stream is shorter than one window; on `set_state`, if the position is
+    one in other sources; on `next`, as `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]

@@ -77,13 +77,6 @@ class Settings:
         made = self.tokenizer.startswith("bpe:")
         return self.tokenizer.removeprefix("bpe:") if made else None
 
-    def split_of(self, digest: bytes) -> str:
-        """The split of a document whose text has this hash."""
-        chance = int.from_bytes(digest[:8], "big") / 2**64
-        if chance < self.validation:
-            return "validation"
-        return "test" if chance < self.validation + self.test else "train"
-
     def as_planned(self) -> dict:
         """The settings as `plan.json` has them, with the hash of a tokenizer for its path."""
         planned = dataclasses.asdict(self)
@@ -98,9 +91,8 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     `inputs` are glob patterns, see `find_files`. `output` is a directory that is empty, new, or of
     the same preparation. The store doesn't depend on the number of `processes`.
 
-    Raises:
-        UserError: an input or the tokenizer can't be used, `output` belongs to another preparation,
-            the disk is full, or a split would be empty.
+    Raises `UserError` if an input or the tokenizer can't be used, `output` belongs to another
+    preparation, the disk is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, output)
     try:
@@ -166,10 +158,8 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
 
 
 def check(output: Path) -> list[str]:
-    """The names of the damaged or missing shards of a complete store.
-
-    Raises:
-        UserError: the store is incomplete, or its manifest or its tokenizer is damaged.
+    """The names of the damaged or missing shards of a complete store. Raises `UserError` if it is
+    incomplete, or its manifest or its tokenizer is damaged.
     """
     manifest, file = read_manifest(output), saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
@@ -186,9 +176,7 @@ def check(output: Path) -> list[str]:
 
 def repair(output: Path, processes: int) -> list[str]:
     """Write the damaged shards of a complete store again, from its input; returns their names.
-
-    Raises:
-        UserError: see `check`; or the input is missing or has changed.
+    Raises `UserError` as `check` does, and if the input is missing or has changed.
     """
     if not (output / PLAN_FILE).exists():
         raise UserError(
@@ -336,10 +324,8 @@ class UnitWriter:
             self._expected = _hashes_of_shards(read_manifest(output))
 
     def __call__(self, unit: int):
-        """Write the shards of a unit, then the file that notes it.
-
-        Raises:
-            UserError: the input has changed, so that in a repair the shards would differ.
+        """Write the shards of a unit, then the file that notes it. Raises `UserError` if the input
+        has changed; in a repair, if the shards would differ.
         """
         notes, prefix = self._output / "units", f"{unit:05d}.partial-"
         with _full_disk_is_named(self._output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
@@ -384,13 +370,17 @@ def _pieces(plan: dict, unit: int) -> list[Piece]:
 
 def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes, int]]:
     """Yield `(split, text, hash of the text, bytes read of the unit so far)` of each document."""
-    settings = Settings(**{field.name: plan[field.name] for field in dataclasses.fields(Settings)})
     before = 0
     for piece in _pieces(plan, unit):
         read = 0
-        for text, read in documents(piece, settings.text_field):
+        for text, read in documents(piece, plan["text_field"]):
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            yield settings.split_of(digest), text, digest, before + read
+            chance, split = int.from_bytes(digest[:8], "big") / 2**64, "train"
+            if chance < plan["validation"]:
+                split = "validation"
+            elif chance < plan["validation"] + plan["test"]:
+                split = "test"
+            yield split, text, digest, before + read
         before += read
 
 

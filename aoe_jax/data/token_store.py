@@ -34,15 +34,12 @@ def write_splits(
     """Tokenise documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
     A few million characters are tokenised at a time. `documents` are pairs of a split and a text
-    that is not empty.
+    that is not empty. Raises `UserError` if the tokenizer finds its end-of-text token in one.
 
     Returns:
         For each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`,
         which are on the disk then: of each its `name`, its `tokens`, and `file_bytes` and `sha256`
         of its file.
-
-    Raises:
-        UserError: the tokenizer finds its end-of-text token within a document.
     """
     with contextlib.ExitStack() as files:
         writers = {}
@@ -143,10 +140,8 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a token store.
-
-    Raises:
-        UserError: it is missing, damaged, or has another format version.
+    """The manifest of a token store. Raises `UserError` if it is missing, damaged, or has another
+    format version.
     """
     path = directory / "manifest.json"
     if not path.exists():
@@ -225,9 +220,8 @@ class TokenStore:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `[start, stop)` of the stream, int32 `[stop - start]`.
 
-        Raises:
-            IndexError: the range is empty or reaches beyond the stream.
-            UserError: a shard is damaged there.
+        Raises `IndexError` if the range is empty or reaches beyond the stream, `UserError` if a
+        shard is damaged there.
         """
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")

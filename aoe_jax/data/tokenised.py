@@ -59,11 +59,9 @@ class TokenisedCorpus:
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     """Open the corpora of a `DataConfig`; those that have no token store yet are tokenised first.
 
-    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores.
-
-    Raises:
-        UserError: see `cached_token_stores` and `TokenStore`; or the prepared stores have several
-            tokenizers, or another than `data.tokenizer`.
+    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores. Raises
+    `UserError` as `cached_token_stores` and `TokenStore` do, and if the prepared stores have
+    several tokenizers, or another than `data.tokenizer`.
     """
     sources, tokenizer = data.sources, data.tokenizer
     directories = {
@@ -122,9 +120,7 @@ def cached_token_stores(
     cache one builds a store, the others wait. `tokenizer` is the path of a file; if it is None,
     byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
 
-    Raises:
-        UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is
-            too small.
+    Raises `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -161,10 +157,7 @@ def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
     """Tokenise a corpus into `directory`, which is created only when it is complete.
 
     One process at a time may do this. Memory is bounded by a batch of documents or the longest
-    document.
-
-    Raises:
-        UserError: a split has no documents; see also `write_splits`.
+    document. Raises `UserError` as `write_splits` does, and if a split has no documents.
     """
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -56,7 +56,7 @@ class Tokenizer:
     prefix: list[int]
 
     def __init__(self, content: bytes, threads: int | None):
-        """Keeps the bytes of the file; `encode` runs on `threads`, by default one for each core."""
+        """Keeps the bytes of the file; see `load_tokenizer`."""
         self._content, self._threads = content, threads or cores()
         self.sha256 = hashlib.sha256(content).hexdigest()
 
@@ -170,10 +170,8 @@ class SentencePieceTokenizer(Tokenizer):
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE; token 0 is `<|endoftext|>`, and every byte has a token.
 
-    The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge.
-
-    Raises:
-        UserError: `vocab_size` is below 257.
+    The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge. Raises
+    `UserError` if `vocab_size` is below 257.
     """
     if vocab_size < 257:
         raise UserError(
@@ -197,13 +195,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a Hugging Face `tokenizer.json` or a SentencePiece model of any file name.
 
-    Args:
-        path: the file.
-        threads: the number of threads of `encode`; None: one for each core.
-        setting: the name of the path in errors.
-
-    Raises:
-        UserError: the file is missing, is no tokenizer, or has no end-of-text token.
+    `encode` runs on `threads`, by default one for each core. Raises `UserError`, which names the
+    `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
     path = Path(path).expanduser()
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
