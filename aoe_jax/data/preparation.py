@@ -33,7 +33,7 @@ from aoe_jax.data.token_store import (
     write_splits,
 )
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
-from aoe_jax.data.workers import Workers
+from aoe_jax.data.workers import work_through
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.locking import alone_in
@@ -305,9 +305,9 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     bar = tqdm(
         desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
     )
-    workers = Workers(processes, UnitWriter, (output, read))
-    with bar, workers, logging_redirect_tqdm([logging.getLogger("aoe_jax")]):
-        for _ in workers.run(names):
+    work = contextlib.closing(work_through(names, processes, UnitWriter, (output, read)))
+    with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), work as steps:
+        for _ in steps:
             bar.update(min(done + sum(read), total) - bar.n)
 
 

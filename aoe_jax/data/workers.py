@@ -20,36 +20,32 @@ _POLL_SECONDS = 0.2
 _spawning = multiprocessing.get_context("spawn")
 
 
-class Workers:
-    """A number of processes. Leaving the `with` statement kills them, and if this process is
-    killed, they end after their task.
+def work_through(
+    tasks: Mapping[Hashable, str], count: int, set_up: Callable, arguments: Sequence
+) -> Iterator[tuple | None]:
+    """Yield `(task, result)` in the order in which they are done, and None every now and then.
+
+    Each of `count` processes calls `set_up(*arguments)` once, then the result of that with every
+    task. `tasks` has the name of each task for messages; they are begun in order. Closing the
+    iterator kills the processes; if this process is killed, they end after their task.
+
+    Raises:
+        UserError: a task raised it, or three processes died at a task.
+        RuntimeError: a task raised anything else; the message has its traceback.
     """
+    waiting, busy, deaths = list(reversed(tasks)), {}, Counter()
+    alive: dict[Connection, multiprocessing.Process] = {}
 
-    def __init__(self, count: int, set_up: Callable, arguments: Sequence):
-        """Each process calls `set_up(*arguments)` once, then the result of that with every task."""
-        self._count, self._start = count, (set_up, arguments)
-        self._alive: dict[Connection, multiprocessing.Process] = {}
+    def start() -> Connection:
+        ours, theirs = _spawning.Pipe()
+        process = _spawning.Process(target=_work, args=(theirs, set_up, arguments), daemon=True)
+        process.start()
+        theirs.close()  # so that `ours` is at its end when the process dies
+        alive[ours] = process
+        return ours
 
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *exception):
-        for connection, process in self._alive.items():
-            process.kill()
-            process.join()
-            connection.close()
-
-    def run(self, tasks: Mapping[Hashable, str]) -> Iterator[tuple | None]:
-        """Yield `(task, result)` in the order in which they are done, and None every now and then.
-
-        `tasks` has the name of each task for messages; they are begun in order.
-
-        Raises:
-            UserError: a task raised it, or three processes died at a task.
-            RuntimeError: a task raised anything else; the message has its traceback.
-        """
-        waiting, busy, deaths = list(reversed(tasks)), {}, Counter()
-        idle = [self._new() for _ in range(min(self._count, len(tasks)))]
+    try:
+        idle = [start() for _ in range(min(count, len(tasks)))]
         while waiting or busy:
             while waiting and idle:
                 connection, task = idle.pop(), waiting.pop()
@@ -62,39 +58,33 @@ class Workers:
                 try:
                     result, error = connection.recv()
                 except (EOFError, OSError):
-                    end = self._bury(connection)
+                    end = _end_of(alive.pop(connection))
                     deaths[task] += 1
                     if deaths[task] == _TRIES:
                         raise UserError(
-                            f"--processes={self._count}: {_TRIES} processes died at {tasks[task]}, "
-                            f"the last one with {end}; if memory ran out, use fewer"
+                            f"--processes={count}: {_TRIES} processes died at {tasks[task]}, the "
+                            f"last one with {end}; if memory ran out, use fewer"
                         ) from None
                     logger.warning(
                         f"a process died at {tasks[task]} with {end}; another one takes its place"
                     )
-                    idle.append(self._new())
+                    idle.append(start())
                     waiting.append(task)
                     continue
                 if error:
                     raise error
                 idle.append(connection)
                 yield task, result
+    finally:
+        for process in alive.values():
+            process.kill()
+            process.join()
 
-    def _new(self) -> Connection:
-        ours, theirs = _spawning.Pipe()
-        process = _spawning.Process(target=_work, args=(theirs, *self._start), daemon=True)
-        process.start()
-        theirs.close()  # so that `ours` is at its end when the process dies
-        self._alive[ours] = process
-        return ours
 
-    def _bury(self, connection: Connection) -> str:
-        """Forget a dead process; returns how it ended."""
-        process = self._alive.pop(connection)
-        process.join()
-        connection.close()
-        code = process.exitcode
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+def _end_of(process: multiprocessing.Process) -> str:
+    process.join()
+    code = process.exitcode
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
 def _work(connection: Connection, set_up: Callable, arguments: Sequence):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.resources
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
+from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Preempted, UserError
 from tests.data.texts import json_lines, texts, write_everything
 from tests.runs import contents, damage, disk
@@ -112,26 +114,24 @@ def test_documents_that_come_twice_are_in_one_split(tmp_path):
 
 
 def interrupted(inputs, output, monkeypatch, when):
-    """Prepares; calls `when(workers, number of the call, units written)` now and then, which may
-    raise.
-    """
-    run = preparation.Workers.run
+    """Prepares; calls `when(units written)` now and then, which may raise."""
 
-    def watched(self, *arguments):
-        for number, item in enumerate(run(self, *arguments)):
-            when(self, number, len(list((output / "units").glob("*.json"))))
-            yield item
+    def watched(*arguments):
+        with contextlib.closing(work_through(*arguments)) as items:
+            for item in items:
+                when(len(list((output / "units").glob("*.json"))))
+                yield item
 
-    monkeypatch.setattr(preparation.Workers, "run", watched)
+    monkeypatch.setattr(preparation, "work_through", watched)
     try:
         prepared(inputs, output, processes=2)
     finally:
-        monkeypatch.setattr(preparation.Workers, "run", run)
+        monkeypatch.setattr(preparation, "work_through", work_through)
 
 
 @pytest.mark.parametrize("units", [0, 1, 4])
 def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplog, units):
-    def stop(workers, number, written):
+    def stop(written):
         if written >= units:
             raise Preempted("preempted")
 
@@ -147,9 +147,9 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
 def test_worker_that_is_killed_is_replaced(inputs, whole, tmp_path, monkeypatch, caplog):
     killed = []
 
-    def kill(workers, number, written):
+    def kill(written):
         if written and not killed:
-            killed.append(next(iter(workers._alive.values())).pid)
+            killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
     interrupted(inputs, tmp_path / "store", monkeypatch, kill)
@@ -158,7 +158,7 @@ def test_worker_that_is_killed_is_replaced(inputs, whole, tmp_path, monkeypatch,
 
 
 def test_done_file_without_its_shards_counts_for_nothing(inputs, whole, tmp_path, monkeypatch):
-    def stop(workers, number, written):
+    def stop(written):
         if written >= 3:
             raise Preempted("preempted")
 
@@ -328,7 +328,7 @@ def test_empty_documents_are_left_out_and_empty_splits_refused(tmp_path, caplog)
 def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
     refused = []
 
-    def again(workers, number, written):
+    def again(written):
         if not refused:
             with pytest.raises(UserError, match=r"--output=.*: another process is at work there"):
                 prepared(inputs, tmp_path / "store")
@@ -369,7 +369,7 @@ def test_full_disk(inputs, whole, small_disk):
 def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
     folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
 
-    def change(workers, number, written):
+    def change(written):
         (folder / "sub" / "2.txt").write_text("changed")
 
     with pytest.raises(
@@ -398,7 +398,7 @@ def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"store': no such folder"):
         check(tmp_path / "store")
 
-    def stop(workers, number, written):
+    def stop(written):
         raise Preempted("preempted")
 
     with pytest.raises(Preempted):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from aoe_jax.data.workers import Workers
+from aoe_jax.data.workers import work_through
 from aoe_jax.errors import UserError
 
 
@@ -31,8 +31,8 @@ class Task:
 
 
 def run(folder, tasks, count=2):
-    with Workers(count, Task, (folder,)) as workers:
-        return dict(item for item in workers.run({task: str(task) for task in tasks}) if item)
+    names = {task: str(task) for task in tasks}
+    return dict(item for item in work_through(names, count, Task, (folder,)) if item)
 
 
 def test_every_task_has_its_result(tmp_path, caplog):
@@ -56,8 +56,8 @@ def refuse():
 
 
 def test_set_up_that_fails(caplog):
-    with Workers(1, refuse, ()) as workers, pytest.raises(UserError, match="no tokenizer"):
-        list(workers.run({1: "a task"}))
+    with pytest.raises(UserError, match="no tokenizer"):
+        list(work_through({1: "a task"}, 1, refuse, ()))
     assert not caplog.messages
 
 
