@@ -30,10 +30,10 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.data.preparation import (
     Settings,
-    UnitWriter,
     check,
     install_tokenizer,
     make_plan,
+    unit_writer,
 )
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.token_store import read_manifest
@@ -98,7 +98,7 @@ def rates(repeats, vocab_size, count):
             units = range(len(plan["units"]))
             write_json(output / "plan.json", plan)
             install_tokenizer(output, plan, settings)
-            write = UnitWriter(output, [0] * len(units))
+            write = unit_writer(output, [0] * len(units))
             encode = load_tokenizer(saved_tokenizer(output), threads=1).encode
             arms = {
                 "prepare": lambda write=write, units=units: [write(unit) for unit in units],

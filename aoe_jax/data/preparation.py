@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,8 +213,7 @@ def make_plan(files: Sequence[Path], planned: dict) -> dict:
 def _state(path: str) -> list:
     """The path of a file, its size and its time of modification, if it exists."""
     with contextlib.suppress(FileNotFoundError):
-        stat = os.stat(path)
-        return [path, stat.st_size, stat.st_mtime_ns]
+        return [path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
     return [path]
 
 
@@ -305,62 +304,60 @@ def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
     bar = tqdm(
         desc="preparing", total=total, initial=done, unit="B", unit_scale=True, mininterval=1
     )
-    work = contextlib.closing(work_through(names, processes, UnitWriter, (output, read)))
+    work = contextlib.closing(work_through(names, processes, unit_writer, (output, read)))
     with bar, logging_redirect_tqdm([logging.getLogger("aoe_jax")]), work as steps:
         for _ in steps:
             bar.update(min(done + sum(read), total) - bar.n)
 
 
-class UnitWriter:
-    """Writes the shards of units of work, in a worker process."""
+def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], None]:
+    """The function that writes the shards of a unit of work, then the file that notes it.
 
-    def __init__(self, output: Path, read: MutableSequence[int]):
-        """`read` receives the number of bytes read of each unit of the plan in `output`."""
-        self._output, self._read = output, read
-        self._plan = read_json(output / PLAN_FILE)
-        self._tokenizer = load_tokenizer(saved_tokenizer(output), threads=1)
-        self._expected = None
-        with contextlib.suppress(UserError):  # only a repair writes to a complete store
-            self._expected = _hashes_of_shards(read_manifest(output))
+    `read` receives the number of bytes read of each unit. The function raises `UserError` if the
+    input has changed; in a repair, if the shards would differ.
+    """
+    plan, tokenizer = read_json(output / PLAN_FILE), load_tokenizer(saved_tokenizer(output), 1)
+    expected = None
+    with contextlib.suppress(UserError):  # only a repair writes to a complete store
+        expected = _hashes_of_shards(read_manifest(output))
 
-    def __call__(self, unit: int):
-        """Write the shards of a unit, then the file that notes it. Raises `UserError` if the input
-        has changed; in a repair, if the shards would differ.
-        """
-        notes, prefix = self._output / "units", f"{unit:05d}.partial-"
-        with _full_disk_is_named(self._output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
-            result = self._write(unit, Path(new))
+    def write(unit: int):
+        notes, prefix = output / "units", f"{unit:05d}.partial-"
+        with _full_disk_is_named(output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
+            result = _tokenise(unit, plan, tokenizer, Path(new), read)
             shards = _hashes_of_shards(result)
-            self._refuse_other_input(unit, shards)
+            files = sorted({file for file, _, _ in plan["units"][unit]["pieces"]})
+            if expected is None:
+                for file in files:
+                    _refuse_changed(plan["files"][file], f"Delete {output}, and prepare it again")
+            elif not shards.items() <= expected.items():
+                first, *_ = plan["files"][files[0]]
+                raise UserError(f"{first}: the input has changed since; prepare it again")
             for shard in shards:
-                os.replace(Path(new, shard), self._output / shard)
-            write_json(_done_file(self._output, unit), result)
+                os.replace(Path(new, shard), output / shard)
+            write_json(_done_file(output, unit), result)
 
-    def _write(self, unit: int, folder: Path) -> dict:
-        fingerprint, empty = hashlib.sha256(), 0
+    return write
 
-        def texts():
-            nonlocal empty
-            for split, text, digest, read in _documents(self._plan, unit):
-                self._read[unit] = read
-                if text:
-                    fingerprint.update(digest)
-                    yield split, text
-                else:
-                    empty += 1
 
-        splits = write_splits(folder, texts(), self._tokenizer, f"-{unit:05d}")
-        self._read[unit] = self._plan["units"][unit]["size"]
-        return {"splits": splits, "fingerprint": fingerprint.hexdigest(), "empty": empty}
+def _tokenise(
+    unit: int, plan: dict, tokenizer: Tokenizer, folder: Path, read: MutableSequence[int]
+) -> dict:
+    fingerprint, n_empty = hashlib.sha256(), 0
 
-    def _refuse_other_input(self, unit: int, shards: dict[str, str]):
-        pieces = self._plan["units"][unit]["pieces"]
-        states = [self._plan["files"][file] for file in sorted({file for file, _, _ in pieces})]
-        if self._expected is None:
-            for state in states:
-                _refuse_changed(state, f"Delete {self._output}, and prepare it again")
-        elif not shards.items() <= self._expected.items():
-            raise UserError(f"{states[0][0]}: the input has changed since; prepare it again")
+    def texts() -> Iterator[tuple[str, str]]:
+        nonlocal n_empty
+        for split, text, digest, n_read in _documents(plan, unit):
+            read[unit] = n_read
+            if text:
+                fingerprint.update(digest)
+                yield split, text
+            else:
+                n_empty += 1
+
+    splits = write_splits(folder, texts(), tokenizer, f"-{unit:05d}")
+    read[unit] = plan["units"][unit]["size"]
+    return {"splits": splits, "fingerprint": fingerprint.hexdigest(), "empty": n_empty}
 
 
 def _pieces(plan: dict, unit: int) -> list[Piece]:
