@@ -30,15 +30,16 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.data.preparation import (
     Settings,
-    UnitWriter,
     check,
     install_tokenizer,
     make_plan,
+    unit_writer,
 )
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import write_json
 from benchmarks.timing import report
 
 DOCUMENT_CHARACTERS = 4000
@@ -93,10 +94,11 @@ def rates(repeats, vocab_size, count):
             output = Path(root, name.replace(":", "-"))
             (output / "units").mkdir(parents=True)
             settings = Settings(tokenizer)
-            plan = make_plan([file], settings)
+            plan = make_plan([file], settings.as_planned())
             units = range(len(plan["units"]))
+            write_json(output / "plan.json", plan)
             install_tokenizer(output, plan, settings)
-            write = UnitWriter(output, plan, [0] * len(units))
+            write = unit_writer(output, [0] * len(units))
             encode = load_tokenizer(saved_tokenizer(output), threads=1).encode
             arms = {
                 "prepare": lambda write=write, units=units: [write(unit) for unit in units],

@@ -1,9 +1,10 @@
 """Reads documents from JSON lines, Parquet and plain text, in pieces that are independent."""
 
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -35,16 +36,14 @@ class Piece(NamedTuple):
 def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """The files that match glob patterns (`**`: folders of any depth), each once, sorted by path.
 
-    Files in `output` are left out.
-
-    Raises:
-        UserError: a pattern matches no file, a file has an unknown format, or a link is broken.
+    Files in `output` are left out. Raises `UserError` if a pattern matches no file, a file has an
+    unknown format, or a link is broken.
     """
     found, left_out = set(), Path(os.path.abspath(output))
     for pattern in patterns:
         paths = glob(os.path.expanduser(pattern), recursive=True)
-        matching = {Path(os.path.abspath(path)) for path in paths}
-        matching = {path for path in matching if not path.is_dir() and left_out not in path.parents}
+        matching = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+        matching = {path for path in matching if left_out not in path.parents}
         if not matching:
             raise UserError(
                 f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.gz'"
@@ -63,10 +62,7 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
 
 def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
     """The pieces of a file, each with its size: about `piece_bytes`, but compressed files and texts
-    are one piece.
-
-    Raises:
-        UserError: the file cannot be read.
+    are one piece. Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
     try:
@@ -75,37 +71,29 @@ def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
             return list(_row_groups(path, piece_bytes))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"--input: {path} cannot be read ({_reason(error)})") from error
+    cuts = [*range(0, size, piece_bytes), size]
     if kind == _TEXT or compression or size == 0:
-        return [(Piece(str(path), 0, size), size)]
-    pieces = []
-    for start in range(0, size, piece_bytes):
-        stop = min(start + piece_bytes, size)
-        pieces.append((Piece(str(path), start, stop), stop - start))
-    return pieces
+        cuts = [0, size]
+    return [
+        (Piece(str(path), start, stop), stop - start) for start, stop in itertools.pairwise(cuts)
+    ]
 
 
-def documents(
-    piece: Piece, text_field: str, progress: Callable[[int], None] = lambda read: None
-) -> Iterator[str]:
-    """The texts of a piece, also empty ones; half of a surrogate pair becomes U+FFFD.
+def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
+    """The texts of a piece, each with the number of bytes read of the piece so far.
 
-    Args:
-        piece: what to read.
-        text_field: the field of JSON or column of Parquet with the text.
-        progress: receives the number of bytes read of the piece, now and then.
-
-    Raises:
-        UserError: the file cannot be read, is damaged, or has an entry without a text.
+    Texts may be empty; half of a surrogate pair becomes U+FFFD. `text_field` is the field of JSON
+    or column of Parquet with the text. Raises `UserError` if the file cannot be read, is damaged,
+    or has an entry without a text.
     """
     kind, compression = _format(Path(piece.path))
     try:
         if kind == _PARQUET:
-            yield from _parquet(piece, text_field, progress)
+            yield from _parquet(piece, text_field)
         elif kind == _TEXT:
-            yield _text(piece, compression)
-            progress(piece.stop)
+            yield _text(piece.path, compression), piece.stop
         else:
-            yield from _json_lines(piece, compression, text_field, progress)
+            yield from _json_lines(piece, compression, text_field)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"--input: {piece.path} cannot be read ({_reason(error)}); mend or remove it"
@@ -114,11 +102,8 @@ def documents(
 
 def _format(path: Path) -> tuple[str | None, str | None]:
     """`(kind, compression)` by the end of the name; the kind is None if it is unknown."""
-    suffixes = path.suffixes
-    compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    if compression:
-        suffixes = suffixes[:-1]
-    kind = suffixes[-1] if suffixes else None
+    compression = _COMPRESSIONS.get(path.suffix)
+    kind = path.with_suffix("").suffix if compression else path.suffix
     known = (*_JSON_LINES, _TEXT) if compression else (*_JSON_LINES, _TEXT, _PARQUET)
     return (kind if kind in known else None), compression
 
@@ -134,7 +119,7 @@ def _row_groups(path: Path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
             start, size = stop, 0
 
 
-def _parquet(piece: Piece, text_field: str, progress: Callable[[int], None]) -> Iterator[str]:
+def _parquet(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
     with pyarrow.parquet.ParquetFile(piece.path) as file:
         names = file.schema_arrow.names
         if text_field not in names:
@@ -144,8 +129,7 @@ def _parquet(piece: Piece, text_field: str, progress: Callable[[int], None]) -> 
         done = 0
         for group in range(piece.start, piece.stop):
             where, seen = f"row group {group} of {piece.path}", 0
-            size = file.metadata.row_group(group).total_byte_size
-            n_rows = file.metadata.row_group(group).num_rows
+            metadata = file.metadata.row_group(group)
             for batch in file.iter_batches(256, row_groups=[group], columns=[text_field]):
                 try:
                     texts = batch.column(0).to_pylist()
@@ -153,27 +137,27 @@ def _parquet(piece: Piece, text_field: str, progress: Callable[[int], None]) -> 
                     raise UserError(
                         f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it"
                     ) from error
-                for text in texts:
-                    yield _checked(text, where, text_field)
                 seen += len(batch)
-                progress(done + size * seen // max(n_rows, 1))
-            done += size
+                read = done + metadata.total_byte_size * seen // metadata.num_rows
+                for text in texts:
+                    yield _checked(text, where, text_field), read
+            done += metadata.total_byte_size
 
 
-def _text(piece: Piece, compression: str | None) -> str:
-    with pyarrow.input_stream(piece.path, compression=compression) as stream:
+def _text(path: str, compression: str | None) -> str:
+    with pyarrow.input_stream(path, compression=compression) as stream:
         content = stream.read()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--input: {piece.path} is not UTF-8 at byte {error.start}; convert or remove it"
+            f"--input: {path} is not UTF-8 at byte {error.start}; convert or remove it"
         ) from error
 
 
 def _json_lines(
-    piece: Piece, compression: str | None, text_field: str, progress: Callable[[int], None]
-) -> Iterator[str]:
+    piece: Piece, compression: str | None, text_field: str
+) -> Iterator[tuple[str, int]]:
     with pyarrow.OSFile(piece.path) as raw:
         stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
         stream = io.BufferedReader(stream, _READ_BYTES)
@@ -185,12 +169,12 @@ def _json_lines(
         for line in stream:
             if not compression and position >= piece.stop:
                 break
+            begin, position = position, position + len(line)
             if not line.isspace():
-                where = f"the line at byte {position} of {piece.path}"
+                where = f"the line at byte {begin} of {piece.path}"
                 where += ", decompressed," if compression else ""
-                yield _checked(_value(line, where, text_field), where, text_field)
-            position += len(line)
-            progress(raw.tell() if compression else min(position, piece.stop) - piece.start)
+                read = raw.tell() if compression else min(position, piece.stop) - piece.start
+                yield _checked(_value(line, where, text_field), where, text_field), read
 
 
 def _value(line: bytes, where: str, text_field: str) -> object:

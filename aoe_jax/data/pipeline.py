@@ -1,7 +1,7 @@
 """Batches of packed windows from one corpus or a mixture of several, read with Grain."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import SupportsIndex
 
@@ -46,10 +46,10 @@ class PackedWindows:
         """
         start = index.__index__() * self._seq_len
         tokens = self._store.read(start, start + self._seq_len + 1)
-        window = _window(tokens, self._seq_len, self._store.end_of_text)
+        windows = _windows(tokens, 1, self._seq_len, self._store.end_of_text)
         if self._loss_mask:
-            window["weights"][window["inputs"] == self._store.end_of_text] = 0
-        return window
+            windows["weights"][windows["inputs"] == self._store.end_of_text] = 0
+        return {name: array[0] for name, array in windows.items()}
 
 
 class Mixture:
@@ -60,11 +60,14 @@ class Mixture:
     on the number of sources only, so a run continues anywhere without a replay.
     """
 
-    def __init__(self, weights: Sequence[Fraction | int]):
-        """Turn the weights into the smallest whole numbers in the same proportion."""
+    def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
+        """Turns the weights into the smallest whole numbers in the same proportion; `rows` are
+        those of each batch that are read.
+        """
         scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
         self._weights = [weight // math.gcd(*whole) for weight in whole]
+        self._batch_size, self._rows = batch_size, rows
 
     def counts(self, position: int) -> list[int]:
         """The number of windows of each source among the first `position`.
@@ -83,41 +86,19 @@ class Mixture:
         # More than is ever read; Grain computes with lengths as floating-point numbers.
         return 2**48
 
-    def __getitem__(self, position: SupportsIndex) -> tuple[int, int]:
+    def __getitem__(self, index: SupportsIndex) -> tuple[int, int]:
         """`(source, window of that source)`, for `grain.MapDataset.select_from_datasets`."""
-        position = position.__index__()
+        batch, row = divmod(index.__index__(), len(self._rows))
+        position = batch * self._batch_size + self._rows[row]
         before, after = self.counts(position), self.counts(position + 1)
         source = next(i for i, count in enumerate(before) if after[i] > count)
         return source, before[source]
 
 
-class _Rows:
-    """The elements of some rows of each batch, one after the other."""
-
-    def __init__(self, elements, batch_size: int, rows: Sequence[int]):
-        self._elements, self._batch_size, self._rows = elements, batch_size, rows
-
-    def __len__(self) -> int:
-        return len(self._elements) // self._batch_size * len(self._rows)
-
-    def __getitem__(self, index: SupportsIndex):
-        batch, row = divmod(index.__index__(), len(self._rows))
-        return self._elements[batch * self._batch_size + self._rows[row]]
-
-
-class _TrainBatches(grain.IterDataset):
-    """Batches whose iterators also save how much of each source they have read."""
-
-    def __init__(self, batches, windows_read):
-        super().__init__(batches)
-        self._windows_read = windows_read
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _TrainIterator(iter(self._parent), self._windows_read)
-
-
 class _TrainIterator(grain.DatasetIterator):
-    def __init__(self, batches, windows_read):
+    """Batches whose position has the number of windows that were read of each source, too."""
+
+    def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
         self._windows_read = windows_read  # number of batches -> windows of each source
 
@@ -148,13 +129,13 @@ def train_batches(
     rows: Sequence[int] | None = None,
     loss_mask: bool = False,
     read_options: grain.ReadOptions = READ_OPTIONS,
-) -> grain.IterDataset:
+) -> grain.DatasetIterator:
     """Endless training batches; the order of a source changes from epoch to epoch.
 
-    Each element is a dictionary of arrays `[batch_size, seq_len]`, see `PackedWindows`, or
-    `[len(rows), seq_len]`. A step has the same windows in the same rows for any number of
-    processes. Iterators save and restore their position with `get_state` and `set_state`: the
-    number of batches and of windows of each source in them, the same in every process.
+    A batch is a dictionary of arrays `[len(rows), seq_len]`, see `PackedWindows`. A step has the
+    same windows in the same rows for any number of processes. `get_state` and `set_state` save and
+    restore the position: the number of batches, and of windows of each source in them, the same in
+    every process.
 
     Args:
         stores: the train split of each source by its name.
@@ -167,9 +148,8 @@ def train_batches(
         loss_mask: see `PackedWindows`.
         read_options: number of threads that read ahead, and how far.
 
-    Raises:
-        UserError: a stream is shorter than one window; or, on `set_state`, the position is one in
-            other sources. Iterators raise what `TokenStore.read` does.
+    Raises `UserError` if a stream is shorter than one window; on `set_state`, if the position is
+    one in other sources; on `next`, as `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]
@@ -180,14 +160,14 @@ def train_batches(
         for source, seed in zip(windows, seeds, strict=True)
     ]
     # MapDataset.mix rounds weights to about one in a hundred: one pass would not be one over all.
-    mixture = Mixture(weights or [len(source) for source in windows])
+    mixture = Mixture(weights or [len(source) for source in windows], batch_size, rows)
     mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = grain.MapDataset.source(_Rows(mixed, batch_size, rows)).batch(len(rows))
+    batches = iter(mixed.batch(len(rows)).to_iter_dataset(read_options))
 
     def windows_read(n_batches: int) -> dict[str, int]:
         return dict(zip(stores, mixture.counts(n_batches * batch_size), strict=True))
 
-    return _TrainBatches(batches.to_iter_dataset(read_options), windows_read)
+    return _TrainIterator(batches, windows_read)
 
 
 def eval_batches(
@@ -199,31 +179,24 @@ def eval_batches(
     The arrays are those of `PackedWindows` without a loss mask. All are zero beyond the end of the
     stream, so `weights` sums to `len(store) - 1` over all batches.
     """
-    targets = len(store) - 1
-    for batch_start in range(0, targets, seq_len * batch_size):
-        rows = []
-        for start in range(batch_start, batch_start + seq_len * batch_size, seq_len):
-            tokens = np.zeros(1, np.int32)
-            if start < targets:
-                tokens = store.read(start, min(start + seq_len, targets) + 1)
-            rows.append(_window(tokens, seq_len, store.end_of_text))
-        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    size, end = seq_len * batch_size, len(store) - 1
+    for start in range(0, end, size):
+        tokens = store.read(start, min(start + size, end) + 1)
+        yield _windows(tokens, batch_size, seq_len, store.end_of_text)
 
 
-def _window(tokens: np.ndarray, seq_len: int, end_of_text: int) -> dict[str, np.ndarray]:
-    """A window of up to `seq_len + 1` consecutive tokens, padded with zeros."""
-    inputs, targets = tokens[:-1], tokens[1:]
+def _windows(
+    tokens: np.ndarray, n_windows: int, seq_len: int, end_of_text: int
+) -> dict[str, np.ndarray]:
+    """Consecutive windows `[n_windows, seq_len]`; zeros where there are too few tokens."""
+    rows = np.zeros((3, n_windows * seq_len), np.int32)
+    rows[:, : len(tokens) - 1] = tokens[:-1], tokens[1:], np.ones_like(tokens[1:])
+    inputs, targets, is_real = rows.reshape(3, n_windows, seq_len)
     begins = inputs == end_of_text
-    begins[:1] = True
-
-    def padded(values: np.ndarray | float, dtype: type) -> np.ndarray:
-        column = np.zeros(seq_len, dtype)
-        column[: len(targets)] = values
-        return column
-
+    begins[:, 0] = True
     return {
-        "inputs": padded(inputs, np.int32),
-        "targets": padded(targets, np.int32),
-        "segment_ids": padded(np.cumsum(begins), np.int32),
-        "weights": padded(1.0, np.float32),
+        "inputs": inputs,
+        "targets": targets,
+        "segment_ids": np.cumsum(begins, axis=1, dtype=np.int32) * is_real,
+        "weights": is_real.astype(np.float32),
     }

@@ -45,21 +45,17 @@ def main():
     """Prepares, checks or repairs."""
     StopRequests("the same command goes on where it was").listen()
     output = Path(cli.required(_OUTPUT)).expanduser()
-    if _CHECK.value or _REPAIR.value:
-        _check_or_repair(output)
-        return
-    if not _INPUT.value:
-        raise UserError("--input is missing; name a glob pattern of files")
-    settings = Settings(cli.required(_TOKENIZER), _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
-    prepare(_INPUT.value, settings, output, _PROCESSES.value)
-
-
-def _check_or_repair(output: Path):
-    if _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
+    if not (_CHECK.value or _REPAIR.value):
+        if not _INPUT.value:
+            raise UserError("--input is missing; name a glob pattern of files")
+        tokenizer = cli.required(_TOKENIZER)
+        settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
+        prepare(_INPUT.value, settings, output, _PROCESSES.value)
+    elif _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
         raise UserError(
             "--check and --repair, one at a time, take --output alone; the store has its input"
         )
-    if _REPAIR.value:
+    elif _REPAIR.value:
         damaged = repair(output, _PROCESSES.value)
         names = ", ".join(damaged) or "nothing, all shards are as they were written"
         log.info(f"wrote again: {names}")

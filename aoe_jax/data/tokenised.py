@@ -1,12 +1,11 @@
 """The corpora of a run, tokenised once and opened."""
 
 import hashlib
-import itertools
 import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,12 +17,10 @@ from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import Corpus, load_corpus, slug
 from aoe_jax.data.token_store import (
     FORMAT_VERSION,
-    RECORDS_PER_SHARD,
-    SplitWriter,
     TokenStore,
-    open_token_store,
     read_manifest,
     write_manifest,
+    write_splits,
 )
 from aoe_jax.data.tokenizer import (
     Tokenizer,
@@ -51,24 +48,27 @@ class TokenisedCorpus:
     @property
     def identities(self) -> list[str]:
         """For each source the name of its corpus with a hash of text, tokenizer and splits."""
-        return [_identity(store.manifest) for store in self.train.values()]
+        names = []
+        for manifest in (store.manifest for store in self.train.values()):
+            tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
+            content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
+            names.append(f"{slug(manifest['corpus'])}-{_short_hash(content)}")
+        return names
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     """Open the corpora of a `DataConfig`; those that have no token store yet are tokenised first.
 
-    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores.
-
-    Raises:
-        UserError: see `cached_token_stores` and `open_token_store`; or the prepared stores have
-            several tokenizers, or another than `data.tokenizer`.
+    Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores. Raises
+    `UserError` as `cached_token_stores` and `TokenStore` do, and if the prepared stores have
+    several tokenizers, or another than `data.tokenizer`.
     """
     sources, tokenizer = data.sources, data.tokenizer
     directories = {
         source.label: Path(source.path) for source in sources if source.name == "prepared"
     }
     if directories:
-        tokenizer = _shared_tokenizer(directories.values(), tokenizer, vocab_size)
+        tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     corpora = {
         source.label: load_corpus(source.name, source.path, data.cache, data.text_field)
         for source in sources
@@ -79,9 +79,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
         directories |= dict(zip(corpora, stores, strict=True))
     weights = tuple(source.weight for source in sources)
     stores = {
-        split: {
-            source.label: open_token_store(directories[source.label], split) for source in sources
-        }
+        split: {source.label: TokenStore(directories[source.label], split) for source in sources}
         for split in SPLITS
     }
     return TokenisedCorpus(
@@ -91,7 +89,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     )
 
 
-def _shared_tokenizer(directories: Sequence[Path], given: str | None, vocab_size: int) -> str:
+def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
     """The file of the tokenizer of all prepared stores, which must be `given` if that is named."""
     hashes = {f"data.tokenizer={given!r}": load_tokenizer(given).sha256} if given else {}
     for directory in directories:
@@ -107,15 +105,9 @@ def _shared_tokenizer(directories: Sequence[Path], given: str | None, vocab_size
             f"data.name: all corpora must be of one tokenizer, but {named}. Prepare them again "
             "with the same tokenizer"
         )
-    path = given or str(saved_tokenizer(next(iter(directories))))
+    path = given or str(saved_tokenizer(directories[0]))
     check_vocab_size(load_tokenizer(path), vocab_size)
     return path
-
-
-def _identity(manifest: dict) -> str:
-    tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
-    content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
-    return f"{slug(manifest['corpus'])}-{_short_hash(content)}"
 
 
 def cached_token_stores(
@@ -125,18 +117,10 @@ def cached_token_stores(
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
     tokenizer, vocabulary size or text makes another store. Of several processes that share the
-    cache one builds a store, the others wait.
+    cache one builds a store, the others wait. `tokenizer` is the path of a file; if it is None,
+    byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
 
-    Args:
-        corpora: the corpora.
-        tokenizer: the path of a tokenizer's file; None: byte-level BPE of `vocab_size` tokens is
-            trained on the train splits of all corpora.
-        vocab_size: the model's vocabulary size.
-        cache: the folder for everything that is prepared once.
-
-    Raises:
-        UserError: a setting names no usable tokenizer, a text cannot be read, or `vocab_size` is
-            too small.
+    Raises `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:
@@ -155,7 +139,9 @@ def cached_token_stores(
         with exclusive(directory.with_name(f".{directory.name}.lock")):
             if not directory.exists():
                 started = time.monotonic()
-                given = given or _trained_tokenizer(corpora, vocab_size)
+                if not given:
+                    texts = (text for corpus in corpora for text in corpus.documents("train"))
+                    given = train_tokenizer(texts, vocab_size)
                 build_token_store(corpus, given, directory)
                 seconds = time.monotonic() - started
                 logger.info(f"token store: built {directory} in {seconds:.1f} s")
@@ -163,38 +149,27 @@ def cached_token_stores(
     return directories
 
 
-def _trained_tokenizer(corpora: list[Corpus], vocab_size: int) -> Tokenizer:
-    texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
-    return train_tokenizer(texts, vocab_size)
-
-
-def _short_hash(value: str | list) -> str:
+def _short_hash(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def build_token_store(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    directory: str | Path,
-    records_per_shard: int = RECORDS_PER_SHARD,
-) -> None:
+def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
     """Tokenise a corpus into `directory`, which is created only when it is complete.
 
     One process at a time may do this. Memory is bounded by a batch of documents or the longest
-    document.
-
-    Raises:
-        UserError: a split has no documents, or `SplitWriter.add` refuses one.
+    document. Raises `UserError` as `write_splits` does, and if a split has no documents.
     """
-    directory = Path(directory)
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        splits = {
-            split: _write_split(corpus, split, tokenizer, partial, records_per_shard)
-            for split in SPLITS
-        }
+        splits = write_splits(partial, _documents(corpus), tokenizer)
+        for split, numbers in splits.items():
+            if numbers["documents"] == 0:
+                raise UserError(
+                    f"data.name={corpus.name!r}: its {split} split has no text; give a larger "
+                    "corpus"
+                )
         tokenizer.save(partial)
         write_manifest(partial, corpus.name, corpus.fingerprint, tokenizer, splits)
         partial.rename(directory)
@@ -202,20 +177,9 @@ def build_token_store(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_split(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, folder: Path, records_per_shard: int
-) -> dict:
-    label = f"tokenising {corpus.name} {split}"
-    with (
-        SplitWriter(folder, split, tokenizer, records_per_shard) as writer,
-        tqdm(desc=label, unit="B", unit_scale=True, delay=5) as progress,
-    ):
-        for text in corpus.documents(split):
-            writer.add(text)
-            progress.update(len(text))
-        numbers = writer.finish()
-    if numbers["documents"] == 0:
-        raise UserError(
-            f"data.name={corpus.name!r}: its {split} split has no text; give a larger corpus"
-        )
-    return numbers
+def _documents(corpus: Corpus) -> Iterator[tuple[str, str]]:
+    with tqdm(desc=f"tokenising {corpus.name}", unit="B", unit_scale=True, delay=5) as progress:
+        for split in SPLITS:
+            for text in corpus.documents(split):
+                yield split, text
+                progress.update(len(text))

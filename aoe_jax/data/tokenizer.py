@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import replace_durably
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -31,7 +32,6 @@ _END_OF_TEXT_NAMES = (
     "<｜end▁of▁sentence｜>",
     "[SEP]",
 )
-_SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -56,7 +56,7 @@ class Tokenizer:
     prefix: list[int]
 
     def __init__(self, content: bytes, threads: int | None):
-        """Keep the bytes of the file; `encode` runs on `threads`, by default one for each core."""
+        """Keeps the bytes of the file; see `load_tokenizer`."""
         self._content, self._threads = content, threads or cores()
         self.sha256 = hashlib.sha256(content).hexdigest()
 
@@ -69,8 +69,10 @@ class Tokenizer:
         raise NotImplementedError
 
     def save(self, folder: Path):
-        """Write the tokenizer to `folder / file_name`."""
-        (folder / self.file_name).write_bytes(self._content)
+        """Write the tokenizer to `folder / file_name`, whole or not at all."""
+        partial = folder / f"{self.file_name}.partial"
+        partial.write_bytes(self._content)
+        replace_durably(partial, folder / self.file_name)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -79,12 +81,7 @@ class HuggingFaceTokenizer(Tokenizer):
     file_name = "tokenizer.json"
 
     def __init__(self, content: str, threads: int | None = None):
-        """Read the content of a file.
-
-        Raises:
-            UserError: the vocabulary has no end-of-text token.
-            Exception: the content is no tokenizer.
-        """
+        """Raises `UserError` if there is no end-of-text token; errors of the library pass."""
         super().__init__(content.encode(), threads)
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_str(content)
         tokenizer.encode_special_tokens = True
@@ -147,12 +144,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, threads: int | None = None):
-        """Read the bytes of a model.
-
-        Raises:
-            UserError: the model has no end-of-sentence piece.
-            RuntimeError: the bytes are no model.
-        """
+        """Raises `UserError` if there is no end-of-sentence piece; errors of the library pass."""
         if not model:
             raise RuntimeError("it is empty")
         super().__init__(model, threads)
@@ -178,15 +170,12 @@ class SentencePieceTokenizer(Tokenizer):
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE; token 0 is `<|endoftext|>`, and every byte has a token.
 
-    The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge.
-
-    Raises:
-        UserError: `vocab_size` is below 257.
+    The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge. Raises
+    `UserError` if `vocab_size` is below 257.
     """
-    if vocab_size < _SMALLEST_VOCABULARY:
+    if vocab_size < 257:
         raise UserError(
-            f"model.vocab_size={vocab_size}: must be at least {_SMALLEST_VOCABULARY} "
-            f"(256 bytes and {END_OF_TEXT})"
+            f"model.vocab_size={vocab_size}: must be at least 257 (256 bytes and {END_OF_TEXT})"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -206,28 +195,21 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a Hugging Face `tokenizer.json` or a SentencePiece model of any file name.
 
-    Args:
-        path: the file.
-        threads: the number of threads of `encode`; None: one for each core.
-        setting: the name of the path in errors.
-
-    Raises:
-        UserError: the file is missing, is no tokenizer, or has no end-of-text token.
+    `encode` runs on `threads`, by default one for each core. Raises `UserError`, which names the
+    `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
     path = Path(path).expanduser()
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{setting}={str(path)!r}: can't be read ({error.strerror}); {wanted}"
-        ) from error
-    try:
         if content[:1] == b"{":
             return HuggingFaceTokenizer(content.decode(), threads)
         return SentencePieceTokenizer(content, threads)
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
+    except OSError as error:
+        reason = f"can't be read ({error.strerror})"
+        raise UserError(f"{setting}={str(path)!r}: {reason}; {wanted}") from error
     except Exception as error:  # the libraries raise bare Exception, RuntimeError and others
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={str(path)!r}: is no tokenizer ({reason}); {wanted}") from error
@@ -259,16 +241,29 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
     up to here the text of z has been joined as it would be alone, and alone it would end as x, y.
     """
     spec = json.loads(tokenizer.to_str())
-    if not _is_byte_level_bpe(spec):
+    model, split = spec["model"], spec["pre_tokenizer"] or {}
+    options = [model[name] for name in model.keys() - {"type", "vocab", "merges"}]
+    if (
+        spec["normalizer"]
+        or model["type"] != "BPE"
+        or any(options)  # such as dropout
+        or split.get("type") != "ByteLevel"
+        or split.get("add_prefix_space") is not False
+        or split.get("use_regex") is not True
+        or not all(token["special"] for token in spec["added_tokens"])
+    ):
         return None
     added = {token["content"] for token in spec["added_tokens"]}
-    vocabulary = {token: id for token, id in spec["model"]["vocab"].items() if token not in added}
-    unions = [vocabulary.get("".join(merge), -1) for merge in spec["model"]["merges"]]
+    vocabulary = {token: id for token, id in model["vocab"].items() if token not in added}
+    unions = [vocabulary.get("".join(merge), -1) for merge in model["merges"]]
     if -1 in unions or any(a >= b for a, b in itertools.pairwise(unions)):
         return None
-    bytes_of = _bytes_of_letters()
-    letters = set("".join(vocabulary))
-    if not (letters <= bytes_of.keys() <= vocabulary.keys()):
+    # The letters of bytes: printable bytes are letters themselves, the others come after U+00FF.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [ord(letter) for letter in letters if letter <= "\xff"]
+    others = [byte for byte in range(256) if byte not in printable]
+    bytes_of = dict(zip(letters, printable + others, strict=True))
+    if not ({*"".join(vocabulary)} <= bytes_of.keys() <= vocabulary.keys()):
         return None
     bare = json.dumps(spec | {"pre_tokenizer": None, "added_tokens": []})
     bare = tokenizers.Tokenizer.from_str(bare)
@@ -279,39 +274,6 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
     return tiktoken.Encoding(
         "byte-level BPE", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
-
-
-def _is_byte_level_bpe(spec: dict) -> bool:
-    """Whether a tokenizer splits texts as GPT-2 does, and has no option that tiktoken lacks."""
-    options = (
-        "dropout",
-        "unk_token",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "fuse_unk",
-        "byte_fallback",
-        "ignore_merges",
-    )
-    model, split = spec["model"], spec["pre_tokenizer"] or {}
-    return (
-        spec["normalizer"] is None
-        and model["type"] == "BPE"
-        and not any(model.get(name) for name in options)
-        and split.get("type") == "ByteLevel"
-        and split.get("add_prefix_space") is False
-        and split.get("use_regex") is True
-        and all(token["special"] for token in spec["added_tokens"])
-    )
-
-
-def _bytes_of_letters() -> dict[str, int]:
-    """The byte of each letter of byte-level BPE: printable bytes are letters themselves, the others
-    are those from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    bytes_of = {chr(byte): byte for byte in printable}
-    return bytes_of | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def cores() -> int:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from aoe_jax.data.pipeline import PackedWindows, eval_batches, train_batches
-from aoe_jax.data.token_store import open_token_store
+from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import build_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
@@ -33,14 +33,14 @@ def byte_store(tmp_path):
 
     def make(*texts):
         build_token_store(Documents(texts), train_tokenizer([], 257), tmp_path / "store")
-        return open_token_store(tmp_path / "store", "train")
+        return TokenStore(tmp_path / "store", "train")
 
     return make
 
 
 @pytest.fixture(scope="module")
 def validation(sotu_directory):
-    return open_token_store(sotu_directory, "validation")
+    return TokenStore(sotu_directory, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +169,8 @@ def test_resume_in_another_process_past_an_epoch(sotu_directory, validation):
     code = (
         "import json, sys\n"
         "from aoe_jax.data.pipeline import train_batches\n"
-        "from aoe_jax.data.token_store import open_token_store\n"
-        "stores = {'corpus': open_token_store(sys.argv[1], 'validation')}\n"
+        "from aoe_jax.data.token_store import TokenStore\n"
+        "stores = {'corpus': TokenStore(sys.argv[1], 'validation')}\n"
         "iterator = iter(train_batches(stores, None, 512, 4, 3))\n"
         "iterator.set_state(json.loads(sys.argv[2]))\n"
         "print(json.dumps([next(iterator)['inputs'].tolist() for _ in range(3)]))\n"

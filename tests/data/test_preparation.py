@@ -3,6 +3,7 @@
 import contextlib
 import importlib.resources
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,9 +14,10 @@ import pytest
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data import SPLITS, preparation
 from aoe_jax.data.preparation import Settings, check, prepare, repair
-from aoe_jax.data.token_store import open_token_store
+from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
+from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Preempted, UserError
 from tests.data.texts import json_lines, texts, write_everything
 from tests.runs import contents, damage, disk
@@ -53,7 +55,7 @@ def prepared(inputs, output, settings=SETTINGS, processes=1):
 def stored(directory, split):
     """The documents of a split, decoded."""
     store, tokenizer = (
-        open_token_store(directory, split),
+        TokenStore(directory, split),
         load_tokenizer(saved_tokenizer(directory)),
     )
     stream = store.read(0, len(store))
@@ -82,7 +84,7 @@ def test_every_document_is_there_once_and_in_order(inputs, whole):
         0.05 < len(found["validation"]) / len(expected) < 0.15
         and 0.02 < len(found["test"]) / len(expected) < 0.09
     )
-    manifest = open_token_store(whole, "train").manifest
+    manifest = TokenStore(whole, "train").manifest
     for split in SPLITS:
         numbers = manifest["splits"][split]
         assert numbers["documents"] == len(found[split])
@@ -112,26 +114,24 @@ def test_documents_that_come_twice_are_in_one_split(tmp_path):
 
 
 def interrupted(inputs, output, monkeypatch, when):
-    """Prepares; calls `when(workers, number of the call, units written)` now and then, which may
-    raise.
-    """
-    run = preparation.Workers.run
+    """Prepares; calls `when(units written)` now and then, which may raise."""
 
-    def watched(self, *arguments):
-        for number, item in enumerate(run(self, *arguments)):
-            when(self, number, len(list((output / "units").glob("*.json"))))
-            yield item
+    def watched(*arguments):
+        with contextlib.closing(work_through(*arguments)) as items:
+            for item in items:
+                when(len(list((output / "units").glob("*.json"))))
+                yield item
 
-    monkeypatch.setattr(preparation.Workers, "run", watched)
+    monkeypatch.setattr(preparation, "work_through", watched)
     try:
         prepared(inputs, output, processes=2)
     finally:
-        monkeypatch.setattr(preparation.Workers, "run", run)
+        monkeypatch.setattr(preparation, "work_through", work_through)
 
 
 @pytest.mark.parametrize("units", [0, 1, 4])
 def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplog, units):
-    def stop(workers, number, written):
+    def stop(written):
         if written >= units:
             raise Preempted("preempted")
 
@@ -147,9 +147,9 @@ def test_stopped_preparation_goes_on(inputs, whole, tmp_path, monkeypatch, caplo
 def test_worker_that_is_killed_is_replaced(inputs, whole, tmp_path, monkeypatch, caplog):
     killed = []
 
-    def kill(workers, number, written):
+    def kill(written):
         if written and not killed:
-            killed.append(workers._alive[0][0].pid)
+            killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
     interrupted(inputs, tmp_path / "store", monkeypatch, kill)
@@ -158,7 +158,7 @@ def test_worker_that_is_killed_is_replaced(inputs, whole, tmp_path, monkeypatch,
 
 
 def test_done_file_without_its_shards_counts_for_nothing(inputs, whole, tmp_path, monkeypatch):
-    def stop(workers, number, written):
+    def stop(written):
         if written >= 3:
             raise Preempted("preempted")
 
@@ -248,7 +248,7 @@ def test_damaged_store_says_how_to_repair_it(whole, tmp_path):
         UserError,
         match=r"train-00002-00000.* is missing; `python -m aoe_jax.data.prepare --repair --output=",
     ):
-        open_token_store(store, "train")
+        TokenStore(store, "train")
 
 
 def test_repair_refuses_what_would_come_out_otherwise(inputs, tmp_path):
@@ -282,7 +282,7 @@ def test_sentencepiece_model(inputs, tmp_path):
     expected = set(inputs[1])
     assert sum(len(stored(store, split)) for split in SPLITS) == len(expected)
     assert set(stored(store, "train")) < expected
-    manifest = open_token_store(store, "train").manifest
+    manifest = TokenStore(store, "train").manifest
     assert manifest["vocab_size"] == 32000 and manifest["end_of_text"] == 2
     corpus = open_corpus(DataConfig("prepared", str(store)), 32000)
     assert corpus.tokenizer == store / "tokenizer.model"
@@ -322,13 +322,13 @@ def test_empty_documents_are_left_out_and_empty_splits_refused(tmp_path, caplog)
         prepared(pattern, tmp_path / "store", Settings("bpe:300", validation=0.0001, test=0.3))
     store = prepared(pattern, tmp_path / "other", Settings("bpe:300", validation=0.3, test=0.3))
     assert "left out 2 documents without text" in caplog.text
-    assert sum(open_token_store(store, split).documents for split in SPLITS) == 30
+    assert sum(TokenStore(store, split).documents for split in SPLITS) == 30
 
 
 def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
     refused = []
 
-    def again(workers, number, written):
+    def again(written):
         if not refused:
             with pytest.raises(UserError, match=r"--output=.*: another process is at work there"):
                 prepared(inputs, tmp_path / "store")
@@ -369,7 +369,7 @@ def test_full_disk(inputs, whole, small_disk):
 def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
     folder = shutil.copytree(inputs[0].removesuffix("**"), tmp_path / "in")
 
-    def change(workers, number, written):
+    def change(written):
         (folder / "sub" / "2.txt").write_text("changed")
 
     with pytest.raises(
@@ -380,9 +380,7 @@ def test_input_that_changes_meanwhile_is_noticed(inputs, tmp_path, monkeypatch):
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    "left", ["plan.json.partial", "manifest.json", "tokenizer.partial/tokenizer.json"]
-)
+@pytest.mark.parametrize("left", ["plan.json.partial", "manifest.json", "tokenizer.json.partial"])
 def test_files_that_a_kill_or_a_power_cut_leaves_half(inputs, whole, tmp_path, left):
     output = tmp_path / "store"
     if left != "plan.json.partial":
@@ -390,7 +388,8 @@ def test_files_that_a_kill_or_a_power_cut_leaves_half(inputs, whole, tmp_path, l
         for path in output.glob("*.array_record"):
             path.unlink()
         (output / "manifest.json").unlink()
-    (output / left).parent.mkdir(exist_ok=True)
+        (output / left.removesuffix(".partial")).unlink(missing_ok=True)
+    output.mkdir(exist_ok=True)
     (output / left).touch()
     assert files_of(prepared(inputs, output)) == files_of(whole)
 
@@ -399,7 +398,7 @@ def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"store': no such folder"):
         check(tmp_path / "store")
 
-    def stop(workers, number, written):
+    def stop(written):
         raise Preempted("preempted")
 
     with pytest.raises(Preempted):
@@ -407,7 +406,7 @@ def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
     for use in (
         check,
         lambda store: repair(store, 1),
-        lambda store: open_token_store(store, "train"),
+        lambda store: TokenStore(store, "train"),
     ):
         with pytest.raises(
             UserError,

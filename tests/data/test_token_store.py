@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from aoe_jax.data import SPLITS, token_store
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.data.token_store import RECORD_TOKENS, open_token_store
+from aoe_jax.data.token_store import RECORD_TOKENS, TokenStore
 from aoe_jax.data.tokenised import build_token_store, cached_token_stores
 from aoe_jax.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, train_tokenizer
 from aoe_jax.errors import UserError
@@ -20,7 +20,7 @@ VOCAB_SIZE = 300
 
 def stored_documents(directory, split):
     """Token lists between the end-of-text tokens of a stream, which must begin and end with one."""
-    store = open_token_store(directory, split)
+    store = TokenStore(directory, split)
     stream = store.read(0, len(store))
     ends = np.flatnonzero(stream == store.end_of_text)
     assert ends[0] == 0 and ends[-1] == len(stream) - 1
@@ -32,13 +32,13 @@ def test_decoded_stream_is_the_text(sotu_cache, sotu_directory, split):
     tokenizer = load_tokenizer(sotu_directory / "tokenizer.json")
     texts = list(load_corpus("sotu", None, str(sotu_cache)).documents(split))
     assert list(map(tokenizer.decode, stored_documents(sotu_directory, split))) == texts
-    store = open_token_store(sotu_directory, split)
+    store = TokenStore(sotu_directory, split)
     assert store.documents == len(texts)
     assert store.text_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_manifest(sotu_directory):
-    manifest = open_token_store(sotu_directory, "train").manifest
+    manifest = TokenStore(sotu_directory, "train").manifest
     assert (
         manifest["corpus"] == "sotu"
         and manifest["dtype"] == "uint16"
@@ -51,11 +51,12 @@ def test_manifest(sotu_directory):
     }
 
 
-def test_reads_cross_records_and_shards(text_folder, tmp_path):
+def test_reads_cross_records_and_shards(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "RECORDS_PER_SHARD", 1)
     corpus = load_corpus("text", str(text_folder), str(tmp_path))
     tokenizer = train_tokenizer([], 257)
-    build_token_store(corpus, tokenizer, tmp_path / "store", records_per_shard=1)
-    store = open_token_store(tmp_path / "store", "train")
+    build_token_store(corpus, tokenizer, tmp_path / "store")
+    store = TokenStore(tmp_path / "store", "train")
     assert len(store.manifest["splits"]["train"]["shards"]) == -(-len(store) // RECORD_TOKENS) > 8
     expected = [0]
     for text in corpus.documents("train"):
@@ -116,27 +117,31 @@ def test_large_vocabulary_is_stored_in_32_bits(text_folder, tmp_path):
     build_token_store(
         load_corpus("text", str(text_folder), str(tmp_path)), tokenizer, tmp_path / "store"
     )
-    store = open_token_store(tmp_path / "store", "train")
+    store = TokenStore(tmp_path / "store", "train")
     assert store.manifest["dtype"] == "uint32" and store.read(0, 1).tolist() == [70000]
 
 
 PREPARE = """
 import sys
-from aoe_jax.data import corpora, tokenised
+from aoe_jax.data import corpora, token_store, tokenised
 {before}
 corpus = corpora.load_corpus("text", sys.argv[1], sys.argv[2])
 print(*tokenised.cached_token_stores([corpus], None, 300, sys.argv[2]))
 """
 
 DIE_IN_THE_LAST_SPLIT = """
-import os, signal
-documents = corpora.TextFolder.documents
-def documents_then_die(self, split):
-    for text in documents(self, split):
-        yield text
-        if split == "test":
-            os.kill(os.getpid(), signal.SIGKILL)
-corpora.TextFolder.documents = documents_then_die
+import dataclasses, os, signal
+token_store._BATCH_CHARACTERS = 100  # so that texts reach the disk at once
+load = corpora.load_corpus
+def load_one_that_dies(*arguments):
+    corpus = load(*arguments)
+    def documents(split):
+        for text in corpus.documents(split):
+            yield text
+            if split == "test":
+                os.kill(os.getpid(), signal.SIGKILL)
+    return dataclasses.replace(corpus, documents=documents)
+corpora.load_corpus = load_one_that_dies
 """
 
 
@@ -174,7 +179,7 @@ def test_damaged_stores(text_folder, tmp_path):
         with pytest.raises(
             UserError, match=rf"token store '.*{directory.name}': {message}.*delete this folder"
         ):
-            store = open_token_store(directory, "test")
+            store = TokenStore(directory, "test")
             store.read(0, len(store))
 
     shard.write_bytes(whole_shard[:100])
@@ -195,17 +200,19 @@ def test_few_files_are_open_at_a_time(tmp_path):
     """With more shards than a process may open, some are closed again."""
     code = """
 import resource, sys
+from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from aoe_jax.data import token_store
 from aoe_jax.data.tokenised import build_token_store
-from aoe_jax.data.token_store import open_token_store
 from aoe_jax.data.tokenizer import train_tokenizer
 class Corpus:
     name, fingerprint = "corpus", "1"
     def documents(self, split):
         return ["word " * 1000] * (250 if split == "train" else 1)
-build_token_store(Corpus(), train_tokenizer([], 257), sys.argv[1], records_per_shard=1)
-store = open_token_store(sys.argv[1], "train")
-assert len(list(__import__("pathlib").Path(sys.argv[1]).glob("train*"))) > 250
+token_store.RECORDS_PER_SHARD = 1
+build_token_store(Corpus(), train_tokenizer([], 257), Path(sys.argv[1]))
+store = token_store.TokenStore(sys.argv[1], "train")
+assert len(list(Path(sys.argv[1]).glob("train*"))) > 250
 for _ in range(2):
     for start in range(0, len(store) - 10, 4096):
         store.read(start, start + 10)

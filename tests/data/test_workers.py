@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from aoe_jax.data.workers import Workers
+from aoe_jax.data.workers import work_through
 from aoe_jax.errors import UserError
 
 
@@ -30,22 +30,23 @@ class Task:
         return number**2
 
 
-def run(folder, tasks, count=2, died=None):
-    with Workers(count, Task, (folder,)) as workers:
-        return dict(item for item in workers.run(tasks, str, died or pytest.fail) if item)
+def run(folder, tasks, count=2):
+    names = {task: str(task) for task in tasks}
+    return dict(item for item in work_through(names, count, Task, (folder,)) if item)
 
 
-def test_every_task_has_its_result(tmp_path):
+def test_every_task_has_its_result(tmp_path, caplog):
     tasks = [("easy", number) for number in range(20)]
     assert run(tmp_path, tasks) == {task: task[1] ** 2 for task in tasks}
     assert 1 <= len({name.split("-")[1] for name in os.listdir(tmp_path)}) <= 2
     assert run(tmp_path, []) == {}
+    assert not caplog.messages
 
 
-def test_process_that_dies_is_replaced(tmp_path):
-    tasks, said = [("easy", 1), ("killed once", 2), ("easy", 3)], []
-    assert run(tmp_path, tasks, count=1, died=said.append) == {task: task[1] ** 2 for task in tasks}
-    assert said == [
+def test_process_that_dies_is_replaced(tmp_path, caplog):
+    tasks = [("easy", 1), ("killed once", 2), ("easy", 3)]
+    assert run(tmp_path, tasks, count=1) == {task: task[1] ** 2 for task in tasks}
+    assert caplog.messages == [
         "a process died at ('killed once', 2) with SIGKILL; another one takes its place"
     ]
 
@@ -54,9 +55,10 @@ def refuse():
     raise UserError("no tokenizer")
 
 
-def test_set_up_that_fails():
-    with Workers(1, refuse, ()) as workers, pytest.raises(UserError, match="no tokenizer"):
-        list(workers.run([1], str, pytest.fail))
+def test_set_up_that_fails(caplog):
+    with pytest.raises(UserError, match="no tokenizer"):
+        list(work_through({1: "a task"}, 1, refuse, ()))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -78,5 +80,5 @@ def test_set_up_that_fails():
 def test_what_goes_wrong_ends_all(tmp_path, kind, error, message):
     began = time.monotonic()
     with pytest.raises(error, match=message):
-        run(tmp_path, [("slow", 1), (kind, 5)], died=lambda said: None)
+        run(tmp_path, [("slow", 1), (kind, 5)])
     assert time.monotonic() - began < 50
