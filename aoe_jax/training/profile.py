@@ -31,14 +31,13 @@ class Window:
         Raises:
           UserError: the value has another form, or STEP or N is 0.
         """
-        numbers = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
-        window = cls(*map(int, numbers.groups())) if numbers else None
-        if window is None or 0 in (window.first, window.n_steps):
+        numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
+        if not numbers:
             raise UserError(
                 f"--profile={text}: must be STEP:N, N steps beginning with step STEP, such as "
                 "20:3; both from 1"
             )
-        return window
+        return cls(*map(int, numbers.groups()))
 
     def of_run(self, start_step, total_steps):
         """The window itself, or None, with a warning, if the run starts after its first step.
@@ -57,31 +56,23 @@ class Window:
             return None
         return self
 
-
-class Profile:
-    """Traces the steps of a window, if there is one, into a folder."""
-
-    def __init__(self, folder: Path, window: Window | None):
-        """Traces nothing yet."""
-        self._folder, self._window = folder, window
-
-    def run(self, step, function, *args):
-        """Calls `function(*args)`, which is training step `step`.
+    def run(self, step, folder: Path, function, *args):
+        """Calls `function(*args)`, which is training step `step`, and traces it into `folder` if it
+        is in the window.
 
         The first traced step waits for all steps before it, the last one until it is done.
         """
-        window = self._window
-        if window is None or not window.first <= step <= window.last:
+        if not self.first <= step <= self.last:
             return function(*args)
-        if step == window.first:
+        if step == self.first:
             jax.block_until_ready(args)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python calls would bury the step
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            jax.profiler.start_trace(folder, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = function(*args)
-        if step == window.last:
+        if step == self.last:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
-            log.info(f"wrote a trace of steps {window.first} to {step}: {self._folder}")
+            log.info(f"wrote a trace of steps {self.first} to {step}: {folder}")
         return result

@@ -11,7 +11,6 @@ import os
 import secrets
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +18,16 @@ import numpy as np
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 
-
-@contextmanager
-def _hidden(module):
-    """Makes imports of a module fail within, unless it is imported already."""
-    absent = module not in sys.modules
-    if absent:
-        sys.modules[module] = None
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules[module]
-
-
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
-with _hidden("torch"):
+_has_torch = sys.modules.setdefault("torch", None)
+try:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.summary import histogram, image
+finally:
+    if not _has_torch:
+        del sys.modules["torch"]
 
 
 class JsonLines:
@@ -48,10 +37,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, start_step, validated=True):
-        """Opens the file for a run that continues from `start_step`, and drops lines of later
-        steps.
-
-        The validation of `start_step` is dropped too if `validated` is False: it comes again.
+        """Opens the file for a run that continues from `start_step`; drops lines of later steps,
+        and the validation of this step unless it is `validated`.
         """
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _belongs(line, start_step, validated)]
@@ -79,9 +66,9 @@ class JsonLines:
 
 def _shortest(values):
     """Numbers with just the digits that identify a float32."""
-    return [
-        v if isinstance(v, int) else _or_null(float(str(np.float32(v)))) for v in values.tolist()
-    ]
+    if np.issubdtype(values.dtype, np.integer):
+        return values.tolist()
+    return [_or_null(float(str(value))) for value in values.astype(np.float32)]
 
 
 def _or_null(value):
@@ -100,9 +87,8 @@ def _tags(group, scalars, layers):
     """All numbers by the names of their charts."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
-        tags |= {
-            f"experts/{name}/layer_{layer}": value for layer, value in enumerate(values.tolist())
-        }
+        for layer, value in enumerate(values.tolist()):
+            tags[f"experts/{name}/layer_{layer}"] = value
     return tags
 
 
@@ -145,10 +131,8 @@ class TensorBoard:
         self._add(step, summary=image(name, pixels, dataformats="HWC"))
 
     def close(self):
-        """Closes the file; further calls do nothing."""
-        if self._events:
-            self._events.close()
-        self._events = None
+        """Closes the file."""
+        self._events.close()
 
 
 class Wandb:
@@ -159,18 +143,16 @@ class Wandb:
     """
 
     def __init__(self, workdir: Path, project, config):
-        """Begins or continues the run; `config` is a nested dict.
+        """Begins or continues the run, after `check_wandb`; `config` is a nested dict.
 
         Raises:
-          UserError: see `check_wandb`; or Weights & Biases refuses, for example without a login.
+          UserError: Weights & Biases refuses, for example without a login.
         """
-        check_wandb(workdir, project)
         import wandb  # an optional dependency
 
         identity = workdir / "wandb.json"
         if not identity.exists():
             write_json(identity, {"project": project, "id": secrets.token_hex(4)})
-        settings = wandb.Settings(console="off")  # stdout and stderr stay as they are
         try:
             self._run = wandb.init(
                 project=project,
@@ -179,7 +161,7 @@ class Wandb:
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                settings=settings,
+                settings=wandb.Settings(console="off"),  # stdout and stderr stay as they are
             )
         except wandb.Error as e:
             reason = " ".join(str(e).split())[:200]
