@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, barrier
 from aoe_jax.errors import UserError, is_disk_full
+from aoe_jax.json_files import read_json_lines
 from aoe_jax.training.fingerprint import by_path, fingerprints
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,9 @@ class Checkpoints:
         self._manager = None
         self._saving = None  # the step that is being saved in the background
         self._nlls = {}  # finite validation nlls by step
-        self._read_nlls(workdir / "metrics.jsonl")
+        for line in read_json_lines(workdir / "metrics.jsonl"):
+            if line.get("validation_nll") is not None:
+                self.validated(line["step"], line["validation_nll"])
         if config is None and not self.directory.is_dir():
             return
         options = ocp.CheckpointManagerOptions(read_only=True)
@@ -73,19 +76,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 cleanup_tmp_directories=True,  # half saves of a killed run would fill the disk
-                enable_async_checkpointing=True,
             )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-        self._manager = _Manager(
-            self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
-        )
-
-    def _read_nlls(self, file):
-        for line in file.read_text().splitlines() if file.exists() else []:
-            # Lines of training and null raise errors, and so does the half line of a killed run.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                line = json.loads(line)
-                self.validated(line["step"], float(line["validation_nll"]))
+        self._manager = _Manager(self.directory, options=options)
 
     def validated(self, step, nll):
         """Notes the validation nll of a step, by which `checkpoint.keep_best` chooses."""
@@ -112,11 +104,9 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def find(self, which):
-        """The step of a checkpoint that a user names "newest", "best" (lowest validation nll) or by
-        its number.
+        """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
 
-        Raises:
-          UserError: it doesn't exist.
+        Raises `UserError` if it doesn't exist.
         """
         steps, workdir = self.steps(), self.directory.parent
         if not steps:
@@ -142,16 +132,12 @@ class Checkpoints:
         return step % self._config.every == 0
 
     def save(self, step, state, data_state, progress: Progress):
-        """Saves in the background; returns as soon as `state` may be donated.
+        """Saves the `TrainState` after `step` updates in the background; returns as soon as `state`
+        may be donated.
 
-        Args:
-          step: number of updates.
-          state: the `TrainState`.
-          data_state: the JSON-ready position in the data, the same in every process.
-          progress: see `Progress`.
+        `data_state` is the JSON-ready position in the data, the same in every process.
 
-        Raises:
-          UserError: this checkpoint or the one before can't be written.
+        Raises `UserError` if this checkpoint or the one before can't be written.
         """
         if self._saving is not None:
             self._wait()
@@ -212,8 +198,7 @@ class Checkpoints:
           `(step, state, progress)`.
 
         Raises:
-          UserError: no checkpoint can be read, the newest holds another model, or this machine is
-            at fault.
+          UserError: none can be read, it holds another model, or this machine is at fault.
         """
         while True:
             *older, step = self.steps()
@@ -246,9 +231,8 @@ class Checkpoints:
     def restore(self, step, abstract_state):
         """`(state, progress, position in the data)` of a step.
 
-        Raises:
-          Damaged: the checkpoint can't be read, or differs from what was saved.
-          UserError: it holds another model, or this machine is at fault.
+        Raises `Damaged` if the checkpoint can't be read or differs from what was saved, `UserError`
+        if it holds another model or this machine is at fault.
         """
         state, run = self._read(step, vars(abstract_state))
         state = dataclasses.replace(abstract_state, **state)
@@ -257,12 +241,9 @@ class Checkpoints:
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
 
-        Raises:
-          UserError: the checkpoint can't be read, or holds another model.
+        Raises `UserError` if the checkpoint can't be read, or holds another model.
         """
-        wanted = {"params": abstract_state.params}
-        if abstract_state.routing_state:
-            wanted["routing_state"] = abstract_state.routing_state
+        wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
         try:
             model, _ = self._read(step, wanted)
         except Damaged as e:
@@ -271,7 +252,7 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}"
             ) from e
-        return model["params"], model.get("routing_state", {})
+        return model["params"], model["routing_state"]
 
     def _read(self, step, wanted):
         """The arrays that `wanted` describes, and what was saved beside them.
@@ -300,28 +281,26 @@ class Checkpoints:
 
 
 def _read_alone(path, wanted):
-    run = _read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-    if run.pop("sha256", None) != _sha256(run):
-        raise Damaged("what was read of its position isn't what was saved")
-    _check_model(path, wanted, run["arrays"])
-    restore_args = jax.tree.map(
-        lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
-    )
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    return _read_item(path / "state", ocp.PyTreeCheckpointHandler, args), run
-
-
-def _read_item(path, handler, args):
     # By itself, Orbax would wait for the other processes, which may have failed.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=f"process_{jax.process_index()}",
     )
-    handler = handler(multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    restore_args = jax.tree.map(
+        lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
+    )
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     try:
+        run = json.loads((path / "run" / "metadata").read_text())
+        if run.pop("sha256", None) != _sha256(run):
+            raise Damaged("what was read of its position isn't what was saved")
+        _check_model(path, wanted, run["arrays"])
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return checkpointer.restore(path, args=args)
+            return checkpointer.restore(path / "state", args=args), run
+    except (Damaged, UserError):
+        raise
     except Exception as e:  # Orbax, tensorstore and the file system each have their own
         messages = " ".join(f"{type(cause).__name__}: {cause}" for cause in _causes(e))
         kind = _Unreadable if _FAULTS_OF_THE_MACHINE.search(messages) else Damaged

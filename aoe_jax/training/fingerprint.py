@@ -15,18 +15,12 @@ def by_path(tree):
 
 
 def fingerprints(tree):
-    """A 32-bit fingerprint of every array: the sum, modulo 2^32, of a hash of each element's bits
-    and index.
+    """The 32-bit fingerprints of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
 
-    For a given index the hash is one to one, so a change of one element always changes the sum. The
-    sum doesn't depend on the sharding. Storage formats compress arrays without a checksum of what
-    comes out.
-
-    Args:
-      tree: nested dicts, tuples and dataclasses of arrays of 8, 16 or 32 bits an element.
-
-    Returns:
-      A dict from the path of an array to an int, the same in every process.
+    A fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
+    index the hash is one to one, so a change of one element always changes the sum. It depends
+    neither on the sharding nor on the process. Storage formats have no checksum of what they
+    decompress.
     """
     arrays = by_path(tree)
     leaves = list(arrays.values())

@@ -35,8 +35,7 @@ class Health:
     def step(self, step, loss, grad_norm, finite):
         """Takes in the loss (nats), the gradient norm before clipping and whether both are finite.
 
-        Raises:
-          DivergedError: the last `max_skipped` steps were all skipped.
+        Raises `DivergedError` if the last `max_skipped` steps were all skipped.
         """
         if not finite:
             self._skipped(step, loss, grad_norm)
@@ -68,12 +67,8 @@ class Health:
             )
 
     def load(self, step, load, live=None):
-        """Warns of experts without a token in `DEAD_AFTER` logged steps.
-
-        Args:
-          step: a logged step.
-          load: its choices per expert, `[L, n]`.
-          live: `LayerStats.live`; a free place is no dead expert.
+        """Takes in the `LayerStats.load` and `live`, `[L, n]`, of a logged step; warns of experts
+        without a token in `DEAD_AFTER` logged steps, but for free places.
         """
         if load.shape[-1] == 1:
             return

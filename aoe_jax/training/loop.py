@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.counts import experts_per_token, parameter_counts, training_flops_per_token
 from aoe_jax.data.pipeline import train_batches
@@ -19,21 +20,9 @@ from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import (
-    MESH_AXES,
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    replicated,
-    rows_of_process,
-    state_shardings,
-    with_shardings,
-)
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat
-from aoe_jax.training.profile import Window
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import Telemetry
@@ -47,7 +36,7 @@ def log_run(config: Config):
     """Logs the mesh, parameters and FLOPs of a run, and warns if its losses are not causal."""
     routing = config.routing
     if jax.device_count() > 1:
-        axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]
+        axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in sharding.MESH_AXES]
         log.info("mesh: %s", ", ".join(axes))
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
@@ -70,28 +59,14 @@ def log_run(config: Config):
 
 
 def train(
-    config: Config,
-    workdir: Path,
-    stop: StopRequests | None = None,
-    profile: Window | None = None,
-    wandb_project: str | None = None,
+    config: Config, workdir: Path, stop: StopRequests | None = None, profile=None, wandb=None
 ):
-    """Trains, or continues from the newest checkpoint of `workdir`.
+    """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
-    `checkpoints/`, the tokenizer and, at the end, `summary.json`. A run that is stopped at any
+    `checkpoints/`, the tokenizer and, at the end, `summary.json`; `profile/` if `profile` is a
+    `Window`, and `wandb/` if `wandb` is a project of Weights & Biases. A run that is stopped at any
     moment and started again ends in the same state, on CPU bit for bit.
-
-    Args:
-      config: the run.
-      workdir: its directory.
-      stop: requests to stop; None: there are none.
-      profile: steps to trace into `profile/`.
-      wandb_project: a project of Weights & Biases that receives the figures too; `wandb/` holds
-        its files.
-
-    Returns:
-      The content of `summary.json`.
 
     Raises:
       UserError: a mistake of the user, also if `train.steps` is reached already.
@@ -103,14 +78,14 @@ def train(
             "config.routing.name='sparsemixer': can be evaluated but not trained, since the "
             "sampling of its own training is not implemented; train with 'top_k'"
         )
-    filled = fill_mesh(config, jax.device_count())
-    mesh, heartbeat = make_mesh(filled, jax.devices()), Heartbeat(workdir)
+    filled = sharding.fill_mesh(config, jax.device_count())
+    mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
     with _end_is_reported(workdir, heartbeat), jax.set_mesh(mesh), contextlib.ExitStack() as held:
         run = _Run(filled, workdir, mesh, heartbeat, stop or StopRequests(), held)
-        run.check(profile, wandb_project)
+        run.check(profile, wandb)
         run.restore()
         run.claim_workdir(config)
-        run.open(wandb_project)
+        run.open(wandb)
         run.compile()
         with run.stop.between_steps(several=jax.distributed.is_initialized()):
             with jax.transfer_guard("disallow"):
@@ -146,10 +121,10 @@ class _Run:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.heartbeat, self.stop, self.held = heartbeat, stop, held
         self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
-        self.batch_sharding = batch_sharding(mesh)
+        self.batch_sharding = sharding.batch_sharding(mesh)
         self.unreported = None  # step and metrics, which are read while the next step runs
 
-    def check(self, window, wandb_project):
+    def check(self, window, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
         config, workdir = self.config, self.workdir
         check_workdir(workdir, config)
@@ -172,13 +147,14 @@ class _Run:
             )
         window = window and window.of_run(self.step, steps)
         self.window = window if self.is_main else None
-        if wandb_project is not None:
-            check_wandb(workdir, wandb_project)
+        if wandb is not None:
+            check_wandb(workdir, wandb)
 
     def restore(self):
         """Makes the first state: from a checkpoint, from a model, or at random."""
         config, train = self.config, self.config.train
-        self.rows = rows_of_process(self.batch_sharding, train.batch_size, jax.process_index())
+        process = jax.process_index()
+        self.rows = sharding.rows_of_process(self.batch_sharding, train.batch_size, process)
         self.data = iter(
             train_batches(
                 self.corpus.train,
@@ -190,16 +166,13 @@ class _Run:
                 config.data.loss_mask,
             )
         )
-
-        def new_state():
-            return init_state(config, train.seed)
-
+        new_state = partial(init_state, config, train.seed)
         abstract = jax.eval_shape(new_state)
-        self.shardings = state_shardings(self.mesh, abstract)
+        self.shardings = sharding.state_shardings(self.mesh, abstract)
         self.progress = Progress()
         if self.step:
             self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                with_shardings(abstract, self.shardings), self.data
+                sharding.with_shardings(abstract, self.shardings), self.data
             )
             log.info("going on from step %d", self.step)
         elif train.init_from:
@@ -225,13 +198,13 @@ class _Run:
         self.heartbeat.writes = True
         (self.workdir / "summary.json").unlink(missing_ok=True)
 
-    def open(self, wandb_project):
+    def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
         config, progress = self.config, self.progress
         # A run that lacks nothing but its summary validates its last step again.
         self.validated = progress.validated and self.step < config.train.steps
         self.telemetry = Telemetry(
-            self.workdir, config, self.step, self.validated, wandb_project, writes=self.is_main
+            self.workdir, config, self.step, self.validated, wandb, writes=self.is_main
         )
         self.held.enter_context(contextlib.closing(self.telemetry))
         train = config.train
@@ -245,7 +218,7 @@ class _Run:
         self.batch = self._next_batch()
         self.heartbeat.beat("compiling", self.step)
         with self.telemetry.clock("compile"):
-            shardings = self.shardings, replicated(self.mesh)
+            shardings = self.shardings, sharding.replicated(self.mesh)
             step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings)
             self.train_step = step.lower(self.state, self.batch).compile()
         decoder = Decoder.from_config(config)
@@ -278,8 +251,8 @@ class _Run:
         return step(self.state, self.batch)
 
     def _next_batch(self):
-        n_rows = self.config.train.batch_size
-        return put_batch(self.batch_sharding, next(self.data), rows=self.rows, n_rows=n_rows)
+        batch, n_rows = next(self.data), self.config.train.batch_size
+        return sharding.put_batch(self.batch_sharding, batch, self.rows, n_rows)
 
     def _report(self):
         """Waits for the step that is not reported yet, and takes in its metrics."""
@@ -301,6 +274,9 @@ class _Run:
         """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
         train, last = self.config.train, self.step == self.config.train.steps
         self.validated = not last and (train.eval_every == 0 or self.step % train.eval_every > 0)
+        saving = not last and self.checkpoints.due(self.step)
+        if saving or not self.validated:
+            self._report()
         try:
             self._stop_if_asked()
             if not self.validated:
@@ -309,10 +285,8 @@ class _Run:
             self.save()
             self.checkpoints.close()
             raise
-        if not last and self.checkpoints.due(self.step):
-            self._report()
-            if not self.health.skipped_in_row:
-                self.save()
+        if saving and not self.health.skipped_in_row:
+            self.save()
 
     def _stop_if_asked(self):
         if self.stop.asked():
@@ -322,13 +296,12 @@ class _Run:
 
     def validate(self):
         """Scores the validation split; raises `Stopped` if the run is asked to stop meanwhile."""
-        self._report()
         train = self.config.train
 
         def put(batch):
             self.heartbeat.beat("validating", self.step)
             self._stop_if_asked()
-            return put_batch(self.batch_sharding, batch)
+            return sharding.put_batch(self.batch_sharding, batch)
 
         score = partial(self.eval_step, self.state.params, self.state.routing_state)
         batch_size, seq_len = train.batch_size // train.accumulate, self.config.data.seq_len
@@ -340,7 +313,7 @@ class _Run:
 
     def save(self):
         """Saves in the background."""
-        self._report()  # first, so that a kill loses no line of metrics.jsonl
+        self._report()  # before, so that a kill loses no line of metrics.jsonl
         self.heartbeat.beat("saving", self.step)
         skipped = self.health.skipped_in_row
         progress = Progress(**self.losses, validated=self.validated, skipped_in_row=skipped)

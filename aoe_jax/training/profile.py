@@ -14,38 +14,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Window:
-    """The steps to trace: `n_steps`, beginning with step `first`."""
+    """The steps to trace."""
 
     first: int
-    n_steps: int
-
-    @property
-    def last(self):
-        """The last step to trace."""
-        return self.first + self.n_steps - 1
+    last: int
 
     @classmethod
     def parse(cls, text):
-        """The window of a flag's value `STEP:N`.
-
-        Raises:
-          UserError: the value has another form, or STEP or N is 0.
-        """
+        """The window of a flag's value `STEP:N`; raises `UserError` if it has another form."""
         numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
         if not numbers:
             raise UserError(
                 f"--profile={text}: must be STEP:N, N steps beginning with step STEP, such as "
                 "20:3; both from 1"
             )
-        return cls(*map(int, numbers.groups()))
+        first, n_steps = map(int, numbers.groups())
+        return cls(first, first + n_steps - 1)
 
     def of_run(self, start_step, total_steps):
         """The window itself, or None, with a warning, if the run starts after its first step.
 
-        Raises:
-          UserError: the run ends before the window does.
+        Raises `UserError` if the run ends before the window does.
         """
-        flag = f"--profile={self.first}:{self.n_steps}"
+        flag = f"--profile={self.first}:{self.last - self.first + 1}"
         if self.last > total_steps:
             raise UserError(
                 f"{flag}: this run takes the steps {start_step + 1} to {total_steps}; "

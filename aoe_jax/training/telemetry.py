@@ -85,18 +85,15 @@ class Telemetry:
     def __init__(
         self, workdir: Path, config: Config, start_step, validated=True, wandb=None, writes=True
     ):
-        """Opens the files for a run that continues from `start_step`.
+        """Opens the files of a run that continues from `start_step`; see `JsonLines`.
 
         Args:
           workdir: the directory of the run.
           config: its configuration.
           start_step: number of updates that are done.
           validated: whether the validation of that step is done.
-          wandb: a project of Weights & Biases, or None.
+          wandb: a project of Weights & Biases; see `Wandb` for its errors.
           writes: False in all processes but the first.
-
-        Raises:
-          UserError: Weights & Biases refuses; see `writers.Wandb`.
         """
         self._writers = []
         if writes:
@@ -118,9 +115,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`, the name that
-        traces show too.
-        """
+        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`."""
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -173,9 +168,7 @@ class Telemetry:
         )
 
     def _end_interval(self, step):
-        """Steps and seconds by clock since the last line; evaluation and compilation are left
-        out.
-        """
+        """Steps and seconds by clock since the last line, without evaluation and compilation."""
         now, clocks = time.perf_counter(), self._seconds - self._line_seconds
         seconds = {name: clocks[name] for name in _IN_SPEED}
         seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)

@@ -6,7 +6,6 @@ to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L laye
 """
 
 import json
-import math
 import os
 import secrets
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import finite, read_json, read_json_lines, write_json
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -40,19 +39,22 @@ class JsonLines:
         """Opens the file for a run that continues from `start_step`; drops lines of later steps,
         and the validation of this step unless it is `validated`.
         """
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _belongs(line, start_step, validated)]
+        kept = [
+            json.dumps(line) + "\n"
+            for line in read_json_lines(path)
+            if line["step"] < start_step + (validated or "validation_nll" not in line)
+        ]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(kept))
         os.replace(partial, path)
         self._file = path.open("a")
 
     def write(self, step, group, scalars, layers, experts):
         """Writes a line; see the module."""
-        line = {"step": step} | {name: _or_null(value) for name, value in scalars.items()}
+        line = {"step": step} | scalars
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
     def sync(self):
@@ -68,19 +70,7 @@ def _shortest(values):
     """Numbers with just the digits that identify a float32."""
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
-    return [_or_null(float(str(value))) for value in values.astype(np.float32)]
-
-
-def _or_null(value):
-    return value if math.isfinite(value) else None
-
-
-def _belongs(line, start_step, validated):
-    try:
-        line = json.loads(line)
-        return line["step"] < start_step + (validated or "validation_nll" not in line)
-    except (ValueError, KeyError, TypeError):  # the half line of a killed run
-        return False
+    return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def _tags(group, scalars, layers):
@@ -138,15 +128,13 @@ class TensorBoard:
 class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
-    Points are placed by their `step`. A run that was killed sends later steps again, with the same
-    values.
+    Points are placed by their `step`; a run that was killed sends later steps again.
     """
 
     def __init__(self, workdir: Path, project, config):
         """Begins or continues the run, after `check_wandb`; `config` is a nested dict.
 
-        Raises:
-          UserError: Weights & Biases refuses, for example without a login.
+        Raises `UserError` if Weights & Biases refuses, for example without a login.
         """
         import wandb  # an optional dependency
 
@@ -180,11 +168,8 @@ class Wandb:
 
 
 def check_wandb(workdir: Path, project):
-    """Checks `--wandb=PROJECT`; writes nothing.
-
-    Raises:
-      UserError: the project is empty, the package is missing, or the run in `workdir` belongs to
-        another project.
+    """Raises `UserError` if the project is empty, the package is missing, or the run in `workdir`
+    belongs to another project; writes nothing.
     """
     if not project:
         raise UserError("--wandb=: name a project")
