@@ -99,9 +99,8 @@ class Checkpoints:
         """The steps of all complete checkpoints, the oldest first."""
         return sorted(self._manager.all_steps()) if self._manager else []
 
-    def latest_step(self):
-        """The step of the newest complete checkpoint, or None."""
-        return max(self.steps(), default=None)
+    def _path(self, step):
+        return self.directory / str(step)
 
     def find(self, which):
         """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
@@ -139,8 +138,7 @@ class Checkpoints:
 
         Raises `UserError` if this checkpoint or the one before can't be written.
         """
-        if self._saving is not None:
-            self._wait()
+        self._wait()
         state = vars(state)
         found = fingerprints(state)
         run = {"data": data_state, "progress": vars(progress)}
@@ -175,12 +173,11 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as e:  # tensorstore raises ValueError for errors of the system
             failed, self._saving = self._saving, None
-            steps = [step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed]
-            then = "none is complete yet"
-            if steps:
-                then = f"the same command goes on from step {max(steps)}"
+            steps = {*ocp.utils.checkpoint_steps(self.directory)} - {failed}
+            goes_on = f"the same command goes on from step {max(steps, default=None)}"
+            then = goes_on if steps else "none is complete yet"
             raise UserError(
-                f"checkpoint {self.directory / str(failed)} can't be saved: {_reason(e)}\n"
+                f"checkpoint {self._path(failed)} can't be saved: {_reason(e)}\n"
                 f"Free or mend the disk; then {then}"
             ) from e
 
@@ -190,15 +187,10 @@ class Checkpoints:
         Damaged ones are moved to `damaged_checkpoints`, with a warning. Each process reads its own
         part; a checkpoint that one of them can't read counts as damaged for all.
 
-        Args:
-          abstract_state: shapes, dtypes and shardings, over any mesh and number of processes.
-          data_iterator: is moved to its position.
+        `abstract_state` has shapes, dtypes and shardings, over any mesh and number of processes.
+        `data_iterator` is moved to its position. Returns `(step, state, progress)`.
 
-        Returns:
-          `(step, state, progress)`.
-
-        Raises:
-          UserError: none can be read, it holds another model, or this machine is at fault.
+        Raises `UserError` if there is none, it is of another model, or this machine is at fault.
         """
         while True:
             *older, step = self.steps()
@@ -207,7 +199,7 @@ class Checkpoints:
             except Damaged as e:
                 if not older:
                     raise UserError(
-                        f"checkpoint {self.directory / str(step)} can't be read ({e}), and there "
+                        f"checkpoint {self._path(step)} can't be read ({e}), and there "
                         "is no other. To start anew, use another --workdir"
                     ) from e
                 self._set_aside(step, e)
@@ -223,7 +215,7 @@ class Checkpoints:
             target, n = aside / str(step), 1
             while target.exists():
                 target, n = aside / f"{step}-{n}", n + 1
-            os.replace(self.directory / str(step), target)
+            os.replace(self._path(step), target)
             log.warning(f"checkpoint of step {step} is damaged ({problem}): set aside as {target}")
         barrier("the damaged checkpoint is set aside")
         self._manager.reload()
@@ -249,9 +241,7 @@ class Checkpoints:
         except Damaged as e:
             others = [other for other in self.steps() if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}"
-            ) from e
+            raise UserError(f"checkpoint {self._path(step)} can't be read ({e}); {hint}") from e
         return model["params"], model["routing_state"]
 
     def _read(self, step, wanted):
@@ -259,7 +249,7 @@ class Checkpoints:
 
         Raises `Damaged` or `UserError`, in every process or in none; see `restore`.
         """
-        path = self.directory / str(step)
+        path = self._path(step)
         problem = None
         try:
             arrays, run = _read_alone(path, wanted)

@@ -133,7 +133,7 @@ class _Run:
             self.held.enter_context(alone_in(workdir, "workdir"))
         log_run(config)
         self.checkpoints = Checkpoints(workdir)
-        self.step = self.checkpoints.latest_step() or 0
+        self.step = max(self.checkpoints.steps(), default=0)
         if config.train.init_from and not self.step:
             check_start(config)
         self.corpus = open_corpus(config.data, config.model.vocab_size)

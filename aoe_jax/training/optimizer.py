@@ -9,11 +9,7 @@ from aoe_jax.config.training import TrainConfig
 def learning_rate_schedule(config: TrainConfig):
     """Linear warm-up from 0 to the peak, then a cosine to the final rate at the last step."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.final_learning_rate,
+        0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
     )
 
 

@@ -45,8 +45,7 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
 
     Args:
       config: the run, after `check_start`; `train.init_from` is the model's directory.
-      mesh: the mesh of the run.
-      shardings: the shardings of its state.
+      mesh, shardings: of the run and of its state.
       tokenizer: the tokenizer's file of its corpora.
 
     Raises:
@@ -73,9 +72,9 @@ def _loaded(config, mesh, tokenizer):
         )
     params, routing_state = load_params(directory, config, mesh, jnp.float32)
     wanted = initial_routing_state(config)
-    for name in sorted(routing_state.keys() - wanted.keys()):
+    if unused := sorted(routing_state.keys() - wanted.keys()):
         raise UserError(
-            f"the model has a {name.replace('_', ' ')}, which this run cannot use; set "
+            f"the model has a {unused[0].replace('_', ' ')}, which this run cannot use; set "
             "routing.name and balance.bias_rate as in the model's own training"
         )
     return params, wanted | routing_state

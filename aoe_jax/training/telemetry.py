@@ -42,16 +42,13 @@ _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed
 
 
 def layer_figures(metrics):
-    """Figures of each layer from the host metrics of a step.
+    """Figures of each layer `[L]` by name from the host metrics of a step; none for a dense model.
 
     `load_entropy` and `confidence_entropy` are in nats; `load_max_over_mean` is 1 in perfect
     balance; `dead_experts` had no token in the batch; `mean_score` is the mean over experts of
     AoE's norms or a router's logits. `dropped_share`, if experts have a capacity, is the share of
     the choices that were dropped; `live_experts`, if experts are added and removed, is their
     number, and free places count in no figure.
-
-    Returns:
-      A dict from name to an array `[L]`; empty for a dense model.
     """
     load, live = metrics["load"], metrics.get("live")
     if load.shape[-1] == 1:
@@ -75,8 +72,7 @@ class Telemetry:
 
     Time counts from `start` on and is split into `input` (the loop waits for the next batch),
     `checkpoint` (a save holds the loop up) and `compute` (the rest). Devices compute while the loop
-    waits, so waiting costs at most its seconds. Evaluation is reported by itself and counts in no
-    speed.
+    waits, so waiting costs at most its seconds. Evaluation counts in no speed.
 
     MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
     computes in float32. It is left out, with a note in the log, if the chip is unknown.
@@ -85,14 +81,13 @@ class Telemetry:
     def __init__(
         self, workdir: Path, config: Config, start_step, validated=True, wandb=None, writes=True
     ):
-        """Opens the files of a run that continues from `start_step`; see `JsonLines`.
+        """Opens the files of a run that continues from `start_step`.
 
         Args:
-          workdir: the directory of the run.
-          config: its configuration.
+          workdir, config: of the run.
           start_step: number of updates that are done.
           validated: whether the validation of that step is done.
-          wandb: a project of Weights & Biases; see `Wandb` for its errors.
+          wandb: a project of Weights & Biases, or None; see `Wandb`.
           writes: False in all processes but the first.
         """
         self._writers = []
@@ -139,11 +134,8 @@ class Telemetry:
         if not self._writers:
             return
         speed = self._speed(n_steps, sum(seconds.values()))
-        scalars = {
-            name: value.item()
-            for name, value in metrics.items()
-            if value.ndim == 0 and name != "finite"
-        }
+        scalars = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+        scalars.pop("finite", None)
         layers, experts, balance = layer_figures(metrics), {}, ""
         if layers:
             load, live = metrics["load"], metrics.get("live")
@@ -224,8 +216,8 @@ class Telemetry:
         """Speed and seconds of the whole run: the group `timing` of `summary.json`."""
         seconds = sum(self._seconds[name] for name in (*_IN_SPEED, "compute"))
         figures = self._speed(self._line_step - self._start_step, max(seconds, 1e-9))
-        names = (*_IN_SPEED, "compute", "evaluation", "compile")
-        return figures | {f"{name}_seconds": self._seconds[name] for name in names}
+        clocks = ("input", "checkpoint", "compute", "evaluation", "compile")
+        return figures | {f"{name}_seconds": self._seconds[name] for name in clocks}
 
     def memory(self):
         """Memory of the program and of this process: the group `memory` of `summary.json`."""

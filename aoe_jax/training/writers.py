@@ -1,8 +1,10 @@
 """Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
 
-`write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is `train` or
-`validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
-to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers, n experts.
+A writer begins with `start_step`, from which the run continues; what it has of later steps counts
+no longer. `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is
+`train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and
+`experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers,
+n experts.
 """
 
 import json
@@ -32,13 +34,11 @@ finally:
 class JsonLines:
     """One JSON object a line, null for numbers that aren't finite.
 
-    A line survives a kill of the process as soon as it is written.
+    A line survives a kill of the process as soon as it is written. The validation of `start_step`
+    is dropped too unless it is `validated`.
     """
 
     def __init__(self, path: Path, start_step, validated=True):
-        """Opens the file for a run that continues from `start_step`; drops lines of later steps,
-        and the validation of this step unless it is `validated`.
-        """
         kept = [
             json.dumps(line) + "\n"
             for line in read_json_lines(path)
@@ -50,7 +50,6 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, step, group, scalars, layers, experts):
-        """Writes a line; see the module."""
         line = {"step": step} | scalars
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
@@ -62,7 +61,6 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def close(self):
-        """Closes the file."""
         self._file.close()
 
 
@@ -86,7 +84,6 @@ class TensorBoard:
     """Event files, in which events of later steps from a run that was killed are hidden."""
 
     def __init__(self, folder: Path, start_step):
-        """Opens a file for a run that continues from `start_step`."""
         folder.mkdir(parents=True, exist_ok=True)
         # tensorboardX's SummaryWriter has a queue, which a kill of the process would lose.
         self._events = EventsWriter(str(folder / "events"))
@@ -98,7 +95,6 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        """Writes a point in each chart and a histogram of each layer; see the module."""
         # One event for all takes a tenth of the time of one for each.
         values = [
             Summary.Value(tag=tag, simple_value=value)
@@ -121,21 +117,17 @@ class TensorBoard:
         self._add(step, summary=image(name, pixels, dataformats="HWC"))
 
     def close(self):
-        """Closes the file."""
         self._events.close()
 
 
 class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
-    Points are placed by their `step`; a run that was killed sends later steps again.
+    Points are placed by their `step`; a run that was killed sends later steps again. Raises
+    `UserError` if Weights & Biases refuses, for example without a login.
     """
 
     def __init__(self, workdir: Path, project, config):
-        """Begins or continues the run, after `check_wandb`; `config` is a nested dict.
-
-        Raises `UserError` if Weights & Biases refuses, for example without a login.
-        """
         import wandb  # an optional dependency
 
         identity = workdir / "wandb.json"
@@ -159,11 +151,9 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step, group, scalars, layers, experts):
-        """Sends a point for each chart; see the module."""
         self._run.log({"step": step, **_tags(group, scalars, layers)})
 
     def close(self):
-        """Sends the remaining figures and ends the run."""
         self._run.finish()
 
 
