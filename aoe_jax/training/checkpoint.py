@@ -23,7 +23,7 @@ from aoe_jax.training.fingerprint import by_path, fingerprints
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """Figures of a run that its checkpoint keeps, beside the state and the position in the data."""
 
@@ -71,12 +71,11 @@ class Checkpoints:
                 self.validated(line["step"], line["validation_nll"])
         if config is None and not self.directory.is_dir():
             return
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        if config is not None:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                cleanup_tmp_directories=True,  # half saves of a killed run would fill the disk
-            )
+        options = ocp.CheckpointManagerOptions(
+            read_only=config is None,
+            preservation_policy=self,
+            cleanup_tmp_directories=config is not None,  # half saves of a killed run fill the disk
+        )
         self._manager = _Manager(self.directory, options=options)
 
     def validated(self, step, nll):
@@ -141,7 +140,7 @@ class Checkpoints:
         self._wait()
         state = vars(state)
         found = fingerprints(state)
-        run = {"data": data_state, "progress": vars(progress)}
+        run = {"data": data_state, "progress": dataclasses.asdict(progress)}
         run["arrays"] = {
             name: [list(a.shape), a.dtype.name, found[name]] for name, a in by_path(state).items()
         }

@@ -30,7 +30,6 @@ class Health:
     skipped_in_row: int = 0  # updates skipped directly before
     _losses: deque = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
     _idle_for: np.ndarray | int = 0  # logged steps in a row that gave an expert no token, [L, n]
-    _dead: set = field(default_factory=set)
 
     def step(self, step, loss, grad_norm, finite):
         """Takes in the loss (nats), the gradient norm before clipping and whether both are finite.
@@ -73,15 +72,14 @@ class Health:
         if load.shape[-1] == 1:
             return
         self._idle_for = np.where(dead_experts(load, live), self._idle_for + 1, 0)
-        dead = {tuple(place) for place in np.argwhere(self._idle_for >= DEAD_AFTER).tolist()}
-        if new := sorted(dead - self._dead):
+        new = np.argwhere(self._idle_for == DEAD_AFTER)
+        if len(new):
             names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
             names += ", ..." if len(new) > 8 else ""
             log.warning(
                 f"dead experts at step {step}, without a token in {DEAD_AFTER} logged steps: "
-                f"{names} ({len(dead)} of {load.size} in all)"
+                f"{names} ({np.sum(self._idle_for >= DEAD_AFTER)} of {load.size} in all)"
             )
-        self._dead = dead
 
 
 @dataclass

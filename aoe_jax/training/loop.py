@@ -23,6 +23,7 @@ from aoe_jax.model.decoder import Decoder
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat
+from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import Telemetry
@@ -59,14 +60,14 @@ def log_run(config: Config):
 
 
 def train(
-    config: Config, workdir: Path, stop: StopRequests | None = None, profile=None, wandb=None
+    config: Config, workdir: Path, stop: StopRequests | None = None, profile=range(0), wandb=None
 ):
     """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
-    `checkpoints/`, the tokenizer and, at the end, `summary.json`; `profile/` if `profile` is a
-    `Window`, and `wandb/` if `wandb` is a project of Weights & Biases. A run that is stopped at any
-    moment and started again ends in the same state, on CPU bit for bit.
+    `checkpoints/`, the tokenizer and, at the end, `summary.json`; `profile/`, a trace of the steps
+    `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run that is stopped at
+    any moment and started again ends in the same state, on CPU bit for bit.
 
     Raises:
       UserError: a mistake of the user, also if `train.steps` is reached already.
@@ -124,7 +125,7 @@ class _Run:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.unreported = None  # step and metrics, which are read while the next step runs
 
-    def check(self, window, wandb):
+    def check(self, profile, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
         config, workdir = self.config, self.workdir
         check_workdir(workdir, config)
@@ -145,8 +146,8 @@ class _Run:
                 f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise it "
                 "to go on, or use another --workdir"
             )
-        window = window and window.of_run(self.step, steps)
-        self.window = window if self.is_main else None
+        profile = profile and traced_of_run(profile, self.step, steps)
+        self.traced = profile if self.is_main else range(0)
         if wandb is not None:
             check_wandb(workdir, wandb)
 
@@ -200,16 +201,14 @@ class _Run:
 
     def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
-        config, progress = self.config, self.progress
+        config, train, progress = self.config, self.config.train, self.progress
         # A run that lacks nothing but its summary validates its last step again.
-        self.validated = progress.validated and self.step < config.train.steps
+        progress.validated = progress.validated and self.step < train.steps
         self.telemetry = Telemetry(
-            self.workdir, config, self.step, self.validated, wandb, writes=self.is_main
+            self.workdir, config, self.step, progress.validated, wandb, writes=self.is_main
         )
         self.held.enter_context(contextlib.closing(self.telemetry))
-        train = config.train
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
-        self.losses = {"loss": progress.loss, "nll": progress.nll}
         self.checkpoints = Checkpoints(self.workdir, config.checkpoint)
 
     def compile(self):
@@ -226,14 +225,15 @@ class _Run:
         self.telemetry.start(self.state, self.train_step)
 
     def take_steps(self):
-        """Trains up to `train.steps`."""
-        steps = self.config.train.steps
-        if not self.validated:
+        steps, folder = self.config.train.steps, self.workdir / "profile"
+        if not self.progress.validated:
             self.validate()
         try:
             while self.step < steps:
                 self.step += 1
-                self.state, metrics = self._take_step()
+                self.state, metrics = run_traced(
+                    self.traced, folder, self.step, self.train_step, self.state, self.batch
+                )
                 self._report()  # the step before, while this one runs
                 self.unreported = self.step, metrics
                 self._validate_and_save()
@@ -243,12 +243,6 @@ class _Run:
         except DivergedError:  # what is being saved in the background is the last good state
             self.checkpoints.close()
             raise
-
-    def _take_step(self):
-        step = self.train_step
-        if self.window:
-            step = partial(self.window.run, self.step, self.workdir / "profile", step)
-        return step(self.state, self.batch)
 
     def _next_batch(self):
         batch, n_rows = next(self.data), self.config.train.batch_size
@@ -268,24 +262,26 @@ class _Run:
             metrics = jax.device_get(metrics)
             self.health.load(step, metrics["load"], metrics.get("live"))
             self.telemetry.train(step, metrics)
-        self.losses = {name: float(small[name]) for name in ("loss", "nll")}
+        self.progress.loss, self.progress.nll = float(small["loss"]), float(small["nll"])
+        self.progress.skipped_in_row = self.health.skipped_in_row
 
     def _validate_and_save(self):
         """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
-        train, last = self.config.train, self.step == self.config.train.steps
-        self.validated = not last and (train.eval_every == 0 or self.step % train.eval_every > 0)
+        every, last = self.config.train.eval_every, self.step == self.config.train.steps
+        validating = last or (every > 0 and self.step % every == 0)
         saving = not last and self.checkpoints.due(self.step)
-        if saving or not self.validated:
+        self.progress.validated = not validating
+        if validating or saving:
             self._report()
         try:
             self._stop_if_asked()
-            if not self.validated:
+            if validating:
                 self.validate()
         except Stopped:
             self.save()
             self.checkpoints.close()
             raise
-        if saving and not self.health.skipped_in_row:
+        if saving and not self.progress.skipped_in_row:
             self.save()
 
     def _stop_if_asked(self):
@@ -309,17 +305,14 @@ class _Run:
             self.validation = evaluate(score, self.corpus.validation, seq_len, batch_size, put)
         self.telemetry.evaluation(self.step, self.validation)
         self.checkpoints.validated(self.step, self.validation.nll)
-        self.validated = True
+        self.progress.validated = True
 
     def save(self):
-        """Saves in the background."""
         self._report()  # before, so that a kill loses no line of metrics.jsonl
         self.heartbeat.beat("saving", self.step)
-        skipped = self.health.skipped_in_row
-        progress = Progress(**self.losses, validated=self.validated, skipped_in_row=skipped)
         with self.telemetry.clock("checkpoint"):
             self.telemetry.sync()
-            self.checkpoints.save(self.step, self.state, self.data.get_state(), progress)
+            self.checkpoints.save(self.step, self.state, self.data.get_state(), self.progress)
 
     def finish(self):
         """Saves the last state and writes `summary.json`, whose content it returns."""
@@ -327,7 +320,8 @@ class _Run:
         metrics = {
             "step": self.step,
             "tokens": self.step * self.config.tokens_per_step,
-            **{f"train_{name}": value for name, value in self.losses.items()},
+            "train_loss": self.progress.loss,
+            "train_nll": self.progress.nll,
             "validation_perplexity": self.validation.perplexity,
             **{f"validation_{name}": v for name, v in self.validation.figures().items()},
         }

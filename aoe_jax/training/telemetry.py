@@ -153,10 +153,10 @@ class Telemetry:
         shares = {name: seconds[name] / sum(seconds.values()) for name in _IN_SPEED}
         waits = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         steps = self._config.train.steps
-        left = sum(seconds.values()) / n_steps * (steps - step)
+        left = timedelta(seconds=round(sum(seconds.values()) / n_steps * (steps - step)))
         log.info(
             f"step {step}/{steps} | loss {scalars['loss']:.4f} | nll {scalars['nll']:.4f}{balance} "
-            f"| {_speed_in_words(speed)} | {waits} | {_duration(left)} left"
+            f"| {_speed_in_words(speed)} | {waits} | {left} left"
         )
 
     def _end_interval(self, step):
@@ -189,7 +189,8 @@ class Telemetry:
             scalars["validation_seconds"] = seconds
             self._write(step, "validation", scalars, {}, {})
             steps = self._config.train.steps
-            log.info(f"step {step}/{steps} | validation {result} | in {_duration(seconds)}")
+            duration = timedelta(seconds=round(seconds))
+            log.info(f"step {step}/{steps} | validation {result} | in {duration}")
             if self._config.experts.kind != "dense":
                 with self.clock("evaluation"):
                     self._draw_load(step, result)
@@ -227,10 +228,6 @@ class Telemetry:
         """Flushes and closes the files."""
         while self._writers:
             self._writers.pop().close()
-
-
-def _duration(seconds):
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _bytes(count):

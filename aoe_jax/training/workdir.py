@@ -102,9 +102,8 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
 def read_run_config(path: Path) -> Config:
     """The configuration of a run, from its `config.json`.
 
-    Raises:
-      UserError: the file can't be read, or is no configuration of a training run, or one of an
-        earlier version with fields that have gone.
+    Raises `UserError` if the file can't be read, is no configuration of a training run, or is one
+    of an earlier version with fields that have gone.
     """
     groups = read_json(path)
     if "model_type" in groups:
@@ -112,12 +111,8 @@ def read_run_config(path: Path) -> Config:
             f"{path} is that of a model, not of a training run; train.init_from starts a run from "
             "a model"
         )
-    for name, values in groups.items():
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{path} can't be read: {name} is no group of fields; name the workdir of a "
-                "training run"
-            )
+    if not all(isinstance(values, dict) for values in groups.values()):
+        raise UserError(f"{path} holds no groups of fields; name the workdir of a training run")
     try:
         return Config.from_config_dict(groups)
     except UserError as e:

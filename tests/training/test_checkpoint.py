@@ -408,7 +408,7 @@ def test_another_model_is_refused_not_set_aside(saved, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    with disk(tmp_path / "disk", "1500k") as folder:
+    with disk(tmp_path / "disk", "1200k") as folder:  # one checkpoint takes 770 kB
         yield folder
 
 
