@@ -60,15 +60,10 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
 
 def _features(decoder, params, routing_state, batch, document_mask, key=None):
     """`(hidden [B, S, d], LayerStats)`; what layers draw at random in training comes from `key`."""
-    return decoder.apply(
-        {"params": params},
-        batch["inputs"],
-        batch["segment_ids"] if document_mask else None,
-        _token_weights(batch),
-        routing_state,
-        rngs=None if key is None else {"experts": key},
-        method="features",
-    )
+    documents = batch["segment_ids"] if document_mask else None
+    inputs = batch["inputs"], documents, _token_weights(batch), routing_state
+    rngs = None if key is None else {"experts": key}
+    return decoder.apply({"params": params}, *inputs, rngs=rngs, method="features")
 
 
 def _token_weights(batch):
@@ -149,7 +144,7 @@ def make_train_step(config: Config):
         grads, metrics = _mean_gradient(config, state.params, state.routing_state, batch, key)
         stats = metrics.pop("stats")
         with jax.named_scope("update"):
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = optax.tree.norm(grads)  # before clipping
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def if_finite(new, old):
@@ -174,12 +169,8 @@ def make_train_step(config: Config):
                 params = params | {"layers": layers | {"experts": weights | changed}}
                 routing_state = if_finite(new_state, routing_state)
         skipped = state.skipped + ~finite
-        metrics |= {
-            "grad_norm": grad_norm,  # before clipping
-            "learning_rate": schedule(state.step),
-            "finite": finite,
-            "skipped": skipped,
-        }
+        metrics |= {"grad_norm": grad_norm, "finite": finite, "skipped": skipped}
+        metrics["learning_rate"] = schedule(state.step)
         return TrainState(state.step + 1, skipped, params, routing_state, opt_state), metrics
 
     return train_step

@@ -135,8 +135,7 @@ class Wandb:
             write_json(identity, {"project": project, "id": secrets.token_hex(4)})
         try:
             self._run = wandb.init(
-                project=project,
-                id=read_json(identity)["id"],
+                **read_json(identity),
                 resume="allow",
                 name=workdir.absolute().name,
                 dir=str(workdir),
