@@ -6,7 +6,7 @@ from absl import flags
 
 from aoe_jax import cli, distributed
 from aoe_jax.stopping import StopRequests
-from aoe_jax.training.profile import Window
+from aoe_jax.training.profile import steps_to_trace
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -26,7 +26,7 @@ def main():
     stop.listen()
     config = cli.parsed_config(_CONFIG)
     workdir = Path(cli.required(_WORKDIR))
-    profile = Window.parse(_PROFILE.value) if _PROFILE.value is not None else None
+    profile = steps_to_trace(_PROFILE.value) if _PROFILE.value is not None else range(0)
     distributed.start()
     from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
 

@@ -1,5 +1,6 @@
 """Small JSON files: written whole or not at all, read with errors that name the file."""
 
+import contextlib
 import errno
 import json
 import math
@@ -25,20 +26,28 @@ def read_json(path: Path, wanted="name the workdir of a training run"):
     return value
 
 
+def read_json_lines(path: Path):
+    """Yields the values in a file of one a line, if it exists, without a line that is cut off."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def write_json(path: Path, value, indent=2):
     """Writes JSON, null for numbers that aren't finite; a kill or a power cut leaves either the old
     file or the new one.
     """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(value), indent=indent) + "\n")
+    partial.write_text(json.dumps(finite(value), indent=indent) + "\n")
     replace_durably(partial, path)
 
 
-def _finite(value):
+def finite(value):
+    """The JSON-ready value with null for numbers that aren't finite."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

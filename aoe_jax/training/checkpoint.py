@@ -7,28 +7,29 @@ import json
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, barrier
 from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.training.fingerprint import fingerprints
+from aoe_jax.json_files import read_json_lines
+from aoe_jax.training.fingerprint import by_path, fingerprints
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """Figures of a run that its checkpoint keeps, beside the state and the position in the data."""
 
-    loss: float  # of the newest training step
-    nll: float
-    validated: bool  # False: the run was stopped before the validation that is due after this step
+    loss: float | None = None  # of the newest training step
+    nll: float | None = None
+    validated: bool = True  # False: the validation that is due after this step is not done
     skipped_in_row: int = 0  # number of updates skipped directly before
 
 
@@ -53,48 +54,57 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, `workdir/checkpoints/STEP`."""
+    """The checkpoints of one workdir, `workdir/checkpoints/STEP`.
+
+    Without a `config` they are only read, and no folder is made.
+    """
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
-        """Opens `workdir/checkpoints`; for reading only, which makes no folder, if `config` is
-        None.
-        """
+        """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`."""
         self.directory = workdir.absolute() / "checkpoints"
         self._config = config
         self._manager = None
         self._saving = None  # the step that is being saved in the background
-        self._nlls = _validation_nlls(workdir / "metrics.jsonl")
+        self._nlls = {}  # finite validation nlls by step
+        for line in read_json_lines(workdir / "metrics.jsonl"):
+            if line.get("validation_nll") is not None:
+                self.validated(line["step"], line["validation_nll"])
         if config is None and not self.directory.is_dir():
             return
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        if config is not None:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=_preservation(config, self._nlls),
-                cleanup_tmp_directories=True,  # half saves of a killed run would fill the disk
-                enable_async_checkpointing=True,
-            )
-        state, run = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-        self._manager = _Manager(
-            self.directory,
-            options=options,
-            item_names=("state", "run"),
-            item_handlers={"state": state, "run": run},
+        options = ocp.CheckpointManagerOptions(
+            read_only=config is None,
+            preservation_policy=self,
+            cleanup_tmp_directories=config is not None,  # half saves of a killed run fill the disk
         )
+        self._manager = _Manager(self.directory, options=options)
+
+    def validated(self, step, nll):
+        """Notes the validation nll of a step, by which `checkpoint.keep_best` chooses."""
+        if math.isfinite(nll):
+            self._nlls[step] = nll
+
+    def _best_first(self, steps):
+        return sorted((step for step in steps if step in self._nlls), key=self._nlls.get)
+
+    def should_preserve(self, checkpoints, *, context):
+        """Which checkpoints to keep, as a preservation policy of Orbax."""
+        config, steps = self._config, [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-config.keep :], *self._best_first(steps)[: config.keep_best]}
+        if config.keep_every:
+            kept.update(step for step in steps if step % config.keep_every == 0)
+        return [step in kept for step in steps]
 
     def steps(self):
         """The steps of all complete checkpoints, the oldest first."""
         return sorted(self._manager.all_steps()) if self._manager else []
 
-    def latest_step(self):
-        """The step of the newest complete checkpoint, or None."""
-        return max(self.steps(), default=None)
+    def _path(self, step):
+        return self.directory / str(step)
 
     def find(self, which):
-        """The step of a checkpoint that a user names "newest", "best" (lowest validation nll) or by
-        its number.
+        """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
 
-        Raises:
-          UserError: it doesn't exist.
+        Raises `UserError` if it doesn't exist.
         """
         steps, workdir = self.steps(), self.directory.parent
         if not steps:
@@ -102,13 +112,12 @@ class Checkpoints:
         if which == "newest":
             return steps[-1]
         if which == "best":
-            best = _best(steps, self._nlls, 1)
-            if not best:
-                raise UserError(
-                    f"--step=best: no checkpoint of {workdir} has a validation nll; train with "
-                    "checkpoint.keep_best"
-                )
-            return best[0]
+            if best := self._best_first(steps):
+                return best[0]
+            raise UserError(
+                f"--step=best: no checkpoint of {workdir} has a validation nll; train with "
+                "checkpoint.keep_best"
+            )
         if not which.isdecimal() or int(which) not in steps:
             raise UserError(
                 f"--step={which}: {workdir} has checkpoints of steps "
@@ -120,27 +129,21 @@ class Checkpoints:
         """Whether `checkpoint.every` asks for a checkpoint of `step`."""
         return step % self._config.every == 0
 
-    def validated(self, step, nll):
-        """Notes the validation nll of a step, by which `checkpoint.keep_best` chooses."""
-        self._nlls[step] = nll
-
     def save(self, step, state, data_state, progress: Progress):
-        """Saves in the background; returns as soon as `state` may be donated.
+        """Saves the `TrainState` after `step` updates in the background; returns as soon as `state`
+        may be donated.
 
-        Args:
-          step: number of updates.
-          state: the `TrainState`.
-          data_state: the JSON-ready position in the data, the same in every process.
-          progress: see `Progress`.
+        `data_state` is the JSON-ready position in the data, the same in every process.
 
-        Raises:
-          UserError: this checkpoint or the one before can't be written.
+        Raises `UserError` if this checkpoint or the one before can't be written.
         """
-        if self._saving is not None:
-            self._wait()
-        state = _as_dict(state)
+        self._wait()
+        state = vars(state)
+        found = fingerprints(state)
         run = {"data": data_state, "progress": dataclasses.asdict(progress)}
-        run["arrays"] = _described(state)
+        run["arrays"] = {
+            name: [list(a.shape), a.dtype.name, found[name]] for name, a in by_path(state).items()
+        }
         run["sha256"] = _sha256(run)
         self._saving = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
@@ -169,12 +172,11 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as e:  # tensorstore raises ValueError for errors of the system
             failed, self._saving = self._saving, None
-            steps = [step for step in ocp.utils.checkpoint_steps(self.directory) if step != failed]
-            then = "none is complete yet"
-            if steps:
-                then = f"the same command goes on from step {max(steps)}"
+            steps = {*ocp.utils.checkpoint_steps(self.directory)} - {failed}
+            goes_on = f"the same command goes on from step {max(steps, default=None)}"
+            then = goes_on if steps else "none is complete yet"
             raise UserError(
-                f"checkpoint {self.directory / str(failed)} can't be saved: {_reason(e)}\n"
+                f"checkpoint {self._path(failed)} can't be saved: {_reason(e)}\n"
                 f"Free or mend the disk; then {then}"
             ) from e
 
@@ -184,16 +186,10 @@ class Checkpoints:
         Damaged ones are moved to `damaged_checkpoints`, with a warning. Each process reads its own
         part; a checkpoint that one of them can't read counts as damaged for all.
 
-        Args:
-          abstract_state: shapes, dtypes and shardings, over any mesh and number of processes.
-          data_iterator: is moved to its position.
+        `abstract_state` has shapes, dtypes and shardings, over any mesh and number of processes.
+        `data_iterator` is moved to its position. Returns `(step, state, progress)`.
 
-        Returns:
-          `(step, state, progress)`.
-
-        Raises:
-          UserError: no checkpoint can be read, the newest holds another model, or this machine is
-            at fault.
+        Raises `UserError` if there is none, it is of another model, or this machine is at fault.
         """
         while True:
             *older, step = self.steps()
@@ -202,7 +198,7 @@ class Checkpoints:
             except Damaged as e:
                 if not older:
                     raise UserError(
-                        f"checkpoint {self.directory / str(step)} can't be read ({e}), and there "
+                        f"checkpoint {self._path(step)} can't be read ({e}), and there "
                         "is no other. To start anew, use another --workdir"
                     ) from e
                 self._set_aside(step, e)
@@ -211,36 +207,6 @@ class Checkpoints:
             data_iterator.start_prefetch()
             return step, state, progress
 
-    def restore(self, step, abstract_state):
-        """`(state, progress, position in the data)` of a step.
-
-        Raises:
-          Damaged: the checkpoint can't be read, or differs from what was saved.
-          UserError: it holds another model, or this machine is at fault.
-        """
-        state, run = self._read(step, _as_dict(abstract_state))
-        state = dataclasses.replace(abstract_state, **state)
-        return state, Progress(**run["progress"]), run["data"]
-
-    def restore_model(self, step, abstract_state):
-        """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
-
-        Raises:
-          UserError: the checkpoint can't be read, or holds another model.
-        """
-        wanted = {"params": abstract_state.params}
-        if abstract_state.routing_state:
-            wanted["routing_state"] = abstract_state.routing_state
-        try:
-            model, _ = self._read(step, wanted)
-        except Damaged as e:
-            others = [other for other in self.steps() if other != step]
-            hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} can't be read ({e}); {hint}"
-            ) from e
-        return model["params"], model.get("routing_state", {})
-
     def _set_aside(self, step, problem):
         if jax.process_index() == 0:
             aside = self.directory.with_name("damaged_checkpoints")
@@ -248,20 +214,44 @@ class Checkpoints:
             target, n = aside / str(step), 1
             while target.exists():
                 target, n = aside / f"{step}-{n}", n + 1
-            os.replace(self.directory / str(step), target)
+            os.replace(self._path(step), target)
             log.warning(f"checkpoint of step {step} is damaged ({problem}): set aside as {target}")
         barrier("the damaged checkpoint is set aside")
         self._manager.reload()
+
+    def restore(self, step, abstract_state):
+        """`(state, progress, position in the data)` of a step.
+
+        Raises `Damaged` if the checkpoint can't be read or differs from what was saved, `UserError`
+        if it holds another model or this machine is at fault.
+        """
+        state, run = self._read(step, vars(abstract_state))
+        state = dataclasses.replace(abstract_state, **state)
+        return state, Progress(**run["progress"]), run["data"]
+
+    def restore_model(self, step, abstract_state):
+        """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
+
+        Raises `UserError` if the checkpoint can't be read, or holds another model.
+        """
+        wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
+        try:
+            model, _ = self._read(step, wanted)
+        except Damaged as e:
+            others = [other for other in self.steps() if other != step]
+            hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
+            raise UserError(f"checkpoint {self._path(step)} can't be read ({e}); {hint}") from e
+        return model["params"], model["routing_state"]
 
     def _read(self, step, wanted):
         """The arrays that `wanted` describes, and what was saved beside them.
 
         Raises `Damaged` or `UserError`, in every process or in none; see `restore`.
         """
-        path = self.directory / str(step)
-        problem = arrays = run = None
+        path = self._path(step)
+        problem = None
         try:
-            arrays, run = self._read_alone(path, wanted)
+            arrays, run = _read_alone(path, wanted)
         except (Damaged, _Unreadable) as e:
             problem = e
         if not all_agree(not isinstance(problem, _Unreadable)):
@@ -278,52 +268,43 @@ class Checkpoints:
             raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
         return arrays, run
 
-    def _read_alone(self, path, wanted):
-        run = _read_item(path / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-        if run.pop("sha256", None) != _sha256(run):
-            raise Damaged("what was read of its position isn't what was saved")
-        _check_model(path, wanted, run["arrays"])
-        restore_args = jax.tree.map(
-            lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
-        )
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-        return _read_item(path / "state", ocp.PyTreeCheckpointHandler, args), run
 
-
-def _read_item(path, handler, args):
+def _read_alone(path, wanted):
     # By itself, Orbax would wait for the other processes, which may have failed.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=f"process_{jax.process_index()}",
     )
-    handler = handler(multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    restore_args = jax.tree.map(
+        lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
+    )
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     try:
+        run = json.loads((path / "run" / "metadata").read_text())
+        if run.pop("sha256", None) != _sha256(run):
+            raise Damaged("what was read of its position isn't what was saved")
+        _check_model(path, wanted, run["arrays"])
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return checkpointer.restore(path, args=args)
+            return checkpointer.restore(path / "state", args=args), run
+    except (Damaged, UserError):
+        raise
     except Exception as e:  # Orbax, tensorstore and the file system each have their own
-        if any(words in _chain(e) for words in _FAULTS_OF_THE_MACHINE):
-            raise _Unreadable(_reason(e)) from e
-        raise Damaged(_reason(e)) from e
+        messages = " ".join(f"{type(cause).__name__}: {cause}" for cause in _causes(e))
+        kind = _Unreadable if _FAULTS_OF_THE_MACHINE.search(messages) else Damaged
+        raise kind(_reason(e)) from e
 
 
 # Words of JAX, tensorstore and Linux in errors of memory, disks and the system.
-_FAULTS_OF_THE_MACHINE = (
-    "MemoryError",
-    "RESOURCE_EXHAUSTED",
-    "Out of memory",
-    "Cannot allocate memory",
-    "Too many open files",
-    "Input/output error",
-    "Stale file handle",
-    "PERMISSION_DENIED",
-    "Permission denied",
+_FAULTS_OF_THE_MACHINE = re.compile(
+    "MemoryError|RESOURCE_EXHAUSTED|Out of memory|Cannot allocate memory|Too many open files|"
+    "Input/output error|Stale file handle|PERMISSION_DENIED|Permission denied"
 )
 
 
 def _check_model(path, wanted, saved):
-    for key_path, a in jax.tree_util.tree_leaves_with_path(wanted):
-        name = jax.tree_util.keystr(key_path)
+    for name, a in by_path(wanted).items():
         here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
         if here != there:
             what = "isn't there"
@@ -335,72 +316,18 @@ def _check_model(path, wanted, saved):
             )
 
 
-def _validation_nlls(metrics_file: Path):
-    """The finite validation nll of each step in `metrics.jsonl`."""
-    nlls = {}
-    for line in metrics_file.read_text().splitlines() if metrics_file.exists() else []:
-        # Lines of training and null raise errors, and so does the half line of a killed run.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(line)
-            nlls[line["step"]] = float(line["validation_nll"])
-    return nlls
-
-
-def _best(steps, nlls, n):
-    """The `n` steps of lowest finite nll, the best first."""
-    scored = [step for step in steps if math.isfinite(nlls.get(step, math.nan))]
-    return sorted(scored, key=nlls.get)[:n]
-
-
-@dataclass(frozen=True)
-class _BestN:
-    """An Orbax preservation policy: keeps the checkpoints of lowest validation nll."""
-
-    n: int
-    nlls: dict
-
-    def should_preserve(self, checkpoints, *, context):
-        best = _best([checkpoint.step for checkpoint in checkpoints], self.nlls, self.n)
-        return [checkpoint.step in best for checkpoint in checkpoints]
-
-
-def _preservation(config, nlls):
-    policies = [checkpoint_managers.LatestN(config.keep)]
-    if config.keep_every:
-        policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
-    if config.keep_best:
-        policies.append(_BestN(config.keep_best, nlls))
-    return checkpoint_managers.AnyPreservationPolicy(policies)
-
-
-def _as_dict(state):
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
 def _sha256(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _described(tree):
-    """The JSON-ready shape, dtype and fingerprint of every array by its path."""
-    prints = fingerprints(tree)
-    described = {}
-    for key_path, a in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(key_path)
-        described[name] = [list(a.shape), a.dtype.name, prints[name]]
-    return described
-
-
-def _chain(error):
-    """The text of an exception and of all its causes."""
-    return f"{type(error).__name__}: {error} {_chain(error.__cause__)}" if error else ""
+def _causes(error):
+    """An exception and all its causes, the first one last."""
+    return [error, *_causes(error.__cause__)] if error else []
 
 
 def _reason(error):
     """The first line of the first cause of an exception."""
-    while error.__cause__:
-        error = error.__cause__
-    if is_disk_full(error):
+    first = _causes(error)[-1]
+    if is_disk_full(first):
         return "no space left on the disk"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(first).strip().splitlines() or [type(first).__name__])[0][:300]

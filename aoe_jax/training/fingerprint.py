@@ -7,29 +7,28 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 
+def by_path(tree):
+    """The leaves of a tree by their paths in text."""
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def fingerprints(tree):
-    """A 32-bit fingerprint of every array: the sum, modulo 2^32, of a hash of each element's bits
-    and index.
+    """The 32-bit fingerprints of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
 
-    For a given index the hash is one to one, so a change of one element always changes the sum. The
-    sum doesn't depend on the sharding. Storage formats compress arrays without a checksum of what
-    comes out.
-
-    Args:
-      tree: nested dicts, tuples and dataclasses of arrays of 8, 16 or 32 bits an element.
-
-    Returns:
-      A dict from the path of an array to an int, the same in every process.
+    A fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
+    index the hash is one to one, so a change of one element always changes the sum. It depends
+    neither on the sharding nor on the process. Storage formats have no checksum of what they
+    decompress.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sharding = leaves[0][1].sharding
+    arrays = by_path(tree)
+    leaves = list(arrays.values())
+    sharding = leaves[0].sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    sums = jax.device_get(_jitted(sharding)([leaf for _, leaf in leaves]))
-    return {
-        jax.tree_util.keystr(path): int(value)
-        for (path, _), value in zip(leaves, sums, strict=True)
-    }
+    sums = jax.device_get(_jitted(sharding)(leaves))
+    return dict(zip(arrays, sums.tolist(), strict=True))
 
 
 @cache

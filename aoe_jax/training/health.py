@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +21,20 @@ SPIKE_WINDOW, SPIKE_MINIMUM, SPIKE_DEVIATIONS = 128, 32, 6
 DEAD_AFTER = 3  # logged steps
 
 
+@dataclass
 class Health:
     """Looks at the metrics of every step."""
 
-    def __init__(self, max_skipped, batch_size, skipped_in_row=0):
-        """Begins after `skipped_in_row` skipped updates.
-
-        Args:
-          max_skipped: `train.max_skipped`.
-          batch_size: sequences in a batch.
-          skipped_in_row: number of skipped updates directly before.
-        """
-        self._max_skipped, self._batch_size = max_skipped, batch_size
-        self.skipped_in_row = skipped_in_row
-        self._losses = deque(maxlen=SPIKE_WINDOW)
-        self._idle_for, self._dead = None, set()
+    max_skipped: int  # `train.max_skipped`
+    batch_size: int
+    skipped_in_row: int = 0  # updates skipped directly before
+    _losses: deque = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+    _idle_for: np.ndarray | int = 0  # logged steps in a row that gave an expert no token, [L, n]
 
     def step(self, step, loss, grad_norm, finite):
         """Takes in the loss (nats), the gradient norm before clipping and whether both are finite.
 
-        Raises:
-          DivergedError: the last `max_skipped` steps were all skipped.
+        Raises `DivergedError` if the last `max_skipped` steps were all skipped.
         """
         if not finite:
             self._skipped(step, loss, grad_norm)
@@ -57,56 +51,46 @@ class Health:
 
     def _skipped(self, step, loss, grad_norm):
         self.skipped_in_row += 1
-        first = (step - 1) * self._batch_size
+        first = (step - 1) * self.batch_size
         log.warning(
             f"step {step} skipped: loss {loss:g}, gradient norm {grad_norm:g}; its batch is number "
-            f"{step}, sequences {first} to {first + self._batch_size - 1} of the run's order"
+            f"{step}, sequences {first} to {first + self.batch_size - 1} of the run's order"
         )
-        if self.skipped_in_row >= self._max_skipped:
+        if self.skipped_in_row >= self.max_skipped:
             raise DivergedError(
                 f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped "
                 "because the loss or the gradient wasn't finite "
-                f"(train.max_skipped={self._max_skipped}). Look at the data; or, if the model "
+                f"(train.max_skipped={self.max_skipped}). Look at the data; or, if the model "
                 "itself is broken, delete the newest checkpoints, or lower train.learning_rate in "
                 "another --workdir"
             )
 
     def load(self, step, load, live=None):
-        """Takes in the load `[L, n]` of a logged step, and warns of experts without a token in
-        `DEAD_AFTER` logged steps.
-
-        Args:
-          step: its number.
-          load: choices per expert.
-          live: `LayerStats.live`; a free place is no dead expert.
+        """Takes in the `LayerStats.load` and `live`, `[L, n]`, of a logged step; warns of experts
+        without a token in `DEAD_AFTER` logged steps, but for free places.
         """
         if load.shape[-1] == 1:
             return
-        idle = dead_experts(load, live)
-        self._idle_for = np.where(idle, 1 if self._idle_for is None else self._idle_for + 1, 0)
-        dead = {tuple(map(int, place)) for place in np.argwhere(self._idle_for >= DEAD_AFTER)}
-        if new := sorted(dead - self._dead):
+        self._idle_for = np.where(dead_experts(load, live), self._idle_for + 1, 0)
+        new = np.argwhere(self._idle_for == DEAD_AFTER)
+        if len(new):
             names = ", ".join(f"layer {layer} expert {expert}" for layer, expert in new[:8])
             names += ", ..." if len(new) > 8 else ""
             log.warning(
                 f"dead experts at step {step}, without a token in {DEAD_AFTER} logged steps: "
-                f"{names} ({len(dead)} of {load.size} in all)"
+                f"{names} ({np.sum(self._idle_for >= DEAD_AFTER)} of {load.size} in all)"
             )
-        self._dead = dead
 
 
+@dataclass
 class Heartbeat:
     """Writes status and step to `heartbeat.json`: at each change, else at most once a second."""
 
-    def __init__(self, workdir: Path):
-        """Writes nothing before `start`."""
-        self._path = workdir / "heartbeat.json"
-        self._started, self._written, self._status = False, -math.inf, None
-        self.step = None
-
-    def start(self):
-        """Begins to write; the first process alone calls it, once it owns the workdir."""
-        self._started = True
+    workdir: Path
+    writes: bool = False  # the first process alone writes, once it owns the workdir
+    step: int | None = None
+    _status: str | None = None
+    _written: float = -math.inf
 
     def beat(self, status, step=None):
         """Notes a status and, if it has changed, the step.
@@ -114,10 +98,11 @@ class Heartbeat:
         Statuses are compiling, training, validating, saving; at the end finished, preempted,
         interrupted, diverged or failed.
         """
-        self.step = step if step is not None else self.step
+        self.step = self.step if step is None else step
         now = time.monotonic()
-        if not self._started or (status == self._status and now < self._written + 1):
+        if not self.writes or (status == self._status and now < self._written + 1):
             return
         self._written, self._status = now, status
         value = {"status": status, "step": self.step, "time": time.time()}
-        write_json(self._path, value | {"host": socket.gethostname(), "pid": os.getpid()})
+        value |= {"host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.workdir / "heartbeat.json", value)

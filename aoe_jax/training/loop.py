@@ -4,35 +4,26 @@ import contextlib
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 
+from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.counts import experts_per_token, parameter_counts, training_flops_per_token
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree
-from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError, is_disk_full
-from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError, is_disk_full
+from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.sharding import (
-    MESH_AXES,
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    replicated,
-    rows_of_process,
-    state_shardings,
-    with_shardings,
-)
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat
-from aoe_jax.training.profile import Profile, Window
+from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import Telemetry
@@ -41,66 +32,42 @@ from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
-NOT_CAUSAL_WARNING = (
-    "%s is not causal: %s, so the losses below are not those of a causal language model and are "
-    "comparable with no token-choice run"
-)
-LATER_CAUSAL_WARNING = (
-    "%s is not causal before step %d: %s, so the training losses of these steps depend on later "
-    "tokens"
-)
-
 
 def log_run(config: Config):
     """Logs the mesh, parameters and FLOPs of a run, and warns if its losses are not causal."""
+    routing = config.routing
     if jax.device_count() > 1:
-        log.info(
-            "mesh: %s", ", ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES)
-        )
+        axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in sharding.MESH_AXES]
+        log.info("mesh: %s", ", ".join(axes))
     log.info("%s", parameter_counts(config))
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if experts_per_token(config) is None:
         log.info(
-            "both count experts.top_k=%d experts per token; %s takes a varying number",
-            config.experts.top_k,
-            config.routing.name,
+            f"both count experts.top_k={config.experts.top_k} experts per token; {routing.name} "
+            "takes a varying number"
         )
-    _warn_of_later_tokens(config)
-
-
-def _warn_of_later_tokens(config):
-    causality, name = config.routing.causality(config.experts), config.routing.name
-    if not causality.reason:
-        return
-    if causality.until_step is None:
-        log.warning(NOT_CAUSAL_WARNING, name, causality.reason)
-    else:
-        log.warning(LATER_CAUSAL_WARNING, name, causality.until_step, causality.reason)
+    causality = routing.causality(config.experts)
+    if causality.reason and causality.until_step is None:
+        log.warning(
+            f"{routing.name} is not causal: {causality.reason}, so the losses below are not those "
+            "of a causal language model and are comparable with no token-choice run"
+        )
+    elif causality.reason:
+        log.warning(
+            f"{routing.name} is not causal before step {causality.until_step}: "
+            f"{causality.reason}, so the training losses of these steps depend on later tokens"
+        )
 
 
 def train(
-    config: Config,
-    workdir: Path,
-    stop: StopRequests | None = None,
-    profile: Window | None = None,
-    wandb_project: str | None = None,
+    config: Config, workdir: Path, stop: StopRequests | None = None, profile=range(0), wandb=None
 ):
-    """Trains, or continues from the newest checkpoint of `workdir`.
+    """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
-    `checkpoints/`, the tokenizer and, at the end, `summary.json`. A run that is stopped at any
-    moment and started again ends in the same state, on CPU bit for bit.
-
-    Args:
-      config: the run.
-      workdir: its directory.
-      stop: requests to stop; None: there are none.
-      profile: steps to trace into `profile/`.
-      wandb_project: a project of Weights & Biases that receives the figures too; `wandb/` holds
-        its files.
-
-    Returns:
-      The content of `summary.json`.
+    `checkpoints/`, the tokenizer and, at the end, `summary.json`; `profile/`, a trace of the steps
+    `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run that is stopped at
+    any moment and started again ends in the same state, on CPU bit for bit.
 
     Raises:
       UserError: a mistake of the user, also if `train.steps` is reached already.
@@ -112,14 +79,14 @@ def train(
             "config.routing.name='sparsemixer': can be evaluated but not trained, since the "
             "sampling of its own training is not implemented; train with 'top_k'"
         )
-    filled = fill_mesh(config, jax.device_count())
-    mesh, heartbeat = make_mesh(filled, jax.devices()), Heartbeat(workdir)
+    filled = sharding.fill_mesh(config, jax.device_count())
+    mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
     with _end_is_reported(workdir, heartbeat), jax.set_mesh(mesh), contextlib.ExitStack() as held:
         run = _Run(filled, workdir, mesh, heartbeat, stop or StopRequests(), held)
-        run.check(profile, wandb_project)
+        run.check(profile, wandb)
         run.restore()
         run.claim_workdir(config)
-        run.open(wandb_project)
+        run.open(wandb)
         run.compile()
         with run.stop.between_steps(several=jax.distributed.is_initialized()):
             with jax.transfer_guard("disallow"):
@@ -142,15 +109,10 @@ def _end_is_reported(workdir, heartbeat):
                 "goes on from the newest checkpoint"
             ) from e
         if heartbeat.step is not None:
-            alone = "the same command goes on"
-            together = "start all processes again: they go on"
-            again = alone if jax.process_count() == 1 else together
+            alone = jax.process_count() == 1
+            again = "the same command goes on" if alone else "start all processes again: they go on"
             e.add_note(f"after step {heartbeat.step}; {again} from the newest checkpoint")
         raise
-
-
-class _ValidationStopped(Exception):
-    """The run was asked to stop during a validation."""
 
 
 class _Run:
@@ -160,64 +122,61 @@ class _Run:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.heartbeat, self.stop, self.held = heartbeat, stop, held
         self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
-        self.locked = False
-        self.progress = None  # saved with the checkpoint that the run continues from
+        self.batch_sharding = sharding.batch_sharding(mesh)
         self.unreported = None  # step and metrics, which are read while the next step runs
-        self.validation = None  # the newest result
 
-    def check(self, window, wandb_project):
+    def check(self, profile, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
         config, workdir = self.config, self.workdir
         check_workdir(workdir, config)
-        if self.is_main and workdir.exists():
-            self._lock_workdir()
+        self.locked = self.is_main and workdir.exists()
+        if self.locked:
+            self.held.enter_context(alone_in(workdir, "workdir"))
         log_run(config)
         self.checkpoints = Checkpoints(workdir)
-        self.newest = self.checkpoints.latest_step() or 0
-        if config.train.init_from and not self.newest:
+        self.step = max(self.checkpoints.steps(), default=0)
+        if config.train.init_from and not self.step:
             check_start(config)
         self.corpus = open_corpus(config.data, config.model.vocab_size)
         check_data(workdir, self.corpus)
-        agree("the step, configuration or data", f"{self.newest} {config} {self.corpus.identities}")
+        agree("the step, configuration or data", f"{self.step} {config} {self.corpus.identities}")
         steps, finished = config.train.steps, (workdir / "summary.json").exists()
-        if self.newest > steps or (self.newest == steps and finished):
+        if self.step > steps or (self.step == steps and finished):
             raise UserError(
-                f"config.train.steps={steps}: {workdir} is already at step {self.newest}; raise it "
+                f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise it "
                 "to go on, or use another --workdir"
             )
-        window = window.of_run(self.newest, steps) if window else None
-        self.profile = Profile(workdir / "profile", window if self.is_main else None)
-        if wandb_project is not None:
-            check_wandb(workdir, wandb_project)
+        profile = profile and traced_of_run(profile, self.step, steps)
+        self.traced = profile if self.is_main else range(0)
+        if wandb is not None:
+            check_wandb(workdir, wandb)
 
     def restore(self):
         """Makes the first state: from a checkpoint, from a model, or at random."""
-        config = self.config
-        sharding = batch_sharding(self.mesh)
-        self.rows = rows_of_process(sharding, config.train.batch_size, jax.process_index())
+        config, train = self.config, self.config.train
+        process = jax.process_index()
+        self.rows = sharding.rows_of_process(self.batch_sharding, train.batch_size, process)
         self.data = iter(
             train_batches(
                 self.corpus.train,
                 self.corpus.weights,
                 config.data.seq_len,
-                config.train.batch_size,
-                config.train.seed,
+                train.batch_size,
+                train.seed,
                 self.rows,
                 config.data.loss_mask,
             )
         )
-
-        def new_state():
-            return init_state(config, config.train.seed)
-
+        new_state = partial(init_state, config, train.seed)
         abstract = jax.eval_shape(new_state)
-        self.shardings, self.step = state_shardings(self.mesh, abstract), 0
-        if self.newest:
+        self.shardings = sharding.state_shardings(self.mesh, abstract)
+        self.progress = Progress()
+        if self.step:
             self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                with_shardings(abstract, self.shardings), self.data
+                sharding.with_shardings(abstract, self.shardings), self.data
             )
             log.info("going on from step %d", self.step)
-        elif config.train.init_from:
+        elif train.init_from:
             self.state = state_from_model(config, self.mesh, self.shardings, self.corpus.tokenizer)
         else:
             self.state = jax.jit(new_state, out_shardings=self.shardings)()
@@ -230,71 +189,54 @@ class _Run:
             return
         if not self.locked:  # it did not exist; another process may have made it meanwhile
             make_workdir(self.workdir)
-            self._lock_workdir()
-            check_workdir(self.workdir, self.config)
-            check_data(self.workdir, self.corpus)
-            if Checkpoints(self.workdir).latest_step():
+            self.held.enter_context(alone_in(self.workdir, "workdir"))
+            if (self.workdir / "config.json").exists():
                 raise UserError(
-                    f"--workdir={self.workdir}: another process has trained there meanwhile; "
-                    "start again to go on"
+                    f"--workdir={self.workdir}: another process has begun a run there meanwhile; "
+                    "start again to go on with it"
                 )
         claim_workdir(self.workdir, given, self.corpus)
-        self.heartbeat.start()
+        self.heartbeat.writes = True
         (self.workdir / "summary.json").unlink(missing_ok=True)
 
-    def _lock_workdir(self):
-        self.held.enter_context(alone_in(self.workdir, "workdir"))
-        self.locked = True
-
-    def open(self, wandb_project):
+    def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
-        train, progress = self.config.train, self.progress
+        config, train, progress = self.config, self.config.train, self.progress
         # A run that lacks nothing but its summary validates its last step again.
-        self.validated = progress is None or (progress.validated and self.step < train.steps)
+        progress.validated = progress.validated and self.step < train.steps
         self.telemetry = Telemetry(
-            self.workdir,
-            self.config,
-            self.step,
-            self.validated,
-            wandb_project,
-            writes=self.is_main,
+            self.workdir, config, self.step, progress.validated, wandb, writes=self.is_main
         )
         self.held.enter_context(contextlib.closing(self.telemetry))
-        skipped = progress.skipped_in_row if progress else 0
-        self.health = Health(train.max_skipped, train.batch_size, skipped)
-        self.losses = progress and {"loss": progress.loss, "nll": progress.nll}
-        self.checkpoints = Checkpoints(self.workdir, self.config.checkpoint)
+        self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
+        self.checkpoints = Checkpoints(self.workdir, config.checkpoint)
 
     def compile(self):
         """Compiles the training step; time counts as training from the end of this on."""
-        everywhere = replicated(self.mesh)
+        config = self.config
         self.batch = self._next_batch()
         self.heartbeat.beat("compiling", self.step)
         with self.telemetry.clock("compile"):
-            step = make_train_step(self.config)
-            step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+            shardings = self.shardings, sharding.replicated(self.mesh)
+            step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings)
             self.train_step = step.lower(self.state, self.batch).compile()
-        decoder = Decoder.from_config(self.config)
-        eval_step = make_eval_step(decoder, self.config.data.document_mask)
-        self.eval_step = jax.jit(eval_step, out_shardings=everywhere)
+        decoder = Decoder.from_config(config)
+        self.eval_step = compile_eval_step(decoder, config.data.document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
 
     def take_steps(self):
-        """Trains up to `train.steps`."""
-        steps = self.config.train.steps
-        if not self.validated and not self.validate():
-            raise self.stop.end(
-                f"at step {self.step}, which is saved; the same command goes on from there"
-            )
+        steps, folder = self.config.train.steps, self.workdir / "profile"
+        if not self.progress.validated:
+            self.validate()
         try:
             while self.step < steps:
                 self.step += 1
-                self.state, metrics = self.profile.run(
-                    self.step, self.train_step, self.state, self.batch
+                self.state, metrics = run_traced(
+                    self.traced, folder, self.step, self.train_step, self.state, self.batch
                 )
                 self._report()  # the step before, while this one runs
                 self.unreported = self.step, metrics
-                self._validate_and_save(last=self.step == steps, stopping=self.stop.asked())
+                self._validate_and_save()
                 if self.step < steps:
                     with self.telemetry.clock("input"):
                         self.batch = self._next_batch()
@@ -303,16 +245,16 @@ class _Run:
             raise
 
     def _next_batch(self):
-        sharding, n_rows = batch_sharding(self.mesh), self.config.train.batch_size
-        return put_batch(sharding, next(self.data), rows=self.rows, n_rows=n_rows)
+        batch, n_rows = next(self.data), self.config.train.batch_size
+        return sharding.put_batch(self.batch_sharding, batch, self.rows, n_rows)
 
     def _report(self):
         """Waits for the step that is not reported yet, and takes in its metrics."""
         if self.unreported is None:
             return
         (step, metrics), self.unreported = self.unreported, None
-        small = {name: metrics[name] for name in ("loss", "nll", "grad_norm", "finite")}
-        small = jax.device_get(small)
+        names = ("loss", "nll", "grad_norm", "finite")
+        small = jax.device_get({name: metrics[name] for name in names})
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
         self.heartbeat.beat("training", step)
         self.checkpoints.check()
@@ -320,79 +262,73 @@ class _Run:
             metrics = jax.device_get(metrics)
             self.health.load(step, metrics["load"], metrics.get("live"))
             self.telemetry.train(step, metrics)
-        self.losses = {name: float(small[name]) for name in ("loss", "nll")}
+        self.progress.loss, self.progress.nll = float(small["loss"]), float(small["nll"])
+        self.progress.skipped_in_row = self.health.skipped_in_row
 
-    def _validate_and_save(self, last, stopping):
-        """Does what is due after a step; raises `Stopped` if the run was asked to stop."""
-        every = self.config.train.eval_every
+    def _validate_and_save(self):
+        """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
+        every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
-        saving = stopping or (not last and self.checkpoints.due(self.step))
+        saving = not last and self.checkpoints.due(self.step)
+        self.progress.validated = not validating
         if validating or saving:
-            self._report()  # before the save, so that a kill loses no line of metrics.jsonl
-        stopping = stopping or (validating and not self.validate())
-        if stopping:
-            self.save(validated=not validating)
+            self._report()
+        try:
+            self._stop_if_asked()
+            if validating:
+                self.validate()
+        except Stopped:
+            self.save()
             self.checkpoints.close()
-            raise self.stop.end(
-                f"saved at step {self.step} of {self.config.train.steps}; the same command goes on "
-                "from there"
-            )
-        if saving and not self.health.skipped_in_row:
+            raise
+        if saving and not self.progress.skipped_in_row:
             self.save()
 
-    def validate(self):
-        """Scores the validation split; False if the run was asked to stop meanwhile."""
-        train, sharding = self.config.train, batch_sharding(self.mesh)
+    def _stop_if_asked(self):
+        if self.stop.asked():
+            steps = self.config.train.steps
+            then = "the same command goes on from there"
+            raise self.stop.end(f"saved at step {self.step} of {steps}; {then}")
 
-        def step(batch):
-            return self.eval_step(self.state.params, self.state.routing_state, batch)
+    def validate(self):
+        """Scores the validation split; raises `Stopped` if the run is asked to stop meanwhile."""
+        train = self.config.train
 
         def put(batch):
             self.heartbeat.beat("validating", self.step)
-            if self.stop.asked():
-                raise _ValidationStopped
-            return put_batch(sharding, batch)
+            self._stop_if_asked()
+            return sharding.put_batch(self.batch_sharding, batch)
 
-        batch_size = train.batch_size // train.accumulate
-        seq_len = self.config.data.seq_len
-        try:
-            with self.telemetry.clock("evaluation"):
-                result = evaluate(step, self.corpus.validation, seq_len, batch_size, put)
-        except _ValidationStopped:
-            return False
-        self.telemetry.evaluation(self.step, result)
-        self.checkpoints.validated(self.step, result.nll)
-        self.validation = result
-        return True
+        score = partial(self.eval_step, self.state.params, self.state.routing_state)
+        batch_size, seq_len = train.batch_size // train.accumulate, self.config.data.seq_len
+        with self.telemetry.clock("evaluation"):
+            self.validation = evaluate(score, self.corpus.validation, seq_len, batch_size, put)
+        self.telemetry.evaluation(self.step, self.validation)
+        self.checkpoints.validated(self.step, self.validation.nll)
+        self.progress.validated = True
 
-    def save(self, validated=True):
-        """Saves in the background.
-
-        Args:
-          validated: False if a validation is due after this step and has not been done.
-        """
+    def save(self):
+        self._report()  # before, so that a kill loses no line of metrics.jsonl
         self.heartbeat.beat("saving", self.step)
-        skipped = self.health.skipped_in_row
-        progress = Progress(**self.losses, validated=validated, skipped_in_row=skipped)
         with self.telemetry.clock("checkpoint"):
             self.telemetry.sync()
-            self.checkpoints.save(self.step, self.state, self.data.get_state(), progress)
+            self.checkpoints.save(self.step, self.state, self.data.get_state(), self.progress)
 
     def finish(self):
         """Saves the last state and writes `summary.json`, whose content it returns."""
-        counts, figures = parameter_counts(self.config), self.validation.figures()
+        counts, timing = parameter_counts(self.config), self.telemetry.timing()
+        metrics = {
+            "step": self.step,
+            "tokens": self.step * self.config.tokens_per_step,
+            "train_loss": self.progress.loss,
+            "train_nll": self.progress.nll,
+            "validation_perplexity": self.validation.perplexity,
+            **{f"validation_{name}": v for name, v in self.validation.figures().items()},
+        }
         summary = {
-            "metrics": {
-                "step": self.step,
-                "tokens": self.step * self.config.tokens_per_step,
-                "train_loss": self.losses["loss"],
-                "train_nll": self.losses["nll"],
-                "validation_perplexity": self.validation.perplexity,
-                **{f"validation_{name}": value for name, value in figures.items()},
-            },
+            "metrics": metrics,
             "parameters": {"total": counts.total, "active": counts.active},
-            "timing": self.telemetry.timing()
-            | {"total_seconds": time.perf_counter() - self.started},
+            "timing": timing | {"total_seconds": time.perf_counter() - self.started},
             "memory": self.telemetry.memory(),
         }
         if self.step > self.first_step:
@@ -401,5 +337,5 @@ class _Run:
         if self.is_main:
             write_json(self.workdir / "summary.json", summary)
         self.heartbeat.beat("finished", self.step)
-        log.info("done: %s", json.dumps(summary["metrics"]))
+        log.info("done: %s", json.dumps(metrics))
         return summary

@@ -1,5 +1,6 @@
 """Memory in bytes: what this process and its devices hold, and what a compiled step needs."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -8,19 +9,17 @@ _STATUS = Path("/proc/self/status")
 
 
 def host_memory():
-    """Resident memory of this process, now and at the peak that the kernel keeps; empty unless the
-    system is Linux.
-    """
+    """Resident memory of this process, now and at the peak that the kernel keeps; {} off Linux."""
     if not _STATUS.exists():
         return {}
-    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    kib = {name: int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM")}
-    return {"host_memory_bytes": 1024 * kib["VmRSS"], "host_memory_peak_bytes": 1024 * kib["VmHWM"]}
+    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", _STATUS.read_text()))
+    names = {"host_memory_bytes": "VmRSS", "host_memory_peak_bytes": "VmHWM"}
+    return {name: 1024 * int(kib[field]) for name, field in names.items()}
 
 
 def device_memory():
-    """Memory in use, now and at its peak, of the fullest device of this process; empty if the
-    backend doesn't count it, as on CPU.
+    """Memory in use, now and at its peak, of the fullest device of this process; {} if the backend
+    doesn't count it, as on CPU.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
@@ -32,23 +31,15 @@ def device_memory():
 
 
 def program_memory(state, step):
-    """Memory that training needs on a device.
-
-    Args:
-      state: the train state, as arrays.
-      step: the compiled step.
+    """Memory that training needs on a device, for a state, which is split evenly, and its step.
 
     Returns:
-      `state_bytes` on the fullest device of this process; and by the compiler's count
-      `argument_bytes`, the state with a batch, and `temporary_bytes`.
+      `state_bytes`; and by the compiler's count `argument_bytes`, the state with a batch, and
+      `temporary_bytes`.
     """
-    held = {}
-    for array in jax.tree.leaves(state):
-        for shard in array.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     analysis = step.memory_analysis()
     return {
-        "state_bytes": max(held.values()),
+        "state_bytes": sum(a.addressable_data(0).nbytes for a in jax.tree.leaves(state)),
         "argument_bytes": analysis.argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
     }

@@ -1,6 +1,4 @@
-"""AdamW as the paper trains with it: betas (0.9, 0.95), linear warm-up, cosine decay, clipped by
-global norm.
-"""
+"""The paper's AdamW: betas (0.9, 0.95), linear warm-up, cosine decay, clipped by global norm."""
 
 import jax
 import optax
@@ -9,22 +7,14 @@ from aoe_jax.config.training import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig):
-    """Linear warm-up from 0 to the peak, then a cosine to the final learning rate at the last
-    step.
-    """
+    """Linear warm-up from 0 to the peak, then a cosine to the final rate at the last step."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.final_learning_rate,
+        0.0, config.learning_rate, config.warmup_steps, config.steps, config.final_learning_rate
     )
 
 
 def decayed(params):
-    """Which parameters decay: every matrix, but neither norm scales, biases, thresholds nor
-    embedding tables.
-    """
+    """Which parameters decay: all but norm scales, biases, thresholds and embedding tables."""
     others = ("scale", "norm", "bias", "threshold", "embedding")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path[-1].key.endswith(others), params
@@ -39,18 +29,11 @@ def no_routers(params):
 
 
 def make_optimizer(config: TrainConfig):
-    """The optimiser as an optax transformation; in the first `train.router_steps` it updates
-    routers alone.
-    """
+    """The optax optimiser; in the first `train.router_steps` steps it updates routers alone."""
+    schedule = learning_rate_schedule(config)
     steps = [
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config),
-            b1=0.9,
-            b2=0.95,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed),
     ]
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)

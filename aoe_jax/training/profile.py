@@ -2,7 +2,6 @@
 
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -12,76 +11,52 @@ from aoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Window:
-    """The steps to trace: `n_steps`, beginning with step `first`."""
-
-    first: int
-    n_steps: int
-
-    @property
-    def last(self):
-        """The last step to trace."""
-        return self.first + self.n_steps - 1
-
-    @classmethod
-    def parse(cls, text):
-        """The window of a flag's value `STEP:N`.
-
-        Raises:
-          UserError: the value has another form, or STEP or N is 0.
-        """
-        numbers = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
-        window = cls(*map(int, numbers.groups())) if numbers else None
-        if window is None or 0 in (window.first, window.n_steps):
-            raise UserError(
-                f"--profile={text}: must be STEP:N, N steps beginning with step STEP, such as "
-                "20:3; both from 1"
-            )
-        return window
-
-    def of_run(self, start_step, total_steps):
-        """The window itself, or None, with a warning, if the run starts after its first step.
-
-        Raises:
-          UserError: the run ends before the window does.
-        """
-        flag = f"--profile={self.first}:{self.n_steps}"
-        if self.last > total_steps:
-            raise UserError(
-                f"{flag}: this run takes the steps {start_step + 1} to {total_steps}; "
-                "choose some of these"
-            )
-        if self.first <= start_step:
-            log.warning(f"{flag}: step {self.first} is past; nothing is traced")
-            return None
-        return self
+def steps_to_trace(text):
+    """The `range` of steps that a flag's value `STEP:N` means; raises `UserError` for others."""
+    numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
+    if not numbers:
+        raise UserError(
+            f"--profile={text}: must be STEP:N, N steps beginning with step STEP, such as 20:3; "
+            "both from 1"
+        )
+    first, n_steps = map(int, numbers.groups())
+    return range(first, first + n_steps)
 
 
-class Profile:
-    """Traces the steps of a window, if there is one, into a folder."""
+def traced_of_run(steps: range, start_step, total_steps):
+    """The steps themselves, or none, with a warning, if the run starts after the first of them.
 
-    def __init__(self, folder: Path, window: Window | None):
-        """Traces nothing yet."""
-        self._folder, self._window = folder, window
+    Raises `UserError` if the run ends before they do.
+    """
+    flag = f"--profile={steps[0]}:{len(steps)}"
+    if steps[-1] > total_steps:
+        raise UserError(
+            f"{flag}: this run takes the steps {start_step + 1} to {total_steps}; choose some of "
+            "these"
+        )
+    if steps[0] <= start_step:
+        log.warning(f"{flag}: step {steps[0]} is past; nothing is traced")
+        return range(0)
+    return steps
 
-    def run(self, step, function, *args):
-        """Calls `function(*args)`, which is training step `step`.
 
-        The first traced step waits for all steps before it, the last one until it is done.
-        """
-        window = self._window
-        if window is None or not window.first <= step <= window.last:
-            return function(*args)
-        if step == window.first:
-            jax.block_until_ready(args)
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Python calls would bury the step
-            jax.profiler.start_trace(self._folder, profiler_options=options)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            result = function(*args)
-        if step == window.last:
-            jax.block_until_ready(result)
-            jax.profiler.stop_trace()
-            log.info(f"wrote a trace of steps {window.first} to {step}: {self._folder}")
-        return result
+def run_traced(steps: range, folder: Path, step, function, *args):
+    """Calls `function(*args)`, which is training step `step`; traces it into `folder` if it is one
+    of `steps`.
+
+    The first traced step waits for all steps before it, the last one until it is done.
+    """
+    if step not in steps:
+        return function(*args)
+    if step == steps[0]:
+        jax.block_until_ready(args)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # Python calls would bury the step
+        jax.profiler.start_trace(folder, profiler_options=options)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        result = function(*args)
+    if step == steps[-1]:
+        jax.block_until_ready(result)
+        jax.profiler.stop_trace()
+        log.info(f"wrote a trace of steps {steps[0]} to {step}: {folder}")
+    return result

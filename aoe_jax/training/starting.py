@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,36 +15,38 @@ from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import computed_fields, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
-from aoe_jax.training.optimizer import make_optimizer
-from aoe_jax.training.step import TrainState
+from aoe_jax.training.step import TrainState, first_state
+from aoe_jax.training.workdir import differences
 
 log = logging.getLogger(__name__)
 
 
 def check_start(config: Config):
-    """Checks the configuration of the model; writes nothing.
-
-    Raises:
-      UserError: the configuration can't be read, or the model has another architecture.
-    """
+    """Raises `UserError` if the model can't be read or has another architecture; writes nothing."""
     directory = Path(config.train.init_from)
     try:
-        _check_architecture(directory, read_config(directory), config)
+        there, here = computed_fields(read_config(directory)), computed_fields(config)
     except (UserError, OSError) as e:
-        raise UserError(f"config.train.init_from={config.train.init_from!r}: {e}") from e
+        raise _refused(config, e) from e
+    differing = differences(there, here)
+    if others := [f"config.{text}" for name, text in differing.items() if not is_choice(name)]:
+        raise _refused(config, f"it is another model: {'; '.join(others)}")
+    if differing:
+        how = "; ".join(f"config.{text}" for text in differing.values())
+        log.warning(f"experts are chosen in another way than in {directory}: {how}")
+
+
+def _refused(config, why):
+    return UserError(f"config.train.init_from={config.train.init_from!r}: {why}")
 
 
 def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
-    """The state before the first step: parameters and routing state of a model, the rest new.
+    """The first state: float32 parameters and routing state of a model, the rest new.
 
     Args:
       config: the run, after `check_start`; `train.init_from` is the model's directory.
-      mesh: the mesh of the run.
-      shardings: the shardings of its state.
+      mesh, shardings: of the run and of its state.
       tokenizer: the tokenizer's file of its corpora.
-
-    Returns:
-      The `TrainState`; parameters are float32.
 
     Raises:
       UserError: in every process if in one: the model can't be read, has another tokenizer, or has
@@ -55,59 +58,30 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
     except (UserError, OSError, ValueError) as e:  # raised below, in all processes together
         problem = e
     if not all_agree(problem is None):
-        what = problem or "another process can't start from it"
-        raise UserError(f"config.train.init_from={config.train.init_from!r}: {what}") from problem
-
-    def state(params, routing_state):
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            zero, zero, params, routing_state, make_optimizer(config.train).init(params)
-        )
-
-    return jax.jit(state, out_shardings=shardings, donate_argnums=(0, 1))(params, routing_state)
+        raise _refused(config, problem or "another process can't start from it") from problem
+    state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
+    return state(params, routing_state)
 
 
 def _loaded(config, mesh, tokenizer):
     directory = Path(config.train.init_from)
-    _check_tokenizer(saved_tokenizer(directory), tokenizer)
-    params, routing_state = load_params(directory, config, mesh, jnp.float32)
-    wanted = initial_routing_state(config)
-    for name in routing_state:
-        if name not in wanted:
-            raise UserError(
-                f"the model has a {name.replace('_', ' ')}, which this run cannot use; set "
-                "routing.name and balance.bias_rate as in the model's own training"
-            )
-    return params, wanted | routing_state
-
-
-def _check_architecture(directory, model, config):
-    there, here = computed_fields(model), computed_fields(config)
-    differing = {
-        name: f"config.{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    }
-    if others := [text for name, text in differing.items() if not is_choice(name)]:
-        raise UserError(f"it is another model: {'; '.join(others)}")
-    if differing:
-        how = "; ".join(differing.values())
-        log.warning(f"experts are chosen in another way than in {directory}: {how}")
-
-
-def _check_tokenizer(its, ours):
-    if not its.exists() or its.read_bytes() == ours.read_bytes():
-        return
-    if _vocabulary(its) != _vocabulary(ours):
+    its = saved_tokenizer(directory)
+    if its.exists() and _vocabulary(its) != _vocabulary(tokenizer):
         raise UserError(
             f"the model has another tokenizer than the corpora; set data.tokenizer={str(its)!r}"
         )
+    params, routing_state = load_params(directory, config, mesh, jnp.float32)
+    wanted = initial_routing_state(config)
+    if unused := sorted(routing_state.keys() - wanted.keys()):
+        raise UserError(
+            f"the model has a {unused[0].replace('_', ' ')}, which this run cannot use; set "
+            "routing.name and balance.bias_rate as in the model's own training"
+        )
+    return params, wanted | routing_state
 
 
 def _vocabulary(file):
-    """The parts of a tokenizer's file that decide on the tokens of a text; not the special tokens
-    that are added before and after it.
-    """
+    """The parts of a tokenizer's file that decide on tokens, without those added around a text."""
     if file.suffix != ".json":
         return file.read_bytes()
     spec = json.loads(file.read_text())

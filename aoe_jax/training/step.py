@@ -27,48 +27,43 @@ class TrainState:
 
 
 def init_state(config: Config, seed):
-    """The state before the first step; jit it with output shardings, so that nothing passes through
-    the host.
-    """
+    """The state before the first step; jit it with output shardings: it may not fit one device."""
     # A shape that the mesh divides.
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
     decoder = Decoder.from_config(config)
     params = decoder.init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
-    zero = jnp.zeros((), jnp.int32)
-    opt_state = make_optimizer(config.train).init(params)
-    return TrainState(zero, zero, params, initial_routing_state(config), opt_state)
+    return first_state(config, params, initial_routing_state(config))
 
 
-def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask, key=None):
+def first_state(config: Config, params, routing_state):
+    """The state before the first step, with these parameters and state of routing."""
+    zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.train).init(params)
+    return TrainState(zero, zero, params, routing_state, opt_state)
+
+
+def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
     """Sum of the negative log-likelihood over a batch's targets, in nats.
 
     Args:
-      decoder: the model.
-      params: its parameters.
+      decoder, params: the model.
       routing_state: `Method.state` of all layers, `[L, ...]` by name.
       batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts
         in no statistic; and `weights` `[B, S]` float32, the weight of each target in the sum.
       document_mask: whether to attend within documents only.
-      key: for what layers draw at random in training, or None.
 
     Returns:
       `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
     """
-    hidden, stats = _features(decoder, params, routing_state, batch, document_mask, key)
+    hidden, stats = _features(decoder, params, routing_state, batch, document_mask)
     return _sum_over_targets(params, batch, cross_entropy, hidden), stats
 
 
-def _features(decoder, params, routing_state, batch, document_mask, key):
-    """`(hidden [B, S, d], LayerStats)`; arguments as in `sequence_nll`."""
-    return decoder.apply(
-        {"params": params},
-        batch["inputs"],
-        batch["segment_ids"] if document_mask else None,
-        _token_weights(batch),
-        routing_state,
-        rngs=None if key is None else {"experts": key},
-        method="features",
-    )
+def _features(decoder, params, routing_state, batch, document_mask, key=None):
+    """`(hidden [B, S, d], LayerStats)`; what layers draw at random in training comes from `key`."""
+    documents = batch["segment_ids"] if document_mask else None
+    inputs = batch["inputs"], documents, _token_weights(batch), routing_state
+    rngs = None if key is None else {"experts": key}
+    return decoder.apply({"params": params}, *inputs, rngs=rngs, method="features")
 
 
 def _token_weights(batch):
@@ -84,7 +79,7 @@ def _sum_over_targets(params, batch, function, hidden):
 def training_loss(
     config: Config, params, routing_state, batch, key, total_weight=None, so_far=None
 ):
-    """Mean nll plus the balance losses and those of the method, and what is reported of them.
+    """`(loss, metrics)`: the mean nll plus the balance losses and those of the method.
 
     The mean is over the weight of the batch; for one of several micro-batches over `total_weight`,
     and `so_far` is then what the metrics of the micro-batch before have under that name.
@@ -103,9 +98,9 @@ def training_loss(
     loss, nll, reported = jax.tree.map(lambda value: value / total_weight, (loss, nll, reported))
     with jax.named_scope("balance"):
         for_losses, so_far = _with_shares_so_far(stats, so_far)
-        aux_loss = balance_loss(for_losses.load, stats.mean_probability)
-        if stats.sequence_loss is not None:
-            aux_loss = stats.sequence_loss
+        aux_loss = stats.sequence_loss
+        if aux_loss is None:
+            aux_loss = balance_loss(for_losses.load, stats.mean_probability)
         aux_loss, confidence_entropy = aux_loss.mean(), stats.confidence_entropy.mean()
         weights = params["layers"]["experts"]
         losses = method.losses(for_losses, routing_state, weights, _token_weights(batch))
@@ -114,28 +109,18 @@ def training_loss(
     if stats.z_loss is not None:
         losses["z_loss"] = (config.balance.z_weight, stats.z_loss.mean())
     loss += sum(weight * value for weight, value in losses.values())
-    for name in ("dropped_share", "live"):
-        if getattr(stats, name) is not None:
-            reported[name] = getattr(stats, name)
     reported |= {name: value for name, (_, value) in losses.items()}
-    return loss, reported | {
-        "stats": stats._replace(per_token=None),
-        "so_far": so_far,
-        "loss": loss,
-        "nll": nll,
-        "aux_loss": aux_loss,
-        "load": stats.load,
-        "confidence_entropy": stats.confidence_entropy,
-        "mean_score": stats.mean_score,
-        "score_spread": stats.score_spread,
-    }
+    names = ("load", "confidence_entropy", "mean_score", "score_spread", "dropped_share", "live")
+    shown = {name: getattr(stats, name) for name in names}
+    reported |= {name: figures for name, figures in shown.items() if figures is not None}
+    reported |= {"loss": loss, "nll": nll, "aux_loss": aux_loss}
+    return loss, reported | {"stats": stats._replace(per_token=None), "so_far": so_far}
 
 
 def _with_shares_so_far(stats, before):
-    """The statistics with load and shares averaged over the micro-batches so far, and the sums.
+    """The statistics with load and shares averaged over the micro-batches so far, and their sums.
 
-    These have no gradient. So Qiu et al. 2025 (arXiv 2501.11873) balance the global batch while
-    they accumulate gradients.
+    Neither has a gradient. Qiu et al. 2025 (arXiv 2501.11873) so balance the global batch.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:
@@ -145,22 +130,19 @@ def _with_shares_so_far(stats, before):
 
 
 def make_train_step(config: Config):
-    """`(state, batch) -> (state, metrics)`; gradients are means over `train.accumulate`
-    micro-batches.
+    """`(state, batch) -> (state, metrics)`; gradients are means over all micro-batches.
 
     Where loss or gradient is not finite, the step counts, for the schedule as well, but parameters,
     moments and the state of routing stay as they were.
     """
-    optimizer = make_optimizer(config.train)
-    schedule = learning_rate_schedule(config.train)
-    method = config.routing
+    optimizer, schedule = make_optimizer(config.train), learning_rate_schedule(config.train)
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         grads, metrics = _mean_gradient(config, state.params, state.routing_state, batch, key)
         stats = metrics.pop("stats")
         with jax.named_scope("update"):
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = optax.tree.norm(grads)  # before clipping
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def if_finite(new, old):
@@ -177,22 +159,16 @@ def make_train_step(config: Config):
             opt_state = if_finite(opt_state, state.opt_state)
             metrics["update_norm"] = optax.tree.norm(updates)
             metrics["param_norm"] = optax.tree.norm(params)
-        routing_state = state.routing_state
-        if routing_state:
+        if routing_state := state.routing_state:
             with jax.named_scope("balance"):
-                layers = params["layers"]
-                weights = layers["experts"]
-                new_state, changed = method.update(config, routing_state, stats, weights)
+                layers, weights = params["layers"], params["layers"]["experts"]
+                new_state, changed = config.routing.update(config, routing_state, stats, weights)
                 changed = if_finite(changed, {name: weights[name] for name in changed})
                 params = params | {"layers": layers | {"experts": weights | changed}}
                 routing_state = if_finite(new_state, routing_state)
         skipped = state.skipped + ~finite
-        metrics |= {
-            "grad_norm": grad_norm,  # before clipping
-            "learning_rate": schedule(state.step),
-            "finite": finite,
-            "skipped": skipped,
-        }
+        metrics |= {"grad_norm": grad_norm, "finite": finite, "skipped": skipped}
+        metrics["learning_rate"] = schedule(state.step)
         return TrainState(state.step + 1, skipped, params, routing_state, opt_state), metrics
 
     return train_step

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import jax
@@ -38,44 +39,16 @@ MEASURED_KEYS = {
     "device_memory_peak_bytes",
 }
 _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
-_SCALARS = ("loss", "nll", "aux_loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
-
-
-def _expert_scalars(metrics):
-    """Figures of all experts, each a mean over layers but `load_spread`, which is a sum."""
-    load = metrics["load"]
-    scalars = {
-        "load_entropy": np.mean(load_entropy(load)),
-        "load_spread": load_spread(load, metrics.get("live")),
-        "confidence_entropy": np.mean(metrics["confidence_entropy"]),
-        "experts_per_token": np.mean(load.sum(axis=-1)),
-    }
-    if "dropped_share" in metrics:
-        scalars["dropped_share"] = np.mean(metrics["dropped_share"])
-    return {name: float(value) for name, value in scalars.items()}
-
-
-def _method_losses(metrics):
-    """The losses of some methods and settings, which not every run has."""
-    others = {*_SCALARS, "skipped", "finite"}
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if np.ndim(value) == 0 and name not in others
-    }
 
 
 def layer_figures(metrics):
-    """Figures of each layer from the host metrics of a step.
+    """Figures of each layer `[L]` by name from the host metrics of a step; none for a dense model.
 
     `load_entropy` and `confidence_entropy` are in nats; `load_max_over_mean` is 1 in perfect
     balance; `dead_experts` had no token in the batch; `mean_score` is the mean over experts of
     AoE's norms or a router's logits. `dropped_share`, if experts have a capacity, is the share of
     the choices that were dropped; `live_experts`, if experts are added and removed, is their
     number, and free places count in no figure.
-
-    Returns:
-      A dict from name to an array `[L]`; empty for a dense model.
     """
     load, live = metrics["load"], metrics.get("live")
     if load.shape[-1] == 1:
@@ -94,164 +67,142 @@ def layer_figures(metrics):
     return figures
 
 
-class Speed:
-    """Speed and utilisation of a configuration on the devices of this run.
-
-    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
-    computes in float32. It is left out, with a note in the log, if the chip is unknown.
-    """
-
-    def __init__(self, config: Config):
-        """Looks up the peak of the devices."""
-        devices = jax.devices()
-        self._tokens_per_step, self._n_devices = config.tokens_per_step, len(devices)
-        self._flops_per_token = training_flops_per_token(config)
-        self._peak = peak_flops_per_device(devices)
-        if self._peak is None:
-            kind = devices[0].device_kind
-            log.info("no MFU: the peak of %r is unknown, see hardware.PEAK_FLOPS", kind)
-
-    def figures(self, n_steps, seconds):
-        """Figures of `n_steps` that took `seconds`."""
-        tokens = n_steps * self._tokens_per_step / seconds
-        flops = self._flops_per_token * tokens / self._n_devices
-        figures = {
-            "tokens_per_second": tokens,
-            "tokens_per_second_per_device": tokens / self._n_devices,
-            "flops_per_second_per_device": flops,
-        }
-        return figures | ({"mfu": flops / self._peak} if self._peak else {})
-
-
 class Telemetry:
     """Measures a run and, in the first process, writes its figures.
 
     Time counts from `start` on and is split into `input` (the loop waits for the next batch),
     `checkpoint` (a save holds the loop up) and `compute` (the rest). Devices compute while the loop
-    waits, so waiting costs at most its seconds. Evaluation is reported by itself and counts in no
-    speed.
+    waits, so waiting costs at most its seconds. Evaluation counts in no speed.
+
+    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
+    computes in float32. It is left out, with a note in the log, if the chip is unknown.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        config: Config,
-        start_step,
-        validated=True,
-        wandb_project=None,
-        writes=True,
+        self, workdir: Path, config: Config, start_step, validated=True, wandb=None, writes=True
     ):
-        """Opens the files for a run that continues from `start_step`.
+        """Opens the files of a run that continues from `start_step`.
 
         Args:
-          workdir: the directory of the run.
-          config: its configuration.
+          workdir, config: of the run.
           start_step: number of updates that are done.
           validated: whether the validation of that step is done.
-          wandb_project: a project of Weights & Biases, or None.
+          wandb: a project of Weights & Biases, or None; see `Wandb`.
           writes: False in all processes but the first.
-
-        Raises:
-          UserError: Weights & Biases refuses; see `writers.Wandb`.
         """
         self._writers = []
         if writes:
             self._lines = JsonLines(workdir / "metrics.jsonl", start_step, validated)
             self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
             self._writers = [self._lines, self._tensorboard]
-            if wandb_project is not None:
-                self._writers.append(Wandb(workdir, wandb_project, config.to_dict()))
-        self._total_steps, self._kind = config.train.steps, config.experts.kind
-        self._speed, self._program = Speed(config), {}
-        self._start_step = self._last_step = start_step
-        self._last_time = time.perf_counter()
-        self._interval = Counter()  # seconds by clock since the last line
-        self._total = Counter()  # seconds by clock of the run
+            if wandb is not None:
+                self._writers.append(Wandb(workdir, wandb, config.to_dict()))
+        self._config, self._program = config, {}
+        self._flops_per_token = training_flops_per_token(config)
+        self._peak = peak_flops_per_device(jax.devices())
+        if self._peak is None:
+            kind = jax.devices()[0].device_kind
+            log.info("no MFU: the peak of %r is unknown, see hardware.PEAK_FLOPS", kind)
+        self._seconds = Counter()  # of the run by clock; `compute` up to the newest line
+        self._start_step = self._line_step = start_step
+        self._line_time, self._line_seconds = time.perf_counter(), Counter()
+        self._evaluated = 0.0  # seconds of evaluation that are reported
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`, the name that
-        traces show too.
-        """
+        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`."""
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
                 yield
         finally:
-            self._interval[name] += time.perf_counter() - started
+            self._seconds[name] += time.perf_counter() - started
 
     def start(self, state, step):
         """Begins the time that counts; see `memory.program_memory` for the arguments."""
         self._program = program_memory(state, step)
         log.info(
-            f"compiled the train step in {self._interval['compile']:.1f} s; on each device the "
+            f"compiled the train step in {self._seconds['compile']:.1f} s; on each device the "
             f"state takes {_bytes(self._program['state_bytes'])}, "
             f"and a step {_bytes(self._program['temporary_bytes'])} more"
         )
-        self._total["compile"] += self._interval["compile"]
-        self._interval, self._last_time = Counter(), time.perf_counter()
+        self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
 
     def train(self, step, metrics):
         """Reports host metrics of training step `step`; call it every `log_every` steps."""
         n_steps, seconds = self._end_interval(step)
         if not self._writers:
             return
-        speed = self._speed.figures(n_steps, sum(seconds.values()))
-        scalars = {name: float(metrics[name]) for name in _SCALARS}
-        scalars |= {"skipped": int(metrics["skipped"])} | _method_losses(metrics)
-        by_layer, by_expert = layer_figures(metrics), {}
-        if by_layer:
-            scalars |= _expert_scalars(metrics)
-            by_expert = {name: metrics[name] for name in ("load", "mean_score")}
+        speed = self._speed(n_steps, sum(seconds.values()))
+        scalars = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+        scalars.pop("finite", None)
+        layers, experts, balance = layer_figures(metrics), {}, ""
+        if layers:
+            load, live = metrics["load"], metrics.get("live")
+            scalars["load_spread"] = float(load_spread(load, live))
+            scalars["experts_per_token"] = float(load.sum(axis=-1).mean())
+            names = ("load_entropy", "confidence_entropy", "dropped_share")
+            scalars |= {name: float(layers[name].mean()) for name in names if name in layers}
+            experts = {name: metrics[name] for name in ("load", "mean_score")}
+            n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
+            best = np.log(n_live).mean()
+            balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
         measured = speed | {f"{name}_seconds": s for name, s in seconds.items()}
         measured |= host_memory() | device_memory()
-        self._write(step, "train", scalars | measured, by_layer, by_expert)
-        left = sum(seconds.values()) / n_steps * (self._total_steps - step)
+        self._write(step, "train", scalars | measured, layers, experts)
+        shares = {name: seconds[name] / sum(seconds.values()) for name in _IN_SPEED}
+        waits = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        steps = self._config.train.steps
+        left = timedelta(seconds=round(sum(seconds.values()) / n_steps * (steps - step)))
         log.info(
-            f"step {step}/{self._total_steps} | loss {scalars['loss']:.4f} | "
-            f"nll {scalars['nll']:.4f}{_balance_in_words(scalars, metrics)} | "
-            f"{_speed_in_words(speed)} | {_split_in_words(seconds)} | {_duration(left)} left"
+            f"step {step}/{steps} | loss {scalars['loss']:.4f} | nll {scalars['nll']:.4f}{balance} "
+            f"| {_speed_in_words(speed)} | {waits} | {left} left"
         )
 
     def _end_interval(self, step):
-        """Steps and seconds by clock since the last line; evaluation and compilation are left
-        out.
-        """
-        now = time.perf_counter()
-        seconds = {name: self._interval[name] for name in _IN_SPEED}
-        seconds["compute"] = max(now - self._last_time - self._interval.total(), 1e-9)
-        n_steps = max(step - self._last_step, 1)
-        self._total += self._interval + Counter({"compute": seconds["compute"]})
-        self._interval, self._last_step, self._last_time = Counter(), step, now
+        """Steps and seconds by clock since the last line, without evaluation and compilation."""
+        now, clocks = time.perf_counter(), self._seconds - self._line_seconds
+        seconds = {name: clocks[name] for name in _IN_SPEED}
+        seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)
+        n_steps = max(step - self._line_step, 1)
+        self._seconds["compute"] += seconds["compute"]
+        self._line_step, self._line_time = step, now
+        self._line_seconds = self._seconds.copy()
         return n_steps, seconds
+
+    def _speed(self, n_steps, seconds):
+        n_devices = jax.device_count()
+        tokens = n_steps * self._config.tokens_per_step / seconds
+        flops = self._flops_per_token * tokens / n_devices
+        figures = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / n_devices,
+            "flops_per_second_per_device": flops,
+        }
+        return figures | ({"mfu": flops / self._peak} if self._peak else {})
 
     def evaluation(self, step, result):
         """Reports an `Evaluation` of the validation split, with a picture of its load."""
-        seconds = self._end_evaluation()
-        if not self._writers:
-            return
-        scalars = {f"validation_{name}": value for name, value in result.figures().items()}
-        self._write(step, "validation", scalars | {"validation_seconds": seconds}, {}, {})
-        log.info(f"step {step}/{self._total_steps} | validation {result} | in {_duration(seconds)}")
-        if self._kind != "dense":
-            with self.clock("evaluation"):
-                self._draw_load(step, result)
-            self._end_evaluation()
+        seconds = self._seconds["evaluation"] - self._evaluated
+        if self._writers:
+            scalars = {f"validation_{name}": value for name, value in result.figures().items()}
+            scalars["validation_seconds"] = seconds
+            self._write(step, "validation", scalars, {}, {})
+            steps = self._config.train.steps
+            duration = timedelta(seconds=round(seconds))
+            log.info(f"step {step}/{steps} | validation {result} | in {duration}")
+            if self._config.experts.kind != "dense":
+                with self.clock("evaluation"):
+                    self._draw_load(step, result)
+        self._evaluated = self._seconds["evaluation"]
 
     def _draw_load(self, step, result):
         # matplotlib takes half a second to import.
         from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics
 
-        statistics = load_statistics(result.stats)
-        figure = draw_load_heatmap(statistics, f"{self._kind}, validation, step {step}")
+        title = f"{self._config.experts.kind}, validation, step {step}"
+        figure = draw_load_heatmap(load_statistics(result.stats), title)
         self._tensorboard.draw(step, "experts/load", figure)
-
-    def _end_evaluation(self):
-        """Seconds of evaluation since the last call, which count in no interval of training."""
-        seconds = self._interval.pop("evaluation", 0.0)
-        self._total["evaluation"] += seconds
-        self._last_time += seconds
-        return seconds
 
     def _write(self, *figures):
         for writer in self._writers:
@@ -264,11 +215,10 @@ class Telemetry:
 
     def timing(self):
         """Speed and seconds of the whole run: the group `timing` of `summary.json`."""
-        total = self._total + self._interval
-        seconds = sum(total[name] for name in (*_IN_SPEED, "compute"))
-        figures = self._speed.figures(self._last_step - self._start_step, max(seconds, 1e-9))
-        names = ("input", "checkpoint", "compute", "evaluation", "compile")
-        return figures | {f"{name}_seconds": total[name] for name in names}
+        seconds = sum(self._seconds[name] for name in (*_IN_SPEED, "compute"))
+        figures = self._speed(self._line_step - self._start_step, max(seconds, 1e-9))
+        clocks = ("input", "checkpoint", "compute", "evaluation", "compile")
+        return figures | {f"{name}_seconds": self._seconds[name] for name in clocks}
 
     def memory(self):
         """Memory of the program and of this process: the group `memory` of `summary.json`."""
@@ -276,14 +226,8 @@ class Telemetry:
 
     def close(self):
         """Flushes and closes the files."""
-        for writer in self._writers:
-            writer.close()
-
-
-def _duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        while self._writers:
+            self._writers.pop().close()
 
 
 def _bytes(count):
@@ -297,16 +241,3 @@ def _speed_in_words(speed):
         f"{speed['flops_per_second_per_device'] / 1e12:.3g} TFLOP/s"
     )
     return words + (f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else "")
-
-
-def _split_in_words(seconds):
-    total = sum(seconds.values())
-    return ", ".join(f"{name} {100 * seconds[name] / total:.1f}%" for name in _IN_SPEED)
-
-
-def _balance_in_words(scalars, metrics):
-    if "load_entropy" not in scalars:
-        return ""
-    n_experts = metrics["load"].shape[-1]
-    n_live = (metrics["live"] > 0).sum(axis=-1) if "live" in metrics else n_experts
-    return f" | load entropy {scalars['load_entropy']:.3f} of {np.mean(np.log(n_live)):.3f}"

@@ -1,71 +1,59 @@
 """Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
 
-`write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is `train` or
-`validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and `experts` names
-to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers, n experts.
+A writer begins with `start_step`, from which the run continues; what it has of later steps counts
+no longer. `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is
+`train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and
+`experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers,
+n experts.
 """
 
 import json
-import math
 import os
 import secrets
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
-
-
-@contextmanager
-def _hidden(module):
-    """Makes imports of a module fail within, unless it is imported already."""
-    absent = module not in sys.modules
-    if absent:
-        sys.modules[module] = None
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules[module]
-
+from aoe_jax.json_files import finite, read_json, read_json_lines, write_json
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
-with _hidden("torch"):
+_has_torch = sys.modules.setdefault("torch", None)
+try:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.summary import histogram, image
+finally:
+    if not _has_torch:
+        del sys.modules["torch"]
 
 
 class JsonLines:
     """One JSON object a line, null for numbers that aren't finite.
 
-    A line survives a kill of the process as soon as it is written.
+    A line survives a kill of the process as soon as it is written. The validation of `start_step`
+    is dropped too unless it is `validated`.
     """
 
     def __init__(self, path: Path, start_step, validated=True):
-        """Opens the file for a run that continues from `start_step`, and drops lines of later
-        steps.
-
-        The validation of `start_step` is dropped too if `validated` is False: it comes again.
-        """
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _belongs(line, start_step, validated)]
+        kept = [
+            json.dumps(line) + "\n"
+            for line in read_json_lines(path)
+            if line["step"] < start_step + (validated or "validation_nll" not in line)
+        ]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(kept))
         os.replace(partial, path)
         self._file = path.open("a")
 
     def write(self, step, group, scalars, layers, experts):
-        """Writes a line; see the module."""
-        line = {"step": step} | {name: _or_null(value) for name, value in scalars.items()}
+        line = {"step": step} | scalars
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
     def sync(self):
@@ -73,36 +61,22 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def close(self):
-        """Closes the file."""
         self._file.close()
 
 
 def _shortest(values):
     """Numbers with just the digits that identify a float32."""
-    return [
-        v if isinstance(v, int) else _or_null(float(str(np.float32(v)))) for v in values.tolist()
-    ]
-
-
-def _or_null(value):
-    return value if math.isfinite(value) else None
-
-
-def _belongs(line, start_step, validated):
-    try:
-        line = json.loads(line)
-        return line["step"] < start_step + (validated or "validation_nll" not in line)
-    except (ValueError, KeyError, TypeError):  # the half line of a killed run
-        return False
+    if np.issubdtype(values.dtype, np.integer):
+        return values.tolist()
+    return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def _tags(group, scalars, layers):
     """All numbers by the names of their charts."""
     tags = {f"{group}/{name.removeprefix(group + '_')}": value for name, value in scalars.items()}
     for name, values in layers.items():
-        tags |= {
-            f"experts/{name}/layer_{layer}": value for layer, value in enumerate(values.tolist())
-        }
+        for layer, value in enumerate(values.tolist()):
+            tags[f"experts/{name}/layer_{layer}"] = value
     return tags
 
 
@@ -110,7 +84,6 @@ class TensorBoard:
     """Event files, in which events of later steps from a run that was killed are hidden."""
 
     def __init__(self, folder: Path, start_step):
-        """Opens a file for a run that continues from `start_step`."""
         folder.mkdir(parents=True, exist_ok=True)
         # tensorboardX's SummaryWriter has a queue, which a kill of the process would lose.
         self._events = EventsWriter(str(folder / "events"))
@@ -122,7 +95,6 @@ class TensorBoard:
         self._events.flush()
 
     def write(self, step, group, scalars, layers, experts):
-        """Writes a point in each chart and a histogram of each layer; see the module."""
         # One event for all takes a tenth of the time of one for each.
         values = [
             Summary.Value(tag=tag, simple_value=value)
@@ -145,41 +117,30 @@ class TensorBoard:
         self._add(step, summary=image(name, pixels, dataformats="HWC"))
 
     def close(self):
-        """Closes the file; further calls do nothing."""
-        if self._events:
-            self._events.close()
-        self._events = None
+        self._events.close()
 
 
 class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
-    Points are placed by their `step`. A run that was killed sends later steps again, with the same
-    values.
+    Points are placed by their `step`; a run that was killed sends later steps again. Raises
+    `UserError` if Weights & Biases refuses, for example without a login.
     """
 
     def __init__(self, workdir: Path, project, config):
-        """Begins or continues the run; `config` is a nested dict.
-
-        Raises:
-          UserError: see `check_wandb`; or Weights & Biases refuses, for example without a login.
-        """
-        check_wandb(workdir, project)
         import wandb  # an optional dependency
 
         identity = workdir / "wandb.json"
         if not identity.exists():
             write_json(identity, {"project": project, "id": secrets.token_hex(4)})
-        settings = wandb.Settings(console="off")  # stdout and stderr stay as they are
         try:
             self._run = wandb.init(
-                project=project,
-                id=read_json(identity)["id"],
+                **read_json(identity),
                 resume="allow",
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                settings=settings,
+                settings=wandb.Settings(console="off"),  # stdout and stderr stay as they are
             )
         except wandb.Error as e:
             reason = " ".join(str(e).split())[:200]
@@ -189,20 +150,15 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step, group, scalars, layers, experts):
-        """Sends a point for each chart; see the module."""
         self._run.log({"step": step, **_tags(group, scalars, layers)})
 
     def close(self):
-        """Sends the remaining figures and ends the run."""
         self._run.finish()
 
 
 def check_wandb(workdir: Path, project):
-    """Checks `--wandb=PROJECT`; writes nothing.
-
-    Raises:
-      UserError: the project is empty, the package is missing, or the run in `workdir` belongs to
-        another project.
+    """Raises `UserError` if the project is empty, the package is missing, or the run in `workdir`
+    belongs to another project; writes nothing.
     """
     if not project:
         raise UserError("--wandb=: name a project")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.training.profile import Window
+from aoe_jax.training.profile import steps_to_trace, traced_of_run
 from tests.runs import KINDS, run, train_command
 
 PARTS = (
@@ -28,21 +28,21 @@ PARTS = (
 )
 def test_values_that_are_none(text):
     with pytest.raises(UserError) as error:
-        Window.parse(text)
+        steps_to_trace(text)
     assert str(error.value).startswith(f"--profile={text}: must be STEP:N")
 
 
 def test_windows_outside_the_run():
-    window = Window.parse("7:4")
-    assert window.of_run(6, 10) is window
+    steps = steps_to_trace("7:4")
+    assert traced_of_run(steps, 6, 10) is steps
     for text in ("7:5", "11:1"):
         with pytest.raises(UserError, match=f"--profile={text}: this run takes the steps 7 to 10"):
-            Window.parse(text).of_run(6, 10)
+            traced_of_run(steps_to_trace(text), 6, 10)
 
 
 def test_run_that_goes_on_behind_its_window(caplog):
     """The same command continues a run that was stopped."""
-    assert Window.parse("6:3").of_run(6, 10) is None
+    assert not traced_of_run(steps_to_trace("6:3"), 6, 10)
     assert "--profile=6:3: step 6 is past; nothing is traced" in caplog.text
 
 
