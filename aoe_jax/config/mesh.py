@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, setting
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Group):
     """How many devices lie along each axis of the mesh, and how tokens reach their experts; see
     `aoe_jax/sharding.py`.
     """
+
+    group = "mesh"
 
     data: int = -1  # -1: all devices that the other axes leave
     fsdp: int = setting(1, above=0)  # also splits parameters and optimiser state
@@ -20,17 +22,15 @@ class MeshConfig:
     transport: str = setting("ring", choices=("ring", "all_to_all"))
 
     def __post_init__(self):
-        check_settings("mesh", self)
-        require(
+        super().__post_init__()
+        self.require(
             self.data > 0 or self.data == -1,
-            "mesh.data",
-            self.data,
+            "data",
             "must be greater than 0, or -1 for all remaining devices",
         )
-        require(
+        self.require(
             self.transport == "ring" or self.expert > 1,
-            "mesh.transport",
-            self.transport,
+            "transport",
             "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'",
         )
 
@@ -41,21 +41,19 @@ class MeshConfig:
           UserError: `transport` is "all_to_all".
         """
         wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
-        require(self.transport == "ring", "mesh.transport", self.transport, wanted)
+        self.require(self.transport == "ring", "transport", wanted)
 
     def check(self, config):
         """Refuses what the mesh would split unevenly and what no test covers."""
         m, e, d = config.model, config.experts, config.model.d_model
-        require(
+        m.require(
             m.unroll == 1 or self.fsdp == 1,
-            "model.unroll",
-            m.unroll,
+            "unroll",
             f"with mesh.fsdp={self.fsdp}, unrolled layers would keep gathered weights; set 1",
         )
-        require(
+        self.require(
             self.tensor == 1 or not m.qk_norm,
-            "mesh.tensor",
-            self.tensor,
+            "tensor",
             "splits heads, and model.qk_norm spans all heads; set 1",
         )
         splits = [
@@ -71,23 +69,21 @@ class MeshConfig:
         for axis, name, size in splits:
             hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
             pieces = getattr(self, axis)
-            require(size % pieces == 0, f"mesh.{axis}", pieces, f"must divide {name}={size}{hint}")
+            self.require(size % pieces == 0, axis, f"must divide {name}={size}{hint}")
         rows = config.train.batch_size // config.train.accumulate
         shards = max(self.data, 1) * self.fsdp * self.expert
         accumulates = config.train.accumulate > 1
         micro_batch = "train.batch_size" + " / train.accumulate" * accumulates
-        require(
+        config.train.require(
             rows % shards == 0,
-            "train.batch_size",
-            config.train.batch_size,
+            "batch_size",
             f"{micro_batch}={rows} sequences must be divisible by mesh.data * mesh.fsdp * "
             f"mesh.expert = {shards}",
         )
         positions = config.data.seq_len // self.tensor
-        require(
+        config.balance.require(
             shards * self.tensor == 1 or positions % config.balance.aux_stride == 0,
-            "balance.aux_tokens",
-            config.balance.aux_tokens,
+            "aux_tokens",
             f"on this mesh a device has {positions} positions of a sequence, which the denominator "
             "must divide",
         )

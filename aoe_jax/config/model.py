@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, setting
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Group):
     """The decoder. `vocab_size` is also the size of a vocabulary that is trained on the corpus."""
+
+    group = "model"
 
     n_layers: int = setting(4, above=0)
     n_heads: int = setting(4, above=0)  # of attention
@@ -27,7 +29,8 @@ class ModelConfig:
     # slow on CPU; unrolled layers take longer to compile.
     unroll: int = setting(1, above=0)
     # For checkpoints of other projects:
-    n_kv_heads: int | None = None  # heads of keys and values; None: n_heads
+    # Heads of keys and values; None: n_heads.
+    n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # of the rotary frequencies
     rope_factors: tuple = ()  # one divisor per rotary frequency; (): none (LongRoPE, 2402.13753)
     rope_scale: float = setting(1.0, above=0)  # of rotated queries and keys (LongRoPE)
@@ -38,18 +41,10 @@ class ModelConfig:
     output_bias: bool = False  # of the output projection
 
     def __post_init__(self):
-        check_settings("model", self)
-        require(
-            self.n_kv_heads is None
-            or (self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0),
-            "model.n_kv_heads",
-            self.n_kv_heads,
-            f"must divide model.n_heads={self.n_heads}",
-        )
-        require(
+        super().__post_init__()
+        self.require(
             self.d_model % (2 * self.n_heads) == 0,
-            "model.n_heads",
-            self.n_heads,
+            "n_heads",
             f"must divide d_model={self.d_model} into heads of even width, whose pairs rotate",
         )
         frequencies = self.d_model // self.n_heads // 2
@@ -57,21 +52,16 @@ class ModelConfig:
             isinstance(factor, int | float) and 0 < factor < math.inf
             for factor in self.rope_factors
         )
-        require(
+        self.require(
             len(self.rope_factors) in (0, frequencies) and are_factors,
-            "model.rope_factors",
-            self.rope_factors,
+            "rope_factors",
             f"must be {frequencies} numbers greater than 0, one per rotary frequency, or ()",
         )
-        require(
+        self.require(
             self.unroll == 1 or self.remat != "layer",
-            "model.unroll",
-            self.unroll,
+            "unroll",
             "with remat='layer', unrolled layers would keep what is to be computed again; set 1",
         )
-
-    def check(self, config):
-        """Nothing depends on other groups."""
 
     @property
     def kv_heads(self):
