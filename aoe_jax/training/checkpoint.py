@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.distributed import all_agree, barrier
+from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.training.fingerprint import fingerprints
 
@@ -250,7 +251,7 @@ class Checkpoints:
                 target, n = aside / f"{step}-{n}", n + 1
             os.replace(self.directory / str(step), target)
             log.warning(f"checkpoint of step {step} is damaged ({problem}): set aside as {target}")
-        barrier("the damaged checkpoint is set aside")
+        multihost_utils.sync_global_devices("the damaged checkpoint is set aside")
         self._manager.reload()
 
     def _read(self, step, wanted):

@@ -304,7 +304,7 @@ class _Run:
 
     def _next_batch(self):
         sharding, n_rows = batch_sharding(self.mesh), self.config.train.batch_size
-        return put_batch(sharding, next(self.data), rows=self.rows, n_rows=n_rows)
+        return put_batch(sharding, next(self.data), n_rows)
 
     def _report(self):
         """Waits for the step that is not reported yet, and takes in its metrics."""
