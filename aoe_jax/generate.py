@@ -28,7 +28,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 
 
 def continuations(model, prompts, max_tokens, contrast=None, **settings):
-    """Continues texts.
+    """Yields the continuation of each prompt so far; characters with missing bytes are held back.
 
     Args:
       model: a `Model`.
@@ -36,9 +36,6 @@ def continuations(model, prompts, max_tokens, contrast=None, **settings):
       max_tokens: how many tokens to add at most.
       contrast: of `Generator`.
       **settings: of `Generator.stream`.
-
-    Yields:
-      The continuation of each text so far; characters with missing bytes are held back.
     """
     from aoe_jax.evaluation.generation import Generator
 
