@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from aoe_jax.moe.routing import TopK, by_mask
+from aoe_jax.moe.routing import Choice, TopK, by_mask
 
 
 @dataclass(frozen=True)
 class AllSlots(TopK):
     """`TopK` in the layout of routers that give a token any number of experts."""
 
-    fixed_k = False
-    normalises_chosen = False
+    def choice(self, experts):
+        return Choice()
 
     def __call__(self, scores, weights, ctx):
         """The experts and weights of `TopK`, with n slots per token."""

@@ -45,7 +45,7 @@ from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.moe.routing import Method, best_experts
+from aoe_jax.moe.routing import Choice, Method, best_experts
 from aoe_jax.moe.routing import top_k as choose_top_k
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import train
@@ -125,10 +125,10 @@ class ByApproximation(Method):
     """
 
     name = "top_k"
-    fixed_k = True
-    normalises_chosen = True
-
     approximation: Approximation
+
+    def choice(self, experts):
+        return Choice(experts.top_k, is_fixed=True, is_normalised=True)
 
     def __call__(self, scores, weights, ctx):
         """A `Routing` of other scores than `scores`."""

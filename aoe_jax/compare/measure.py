@@ -118,7 +118,8 @@ def _job(name, output, todo, cost, progress):
 
 def _to_route(folder, run, tokens):
     """Whether a finished run chooses experts, and its last choices have not been analysed."""
-    if not run.config.routing.chooses or not is_finished(folder, run):
+    chooses = run.config.routing.choice(run.config.experts)
+    if not chooses or not is_finished(folder, run):
         return False
     file = folder / "routing.json"
     if not file.exists():

@@ -204,7 +204,7 @@ def exceptions(r: Results):
         label, routing, balance = r.labels[arm], config.routing, config.balance
         if arm not in not_causal:
             not_causal[arm] = _not_causal(r, size, arm)
-        if config.experts.kind != "dense" and not routing.chooses:
+        if config.experts.kind != "dense" and not routing.choice(config.experts):
             without_choice[label] = True
         if r.depends_on_data(size, arm):
             data_dependent[label] = True
@@ -287,7 +287,7 @@ def balance_of(r: Results, size, arm):
     """Returns `(kind of layer, balancing methods)` in words; None for arms without a choice."""
     config = r.configs[size, arm]
     b, e, routing = config.balance, config.experts, config.routing
-    if not routing.chooses:
+    if not routing.choice(e):
         return None
     default_k = r.configs[size, r.suite.baseline].experts.top_k
     kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE"}
@@ -409,7 +409,7 @@ def at_equal_experts(r: Results, costs: pd.DataFrame):
 def _equal_row(r, size, arm, frame):
     to, config = r.suite.reference(arm), r.configs[size, arm]
     experts = r.mean(size, arm, "experts_per_token").value
-    if config.experts.kind != "dense" and not config.routing.chooses:
+    if config.experts.kind != "dense" and not config.routing.choice(config.experts):
         experts = experts_per_token(config)
     swept, own = frame[frame["arm"] == to].set_index("x").sort_index(), r.configs[size, to]
     k = own.experts.top_k

@@ -39,8 +39,8 @@ MAX_SETS = 1000  # of experts that the oracle tries
 
 def observing(decoder: Decoder):
     """Returns the same decoder with an `Observation` as the record "observed" of its statistics."""
-    routing, k = decoder.routing, decoder.experts.top_k
-    few_sets = routing.fixed_k and math.comb(decoder.experts.n_experts, k) <= MAX_SETS
+    choice, k = decoder.routing.choice(decoder.experts), decoder.experts.top_k
+    few_sets = choice.is_fixed and math.comb(decoder.experts.n_experts, k) <= MAX_SETS
 
     def observe(scores, slots, weights, ctx):
         n_tokens, n = scores.shape
@@ -48,8 +48,8 @@ def observing(decoder: Decoder):
         figures = None
         if few_sets and ctx.devices.total_size == 1:
             some = slice(ORACLE_TOKENS)
-            outputs, is_normalised = expert_outputs(ctx.x[some], weights), routing.normalises_chosen
-            figures = oracle_figures(outputs, scores[some], chosen[some], k, is_normalised)
+            outputs = expert_outputs(ctx.x[some], weights)
+            figures = oracle_figures(outputs, scores[some], chosen[some], k, choice.is_normalised)
         return Observation(ctx.devices.all_tokens(chosen), figures)
 
     return decoder.clone(observe=observe)
@@ -179,7 +179,7 @@ def analyse(folder: Path, n_tokens: int):
             of_step = model if step == model.step else load_model(folder, str(step))
             run = partial(eval_step, of_step.params, of_step.routing_state)
             found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], is_real)
-    final, has_fixed_k = found[steps[-1]], config.routing.fixed_k
+    final, choice = found[steps[-1]], config.routing.choice(config.experts)
     report = {
         "wanted_tokens": n_tokens,
         "tokens": final["chosen"].shape[1],
@@ -188,7 +188,7 @@ def analyse(folder: Path, n_tokens: int):
         "coactivation": coactivation(final["chosen"]).tolist(),
         "oracle": final["oracle"],
         # None where it depends on the token
-        "experts_per_token": config.experts.top_k if has_fixed_k else None,
+        "experts_per_token": config.experts.top_k if choice.is_fixed else None,
     }
     write_json(folder / "routing.json", report, indent=None)
 

@@ -64,7 +64,7 @@ class ExpertsConfig(Group):
 
     def check(self, config):
         self.require(
-            self.score_gradient != "sparse" or config.routing.normalises_chosen,
+            self.score_gradient != "sparse" or config.routing.choice(self).is_normalised,
             "score_gradient",
             "is exact only where weights are the softmax over the chosen scores, as with "
             "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
@@ -88,7 +88,7 @@ class ExpertsConfig(Group):
         """Whether AoE scores without a gradient and computes the chosen norms again."""
         if self.kind != "aoe":
             return False
-        default = "sparse" if routing.normalises_chosen else "dense"
+        default = "sparse" if routing.choice(self).is_normalised else "dense"
         return (self.score_gradient or default) == "sparse"
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.moe.routing import Method, best_experts, by_token
+from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.parameters import EXPERTS
 
 # What an expert has computed of tokens `x [T, d]` at a node, from its matrices, in the paper's
@@ -73,10 +73,12 @@ class ProbeRouter(Method):
     """
 
     name = "probe"
-    fixed_k = True
 
     choose: Callable = by_router
     equal_weights: bool = False  # 1 / K each; False: the softmax over the chosen scores
+
+    def choice(self, experts):
+        return Choice(experts.top_k, is_fixed=True)
 
     def __call__(self, scores, weights, ctx):
         k, n_experts = ctx.top_k, scores.shape[1]

@@ -38,7 +38,7 @@ def computed_fields(config: Config):
     unused = {*_EXECUTION, "experts.d_ffn", "experts.round_to"}  # d_wide follows from them
     if not experts.low_rank and not experts.large_router:
         unused.add("experts.d_low")
-    if not routing.chooses:
+    if not routing.choice(experts):
         unused.add("experts.top_k")
     if experts.kind == "dense":
         unused.add("experts.n_experts")

@@ -131,10 +131,6 @@ class Capacity(FixedK):
         matrices = {name: weights[name] for name in ("w_gate", "w_up", "w_down")}
         return layer.rematerialised(experts, devices)(x, places, matrices), stats
 
-    @property
-    def normalises_chosen(self):
-        return self.norm_topk_prob
-
     def places(self, n_tokens, experts):
         """C, for sequences of `n_tokens`."""
         factor = self.capacity_factor * experts.top_k

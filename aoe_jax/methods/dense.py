@@ -26,7 +26,6 @@ class Dense(Method):
     """The layer without experts. Its statistics are those of a single expert."""
 
     name = "dense"
-    chooses = False
 
     def __call__(self, x, weights, layer, ctx):
         devices = ctx.devices
@@ -43,8 +42,8 @@ class Dense(Method):
         names = ("w_gate", "w_up", "w_down")
         return {name: _without_experts(EXPERTS[name]) for name in names}
 
-    def experts_per_token(self, experts):
-        return 1
+    def choice(self, experts):
+        return None
 
     def check(self, config):
         config.balance.refuse_losses("a dense layer has no load to balance; set it to 0")

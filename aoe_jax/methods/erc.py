@@ -102,10 +102,6 @@ class ERC(FixedK):
             loss = coupling_loss(ctx.devices, *matrices, self.alpha, key)
         return routing._replace(records={"coupling_loss": loss})
 
-    @property
-    def normalises_chosen(self):
-        return self.norm_topk_prob
-
     def losses(self, stats, state, weights, token_weights):
         return {"coupling_loss": (self.weight, stats.records["coupling_loss"].mean())}
 

@@ -31,20 +31,29 @@ def ranked(scores, ranks, bias=None):
     return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
 
 
+def ranked_weights(p, ranks):
+    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the
+    softmax over them.
+    """
+
+    def weights_of_token(p):
+        chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]
+        return jnp.zeros_like(p).at[chosen].set(jax.nn.softmax(p[chosen]))
+
+    return jax.vmap(weights_of_token)(p)
+
+
 @dataclass(frozen=True)
 class Ranked(FixedK):
     """The experts of `experts.top_k` given ranks, with the selection bias of top-k."""
 
     name = "ranked"
+    norm_topk_prob = True
 
     ranks: tuple = (0, 1)  # 0: the highest score
 
     def __call__(self, scores, weights, ctx):
         return ranked(scores, self.ranks, ctx.state.get("selection_bias"))
-
-    @property
-    def normalises_chosen(self):
-        return True
 
     def check(self, config):
         k, n = config.experts.top_k, config.experts.n_experts

@@ -166,7 +166,6 @@ class Smear(Method):
     """SMEAR. A sequence is the tokens along the axis before the last."""
 
     name = "smear"
-    chooses = False
 
     # Tokens that share a merged expert, which the segment before decides; 0: the whole sequence, by
     # its own mean.
@@ -229,8 +228,8 @@ class Smear(Method):
             "which no cache of a text keeps",
         )
 
-    def experts_per_token(self, experts):
-        return 1
+    def choice(self, experts):
+        return None
 
     def parameters(self, experts):
         gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)

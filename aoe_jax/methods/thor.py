@@ -66,7 +66,6 @@ class Thor(Method):
     """THOR. A sequence is the tokens along the axis before the last."""
 
     name = "thor"
-    chooses = False
     passes = 2
 
     # alpha: weight of the symmetric KL divergence between the two passes.
@@ -100,8 +99,8 @@ class Thor(Method):
         stats = jax.tree.map(lambda a: a.mean(axis=0), stats)
         return loss, nll / self.passes, {"divergence": divergence}, stats
 
-    def experts_per_token(self, experts):
-        return 1
+    def choice(self, experts):
+        return None
 
     def parameters(self, experts):
         return experts_with(("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
-from aoe_jax.moe.routing import Causality, Method, by_mask
+from aoe_jax.moe.routing import Causality, Choice, Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
@@ -79,8 +79,8 @@ class Threshold(Method):
         reason = "experts choose tokens while thresholds settle (routing.warmup_steps)"
         return Causality(reason, self.warmup_steps) if self.warmup_steps else Causality()
 
-    def experts_per_token(self, experts):
-        return experts.top_k
+    def choice(self, experts):
+        return Choice(experts.top_k)
 
     def state(self, experts, balance, d):
         return {"threshold": jnp.zeros(experts.n_experts), "updates": jnp.zeros(())}

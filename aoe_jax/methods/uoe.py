@@ -104,13 +104,8 @@ class UoE(Method):
             stats = layer.statistics(scores, routing, weights, ctx)
         return apply_experts(x, routing, rest, layer, ctx) + shared, stats
 
-    @property
-    def fixed_k(self):
-        return self.router.fixed_k
-
-    @property
-    def normalises_chosen(self):
-        return self.router.normalises_chosen
+    def choice(self, experts):
+        return self.router.choice(experts)
 
     def neurons(self, experts):
         """s, the number of routing neurons of an expert."""

@@ -74,9 +74,7 @@ class Local:
         self.devices, self.n_experts = devices, n_experts
 
     def gather(self, x):
-        """The tokens whose rows leave from here: those along the tensor axis, `[t, ...]` ->
-        `[T, ...]`.
-        """
+        """Tokens of the devices along the tensor axis: `[t, ...]` -> `[T, ...]`."""
         return self.devices.gather(x, "tensor")
 
     def scatter(self, y):
@@ -84,7 +82,6 @@ class Local:
         return self.devices.sum_scatter(y, "tensor")
 
     def gather_routing(self, routing):
-        """The routing of the tokens that `gather` brings."""
         k = routing.slots_per_token
         if k is None:
             return routing
@@ -98,15 +95,13 @@ class Local:
         return routing, lay_out(routing, self.n_experts)
 
     def round(self, plan, number):
-        """The rows of a round, for the methods below."""
         return plan
 
     def groups(self, round):
-        """The rows of each expert, as `grouped_matmul` takes them."""
         return round[1].groups
 
     def dispatch(self, x, round):
-        """Tokens to rows: `[T, d]` -> `[R, d]`."""
+        """`[T, d]` -> `[R, d]`."""
         routing, rows = round
         if routing.slots_per_token is None:
             return _take(x, rows.token)

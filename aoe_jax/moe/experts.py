@@ -45,7 +45,7 @@ def swiglu(rows, gate, row_weight, groups, w):
       rows: `[R, d]`.
       gate: `[R, f]`, see `gate_pre_activations`.
       row_weight: `[R]` float32, the expert's weight in the token's output.
-      groups: as in `gate_pre_activations`.
+      groups: see `gate_pre_activations`.
       w: `w_up [n, d, f]` and `w_down [n, f, d]`.
     """
     up = checkpoint_name(grouped_matmul(rows, w["w_up"], groups), KEPT_EXPERTS)

@@ -245,8 +245,8 @@ class ExpertsLayer(nn.Module):
 
     def keeps_code(self, devices):
         """Whether experts take AoE's low-rank activations from scoring."""
-        fixed_k = self.routing.fixed_k
-        return is_local(devices, fixed_k) and devices.size("tensor") == 1
+        choice = self.routing.choice(self.experts)
+        return is_local(devices, choice.is_fixed) and devices.size("tensor") == 1
 
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""

@@ -3,10 +3,11 @@ every fast path.
 
 Slow and obvious on purpose: every expert processes every token, and a weight of zero drops what was
 not chosen. Plain functions of plain arrays, in the dtype of their inputs (float64 included),
-differentiable.
+differentiable. Shapes:
 
-T tokens, d model width, n experts, K chosen per token, r low rank (d_low), f expert width, w AoE
-expert width (d_wide).
+    x        [T, d]      w_gate_down  [n, d, r]      w_up    [n, d, f]
+    weights  [T, n]      w_gate_up    [n, r, f]      w_down  [n, f, d]
+    w_router [d, n]      w_gate       [n, d, f]
 """
 
 import jax
@@ -31,18 +32,6 @@ def top_k_weights(p, top_k, norm_topk_prob=True):
         chosen = jnp.argsort(-p, stable=True)[:top_k]
         weights = jax.nn.softmax(p[chosen]) if norm_topk_prob else jax.nn.softmax(p)[chosen]
         return jnp.zeros_like(p).at[chosen].set(weights)
-
-    return jax.vmap(weights_of_token)(p)
-
-
-def ranked_weights(p, ranks):
-    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the
-    softmax over them.
-    """
-
-    def weights_of_token(p):
-        chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]
-        return jnp.zeros_like(p).at[chosen].set(jax.nn.softmax(p[chosen]))
 
     return jax.vmap(weights_of_token)(p)
 
@@ -78,12 +67,12 @@ def expert_choice_weights(p, capacity):
 
 
 def aoe_scores(x, w_gate_down):
-    """Norms `[T, n]` of the low-rank activations of `x [T, d]` by `w_gate_down [n, d, r]`."""
+    """Norms `[T, n]` of the low-rank activations."""
     return jnp.stack([l2_norm(x @ w_gate_down[i]) for i in range(w_gate_down.shape[0])], axis=1)
 
 
 def aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down):
-    """`sum_i weights[:, i] E_i(x)` with AoE experts; shapes as in `aoe_layer`, `weights [T, n]`."""
+    """`sum_i weights[:, i] E_i(x)` with AoE experts, `[T, d]`."""
     y = jnp.zeros_like(x)
     for i in range(w_gate_down.shape[0]):
         expert = (jax.nn.silu((x @ w_gate_down[i]) @ w_gate_up[i]) * (x @ w_up[i])) @ w_down[i]
@@ -92,9 +81,7 @@ def aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down):
 
 
 def router_experts(x, weights, w_gate, w_up, w_down):
-    """`sum_i weights[:, i] E_i(x)` with traditional SwiGLU experts; shapes as in `router_layer`,
-    `weights [T, n]`.
-    """
+    """`sum_i weights[:, i] E_i(x)` with traditional SwiGLU experts, `[T, d]`."""
     y = jnp.zeros_like(x)
     for i in range(w_gate.shape[0]):
         expert = (jax.nn.silu(x @ w_gate[i]) * (x @ w_up[i])) @ w_down[i]
@@ -103,32 +90,12 @@ def router_experts(x, weights, w_gate, w_up, w_down):
 
 
 def aoe_layer(x, w_gate_down, w_gate_up, w_up, w_down, *, top_k, norm_topk_prob=True):
-    """Algorithm 2, the Autonomy-of-Experts layer.
-
-    Args:
-      x: tokens `[T, d]`.
-      w_gate_down: `[n, d, r]`. w_gate_up: `[n, r, w]`. w_up: `[n, d, w]`. w_down: `[n, w, d]`.
-      top_k: experts chosen per token (K).
-      norm_topk_prob: see `top_k_weights`.
-
-    Returns:
-      `[T, d]`.
-    """
+    """Algorithm 2, the Autonomy-of-Experts layer: `[T, d]`; K is `top_k`."""
     weights = top_k_weights(aoe_scores(x, w_gate_down), top_k, norm_topk_prob)
     return aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down)
 
 
 def router_layer(x, w_router, w_gate, w_up, w_down, *, top_k, norm_topk_prob=True):
-    """Algorithm 1, the traditional mixture-of-experts layer.
-
-    Args:
-      x: tokens `[T, d]`.
-      w_router: `[d, n]`. w_gate: `[n, d, f]`. w_up: `[n, d, f]`. w_down: `[n, f, d]`.
-      top_k: experts chosen per token (K).
-      norm_topk_prob: see `top_k_weights`.
-
-    Returns:
-      `[T, d]`.
-    """
+    """Algorithm 1, the traditional mixture-of-experts layer: `[T, d]`; K is `top_k`."""
     weights = top_k_weights(x @ w_router, top_k, norm_topk_prob)
     return router_experts(x, weights, w_gate, w_up, w_down)

@@ -76,13 +76,21 @@ class Causality:
     padding_counts: bool = False  # whether padding affects the outputs of real tokens
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How tokens choose their experts."""
+
+    per_token: float | None = None  # mean number of experts of a token; None: the scores decide it
+    is_fixed: bool = False  # whether every token has exactly this number
+    # Whether weights are the softmax over the chosen scores, so only these have a gradient.
+    is_normalised: bool = False
+
+
 class Method(Group):
     """The base of routers and layers. Each default is for a method without the feature."""
 
     group = "routing"
     name: ClassVar[str]
-    chooses: ClassVar[bool] = True  # whether tokens choose experts, so that load can be balanced
-    fixed_k: ClassVar[bool] = False  # whether every token has exactly `experts.top_k` experts
     needs_attention_peaks: ClassVar[bool] = False
     passes: ClassVar[int] = 1  # forward passes of a training step; if more, see `training_sums`
 
@@ -90,14 +98,14 @@ class Method(Group):
         """Whether the method is causal with the sizes of `experts`."""
         return Causality()
 
-    @property
-    def normalises_chosen(self) -> bool:
-        """Whether weights are the softmax over the chosen scores, so only these have a gradient."""
-        return False
+    def choice(self, experts) -> Choice | None:
+        """How tokens choose; None: they do not, and one expert (or a merged one) processes each."""
+        return Choice()
 
-    def experts_per_token(self, experts) -> float | None:
-        """The mean number of experts of a token; None where the scores decide it."""
-        return experts.top_k if self.fixed_k else None
+    def experts_per_token(self, experts):
+        """`Choice.per_token`; 1 where tokens do not choose."""
+        choice = self.choice(experts)
+        return choice.per_token if choice else 1
 
     def parameters(self, experts) -> dict:
         """Its parameters in one layer by name, in the order in which they are drawn."""
@@ -112,45 +120,31 @@ class Method(Group):
         return jax.eval_shape(lambda: self.state(experts, balance, d))
 
     def losses(self, stats, state, weights, token_weights) -> dict[str, tuple]:
-        """The losses of the whole model beside those of the group `balance`.
+        """Further losses of the whole model, name -> `(weight, value)`; the value is reported.
 
         Args:
-          stats: `balance.LayerStats` stacked over layers.
-          state: the state before the step, stacked `[L, ...]`.
-          weights: the parameters of the layers of experts by name, stacked.
+          stats: `balance.LayerStats`, stacked over layers, as are `state` and `weights`.
+          state: before the step.
+          weights: the parameters of the layers of experts by name.
           token_weights: `[B, S]`, 0 for padding.
-
-        Returns:
-          name -> `(weight, value)`; the value is reported, and weight times value is added to the
-          loss.
         """
         return {}
 
     def training_sums(self, features, key, sum_over_targets):
-        """The losses of a batch, for methods with several `passes`.
+        """`(loss, nll, further sums by name, LayerStats)` of a batch, for several `passes`.
 
         Args:
           features: `key -> (hidden [B, S, d], LayerStats)`, one pass.
           key: a random key.
           sum_over_targets: `(function of hidden, table, targets, weights; hidden) -> sums`.
-
-        Returns:
-          `(loss, nll, reported, stats)`: sums over targets, of which `reported` has further ones by
-          name, and `LayerStats`.
         """
         raise NotImplementedError
 
     def update(self, config, state, stats, weights) -> tuple[dict, dict]:
-        """The state after a step, and the parameters that the method itself changes.
+        """`(state, parameters that the method itself changes, by name)` after a step.
 
-        Args:
-          config: of the run.
-          state: before the step, stacked `[L, ...]`.
-          stats: `LayerStats` of the step, stacked.
-          weights: the parameters of the layers of experts after the optimiser's update.
-
-        Returns:
-          `(state, changed)`, the second by parameter name. Optimiser moments stay as they are.
+        The optimiser's moments stay as they are. Arguments are those of `losses`; `weights` are
+        those after the optimiser's update.
         """
         return state, {}
 
@@ -211,7 +205,10 @@ class FixedK(Method):
     With `balance.bias_rate` a bias balances their load (state `selection_bias [n]`).
     """
 
-    fixed_k = True
+    norm_topk_prob = False
+
+    def choice(self, experts):
+        return Choice(experts.top_k, is_fixed=True, is_normalised=self.norm_topk_prob)
 
     def state(self, experts, balance, d):
         return {"selection_bias": jnp.zeros(experts.n_experts)} if balance.bias_rate else {}
@@ -234,10 +231,6 @@ class TopK(FixedK):
 
     def __call__(self, scores, weights, ctx):
         return top_k(scores, ctx.top_k, self.norm_topk_prob, ctx.state.get("selection_bias"))
-
-    @property
-    def normalises_chosen(self):
-        return self.norm_topk_prob
 
 
 @dataclass(frozen=True)
@@ -304,8 +297,8 @@ class ExpertChoice(Method):
         reason = "an expert chooses among all tokens of the batch, later ones included"
         return Causality(reason, no_decoding=reason)
 
-    def experts_per_token(self, experts):
-        return self.capacity_factor
+    def choice(self, experts):
+        return Choice(self.capacity_factor)
 
     def check(self, config):
         n = config.experts.n_experts

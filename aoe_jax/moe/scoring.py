@@ -163,7 +163,8 @@ _sparse_scores.defvjp(_sparse_scores_forward, _sparse_scores_backward)
 
 def router_logits(x, w_router):
     """Router logits `x W_router`, float32 at least: `x [T, d]`, `w_router [d, n]` -> `[T, n]`."""
-    return _matmul_float32(x, w_router)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x.astype(dtype), w_router.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def large_router_logits(x, w_hidden, w_router):
@@ -172,9 +173,4 @@ def large_router_logits(x, w_hidden, w_router):
     The paper gives only the parameter count, about `n r d`; one hidden layer is this project's
     reading. `x [T, d]`, `w_hidden [d, m]`, `w_router [m, n]` -> `[T, n]` float32 at least.
     """
-    return _matmul_float32(jax.nn.silu(_matmul_float32(x, w_hidden)), w_router)
-
-
-def _matmul_float32(x, w):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    return router_logits(jax.nn.silu(router_logits(x, w_hidden)), w_router)

@@ -102,7 +102,7 @@ def training_loss(
         loss, nll, reported, stats = method.training_sums(features, key, sum_over_targets)
     loss, nll, reported = jax.tree.map(lambda value: value / total_weight, (loss, nll, reported))
     with jax.named_scope("balance"):
-        for_losses, so_far = _with_shares_so_far(method, stats, so_far)
+        for_losses, so_far = _with_shares_so_far(stats, so_far)
         aux_loss = balance_loss(for_losses.load, stats.mean_probability)
         if stats.sequence_loss is not None:
             aux_loss = stats.sequence_loss
@@ -131,14 +131,12 @@ def training_loss(
     }
 
 
-def _with_shares_so_far(method, stats, before):
+def _with_shares_so_far(stats, before):
     """The statistics with load and shares averaged over the micro-batches so far, and the sums.
 
     These have no gradient. So Qiu et al. 2025 (arXiv 2501.11873) balance the global batch while
     they accumulate gradients.
     """
-    if not method.chooses:
-        return stats, None
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:
         return stats, so_far

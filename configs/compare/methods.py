@@ -27,7 +27,7 @@ def _arm(variant):
     method = (ROUTERS | LAYERS)[settings["name"]]()
     causality = method.causality(ExpertsConfig())
     notes = {
-        "one expert a token": experts.get("top_k") == 1 or not method.chooses,
+        "one expert a token": experts.get("top_k") == 1 or method.choice(ExpertsConfig()) is None,
         "two passes": method.passes == 2,
         "not causal": causality.reason and causality.until_step is None,
     }

@@ -15,7 +15,7 @@ from aoe_jax import AoELayer, DenseLayer, RouterLayer
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
-from aoe_jax.methods.ranked import Ranked
+from aoe_jax.methods.ranked import Ranked, ranked_weights
 from aoe_jax.moe import reference
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
@@ -61,7 +61,7 @@ def reference_weights(layer, p):
     if router.name == "top_k":
         return reference.top_k_weights(p, layer.experts.top_k, router.norm_topk_prob)
     if router.name == "ranked":
-        return reference.ranked_weights(p, router.ranks)
+        return ranked_weights(p, router.ranks)
     if router.name == "top_p":
         return reference.top_p_weights(p, router.p)
     if router.name == "expert_choice":
