@@ -90,8 +90,8 @@ def make_mesh(config, devices):
     """
     shape = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    spans = f"must be a multiple of the {n_slices} slices, which it spans"
-    config.mesh.require(config.mesh.data % n_slices == 0, "data", spans)
+    if config.mesh.data % n_slices:
+        config.mesh.refuse("data", f"must be a multiple of the {n_slices} slices, which it spans")
     split = {"allow_split_physical_axes": True}
     try:
         if n_slices == 1:

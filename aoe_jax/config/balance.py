@@ -31,32 +31,21 @@ class BalanceConfig(Group):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(
-            self.aux_batch == "global" or self.aux_weight > 0,
-            "aux_batch",
-            f"is a choice of L_aux, which balance.aux_weight={self.aux_weight} leaves out; "
-            "leave it at 'global'",
-        )
-        self.require(
-            abs(1 / self.aux_tokens - self.aux_stride) < 1e-6,
-            "aux_tokens",
-            "must be 1 / a whole number, such as 0.5 or 0.125",
-        )
+        if self.aux_batch == "sequence" and self.aux_weight == 0:
+            wanted = "is a choice of L_aux, which balance.aux_weight=0 leaves out"
+            self.refuse("aux_batch", f"{wanted}; leave it at 'global'")
+        if abs(1 / self.aux_tokens - self.aux_stride) > 1e-6:
+            self.refuse("aux_tokens", "must be 1 / a whole number, such as 0.5 or 0.125")
 
     def check(self, config):
-        method = config.routing
+        method, length = config.routing, config.data.seq_len
         state = method.state_shapes(config.experts, self, config.model.d_model)
-        self.require(
-            self.bias_rate == 0 or "selection_bias" in state,
-            "bias_rate",
-            f"biases the choice of top-k routers; set it to 0 with routing.name={method.name!r}",
-        )
-        self.require(
-            self.aux_batch == "global" or config.data.seq_len % self.aux_stride == 0,
-            "aux_tokens",
-            "with aux_batch='sequence', its denominator must divide "
-            f"data.seq_len={config.data.seq_len}",
-        )
+        if self.bias_rate and "selection_bias" not in state:
+            wanted = f"set it to 0 with routing.name={method.name!r}"
+            self.refuse("bias_rate", f"biases the choice of top-k routers; {wanted}")
+        if self.aux_batch == "sequence" and length % self.aux_stride:
+            wanted = f"its denominator must divide data.seq_len={length}"
+            self.refuse("aux_tokens", f"with aux_batch='sequence', {wanted}")
 
     def refuse_losses(self, why, names=LOSSES):
         """Refuses balance losses for a method.
@@ -65,7 +54,8 @@ class BalanceConfig(Group):
           UserError: one of the weights `names` is not 0; `why` is the method's reason.
         """
         for name in names:
-            self.require(getattr(self, name) == 0, name, why)
+            if getattr(self, name):
+                self.refuse(name, why)
 
     @property
     def aux_stride(self):

@@ -59,11 +59,12 @@ class Group:
                 named = f"{self.group}.{bound}={limit}" if isinstance(bound, str) else bound
                 holds = holds and compare(value, limit)
                 wanted.append(phrase.format(named))
-            self.require(holds, field.name, f"must be {' and '.join(wanted)}")
+            if not holds:
+                self.refuse(field.name, f"must be {' and '.join(wanted)}")
 
-    def require(self, condition, field, wanted):
-        """Refuses the value of a field unless the condition holds; `wanted` says what is right."""
-        require(condition, f"{self.group}.{field}", getattr(self, field), wanted)
+    def refuse(self, field, wanted):
+        """Raises the `UserError` of a field; `wanted` says what would be right."""
+        require(False, f"{self.group}.{field}", getattr(self, field), wanted)
 
     def check(self, config):
         """Refuses values that do not fit the other groups of a `Config`."""

@@ -58,16 +58,15 @@ class DataConfig(Group):
 
     def __post_init__(self):
         sources = _parsed_sources(self.name)
-        self.require(
-            self.path is None or (len(sources) == 1 and sources[0].path is None),
-            "path",
-            f"leave it at None where data.name={self.name!r} names paths of its own, as NAME@PATH",
-        )
+        if self.path is not None and (len(sources) > 1 or sources[0].path is not None):
+            wanted = f"leave it at None where data.name={self.name!r} names paths of its own"
+            self.refuse("path", f"{wanted}, as NAME@PATH")
         for source in sources:
             folder = _FOLDERS.get(source.name)
             if folder and not (source.path or self.path):
-                self.require(len(sources) > 1, "path", f"name the {folder}")
-                self.require(False, "name", f"name the {folder} as {source.name}@FOLDER")
+                if len(sources) == 1:
+                    self.refuse("path", f"name the {folder}")
+                self.refuse("name", f"name the {folder} as {source.name}@FOLDER")
         super().__post_init__()
         object.__setattr__(self, "cache", absolute(self.cache))
         object.__setattr__(self, "name", ", ".join(map(str, sources)))
@@ -75,11 +74,8 @@ class DataConfig(Group):
             object.__setattr__(self, "path", absolute(self.path))
 
     def check(self, config):
-        self.require(
-            self.seq_len <= config.model.max_len,
-            "seq_len",
-            f"is longer than model.max_len={config.model.max_len}",
-        )
+        if self.seq_len > config.model.max_len:
+            self.refuse("seq_len", f"is longer than model.max_len={config.model.max_len}")
 
     @property
     def sources(self):

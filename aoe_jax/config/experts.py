@@ -34,55 +34,39 @@ class ExpertsConfig(Group):
         super().__post_init__()
         if not self.low_rank:
             only = "is for experts with a factorised gate; set the width with experts.d_ffn"
-            self.require(self.d_wide is None, "d_wide", only)
-            self.require(self.round_to == 1, "round_to", only)
-        self.require(
-            self.round_to == 1 or self.d_wide is None,
-            "round_to",
-            "rounds the width of Eq. 5; leave experts.d_wide at None",
-        )
-        self.require(
-            not self.factorised_gate or self.kind in ("router", "smear", "thor"),
-            "factorised_gate",
-            "is for experts.kind='router', 'smear' or 'thor'",
-        )
-        self.require(
-            not self.large_router or self.kind == "router",
-            "large_router",
-            "is for experts.kind='router'",
-        )
-        self.require(
-            not (self.large_router and self.factorised_gate),
-            "large_router",
-            "is an ablation of its own; set experts.factorised_gate=False",
-        )
-        self.require(
-            self.score_gradient is None or self.kind == "aoe",
-            "score_gradient",
-            "is for experts.kind='aoe'; leave it at None",
-        )
+            if self.d_wide is not None:
+                self.refuse("d_wide", only)
+            if self.round_to > 1:
+                self.refuse("round_to", only)
+        if self.round_to > 1 and self.d_wide is not None:
+            self.refuse("round_to", "rounds the width of Eq. 5; leave experts.d_wide at None")
+        if self.factorised_gate and self.kind not in ("router", "smear", "thor"):
+            self.refuse("factorised_gate", "is for experts.kind='router', 'smear' or 'thor'")
+        if self.large_router and self.kind != "router":
+            self.refuse("large_router", "is for experts.kind='router'")
+        if self.large_router and self.factorised_gate:
+            wanted = "is an ablation of its own; set experts.factorised_gate=False"
+            self.refuse("large_router", wanted)
+        if self.score_gradient is not None and self.kind != "aoe":
+            self.refuse("score_gradient", "is for experts.kind='aoe'; leave it at None")
 
     def check(self, config):
-        self.require(
-            self.score_gradient != "sparse" or config.routing.choice(self).is_normalised,
-            "score_gradient",
-            "is exact only where weights are the softmax over the chosen scores, as with "
-            "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
-        )
-        if not self.low_rank:
-            return
         d_model = config.model.d_model
-        self.require(
-            self.d_low < d_model,
-            "d_low",
-            f"must be smaller than model.d_model={d_model}, or the gate is no low-rank product",
-        )
-        self.require(
-            self.width(d_model) > 0,
-            "d_ffn",
-            f"Eq. 5 finds no width for d_low={self.d_low} and round_to={self.round_to}; set a "
-            "larger d_ffn, or experts.d_wide",
-        )
+        if self.score_gradient == "sparse" and not config.routing.choice(self).is_normalised:
+            self.refuse(
+                "score_gradient",
+                "is exact only where weights are the softmax over the chosen scores, as with "
+                "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
+            )
+        if self.low_rank and self.d_low >= d_model:
+            wanted = f"must be smaller than model.d_model={d_model}"
+            self.refuse("d_low", f"{wanted}, or the gate is no low-rank product")
+        if self.width(d_model) <= 0:
+            self.refuse(
+                "d_ffn",
+                f"Eq. 5 finds no width for d_low={self.d_low} and round_to={self.round_to}; set a "
+                "larger d_ffn, or experts.d_wide",
+            )
 
     def sparse_scoring(self, routing):
         """Whether AoE scores without a gradient and computes the chosen norms again."""

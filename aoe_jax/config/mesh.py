@@ -23,16 +23,11 @@ class MeshConfig(Group):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(
-            self.data > 0 or self.data == -1,
-            "data",
-            "must be greater than 0, or -1 for all remaining devices",
-        )
-        self.require(
-            self.transport == "ring" or self.expert > 1,
-            "transport",
-            "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'",
-        )
+        if self.data != -1 and self.data <= 0:
+            self.refuse("data", "must be greater than 0, or -1 for all remaining devices")
+        if self.transport == "all_to_all" and self.expert == 1:
+            wanted = "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'"
+            self.refuse("transport", wanted)
 
     def refuse_all_to_all(self, kind):
         """Refuses `all_to_all` for a kind of layer whose rows do not travel.
@@ -40,22 +35,18 @@ class MeshConfig(Group):
         Raises:
           UserError: `transport` is "all_to_all".
         """
-        wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
-        self.require(self.transport == "ring", "transport", wanted)
+        if self.transport == "all_to_all":
+            wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
+            self.refuse("transport", wanted)
 
     def check(self, config):
         """Refuses what the mesh would split unevenly and what no test covers."""
         m, e, d = config.model, config.experts, config.model.d_model
-        m.require(
-            m.unroll == 1 or self.fsdp == 1,
-            "unroll",
-            f"with mesh.fsdp={self.fsdp}, unrolled layers would keep gathered weights; set 1",
-        )
-        self.require(
-            self.tensor == 1 or not m.qk_norm,
-            "tensor",
-            "splits heads, and model.qk_norm spans all heads; set 1",
-        )
+        if m.unroll > 1 and self.fsdp > 1:
+            wanted = "unrolled layers would keep gathered weights; set 1"
+            m.refuse("unroll", f"with mesh.fsdp={self.fsdp}, {wanted}")
+        if self.tensor > 1 and m.qk_norm:
+            self.refuse("tensor", "splits heads, and model.qk_norm spans all heads; set 1")
         splits = [
             ("expert", "experts.n_experts", e.n_experts),
             ("tensor", "model.n_heads", m.n_heads),
@@ -68,22 +59,21 @@ class MeshConfig(Group):
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:
             hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
-            pieces = getattr(self, axis)
-            self.require(size % pieces == 0, axis, f"must divide {name}={size}{hint}")
+            if size % getattr(self, axis):
+                self.refuse(axis, f"must divide {name}={size}{hint}")
         rows = config.train.batch_size // config.train.accumulate
         shards = max(self.data, 1) * self.fsdp * self.expert
-        accumulates = config.train.accumulate > 1
-        micro_batch = "train.batch_size" + " / train.accumulate" * accumulates
-        config.train.require(
-            rows % shards == 0,
-            "batch_size",
-            f"{micro_batch}={rows} sequences must be divisible by mesh.data * mesh.fsdp * "
-            f"mesh.expert = {shards}",
-        )
+        if rows % shards:
+            divided = " / train.accumulate" if config.train.accumulate > 1 else ""
+            config.train.refuse(
+                "batch_size",
+                f"train.batch_size{divided}={rows} sequences must be divisible by mesh.data * "
+                f"mesh.fsdp * mesh.expert = {shards}",
+            )
         positions = config.data.seq_len // self.tensor
-        config.balance.require(
-            shards * self.tensor == 1 or positions % config.balance.aux_stride == 0,
-            "aux_tokens",
-            f"on this mesh a device has {positions} positions of a sequence, which the denominator "
-            "must divide",
-        )
+        if shards * self.tensor > 1 and positions % config.balance.aux_stride:
+            config.balance.refuse(
+                "aux_tokens",
+                f"on this mesh a device has {positions} positions of a sequence, which the "
+                "denominator must divide",
+            )

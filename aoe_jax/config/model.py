@@ -42,26 +42,20 @@ class ModelConfig(Group):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(
-            self.d_model % (2 * self.n_heads) == 0,
-            "n_heads",
-            f"must divide d_model={self.d_model} into heads of even width, whose pairs rotate",
-        )
+        if self.d_model % (2 * self.n_heads):
+            wanted = f"must divide d_model={self.d_model} into heads of even width"
+            self.refuse("n_heads", f"{wanted}, whose pairs rotate")
         frequencies = self.d_model // self.n_heads // 2
         are_factors = all(
             isinstance(factor, int | float) and 0 < factor < math.inf
             for factor in self.rope_factors
         )
-        self.require(
-            len(self.rope_factors) in (0, frequencies) and are_factors,
-            "rope_factors",
-            f"must be {frequencies} numbers greater than 0, one per rotary frequency, or ()",
-        )
-        self.require(
-            self.unroll == 1 or self.remat != "layer",
-            "unroll",
-            "with remat='layer', unrolled layers would keep what is to be computed again; set 1",
-        )
+        if len(self.rope_factors) not in (0, frequencies) or not are_factors:
+            wanted = f"must be {frequencies} numbers greater than 0, one per rotary frequency"
+            self.refuse("rope_factors", f"{wanted}, or ()")
+        if self.unroll > 1 and self.remat == "layer":
+            wanted = "unrolled layers would keep what is to be computed again; set 1"
+            self.refuse("unroll", f"with remat='layer', {wanted}")
 
     @property
     def kv_heads(self):

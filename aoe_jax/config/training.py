@@ -45,12 +45,10 @@ class TrainConfig(Group):
         return min(round(self.warmup * self.steps), self.steps - 1)
 
     def check(self, config):
-        self.require(
-            self.router_steps == 0 or config.experts.has_router,
-            "router_steps",
-            f"trains routers alone, and experts.kind={config.experts.kind!r} has none; leave it "
-            "at 0",
-        )
+        if self.router_steps and not config.experts.has_router:
+            kind = config.experts.kind
+            wanted = f"trains routers alone, and experts.kind={kind!r} has none; leave it at 0"
+            self.refuse("router_steps", wanted)
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,9 @@ class CheckpointConfig(Group):
 
     def check(self, config):
         eval_every = config.train.eval_every
-        self.require(
-            self.keep_best == 0 or (eval_every > 0 and self.every % eval_every == 0),
-            "keep_best",
-            f"needs a validation before each checkpoint: train.eval_every={eval_every} must divide "
-            f"checkpoint.every={self.every}",
-        )
+        if self.keep_best and (not eval_every or self.every % eval_every):
+            self.refuse(
+                "keep_best",
+                f"needs a validation before each checkpoint: train.eval_every={eval_every} must "
+                f"divide checkpoint.every={self.every}",
+            )
