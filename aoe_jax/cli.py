@@ -193,7 +193,7 @@ def _flag_mistake(error):
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
-            return _field_mistake(*error.flagname.split(".")[1:])
+            _refuse_field(*error.flagname.split(".")[1:])
         _, _, suggestion = text.partition(". ")
         return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
     if isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --"):
@@ -206,14 +206,12 @@ def _flag_mistake(error):
     return text[:400]
 
 
-def _field_mistake(group, field="FIELD", *_):
-    """Why `--config.GROUP.FIELD` is no flag."""
+def _refuse_field(group, field="FIELD", *_):
     if "config" not in FLAGS:
-        return _NO_CONFIG
-    from aoe_jax.config.run import field_types, unknown_field
+        raise UserError(_NO_CONFIG)
+    from aoe_jax.config.run import Config
 
-    groups = field_types()
-    return unknown_field(group, groups) or unknown_field(field, groups[group], f"{group}.")
+    Config.from_config_dict({group: {field: None}})
 
 
 def _hide_background_errors():

@@ -47,7 +47,6 @@ from aoe_jax.json_files import write_json
 from aoe_jax.model.loss import CHUNK_TOKENS
 from aoe_jax.moe.parallel import transports
 from aoe_jax.sharding import (
-    MESH_AXES,
     batch_sharding,
     fill_mesh,
     make_mesh,
@@ -189,23 +188,15 @@ def _compile(traced):
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        used = _used_bytes(str(e))
-        if used is None:
+        size = r"([\d.]+)([KMGT])"
+        found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of .* hbm", str(e))
+        if not found:
             raise
-        return None, used
+        number, unit = filter(None, found.groups())
+        return None, float(number) * 1024 ** ("KMGT".index(unit) + 1)
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return compiled, memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-
-
-def _used_bytes(error):
-    """The memory that a refused program needs, by the compiler's message, or None."""
-    exceeds = r"\(([\d.]+)([KMGT])\) exceeds available HBM"
-    found = re.search(rf"{exceeds}|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", error)
-    if not found:
-        return None
-    size, unit = (group for group in found.groups() if group)
-    return float(size) * 1024 ** ("KMGT".index(unit) + 1)
 
 
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
@@ -233,8 +224,7 @@ def candidates(config: Config, n_devices):
     last.
     """
     factors = [f for f in range(1, n_devices + 1) if n_devices % f == 0]
-    given = _shape(config)
-    found = []
+    given, found = config.mesh.shape, []
     for shape in itertools.product(factors, repeat=4):
         _, fsdp, expert, _ = shape
         if math.prod(shape) != n_devices or shape == given:
@@ -248,13 +238,10 @@ def candidates(config: Config, n_devices):
             found.append(dataclasses.replace(config, mesh=mesh, model=model))
 
     def distance(config):
-        return np.abs(np.log2(np.divide(_shape(config), given))) @ [1, 1, 1.5, 2], _shape(config)
+        shape = config.mesh.shape
+        return np.abs(np.log2(np.divide(shape, given))) @ [1, 1, 1.5, 2], shape
 
     return sorted(found, key=distance)
-
-
-def _shape(config):
-    return tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
 
 
 def suggest(config: Config, generation, devices):
@@ -263,10 +250,9 @@ def suggest(config: Config, generation, devices):
     Only meshes with fewer copies of the model are tried, since they split the state further, and
     every mesh splits the batch over all axes except tensor.
     """
-
     others = [c for c in candidates(config, len(devices)) if c.mesh.data < config.mesh.data]
     for changed in others[:SUGGESTIONS]:
-        log.info("trying %s", dict(zip(MESH_AXES, _shape(changed), strict=True)))
+        log.info("trying %s", changed.mesh)
         report = plan(changed, generation, devices)
         if report["fits"]:
             return report

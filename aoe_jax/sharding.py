@@ -88,7 +88,7 @@ def make_mesh(config, devices):
       UserError: several slices that `mesh.data` isn't a multiple of, or a shape that the network
         can't be cut into.
     """
-    shape = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
+    shape = config.mesh.shape
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.mesh.data % n_slices:
         config.mesh.refuse("data", f"must be a multiple of the {n_slices} slices, which it spans")
@@ -167,10 +167,6 @@ def put_batch(sharding, batch, n_rows=None):
     """A global batch from host arrays: of all its rows or, with `n_rows` of all processes together,
     of the `rows_of_process`.
     """
+    shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these are meant
-        return {
-            name: jax.make_array_from_process_local_data(
-                sharding, a, (n_rows or len(a), *a.shape[1:])
-            )
-            for name, a in batch.items()
-        }
+        return jax.make_array_from_process_local_data(sharding, batch, shapes)

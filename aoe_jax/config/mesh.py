@@ -29,6 +29,11 @@ class MeshConfig(Group):
             wanted = "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'"
             self.refuse("transport", wanted)
 
+    @property
+    def shape(self):
+        """The sizes of `sharding.MESH_AXES`."""
+        return self.data, self.fsdp, self.expert, self.tensor
+
     def refuse_all_to_all(self, kind):
         """Refuses `all_to_all` for a kind of layer whose rows do not travel.
 

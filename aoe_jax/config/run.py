@@ -1,7 +1,6 @@
 """A whole run: all groups, checked one by one and together, from and to plain dicts."""
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 
@@ -111,42 +110,30 @@ def field_types():
 
 
 def _types(group):
-    hints = typing.get_type_hints(group)
-    names = [f.name for f in dataclasses.fields(group)]
-    return {name: typing.get_args(hints[name]) or (hints[name],) for name in names}
+    return {f.name: typing.get_args(f.type) or (f.type,) for f in dataclasses.fields(group)}
 
 
 def _refuse_unknown(given, known, prefix=""):
     for name in given:
-        if mistake := unknown_field(name, known, prefix):
-            raise UserError(mistake)
-
-
-def unknown_field(name, known, prefix=""):
-    """Why the group or field `PREFIX NAME` is refused, or None where it is known."""
-    if name in known:
-        return None
-    if instead := RENAMED.get(prefix + name):
-        return f"config.{prefix}{name} is gone; set config.{instead}"
-    return f"config.{prefix}{name} is unknown; known are {', '.join(known)}"
+        if instead := RENAMED.get(prefix + name):
+            raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
+        if name not in known:
+            raise UserError(f"config.{prefix}{name} is unknown; known are {', '.join(known)}")
 
 
 def _build(group, values):
-    kinds = _types(group)
-    _refuse_unknown(values, kinds, f"{group.group}.")
-    return group(
-        **{name: _typed(group, name, value, kinds[name]) for name, value in values.items()}
-    )
-
-
-def _typed(group, name, value, kinds):
-    if tuple in kinds and type(value) is list:  # as JSON gives it back
-        return tuple(value)
-    if float in kinds and type(value) is int:
-        return float(value)
-    wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-    require(type(value) in kinds, f"{group.group}.{name}", value, f"must be of type {wanted}")
-    return value
+    known, typed = _types(group), {}
+    _refuse_unknown(values, known, f"{group.group}.")
+    for name, value in values.items():
+        kinds = known[name]
+        if tuple in kinds and type(value) is list:  # as JSON gives it back
+            value = tuple(value)
+        if float in kinds and type(value) is int:
+            value = float(value)
+        names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+        require(type(value) in kinds, f"{group.group}.{name}", value, f"must be of type {names}")
+        typed[name] = value
+    return group(**typed)
 
 
 def default_config():
@@ -158,8 +145,6 @@ def default_config():
 
 def update_groups(config, changes):
     """Changes a `ConfigDict`: `{group: {field: value}}`. The group `routing` is replaced whole."""
-    for group, values in changes.items():
-        if group == "routing":
-            config.routing = ConfigDict(values)
-        else:
-            config[group].update(values)
+    if "routing" in changes:
+        config.routing = ConfigDict()
+    config.update(changes)
