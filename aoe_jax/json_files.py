@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 from pathlib import Path
 
@@ -30,16 +29,13 @@ def write_json(path: Path, value, indent=2):
     file or the new one.
     """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(value), indent=indent) + "\n")
+    partial.write_text(json.dumps(finite(value), indent=indent) + "\n")
     replace_durably(partial, path)
 
 
-def _finite(value):
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def finite(value):
+    """The value as JSON gives it back, with None for numbers that aren't finite."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def replace_durably(new: Path, path: Path):

@@ -201,7 +201,8 @@ def _compile(traced):
 
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
     """FLOPs of a device in a step, each loop multiplied out; None if the compiler counts none."""
-    if config.mesh.expert > 1 or not config.routing.choice(config.experts).is_fixed:
+    choice = config.routing.choice(config.experts)
+    if config.mesh.expert > 1 or (choice and not choice.is_fixed):
         with transports.first_round_only():
             compiled = step.lower(state, batch).compile()
     counted = (compiled.cost_analysis() or {}).get("flops")
