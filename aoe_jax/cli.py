@@ -61,12 +61,8 @@ def define_config_flag():
 
 def define_mesh_flag():
     """Defines `--mesh` for commands that use a trained model; see `evaluation.models.mesh_axes`."""
-    return flags.DEFINE_string(
-        "mesh",
-        None,
-        "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or "
-        "the whole model on each",
-    )
+    about = "such as fsdp=4,expert=2; default: as in training, or the whole model on each device"
+    return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
 def parsed_config(flag):
@@ -193,7 +189,9 @@ def _flag_mistake(error):
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
-            _refuse_field(*error.flagname.split(".")[1:])
+            if "config" in FLAGS:
+                _refuse_field(*error.flagname.split(".")[1:])
+            return _NO_CONFIG
         _, _, suggestion = text.partition(". ")
         return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
     if isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --"):
@@ -207,8 +205,6 @@ def _flag_mistake(error):
 
 
 def _refuse_field(group, field="FIELD", *_):
-    if "config" not in FLAGS:
-        raise UserError(_NO_CONFIG)
     from aoe_jax.config.run import Config
 
     Config.from_config_dict({group: {field: None}})

@@ -20,9 +20,7 @@ from aoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "one of several processes that the cluster knows: a TPU pod slice, Slurm, Open MPI, Kubernetes",
+    "distributed", False, "one of the processes of a TPU slice, Slurm, Open MPI or Kubernetes job"
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for processes started one by one"
@@ -78,12 +76,8 @@ def _initialize():
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            initialization_timeout=timeout + 60,
-        )
+        place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+        jax.distributed.initialize(*place, initialization_timeout=timeout + 60)
     except ValueError as e:
         raise UserError(
             f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and "

@@ -43,9 +43,8 @@ def continuations(model, prompts, max_tokens, contrast=None, **settings):
     rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
     # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
     heads = [tokenizer.decode(row) for row in rows]
-    for new in Generator(model, contrast).stream(
-        [list(row) for row in rows], max_tokens, **settings
-    ):
+    generator = Generator(model, contrast)
+    for new in generator.stream([list(row) for row in rows], max_tokens, **settings):
         for row, tokens in zip(rows, new, strict=True):
             row.extend(tokens)
         texts = map(tokenizer.decode, rows)

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from aoe_jax import cli
+from aoe_jax import cli, sharding
 from aoe_jax.communication import collectives
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
@@ -46,14 +46,6 @@ from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.json_files import write_json
 from aoe_jax.model.loss import CHUNK_TOKENS
 from aoe_jax.moe.parallel import transports
-from aoe_jax.sharding import (
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    replicated,
-    state_shardings,
-    with_shardings,
-)
 from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
@@ -68,22 +60,22 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
-def abstract_batch(config, n_rows, sharding=None):
+def abstract_batch(config, n_rows, split=None):
     """The shapes of a batch of `n_rows` sequences."""
     shape = (n_rows, config.data.seq_len)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return {"inputs": tokens, "targets": tokens, "segment_ids": tokens, "weights": weights}
 
 
 def train_step_for(config, mesh):
     """`(step, state, batch)`: the jitted train step for a mesh, and the shapes of its arguments."""
     state = jax.eval_shape(lambda: init_state(config, 0))
-    shardings = state_shardings(mesh, state)
-    results = (shardings, replicated(mesh))
+    shardings = sharding.state_shardings(mesh, state)
+    results = (shardings, sharding.replicated(mesh))
     step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
-    batch = abstract_batch(config, config.train.batch_size, batch_sharding(mesh))
-    return step, with_shardings(state, shardings), batch
+    batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
+    return step, sharding.with_shardings(state, shardings), batch
 
 
 def plan(config: Config, generation, devices, compiles=True):
@@ -104,7 +96,7 @@ def plan(config: Config, generation, devices, compiles=True):
     """
     n_devices = len(devices)
     chip = CHIPS[generation].part(count_chips(devices) / n_devices)
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(config, devices)
     compiled = flops = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
@@ -221,9 +213,7 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
 
 
 def candidates(config: Config, n_devices):
-    """Configurations with other meshes, the nearest first: few factors moved, tensor and expert
-    last.
-    """
+    """Configurations with other meshes: first few factors moved, tensor and expert last."""
     factors = [f for f in range(1, n_devices + 1) if n_devices % f == 0]
     given, found = config.mesh.shape, []
     for shape in itertools.product(factors, repeat=4):
@@ -297,7 +287,7 @@ def main():
     """Plans, prints, and exits with 3 if the run doesn't fit."""
     config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
     generation, devices = topology_devices(topology, _SLICES.value)
-    config = fill_mesh(config, len(devices))
+    config = sharding.fill_mesh(config, len(devices))
     report = plan(config, generation, devices)
     print(table(report))
     if not report["fits"] and _SUGGEST.value:

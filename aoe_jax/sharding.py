@@ -65,8 +65,7 @@ def fill_mesh(config, n_devices):
     """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results.
 
     Raises:
-      UserError: the axes don't multiply to the number of devices, or something doesn't divide by
-        them.
+      UserError: the axes don't multiply to the number of devices, or don't divide something.
     """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
@@ -81,12 +80,11 @@ def fill_mesh(config, n_devices):
 
 
 def make_mesh(config, devices):
-    """The mesh of `config.mesh`, without -1, over devices, laid out along their network; slices
-    along `data`.
+    """The mesh of `config.mesh`, without -1, laid out along the devices' network; slices along
+    `data`.
 
     Raises:
-      UserError: several slices that `mesh.data` isn't a multiple of, or a shape that the network
-        can't be cut into.
+      UserError: `mesh.data` isn't a multiple of the slices, or the network can't be cut that way.
     """
     shape = config.mesh.shape
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -106,11 +104,9 @@ def make_mesh(config, devices):
 
 
 def rows_of_process(sharding, n_rows, process):
-    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order: what it has
-    to read.
+    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order.
 
-    Processes whose devices hold the same rows read the same; on a TPU slice the rows of a host need
-    not be neighbours.
+    On a TPU slice the rows of a host need not be neighbours, and several may hold the same.
     """
     rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():

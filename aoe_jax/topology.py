@@ -28,12 +28,9 @@ def topology_devices(topology, n_slices=1):
       UserError: an unknown name or shape, or a compiler that isn't installed.
     """
     generation, _, shape = topology.partition(":")
-    unknown = (
-        f"is unknown; name one of {', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or "
-        "h100:8"
-    )
+    known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
     is_known = generation in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape)
-    require_flag(is_known, "topology", topology, unknown)
+    require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
     jax.config.update("jax_platforms", "cpu")  # devices that are here may be busy
     if generation == "h100":
         count = "takes the number of GPUs of a node, as h100:N"
@@ -41,11 +38,9 @@ def topology_devices(topology, n_slices=1):
         options = _gpu_options(f"{n_slices}x1x{shape}")
         hint = "the compiler for GPUs is missing; pip install 'jax[cuda13]'"
     else:
-        hint = (
-            "libtpu is missing, the compiler for TPUs; `make .venv/libtpu`, then "
-            "PYTHONPATH=.venv/libtpu"
-        )
-        require_flag(importlib.util.find_spec("libtpu"), "topology", topology, hint)
+        install = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
+        missing = f"libtpu is missing, the compiler for TPUs; {install}"
+        require_flag(importlib.util.find_spec("libtpu"), "topology", topology, missing)
         options = _tpu_options(topology, n_slices)
         hint = "the compiler has no such slice"
     try:

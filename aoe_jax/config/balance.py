@@ -48,11 +48,7 @@ class BalanceConfig(Group):
             self.refuse("aux_tokens", f"with aux_batch='sequence', {wanted}")
 
     def refuse_losses(self, why, names=LOSSES):
-        """Refuses balance losses for a method.
-
-        Raises:
-          UserError: one of the weights `names` is not 0; `why` is the method's reason.
-        """
+        """Raises a `UserError` if a weight of `names` is not 0; `why` is the method's reason."""
         for name in names:
             if getattr(self, name):
                 self.refuse(name, why)

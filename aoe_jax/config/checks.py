@@ -40,11 +40,7 @@ class Group:
     group: ClassVar[str]
 
     def __post_init__(self):
-        """Checks every field that was declared with `setting`.
-
-        Raises:
-          UserError: a field has a value that it may not have.
-        """
+        """Checks every field that was declared with `setting`; raises `UserError`."""
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices:

@@ -35,11 +35,7 @@ class MeshConfig(Group):
         return self.data, self.fsdp, self.expert, self.tensor
 
     def refuse_all_to_all(self, kind):
-        """Refuses `all_to_all` for a kind of layer whose rows do not travel.
-
-        Raises:
-          UserError: `transport` is "all_to_all".
-        """
+        """Raises a `UserError` for `all_to_all` with a kind of layer whose rows do not travel."""
         if self.transport == "all_to_all":
             wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
             self.refuse("transport", wanted)
