@@ -1,17 +1,17 @@
 """What every command line shares: flags, logging to stderr, and how a program ends."""
 
 import ast
-import dataclasses
+import functools
 import logging
 import os
-import re
+import runpy
 import sys
 import traceback
-from collections.abc import Mapping
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
@@ -19,51 +19,105 @@ from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
 
-_ROUTING = re.compile(r"--?(no)?config\.routing\.(\w+)(?:=(.*))?", re.DOTALL)
 _NO_CONFIG = "--config is missing; name a configuration file, such as --config=configs/tiny.py"
-_WORDS = ("true", "false", "none")
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "numbers, such as (0, 2)",
+}
+
+
+class _TupleParser(flags.ArgumentParser):
+    def parse(self, argument):
+        try:
+            return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
+        except SyntaxError as e:
+            raise ValueError(e) from e
+
+    def flag_type(self):
+        return "tuple"
+
+
+_DEFINE = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    str: flags.DEFINE_string,
+    tuple: functools.partial(flags.DEFINE, _TupleParser()),
+}
 
 
 def define_config_flag():
-    """Defines `--config=FILE.py[:VARIANT]` with overrides `--config.GROUP.FIELD=VALUE`."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "Configuration file, FILE.py or FILE.py:VARIANT."
-    )
+    """Defines `--config=FILE.py[:VARIANT]`, and `--config.GROUP.FIELD=VALUE` of every field."""
+    from aoe_jax.config.run import field_types  # imports JAX
+
+    for group, fields in field_types().items():
+        for field, (kind, *_) in fields.items():
+            _DEFINE[kind](f"config.{group}.{field}", None, "")
+    about = "FILE.py or FILE.py:VARIANT, changed by --config.GROUP.FIELD=VALUE"
+    return flags.DEFINE_string("config", None, about)
 
 
 def define_mesh_flag():
     """Defines `--mesh` for commands that use a trained model; see `evaluation.models.mesh_axes`."""
-    return flags.DEFINE_string(
-        "mesh",
-        None,
-        "devices along axes of the mesh, such as fsdp=4,expert=2; by default as in training, or "
-        "the whole model on each",
-    )
+    about = "such as fsdp=4,expert=2; default: as in training, or the whole model on each device"
+    return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
 def parsed_config(flag):
-    """The checked `Config` of a config flag."""
-    from aoe_jax.config.run import Config  # imports JAX
+    """The checked `Config` of `--config` and `--config.GROUP.FIELD`."""
+    from aoe_jax.config.run import Config
+    from aoe_jax.methods import LAYERS
 
-    known = {group.name for group in dataclasses.fields(Config)}
-    if flag.value is None and not FLAGS["config"].present:
+    if not flag.value:
         raise UserError(_NO_CONFIG)
-    file = FLAGS["config"].config_filename
-    try:
-        groups = dict(flag.value)
-    except OSError as e:  # ml_collections reports a missing file only here
-        raise UserError(f"--config={file}: {_config_mistake(e)}") from e
-    except (TypeError, ValueError) as e:
-        raise UserError(
-            f"--config={file}: get_config() must return a ConfigDict; start from default_config()"
-        ) from e
-    for name, values in groups.items():
-        if name in known and not isinstance(values, Mapping | ConfigDict):
-            raise UserError(
-                f"config.{name}={values!r}: must be a group of fields; start from default_config()"
-            )
+    groups, routing = _read_config(flag.value), {}
+    for name in FLAGS:
+        if name.startswith("config.") and FLAGS[name].present:
+            _, group, field = name.split(".")
+            values = routing if group == "routing" else groups.setdefault(group, {})
+            values[field] = FLAGS[name].value
+    if routing:  # of the router in the file, or of another one that `routing.name` chooses
+        kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
+        name = routing.get("name", kind if kind in LAYERS else of_file.get("name", "top_k"))
+        wanted = f"leave it out, because experts.kind={kind!r} has no router"
+        require(kind not in LAYERS or name == kind, "routing.name", name, wanted)
+        kept = of_file if of_file.get("name", name) == name else {}
+        groups["routing"] = kept | routing | {"name": name}
     return Config.from_config_dict(groups)
+
+
+def _read_config(name):
+    """`{group: {field: value}}` of a configuration file, `FILE.py` or `FILE.py:VARIANT`."""
+    file, _, variant = name.partition(":")
+    if not Path(file).is_file():
+        raise UserError(
+            f"--config={name}: can't be read (no such file); name a configuration file, such as "
+            "configs/tiny.py"
+        )
+    try:
+        module = runpy.run_path(file)
+        if "get_config" not in module:
+            raise UserError(f"--config={name}: has no function get_config()")
+        config = module["get_config"](*filter(None, [variant]))
+    except UserError:
+        raise
+    except SystemExit as e:
+        raise UserError(f"--config={name}: get_config() called sys.exit({e.code!r})") from e
+    except Exception as e:  # a configuration file is code, which can raise anything
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
+        raise UserError(f"--config={name}: {text}{line}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={name}: get_config() must return a ConfigDict; start from default_config()"
+        )
+    for group, values in config.items():
+        wanted = "must be a group of fields; start from default_config()"
+        require(isinstance(values, ConfigDict), group, values, wanted)
+    return config.to_dict()
 
 
 def required(flag):
@@ -83,9 +137,7 @@ def run(main):
     # A mistake on the command line itself leaves FLAGS.debug unparsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
-        arguments = _parse(sys.argv)
-        if arguments[1:]:
-            raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
+        _parse(sys.argv)
         _set_up_logging()
         if not debug:
             _hide_background_errors()
@@ -120,113 +172,30 @@ def _parse(argv):
     app.define_help_flags()
     absl_logging.set_verbosity(absl_logging.ERROR)
     for module, found in FLAGS.flags_by_module_dict().items():
-        if not module.startswith("absl."):
-            for flag in found:  # --help lists the key flags of the main module only
+        for flag in found:  # --help lists the key flags of the main module only
+            if not module.startswith("absl.") and not flag.name.startswith("config."):
                 FLAGS.register_key_flag_for_module(argv[0], flag)
-    _check_override_names(argv)
-    routing = _taken_routing(argv)
     try:
         arguments = FLAGS(argv)
-        if routing:
-            if "config" not in FLAGS or not FLAGS["config"].present:
-                raise UserError(_NO_CONFIG)
-            _set_routing(FLAGS.config, routing)
-    except UserError:
-        raise
-    except SystemExit as e:
-        help_flag = r"--?help(full|short|xml)?(=true)?"
-        if any(re.fullmatch(help_flag, argument) for argument in argv[1:]):
-            raise SystemExit(0) from None  # absl ends --help with status 1
-        raise UserError(
-            f"--config={_value_of('config', argv)}: get_config() called sys.exit({e.code!r})"
-        ) from e
+    except SystemExit:
+        raise SystemExit(0) from None  # absl ends --help with status 1
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
-    except Exception as e:  # a configuration file is code, which can raise anything
-        raise UserError(f"--config={_value_of('config', argv)}: {_config_mistake(e)}") from e
-    return arguments
-
-
-def _taken_routing(argv):
-    """Takes `--config.routing.FIELD=VALUE` out of a command line: `{field: value}`.
-
-    ml_collections knows the fields of the router in the configuration file, and not those of the
-    router that `--config.routing.name` chooses.
-    """
-    found = {}
-    for argument in [a for a in argv[1:] if _ROUTING.fullmatch(a)]:
-        no, field, value = _ROUTING.fullmatch(argument).groups()
-        if value is None:
-            value = "false" if no else "true"
-        try:
-            found[field] = ast.literal_eval(value.capitalize() if value in _WORDS else value)
-        except (SyntaxError, ValueError):
-            found[field] = value
-        argv.remove(argument)
-    return found
-
-
-def _set_routing(config, values):
-    """Changes the group `routing`: fields of its router, or of another one that `name` chooses."""
-    from aoe_jax.config.run import ROUTED_KINDS, routing_dict  # imports JAX
-
-    kind = config.experts.kind
-    name = values.pop("name", config.routing.name if kind in ROUTED_KINDS else kind)
-    if kind not in ROUTED_KINDS:
-        wanted = f"leave it out, because experts.kind={kind!r} has no router"
-        require(name == kind, "routing.name", name, wanted)
-    kept = dict(config.routing) if name == config.routing.name else {}
-    with config.unlocked():
-        config.routing = routing_dict(**kept | {"name": name} | values)
-
-
-def _check_override_names(argv):
-    # ml_collections would name neither the flag nor the known fields.
-    found = (argument.split("=", 1)[0] for argument in argv[1:])
-    overrides = [flag for flag in found if re.match(r"--?(no)?config\.", flag)]
-    if not overrides:
-        return
-    from aoe_jax.config.run import RENAMED, Config  # imports JAX
-
-    groups = {group.name: group.type for group in dataclasses.fields(Config)}
-    for flag in overrides:
-        group, _, field = flag.split(".", 1)[1].partition(".")
-        if group in RENAMED:
-            raise UserError(f"config.{group} is gone; set config.{RENAMED[group]}")
-        if group not in groups:
-            raise UserError(f"config.{group} is unknown; known are {', '.join(groups)}")
-        if f"{group}.{field}" in RENAMED:
-            raise UserError(
-                f"config.{group}.{field} is gone; set config.{RENAMED[f'{group}.{field}']}"
-            )
-        if group == "routing":
-            continue  # its fields depend on its name
-        known = [f.name for f in dataclasses.fields(groups[group])]
-        if field not in known:
-            known = ", ".join(known)
-            raise UserError(f"config.{group}.{field or 'FIELD'} is unknown; known are {known}")
-
-
-def _value_of(name, argv):
-    """The value of a flag on a command line that could not be parsed."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if flag == name:
-            return value if equals else following
-    return ""
+    if arguments[1:]:
+        raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
 
 
 def _flag_mistake(error):
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname.startswith("config."):
-            return f"--{error.flagname}: {_NO_CONFIG}"
+            if "config" in FLAGS:
+                _refuse_field(*error.flagname.split(".")[1:])
+            return _NO_CONFIG
         _, _, suggestion = text.partition(". ")
         return f"--{error.flagname} is no flag; --help lists them. {suggestion}".removesuffix(". ")
     if isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --"):
         name, _, value = text.removeprefix("flag --").split(": ", 1)[0].partition("=")
-        if name == "config":
-            return f"--config={value}: {_config_mistake(error)}"
         kind = FLAGS[name].flag_type() if name in FLAGS else ""
         if kind in _TYPES:
             lowest = getattr(FLAGS[name].parser, "lower_bound", None)
@@ -235,28 +204,10 @@ def _flag_mistake(error):
     return text[:400]
 
 
-def _config_mistake(error):
-    """The mistake in a configuration file, with its line."""
-    if isinstance(error, OSError):
-        cause = error.__cause__ or error  # ml_collections wraps it
-        reason = cause.strerror or "no such file"
-        return f"can't be read ({reason}); name a configuration file, such as configs/tiny.py"
-    if isinstance(error, AttributeError) and "get_config" in str(error):
-        return "has no function get_config()"
-    cause = error.__context__ if isinstance(error, flags.Error) and error.__context__ else error
-    while isinstance(cause, TypeError | ValueError) and "parsing config file" in str(cause):
-        if cause.__context__ is None:
-            break
-        cause = cause.__context__
-    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-    if isinstance(cause, SyntaxError):  # its text names the line
-        return text
-    lines = [
-        line
-        for line in traceback.extract_tb(cause.__traceback__)
-        if "ml_collections" not in line.filename and line.filename != __file__
-    ]
-    return f"{text} (line {lines[-1].lineno} of {lines[-1].filename})" if lines else text
+def _refuse_field(group, field="FIELD", *_):
+    from aoe_jax.config.run import Config
+
+    Config.from_config_dict({group: {field: None}})
 
 
 def _hide_background_errors():

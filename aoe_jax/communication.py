@@ -6,28 +6,15 @@ from jax.extend import core as jax_core
 
 from aoe_jax.moe.parallel import transports
 
-
-def _sub_jaxprs(eqn):
-    """Yields `(jaxpr, how many times it runs)` of an equation, with all branches of a condition."""
-    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    for value in eqn.params.values():
-        for sub in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(sub, jax_core.ClosedJaxpr):
-                yield sub.jaxpr, times
-            elif isinstance(sub, jax_core.Jaxpr):
-                yield sub, times
-
-
-# Bytes that a device receives, by the bytes of the larger of operand and result, on n devices.
+# A device of n receives this times (n - 1) / n of the bytes of the larger of operand and result.
 _RECEIVED = {
-    "all_gather": lambda size, n: size * (n - 1) / n,
-    "reduce_scatter": lambda size, n: size * (n - 1) / n,
-    "all_to_all": lambda size, n: size * (n - 1) / n,
-    "ragged_all_to_all": lambda size, n: size * (n - 1) / n / transports.ROW_BUFFER,
-    "psum": lambda size, n: 2 * size * (n - 1) / n,
-    "pmax": lambda size, n: 2 * size * (n - 1) / n,
+    "all_gather": 1,
+    "reduce_scatter": 1,
+    "all_to_all": 1,
+    "ragged_all_to_all": 1 / transports.ROW_BUFFER,
+    "psum": 2,
+    "pmax": 2,
 }
-
 _SAME = {"name", "stop_gradient"}  # the result is the argument
 # The compiler merges equal equations of these kinds.
 _MERGED = {"all_gather", "convert_element_type", "reshape", "squeeze", "transpose"}
@@ -64,10 +51,19 @@ def each_collective(jaxpr, arguments=None, known=None):
                 continue
         if name in _RECEIVED:
             yield eqn, 1
-        for sub, times in _sub_jaxprs(eqn):
-            part = (_inside(eqn, inputs), known) if name in _INLINE else ()
-            for inner, inner_times in each_collective(sub, *part):
-                yield inner, 0 if name == "while" else times * inner_times
+        times = {"scan": eqn.params.get("length"), "while": 0}.get(name, 1)
+        for sub in _parts(eqn):
+            of_body = (_inside(eqn, inputs), known) if name in _INLINE else ()
+            for inner, inner_times in each_collective(sub, *of_body):
+                yield inner, times * inner_times
+
+
+def _parts(eqn):
+    """Yields the jaxprs of an equation, with all branches of a condition."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, jax_core.ClosedJaxpr | jax_core.Jaxpr):
+                yield getattr(part, "jaxpr", part)
 
 
 def _inside(eqn, inputs):
@@ -98,14 +94,14 @@ def collectives(jaxpr, sizes):
         axes = eqn.params.get("axes", eqn.params.get("axis_name"))
         axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
         n = math.prod(sizes[axis] for axis in axes)
-        operands = eqn.invars
-        if kind == "ragged_all_to_all":
-            operands = operands[:1]  # the others are offsets and sizes
-        size = max(
-            sum(v.aval.size * v.aval.dtype.itemsize for v in side)
-            for side in (operands, eqn.outvars)
-        )
+        # The other operands of ragged_all_to_all are offsets and sizes.
+        operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars
+        size = max(_bytes(operands), _bytes(eqn.outvars))
         entry = total.setdefault((kind, axes), [0, 0.0])
         entry[0] += times
-        entry[1] += times * _RECEIVED[kind](size, n)
+        entry[1] += times * _RECEIVED[kind] * size * (n - 1) / n
     return total
+
+
+def _bytes(variables):
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in variables)

@@ -32,9 +32,7 @@ class ParameterCounts:
 
     @property
     def active(self):
-        """Parameters that a token uses, the paper's convention: the table counts as input and as
-        output.
-        """
+        """Parameters that a token uses; the table counts as input and as output."""
         return self.active_non_embedding + 2 * self.embedding
 
     @property
@@ -59,58 +57,37 @@ def experts_per_token(config: Config):
     return config.routing.experts_per_token(config.experts)
 
 
-def expert_parameters(config: Config):
-    """`(shared, expert)`: parameters of a layer that all tokens use, such as a router, and those of
-    one expert.
+def _layer_parameters(config):
+    """`[(Parameter, its size)]` of a layer of experts, and the size of the active part of experts.
 
     AoE's W_gate_down belongs to the expert: with it, experts of both kinds are equal in size
-    (Eq. 5).
+    (Eq. 5). Under top-p, `top_k` experts are active.
     """
-    declared = _declared(config)
-    in_experts = sum(size for parameter, size in declared if parameter.per_expert)
-    total = sum(size for _, size in declared)
-    return total - in_experts, in_experts // n_experts(config)
-
-
-def _declared(config):
-    """`[(Parameter, its size)]` of a layer of experts."""
-    sizes = config.experts.sizes(config.model.d_model)
-    declared = ExpertsLayer(config.experts, config.routing).parameters.values()
-    return [(parameter, math.prod(parameter.shape(sizes))) for parameter in declared]
-
-
-def n_experts(config: Config):
-    """Experts of a layer; 1 for a dense layer."""
-    return 1 if config.experts.kind == "dense" else config.experts.n_experts
+    c = config.experts
+    sizes = c.sizes(config.model.d_model)
+    declared = ExpertsLayer(c, config.routing).parameters.values()
+    declared = [(parameter, math.prod(parameter.shape(sizes))) for parameter in declared]
+    n_experts = 1 if c.kind == "dense" else c.n_experts
+    expert = sum(size for parameter, size in declared if parameter.per_expert) // n_experts
+    return declared, round((experts_per_token(config) or c.top_k) * expert)
 
 
 def parameter_counts(config: Config):
-    """Counts the parameters of the decoder; under top-p, active parameters are those of `top_k`
-    experts.
-    """
-    m, c = config.model, config.experts
-    shared, expert = expert_parameters(config)
-    active = experts_per_token(config) or c.top_k
+    """Counts the parameters of the decoder; under top-p, `top_k` experts are active."""
+    m = config.model
+    declared, active = _layer_parameters(config)
+    shared = sum(size for parameter, size in declared if not parameter.per_expert)
+    features = m.d_model * (m.n_heads + m.kv_heads) // m.n_heads  # of q and k; as many of v and o
+    norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
+    biases = m.n_layers * (m.qk_norm + 2 * m.attention_bias) * features
     return ParameterCounts(
-        experts=m.n_layers * (shared + n_experts(config) * expert),
-        active_experts=m.n_layers * (shared + round(active * expert)),
-        attention=m.n_layers * _attention_matrices(m),
-        norms=_norms_and_biases(m),
+        experts=m.n_layers * sum(size for _, size in declared),
+        active_experts=m.n_layers * (shared + active),
+        attention=m.n_layers * 2 * m.d_model * features,
+        norms=norms + biases + m.output_bias * m.vocab_size,
         embedding=m.vocab_size * m.d_model,
         n_tables=1 if m.tie_embeddings else 2,
     )
-
-
-def _attention_matrices(m):
-    return 2 * m.d_model**2 * (m.n_heads + m.kv_heads) // m.n_heads
-
-
-def _norms_and_biases(m):
-    norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
-    q_and_k = m.d_model * (m.n_heads + m.kv_heads) // m.n_heads
-    v_and_o = m.d_model * (m.kv_heads + m.n_heads) // m.n_heads
-    per_layer = m.qk_norm * q_and_k + m.attention_bias * (q_and_k + v_and_o)
-    return norms + m.n_layers * per_layer + m.output_bias * m.vocab_size
 
 
 def layer_flops_per_token(config: Config):
@@ -123,16 +100,15 @@ def layer_flops_per_token(config: Config):
     those of the router; see `Capacity.wasted_flops` for what it computes beside them.
     """
     c = config.experts
-    _, expert = expert_parameters(config)
-    per_token = experts_per_token(config) or c.top_k
-    matrices = [(p, size) for p, size in _declared(config) if len(p.axes.split()) > 1]
+    declared, active = _layer_parameters(config)
+    matrices = [(p, size) for p, size in declared if len(p.axes.split()) > 1]
     shared = sum(size for parameter, size in matrices if not parameter.per_expert)
     forward, training = config.routing.flops(config) or (2 * shared, 6 * shared)
-    of_experts = 2 * round(per_token * expert)
-    forward, training = forward + of_experts, training + 3 * of_experts
+    forward, training = forward + 2 * active, training + 6 * active
     if c.kind != "aoe":
         return forward, training
-    idle = 2 * round((c.n_experts - per_token) * c.d_low * config.model.d_model)
+    n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
+    idle = 2 * round(n_idle * c.d_low * config.model.d_model)
     with_gradient = config.balance.aux_tokens if config.balance.has_loss else 0.0
     if not c.sparse_scoring(config.routing):
         with_gradient = 1.0

@@ -1,5 +1,6 @@
 """Starts JAX, also on several processes: a TPU pod, a Slurm job, or processes named one by one."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -8,16 +9,18 @@ import sys
 import threading
 import time
 
+import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "one of several processes that the cluster knows: a TPU pod slice, Slurm, Open MPI, Kubernetes",
+    "distributed", False, "one of the processes of a TPU slice, Slurm, Open MPI or Kubernetes job"
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, for processes started one by one"
@@ -39,9 +42,21 @@ def start():
     Raises:
       UserError: the flags contradict each other, there is no cluster, or a process does not join.
     """
-    _join()
-    import jax
-
+    flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
+    given = [flag.name for flag in flags_of_one if flag.value is not None]
+    missing = [flag.name for flag in flags_of_one if flag.value is None]
+    if _DISTRIBUTED.value and given:
+        raise UserError(
+            f"--distributed and --{given[0]}: give one or the other; --distributed asks the cluster"
+        )
+    if given and missing:
+        raise UserError(
+            f"--{missing[0]} is missing; --coordinator, --processes and --process go together"
+        )
+    if given:
+        _meet()
+    if given or _DISTRIBUTED.value:
+        _initialize()
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         # Programs from the cache have lost the order of their collectives, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -49,59 +64,29 @@ def start():
             log.warning("no compilation cache: on several CPU devices its programs deadlock")
 
 
-def _join():
-    flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
-    given = [flag for flag in flags_of_one if flag.value is not None]
-    if not given and not _DISTRIBUTED.value:
-        return
-    if _DISTRIBUTED.value and given:
-        raise UserError(
-            f"--distributed and --{given[0].name}: give one or the other; --distributed asks the "
-            "cluster"
-        )
-    if given and len(given) < 3:
-        missing = next(flag.name for flag in flags_of_one if flag.value is None)
-        raise UserError(
-            f"--{missing} is missing; --coordinator, --processes and --process go together"
-        )
-    if given:
-        _meet()
-    _initialize()
-    import jax
-
-    if jax.process_index() > 0:
-        logging.getLogger("aoe_jax").setLevel(logging.WARNING)
-    log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
-
-
 def _initialize():
-    """Calls `jax.distributed.initialize`; ends this process if that takes too long, where JAX would
-    abort.
-    """
-    import jax
+    timeout = _JOIN_TIMEOUT.value
 
-    joined, timeout = threading.Event(), _JOIN_TIMEOUT.value
+    def give_up():  # earlier than JAX, which would abort
+        message = f"error: not all processes joined within --join_timeout={timeout} s"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(2)
 
-    def watch():
-        if not joined.wait(timeout):
-            message = f"error: not all processes joined within --join_timeout={timeout} s"
-            print(message, file=sys.stderr, flush=True)
-            os._exit(2)
-
-    threading.Thread(target=watch, daemon=True).start()
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            initialization_timeout=timeout + 60,
-        )
+        place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+        jax.distributed.initialize(*place, initialization_timeout=timeout + 60)
     except ValueError as e:
         raise UserError(
             f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and "
             "--process"
         ) from e
-    joined.set()
+    timer.cancel()
+    if jax.process_index() > 0:
+        logging.getLogger("aoe_jax").setLevel(logging.WARNING)
+    log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
 
 
 def _meet():
@@ -112,22 +97,15 @@ def _meet():
       UserError: a bad address or number, or processes that are missing, by their numbers.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(
-            f"--coordinator={_COORDINATOR.value}: must be HOST:PORT of process 0, such as "
-            "10.0.0.1:12345"
-        )
-    if _PROCESS.value >= _PROCESSES.value:
-        raise UserError(
-            f"--process={_PROCESS.value}: must be below --processes={_PROCESSES.value}; processes "
-            "count from 0"
-        )
+    address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
+    require_flag(host and port.isdecimal(), "coordinator", _COORDINATOR.value, address)
+    below = f"must be below --processes={_PROCESSES.value}; processes count from 0"
+    require_flag(_PROCESS.value < _PROCESSES.value, "process", _PROCESS.value, below)
     deadline = time.monotonic() + _JOIN_TIMEOUT.value
     first = _PROCESS.value == 0
     missing = _gather(int(port), deadline) if first else _ask(host, int(port), deadline)
     if missing:
-        names = ", ".join(missing)
-        what = f"process {names} has" if len(missing) == 1 else f"processes {names} have"
+        what = f"process {missing} has" if missing.isdecimal() else f"processes {missing} have"
         raise UserError(
             f"{what} not joined within --join_timeout={_JOIN_TIMEOUT.value} s; start them all with "
             "the same --coordinator and --processes"
@@ -136,7 +114,7 @@ def _meet():
 
 def _gather(port, deadline):
     """Process 0: waits for the others and tells each the numbers of those that are missing."""
-    others, n_processes = {}, _PROCESSES.value
+    others, numbers = {}, range(1, _PROCESSES.value)
     try:
         server = socket.create_server(("", port))
     except OSError as e:
@@ -145,22 +123,20 @@ def _gather(port, deadline):
             "name a free port"
         ) from e
     with server:
-        while len(others) < n_processes - 1 and time.monotonic() < deadline:
+        while len(others) < len(numbers) and time.monotonic() < deadline:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
+            with contextlib.suppress(ValueError, OSError):
                 connection, _ = server.accept()
                 connection.settimeout(5)
                 number = int(connection.recv(16))
-            except (ValueError, OSError):
-                continue
-            if number in others or not 0 < number < n_processes:
-                connection.close()  # without an answer
-            else:
-                others[number] = connection
-        missing = [str(number) for number in range(1, n_processes) if number not in others]
+                if number in others or number not in numbers:
+                    connection.close()  # without an answer
+                else:
+                    others[number] = connection
+        missing = ", ".join(str(number) for number in numbers if number not in others)
         for connection in others.values():
             with connection:
-                connection.sendall(",".join(missing).encode() or b"go")
+                connection.sendall(missing.encode() or b"go")
     return missing
 
 
@@ -175,25 +151,13 @@ def _ask(host, port, deadline):
         except OSError:
             time.sleep(0.2)
             continue
-        if not answer:
-            raise UserError(
-                f"--process={_PROCESS.value}: process 0 has another process of this number, or "
-                "other --processes"
-            )
-        return [] if answer == "go" else answer.split(",")
+        twice = "process 0 has another process of this number, or other --processes"
+        require_flag(answer, "process", _PROCESS.value, twice)
+        return answer.removeprefix("go")
     raise UserError(
         f"process 0 at --coordinator={_COORDINATOR.value} can't be reached within "
         f"--join_timeout={_JOIN_TIMEOUT.value} s"
     )
-
-
-def barrier(name):
-    """Waits until every process is here."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def agree(what, text):
@@ -218,10 +182,4 @@ def all_agree(holds):
 
 def _gathered(value):
     """The int of every process."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return [value]
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()

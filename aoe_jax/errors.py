@@ -6,22 +6,15 @@ import errno
 class UserError(Exception):
     """A mistake that the user can correct: a bad value, a missing file, a full disk.
 
-    The message names the field or file, its value and what would be right. The exit status is 2; a
-    traceback is shown only with `--debug`.
+    The message names the field or file, its value and what would be right. A traceback is shown
+    only with `--debug`.
     """
 
     status = 2
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed because the disk is full; some libraries have their own errors."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return True
-    return "No space left on device" in str(error)
-
-
 class DivergedError(Exception):
-    """`train.max_skipped` updates in a row were skipped. The exit status is 4."""
+    """`train.max_skipped` updates in a row were skipped."""
 
     status = 4
 
@@ -31,12 +24,11 @@ class Stopped(BaseException):
     not catch it.
     """
 
-    status = 1
     others_go_on = False  # True: other processes don't stop, so this one must not wait for them
 
 
 class Preempted(Stopped):
-    """SIGTERM. The exit status is 0: the state is saved, and nothing is lost."""
+    """SIGTERM: the state is saved, and nothing is lost."""
 
     status = 0
 
@@ -45,3 +37,8 @@ class Interrupted(Stopped):
     """SIGINT (Ctrl-C), with the exit status of shells."""
 
     status = 130
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed because the disk is full; some libraries have their own errors."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

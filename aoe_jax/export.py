@@ -21,22 +21,9 @@ _STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the tensors")
 
 
-def export(workdir: Path, output: Path, which="newest", dtype="float32"):
-    """Writes the model of a checkpoint to `output`, which appears only once it is complete.
-
-    Args:
-      workdir: of a training run.
-      output: a directory that doesn't exist.
-      which: "newest", "best" or a number of steps.
-      dtype: of the tensors, "float32" or "bfloat16".
-
-    Returns:
-      The step of the checkpoint.
-
-    Raises:
-      UserError: there is no such checkpoint, it can't be read, or `output` exists or can't be
-        written.
-    """
+def main():
+    """Exports."""
+    workdir, output = Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT))
     from aoe_jax.evaluation.models import load_model
     from aoe_jax.formats.configs import as_own, to_json
     from aoe_jax.formats.tokenizer_files import write_tokenizer
@@ -45,18 +32,12 @@ def export(workdir: Path, output: Path, which="newest", dtype="float32"):
 
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as partial_output:
-        model = load_model(workdir, which)
+        model = load_model(workdir, _STEP.value)
         values = as_own(model.config) if model.routing_state else to_json(model.config)
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
-        write_arrays(partial_output, values, model.params, model.routing_state, dtype)
+        write_arrays(partial_output, values, model.params, model.routing_state, _DTYPE.value)
         write_run(partial_output, workdir, model.step, config)
     log.info("wrote the model of step %d to %s, as %s", model.step, output, values["model_type"])
-    return model.step
-
-
-def main():
-    """Exports."""
-    export(Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT)), _STEP.value, _DTYPE.value)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 
 
 def continuations(model, prompts, max_tokens, contrast=None, **settings):
-    """Continues texts.
+    """Yields the continuation of each prompt so far; characters with missing bytes are held back.
 
     Args:
       model: a `Model`.
@@ -36,9 +36,6 @@ def continuations(model, prompts, max_tokens, contrast=None, **settings):
       max_tokens: how many tokens to add at most.
       contrast: of `Generator`.
       **settings: of `Generator.stream`.
-
-    Yields:
-      The continuation of each text so far; characters with missing bytes are held back.
     """
     from aoe_jax.evaluation.generation import Generator
 
@@ -46,9 +43,8 @@ def continuations(model, prompts, max_tokens, contrast=None, **settings):
     rows = [[model.start, *tokens.tolist()] for tokens in tokenizer.encode(prompts)]
     # Some tokenizers drop the blank before the first word, so the prompt is decoded too.
     heads = [tokenizer.decode(row) for row in rows]
-    for new in Generator(model, contrast).stream(
-        [list(row) for row in rows], max_tokens, **settings
-    ):
+    generator = Generator(model, contrast)
+    for new in generator.stream([list(row) for row in rows], max_tokens, **settings):
         for row, tokens in zip(rows, new, strict=True):
             row.extend(tokens)
         texts = map(tokenizer.decode, rows)

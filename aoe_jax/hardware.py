@@ -6,6 +6,7 @@ Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.
 (dense peaks, and NVLink 4 for H100 SXM).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -20,6 +21,10 @@ class Chip:
     # other slices (or nodes).
     link_bandwidth: float
     slice_bandwidth: float
+
+    def part(self, share):
+        """The figures of a share of the chip."""
+        return Chip(*(share * figure for figure in dataclasses.astuple(self)))
 
 
 CHIPS = {

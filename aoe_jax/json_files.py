@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import math
 import os
 from pathlib import Path
 
@@ -43,12 +42,8 @@ def write_json(path: Path, value, indent=2):
 
 
 def finite(value):
-    """The JSON-ready value with null for numbers that aren't finite."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON gives it back, with None for numbers that aren't finite."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def replace_durably(new: Path, path: Path):

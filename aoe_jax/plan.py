@@ -21,37 +21,31 @@ How the figures are computed:
   once) and network, each at its peak and perfectly overlapped: no run is faster.
 """
 
+import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
-from aoe_jax import cli
+from aoe_jax import cli, sharding
 from aoe_jax.communication import collectives
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
+from aoe_jax.json_files import write_json
 from aoe_jax.model.loss import CHUNK_TOKENS
 from aoe_jax.moe.parallel import transports
-from aoe_jax.sharding import (
-    MESH_AXES,
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    replicated,
-    state_shardings,
-    with_shardings,
-)
 from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
@@ -66,22 +60,22 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
-def abstract_batch(config, n_rows, sharding=None):
+def abstract_batch(config, n_rows, split=None):
     """The shapes of a batch of `n_rows` sequences."""
     shape = (n_rows, config.data.seq_len)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return {"inputs": tokens, "targets": tokens, "segment_ids": tokens, "weights": weights}
 
 
 def train_step_for(config, mesh):
     """`(step, state, batch)`: the jitted train step for a mesh, and the shapes of its arguments."""
     state = jax.eval_shape(lambda: init_state(config, 0))
-    shardings = state_shardings(mesh, state)
-    results = (shardings, replicated(mesh))
+    shardings = sharding.state_shardings(mesh, state)
+    results = (shardings, sharding.replicated(mesh))
     step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
-    batch = abstract_batch(config, config.train.batch_size, batch_sharding(mesh))
-    return step, with_shardings(state, shardings), batch
+    batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
+    return step, sharding.with_shardings(state, shardings), batch
 
 
 def plan(config: Config, generation, devices, compiles=True):
@@ -100,63 +94,58 @@ def plan(config: Config, generation, devices, compiles=True):
       `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
       `mfu_bound`, `compile_seconds`. Bytes and FLOPs are per device.
     """
-    chip, n_devices = CHIPS[generation], len(devices)
-    share = count_chips(devices) / n_devices  # of a chip that is a device
-    mesh = make_mesh(config, devices)
-    sizes = dict(zip(MESH_AXES, mesh.devices.shape, strict=True))
-    flops, tokens, counts = None, config.tokens_per_step, parameter_counts(config)
+    n_devices = len(devices)
+    chip = CHIPS[generation].part(count_chips(devices) / n_devices)
+    mesh = sharding.make_mesh(config, devices)
+    compiled = flops = None
+    memory = dict.fromkeys(("state", "activations", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state, batch = train_step_for(config, mesh)
         traced = step.trace(state, batch)
-        found = collectives(traced.jaxpr.jaxpr, sizes)
         started = time.perf_counter()
-        compiled, used = _compile(traced) if compiles else (None, None)
+        if compiles:
+            compiled, memory["total"] = _compile(traced)
         compile_seconds = time.perf_counter() - started
-        memory = {
-            "state": _bytes_per_device(state),
-            "activations": _activation_bytes(config, n_devices),
-            "temp": compiled.memory_analysis().temp_size_in_bytes if compiled else None,
-            "total": used,
-        }
         if compiled:
+            memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
             flops = _compiled_flops(config, compiled, step, state, batch, n_devices)
-    found = {key: figures for key, figures in sorted(found.items()) if figures[1]}
-    received = {}
-    for (kind, _), (_, size) in found.items():
-        received[kind] = received.get(kind, 0) + size
+        memory["state"] = _bytes_per_device(state)
+        memory["activations"] = _activation_bytes(config, n_devices)
+    found, received = [], Counter()
+    for (kind, axes), (count, size) in sorted(collectives(traced.jaxpr.jaxpr, mesh.shape).items()):
+        if size:
+            found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
+            received[kind] += size
     across = 0.0  # slices are along the outermost axis, data
     if len({getattr(d, "slice_index", 0) or 0 for d in devices}) > 1:
-        across = sum(size for (_, axes), (_, size) in found.items() if "data" in axes)
-    within = sum(received.values()) - across
-    activations = config.train.accumulate * memory["activations"]
-    useful = tokens * training_flops_per_token(config) / n_devices
+        across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
+    within = received.total() - across
+    useful = config.tokens_per_step * training_flops_per_token(config) / n_devices
+    kept = memory["state"] + config.train.accumulate * memory["activations"]
     seconds = {
-        "arithmetic": (flops or useful) / (share * chip.flops),
-        "network": within / (share * chip.link_bandwidth) + across / (share * chip.slice_bandwidth),
-        "HBM": 2 * (memory["state"] + activations) / (share * chip.hbm_bandwidth),
+        "arithmetic": (flops or useful) / chip.flops,
+        "network": within / chip.link_bandwidth + across / chip.slice_bandwidth,
+        "HBM": 2 * kept / chip.hbm_bandwidth,
     }
-    bound_by = max(seconds, key=seconds.get)
+    bound_by, counts = max(seconds, key=seconds.get), parameter_counts(config)
     return {
-        "fits": bool(compiled) and used <= share * chip.hbm_bytes if compiles else None,
+        "fits": bool(compiled) and memory["total"] <= chip.hbm_bytes if compiles else None,
         "generation": generation,
         "devices": n_devices,
-        "mesh": {**sizes, "transport": config.mesh.transport},
+        "mesh": {**mesh.shape, "transport": config.mesh.transport},
         "unroll": config.model.unroll,
         "parameters": counts.total,
         "active_parameters": counts.active,
-        "tokens_per_step": tokens,
-        "hbm_bytes": share * chip.hbm_bytes,
+        "tokens_per_step": config.tokens_per_step,
+        "hbm_bytes": chip.hbm_bytes,
         "memory_bytes": memory,
         "flops": {"compiled": flops, "useful": useful},
-        "collective_bytes": received,
-        "collectives": [
-            {"kind": kind, "axes": list(axes), "count": count, "bytes": size}
-            for (kind, axes), (count, size) in found.items()
-        ],
+        "collective_bytes": dict(received),
+        "collectives": found,
         "seconds": seconds,
         "step_seconds": seconds[bound_by],
         "bound_by": bound_by,
-        "mfu_bound": useful / (share * chip.flops) / seconds[bound_by],
+        "mfu_bound": useful / chip.flops / seconds[bound_by],
         "compile_seconds": compile_seconds,
     }
 
@@ -191,28 +180,21 @@ def _compile(traced):
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        used = _used_bytes(str(e))
-        if used is None:
+        size = r"([\d.]+)([KMGT])"
+        found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of .* hbm", str(e))
+        if not found:
             raise
-        return None, used
+        number, unit = filter(None, found.groups())
+        return None, float(number) * 1024 ** ("KMGT".index(unit) + 1)
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return compiled, memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
-def _used_bytes(error):
-    """The memory that a refused program needs, by the compiler's message, or None."""
-    exceeds = r"\(([\d.]+)([KMGT])\) exceeds available HBM"
-    found = re.search(rf"{exceeds}|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", error)
-    if not found:
-        return None
-    size, unit = (group for group in found.groups() if group)
-    return float(size) * 1024 ** ("KMGT".index(unit) + 1)
-
-
 def _compiled_flops(config, compiled, step, state, batch, n_devices):
     """FLOPs of a device in a step, each loop multiplied out; None if the compiler counts none."""
-    if config.mesh.expert > 1 or not config.routing.choice(config.experts).is_fixed:
+    choice = config.routing.choice(config.experts)
+    if config.mesh.expert > 1 or (choice and not choice.is_fixed):
         with transports.first_round_only():
             compiled = step.lower(state, batch).compile()
     counted = (compiled.cost_analysis() or {}).get("flops")
@@ -231,14 +213,11 @@ def _compiled_flops(config, compiled, step, state, batch, n_devices):
 
 
 def candidates(config: Config, n_devices):
-    """Configurations with other meshes, the nearest first: few factors moved, tensor and expert
-    last.
-    """
+    """Configurations with other meshes: first few factors moved, tensor and expert last."""
     factors = [f for f in range(1, n_devices + 1) if n_devices % f == 0]
-    given = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
-    found = []
-    for fsdp, expert, tensor in itertools.product(factors, repeat=3):
-        shape = (n_devices // (fsdp * expert * tensor), fsdp, expert, tensor)
+    given, found = config.mesh.shape, []
+    for shape in itertools.product(factors, repeat=4):
+        _, fsdp, expert, _ = shape
         if math.prod(shape) != n_devices or shape == given:
             continue
         if config.experts.kind == "dense" and expert > 1:
@@ -246,30 +225,25 @@ def candidates(config: Config, n_devices):
         transport = "all_to_all" if config.experts.kind == "capacity" else config.mesh.transport
         mesh = MeshConfig(*shape, transport=transport if expert > 1 else "ring")
         model = dataclasses.replace(config.model, unroll=config.model.unroll if fsdp == 1 else 1)
-        try:
-            changed = dataclasses.replace(config, mesh=mesh, model=model)
-        except UserError:
-            continue
-        moved = [abs(math.log2(a / b)) for a, b in zip(shape, given, strict=True)]
-        distance = moved[0] + moved[1] + 1.5 * moved[2] + 2 * moved[3]
-        found.append((distance, shape, changed))
-    return [changed for _, _, changed in sorted(found, key=lambda entry: entry[:2])]
+        with contextlib.suppress(UserError):
+            found.append(dataclasses.replace(config, mesh=mesh, model=model))
+
+    def distance(config):
+        shape = config.mesh.shape
+        return np.abs(np.log2(np.divide(shape, given))) @ [1, 1, 1.5, 2], shape
+
+    return sorted(found, key=distance)
 
 
 def suggest(config: Config, generation, devices):
     """The plan of the nearest mesh that fits, or None; compiles up to `SUGGESTIONS` of them.
 
-    Only meshes that split the state further are tried, since every mesh splits the batch over all
-    axes except tensor.
+    Only meshes with fewer copies of the model are tried, since they split the state further, and
+    every mesh splits the batch over all axes except tensor.
     """
-
-    def shards(config):
-        return config.mesh.fsdp * config.mesh.expert * config.mesh.tensor
-
-    others = [c for c in candidates(config, len(devices)) if shards(c) > shards(config)]
+    others = [c for c in candidates(config, len(devices)) if c.mesh.data < config.mesh.data]
     for changed in others[:SUGGESTIONS]:
-        axes = (f"{axis} {getattr(changed.mesh, axis)}" for axis in MESH_AXES)
-        log.info("trying %s", ", ".join(axes))
+        log.info("trying %s", changed.mesh)
         report = plan(changed, generation, devices)
         if report["fits"]:
             return report
@@ -313,7 +287,7 @@ def main():
     """Plans, prints, and exits with 3 if the run doesn't fit."""
     config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
     generation, devices = topology_devices(topology, _SLICES.value)
-    config = fill_mesh(config, len(devices))
+    config = sharding.fill_mesh(config, len(devices))
     report = plan(config, generation, devices)
     print(table(report))
     if not report["fits"] and _SUGGEST.value:
@@ -321,7 +295,7 @@ def main():
         found = f"this mesh fits:\n{table(better)}" if better else "no other mesh was found to fit"
         print(f"\n{found}")
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(Path(_JSON.value), report)
     return 0 if report["fits"] else 3
 
 

@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -44,19 +43,14 @@ class ShardingRules:
         Raises:
           ValueError: an unknown logical axis, or two that are split over the same mesh axis.
         """
-        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        unknown = [axis for axis in axes if axis is not None and axis not in known]
-        if unknown:
-            raise ValueError(
-                f"logical axis {unknown[0]!r} is unknown; known are {', '.join(known)}"
-            )
-        split = [None if axis is None else known[axis] for axis in axes]
-        used = [
-            name
-            for entry in split
-            if entry
-            for name in ((entry,) if isinstance(entry, str) else entry)
-        ]
+        known = dataclasses.asdict(self) | {None: None}
+        for axis in axes:
+            if axis not in known:
+                raise ValueError(
+                    f"logical axis {axis!r} is unknown; known are {', '.join(vars(self))}"
+                )
+        split = [known[axis] for axis in axes]
+        used = jax.tree.leaves(split)
         if len(set(used)) < len(used):
             raise ValueError(
                 f"logical axes {axes} are split over {used}: a mesh axis can split one of them only"
@@ -71,8 +65,7 @@ def fill_mesh(config, n_devices):
     """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results.
 
     Raises:
-      UserError: the axes don't multiply to the number of devices, or something doesn't divide by
-        them.
+      UserError: the axes don't multiply to the number of devices, or don't divide something.
     """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
@@ -87,51 +80,38 @@ def fill_mesh(config, n_devices):
 
 
 def make_mesh(config, devices):
-    """The mesh of `config.mesh`, without -1, over devices, laid out along their network; slices
-    along `data`.
+    """The mesh of `config.mesh`, without -1, laid out along the devices' network; slices along
+    `data`.
 
     Raises:
-      UserError: several slices that `mesh.data` isn't a multiple of, or a shape that the network
-        can't be cut into.
+      UserError: `mesh.data` isn't a multiple of the slices, or the network can't be cut that way.
     """
-    shape = tuple(getattr(config.mesh, axis) for axis in MESH_AXES)
+    shape = config.mesh.shape
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.mesh.data % n_slices:
-        raise UserError(
-            f"config.mesh.data={config.mesh.data}: "
-            f"must be a multiple of the {n_slices} slices, which it spans"
-        )
-    if devices[0].platform == "cpu":  # virtual devices have no place in a network
-        grid = np.reshape(devices, shape)
-    else:
-        within = (shape[0] // n_slices, *shape[1:])
-        split = {"allow_split_physical_axes": True}
-        try:
-            if n_slices > 1:
-                grid = mesh_utils.create_hybrid_device_mesh(
-                    within, (n_slices, 1, 1, 1), devices, **split
-                )
-            else:
-                grid = mesh_utils.create_device_mesh(shape, devices, **split)
-        except (NotImplementedError, ValueError, AssertionError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(
-                f"config.mesh: {shape} can't be laid out on these devices: {reason}"
-            ) from e
+        config.mesh.refuse("data", f"must be a multiple of the {n_slices} slices, which it spans")
+    split = {"allow_split_physical_axes": True}
+    try:
+        if n_slices == 1:
+            grid = mesh_utils.create_device_mesh(shape, devices, **split)
+        else:
+            within, across = (shape[0] // n_slices, *shape[1:]), (n_slices, 1, 1, 1)
+            grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+    except (NotImplementedError, ValueError, AssertionError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"config.mesh: {shape} can't be laid out on these devices: {reason}") from e
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def rows_of_process(sharding, n_rows, process):
-    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order: what it has
-    to read.
+    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order.
 
-    Processes whose devices hold the same rows read the same; on a TPU slice the rows of a host need
-    not be neighbours.
+    On a TPU slice the rows of a host need not be neighbours, and several may hold the same.
     """
     rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
         if device.process_index == process:
-            rows.update(range(*index.indices(n_rows)))
+            rows.update(range(n_rows)[index])
     return sorted(rows)
 
 
@@ -179,20 +159,10 @@ def with_shardings(abstract, shardings):
     )
 
 
-def put_batch(sharding, batch, rows=None, n_rows=None):
-    """A global batch from host arrays: those of all its rows, or of `rows` of its `n_rows`,
-    `[len(rows), ...]`.
+def put_batch(sharding, batch, n_rows=None):
+    """A global batch from host arrays: of all its rows or, with `n_rows` of all processes together,
+    of the `rows_of_process`.
     """
-
-    def put(a):
-        if rows is None:
-            return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
-
-        def piece(index):
-            first, last, _ = index[0].indices(n_rows)
-            return a[np.searchsorted(rows, np.arange(first, last))]
-
-        return jax.make_array_from_callback((n_rows, *a.shape[1:]), sharding, piece)
-
+    shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these are meant
-        return {name: put(a) for name, a in batch.items()}
+        return jax.make_array_from_process_local_data(sharding, batch, shapes)

@@ -6,32 +6,24 @@ import signal
 
 from aoe_jax.errors import Interrupted, Preempted
 
-_ENDS = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
-
 
 class StopRequests:
     """Turns signals into an exception or, while training, into an answer at the next step; a second
     signal kills.
 
     With several processes, JAX's preemption service takes a SIGTERM to any of them, and has all
-    stop at the same step.
+    stop at the same step. `advice` says how to go on after a stop outside of training.
     """
 
-    def __init__(
-        self,
-        advice="the same command goes on from the newest checkpoint, or from the start if there "
-        "is none",
-    ):
-        """Handles no signal before `listen`; `advice` says how to go on after a stop outside of
-        training.
-        """
+    def __init__(self, advice="the same command goes on from the newest checkpoint, if any"):
+        """Handles no signal before `listen`."""
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
         self._interrupted = False  # SIGINT came to this one of several processes
 
     def listen(self):
         """Handles signals from now on; call it before anything takes long."""
-        for number in _ENDS:
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._take)
 
     @contextlib.contextmanager
@@ -48,7 +40,7 @@ class StopRequests:
     def asked(self):
         """Whether to stop now; all processes must ask at the same places of the program."""
         if self._several:
-            from jax.experimental import multihost_utils  # JAX may not be started before
+            from jax.experimental import multihost_utils  # preparing data needs no JAX
 
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
@@ -57,8 +49,9 @@ class StopRequests:
 
     def end(self, message):
         """The exception that ends the run."""
-        word = "preempted" if self._signal == signal.SIGTERM else "interrupted"
-        return _ENDS[self._signal](f"{word}: {message}")
+        if self._signal == signal.SIGTERM:
+            return Preempted(f"preempted: {message}")
+        return Interrupted(f"interrupted: {message}")
 
     def _take(self, number, frame):
         signal.signal(number, signal.SIG_DFL)

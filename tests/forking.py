@@ -29,7 +29,7 @@ LIBRARIES = [
     "jax.experimental.multihost_utils",
     "jax.experimental.topologies",
     "matplotlib.figure",
-    "ml_collections.config_flags",
+    "ml_collections",
     "optax",
     "orbax.checkpoint",
     "safetensors.numpy",

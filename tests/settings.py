@@ -1,6 +1,6 @@
 """Configurations from flat settings, `{"group.field": value}`."""
 
-from aoe_jax.config.run import Config, default_config, routing_dict
+from aoe_jax.config.run import Config, default_config
 from aoe_jax.methods import LAYERS
 
 
@@ -15,5 +15,5 @@ def config_of(settings):
     if routing:
         kind = config.experts.kind
         name = routing.pop("name", kind if kind in LAYERS else "top_k")
-        config.routing = routing_dict(name, **routing)
+        config.routing = {"name": name} | routing
     return Config.from_config_dict(config)

@@ -66,7 +66,8 @@ COMMAND_LINE = {
         ["config.routing.norm_topk_prob is unknown", "known are p"],
     ),
     "router's field of the wrong type": Mistake(
-        wrong_config("routing.name=top_p", "routing.p=high"), ["config.routing.p='high'", "float"]
+        wrong_config("routing.name=top_p", "routing.p=high"),
+        ["--config.routing.p=high", "a number"],
     ),
     "router of a kind without one": Mistake(
         wrong_config("routing.name=top_k", config="--config=configs/methods.py:smear"),

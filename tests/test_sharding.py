@@ -91,12 +91,10 @@ def test_an_unknown_parameter_is_refused():
         state_shardings(mesh, {"w_new": jax.ShapeDtypeStruct((3, 4), "float32")})
 
 
-@pytest.mark.parametrize("rows", [None, [0, 1, 2, 3, 4, 5, 6, 7]])
-def test_a_batch_lies_as_it_was_read(rows):
+@pytest.mark.parametrize("n_rows", [None, 8])
+def test_a_batch_lies_as_it_was_read(n_rows):
     mesh = make_mesh(configuration(data=2, fsdp=2, tensor=2), jax.devices())
     tokens = np.arange(8 * 3).reshape(8, 3)
-    got = put_batch(batch_sharding(mesh), {"inputs": tokens}, rows=rows, n_rows=rows and 8)[
-        "inputs"
-    ]
+    got = put_batch(batch_sharding(mesh), {"inputs": tokens}, n_rows)["inputs"]
     np.testing.assert_array_equal(got, tokens)
     assert {shard.data.shape for shard in got.addressable_shards} == {(2, 3)}

@@ -364,8 +364,9 @@ def _change(config, changes):
     for group, values in changes.items():
         if group not in config:
             raise UserError(f"config.{group} is unknown; known are {', '.join(config)}")
-        if group == "routing" and "name" in values:
-            update_groups(config, {group: values})
+        if group == "routing":  # its fields depend on the name
+            kept = {} if "name" in values else config.routing.to_dict()
+            update_groups(config, {group: kept | values})
             continue
         for name, value in values.items():
             place = f"config.{group}.{name}"

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, setting
 
 LOSSES = ("aux_weight", "entropy_weight", "z_weight")
 
 
 @dataclass(frozen=True)
-class BalanceConfig:
+class BalanceConfig(Group):
     """Auxiliary losses, averaged over layers and added to the negative log-likelihood, and
     loss-free balancing.
     """
+
+    group = "balance"
 
     aux_weight: float = setting(0.01, at_least=0)  # alpha of L_aux (Eq. 2 and 6)
     # Weight of Ent_conf, which is minimised (for top-p; Huang et al. 2024 use 1e-4).
@@ -28,47 +30,28 @@ class BalanceConfig:
     bias_rate: float = setting(0.0, at_least=0)
 
     def __post_init__(self):
-        check_settings("balance", self)
-        require(
-            self.aux_batch == "global" or self.aux_weight > 0,
-            "balance.aux_batch",
-            self.aux_batch,
-            f"is a choice of L_aux, which balance.aux_weight={self.aux_weight} leaves out; "
-            "leave it at 'global'",
-        )
-        require(
-            abs(1 / self.aux_tokens - self.aux_stride) < 1e-6,
-            "balance.aux_tokens",
-            self.aux_tokens,
-            "must be 1 / a whole number, such as 0.5 or 0.125",
-        )
+        super().__post_init__()
+        if self.aux_batch == "sequence" and self.aux_weight == 0:
+            wanted = "is a choice of L_aux, which balance.aux_weight=0 leaves out"
+            self.refuse("aux_batch", f"{wanted}; leave it at 'global'")
+        if abs(1 / self.aux_tokens - self.aux_stride) > 1e-6:
+            self.refuse("aux_tokens", "must be 1 / a whole number, such as 0.5 or 0.125")
 
     def check(self, config):
-        """Refuses what does not fit the other groups."""
-        method = config.routing
+        method, length = config.routing, config.data.seq_len
         state = method.state_shapes(config.experts, self, config.model.d_model)
-        require(
-            self.bias_rate == 0 or "selection_bias" in state,
-            "balance.bias_rate",
-            self.bias_rate,
-            f"biases the choice of top-k routers; set it to 0 with routing.name={method.name!r}",
-        )
-        require(
-            self.aux_batch == "global" or config.data.seq_len % self.aux_stride == 0,
-            "balance.aux_tokens",
-            self.aux_tokens,
-            "with aux_batch='sequence', its denominator must divide "
-            f"data.seq_len={config.data.seq_len}",
-        )
+        if self.bias_rate and "selection_bias" not in state:
+            wanted = f"set it to 0 with routing.name={method.name!r}"
+            self.refuse("bias_rate", f"biases the choice of top-k routers; {wanted}")
+        if self.aux_batch == "sequence" and length % self.aux_stride:
+            wanted = f"its denominator must divide data.seq_len={length}"
+            self.refuse("aux_tokens", f"with aux_batch='sequence', {wanted}")
 
     def refuse_losses(self, why, names=LOSSES):
-        """Refuses balance losses for a method.
-
-        Raises:
-          UserError: one of the weights `names` is not 0; `why` is the method's reason.
-        """
+        """Raises a `UserError` if a weight of `names` is not 0; `why` is the method's reason."""
         for name in names:
-            require(getattr(self, name) == 0, f"balance.{name}", getattr(self, name), why)
+            if getattr(self, name):
+                self.refuse(name, why)
 
     @property
     def aux_stride(self):

@@ -1,69 +1,73 @@
-"""Checks of configuration fields. Each raises a `UserError` that names the field, its value and
-what would be right.
+"""Checks of values. Each raises a `UserError` that names the field or flag, its value and what
+would be right.
 """
 
 import dataclasses
 import math
+import operator
+from typing import ClassVar
 
 from aoe_jax.errors import UserError
 
+_BOUNDS = {
+    "above": ("greater than {}", operator.gt),
+    "at_least": ("at least {}", operator.ge),
+    "below": ("below {}", operator.lt),
+    "at_most": ("at most {}", operator.le),
+    "divides": ("a divisor of {}", lambda value, other: other % value == 0),
+    "multiple_of": ("a multiple of {}", lambda value, other: value % other == 0),
+}
 
-def setting(
-    default,
-    *,
-    above=None,
-    at_least=None,
-    below=None,
-    at_most=None,
-    choices=None,
-    training_only=False,
-):
+
+def setting(default, *, choices=None, training_only=False, **bounds):
     """A dataclass field with the values that it may have.
 
     Args:
       default: the default; None is always allowed where it is the default.
-      above, at_least, below, at_most: bounds of a number.
       choices: the values that are allowed.
       training_only: whether the field only matters for training, not for what a trained model
         computes.
+      **bounds: of a number, names of `_BOUNDS`, in the order of checking. Each is a number, or the
+        name of another field of the group.
     """
-    bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
-    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
-    metadata |= {"choices": choices, "training_only": training_only}
+    metadata = {"choices": choices, "training_only": training_only, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_BOUNDS = {
-    "above": ("greater than {}", lambda value, bound: value > bound),
-    "at_least": ("at least {}", lambda value, bound: value >= bound),
-    "below": ("below {}", lambda value, bound: value < bound),
-    "at_most": ("at most {}", lambda value, bound: value <= bound),
-}
+class Group:
+    """The base of the groups of a configuration, frozen dataclasses that check their fields."""
 
+    group: ClassVar[str]
 
-def check_settings(group_name, group):
-    """Checks every field of a group that was declared with `setting`.
+    def __post_init__(self):
+        """Checks every field that was declared with `setting`; raises `UserError`."""
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices:
+                require_choice(f"{self.group}.{field.name}", value, choices)
+            bounds = field.metadata.get("bounds")
+            if not bounds or (value is None and field.default is None):
+                continue
+            holds, wanted = math.isfinite(value), []
+            for kind, bound in bounds.items():
+                phrase, compare = _BOUNDS[kind]
+                limit = getattr(self, bound) if isinstance(bound, str) else bound
+                named = f"{self.group}.{bound}={limit}" if isinstance(bound, str) else bound
+                holds = holds and compare(value, limit)
+                wanted.append(phrase.format(named))
+            if not holds:
+                self.refuse(field.name, f"must be {' and '.join(wanted)}")
 
-    Raises:
-      UserError: a field has a value that it may not have.
-    """
-    for field in dataclasses.fields(group):
-        name, value = f"{group_name}.{field.name}", getattr(group, field.name)
-        allowed = field.metadata
-        if allowed.get("choices"):
-            require_choice(name, value, allowed["choices"])
-        bounds = {kind: bound for kind, bound in allowed.items() if kind in _BOUNDS}
-        if not bounds or (value is None and field.default is None):
-            continue
-        wanted = " and ".join(_BOUNDS[kind][0].format(bound) for kind, bound in bounds.items())
-        is_right = all(_BOUNDS[kind][1](value, bound) for kind, bound in bounds.items())
-        require(is_right and math.isfinite(value), name, value, f"must be {wanted}")
+    def refuse(self, field, wanted):
+        """Raises the `UserError` of a field; `wanted` says what would be right."""
+        require(False, f"{self.group}.{field}", getattr(self, field), wanted)
+
+    def check(self, config):
+        """Refuses values that do not fit the other groups of a `Config`."""
 
 
 def require(condition, name, value, wanted):
-    """Refuses a value of a field `GROUP.FIELD` unless the condition holds; `wanted` says what would
-    be right.
-    """
+    """Refuses a value of a field `GROUP.FIELD` unless the condition holds."""
     if not condition:
         raise UserError(f"config.{name}={value!r}: {wanted}")
 

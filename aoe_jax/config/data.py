@@ -1,21 +1,45 @@
-"""The group `data`."""
+"""The group `data`, and the grammar of `data.name`: one corpus, or several with weights."""
 
 import dataclasses
 import os
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 
-from aoe_jax.config.checks import check_settings, require, setting
-from aoe_jax.config.sources import absolute, label_of, mixture_in_words, parsed_sources
+from aoe_jax.config.checks import Group, require, setting
+
+_FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
+    """One corpus of `data.name`."""
+
+    label: str  # what metrics call it; no two of a run have the same
+    name: str  # sotu | text | prepared | any TFDS name
+    path: str | None
+    # Share of the tokens seen in training, in proportion to those of the others.
+    weight: Fraction | None
+
+    def __str__(self):
+        """As `data.name` writes it."""
+        path = "" if self.path is None else f"@{self.path}"
+        if self.weight is None:
+            return self.name + path
+        decimal = repr(float(self.weight)).removesuffix(".0")
+        return f"{self.name}{path}={decimal if Fraction(decimal) == self.weight else self.weight}"
+
+
+@dataclass(frozen=True)
+class DataConfig(Group):
     """The corpora and how they are cut into sequences.
 
     `name` is one corpus, or several in a mixture: `SOURCE[=WEIGHT], SOURCE[=WEIGHT], ...`, where
     SOURCE is `NAME` or `NAME@PATH`. All have a weight, or none: then each counts by its size, so
     that one pass over the mixture is one over all.
     """
+
+    group = "data"
 
     # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
     name: str = "sotu"
@@ -33,43 +57,35 @@ class DataConfig:
     loss_mask: bool = False
 
     def __post_init__(self):
-        sources = parsed_sources(self.name)
-        require(
-            self.path is None or (len(sources) == 1 and sources[0].path is None),
-            "data.path",
-            self.path,
-            f"leave it at None where data.name={self.name!r} names paths of its own, as NAME@PATH",
-        )
+        sources = _parsed_sources(self.name)
+        if self.path is not None and (len(sources) > 1 or sources[0].path is not None):
+            wanted = f"leave it at None where data.name={self.name!r} names paths of its own"
+            self.refuse("path", f"{wanted}, as NAME@PATH")
         for source in sources:
-            folder = {"text": "folder of .txt files", "prepared": "folder of a token store"}.get(
-                source.name
-            )
+            folder = _FOLDERS.get(source.name)
             if folder and not (source.path or self.path):
                 if len(sources) == 1:
-                    require(False, "data.path", self.path, f"name the {folder}")
-                require(False, "data.name", self.name, f"name the {folder} as {source.name}@FOLDER")
-        check_settings("data", self)
-        object.__setattr__(self, "cache", os.path.abspath(os.path.expanduser(self.cache)))
-        object.__setattr__(self, "name", mixture_in_words(sources))
+                    self.refuse("path", f"name the {folder}")
+                self.refuse("name", f"name the {folder} as {source.name}@FOLDER")
+        super().__post_init__()
+        object.__setattr__(self, "cache", absolute(self.cache))
+        object.__setattr__(self, "name", ", ".join(map(str, sources)))
         if self.path is not None:
             object.__setattr__(self, "path", absolute(self.path))
 
     def check(self, config):
-        """Refuses what doesn't fit the other groups."""
-        require(
-            self.seq_len <= config.model.max_len,
-            "data.seq_len",
-            self.seq_len,
-            f"is longer than model.max_len={config.model.max_len}",
-        )
+        if self.seq_len > config.model.max_len:
+            self.refuse("seq_len", f"is longer than model.max_len={config.model.max_len}")
 
     @property
     def sources(self):
         """The corpora in order, each with its path; `SourceConfig`s."""
-        sources = parsed_sources(self.name)
+        sources = _parsed_sources(self.name)
         if self.path is not None:
             sources = [dataclasses.replace(sources[0], path=self.path)]
-        labels = [label_of(source) for source in sources]
+        labels = [
+            os.path.basename(s.path) if s.name in _FOLDERS and s.path else s.name for s in sources
+        ]
         if len(set(labels)) < len(labels):
             labels = [f"{number}-{label}" for number, label in enumerate(labels, 1)]
         return tuple(
@@ -80,6 +96,37 @@ class DataConfig:
     @property
     def name_without_paths(self):
         """`name` as a corpus keeps it when it moves."""
-        return mixture_in_words(
-            [dataclasses.replace(source, path=None) for source in parsed_sources(self.name)]
+        sources = _parsed_sources(self.name)
+        return ", ".join(str(dataclasses.replace(source, path=None)) for source in sources)
+
+
+def _parsed_sources(name):
+    """The corpora that `data.name` names, without labels."""
+
+    def check(condition, wanted):
+        require(condition, "data.name", name, wanted)
+
+    sources = []
+    for entry in name.split(","):
+        source, equals, weight = entry.rpartition("=")
+        corpus, at, path = (source if equals else entry).strip().partition("@")
+        check(
+            corpus, "name sotu, text, prepared or a TFDS data set, or several, as in sotu=1, c4=3"
         )
+        check(path or not at, f"{corpus}@ lacks its path")
+        try:
+            share = Fraction(weight.strip()) if equals else None
+        except (ValueError, ZeroDivisionError):
+            check(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
+        check(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
+        sources.append(SourceConfig("", corpus, absolute(path) if at else None, share))
+    has_weight = {source.weight is not None for source in sources}
+    check(len(has_weight) == 1, "give every corpus a weight, or none of them")
+    twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
+    check(count == 1, f"{twice[0]} is named twice; name it once, with one weight")
+    return sources
+
+
+def absolute(path):
+    """A path from the root, with `~` as the home."""
+    return os.path.abspath(os.path.expanduser(path))

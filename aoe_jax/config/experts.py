@@ -3,16 +3,19 @@
 import math
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, setting
 
 
 @dataclass(frozen=True)
-class ExpertsConfig:
+class ExpertsConfig(Group):
     """A layer of experts. The group `routing` says how tokens choose among them."""
+
+    group = "experts"
 
     kind: str = "aoe"  # aoe | router | a layer of `aoe_jax/methods/`, such as dense
     n_experts: int = setting(8, above=0)  # of a layer (n)
-    top_k: int = setting(2, above=0)  # experts of a token (K), where the router fixes their number
+    # Experts of a token (K), where the router fixes their number.
+    top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
@@ -28,73 +31,42 @@ class ExpertsConfig:
     large_router: bool = False  # router: about n r d parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
-        check_settings("experts", self)
-        require(
-            self.top_k <= self.n_experts,
-            "experts.top_k",
-            self.top_k,
-            f"must be at most experts.n_experts={self.n_experts}",
-        )
+        super().__post_init__()
         if not self.low_rank:
             only = "is for experts with a factorised gate; set the width with experts.d_ffn"
-            require(self.d_wide is None, "experts.d_wide", self.d_wide, only)
-            require(self.round_to == 1, "experts.round_to", self.round_to, only)
-        require(
-            self.round_to == 1 or self.d_wide is None,
-            "experts.round_to",
-            self.round_to,
-            "rounds the width of Eq. 5; leave experts.d_wide at None",
-        )
-        require(
-            not self.factorised_gate or self.kind in ("router", "smear", "thor"),
-            "experts.factorised_gate",
-            True,
-            "is for experts.kind='router', 'smear' or 'thor'",
-        )
-        require(
-            not self.large_router or self.kind == "router",
-            "experts.large_router",
-            True,
-            "is for experts.kind='router'",
-        )
-        require(
-            not (self.large_router and self.factorised_gate),
-            "experts.large_router",
-            True,
-            "is an ablation of its own; set experts.factorised_gate=False",
-        )
-        require(
-            self.score_gradient is None or self.kind == "aoe",
-            "experts.score_gradient",
-            self.score_gradient,
-            "is for experts.kind='aoe'; leave it at None",
-        )
+            if self.d_wide is not None:
+                self.refuse("d_wide", only)
+            if self.round_to > 1:
+                self.refuse("round_to", only)
+        if self.round_to > 1 and self.d_wide is not None:
+            self.refuse("round_to", "rounds the width of Eq. 5; leave experts.d_wide at None")
+        if self.factorised_gate and self.kind not in ("router", "smear", "thor"):
+            self.refuse("factorised_gate", "is for experts.kind='router', 'smear' or 'thor'")
+        if self.large_router and self.kind != "router":
+            self.refuse("large_router", "is for experts.kind='router'")
+        if self.large_router and self.factorised_gate:
+            wanted = "is an ablation of its own; set experts.factorised_gate=False"
+            self.refuse("large_router", wanted)
+        if self.score_gradient is not None and self.kind != "aoe":
+            self.refuse("score_gradient", "is for experts.kind='aoe'; leave it at None")
 
     def check(self, config):
-        """Refuses what does not fit the other groups."""
-        require(
-            self.score_gradient != "sparse" or config.routing.choice(self).is_normalised,
-            "experts.score_gradient",
-            self.score_gradient,
-            "is exact only where weights are the softmax over the chosen scores, as with "
-            "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
-        )
-        if not self.low_rank:
-            return
         d_model = config.model.d_model
-        require(
-            self.d_low < d_model,
-            "experts.d_low",
-            self.d_low,
-            f"must be smaller than model.d_model={d_model}, or the gate is no low-rank product",
-        )
-        require(
-            self.width(d_model) > 0,
-            "experts.d_ffn",
-            self.d_ffn,
-            f"Eq. 5 finds no width for d_low={self.d_low} and round_to={self.round_to}; set a "
-            "larger d_ffn, or experts.d_wide",
-        )
+        if self.score_gradient == "sparse" and not config.routing.choice(self).is_normalised:
+            self.refuse(
+                "score_gradient",
+                "is exact only where weights are the softmax over the chosen scores, as with "
+                "routing.name='top_k' and norm_topk_prob=True; use 'dense'",
+            )
+        if self.low_rank and self.d_low >= d_model:
+            wanted = f"must be smaller than model.d_model={d_model}"
+            self.refuse("d_low", f"{wanted}, or the gate is no low-rank product")
+        if self.width(d_model) <= 0:
+            self.refuse(
+                "d_ffn",
+                f"Eq. 5 finds no width for d_low={self.d_low} and round_to={self.round_to}; set a "
+                "larger d_ffn, or experts.d_wide",
+            )
 
     def sparse_scoring(self, routing):
         """Whether AoE scores without a gradient and computes the chosen norms again."""

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, setting
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Group):
     """How many devices lie along each axis of the mesh, and how tokens reach their experts; see
     `aoe_jax/sharding.py`.
     """
+
+    group = "mesh"
 
     data: int = -1  # -1: all devices that the other axes leave
     fsdp: int = setting(1, above=0)  # also splits parameters and optimiser state
@@ -20,44 +22,32 @@ class MeshConfig:
     transport: str = setting("ring", choices=("ring", "all_to_all"))
 
     def __post_init__(self):
-        check_settings("mesh", self)
-        require(
-            self.data > 0 or self.data == -1,
-            "mesh.data",
-            self.data,
-            "must be greater than 0, or -1 for all remaining devices",
-        )
-        require(
-            self.transport == "ring" or self.expert > 1,
-            "mesh.transport",
-            self.transport,
-            "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'",
-        )
+        super().__post_init__()
+        if self.data != -1 and self.data <= 0:
+            self.refuse("data", "must be greater than 0, or -1 for all remaining devices")
+        if self.transport == "all_to_all" and self.expert == 1:
+            wanted = "sends rows along the expert axis; set mesh.expert, or leave it at 'ring'"
+            self.refuse("transport", wanted)
+
+    @property
+    def shape(self):
+        """The sizes of `sharding.MESH_AXES`."""
+        return self.data, self.fsdp, self.expert, self.tensor
 
     def refuse_all_to_all(self, kind):
-        """Refuses `all_to_all` for a kind of layer whose rows do not travel.
-
-        Raises:
-          UserError: `transport` is "all_to_all".
-        """
-        wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
-        require(self.transport == "ring", "mesh.transport", self.transport, wanted)
+        """Raises a `UserError` for `all_to_all` with a kind of layer whose rows do not travel."""
+        if self.transport == "all_to_all":
+            wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
+            self.refuse("transport", wanted)
 
     def check(self, config):
         """Refuses what the mesh would split unevenly and what no test covers."""
         m, e, d = config.model, config.experts, config.model.d_model
-        require(
-            m.unroll == 1 or self.fsdp == 1,
-            "model.unroll",
-            m.unroll,
-            f"with mesh.fsdp={self.fsdp}, unrolled layers would keep gathered weights; set 1",
-        )
-        require(
-            self.tensor == 1 or not m.qk_norm,
-            "mesh.tensor",
-            self.tensor,
-            "splits heads, and model.qk_norm spans all heads; set 1",
-        )
+        if m.unroll > 1 and self.fsdp > 1:
+            wanted = "unrolled layers would keep gathered weights; set 1"
+            m.refuse("unroll", f"with mesh.fsdp={self.fsdp}, {wanted}")
+        if self.tensor > 1 and m.qk_norm:
+            self.refuse("tensor", "splits heads, and model.qk_norm spans all heads; set 1")
         splits = [
             ("expert", "experts.n_experts", e.n_experts),
             ("tensor", "model.n_heads", m.n_heads),
@@ -70,24 +60,21 @@ class MeshConfig:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:
             hint = "; set experts.round_to to a multiple of it" if name == "experts.d_wide" else ""
-            pieces = getattr(self, axis)
-            require(size % pieces == 0, f"mesh.{axis}", pieces, f"must divide {name}={size}{hint}")
+            if size % getattr(self, axis):
+                self.refuse(axis, f"must divide {name}={size}{hint}")
         rows = config.train.batch_size // config.train.accumulate
         shards = max(self.data, 1) * self.fsdp * self.expert
-        accumulates = config.train.accumulate > 1
-        micro_batch = "train.batch_size" + " / train.accumulate" * accumulates
-        require(
-            rows % shards == 0,
-            "train.batch_size",
-            config.train.batch_size,
-            f"{micro_batch}={rows} sequences must be divisible by mesh.data * mesh.fsdp * "
-            f"mesh.expert = {shards}",
-        )
+        if rows % shards:
+            divided = " / train.accumulate" if config.train.accumulate > 1 else ""
+            config.train.refuse(
+                "batch_size",
+                f"train.batch_size{divided}={rows} sequences must be divisible by mesh.data * "
+                f"mesh.fsdp * mesh.expert = {shards}",
+            )
         positions = config.data.seq_len // self.tensor
-        require(
-            shards * self.tensor == 1 or positions % config.balance.aux_stride == 0,
-            "balance.aux_tokens",
-            config.balance.aux_tokens,
-            f"on this mesh a device has {positions} positions of a sequence, which the denominator "
-            "must divide",
-        )
+        if shards * self.tensor > 1 and positions % config.balance.aux_stride:
+            config.balance.refuse(
+                "aux_tokens",
+                f"on this mesh a device has {positions} positions of a sequence, which the "
+                "denominator must divide",
+            )

@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, setting
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Group):
     """The decoder. `vocab_size` is also the size of a vocabulary that is trained on the corpus."""
+
+    group = "model"
 
     n_layers: int = setting(4, above=0)
     n_heads: int = setting(4, above=0)  # of attention
@@ -27,7 +29,8 @@ class ModelConfig:
     # slow on CPU; unrolled layers take longer to compile.
     unroll: int = setting(1, above=0)
     # For checkpoints of other projects:
-    n_kv_heads: int | None = None  # heads of keys and values; None: n_heads
+    # Heads of keys and values; None: n_heads.
+    n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # of the rotary frequencies
     rope_factors: tuple = ()  # one divisor per rotary frequency; (): none (LongRoPE, 2402.13753)
     rope_scale: float = setting(1.0, above=0)  # of rotated queries and keys (LongRoPE)
@@ -38,40 +41,21 @@ class ModelConfig:
     output_bias: bool = False  # of the output projection
 
     def __post_init__(self):
-        check_settings("model", self)
-        require(
-            self.n_kv_heads is None
-            or (self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads == 0),
-            "model.n_kv_heads",
-            self.n_kv_heads,
-            f"must divide model.n_heads={self.n_heads}",
-        )
-        require(
-            self.d_model % (2 * self.n_heads) == 0,
-            "model.n_heads",
-            self.n_heads,
-            f"must divide d_model={self.d_model} into heads of even width, whose pairs rotate",
-        )
+        super().__post_init__()
+        if self.d_model % (2 * self.n_heads):
+            wanted = f"must divide d_model={self.d_model} into heads of even width"
+            self.refuse("n_heads", f"{wanted}, whose pairs rotate")
         frequencies = self.d_model // self.n_heads // 2
         are_factors = all(
             isinstance(factor, int | float) and 0 < factor < math.inf
             for factor in self.rope_factors
         )
-        require(
-            len(self.rope_factors) in (0, frequencies) and are_factors,
-            "model.rope_factors",
-            self.rope_factors,
-            f"must be {frequencies} numbers greater than 0, one per rotary frequency, or ()",
-        )
-        require(
-            self.unroll == 1 or self.remat != "layer",
-            "model.unroll",
-            self.unroll,
-            "with remat='layer', unrolled layers would keep what is to be computed again; set 1",
-        )
-
-    def check(self, config):
-        """Nothing depends on other groups."""
+        if len(self.rope_factors) not in (0, frequencies) or not are_factors:
+            wanted = f"must be {frequencies} numbers greater than 0, one per rotary frequency"
+            self.refuse("rope_factors", f"{wanted}, or ()")
+        if self.unroll > 1 and self.remat == "layer":
+            wanted = "unrolled layers would keep what is to be computed again; set 1"
+            self.refuse("unroll", f"with remat='layer', {wanted}")
 
     @property
     def kv_heads(self):

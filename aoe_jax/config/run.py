@@ -1,15 +1,14 @@
 """A whole run: all groups, checked one by one and together, from and to plain dicts."""
 
 import dataclasses
-import types
+import json
 import typing
 from dataclasses import dataclass, field
 
-import ml_collections
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.checks import require_choice
+from aoe_jax.config.checks import require, require_choice
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
@@ -19,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.moe.routing import Method, TopK
 
-ROUTED_KINDS = ("aoe", "router")  # kinds of layer that have a router; others are the method itself
+_METHODS = ROUTERS | LAYERS
 # Fields that have gone, and what stands for them.
 RENAMED = {
     "experts.selection": "routing.name",
@@ -59,7 +58,7 @@ class Config:
 
     def __post_init__(self):
         kind = self.experts.kind
-        require_choice("experts.kind", kind, (*ROUTED_KINDS, *LAYERS))
+        require_choice("experts.kind", kind, ("aoe", "router", *LAYERS))
         if kind in LAYERS and self.routing == TopK():  # the default: nothing was chosen
             object.__setattr__(self, "routing", LAYERS[kind]())
         choices = (kind,) if kind in LAYERS else tuple(ROUTERS)
@@ -80,118 +79,70 @@ class Config:
           UserError: an unknown group or field, a value of the wrong type, or one that is not
             allowed.
         """
-        groups = {f.name: f.type for f in dataclasses.fields(cls)}
-        _refuse_unknown(dict(config), groups, "")
-        given = {name: dict(config[name]) for name in groups if name in config}
-        if "routing" in given:
-            kind = given.get("experts", {}).get("kind", ExpertsConfig.kind)
-            groups["routing"], given["routing"] = _method(kind, given["routing"])
-        return cls(**{name: _build(groups[name], name, values) for name, values in given.items()})
+        classes = {f.name: f.type for f in dataclasses.fields(cls)}
+        _refuse_unknown(config, classes)
+        groups = {name: dict(values) for name, values in config.items()}
+        if "routing" in groups:
+            kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
+            method = groups["routing"].pop("name", kind if kind in LAYERS else TopK.name)
+            require_choice("routing.name", method, _METHODS)
+            classes["routing"] = _METHODS[method]
+        return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     def to_dict(self):
         """A nested plain dict, as JSON gives it back."""
         groups = dataclasses.asdict(self)
         groups["routing"] = {"name": self.routing.name} | groups["routing"]
-        return {
-            name: {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-            for name, values in groups.items()
-        }
+        return json.loads(json.dumps(groups))
 
 
-def _method(kind, values):
-    """`(class, values)` of the group `routing`, without its name."""
-    default = {"name": TopK.name} | dataclasses.asdict(TopK())
-    name = values.pop("name", TopK.name)
-    if kind in LAYERS and name == TopK.name and {"name": name} | values == default:
-        return LAYERS[kind], {}
-    methods = ROUTERS | LAYERS
-    require_choice("routing.name", name, tuple(methods))
-    if name != TopK.name:  # the name was set alone, over the default group
-        ours = {f.name for f in dataclasses.fields(methods[name])}
-        unset = [key for key, value in values.items() if default.get(key) == value]
-        values = {k: v for k, v in values.items() if k in ours or k not in unset}
-    return methods[name], values
+def field_types():
+    """The types that each field of each group may have: `{group: {field: (type, ...)}}`, where
+    `routing` has the fields of all methods.
+    """
+    found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
+    found["routing"] = {"name": (str,)}
+    for method in _METHODS.values():
+        found["routing"] |= _types(method)
+    return found
 
 
-def _refuse_unknown(given, known, prefix):
+def _types(group):
+    return {f.name: typing.get_args(f.type) or (f.type,) for f in dataclasses.fields(group)}
+
+
+def _refuse_unknown(given, known, prefix=""):
     for name in given:
-        if name in known:
-            continue
         if instead := RENAMED.get(prefix + name):
             raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
-        raise UserError(f"config.{prefix}{name} is unknown; known are {', '.join(known)}")
+        if name not in known:
+            raise UserError(f"config.{prefix}{name} is unknown; known are {', '.join(known)}")
 
 
-def _build(group, group_name, values):
-    hints = {f.name: typing.get_type_hints(group)[f.name] for f in dataclasses.fields(group)}
-    _refuse_unknown(values, hints, f"{group_name}.")
-    return group(
-        **{
-            name: _typed(f"{group_name}.{name}", value, hints[name])
-            for name, value in values.items()
-        }
-    )
-
-
-def _typed(name, value, hint):
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if tuple in kinds and type(value) is list:  # as JSON gives it back
-        return tuple(value)
-    if float in kinds and type(value) is int:
-        return float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise UserError(f"config.{name}={value!r}: must be of type {wanted}")
-    return value
+def _build(group, values):
+    known, typed = _types(group), {}
+    _refuse_unknown(values, known, f"{group.group}.")
+    for name, value in values.items():
+        kinds = known[name]
+        if tuple in kinds and type(value) is list:  # as JSON gives it back
+            value = tuple(value)
+        if float in kinds and type(value) is int:
+            value = float(value)
+        names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+        require(type(value) in kinds, f"{group.group}.{name}", value, f"must be of type {names}")
+        typed[name] = value
+    return group(**typed)
 
 
 def default_config():
-    """The defaults as a `ConfigDict`, for `configs/*.py` to change and the command line to
-    override.
+    """The defaults as a `ConfigDict`, for `configs/*.py` to change. The group `routing` is empty,
+    which means the default method of `experts.kind`.
     """
-    config = ml_collections.ConfigDict()
-    for group in dataclasses.fields(Config):
-        if group.name != "routing":
-            config[group.name] = _group_dict(group.type)
-    config.routing = routing_dict(TopK.name)
-    return config
-
-
-def routing_dict(name, **settings):
-    """The group `routing` of a router or layer: its defaults, with `settings`.
-
-    Raises:
-      UserError: the name or a setting is unknown, or a setting is of the wrong type.
-    """
-    methods = ROUTERS | LAYERS
-    require_choice("routing.name", name, tuple(methods))
-    values = _group_dict(methods[name])
-    _refuse_unknown(settings, values, "routing.")
-    for key, value in settings.items():
-        try:
-            values[key] = tuple(value) if isinstance(value, list) else value
-        except TypeError as e:
-            kind = type(values[key]).__name__
-            raise UserError(f"config.routing.{key}={value!r}: must be of type {kind}") from e
-    values.name = name
-    return values
+    return ConfigDict(dataclasses.asdict(Config()) | {"routing": {}})
 
 
 def update_groups(config, changes):
     """Changes a `ConfigDict`: `{group: {field: value}}`. The group `routing` is replaced whole."""
-    for group, values in changes.items():
-        if group == "routing":
-            config.routing = routing_dict(**values)
-        else:
-            config[group].update(values)
-
-
-def _group_dict(group):
-    hints = typing.get_type_hints(group)
-    values = ml_collections.ConfigDict()
-    for f in dataclasses.fields(group):
-        if isinstance(hints[f.name], types.UnionType):
-            values[f.name] = config_dict.placeholder(typing.get_args(hints[f.name])[0])
-        else:
-            values[f.name] = f.default
-    return values
+    if "routing" in changes:
+        config.routing = ConfigDict()
+    config.update(changes)

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-from aoe_jax.config.checks import check_settings, require, setting
-from aoe_jax.config.sources import absolute
+from aoe_jax.config.checks import Group, setting
+from aoe_jax.config.data import absolute
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Group):
     """Optimiser, schedule (AdamW, linear warm-up, cosine) and reporting."""
+
+    group = "train"
 
     steps: int = setting(1000, above=0)
     # Sequences per step, over all processes and accumulated micro-batches.
@@ -16,10 +18,11 @@ class TrainConfig:
     learning_rate: float = setting(3e-3, above=0)  # peak
     # Linear warm-up of the learning rate, as a share of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
-    final_learning_rate: float = setting(3e-4, at_least=0)
+    final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
     weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings
     clip_norm: float = setting(1.0, above=0)  # of the global gradient norm
-    accumulate: int = setting(1, above=0)  # micro-batches per step
+    # Micro-batches per step.
+    accumulate: int = setting(1, above=0, divides="batch_size")
     seed: int = setting(0, at_least=0)
     log_every: int = setting(20, above=0)
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
@@ -32,19 +35,7 @@ class TrainConfig:
     router_steps: int = setting(0, at_least=0)
 
     def __post_init__(self):
-        check_settings("train", self)
-        require(
-            self.final_learning_rate <= self.learning_rate,
-            "train.final_learning_rate",
-            self.final_learning_rate,
-            f"can't be above the peak, train.learning_rate={self.learning_rate}",
-        )
-        require(
-            self.batch_size % self.accumulate == 0,
-            "train.accumulate",
-            self.accumulate,
-            f"must divide train.batch_size={self.batch_size}",
-        )
+        super().__post_init__()
         if self.init_from is not None:
             object.__setattr__(self, "init_from", absolute(self.init_from))
 
@@ -54,43 +45,30 @@ class TrainConfig:
         return min(round(self.warmup * self.steps), self.steps - 1)
 
     def check(self, config):
-        """Refuses values that don't fit the other groups."""
-        require(
-            self.router_steps == 0 or config.experts.has_router,
-            "train.router_steps",
-            self.router_steps,
-            f"trains routers alone, and experts.kind={config.experts.kind!r} has none; leave it "
-            "at 0",
-        )
+        if self.router_steps and not config.experts.has_router:
+            kind = config.experts.kind
+            wanted = f"trains routers alone, and experts.kind={kind!r} has none; leave it at 0"
+            self.refuse("router_steps", wanted)
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Group):
     """When to save checkpoints and which to keep: one stays if any `keep` field asks for it."""
+
+    group = "checkpoint"
 
     # Steps between two; a run also saves at its end, and when it is stopped.
     every: int = setting(500, above=0)
     keep: int = setting(2, above=0)  # number of newest checkpoints
     # Checkpoints of multiples of this number of steps; 0: none.
-    keep_every: int = setting(0, at_least=0)
+    keep_every: int = setting(0, at_least=0, multiple_of="every")
     keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll
 
-    def __post_init__(self):
-        check_settings("checkpoint", self)
-        require(
-            self.keep_every % self.every == 0,
-            "checkpoint.keep_every",
-            self.keep_every,
-            f"must be a multiple of checkpoint.every={self.every}",
-        )
-
     def check(self, config):
-        """Refuses values that don't fit the other groups."""
         eval_every = config.train.eval_every
-        require(
-            self.keep_best == 0 or (eval_every > 0 and self.every % eval_every == 0),
-            "checkpoint.keep_best",
-            self.keep_best,
-            f"needs a validation before each checkpoint: train.eval_every={eval_every} must divide "
-            f"checkpoint.every={self.every}",
-        )
+        if self.keep_best and (not eval_every or self.every % eval_every):
+            self.refuse(
+                "keep_best",
+                f"needs a validation before each checkpoint: train.eval_every={eval_every} must "
+                f"divide checkpoint.every={self.every}",
+            )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import check_settings, require, setting
+from aoe_jax.config.checks import Group, require, setting
 from aoe_jax.moe.balance import updated_bias
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
@@ -86,15 +86,13 @@ class Choice:
     is_normalised: bool = False
 
 
-class Method:
+class Method(Group):
     """The base of routers and layers. Each default is for a method without the feature."""
 
+    group = "routing"
     name: ClassVar[str]
     needs_attention_peaks: ClassVar[bool] = False
     passes: ClassVar[int] = 1  # forward passes of a training step; if more, see `training_sums`
-
-    def __post_init__(self):
-        check_settings("routing", self)
 
     def causality(self, experts) -> Causality:
         """Whether the method is causal with the sizes of `experts`."""
@@ -155,13 +153,6 @@ class Method:
         2 and 6 per weight that all tokens use, such as a router's.
         """
         return None
-
-    def check(self, config):
-        """Refuses a configuration that does not fit.
-
-        Raises:
-          UserError: names the field.
-        """
 
 
 def by_token(expert, weight):

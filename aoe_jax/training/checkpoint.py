@@ -13,9 +13,10 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.distributed import all_agree, barrier
+from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.json_files import read_json_lines
 from aoe_jax.training.fingerprint import by_path, fingerprints
@@ -216,7 +217,7 @@ class Checkpoints:
                 target, n = aside / f"{step}-{n}", n + 1
             os.replace(self._path(step), target)
             log.warning(f"checkpoint of step {step} is damaged ({problem}): set aside as {target}")
-        barrier("the damaged checkpoint is set aside")
+        multihost_utils.sync_global_devices("the damaged checkpoint is set aside")
         self._manager.reload()
 
     def restore(self, step, abstract_state):

@@ -245,8 +245,8 @@ class _Run:
             raise
 
     def _next_batch(self):
-        batch, n_rows = next(self.data), self.config.train.batch_size
-        return sharding.put_batch(self.batch_sharding, batch, self.rows, n_rows)
+        n_rows = self.config.train.batch_size
+        return sharding.put_batch(self.batch_sharding, next(self.data), n_rows)
 
     def _report(self):
         """Waits for the step that is not reported yet, and takes in its metrics."""

@@ -8,10 +8,9 @@ from fractions import Fraction
 
 import pytest
 
-from aoe_jax.config.data import DataConfig
+from aoe_jax.config.data import DataConfig, SourceConfig
 from aoe_jax.config.experts import ExpertsConfig, matched_width
 from aoe_jax.config.run import Config, default_config
-from aoe_jax.config.sources import SourceConfig
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.errors import UserError
 from aoe_jax.methods.smear import Smear
