@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
 from aoe_jax.moe.scoring import router_scores
@@ -168,16 +168,8 @@ class Capacity(FixedK):
 
     def check(self, config):
         n, mesh = config.experts.n_experts, config.mesh
-        require(
-            self.capacity_factor <= n,
-            "routing.capacity_factor",
-            self.capacity_factor,
-            f"must be at most experts.n_experts={n}",
-        )
-        require(
-            mesh.expert == 1 or mesh.transport == "all_to_all",
-            "mesh.transport",
-            mesh.transport,
-            "with experts.kind='capacity' and mesh.expert, places of experts travel; set "
-            "'all_to_all'",
-        )
+        if self.capacity_factor > n:
+            self.refuse("capacity_factor", f"must be at most experts.n_experts={n}")
+        if mesh.expert > 1 and mesh.transport != "all_to_all":
+            why = "with experts.kind='capacity' and mesh.expert, places of experts travel"
+            mesh.refuse("transport", f"{why}; set 'all_to_all'")

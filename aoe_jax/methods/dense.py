@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config.checks import require
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
@@ -48,16 +47,11 @@ class Dense(Method):
     def check(self, config):
         config.balance.refuse_losses("a dense layer has no load to balance; set it to 0")
         config.mesh.refuse_all_to_all(self.name)
-        expert, remat = config.mesh.expert, config.model.remat
-        require(
-            expert == 1, "mesh.expert", expert, "a dense model has no experts to split; use fsdp"
-        )
-        require(
-            remat != "experts",
-            "model.remat",
-            remat,
-            "is for layers of experts; use none or layer with a dense model",
-        )
+        if config.mesh.expert > 1:
+            config.mesh.refuse("expert", "a dense model has no experts to split; use fsdp")
+        if config.model.remat == "experts":
+            wanted = "is for layers of experts; use none or layer with a dense model"
+            config.model.refuse("remat", wanted)
 
 
 def DenseLayer(experts=None, **settings):

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
@@ -278,28 +278,14 @@ class DynMoE(Method):
     def check(self, config):
         config.balance.refuse_losses("dynmoe balances load by its own means; set it to 0")
         n, recorded = config.experts.n_experts, self.idle_steps + self.record_steps
-        require(
-            recorded <= self.period_steps,
-            "routing.period_steps",
-            self.period_steps,
-            f"must be at least idle_steps + record_steps = {recorded}",
-        )
-        require(
-            self.initial_experts is None or self.initial_experts <= n,
-            "routing.initial_experts",
-            self.initial_experts,
-            f"must be at most the number of places, experts.n_experts={n}",
-        )
-        require(
-            config.experts.has_router or self.loss_weight == type(self).loss_weight,
-            "routing.loss_weight",
-            self.loss_weight,
-            "is for experts.kind='router'; leave it at its default",
-        )
-        require(
-            not config.experts.large_router,
-            "experts.large_router",
-            True,
-            "is not implemented for routing.name='dynmoe', which compares tokens with the router's "
-            "columns",
-        )
+        if recorded > self.period_steps:
+            wanted = f"must be at least idle_steps + record_steps = {recorded}"
+            self.refuse("period_steps", wanted)
+        if (self.initial_experts or 0) > n:
+            wanted = f"must be at most the number of places, experts.n_experts={n}"
+            self.refuse("initial_experts", wanted)
+        if not config.experts.has_router and self.loss_weight != type(self).loss_weight:
+            self.refuse("loss_weight", "is for experts.kind='router'; leave it at its default")
+        if config.experts.large_router:
+            why = "is not implemented for routing.name='dynmoe', which compares tokens with the "
+            config.experts.refuse("large_router", why + "router's columns")

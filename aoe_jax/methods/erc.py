@@ -27,7 +27,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.routing import FixedK, TopK
 from aoe_jax.moe.scoring import activation_norms, safe_root
 
@@ -114,10 +114,6 @@ class ERC(FixedK):
     def check(self, config):
         e = config.experts
         is_plain = e.kind == "router" and not e.factorised_gate and not e.large_router
-        require(
-            is_plain and e.n_experts > 1,
-            "routing.name",
-            self.name,
-            "couples the columns of a plain router with whole gates, of several experts "
-            "(experts.kind='router')",
-        )
+        if not is_plain or e.n_experts == 1:
+            what = "couples the columns of a plain router with whole gates, of several experts"
+            self.refuse("name", f"{what} (experts.kind='router')")

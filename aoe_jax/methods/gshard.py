@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.routing import Method, by_token
 from aoe_jax.moe.scoring import KEPT_ROUTING
@@ -69,7 +69,7 @@ class GShard(Method):
         return {"first_choice_loss": (self.aux_weight, loss)}
 
     def check(self, config):
-        k = config.experts.top_k
-        require(k == 2, "experts.top_k", k, "routing.name='gshard' takes two experts; set 2")
+        if config.experts.top_k != 2:
+            config.experts.refuse("top_k", "routing.name='gshard' takes two experts; set 2")
         why = "counts both choices; routing.aux_weight is gshard's own, of the first; set it to 0"
         config.balance.refuse_losses(why, ("aux_weight",))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import require
 from aoe_jax.moe.routing import FixedK, best_experts, by_token
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
@@ -58,10 +57,6 @@ class Ranked(FixedK):
     def check(self, config):
         k, n = config.experts.top_k, config.experts.n_experts
         are_ranks = all(type(rank) is int and 0 <= rank < n for rank in self.ranks)
-        require(
-            are_ranks and len(set(self.ranks)) == len(self.ranks) == k,
-            "routing.ranks",
-            self.ranks,
-            f"must be experts.top_k={k} different whole numbers from 0, the highest score, to "
-            f"{n - 1}",
-        )
+        if not are_ranks or not len(set(self.ranks)) == len(self.ranks) == k:
+            wanted = f"must be experts.top_k={k} different whole numbers from 0, the highest score"
+            self.refuse("ranks", f"{wanted}, to {n - 1}")

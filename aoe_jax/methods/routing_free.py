@@ -22,6 +22,7 @@ come back by: let b start below 0.
 Causal: each token is routed by itself, and lambda does not affect it. Costs n slots per token.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.parameters import vector
@@ -105,5 +106,6 @@ class RoutingFree(Method):
         return {"multiplier": next_multiplier(state["multiplier"], density, target, self.rate)}, {}
 
     def check(self, config):
-        require(abs(self.bias) < float("inf"), "routing.bias", self.bias, "must be finite")
+        if not math.isfinite(self.bias):
+            self.refuse("bias", "must be finite")
         config.balance.refuse_losses("routing_free has a loss of its own; set it to 0")

@@ -40,7 +40,7 @@ import numpy as np
 from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
 from aoe_jax.moe.routing import Causality, Method
@@ -257,23 +257,16 @@ class Smear(Method):
     def check(self, config):
         config.balance.refuse_losses("a smear layer has no load to balance; set it to 0")
         config.mesh.refuse_all_to_all(self.name)
-        length, segment = config.data.seq_len, self.segment
-        require(
-            segment > 1,
-            "routing.segment",
-            segment,
-            "must be at least 2 in a decoder: 0 would merge by the mean of a whole sequence, which "
-            "depends on later tokens",
-        )
-        require(
-            self.least_seq_len <= length,
-            "routing.segment",
-            segment,
-            f"must be below data.seq_len={length}: the first segment decides for the second",
-        )
-        require(
-            not config.data.document_mask,
-            "data.document_mask",
-            True,
-            "is not implemented for experts.kind='smear': a segment can hold several documents",
-        )
+        length = config.data.seq_len
+        if self.segment < 2:
+            why = "0 would merge by the mean of a whole sequence, which depends on later tokens"
+            self.refuse("segment", f"must be at least 2 in a decoder: {why}")
+        if self.least_seq_len > length:
+            wanted = (
+                f"must be below data.seq_len={length}: the first segment decides for the second"
+            )
+            self.refuse("segment", wanted)
+        if config.data.document_mask:
+            why = "a segment can hold several documents"
+            wanted = f"is not implemented for experts.kind='smear': {why}"
+            config.data.refuse("document_mask", wanted)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import require, setting
+from aoe_jax.config.checks import setting
 from aoe_jax.moe.experts import KEPT_EXPERTS, weighted_product
 from aoe_jax.moe.layer import apply_experts
 from aoe_jax.moe.routing import Method, TopK, TopP
@@ -136,19 +136,18 @@ class UoE(Method):
         return self.router.update(config, state, stats, weights)
 
     def check(self, config):
-        e, balance, tensor = config.experts, config.balance, config.mesh.tensor
-        s = self.neurons(e)
-        wanted = f"must be at least 1 and below experts.d_ffn={e.d_ffn}"
-        if self.routing_neurons is None:
-            wanted = f"comes to {s} for experts.top_k={e.top_k}; it {wanted}"
-        require(0 < s < e.d_ffn, "routing.routing_neurons", self.routing_neurons, wanted)
-        require(s % tensor == 0, "mesh.tensor", tensor, f"must divide routing_neurons={s}")
-        require(
-            self.p is None or self.norm_topk_prob,
-            "routing.norm_topk_prob",
-            self.norm_topk_prob,
-            f"is a choice of top-k, and routing.p={self.p} chooses by top-p; leave it at True",
-        )
-        untested = "is not tested with experts.kind='uoe'; leave it at its default"
-        require(balance.z_weight == 0, "balance.z_weight", balance.z_weight, untested)
-        require(balance.aux_batch == "global", "balance.aux_batch", balance.aux_batch, untested)
+        e, balance, s = config.experts, config.balance, self.neurons(config.experts)
+        if not 0 < s < e.d_ffn:
+            wanted = f"must be at least 1 and below experts.d_ffn={e.d_ffn}"
+            if self.routing_neurons is None:
+                wanted = f"comes to {s} for experts.top_k={e.top_k}; it {wanted}"
+            self.refuse("routing_neurons", wanted)
+        if s % config.mesh.tensor:
+            config.mesh.refuse("tensor", f"must divide routing_neurons={s}")
+        if self.p is not None and not self.norm_topk_prob:
+            why = f"is a choice of top-k, and routing.p={self.p} chooses by top-p"
+            self.refuse("norm_topk_prob", f"{why}; leave it at True")
+        for field in ("z_weight", "aux_batch"):
+            if getattr(balance, field) != getattr(type(balance), field):
+                untested = "is not tested with experts.kind='uoe'; leave it at its default"
+                balance.refuse(field, untested)

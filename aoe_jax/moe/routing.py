@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aoe_jax.config.checks import Group, require, setting
+from aoe_jax.config.checks import Group, setting
 from aoe_jax.moe.balance import updated_bias
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
@@ -301,9 +301,9 @@ class ExpertChoice(Method):
         return Choice(self.capacity_factor)
 
     def check(self, config):
-        n = config.experts.n_experts
-        wanted = f"must be at most experts.n_experts={n}"
-        require(self.capacity_factor <= n, "routing.capacity_factor", self.capacity_factor, wanted)
+        if self.capacity_factor > config.experts.n_experts:
+            wanted = f"must be at most experts.n_experts={config.experts.n_experts}"
+            self.refuse("capacity_factor", wanted)
 
 
 def expert_capacity(n_tokens, n_experts, capacity_factor):
