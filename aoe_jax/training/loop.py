@@ -14,7 +14,7 @@ from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, UserError, is_disk_full
-from aoe_jax.evaluation.perplexity import evaluate, make_eval_step
+from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import alone_in
 from aoe_jax.model.decoder import Decoder
@@ -275,8 +275,8 @@ class _Run:
             step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
             self.train_step = step.lower(self.state, self.batch).compile()
         decoder = Decoder.from_config(self.config)
-        eval_step = make_eval_step(decoder, self.config.data.document_mask)
-        self.eval_step = jax.jit(eval_step, out_shardings=everywhere)
+        document_mask = self.config.data.document_mask
+        self.eval_step = compile_eval_step(decoder, document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
 
     def take_steps(self):
