@@ -13,6 +13,8 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from tabulate import tabulate
+
 from aoe_jax.errors import UserError
 
 try:
@@ -69,12 +71,14 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
       UserError: a task is unknown, or its data set can't be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
-    public = [name for name in names if name not in SPEECH_TASKS]
-    if len(public) < len(names):
-        check_split(split)
-    index = _index(public)
-    specs = [speech_task(name, split) for name in names if name in SPEECH_TASKS]
-    specs += [_on_local_data(index, name, data) for name in public] if data else public
+    index = _index([name for name in names if name not in SPEECH_TASKS])
+    specs = []
+    for name in names:
+        if name in SPEECH_TASKS:
+            check_split(split)
+            specs.append(speech_task(name, split))
+        else:
+            specs.append(_on_local_data(index, name, data) if data else name)
     with _quiet():
         try:
             loaded = index.load(specs)
@@ -83,10 +87,8 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     if data:
         loaded = {"tasks": loaded["tasks"]}  # without their groups of one, see _on_local_data
     for name, task in loaded["tasks"].items():
-        shots = fewshot
-        if shots is None:
-            own = task.get_config("num_fewshot") or 0
-            shots = _PAPER[name][1] if name in _PAPER else own
+        _, default = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))
+        shots = default if fewshot is None else fewshot
         if data and shots and name not in SPEECH_TASKS:
             _check_shots(index.task_index[name].cfg, name, data, shots)
         task.set_config("num_fewshot", shots)
@@ -103,12 +105,12 @@ def _index(names):
     log.info("reading lm-eval's index of tasks, which takes a while")
     index = lm_eval.tasks.TaskManager()
     for name in names:
-        if name not in index.all_tasks:
-            known = ", ".join((*PAPER_TASKS, *SPEECH_TASKS))
-            close = ", ".join(difflib.get_close_matches(name, index.all_tasks, 5))
-            such = f", such as {close}" if close else ""
-            count = f"all {len(index.all_tasks)} of lm-eval{such}"
-            raise UserError(f"--tasks={name}: unknown; there are {known}, and {count}")
+        close = ", ".join(difflib.get_close_matches(name, index.all_tasks, 5))
+        wanted = (
+            f"unknown; there are {', '.join((*PAPER_TASKS, *SPEECH_TASKS))}, and all "
+            f"{len(index.all_tasks)} of lm-eval{close and f', such as {close}'}"
+        )
+        require_flag(name in index.all_tasks, "tasks", name, wanted)
     return index
 
 
@@ -116,15 +118,14 @@ def _on_local_data(index, name, data):
     """The task as a group of one, whose data set is a folder."""
     wanted = "is a group of tasks; with --tasks-data name single ones"
     require_flag(name in index.all_subtasks, "tasks", name, wanted)
-    task, folder = index.task_index[name].cfg, data / name
-    kinds = ("training", "validation", "test", "fewshot")
-    splits = {f"{kind}_split": task.get(f"{kind}_split") for kind in kinds}
-    files = {split: str(folder / f"{split}.jsonl") for split in splits.values() if split}
-    found = {split: file for split, file in files.items() if Path(file).is_file()}
+    task = index.task_index[name].cfg
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    splits = {key: task.get(key) for key in keys}
     evaluated = splits["test_split"] or splits["validation_split"]
-    if evaluated not in found:
-        what = f"{files[evaluated]} is missing; it holds the examples of {name}, one a line"
-        raise UserError(f"--tasks-data={data}: {what}")
+    files = {split: data / name / f"{split}.jsonl" for split in splits.values() if split}
+    found = {split: str(file) for split, file in files.items() if file.is_file()}
+    wanted = f"{files[evaluated]} is missing; it holds the examples of {name}, one a line"
+    require_flag(evaluated in found, "tasks-data", data, wanted)
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
     local |= {key: split if split in found else None for key, split in splits.items()}
     return {"group": f"local {name}", "task": [{"task": name, **local}]}
@@ -212,22 +213,20 @@ def _metrics(figures):
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = figures.get(f"{metric}_stderr,{answer_filter}")
-            stderr = stderr if isinstance(stderr, float) else None
             name = metric if answer_filter == "none" else f"{metric} ({answer_filter})"
+            stderr = stderr if isinstance(stderr, float) else None
             found[name] = {"value": float(value), "stderr": stderr}
     return found
 
 
 def tasks_table(report):
     """The report of `score_tasks` as lines of text, with means over the paper's tasks."""
-    width = max(map(len, (*report, "mean")))
-    rows = [f"{'task':<{width}}  shots  examples  {'metric':<12}  {'value':>9}  {'stderr':>7}"]
+    rows = []
     for task, entry in report.items():
-        head = f"{task:<{width}}  {_shown(entry['fewshot']):>5}  {_shown(entry['examples']):>8}"
+        head = [task, entry["fewshot"], entry["examples"]]
         for metric, figure in entry["metrics"].items():
-            value, stderr = f"{figure['value']:.4f}", _shown(figure["stderr"], ".4f")
-            rows.append(f"{head}  {metric:<12}  {value:>9}  {stderr:>7}")
-            head = " " * len(head)
+            rows.append([*head, metric, figure["value"], figure["stderr"]])
+            head = ["", "", ""]
     means = {"mean of": [task for task in PAPER_TASKS if task in report]}
     if all(task in report for task in AVERAGED):
         means = {"the paper's AVG of": AVERAGED} | means
@@ -235,27 +234,19 @@ def tasks_table(report):
         if len(tasks) > 1:
             accuracies = [report[task]["metrics"]["acc"] for task in tasks]
             mean = sum(figure["value"] for figure in accuracies) / len(tasks)
-            known = [figure["stderr"] for figure in accuracies]
-            stderr = math.nan if None in known else math.hypot(*known) / len(tasks)
-            head = f"{name} {len(tasks)}"
-            rows.append(f"{head:<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
-    return "\n".join(rows)
-
-
-def _shown(value, form=""):
-    return "-" if value is None else format(value, form)
+            errors = [figure["stderr"] for figure in accuracies]
+            stderr = None if None in errors else math.hypot(*errors) / len(tasks)
+            rows.append([f"{name} {len(tasks)}", "", "", "acc", mean, stderr])
+    headers = ["task", "shots", "examples", "metric", "value", "stderr"]
+    alignment = ("left", "right", "right", "left", "right", "right")
+    return tabulate(rows, headers, "plain", ".4f", missingval="-", colalign=alignment)
 
 
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
     """Scores a checkpoint on tasks.
 
-    It prints a table, and enters each task in `tasks.json`, which keeps the results of others.
-
-    Args:
-      workdir, step, mesh: see `models.load_model`.
-      names: of the tasks.
-      limit: how many examples of each task, the first ones; None: all.
-      **settings: of `load_tasks`.
+    It prints a table, and enters each task in `tasks.json`, which keeps the results of others. The
+    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`.
 
     Returns:
       What `score_tasks` returns.
