@@ -47,8 +47,8 @@ def moments_of(kind):
 
 @functools.cache
 def merged_scores_of(kind):
-    """`MergedScores` of the same."""
-    return moments.MergedScores(model_of(kind), batches())
+    """`merged_scores` of the same."""
+    return moments.merged_scores(model_of(kind), batches())
 
 
 @functools.cache
