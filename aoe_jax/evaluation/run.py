@@ -28,13 +28,8 @@ def check_split(split):
 def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
     """Scores a checkpoint on a held-out split.
 
-    It prints a table, and writes `eval.json` and, for models with experts, `load.png`.
-
-    Args:
-      workdir: of a training run, or the directory of an exported model.
-      split: "validation" or "test".
-      step: which checkpoint: "newest", "best" or a number of steps.
-      mesh: see `models.load_model`.
+    It prints a table, and writes `eval.json` and, for models with experts, `load.png`. The
+    arguments are the flags of `eval.py`.
 
     Returns:
       The content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`
@@ -55,11 +50,7 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
     """`load_on_texts` for a checkpoint and a text file, or the prompts of a task.
 
-    Args:
-      workdir, step, mesh: see `models.load_model`.
-      text: the path of a file, or `task:NAME`.
-      limit: how many examples of the task, the first ones; None: all.
-      **settings: of `tasks.load_tasks`.
+    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`.
 
     Raises:
       UserError: the file can't be read; or what `tasks.load_tasks` and `models.load_model` raise.

@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import jax
 from tabulate import tabulate
 
 from aoe_jax.errors import UserError
@@ -26,11 +27,16 @@ except ModuleNotFoundError as e:
     raise UserError("--tasks needs the package lm-eval; run `pip install '.[eval]'`") from e
 
 from aoe_jax.config.checks import require_flag
+from aoe_jax.evaluation.harness import HarnessModel
+from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.run import check_split
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
 from aoe_jax.json_files import read_json, write_json
+from aoe_jax.model.decoding import check_decodes
 
 log = logging.getLogger(__name__)
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which isn't safe with JAX's threads
 
 # The paper's tasks: the folder of lm-eval that defines each, for its index of all tasks takes half
 # a minute to read; and the number of shots.
@@ -40,11 +46,7 @@ _PAPER = {
     "social_iqa": ("siqa", 0),
     "winogrande": ("winogrande", 0),
     "hellaswag": ("hellaswag", 0),
-    "mnli": ("glue", 3),
-    "qnli": ("glue", 3),
-    "sst2": ("glue", 3),
-    "mrpc": ("glue", 3),
-    "qqp": ("glue", 3),
+    **dict.fromkeys(("mnli", "qnli", "sst2", "mrpc", "qqp"), ("glue", 3)),
 }
 PAPER_TASKS = tuple(_PAPER)
 AVERAGED = PAPER_TASKS[:8]  # the AVG of the paper's Tables 2, 3 and 5
@@ -53,7 +55,7 @@ _SHOTS_SEED = 1234  # lm-eval's own
 
 
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
-    """Loads tasks of lm-eval and their data sets.
+    """Loads tasks of lm-eval and their data sets, as `lm_eval.evaluator.evaluate` takes them.
 
     Args:
       names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
@@ -63,9 +65,6 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
         `sst2/train.jsonl` and `mnli/validation_matched.jsonl`: JSON lines with the fields of the
         hub's data set. None: from the hub.
       split: of the speeches.
-
-    Returns:
-      The tasks, as `lm_eval.evaluator.evaluate` takes them.
 
     Raises:
       UserError: a task is unknown, or its data set can't be loaded or has other fields.
@@ -105,12 +104,12 @@ def _index(names):
     log.info("reading lm-eval's index of tasks, which takes a while")
     index = lm_eval.tasks.TaskManager()
     for name in names:
-        close = ", ".join(difflib.get_close_matches(name, index.all_tasks, 5))
-        wanted = (
-            f"unknown; there are {', '.join((*PAPER_TASKS, *SPEECH_TASKS))}, and all "
-            f"{len(index.all_tasks)} of lm-eval{close and f', such as {close}'}"
-        )
-        require_flag(name in index.all_tasks, "tasks", name, wanted)
+        if name not in index.all_tasks:
+            known = ", ".join((*PAPER_TASKS, *SPEECH_TASKS))
+            close = ", ".join(difflib.get_close_matches(name, index.all_tasks, 5))
+            such = f", such as {close}" if close else ""
+            count = f"all {len(index.all_tasks)} of lm-eval{such}"
+            raise UserError(f"--tasks={name}: unknown; there are {known}, and {count}")
     return index
 
 
@@ -133,11 +132,11 @@ def _on_local_data(index, name, data):
 
 def _check_shots(config, name, data, shots):
     split = config.get("fewshot_split") or config.get("training_split")
-    wanted = f"{name} has no split to take examples from; give --fewshot=0"
-    require_flag(split is not None, "fewshot", shots, wanted)
     file = data / name / f"{split}.jsonl"
-    enough = file.is_file() and len(file.read_bytes().splitlines()) > shots
     wanted = f"{file} must hold more than {shots} examples to take them from"
+    if split is None:
+        wanted = f"{name} has no split to take examples from; give --fewshot=0"
+    enough = file.is_file() and len(file.read_bytes().splitlines()) > shots
     require_flag(enough, "fewshot", shots, wanted)
 
 
@@ -155,19 +154,10 @@ def _cause(error, data):
 
 @contextmanager
 def _quiet():
-    """Hides lm-eval's remarks, and stops it from forking, which isn't safe with JAX's threads."""
-    logger = logging.getLogger("lm_eval")
-    level, alone = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="sklearn")  # an undefined F1 counts as 0
-            yield
-    finally:
-        logger.setLevel(level)
-        if alone is None:
-            del os.environ["DISABLE_MULTIPROC"]
+    """Hides what lm-eval prints."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="sklearn")  # an undefined F1 counts as 0
+        yield
 
 
 def prompts(tasks, limit=None):
@@ -181,12 +171,9 @@ def prompts(tasks, limit=None):
 
 
 def score_tasks(harness_model, tasks, limit=None):
-    """Scores a model on loaded tasks.
+    """Scores a `HarnessModel`, or another model of lm-eval, on the first examples of loaded tasks.
 
-    Args:
-      harness_model: a `HarnessModel`, or another model of lm-eval.
-      tasks: of `load_tasks`.
-      limit: how many examples of each task, the first ones; None: all.
+    `limit` is how many examples of each task; None: all.
 
     Returns:
       `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error
@@ -255,12 +242,6 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
       UserError: what `load_tasks`, `models.load_model` and `scoring.Scorer` raise; and for tasks
         that generate text what `check_decodes` raises.
     """
-    import jax
-
-    from aoe_jax.evaluation.harness import HarnessModel
-    from aoe_jax.evaluation.models import load_model
-    from aoe_jax.model.decoding import check_decodes
-
     wanted = "no such directory; name the workdir of a training run"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"

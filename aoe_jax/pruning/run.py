@@ -48,21 +48,9 @@ def prune(
 ):
     """Writes a model with fewer experts to `output`, which appears only once it is complete.
 
-    It prints a table.
-
-    Args:
-      workdir: of a training run, or the directory of a model, see `models.load_model`.
-      output: a directory that doesn't exist.
-      n_experts: how many every layer is to have.
-      method: a name of `merging.METHODS`.
-      data: corpora as in `data.name`: the scores on the train split decide which experts are
-        similar, the validation split scores the result; None: those of the model's run.
-      n_tokens: of the train split, drawn at random, and of each source's validation split, the
-        first ones; rounded up to whole batches.
-      seed: of the tokens, of k-means and of a new router.
-      step: which checkpoint of a run.
-      mesh: see `models.load_model`.
-      baselines: whether to score the other methods too.
+    It prints a table. The arguments are the flags of `aoe_jax.prune`. Tokens of the train split are
+    drawn at random, and those of each source's validation split are the first ones; both are
+    rounded up to whole batches.
 
     Returns:
       The content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that scores
