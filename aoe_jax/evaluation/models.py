@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
@@ -165,11 +167,9 @@ def mesh_axes(text):
     """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
     if text is None:
         return None
-    axes = {}
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        if name not in MESH_AXES or name in axes or not number.isdecimal() or int(number) < 1:
-            wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
-            raise UserError(f"--mesh={text}: {wanted}")
-        axes[name] = int(number)
+    form = re.compile(rf"({'|'.join(MESH_AXES)})=([1-9][0-9]*)")
+    parts = [form.fullmatch(part) for part in text.split(",")]
+    axes = {part[1]: int(part[2]) for part in parts if part}
+    wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
+    require_flag(len(axes) == len(parts), "mesh", text, wanted)
     return axes

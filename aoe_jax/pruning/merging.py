@@ -73,35 +73,31 @@ def uncurl(similarity, load, n_clusters, seed):
     while len(groups) < n_clusters:  # equal experts are fewer points than clusters
         largest = max(groups, key=len)
         groups = [group for group in groups if group is not largest] + [largest[:1], largest[1:]]
-    return [Cluster.of(group, load) for group in groups]
-
-
-def frequency_merge(similarity, load, n_clusters, seed):
-    """Each of the D experts with the largest load is joined by the experts most similar to it."""
-    order = np.argsort(-np.asarray(load), kind="stable")
-    centres, others = order[:n_clusters], order[n_clusters:]
-    groups = {int(centre): [centre] for centre in centres}
-    for other in others:
-        groups[int(centres[np.argmax(similarity[other, centres])])].append(other)
-    return [Cluster.of(group, load) for group in groups.values()]
+    return groups
 
 
 def greedy(similarity, load, n_clusters, seed):
     """The D experts with the largest load stay as they are, and the others are dropped."""
-    order = np.argsort(-np.asarray(load), kind="stable")
-    return [Cluster.of([centre], load) for centre in order[:n_clusters]]
+    return np.argsort(-np.asarray(load), kind="stable")[:n_clusters, None]
 
 
+def frequency_merge(similarity, load, n_clusters, seed):
+    """Each of the D experts with the largest load is joined by the experts most similar to it."""
+    centres = greedy(similarity, load, n_clusters, seed)[:, 0]
+    nearest = centres[np.argmax(similarity[:, centres], axis=1)]
+    nearest[centres] = centres
+    return [np.flatnonzero(nearest == centre) for centre in centres]
+
+
+# Functions `(similarity [Z, Z], load [Z], D, seed of k-means) -> D groups of experts`; the load is
+# how often each expert is chosen.
 METHODS = {"uncurl": uncurl, "frequency_merge": frequency_merge, "greedy": greedy}
 
 
 def find_clusters(method, similarity, load, n_clusters, seed=0):
-    """The D `Cluster`s of a layer by one of `METHODS`, in the order of their references.
-
-    The similarity is `[Z, Z]`, the load `[Z]` is how often each expert is chosen, and the seed is
-    that of k-means.
-    """
-    clusters = METHODS[method](similarity, load, n_clusters, seed)
+    """The D `Cluster`s of a layer by one of `METHODS`, in the order of their references."""
+    groups = METHODS[method](similarity, load, n_clusters, seed)
+    clusters = [Cluster.of(group, load) for group in groups]
     return sorted(clusters, key=lambda cluster: cluster.reference)
 
 

@@ -62,7 +62,7 @@ def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
     """
     step, total = observing_step(model, _score_sums), None
     for batch in tqdm(batches, desc="scores", unit="batch"):
-        tokens, *sums = _in_float64(step(batch, None))
+        tokens, *sums = _in_float64(step(batch))
         found = Moments(float(tokens[0]), *sums)
         total = found if total is None else total.plus(found)
     return total
@@ -94,7 +94,7 @@ def _in_float64(arrays):
 
 
 def observing_step(model, observe):
-    """A jitted forward pass `(host batch, given) -> the results of observe`, stacked over layers.
+    """A jitted forward pass `(host batch, given=None) -> the results of observe`, stacked by layer.
 
     `observe(ctx, chosen, scores, given)` is called in each layer with its `Context`, the choices
     `chosen [T, Z]` (1 or 0, 0 for padding), `scores [T, Z]`, and the layer's part of `given`,
@@ -124,7 +124,7 @@ def observing_step(model, observe):
 
     compiled = jax.jit(observed, out_shardings=replicated(model.mesh))
 
-    def step(batch, given):
+    def step(batch, given=None):
         with jax.set_mesh(model.mesh):
             return compiled(model.params, model.routing_state, model.put(batch), given)
 

@@ -74,7 +74,8 @@ def prune(
         nll, merged = {"before": before.nll}, merged_scores(model, train)
         decoder = Decoder.from_config(_pruned(model.config, n_experts))
         evaluate_pruned = _evaluator(model, decoder, validation)
-        for name in [other for other in METHODS if other != method and baselines] + [method]:
+        others = [name for name in METHODS if name != method] if baselines else []
+        for name in [*others, method]:
             params, clusters = pruned_params(model, moments, merged, n_experts, name, seed)
             after = evaluate_pruned(params, {})
             nll[name] = after.nll

@@ -64,7 +64,7 @@ def seen(model, of_batches):
         return ctx.x, ctx.token_weights, chosen, scores
 
     step = moments.observing_step(model, observe)
-    found = [jax.device_get(step(batch, None)) for batch in of_batches]
+    found = [jax.device_get(step(batch)) for batch in of_batches]
     x, weights, chosen, scores = (
         np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True)
     )
