@@ -182,18 +182,11 @@ def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key
 
 
 def next_logits(decoders, contrast, params, routing_state, token, caches):
-    """Reads a token of each sequence.
+    """Reads a token of each sequence with one decoder, or with those of `strong_and_weak`.
 
-    Args:
-      decoders: one, or those of `strong_and_weak`.
-      contrast: of two decoders, else None.
-      params: `decoding.unstacked`.
-      routing_state: of the selection method, arrays `[L, ...]` by name.
-      token: `[B]` int32.
-      caches: a `Cache` with a free place for each decoder.
-
-    Returns:
-      `(logits, caches)`: `[B, V]` float32 of the next token, and the caches with this token.
+    Takes parameters as of `decoding.unstacked`, routing state `[L, ...]` by name, `token [B]` int32
+    and a `Cache` with a free place for each decoder. Returns logits `[B, V]` float32 of the next
+    token, and the caches with this token.
     """
     results = [
         extend(decoder, params, routing_state, token[:, None], cache)

@@ -29,18 +29,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self):
-        """The token that ends a text."""
         return self._tokenizer.end_of_text
 
     @property
     def prefix_token_id(self):
-        """The token before the first one of a text."""
         return self._model.start
 
     @property
     def max_length(self):
-        """How many tokens the model takes at once."""
-        return self._scorer.max_len
+        return self._model.config.model.max_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """The tokens of a text, after those that the tokenizer adds unless told not to."""
@@ -60,7 +57,6 @@ class HarnessModel(TemplateLM):
         return self._scorer(pairs, self._progress and not disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """The log-likelihood of each text, in windows of the model's length."""
         windows = [self._windows(*request.args) for request in requests]
         flat = [window for of_text in windows for window in of_text]
         scores = iter(self._scorer(flat, self._progress and not disable_tqdm))

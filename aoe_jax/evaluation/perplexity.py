@@ -82,12 +82,9 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put):
     """The `Evaluation` of a split: every token of every source counts once.
 
-    Args:
-      score: `compile_eval_step` with its parameters and routing state, `batch -> results`.
-      stores: the split of each source by name.
-      seq_len: tokens of a window.
-      batch_size: windows of a batch.
-      put: moves a host batch to the devices.
+    `score` is `compile_eval_step` with its parameters and routing state, a function of a batch of
+    `batch_size` windows of `seq_len` tokens; `put` moves a host batch to the devices. The stores
+    are those of the split by source.
     """
     sources = {}
     for name, store in stores.items():

@@ -60,29 +60,23 @@ class Scorer:
           UserError: a continuation alone exceeds the model's length, or a log-likelihood isn't
             finite.
         """
-        texts = [self._cut(*request) for request in requests]
-        results = [None] * len(texts)
+        texts, results = [self._cut(*request) for request in requests], {}
         hidden = not progress or not texts
         with tqdm(total=len(texts), desc="scoring", unit="text", disable=hidden) as bar:
             for numbers, scores in self._scored(texts):
-                for number, score in zip(numbers, scores, strict=True):
-                    results[number] = score
+                results |= zip(numbers, scores, strict=True)
                 bar.update(len(numbers))
-        return results
-
-    @property
-    def max_len(self):
-        """How many tokens the model takes at once."""
-        return self._model.config.model.max_len
+        return [results[number] for number in range(len(texts))]
 
     def _cut(self, context, continuation):
         """Cuts a text to the length of the model and a last target."""
         if not len(context):
             raise ValueError("a context has one token at least, such as the end-of-text token")
-        room = self.max_len + 1 - len(continuation)
+        max_len = self._model.config.model.max_len
+        room = max_len + 1 - len(continuation)
         if room < 1:
             what = f"a continuation has {len(continuation)} tokens; cut it into several"
-            raise UserError(f"model.max_len={self.max_len}: {what}")
+            raise UserError(f"model.max_len={max_len}: {what}")
         return tuple(context[-room:]), tuple(continuation)
 
     def _scored(self, texts):
@@ -98,8 +92,8 @@ class Scorer:
                 shape = len(numbers), self._rounded(max(lengths))
                 groups.setdefault(shape, []).append((len(context) - 1, numbers))
             else:
-                sizes = [len(context) - 1 + length for length in lengths]
-                groups[1, 0] += [(size, [i]) for size, i in zip(sizes, numbers, strict=True)]
+                for number, length in zip(numbers, lengths, strict=True):
+                    groups[1, 0].append((len(context) - 1 + length, [number]))
         for (n, end), of_shape in groups.items():
             for numbers, length, rows in self._batches(of_shape, n, end):
                 batch = [texts[number] for number in numbers]
@@ -129,7 +123,8 @@ class Scorer:
         """Rounds a length up to 16, 32, 48, 64, 96, 128, ... or the model's own."""
         power = 2 ** math.ceil(math.log2(max(length, SHORTEST)))
         padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
-        return multiple(min(padded, self.max_len), self._model.mesh.shape["tensor"])
+        padded = min(padded, self._model.config.model.max_len)
+        return multiple(padded, self._model.mesh.shape["tensor"])
 
     def _run(self, program, params, arrays):
         """`(log-likelihood, greedy)` of each row."""

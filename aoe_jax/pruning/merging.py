@@ -186,8 +186,7 @@ def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, meth
       seed: of k-means and of a new router.
 
     Returns:
-      `(params, clusters)`: the parameters on the model's mesh, and a list of `Cluster`s for every
-      layer.
+      The parameters on the model's mesh, and a list of `Cluster`s for every layer.
     """
     experts, is_aoe = model.params["layers"]["experts"], model.config.experts.kind == "aoe"
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}
