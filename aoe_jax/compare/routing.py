@@ -25,11 +25,10 @@ import numpy as np
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.evaluation.perplexity import make_eval_step
+from aoe_jax.evaluation.perplexity import compile_eval_step
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.balance import dead_experts, load_entropy, mean_load
-from aoe_jax.sharding import replicated
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import check_data
 
@@ -164,10 +163,8 @@ def analyse(folder: Path, n_tokens: int):
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
     config = model.config
-    eval_step = jax.jit(
-        make_eval_step(observing(model.decoder), config.data.document_mask),
-        out_shardings=replicated(model.mesh),
-    )
+    decoder = observing(model.decoder)
+    eval_step = compile_eval_step(decoder, config.data.document_mask, model.mesh)
     size = config.train.batch_size // config.train.accumulate
     n_batches = math.ceil(n_tokens / (size * config.data.seq_len))
     on_host = list(itertools.islice(validation_batches(folder, config, size), n_batches))

@@ -56,29 +56,20 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
         strong pass is set for a selection without K.
     """
     experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
-    require(
-        experts.kind in ("aoe", "router"),
-        "experts.kind",
-        experts.kind,
+    wanted = (
         "--contrast takes the experts of a token by the ranks of their scores; use a model of kind "
-        "aoe or router",
+        "aoe or router"
     )
-    router = decoder.routing
-    require(
-        router.name in ("top_k", "top_p"),
-        "routing.name",
-        router.name,
-        "--contrast is not tested with this router; use a model with top_k or top_p",
-    )
+    require(experts.kind in ("aoe", "router"), "experts.kind", experts.kind, wanted)
+    name = decoder.routing.name
+    wanted = "--contrast is not tested with this router; use a model with top_k or top_p"
+    require(name in ("top_k", "top_p"), "routing.name", name, wanted)
     wanted = f"can't be greater than the model's experts.n_experts={experts.n_experts}"
     require_flag(k is None or k <= experts.n_experts, "strong_k", k, wanted)
     require_flag(rank <= experts.n_experts, "weak_rank", rank, wanted)
-    strong = experts
-    if k is not None:
-        what = f"the model's routing.name={router.name!r} has no K"
-        wanted = f"{what}; leave it out, for the model's own choice"
-        require_flag(router.name == "top_k", "strong_k", k, wanted)
-        strong = dataclasses.replace(experts, top_k=k)
+    wanted = f"the model's routing.name={name!r} has no K; leave it out, for the model's own choice"
+    require_flag(k is None or name == "top_k", "strong_k", k, wanted)
+    strong = dataclasses.replace(experts, top_k=k or experts.top_k)
     weak = dataclasses.replace(experts, top_k=1)
     return (
         decoder.clone(experts=strong),

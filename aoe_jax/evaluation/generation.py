@@ -57,12 +57,11 @@ def draw(logits, keys, sampling: Sampling):
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-class State(NamedTuple):
+class _State(NamedTuple):
     """The state of the loop between two tokens."""
 
     logits: jax.Array  # [B, V] float32, of the next token
     caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
-    left: jax.Array  # [B] int32, how many tokens may still come
     keys: jax.Array  # [B], of each sequence's draws
 
 
@@ -76,17 +75,20 @@ class Generator:
           UserError: the model can't be decoded token by token, or can't be contrasted.
         """
         check_decodes(model.decoder)
-        self._model, self._params = model, model.by_layer
+        self._model = model
         decoders = (model.decoder,)
         if contrast is not None:
             decoders = strong_and_weak(model.decoder, contrast)
-        self._prefill = jax.jit(partial(_prefill, decoders, contrast), static_argnames="places")
-        self._decode = jax.jit(
+        weights = model.by_layer, model.routing_state
+        begin = jax.jit(partial(_begin, decoders, contrast), static_argnames="places")
+        self._begin = partial(begin, *weights)
+        decode = jax.jit(
             partial(_decode, decoders, contrast, model.tokenizer.end_of_text),
             static_argnames=("sampling", "n_tokens"),
             donate_argnames="state",
             out_shardings=(replicated(model.mesh), replicated(model.mesh), None),
         )
+        self._decode = partial(decode, *weights)
 
     def generate(self, prompts, max_tokens, **settings) -> list[list[int]]:
         """The whole continuations of prompts; the arguments are those of `stream`."""
@@ -125,23 +127,27 @@ class Generator:
         Raises:
           UserError: a prompt is empty, or it and its tokens exceed the model's length.
         """
-        limits = np.broadcast_to(np.asarray(max_tokens), len(prompts)).copy()
-        self._check(prompts, limits)
         if not len(prompts):
             return
-        so_far = [[] for _ in prompts]
+        # Rows are added so that the mesh divides the batch.
+        n_rows = multiple(len(prompts), self._model.batch_shards)
+        lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+        left[: len(prompts)] = max_tokens
+        self._check(prompts, left)
+        tokens = np.zeros((n_rows, multiple(int(lengths.max()), LENGTH_MULTIPLE)), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        places = multiple(int((lengths + left).max()), LENGTH_MULTIPLE)
+        arrays = map(self._put, (tokens, lengths, np.arange(n_rows)))
         with jax.set_mesh(self._model.mesh):
-            state = self._begin(prompts, limits, seed)
-        while True:
+            state = self._begin(*arrays, jax.random.key(seed), places=places)
+        so_far = [[] for _ in prompts]
+        while left.any():
+            left = self._put(left)
             with jax.set_mesh(self._model.mesh):
-                tokens, left, state = self._decode(
-                    self._params,
-                    self._model.routing_state,
-                    state,
-                    sampling=sampling,
-                    n_tokens=chunk,
-                )
-            new = [row[row >= 0].tolist() for row in np.asarray(tokens)[: len(prompts)]]
+                drawn, left, state = self._decode(left, state, sampling=sampling, n_tokens=chunk)
+            new = [row[row >= 0].tolist() for row in np.asarray(drawn)[: len(prompts)]]
             for row, more in zip(so_far, new, strict=True):
                 row.extend(more)
             yield new
@@ -149,13 +155,10 @@ class Generator:
             for number, row in enumerate(so_far):
                 if is_done and is_done(number, row):
                     left[number] = 0
-            if not left.any():
-                return
-            state = state._replace(left=self._put(left))
 
     def _check(self, prompts, limits):
         longest = self._model.config.model.max_len
-        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=False)):
             if not len(prompt):
                 wanted = f"begin a text with the token {self._model.start}"
                 raise UserError(f"prompt {number} is empty; {wanted}")
@@ -165,51 +168,25 @@ class Generator:
                     f"than the model's length, model.max_len={longest}"
                 )
 
-    def _begin(self, prompts, limits, seed):
-        """The state after the prompts, with padding rows so that the mesh divides the batch."""
-        n_rows = multiple(len(prompts), self._model.batch_shards)
-        lengths, left = np.ones(n_rows, np.int32), np.zeros(n_rows, np.int32)
-        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        left[: len(prompts)] = limits
-        tokens = np.zeros((n_rows, multiple(int(lengths.max()), LENGTH_MULTIPLE)), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        logits, caches = self._prefill(
-            self._params,
-            self._model.routing_state,
-            self._put(tokens),
-            self._put(lengths),
-            places=multiple(int((lengths + left).max()), LENGTH_MULTIPLE),
-        )
-        fold_in = jax.vmap(jax.random.fold_in, (None, 0))
-        keys = fold_in(jax.random.key(seed), self._put(np.arange(n_rows)))
-        return State(logits, caches, self._put(left), keys)
-
     def _put(self, a):
         sharding = NamedSharding(self._model.mesh, RULES.spec("batch"))
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
 
-def _prefill(decoders, contrast, params, routing_state, tokens, length, places):
-    """`(logits [B, V] float32, caches)` after the prompts, see `decoding.prefill`."""
-    results = [prefill(d, params, routing_state, tokens, length, places) for d in decoders]
-    logits = [logits for logits, _ in results]
-    return _joined(logits, contrast), tuple(cache for _, cache in results)
+def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key, places):
+    """The state after the prompts, see `decoding.prefill`; a row's draws depend on its number."""
+    results = [prefill(d, params, routing_state, tokens, lengths, places) for d in decoders]
+    logits, caches = zip(*results, strict=True)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return _State(_joined(logits, contrast), caches, keys)
 
 
 def next_logits(decoders, contrast, params, routing_state, token, caches):
-    """Reads a token of each sequence.
+    """Reads a token of each sequence with one decoder, or with those of `strong_and_weak`.
 
-    Args:
-      decoders: one, or those of `strong_and_weak`.
-      contrast: of two decoders, else None.
-      params: `decoding.unstacked`.
-      routing_state: of the selection method, arrays `[L, ...]` by name.
-      token: `[B]` int32.
-      caches: a `Cache` with a free place for each decoder.
-
-    Returns:
-      `(logits, caches)`: `[B, V]` float32 of the next token, and the caches with this token.
+    Takes parameters as of `decoding.unstacked`, routing state `[L, ...]` by name, `token [B]` int32
+    and a `Cache` with a free place for each decoder. Returns logits `[B, V]` float32 of the next
+    token, and the caches with this token.
     """
     results = [
         extend(decoder, params, routing_state, token[:, None], cache)
@@ -223,25 +200,29 @@ def _joined(logits, contrast):
     return logits[0] if contrast is None else contrasted(*logits, contrast)
 
 
-def _decode(decoders, contrast, end_of_text, params, routing_state, state, sampling, n_tokens):
-    """Draws up to N tokens: `(tokens [B, N] int32, -1 after the end, left [B], state)`."""
+def _decode(
+    decoders, contrast, end_of_text, params, routing_state, left, state, sampling, n_tokens
+):
+    """Draws up to N tokens: `(tokens [B, N] int32, -1 after the end, left, state)`.
+
+    `left [B]` int32 is how many tokens of each sequence may still come.
+    """
 
     def is_needed(carry):
-        count, _, state = carry
-        return (count < n_tokens) & (state.left > 0).any()
+        count, _, left, _ = carry
+        return (count < n_tokens) & (left > 0).any()
 
     def one(carry):
-        count, tokens, state = carry
+        count, tokens, left, state = carry
         length = state.caches[0].length
         token = draw(state.logits, jax.vmap(jax.random.fold_in)(state.keys, length), sampling)
-        is_active = (state.left > 0) & (token != end_of_text)
+        is_active = (left > 0) & (token != end_of_text)
         tokens = tokens.at[:, count].set(jnp.where(is_active, token, -1))
         logits, caches = next_logits(decoders, contrast, params, routing_state, token, state.caches)
         length = jnp.where(is_active, caches[0].length, length)
         caches = tuple(cache._replace(length=length) for cache in caches)
-        left = jnp.where(is_active, state.left - 1, 0)
-        return count + 1, tokens, State(logits, caches, left, state.keys)
+        left = jnp.where(is_active, left - 1, 0)
+        return count + 1, tokens, left, _State(logits, caches, state.keys)
 
-    tokens = jnp.full((state.left.shape[0], n_tokens), -1, jnp.int32)
-    _, tokens, state = jax.lax.while_loop(is_needed, one, (0, tokens, state))
-    return tokens, state.left, state
+    tokens = jnp.full((left.shape[0], n_tokens), -1, jnp.int32)
+    return jax.lax.while_loop(is_needed, one, (0, tokens, left, state))[1:]

@@ -29,18 +29,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self):
-        """The token that ends a text."""
         return self._tokenizer.end_of_text
 
     @property
     def prefix_token_id(self):
-        """The token before the first one of a text."""
         return self._model.start
 
     @property
     def max_length(self):
-        """How many tokens the model takes at once."""
-        return self._scorer.max_len
+        return self._model.config.model.max_len
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """The tokens of a text, after those that the tokenizer adds unless told not to."""
@@ -60,7 +57,6 @@ class HarnessModel(TemplateLM):
         return self._scorer(pairs, self._progress and not disable_tqdm)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """The log-likelihood of each text, in windows of the model's length."""
         windows = [self._windows(*request.args) for request in requests]
         flat = [window for of_text in windows for window in of_text]
         scores = iter(self._scorer(flat, self._progress and not disable_tqdm))
@@ -68,9 +64,8 @@ class HarnessModel(TemplateLM):
 
     def _windows(self, text):
         """`(context, continuation)` tokens that cover a text once."""
-        rolling = get_rolling_token_windows(
-            self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
-        )
+        tokens, length = self.tok_encode(text), self.max_length
+        rolling = get_rolling_token_windows(tokens, self.prefix_token_id, length, context_len=1)
         return [make_disjoint_window(window) for window in rolling]
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -81,56 +76,46 @@ class HarnessModel(TemplateLM):
         Raises:
           UserError: a task asks for more tokens than the model takes, or for unknown settings.
         """
-
-        def encode(context):
-            return self.tok_encode(context) or [self.prefix_token_id]
-
+        arguments = [request.args for request in requests]
         ordered = Collator(
-            [request.args for request in requests],
-            sort_fn=lambda args: len(encode(args[0])),
-            group_fn=lambda args: args[1],
+            [(self.tok_encode(text) or [self.prefix_token_id], given) for text, given in arguments],
+            sort_fn=lambda request: len(request[0]),
+            group_fn=lambda request: request[1],
             group_by="gen_kwargs",
         )
-        texts = []
-        hidden = disable_tqdm or not self._progress
+        texts, hidden = [], disable_tqdm or not self._progress
         with tqdm(total=len(requests), desc="generating", disable=hidden) as bar:
             for seed, batch in enumerate(ordered.get_batched(n=GENERATED_TOGETHER)):
-                settings = self._generation_settings(batch[0][1])
-                room = self.max_length - settings["max_tokens"]
-                prompts = [encode(context)[-room:] for context, _ in batch]
-                texts += self._generate(prompts, seed, **settings)
+                prompts, settings = zip(*batch, strict=True)
+                texts += self._generate(prompts, settings[0], seed)
                 bar.update(len(batch))
         return ordered.get_original(texts)
 
-    def _generation_settings(self, given):
-        """`max_tokens`, `sampling` and `until` of a request."""
-        wanted = normalize_gen_kwargs(given, min(256, self.max_length // 2))
-        until, max_tokens = wanted.pop("until"), wanted.pop("max_gen_toks")
-        do_sample, temperature = wanted.pop("do_sample"), wanted.pop("temperature", 0.0)
-        top = {name: wanted.pop(name, None) for name in ("top_k", "top_p")}
-        if wanted:
+    def _generate(self, prompts, settings, seed):
+        """The texts after prompts; filled up to a power of two, so that few shapes are compiled."""
+        settings = normalize_gen_kwargs(settings, min(256, self.max_length // 2))
+        until, max_tokens = settings.pop("until"), settings.pop("max_gen_toks")
+        do_sample, temperature = settings.pop("do_sample"), settings.pop("temperature", 0.0)
+        top = {name: settings.pop(name, None) for name in ("top_k", "top_p")}
+        if settings:
             known = "until, max_gen_toks, do_sample, temperature, top_k and top_p"
-            raise UserError(f"the task asks to generate with {wanted}; known are {known}")
-        if max_tokens >= self.max_length:
+            raise UserError(f"the task asks to generate with {settings}; known are {known}")
+        room = self.max_length - max_tokens
+        if room < 1:
             length = f"model.max_len={self.max_length} must be larger than that"
             raise UserError(f"the task asks for {max_tokens} tokens; {length}")
         sampling = Sampling(temperature, **top) if do_sample and temperature else Sampling(0.0)
         until = [text for text in until if text]
-        return {"max_tokens": max_tokens, "sampling": sampling, "until": until}
-
-    def _generate(self, prompts, seed, max_tokens, sampling, until):
-        """The texts after prompts; filled up to a power of two, so that few shapes are compiled."""
-        if self._generator is None:
-            self._generator = Generator(self._model)
-        padding = 2 ** math.ceil(math.log2(len(prompts))) - len(prompts)
-        rows = prompts + [[self.prefix_token_id]] * padding
-        limits = [max_tokens] * len(prompts) + [0] * padding
         longest = max((len(end.encode()) for end in until), default=0)  # in tokens at most
 
         def is_done(_, tokens):
             text = self._tokenizer.decode(tokens[-_CHUNK - longest :])
             return any(end in text for end in until)
 
+        padding = 2 ** math.ceil(math.log2(len(prompts))) - len(prompts)
+        rows = [prompt[-room:] for prompt in prompts] + [[self.prefix_token_id]] * padding
+        limits = [max_tokens] * len(prompts) + [0] * padding
+        self._generator = self._generator or Generator(self._model)
         generated = self._generator.generate(
             rows, limits, sampling=sampling, seed=seed, chunk=_CHUNK, is_done=is_done
         )

@@ -5,6 +5,8 @@ L layers, n experts.
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from tabulate import tabulate
 
 from aoe_jax.moe.balance import LayerStats, dead_experts, load_entropy, load_spread
 
@@ -46,23 +48,22 @@ def load_table(statistics):
     """
     share = _share(statistics)
     columns = {
-        "Ent_load": [f"{value:.3f}" for value in statistics["load_entropy"]],
-        "Ent_conf": [f"{value:.3f}" for value in statistics["confidence_entropy"]],
+        "layer": range(len(share)),
+        "Ent_load": statistics["load_entropy"],
+        "Ent_conf": statistics["confidence_entropy"],
     }
     if "dropped_share" in statistics:
-        columns["dropped"] = [f"{100 * value:.2f}%" for value in statistics["dropped_share"]]
-    rows = ["  ".join(["layer", *(f"{name:>8}" for name in columns)])]
-    rows[0] += "  " + " ".join(f"{f'E{i}':>5}" for i in range(share.shape[1]))
-    for layer, shares in enumerate(share):
-        cells = "  ".join([f"{layer:>5}", *(f"{values[layer]:>8}" for values in columns.values())])
-        rows.append(f"{cells}  " + " ".join(f"{100 * value:>4.1f}%" for value in shares))
-    rows.append(
+        columns["dropped"] = statistics["dropped_share"]
+    columns |= {f"E{i}": of_expert for i, of_expert in enumerate(share.T)}
+    formats = {"Ent_load": ".3f", "Ent_conf": ".3f", "dropped": ".2%"}
+    formats = [formats.get(name, ".1%") for name in columns]
+    return (
+        f"{tabulate(columns, 'keys', 'plain', floatfmt=formats)}\n"
         f"Ent_load is at most {np.log(share.shape[1]):.3f}; "
         f"load spread {statistics['load_spread']:.3f}; "
         f"{statistics['experts_per_token']:.2f} experts per token; "
         f"{statistics['dead_experts']} dead experts"
     )
-    return "\n".join(rows)
 
 
 def _share(statistics):
@@ -78,52 +79,34 @@ def draw_load_heatmap(statistics, title):
     """
     share = _share(statistics)
     n_layers, n_experts = share.shape
-    numbers = n_experts <= 16 and n_layers <= 32
+    has_numbers, largest = n_experts <= 16 and n_layers <= 32, np.log(n_experts)
     width, height = min(0.62 * (n_experts + 2), 12), min(0.42 * n_layers, 14)
     figure = Figure(figsize=(2.5 + width, 1.7 + height), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=[n_experts if numbers else 16, 1, 1])
-    loads, entropies, confidences = panels
-    image = _heatmap(
-        loads, share, "viridis", max(2 / n_experts, share.max()), "{:.0%}" if numbers else ""
-    )
+    panels = figure.subplots(1, 3, width_ratios=[n_experts if has_numbers else 16, 1, 1])
+    contents = {
+        "share of load": (share, "viridis", max(2 / n_experts, share.max()), ".0%"),
+        "Ent_load": (statistics["load_entropy"], "Blues", largest, ".2f"),
+        "Ent_conf": (statistics["confidence_entropy"], "Oranges", largest, ".2f"),
+    }
+    for axes, (name, (values, colours, vmax, form)) in zip(panels, contents.items(), strict=True):
+        values = np.reshape(values, (n_layers, -1))
+        image = axes.imshow(values, aspect="auto", cmap=colours, vmin=0, vmax=vmax)
+        axes.set_title(name, fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        for (row, column), value in np.ndenumerate(values) if has_numbers else ():
+            red, green, blue, _ = image.cmap(image.norm(value))
+            colour = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
+            text = axes.text(column, row, format(value, form), color=colour, fontsize=8)
+            text.set(ha="center", va="center")
+    loads = panels[0]
     bar = figure.colorbar(
-        image, ax=loads, location="left", shrink=0.9, format=lambda value, _: f"{100 * value:.3g}%"
+        loads.images[0], ax=loads, location="left", shrink=0.9, format=PercentFormatter(1)
     )
     bar.ax.tick_params(labelsize=7)
-    of_panels = (
-        (entropies, "load_entropy", "Blues"),
-        (confidences, "confidence_entropy", "Oranges"),
-    )
-    for panel, name, colours in of_panels:
-        column = np.array(statistics[name])[:, None]
-        _heatmap(panel, column, colours, np.log(n_experts), "{:.2f}" if numbers else "")
-    for panel, name in zip(panels, ("share of load", "Ent_load", "Ent_conf"), strict=True):
-        panel.set_title(name, fontsize=9)
-        panel.set(xticks=[], yticks=[])
-    experts, layers = (
-        range(0, n_experts, -(-n_experts // 16)),
-        range(0, n_layers, -(-n_layers // 32)),
-    )
+    experts = range(0, n_experts, -(-n_experts // 16))
+    layers = range(0, n_layers, -(-n_layers // 32))
     loads.set_xticks(experts, [f"E{i}" for i in experts], fontsize=8)
     loads.set_yticks(layers, layers, fontsize=8)
     loads.set_ylabel("layer", fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def _heatmap(axes, values, colours, largest, form):
-    """Draws `values [L, columns]` from 0 to `largest`, written as `form` unless that is empty."""
-    image = axes.imshow(values, aspect="auto", cmap=colours, vmin=0, vmax=largest)
-    for (row, column), value in np.ndenumerate(values) if form else ():
-        red, green, blue, _ = image.cmap(image.norm(value))
-        is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-        axes.text(
-            column,
-            row,
-            form.format(value),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if is_dark else "black",
-        )
-    return image

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
@@ -30,7 +33,7 @@ from aoe_jax.sharding import (
 )
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import init_state
-from aoe_jax.training.workdir import read_run_config
+from aoe_jax.training.workdir import check_data, read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -72,65 +75,67 @@ def multiple(number, divisor):
     return -(-number // divisor) * divisor
 
 
+def source_config(directory: Path) -> Config:
+    """The configuration of a training run or of a model, not fitted to the devices here."""
+    if is_model(directory):
+        return read_config(directory)
+    return read_run_config(directory / "config.json")
+
+
 def load_model(directory: Path, step="newest", mesh=None):
     """Loads the `Model` of a training run, of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
 
     Args:
       directory: the workdir of a run, or the directory of a model.
       step: which checkpoint of a run: "newest", "best" or a number of steps.
-      mesh: how the devices share the model, such as "fsdp=4", see `mesh_axes`; None: see
-        `on_devices_here`.
+      mesh: how the devices share the model, such as "fsdp=4"; None: see `on_devices_here`.
 
     Raises:
       UserError: there is no such model, it can't be read, or the mesh doesn't fit.
     """
-    axes = mesh_axes(mesh)
-    setting = "the tokenizer of the model" if is_model(directory) else "the tokenizer of the run"
-    if is_model(directory):
-        there = read_step(directory)
-        if step not in ("newest", str(there) if there is not None else None):
-            of_step = "" if there is None else f", of step {there}"
-            raise UserError(f"--step={step}: {directory} is a single model{of_step}")
-        config = on_devices_here(read_config(directory), axes)
-        step, devices = there, make_mesh(config, jax.devices())
-        params, routing_state = load_params(directory, config, devices)
-    else:
-        config = on_devices_here(read_run_config(directory / "config.json"), axes)
-        checkpoints, devices = Checkpoints(directory), make_mesh(config, jax.devices())
+    config = on_devices_here(source_config(directory), mesh_axes(mesh))
+    devices, has_run = make_mesh(config, jax.devices()), not is_model(directory)
+    setting = f"the tokenizer of the {'run' if has_run else 'model'}"
+    tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
+    start, prefix = tokenizer.end_of_text, []
+    if has_run:
+        checkpoints = Checkpoints(directory)
         step = checkpoints.find(step)
         with jax.set_mesh(devices):
             state = jax.eval_shape(lambda: init_state(config, config.train.seed))
             state = with_shardings(state, state_shardings(devices, state))
             params, routing_state = checkpoints.restore_model(step, state)
-    tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
-    start, prefix = tokenizer.end_of_text, []
-    if is_model(directory):
+    else:
+        there = read_step(directory)
+        if step not in ("newest", str(there) if there is not None else None):
+            of_step = "" if there is None else f", of step {there}"
+            raise UserError(f"--step={step}: {directory} is a single model{of_step}")
+        step = there
+        params, routing_state = load_params(directory, config, devices)
         begin = read_begin_token(directory, config.model.vocab_size)
         start = start if begin is None else begin
         prefix = read_prefix(directory, tokenizer, begin)
-    return Model(
-        config=config,
-        decoder=Decoder.from_config(config),
-        mesh=devices,
-        params=params,
-        routing_state=routing_state,
-        tokenizer=tokenizer,
-        start=start,
-        prefix=prefix,
-        step=step,
-    )
+    decoder = Decoder.from_config(config)
+    return Model(config, decoder, devices, params, routing_state, tokenizer, start, prefix, step)
+
+
+def corpus_of(model: Model, directory: Path):
+    """The `TokenisedCorpus` of the configuration of a model, which must be that of its run.
+
+    Raises:
+      UserError: it can't be read, or has changed since the run in `directory`.
+    """
+    corpus = open_corpus(model.config.data, model.config.model.vocab_size)
+    check_data(directory, corpus)
+    return corpus
 
 
 def on_devices_here(config, axes=None):
     """The configuration of a model with a mesh of all devices here.
 
     Batches may become larger, so that the devices divide them; only expert choice depends on that.
-
-    Args:
-      config: of the model.
-      axes: devices along some axes of the mesh, such as `{"fsdp": 4}`, the rest along `data`; None:
-        the mesh of training or, where it doesn't fit, all devices along `data`, so that each holds
-        the whole model.
+    `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
+    mesh of training or, where it doesn't fit, all devices along `data`.
 
     Raises:
       UserError: the axes don't make up the devices, or don't divide the model.
@@ -143,9 +148,8 @@ def on_devices_here(config, axes=None):
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
             log.warning(
-                "the mesh of training doesn't fit %d devices: each holds the whole model; see "
-                "--mesh",
-                n,
+                f"the mesh of training doesn't fit {n} devices: each holds the whole model; see "
+                "--mesh"
             )
             axes = {}
     rows = max(n // axes.get("tensor", 1), axes.get("fsdp", 1) * axes.get("expert", 1))
@@ -160,18 +164,12 @@ def on_devices_here(config, axes=None):
 
 
 def mesh_axes(text):
-    """Parses `--mesh`, such as `fsdp=4,expert=2`, for `on_devices_here`; None for None.
-
-    Raises:
-      UserError: the text has another form.
-    """
+    """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
     if text is None:
         return None
-    axes = {}
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        if name not in MESH_AXES or name in axes or not number.isdecimal() or int(number) < 1:
-            wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
-            raise UserError(f"--mesh={text}: {wanted}")
-        axes[name] = int(number)
+    form = re.compile(rf"({'|'.join(MESH_AXES)})=([1-9][0-9]*)")
+    parts = [form.fullmatch(part) for part in text.split(",")]
+    axes = {part[1]: int(part[2]) for part in parts if part}
+    wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
+    require_flag(len(axes) == len(parts), "mesh", text, wanted)
     return axes

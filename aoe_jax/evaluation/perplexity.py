@@ -52,19 +52,23 @@ class Evaluation:
             figures |= {f"{name}/{source}": value for name, value in result.figures().items()}
         return figures
 
+    def in_words(self):
+        """The figures over all sources."""
+        return (
+            f"nll {self.nll:.4f} | perplexity {self.perplexity:.2f} | "
+            f"bits per byte {self.bits_per_byte:.4f}"
+        )
+
     def __str__(self):
-        own = f"nll {self.nll:.4f} | bits per byte {self.bits_per_byte:.4f}"
-        sources = [
-            f"{name} nll {result.nll:.4f}, bits per byte {result.bits_per_byte:.4f}"
-            for name, result in self.sources.items()
-        ]
-        return " | ".join([own, *sources])
+        sources = [f"{name} {result.in_words()}" for name, result in self.sources.items()]
+        return " | ".join([self.in_words(), *sources])
 
 
-def make_eval_step(decoder: Decoder, document_mask):
-    """A function `(params, routing_state, batch) -> (nll sum, tokens, stats)`, to be jitted.
+def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
+    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)`.
 
-    Statistics are over all tokens. `document_mask` is that of `DataConfig`.
+    The results are on every device, and the statistics over all tokens. `document_mask` is that of
+    `DataConfig`.
     """
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
@@ -72,40 +76,33 @@ def make_eval_step(decoder: Decoder, document_mask):
         nll, stats = sequence_nll(decoder, params, routing_state, batch, document_mask)
         return nll, batch["weights"].sum(), stats
 
-    return eval_step
-
-
-def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """`make_eval_step` compiled for a mesh, with its results on every device."""
-    return jax.jit(make_eval_step(decoder, document_mask), out_shardings=replicated(mesh))
+    return jax.jit(eval_step, out_shardings=replicated(mesh))
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put):
     """The `Evaluation` of a split: every token of every source counts once.
 
-    Args:
-      score: a compiled `make_eval_step` with its parameters and routing state, `batch -> results`.
-      stores: the split of each source by name.
-      seq_len: tokens of a window.
-      batch_size: windows of a batch.
-      put: moves a host batch to the devices.
+    `score` is `compile_eval_step` with its parameters and routing state, a function of a batch of
+    `batch_size` windows of `seq_len` tokens; `put` moves a host batch to the devices. The stores
+    are those of the split by source.
     """
-    sources = {
-        name: evaluate_batches(
-            score, eval_batches(store, seq_len, batch_size), put, store.text_bytes
-        )
-        for name, store in stores.items()
-    }
+    sources = {}
+    for name, store in stores.items():
+        batches = eval_batches(store, seq_len, batch_size)
+        sources[name] = evaluate_batches(score, batches, put, store.text_bytes)
     parts = list(sources.values())
     if len(parts) == 1:
         return parts[0]
     counts = [part.tokens for part in parts]
-    stats = [part.stats for part in parts]
+
+    def mean(*values):
+        return np.average(values, axis=0, weights=counts)
+
     return Evaluation(
         sum(part.nll_sum for part in parts),
         sum(counts),
         sum(part.text_bytes for part in parts),
-        jax.tree.map(lambda *means: np.average(np.stack(means), axis=0, weights=counts), *stats),
+        jax.tree.map(mean, *(part.stats for part in parts)),
         sources,
     )
 
@@ -115,9 +112,8 @@ def evaluate_batches(score, batches: Iterable[dict], put, text_bytes=0):
     total = None
     for batch in batches:
         nll, tokens, stats = jax.device_get(score(put(batch)))
-        tokens = float(tokens)
         stats = jax.tree.map(lambda a: np.asarray(a, np.float64) * tokens, stats)
-        sums = (float(nll), tokens, stats)
+        sums = (float(nll), float(tokens), stats)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     nll_sum, tokens, stats = total
     means = jax.tree.map(lambda a: a / tokens, stats)

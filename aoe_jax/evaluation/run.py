@@ -8,14 +8,12 @@ import jax
 import numpy as np
 
 from aoe_jax.config.checks import require_flag
-from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
-from aoe_jax.evaluation.models import Model, load_model
-from aoe_jax.evaluation.perplexity import Evaluation, compile_eval_step, evaluate
+from aoe_jax.evaluation.models import Model, corpus_of, load_model
+from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.json_files import write_json
 from aoe_jax.training.loop import log_run
-from aoe_jax.training.workdir import check_data
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +28,8 @@ def check_split(split):
 def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
     """Scores a checkpoint on a held-out split.
 
-    It prints a table, and writes `eval.json` and, for models with experts, `load.png`.
-
-    Args:
-      workdir: of a training run, or the directory of an exported model.
-      split: "validation" or "test".
-      step: which checkpoint: "newest", "best" or a number of steps.
-      mesh: see `models.load_model`.
+    It prints a table, and writes `eval.json` and, for models with experts, `load.png`. The
+    arguments are the flags of `eval.py`.
 
     Returns:
       The content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`
@@ -48,33 +41,16 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
-    config = model.config
-    log_run(config)
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(workdir, corpus)
-    result = _evaluate(model, getattr(corpus, split), config.data.document_mask)
-    report = {"split": split, "step": model.step, **_figures(result)}
-    report["load_statistics"] = _statistics(result, config)
-    report["sources"] = {name: _figures(source) for name, source in result.sources.items()}
-    if jax.process_index() == 0:
-        print(f"{split}: {result.tokens} tokens, step {model.step}\n{_in_words(result)}")
-        for name, source in result.sources.items():
-            print(f"{name}: {source.tokens} tokens   {_in_words(source)}")
-        _write(report, f"{config.experts.kind}, {split}", workdir / "eval.json", "load.png")
-    return report
+    log_run(model.config)
+    stores, masked = getattr(corpus_of(model, workdir), split), model.config.data.document_mask
+    about, file = {"split": split}, workdir / "eval.json"
+    return _report(model, stores, masked, split, about, file, "load.png")
 
 
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
-    """Shows a checkpoint's load statistics on a text file, or on the prompts of a task.
+    """`load_on_texts` for a checkpoint and a text file, or the prompts of a task.
 
-    Args:
-      workdir, step, mesh: see `models.load_model`.
-      text: the path of a file, or `task:NAME`.
-      limit: how many examples of the task, the first ones; None: all.
-      **settings: of `tasks.load_tasks`.
-
-    Returns:
-      What `load_on_texts` returns.
+    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`.
 
     Raises:
       UserError: the file can't be read; or what `tasks.load_tasks` and `models.load_model` raise.
@@ -89,29 +65,48 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 
 
 def load_on_texts(model: Model, texts, name, workdir: Path):
-    """Load statistics on texts: attention doesn't cross from one text to another.
+    """Load statistics on one or more texts: attention doesn't cross from one to another.
 
     It prints a table, and writes `text.json` and, for models with experts, `text.png`.
 
-    Args:
-      model: the model.
-      texts: one at least; they are cut into windows of the run's length.
-      name: the name of the texts in the report.
-      workdir: where to write.
-
     Returns:
-      The content of `text.json`: `text` (the name), `step`, `texts`, `tokens`, `nll`, `perplexity`,
-      `bits_per_byte`, `load_statistics`. The ends of texts count as tokens.
+      The content of `text.json`: that of `evaluate_workdir`, with the name `text` and the number
+      `texts` in place of the split. The ends of texts count as tokens.
     """
-    result = _evaluate(model, {name: TextTokens(texts, model.tokenizer)}, document_mask=True)
-    report = {"text": name, "step": model.step, "texts": len(texts), **_figures(result)}
-    report["load_statistics"] = _statistics(result, model.config)
+    stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
+    return _report(model, stores, True, name, about, workdir / "text.json", "text.png")
+
+
+def _report(model, stores, document_mask, name, about, file, picture):
+    """Evaluates a model; prints, draws and writes the figures, beside what they are `about`."""
+    config = model.config
+    step = compile_eval_step(model.decoder, document_mask, model.mesh)
+    score = partial(step, model.params, model.routing_state)
+    batch_size = config.train.batch_size // config.train.accumulate
+    with jax.set_mesh(model.mesh):
+        result = evaluate(score, stores, config.data.seq_len, batch_size, model.put)
+    statistics = None if config.experts.kind == "dense" else load_statistics(result.stats)
+    sources = {source: _figures(own) for source, own in result.sources.items()}
+    report = about | {"step": model.step, **_figures(result)}
+    report |= {"load_statistics": statistics, "sources": sources}
     if jax.process_index() == 0:
-        head = f"{name}: {len(texts)} texts, {result.tokens} tokens, step {model.step}"
-        print(f"{head}\n{_in_words(result)}")
-        title = f"{model.config.experts.kind}, {name}"
-        _write(report, title, workdir / "text.json", "text.png")
+        n_texts = f"{about['texts']} texts, " if "texts" in about else ""
+        print(f"{name}: {n_texts}{result.tokens} tokens, step {model.step}\n{result.in_words()}")
+        for source, own in result.sources.items():
+            print(f"{source}: {own.tokens} tokens | {own.in_words()}")
+        write_json(file, report)
+        log.info("wrote %s", file)
+        if statistics:
+            print(load_table(statistics))
+            title = f"{config.experts.kind}, {name}, step {model.step}"
+            draw_load_heatmap(statistics, title).savefig(file.with_name(picture), dpi=150)
+            log.info("wrote %s", file.with_name(picture))
     return report
+
+
+def _figures(result):
+    names = ("tokens", "nll", "perplexity", "bits_per_byte")
+    return {name: getattr(result, name) for name in names}
 
 
 class TextTokens:
@@ -150,44 +145,3 @@ def read_text(path: Path):
     if not text.strip():
         raise UserError(f"--text={path}: is empty; name a file with text")
     return text
-
-
-def _evaluate(model: Model, stores, document_mask) -> Evaluation:
-    config = model.config
-    step = compile_eval_step(model.decoder, document_mask, model.mesh)
-    with jax.set_mesh(model.mesh):
-        return evaluate(
-            partial(step, model.params, model.routing_state),
-            stores,
-            config.data.seq_len,
-            config.train.batch_size // config.train.accumulate,
-            model.put,
-        )
-
-
-def _figures(result):
-    names = ("tokens", "nll", "perplexity", "bits_per_byte")
-    return {name: getattr(result, name) for name in names}
-
-
-def _statistics(result, config):
-    kind = config.experts.kind
-    return None if kind == "dense" else load_statistics(result.stats)
-
-
-def _in_words(result):
-    return (
-        f"nll {result.nll:.4f}   perplexity {result.perplexity:.2f}   "
-        f"bits per byte {result.bits_per_byte:.4f}"
-    )
-
-
-def _write(report, title, file, picture):
-    """Writes a report, and prints and draws its load statistics if it has any."""
-    write_json(file, report)
-    log.info("wrote %s", file)
-    if statistics := report["load_statistics"]:
-        print(load_table(statistics))
-        figure = draw_load_heatmap(statistics, f"{title}, step {report['step']}")
-        figure.savefig(file.with_name(picture), dpi=150)
-        log.info("wrote %s", file.with_name(picture))

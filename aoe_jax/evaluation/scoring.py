@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, multiple
-from aoe_jax.model.decoder import Decoder, output_projection
+from aoe_jax.model.decoder import output_projection
 from aoe_jax.model.decoding import check_decodes, decodes, extend, prefill
 from aoe_jax.model.loss import target_log_probs
 from aoe_jax.model.vocabulary import on_each_token
@@ -39,8 +39,8 @@ class Scorer:
         balance = dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
         decoder = model.decoder.clone(balance=balance)
         compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
-        self._score_texts = compiled(partial(score_texts, decoder))
-        self._score_choices = compiled(partial(score_choices, decoder))
+        self._score_texts = compiled(partial(_score_texts, decoder))
+        self._score_choices = compiled(partial(_score_choices, decoder))
 
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
         """Scores continuations.
@@ -60,29 +60,23 @@ class Scorer:
           UserError: a continuation alone exceeds the model's length, or a log-likelihood isn't
             finite.
         """
-        texts = [self._cut(*request) for request in requests]
-        results = [None] * len(texts)
+        texts, results = [self._cut(*request) for request in requests], {}
         hidden = not progress or not texts
         with tqdm(total=len(texts), desc="scoring", unit="text", disable=hidden) as bar:
             for numbers, scores in self._scored(texts):
-                for number, score in zip(numbers, scores, strict=True):
-                    results[number] = score
+                results |= zip(numbers, scores, strict=True)
                 bar.update(len(numbers))
-        return results
-
-    @property
-    def max_len(self):
-        """How many tokens the model takes at once."""
-        return self._model.config.model.max_len
+        return [results[number] for number in range(len(texts))]
 
     def _cut(self, context, continuation):
         """Cuts a text to the length of the model and a last target."""
         if not len(context):
             raise ValueError("a context has one token at least, such as the end-of-text token")
-        room = self.max_len + 1 - len(continuation)
+        max_len = self._model.config.model.max_len
+        room = max_len + 1 - len(continuation)
         if room < 1:
             what = f"a continuation has {len(continuation)} tokens; cut it into several"
-            raise UserError(f"model.max_len={self.max_len}: {what}")
+            raise UserError(f"model.max_len={max_len}: {what}")
         return tuple(context[-room:]), tuple(continuation)
 
     def _scored(self, texts):
@@ -90,57 +84,47 @@ class Scorer:
         by_context = {}
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
-        single = []  # numbers
-        shared = {}  # (N, S): [(context, numbers)]
+        # (N, S): [(tokens of the context, numbers)]; at (1, 0) [(tokens of the text, [number])].
+        groups = {(1, 0): []}
         for context, numbers in by_context.items():
+            lengths = [len(texts[number][1]) for number in numbers]
             if self._shares_contexts and len(numbers) > 1 and len(context) > SHORTEST_SHARED:
-                longest = max(len(texts[number][1]) for number in numbers)
-                shape = len(numbers), self._rounded(longest)
-                shared.setdefault(shape, []).append((context, numbers))
+                shape = len(numbers), self._rounded(max(lengths))
+                groups.setdefault(shape, []).append((len(context) - 1, numbers))
             else:
-                single += numbers
-
-        def text_length(number):
-            return sum(map(len, texts[number])) - 1
-
-        def context_length(group):
-            return len(group[0]) - 1
-
-        for numbers, length, size in self._batches(single, text_length):
-            arrays = _texts_arrays([texts[number] for number in numbers], size, length)
-            scores = self._run(self._score_texts, self._model.params, arrays)
-            yield numbers, scores[: len(numbers)]
-        for (n, end), groups in shared.items():
-            for batch, length, size in self._batches(groups, context_length, n, end):
-                choices = [(context, [texts[i][1] for i in numbers]) for context, numbers in batch]
-                arrays = _choices_arrays(choices, size, n, length, end)
-                scores = self._run(self._score_choices, self._model.by_layer, arrays)
-                numbers = [number for _, numbers in batch for number in numbers]
+                for number, length in zip(numbers, lengths, strict=True):
+                    groups[1, 0].append((len(context) - 1 + length, [number]))
+        for (n, end), of_shape in groups.items():
+            for numbers, length, rows in self._batches(of_shape, n, end):
+                batch = [texts[number] for number in numbers]
+                if end:
+                    arrays = _choices_arrays(batch, rows, n, length, end)
+                    scores = self._run(self._score_choices, self._model.by_layer, arrays)
+                else:
+                    arrays = _texts_arrays(batch, rows, length)
+                    scores = self._run(self._score_texts, self._model.params, arrays)
                 yield numbers, scores[: len(numbers)]
 
-    def _batches(self, items, length, n=1, others=0):
-        """Cuts items into batches, those that need most memory first.
+    def _batches(self, groups, n, end):
+        """Cuts groups into batches `(numbers, padded length, rows)`, the longest groups first.
 
-        Each item has `length(item)` tokens to be padded and `others`, n times. There are at most
-        two sizes of batches for a length.
-
-        Yields:
-          `(items, padded length, rows)`.
+        There are at most two sizes of batches for a length.
         """
-        items = sorted(items, key=length, reverse=True)
-        while items:
-            padded = self._rounded(length(items[0]))
-            size = max(1, self._batch_tokens // (n * (padded + others)))
-            size = min(size, 2 ** math.ceil(math.log2(len(items))))  # of the last items
-            size = multiple(size, self._model.batch_shards)
-            yield items[:size], padded, size
-            items = items[size:]
+        groups = sorted(groups, key=lambda group: group[0], reverse=True)
+        while groups:
+            padded = self._rounded(groups[0][0])
+            rows = max(1, self._batch_tokens // (n * (padded + end)))
+            rows = min(rows, 2 ** math.ceil(math.log2(len(groups))))  # of the last groups
+            rows = multiple(rows, self._model.batch_shards)
+            yield [number for _, numbers in groups[:rows] for number in numbers], padded, rows
+            groups = groups[rows:]
 
     def _rounded(self, length):
         """Rounds a length up to 16, 32, 48, 64, 96, 128, ... or the model's own."""
         power = 2 ** math.ceil(math.log2(max(length, SHORTEST)))
         padded = power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
-        return multiple(min(padded, self.max_len), self._model.mesh.shape["tensor"])
+        padded = min(padded, self._model.config.model.max_len)
+        return multiple(padded, self._model.mesh.shape["tensor"])
 
     def _run(self, program, params, arrays):
         """`(log-likelihood, greedy)` of each row."""
@@ -156,47 +140,38 @@ class Scorer:
         return list(zip(log_likelihood.tolist(), greedy.tolist(), strict=True))
 
 
-def _texts_arrays(texts, size, length):
-    """The batch of `score_texts` for `(context, continuation)` texts, `[size, length]`."""
-    tokens = np.zeros((size, length + 1), np.int32)
-    real, wanted = np.zeros((size, length), bool), np.zeros((size, length), bool)
+def _texts_arrays(texts, rows, length):
+    """The batch of `_score_texts` for `(context, continuation)` texts."""
+    tokens = np.zeros((rows, length + 1), np.int32)
+    real, wanted = np.zeros((2, rows, length), bool)
     for i, (context, continuation) in enumerate(texts):
-        first, end = len(context), len(context) + len(continuation)
-        tokens[i, :end] = context + continuation
-        real[i, : end - 1] = True
-        wanted[i, first - 1 : end - 1] = True
+        first, end = len(context) - 1, len(context) + len(continuation) - 1
+        tokens[i, : end + 1] = context + continuation
+        real[i, :end] = True
+        wanted[i, first:end] = True
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "real": real, "wanted": wanted}
 
 
-def _choices_arrays(groups, n_contexts, n, length, end):
-    """The batch of `score_choices` for `(context, N continuations)`, P = length, S = end."""
+def _choices_arrays(texts, n_contexts, n, length, end):
+    """The batch of `_score_choices` for `(context, continuation)` texts; each context has N."""
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
     known[:, 0] = True
     tokens = np.zeros((n_contexts * n, end + 1), np.int32)
     wanted = np.zeros((n_contexts * n, end), bool)
-    for i, (context, continuations) in enumerate(groups):
-        contexts[i, : len(context) - 1] = context[:-1]
-        known[i, : len(context) - 1] = True
-        for row, continuation in enumerate(continuations, i * n):
-            tokens[row, : len(continuation) + 1] = (context[-1], *continuation)
-            wanted[row, : len(continuation)] = True
+    for i, (context, continuation) in enumerate(texts):
+        contexts[i // n, : len(context) - 1] = context[:-1]
+        known[i // n, : len(context) - 1] = True
+        tokens[i, : len(continuation) + 1] = (context[-1], *continuation)
+        wanted[i, : len(continuation)] = True
     arrays = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "wanted": wanted}
     return arrays | {"contexts": contexts, "known": known}
 
 
-def score_texts(decoder: Decoder, params, routing_state, batch):
-    """Scores targets of whole texts.
+def _score_texts(decoder, params, routing_state, batch):
+    """Scores targets of whole texts: `(log-likelihood float32, greedy bool)`, `[B]`.
 
-    Args:
-      decoder: the model.
-      params: of the decoder.
-      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
-      batch: `inputs` and `targets` `[B, S]` int32; `real`, false where inputs are padding, and
-        `wanted`, true for targets to score, `[B, S]` bool.
-
-    Returns:
-      `(log-likelihood of the wanted targets, whether each of them is the likeliest token)`, `[B]`
-      float32 and bool.
+    A batch has `inputs` and `targets` `[B, S]` int32, `real`, false where inputs are padding, and
+    `wanted`, true for targets to score, `[B, S]` bool.
     """
     real = batch["real"].astype(jnp.float32)
     hidden, _ = decoder.apply(
@@ -205,19 +180,12 @@ def score_texts(decoder: Decoder, params, routing_state, batch):
     return _sums(params, hidden, batch)
 
 
-def score_choices(decoder: Decoder, params, routing_state, batch):
-    """Reads contexts once, and then scores each of their continuations after them.
+def _score_choices(decoder, params, routing_state, batch):
+    """Reads contexts once, then scores each of their continuations, as `_score_texts`, `[C N]`.
 
-    Args:
-      decoder: the model.
-      params: of the decoder, `decoding.unstacked`.
-      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
-      batch: `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, false for
-        padding; `inputs` and `targets` `[C N, S]` int32, from the last token of a context on, and
-        `wanted [C N, S]` bool.
-
-    Returns:
-      The results of `score_texts`, `[C N]`.
+    A batch has `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, false
+    for padding; `inputs` and `targets` `[C N, S]` int32, from the last token of a context on, and
+    `wanted [C N, S]` bool. The parameters are `decoding.unstacked`.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

@@ -9,7 +9,6 @@ benchmarks; for a model that was trained on other text the speeches may not be h
 
 import random
 import re
-from functools import partial
 
 import datasets
 
@@ -21,11 +20,7 @@ CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # of a choice
 
 
 def cloze_examples(split):
-    """Examples of the validation or test split.
-
-    Returns:
-      A list of dictionaries: `passage`, and its last `word` without the full stop.
-    """
+    """A list of dictionaries: `passage`, and its last `word` without the full stop."""
     examples = []
     for words in _speeches(split):
         passages, start = [], 0
@@ -40,11 +35,8 @@ def cloze_examples(split):
 
 
 def choice_examples(split):
-    """Examples of the validation or test split.
-
-    Returns:
-      A list of dictionaries: `context`, four `continuations`, and `label`, the index of the right
-      one.
+    """A list of dictionaries: `context`, four `continuations`, and `label`, the number of the right
+    one.
     """
     pieces, size = [], CONTEXT_WORDS + CONTINUATION_WORDS
     for words in _speeches(split):
@@ -74,10 +66,6 @@ def _spread(items):
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _data_set(examples, split, **metadata):
-    return {split: datasets.Dataset.from_list(examples(split))}
-
-
 _ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
 _TASKS = {
@@ -101,10 +89,9 @@ SPEECH_TASKS = tuple(_TASKS)
 
 def speech_task(name, split):
     """lm-eval's configuration of one of `SPEECH_TASKS`, on the validation or test split."""
-    return {
-        "task": name,
-        "custom_dataset": partial(_data_set, _EXAMPLES[name], split),
-        "test_split": split,
-        "metadata": {"version": 1.0},
-        **_TASKS[name],
-    }
+
+    def data_set(**metadata):
+        return {split: datasets.Dataset.from_list(_EXAMPLES[name](split))}
+
+    about = {"task": name, "test_split": split, "metadata": {"version": 1.0}}
+    return _TASKS[name] | about | {"custom_dataset": data_set}

@@ -13,6 +13,9 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import jax
+from tabulate import tabulate
+
 from aoe_jax.errors import UserError
 
 try:
@@ -24,11 +27,16 @@ except ModuleNotFoundError as e:
     raise UserError("--tasks needs the package lm-eval; run `pip install '.[eval]'`") from e
 
 from aoe_jax.config.checks import require_flag
+from aoe_jax.evaluation.harness import HarnessModel
+from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.run import check_split
 from aoe_jax.evaluation.speeches import SPEECH_TASKS, speech_task
 from aoe_jax.json_files import read_json, write_json
+from aoe_jax.model.decoding import check_decodes
 
 log = logging.getLogger(__name__)
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which isn't safe with JAX's threads
 
 # The paper's tasks: the folder of lm-eval that defines each, for its index of all tasks takes half
 # a minute to read; and the number of shots.
@@ -38,11 +46,7 @@ _PAPER = {
     "social_iqa": ("siqa", 0),
     "winogrande": ("winogrande", 0),
     "hellaswag": ("hellaswag", 0),
-    "mnli": ("glue", 3),
-    "qnli": ("glue", 3),
-    "sst2": ("glue", 3),
-    "mrpc": ("glue", 3),
-    "qqp": ("glue", 3),
+    **dict.fromkeys(("mnli", "qnli", "sst2", "mrpc", "qqp"), ("glue", 3)),
 }
 PAPER_TASKS = tuple(_PAPER)
 AVERAGED = PAPER_TASKS[:8]  # the AVG of the paper's Tables 2, 3 and 5
@@ -51,7 +55,7 @@ _SHOTS_SEED = 1234  # lm-eval's own
 
 
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
-    """Loads tasks of lm-eval and their data sets.
+    """Loads tasks of lm-eval and their data sets, as `lm_eval.evaluator.evaluate` takes them.
 
     Args:
       names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
@@ -62,19 +66,18 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
         hub's data set. None: from the hub.
       split: of the speeches.
 
-    Returns:
-      The tasks, as `lm_eval.evaluator.evaluate` takes them.
-
     Raises:
       UserError: a task is unknown, or its data set can't be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
-    public = [name for name in names if name not in SPEECH_TASKS]
-    if len(public) < len(names):
-        check_split(split)
-    index = _index(public)
-    specs = [speech_task(name, split) for name in names if name in SPEECH_TASKS]
-    specs += [_on_local_data(index, name, data) for name in public] if data else public
+    index = _index([name for name in names if name not in SPEECH_TASKS])
+    specs = []
+    for name in names:
+        if name in SPEECH_TASKS:
+            check_split(split)
+            specs.append(speech_task(name, split))
+        else:
+            specs.append(_on_local_data(index, name, data) if data else name)
     with _quiet():
         try:
             loaded = index.load(specs)
@@ -83,10 +86,8 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     if data:
         loaded = {"tasks": loaded["tasks"]}  # without their groups of one, see _on_local_data
     for name, task in loaded["tasks"].items():
-        shots = fewshot
-        if shots is None:
-            own = task.get_config("num_fewshot") or 0
-            shots = _PAPER[name][1] if name in _PAPER else own
+        _, default = _PAPER.get(name, (None, task.get_config("num_fewshot") or 0))
+        shots = default if fewshot is None else fewshot
         if data and shots and name not in SPEECH_TASKS:
             _check_shots(index.task_index[name].cfg, name, data, shots)
         task.set_config("num_fewshot", shots)
@@ -116,15 +117,14 @@ def _on_local_data(index, name, data):
     """The task as a group of one, whose data set is a folder."""
     wanted = "is a group of tasks; with --tasks-data name single ones"
     require_flag(name in index.all_subtasks, "tasks", name, wanted)
-    task, folder = index.task_index[name].cfg, data / name
-    kinds = ("training", "validation", "test", "fewshot")
-    splits = {f"{kind}_split": task.get(f"{kind}_split") for kind in kinds}
-    files = {split: str(folder / f"{split}.jsonl") for split in splits.values() if split}
-    found = {split: file for split, file in files.items() if Path(file).is_file()}
+    task = index.task_index[name].cfg
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    splits = {key: task.get(key) for key in keys}
     evaluated = splits["test_split"] or splits["validation_split"]
-    if evaluated not in found:
-        what = f"{files[evaluated]} is missing; it holds the examples of {name}, one a line"
-        raise UserError(f"--tasks-data={data}: {what}")
+    files = {split: data / name / f"{split}.jsonl" for split in splits.values() if split}
+    found = {split: str(file) for split, file in files.items() if file.is_file()}
+    wanted = f"{files[evaluated]} is missing; it holds the examples of {name}, one a line"
+    require_flag(evaluated in found, "tasks-data", data, wanted)
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": found}}
     local |= {key: split if split in found else None for key, split in splits.items()}
     return {"group": f"local {name}", "task": [{"task": name, **local}]}
@@ -132,11 +132,11 @@ def _on_local_data(index, name, data):
 
 def _check_shots(config, name, data, shots):
     split = config.get("fewshot_split") or config.get("training_split")
-    wanted = f"{name} has no split to take examples from; give --fewshot=0"
-    require_flag(split is not None, "fewshot", shots, wanted)
     file = data / name / f"{split}.jsonl"
-    enough = file.is_file() and len(file.read_bytes().splitlines()) > shots
     wanted = f"{file} must hold more than {shots} examples to take them from"
+    if split is None:
+        wanted = f"{name} has no split to take examples from; give --fewshot=0"
+    enough = file.is_file() and len(file.read_bytes().splitlines()) > shots
     require_flag(enough, "fewshot", shots, wanted)
 
 
@@ -154,19 +154,10 @@ def _cause(error, data):
 
 @contextmanager
 def _quiet():
-    """Hides lm-eval's remarks, and stops it from forking, which isn't safe with JAX's threads."""
-    logger = logging.getLogger("lm_eval")
-    level, alone = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="sklearn")  # an undefined F1 counts as 0
-            yield
-    finally:
-        logger.setLevel(level)
-        if alone is None:
-            del os.environ["DISABLE_MULTIPROC"]
+    """Hides what lm-eval prints."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="sklearn")  # an undefined F1 counts as 0
+        yield
 
 
 def prompts(tasks, limit=None):
@@ -180,12 +171,9 @@ def prompts(tasks, limit=None):
 
 
 def score_tasks(harness_model, tasks, limit=None):
-    """Scores a model on loaded tasks.
+    """Scores a `HarnessModel`, or another model of lm-eval, on the first examples of loaded tasks.
 
-    Args:
-      harness_model: a `HarnessModel`, or another model of lm-eval.
-      tasks: of `load_tasks`.
-      limit: how many examples of each task, the first ones; None: all.
+    `limit` is how many examples of each task; None: all.
 
     Returns:
       `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error
@@ -212,22 +200,20 @@ def _metrics(figures):
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = figures.get(f"{metric}_stderr,{answer_filter}")
-            stderr = stderr if isinstance(stderr, float) else None
             name = metric if answer_filter == "none" else f"{metric} ({answer_filter})"
+            stderr = stderr if isinstance(stderr, float) else None
             found[name] = {"value": float(value), "stderr": stderr}
     return found
 
 
 def tasks_table(report):
     """The report of `score_tasks` as lines of text, with means over the paper's tasks."""
-    width = max(map(len, (*report, "mean")))
-    rows = [f"{'task':<{width}}  shots  examples  {'metric':<12}  {'value':>9}  {'stderr':>7}"]
+    rows = []
     for task, entry in report.items():
-        head = f"{task:<{width}}  {_shown(entry['fewshot']):>5}  {_shown(entry['examples']):>8}"
+        head = [task, entry["fewshot"], entry["examples"]]
         for metric, figure in entry["metrics"].items():
-            value, stderr = f"{figure['value']:.4f}", _shown(figure["stderr"], ".4f")
-            rows.append(f"{head}  {metric:<12}  {value:>9}  {stderr:>7}")
-            head = " " * len(head)
+            rows.append([*head, metric, figure["value"], figure["stderr"]])
+            head = ["", "", ""]
     means = {"mean of": [task for task in PAPER_TASKS if task in report]}
     if all(task in report for task in AVERAGED):
         means = {"the paper's AVG of": AVERAGED} | means
@@ -235,27 +221,19 @@ def tasks_table(report):
         if len(tasks) > 1:
             accuracies = [report[task]["metrics"]["acc"] for task in tasks]
             mean = sum(figure["value"] for figure in accuracies) / len(tasks)
-            known = [figure["stderr"] for figure in accuracies]
-            stderr = math.nan if None in known else math.hypot(*known) / len(tasks)
-            head = f"{name} {len(tasks)}"
-            rows.append(f"{head:<{width + 17}}  {'acc':<12}  {mean:>9.4f}  {stderr:>7.4f}")
-    return "\n".join(rows)
-
-
-def _shown(value, form=""):
-    return "-" if value is None else format(value, form)
+            errors = [figure["stderr"] for figure in accuracies]
+            stderr = None if None in errors else math.hypot(*errors) / len(tasks)
+            rows.append([f"{name} {len(tasks)}", "", "", "acc", mean, stderr])
+    headers = ["task", "shots", "examples", "metric", "value", "stderr"]
+    alignment = ("left", "right", "right", "left", "right", "right")
+    return tabulate(rows, headers, "plain", ".4f", missingval="-", colalign=alignment)
 
 
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
     """Scores a checkpoint on tasks.
 
-    It prints a table, and enters each task in `tasks.json`, which keeps the results of others.
-
-    Args:
-      workdir, step, mesh: see `models.load_model`.
-      names: of the tasks.
-      limit: how many examples of each task, the first ones; None: all.
-      **settings: of `load_tasks`.
+    It prints a table, and enters each task in `tasks.json`, which keeps the results of others. The
+    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`.
 
     Returns:
       What `score_tasks` returns.
@@ -264,12 +242,6 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
       UserError: what `load_tasks`, `models.load_model` and `scoring.Scorer` raise; and for tasks
         that generate text what `check_decodes` raises.
     """
-    import jax
-
-    from aoe_jax.evaluation.harness import HarnessModel
-    from aoe_jax.evaluation.models import load_model
-    from aoe_jax.model.decoding import check_decodes
-
     wanted = "no such directory; name the workdir of a training run"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"

@@ -1,19 +1,27 @@
-"""Clusters of similar experts, and the experts of a cluster merged into one.
+"""Clusters of similar experts, the experts of a cluster merged into one, and models of these.
 
-Z experts of a layer, D clusters. An expert is a dictionary of arrays: `w_up [d, f]`,
-`w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]` and
-`w_gate_up [r, f]`.
+L layers, Z experts of each, D clusters, d model width. An expert is a dictionary of arrays:
+`w_up [d, f]`, `w_down [f, d]`, and `w_gate [d, f]` or, with a factorised gate, `w_gate_down [d, r]`
+and `w_gate_up [r, f]`.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import orthogonal_procrustes
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
+from tqdm import tqdm
+
+from aoe_jax.evaluation.models import Model
+from aoe_jax.parameters import matrix_init
+from aoe_jax.pruning.moments import Moments
+from aoe_jax.sharding import state_shardings
 
 FACTORS = ("w_gate_down", "w_gate_up")
 EXPERT_WEIGHTS = (*FACTORS, "w_gate", "w_up", "w_down")
@@ -40,18 +48,12 @@ class Cluster:
 
 
 def similarity(moments: np.ndarray) -> np.ndarray:
-    """`(1 + cosine) / 2` of the scores of every two experts.
+    """`(1 + cosine) / 2` of the scores of every two experts, from their second moments.
 
-    An expert whose scores are all 0 has cosine 0 with the others.
-
-    Args:
-      moments: `[Z, Z]`, second moments of the scores.
-
-    Returns:
-      `[Z, Z]` in [0, 1], 1 on the diagonal.
+    Both are `[Z, Z]`. An expert whose scores are all 0 has cosine 0 with the others, 1 with itself.
     """
     length = np.sqrt(np.diagonal(moments))
-    scale = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0)
+    scale = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
     cosine = np.clip(moments * scale[:, None] * scale[None, :], -1, 1)
     result = (1 + (cosine + cosine.T) / 2) / 2
     np.fill_diagonal(result, 1.0)
@@ -71,42 +73,31 @@ def uncurl(similarity, load, n_clusters, seed):
     while len(groups) < n_clusters:  # equal experts are fewer points than clusters
         largest = max(groups, key=len)
         groups = [group for group in groups if group is not largest] + [largest[:1], largest[1:]]
-    return [Cluster.of(group, load) for group in groups]
-
-
-def frequency_merge(similarity, load, n_clusters, seed):
-    """Each of the D experts with the largest load is joined by the experts most similar to it."""
-    order = np.argsort(-np.asarray(load), kind="stable")
-    centres, others = order[:n_clusters], order[n_clusters:]
-    groups = {int(centre): [centre] for centre in centres}
-    for other in others:
-        groups[int(centres[np.argmax(similarity[other, centres])])].append(other)
-    return [Cluster.of(group, load) for group in groups.values()]
+    return groups
 
 
 def greedy(similarity, load, n_clusters, seed):
     """The D experts with the largest load stay as they are, and the others are dropped."""
-    order = np.argsort(-np.asarray(load), kind="stable")
-    return [Cluster.of([centre], load) for centre in order[:n_clusters]]
+    return np.argsort(-np.asarray(load), kind="stable")[:n_clusters, None]
 
 
+def frequency_merge(similarity, load, n_clusters, seed):
+    """Each of the D experts with the largest load is joined by the experts most similar to it."""
+    centres = greedy(similarity, load, n_clusters, seed)[:, 0]
+    nearest = centres[np.argmax(similarity[:, centres], axis=1)]
+    nearest[centres] = centres
+    return [np.flatnonzero(nearest == centre) for centre in centres]
+
+
+# Functions `(similarity [Z, Z], load [Z], D, seed of k-means) -> D groups of experts`; the load is
+# how often each expert is chosen.
 METHODS = {"uncurl": uncurl, "frequency_merge": frequency_merge, "greedy": greedy}
 
 
 def find_clusters(method, similarity, load, n_clusters, seed=0):
-    """The clusters of a layer, in the order of their references.
-
-    Args:
-      method: a name of `METHODS`.
-      similarity: `[Z, Z]`, of `similarity`.
-      load: `[Z]`, how often each expert is chosen.
-      n_clusters: D.
-      seed: of k-means.
-
-    Returns:
-      A list of D `Cluster`s.
-    """
-    clusters = METHODS[method](similarity, load, n_clusters, seed)
+    """The D `Cluster`s of a layer by one of `METHODS`, in the order of their references."""
+    groups = METHODS[method](similarity, load, n_clusters, seed)
+    clusters = [Cluster.of(group, load) for group in groups]
     return sorted(clusters, key=lambda cluster: cluster.reference)
 
 
@@ -119,23 +110,21 @@ def aligned(reference, expert):
     w_gate_up together, the permutation the assignment problem for w_gate_up or w_gate, w_up and
     w_down. Signs and scales of w_up and w_down stay.
     """
-    low_rank = "w_gate_down" in expert
+    expert, low_rank = dict(expert), "w_gate_down" in expert
+    by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")
     for _ in range(_ROUNDS if low_rank else 1):
         if low_rank:
             there, here = (
                 np.concatenate([e["w_gate_down"], e["w_gate_up"].T]) for e in (reference, expert)
             )
             q = orthogonal_procrustes(here, there)[0]
-            expert = expert | {
-                "w_gate_down": expert["w_gate_down"] @ q,
-                "w_gate_up": q.T @ expert["w_gate_up"],
-            }
-        by_column = ("w_gate_up" if low_rank else "w_gate", "w_up")
+            expert["w_gate_down"] = expert["w_gate_down"] @ q
+            expert["w_gate_up"] = q.T @ expert["w_gate_up"]
         likeness = reference["w_down"] @ expert["w_down"].T
         for name in by_column:
             likeness += reference[name].T @ expert[name]
         order = linear_sum_assignment(likeness, maximize=True)[1]
-        expert = expert | {name: expert[name][:, order] for name in by_column}
+        expert |= {name: expert[name][:, order] for name in by_column}
         expert["w_down"] = expert["w_down"][order]
     return expert
 
@@ -143,34 +132,26 @@ def aligned(reference, expert):
 def merge(weights: dict[str, np.ndarray], clusters: Sequence[Cluster]) -> dict[str, np.ndarray]:
     """Averages the aligned experts of each cluster, weighted by how often they are chosen.
 
-    Args:
-      weights: of the experts of a layer, `[Z, ...]` by name.
-      clusters: D of them. A cluster of one is its expert, bit for bit.
-
-    Returns:
-      The weights of the merged experts, `[D, ...]` by name, in the same dtypes.
+    The weights of a layer's experts, `[Z, ...]` by name, become `[D, ...]` in the same dtypes. A
+    cluster of one is its expert, bit for bit.
     """
-    merged = {name: np.empty((len(clusters), *a.shape[1:]), a.dtype) for name, a in weights.items()}
-    for number, cluster in enumerate(clusters):
-        for name, a in _average(weights, cluster).items():
-            merged[name][number] = a
-    return merged
+    merged = [_average(weights, cluster) for cluster in clusters]
+    return {name: np.stack([expert[name] for expert in merged]) for name in weights}
 
 
 def _average(weights, cluster):
-    if len(cluster.members) == 1:
-        return {name: a[cluster.reference] for name, a in weights.items()}
-
     def expert(number):
         return {name: a[number].astype(np.float32) for name, a in weights.items()}
 
+    if len(cluster.members) == 1:
+        return {name: a[cluster.reference] for name, a in weights.items()}
     reference = expert(cluster.reference)
     total = {name: np.zeros_like(a) for name, a in reference.items()}
     for number, weight in zip(cluster.members, cluster.weights, strict=True):
         member = reference if number == cluster.reference else aligned(reference, expert(number))
         for name, a in member.items():
             total[name] += np.float32(weight) * a
-    return total
+    return {name: a.astype(weights[name].dtype) for name, a in total.items()}
 
 
 def membership(clusters: Sequence[Cluster], n_experts) -> np.ndarray:
@@ -182,16 +163,79 @@ def membership(clusters: Sequence[Cluster], n_experts) -> np.ndarray:
 
 
 def score_targets(clusters: Sequence[Cluster], mean, chosen, chosen_score) -> np.ndarray:
-    """The mean score with which tokens chose the members of each cluster.
+    """The mean score with which tokens chose the members of each cluster, `[D]`.
 
-    Args:
-      clusters: D of a layer.
-      mean: `[Z]`, the mean scores over all tokens, used for experts that no token chose.
-      chosen: `[Z]`, how many tokens chose each expert.
-      chosen_score: `[Z]`, the sum of an expert's scores over these tokens.
-
-    Returns:
-      `[D]`, the mean over the members by their weights.
+    The others are `Moments` of a layer, `[Z]`; the mean over all tokens stands in for experts that
+    no token chose.
     """
     own = np.where(chosen > 0, chosen_score / np.maximum(chosen, 1), mean)
     return np.array([np.dot(cluster.weights, own[list(cluster.members)]) for cluster in clusters])
+
+
+def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, method, seed=0):
+    """The parameters of a model with D experts.
+
+    The host holds the experts of one layer, and the merged experts of all layers.
+
+    Args:
+      model: the model before pruning.
+      moments: of its scores.
+      merged_scores: `moments.merged_scores` of the model over the same batches.
+      n_experts: D, at most Z.
+      method: a name of `METHODS`.
+      seed: of k-means and of a new router.
+
+    Returns:
+      The parameters on the model's mesh, and a list of `Cluster`s for every layer.
+    """
+    experts, is_aoe = model.params["layers"]["experts"], model.config.experts.kind == "aoe"
+    weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}
+    second = moments.scatter if is_aoe else moments.gram
+    clusters = [
+        find_clusters(method, similarity(of_layer), load, n_experts, seed)
+        for of_layer, load in zip(second, moments.load, strict=True)
+    ]
+    shape = len(clusters), n_experts
+    merged = {name: np.empty(shape + a.shape[2:], a.dtype) for name, a in weights.items()}
+    for layer, of_layer in enumerate(tqdm(clusters, desc=method, unit="layer")):
+        found = merge({name: jax.device_get(a[layer]) for name, a in weights.items()}, of_layer)
+        for name, a in found.items():
+            merged[name][layer] = a
+    if is_aoe:
+        _rescale_norms(merged, moments, merged_scores, clusters)
+    else:
+        merged["w_router"] = _router(experts["w_router"], clusters, method, seed)
+    params = model.params | {"layers": model.params["layers"] | {"experts": merged}}
+    with jax.set_mesh(model.mesh):
+        return jax.device_put(params, state_shardings(model.mesh, params)), clusters
+
+
+def _rescale_norms(merged, moments, merged_scores, clusters):
+    """Scales w_gate_down of merged experts to the mean scores of their members' choices.
+
+    Averages are shorter than their members. w_gate_up is scaled by the inverse, so that outputs
+    stay; clusters of one stay as they are.
+    """
+    members = np.stack([membership(of_layer, moments.mean.shape[1]) for of_layer in clusters])
+    several = members.sum(axis=1) > 1
+    if not several.any():
+        return
+    down, up = FACTORS
+    found = merged_scores(merged[down], members)
+    of_layers = zip(clusters, moments.mean, moments.chosen, moments.chosen_score, strict=True)
+    wanted = np.stack([score_targets(*of_layer) for of_layer in of_layers])
+    known = several & (found > 0) & (wanted > 0)
+    scale = np.divide(wanted, found, out=np.ones_like(found), where=known)
+    scale = scale[:, :, None, None].astype(np.float32)
+    merged[down] = (merged[down] * scale).astype(merged[down].dtype)
+    merged[up] = (merged[up] / scale).astype(merged[up].dtype)
+
+
+def _router(w_router, clusters, method, seed):
+    """`[L, d, D]`: the columns of the experts that `greedy` keeps, else a new random router."""
+    if method == "greedy":
+        kept = [[cluster.reference for cluster in of_layer] for of_layer in clusters]
+        return jnp.take_along_axis(w_router, jnp.array(kept)[:, None, :], axis=2)
+    shape = (w_router.shape[1], len(clusters[0]))
+    keys = jax.random.split(jax.random.key(seed), len(clusters))
+    return jnp.stack([matrix_init(key, shape) for key in keys]).astype(w_router.dtype)

@@ -3,7 +3,7 @@
 L layers, Z experts, D merged ones, t tokens of a device, d model width, r low rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -62,44 +62,39 @@ def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
     """
     step, total = observing_step(model, _score_sums), None
     for batch in tqdm(batches, desc="scores", unit="batch"):
-        sums = [np.asarray(a, np.float64) for a in jax.device_get(step(batch, None))]
-        found = Moments(float(sums[0][0]), *sums[1:])
+        tokens, *sums = _in_float64(step(batch))
+        found = Moments(float(tokens[0]), *sums)
         total = found if total is None else total.plus(found)
     return total
 
 
-class MergedScores:
-    """The mean scores that merged AoE experts would have in a model; compiled once."""
+def merged_scores(model: Model, batches: Sequence[dict]):
+    """A function `(w_gate_down, members) -> mean scores` of merged AoE experts.
 
-    def __init__(self, model: Model, batches: Iterable[dict]):
-        """Takes the model before pruning, and the host batches of its `Moments`."""
-        self._mesh, self._batches = model.mesh, batches
-        self._step = observing_step(model, _merged_sums)
+    It takes `w_gate_down [L, D, d, r]` of these, and `members [L, Z, D]`, 1 where an expert is
+    merged into one, else 0. The mean scores, `[L, D]` float64, are over the tokens of host batches
+    that chose a member in the model before pruning, counted once for each member that they chose;
+    over all tokens if none did.
+    """
+    step = observing_step(model, _merged_sums)
 
-    def __call__(self, w_gate_down, members) -> np.ndarray:
-        """Computes the mean scores, in one forward pass of the model before pruning.
-
-        Args:
-          w_gate_down: `[L, D, d, r]` of the merged experts.
-          members: `[L, Z, D]`, 1 where an expert is merged into one, else 0.
-
-        Returns:
-          `[L, D]` float64, the mean score of each merged expert over the tokens that chose a
-          member, counted once for each member that they chose; over all tokens if none did.
-        """
-        merged = jax.device_put(
-            (w_gate_down, np.asarray(members, np.float32)), replicated(self._mesh)
-        )
-        total = None
-        for batch in tqdm(self._batches, desc="merged scores", unit="batch"):
-            sums = [np.asarray(a, np.float64) for a in jax.device_get(self._step(batch, merged))]
-            total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+    def mean_scores(w_gate_down, members):
+        given = w_gate_down, np.asarray(members, np.float32)
+        given, total = jax.device_put(given, replicated(model.mesh)), 0
+        for batch in tqdm(batches, desc="merged scores", unit="batch"):
+            total = np.add(total, _in_float64(step(batch, given)))
         of_own, n_own, of_all, n_all = total
-        return np.where(n_own > 0, of_own / np.maximum(n_own, 1), of_all / n_all[:, None])
+        return np.where(n_own > 0, of_own / np.maximum(n_own, 1), of_all / n_all)
+
+    return mean_scores
+
+
+def _in_float64(arrays):
+    return [np.asarray(a, np.float64) for a in jax.device_get(arrays)]
 
 
 def observing_step(model, observe):
-    """A jitted forward pass `(host batch, given) -> the results of observe`, stacked over layers.
+    """A jitted forward pass `(host batch, given=None) -> the results of observe`, stacked by layer.
 
     `observe(ctx, chosen, scores, given)` is called in each layer with its `Context`, the choices
     `chosen [T, Z]` (1 or 0, 0 for padding), `scores [T, Z]`, and the layer's part of `given`,
@@ -129,7 +124,7 @@ def observing_step(model, observe):
 
     compiled = jax.jit(observed, out_shardings=replicated(model.mesh))
 
-    def step(batch, given):
+    def step(batch, given=None):
         with jax.set_mesh(model.mesh):
             return compiled(model.params, model.routing_state, model.put(batch), given)
 
@@ -156,6 +151,5 @@ def _merged_sums(ctx, chosen, scores, given):
     (w_gate_down, members), token_weights = given, ctx.token_weights
     own, norms = chosen @ members, scoring.norms(ctx.x, w_gate_down)
     of_all = _product("t,td->d", token_weights, norms)
-    return ctx.devices.total(
-        ((own * norms).sum(axis=0), own.sum(axis=0), of_all, token_weights.sum())
-    )
+    n_all = jnp.full_like(of_all, token_weights.sum())
+    return ctx.devices.total(((own * norms).sum(axis=0), own.sum(axis=0), of_all, n_all))

@@ -8,33 +8,30 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import eval_batches, train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import Model, load_model
+from aoe_jax.evaluation.models import Model, corpus_of, load_model, source_config
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.reading import RUN_FILE, is_model, read_config
+from aoe_jax.formats.reading import RUN_FILE, is_model
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.balance import load_entropy
-from aoe_jax.pruning.merging import METHODS
-from aoe_jax.pruning.moments import MergedScores, score_moments
-from aoe_jax.pruning.params import pruned_params
-from aoe_jax.training.workdir import check_data, read_run_config
+from aoe_jax.pruning.merging import METHODS, pruned_params
+from aoe_jax.pruning.moments import merged_scores, score_moments
 
 log = logging.getLogger(__name__)
 
 PRUNABLE = ("top_k", "top_p", "sparsemixer", "erc", "capacity")  # routers whose scores alone decide
-
-REPORT = "prune.json"
 
 
 def prune(
@@ -51,21 +48,9 @@ def prune(
 ):
     """Writes a model with fewer experts to `output`, which appears only once it is complete.
 
-    It prints a table.
-
-    Args:
-      workdir: of a training run, or the directory of a model, see `models.load_model`.
-      output: a directory that doesn't exist.
-      n_experts: how many every layer is to have.
-      method: a name of `merging.METHODS`.
-      data: corpora as in `data.name`: the scores on the train split decide which experts are
-        similar, the validation split scores the result; None: those of the model's run.
-      n_tokens: of the train split, drawn at random, and of each source's validation split, the
-        first ones; rounded up to whole batches.
-      seed: of the tokens, of k-means and of a new router.
-      step: which checkpoint of a run.
-      mesh: see `models.load_model`.
-      baselines: whether to score the other methods too.
+    It prints a table. The arguments are the flags of `aoe_jax.prune`. Tokens of the train split are
+    drawn at random, and those of each source's validation split are the first ones; both are
+    rounded up to whole batches.
 
     Returns:
       The content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that scores
@@ -80,31 +65,46 @@ def prune(
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
         check_prunes(model, n_experts, workdir)
-        source = _source_config(workdir)
-        train, validation = _batches(model, _open_corpus(workdir, source, data), n_tokens, seed)
-        moments, merged_scores = score_moments(model, train), MergedScores(model, train)
-        _check_finite(moments, workdir)
+        train, validation = _batches(model, _corpus(model, workdir, data), n_tokens, seed)
+        moments = score_moments(model, train)
+        for layer, scatter in enumerate(moments.scatter):
+            wanted = f"scores of layer {layer} aren't finite; the model is damaged"
+            require_flag(np.isfinite(scatter).all(), "workdir", workdir, wanted)
         before = _evaluator(model, model.decoder, validation)(model.params, model.routing_state)
-        nll = {"before": before.nll}
+        nll, merged = {"before": before.nll}, merged_scores(model, train)
         decoder = Decoder.from_config(_pruned(model.config, n_experts))
         evaluate_pruned = _evaluator(model, decoder, validation)
-        for name in [other for other in METHODS if other != method and baselines] + [method]:
-            params, clusters = pruned_params(model, moments, merged_scores, n_experts, name, seed)
+        others = [name for name in METHODS if name != method] if baselines else []
+        for name in [*others, method]:
+            params, clusters = pruned_params(model, moments, merged, n_experts, name, seed)
             after = evaluate_pruned(params, {})
             nll[name] = after.nll
-        report = {
-            "method": method,
-            "step": model.step,
-            "tokens": int(moments.tokens),
-            "nll": nll,
-            "layers": _layers(moments, clusters, before.stats.load, after.stats.load),
-        }
+        layers = [
+            {
+                "load": moments.load[layer].tolist(),
+                "load_entropy": float(load_entropy(before.stats.load[layer])),
+                "load_entropy_after": float(load_entropy(after.stats.load[layer])),
+                "clusters": [dataclasses.asdict(cluster) for cluster in of_layer],
+            }
+            for layer, of_layer in enumerate(clusters)
+        ]
+        report = {"method": method, "step": model.step, "tokens": int(moments.tokens)}
+        report |= {"nll": nll, "layers": layers}
         # The mesh of the run may not divide D.
-        config = dataclasses.replace(_pruned(source, n_experts), mesh=MeshConfig())
+        config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
         _write(workdir, partial_output, model.step, config, params)
-        write_json(partial_output / REPORT, report)
+        write_json(partial_output / "prune.json", report)
     print(prune_table(report))
-    _warn(model, method)
+    if "selection_bias" in model.routing_state:
+        log.warning(
+            "the selection bias of loss-free balancing was made for the old experts: it starts at "
+            "0 again, and balance.bias_rate=0 in the result, so give a rate when you train it"
+        )
+    if model.config.experts.has_router and method != "greedy":
+        log.warning(
+            "the router is a new random one, so nll tells nothing before it is trained, see "
+            "train.router_steps"
+        )
     return report
 
 
@@ -115,37 +115,31 @@ def check_prunes(model: Model, n_experts, workdir):
       UserError: it is dense, its kind or selection isn't supported, it has a large router, or
         `n_experts` is out of range.
     """
-    e, has = model.config.experts, f"--workdir={workdir} has"
-    router = model.config.routing.name
+    e, router, reason = model.config.experts, model.config.routing.name, None
     if e.kind == "dense":
-        raise UserError(f"{has} experts.kind='dense': a dense model has no experts to merge")
-    if router == "expert_choice":
-        raise UserError(
-            f"{has} routing.name='expert_choice': every expert takes equally many tokens, so "
-            "nothing says which matter"
+        reason = "experts.kind='dense': a dense model has no experts to merge"
+    elif router == "expert_choice":
+        reason = (
+            "routing.name='expert_choice': every expert takes equally many tokens, so nothing says "
+            "which matter"
         )
-    if router not in PRUNABLE:
-        raise UserError(
-            f"{has} routing.name={router!r}: pruning is not implemented for it; use a model with "
-            f"one of {', '.join(PRUNABLE)}"
+    elif router not in PRUNABLE:
+        reason = (
+            f"routing.name={router!r}: pruning is not implemented for it; use a model with one of "
+            f"{', '.join(PRUNABLE)}"
         )
-    if e.large_router:
-        raise UserError(
-            f"{has} experts.large_router=True: the width of a large router depends on its experts; "
-            "use a model without one"
+    elif e.large_router:
+        reason = (
+            "experts.large_router=True: the width of a large router depends on its experts; use a "
+            "model without one"
         )
-    if not e.top_k <= n_experts < e.n_experts:
-        raise UserError(
-            f"--experts={n_experts}: must be at least experts.top_k={e.top_k} and fewer than the "
-            f"{e.n_experts} experts of {workdir}"
-        )
-
-
-def _source_config(workdir) -> Config:
-    """The configuration as it was given, not as fitted to the devices here."""
-    if is_model(workdir):
-        return read_config(workdir)
-    return read_run_config(workdir / "config.json")
+    if reason:
+        raise UserError(f"--workdir={workdir} has {reason}")
+    wanted = (
+        f"must be at least experts.top_k={e.top_k} and fewer than the {e.n_experts} experts of "
+        f"{workdir}"
+    )
+    require_flag(e.top_k <= n_experts < e.n_experts, "experts", n_experts, wanted)
 
 
 def _pruned(config, n_experts):
@@ -165,24 +159,15 @@ def _batches(model, corpus, n_tokens, seed):
     return list(itertools.islice(train, n)), list(itertools.chain.from_iterable(firsts))
 
 
-def _open_corpus(workdir, config, data):
+def _corpus(model, workdir, data):
     if data is None:
-        corpus = open_corpus(config.data, config.model.vocab_size)
-        check_data(workdir, corpus)
-        return corpus
-    tokenizer = str(saved_tokenizer(workdir))
+        return corpus_of(model, workdir)
+    config, tokenizer = model.config, str(saved_tokenizer(workdir))
     try:
         named = dataclasses.replace(config.data, name=data, path=None, tokenizer=tokenizer)
         return open_corpus(named, config.model.vocab_size)
     except UserError as e:
         raise UserError(f"--data={data}: {e}") from e
-
-
-def _check_finite(moments, workdir):
-    for layer, scatter in enumerate(moments.scatter):
-        if not np.isfinite(scatter).all():
-            what = f"scores of layer {layer} aren't finite; the model is damaged"
-            raise UserError(f"--workdir={workdir}: {what}")
 
 
 def _evaluator(model, decoder, batches):
@@ -197,18 +182,6 @@ def _evaluator(model, decoder, batches):
     return evaluate
 
 
-def _layers(moments, clusters, load, load_after):
-    return [
-        {
-            "load": moments.load[layer].tolist(),
-            "load_entropy": float(load_entropy(load[layer])),
-            "load_entropy_after": float(load_entropy(load_after[layer])),
-            "clusters": [dataclasses.asdict(cluster) for cluster in of_layer],
-        }
-        for layer, of_layer in enumerate(clusters)
-    ]
-
-
 def _write(workdir, directory, step, config, params):
     values = to_json(config)
     if is_model(workdir):
@@ -220,33 +193,17 @@ def _write(workdir, directory, step, config, params):
         write_run(directory, workdir, step, config)
 
 
-def _warn(model, method):
-    if "selection_bias" in model.routing_state:
-        log.warning(
-            "the selection bias of loss-free balancing was made for the old experts: it starts at "
-            "0 again, and balance.bias_rate=0 in the result, so give a rate when you train it"
-        )
-    if model.config.experts.has_router and method != "greedy":
-        log.warning(
-            "the router is a new random one, so nll tells nothing before it is trained, see "
-            "train.router_steps"
-        )
-
-
 def prune_table(report):
     """The report of `prune` as lines of text, a row a layer; experts are numbered from 0."""
-    head = "experts merged into one, and their share of the load"
-    rows = [f"{'layer':>5}  {'Ent_load':>8}  {'after':>6}  {head}"]
-    for number, layer in enumerate(report["layers"]):
+    rows = []
+    for layer in report["layers"]:
         share = np.array(layer["load"]) / sum(layer["load"])
-        clusters = [cluster["members"] for cluster in layer["clusters"]]
-        shown = "  ".join(
-            f"{'+'.join(map(str, members))} {100 * share[members].sum():.1f}%"
-            for members in map(list, clusters)
-        )
-        entropies = f"{layer['load_entropy']:>8.3f}  {layer['load_entropy_after']:>6.3f}"
-        rows.append(f"{number:>5}  {entropies}  {shown}")
-    n, n_after = len(report["layers"][0]["load"]), len(report["layers"][0]["clusters"])
+        clusters = [list(cluster["members"]) for cluster in layer["clusters"]]
+        shown = [f"{'+'.join(map(str, c))} {share[c].sum():.1%}" for c in clusters]
+        rows.append([layer["load_entropy"], layer["load_entropy_after"], "  ".join(shown)])
+    head = "experts merged into one, and their share of the load"
+    table = tabulate(rows, ["layer", "Ent_load", "after", head], "plain", ".3f", showindex=True)
+    n, n_after = len(share), len(clusters)
     nll = ", ".join(f"{name} {value:.4f}" for name, value in report["nll"].items())
     most = f"Ent_load is at most {np.log(n):.3f}, then {np.log(n_after):.3f}"
-    return "\n".join([*rows, f"{most}; validation nll: {nll}"])
+    return f"{table}\n{most}; validation nll: {nll}"

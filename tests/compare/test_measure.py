@@ -233,15 +233,15 @@ from aoe_jax.compare.routing import validation_batches
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.evaluation.perplexity import make_eval_step
+from aoe_jax.evaluation.perplexity import compile_eval_step
 from aoe_jax.json_files import read_json
 for folder in map(Path, sys.argv[1:]):
     config = Config.from_config_dict(read_json(folder / "config.json"))
     model = load_model(folder)
     batch = model.put(next(validation_batches(folder, config, config.train.batch_size)))
-    eval_step = make_eval_step(model.decoder, model.config.data.document_mask)
+    eval_step = compile_eval_step(model.decoder, config.data.document_mask, model.mesh)
     with jax.set_mesh(model.mesh):
-        nll, tokens, _ = jax.jit(eval_step)(model.params, model.routing_state, batch)
+        nll, tokens, _ = eval_step(model.params, model.routing_state, batch)
     steps = RepeatedStep(config, folder), RepeatedStep(config)
     print(json.dumps([float(nll.sum() / tokens), *(float(step()["nll"]) for step in steps)]))
 """

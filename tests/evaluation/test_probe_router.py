@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from aoe_jax import RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.evaluation.probe_router import (
+from aoe_jax.evaluation.probing import (
     NODES,
     NORMS,
     ProbeRouter,

@@ -125,7 +125,7 @@ def test_logits_of_a_batch_are_never_whole():
     model = make_model(make_config(model__vocab_size=8192))
     batch = scoring._texts_arrays([(tuple(range(62)), (1, 2, 3))] * 64, 64, 64)
     program = (
-        jax.jit(partial(scoring.score_texts, model.decoder))
+        jax.jit(partial(scoring._score_texts, model.decoder))
         .lower(model.params, None, batch)
         .compile()
     )

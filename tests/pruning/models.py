@@ -47,8 +47,8 @@ def moments_of(kind):
 
 @functools.cache
 def merged_scores_of(kind):
-    """`MergedScores` of the same."""
-    return moments.MergedScores(model_of(kind), batches())
+    """`merged_scores` of the same."""
+    return moments.merged_scores(model_of(kind), batches())
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def seen(model, of_batches):
         return ctx.x, ctx.token_weights, chosen, scores
 
     step = moments.observing_step(model, observe)
-    found = [jax.device_get(step(batch, None)) for batch in of_batches]
+    found = [jax.device_get(step(batch)) for batch in of_batches]
     x, weights, chosen, scores = (
         np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True)
     )

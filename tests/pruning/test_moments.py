@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.pruning.moments import MergedScores, Moments, score_moments
+from aoe_jax.pruning.moments import Moments, merged_scores, score_moments
 from tests.evaluation.models import make_config, make_model
 from tests.pruning.models import batches, merged_scores_of, model_of, moments_of, seen_by
 
@@ -101,6 +101,7 @@ def test_a_mesh_gathers_the_same():
     )
     members[:, :2] = 1
     scores = [
-        of(w_gate_down, members) for of in (merged_scores_of("aoe"), MergedScores(split, batches()))
+        of(w_gate_down, members)
+        for of in (merged_scores_of("aoe"), merged_scores(split, batches()))
     ]
     np.testing.assert_allclose(*scores, rtol=1e-5)

@@ -9,9 +9,8 @@ import pytest
 
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.pruning import merging
-from aoe_jax.pruning.merging import METHODS
-from aoe_jax.pruning.moments import MergedScores, score_moments
-from aoe_jax.pruning.params import pruned_params
+from aoe_jax.pruning.merging import METHODS, pruned_params
+from aoe_jax.pruning.moments import merged_scores, score_moments
 from tests.pruning.experts import disguised
 from tests.pruning.models import batches, merged_scores_of, model_of, moments_of, seen_by
 
@@ -82,10 +81,10 @@ def test_doubled_experts_are_found_and_restored(kind, monkeypatch):
     want = logits(model.decoder, model.params)
     np.testing.assert_allclose(logits(twice.decoder, twice.params), want, atol=1e-5)
 
-    moments, merged_scores = score_moments(twice, batches()), MergedScores(twice, batches())
+    moments, scores = score_moments(twice, batches()), merged_scores(twice, batches())
 
     def restored():
-        params, clusters = pruned_params(twice, moments, merged_scores, 4, "uncurl")
+        params, clusters = pruned_params(twice, moments, scores, 4, "uncurl")
         assert all(len(cluster.members) == 2 for of_layer in clusters for cluster in of_layer)
         params = jax.device_get(params)
         if kind == "router":
