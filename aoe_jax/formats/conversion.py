@@ -10,7 +10,14 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import as_own
-from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
+from aoe_jax.formats.reading import (
+    RUN_FILE,
+    ModelReader,
+    abstract_parameters,
+    read_config,
+    read_step,
+    shapes_by_path,
+)
 from aoe_jax.formats.tokenizer_files import copy_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.json_files import write_json
@@ -47,26 +54,25 @@ def convert(checkpoint: Path, output: Path, d_low: int):
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low)
-    reader, shapes = ModelReader(checkpoint, config), parameter_shapes(converted)
-    dtypes = {path: reader.dtype(_GATE if path in _FACTORS else path) for path in shapes}
-    _warn(config, converted, reader)
+    reader, shapes = ModelReader(checkpoint, config), shapes_by_path(abstract_parameters(converted))
+    _warn(config, reader)
     factors, energy = {}, []  # factors of one layer; energy kept of each layer so far
 
     def parameter(path, layer):
         if path not in _FACTORS:
             return reader.layer(path, layer)
-        if layer not in factors:
-            factors.clear()
-            w_gate_down, w_gate_up, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
-            factors[layer] = dict(zip(_FACTORS, (w_gate_down, w_gate_up), strict=True))
+        if not factors:
+            *both, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
+            factors.update(zip(_FACTORS, both, strict=True))
             energy.append({"mean": sum(kept) / len(kept), "min": min(kept), "experts": kept})
             kept = f"energy kept {energy[-1]['mean']:.4f}, least of an expert {min(kept):.4f}"
             log.info("layer %d of %d: %s", len(energy), config.model.n_layers, kept)
-        return factors[layer][path].astype(dtypes[path])
+        return factors.pop(path).astype(reader.dtype(_GATE))
 
     with new_directory(output) as partial_output:
         values = as_own(converted) | copy_tokenizer(checkpoint, partial_output)
-        write_model(partial_output, values, shapes, parameter, dtypes)
+        values["torch_dtype"] = reader.dtype("embed/embedding").name
+        write_model(partial_output, values, shapes, parameter)
         mean = sum(layer["mean"] for layer in energy) / len(energy)
         report = {
             "d_low": d_low,
@@ -80,7 +86,6 @@ def convert(checkpoint: Path, output: Path, d_low: int):
 
 
 def _converted(config: Config, checkpoint, d_low):
-    """The configuration of the AoE."""
     experts, d_model, has = config.experts, config.model.d_model, f"--checkpoint={checkpoint} has"
     whole = "only a router MoE with whole gates can be converted"
     if experts.kind == "router" and experts.factorised_gate:
@@ -109,7 +114,7 @@ def _converted(config: Config, checkpoint, d_low):
     )
 
 
-def _warn(config, converted, reader):
+def _warn(config, reader):
     if "selection_bias" in reader.routing_state:
         log.warning(
             "the selection bias of loss-free balancing goes with the router: it was made for its "
@@ -141,6 +146,6 @@ def _factorise(w_gate, rank, layer):
             raise UserError(f"--checkpoint: {where} isn't finite; it is damaged")
         u, s, v = np.linalg.svd(w, full_matrices=False)
         w_gate_down[expert], w_gate_up[expert] = u[:, :rank] * s[:rank], v[:rank]
-        energy = np.sum(s**2, dtype=np.float64)
-        kept.append(float(np.sum(s[:rank] ** 2, dtype=np.float64) / energy) if energy else 1.0)
+        squares = s.astype(np.float64) ** 2
+        kept.append(float(squares[:rank].sum() / squares.sum()) if squares.any() else 1.0)
     return w_gate_down, w_gate_up, kept

@@ -11,7 +11,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import computed_fields, is_choice
+from aoe_jax.formats.configs import differing_fields, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.training.optimizer import make_optimizer
@@ -82,11 +82,9 @@ def _loaded(config, mesh, tokenizer):
 
 
 def _check_architecture(directory, model, config):
-    there, here = computed_fields(model), computed_fields(config)
     differing = {
-        name: f"config.{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        name: f"config.{name} is {there!r} there, {here!r} here"
+        for name, there, here in differing_fields(model, config)
     }
     if others := [text for name, text in differing.items() if not is_choice(name)]:
         raise UserError(f"it is another model: {'; '.join(others)}")
