@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
 from aoe_jax.methods import declared_parameters
-from aoe_jax.model.decoder import Decoder, DecoderLayer, logits, make_norm, output_projection
-from aoe_jax.model.vocabulary import embed
+from aoe_jax.model.decoder import Decoder, DecoderLayer, make_norm, output_projection
+from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.sharding import state_shardings
 
 
