@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.errors import UserError
 from aoe_jax.methods import declared_parameters
@@ -58,21 +59,16 @@ def unstacked(decoder: Decoder, params, mesh):
     """
     dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
 
-    def cast(path, a):
-        parameter = declared["/".join(key.key for key in path)]
-        return a.astype(dtype) if parameter.cast else a
-
     def split(params):
-        params = dict(jax.tree_util.tree_map_with_path(cast, params))
+        flat = flatten_dict(params, sep="/")
+        flat = {path: a.astype(dtype) if declared[path].cast else a for path, a in flat.items()}
+        params = unflatten_dict(flat, sep="/")
         layers = params.pop("layers")
-        n_layers = decoder.model.n_layers
-        return params | {
-            f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(n_layers)
-        }
+        numbers = range(decoder.model.n_layers)
+        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in numbers}
 
-    return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(
-        params
-    )
+    shardings = state_shardings(mesh, jax.eval_shape(split, params))
+    return jax.jit(split, out_shardings=shardings)(params)
 
 
 def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
@@ -89,10 +85,15 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
     Returns:
       `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
     """
+
+    def with_places(a):
+        """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
+        return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
+
     x, layers = _embed(decoder, params, tokens), []
-    for layer in _layers(decoder, params, routing_state):
-        x, cache = layer(x, method="prefill")
-        layers.append(tuple(_with_places(a, places) for a in cache))
+    for layer, *rest in _layers(decoder, params, routing_state):
+        x, cache = layer.prefill(x, *rest)
+        layers.append(tuple(map(with_places, cache)))
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
     return output_logits(params, _normed(decoder, params, last))[:, 0], Cache(tuple(layers), length)
 
@@ -110,8 +111,9 @@ def extend(decoder: Decoder, params, routing_state, tokens, cache):
     """
     n_tokens = tokens.shape[1]
     x, layers = _embed(decoder, params, tokens), []
-    for layer, kept in zip(_layers(decoder, params, routing_state), cache.layers, strict=True):
-        x, kept = layer(x, kept, cache.length, method="extend")
+    of_layers = _layers(decoder, params, routing_state)
+    for (layer, *rest), kept in zip(of_layers, cache.layers, strict=True):
+        x, kept = layer.extend(x, kept, cache.length, *rest)
         layers.append(kept)
     return _normed(decoder, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
 
@@ -122,29 +124,18 @@ def output_logits(params, hidden):
 
 
 def _embed(decoder, params, tokens):
-    """`[B, S]` -> `[B, S', d]`: with positions at the end that make S divisible by the devices that
-    share it.
-    """
+    # With positions at the end that make S divisible by the devices that share it.
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
     return embed(params["embed"]["embedding"], tokens, jnp.dtype(decoder.model.dtype))
 
 
-def _layers(decoder, params, routing_state):
-    """A function per layer: its arguments but the last two, and the method to call."""
-    d = decoder
+def _layers(d, params, routing_state):
+    """Yields each layer, its routing state and its number."""
     layer = DecoderLayer(d.model, d.experts, d.routing, d.balance, d.transport, training=False)
-    for i in range(decoder.model.n_layers):
-        state = jax.tree.map(lambda a, i=i: a[i], routing_state)
-        variables = {"params": params[f"layer_{i}"]}
-        yield lambda *args, method, i=i, state=state, variables=variables: layer.apply(
-            variables, *args, state, i, method=method
-        )
-
-
-def _with_places(a, places):
-    """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
-    return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
+    for i in range(d.model.n_layers):
+        state = jax.tree.map(lambda a: a[i], routing_state)
+        yield layer.bind({"params": params[f"layer_{i}"]}), state, i
 
 
 def _normed(decoder, params, x):
