@@ -22,12 +22,11 @@ every model. A dense layer has the tensors of experts without the axis n.
 from dataclasses import dataclass, field
 from typing import Any
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.formats.layout import Layout, Row
-from aoe_jax.methods import LAYERS, ROUTERS, declared_parameters
+from aoe_jax.methods import declared_parameters
 
-LAYER = "model.layers.{L}."
+OWN = "aoe"  # the model_type of our own format
+_LAYER = "model.layers.{L}."
 
 
 def _table(text):
@@ -35,7 +34,7 @@ def _table(text):
     rows = {}
     for line in text.strip().splitlines():
         path, name, *stored = line.split()
-        prefix = LAYER if path.startswith("layers/") else ""
+        prefix = _LAYER if path.startswith("layers/") else ""
         rows[path] = (*rows.get(path, ()), Row(prefix + name, tuple(stored)))
     return rows
 
@@ -81,24 +80,6 @@ _OLMOE_EXPERTS = _table("""
     layers/experts/w_up              mlp.experts.gate_up_proj                  n f/1 d
     layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
-
-
-def routing_state_shapes(experts: ExpertsConfig, d_model: int):
-    """The shapes of one layer's routing state by name, for all methods together."""
-    balance, shapes = BalanceConfig(bias_rate=1.0), {}
-    for method in (ROUTERS | LAYERS).values():
-        shapes |= method().state_shapes(experts, balance, d_model)
-    return {name: a.shape for name, a in shapes.items()}
-
-
-def _own_tensors():
-    """Each parameter and each routing state under its own name."""
-    names = {f"layers/{name}": name for name in routing_state_shapes(ExpertsConfig("router"), 1)}
-    for path, parameter in declared_parameters().items():
-        if path.startswith("layers/experts/"):
-            group = "experts." if parameter.axes.startswith("n ") else ""
-            names[path] = group + path.removeprefix("layers/experts/")
-    return {path: (Row(f"{LAYER}mlp.{name}"),) for path, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -166,12 +147,16 @@ ARCHITECTURES = {
         constants={"routing.name": "sparsemixer", "model.norm": "layer"},
         rope_types=("default", "longrope"),
     ),
-    "aoe": Architecture(_DECODER | _own_tensors()),
+    OWN: Architecture(_DECODER),
 }
 
 
 def layouts(model_type: str, path: str, shape: tuple[int, ...]) -> list[Layout]:
     """How files may store a parameter or a routing state; the first is how we write it."""
-    declared = declared_parameters()
-    axes = declared[path].axes if path in declared else "n"  # a state has one axis at most
-    return [Layout(row, axes, shape) for row in ARCHITECTURES[model_type].tensors.get(path, ())]
+    parameter = declared_parameters().get(path)
+    axes = parameter.axes if parameter else "n"  # a state of routing has one axis at most
+    rows = ARCHITECTURES[model_type].tensors.get(path, ())
+    if model_type == OWN and not rows:
+        group = "experts." if axes.startswith("n ") else ""
+        rows = (Row(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}"),)
+    return [Layout(row, axes, shape) for row in rows]

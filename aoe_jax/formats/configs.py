@@ -6,18 +6,9 @@ from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.formats.architectures import ARCHITECTURES
+from aoe_jax.formats.architectures import ARCHITECTURES, OWN
 
-OWN = "aoe"  # the model_type of our own format
 WINDOW = 1024  # tokens of a window in scoring and training, where the model takes as many
-# Fields that decide how a model is computed, but not its results.
-_EXECUTION = (
-    "model.dtype",
-    "model.remat",
-    "model.unroll",
-    "model.max_len",
-    "experts.score_gradient",
-)
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -36,7 +27,9 @@ def computed_fields(config: Config):
         if not field.metadata.get("training_only"):
             fields[f"routing.{field.name}"] = getattr(routing, field.name)
     fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
-    unused = {*_EXECUTION, "experts.d_ffn", "experts.round_to"}  # d_wide follows from them
+    # These decide how a model is computed, but not its results; d_wide follows from the last two.
+    unused = {"model.dtype", "model.remat", "model.unroll", "model.max_len"}
+    unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
     if not experts.low_rank and not experts.large_router:
         unused.add("experts.d_low")
     if not routing.chooses:
@@ -80,17 +73,21 @@ def from_json(path: Path, values: dict):
 
 def _from_json(values):
     name = values.get("model_type")
-    _require(
-        name is not None,
-        "it has no model_type; `python -m aoe_jax.export` takes the model out of a training run",
-    )
+    take = "`python -m aoe_jax.export` takes the model out of a training run"
+    _require(name is not None, f"it has no model_type; {take}")
     known = ", ".join(ARCHITECTURES)
     is_known = isinstance(name, str) and name in ARCHITECTURES
     _require(is_known, f"model_type={name!r} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
-    for field, value in (_own_fields if name == OWN else _hub_fields)(values).items():
-        group, _, field = field.partition(".")
-        groups[group][field] = value
+    if name == OWN:
+        for group in ("model", "experts", "routing"):
+            is_group = isinstance(values.get(group), dict)
+            _require(is_group, f"it has no group {group!r}, which a model of model_type 'aoe' has")
+            groups[group] |= values[group]
+    else:
+        for field, value in _hub_fields(values).items():
+            group, _, field = field.partition(".")
+            groups[group][field] = value
     groups["model"]["dtype"] = "float32"
     groups["data"]["seq_len"] = groups["model"]["max_len"]
     if groups["routing"].get("name", "top_k") not in _BALANCED:
@@ -109,15 +106,6 @@ def _require(condition, message):
         raise UserError(message)
 
 
-def _own_fields(values):
-    fields = {}
-    for group in ("model", "experts", "routing"):
-        has_group = isinstance(values.get(group), dict)
-        _require(has_group, f"it has no group {group!r}, which a model of model_type {OWN!r} has")
-        fields |= {f"{group}.{name}": value for name, value in values[group].items()}
-    return fields
-
-
 def _hub_fields(values):
     name = values["model_type"]
     architecture = ARCHITECTURES[name]
@@ -134,15 +122,12 @@ def _hub_fields(values):
 
 
 def _check_attention(values, model):
-    """Refuses head widths other than d_model / n_heads, and windows shorter than the model."""
     width, head_dim = model.d_model / model.n_heads, values.get("head_dim")
     wanted = f"only hidden_size / num_attention_heads = {width:g} is"
     _require(head_dim in (None, width), f"head_dim={head_dim!r} isn't implemented; {wanted}")
-    window = values.get("sliding_window")
-    _require(
-        window is None or (_is_number(window) and window >= model.max_len),
-        f"sliding_window={window!r} isn't implemented; only one of at least {model.max_len} is",
-    )
+    window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
+    is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
+    _require(is_longer, f"sliding_window={window!r} isn't implemented; {wanted}")
 
 
 def _rotary_fields(values, architecture):
@@ -154,44 +139,32 @@ def _rotary_fields(values, architecture):
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     wanted = "only one setting for all layers is"
     _require(is_one, f"rotary positions {rope!r} aren't implemented; {wanted}")
+
+    def setting(name, default):
+        given = [where[name] for where in (rope, values) if where.get(name) is not None]
+        found = " and ".join(map(repr, given))
+        _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
+        return given[0] if given else default
+
     kind, kinds = rope.get("rope_type", rope.get("type", "default")), architecture.rope_types
-    _require(
-        kind in kinds,
-        f"rope_type={kind!r} isn't implemented for this architecture; known are {', '.join(kinds)}",
-    )
-    share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    _require(share in (None, 1), "partial_rotary_factor isn't implemented; only 1 is")
-    bases = [given["rope_theta"] for given in (rope, values) if given.get("rope_theta") is not None]
-    found = " and ".join(map(repr, bases))
-    is_one = all(map(_is_number, bases)) and len(set(bases)) <= 1
-    _require(is_one, f"rope_theta is {found}; it must be one number")
-    fields = {"model.rope_base": bases[0] if bases else architecture.rope_theta}
-    return fields | (_longrope_fields(values, rope) if kind == "longrope" else {})
-
-
-def _longrope_fields(values, rope):
-    """The short factors of longrope.
-
-    Longer texts have other frequencies and another scale, so the model is read for the length up to
-    which the short ones hold.
-    """
-    length = "original_max_position_embeddings"
-    rope = {length: values.get(length)} | rope
-    for name in ("short_factor", "short_mscale", length):
-        missing = f"{name} is missing, which rope_type 'longrope' needs"
-        _require(rope.get(name) is not None, missing)
-    factors = rope["short_factor"]
-    are_numbers = isinstance(factors, list) and all(map(_is_number, factors))
+    wanted = f"known are {', '.join(kinds)}"
+    _require(kind in kinds, f"rope_type={kind!r} isn't implemented for this architecture; {wanted}")
+    share = setting("partial_rotary_factor", 1)
+    _require(share == 1, f"partial_rotary_factor={share!r} isn't implemented; only 1 is")
+    fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
+    if kind == "default":
+        return fields
+    # Longer texts have the long factors and another scale, so the model is read for the length up
+    # to which the short ones hold.
+    names = ("short_factor", "short_mscale", "original_max_position_embeddings")
+    factors, scale, length = (setting(name, None) for name in names)
+    for name, value in zip(names, (factors, scale, length), strict=True):
+        _require(value is not None, f"{name} is missing, which rope_type 'longrope' needs")
+    are_numbers = isinstance(factors, list) and all(isinstance(f, int | float) for f in factors)
     _require(are_numbers, f"short_factor={factors!r}: must be a list of numbers")
-    return {
-        "model.rope_factors": tuple(map(float, factors)),
-        "model.rope_scale": rope["short_mscale"],
-        "model.max_len": rope[length],
-    }
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    factors = tuple(map(float, factors))
+    longrope = {"model.rope_factors": factors, "model.rope_scale": scale, "model.max_len": length}
+    return fields | longrope
 
 
 def to_json(config: Config):

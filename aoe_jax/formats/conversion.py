@@ -10,14 +10,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import as_own
-from aoe_jax.formats.reading import (
-    RUN_FILE,
-    ModelReader,
-    abstract_parameters,
-    read_config,
-    read_step,
-    shapes_by_path,
-)
+from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
 from aoe_jax.formats.tokenizer_files import copy_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.json_files import write_json
@@ -54,8 +47,14 @@ def convert(checkpoint: Path, output: Path, d_low: int):
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low)
-    reader, shapes = ModelReader(checkpoint, config), shapes_by_path(abstract_parameters(converted))
-    _warn(config, reader)
+    reader = ModelReader(checkpoint, config)
+    if "selection_bias" in reader.routing_state:
+        log.warning(
+            "the selection bias of loss-free balancing goes with the router: it was made for its "
+            "logits"
+        )
+    if config.routing.name == "sparsemixer":
+        log.warning("routing.name='sparsemixer' is made for logits around 0; the AoE has 'top_k'")
     factors, energy = {}, []  # factors of one layer; energy kept of each layer so far
 
     def parameter(path, layer):
@@ -64,15 +63,16 @@ def convert(checkpoint: Path, output: Path, d_low: int):
         if not factors:
             *both, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
             factors.update(zip(_FACTORS, both, strict=True))
-            energy.append({"mean": sum(kept) / len(kept), "min": min(kept), "experts": kept})
-            kept = f"energy kept {energy[-1]['mean']:.4f}, least of an expert {min(kept):.4f}"
-            log.info("layer %d of %d: %s", len(energy), config.model.n_layers, kept)
+            mean, least = sum(kept) / len(kept), min(kept)
+            energy.append({"mean": mean, "min": least, "experts": kept})
+            shown = f"energy kept {mean:.4f}, least of an expert {least:.4f}"
+            log.info("layer %d of %d: %s", layer + 1, config.model.n_layers, shown)
         return factors.pop(path).astype(reader.dtype(_GATE))
 
     with new_directory(output) as partial_output:
         values = as_own(converted) | copy_tokenizer(checkpoint, partial_output)
         values["torch_dtype"] = reader.dtype("embed/embedding").name
-        write_model(partial_output, values, shapes, parameter)
+        write_model(partial_output, values, parameter_shapes(converted), parameter)
         mean = sum(layer["mean"] for layer in energy) / len(energy)
         report = {
             "d_low": d_low,
@@ -88,10 +88,10 @@ def convert(checkpoint: Path, output: Path, d_low: int):
 def _converted(config: Config, checkpoint, d_low):
     experts, d_model, has = config.experts, config.model.d_model, f"--checkpoint={checkpoint} has"
     whole = "only a router MoE with whole gates can be converted"
-    if experts.kind == "router" and experts.factorised_gate:
-        raise UserError(f"{has} a router with factorised gates; {whole}")
     if experts.kind != "router":
         raise UserError(f"{has} experts.kind={experts.kind!r}; {whole}")
+    if experts.factorised_gate:
+        raise UserError(f"{has} a router with factorised gates; {whole}")
     router = config.routing.name
     if router not in CONVERTIBLE:
         raise UserError(
@@ -114,26 +114,11 @@ def _converted(config: Config, checkpoint, d_low):
     )
 
 
-def _warn(config, reader):
-    if "selection_bias" in reader.routing_state:
-        log.warning(
-            "the selection bias of loss-free balancing goes with the router: it was made for its "
-            "logits"
-        )
-    if config.routing.name == "sparsemixer":
-        log.warning("routing.name='sparsemixer' is made for logits around 0; the AoE has 'top_k'")
-
-
 def _factorise(w_gate, rank, layer):
-    """Truncated singular value decompositions of the gates of a layer, in float32.
-
-    Args:
-      w_gate: `[n, d, f]`.
-      rank: r.
-      layer: its number, for errors.
+    """Truncated singular value decompositions of `w_gate [n, d, f]`, in float32.
 
     Returns:
-      `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`, and the share of the squares that each
+      `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that each
       expert keeps.
     """
     n, d, f = w_gate.shape

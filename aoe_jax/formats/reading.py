@@ -1,6 +1,7 @@
 """Reads models from safetensors: the configuration, and the parameters directly into a mesh."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,13 +10,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.architectures import LAYER, layouts, routing_state_shapes
+from aoe_jax.formats.architectures import layouts
 from aoe_jax.formats.configs import differing_fields, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.json_files import read_json
+from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import replicated, state_shardings
 
@@ -89,25 +92,20 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
     return token
 
 
-def abstract_parameters(config: Config):
-    """The tree of the decoder's parameters as shapes."""
+def parameter_shapes(config: Config):
+    """The shape of every parameter by its path, such as `layers/attention/q`; `[L, ...]` there."""
     # The mesh must divide the batch.
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
     decoder = Decoder.from_config(config)
     init = jax.eval_shape(lambda: decoder.init(jax.random.key(0), jnp.zeros(shape, jnp.int32)))
-    return init["params"]
-
-
-def shapes_by_path(params) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a tree by its path, such as `layers/attention/q`."""
-    return {path: a.shape for path, a in flatten_dict(params, sep="/").items()}
+    return flatten_dict(init["params"], sep="/")
 
 
 class ModelReader:
     """The parameters of a model in a directory, read layer by layer and piece by piece.
 
-    `shapes` has the shape of every parameter by its path, and of every routing state `NAME` under
-    `layers/NAME`; `routing_state` has the names of these.
+    `parameters` has their shapes by path, and `routing_state` those of the routing state by name:
+    the state that the model's own method has, or the files.
     """
 
     def __init__(self, directory: Path, config: Config):
@@ -118,23 +116,27 @@ class ModelReader:
             dtype than it should.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
-        self._model_type = read_json(directory / "config.json", _WANTED)["model_type"]
-        self.abstract = abstract_parameters(config)
-        self.shapes = shapes_by_path(self.abstract)
-        self.routing_state = []
         own, d_model = read_config(directory), config.model.d_model
         its_state = own.routing.state_shapes(own.experts, own.balance, d_model)
-        for name, shape in routing_state_shapes(config.experts, d_model).items():
-            if name in its_state or f"{LAYER}mlp.{name}".format(L=0) in self._stored:
-                self.routing_state.append(name)
-                self.shapes[f"layers/{name}"] = (config.model.n_layers, *shape)
-        self._layouts = {path: self._layout(path, shape) for path, shape in self.shapes.items()}
+        self.parameters, self.routing_state = parameter_shapes(config), {}
+        for method in (ROUTERS | LAYERS).values():
+            known = method().state_shapes(config.experts, BalanceConfig(bias_rate=1.0), d_model)
+            for name, a in known.items():
+                if name in its_state or f"model.layers.0.mlp.{name}" in self._stored:
+                    shape = (config.model.n_layers, *a.shape)
+                    self.routing_state[name] = jax.ShapeDtypeStruct(shape, a.dtype)
+        state = {f"layers/{name}": a for name, a in self.routing_state.items()}
+        model_type = read_json(directory / "config.json", _WANTED)["model_type"]
+        self._layouts = {
+            path: self._layout(model_type, path, a.shape)
+            for path, a in (self.parameters | state).items()
+        }
         self._check_tensors()
 
-    def _layout(self, path, shape):
-        known = layouts(self._model_type, path, shape)
+    def _layout(self, model_type, path, shape):
+        known = layouts(model_type, path, shape)
         if not known:
-            what = f"a model of model_type {self._model_type!r} has no parameter {path}"
+            what = f"a model of model_type {model_type!r} has no parameter {path}"
             raise UserError(f"{self._directory}: {what}")
         return next((layout for layout in known if layout.first in self._stored), known[0])
 
@@ -166,21 +168,15 @@ class ModelReader:
 
     def layer(self, path: str, layer: int | None) -> np.ndarray:
         """The whole parameter of a layer, or one outside the layers (None), as the file has it."""
-        bounds = [(0, size) for size in self.shapes[path]]
+        bounds = [(0, size) for size in self.parameters[path].shape]
         if layer is None:
             return self.piece(path, bounds)
         return self.piece(path, [(layer, layer + 1), *bounds[1:]])[0]
 
-    def piece(self, path: str, bounds: list[tuple[int, int]], dtype=None) -> np.ndarray:
-        """A part of a parameter.
+    def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
+        """The part of a parameter between `bounds`, `(first, end)` of every axis.
 
-        Args:
-          path: of the parameter.
-          bounds: `(first, end)` of every axis, that of layers first.
-          dtype: of the result; None: that of the file.
-
-        Raises:
-          UserError: a file can't be read.
+        It is in `dtype`, or in that of the file. Raises `UserError` if a file can't be read.
         """
         layout = self._layouts[path]
         out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))
@@ -199,7 +195,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     Args:
       directory: with `config.json` and safetensors files.
       config: of the model, such as `read_config` returns it, with the mesh `mesh`.
-      mesh: the devices that share the parameters, split by `sharding.PARAMETER_AXES`.
+      mesh: the devices that share the parameters, split as they are declared.
       dtype: of the parameters; None: that of the files.
 
     Returns:
@@ -207,27 +203,27 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
       selection method, float32 arrays `[L, ...]` by name.
 
     Raises:
-      UserError: a file can't be read, or a tensor is missing, unknown, or has another shape or
-        dtype than it should.
+      UserError: see `ModelReader`.
     """
     reader = ModelReader(directory, config)
-    shardings = flatten_dict(state_shardings(mesh, reader.abstract), sep="/")
-    params = {path: _array(reader, path, where, dtype) for path, where in shardings.items()}
+
+    def array(path, a, sharding, dtype):
+        # jax.make_array_from_callback would hold the pieces of all devices here at once.
+        devices = {}
+        for device, index in sharding.addressable_devices_indices_map(a.shape).items():
+            bounds = tuple(i.indices(size)[:2] for i, size in zip(index, a.shape, strict=True))
+            devices.setdefault(bounds, []).append(device)
+        arrays = []
+        for bounds, holders in devices.items():
+            piece = reader.piece(path, bounds, dtype)
+            arrays += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
+        return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
+
+    tree = unflatten_dict(reader.parameters, sep="/")
+    shardings = flatten_dict(state_shardings(mesh, tree), sep="/")
+    params = {path: array(path, a, shardings[path], dtype) for path, a in reader.parameters.items()}
     state = {
-        name: _array(reader, f"layers/{name}", replicated(mesh), jnp.float32)
-        for name in reader.routing_state
+        name: array(f"layers/{name}", a, replicated(mesh), jnp.float32)
+        for name, a in reader.routing_state.items()
     }
     return unflatten_dict(params, sep="/"), state
-
-
-def _array(reader, path, sharding, dtype):
-    # jax.make_array_from_callback would hold the pieces of all devices of this process at once.
-    shape, devices = reader.shapes[path], {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
-        devices.setdefault(bounds, []).append(device)
-    arrays = []
-    for bounds, holders in devices.items():
-        piece = reader.piece(path, bounds, dtype)
-        arrays += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -14,11 +14,7 @@ from aoe_jax.json_files import read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,35 +63,36 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     weight_map = read_json(index, wanted).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} can't be read: it has no weight_map; {wanted}")
+    names_of = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             what = f"tensor {name} lies in {file!r}, which is no file's name"
             raise UserError(f"{index} can't be read: {what}; {wanted}")
+        names_of.setdefault(index.with_name(file), set()).add(name)
     stored = {}
-    for path in sorted(map(index.with_name, set(weight_map.values()))):
+    for path, names in sorted(names_of.items()):
         if not path.exists():
             raise UserError(f"{path} is missing; {INDEX} names it")
         found = _read_header(path)
-        named = {name for name, file in weight_map.items() if file == path.name}
-        for name in sorted(named ^ found.keys()):
-            if name in named:
-                raise UserError(f"{path} has no tensor {name}, which {INDEX} says is there")
-            raise UserError(f"{path} has a tensor {name}, which {INDEX} doesn't say is there")
+        if missing := sorted(names - found.keys()):
+            raise UserError(f"{path} has no tensor {missing[0]}, which {INDEX} says is there")
+        if extra := sorted(found.keys() - names):
+            raise UserError(f"{path} has a tensor {extra[0]}, which {INDEX} doesn't say is there")
         stored |= found
     return stored
 
 
-def _read_header(path: Path):
+def _read_header(path):
     stored = {}
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 tensor = file.get_slice(name)
-                dtype = tensor.get_dtype()
+                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                 if dtype not in _DTYPES:
                     what = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
                     raise UserError(f"{path}: tensor {name} {what}")
-                stored[name] = Stored(path, name, tuple(tensor.get_shape()), _DTYPES[dtype])
+                stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
     except (SafetensorError, OSError) as e:
         what = "it is no safetensors file, or damaged"
         raise UserError(f"{path} can't be read ({_reason(e)}); {what}") from e
@@ -106,40 +103,35 @@ def _reason(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def write_tensors(
-    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
-):
-    """Writes tensors to one file, or to shards and their index; memory holds those of one file.
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
+    """Writes named tensors to one file, or to shards and their index; memory holds one file.
 
-    Args:
-      directory: exists.
-      tensors: names and values.
-      shard_bytes: the largest size of a file; a larger tensor has a file of its own.
+    A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own.
 
     Raises:
       OSError, SafetensorError: a file can't be written.
     """
     shards, total = [], 0  # the names of the tensors in each file
-    for shard in _shards(tensors, shard_bytes):
+    for shard in _shards(tensors):
         # transformers asks for the orientation of torch.
         save_file(shard, directory / f"{len(shards)}.partial", {"format": "pt"})
         total += sum(a.nbytes for a in shard.values())
         shards.append(list(shard))
         shard.clear()  # before the next one is read
     weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        file = SINGLE if len(shards) == 1 else file
-        (directory / f"{number}.partial").rename(directory / file)
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else SINGLE
+        (directory / f"{number - 1}.partial").rename(directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors, shard_bytes):
+def _shards(tensors):
     shard, size = {}, 0
     for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
         shard[name] = np.asarray(tensor, order="C")

@@ -5,11 +5,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 
@@ -17,7 +16,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.formats.architectures import layouts
 from aoe_jax.formats.reading import RUN_FILE
-from aoe_jax.formats.tensor_files import SHARD_BYTES, write_tensors
+from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.json_files import sync, write_json
 
 
@@ -49,43 +48,35 @@ def new_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_model(
-    directory: Path,
-    values: dict,
-    shapes: dict[str, tuple[int, ...]],
-    parameter: Callable[[str, int | None], np.ndarray],
-    shard_bytes: int = SHARD_BYTES,
-):
+def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter: Callable):
     """Writes `config.json` and the tensors; memory holds one file and one parameter of a layer.
 
     Args:
       directory: exists.
       values: of `config.json`, such as `configs.to_json` returns them; their `model_type` decides
         the names of the tensors.
-      shapes: of every parameter by its path, with the axis of layers.
+      shapes: of every parameter by its path, with the axis of layers; arrays will do.
       parameter: `(path, layer)` -> the whole parameter of a layer; layer is None for a parameter
         outside the layers. The calls for a layer come together, in the order of `shapes`.
-      shard_bytes: the largest size of a file.
 
     Raises:
       OSError, SafetensorError: a file can't be written.
     """
-    stored = {path: layouts(values["model_type"], path, shape)[0] for path, shape in shapes.items()}
-    n_layers = next(shape[0] for path, shape in shapes.items() if path.startswith("layers/"))
+    stored = {path: layouts(values["model_type"], path, a.shape)[0] for path, a in shapes.items()}
+    n_layers = next(a.shape[0] for path, a in shapes.items() if path.startswith("layers/"))
 
     def tensors():
         for layer in (None, *range(n_layers)):
-            of_layer = {} if layer is None else {"L": (layer, layer + 1)}
+            bounds = {} if layer is None else {"L": (layer, layer + 1)}
             for path, layout in stored.items():
-                if path.startswith("layers/") != bool(of_layer):
-                    continue
-                part = parameter(path, layer)
-                part = part if layer is None else part[None]
-                for name, index in layout.tensors(of_layer):
-                    yield name, layout.to_file(part[*index, ...])
+                if path.startswith("layers/") == bool(bounds):
+                    part = parameter(path, layer)
+                    part = part[None] if bounds else part
+                    for name, index in layout.tensors(bounds):
+                        yield name, layout.to_file(part[*index, ...])
 
     write_json(directory / "config.json", values)
-    write_tensors(directory, tensors(), shard_bytes)
+    write_tensors(directory, tensors())
 
 
 def write_arrays(
@@ -105,16 +96,11 @@ def write_arrays(
     arrays |= {f"layers/{name}": a for name, a in routing_state.items()}
 
     def parameter(path, layer):
-        return jax.device_get(_cast(arrays[path], layer, dtypes.get(path, "float32")))
+        whole = arrays[path] if layer is None else arrays[path][layer]
+        return jax.device_get(whole.astype(dtypes.get(path, "float32")))
 
     values = values | {"torch_dtype": dtypes["embed/embedding"]}
-    write_model(directory, values, {path: a.shape for path, a in arrays.items()}, parameter)
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _cast(a, layer, dtype):
-    whole = a if layer is None else jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
-    return whole.astype(dtype)
+    write_model(directory, values, arrays, parameter)
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):

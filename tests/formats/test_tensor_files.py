@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
+from aoe_jax.formats import tensor_files
 from aoe_jax.formats.tensor_files import stored_tensors, write_tensors
 
 RANDOM = np.random.default_rng(0)
@@ -21,16 +22,12 @@ TENSORS = {
 }
 
 
-def write(folder, tensors, shard_bytes=10**9):
-    write_tensors(folder, iter(tensors.items()), shard_bytes)
-
-
 def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def test_one_file(tmp_path):
-    write(tmp_path, TENSORS)
+    write_tensors(tmp_path, iter(TENSORS.items()))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == TENSORS.keys()
@@ -43,11 +40,12 @@ def test_one_file(tmp_path):
     assert same(part, TENSORS["half"][1:2, :, 1:3])
 
 
-def test_shards(tmp_path):
+def test_shards(tmp_path, monkeypatch):
     tensors = {f"t{i}": np.full((10, 10), i, np.float32) for i in range(7)} | {
         "large": np.ones((50, 50), np.float32)
     }
-    write(tmp_path, tensors, shard_bytes=900)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 900)
+    write_tensors(tmp_path, iter(tensors.items()))
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [len(load_file(file)) for file in files] == [2, 2, 2, 1, 1]
     assert files[0].name == "model-00001-of-00005.safetensors"
