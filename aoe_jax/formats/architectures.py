@@ -1,16 +1,12 @@
 """The architectures that can be read, as tables: their tensors and the fields of `config.json`.
 
 **Tensors.** A row has the path of a parameter of the decoder, the name of the tensor, and the
-tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py`). Parameters under
-`layers/` have a tensor for each layer, with `model.layers.N.` before the name. Axes are letters:
-
-    V vocabulary      H query heads             f width of an expert
-    d model width     G key and value heads     h width of a head
-    n experts
-
-`Hh d` flattens H and h into one axis, H outermost. `f/0` and `f/1` are the first and the second
-half of an axis that holds two parameters. With `{n}` in its name, each expert has a tensor.
-Where a parameter has several rows, a file may have any of them; the first is the one we write.
+tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py` declares these, with
+the letters of `aoe_jax/moe/__init__.py`). Parameters under `layers/` have a tensor for each layer,
+with `model.layers.N.` before the name. With `{n}` in its name, each expert has a tensor. `Hh d`
+flattens H and h into one axis, H outermost. `f/0` and `f/1` are the first and the second half of an
+axis that holds two parameters. Where a parameter has several rows, a file may have any of them; the
+first is the one we write.
 
 **The format `aoe`** stores what no architecture of the Hugging Face hub can express. Its
 `config.json` has `model_type: "aoe"` and the groups `model`, `experts` and `routing`: the fields of
@@ -19,10 +15,10 @@ Where a parameter has several rows, a file may have any of them; the first is th
 every model. A dense layer has the tensors of experts without the axis n.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from aoe_jax.formats.layout import Layout, Row
+from aoe_jax.errors import UserError
+from aoe_jax.formats.layout import Layout
 from aoe_jax.methods import declared_parameters
 
 OWN = "aoe"  # the model_type of our own format
@@ -30,12 +26,12 @@ _LAYER = "model.layers.{L}."
 
 
 def _table(text):
-    """The rows of a table by the path of the parameter; several rows of a path are alternatives."""
+    """`{path: [(name, the tensor's axes if they differ)]}`."""
     rows = {}
     for line in text.strip().splitlines():
-        path, name, *stored = line.split()
+        path, name, *stored = line.split(maxsplit=2)
         prefix = _LAYER if path.startswith("layers/") else ""
-        rows[path] = (*rows.get(path, ()), Row(prefix + name, tuple(stored)))
+        rows.setdefault(path, []).append((prefix + name, *stored))
     return rows
 
 
@@ -81,82 +77,90 @@ _OLMOE_EXPERTS = _table("""
     layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
-
-    tensors: dict[str, tuple[Row, ...]]  # by the path of the parameter
-    required: dict[str, str] = field(default_factory=dict)  # field of config.json: that of `Config`
-    optional: dict[str, tuple[str, Any]] = field(default_factory=dict)  # ... and its default
-    only: dict[str, Any] = field(default_factory=dict)  # the one value that is implemented
-    constants: dict[str, Any] = field(default_factory=dict)  # fields of `Config` common to all
-    rope_theta: float = 1e6  # where config.json has none
-    rope_types: tuple[str, ...] = ("default",)
-
-
-_REQUIRED = {
+_FIELDS = {
     "vocab_size": "model.vocab_size",
     "hidden_size": "model.d_model",
     "num_hidden_layers": "model.n_layers",
     "num_attention_heads": "model.n_heads",
+    "num_key_value_heads": "model.n_kv_heads",
     "max_position_embeddings": "model.max_len",
+    "rms_norm_eps": "model.norm_eps",
+    "tie_word_embeddings": "model.tie_embeddings",
     "intermediate_size": "experts.d_ffn",
     "num_experts_per_tok": "experts.top_k",
 }
-_MIXTRAL_REQUIRED = _REQUIRED | {
-    "num_key_value_heads": "model.n_kv_heads",
-    "num_local_experts": "experts.n_experts",
-}
-_OPTIONAL = {
-    "rms_norm_eps": ("model.norm_eps", 1e-5),
-    "tie_word_embeddings": ("model.tie_embeddings", False),
+_DEFAULTS = {
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "norm_topk_prob": False,
+    "router_jitter_noise": 0.01,
+    "lm_head_bias": False,
 }
 _ONLY = {"hidden_act": "silu", "quantization_config": None}
+_ROUTER = {"experts.kind": "router"}
+
+
+class Architecture(NamedTuple):
+    """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
+
+    tensors: dict[str, list]  # see `_table`
+    fields: dict[str, str] = _FIELDS  # of config.json, and the field of `Config` that each sets
+    defaults: dict[str, Any] = _DEFAULTS  # of fields that may be missing
+    only: dict[str, Any] = _ONLY  # the one value that is implemented, also where it is missing
+    constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
+    rope_theta: float = 1e6  # where config.json has none
+    rope_types: tuple[str, ...] = ("default",)
+
 
 ARCHITECTURES = {
     "mixtral": Architecture(
         tensors=_DECODER | _MIXTRAL_EXPERTS,
-        required=_MIXTRAL_REQUIRED,
-        optional=_OPTIONAL,
-        only=_ONLY,
+        fields=_FIELDS | {"num_local_experts": "experts.n_experts"},
     ),
     "olmoe": Architecture(
         tensors=_DECODER | _OLMOE_EXPERTS,
-        required=_REQUIRED | {"num_experts": "experts.n_experts"},
-        optional=_OPTIONAL
+        fields=_FIELDS
         | {
-            "attention_bias": ("model.attention_bias", False),
-            "num_key_value_heads": ("model.n_kv_heads", None),
-            "norm_topk_prob": ("routing.norm_topk_prob", False),
+            "num_experts": "experts.n_experts",
+            "norm_topk_prob": "routing.norm_topk_prob",
+            "attention_bias": "model.attention_bias",
         },
+        defaults=_DEFAULTS | {"num_key_value_heads": None},
         only=_ONLY | {"clip_qkv": None},
-        constants={"model.qk_norm": True},
+        constants=_ROUTER | {"model.qk_norm": True},
         rope_theta=1e4,
     ),
     "phimoe": Architecture(
         tensors=_DECODER | _MIXTRAL_EXPERTS,
-        required=_MIXTRAL_REQUIRED,
-        optional=_OPTIONAL
+        fields=_FIELDS
         | {
-            "attention_bias": ("model.attention_bias", False),
-            "router_jitter_noise": ("routing.jitter", 0.01),
-            "lm_head_bias": ("model.output_bias", False),
+            "num_local_experts": "experts.n_experts",
+            "router_jitter_noise": "routing.jitter",
+            "attention_bias": "model.attention_bias",
+            "lm_head_bias": "model.output_bias",
         },
         only=_ONLY | {"num_experts_per_tok": 2},
-        constants={"routing.name": "sparsemixer", "model.norm": "layer"},
+        constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
         rope_types=("default", "longrope"),
     ),
     OWN: Architecture(_DECODER),
 }
 
 
-def layouts(model_type: str, path: str, shape: tuple[int, ...]) -> list[Layout]:
-    """How files may store a parameter or a routing state; the first is how we write it."""
+def find_layout(model_type: str, path: str, shape: tuple[int, ...], names=()) -> Layout:
+    """How files with tensors of these names store a parameter or a routing state; else how we do.
+
+    Raises:
+      UserError: the architecture has no such parameter.
+    """
     parameter = declared_parameters().get(path)
     axes = parameter.axes if parameter else "n"  # a state of routing has one axis at most
-    rows = ARCHITECTURES[model_type].tensors.get(path, ())
+    rows = ARCHITECTURES[model_type].tensors.get(path)
     if model_type == OWN and not rows:
         group = "experts." if axes.startswith("n ") else ""
-        rows = (Row(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}"),)
-    return [Layout(row, axes, shape) for row in rows]
+        rows = [(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}",)]
+    if not rows:
+        raise UserError(f"a model of model_type {model_type!r} has no parameter {path}")
+    known = [Layout(axes, shape, *row) for row in rows]
+    return next((one for one in known if one.first in names), known[0])

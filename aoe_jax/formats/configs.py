@@ -14,22 +14,21 @@ _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """The fields that decide which function of its parameters a model computes.
-
-    Returns:
-      `{field: value}`; two models that compute the same function have equal fields.
+    """`{field: value}` of the fields that decide which function of its parameters a model computes:
+    two models that compute the same function have equal ones.
     """
-    model, experts, routing = config.model, config.experts, config.routing
-    fields = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    fields |= {f"experts.{name}": value for name, value in dataclasses.asdict(experts).items()}
-    fields["routing.name"] = routing.name
-    for field in dataclasses.fields(routing):
-        if not field.metadata.get("training_only"):
-            fields[f"routing.{field.name}"] = getattr(routing, field.name)
+    model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
+    fields = {
+        f"{group}.{name}": value
+        for group in ("model", "experts", "routing")
+        for name, value in groups[group].items()
+    }
     fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
+    settings = dataclasses.fields(routing)
+    unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
     if not experts.low_rank and not experts.large_router:
         unused.add("experts.d_low")
     if not routing.chooses:
@@ -42,8 +41,8 @@ def computed_fields(config: Config):
 def differing_fields(config: Config, other: Config):
     """`(field, value, other value)` of the fields in which two models compute another function."""
     here, there = computed_fields(config), computed_fields(other)
-    pairs = [(name, here.get(name), there.get(name)) for name in sorted(here.keys() | there.keys())]
-    return [(name, value, its) for name, value, its in pairs if value != its]
+    names = sorted(here.keys() | there.keys())
+    return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
 
 
 def is_choice(name):
@@ -52,14 +51,10 @@ def is_choice(name):
 
 
 def from_json(path: Path, values: dict):
-    """The configuration of a model.
+    """The configuration of a model, from the content of its `config.json`; errors name the path.
 
     `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
     groups have their defaults.
-
-    Args:
-      path: of the `config.json`, for errors.
-      values: its content.
 
     Raises:
       UserError: the architecture is unknown, a field is missing or has an invalid value, or
@@ -112,12 +107,10 @@ def _hub_fields(values):
     for field, only in architecture.only.items():
         value = values.get(field, only)
         _require(value == only, f"{field}={value!r} isn't implemented; only {only!r} is")
-    fields = {"experts.kind": "router"} | architecture.constants
-    for field, sets in architecture.required.items():
-        _require(field in values, f"{field} is missing; a model of model_type {name!r} has it")
-        fields[sets] = values[field]
-    for field, (sets, default) in architecture.optional.items():
-        fields[sets] = values.get(field, default)
+    fields, given = dict(architecture.constants), architecture.defaults | values
+    for field, sets in architecture.fields.items():
+        _require(field in given, f"{field} is missing; a model of model_type {name!r} has it")
+        fields[sets] = given[field]
     return fields | _rotary_fields(values, architecture)
 
 
@@ -180,10 +173,8 @@ def to_json(config: Config):
 
 
 def _as_mixtral(config):
-    architecture = ARCHITECTURES["mixtral"]
-    optional = {theirs: sets for theirs, (sets, _) in architecture.optional.items()}
     values = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-    for theirs, sets in (architecture.required | optional).items():
+    for theirs, sets in ARCHITECTURES["mixtral"].fields.items():
         group, _, ours = sets.partition(".")
         values[theirs] = getattr(getattr(config, group), ours)
     return values | {
@@ -200,7 +191,7 @@ def as_own(config: Config):
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}, "routing": {}}
     for name, value in computed_fields(config).items():
         group, _, name = name.partition(".")
-        groups[group][name] = list(value) if isinstance(value, tuple) else value
+        groups[group][name] = value
     if not config.experts.low_rank:
         groups["experts"]["d_ffn"] = groups["experts"].pop("d_wide")
     return {"model_type": OWN, "architectures": ["AoEForCausalLM"], **groups}

@@ -27,14 +27,9 @@ _FACTORS = ("layers/experts/w_gate_down", "layers/experts/w_gate_up")
 def convert(checkpoint: Path, output: Path, d_low: int):
     """Writes the AoE of a router MoE to `output`, which appears only once it is complete.
 
-    It converts layer by layer: memory holds little more than the experts of one layer. Factors have
-    the dtype of the gates.
-
-    Args:
-      checkpoint: a directory with `config.json` and safetensors files, of the hub or of
-        `aoe_jax.export`.
-      output: a directory that doesn't exist.
-      d_low: rank of the factorised gates.
+    `checkpoint` is a model of the hub or of `aoe_jax.export`, and `d_low` the rank of the gates.
+    It converts layer by layer: memory holds the experts of one layer and one file. Factors have the
+    dtype of the gates.
 
     Returns:
       The content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the share of

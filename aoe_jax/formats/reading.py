@@ -14,11 +14,10 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.architectures import layouts
+from aoe_jax.formats.architectures import find_layout
 from aoe_jax.formats.configs import differing_fields, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.json_files import read_json
-from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import replicated, state_shardings
 
@@ -79,11 +78,7 @@ def read_step(directory: Path) -> int | None:
 
 
 def read_begin_token(directory: Path, vocab_size: int) -> int | None:
-    """The token that texts begin with, or None.
-
-    Raises:
-      UserError: `bos_token_id` is no token.
-    """
+    """The token that texts begin with, or None; raises `UserError` if it is no token."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
     if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
@@ -104,8 +99,7 @@ def parameter_shapes(config: Config):
 class ModelReader:
     """The parameters of a model in a directory, read layer by layer and piece by piece.
 
-    `parameters` has their shapes by path, and `routing_state` those of the routing state by name:
-    the state that the model's own method has, or the files.
+    `parameters` has their shapes by path, and `routing_state` those of the routing state by name.
     """
 
     def __init__(self, directory: Path, config: Config):
@@ -116,29 +110,21 @@ class ModelReader:
             dtype than it should.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
-        own, d_model = read_config(directory), config.model.d_model
-        its_state = own.routing.state_shapes(own.experts, own.balance, d_model)
-        self.parameters, self.routing_state = parameter_shapes(config), {}
-        for method in (ROUTERS | LAYERS).values():
-            known = method().state_shapes(config.experts, BalanceConfig(bias_rate=1.0), d_model)
-            for name, a in known.items():
-                if name in its_state or f"model.layers.0.mlp.{name}" in self._stored:
-                    shape = (config.model.n_layers, *a.shape)
-                    self.routing_state[name] = jax.ShapeDtypeStruct(shape, a.dtype)
-        state = {f"layers/{name}": a for name, a in self.routing_state.items()}
-        model_type = read_json(directory / "config.json", _WANTED)["model_type"]
+        self.parameters, own = parameter_shapes(config), read_config(directory)
+        has_bias = "model.layers.0.mlp.selection_bias" in self._stored
+        balance = BalanceConfig(bias_rate=1.0) if has_bias else own.balance
+        state = own.routing.state_shapes(own.experts, balance, own.model.d_model)
+        self.routing_state = {
+            name: jax.ShapeDtypeStruct((config.model.n_layers, *a.shape), a.dtype)
+            for name, a in state.items()
+        }
+        values = read_json(directory / "config.json", _WANTED)
+        shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
         self._layouts = {
-            path: self._layout(model_type, path, a.shape)
-            for path, a in (self.parameters | state).items()
+            path: find_layout(values["model_type"], path, a.shape, self._stored)
+            for path, a in shapes.items()
         }
         self._check_tensors()
-
-    def _layout(self, model_type, path, shape):
-        known = layouts(model_type, path, shape)
-        if not known:
-            what = f"a model of model_type {model_type!r} has no parameter {path}"
-            raise UserError(f"{self._directory}: {what}")
-        return next((layout for layout in known if layout.first in self._stored), known[0])
 
     def _check_tensors(self):
         known = set()
@@ -182,8 +168,7 @@ class ModelReader:
         out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))
         bounds = dict(zip(layout.sizes, bounds, strict=True))
         for name, index in layout.tensors(bounds):
-            tensor = self._stored[name].read(layout.slices(bounds))
-            out[index] = layout.from_file(tensor, bounds)
+            out[index] = layout.read(self._stored[name], bounds)
         return out
 
 
@@ -199,8 +184,7 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
       dtype: of the parameters; None: that of the files.
 
     Returns:
-      `(params, routing_state)`: the tree of the decoder's parameters, and the state of its
-      selection method, float32 arrays `[L, ...]` by name.
+      `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.
 
     Raises:
       UserError: see `ModelReader`.

@@ -40,8 +40,7 @@ class Stored:
                     return file.get_tensor(self.name)
                 return file.get_slice(self.name)[tuple(slices)]
         except (SafetensorError, OSError) as e:
-            what = f"tensor {self.name} can't be read ({_reason(e)})"
-            raise UserError(f"{self.file}: {what}") from e
+            raise UserError(f"{self.file}: tensor {self.name} can't be read ({e})") from e
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
@@ -95,12 +94,8 @@ def _read_header(path):
                 stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
     except (SafetensorError, OSError) as e:
         what = "it is no safetensors file, or damaged"
-        raise UserError(f"{path} can't be read ({_reason(e)}); {what}") from e
+        raise UserError(f"{path} can't be read ({e}); {what}") from e
     return stored
-
-
-def _reason(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):

@@ -13,13 +13,7 @@ from aoe_jax.json_files import read_json, write_json
 log = logging.getLogger(__name__)
 
 # Patterns of the tokenizer, its settings and chat templates, as models of the hub have them.
-_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.*",
-)
+_FILES = ("*token*.json", "tokenizer.model", "generation_config.json", "chat_template.*")
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.formats.architectures import layouts
+from aoe_jax.formats.architectures import find_layout
 from aoe_jax.formats.reading import RUN_FILE
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.json_files import sync, write_json
@@ -53,8 +53,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
 
     Args:
       directory: exists.
-      values: of `config.json`, such as `configs.to_json` returns them; their `model_type` decides
-        the names of the tensors.
+      values: of `config.json`; their `model_type` decides the names of the tensors.
       shapes: of every parameter by its path, with the axis of layers; arrays will do.
       parameter: `(path, layer)` -> the whole parameter of a layer; layer is None for a parameter
         outside the layers. The calls for a layer come together, in the order of `shapes`.
@@ -62,7 +61,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
     Raises:
       OSError, SafetensorError: a file can't be written.
     """
-    stored = {path: layouts(values["model_type"], path, a.shape)[0] for path, a in shapes.items()}
+    stored = {path: find_layout(values["model_type"], path, a.shape) for path, a in shapes.items()}
     n_layers = next(a.shape[0] for path, a in shapes.items() if path.startswith("layers/"))
 
     def tensors():
@@ -82,14 +81,10 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
 def write_arrays(
     directory: Path, values: dict, params: dict, routing_state: dict, dtype: str | None
 ):
-    """Writes a model from arrays on devices, like `write_model`.
+    """Writes a model from arrays on devices, see `write_model`.
 
-    Args:
-      directory: exists.
-      values: of `config.json`.
-      params: the decoder's parameters.
-      routing_state: the state of the selection method, `[L, ...]` float32 by name.
-      dtype: of the parameters in the files; None: their own.
+    `params` is the tree of the decoder's parameters, and `routing_state` has arrays `[L, ...]`
+    float32 by name. `dtype` is that of the parameters in the files; None: their own.
     """
     arrays = flatten_dict(params, sep="/")
     dtypes = {path: dtype or a.dtype.name for path, a in arrays.items()}

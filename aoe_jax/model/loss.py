@@ -153,11 +153,11 @@ def target_log_probs(hidden, table, targets, wanted):
     def skip(token, target):
         return jnp.zeros(token.shape, jnp.float32), jnp.ones(token.shape, bool)
 
-    def chunk_scores(_, chunk):
+    def chunk_scores(chunk):
         token, target, is_wanted = chunk
-        return None, jax.lax.cond(is_wanted.any(), score, skip, token, target)
+        return jax.lax.cond(is_wanted.any(), score, skip, token, target)
 
     chunks = _chunks(order, targets[order], wanted[order], size=SCORED_CHUNK_TOKENS)
-    scores = [a.reshape(-1)[: wanted.shape[0]] for a in jax.lax.scan(chunk_scores, None, chunks)[1]]
+    scores = [a.reshape(-1)[: wanted.shape[0]] for a in jax.lax.map(chunk_scores, chunks)]
     log_prob, is_best = (jnp.zeros_like(a).at[order].set(a, unique_indices=True) for a in scores)
     return jnp.where(wanted, log_prob, 0), is_best | ~wanted
