@@ -1,4 +1,4 @@
-"""The architectures that can be read, as tables: their tensors and the fields of `config.json`.
+"""How files store models, as tables: their tensors and the fields of `config.json`.
 
 **Tensors.** A row has the path of a parameter of the decoder, the name of the tensor, and the
 tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py` declares these, with
@@ -15,10 +15,15 @@ first is the one we write.
 every model. A dense layer has the tensors of experts without the axis n.
 """
 
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from aoe_jax.errors import UserError
-from aoe_jax.formats.layout import Layout
+from aoe_jax.formats.tensor_files import Stored
 from aoe_jax.methods import declared_parameters
 
 OWN = "aoe"  # the model_type of our own format
@@ -146,6 +151,62 @@ ARCHITECTURES = {
     ),
     OWN: Architecture(_DECODER),
 }
+
+
+class Layout:
+    """The tensors of a row of a table, for a parameter of known shape.
+
+    `sizes` has the parameter's sizes by axis, L for layers, `shape` is that of a tensor, and
+    `first` the name of the first one.
+    """
+
+    def __init__(self, axes: str, shape: tuple[int, ...], name: str, stored: str = ""):
+        """Takes the parameter's declared axes, its shape with the axis of layers, and the row.
+
+        The first declared axes may be missing: a dense layer has no axis of experts.
+        """
+        axes, layers = axes.split(), ["L"] if "{L}" in name else []
+        axes = layers + axes[len(layers) + len(axes) - len(shape) :]
+        self._name, self.sizes = name, dict(zip(axes, shape, strict=True))
+        self._named = [axis for axis in axes if f"{{{axis}}}" in name]
+        self._axes = axes[len(self._named) :]
+        # For each axis of a tensor, the parameter's axes in it, and which half of it they are.
+        self._groups = [([axis], None) for axis in self._axes]
+        if stored:
+            groups = [group.partition("/") for group in stored.split()]
+            self._groups = [(list(axes), int(half) if half else None) for axes, _, half in groups]
+        self._order = [axis for group, _ in self._groups for axis in group]
+        self.shape = tuple(
+            self._size(group) * (1 if half is None else 2) for group, half in self._groups
+        )
+        self.first = next(self.tensors())[0]
+
+    def _size(self, axes):
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def tensors(self, bounds: dict | None = None) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yields the tensors that store a part of the parameter, and their index in the part.
+
+        `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
+        """
+        bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
+        for numbers in itertools.product(*(range(*bounds[axis]) for axis in self._named)):
+            at = dict(zip(self._named, numbers, strict=True))
+            yield self._name.format(**at), tuple(at[axis] - bounds[axis][0] for axis in at)
+
+    def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
+        """What a tensor holds of the part of the parameter between `bounds`."""
+        slices = []
+        for (outer, *inner), half in self._groups:
+            offset, unit = (half or 0) * self.sizes[outer], self._size(inner)
+            slices.append(slice(*(unit * (offset + bound) for bound in bounds[outer])))
+        sizes = [bounds[axis][1] - bounds[axis][0] for axis in self._order]
+        part = tensor.read(slices).reshape(sizes)
+        return part.transpose([self._order.index(axis) for axis in self._axes])
+
+    def to_file(self, part: np.ndarray):
+        """A whole tensor, from its part of the parameter."""
+        return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
 
 
 def find_layout(model_type: str, path: str, shape: tuple[int, ...], names=()) -> Layout:

@@ -165,25 +165,21 @@ def to_json(config: Config):
 
     It is a Mixtral where Mixtral can express the whole model, else our own format.
     """
-    mixtral = _as_mixtral(config)
-    with contextlib.suppress(UserError):
-        if not differing_fields(from_json(Path(), mixtral), config):
-            return mixtral
-    return as_own(config)
-
-
-def _as_mixtral(config):
-    values = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
     for theirs, sets in ARCHITECTURES["mixtral"].fields.items():
         group, _, ours = sets.partition(".")
-        values[theirs] = getattr(getattr(config, group), ours)
-    return values | {
+        mixtral[theirs] = getattr(getattr(config, group), ours)
+    mixtral |= {
         "hidden_act": "silu",
         "num_key_value_heads": config.model.kv_heads,
         "rope_theta": config.model.rope_base,
         "head_dim": config.model.d_model // config.model.n_heads,
         "sliding_window": None,
     }
+    with contextlib.suppress(UserError):
+        if not differing_fields(from_json(Path(), mixtral), config):
+            return mixtral
+    return as_own(config)
 
 
 def as_own(config: Config):

@@ -18,7 +18,6 @@ from aoe_jax.moe.routing import TopK
 
 log = logging.getLogger(__name__)
 
-REPORT = "convert.json"
 CONVERTIBLE = ("top_k", "top_p", "expert_choice", "ranked", "sparsemixer", "erc")
 _GATE = "layers/experts/w_gate"
 _FACTORS = ("layers/experts/w_gate_down", "layers/experts/w_gate_up")
@@ -33,8 +32,7 @@ def convert(checkpoint: Path, output: Path, d_low: int):
 
     Returns:
       The content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the share of
-      the squares of W_gate that its factors keep: `mean` over all experts, and for each of `layers`
-      `mean`, `min` and the list `experts`.
+      the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by layer.
 
     Raises:
       UserError: the checkpoint can't be read or has no whole gates, `d_low` is too large, or
@@ -74,7 +72,7 @@ def convert(checkpoint: Path, output: Path, d_low: int):
             "d_wide": converted.experts.d_wide,
             "energy_kept": {"mean": mean, "layers": energy},
         }
-        write_json(partial_output / REPORT, report)
+        write_json(partial_output / "convert.json", report)
         if (checkpoint / RUN_FILE).exists():
             write_run(partial_output, checkpoint, read_step(checkpoint), converted)
     return report
@@ -82,11 +80,10 @@ def convert(checkpoint: Path, output: Path, d_low: int):
 
 def _converted(config: Config, checkpoint, d_low):
     experts, d_model, has = config.experts, config.model.d_model, f"--checkpoint={checkpoint} has"
-    whole = "only a router MoE with whole gates can be converted"
-    if experts.kind != "router":
-        raise UserError(f"{has} experts.kind={experts.kind!r}; {whole}")
-    if experts.factorised_gate:
-        raise UserError(f"{has} a router with factorised gates; {whole}")
+    if experts.kind != "router" or experts.factorised_gate:
+        factorised = "a router with factorised gates"
+        what = factorised if experts.kind == "router" else f"experts.kind={experts.kind!r}"
+        raise UserError(f"{has} {what}; only a router MoE with whole gates can be converted")
     router = config.routing.name
     if router not in CONVERTIBLE:
         raise UserError(
@@ -96,12 +93,11 @@ def _converted(config: Config, checkpoint, d_low):
     if d_low >= d_model or d_low > experts.d_ffn:
         wanted = f"below d_model={d_model} and at most the width {experts.d_ffn} of an expert"
         raise UserError(f"--d_low={d_low}: must be {wanted}")
-    experts = dataclasses.replace(
-        experts, kind="aoe", d_low=d_low, d_wide=experts.d_ffn, large_router=False
-    )
     return dataclasses.replace(
         config,
-        experts=experts,
+        experts=dataclasses.replace(
+            experts, kind="aoe", d_low=d_low, d_wide=experts.d_ffn, large_router=False
+        ),
         routing=TopK() if router in ("sparsemixer", "erc") else config.routing,
         balance=dataclasses.replace(config.balance, bias_rate=0.0),  # it goes with the router
         train=dataclasses.replace(config.train, router_steps=0),

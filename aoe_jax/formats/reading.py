@@ -51,9 +51,8 @@ def read_config(directory: Path) -> Config:
     if (directory / RUN_FILE).exists():
         return _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    tokenizer = str(tokenizer) if tokenizer.exists() else None
-    data = dataclasses.replace(config.data, tokenizer=tokenizer)
-    return dataclasses.replace(config, data=data)
+    name = str(tokenizer) if tokenizer.exists() else None
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
 
 
 def _config_of_run(path, config):

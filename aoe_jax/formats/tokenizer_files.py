@@ -26,7 +26,6 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
 
     Raises:
       UserError: the tokenizer in `folder` can't be read.
-      OSError: a file can't be written.
     """
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
     file = Path(shutil.copy(saved_tokenizer(folder), output))
@@ -59,10 +58,7 @@ def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
     """The tokens that the tokenizer of a model puts before a text in `transformers`.
 
     A `tokenizer.json` says so itself. A SentencePiece model has `begin_token`, if its
-    `tokenizer_config.json` asks for it.
-
-    Raises:
-      UserError: `tokenizer_config.json` can't be read.
+    `tokenizer_config.json`, which must be readable, asks for it.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.prefix
@@ -76,10 +72,6 @@ def copy_tokenizer(folder: Path, output: Path):
 
     Returns:
       The special tokens for `config.json`, those of the model in `folder`.
-
-    Raises:
-      UserError: its `config.json` can't be read.
-      OSError: a file can't be written.
     """
     for pattern in _FILES:
         for file in folder.glob(pattern):

@@ -1,6 +1,4 @@
-"""Llama-style decoder: pre-norm, rotary causal attention, experts in every layer, scanned over
-layers.
-"""
+"""Llama-style decoder: pre-norm, rotary causal attention, experts in every layer, in a scan."""
 
 from collections.abc import Callable
 from functools import partial
@@ -140,12 +138,10 @@ class Decoder(nn.Module):
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers to attend within, or None.
           token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
-          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: that before
-            training.
+          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial one.
 
         Returns:
-          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over
-          layers.
+          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats`, `[L, ...]`.
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))

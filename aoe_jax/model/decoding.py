@@ -30,19 +30,16 @@ def decodes(decoder: Decoder):
 
 
 def check_decodes(decoder: Decoder, by_token=True):
-    """Checks that a token depends neither on later tokens nor on other sequences nor on padding.
-
-    Args:
-      decoder: the model.
-      by_token: whether texts also have to go through it token by token.
+    """Checks that a token depends neither on later tokens nor on other sequences nor on padding,
+    and with `by_token` that texts can go through the model token by token.
 
     Raises:
       UserError: it does, or they cannot.
     """
     causality = decoder.routing.causality(decoder.experts)
-    is_causal = not causality.reason or causality.until_step is not None
-    reason = "" if is_causal and not causality.padding_counts else causality.reason
-    if by_token or causality.padding_counts:
+    padding_counts = causality.padding_counts
+    reason = causality.reason if causality.until_step is None or padding_counts else ""
+    if by_token or padding_counts:
         reason = reason or causality.no_decoding
     if reason:
         what = "decode token by token" if by_token else "score a text by itself"
@@ -53,9 +50,8 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers".
-
-    What is cast wherever it is used is in the dtype of computation.
+    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... for "layers"; what is
+    cast wherever it is used is in the dtype of computation.
     """
     dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
 
@@ -75,7 +71,6 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
     """Reads the beginnings of sequences.
 
     Args:
-      decoder: the model.
       params: `unstacked`.
       routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
       tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
@@ -101,9 +96,7 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
 def extend(decoder: Decoder, params, routing_state, tokens, cache):
     """Reads more of sequences whose beginnings are in a cache.
 
-    Args:
-      tokens: `[B, S]` int32; there must be S free places in the cache.
-      cache: a `Cache`; others as in `prefill`.
+    `tokens` are `[B, S]` int32, and `cache` a `Cache` with S free places; for others see `prefill`.
 
     Returns:
       `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with

@@ -99,10 +99,8 @@ def _of_one_pass(logits, targets, weights):
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
-    Args:
-      consistency: weight of the divergence in the loss, a number.
-      hidden: `[N, d]` of the first pass, and of the second.
-      table, targets, weights: those of `cross_entropy`.
+    `consistency` is the weight of the divergence in the loss, a number, and `hidden` are `[N, d]`
+    of the first pass and of the second; for others see `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,
@@ -129,13 +127,8 @@ def _of_two_passes(consistency, logits, targets, weights):
 def target_log_probs(hidden, table, targets, wanted):
     """The log-probability of each wanted target, and whether it is the likeliest token.
 
-    Only chunks with wanted tokens compute logits.
-
-    Args:
-      hidden: `[N, d]`.
-      table: `[V, d]`, cast to the dtype of `hidden` for the product.
-      targets: `[N]` int32.
-      wanted: `[N]` bool.
+    Only chunks with tokens that are `wanted [N]` compute logits. For the other arguments see
+    `cross_entropy`.
 
     Returns:
       `(log_prob, is_best)`: `[N]` float32, 0 where not wanted; and `[N]` bool, true where not
