@@ -54,8 +54,8 @@ def convert(checkpoint: Path, output: Path, d_low: int):
         if path not in _FACTORS:
             return reader.layer(path, layer)
         if not factors:
-            *both, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
-            factors.update(zip(_FACTORS, both, strict=True))
+            down, up, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
+            factors.update(zip(_FACTORS, (down, up), strict=True))
             mean, least = sum(kept) / len(kept), min(kept)
             energy.append({"mean": mean, "min": least, "experts": kept})
             shown = f"energy kept {mean:.4f}, least of an expert {least:.4f}"

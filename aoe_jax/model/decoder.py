@@ -62,17 +62,15 @@ class DecoderLayer(nn.Module):
         attend = partial(self.attention, segment_ids=segment_ids)
         return self._layer(attend, x, token_weights, routing_state, layer_index)[0]
 
-    def prefill(self, x, routing_state, layer_index):
-        """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
-        (x, _), cache = self._layer(self.attention.prefill, x, None, routing_state, layer_index)
-        return x, cache
+    def decode(self, x, past, routing_state, layer_index):
+        """`x [B, S, d]` -> `([B, S, d], (keys, values))`.
 
-    def extend(self, x, cache, n_past, routing_state, layer_index):
-        """`x [B, S, d]` after the positions of a cache -> `([B, S, d], cache)`, see
-        `Attention.extend`.
+        `past` is `(cache, n_past)`, see `Attention.extend`, or None: see `Attention.prefill`.
         """
-        attend = partial(self.attention.extend, cache=cache, n_past=n_past)
-        positions = n_past[:, None] + jnp.arange(x.shape[1])
+        attend, positions = self.attention.prefill, None
+        if past is not None:
+            attend = partial(self.attention.extend, cache=past[0], n_past=past[1])
+            positions = past[1][:, None] + jnp.arange(x.shape[1])
         (x, _), cache = self._layer(attend, x, None, routing_state, layer_index, positions)
         return x, cache
 

@@ -85,12 +85,9 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
         """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
         return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
 
-    x, layers = _embed(decoder, params, tokens), []
-    for layer, *rest in _layers(decoder, params, routing_state):
-        x, cache = layer.prefill(x, *rest)
-        layers.append(tuple(map(with_places, cache)))
+    x, layers = _through_layers(decoder, params, routing_state, tokens, None)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
-    return output_logits(params, _normed(decoder, params, last))[:, 0], Cache(tuple(layers), length)
+    return output_logits(params, last)[:, 0], Cache(jax.tree.map(with_places, layers), length)
 
 
 def extend(decoder: Decoder, params, routing_state, tokens, cache):
@@ -103,12 +100,8 @@ def extend(decoder: Decoder, params, routing_state, tokens, cache):
         these positions in it.
     """
     n_tokens = tokens.shape[1]
-    x, layers = _embed(decoder, params, tokens), []
-    of_layers = _layers(decoder, params, routing_state)
-    for (layer, *rest), kept in zip(of_layers, cache.layers, strict=True):
-        x, kept = layer.extend(x, kept, cache.length, *rest)
-        layers.append(kept)
-    return _normed(decoder, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
+    x, layers = _through_layers(decoder, params, routing_state, tokens, cache)
+    return x[:, :n_tokens], Cache(layers, cache.length + n_tokens)
 
 
 def output_logits(params, hidden):
@@ -116,20 +109,17 @@ def output_logits(params, hidden):
     return logits(hidden, *output_projection(params))
 
 
-def _embed(decoder, params, tokens):
+def _through_layers(d, params, routing_state, tokens, cache):
+    """`[B, S, d]` after the last norm, and the `layers` of the cache with these positions in it."""
     # With positions at the end that make S divisible by the devices that share it.
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
-    return embed(params["embed"]["embedding"], tokens, jnp.dtype(decoder.model.dtype))
-
-
-def _layers(d, params, routing_state):
-    """Yields each layer, its routing state and its number."""
+    x, layers = embed(params["embed"]["embedding"], tokens, jnp.dtype(d.model.dtype)), []
     layer = DecoderLayer(d.model, d.experts, d.routing, d.balance, d.transport, training=False)
     for i in range(d.model.n_layers):
         state = jax.tree.map(lambda a: a[i], routing_state)
-        yield layer.bind({"params": params[f"layer_{i}"]}), state, i
-
-
-def _normed(decoder, params, x):
-    return make_norm(decoder.model).apply({"params": params["final_norm"]}, x)
+        past = None if cache is None else (cache.layers[i], cache.length)
+        variables = {"params": params[f"layer_{i}"]}
+        x, kept = layer.apply(variables, x, past, state, i, method="decode")
+        layers.append(kept)
+    return make_norm(d.model).apply({"params": params["final_norm"]}, x), tuple(layers)
