@@ -170,15 +170,13 @@ class Layout:
         self._name, self.sizes = name, dict(zip(axes, shape, strict=True))
         self._named = [axis for axis in axes if f"{{{axis}}}" in name]
         self._axes = axes[len(self._named) :]
-        # For each axis of a tensor, the parameter's axes in it, and which half of it they are.
-        self._groups = [([axis], None) for axis in self._axes]
+        # For each axis of a tensor: the axes in it, which piece of it they are, and of how many.
+        self._groups = [([axis], 0, 1) for axis in self._axes]
         if stored:
-            groups = [group.partition("/") for group in stored.split()]
-            self._groups = [(list(axes), int(half) if half else None) for axes, _, half in groups]
-        self._order = [axis for group, _ in self._groups for axis in group]
-        self.shape = tuple(
-            self._size(group) * (1 if half is None else 2) for group, half in self._groups
-        )
+            parts = [group.partition("/") for group in stored.split()]
+            self._groups = [(list(names), int(n or 0), 2 if n else 1) for names, _, n in parts]
+        self._order = [axis for group, _, _ in self._groups for axis in group]
+        self.shape = tuple(self._size(group) * count for group, _, count in self._groups)
         self.first = next(self.tensors())[0]
 
     def _size(self, axes):
@@ -197,8 +195,8 @@ class Layout:
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
         """What a tensor holds of the part of the parameter between `bounds`."""
         slices = []
-        for (outer, *inner), half in self._groups:
-            offset, unit = (half or 0) * self.sizes[outer], self._size(inner)
+        for (outer, *inner), piece, _ in self._groups:
+            offset, unit = piece * self.sizes[outer], self._size(inner)
             slices.append(slice(*(unit * (offset + bound) for bound in bounds[outer])))
         sizes = [bounds[axis][1] - bounds[axis][0] for axis in self._order]
         part = tensor.read(slices).reshape(sizes)

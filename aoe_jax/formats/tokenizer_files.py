@@ -28,12 +28,15 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
       UserError: the tokenizer in `folder` can't be read.
     """
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
-    file = Path(shutil.copy(saved_tokenizer(folder), output))
-    is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
-    if not is_sentencepiece:
-        _add_no_tokens(file)
+    file, kind = Path(shutil.copy(saved_tokenizer(folder), output)), "LlamaTokenizer"
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        kind = "PreTrainedTokenizerFast"
+        if tokenizers.Tokenizer.from_file(str(file)).num_special_tokens_to_add(is_pair=False):
+            spec = json.loads(file.read_text()) | {"post_processor": None}
+            file.write_text(json.dumps(spec, ensure_ascii=False))
+            log.info("the tokenizer adds tokens to a text; here it adds none, as in training")
     settings = {
-        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
+        "tokenizer_class": kind,
         "bos_token": None,
         "eos_token": tokenizer.end_name,
         "add_bos_token": False,
@@ -45,13 +48,6 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
     write_json(output / "generation_config.json", ids)
     return ids
-
-
-def _add_no_tokens(file):
-    if tokenizers.Tokenizer.from_file(str(file)).num_special_tokens_to_add(is_pair=False):
-        spec = json.loads(file.read_text()) | {"post_processor": None}
-        file.write_text(json.dumps(spec, ensure_ascii=False))
-        log.info("the tokenizer adds tokens to a text; here it adds none, as in training")
 
 
 def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -112,7 +111,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
         if not c.tie_embeddings:
             self.output = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
-        layer: Any = DecoderLayer
+        layer = DecoderLayer
         if c.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(KEPT_ROUTING)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
@@ -126,8 +125,8 @@ class Decoder(nn.Module):
         )(c, self.experts, self.routing, self.balance, self.transport, self.training, self.observe)
         self.final_norm = make_norm(c)
         if c.output_bias:
-            bias = DECODER["output_bias"]
-            self.output_bias = self.param("output_bias", bias.init, (c.vocab_size,))
+            init = DECODER["output_bias"].init
+            self.output_bias = self.param("output_bias", init, (c.vocab_size,))
 
     def features(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
         """Everything but the output projection.
@@ -143,8 +142,8 @@ class Decoder(nn.Module):
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
-        layer_indices = jnp.arange(self.model.n_layers)
-        x, stats = self.layers(x, segment_ids, token_weights, routing_state, layer_indices)
+        numbers = jnp.arange(self.model.n_layers)
+        x, stats = self.layers(x, segment_ids, token_weights, routing_state, numbers)
         return self.final_norm(x), stats
 
     def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
@@ -156,8 +155,8 @@ class Decoder(nn.Module):
 
 def initial_routing_state(config: Config):
     """The routing state before the first step, `[L, ...]` by name."""
-    of_layer = config.routing.state(config.experts, config.balance, config.model.d_model)
-    n_layers = config.model.n_layers
+    n_layers, d_model = config.model.n_layers, config.model.d_model
+    of_layer = config.routing.state(config.experts, config.balance, d_model)
     return {name: jnp.broadcast_to(a, (n_layers, *a.shape)) for name, a in of_layer.items()}
 
 
