@@ -1,5 +1,1 @@
-"""Models as safetensors and `config.json`: those of the Hugging Face hub, and our own format `aoe`.
-
-`architectures.py` has the tables of all known tensors and configuration fields, and describes our
-own format; `reading.py` reads a directory, `writing.py` writes one.
-"""
+"""Models as safetensors and `config.json`: of the Hugging Face hub, and our own format `aoe`."""

@@ -1,182 +1,225 @@
-"""The architectures that can be read, as tables: their tensors and the fields of `config.json`.
+"""How files store models, as tables: their tensors and the fields of `config.json`.
 
-**Tensors.** A row has the path of a parameter of the decoder, its axes, the name of the tensor, and
-the tensor's axes where they differ. Parameters under `layers/` have the axis of layers before these
-axes, and their tensors `model.layers.N.` before the name. Axes are letters:
-
-    V vocabulary      H query heads             f width of an expert
-    d model width     K key and value heads     h width of a head
-    n experts
-
-`(H h) d` flattens H and h into one axis, H outermost. `f/0` and `f/1` are the first and the second
-half of an axis that holds two parameters. With `{expert}` in its name, each expert has a tensor.
-Where a parameter has several rows, a file may have any of them; the first is the one we write.
+**Tensors.** A row has the path of a parameter of the decoder, the name of the tensor, and the
+tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py` declares these, with
+the letters of `aoe_jax/moe/__init__.py`). Parameters under `layers/` have a tensor for each layer,
+with `model.layers.N.` before the name. With `{n}` in its name, each expert has a tensor. `Hh d`
+flattens H and h into one axis, H outermost. `f/0` and `f/1` are the first and the second half of an
+axis that holds two parameters. Where a parameter has several rows, a file may have any of them; the
+first is the one we write.
 
 **The format `aoe`** stores what no architecture of the Hugging Face hub can express. Its
 `config.json` has `model_type: "aoe"` and the groups `model`, `experts` and `routing`: the fields of
-`Config` that decide what the model computes. Tensors have the names that `aoe_jax.parameters` and
-the methods give them, and so has the state of routing. A dense layer has the tensors of experts
-without the axis n.
+`Config` that decide what the model computes. Tensors have the names and axes that
+`aoe_jax.parameters` and the methods give them, and so has the state of routing, which is float32 in
+every model. A dense layer has the tensors of experts without the axis n.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.experts import ExpertsConfig
-from aoe_jax.formats.layout import LAYER, Tensor, parse_table
-from aoe_jax.methods import LAYERS, ROUTERS, declared_parameters
+import numpy as np
 
-_DECODER = parse_table("""
-    embed/embedding                  V d      model.embed_tokens.weight
-    output/embedding                 V d      lm_head.weight
-    output_bias                      V        lm_head.bias
-    final_norm/scale                 d        model.norm.weight
-    final_norm/bias                  d        model.norm.bias
-    layers/attention_norm/scale      d        input_layernorm.weight
-    layers/attention_norm/bias       d        input_layernorm.bias
-    layers/attention/q               d H h    self_attn.q_proj.weight           (H h) d
-    layers/attention/k               d K h    self_attn.k_proj.weight           (K h) d
-    layers/attention/v               d K h    self_attn.v_proj.weight           (K h) d
-    layers/attention/o               H h d    self_attn.o_proj.weight           d (H h)
-    layers/attention/q_bias          H h      self_attn.q_proj.bias             (H h)
-    layers/attention/k_bias          K h      self_attn.k_proj.bias             (K h)
-    layers/attention/v_bias          K h      self_attn.v_proj.bias             (K h)
-    layers/attention/o_bias          d        self_attn.o_proj.bias
-    layers/attention/q_norm          H h      self_attn.q_norm.weight           (H h)
-    layers/attention/k_norm          K h      self_attn.k_norm.weight           (K h)
-    layers/experts_norm/scale        d        post_attention_layernorm.weight
-    layers/experts_norm/bias         d        post_attention_layernorm.bias
+from aoe_jax.errors import UserError
+from aoe_jax.formats.tensor_files import Stored
+from aoe_jax.methods import declared_parameters
+
+OWN = "aoe"  # the model_type of our own format
+_LAYER = "model.layers.{L}."
+
+
+def _table(text):
+    """`{path: [(name, the tensor's axes if they differ)]}`."""
+    rows = {}
+    for line in text.strip().splitlines():
+        path, name, *stored = line.split(maxsplit=2)
+        prefix = _LAYER if path.startswith("layers/") else ""
+        rows.setdefault(path, []).append((prefix + name, *stored))
+    return rows
+
+
+_DECODER = _table("""
+    embed/embedding                  model.embed_tokens.weight
+    output/embedding                 lm_head.weight
+    output_bias                      lm_head.bias
+    final_norm/scale                 model.norm.weight
+    final_norm/bias                  model.norm.bias
+    layers/attention_norm/scale      input_layernorm.weight
+    layers/attention_norm/bias       input_layernorm.bias
+    layers/attention/q               self_attn.q_proj.weight                   Hh d
+    layers/attention/k               self_attn.k_proj.weight                   Gh d
+    layers/attention/v               self_attn.v_proj.weight                   Gh d
+    layers/attention/o               self_attn.o_proj.weight                   d Hh
+    layers/attention/q_bias          self_attn.q_proj.bias                     Hh
+    layers/attention/k_bias          self_attn.k_proj.bias                     Gh
+    layers/attention/v_bias          self_attn.v_proj.bias                     Gh
+    layers/attention/o_bias          self_attn.o_proj.bias
+    layers/attention/q_norm          self_attn.q_norm.weight                   Hh
+    layers/attention/k_norm          self_attn.k_norm.weight                   Gh
+    layers/experts_norm/scale        post_attention_layernorm.weight
+    layers/experts_norm/bias         post_attention_layernorm.bias
 """)
-
-_MIXTRAL_EXPERTS = parse_table("""
-    layers/experts/w_router          d n      block_sparse_moe.gate.weight                   n d
-    layers/experts/w_router          d n      mlp.gate.weight                                n d
-    layers/experts/w_router          d n      mlp.router.weight                              n d
-    layers/experts/w_gate            n d f    block_sparse_moe.experts.{expert}.w1.weight    f d
-    layers/experts/w_gate            n d f    mlp.experts.gate_up_proj                       n f/0 d
-    layers/experts/w_up              n d f    block_sparse_moe.experts.{expert}.w3.weight    f d
-    layers/experts/w_up              n d f    mlp.experts.gate_up_proj                       n f/1 d
-    layers/experts/w_down            n f d    block_sparse_moe.experts.{expert}.w2.weight    d f
-    layers/experts/w_down            n f d    mlp.experts.down_proj                          n d f
+_MIXTRAL_EXPERTS = _table("""
+    layers/experts/w_router          block_sparse_moe.gate.weight              n d
+    layers/experts/w_router          mlp.gate.weight                           n d
+    layers/experts/w_router          mlp.router.weight                         n d
+    layers/experts/w_gate            block_sparse_moe.experts.{n}.w1.weight    f d
+    layers/experts/w_up              block_sparse_moe.experts.{n}.w3.weight    f d
+    layers/experts/w_down            block_sparse_moe.experts.{n}.w2.weight    d f
+    layers/experts/w_gate            mlp.experts.gate_up_proj                  n f/0 d
+    layers/experts/w_up              mlp.experts.gate_up_proj                  n f/1 d
+    layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
-
-_OLMOE_EXPERTS = parse_table("""
-    layers/experts/w_router          d n      mlp.gate.weight                                n d
-    layers/experts/w_gate            n d f    mlp.experts.{expert}.gate_proj.weight          f d
-    layers/experts/w_gate            n d f    mlp.experts.gate_up_proj                       n f/0 d
-    layers/experts/w_up              n d f    mlp.experts.{expert}.up_proj.weight            f d
-    layers/experts/w_up              n d f    mlp.experts.gate_up_proj                       n f/1 d
-    layers/experts/w_down            n f d    mlp.experts.{expert}.down_proj.weight          d f
-    layers/experts/w_down            n f d    mlp.experts.down_proj                          n d f
+_OLMOE_EXPERTS = _table("""
+    layers/experts/w_router          mlp.gate.weight                           n d
+    layers/experts/w_gate            mlp.experts.{n}.gate_proj.weight          f d
+    layers/experts/w_up              mlp.experts.{n}.up_proj.weight            f d
+    layers/experts/w_down            mlp.experts.{n}.down_proj.weight          d f
+    layers/experts/w_gate            mlp.experts.gate_up_proj                  n f/0 d
+    layers/experts/w_up              mlp.experts.gate_up_proj                  n f/1 d
+    layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
-
-
-def _own_experts():
-    """The tensors of our own format: each parameter under its own name."""
-    tensors = {}
-    for path, parameter in declared_parameters().items():
-        name = path.removeprefix("layers/experts/")
-        if name != path:
-            # An axis that is a number, such as UoE's neurons, is "s" here.
-            axes = tuple("s" if a.isdigit() else a for a in parameter.axes.split())
-            group = "experts." if axes[0] == "n" and len(axes) > 1 else ""
-            tensors[path] = (Tensor(f"{LAYER}mlp.{group}{name}", axes, None),)
-    return tensors
-
-
-def _routing_state():
-    """The state of every method, which is float32 in every model."""
-    experts, balance, d = ExpertsConfig(kind="router", n_experts=3), BalanceConfig(bias_rate=1.0), 5
-    axes = {(): (), (3,): ("n",), (d,): ("d",)}
-    return {
-        f"layers/{name}": (Tensor(f"{LAYER}mlp.{name}", axes[a.shape], None),)
-        for method in (ROUTERS | LAYERS).values()
-        for name, a in method().state_shapes(experts, balance, d).items()
-    }
-
-
-ROUTING_STATE = _routing_state()
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of `config.json`."""
-
-    sets: str | None = None  # the field of `Config` that it sets
-    default: Any = REQUIRED
-    only: tuple = ()  # the values that are implemented; empty: any
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One `model_type`."""
-
-    class_name: str  # in `architectures` of config.json
-    tensors: dict[str, tuple[Tensor, ...]]  # by the path of the parameter
-    fields: dict[str, Field] = field(default_factory=dict)  # of config.json
-    constants: dict[str, Any] = field(default_factory=dict)  # fields of `Config` common to all
-    rope_theta: float = 1e4  # where config.json has none
-    rope_types: tuple[str, ...] = ("default",)
-    ignored: tuple[str, ...] = ()  # tensors that old files have and nothing needs
-
 
 _FIELDS = {
-    "vocab_size": Field("model.vocab_size"),
-    "hidden_size": Field("model.d_model"),
-    "num_hidden_layers": Field("model.n_layers"),
-    "num_attention_heads": Field("model.n_heads"),
-    "num_key_value_heads": Field("model.n_kv_heads"),
-    "max_position_embeddings": Field("model.max_len"),
-    "rms_norm_eps": Field("model.norm_eps", 1e-5),
-    "tie_word_embeddings": Field("model.tie_embeddings", False),
-    "intermediate_size": Field("experts.d_ffn"),
-    "num_experts_per_tok": Field("experts.top_k"),
-    "hidden_act": Field(default="silu", only=("silu",)),
-    "quantization_config": Field(default=None, only=(None,)),
+    "vocab_size": "model.vocab_size",
+    "hidden_size": "model.d_model",
+    "num_hidden_layers": "model.n_layers",
+    "num_attention_heads": "model.n_heads",
+    "num_key_value_heads": "model.n_kv_heads",
+    "max_position_embeddings": "model.max_len",
+    "rms_norm_eps": "model.norm_eps",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "intermediate_size": "experts.d_ffn",
+    "num_experts_per_tok": "experts.top_k",
 }
+_DEFAULTS = {
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "norm_topk_prob": False,
+    "router_jitter_noise": 0.01,
+    "lm_head_bias": False,
+}
+_ONLY = {"hidden_act": "silu", "quantization_config": None}
+_ROUTER = {"experts.kind": "router"}
+
+
+class Architecture(NamedTuple):
+    """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
+
+    tensors: dict[str, list]  # see `_table`
+    fields: dict[str, str] = _FIELDS  # of config.json, and the field of `Config` that each sets
+    defaults: dict[str, Any] = _DEFAULTS  # of fields that may be missing
+    only: dict[str, Any] = _ONLY  # the one value that is implemented, also where it is missing
+    constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
+    rope_theta: float = 1e6  # where config.json has none
+    rope_types: tuple[str, ...] = ("default",)
+
 
 ARCHITECTURES = {
     "mixtral": Architecture(
-        class_name="MixtralForCausalLM",
         tensors=_DECODER | _MIXTRAL_EXPERTS,
-        fields=_FIELDS | {"num_local_experts": Field("experts.n_experts")},
-        constants={"experts.kind": "router"},
-        rope_theta=1e6,
-        ignored=(LAYER + "self_attn.rotary_emb.inv_freq",),
+        fields=_FIELDS | {"num_local_experts": "experts.n_experts"},
     ),
     "olmoe": Architecture(
-        class_name="OlmoeForCausalLM",
         tensors=_DECODER | _OLMOE_EXPERTS,
         fields=_FIELDS
         | {
-            "num_experts": Field("experts.n_experts"),
-            "num_key_value_heads": Field("model.n_kv_heads", None),
-            "norm_topk_prob": Field("routing.norm_topk_prob", False),
-            "attention_bias": Field("model.attention_bias", False),
-            "clip_qkv": Field(default=None, only=(None,)),
+            "num_experts": "experts.n_experts",
+            "norm_topk_prob": "routing.norm_topk_prob",
+            "attention_bias": "model.attention_bias",
         },
-        constants={"experts.kind": "router", "model.qk_norm": True},
+        defaults=_DEFAULTS | {"num_key_value_heads": None},
+        only=_ONLY | {"clip_qkv": None},
+        constants=_ROUTER | {"model.qk_norm": True},
+        rope_theta=1e4,
     ),
     "phimoe": Architecture(
-        class_name="PhimoeForCausalLM",
         tensors=_DECODER | _MIXTRAL_EXPERTS,
         fields=_FIELDS
         | {
-            "num_local_experts": Field("experts.n_experts"),
-            "num_experts_per_tok": Field("experts.top_k", only=(2,)),
-            "router_jitter_noise": Field("routing.jitter", 0.01),
-            "attention_bias": Field("model.attention_bias", False),
-            "lm_head_bias": Field("model.output_bias", False),
+            "num_local_experts": "experts.n_experts",
+            "router_jitter_noise": "routing.jitter",
+            "attention_bias": "model.attention_bias",
+            "lm_head_bias": "model.output_bias",
         },
-        constants={
-            "experts.kind": "router",
-            "routing.name": "sparsemixer",
-            "model.norm": "layer",
-        },
-        rope_theta=1e6,
+        only=_ONLY | {"num_experts_per_tok": 2},
+        constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
         rope_types=("default", "longrope"),
     ),
-    "aoe": Architecture("AoEForCausalLM", _DECODER | _own_experts() | ROUTING_STATE),
+    OWN: Architecture(_DECODER),
 }
+
+
+class Layout:
+    """The tensors of a row of a table, for a parameter of known shape.
+
+    `sizes` has the parameter's sizes by axis, L for layers, `shape` is that of a tensor, and
+    `first` the name of the first one.
+    """
+
+    def __init__(self, axes: str, shape: tuple[int, ...], name: str, stored: str = ""):
+        """Takes the parameter's declared axes, its shape with the axis of layers, and the row.
+
+        The first declared axes may be missing: a dense layer has no axis of experts.
+        """
+        axes, layers = axes.split(), ["L"] if "{L}" in name else []
+        axes = layers + axes[len(layers) + len(axes) - len(shape) :]
+        self._name, self.sizes = name, dict(zip(axes, shape, strict=True))
+        self._named = [axis for axis in axes if f"{{{axis}}}" in name]
+        self._axes = axes[len(self._named) :]
+        # For each axis of a tensor: the axes in it, which piece of it they are, and of how many.
+        self._groups = [([axis], 0, 1) for axis in self._axes]
+        if stored:
+            parts = [group.partition("/") for group in stored.split()]
+            self._groups = [(list(names), int(n or 0), 2 if n else 1) for names, _, n in parts]
+        self._order = [axis for group, _, _ in self._groups for axis in group]
+        self.shape = tuple(self._size(group) * count for group, _, count in self._groups)
+        self.first = next(self.tensors())[0]
+
+    def _size(self, axes):
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def tensors(self, bounds: dict | None = None) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yields the tensors that store a part of the parameter, and their index in the part.
+
+        `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
+        """
+        bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
+        for numbers in itertools.product(*(range(*bounds[axis]) for axis in self._named)):
+            at = dict(zip(self._named, numbers, strict=True))
+            yield self._name.format(**at), tuple(at[axis] - bounds[axis][0] for axis in at)
+
+    def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
+        """What a tensor holds of the part of the parameter between `bounds`."""
+        slices = []
+        for (outer, *inner), piece, _ in self._groups:
+            offset, unit = piece * self.sizes[outer], self._size(inner)
+            slices.append(slice(*(unit * (offset + bound) for bound in bounds[outer])))
+        sizes = [bounds[axis][1] - bounds[axis][0] for axis in self._order]
+        part = tensor.read(slices).reshape(sizes)
+        return part.transpose([self._order.index(axis) for axis in self._axes])
+
+    def to_file(self, part: np.ndarray):
+        """A whole tensor, from its part of the parameter."""
+        return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
+
+
+def find_layout(model_type: str, path: str, shape: tuple[int, ...], names=()) -> Layout:
+    """How files with tensors of these names store a parameter or a routing state; else how we do.
+
+    Raises:
+      UserError: the architecture has no such parameter.
+    """
+    parameter = declared_parameters().get(path)
+    axes = parameter.axes if parameter else "n"  # a state of routing has one axis at most
+    rows = ARCHITECTURES[model_type].tensors.get(path)
+    if model_type == OWN and not rows:
+        group = "experts." if axes.startswith("n ") else ""
+        rows = [(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}",)]
+    if not rows:
+        raise UserError(f"a model of model_type {model_type!r} has no parameter {path}")
+    known = [Layout(axes, shape, *row) for row in rows]
+    return next((one for one in known if one.first in names), known[0])

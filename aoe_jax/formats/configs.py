@@ -1,41 +1,34 @@
 """`config.json` of a model to `aoe_jax.config.Config`, and back."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.formats.architectures import ARCHITECTURES, REQUIRED, Architecture
+from aoe_jax.formats.architectures import ARCHITECTURES, OWN
 
-OWN = "aoe"  # the model_type of our own format
 WINDOW = 1024  # tokens of a window in scoring and training, where the model takes as many
-# Fields that decide how a model is computed, but not its results.
-_EXECUTION = (
-    "model.dtype",
-    "model.remat",
-    "model.unroll",
-    "model.max_len",
-    "experts.score_gradient",
-)
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """The fields that decide which function of its parameters a model computes.
-
-    Returns:
-      `{field: value}`; two models that compute the same function have equal fields.
+    """`{field: value}` of the fields that decide which function of its parameters a model computes:
+    two models that compute the same function have equal ones.
     """
-    model, experts, routing = config.model, config.experts, config.routing
-    fields = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    fields |= {f"experts.{name}": value for name, value in dataclasses.asdict(experts).items()}
-    fields["routing.name"] = routing.name
-    for field in dataclasses.fields(routing):
-        if not field.metadata.get("training_only"):
-            fields[f"routing.{field.name}"] = getattr(routing, field.name)
+    model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
+    fields = {
+        f"{group}.{name}": value
+        for group in ("model", "experts", "routing")
+        for name, value in groups[group].items()
+    }
     fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
-    unused = {*_EXECUTION, "experts.d_ffn", "experts.round_to"}  # d_wide follows from them
+    # These decide how a model is computed, but not its results; d_wide follows from the last two.
+    unused = {"model.dtype", "model.remat", "model.unroll", "model.max_len"}
+    unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
+    settings = dataclasses.fields(routing)
+    unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
     if not experts.low_rank and not experts.large_router:
         unused.add("experts.d_low")
     if not routing.choice(experts):
@@ -45,155 +38,126 @@ def computed_fields(config: Config):
     return {name: value for name, value in fields.items() if name not in unused}
 
 
+def differing_fields(config: Config, other: Config):
+    """`(field, value, other value)` of the fields in which two models compute another function."""
+    here, there = computed_fields(config), computed_fields(other)
+    names = sorted(here.keys() | there.keys())
+    return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
+
+
 def is_choice(name):
     """Whether a field decides how experts are chosen and weighted, not which parameters exist."""
     return name == "experts.top_k" or name.startswith("routing.")
 
 
 def from_json(path: Path, values: dict):
-    """The configuration of a model.
+    """The configuration of a model, from the content of its `config.json`; errors name the path.
 
     `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
     groups have their defaults.
-
-    Args:
-      path: of the `config.json`, for errors.
-      values: its content.
 
     Raises:
       UserError: the architecture is unknown, a field is missing or has an invalid value, or
         something isn't implemented here.
     """
-    architecture = _architecture(path, values)
-    own = values["model_type"] == OWN
-    fields = _own_fields(path, values) if own else _hub_fields(path, values, architecture)
-    groups = Config().to_dict() | {"routing": {}}
-    for name, value in fields.items():
-        group, _, name = name.partition(".")
-        groups[group][name] = value
-    groups["model"]["dtype"] = "float32"
-    if groups["routing"].get("name", "top_k") not in _BALANCED:
-        groups["balance"]["aux_weight"] = 0.0
-    if isinstance(groups["model"]["max_len"], int):
-        groups["data"]["seq_len"] = groups["model"]["max_len"]
     try:
-        config = Config.from_config_dict(groups)
+        return _from_json(values)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
-    try:
-        return dataclasses.replace(config, data=window)
-    except UserError:  # a method that needs longer sequences
-        return config
 
 
-def _architecture(path, values):
+def _from_json(values):
     name = values.get("model_type")
-    if name is None:
-        wanted = "`python -m aoe_jax.export` takes the model out of a training run"
-        raise UserError(f"{path} has no model_type; {wanted}")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path}: model_type={name!r} is unknown; known are {known}")
-    return ARCHITECTURES[name]
+    take = "`python -m aoe_jax.export` takes the model out of a training run"
+    _require(name is not None, f"it has no model_type; {take}")
+    known = ", ".join(ARCHITECTURES)
+    is_known = isinstance(name, str) and name in ARCHITECTURES
+    _require(is_known, f"model_type={name!r} is unknown; known are {known}")
+    groups = Config().to_dict() | {"routing": {}}
+    if name == OWN:
+        for group in ("model", "experts", "routing"):
+            is_group = isinstance(values.get(group), dict)
+            _require(is_group, f"it has no group {group!r}, which a model of model_type 'aoe' has")
+            groups[group] |= values[group]
+    else:
+        for field, value in _hub_fields(values).items():
+            group, _, field = field.partition(".")
+            groups[group][field] = value
+    groups["model"]["dtype"] = "float32"
+    groups["data"]["seq_len"] = groups["model"]["max_len"]
+    if groups["routing"].get("name", "top_k") not in _BALANCED:
+        groups["balance"]["aux_weight"] = 0.0
+    config = Config.from_config_dict(groups)
+    if name != OWN:
+        _check_attention(values, config.model)
+    with contextlib.suppress(UserError):  # of a method that needs longer sequences
+        window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
+        return dataclasses.replace(config, data=window)
+    return config
 
 
-def _own_fields(path, values):
-    fields = {}
-    for group in ("model", "experts", "routing"):
-        if not isinstance(values.get(group), dict):
-            raise UserError(
-                f"{path}: it has no group {group!r}, which a model of model_type {OWN!r} has"
-            )
-        fields |= {f"{group}.{name}": value for name, value in values[group].items()}
-    return fields
+def _require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 
-def _hub_fields(path, values, architecture: Architecture):
-    fields = dict(architecture.constants)
-    for name, field in architecture.fields.items():
-        if name not in values and field.default is REQUIRED:
-            wanted = f"a model of model_type {values['model_type']!r} has it"
-            raise UserError(f"{path}: {name} is missing; {wanted}")
-        value = values.get(name, field.default)
-        if field.only and value not in field.only:
-            raise UserError(
-                f"{path}: {name}={value!r} isn't implemented; only {field.only[0]!r} is"
-            )
-        if field.sets:
-            fields[field.sets] = value
-    fields |= _rotary_fields(path, values, architecture)
-    _check_attention(path, values, fields)
-    return fields
+def _hub_fields(values):
+    name = values["model_type"]
+    architecture = ARCHITECTURES[name]
+    for field, only in architecture.only.items():
+        value = values.get(field, only)
+        _require(value == only, f"{field}={value!r} isn't implemented; only {only!r} is")
+    fields, given = dict(architecture.constants), architecture.defaults | values
+    for field, sets in architecture.fields.items():
+        _require(field in given, f"{field} is missing; a model of model_type {name!r} has it")
+        fields[sets] = given[field]
+    return fields | _rotary_fields(values, architecture)
 
 
-def _check_attention(path, values, fields):
-    """Refuses head widths other than d_model / n_heads, and windows shorter than the model."""
-    names = ("model.d_model", "model.n_heads", "model.max_len")
-    width, heads, max_len = (fields[name] for name in names)
-    if not all(type(number) is int and number > 0 for number in (width, heads, max_len)):
-        return  # `Config` names what is wrong
-    if values.get("head_dim") not in (None, width / heads):
-        wanted = f"only hidden_size / num_attention_heads = {width / heads:g} is"
-        raise UserError(f"{path}: head_dim={values['head_dim']!r} isn't implemented; {wanted}")
-    window = values.get("sliding_window")
-    if window is not None and not (_is_number(window) and window >= max_len):
-        wanted = f"only one of at least {max_len} is"
-        raise UserError(f"{path}: sliding_window={window!r} isn't implemented; {wanted}")
+def _check_attention(values, model):
+    width, head_dim = model.d_model / model.n_heads, values.get("head_dim")
+    wanted = f"only hidden_size / num_attention_heads = {width:g} is"
+    _require(head_dim in (None, width), f"head_dim={head_dim!r} isn't implemented; {wanted}")
+    window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
+    is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
+    _require(is_longer, f"sliding_window={window!r} isn't implemented; {wanted}")
 
 
-def _rotary_fields(path, values, architecture):
+def _rotary_fields(values, architecture):
     """Reads `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it."""
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    if rope and scaling and rope != scaling:
-        raise UserError(
-            f"{path}: rope_parameters={rope!r} and rope_scaling={scaling!r} differ; leave one"
-        )
+    differ = f"rope_parameters={rope!r} and rope_scaling={scaling!r} differ; leave one"
+    _require(not rope or not scaling or rope == scaling, differ)
     rope = rope or scaling
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        wanted = "only one setting for all layers is"
-        raise UserError(f"{path}: rotary positions {rope!r} aren't implemented; {wanted}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in architecture.rope_types:
-        wanted = f"known are {', '.join(architecture.rope_types)}"
-        raise UserError(
-            f"{path}: rope_type={kind!r} isn't implemented for this architecture; {wanted}"
-        )
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) not in (None, 1):
-        raise UserError(f"{path}: partial_rotary_factor isn't implemented; only 1 is")
-    bases = [
-        base for base in (rope.get("rope_theta"), values.get("rope_theta")) if base is not None
-    ]
-    if not all(map(_is_number, bases)) or len(set(bases)) > 1:
-        found = " and ".join(map(repr, bases))
-        raise UserError(f"{path}: rope_theta is {found}; it must be one number")
-    fields = {"model.rope_base": bases[0] if bases else architecture.rope_theta}
-    return fields | (_longrope_fields(path, values, rope) if kind == "longrope" else {})
+    is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
+    wanted = "only one setting for all layers is"
+    _require(is_one, f"rotary positions {rope!r} aren't implemented; {wanted}")
 
+    def setting(name, default):
+        given = [where[name] for where in (rope, values) if where.get(name) is not None]
+        found = " and ".join(map(repr, given))
+        _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
+        return given[0] if given else default
 
-def _longrope_fields(path, values, rope):
-    """The short factors of longrope.
-
-    Longer texts have other frequencies and another scale, so the model is read for the length up to
-    which the short ones hold.
-    """
-    length = "original_max_position_embeddings"
-    rope = {length: values.get(length)} | rope
-    for name in ("short_factor", "short_mscale", length):
-        if rope.get(name) is None:
-            raise UserError(f"{path}: {name} is missing, which rope_type 'longrope' needs")
-    factors = rope["short_factor"]
-    if not isinstance(factors, list) or not all(map(_is_number, factors)):
-        raise UserError(f"{path}: short_factor={factors!r}: must be a list of numbers")
-    return {
-        "model.rope_factors": tuple(map(float, factors)),
-        "model.rope_scale": rope["short_mscale"],
-        "model.max_len": rope[length],
-    }
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    kind, kinds = rope.get("rope_type", rope.get("type", "default")), architecture.rope_types
+    wanted = f"known are {', '.join(kinds)}"
+    _require(kind in kinds, f"rope_type={kind!r} isn't implemented for this architecture; {wanted}")
+    share = setting("partial_rotary_factor", 1)
+    _require(share == 1, f"partial_rotary_factor={share!r} isn't implemented; only 1 is")
+    fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
+    if kind == "default":
+        return fields
+    # Longer texts have the long factors and another scale, so the model is read for the length up
+    # to which the short ones hold.
+    names = ("short_factor", "short_mscale", "original_max_position_embeddings")
+    factors, scale, length = (setting(name, None) for name in names)
+    for name, value in zip(names, (factors, scale, length), strict=True):
+        _require(value is not None, f"{name} is missing, which rope_type 'longrope' needs")
+    are_numbers = isinstance(factors, list) and all(isinstance(f, int | float) for f in factors)
+    _require(are_numbers, f"short_factor={factors!r}: must be a list of numbers")
+    factors = tuple(map(float, factors))
+    longrope = {"model.rope_factors": factors, "model.rope_scale": scale, "model.max_len": length}
+    return fields | longrope
 
 
 def to_json(config: Config):
@@ -201,29 +165,21 @@ def to_json(config: Config):
 
     It is a Mixtral where Mixtral can express the whole model, else our own format.
     """
-    mixtral = _as_mixtral(config)
-    try:
-        same = computed_fields(from_json(Path(), mixtral)) == computed_fields(config)
-    except UserError:
-        same = False
-    return mixtral if same else as_own(config)
-
-
-def _as_mixtral(config):
-    name = "mixtral"
-    values = {"model_type": name, "architectures": [ARCHITECTURES[name].class_name]}
-    for theirs, field in ARCHITECTURES[name].fields.items():
-        if field.sets:
-            group, _, ours = field.sets.partition(".")
-            values[theirs] = getattr(getattr(config, group), ours)
-        elif field.default is not None:
-            values[theirs] = field.default
-    return values | {
+    mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    for theirs, sets in ARCHITECTURES["mixtral"].fields.items():
+        group, _, ours = sets.partition(".")
+        mixtral[theirs] = getattr(getattr(config, group), ours)
+    mixtral |= {
+        "hidden_act": "silu",
         "num_key_value_heads": config.model.kv_heads,
         "rope_theta": config.model.rope_base,
         "head_dim": config.model.d_model // config.model.n_heads,
         "sliding_window": None,
     }
+    with contextlib.suppress(UserError):
+        if not differing_fields(from_json(Path(), mixtral), config):
+            return mixtral
+    return as_own(config)
 
 
 def as_own(config: Config):
@@ -231,7 +187,7 @@ def as_own(config: Config):
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}, "routing": {}}
     for name, value in computed_fields(config).items():
         group, _, name = name.partition(".")
-        groups.setdefault(group, {})[name] = list(value) if isinstance(value, tuple) else value
+        groups[group][name] = value
     if not config.experts.low_rank:
         groups["experts"]["d_ffn"] = groups["experts"].pop("d_wide")
-    return {"model_type": OWN, "architectures": [ARCHITECTURES[OWN].class_name], **groups}
+    return {"model_type": OWN, "architectures": ["AoEForCausalLM"], **groups}

@@ -18,7 +18,6 @@ from aoe_jax.moe.routing import TopK
 
 log = logging.getLogger(__name__)
 
-REPORT = "convert.json"
 CONVERTIBLE = ("top_k", "top_p", "expert_choice", "ranked", "sparsemixer", "erc")
 _GATE = "layers/experts/w_gate"
 _FACTORS = ("layers/experts/w_gate_down", "layers/experts/w_gate_up")
@@ -27,19 +26,13 @@ _FACTORS = ("layers/experts/w_gate_down", "layers/experts/w_gate_up")
 def convert(checkpoint: Path, output: Path, d_low: int):
     """Writes the AoE of a router MoE to `output`, which appears only once it is complete.
 
-    It converts layer by layer: memory holds little more than the experts of one layer. Factors have
-    the dtype of the gates.
-
-    Args:
-      checkpoint: a directory with `config.json` and safetensors files, of the hub or of
-        `aoe_jax.export`.
-      output: a directory that doesn't exist.
-      d_low: rank of the factorised gates.
+    `checkpoint` is a model of the hub or of `aoe_jax.export`, and `d_low` the rank of the gates.
+    It converts layer by layer: memory holds the experts of one layer and one file. Factors have the
+    dtype of the gates.
 
     Returns:
       The content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the share of
-      the squares of W_gate that its factors keep: `mean` over all experts, and for each of `layers`
-      `mean`, `min` and the list `experts`.
+      the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by layer.
 
     Raises:
       UserError: the checkpoint can't be read or has no whole gates, `d_low` is too large, or
@@ -47,46 +40,50 @@ def convert(checkpoint: Path, output: Path, d_low: int):
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low)
-    reader, shapes = ModelReader(checkpoint, config), parameter_shapes(converted)
-    dtypes = {path: reader.dtype(_GATE if path in _FACTORS else path) for path in shapes}
-    _warn(config, converted, reader)
+    reader = ModelReader(checkpoint, config)
+    if "selection_bias" in reader.routing_state:
+        log.warning(
+            "the selection bias of loss-free balancing goes with the router: it was made for its "
+            "logits"
+        )
+    if config.routing.name == "sparsemixer":
+        log.warning("routing.name='sparsemixer' is made for logits around 0; the AoE has 'top_k'")
     factors, energy = {}, []  # factors of one layer; energy kept of each layer so far
 
     def parameter(path, layer):
         if path not in _FACTORS:
             return reader.layer(path, layer)
-        if layer not in factors:
-            factors.clear()
-            w_gate_down, w_gate_up, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
-            factors[layer] = dict(zip(_FACTORS, (w_gate_down, w_gate_up), strict=True))
-            energy.append({"mean": sum(kept) / len(kept), "min": min(kept), "experts": kept})
-            kept = f"energy kept {energy[-1]['mean']:.4f}, least of an expert {min(kept):.4f}"
-            log.info("layer %d of %d: %s", len(energy), config.model.n_layers, kept)
-        return factors[layer][path].astype(dtypes[path])
+        if not factors:
+            down, up, kept = _factorise(reader.layer(_GATE, layer), d_low, layer)
+            factors.update(zip(_FACTORS, (down, up), strict=True))
+            mean, least = sum(kept) / len(kept), min(kept)
+            energy.append({"mean": mean, "min": least, "experts": kept})
+            shown = f"energy kept {mean:.4f}, least of an expert {least:.4f}"
+            log.info("layer %d of %d: %s", layer + 1, config.model.n_layers, shown)
+        return factors.pop(path).astype(reader.dtype(_GATE))
 
     with new_directory(output) as partial_output:
         values = as_own(converted) | copy_tokenizer(checkpoint, partial_output)
-        write_model(partial_output, values, shapes, parameter, dtypes)
+        values["torch_dtype"] = reader.dtype("embed/embedding").name
+        write_model(partial_output, values, parameter_shapes(converted), parameter)
         mean = sum(layer["mean"] for layer in energy) / len(energy)
         report = {
             "d_low": d_low,
             "d_wide": converted.experts.d_wide,
             "energy_kept": {"mean": mean, "layers": energy},
         }
-        write_json(partial_output / REPORT, report)
+        write_json(partial_output / "convert.json", report)
         if (checkpoint / RUN_FILE).exists():
             write_run(partial_output, checkpoint, read_step(checkpoint), converted)
     return report
 
 
 def _converted(config: Config, checkpoint, d_low):
-    """The configuration of the AoE."""
     experts, d_model, has = config.experts, config.model.d_model, f"--checkpoint={checkpoint} has"
-    whole = "only a router MoE with whole gates can be converted"
-    if experts.kind == "router" and experts.factorised_gate:
-        raise UserError(f"{has} a router with factorised gates; {whole}")
-    if experts.kind != "router":
-        raise UserError(f"{has} experts.kind={experts.kind!r}; {whole}")
+    if experts.kind != "router" or experts.factorised_gate:
+        factorised = "a router with factorised gates"
+        what = factorised if experts.kind == "router" else f"experts.kind={experts.kind!r}"
+        raise UserError(f"{has} {what}; only a router MoE with whole gates can be converted")
     router = config.routing.name
     if router not in CONVERTIBLE:
         raise UserError(
@@ -96,12 +93,11 @@ def _converted(config: Config, checkpoint, d_low):
     if d_low >= d_model or d_low > experts.d_ffn:
         wanted = f"below d_model={d_model} and at most the width {experts.d_ffn} of an expert"
         raise UserError(f"--d_low={d_low}: must be {wanted}")
-    experts = dataclasses.replace(
-        experts, kind="aoe", d_low=d_low, d_wide=experts.d_ffn, large_router=False
-    )
     return dataclasses.replace(
         config,
-        experts=experts,
+        experts=dataclasses.replace(
+            experts, kind="aoe", d_low=d_low, d_wide=experts.d_ffn, large_router=False
+        ),
         routing=TopK() if router in ("sparsemixer", "erc") else config.routing,
         balance=dataclasses.replace(config.balance, bias_rate=0.0),  # it goes with the router
         train=dataclasses.replace(config.train, router_steps=0),
@@ -109,26 +105,11 @@ def _converted(config: Config, checkpoint, d_low):
     )
 
 
-def _warn(config, converted, reader):
-    if "selection_bias" in reader.routing_state:
-        log.warning(
-            "the selection bias of loss-free balancing goes with the router: it was made for its "
-            "logits"
-        )
-    if config.routing.name == "sparsemixer":
-        log.warning("routing.name='sparsemixer' is made for logits around 0; the AoE has 'top_k'")
-
-
 def _factorise(w_gate, rank, layer):
-    """Truncated singular value decompositions of the gates of a layer, in float32.
-
-    Args:
-      w_gate: `[n, d, f]`.
-      rank: r.
-      layer: its number, for errors.
+    """Truncated singular value decompositions of `w_gate [n, d, f]`, in float32.
 
     Returns:
-      `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`, and the share of the squares that each
+      `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that each
       expert keeps.
     """
     n, d, f = w_gate.shape
@@ -141,6 +122,6 @@ def _factorise(w_gate, rank, layer):
             raise UserError(f"--checkpoint: {where} isn't finite; it is damaged")
         u, s, v = np.linalg.svd(w, full_matrices=False)
         w_gate_down[expert], w_gate_up[expert] = u[:, :rank] * s[:rank], v[:rank]
-        energy = np.sum(s**2, dtype=np.float64)
-        kept.append(float(np.sum(s[:rank] ** 2, dtype=np.float64) / energy) if energy else 1.0)
+        squares = s.astype(np.float64) ** 2
+        kept.append(float(squares[:rank].sum() / squares.sum()) if squares.any() else 1.0)
     return w_gate_down, w_gate_up, kept

@@ -1,23 +1,24 @@
 """Reads models from safetensors: the configuration, and the parameters directly into a mesh."""
 
 import dataclasses
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.architectures import ARCHITECTURES, ROUTING_STATE
-from aoe_jax.formats.configs import computed_fields, from_json
-from aoe_jax.formats.layout import Layout, is_layered, parameter_path
-from aoe_jax.formats.tensor_files import TensorFiles
+from aoe_jax.formats.architectures import find_layout
+from aoe_jax.formats.configs import differing_fields, from_json
+from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.json_files import read_json
-from aoe_jax.model.decoder import Decoder, initial_routing_state
+from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import replicated, state_shardings
 
 RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": that of its run}
@@ -25,10 +26,7 @@ _WANTED = "name a directory with a model's config.json and safetensors files"
 
 
 def is_model(directory: Path) -> bool:
-    """Whether a directory holds a model rather than a training run.
-
-    The `config.json` of a model has a `model_type`.
-    """
+    """Whether a directory holds a model, whose `config.json` has a `model_type`, not a run."""
     path = directory / "config.json"
     return path.exists() and "model_type" in read_json(path, _WANTED)
 
@@ -44,22 +42,20 @@ def read_config(directory: Path) -> Config:
       UserError: a file can't be read, the architecture is unknown, or something in it isn't
         implemented here.
     """
-    path, table = directory / "config.json", "model.embed_tokens.weight"
+    path = directory / "config.json"
     config = from_json(path, read_json(path, _WANTED))
-    files = TensorFiles(directory)
-    if table in files.stored and files.stored[table].dtype.name == "bfloat16":
+    table = stored_tensors(directory).get("model.embed_tokens.weight")
+    if table is not None and table.dtype.name == "bfloat16":
         model = dataclasses.replace(config.model, dtype="bfloat16")
         config = dataclasses.replace(config, model=model)
     if (directory / RUN_FILE).exists():
-        return _config_of_run(directory, config)
+        return _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    tokenizer = str(tokenizer) if tokenizer.exists() else None
-    data = dataclasses.replace(config.data, tokenizer=tokenizer)
-    return dataclasses.replace(config, data=data)
+    name = str(tokenizer) if tokenizer.exists() else None
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
 
 
-def _config_of_run(directory, config):
-    path = directory / RUN_FILE
+def _config_of_run(path, config):
     groups = read_json(path, _WANTED).get("config")
     if not isinstance(groups, dict):
         wanted = "it has no configuration of a run; remove it to do without"
@@ -68,11 +64,9 @@ def _config_of_run(directory, config):
         of_run = Config.from_config_dict(groups)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    here, there = computed_fields(config), computed_fields(of_run)
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            values = f"{there.get(name)!r} there, {here.get(name)!r} in config.json"
-            raise UserError(f"{path}: config.{name} is {values}; they must agree")
+    for name, here, there in differing_fields(config, of_run):
+        values = f"{there!r} there, {here!r} in config.json"
+        raise UserError(f"{path}: config.{name} is {values}; they must agree")
     return of_run
 
 
@@ -83,11 +77,7 @@ def read_step(directory: Path) -> int | None:
 
 
 def read_begin_token(directory: Path, vocab_size: int) -> int | None:
-    """The token that texts begin with, or None.
-
-    Raises:
-      UserError: `bos_token_id` is no token.
-    """
+    """The token that texts begin with, or None; raises `UserError` if it is no token."""
     path = directory / "config.json"
     token = read_json(path, _WANTED).get("bos_token_id")
     if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
@@ -96,145 +86,89 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
     return token
 
 
-def abstract_parameters(config: Config):
-    """The tree of the decoder's parameters as shapes."""
+def parameter_shapes(config: Config):
+    """The shape of every parameter by its path, such as `layers/attention/q`; `[L, ...]` there."""
     # The mesh must divide the batch.
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
     decoder = Decoder.from_config(config)
     init = jax.eval_shape(lambda: decoder.init(jax.random.key(0), jnp.zeros(shape, jnp.int32)))
-    return init["params"]
-
-
-def parameter_shapes(config: Config):
-    """The shape of every parameter by its path, with the axis of layers."""
-    return _shapes(abstract_parameters(config))
-
-
-def _shapes(tree):
-    return {parameter_path(path): a.shape for path, a in jax.tree_util.tree_leaves_with_path(tree)}
+    return flatten_dict(init["params"], sep="/")
 
 
 class ModelReader:
-    """The parameters of a model in a directory, read layer by layer and piece by piece."""
+    """The parameters of a model in a directory, read layer by layer and piece by piece.
+
+    `parameters` has their shapes by path, and `routing_state` those of the routing state by name.
+    """
 
     def __init__(self, directory: Path, config: Config):
         """Checks that the files have every tensor of the model and no other; reads no tensor.
 
         Raises:
-          UserError: see `TensorFiles`; or a tensor is missing, unknown, or has another shape or
+          UserError: see `stored_tensors`; or a tensor is missing, unknown, or has another shape or
             dtype than it should.
         """
-        self.directory, self._files = directory, TensorFiles(directory)
-        self._model_type = read_json(directory / "config.json", _WANTED)["model_type"]
-        self._tables = ARCHITECTURES[self._model_type].tensors
-        self._n_layers = config.model.n_layers
-        self.abstract = abstract_parameters(config)
-        self.routing_state = self._state_shapes(config)
-        self.shapes = _shapes(self.abstract) | {
-            f"layers/{name}": shape for name, shape in self.routing_state.items()
+        self._directory, self._stored = directory, stored_tensors(directory)
+        self.parameters, own = parameter_shapes(config), read_config(directory)
+        has_bias = "model.layers.0.mlp.selection_bias" in self._stored
+        balance = BalanceConfig(bias_rate=1.0) if has_bias else own.balance
+        state = own.routing.state_shapes(own.experts, balance, own.model.d_model)
+        self.routing_state = {
+            name: jax.ShapeDtypeStruct((config.model.n_layers, *a.shape), a.dtype)
+            for name, a in state.items()
         }
-        self._layouts = {path: self._layout(path) for path in self.shapes}
+        values = read_json(directory / "config.json", _WANTED)
+        shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
+        self._layouts = {
+            path: find_layout(values["model_type"], path, a.shape, self._stored)
+            for path, a in shapes.items()
+        }
         self._check_tensors()
-
-    def _state_shapes(self, config):
-        """The shapes of the routing state that the model's selection or the files have."""
-        of_model = read_config(self.directory)
-        state = jax.eval_shape(lambda: initial_routing_state(of_model))
-        shapes = {name: a.shape for name, a in state.items()}
-        sizes = {"n": config.experts.n_experts, "d": config.model.d_model}
-        for path, rows in ROUTING_STATE.items():
-            if self._find(path):
-                shape = (self._n_layers, *(sizes[axis] for axis in rows[0].axes))
-                shapes[path.removeprefix("layers/")] = shape
-        return shapes
-
-    def _find(self, path):
-        """The row of a parameter's table that the files follow, or None."""
-        for tensor in self._tables.get(path, ()):
-            if tensor.name.format(layer=0, expert=0) in self._files.stored:
-                return tensor
-        return None
-
-    def _layout(self, path):
-        if path not in self._tables:
-            what = f"a model of model_type {self._model_type!r} has no parameter {path}"
-            raise UserError(f"{self.directory}: {what}")
-        shape = self.shapes[path]
-        tensor = self._find(path) or self._tables[path][0]
-        return Layout(tensor, shape[1:] if is_layered(path) else shape)
 
     def _check_tensors(self):
         known = set()
-        for path, layout in self._layouts.items():
+        for layout in self._layouts.values():
             dtypes = {}
-            for layer in range(self._n_layers) if is_layered(path) else (None,):
-                for expert in layout.experts:
-                    name = layout.name(layer, expert)
-                    if name not in self._files.stored:
-                        what = f"tensor {name} is missing, by config.json the model has it"
-                        raise UserError(f"{self.directory}: {what}")
-                    stored = self._files.stored[name]
-                    if stored.shape != layout.shape:
-                        shapes = f"{list(stored.shape)}, by config.json {list(layout.shape)}"
-                        raise UserError(f"{stored.file}: tensor {name} is {shapes}")
-                    dtypes.setdefault(stored.dtype, name)
-                    known.add(name)
+            for name, _ in layout.tensors():
+                if name not in self._stored:
+                    what = f"tensor {name} is missing, by config.json the model has it"
+                    raise UserError(f"{self._directory}: {what}")
+                stored = self._stored[name]
+                if stored.shape != layout.shape:
+                    shapes = f"{list(stored.shape)}, by config.json {list(layout.shape)}"
+                    raise UserError(f"{stored.file}: tensor {name} is {shapes}")
+                dtypes.setdefault(stored.dtype, name)
+                known.add(name)
             if len(dtypes) > 1:
                 names = " and ".join(f"{name} of {dtype}" for dtype, name in dtypes.items())
-                raise UserError(f"{self.directory}: tensors {names} must be of the same type")
-        ignored = "|".join(
-            re.escape(name).replace(r"\{layer\}", r"\d+")
-            for name in ARCHITECTURES[self._model_type].ignored
-        )
-        for name in sorted(self._files.stored.keys() - known):
-            if not re.fullmatch(ignored, name):
+                raise UserError(f"{self._directory}: tensors {names} must be of the same type")
+        for name in sorted(self._stored.keys() - known):
+            if not name.endswith(".rotary_emb.inv_freq"):  # old files have it, and nothing needs it
                 what = f"tensor {name} is unknown, by config.json the model has no such"
-                raise UserError(f"{self._files.stored[name].file}: {what}")
+                raise UserError(f"{self._stored[name].file}: {what}")
 
-    def dtype(self, path) -> np.dtype:
+    def dtype(self, path: str) -> np.dtype:
         """The dtype of a parameter's tensors."""
-        return self._files.stored[self._layouts[path].name(0, 0)].dtype
+        return self._stored[self._layouts[path].first].dtype
 
-    def layer(self, path: str, layer: int | None = None) -> np.ndarray:
+    def layer(self, path: str, layer: int | None) -> np.ndarray:
         """The whole parameter of a layer, or one outside the layers (None), as the file has it."""
-        bounds = [(0, size) for size in self.shapes[path]]
+        bounds = [(0, size) for size in self.parameters[path].shape]
         if layer is None:
             return self.piece(path, bounds)
         return self.piece(path, [(layer, layer + 1), *bounds[1:]])[0]
 
-    def piece(self, path: str, bounds: list[tuple[int, int]], dtype=None) -> np.ndarray:
-        """A part of a parameter.
+    def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
+        """The part of a parameter between `bounds`, `(first, end)` of every axis.
 
-        Args:
-          path: of the parameter.
-          bounds: `(first, end)` of every axis, that of layers first.
-          dtype: of the result; None: that of the file.
-
-        Raises:
-          UserError: a file can't be read.
+        It is in `dtype`, or in that of the file. Raises `UserError` if a file can't be read.
         """
         layout = self._layouts[path]
         out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))
-        if not is_layered(path):
-            self._fill(out, layout, bounds, None)
-            return out
-        (first, end), *bounds = bounds
-        for layer in range(first, end):
-            self._fill(out[layer - first, ...], layout, bounds, layer)  # a view, of a scalar too
-        return out
-
-    def _fill(self, out, layout, bounds, layer):
         bounds = dict(zip(layout.sizes, bounds, strict=True))
-        with self._files.open() as read:
-            if not layout.of_experts:
-                stored = read(layout.name(layer), layout.slices(bounds))
-                out[...] = layout.from_file(stored, bounds)
-                return
-            first, end = bounds["n"]
-            for expert in range(first, end):  # a tensor of all experts may be large
-                one = bounds | {"n": (expert, expert + 1)}
-                stored = read(layout.name(layer, expert), layout.slices(one))
-                out[expert - first] = layout.from_file(stored, one)
+        for name, index in layout.tensors(bounds):
+            out[index] = layout.read(self._stored[name], bounds)
+        return out
 
 
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
@@ -245,39 +179,34 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     Args:
       directory: with `config.json` and safetensors files.
       config: of the model, such as `read_config` returns it, with the mesh `mesh`.
-      mesh: the devices that share the parameters, split by `sharding.PARAMETER_AXES`.
+      mesh: the devices that share the parameters, split as they are declared.
       dtype: of the parameters; None: that of the files.
 
     Returns:
-      `(params, routing_state)`: the tree of the decoder's parameters, and the state of its
-      selection method, float32 arrays `[L, ...]` by name.
+      `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.
 
     Raises:
-      UserError: a file can't be read, or a tensor is missing, unknown, or has another shape or
-        dtype than it should.
+      UserError: see `ModelReader`.
     """
     reader = ModelReader(directory, config)
 
-    def array(path, a, sharding):
-        return _array(reader, parameter_path(path), a.shape, sharding, dtype)
+    def array(path, a, sharding, dtype):
+        # jax.make_array_from_callback would hold the pieces of all devices here at once.
+        devices = {}
+        for device, index in sharding.addressable_devices_indices_map(a.shape).items():
+            bounds = tuple(i.indices(size)[:2] for i, size in zip(index, a.shape, strict=True))
+            devices.setdefault(bounds, []).append(device)
+        arrays = []
+        for bounds, holders in devices.items():
+            piece = reader.piece(path, bounds, dtype)
+            arrays += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
+        return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
 
-    shardings = state_shardings(mesh, reader.abstract)
-    params = jax.tree_util.tree_map_with_path(array, reader.abstract, shardings)
+    tree = unflatten_dict(reader.parameters, sep="/")
+    shardings = flatten_dict(state_shardings(mesh, tree), sep="/")
+    params = {path: array(path, a, shardings[path], dtype) for path, a in reader.parameters.items()}
     state = {
-        name: _array(reader, f"layers/{name}", shape, replicated(mesh), jnp.float32)
-        for name, shape in reader.routing_state.items()
+        name: array(f"layers/{name}", a, replicated(mesh), jnp.float32)
+        for name, a in reader.routing_state.items()
     }
-    return params, state
-
-
-def _array(reader, path, shape, sharding, dtype):
-    # jax.make_array_from_callback would hold the pieces of all devices of this process at once.
-    devices = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
-        devices.setdefault(bounds, []).append(device)
-    arrays = []
-    for bounds, holders in devices.items():
-        piece = reader.piece(path, bounds, dtype)
-        arrays += jax.block_until_ready([jax.device_put(piece, device) for device in holders])
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    return unflatten_dict(params, sep="/"), state

@@ -7,28 +7,13 @@ from pathlib import Path
 
 import tokenizers
 
-from aoe_jax.data.tokenizer import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    saved_tokenizer,
-)
+from aoe_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# The tokenizer, its settings and chat templates, as models of the hub have them.
-_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Patterns of the tokenizer, its settings and chat templates, as models of the hub have them.
+_FILES = ("*token*.json", "tokenizer.model", "generation_config.json", "chat_template.*")
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):
@@ -41,16 +26,17 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
 
     Raises:
       UserError: the tokenizer in `folder` can't be read.
-      OSError: a file can't be written.
     """
-    file = saved_tokenizer(folder)
-    tokenizer = load_tokenizer(file, setting="tokenizer")
-    shutil.copyfile(file, output / file.name)
-    is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
-    if not is_sentencepiece:
-        _add_no_tokens(output / file.name)
+    tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
+    file, kind = Path(shutil.copy(saved_tokenizer(folder), output)), "LlamaTokenizer"
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        kind = "PreTrainedTokenizerFast"
+        if tokenizers.Tokenizer.from_file(str(file)).num_special_tokens_to_add(is_pair=False):
+            spec = json.loads(file.read_text()) | {"post_processor": None}
+            file.write_text(json.dumps(spec, ensure_ascii=False))
+            log.info("the tokenizer adds tokens to a text; here it adds none, as in training")
     settings = {
-        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
+        "tokenizer_class": kind,
         "bos_token": None,
         "eos_token": tokenizer.end_name,
         "add_bos_token": False,
@@ -59,28 +45,16 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
         "model_max_length": max_len,
     }
     write_json(output / "tokenizer_config.json", settings)
-    ids = dict(zip(_TOKENS, (None, tokenizer.end_of_text, None), strict=True))
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
     write_json(output / "generation_config.json", ids)
     return ids
 
 
-def _add_no_tokens(file: Path):
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    if not tokenizer.num_special_tokens_to_add(is_pair=False):
-        return
-    spec = json.loads(file.read_text())
-    file.write_text(json.dumps(spec | {"post_processor": None}, ensure_ascii=False))
-    log.info("the tokenizer adds tokens to a text; here it adds none, as in training")
-
-
-def read_prefix(folder: Path, tokenizer: Tokenizer, begin_token: int | None) -> list[int]:
+def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
     """The tokens that the tokenizer of a model puts before a text in `transformers`.
 
     A `tokenizer.json` says so itself. A SentencePiece model has `begin_token`, if its
-    `tokenizer_config.json` asks for it.
-
-    Raises:
-      UserError: `tokenizer_config.json` can't be read.
+    `tokenizer_config.json`, which must be readable, asks for it.
     """
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.prefix
@@ -94,13 +68,9 @@ def copy_tokenizer(folder: Path, output: Path):
 
     Returns:
       The special tokens for `config.json`, those of the model in `folder`.
-
-    Raises:
-      UserError: its `config.json` can't be read.
-      OSError: a file can't be written.
     """
-    for name in _FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, output / name)
+    for pattern in _FILES:
+        for file in folder.glob(pattern):
+            shutil.copy(file, output)
     known = read_json(folder / "config.json")
-    return {name: known.get(name) for name in _TOKENS}
+    return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -1,9 +1,7 @@
-"""Llama-style decoder: pre-norm, rotary causal attention, experts in every layer, scanned over
-layers.
-"""
+"""Llama-style decoder: pre-norm, rotary causal attention, experts in every layer, in a scan."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -14,7 +12,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.model.attention import Attention
-from aoe_jax.model.vocabulary import embed
+from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
@@ -27,10 +25,8 @@ LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 
 def make_norm(c: ModelConfig):
     """The norm before attention, experts and output projection, as a module."""
-    settings = {"epsilon": c.norm_eps, "dtype": jnp.dtype(c.dtype)}
-    return (
-        RMSNorm(**settings) if c.norm == "rms" else LayerNorm(use_fast_variance=False, **settings)
-    )
+    norm = RMSNorm if c.norm == "rms" else partial(LayerNorm, use_fast_variance=False)
+    return norm(epsilon=c.norm_eps, dtype=jnp.dtype(c.dtype))
 
 
 class DecoderLayer(nn.Module):
@@ -62,32 +58,29 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x, segment_ids, token_weights, routing_state, layer_index):
         """`x [B, S, d]` -> `([B, S, d], LayerStats)`, the shape that `nn.scan` wants."""
-        with jax.named_scope("attention"):
-            y, peaks = self.attention(self.attention_norm(x), segment_ids)
-            x = x + y
-        return self._through_experts(x, token_weights, routing_state, peaks, layer_index)
+        attend = partial(self.attention, segment_ids=segment_ids)
+        return self._layer(attend, x, token_weights, routing_state, layer_index)[0]
 
-    def prefill(self, x, routing_state, layer_index):
-        """`x [B, S, d]` -> `([B, S, d], (keys, values))`, see `Attention.prefill`."""
-        with jax.named_scope("attention"):
-            y, peaks, cache = self.attention.prefill(self.attention_norm(x))
-        return self._through_experts(x + y, None, routing_state, peaks, layer_index)[0], cache
+    def decode(self, x, past, routing_state, layer_index):
+        """`x [B, S, d]` -> `([B, S, d], (keys, values))`.
 
-    def extend(self, x, cache, n_past, routing_state, layer_index):
-        """`x [B, S, d]` after the positions of a cache -> `([B, S, d], cache)`, see
-        `Attention.extend`.
+        `past` is `(cache, n_past)`, see `Attention.extend`, or None: see `Attention.prefill`.
         """
-        with jax.named_scope("attention"):
-            y, peaks, cache = self.attention.extend(self.attention_norm(x), cache, n_past)
-        positions = n_past[:, None] + jnp.arange(x.shape[1])
-        x, _ = self._through_experts(x + y, None, routing_state, peaks, layer_index, positions)
+        attend, positions = self.attention.prefill, None
+        if past is not None:
+            attend = partial(self.attention.extend, cache=past[0], n_past=past[1])
+            positions = past[1][:, None] + jnp.arange(x.shape[1])
+        (x, _), cache = self._layer(attend, x, None, routing_state, layer_index, positions)
         return x, cache
 
-    def _through_experts(self, x, token_weights, routing_state, peaks, layer_index, positions=None):
+    def _layer(self, attend, x, token_weights, routing_state, layer_index, positions=None):
+        with jax.named_scope("attention"):
+            y, peaks, *cache = attend(self.attention_norm(x))
+            x = x + y
         y, stats = self.experts_layer(
             self.experts_norm(x), token_weights, routing_state, peaks, layer_index, positions
         )
-        return x + y, stats
+        return (x + y, stats), *cache
 
 
 class Decoder(nn.Module):
@@ -107,23 +100,18 @@ class Decoder(nn.Module):
     observe: Callable | None = None
 
     @classmethod
-    def from_config(cls, config: Config, training=False):
+    def from_config(cls, c: Config, training=False):
         """The decoder of a whole configuration."""
-        c = config
         return cls(c.model, c.experts, c.routing, c.balance, c.mesh.transport, training)
 
     def setup(self):
         """Makes the modules; parameters are stacked over layers, `[L, ...]`."""
         c = self.model
         init = nn.initializers.normal(c.d_model**-0.5)
-        self.embed = nn.Embed(
-            c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init
-        )
+        self.embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
         if not c.tie_embeddings:
-            self.output = nn.Embed(
-                c.vocab_size, c.d_model, dtype=jnp.dtype(c.dtype), embedding_init=init
-            )
-        layer: Any = DecoderLayer
+            self.output = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
+        layer = DecoderLayer
         if c.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(KEPT_ROUTING)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
@@ -137,8 +125,8 @@ class Decoder(nn.Module):
         )(c, self.experts, self.routing, self.balance, self.transport, self.training, self.observe)
         self.final_norm = make_norm(c)
         if c.output_bias:
-            bias = DECODER["output_bias"]
-            self.output_bias = self.param("output_bias", bias.init, (c.vocab_size,))
+            init = DECODER["output_bias"].init
+            self.output_bias = self.param("output_bias", init, (c.vocab_size,))
 
     def features(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
         """Everything but the output projection.
@@ -147,17 +135,15 @@ class Decoder(nn.Module):
           tokens: `[B, S]` int32.
           segment_ids: `[B, S]` int32 document numbers to attend within, or None.
           token_weights: `[B, S]`, 0 for padding, which counts in no statistic; None: all count.
-          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: that before
-            training.
+          routing_state: `Method.state` of all layers, `[L, ...]` by name; None: the initial one.
 
         Returns:
-          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats` stacked over
-          layers.
+          `(hidden, stats)`: `[B, S, d]` in the dtype of computation, and `LayerStats`, `[L, ...]`.
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
-        layer_indices = jnp.arange(self.model.n_layers)
-        x, stats = self.layers(x, segment_ids, token_weights, routing_state, layer_indices)
+        numbers = jnp.arange(self.model.n_layers)
+        x, stats = self.layers(x, segment_ids, token_weights, routing_state, numbers)
         return self.final_norm(x), stats
 
     def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
@@ -169,20 +155,11 @@ class Decoder(nn.Module):
 
 def initial_routing_state(config: Config):
     """The routing state before the first step, `[L, ...]` by name."""
-    of_layer = config.routing.state(config.experts, config.balance, config.model.d_model)
-    n_layers = config.model.n_layers
+    n_layers, d_model = config.model.n_layers, config.model.d_model
+    of_layer = config.routing.state(config.experts, config.balance, d_model)
     return {name: jnp.broadcast_to(a, (n_layers, *a.shape)) for name, a in of_layer.items()}
 
 
 def output_projection(params):
     """`(table [V, d], bias [V] or None)` of the parameters; the table may be that of the input."""
     return params.get("output", params["embed"])["embedding"], params.get("output_bias")
-
-
-def logits(hidden, table, bias=None):
-    """`hidden [..., d]`, `table [V, d]`, `bias [V]` or None -> `[..., V]`, float32 at least."""
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    y = jnp.einsum(
-        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=dtype
-    )
-    return y if bias is None else y + bias

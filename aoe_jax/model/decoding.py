@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.errors import UserError
 from aoe_jax.methods import declared_parameters
-from aoe_jax.model.decoder import Decoder, DecoderLayer, logits, make_norm, output_projection
-from aoe_jax.model.vocabulary import embed
+from aoe_jax.model.decoder import Decoder, DecoderLayer, make_norm, output_projection
+from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.sharding import state_shardings
 
 
@@ -29,19 +30,16 @@ def decodes(decoder: Decoder):
 
 
 def check_decodes(decoder: Decoder, by_token=True):
-    """Checks that a token depends neither on later tokens nor on other sequences nor on padding.
-
-    Args:
-      decoder: the model.
-      by_token: whether texts also have to go through it token by token.
+    """Checks that a token depends neither on later tokens nor on other sequences nor on padding,
+    and with `by_token` that texts can go through the model token by token.
 
     Raises:
       UserError: it does, or they cannot.
     """
     causality = decoder.routing.causality(decoder.experts)
-    is_causal = not causality.reason or causality.until_step is not None
-    reason = "" if is_causal and not causality.padding_counts else causality.reason
-    if by_token or causality.padding_counts:
+    padding_counts = causality.padding_counts
+    reason = causality.reason if causality.until_step is None or padding_counts else ""
+    if by_token or padding_counts:
         reason = reason or causality.no_decoding
     if reason:
         what = "decode token by token" if by_token else "score a text by itself"
@@ -52,34 +50,27 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding: `layer_0`, `layer_1`, ... for "layers".
-
-    What is cast wherever it is used is in the dtype of computation.
+    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... for "layers"; what is
+    cast wherever it is used is in the dtype of computation.
     """
     dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
 
-    def cast(path, a):
-        parameter = declared["/".join(key.key for key in path)]
-        return a.astype(dtype) if parameter.cast else a
-
     def split(params):
-        params = dict(jax.tree_util.tree_map_with_path(cast, params))
+        flat = flatten_dict(params, sep="/")
+        flat = {path: a.astype(dtype) if declared[path].cast else a for path, a in flat.items()}
+        params = unflatten_dict(flat, sep="/")
         layers = params.pop("layers")
-        n_layers = decoder.model.n_layers
-        return params | {
-            f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in range(n_layers)
-        }
+        numbers = range(decoder.model.n_layers)
+        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in numbers}
 
-    return jax.jit(split, out_shardings=state_shardings(mesh, jax.eval_shape(split, params)))(
-        params
-    )
+    shardings = state_shardings(mesh, jax.eval_shape(split, params))
+    return jax.jit(split, out_shardings=shardings)(params)
 
 
 def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
     """Reads the beginnings of sequences.
 
     Args:
-      decoder: the model.
       params: `unstacked`.
       routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
       tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
@@ -89,31 +80,28 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
     Returns:
       `(logits, cache)`: `[B, V]` float32 after the last token of each sequence, and a `Cache`.
     """
-    x, layers = _embed(decoder, params, tokens), []
-    for layer in _layers(decoder, params, routing_state):
-        x, cache = layer(x, method="prefill")
-        layers.append(tuple(_with_places(a, places) for a in cache))
+
+    def with_places(a):
+        """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
+        return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
+
+    x, layers = _through_layers(decoder, params, routing_state, tokens, None)
     last = jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)
-    return output_logits(params, _normed(decoder, params, last))[:, 0], Cache(tuple(layers), length)
+    return output_logits(params, last)[:, 0], Cache(jax.tree.map(with_places, layers), length)
 
 
 def extend(decoder: Decoder, params, routing_state, tokens, cache):
     """Reads more of sequences whose beginnings are in a cache.
 
-    Args:
-      tokens: `[B, S]` int32; there must be S free places in the cache.
-      cache: a `Cache`; others as in `prefill`.
+    `tokens` are `[B, S]` int32, and `cache` a `Cache` with S free places; for others see `prefill`.
 
     Returns:
       `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with
         these positions in it.
     """
     n_tokens = tokens.shape[1]
-    x, layers = _embed(decoder, params, tokens), []
-    for layer, kept in zip(_layers(decoder, params, routing_state), cache.layers, strict=True):
-        x, kept = layer(x, kept, cache.length, method="extend")
-        layers.append(kept)
-    return _normed(decoder, params, x)[:, :n_tokens], Cache(tuple(layers), cache.length + n_tokens)
+    x, layers = _through_layers(decoder, params, routing_state, tokens, cache)
+    return x[:, :n_tokens], Cache(layers, cache.length + n_tokens)
 
 
 def output_logits(params, hidden):
@@ -121,31 +109,17 @@ def output_logits(params, hidden):
     return logits(hidden, *output_projection(params))
 
 
-def _embed(decoder, params, tokens):
-    """`[B, S]` -> `[B, S', d]`: with positions at the end that make S divisible by the devices that
-    share it.
-    """
+def _through_layers(d, params, routing_state, tokens, cache):
+    """`[B, S, d]` after the last norm, and the `layers` of the cache with these positions in it."""
+    # With positions at the end that make S divisible by the devices that share it.
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
-    return embed(params["embed"]["embedding"], tokens, jnp.dtype(decoder.model.dtype))
-
-
-def _layers(decoder, params, routing_state):
-    """A function per layer: its arguments but the last two, and the method to call."""
-    d = decoder
+    x, layers = embed(params["embed"]["embedding"], tokens, jnp.dtype(d.model.dtype)), []
     layer = DecoderLayer(d.model, d.experts, d.routing, d.balance, d.transport, training=False)
-    for i in range(decoder.model.n_layers):
-        state = jax.tree.map(lambda a, i=i: a[i], routing_state)
+    for i in range(d.model.n_layers):
+        state = jax.tree.map(lambda a: a[i], routing_state)
+        past = None if cache is None else (cache.layers[i], cache.length)
         variables = {"params": params[f"layer_{i}"]}
-        yield lambda *args, method, i=i, state=state, variables=variables: layer.apply(
-            variables, *args, state, i, method=method
-        )
-
-
-def _with_places(a, places):
-    """`[B, G, S, h]` -> `[B, G, M, h]`, filled up or cut at the end."""
-    return jnp.pad(a[:, :, :places], ((0, 0), (0, 0), (0, max(0, places - a.shape[2])), (0, 0)))
-
-
-def _normed(decoder, params, x):
-    return make_norm(decoder.model).apply({"params": params["final_norm"]}, x)
+        x, kept = layer.apply(variables, x, past, state, i, method="decode")
+        layers.append(kept)
+    return make_norm(d.model).apply({"params": params["final_norm"]}, x), tuple(layers)

@@ -8,6 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from aoe_jax.model.vocabulary import logits
+
 CHUNK_TOKENS = 1024
 SCORED_CHUNK_TOKENS = 256  # smaller, for scoring often wants only a few tokens of a sequence
 
@@ -24,17 +26,13 @@ def _chunks(*arrays, size=CHUNK_TOKENS):
     return jax.tree.map(cut, arrays)
 
 
-def _logits(hidden, table):
-    accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=accumulator)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     """Sums over tokens; the first one is the loss, and only it has a gradient.
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
-    computed twice. It is written by hand, for autodiff keeps more of a chunk and is slower.
+    computed twice. It is written by hand, for autodiff keeps more of a chunk and is slower. Where
+    nothing uses it, XLA drops it from the compiled loop.
 
     Args:
       of_chunk: `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the
@@ -46,31 +44,22 @@ def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     Returns:
       `[n_sums]` float32.
     """
-    cast = table.astype(hidden[0].dtype)
-
-    def add(sums, chunk):
-        *h, t, w = chunk
-        return sums + jnp.stack(of_chunk([_logits(a, cast) for a in h], t, w)[0]), None
-
-    return jax.lax.scan(add, jnp.zeros(n_sums, jnp.float32), _chunks(*hidden, targets, weights))[0]
+    return _forward(of_chunk, n_sums, hidden, table, targets, weights)[0]
 
 
 def _forward(of_chunk, n_sums, hidden, table, targets, weights):
     cast = table.astype(hidden[0].dtype)
 
-    def add_gradient(carry, chunk):
+    def add(carry, chunk):
         (sums, d_table), (*h, t, w) = carry, chunk
-        of_this, d_logits = of_chunk([_logits(a, cast) for a in h], t, w)
+        of_this, d_logits = of_chunk([logits(a, cast) for a in h], t, w)
         d_logits = [d.astype(cast.dtype) for d in d_logits]
-        d_hidden = tuple(d @ cast for d in d_logits)
         for d, a in zip(d_logits, h, strict=True):
             d_table = d_table + jnp.einsum("nv,nd->vd", d, a, preferred_element_type=d_table.dtype)
-        return (sums + jnp.stack(of_this), d_table), d_hidden
+        return (sums + jnp.stack(of_this), d_table), tuple(d @ cast for d in d_logits)
 
     start = jnp.zeros(n_sums, jnp.float32), jnp.zeros_like(table)
-    (sums, d_table), d_hidden = jax.lax.scan(
-        add_gradient, start, _chunks(*hidden, targets, weights)
-    )
+    (sums, d_table), d_hidden = jax.lax.scan(add, start, _chunks(*hidden, targets, weights))
     n_tokens, width = hidden[0].shape
     return sums, (tuple(d.reshape(-1, width)[:n_tokens] for d in d_hidden), d_table)
 
@@ -110,10 +99,8 @@ def _of_one_pass(logits, targets, weights):
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
-    Args:
-      consistency: weight of the divergence in the loss, a number.
-      hidden: `[N, d]` of the first pass, and of the second.
-      table, targets, weights: those of `cross_entropy`.
+    `consistency` is the weight of the divergence in the loss, a number, and `hidden` are `[N, d]`
+    of the first pass and of the second; for others see `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,
@@ -140,13 +127,8 @@ def _of_two_passes(consistency, logits, targets, weights):
 def target_log_probs(hidden, table, targets, wanted):
     """The log-probability of each wanted target, and whether it is the likeliest token.
 
-    Only chunks with wanted tokens compute logits.
-
-    Args:
-      hidden: `[N, d]`.
-      table: `[V, d]`, cast to the dtype of `hidden` for the product.
-      targets: `[N]` int32.
-      wanted: `[N]` bool.
+    Only chunks with tokens that are `wanted [N]` compute logits. For the other arguments see
+    `cross_entropy`.
 
     Returns:
       `(log_prob, is_best)`: `[N]` float32, 0 where not wanted; and `[N]` bool, true where not
@@ -156,19 +138,19 @@ def target_log_probs(hidden, table, targets, wanted):
     order = jnp.argsort(~wanted)  # wanted tokens first
 
     def score(token, target):
-        logits = _logits(hidden[token], cast)
-        of_target = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        log_prob = of_target - jax.nn.logsumexp(logits, axis=1)
-        return log_prob.astype(jnp.float32), logits.argmax(axis=1) == target
+        values = logits(hidden[token], cast)
+        of_target = jnp.take_along_axis(values, target[:, None], axis=1)[:, 0]
+        log_prob = of_target - jax.nn.logsumexp(values, axis=1)
+        return log_prob.astype(jnp.float32), values.argmax(axis=1) == target
 
     def skip(token, target):
         return jnp.zeros(token.shape, jnp.float32), jnp.ones(token.shape, bool)
 
-    def chunk_scores(_, chunk):
+    def chunk_scores(chunk):
         token, target, is_wanted = chunk
-        return None, jax.lax.cond(is_wanted.any(), score, skip, token, target)
+        return jax.lax.cond(is_wanted.any(), score, skip, token, target)
 
     chunks = _chunks(order, targets[order], wanted[order], size=SCORED_CHUNK_TOKENS)
-    scores = [a.reshape(-1)[: wanted.shape[0]] for a in jax.lax.scan(chunk_scores, None, chunks)[1]]
+    scores = [a.reshape(-1)[: wanted.shape[0]] for a in jax.lax.map(chunk_scores, chunks)]
     log_prob, is_best = (jnp.zeros_like(a).at[order].set(a, unique_indices=True) for a in scores)
     return jnp.where(wanted, log_prob, 0), is_best | ~wanted

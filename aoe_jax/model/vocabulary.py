@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from aoe_jax.moe.parallel.collectives import over_mesh, token_spec, weight_specs
+from aoe_jax.moe.parallel.collectives import over_mesh, token_spec
 from aoe_jax.parameters import EMBEDDING
-from aoe_jax.sharding import MESH_AXES
+from aoe_jax.sharding import MESH_AXES, RULES
+
+_TABLE = RULES.spec(*EMBEDDING.split)
 
 
 def embed(table, tokens, dtype):
@@ -18,8 +20,16 @@ def embed(table, tokens, dtype):
     def local(devices, table, tokens):
         return jnp.take(devices.gather_weight(EMBEDDING, table).astype(dtype), tokens, axis=0)
 
-    in_specs = (_table_spec(table), token_spec(2))
-    return over_mesh(local, in_specs, token_spec(2, None))(table, tokens)
+    return over_mesh(local, (_TABLE, token_spec(2)), token_spec(2, None))(table, tokens)
+
+
+def logits(hidden, table, bias=None):
+    """`hidden [..., d]`, `table [V, d]`, `bias [V]` or None -> `[..., V]`, float32 at least."""
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    y = jnp.einsum(
+        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=dtype
+    )
+    return y if bias is None else y + bias
 
 
 def sum_over_tokens(function, hidden, table, bias, targets, weights):
@@ -33,23 +43,11 @@ def sum_over_tokens(function, hidden, table, bias, targets, weights):
         `hidden`.
       targets, weights: `[B, S]`.
     """
-
-    def local(devices, hidden, table, bias, targets, weights):
-        projection = _projection(devices, hidden, table, bias)
-        sums = function(*projection, targets.reshape(-1), weights.reshape(-1))
-        return jax.tree.map(lambda a: a[None], sums)
-
-    in_specs = (
-        token_spec(2, None),
-        _table_spec(table),
-        PartitionSpec(),
-        token_spec(2),
-        token_spec(2),
-    )
     # Summed out here: the derivative of a `psum` inside is another `psum`, of what all devices have
     # alike, which XLA:CPU can start beside the collectives of the layers' loop: a deadlock.
-    run = over_mesh(local, in_specs, PartitionSpec(MESH_AXES))
-    return jax.tree.map(jnp.sum, run(hidden, table, bias, targets, weights))
+    values, out_spec = (targets, weights), PartitionSpec(MESH_AXES)
+    sums = _over_tokens(function, hidden, table, bias, values, out_spec, lambda a, _: a[None])
+    return jax.tree.map(jnp.sum, sums)
 
 
 def on_each_token(function, hidden, table, bias, *values):
@@ -58,27 +56,19 @@ def on_each_token(function, hidden, table, bias, *values):
     `function(hidden [N, d], table [V, d], *values [N]) -> arrays [N]`; `values` are `[B, S]`, and
     so are the arrays of the result, a tuple. Other arguments: see `sum_over_tokens`.
     """
+    return _over_tokens(function, hidden, table, bias, values, token_spec(2), jnp.reshape)
 
+
+def _over_tokens(function, hidden, table, bias, values, out_spec, finish):
     def local(devices, hidden, table, bias, *values):
-        projection = _projection(devices, hidden, table, bias)
-        arrays = function(*projection, *(a.reshape(-1) for a in values))
-        return tuple(a.reshape(hidden.shape[:2]) for a in arrays)
+        hidden = jax.tree.map(lambda h: h.reshape(-1, h.shape[-1]), hidden)
+        table = devices.gather_weight(EMBEDDING, table)
+        if bias is not None:
+            ones = lambda h: jnp.concatenate([h, jnp.ones_like(h[:, :1])], axis=1)  # noqa: E731
+            hidden = jax.tree.map(ones, hidden)
+            table = jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
+        results = function(hidden, table, *(a.reshape(-1) for a in values))
+        return jax.tree.map(lambda a: finish(a, values[0].shape), results)
 
-    of_values = (token_spec(2) for _ in values)
-    in_specs = (token_spec(2, None), _table_spec(table), PartitionSpec(), *of_values)
-    return over_mesh(local, in_specs, token_spec(2))(hidden, table, bias, *values)
-
-
-def _table_spec(table):
-    return weight_specs({"table": EMBEDDING}, {"table": table})["table"]
-
-
-def _projection(devices, hidden, table, bias):
-    """`(hidden [N, d], table [V, d])` of a device, with the bias as a column."""
-    hidden = jax.tree.map(lambda h: h.reshape(-1, h.shape[-1]), hidden)
-    table = devices.gather_weight(EMBEDDING, table)
-    if bias is None:
-        return hidden, table
-    with_ones = lambda h: jnp.concatenate([h, jnp.ones_like(h[:, :1])], axis=1)  # noqa: E731
-    table = jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=1)
-    return jax.tree.map(with_ones, hidden), table
+    in_specs = (token_spec(2, None), _TABLE, PartitionSpec(), *(token_spec(2) for _ in values))
+    return over_mesh(local, in_specs, out_spec)(hidden, table, bias, *values)

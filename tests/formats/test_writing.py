@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
+from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
-from aoe_jax.formats.layout import parameter_path
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
@@ -161,21 +162,17 @@ def test_transformers_computes_the_same(tmp_path):
     np.testing.assert_allclose(logits_there(directory, tokens), expected, rtol=0, atol=1e-4)
 
 
-def test_one_parameter_of_one_layer_at_a_time(tmp_path):
+def test_one_parameter_of_one_layer_at_a_time(tmp_path, monkeypatch):
     (params, _), _, config = random_model(tiny_config(experts__kind="router"))
-    arrays = {
-        parameter_path(path): np.asarray(a)
-        for path, a in jax.tree_util.tree_leaves_with_path(params)
-    }
+    arrays = {path: np.asarray(a) for path, a in flatten_dict(params, sep="/").items()}
     asked = []
 
     def parameter(path, layer):
         asked.append((path, layer))
         return arrays[path] if layer is None else arrays[path][layer]
 
-    shapes = {path: a.shape for path, a in arrays.items()}
-    dtypes = dict.fromkeys(shapes, np.dtype(np.float32))
-    write_model(tmp_path, to_json(config), shapes, parameter, dtypes, shard_bytes=20_000)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 20_000)
+    write_model(tmp_path, to_json(config), arrays, parameter)
     layered = [path for path in arrays if path.startswith("layers/")]
     assert [entry for entry in asked if entry[1] is not None] == [
         (path, n) for n in range(2) for path in layered
@@ -187,6 +184,12 @@ def test_one_parameter_of_one_layer_at_a_time(tmp_path):
     config = fill_mesh(read_config(tmp_path), 1)
     found, _ = load_params(tmp_path, config, make_mesh(config, jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
+
+
+def test_another_shape_than_said_is_refused(tmp_path):
+    values, shapes = to_json(tiny_config()), {"layers/experts/w_gate_up": np.ones((2, 8, 4, 6))}
+    with pytest.raises(ValueError, match="reshape"):
+        write_model(tmp_path, values, shapes, lambda path, layer: np.ones((8, 4, 5), np.float32))
 
 
 def test_a_directory_comes_whole_or_not_at_all(tmp_path):
