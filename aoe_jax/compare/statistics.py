@@ -84,7 +84,7 @@ def markdown_table(rows):
 class Fit:
     """A curve fitted to the mean losses of several sizes, with bootstrap resamples."""
 
-    parameters: np.ndarray  # [P]
+    parameters: np.ndarray  # [P], arguments of `curve` after x
     resampled: np.ndarray  # [B, P]
 
     def __call__(self, x):
@@ -94,11 +94,6 @@ class Fit:
     def band(self, x):
         """Returns `(low, high)` of the loss at `x`: the middle CONFIDENCE of the resamples."""
         return _middle(self.curve(np.atleast_1d(x).astype(float), *self.resampled.T[:, :, None]))
-
-    @staticmethod
-    def curve(x, *parameters):
-        """Returns the loss at `x`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ def _interval(values):
     return tuple(_middle(values))
 
 
-def _means(groups, n_resamples=N_RESAMPLES):
+def _means(groups, n_resamples):
     """Returns `(x [N], mean losses [N], mean losses of resamples [B, N])`.
 
     The bootstrap draws the seeds of each size with replacement.
@@ -171,20 +166,16 @@ def _means(groups, n_resamples=N_RESAMPLES):
 def fit_power_law(groups, n_resamples=N_RESAMPLES):
     """Fits a `PowerLaw` by least squares in log loss; None for fewer than two sizes.
 
-    Fewer than four sizes cannot separate a floor from an exponent. Then the floor is 0, and the fit
-    is a line in log x and log loss.
-
-    Args:
-      groups: `{x: [loss of each seed]}`, one entry for each size; x > 0.
-      n_resamples: of the bootstrap.
+    `groups` are `{x: [loss of each seed]}` with x > 0, one for each size. Fewer than four sizes
+    cannot separate a floor from an exponent. Then the floor is 0, and the fit is a line in log x
+    and log loss.
     """
     if len(groups) < MIN_SIZES:
         return None
     x, means, resampled = _means(groups, n_resamples)
     with_floor = len(groups) >= MIN_SIZES_WITH_FLOOR
     if not with_floor:
-        best, of_resamples = _line(x, means), _line(x, resampled.T)
-        return PowerLaw(best, of_resamples.T, with_floor)
+        return PowerLaw(_line(x, means), _line(x, resampled.T).T, with_floor)
     scale = math.exp(np.log(x).mean())  # so that the parameters are of one magnitude
     guess = 0.5 * means.min(), means.mean() - 0.5 * means.min(), max(2 * _line(x, means)[2], 1e-3)
     best = _fit_with_floor(x / scale, means, guess)
@@ -209,12 +200,11 @@ def _fit_with_floor(x, losses, guess):
 
 
 def fit_parabola(groups):
-    """Fits a `Parabola` by least squares; None for fewer than three sizes.
+    """Fits a `Parabola` by least squares to `{x: [loss of each seed]}` with x > 0.
 
-    Args:
-      groups: `{x: [loss of each seed]}`, one entry for each size; x > 0.
+    None for fewer than three sizes, which are the entries.
     """
     if len(groups) < MIN_SIZES_OF_PARABOLA:
         return None
-    x, means, resampled = _means(groups)
+    x, means, resampled = _means(groups, N_RESAMPLES)
     return Parabola(np.polyfit(np.log(x), means, 2), np.polyfit(np.log(x), resampled.T, 2).T)

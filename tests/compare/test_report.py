@@ -76,7 +76,7 @@ def test_a_parabola_finds_the_best_size():
     for arm, (groups, fit) in arms.items():
         assert fit.minimum() == pytest.approx(150_000, rel=1e-6)
         assert len(groups) == 4
-        assert found.flops(SIZES, arm).mean() == pytest.approx(FLOPS, rel=0.1)
+        assert found.over_sizes(SIZES, arm)["flops"].mean() == pytest.approx(FLOPS, rel=0.1)
         assert fit(150_000) == pytest.approx(3.001)
     _, fit = arms["moe"]
     low, high = fit.minimum_interval()
