@@ -26,7 +26,6 @@ WIDTH, DPI = 4.6, 140
 SETTINGS = {
     "font.size": 9,
     "axes.titlesize": 9,
-    "axes.labelsize": 9,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
@@ -37,7 +36,6 @@ SETTINGS = {
     "axes.spines.right": False,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,

@@ -1,5 +1,6 @@
 """Runs commands as jobs, each in a process of its own, and describes the machine that runs them."""
 
+import contextlib
 import json
 import logging
 import os
@@ -205,8 +206,7 @@ class Machine:
 
     def run(self, jobs, together=True):
         """Runs jobs; one after the other where they are not run `together`."""
-        slots = self.slots if together else self.slots[:1]
-        run_jobs(jobs, slots, self.environment, self.stop)
+        run_jobs(jobs, self.slots[: None if together else 1], self.environment, self.stop)
 
 
 def _describe():
@@ -223,11 +223,10 @@ def _describe():
     if backend == "cpu" and cpuinfo.exists():
         model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)
         device = model[1].strip() if model else device
-    try:
+    commit = None
+    with contextlib.suppress(FileNotFoundError):  # git is not installed
         git = _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
         commit = git.stdout.strip() or None
-    except FileNotFoundError:  # git is not installed
-        commit = None
     return {
         "commit": commit,
         "backend": backend,

@@ -70,28 +70,25 @@ def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
 
 
 def _size_job(size, runs, workdir, tokens, in_turn):
-    def unrouted():
-        return [
-            str(folder_of(workdir, run))
-            for run in runs
-            if run.size == size and _to_route(folder_of(workdir, run), run, tokens)
-        ]
+    def to_route():
+        finished = _finished(workdir, runs, size)
+        return [str(folder) for folder, run in finished if not _is_routed(folder, run, tokens)]
 
-    by_arm = _first_finished(workdir, runs, size) if in_turn else {}
+    by_arm = _first_by_arm(workdir, runs, size) if in_turn else {}
     timed = step_seconds(workdir, runs, size) or {}
     if by_arm.keys() == timed.keys():  # if an arm has failed, all are timed again
         by_arm = {}
-    folders = unrouted()
+    folders = to_route()
     if not folders and not by_arm:
         return None
     steps = {
-        arm: {"config": run.config.to_dict(), "folder": str(folder_of(workdir, run))}
-        for arm, run in by_arm.items()
+        arm: {"config": run.config.to_dict(), "folder": str(folder)}
+        for arm, (folder, run) in by_arm.items()
     }
     todo = {"routing": folders, "tokens": tokens, "steps": steps}
 
     def progress():
-        return 1 - len(unrouted()) / (len(folders) or 1)
+        return 1 - len(to_route()) / (len(folders) or 1)
 
     output = measured_file(workdir, size)
     return _job(f"measuring {size}", output, todo, len(folders) + 1, progress)
@@ -118,24 +115,26 @@ def _job(name, output, todo, cost, progress):
     return Job(name, command, output, float(cost), progress)
 
 
-def _to_route(folder, run, tokens):
-    """Whether a finished run chooses experts, and its last choices have not been analysed."""
-    if not run.config.routing.chooses or not is_finished(folder, run):
-        return False
+def _finished(workdir, runs, size):
+    of_size = [(folder_of(workdir, run), run) for run in runs if run.size == size]
+    return [(folder, run) for folder, run in of_size if is_finished(folder, run)]
+
+
+def _first_by_arm(workdir, runs, size):
+    found = {}
+    for folder, run in _finished(workdir, runs, size):
+        found.setdefault(run.arm, (folder, run))
+    return found
+
+
+def _is_routed(folder, run, tokens):
+    """Whether the last choices of a run have been analysed, or it chooses no experts."""
     file = folder / "routing.json"
-    if not file.exists():
-        return True
+    if not run.config.routing.chooses or not file.exists():
+        return not run.config.routing.chooses
     found = read_json(file)
     analysed = found["checkpoints"][-1]["step"], found.get("wanted_tokens")
-    return analysed != (run.config.train.steps, tokens)
-
-
-def _first_finished(workdir, runs, size):
-    found = {}
-    for run in runs:
-        if run.size == size and is_finished(folder_of(workdir, run), run):
-            found.setdefault(run.arm, run)
-    return found
+    return analysed == (run.config.train.steps, tokens)
 
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):
@@ -147,9 +146,9 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
     if not file.exists():
         return None
     found = read_json(file)
+    first = _first_by_arm(workdir, runs, size)
     failed = found.get("failed", {})
-    finished = _first_finished(workdir, runs, size)
-    wanted = {arm: run.config for arm, run in finished.items() if arm not in failed}
+    wanted = {arm: run.config for arm, (_, run) in first.items() if arm not in failed}
     return found["seconds"] if _configs(found.get("trained", {})) == wanted else None
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean, paired_difference
+from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean
 from aoe_jax.errors import UserError
 
 _RESULTS = flags.DEFINE_string("results", None, "a directory with runs.csv, such as results/small")
@@ -78,15 +78,15 @@ def pairs(runs: pd.DataFrame, arms):
         both = of_arms[0].index.intersection(of_arms[1].index)
         if both.empty:
             continue
-        nlls = [of_arm["validation_nll"][both] for of_arm in of_arms]
+        first, second = (of_arm["validation_nll"][both] for of_arm in of_arms)
         now = np.array([of_arm.loc[both, NUMBERS].mean() for of_arm in of_arms]).T
         parameters, flops, nll = np.log(now / before)
         same = (parameters == 0) | (np.abs(flops) < np.log(EQUAL_FLOPS))
         rows.append(
             {
                 "size": size,
-                "nlls": tuple(map(mean, nlls)),
-                "difference": paired_difference(*nlls),
+                "nlls": (mean(first), mean(second)),
+                "difference": mean(first - second),
                 # a of nll ~ parameters ** -a
                 "exponents": np.where(same, np.nan, -nll / np.where(same, 1, parameters)),
             }

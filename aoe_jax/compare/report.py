@@ -97,18 +97,16 @@ def to_markdown(r: Results, costs: pd.DataFrame, **of_workdir):
         pictures[name] = figure
         return f"![{caption}](figures/{name}.png)\\\n*{caption}*"
 
-    pairs = [(size, arm) for size, arm in r.pairs if arm != r.suite.baseline]
-    compared = [(size, arm, r.difference(size, arm)) for size, arm in pairs]
-    isoflop = [(sizes, r.isoflops(sizes)) for sizes in r.isoflop_sizes]
-    reports, configs = r.runs["report"].dropna(), r.configs
+    compared = [(size, arm, r.difference(size, arm)) for size, arm in r.pairs]
+    configs, reports = r.configs, r.runs["report"].dropna()
     shares = [c.balance.aux_tokens for c in configs.values() if c.balance.aux_weight]
     markdown = TEMPLATES.get_template("report.md.j2").render(
         r=r,
         suite=r.suite,
         base=r.suite.baseline,
-        compared=[(size, arm, found) for size, arm, found in compared if found.n],
+        compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
         scaling={scale: r.scaling(scale) for scale in SCALES},
-        isoflop=[(sizes, found) for sizes, found in isoflop if found],
+        isoflop=[(sizes, found) for sizes in r.isoflop_sizes if (found := r.isoflops(sizes))],
         in_turn=r.finished_runs["timed_in_turn"].any(),
         alone=not_in_turn(r),
         states=states(r),
@@ -139,7 +137,7 @@ def to_markdown(r: Results, costs: pd.DataFrame, **of_workdir):
         figures=figures,
         styles=figures.styles_of(r.labels),
         picture=picture,
-        in_words=in_words,
+        in_words=_in_words,
         mean=mean,
         log=math.log,
         misses=_misses,
@@ -172,8 +170,7 @@ def to_html(markdown, svgs, title):
     return TEMPLATES.get_template("page.html.j2").render(title=title, body=body)
 
 
-def in_words(machine):
-    """Describes a machine of `machines_of`."""
+def _in_words(machine):
     is_cpu = machine["backend"] == "cpu"
     place = f"{machine['cores']} cores" if is_cpu else f"{machine['devices']} devices"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
@@ -214,11 +211,10 @@ def failed(r: Results, workdir: Path):
         log = f"runs/{run.size}/{run.arm}/seed_{run.seed}.log"
         name = f"{run.size}: {r.labels[run.arm]}, seed {run.seed}"
         rows.append({"run": name, "last line": why, "log": log})
-    measured = {
-        f"{size}: routing and step times": measured_file(workdir, size) for size in r.suite.sizes
-    }
-    measured |= {f"throughput {name}": sweep_file(workdir, name) for name in r.suite.throughput}
-    for name, file in measured.items():
+    sizes, names = r.suite.sizes, r.suite.throughput
+    measured = [(f"{size}: routing and step times", measured_file(workdir, size)) for size in sizes]
+    measured += [(f"throughput {name}", sweep_file(workdir, name)) for name in names]
+    for name, file in measured:
         outcome = beside(file, ".outcome.json")
         ended = read_json(outcome) if outcome.exists() else {"status": 0}
         if ended["status"]:
@@ -244,16 +240,15 @@ def balanced(r: Results):
     Returns:
       `[(size, arm, kind of layer, balancing method, first arm of its kind, the first's method)]`.
     """
-    rows = []
-    for size in r.sizes:
-        firsts, of_size = {}, []
-        for arm in r.arms(size):
-            if words := balance_of(r, size, arm):
-                kind, method = words
-                first = firsts.setdefault(kind, (arm, method))
-                of_size.append((size, arm, kind, method, *first))
-        rows += sorted(of_size, key=lambda row: [*firsts].index(row[2]))
-    return rows
+    kinds = {}
+    for size, arm in r.pairs:
+        if words := balance_of(r, size, arm):
+            kinds.setdefault((size, words[0]), []).append((arm, words[1]))
+    return [
+        (size, arm, kind, method, *members[0])
+        for (size, kind), members in kinds.items()
+        for arm, method in members
+    ]
 
 
 def balance_of(r: Results, size, arm):
@@ -301,16 +296,9 @@ def routed_sizes(r: Results):
 
 
 def sweeps(r: Results, costs: pd.DataFrame):
-    """Costs of steps along the sweeps of a suite, `measured` or `traced`.
-
-    Each has `name`, `figure`, `caption` and the `rows` of a table.
-    """
-    found = {"measured": [], "traced": []}
-    for name, frame in costs.groupby("sweep", sort=False):
-        if (frame["arm"] == r.suite.baseline).any():
-            kind = "traced" if r.suite.throughput[name].is_topology else "measured"
-            found[kind].append(_sweep(r, name, frame))
-    return found
+    """Shows costs along sweeps: `name`, `figure`, `caption` and the `rows` of a table of each."""
+    by_name = costs.groupby("sweep", sort=False)
+    return [_sweep(r, *sweep) for sweep in by_name if r.suite.baseline in {*sweep[1]["arm"]}]
 
 
 def _sweep(r, name, frame):
@@ -343,6 +331,7 @@ def _sweep(r, name, frame):
     model = _model_in_words(frame, sweep, base)
     return {
         "name": name,
+        "is_traced": sweep.is_topology,
         "figure": figures.against_setting(panels, figures.styles_of(r.labels), setting),
         "caption": f"Against {setting} ({source}); ratios to {label}. {model}.",
         "rows": rows[speed[base].notna()],
@@ -414,13 +403,14 @@ def tuning(r: Results, workdir: Path):
     """Shows the validation nll of each tried learning rate; None without a tuning."""
     if r.suite.tuning is None:
         return None
-    rates, chosen, rows = r.suite.tuning.learning_rates, tuned_rates(r.suite, workdir), []
-    for arm, nlls in tuning_nlls(r.suite, workdir).items():
-        cells = {f"{rate:g}": _tuned_cell(nlls[rate]) for rate in rates}
-        best = f"{chosen[arm]:g}" if chosen[arm] else "none"
-        rows.append({"arm": r.labels[arm], **cells, "chosen": best})
-    at_the_edge = bool({*chosen.values()} & {min(rates), max(rates)})
-    return {"rows": rows, "at_the_edge": at_the_edge}
+    rates, chosen = r.suite.tuning.learning_rates, tuned_rates(r.suite, workdir)
+    rows = [
+        {"arm": r.labels[arm]}
+        | {f"{rate:g}": _tuned_cell(nll) for rate, nll in nlls.items()}
+        | {"chosen": f"{chosen[arm]:g}" if chosen[arm] else "none"}
+        for arm, nlls in tuning_nlls(r.suite, workdir).items()
+    ]
+    return {"rows": rows, "at_the_edge": bool({*chosen.values()} & {min(rates), max(rates)})}
 
 
 def _tuned_cell(nll):

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.statistics import (
-    EQUAL_FLOPS,
-    at,
-    fit_parabola,
-    fit_power_law,
-    mean,
-    paired_difference,
-)
+from aoe_jax.compare.statistics import EQUAL_FLOPS, at, fit_parabola, fit_power_law, mean
 from aoe_jax.compare.suite import Suite
 from aoe_jax.counts import experts_per_token
 
@@ -200,7 +193,8 @@ class Results:
         if not all(self.is_comparable(size, one) for one in arms):
             return mean([])
         budget = None if kind == "end" else self.budget(size, arms, kind)
-        return paired_difference(*(self.nlls(size, one, kind, budget) for one in arms))
+        nlls, others = (self.nlls(size, one, kind, budget) for one in arms)
+        return mean(nlls - others)
 
     def differences(self):
         """Returns the frame of `differences.csv`."""

@@ -51,11 +51,6 @@ def mean(values):
     return Estimate(float(value), float(error), n, float(value - reach), float(value + reach))
 
 
-def paired_difference(values: pd.Series, baseline: pd.Series):
-    """Returns the `Estimate` of the differences of two series by seed, over common seeds."""
-    return mean(values - baseline)
-
-
 def at(curve_x, curve_y, x):
     """Interpolates a curve at `x`, linearly in log x; NaN outside of its points."""
     logs, log_x = np.log(np.asarray(curve_x, float)), math.log(x)

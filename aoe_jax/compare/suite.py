@@ -273,19 +273,14 @@ class Suite:
         if self.tuning is None:
             return {}
         steps, found = self.tuning.steps, {}
+        checkpoint = {"keep": 1, "keep_every": 0, "keep_best": 0}
         for arm in self.arms_of(self.tuning_size):
             for rate in self.tuning.learning_rates:
                 config = self._config(self.tuning_size, arm, TUNING_SEED, rate)
                 warmup = config.train.warmup * config.train.steps / steps
-                config = dataclasses.replace(
-                    config,
-                    train=dataclasses.replace(
-                        config.train, steps=steps, warmup=warmup, eval_every=0
-                    ),
-                    checkpoint=dataclasses.replace(
-                        config.checkpoint, keep=1, keep_every=0, keep_best=0
-                    ),
-                )
+                train = {"steps": steps, "warmup": warmup, "eval_every": 0}
+                groups = _changed(config.to_dict(), {"train": train, "checkpoint": checkpoint})
+                config = Config.from_config_dict(groups)
                 found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, config)
         return found
 
