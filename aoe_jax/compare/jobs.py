@@ -75,47 +75,82 @@ def last_line(path: Path):
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def run_jobs(jobs: list[Job], slots: list[Slot], environment: dict[str, str], stop: StopRequests):
-    """Runs jobs in order, one at a time in each slot; a job that fails stops no other.
+@dataclass(frozen=True)
+class Machine:
+    """This machine as a place for jobs of a suite."""
 
-    `environment` has defaults for variables that are not set.
+    backend: str
+    slots: list[Slot]
+    environment: dict[str, str]  # defaults for variables that are not set
+    stop: StopRequests
 
-    Raises:
-      Stopped: `stop` was asked; the running jobs were asked too and have ended.
-    """
-    waiting, free, failed = list(jobs), list(slots), 0
-    running = {}  # Job -> (its slot, Popen)
-    before = {job: job.progress() for job in jobs}
-    started = reported = time.monotonic()
-    with stop.between_steps(several=False):
-        try:
-            while waiting or running:
-                if stop.asked():
-                    raise stop.end("what is done is saved; the same command goes on from there")
-                news = []
-                for job, (slot, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[job]
-                        free.append(slot)
-                        failed += not _succeeded(job, process.returncode)
-                        news.append(f"{job.name} has ended")
-                if news or time.monotonic() - reported > REPORT_SECONDS:
-                    reported = time.monotonic()
-                    at_work = [f"{job.name} {job.progress():.0%}" for job in running]
-                    news = news or [f"running: {', '.join(at_work)}"]
-                    left = [*waiting, *running]
-                    progress = _progress(before, left, failed, reported - started)
-                    log.info("%s; %s", progress, "; ".join(news))
-                while free and (job := next(filter(_is_free, waiting), None)):
-                    waiting.remove(job)
-                    slot = free.pop(0)
-                    running[job] = slot, _start(job, slot, environment)
-                time.sleep(POLL_SECONDS)
-        finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.wait()
+    @classmethod
+    def here(cls, workdir: Path, n_jobs: int | None, stop: StopRequests):
+        """Finds out what is here, and adds it to `machine.json` of the directory of a suite.
+
+        A machine whose package versions or commit have changed counts as another one. Jobs at a
+        time are `n_jobs`; None means one for each core on CPU, one elsewhere. Several jobs on GPUs
+        share them out.
+
+        Raises:
+          UserError: JAX does not start, or `n_jobs` is impossible here.
+        """
+        description = _describe()
+        file = workdir / "machine.json"
+        earlier = read_json(file)["machines"] if file.exists() else []
+        machines = [*(m for m in earlier if m != description), description]
+        write_json(file, {"machines": machines})
+        # Runs that differ in their seed alone are one program.
+        environment = {
+            "GLIBC_TUNABLES": ALLOCATOR,
+            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return cls(description["backend"], slots_of(description, n_jobs), environment, stop)
+
+    def run(self, jobs: list[Job], together=True):
+        """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
+
+        A job that fails stops no other.
+
+        Raises:
+          Stopped: `stop` was asked; the running jobs were asked too and have ended.
+        """
+        waiting, free, failed = list(jobs), self.slots[: None if together else 1], 0
+        running = {}  # Job -> (its slot, Popen)
+        before = {job: job.progress() for job in jobs}
+        started = reported = time.monotonic()
+        with self.stop.between_steps(several=False):
+            try:
+                while waiting or running:
+                    if self.stop.asked():
+                        raise self.stop.end(
+                            "what is done is saved; the same command goes on from there"
+                        )
+                    news = []
+                    for job, (slot, process) in list(running.items()):
+                        if process.poll() is not None:
+                            del running[job]
+                            free.append(slot)
+                            failed += not _succeeded(job, process.returncode)
+                            news.append(f"{job.name} has ended")
+                    if news or time.monotonic() - reported > REPORT_SECONDS:
+                        reported = time.monotonic()
+                        at_work = [f"{job.name} {job.progress():.0%}" for job in running]
+                        news = news or [f"running: {', '.join(at_work)}"]
+                        left = [*waiting, *running]
+                        progress = _progress(before, left, failed, reported - started)
+                        log.info("%s; %s", progress, "; ".join(news))
+                    while free and (job := next(filter(_is_free, waiting), None)):
+                        waiting.remove(job)
+                        slot = free.pop(0)
+                        running[job] = slot, _start(job, slot, self.environment)
+                    time.sleep(POLL_SECONDS)
+            finally:
+                for _, process in running.values():
+                    process.terminate()
+                for _, process in running.values():
+                    process.wait()
 
 
 def _start(job, slot, environment):
@@ -172,43 +207,6 @@ def _progress(before, left, failed, seconds):
     return text
 
 
-@dataclass(frozen=True)
-class Machine:
-    """This machine as a place for jobs of a suite."""
-
-    backend: str
-    slots: list[Slot]
-    environment: dict[str, str]
-    stop: StopRequests
-
-    @classmethod
-    def here(cls, workdir: Path, n_jobs: int | None, stop: StopRequests):
-        """Finds out what is here, and notes it in `machine.json` of the directory of a suite.
-
-        Jobs at a time are `n_jobs`; None means one for each core on CPU, one elsewhere. Several
-        jobs on GPUs share them out.
-
-        Raises:
-          UserError: JAX does not start, or `n_jobs` is impossible here.
-        """
-        description = _describe()
-        file = workdir / "machine.json"
-        earlier = machines_of(workdir) if file.exists() else []
-        machines = [*(m for m in earlier if m != description), description]
-        write_json(file, {"machines": machines})
-        # Runs that differ in their seed alone are one program.
-        environment = {
-            "GLIBC_TUNABLES": ALLOCATOR,
-            "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
-            "PYTHONUNBUFFERED": "1",
-        }
-        return cls(description["backend"], slots_of(description, n_jobs), environment, stop)
-
-    def run(self, jobs, together=True):
-        """Runs jobs; one after the other where they are not run `together`."""
-        run_jobs(jobs, self.slots[: None if together else 1], self.environment, self.stop)
-
-
 def _describe():
     # JAX is asked in another process, because this one must not take the accelerator.
     ask = (
@@ -240,14 +238,6 @@ def _describe():
 
 def _output_of(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def machines_of(workdir: Path):
-    """Returns the machines that have taken part, the latest last.
-
-    A machine whose package versions or commit have changed counts as another one.
-    """
-    return read_json(workdir / "machine.json")["machines"]
 
 
 def slots_of(machine, n_jobs):

@@ -15,12 +15,12 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
-from aoe_jax.compare.jobs import PACKAGES, beside, machines_of
+from aoe_jax.compare.jobs import PACKAGES, beside
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import COST_COLUMNS, read_costs, read_results
 from aoe_jax.compare.results import CURVE_COLUMNS, ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
 from aoe_jax.compare.runs import check_run, folder_of, tuned_rates, tuning_nlls
-from aoe_jax.compare.statistics import markdown_table, mean, number
+from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, number
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
@@ -58,7 +58,7 @@ def write_report(suite: Suite, workdir: Path, command):
     markdown, pictures = to_markdown(
         results,
         costs,
-        machines=machines_of(workdir),
+        machines=read_json(workdir / "machine.json")["machines"],
         failed=failed(results, workdir),
         tuning=tuning(results, workdir),
         command=command,
@@ -139,6 +139,8 @@ def to_markdown(r: Results, costs: pd.DataFrame, **of_workdir):
         picture=picture,
         in_words=_in_words,
         mean=mean,
+        exponent=exponent,
+        minimum=minimum,
         log=math.log,
         misses=_misses,
         **of_workdir,

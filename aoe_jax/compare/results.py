@@ -139,10 +139,6 @@ class Results:
         """Returns the rows of `curves` or `routing` of the finished runs of a size."""
         return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
-    def depends_on_data(self, size, arm):
-        """Whether the number of experts a token, and so the cost, is only known from training."""
-        return experts_per_token(self.configs[size, arm]) is None
-
     def is_comparable(self, size, arm):
         """Whether losses of an arm compare with others: not if experts choose among tokens."""
         return self.configs[size, arm].routing.name != "expert_choice"
@@ -161,7 +157,7 @@ class Results:
 
         NaN if an arm has not run, or if its cost depends on the data.
         """
-        if any(self.depends_on_data(size, arm) for arm in arms):
+        if any(experts_per_token(self.configs[size, arm]) is None for arm in arms):
             return math.nan
         return float(np.min([self.finished(size, arm)[kind].min() for arm in arms]))
 
@@ -227,7 +223,7 @@ class Results:
         """Fits parabolas over sizes of `isoflop_sizes`.
 
         Returns:
-          `{arm: ({active parameters: [nll of each seed]}, Parabola)}` of the arms to which the
+          `{arm: ({active parameters: [nll of each seed]}, Fit)}` of the arms to which the
           sizes cost equal FLOPs.
         """
         found = {}
@@ -243,7 +239,7 @@ class Results:
         """Fits power laws over sizes, without sizes of equal FLOPs, which have another purpose.
 
         Returns:
-          `{arm: ({x: [nll of each seed]}, PowerLaw)}` of arms with two sizes or more that all
+          `{arm: ({x: [nll of each seed]}, Fit)}` of arms with two sizes or more that all
           differ in x, the `scale`, a key of SCALES.
         """
         isoflop = set().union(*self.isoflop_sizes)
