@@ -18,7 +18,7 @@ from aoe_jax.compare import figures
 from aoe_jax.compare.jobs import PACKAGES, beside
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import COST_COLUMNS, read_costs, read_results
-from aoe_jax.compare.results import CURVE_COLUMNS, ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
+from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
 from aoe_jax.compare.runs import check_run, folder_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, number
 from aoe_jax.compare.suite import SWEPT, Suite
@@ -68,28 +68,18 @@ def write_report(suite: Suite, workdir: Path, command):
     folder.mkdir(exist_ok=True)
     svgs = {name: figures.save(figure, folder / f"{name}.png") for name, figure in pictures.items()}
     page.write_text(to_html(markdown, svgs, f"Comparison: {suite.name}"))
-    frames = {
-        "runs": results.runs[RUN_COLUMNS],
-        "curves": results.curves[CURVE_COLUMNS],
-        "routing": results.routing,
-        "differences": results.differences(),
-        "throughput": costs[COST_COLUMNS],
-    }
-    for name, frame in frames.items():
-        frame.to_csv(workdir / f"{name}.csv", index=False)
+    results.runs[RUN_COLUMNS].to_csv(workdir / "runs.csv", index=False)
+    results.curves.to_csv(workdir / "curves.csv", index=False)
+    results.routing.to_csv(workdir / "routing.csv", index=False)
+    results.differences().to_csv(workdir / "differences.csv", index=False)
+    costs[COST_COLUMNS].to_csv(workdir / "throughput.csv", index=False)
     return page
 
 
 def to_markdown(r: Results, costs: pd.DataFrame, **of_workdir):
-    """Renders the report.
+    """Renders the report as `(Markdown, {name: Figure})`.
 
-    Args:
-      r: the results.
-      costs: of `read_costs`.
-      of_workdir: `machines`, `failed`, `tuning` and `command`; what is left out is not shown.
-
-    Returns:
-      `(Markdown, {name: Figure})`.
+    `of_workdir` has `machines`, `failed`, `tuning` and `command`; what is left out is not shown.
     """
     pictures = {}
 
@@ -239,8 +229,7 @@ def not_in_turn(r: Results):
 def balanced(r: Results):
     """Groups the arms of each size by kind of layer.
 
-    Returns:
-      `[(size, arm, kind of layer, balancing method, first arm of its kind, the first's method)]`.
+    Rows are `(size, arm, kind, balancing method, first arm of its kind, the first's method)`.
     """
     kinds = {}
     for size, arm in r.pairs:

@@ -222,9 +222,8 @@ class Results:
     def isoflops(self, sizes):
         """Fits parabolas over sizes of `isoflop_sizes`.
 
-        Returns:
-          `{arm: ({active parameters: [nll of each seed]}, Fit)}` of the arms to which the
-          sizes cost equal FLOPs.
+        The result is `{arm: ({active parameters: [nll of each seed]}, Fit)}` of the arms to which
+        the sizes cost equal FLOPs.
         """
         found = {}
         for arm in self.suite.arms:
@@ -238,9 +237,8 @@ class Results:
     def scaling(self, scale):
         """Fits power laws over sizes, without sizes of equal FLOPs, which have another purpose.
 
-        Returns:
-          `{arm: ({x: [nll of each seed]}, Fit)}` of arms with two sizes or more that all
-          differ in x, the `scale`, a key of SCALES.
+        The result is `{arm: ({x: [nll of each seed]}, Fit)}` of arms with two sizes or more that
+        all differ in x. `scale` is the key of x in SCALES.
         """
         isoflop = set().union(*self.isoflop_sizes)
         sizes = [size for size in self.suite.sizes if size not in isoflop]

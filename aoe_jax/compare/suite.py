@@ -376,14 +376,17 @@ def load_suite(path: Path, settings=()) -> Suite:
 
 
 def _suite_in(path):
+    example = "such as configs/compare/tiny.py"
+    if Path(path).suffix != ".py":
+        raise UserError(f"--suite={path}: must be a Python file, {example}")
     try:
         get_suite = runpy.run_path(str(path)).get("get_suite")
         suite = get_suite() if callable(get_suite) else None
     except UserError as e:
         raise UserError(f"--suite={path}: {e}") from e
     except OSError as e:
-        example = "name a file such as configs/compare/tiny.py"
-        raise UserError(f"--suite={path}: cannot be read ({e.strerror}); {example}") from e
+        advice = f"name a file {example}"
+        raise UserError(f"--suite={path}: cannot be read ({e.strerror}); {advice}") from e
     except Exception as e:  # any error in the suite's own code
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
