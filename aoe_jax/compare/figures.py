@@ -185,13 +185,15 @@ def differences(rows, styles):
 def against_setting(panels, styles, xlabel):
     """Draws quantities against a setting, a panel for each, over one logarithmic axis.
 
-    `panels` are `[(name, whether its axis is logarithmic, {arm: Series by setting})]`.
+    `panels` are frames by name, with rows by setting and columns by arm. The axis of the first one
+    is logarithmic too.
     """
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
-    for axes, (name, logarithmic, lines) in zip(rows[:, 0], panels, strict=True):
-        for arm, values in lines.items():
+    for axes, (name, frame) in zip(rows[:, 0], panels.items(), strict=True):
+        for arm in frame:
+            values = frame[arm].dropna()
             axes.plot(values.index, values, marker="o", markersize=3.5, **styles[arm])
-        if logarithmic:
+        if axes is rows[0, 0]:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
             few = MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5))
@@ -200,9 +202,8 @@ def against_setting(panels, styles, xlabel):
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_ylabel(name)
     bottom = rows[-1, 0]
-    every = sorted({x for _, _, lines in panels for values in lines.values() for x in values.index})
     bottom.set_xscale("log", base=2)
-    bottom.set_xticks(every, [f"{x:g}" for x in every])
+    bottom.set_xticks(frame.index, [f"{x:g}" for x in frame.index])
     bottom.xaxis.set_minor_locator(NullLocator())
     bottom.set_xlabel(xlabel)
     _legend(figure, rows[0, 0])

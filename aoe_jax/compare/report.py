@@ -314,11 +314,8 @@ def _sweep(r, name, frame):
             f"{label}: {other_name}": other[base].map(number),
         }
     ).join(cells.mask(speed_ratio.isna(), "-").drop(columns=base).rename(columns=r.labels))
-    last = (other_name, other) if sweep.is_topology else ("memory, ratio", other_ratio)
-    panels = [
-        (title, title == speed_name, {arm: of[arm].dropna() for arm in of})
-        for title, of in ((speed_name, speed), ("speed, ratio", speed_ratio), last)
-    ]
+    last = {other_name: other} if sweep.is_topology else {"memory, ratio": other_ratio}
+    panels = {speed_name: speed, "speed, ratio": speed_ratio, **last}
     model = _model_in_words(frame, sweep, base)
     return {
         "name": name,
