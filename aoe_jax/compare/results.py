@@ -61,7 +61,6 @@ CURVE_COLUMNS = [*KEYS, "split", "step", "tokens", "flops", "seconds", "nll"]
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_FIGURES = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
 ROUTING_COLUMNS = [*KEYS, "step", "layer", "experts_per_token", *LAYER_FIGURES]
-BUDGETS = ("end", "flops", "seconds")  # at which arms are compared
 SCALES = {
     "active_non_embedding": "active parameters without embeddings",
     "flops": "useful training FLOPs",
@@ -181,9 +180,9 @@ class Results:
     def difference(self, size, arm, kind="end", to=None):
         """Returns the `Estimate` of an arm's nll minus another's, seed by seed.
 
-        The other arm is `to`, or the arm's reference. At a `kind` of budget, one of BUDGETS, it is
-        what the cheaper of the two has spent at its end. There are no seeds where one of the two is
-        not comparable.
+        The other arm is `to`, or the arm's reference. For a `kind` of "flops" or "seconds" the
+        budget is what the cheaper of the two has spent at its end. There are no seeds where one of
+        the two is not comparable.
         """
         arms = arm, to or self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
@@ -196,7 +195,7 @@ class Results:
         """Returns the frame of `differences.csv`."""
         rows = []
         for size, arm in self.pairs:
-            for kind in BUDGETS if arm != self.suite.baseline else ():
+            for kind in ("end", "flops", "seconds") if arm != self.suite.baseline else ():
                 row = {"size": size, "arm": arm, "to": self.suite.reference(arm), "at_equal": kind}
                 rows.append(row | dataclasses.asdict(self.difference(size, arm, kind)))
         return pd.DataFrame(rows)
