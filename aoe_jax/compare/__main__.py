@@ -44,7 +44,9 @@ def main():
     if _REPORT.value and not (workdir / "machine.json").exists():
         advice = "leave out --report to train them"
         raise UserError(f"--workdir={workdir}: has no runs to report; {advice}")
-    suite.check()
+    suite.runs()  # checks all configurations before anything is written
+    for name in suite.throughput:
+        suite.swept(name)
     from aoe_jax.compare.jobs import Machine
     from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report

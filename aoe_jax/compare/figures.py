@@ -1,18 +1,17 @@
 """The figures of a report. Each drawing function returns a matplotlib `Figure`.
 
-An arm has the same colour and line style everywhere. `labels` and `styles` are dicts by arm; L
+`styles` are those of `styles_of`, so an arm has the same colour and line style everywhere. L
 layers, n experts.
 """
 
-import functools
 import io
+import itertools
 import re
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from aoe_jax.compare.statistics import mean, number
@@ -27,7 +26,6 @@ WIDTH, DPI = 4.6, 140
 SETTINGS = {
     "font.size": 9,
     "axes.titlesize": 9,
-    "axes.labelsize": 9,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
@@ -38,7 +36,6 @@ SETTINGS = {
     "axes.spines.right": False,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,
@@ -55,31 +52,25 @@ AXES = {
 SMOOTHING = 0.04  # share of the steps over which training losses are averaged
 MAX_LAYERS = 4  # for which norms are drawn
 MAX_KEY = 16  # experts that a legend distinguishes
+POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # with error bars
 
 
-def styles_of(arms):
-    """Returns the colour and line style of each arm; the first seven differ in colour.
+drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
+
+
+def styles_of(labels):
+    """Returns options of lines by arm, from labels by arm; the first seven differ in colour.
 
     Raises:
       ValueError: there are more arms than styles.
     """
-    if len(arms) > len(COLOURS) * len(DASHES):
-        raise ValueError(f"{len(arms)} arms, but only {len(COLOURS) * len(DASHES)} line styles")
+    if len(labels) > len(COLOURS) * len(DASHES):
+        raise ValueError(f"{len(labels)} arms, but only {len(COLOURS) * len(DASHES)} line styles")
+    styles = zip(itertools.product(DASHES, COLOURS), labels.items(), strict=False)
     return {
-        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS)]}
-        for i, arm in enumerate(arms)
+        arm: {"color": colour, "linestyle": dashes, "label": label}
+        for (dashes, colour), (arm, label) in styles
     }
-
-
-def drawn(function):
-    """Makes a function draw with SETTINGS."""
-
-    @functools.wraps(function)
-    def styled(*args, **kwargs):
-        with matplotlib.rc_context(SETTINGS):
-            return function(*args, **kwargs)
-
-    return styled
 
 
 def _new(height, rows=1, columns=1, **options):
@@ -88,96 +79,89 @@ def _new(height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _height(n_arms, least):
-    """Returns a height with room for a legend of the arms."""
-    return max(least, 0.7 + 0.17 * n_arms)
+def _new_of_arms(n_arms, least_height):
+    """Returns a `Figure` with space for a legend of the arms, and its axes."""
+    figure, ((axes,),) = _new(max(least_height, 0.7 + 0.17 * n_arms))
+    return figure, axes
 
 
-def _legend(figure, ends, labels, styles):
-    """Adds a legend beside the axes, in the order of the lines' last values `{arm: value}`."""
-    arms = sorted(ends, key=ends.get, reverse=True)
-    handles = [Line2D([], [], **styles[arm]) for arm in arms]
-    names = [labels[arm] for arm in arms]
-    figure.legend(handles, names, loc="outside right upper", handlelength=2.4)
-    figure.set_figwidth(3.3 + 0.07 * max(map(len, names)))
+def _legend(figure, axes):
+    """Adds a legend beside the axes, in the order of the lines' last values."""
+    lines, _ = axes.get_legend_handles_labels()
+    lines.sort(key=lambda line: line.get_ydata()[-1], reverse=True)
+    options = {"handlelength": 2.4, "markerscale": 0}  # lines without their markers
+    figure.legend(handles=lines, loc="outside right upper", **options)
+    figure.set_figwidth(3.3 + 0.07 * max(len(line.get_label()) for line in lines))
+
+
+def _label(axis, locator):
+    """Gives an axis few labels, such as 3M."""
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(lambda value, _: number(value))
+    axis.set_minor_locator(NullLocator())
 
 
 def _log_x(axes):
-    """Makes the x axis logarithmic, with few labels such as 3M."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     subs = (1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _label(axes.xaxis, LogLocator(subs=subs))
 
 
-def _common_steps(curve, axis):
-    """Returns means over seeds of `axis` and nll, at the steps that all seeds have reported."""
-    steps = curve.groupby("step")
-    complete = steps["seed"].nunique() == curve["seed"].nunique()
-    return steps[[axis, "nll"]].mean()[complete]
+def _over_seeds(rows, columns):
+    """Returns means by step, at the steps that all seeds have reported."""
+    steps = rows.groupby("step")
+    complete = steps["seed"].nunique() == rows["seed"].nunique()
+    return steps[columns].mean()[complete]
 
 
 @drawn
-def loss_curves(curves, labels, styles, axis):
+def loss_curves(curves, styles, axis):
     """Draws loss against a cost: training batches as lines, the validation split as points.
 
-    Args:
-      curves: `Results.curves` of the finished runs of a size.
-      labels: of arms.
-      styles: of arms.
-      axis: a key of AXES.
+    `curves` are `Results.curves` of the finished runs of a size, `axis` is a key of AXES.
     """
-    arms = list(dict.fromkeys(curves["arm"]))
-    figure, ((axes,),) = _new(_height(len(arms), 3.5))
-    ends, late, lowest, first_x = {}, [], [], []
+    arms = curves["arm"].unique()
+    figure, axes = _new_of_arms(len(arms), 3.5)
+    late, lowest, first_x = [], [], []
     for arm in arms:
         of_arm = curves[curves["arm"] == arm]
-        train = _common_steps(of_arm[of_arm["split"] == "train"], axis)
+        train = _over_seeds(of_arm[of_arm["split"] == "train"], [axis, "nll"])
         window = max(1, round(len(train) * SMOOTHING))
         nll = train["nll"].rolling(window, min_periods=1).mean().to_numpy()
         axes.plot(train[axis], nll, **styles[arm])
-        points = _common_steps(of_arm[of_arm["split"] == "validation"], axis)
+        points = _over_seeds(of_arm[of_arm["split"] == "validation"], [axis, "nll"])
         axes.scatter(points[axis], points["nll"], s=12, color=styles[arm]["color"])
         late += [*nll[len(nll) // 4 :]]
         lowest += [min(late), *points["nll"]]
         first_x.append(train[axis].iloc[len(train) // 12])
-        ends[arm] = nll[-1]
     axes.set_xlim(left=min(first_x))  # the steep beginning would hide the rest
     _log_x(axes)
     margin = 0.08 * (max(late) - min(late))
     axes.set_ylim(min(lowest) - margin, max(late) + 3 * margin)
     axes.set(xlabel=AXES[axis], ylabel="nll, nats a token")
-    _legend(figure, ends, labels, styles)
+    _legend(figure, axes)
     return figure
 
 
 @drawn
-def scaling(fitted, labels, styles, xlabel):
+def scaling(fitted, styles, xlabel):
     """Draws final losses over sizes: means with standard errors, fits, and their bands.
 
-    Args:
-      fitted: `{arm: ({x: [loss of each seed]}, Fit)}`.
-      labels: of arms.
-      styles: of arms.
-      xlabel: what x is.
+    `fitted` is `{arm: ({x: [loss of each seed]}, Fit)}`.
     """
-    figure, ((axes,),) = _new(_height(len(fitted), 3.8))
-    ends = {}
+    figure, axes = _new_of_arms(len(fitted), 3.8)
     for arm, (groups, fit) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
         line = np.geomspace(min(groups), max(groups), 60)
         axes.plot(line, fit(line), **styles[arm])
         axes.fill_between(line, *fit.band(line), color=colour, alpha=0.15, linewidth=0)
         values = [found.value for found in means]
-        errors = [found.error if found.n > 1 else 0 for found in means]
-        options = {"fmt": "o", "markersize": 4, "capsize": 2, "color": colour}
-        axes.errorbar(list(groups), values, errors, **options)
-        ends[arm] = fit(line)[-1]
+        errors = np.nan_to_num([found.error for found in means])
+        axes.errorbar(list(groups), values, errors, color=colour, **POINTS)
     _log_x(axes)
     axes.set(xlabel=xlabel, ylabel="validation nll, nats a token")
-    _legend(figure, ends, labels, styles)
+    _legend(figure, axes)
     return figure
 
 
@@ -187,9 +171,8 @@ def differences(rows, styles):
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
     figure, ((axes,),) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
     for height, (arm, _, found) in enumerate(reversed(rows)):
-        reach = found.high - found.value if found.n > 1 else 0
-        options = {"fmt": "o", "markersize": 4, "capsize": 2, "color": styles[arm]["color"]}
-        axes.errorbar([found.value], [height], xerr=[reach], **options)
+        reach, colour = np.nan_to_num(found.high - found.value), styles[arm]["color"]
+        axes.errorbar([found.value], [height], xerr=[reach], color=colour, **POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)])
@@ -199,37 +182,31 @@ def differences(rows, styles):
 
 
 @drawn
-def against_setting(panels, labels, styles, xlabel):
+def against_setting(panels, styles, xlabel):
     """Draws quantities against a setting, a panel for each, over one logarithmic axis.
 
-    Args:
-      panels: `[(name, whether its axis is logarithmic, {arm: Series by setting})]`.
-      labels: of arms.
-      styles: of arms.
-      xlabel: the setting.
+    `panels` are frames by name, with rows by setting and columns by arm. The axis of the first one
+    is logarithmic too.
     """
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
-    for axes, (name, logarithmic, lines) in zip(rows[:, 0], panels, strict=True):
-        for arm, values in lines.items():
+    for axes, (name, frame) in zip(rows[:, 0], panels.items(), strict=True):
+        for arm in frame:
+            values = frame[arm].dropna()
             axes.plot(values.index, values, marker="o", markersize=3.5, **styles[arm])
-        if logarithmic:
+        if axes is rows[0, 0]:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
             few = MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5))
-            axes.yaxis.set_major_locator(few)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-            axes.yaxis.set_minor_locator(NullLocator())
+            _label(axes.yaxis, few)
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_ylabel(name)
     bottom = rows[-1, 0]
-    every = sorted({x for _, _, lines in panels for values in lines.values() for x in values.index})
     bottom.set_xscale("log", base=2)
-    bottom.set_xticks(every, [f"{x:g}" for x in every])
+    bottom.set_xticks(frame.index, [f"{x:g}" for x in frame.index])
     bottom.xaxis.set_minor_locator(NullLocator())
     bottom.set_xlabel(xlabel)
-    ends = {arm: values.iloc[-1] for arm, values in panels[0][2].items()}
-    _legend(figure, ends, labels, styles)
+    _legend(figure, rows[0, 0])
     return figure
 
 
@@ -237,8 +214,7 @@ def against_setting(panels, labels, styles, xlabel):
 def load_heatmaps(entries):
     """Draws the shares of load with both entropies (the paper's Fig. 3).
 
-    Args:
-      entries: `[(title, routing.json)]`, a panel for each.
+    `entries` are `[(title, routing.json)]`, a panel for each.
     """
     layers = max(len(report["checkpoints"][-1]["load"]) for _, report in entries)
     figure, panels = _new(len(entries) * (0.65 + 0.24 * layers), len(entries), 1)
@@ -273,19 +249,16 @@ def some_layers(n_layers):
 
 
 @drawn
-def scores_through_training(report, name, label):
+def scores_through_training(report, name, title):
     """Draws the mean norm or logit of every expert at each checkpoint (the paper's Fig. 4).
 
-    Args:
-      report: routing.json of a run.
-      name: of the score.
-      label: of the arm.
+    `report` is routing.json of a run, `name` is that of the score.
     """
     checkpoints = report["checkpoints"]
     steps = [checkpoint["step"] for checkpoint in checkpoints]
     scores = np.array([checkpoint["mean_score"] for checkpoint in checkpoints])  # [., L, n]
     layers, n = some_layers(scores.shape[1]), scores.shape[2]
-    experts = styles_of(range(min(n, len(COLOURS) * len(DASHES))))
+    experts = styles_of({i: i for i in range(min(n, len(COLOURS) * len(DASHES)))})
     figure, panels = _new(0.6 + 1.35 * len(layers), len(layers), 1, sharex=True)
     for axes, layer in zip(panels[:, 0], layers, strict=True):
         for expert in range(n):
@@ -295,46 +268,29 @@ def scores_through_training(report, name, label):
         axes.set_title(f"layer {layer}", loc="left", fontsize=8)
         axes.set_ylabel(f"mean {name}")
     panels[-1, 0].set_xlabel("step")
-    figure.suptitle(label, x=0.02, ha="left", fontsize=9)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=9)
     if n <= MAX_KEY:
         options = {"title": "expert", "title_fontsize": 8, "handlelength": 1.6}
-        lines = panels[0, 0].lines
-        figure.legend(lines, range(n), loc="outside right upper", **options)
+        figure.legend(handles=[*panels[0, 0].lines], loc="outside right upper", **options)
     return figure
 
 
-def common_steps(reports):
-    """Returns the steps of the checkpoints that all runs have kept, in order."""
-    steps = [{checkpoint["step"] for checkpoint in report["checkpoints"]} for report in reports]
-    return sorted(set.intersection(*steps))
-
-
 @drawn
-def through_training(runs, labels, styles, name, ylabel):
-    """Draws a figure of routing.json, mean over layers and seeds, against the training's progress.
+def through_training(routing, styles, name, ylabel):
+    """Draws a column of `Results.routing`, mean over layers and seeds, against training's progress.
 
-    Args:
-      runs: `{arm: [routing.json of each seed]}`.
-      labels: of arms.
-      styles: of arms.
-      name: the key of a list over layers.
-      ylabel: what it is.
+    The rows are of the finished runs of a size.
     """
-    figure, ((axes,),) = _new(_height(len(runs), 2.8))
-    ends = {}
-    for arm, reports in runs.items():
-        steps, values = common_steps(reports), []
-        for report in reports:
-            by_step = {checkpoint["step"]: checkpoint for checkpoint in report["checkpoints"]}
-            values.append([np.mean(by_step[step][name]) for step in steps])
-        values = np.mean(values, axis=0)
-        progress = 100 * np.array(steps) / steps[-1]
+    arms = [arm for arm in styles if (routing["arm"] == arm).any()]
+    figure, axes = _new_of_arms(len(arms), 2.8)
+    for arm in arms:
+        values = _over_seeds(routing[routing["arm"] == arm], name)
+        progress = 100 * values.index / values.index[-1]
         axes.plot(progress, values, marker="o", markersize=3, **styles[arm])
-        ends[arm] = values[-1]
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
     if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
         axes.set_ylim(0, 1)
-    _legend(figure, ends, labels, styles)
+    _legend(figure, axes)
     return figure
 
 
@@ -342,11 +298,9 @@ def through_training(runs, labels, styles, name, ylabel):
 def coactivation(entries):
     """Draws how often two experts of the last layer are chosen together, relative to chance.
 
-    Chance has the same loads. Where every token has k > 1 experts, it draws k different ones; else
-    it draws each expert independently.
-
-    Args:
-      entries: `[(title, routing.json)]`, a panel for each.
+    `entries` are `[(title, routing.json)]`, a panel for each. Chance has the same loads. Where
+    every token has k > 1 experts, it draws k different ones; else it draws each expert
+    independently.
     """
     n_rows = -(-len(entries) // 2)
     figure, panels = _new(1.1 + 1.9 * n_rows, n_rows, 2)
@@ -374,9 +328,8 @@ def coactivation(entries):
 def save(figure, path):
     """Saves a figure as PATH.png, with a palette of colours, and PATH.svg, both on white.
 
-    Returns:
-      An SVG for an HTML page: without a background, with text in the page's colour, without
-      numbered ids, and with a flexible width.
+    Returns an SVG for an HTML page: without a background, with text in the page's colour, without
+    numbered ids, and with a flexible width.
     """
     for_page, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(SETTINGS):

@@ -1,16 +1,15 @@
 """Runs commands as jobs, each in a process of its own, and describes the machine that runs them."""
 
+import contextlib
 import json
 import logging
 import os
 import platform
-import queue
+import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,13 +31,15 @@ ALLOCATOR = (
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
-# Becomes the command, which gets SIGTERM (15) if the thread that started it dies, by
-# PR_SET_PDEATHSIG (1). Code between fork and exec would be unsafe in a process with threads.
-_WITH_PARENT = """
+# Becomes the command, on the core of the first argument if it names one. The command gets SIGTERM
+# (15) if this process dies, by PR_SET_PDEATHSIG (1).
+_ON_CORE = """
 import ctypes, os, sys
+if sys.argv[1]:
+    os.sched_setaffinity(0, {int(sys.argv[1])})
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 15)
-os.execv(sys.argv[1], sys.argv[1:])
+os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -74,160 +75,29 @@ def last_line(path: Path):
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def run_jobs(jobs: list[Job], slots: list[Slot], environment: dict[str, str], stop: StopRequests):
-    """Runs jobs in order, one at a time in each slot; a job that fails stops no other.
-
-    Args:
-      jobs: the commands.
-      slots: the places.
-      environment: defaults for variables that are not set.
-      stop: the requests to heed.
-
-    Raises:
-      Stopped: `stop` was asked; the running jobs were asked too and have ended.
-    """
-    workers, outcomes = _Workers(slots, environment), {}
-    before, started = {job: job.progress() for job in jobs}, time.monotonic()
-    reported = started
-    with (
-        stop.between_steps(several=False),
-        ThreadPoolExecutor(len(slots)) as pool,
-    ):
-        pending = {pool.submit(workers.run, job): job for job in jobs}
-        try:
-            while pending:
-                if stop.asked():
-                    raise stop.end("what is done is saved; the same command goes on from there")
-                news = []
-                for future in wait(pending, POLL_SECONDS, FIRST_COMPLETED).done:
-                    job = pending.pop(future)
-                    outcomes[job] = future.result()
-                    news.append(f"{job.name} has ended")
-                if not news and time.monotonic() - reported > REPORT_SECONDS:
-                    running = [f"{job.name} {job.progress():.0%}" for job in list(workers.running)]
-                    news.append(f"running: {', '.join(running)}")
-                if news:
-                    reported = time.monotonic()
-                    progress = _progress(jobs, before, outcomes, reported - started)
-                    log.info("%s; %s", progress, "; ".join(news))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            workers.stop()
-
-
-class _Workers:
-    """What the threads of a pool do: each runs one job at a time in a free slot."""
-
-    def __init__(self, slots, environment):
-        self._free, self._environment = queue.SimpleQueue(), environment
-        for slot in slots:
-            self._free.put(slot)
-        self._lock, self._stopped = threading.Lock(), False
-        self.running = {}  # Job -> Popen
-
-    def run(self, job):
-        """Returns the outcome of a job, or None if it was not started or was stopped."""
-        slot = self._free.get()
-        try:
-            while not (self._stopped or _is_free(job.output)):  # an earlier process is ending there
-                time.sleep(POLL_SECONDS)
-            return self._run_in(slot, job)
-        finally:
-            self._free.put(slot)
-
-    def _run_in(self, slot, job):
-        log_file, outcome_file = (beside(job.output, name) for name in (".log", ".outcome.json"))
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        outcome_file.unlink(missing_ok=True)
-        if slot.core is not None:
-            os.sched_setaffinity(0, {slot.core})  # of this thread and the processes it starts
-        with log_file.open("a") as file, self._lock:
-            if self._stopped:
-                return None
-            file.write(f"$ {' '.join(job.command)}\n")
-            file.flush()
-            process = self.running[job] = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _WITH_PARENT, *job.command],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env=self._environment | os.environ | slot.environment,
-                process_group=0,  # so that Ctrl-C reaches the jobs only through `stop`
-            )
-        status = process.wait()
-        with self._lock:
-            del self.running[job]
-        if self._stopped:
-            return None
-        line = last_line(log_file)
-        if status < 0:  # it had no chance to say why, as where memory ran out
-            line = f"killed by signal {-status}, after: {line}"
-        outcome = {"status": status, "last_line": line}
-        write_json(outcome_file, outcome)
-        if status:
-            message = "%s failed with status %d: %s; its log is %s"
-            log.warning(message, job.name, status, line, log_file)
-        return outcome
-
-    def stop(self):
-        """Asks the running jobs to stop, and starts no more."""
-        with self._lock:
-            self._stopped = True
-            for process in self.running.values():
-                process.terminate()
-
-
-def _is_free(folder):
-    if not folder.is_dir():
-        return True
-    try:
-        with alone_in(folder, "workdir"):
-            return True
-    except UserError:
-        return False
-
-
-def _progress(jobs, before, outcomes, seconds):
-    """Says how many jobs have ended, and estimates the remaining time from `seconds` of work."""
-    failed = sum(outcome["status"] != 0 for outcome in outcomes.values())
-    progress = {job: job.progress() for job in jobs}
-    done = sum(job.cost * max(progress[job] - before[job], 0) for job in jobs)
-    left = sum(job.cost * (1 - progress[job]) for job in jobs if job not in outcomes)
-    text = f"{len(outcomes)} of {len(jobs)} ended"
-    if failed:
-        text += f", {failed} of them failed"
-    if done and left:
-        remaining = left / done * seconds
-        hours, minutes = f"{remaining / 3600:.1f} h", f"{remaining / 60:.0f} min"
-        text += f", about {hours if remaining > 5400 else minutes} left"
-    return text
-
-
 @dataclass(frozen=True)
 class Machine:
     """This machine as a place for jobs of a suite."""
 
     backend: str
     slots: list[Slot]
-    environment: dict[str, str]
+    environment: dict[str, str]  # defaults for variables that are not set
     stop: StopRequests
 
     @classmethod
     def here(cls, workdir: Path, n_jobs: int | None, stop: StopRequests):
-        """Finds out what is here, and notes it in `machine.json`.
+        """Finds out what is here, and adds it to `machine.json` of the directory of a suite.
 
-        Args:
-          workdir: the directory of the suite.
-          n_jobs: jobs at a time; None means one for each core on CPU, one elsewhere. Several jobs
-            on GPUs share them out.
-          stop: the requests to heed.
+        A machine whose package versions or commit have changed counts as another one. Jobs at a
+        time are `n_jobs`; None means one for each core on CPU, one elsewhere. Several jobs on GPUs
+        share them out.
 
         Raises:
           UserError: JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
         file = workdir / "machine.json"
-        earlier = machines_of(workdir) if file.exists() else []
+        earlier = read_json(file)["machines"] if file.exists() else []
         machines = [*(m for m in earlier if m != description), description]
         write_json(file, {"machines": machines})
         # Runs that differ in their seed alone are one program.
@@ -238,10 +108,103 @@ class Machine:
         }
         return cls(description["backend"], slots_of(description, n_jobs), environment, stop)
 
-    def run(self, jobs, together=True):
-        """Runs jobs; one after the other where they are not run `together`."""
-        slots = self.slots if together else self.slots[:1]
-        run_jobs(jobs, slots, self.environment, self.stop)
+    def run(self, jobs: list[Job], together=True):
+        """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
+
+        A job that fails stops no other.
+
+        Raises:
+          Stopped: `stop` was asked; the running jobs were asked too and have ended.
+        """
+        waiting, free, failed = list(jobs), self.slots[: None if together else 1], 0
+        running = {}  # Job -> (its slot, Popen)
+        before = {job: job.progress() for job in jobs}
+        started = reported = time.monotonic()
+        with self.stop.between_steps(several=False):
+            try:
+                while waiting or running:
+                    if self.stop.asked():
+                        raise self.stop.end(
+                            "what is done is saved; the same command goes on from there"
+                        )
+                    news = []
+                    for job, (slot, process) in list(running.items()):
+                        if process.poll() is not None:
+                            del running[job]
+                            free.append(slot)
+                            failed += not _succeeded(job, process.returncode)
+                            news.append(f"{job.name} has ended")
+                    if news or time.monotonic() - reported > REPORT_SECONDS:
+                        reported = time.monotonic()
+                        at_work = [f"{job.name} {job.progress():.0%}" for job in running]
+                        news = news or [f"running: {', '.join(at_work)}"]
+                        left = [*waiting, *running]
+                        progress = _progress(before, left, failed, reported - started)
+                        log.info("%s; %s", progress, "; ".join(news))
+                    while free and (job := next(filter(_is_free, waiting), None)):
+                        waiting.remove(job)
+                        slot = free.pop(0)
+                        running[job] = slot, _start(job, slot, self.environment)
+                    time.sleep(POLL_SECONDS)
+            finally:
+                for _, process in running.values():
+                    process.terminate()
+                for _, process in running.values():
+                    process.wait()
+
+
+def _start(job, slot, environment):
+    beside(job.output, ".outcome.json").unlink(missing_ok=True)
+    core = "" if slot.core is None else str(slot.core)
+    with beside(job.output, ".log").open("a") as file:
+        file.write(f"$ {' '.join(job.command)}\n")
+        file.flush()
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _ON_CORE, core, *job.command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment | os.environ | slot.environment,
+            process_group=0,  # so that Ctrl-C reaches the jobs only through `stop`
+        )
+
+
+def _succeeded(job, status):
+    """Writes the outcome of a job."""
+    log_file = beside(job.output, ".log")
+    line = last_line(log_file)
+    if status < 0:  # it had no chance to say why, as where memory ran out
+        line = f"killed by signal {-status}, after: {line}"
+    write_json(beside(job.output, ".outcome.json"), {"status": status, "last_line": line})
+    if status:
+        message = "%s failed with status %d: %s; its log is %s"
+        log.warning(message, job.name, status, line, log_file)
+    return status == 0
+
+
+def _is_free(job):
+    """Whether no earlier process, which may still be ending, has locked the output."""
+    if not job.output.is_dir():
+        return True
+    try:
+        with alone_in(job.output, "workdir"):
+            return True
+    except UserError:
+        return False
+
+
+def _progress(before, left, failed, seconds):
+    """Says how many jobs have ended, and estimates the remaining time from `seconds` of work."""
+    text = f"{len(before) - len(left)} of {len(before)} ended"
+    if failed:
+        text += f", {failed} of them failed"
+    to_do = sum(job.cost * (1 - job.progress()) for job in left)
+    done = sum(job.cost * max(job.progress() - earlier, 0) for job, earlier in before.items())
+    if done and to_do:
+        remaining = to_do / done * seconds
+        hours, minutes = f"{remaining / 3600:.1f} h", f"{remaining / 60:.0f} min"
+        text += f", about {hours if remaining > 5400 else minutes} left"
+    return text
 
 
 def _describe():
@@ -256,11 +219,14 @@ def _describe():
     backend, device, devices = json.loads(answer.stdout.splitlines()[-1])
     cpuinfo = Path("/proc/cpuinfo")
     if backend == "cpu" and cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        models = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-        device = models[0].strip() if models else device
+        model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)
+        device = model[1].strip() if model else device
+    commit = None
+    with contextlib.suppress(FileNotFoundError):  # git is not installed
+        git = _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
+        commit = git.stdout.strip() or None
     return {
-        "commit": _commit(),
+        "commit": commit,
         "backend": backend,
         "device": device,
         "devices": devices,
@@ -272,22 +238,6 @@ def _describe():
 
 def _output_of(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def _commit():
-    try:
-        describe = ("describe", "--always", "--dirty", "--exclude=*")
-        return _output_of("git", "-C", str(ROOT), *describe).stdout.strip() or None
-    except FileNotFoundError:  # git is not installed
-        return None
-
-
-def machines_of(workdir: Path):
-    """Returns the machines that have taken part, the latest last.
-
-    A machine whose package versions or commit have changed counts as another one.
-    """
-    return read_json(workdir / "machine.json")["machines"]
 
 
 def slots_of(machine, n_jobs):

@@ -12,6 +12,7 @@ public peak figures allow, and the bytes that a chip receives. Virtual devices o
 cores would say nothing about more chips.
 """
 
+import contextlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,11 +62,7 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine):
 def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
     """Returns a `Job` for each size and sweep that is not measured yet.
 
-    Args:
-      suite: the suite.
-      runs: its runs.
-      workdir: its directory.
-      in_turn: whether to time the steps of the arms of each size.
+    `in_turn` says whether to time the steps of the arms of each size.
     """
     jobs = [_size_job(size, runs, workdir, suite.routing_tokens, in_turn) for size in suite.sizes]
     jobs += [_sweep_job(name, suite, workdir) for name in suite.throughput]
@@ -73,23 +70,25 @@ def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
 
 
 def _size_job(size, runs, workdir, tokens, in_turn):
-    of_size = {run: folder_of(workdir, run) for run in runs if run.size == size}
-    folders = {run: folder for run, folder in of_size.items() if _to_route(folder, run, tokens)}
-    by_arm = _first_finished(workdir, runs, size) if in_turn else {}
+    def to_route():
+        finished = _finished(workdir, runs, size)
+        return [str(folder) for folder, run in finished if not _is_routed(folder, run, tokens)]
+
+    by_arm = _first_by_arm(workdir, runs, size) if in_turn else {}
     timed = step_seconds(workdir, runs, size) or {}
     if by_arm.keys() == timed.keys():  # if an arm has failed, all are timed again
         by_arm = {}
+    folders = to_route()
     if not folders and not by_arm:
         return None
     steps = {
-        arm: {"config": run.config.to_dict(), "folder": str(of_size[run])}
-        for arm, run in by_arm.items()
+        arm: {"config": run.config.to_dict(), "folder": str(folder)}
+        for arm, (folder, run) in by_arm.items()
     }
-    todo = {"routing": [*map(str, folders.values())], "tokens": tokens, "steps": steps}
+    todo = {"routing": folders, "tokens": tokens, "steps": steps}
 
     def progress():
-        missing = sum(_to_route(folder, run, tokens) for run, folder in folders.items())
-        return 1 - missing / (len(folders) or 1)
+        return 1 - len(to_route()) / (len(folders) or 1)
 
     output = measured_file(workdir, size)
     return _job(f"measuring {size}", output, todo, len(folders) + 1, progress)
@@ -116,25 +115,27 @@ def _job(name, output, todo, cost, progress):
     return Job(name, command, output, float(cost), progress)
 
 
-def _to_route(folder, run, tokens):
-    """Whether a finished run chooses experts, and its last choices have not been analysed."""
-    chooses = run.config.routing.choice(run.config.experts)
-    if not chooses or not is_finished(folder, run):
-        return False
+def _finished(workdir, runs, size):
+    of_size = [(folder_of(workdir, run), run) for run in runs if run.size == size]
+    return [(folder, run) for folder, run in of_size if is_finished(folder, run)]
+
+
+def _first_by_arm(workdir, runs, size):
+    found = {}
+    for folder, run in _finished(workdir, runs, size):
+        found.setdefault(run.arm, (folder, run))
+    return found
+
+
+def _is_routed(folder, run, tokens):
+    """Whether the last choices of a run have been analysed, or it chooses no experts."""
     file = folder / "routing.json"
-    if not file.exists():
-        return True
+    chooses = run.config.routing.choice(run.config.experts)
+    if not chooses or not file.exists():
+        return not chooses
     found = read_json(file)
     analysed = found["checkpoints"][-1]["step"], found.get("wanted_tokens")
-    return analysed != (run.config.train.steps, tokens)
-
-
-def _first_finished(workdir, runs, size):
-    found = {}
-    for run in runs:
-        if run.size == size and is_finished(folder_of(workdir, run), run):
-            found.setdefault(run.arm, run)
-    return found
+    return analysed == (run.config.train.steps, tokens)
 
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):
@@ -146,9 +147,9 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
     if not file.exists():
         return None
     found = read_json(file)
+    first = _first_by_arm(workdir, runs, size)
     failed = found.get("failed", {})
-    finished = _first_finished(workdir, runs, size)
-    wanted = {arm: run.config for arm, run in finished.items() if arm not in failed}
+    wanted = {arm: run.config for arm, (_, run) in first.items() if arm not in failed}
     return found["seconds"] if _configs(found.get("trained", {})) == wanted else None
 
 
@@ -189,73 +190,59 @@ def main():
     """Measures; exit status 1 if something failed, which stops nothing else."""
     StopRequests("the same command does what is left").listen()
     todo = read_json(Path(cli.required(flags.FLAGS["todo"])))
-    output = Path(todo["output"])
+    output, failed = Path(todo["output"]), {}
     if "points" in todo:
-        failed = measure_points(todo["points"], todo["topology"], output)
+        measure_points(todo["points"], todo["topology"], output, failed)
     else:
-        failed = _analyse_runs(todo["routing"], todo["tokens"]) + _time_steps(todo["steps"], output)
-    for line in failed:
-        log.error("%s", line)
+        for folder in todo["routing"]:
+            with _noting(f"routing of {folder}", failed):
+                analyse(Path(folder), todo["tokens"])
+                log.info("analysed the routing of %s", folder)
+        if todo["steps"]:
+            _time_steps(todo["steps"], output, failed)
+    for name, reason in failed.items():
+        log.error("%s: %s", name, reason)
     return 1 if failed else 0
 
 
-def _analyse_runs(folders, tokens):
-    failed = []
-    for folder in folders:
-        try:
-            analyse(Path(folder), tokens)
-            log.info("analysed the routing of %s", folder)
-        except Exception as e:
-            log.exception("cannot analyse the routing of %s", folder)
-            failed.append(f"routing of {folder}: {type(e).__name__}: {e}")
-    return failed
+@contextlib.contextmanager
+def _noting(name, failed):
+    """Adds the reason of a failure, such as lack of memory or a damaged checkpoint, to `failed`."""
+    try:
+        yield
+    except Exception as e:
+        log.exception("%s", name)
+        failed[name] = f"{type(e).__name__}: {e}"
 
 
-def _time_steps(runs, output):
+def _time_steps(runs, output, failed):
     """Writes `trained`, the configurations, `seconds` and `failed`, all by arm."""
-    if not runs:
-        return []
-    steps, failed = {}, {}
+    steps, configs = {}, {arm: run["config"] for arm, run in runs.items()}
     for arm, run in runs.items():
-        try:
+        with _noting(f"steps of {arm}", failed):
             steps[arm] = RepeatedStep(Config.from_config_dict(run["config"]), Path(run["folder"]))
-        except Exception as e:  # such as a damaged checkpoint
-            log.exception("steps of %s", arm)
-            failed[arm] = f"{type(e).__name__}: {e}"
     seconds = seconds_in_turn(steps)
     for arm, value in seconds.items():
         log.info("%s: %.4f s a step", arm, value)
-    configs = {arm: runs[arm]["config"] for arm in steps}
-    write_json(output, {"trained": configs, "seconds": seconds, "failed": failed})
-    return [f"steps of {arm}: {why}" for arm, why in failed.items()]
+    reasons = {arm: failed[f"steps of {arm}"] for arm in configs if arm not in steps}
+    trained = {arm: configs[arm] for arm in steps}
+    write_json(output, {"trained": trained, "seconds": seconds, "failed": reasons})
 
 
-def measure_points(points, is_topology, output: Path):
-    """Measures points of a sweep and adds each to a JSON file; one that fails stops no other.
+def measure_points(points, is_topology, output: Path, failed):
+    """Measures points of a sweep and adds each to the JSON file `output`.
 
-    Args:
-      points: from `missing_points`.
-      is_topology: whether their values are absent machines.
-      output: the file.
-
-    Returns:
-      A line for each failure.
+    The points are of `missing_points`. A point that fails is added to `failed`, `{value: reason}`.
     """
-    measure, failed = _traced if is_topology else _timed, []
+    measure = _traced if is_topology else _timed
     for point in points:
-        value = point["value"]
-        try:
-            figures = measure(value, _configs(point["configs"]))
-        except Exception as e:  # such as lack of memory
-            log.exception("%s", value)
-            failed.append(f"{value}: {type(e).__name__}: {e}")
-            continue
-        done = read_json(output)["points"] if output.exists() else []
-        others = [other for other in done if other["value"] != value]
-        write_json(output, {"points": [*others, point | {"figures": figures}]})
-        seconds = [f"{arm} {of_arm['seconds']:.4g} s" for arm, of_arm in figures.items()]
-        log.info("%s: %s", value, ", ".join(seconds))
-    return failed
+        with _noting(point["value"], failed):
+            figures = measure(point["value"], _configs(point["configs"]))
+            done = read_json(output)["points"] if output.exists() else []
+            others = [other for other in done if other["value"] != point["value"]]
+            write_json(output, {"points": [*others, point | {"figures": figures}]})
+            seconds = [f"{arm} {of_arm['seconds']:.4g} s" for arm, of_arm in figures.items()]
+            log.info("%s: %s", point["value"], ", ".join(seconds))
 
 
 def _timed(_, configs: Mapping[str, Config]):

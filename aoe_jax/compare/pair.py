@@ -18,7 +18,7 @@ import pandas as pd
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean, paired_difference
+from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean
 from aoe_jax.errors import UserError
 
 _RESULTS = flags.DEFINE_string("results", None, "a directory with runs.csv, such as results/small")
@@ -72,36 +72,29 @@ def pairs(runs: pd.DataFrame, arms):
         if arm not in known:
             choices = f"choose one of {', '.join(known)}"
             raise UserError(f"{given}: {arm} has finished no run there; {choices}")
-    rows, before = [], None
+    rows, before = [], np.full((len(NUMBERS), 2), np.nan)
     for size, of_size in runs.groupby("size", sort=False):
         of_arms = [of_size[of_size["arm"] == arm].set_index("seed") for arm in arms]
         both = of_arms[0].index.intersection(of_arms[1].index)
         if both.empty:
             continue
         first, second = (of_arm["validation_nll"][both] for of_arm in of_arms)
-        # Active parameters, training FLOPs and mean nll of both arms.
         now = np.array([of_arm.loc[both, NUMBERS].mean() for of_arm in of_arms]).T
+        parameters, flops, nll = np.log(now / before)
+        same = (parameters == 0) | (np.abs(flops) < np.log(EQUAL_FLOPS))
         rows.append(
             {
                 "size": size,
                 "nlls": (mean(first), mean(second)),
-                "difference": paired_difference(first, second),
-                "exponents": _exponents(before, now),
+                "difference": mean(first - second),
+                # a of nll ~ parameters ** -a
+                "exponents": np.where(same, np.nan, -nll / np.where(same, 1, parameters)),
             }
         )
         before = now
     if not rows:
         raise UserError(f"{given}: no size and seed has both")
     return pd.DataFrame(rows)
-
-
-def _exponents(before, now):
-    """Returns, for each arm, the a of nll ~ parameters ** -a through two sizes."""
-    if before is None:
-        return np.array([np.nan, np.nan])
-    parameters, flops, nll = np.log(now / before)
-    same = (parameters == 0) | (np.abs(flops) < np.log(EQUAL_FLOPS))
-    return np.where(same, np.nan, -nll / np.where(same, 1, parameters))
 
 
 def table(found: pd.DataFrame, arms):

@@ -35,10 +35,10 @@ def first_runs(suite: Suite, sizes):
     Raises:
       UserError: a size is unknown.
     """
-    unknown = [size for size in sizes if size not in suite.sizes]
-    if unknown:
-        given = ",".join(sizes)
-        raise UserError(f"--sizes={given}: {unknown[0]} is unknown; {one_of(suite.sizes)}")
+    for size in sizes:
+        if size not in suite.sizes:
+            given = ",".join(sizes)
+            raise UserError(f"--sizes={given}: {size} is unknown; {one_of(suite.sizes)}")
     return [run for run in suite.runs() if run.seed == 0 and (not sizes or run.size in sizes)]
 
 

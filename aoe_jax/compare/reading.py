@@ -40,29 +40,25 @@ COST_COLUMNS = [
 
 def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
     """Reads the `Results` of runs, finished or not, from their directories."""
-    configs, rows, curves, reports = {}, [], [], {}
     timed = {size: step_seconds(workdir, runs, size) or {} for size in suite.sizes}
+    rows, curves = [], []
     for run in runs:
-        configs.setdefault((run.size, run.arm), run.config)
-        seconds = timed[run.size].get(run.arm)
-        row, of_run, report = _read_run(run, folder_of(workdir, run), seconds)
+        row, of_run = _read_run(run, folder_of(workdir, run), timed[run.size].get(run.arm))
         rows.append(row)
         curves += of_run
-        if report:
-            reports[run.size, run.arm, run.seed] = report
-    return make_results(suite, configs, rows, curves, reports)
+    return make_results(suite, rows, curves)
 
 
-def make_results(suite, configs, rows, curves, reports):
-    """Returns `Results` from rows of `runs` as dicts and a list of frames of `curves`."""
+def make_results(suite, rows, curves):
+    """Returns `Results` from dicts of `row_of` and a list of frames of `curves`."""
     runs = pd.DataFrame(rows, columns=[*RUN_COLUMNS, *MORE_RUN_COLUMNS])
     curves = [curve for curve in curves if len(curve)]
     curves = pd.concat(curves) if curves else pd.DataFrame(columns=CURVE_COLUMNS)
-    return Results(suite, configs, runs, curves, reports)
+    return Results(suite, runs, curves)
 
 
 def _read_run(run, folder, seconds):
-    """Returns a row of `Results.runs`, a list of frames of `curves`, and routing.json or None."""
+    """Returns a row of `Results.runs` and a list of frames of `curves`."""
     finished, outcome = is_finished(folder, run), beside(folder, ".outcome.json")
     ended = read_json(outcome) if outcome.exists() else None
     summary = read_json(folder / "summary.json") if finished else {"metrics": {}, "memory": {}}
@@ -77,32 +73,32 @@ def _read_run(run, folder, seconds):
     own_seconds = run.config.tokens_per_step / train["tokens_per_second"].median()
     shares = lines["dropped_share"].dropna()
     file = folder / "routing.json"
-    report = read_json(file) if finished and file.exists() else None
-    row = describe(run) | {
-        "state": state,
-        "last_line": ended["last_line"] if ended else last_line(log) if log.exists() else "",
-        "validation_nll": nll,
-        "validation_bits_per_byte": metrics.get("validation_bits_per_byte", math.nan),
-        "dropped_share": shares.tail(math.ceil(len(shares) / 10)).mean(),
-        "seconds_per_step": seconds or own_seconds,
-        "timed_in_turn": seconds is not None,
-        "memory_bytes": memory.reindex(["state_bytes", "temporary_bytes"]).sum(skipna=False),
-    }
-    row["tokens_per_second"] = run.config.tokens_per_step / row["seconds_per_step"]
-    curves = [
+    row = row_of(
+        run,
+        seconds or own_seconds,
+        read_json(file) if finished and file.exists() else None,
+        state=state,
+        last_line=ended["last_line"] if ended else last_line(log) if log.exists() else "",
+        validation_nll=nll,
+        validation_bits_per_byte=metrics.get("validation_bits_per_byte", math.nan),
+        dropped_share=shares.tail(math.ceil(len(shares) / 10)).mean(),
+        timed_in_turn=seconds is not None,
+        memory_bytes=memory.reindex(["state_bytes", "temporary_bytes"]).sum(skipna=False),
+    )
+    return row, [
         curve_of(row, "train", train["step"], train["nll"]),
         curve_of(row, "validation", validation["step"], validation["validation_nll"]),
     ]
-    return row | _routing_figures(report), curves, report
 
 
-def describe(run: Run):
-    """Returns the columns of `Results.runs` that are known before training."""
+def row_of(run: Run, seconds_per_step, report, **columns):
+    """Returns a row of `Results.runs` with what follows from the run and its routing.json."""
     config, counts = run.config, parameter_counts(run.config)
     return {
         "size": run.size,
         "arm": run.arm,
         "seed": run.seed,
+        "config": config,
         "parameters": counts.total,
         "active_parameters": counts.active,
         "active_non_embedding": counts.active_non_embedding,
@@ -111,6 +107,12 @@ def describe(run: Run):
         "steps": config.train.steps,
         "tokens": config.train.steps * config.tokens_per_step,
         "flops": run.flops,
+        "seconds": config.train.steps * seconds_per_step,
+        "seconds_per_step": seconds_per_step,
+        "tokens_per_second": config.tokens_per_step / seconds_per_step,
+        "report": report,
+        **_routing_figures(report),
+        **columns,
     }
 
 
@@ -128,15 +130,10 @@ def _read_lines(path):
 def curve_of(row, split, step, nll):
     """Returns the rows of `Results.curves` of a split of a run, whose row of `runs` is given."""
     step = np.asarray(step, int)
-    keys = {name: row[name] for name in KEYS} | {"split": split}
-    costs = {
-        "step": step,
-        "tokens": step * row["tokens"] / row["steps"],
-        "flops": step * row["flops"] / row["steps"],
-        "seconds": step * row["seconds_per_step"],
-        "nll": np.asarray(nll, float),
-    }
-    return pd.DataFrame(keys | costs, columns=CURVE_COLUMNS)
+    costs = {name: step * row[name] / row["steps"] for name in ("tokens", "flops")}
+    costs["seconds"] = step * row["seconds_per_step"]
+    keys = {name: row[name] for name in KEYS} | {"split": split, "step": step}
+    return pd.DataFrame(keys | costs | {"nll": np.asarray(nll, float)}, columns=CURVE_COLUMNS)
 
 
 def _routing_figures(report):
@@ -167,32 +164,31 @@ def read_costs(suite: Suite, workdir: Path):
     """
     rows = []
     for name, sweep in suite.throughput.items():
-        points = list(measured_points(suite, workdir, name))
+        points = [point for point in measured_points(suite, workdir, name) if point[2]]
         for arm in suite.arms:
             rows += [
-                _cost(name, sweep, arm, configs[arm], figures[arm])
+                _cost(name, sweep, arm, suite.baseline, configs, figures)
                 for _, configs, figures in points
-                if figures and arm in figures
+                if arm in figures
             ]
-    frame = pd.DataFrame(rows, columns=[*COST_COLUMNS, "config"])
-    base = frame[frame["arm"] == suite.baseline].set_index(["sweep", "x"])["tokens_per_second"]
-    keys = pd.MultiIndex.from_frame(frame[["sweep", "x"]])
-    frame["speed_to_baseline"] = frame["tokens_per_second"] / base.reindex(keys).to_numpy()
-    return frame
+    return pd.DataFrame(rows, columns=[*COST_COLUMNS, "config"])
 
 
-def _cost(name, sweep, arm, config, figures):
-    tokens = config.tokens_per_step
+def _cost(name, sweep, arm, baseline, configs, figures):
+    config, of_arm = configs[arm], figures[arm]
+    tokens, seconds = config.tokens_per_step, of_arm["seconds"]
+    of_baseline = figures.get(baseline, {"seconds": math.nan})
     return {
         "sweep": name,
         "setting": sweep.setting,
         "x": sweep.position(config),
         "arm": arm,
         "tokens_per_step": tokens,
-        "seconds_per_step": figures["seconds"],
-        "tokens_per_second": tokens / figures["seconds"],
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens / seconds,
+        "speed_to_baseline": (tokens / seconds) / (tokens / of_baseline["seconds"]),
         "flops_per_step": tokens * training_flops_per_token(config),
-        "memory_bytes": figures.get("memory_bytes"),
-        "received_bytes": figures.get("received_bytes"),
+        "memory_bytes": of_arm.get("memory_bytes"),
+        "received_bytes": of_arm.get("received_bytes"),
         "config": config,
     }

@@ -15,18 +15,12 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
-from aoe_jax.compare.jobs import PACKAGES, beside, machines_of
+from aoe_jax.compare.jobs import PACKAGES, beside
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import COST_COLUMNS, read_costs, read_results
-from aoe_jax.compare.results import (
-    CURVE_COLUMNS,
-    ROUTING_DIGITS,
-    RUN_COLUMNS,
-    SCALES,
-    Results,
-)
+from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
 from aoe_jax.compare.runs import check_run, folder_of, tuned_rates, tuning_nlls
-from aoe_jax.compare.statistics import markdown_table, mean, number
+from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, number
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
@@ -39,18 +33,20 @@ BALANCED_BY = {  # methods that balance load, or couple router and experts, by t
     "gshard": "its loss of first choices",
     "erc": "L_ERC",
 }
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("aoe_jax.compare"), trim_blocks=True, lstrip_blocks=True
+)
+TEMPLATES.filters |= {
+    "number": number,
+    "table": markdown_table,
+    "cell": lambda cell: str(cell).replace("|", "\\|"),
+}
 
 
 def write_report(suite: Suite, workdir: Path, command):
-    """Writes the report of the results so far.
+    """Writes the report of the results so far, which `command` makes again.
 
-    Args:
-      suite: the suite.
-      workdir: its directory, with a `machine.json`.
-      command: the command line that makes the report.
-
-    Returns:
-      The path of `report.html`.
+    Returns the path of `report.html`.
 
     Raises:
       UserError: a run there is of another configuration.
@@ -58,59 +54,32 @@ def write_report(suite: Suite, workdir: Path, command):
     runs = suite.runs(tuned_rates(suite, workdir))
     for run in runs:
         check_run(folder_of(workdir, run), run)
-    results = read_results(suite, runs, workdir)
-    costs = read_costs(suite, workdir)
-    sections = all_sections(results, costs) | {
-        **describe_runs(results, workdir),
-        "failed": failed(results, workdir),
-        "tuning": tuning(results, workdir),
-        "command": command,
-    }
-    markdown, pictures = to_markdown(results, sections)
+    results, costs = read_results(suite, runs, workdir), read_costs(suite, workdir)
+    markdown, pictures = to_markdown(
+        results,
+        costs,
+        machines=read_json(workdir / "machine.json")["machines"],
+        failed=failed(results, workdir),
+        tuning=tuning(results, workdir),
+        command=command,
+    )
     (workdir / "report.md").write_text(markdown)
     folder, page = workdir / "figures", workdir / "report.html"
     folder.mkdir(exist_ok=True)
     svgs = {name: figures.save(figure, folder / f"{name}.png") for name, figure in pictures.items()}
     page.write_text(to_html(markdown, svgs, f"Comparison: {suite.name}"))
-    frames = {
-        "runs": results.runs[RUN_COLUMNS],
-        "curves": results.curves[CURVE_COLUMNS],
-        "routing": results.routing,
-        "differences": results.differences(),
-        "throughput": costs[COST_COLUMNS],
-    }
-    for name, frame in frames.items():
-        frame.to_csv(workdir / f"{name}.csv", index=False)
+    results.runs[RUN_COLUMNS].to_csv(workdir / "runs.csv", index=False)
+    results.curves.to_csv(workdir / "curves.csv", index=False)
+    results.routing.to_csv(workdir / "routing.csv", index=False)
+    results.differences().to_csv(workdir / "differences.csv", index=False)
+    costs[COST_COLUMNS].to_csv(workdir / "throughput.csv", index=False)
     return page
 
 
-def all_sections(r: Results, costs: pd.DataFrame):
-    """Computes what the template needs beside `Results`, from the results and `read_costs`."""
-    pairs = [(size, arm) for size, arm in r.pairs if arm != r.suite.baseline]
-    compared = [(size, arm, r.difference(size, arm)) for size, arm in pairs]
-    isoflop = [(sizes, r.isoflops(sizes)) for sizes in r.isoflop_sizes]
-    return exceptions(r) | {
-        "compared": [(size, arm, found) for size, arm, found in compared if found.n],
-        "scaling": {scale: r.scaling(scale) for scale in SCALES},
-        "isoflop": [(sizes, found) for sizes, found in isoflop if found],
-        "timing": timing(r),
-        "balanced": balanced(r),
-        "routed_sizes": routed_sizes(r),
-        "sweeps": sweeps(r, costs),
-        "equal_experts": at_equal_experts(r, costs),
-        "fields_of_arms": fields_of_arms(r),
-    }
+def to_markdown(r: Results, costs: pd.DataFrame, **of_workdir):
+    """Renders the report as `(Markdown, {name: Figure})`.
 
-
-def to_markdown(r: Results, sections):
-    """Renders the report.
-
-    Args:
-      r: the results.
-      sections: `all_sections` and what the working directory tells.
-
-    Returns:
-      `(Markdown, {name: Figure})`.
+    `of_workdir` has `machines`, `failed`, `tuning` and `command`; what is left out is not shown.
     """
     pictures = {}
 
@@ -118,38 +87,66 @@ def to_markdown(r: Results, sections):
         pictures[name] = figure
         return f"![{caption}](figures/{name}.png)\\\n*{caption}*"
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("aoe_jax.compare"), trim_blocks=True, lstrip_blocks=True
+    compared = [(size, arm, r.difference(size, arm)) for size, arm in r.pairs]
+    configs, reports = r.configs, r.runs["report"].dropna()
+    shares = [c.balance.aux_tokens for c in configs.values() if c.balance.aux_weight]
+    markdown = TEMPLATES.get_template("report.md.j2").render(
+        r=r,
+        suite=r.suite,
+        base=r.suite.baseline,
+        compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
+        scaling={scale: r.scaling(scale) for scale in SCALES},
+        isoflop=[(sizes, found) for sizes in r.isoflop_sizes if (found := r.isoflops(sizes))],
+        in_turn=r.finished_runs["timed_in_turn"].any(),
+        alone=not_in_turn(r),
+        states=states(r),
+        balanced=balanced(r),
+        routed_sizes=routed_sizes(r),
+        sweeps=sweeps(r, costs),
+        equal_experts=at_equal_experts(r, costs),
+        fields_of_arms=fields_of_arms(r),
+        not_causal=not_causal(r),
+        without_choice=_labels_of(r, _without_choice),
+        data_dependent=_labels_of(r, lambda c: experts_per_token(c) is None),
+        aux_tokens={
+            share: _labels_of(r, lambda c: c.balance.aux_weight and c.balance.aux_tokens == share)
+            for share in shares
+            if share < 1
+        },
+        capacity_flops={
+            key: config.model.n_layers * config.routing.wasted_flops(config)[1]
+            for key, config in configs.items()
+            if config.routing.name == "capacity"
+        },
+        drops=r.runs["dropped_share"].notna().any(),
+        n_experts=max([config.experts.n_experts for config in configs.values()], default=1),
+        scales=SCALES,
+        routing_tokens="/".join(map(str, sorted({report["tokens"] for report in reports}))),
+        kinds={report["kind"] for report in reports},
+        routing_digits=ROUTING_DIGITS,
+        figures=figures,
+        styles=figures.styles_of(r.labels),
+        picture=picture,
+        in_words=_in_words,
+        mean=mean,
+        exponent=exponent,
+        minimum=minimum,
+        log=math.log,
+        misses=_misses,
+        **of_workdir,
     )
-    environment.filters["number"] = number
-    environment.filters["table"] = markdown_table
-    environment.filters["cell"] = lambda cell: str(cell).replace("|", "\\|")
-    tokens = sorted({report["tokens"] for report in r.reports.values()})
-    kinds = {report["kind"] for report in r.reports.values()}
-    common = {
-        "r": r,
-        "suite": r.suite,
-        "base": r.suite.baseline,
-        "unmatched": [arm.label for arm in r.suite.arms.values() if not arm.matched],
-        "drops": r.runs["dropped_share"].notna().any(),
-        "n_experts": max([config.experts.n_experts for config in r.configs.values()], default=1),
-        "scales": SCALES,
-        "routing_tokens": "/".join(map(str, tokens)),
-        "kinds": kinds,
-        "routing_digits": ROUTING_DIGITS,
-        "first_runs": r.runs.drop_duplicates(["size", "arm"]).to_dict("records"),
-        "figures": figures,
-        "styles": figures.styles_of(r.suite.arms),
-        "picture": picture,
-        "mean": mean,
-        "log": math.log,
-        "misses": _misses,
-        "sizes_of_arms": lambda sizes: [
-            (arm, [size for size in sizes if arm in r.arms(size)]) for arm in r.suite.arms
-        ],
-    }
-    template = environment.get_template("report.md.j2")
-    return template.render(common | sections), pictures
+    return markdown, pictures
+
+
+def _without_choice(config):
+    """Whether a layer has several experts, of which tokens choose none."""
+    return config.experts.kind != "dense" and not config.routing.choice(config.experts)
+
+
+def _labels_of(r, holds):
+    """Returns the labels of the arms whose configuration at some size `holds`."""
+    arms = [arm for (_, arm), config in r.configs.items() if holds(config)]
+    return [r.labels[arm] for arm in dict.fromkeys(arms)]
 
 
 def _misses(groups, fit):
@@ -159,34 +156,15 @@ def _misses(groups, fit):
 def to_html(markdown, svgs, title):
     """Converts the report to one HTML page with everything in it; `svgs` by picture name."""
 
-    def image(renderer, tokens, i, options, env):
+    def image(_, tokens, i, options, env):
         name = Path(tokens[i].attrs["src"]).stem
         label = jinja2.filters.escape(tokens[i].content)
         return f'<span role="img" aria-label="{label}">{svgs[name]}</span>'
 
     converter = MarkdownIt("commonmark", {"html": False, "xhtmlOut": True}).enable("table")
-    converter.renderer.rules["image"] = lambda *args: image(converter.renderer, *args)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("aoe_jax.compare"))
-    page = environment.get_template("page.html.j2")
-    return page.render(title=title, body=converter.render(markdown))
-
-
-def describe_runs(r: Results, workdir: Path):
-    """Describes the states of the runs and the machines."""
-    machines, runs = machines_of(workdir), r.runs
-    counts = runs["state"].value_counts()
-    parts = [f"{counts.get('finished', 0)} of {len(runs)} finished"]
-    for state in ("diverged", "failed", "unfinished"):
-        if state in counts:
-            parts.append(f"{counts[state]} {state}")
-    finished = runs[runs["state"] == "finished"]
-    hours = (finished["seconds_per_step"] * finished["steps"]).sum() / 3600
-    return {
-        "states": ", ".join(parts),
-        "hours": f"{hours:.2f}",
-        "on_cpu": machines[-1]["backend"] == "cpu",
-        "machines": [_in_words(machine) for machine in machines],
-    }
+    converter.add_render_rule("image", image)
+    body = converter.render(markdown)
+    return TEMPLATES.get_template("page.html.j2").render(title=title, body=body)
 
 
 def _in_words(machine):
@@ -197,56 +175,43 @@ def _in_words(machine):
     return f"{machine['device']}, {place}; {versions}{commit}"
 
 
-def exceptions(r: Results):
-    """Names the arms that a reader of the tables must know about."""
-    not_causal, without_choice, data_dependent, aux_tokens, capacity = {}, {}, {}, {}, {}
-    for (size, arm), config in r.configs.items():
-        label, routing, balance = r.labels[arm], config.routing, config.balance
-        if arm not in not_causal:
-            not_causal[arm] = _not_causal(r, size, arm)
-        if config.experts.kind != "dense" and not routing.choice(config.experts):
-            without_choice[label] = True
-        if r.depends_on_data(size, arm):
-            data_dependent[label] = True
-        if balance.aux_weight and balance.aux_tokens < 1:
-            aux_tokens.setdefault(f"{balance.aux_tokens:g}", {})[label] = True
-        if routing.name == "capacity":
-            capacity[size, arm] = config.model.n_layers * routing.wasted_flops(config)[1]
-    return {
-        "not_causal": [line for line in not_causal.values() if line],
-        "without_choice": list(without_choice),
-        "data_dependent": list(data_dependent),
-        "aux_tokens": aux_tokens,
-        "capacity_flops": capacity,
-    }
+def states(r: Results):
+    """Counts the runs by state."""
+    counts = r.runs["state"].value_counts()
+    others = [name for name in ("diverged", "failed", "unfinished") if name in counts]
+    finished = f"{counts.get('finished', 0)} of {len(r.runs)} finished"
+    return ", ".join([finished, *(f"{counts[name]} {name}" for name in others)])
 
 
-def _not_causal(r, size, arm):
-    config, label = r.configs[size, arm], r.labels[arm]
-    reason, until, *_ = dataclasses.astuple(config.routing.causality(config.experts))
-    if until is not None:
-        return f"{label}: not causal before step {until}: {reason}. Validation is causal."
-    effect = "its loss may use information from later tokens"
-    if not r.is_comparable(size, arm):
-        effect = "its losses are not comparable with others"
-    return f"{label}: not causal: {reason}; {effect}." if reason else None
+def not_causal(r: Results):
+    """Describes the arms that are not causal, each at the first size that has it."""
+    lines = []
+    for run in r.first_runs.drop_duplicates("arm").itertuples():
+        found = run.config.routing.causality(run.config.experts)
+        when, effect = "", "; its loss may use information from later tokens"
+        if found.until_step is not None:
+            when, effect = f" before step {found.until_step}", ". Validation is causal"
+        elif not r.is_comparable(run.size, run.arm):
+            effect = "; its losses are not comparable with others"
+        if found.reason:
+            lines.append(f"{r.labels[run.arm]}: not causal{when}: {found.reason}{effect}.")
+    return lines
 
 
 def failed(r: Results, workdir: Path):
     """Lists the runs and measurements that failed, and the runs that diverged."""
     rows = []
-    for run in r.runs[r.runs["state"].isin(["failed", "diverged"])].itertuples(index=False):
-        size, arm, seed = run[:3]
+    for run in r.runs[r.runs["state"].isin(["failed", "diverged"])].itertuples():
         why = run.last_line[:200]
         if run.state == "diverged":
             why = "diverged: its validation nll is not finite"
-        log = f"runs/{size}/{arm}/seed_{seed}.log"
-        rows.append({"run": f"{size}: {r.labels[arm]}, seed {seed}", "last line": why, "log": log})
-    measured = {
-        f"{size}: routing and step times": measured_file(workdir, size) for size in r.suite.sizes
-    }
-    measured |= {f"throughput {name}": sweep_file(workdir, name) for name in r.suite.throughput}
-    for name, file in measured.items():
+        log = f"runs/{run.size}/{run.arm}/seed_{run.seed}.log"
+        name = f"{run.size}: {r.labels[run.arm]}, seed {run.seed}"
+        rows.append({"run": name, "last line": why, "log": log})
+    sizes, names = r.suite.sizes, r.suite.throughput
+    measured = [(f"{size}: routing and step times", measured_file(workdir, size)) for size in sizes]
+    measured += [(f"throughput {name}", sweep_file(workdir, name)) for name in names]
+    for name, file in measured:
         outcome = beside(file, ".outcome.json")
         ended = read_json(outcome) if outcome.exists() else {"status": 0}
         if ended["status"]:
@@ -255,32 +220,31 @@ def failed(r: Results, workdir: Path):
     return rows
 
 
-def timing(r: Results):
-    """Says which steps were timed in turn, and names the others by size and arm."""
-    finished, alone = r.runs[r.runs["state"] == "finished"], []
-    for size, of_size in finished.groupby("size", sort=False):
-        others = of_size[~of_size["timed_in_turn"].astype(bool)]["arm"].unique()
+def not_in_turn(r: Results):
+    """Names the sizes, or their arms, whose steps were not timed in turn."""
+    found = []
+    for size, runs in r.finished_runs.groupby("size", sort=False):
+        others = runs[~runs["timed_in_turn"].astype(bool)]["arm"].unique()
         labels = "; ".join(r.labels[arm] for arm in others)
         if len(others):
-            alone.append(size if len(others) == len(r.arms(size)) else f"{size} ({labels})")
-    return {"in_turn": finished["timed_in_turn"].any(), "alone": alone}
+            found.append(size if len(others) == len(r.arms(size)) else f"{size} ({labels})")
+    return found
 
 
 def balanced(r: Results):
     """Groups the arms of each size by kind of layer.
 
-    Returns:
-      `[(size, arm, kind of layer, balancing method, first arm of its kind, the first's method)]`.
+    Rows are `(size, arm, kind, balancing method, first arm of its kind, the first's method)`.
     """
-    rows = []
-    for size in r.sizes:
-        kinds = {}
-        for arm in r.arms(size):
-            if words := balance_of(r, size, arm):
-                kinds.setdefault(words[0], []).append((arm, words[1]))
-        for kind, members in kinds.items():
-            rows += [(size, arm, kind, method, *members[0]) for arm, method in members]
-    return rows
+    kinds = {}
+    for size, arm in r.pairs:
+        if words := balance_of(r, size, arm):
+            kinds.setdefault((size, words[0]), []).append((arm, words[1]))
+    return [
+        (size, arm, kind, method, *members[0])
+        for (size, kind), members in kinds.items()
+        for arm, method in members
+    ]
 
 
 def balance_of(r: Results, size, arm):
@@ -328,57 +292,49 @@ def routed_sizes(r: Results):
 
 
 def sweeps(r: Results, costs: pd.DataFrame):
-    """Costs of steps along the sweeps of a suite, measured or traced."""
-    found = {"measured": [], "traced": []}
-    for name, frame in costs.groupby("sweep", sort=False):
-        if (frame["arm"] == r.suite.baseline).any():
-            kind = "traced" if r.suite.throughput[name].is_topology else "measured"
-            found[kind].append(_sweep(r, name, frame))
-    return found
+    """Shows costs along sweeps: `name`, `figure`, `caption` and the `rows` of a table of each."""
+    by_name = costs.groupby("sweep", sort=False)
+    return [_sweep(r, *sweep) for sweep in by_name if r.suite.baseline in {*sweep[1]["arm"]}]
 
 
 def _sweep(r, name, frame):
-    """Returns the figure, its caption, and the rows of a sweep."""
-    styles = figures.styles_of(r.suite.arms)
-    sweep = r.suite.throughput[name]
-    speed, other = frame["tokens_per_second"], frame["memory_bytes"]
-    speed_name, other_name, unit = "tokens/s", "memory, MB", 1e6
+    sweep, base = r.suite.throughput[name], r.suite.baseline
+    setting, label = SWEPT[sweep.setting], r.labels[base]
+    speed, other = frame["tokens_per_second"], frame["memory_bytes"].astype(float) / 1e6
+    speed_name, other_name, source = "tokens/s", "memory, MB", "measured"
     if sweep.is_topology:
-        speed, other = speed / frame["x"], frame["received_bytes"]
-        speed_name, other_name, unit = "tokens/s a chip, at most", "GB received a chip", 1e9
-    values = pd.DataFrame(
-        {"x": frame["x"], "arm": frame["arm"], "speed": speed, "other": other.astype(float) / unit}
+        speed, other = speed / frame["x"], frame["received_bytes"].astype(float) / 1e9
+        speed_name, other_name = "tokens/s a chip, at most", "GB received a chip"
+        source = "bounds, not measured"
+    table = frame.assign(speed=speed, other=other).pivot(
+        index="x", columns="arm", values=["speed", "other"]
     )
-    table = values.pivot(index="x", columns="arm", values=["speed", "other"])
-    speed, other = (table[name][frame["arm"].unique()] for name in ("speed", "other"))
-    speed_ratio, other_ratio = (of.div(of[r.suite.baseline], axis=0) for of in (speed, other))
-    rows, setting = [], SWEPT[sweep.setting]
-    for x in speed.index[speed[r.suite.baseline].notna()]:
-        row = {setting: f"{x:g}"}
-        for quantity, of in ((speed_name, speed), (other_name, other)):
-            row[f"{r.baseline_label}: {quantity}"] = number(of.loc[x, r.suite.baseline])
-        for arm in speed.columns.drop(r.suite.baseline):
-            ratios = [of.loc[x, arm] for of in (speed_ratio, other_ratio)]
-            row[r.labels[arm]] = " / ".join(f"{ratio:.2f}" for ratio in ratios)
-            if math.isnan(ratios[0]):
-                row[r.labels[arm]] = "-"
-        rows.append(row)
-    last = (other_name, other) if sweep.is_topology else ("memory, ratio", other_ratio)
-    panels = [
-        (title, title == speed_name, {arm: of[arm].dropna() for arm in of})
-        for title, of in ((speed_name, speed), ("speed, ratio", speed_ratio), last)
-    ]
-    figure = figures.against_setting(panels, r.labels, styles, setting)
-    source = "bounds, not measured" if sweep.is_topology else "measured"
-    model = _model_in_words(r, frame, sweep)
-    caption = f"Against {setting} ({source}); ratios to {r.baseline_label}. {model}."
-    return {"name": name, "figure": figure, "caption": caption, "rows": rows}
+    speed, other = (table[column][frame["arm"].unique()] for column in ("speed", "other"))
+    speed_ratio, other_ratio = (of.div(of[base], axis=0) for of in (speed, other))
+    cells = speed_ratio.map("{:.2f}".format) + " / " + other_ratio.map("{:.2f}".format)
+    rows = pd.DataFrame(
+        {
+            setting: [f"{x:g}" for x in speed.index],
+            f"{label}: {speed_name}": speed[base].map(number),
+            f"{label}: {other_name}": other[base].map(number),
+        }
+    ).join(cells.mask(speed_ratio.isna(), "-").drop(columns=base).rename(columns=r.labels))
+    last = {other_name: other} if sweep.is_topology else {"memory, ratio": other_ratio}
+    panels = {speed_name: speed, "speed, ratio": speed_ratio, **last}
+    model = _model_in_words(frame, sweep, base)
+    return {
+        "name": name,
+        "is_traced": sweep.is_topology,
+        "figure": figures.against_setting(panels, figures.styles_of(r.labels), setting),
+        "caption": f"Against {setting} ({source}); ratios to {label}. {model}.",
+        "rows": rows[speed[base].notna()],
+    }
 
 
-def _model_in_words(r, frame, sweep):
+def _model_in_words(frame, sweep, baseline):
     """Describes the baseline's model and all ranks, without the setting that is swept."""
     of_arm = frame.groupby("arm", sort=False)["config"].first()
-    config, setting = of_arm[r.suite.baseline], sweep.setting
+    config, setting = of_arm[baseline], sweep.setting
     ranks = {other.experts.d_low for other in of_arm if other.experts.kind == "aoe"}
     m, e, t = config.model, config.experts, config.train
     k = "K" if setting == "experts.top_k" else e.top_k
@@ -409,7 +365,7 @@ def at_equal_experts(r: Results, costs: pd.DataFrame):
 def _equal_row(r, size, arm, frame):
     to, config = r.suite.reference(arm), r.configs[size, arm]
     experts = r.mean(size, arm, "experts_per_token").value
-    if config.experts.kind != "dense" and not config.routing.choice(config.experts):
+    if _without_choice(config):
         experts = experts_per_token(config)
     swept, own = frame[frame["arm"] == to].set_index("x").sort_index(), r.configs[size, to]
     k = own.experts.top_k
@@ -440,13 +396,14 @@ def tuning(r: Results, workdir: Path):
     """Shows the validation nll of each tried learning rate; None without a tuning."""
     if r.suite.tuning is None:
         return None
-    rates, chosen, rows = r.suite.tuning.learning_rates, tuned_rates(r.suite, workdir), []
-    for arm, nlls in tuning_nlls(r.suite, workdir).items():
-        cells = {f"{rate:g}": _tuned_cell(nlls[rate]) for rate in rates}
-        best = f"{chosen[arm]:g}" if chosen[arm] else "none"
-        rows.append({"arm": r.labels[arm], **cells, "chosen": best})
-    at_the_edge = bool({*chosen.values()} & {min(rates), max(rates)})
-    return {"rows": rows, "at_the_edge": at_the_edge}
+    rates, chosen = r.suite.tuning.learning_rates, tuned_rates(r.suite, workdir)
+    rows = [
+        {"arm": r.labels[arm]}
+        | {f"{rate:g}": _tuned_cell(nll) for rate, nll in nlls.items()}
+        | {"chosen": f"{chosen[arm]:g}" if chosen[arm] else "none"}
+        for arm, nlls in tuning_nlls(r.suite, workdir).items()
+    ]
+    return {"rows": rows, "at_the_edge": bool({*chosen.values()} & {min(rates), max(rates)})}
 
 
 def _tuned_cell(nll):
@@ -457,10 +414,10 @@ def _tuned_cell(nll):
 
 def fields_of_arms(r: Results):
     """Lists the settings of each arm at the first size that has it."""
-    first = {}
-    for (_, arm), config in r.configs.items():
-        first.setdefault(arm, config)
-    return [f"{r.labels[arm]}: {', '.join(_fields(config))}." for arm, config in first.items()]
+    return [
+        f"{r.labels[run.arm]}: {', '.join(_fields(run.config))}."
+        for run in r.first_runs.drop_duplicates("arm").itertuples()
+    ]
 
 
 def _fields(config):

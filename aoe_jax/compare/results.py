@@ -7,26 +7,17 @@ each checkpoint and layer. The CSV files of a report are these frames.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.statistics import (
-    EQUAL_FLOPS,
-    at,
-    fit_parabola,
-    fit_power_law,
-    mean,
-    paired_difference,
-)
+from aoe_jax.compare.statistics import EQUAL_FLOPS, at, fit_parabola, fit_power_law, mean
 from aoe_jax.compare.suite import Suite
-from aoe_jax.config.run import Config
 from aoe_jax.counts import experts_per_token
 
 KEYS = ["size", "arm", "seed"]
-RUN_COLUMNS = [
+RUN_COLUMNS = [  # of runs.csv
     *KEYS,
     "state",  # finished | diverged (its validation nll is not finite) | failed | unfinished
     "parameters",
@@ -58,13 +49,18 @@ ROUTING_DIGITS = {
     "distance_oracle": 2,
     "distance_any": 2,
 }
-# `last_line` is that of the log; without `timed_in_turn`, seconds are the run's own median.
-MORE_RUN_COLUMNS = ["last_line", "timed_in_turn", *ROUTING_DIGITS]
+MORE_RUN_COLUMNS = [
+    *ROUTING_DIGITS,
+    "seconds",  # of all training steps
+    "timed_in_turn",  # False: seconds are the run's own median
+    "last_line",  # of the log
+    "config",
+    "report",  # its routing.json, or NaN
+]
 CURVE_COLUMNS = [*KEYS, "split", "step", "tokens", "flops", "seconds", "nll"]
 LAYER_MEANS = ["load_entropy", "confidence_entropy", "max_violation"]
 LAYER_FIGURES = [*LAYER_MEANS, "dead_experts", "overlap_with_final"]
 ROUTING_COLUMNS = [*KEYS, "step", "layer", "experts_per_token", *LAYER_FIGURES]
-BUDGETS = ("end", "flops", "seconds")  # at which arms are compared
 SCALES = {
     "active_non_embedding": "active parameters without embeddings",
     "flops": "useful training FLOPs",
@@ -76,26 +72,34 @@ class Results:
     """The results of a suite's runs."""
 
     suite: Suite
-    configs: Mapping[tuple[str, str], Config]  # (size, arm) -> that of the first seed
     runs: pd.DataFrame  # RUN_COLUMNS and MORE_RUN_COLUMNS
     curves: pd.DataFrame  # CURVE_COLUMNS
-    reports: Mapping[tuple[str, str, int], Mapping]  # (size, arm, seed) -> routing.json
 
     @functools.cached_property
     def labels(self):
         """Arm -> label."""
         return {name: arm.label for name, arm in self.suite.arms.items()}
 
-    @property
-    def baseline_label(self):
-        """The label of the baseline."""
-        return self.labels[self.suite.baseline]
+    @functools.cached_property
+    def first_runs(self):
+        """The rows of the first seed of each arm and size."""
+        return self.runs.drop_duplicates(["size", "arm"])
+
+    @functools.cached_property
+    def configs(self):
+        """(size, arm) -> `Config` of the first seed."""
+        return self.first_runs.set_index(["size", "arm"])["config"].to_dict()
+
+    @functools.cached_property
+    def finished_runs(self):
+        """The rows of the finished runs."""
+        return self.runs[self.runs["state"] == "finished"]
 
     @functools.cached_property
     def routing(self):
         """ROUTING_COLUMNS of all analysed runs."""
         rows = []
-        for keys, report in self.reports.items():
+        for *keys, report in self.runs.dropna(subset="report")[[*KEYS, "report"]].to_numpy():
             for checkpoint in report["checkpoints"]:
                 for layer, load in enumerate(checkpoint["load"]):
                     figures = [checkpoint[name][layer] for name in LAYER_FIGURES]
@@ -104,9 +108,8 @@ class Results:
 
     def finished(self, size, arm):
         """Returns the rows of the finished runs of an arm, by seed."""
-        runs = self.runs
-        rows = (runs["size"] == size) & (runs["arm"] == arm) & (runs["state"] == "finished")
-        return runs[rows].set_index("seed")
+        runs = self.finished_runs
+        return runs[(runs["size"] == size) & (runs["arm"] == arm)].set_index("seed")
 
     def arms(self, size):
         """Returns the arms of a size that have a finished run."""
@@ -124,30 +127,20 @@ class Results:
 
     def routed(self, size):
         """Returns `{arm: [routing.json of each seed]}` of the analysed runs of a size."""
-        found = {}
-        for arm in self.arms(size):
-            keys = [(size, arm, seed) for seed in self.finished(size, arm).index]
-            found[arm] = [self.reports[key] for key in keys if key in self.reports]
+        found = {arm: [*self.finished(size, arm)["report"].dropna()] for arm in self.arms(size)}
         return {arm: reports for arm, reports in found.items() if reports}
 
     def first_reports(self, size):
         """Returns `[(label, routing.json of the first seed)]` of the analysed arms of a size."""
         return [(self.labels[arm], reports[0]) for arm, reports in self.routed(size).items()]
 
-    def finished_curves(self, size):
-        """Returns the rows of `curves` of the finished runs of a size."""
-        runs = self.runs
-        finished = runs[(runs["state"] == "finished") & (runs["size"] == size)]
-        return self.curves.merge(finished[KEYS])
-
-    def depends_on_data(self, size, arm):
-        """Whether the number of experts a token, and so the cost, is only known from training."""
-        return experts_per_token(self.configs[size, arm]) is None
+    def of_finished(self, frame, size):
+        """Returns the rows of `curves` or `routing` of the finished runs of a size."""
+        return frame[frame["size"] == size].merge(self.finished_runs[KEYS])
 
     def is_comparable(self, size, arm):
         """Whether losses of an arm compare with others: not if experts choose among tokens."""
-        config = self.configs[size, arm]
-        return config.routing.name != "expert_choice"
+        return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
         """Returns the `Estimate` over seeds of a column of `runs`."""
@@ -163,24 +156,15 @@ class Results:
 
         NaN if an arm has not run, or if its cost depends on the data.
         """
-        if any(self.depends_on_data(size, arm) for arm in arms):
+        if any(experts_per_token(self.configs[size, arm]) is None for arm in arms):
             return math.nan
-        spent = []
-        for arm in arms:
-            rows = self.finished(size, arm)
-            seconds = rows["steps"] * rows["seconds_per_step"]
-            spent.append((rows["flops"] if kind == "flops" else seconds).min())
-        return float(np.min(spent))  # NaN if there are no rows
+        return float(np.min([self.finished(size, arm)[kind].min() for arm in arms]))
 
     def nlls(self, size, arm, kind="end", budget=None):
         """Returns the validation nll of an arm by seed, without NaN.
 
-        Args:
-          size: its name.
-          arm: its name.
-          kind: "end" for the nll after the last step; else where the curve reaches a budget of
-            "flops" or "seconds".
-          budget: the budget.
+        It is the nll after the last step, or for the `kind` "flops" or "seconds" the nll where the
+        curve reaches the budget.
         """
         rows, curves = self.finished(size, arm), self.curves
         if kind == "end":
@@ -196,25 +180,22 @@ class Results:
     def difference(self, size, arm, kind="end", to=None):
         """Returns the `Estimate` of an arm's nll minus another's, seed by seed.
 
-        It has no seeds where one of the two is not comparable.
-
-        Args:
-          size: its name.
-          arm: its name.
-          kind: one of BUDGETS. A budget is what the cheaper of the two has spent at its end.
-          to: the other arm; None means the arm's reference.
+        The other arm is `to`, or the arm's reference. For a `kind` of "flops" or "seconds" the
+        budget is what the cheaper of the two has spent at its end. There are no seeds where one of
+        the two is not comparable.
         """
         arms = arm, to or self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
             return mean([])
         budget = None if kind == "end" else self.budget(size, arms, kind)
-        return paired_difference(*(self.nlls(size, one, kind, budget) for one in arms))
+        nlls, others = (self.nlls(size, one, kind, budget) for one in arms)
+        return mean(nlls - others)
 
     def differences(self):
         """Returns the frame of `differences.csv`."""
         rows = []
         for size, arm in self.pairs:
-            for kind in BUDGETS if arm != self.suite.baseline else ():
+            for kind in ("end", "flops", "seconds") if arm != self.suite.baseline else ():
                 row = {"size": size, "arm": arm, "to": self.suite.reference(arm), "at_equal": kind}
                 rows.append(row | dataclasses.asdict(self.difference(size, arm, kind)))
         return pd.DataFrame(rows)
@@ -233,20 +214,19 @@ class Results:
         in_order = [[size for size in self.suite.sizes if size in sizes] for sizes in lists]
         return [sizes for sizes in in_order if len(sizes) > 2]
 
-    def flops(self, sizes, arm):
-        """Returns the training FLOPs of the finished runs of an arm."""
-        return pd.concat([self.finished(size, arm)["flops"] for size in sizes])
+    def over_sizes(self, sizes, arm):
+        """Returns the rows of the finished runs of an arm at some sizes, in their order."""
+        return pd.concat([self.finished(size, arm) for size in sizes])
 
     def isoflops(self, sizes):
         """Fits parabolas over sizes of `isoflop_sizes`.
 
-        Returns:
-          `{arm: ({active parameters: [nll of each seed]}, Parabola)}` of the arms to which the
-          sizes cost equal FLOPs.
+        The result is `{arm: ({active parameters: [nll of each seed]}, Fit)}` of the arms to which
+        the sizes cost equal FLOPs.
         """
         found = {}
         for arm in self.suite.arms:
-            rows = pd.concat([self.finished(size, arm) for size in sizes])
+            rows = self.over_sizes(sizes, arm)
             groups, flops = _groups(rows, "active_non_embedding"), rows["flops"]
             fit = fit_parabola(groups)
             if fit and flops.max() <= EQUAL_FLOPS * flops.min():
@@ -256,18 +236,14 @@ class Results:
     def scaling(self, scale):
         """Fits power laws over sizes, without sizes of equal FLOPs, which have another purpose.
 
-        Args:
-          scale: a key of SCALES.
-
-        Returns:
-          `{arm: ({x: [nll of each seed]}, PowerLaw)}` of arms with two sizes or more that all
-          differ in x.
+        The result is `{arm: ({x: [nll of each seed]}, Fit)}` of arms with two sizes or more that
+        all differ in x. `scale` is the key of x in SCALES.
         """
         isoflop = set().union(*self.isoflop_sizes)
         sizes = [size for size in self.suite.sizes if size not in isoflop]
         found = {}
         for arm in self.suite.arms if sizes else ():
-            rows = pd.concat([self.finished(size, arm) for size in sizes])
+            rows = self.over_sizes(sizes, arm)
             groups = _groups(rows, scale)
             if len(groups) == rows["size"].nunique() > 1:
                 found[arm] = groups, fit_power_law(groups)

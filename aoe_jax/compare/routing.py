@@ -29,11 +29,19 @@ from aoe_jax.evaluation.perplexity import compile_eval_step
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.balance import dead_experts, load_entropy, mean_load
+from aoe_jax.moe.experts import single_expert
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import check_data
 
 ORACLE_TOKENS = 64  # of each batch
 MAX_SETS = 1000  # of experts that the oracle tries
+
+
+class Observation(NamedTuple):
+    """The choices of a layer for a batch."""
+
+    chosen: jax.Array  # [T, n] bool
+    oracle: jax.Array | None  # [t, 4], see `oracle_figures`; None: not for this layer or mesh
 
 
 def observing(decoder: Decoder):
@@ -46,44 +54,20 @@ def observing(decoder: Decoder):
         chosen = jnp.zeros((n_tokens, n + 1), bool).at[slots.token, slots.expert].set(True)[:, :n]
         figures = None
         if few_sets and ctx.devices.total_size == 1:
-            some = slice(ORACLE_TOKENS)
-            outputs = expert_outputs(ctx.x[some], weights)
-            figures = oracle_figures(outputs, scores[some], chosen[some], k, choice.is_normalised)
+            x, *some = (a[:ORACLE_TOKENS] for a in (ctx.x, scores, chosen))
+            x, weights = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights))
+            outputs = single_expert(jnp.broadcast_to(x, (n, *x.shape)), weights)  # [n, t, d]
+            figures = oracle_figures(outputs.swapaxes(0, 1), *some, k, choice.is_normalised)
         return Observation(ctx.devices.all_tokens(chosen), figures)
 
     return decoder.clone(observe=observe)
-
-
-class Observation(NamedTuple):
-    """The choices of a layer for a batch."""
-
-    chosen: jax.Array  # [T, n] bool
-    oracle: jax.Array | None  # [t, 4], see `oracle_figures`; None: not for this layer or mesh
-
-
-def expert_outputs(x, w):
-    """Computes `E_i(x)` of every expert, `[t, n, d]` float32.
-
-    Args:
-      x: `[t, d]`.
-      w: the weights of a layer by name.
-    """
-    x = x.astype(jnp.float32)
-    if "w_gate" in w:
-        gate = jnp.einsum("td,ndf->tnf", x, w["w_gate"])
-    else:
-        gate = jnp.einsum(
-            "td,ndr,nrf->tnf", x, w["w_gate_down"], w["w_gate_up"], optimize="optimal"
-        )
-    hidden = jax.nn.silu(gate) * jnp.einsum("td,ndf->tnf", x, w["w_up"])
-    return jnp.einsum("tnf,nfd->tnd", hidden, w["w_down"])
 
 
 def oracle_figures(outputs, scores, chosen, k, is_normalised):
     """Compares the chosen experts with the oracle's (see the top of the file).
 
     Args:
-      outputs: `[t, n, d]` float32 of every expert.
+      outputs: `[t, n, d]` float32, `E_i(x)` of every expert.
       scores: `[t, n]`.
       chosen: `[t, n]` bool, k of them.
       k: K.
@@ -95,9 +79,7 @@ def oracle_figures(outputs, scores, chosen, k, is_normalised):
       oracle's, and of any K experts (the mean over all sets).
     """
     n = scores.shape[1]
-    sets = np.zeros((math.comb(n, k), n), bool)
-    for row, members in zip(sets, itertools.combinations(range(n), k), strict=True):
-        row[list(members)] = True
+    sets = np.array([np.isin(range(n), best) for best in itertools.combinations(range(n), k)])
     of_all = jax.nn.softmax(scores)
     target = jnp.einsum("tn,tnd->td", of_all, outputs)
     length = jnp.maximum(jnp.linalg.norm(target, axis=-1), 1e-9)
@@ -126,19 +108,12 @@ def max_violation(load, mean):
 def overlap(chosen, final):
     """Computes the mean share of a token's final experts that another model has chosen too.
 
-    The mean is over tokens that have experts in the end; it is 1 where none has.
-
-    Args:
-      chosen: `[L, T, n]` bool.
-      final: `[L, T, n]` bool.
-
-    Returns:
-      `[L]`.
+    `[L, T, n]` bool, twice -> `[L]`. The mean is over tokens that have experts in the end; it is 1
+    where none has.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
-    has_some = wanted > 0
-    shares = np.where(has_some, in_common / np.maximum(wanted, 1), 0)
-    n_tokens = has_some.sum(axis=-1)
+    shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
+    n_tokens = (wanted > 0).sum(axis=-1)
     return np.where(n_tokens > 0, shares.sum(axis=-1) / np.maximum(n_tokens, 1), 1)
 
 
@@ -154,9 +129,7 @@ def coactivation(chosen):
 def analyse(folder: Path, n_tokens: int):
     """Writes `routing.json` of a run.
 
-    Args:
-      folder: the run's directory.
-      n_tokens: tokens of the validation split to route, rounded up to whole batches.
+    It routes `n_tokens` of the validation split, rounded up to whole batches.
 
     Raises:
       UserError: there is no run, or it cannot be read.
@@ -200,14 +173,12 @@ def validation_batches(folder, config, size):
     """
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)
-    stores, n_whole = list(corpus.validation.values()), 0
-    for store in stores:
-        for batch in eval_batches(store, config.data.seq_len, size):
-            if batch["weights"].all():  # the last batch of a split has padding
-                n_whole += 1
-                yield batch
-    if not n_whole:
-        yield next(eval_batches(stores[0], config.data.seq_len, size))
+    splits = [(store, config.data.seq_len, size) for store in corpus.validation.values()]
+    batches = itertools.chain.from_iterable(eval_batches(*split) for split in splits)
+    whole = (batch for batch in batches if batch["weights"].all())  # the last one has padding
+    first = next(whole, None)
+    yield first or next(eval_batches(*splits[0]))
+    yield from whole
 
 
 def _gathered(results, is_real):

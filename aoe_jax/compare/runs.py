@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from aoe_jax.compare.jobs import ROOT, Job, Machine, beside
-from aoe_jax.compare.suite import Run, Suite
+from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.training.workdir import check_workdir
@@ -19,13 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(workdir: Path, run: Run):
-    """Returns the directory of a run of the suite."""
-    return workdir / "runs" / run.name
-
-
-def tuning_folder(workdir: Path, run: Run):
-    """Returns the directory of a run of the tuning."""
-    return workdir / "tuning" / run.name
+    """Returns the directory of a run of the suite or of its tuning."""
+    return workdir / ("tuning" if run.seed == TUNING_SEED else "runs") / run.name
 
 
 def check_run(folder: Path, run: Run):
@@ -55,10 +50,7 @@ def is_finished(folder: Path, run: Run):
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Tunes learning rates where the suite says so, and trains the missing runs.
 
-    Args:
-      suite: what to run.
-      workdir: a directory, made and locked by the caller.
-      machine: where to run.
+    The caller has made and locked `workdir`.
 
     Raises:
       UserError: a run in `workdir` is of another configuration, or `train.py` is missing.
@@ -67,16 +59,16 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     if not (ROOT / "train.py").exists():
         advice = "comparisons run it, so install the package with --editable"
         raise UserError(f"{ROOT / 'train.py'} is missing: {advice}")
-    tuning = suite.tuning_runs().values()
-    _train({run: tuning_folder(workdir, run) for run in tuning}, machine)
+    _train(suite.tuning_runs().values(), workdir, machine)
     rates = tuned_rates(suite, workdir)
     for arm, rate in rates.items():
         own = "its configured one, because no run of its tuning has finished"
         log.info("%s has the learning rate %s", arm, own if rate is None else rate)
-    _train({run: folder_of(workdir, run) for run in suite.runs(rates)}, machine)
+    _train(suite.runs(rates), workdir, machine)
 
 
-def _train(folders, machine):
+def _train(runs, workdir, machine):
+    folders = {run: folder_of(workdir, run) for run in runs}
     for run, folder in folders.items():
         check_run(folder, run)
     jobs = [_job(run, folder) for run, folder in folders.items() if not is_finished(folder, run)]
@@ -112,7 +104,7 @@ def tuning_nlls(suite: Suite, workdir: Path):
     """
     found = {}
     for (arm, rate), run in suite.tuning_runs().items():
-        folder, nll = tuning_folder(workdir, run), None
+        folder, nll = folder_of(workdir, run), None
         check_run(folder, run)
         if is_finished(folder, run):
             nll = read_json(folder / "summary.json")["metrics"]["validation_nll"]
@@ -130,19 +122,14 @@ def tuned_rates(suite: Suite, workdir: Path):
     Raises:
       UserError: a run is of another configuration.
     """
-    found, begun = {}, _begun_rates(suite, workdir) if suite.tuning else {}
+    found, begun = {}, {}
+    for run in suite.runs() if suite.tuning else ():
+        file = folder_of(workdir, run) / "config.json"
+        if run.arm not in begun and file.exists():
+            rate = read_json(file)["train"]["learning_rate"]
+            begun[run.arm] = rate / suite.sizes[run.size].rate_factor
     for arm, nlls in tuning_nlls(suite, workdir).items():
         finite = {rate: nll for rate, nll in nlls.items() if nll is not None and nll < math.inf}
-        found[arm] = begun.get(arm) or (min(finite, key=finite.get) if finite else None)
-    return found
-
-
-def _begun_rates(suite, workdir):
-    found = {}
-    for run in suite.runs():
-        file = folder_of(workdir, run) / "config.json"
-        if run.arm not in found and file.exists():
-            rate = read_json(file)["train"]["learning_rate"] / suite.sizes[run.size].rate_factor
-            tuned = [r for r in suite.tuning.learning_rates if math.isclose(r, rate)]
-            found[run.arm] = tuned[0] if tuned else None
+        best = min(finite, key=finite.get) if finite else None
+        found[arm] = next((r for r in nlls if math.isclose(r, begun.get(arm, 0))), best)
     return found

@@ -1,6 +1,7 @@
 """Means over seeds, paired differences, fits over sizes, and how the report writes numbers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,11 +52,6 @@ def mean(values):
     return Estimate(float(value), float(error), n, float(value - reach), float(value + reach))
 
 
-def paired_difference(values: pd.Series, baseline: pd.Series):
-    """Returns the `Estimate` of the differences of two series by seed, over common seeds."""
-    return mean(values - baseline)
-
-
 def at(curve_x, curve_y, x):
     """Interpolates a curve at `x`, linearly in log x; NaN outside of its points."""
     logs, log_x = np.log(np.asarray(curve_x, float)), math.log(x)
@@ -84,6 +80,7 @@ def markdown_table(rows):
 class Fit:
     """A curve fitted to the mean losses of several sizes, with bootstrap resamples."""
 
+    curve: Callable  # (x, *parameters) -> loss
     parameters: np.ndarray  # [P]
     resampled: np.ndarray  # [B, P]
 
@@ -95,68 +92,47 @@ class Fit:
         """Returns `(low, high)` of the loss at `x`: the middle CONFIDENCE of the resamples."""
         return _middle(self.curve(np.atleast_1d(x).astype(float), *self.resampled.T[:, :, None]))
 
-    @staticmethod
-    def curve(x, *parameters):
-        """Returns the loss at `x`."""
-        raise NotImplementedError
+    def figure(self, function):
+        """Returns `exponent` or `minimum` of the curve."""
+        return float(function(*self.parameters))
 
+    def interval(self, function):
+        """Returns `(low, high)` of `exponent` or `minimum`.
 
-@dataclass(frozen=True)
-class PowerLaw(Fit):
-    """`loss = floor + factor * x ** -exponent`."""
-
-    has_floor: bool  # False: the floor is set to 0, because there are too few sizes to fit it
-
-    @staticmethod
-    def curve(x, floor, factor, exponent):
-        """Returns the loss at `x`."""
-        return floor + factor * x**-exponent
-
-    @property
-    def exponent(self):
-        """The exponent."""
-        return self.parameters[2]
-
-    def exponent_interval(self):
-        """Returns `(low, high)` of the exponent; NaN where no size has two seeds."""
-        return _interval(self.resampled[:, 2])
-
-
-@dataclass(frozen=True)
-class Parabola(Fit):
-    """`loss = square * log(x)^2 + slope * log(x) + constant`."""
-
-    @staticmethod
-    def curve(x, square, slope, constant):
-        """Returns the loss at `x`."""
-        return (square * np.log(x) + slope) * np.log(x) + constant
-
-    def minimum(self):
-        """Returns the `x` of least loss; NaN if the parabola has none."""
-        return float(_minimum(*self.parameters))
-
-    def minimum_interval(self):
-        """Returns its `(low, high)`; NaN where no size has two seeds or a resample has none."""
-        return _interval(_minimum(*self.resampled.T))
-
-
-def _minimum(square, slope, _):
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(square > 0, np.exp(-slope / (2 * square)), np.nan)
+        NaN where no size has two seeds, or where a resample has none.
+        """
+        values = function(*self.resampled.T)
+        if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal but for rounding
+            return math.nan, math.nan
+        return tuple(_middle(values))
 
 
 def _middle(values):
     return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
 
-def _interval(values):
-    """Returns `(low, high)`; NaN where the resamples are equal but for rounding, or one is NaN."""
-    if np.ptp(values) <= 1e-9 * np.abs(values).max():
-        return math.nan, math.nan
-    return tuple(_middle(values))
+def power_law(x, floor, factor, exponent):
+    """Returns `floor + factor * x ** -exponent`."""
+    return floor + factor * x**-exponent
 
 
-def _means(groups, n_resamples=N_RESAMPLES):
+def exponent(floor, factor, exponent):
+    """Returns the exponent of a `power_law`."""
+    return exponent
+
+
+def parabola(x, square, slope, constant):
+    """Returns `square * log(x)^2 + slope * log(x) + constant`."""
+    return (square * np.log(x) + slope) * np.log(x) + constant
+
+
+def minimum(square, slope, constant):
+    """Returns the `x` of least loss of a `parabola`; NaN if it has none."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(square > 0, np.exp(-slope / (2 * square)), np.nan)
+
+
+def _means(groups, n_resamples):
     """Returns `(x [N], mean losses [N], mean losses of resamples [B, N])`.
 
     The bootstrap draws the seeds of each size with replacement.
@@ -169,29 +145,24 @@ def _means(groups, n_resamples=N_RESAMPLES):
 
 
 def fit_power_law(groups, n_resamples=N_RESAMPLES):
-    """Fits a `PowerLaw` by least squares in log loss; None for fewer than two sizes.
+    """Fits a `power_law` by least squares in log loss; None for fewer than two sizes.
 
-    Fewer than four sizes cannot separate a floor from an exponent. Then the floor is 0, and the fit
-    is a line in log x and log loss.
-
-    Args:
-      groups: `{x: [loss of each seed]}`, one entry for each size; x > 0.
-      n_resamples: of the bootstrap.
+    `groups` are `{x: [loss of each seed]}` with x > 0, one for each size. Fewer than four sizes
+    cannot separate a floor from an exponent. Then the floor is 0, and the fit is a line in log x
+    and log loss.
     """
     if len(groups) < MIN_SIZES:
         return None
     x, means, resampled = _means(groups, n_resamples)
-    with_floor = len(groups) >= MIN_SIZES_WITH_FLOOR
-    if not with_floor:
-        best, of_resamples = _line(x, means), _line(x, resampled.T)
-        return PowerLaw(best, of_resamples.T, with_floor)
+    if len(groups) < MIN_SIZES_WITH_FLOOR:
+        return Fit(power_law, _line(x, means), _line(x, resampled.T).T)
     scale = math.exp(np.log(x).mean())  # so that the parameters are of one magnitude
     guess = 0.5 * means.min(), means.mean() - 0.5 * means.min(), max(2 * _line(x, means)[2], 1e-3)
     best = _fit_with_floor(x / scale, means, guess)
     of_resamples = np.array([_fit_with_floor(x / scale, row, best) for row in resampled])
     for parameters in (best, of_resamples.T):
         parameters[1] *= scale ** parameters[2]
-    return PowerLaw(best, of_resamples, with_floor)
+    return Fit(power_law, best, of_resamples)
 
 
 def _line(x, losses):
@@ -202,19 +173,19 @@ def _line(x, losses):
 
 def _fit_with_floor(x, losses, guess):
     def residuals(parameters):
-        return np.log(PowerLaw.curve(x, *parameters)) - np.log(losses)
+        return np.log(power_law(x, *parameters)) - np.log(losses)
 
     bounds = ([0, 1e-12, 0], [losses.min(), np.inf, 10])
     return optimize.least_squares(residuals, np.clip(guess, *bounds), bounds=bounds).x
 
 
 def fit_parabola(groups):
-    """Fits a `Parabola` by least squares; None for fewer than three sizes.
+    """Fits a `parabola` by least squares to `{x: [loss of each seed]}` with x > 0.
 
-    Args:
-      groups: `{x: [loss of each seed]}`, one entry for each size; x > 0.
+    None for fewer than three sizes, which are the entries.
     """
     if len(groups) < MIN_SIZES_OF_PARABOLA:
         return None
-    x, means, resampled = _means(groups)
-    return Parabola(np.polyfit(np.log(x), means, 2), np.polyfit(np.log(x), resampled.T, 2).T)
+    x, means, resampled = _means(groups, N_RESAMPLES)
+    best, of_resamples = (np.polyfit(np.log(x), losses, 2) for losses in (means, resampled.T))
+    return Fit(parabola, best, of_resamples.T)

@@ -4,7 +4,6 @@ Times of runs that train at the same time, or on a shared machine, compare badly
 takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
 """
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,8 +27,6 @@ from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.memory import program_memory
 from aoe_jax.training.step import init_state, make_train_step
 
-log = logging.getLogger(__name__)
-
 ROUNDS = 10
 STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
 
@@ -38,26 +35,26 @@ def random_batch(config: Config):
     """Draws a batch of random tokens `[batch_size, seq_len]`, on the host."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
-    ones = np.ones(shape, np.int32)
     return {
         "inputs": tokens[0],
         "targets": tokens[1],
-        "segment_ids": ones,
-        "weights": ones.astype(np.float32),
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
     }
 
 
 class RepeatedStep:
-    """A training step on one batch: a function that takes the next step and returns its metrics."""
+    """A training step on one batch: a function that takes the next step and returns its metrics.
+
+    `program` is the compiled step, `memory` its `program_memory` in bytes.
+    """
 
     def __init__(self, config: Config, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        Args:
-          config: the model and its training.
-          folder: a run of this configuration. Steps start from its newest checkpoint, with its
-            last learning rate, on its first validation batch. None: parameters and tokens are
-            random.
+        With the `folder` of a run of this configuration, steps start from its newest checkpoint,
+        with its last learning rate, on its first validation batch. Else parameters and tokens are
+        random.
 
         Raises:
           UserError: the run cannot be read.
@@ -88,7 +85,7 @@ class RepeatedStep:
                 out_shardings=(shardings, replicated(self._mesh)),
             )
             self.program = step.lower(self._state, self._batch).compile()
-        self.memory = program_memory(self._state, self.program)  # of a device, in bytes
+        self.memory = program_memory(self._state, self.program)
 
     def __call__(self):
         """Takes a step."""
@@ -97,11 +94,11 @@ class RepeatedStep:
         return metrics
 
 
-def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
+def seconds_in_turn(steps: Mapping[str, Callable]):
     """Returns the median seconds of several steps, functions without arguments, by name."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, step in steps.items():
             for number in range(STEPS):
                 started = clock()

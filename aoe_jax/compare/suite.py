@@ -3,11 +3,12 @@
 A suite file has a function `get_suite()` that returns a `Suite`; see `configs/compare/`.
 """
 
+import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import re
+import runpy
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from aoe_jax.config.run import Config, update_groups
+from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 
@@ -90,9 +91,7 @@ class Sweep:
     def changes_at(self, value, batch_size):
         """Returns the changes, group -> field -> value, for one value of the setting.
 
-        Args:
-          value: a value of the sweep.
-          batch_size: of one chip; used for topologies only.
+        `batch_size` is that of one chip, used for topologies only.
 
         Raises:
           UserError: the value is not a topology.
@@ -104,7 +103,7 @@ class Sweep:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
             wanted = "must be a kind of chip and a shape, such as v5e:4x4"
             raise UserError(f"topology={value!r}: {wanted}")
-        n_chips = math.prod(int(n) for n in shape.split("x"))
+        n_chips = math.prod(map(int, shape.split("x")))
         mesh = {"data": 1, "fsdp": n_chips, "expert": 1, "tensor": 1, "transport": "ring"}
         return {"mesh": mesh, "train": {"batch_size": n_chips * batch_size, "accumulate": 1}}
 
@@ -169,9 +168,9 @@ class Suite:
         self._require(self.baseline in self.arms, "baseline", self.baseline, one_of(self.arms))
         for name, size in self.sizes.items():
             place = f"sizes[{name!r}]"
-            positive = "must be greater than 0"
-            self._require(size.seeds > 0, f"{place}.seeds", size.seeds, positive)
-            self._require(size.rate_factor > 0, f"{place}.rate_factor", size.rate_factor, positive)
+            for number in ("seeds", "rate_factor"):
+                value = getattr(size, number)
+                self._require(value > 0, f"{place}.{number}", value, "must be greater than 0")
             self._check_arms(f"{place}.arms", size)
         if self.tuning:
             size = self.tuning_size
@@ -221,62 +220,37 @@ class Suite:
         """Returns the arm that an arm is compared to."""
         return self.arms[arm].reference or self.baseline
 
-    def config(self, size, arm, seed, learning_rate=None):
-        """Returns the `Config` of a run.
+    @property
+    def tuning_size(self):
+        """The size at which learning rates are tuned."""
+        return self.tuning.size or next(iter(self.sizes))
 
-        Args:
-          size: its name.
-          arm: its name.
-          seed: of the run.
-          learning_rate: replaces the peak; the final rate changes in proportion.
+    def _groups(self, arm, *changes):
+        """Returns the configuration of an arm as group -> field -> value."""
+        groups = _changed(self.base.to_dict(), *changes)
+        return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
 
-        Raises:
-          UserError: the configuration is invalid; the message names size and arm.
-        """
+    @contextlib.contextmanager
+    def _naming(self, place, arm):
         try:
-            config = self._resolved(arm, self.sizes[size].changes)
-            if learning_rate is not None:
-                config.train.final_learning_rate *= learning_rate / config.train.learning_rate
-                config.train.learning_rate = learning_rate
-            config.train.seed = seed
-            return Config.from_config_dict(config)
+            yield
         except UserError as e:
-            raise UserError(f"suite {self.name}, size {size}, arm {arm}: {e}") from e
+            raise UserError(f"suite {self.name}, {place}, arm {arm}: {e}") from e
 
-    def _resolved(self, arm, *changes_before):
-        config = self.base.copy_and_resolve_references()
-        for changes in changes_before:
-            _change(config, changes)
-        _change(config, self.arms[arm].changes_of(config))
-        _change(config, self.settings)
-        return config
-
-    def swept(self, name):
-        """Returns `{value: {arm: Config}}` of a sweep.
-
-        Raises:
-          UserError: see `runs`; the message names sweep, value and arm.
-        """
-        sweep, found = self.throughput[name], {}
-        for value in sweep.values:
-            place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
-            for arm in self._arms(sweep):
-                try:
-                    batch_size = self._resolved(arm, sweep.changes).train.batch_size
-                    at_value = sweep.changes_at(value, batch_size)
-                    config = self._resolved(arm, sweep.changes, at_value)
-                    _change(config, at_value)  # wins over the arm and the settings
-                    found[value][arm] = Config.from_config_dict(config)
-                except UserError as e:
-                    raise UserError(f"suite {self.name}, {place}, arm {arm}: {e}") from e
-            self._check_matched(place, found[value])
-        return found
+    def _config(self, size, arm, seed, rate):
+        with self._naming(f"size {size}", arm):
+            groups = self._groups(arm, self.sizes[size].changes)
+            train = {"seed": seed}
+            if rate is not None:
+                final = groups["train"]["final_learning_rate"]
+                final *= rate / groups["train"]["learning_rate"]
+                train |= {"learning_rate": rate, "final_learning_rate": final}
+            return Config.from_config_dict(_changed(groups, {"train": train}))
 
     def runs(self, learning_rates=None):
         """Returns all runs, size by size and seed by seed.
 
-        Args:
-          learning_rates: tuned peaks by arm; None keeps the configured rate.
+        `learning_rates` are tuned peaks by arm; None keeps the configured rate.
 
         Raises:
           UserError: a configuration is invalid, or the arms of a size differ in their recipe, or
@@ -289,40 +263,44 @@ class Suite:
                 for arm in self.arms_of(name):
                     rate = learning_rates.get(arm)
                     rate = None if rate is None else rate * size.rate_factor
-                    configs[arm] = self.config(name, arm, seed, rate)
+                    configs[arm] = self._config(name, arm, seed, rate)
                 self._check_matched(f"size {name}", configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs
-
-    def check(self):
-        """Resolves all configurations.
-
-        Raises:
-          UserError: see `runs` and `swept`.
-        """
-        self.runs()
-        for name in self.throughput:
-            self.swept(name)
-
-    @property
-    def tuning_size(self):
-        """The size at which learning rates are tuned."""
-        return self.tuning.size or next(iter(self.sizes))
 
     def tuning_runs(self):
         """Returns `{(arm, learning rate): Run}` of the tuning; empty without one."""
         if self.tuning is None:
             return {}
-        size, found = self.tuning_size, {}
-        for arm in self.arms_of(size):
+        steps, found = self.tuning.steps, {}
+        checkpoint = {"keep": 1, "keep_every": 0, "keep_best": 0}
+        for arm in self.arms_of(self.tuning_size):
             for rate in self.tuning.learning_rates:
-                groups = self.config(size, arm, TUNING_SEED, rate).to_dict()
-                steps = self.tuning.steps
-                warmup = groups["train"]["warmup"] * groups["train"]["steps"] / steps
-                groups["train"] |= {"steps": steps, "warmup": warmup, "eval_every": 0}
-                groups["checkpoint"] |= {"keep": 1, "keep_every": 0, "keep_best": 0}
+                config = self._config(self.tuning_size, arm, TUNING_SEED, rate)
+                warmup = config.train.warmup * config.train.steps / steps
+                train = {"steps": steps, "warmup": warmup, "eval_every": 0}
+                groups = _changed(config.to_dict(), {"train": train, "checkpoint": checkpoint})
                 config = Config.from_config_dict(groups)
                 found[arm, rate] = Run(f"rate_{rate:g}", arm, TUNING_SEED, config)
+        return found
+
+    def swept(self, name):
+        """Returns `{value: {arm: Config}}` of a sweep.
+
+        Raises:
+          UserError: see `runs`; the message names sweep, value and arm.
+        """
+        sweep, found = self.throughput[name], {}
+        for value in sweep.values:
+            place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
+            for arm in self._arms(sweep):
+                with self._naming(place, arm):
+                    batch_size = self._groups(arm, sweep.changes)["train"]["batch_size"]
+                    at_value = sweep.changes_at(value, batch_size)
+                    groups = self._groups(arm, sweep.changes, at_value)
+                    groups = _changed(groups, at_value)  # wins over the arm and the settings
+                    found[value][arm] = Config.from_config_dict(groups)
+            self._check_matched(place, found[value])
         return found
 
     def _check_matched(self, place, configs):
@@ -360,31 +338,21 @@ def _recipe(config):
     }
 
 
-def _change(config, changes):
-    for group, values in changes.items():
-        if group not in config:
-            raise UserError(f"config.{group} is unknown; known are {', '.join(config)}")
-        if group == "routing":  # its fields depend on the name
-            kept = {} if "name" in values else config.routing.to_dict()
-            update_groups(config, {group: kept | values})
-            continue
-        for name, value in values.items():
-            place = f"config.{group}.{name}"
-            if name not in config[group]:
-                raise UserError(f"{place} is unknown; known are {', '.join(config[group])}")
-            try:
-                config[group][name] = value
-            except TypeError as e:
-                kind = type(config[group][name]).__name__
-                raise UserError(f"{place}={value!r}: must be of type {kind}") from e
+def _changed(groups, *changes):
+    """Returns group -> field -> value with changes; another router replaces `routing` whole."""
+    groups = dict(groups)
+    for change in changes:
+        for name, values in change.items():
+            is_new = name == "routing" and "name" in values
+            before = {} if is_new else groups.get(name, {})
+            groups[name] = {**before, **values}
+    return groups
 
 
 def load_suite(path: Path, settings=()) -> Suite:
-    """Loads the suite of a file with `get_suite()`.
+    """Loads the suite of a Python file with `get_suite()`.
 
-    Args:
-      path: a Python file.
-      settings: `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word.
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word.
 
     Raises:
       UserError: the file cannot be read, has no suite, or the suite or a setting is invalid.
@@ -402,27 +370,23 @@ def load_suite(path: Path, settings=()) -> Suite:
             value = json.loads(text)
         except ValueError:
             value = text
-        of_group = {**suite.settings.get(group, {}), field_name: value}
-        suite = dataclasses.replace(suite, settings={**suite.settings, group: of_group})
+        changed = _changed(suite.settings, {group: {field_name: value}})
+        suite = dataclasses.replace(suite, settings=changed)
     return suite
 
 
 def _suite_in(path):
     example = "such as configs/compare/tiny.py"
-    spec = importlib.util.spec_from_file_location("suite", path)
-    if spec is None:
+    if Path(path).suffix != ".py":
         raise UserError(f"--suite={path}: must be a Python file, {example}")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        get_suite = getattr(module, "get_suite", None)
+        get_suite = runpy.run_path(str(path)).get("get_suite")
         suite = get_suite() if callable(get_suite) else None
     except UserError as e:
         raise UserError(f"--suite={path}: {e}") from e
     except OSError as e:
-        raise UserError(
-            f"--suite={path}: cannot be read ({e.strerror}); name a file {example}"
-        ) from e
+        advice = f"name a file {example}"
+        raise UserError(f"--suite={path}: cannot be read ({e.strerror}); {advice}") from e
     except Exception as e:  # any error in the suite's own code
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]

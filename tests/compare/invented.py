@@ -5,14 +5,8 @@ import math
 
 import pandas as pd
 
-from aoe_jax.compare.reading import (
-    COST_COLUMNS,
-    _routing_figures,
-    curve_of,
-    describe,
-    make_results,
-)
-from aoe_jax.compare.report import all_sections, to_markdown
+from aoe_jax.compare.reading import COST_COLUMNS, curve_of, make_results, row_of
+from aoe_jax.compare.report import to_markdown
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
@@ -41,33 +35,29 @@ def suite_of(sizes, **changes):
     return Suite("s", tiny.get_config(), **{"arms": ARMS, "baseline": "moe"} | changes, sizes=sizes)
 
 
-def results(suite, nll, curve=CURVE, reports=None, **columns):
+def results(suite, nll, curve=CURVE, reports=None, seconds_per_step=lambda run: 1.0, **columns):
     """Results with all runs finished.
 
-    `nll` and further columns of `Results.runs` are functions of a run; `reports` are routing.json
-    by run; `curve` is `(steps, nlls)` of both splits.
+    `nll`, `seconds_per_step` and further columns of `Results.runs` are functions of a run;
+    `reports` are routing.json by run; `curve` is `(steps, nlls)` of both splits.
     """
-    configs, rows, curves = {}, [], []
+    rows, curves = [], []
     reports = reports or {}
     for run in suite.runs():
-        configs.setdefault((run.size, run.arm), run.config)
-        row = describe(run) | {
+        of_run = {
             "state": "finished",
             "last_line": "",
             "validation_nll": nll(run),
             "validation_bits_per_byte": 1.0,
-            "seconds_per_step": 1.0,
             "timed_in_turn": True,
             "memory_bytes": 1.0,
-            "load_entropy": math.nan,
             "dropped_share": math.nan,
         }
-        row |= _routing_figures(reports.get((run.size, run.arm, run.seed)))
-        row |= {name: of_run(run) for name, of_run in columns.items()}
-        row["tokens_per_second"] = run.config.tokens_per_step / row["seconds_per_step"]
-        rows.append(row)
-        curves += [curve_of(row, split, *curve) for split in ("train", "validation")]
-    return make_results(suite, configs, rows, curves, reports)
+        of_run |= {name: column(run) for name, column in columns.items()}
+        report = reports.get((run.size, run.arm, run.seed))
+        rows.append(row_of(run, seconds_per_step(run), report, **of_run))
+        curves += [curve_of(rows[-1], split, *curve) for split in ("train", "validation")]
+    return make_results(suite, rows, curves)
 
 
 def comparison(sizes, loss):
@@ -77,10 +67,9 @@ def comparison(sizes, loss):
 
 def markdown(found, costs=None):
     """The report without its machine and its tuning."""
-    sections = {"states": "", "hours": "", "machines": [], "command": "command"}
     if costs is None:
         costs = pd.DataFrame(columns=[*COST_COLUMNS, "config"])
-    text, _ = to_markdown(found, sections | all_sections(found, costs))
+    text, _ = to_markdown(found, costs, command="command")
     return text
 
 

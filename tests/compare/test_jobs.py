@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from aoe_jax.compare.jobs import Job, Slot, run_jobs, slots_of
+from aoe_jax.compare.jobs import Job, Machine, Slot, slots_of
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
@@ -32,7 +32,7 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
         job(tmp_path, "killed", "import os; print('at work', flush=True); os.kill(os.getpid(), 9)"),
         job(tmp_path, "good", says_core),
     ]
-    run_jobs(jobs, [Slot(CORES[0])], {"WORD": "default"}, StopRequests())
+    Machine("cpu", [Slot(CORES[0])], {"WORD": "default"}, StopRequests()).run(jobs)
     assert read_json(tmp_path / "bad.outcome.json") == {"status": 4, "last_line": "why"}
     killed = {"status": -9, "last_line": "killed by signal 9, after: at work"}
     assert read_json(tmp_path / "killed.outcome.json") == killed
@@ -50,7 +50,7 @@ time.sleep(60)
 """
 PARENT = """
 import pathlib, sys
-from aoe_jax.compare.jobs import Slot, run_jobs
+from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.errors import Stopped
 from aoe_jax.stopping import StopRequests
 from tests.compare.test_jobs import SLEEPER, job
@@ -58,7 +58,8 @@ stop = StopRequests()
 stop.listen()
 folder = pathlib.Path(sys.argv[1])
 try:
-    run_jobs([job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")], [Slot()], {}, stop)
+    jobs = [job(folder, "sleeper", SLEEPER), job(folder, "next", "print(1)")]
+    Machine("cpu", [Slot()], {}, stop).run(jobs)
 except Stopped as e:
     print(e)
 """
@@ -108,5 +109,5 @@ def test_a_slot_says_which_device(tmp_path):
     """Whatever the environment of the command says."""
     slot = Slot(environment={"PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": "3"})
     program = "import os; print(os.environ['PATH'], os.environ['CUDA_VISIBLE_DEVICES'])"
-    run_jobs([job(tmp_path, "one", program)], [slot], {}, StopRequests())
+    Machine("gpu", [slot], {}, StopRequests()).run([job(tmp_path, "one", program)])
     assert read_json(tmp_path / "one.outcome.json") == {"status": 0, "last_line": "/nowhere 3"}

@@ -100,7 +100,9 @@ def test_machines_that_are_not_here_are_traced(tmp_path):
     suite = suite_of(Sweep("topology", ("v5e:2x2", "v5e:2x4"), changes, arms=("moe",)))
     file = sweep_file(tmp_path, "it")
     file.parent.mkdir()
-    measure_points(missing_points(suite, tmp_path, "it"), True, file)
+    failed = {}
+    measure_points(missing_points(suite, tmp_path, "it"), True, file, failed)
+    assert failed == {}
     assert missing_points(suite, tmp_path, "it") == []
     found = read_json(file)
     del found["points"][0]["configs"]["moe"]["experts"]["round_to"]  # as if that field were new

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from aoe_jax.compare.report import balance_of
+from aoe_jax.compare.statistics import exponent, minimum
 from aoe_jax.compare.suite import Arm
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
@@ -74,12 +75,12 @@ def test_a_parabola_finds_the_best_size():
     # A dense model of all parameters spends more and more of its FLOPs on experts, the wider it is.
     assert set(arms) == {"moe", "aoe", "active"}
     for arm, (groups, fit) in arms.items():
-        assert fit.minimum() == pytest.approx(150_000, rel=1e-6)
+        assert fit.figure(minimum) == pytest.approx(150_000, rel=1e-6)
         assert len(groups) == 4
-        assert found.flops(SIZES, arm).mean() == pytest.approx(FLOPS, rel=0.1)
+        assert found.over_sizes(SIZES, arm)["flops"].mean() == pytest.approx(FLOPS, rel=0.1)
         assert fit(150_000) == pytest.approx(3.001)
     _, fit = arms["moe"]
-    low, high = fit.minimum_interval()
+    low, high = fit.interval(minimum)
     assert low < 150_000 < high
     text = flat(markdown(found))
     assert "isoflop_1.png" in text and "150k [" in text
@@ -139,9 +140,9 @@ def test_scaling_is_fitted_over_sizes():
     groups, fit = fitted["aoe"]
     x = list(groups)
     assert set(fitted) == set(ARMS)
-    assert fit.exponent == pytest.approx(-math.log(0.9) / math.log(x[1] / x[0]))
+    assert fit.figure(exponent) == pytest.approx(-math.log(0.9) / math.log(x[1] / x[0]))
     text = markdown(found)
-    assert "scaling_flops.png" in text and f"{fit.exponent:.4f} [" in text
+    assert "scaling_flops.png" in text and f"{fit.figure(exponent):.4f} [" in text
 
 
 def test_losses_at_equal_flops_and_seconds():

@@ -22,7 +22,6 @@ from aoe_jax.compare.runs import (
     folder_of,
     train_suite,
     tuned_rates,
-    tuning_folder,
     tuning_nlls,
 )
 from aoe_jax.compare.suite import load_suite
@@ -264,7 +263,7 @@ def test_the_best_learning_rate_of_an_arm_is_that_of_its_runs(tmp_path):
 
     def finish_run(key, nll, again=False):
         run = suite.tuning_runs()[key]
-        folder = tuning_folder(tmp_path, run)
+        folder = folder_of(tmp_path, run)
         folder.mkdir(parents=True, exist_ok=again)
         write_json(folder / "config.json", run.config.to_dict())
         write_json(folder / "summary.json", {"metrics": {"step": 3, "validation_nll": nll}})
