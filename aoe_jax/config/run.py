@@ -18,7 +18,6 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.moe.routing import Method, TopK
 
-_METHODS = ROUTERS | LAYERS
 # Fields that have gone, and what stands for them.
 RENAMED = {
     "experts.selection": "routing.name",
@@ -85,8 +84,9 @@ class Config:
         if "routing" in groups:
             kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
             method = groups["routing"].pop("name", kind if kind in LAYERS else TopK.name)
-            require_choice("routing.name", method, _METHODS)
-            classes["routing"] = _METHODS[method]
+            methods = ROUTERS | LAYERS
+            require_choice("routing.name", method, methods)
+            classes["routing"] = methods[method]
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 
     def to_dict(self):
@@ -102,7 +102,7 @@ def field_types():
     """
     found = {f.name: _types(f.type) for f in dataclasses.fields(Config) if f.name != "routing"}
     found["routing"] = {"name": (str,)}
-    for method in _METHODS.values():
+    for method in (ROUTERS | LAYERS).values():
         found["routing"] |= _types(method)
     return found
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,7 @@ def make_model(config, change=lambda params: params):
     """A model of random weights, or of what `change` makes of them, over as many devices as its
     mesh asks for.
     """
-    size = np.prod(
-        [max(getattr(config.mesh, axis), 1) for axis in ("data", "fsdp", "expert", "tensor")]
-    )
+    size = math.prod(max(n, 1) for n in config.mesh.shape)
     config = fill_mesh(config, size)
     mesh = make_mesh(config, jax.devices()[:size])
     tokens = jnp.zeros((1, 8), jnp.int32)
