@@ -9,6 +9,8 @@ Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.
 import dataclasses
 from dataclasses import dataclass
 
+import jax
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -21,17 +23,19 @@ class Chip:
     # other slices (or nodes).
     link_bandwidth: float
     slice_bandwidth: float
+    clock: float | None = None  # cycles per second of a TPU core, by its peak and its matrix units
 
     def part(self, share):
         """The figures of a share of the chip."""
-        return Chip(*(share * figure for figure in dataclasses.astuple(self)))
+        *figures, clock = dataclasses.astuple(self)
+        return Chip(*(share * figure for figure in figures), clock)
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.23e12, 300e9, 3.1e9),
-    "v5e": Chip(197e12, 16e9, 0.82e12, 200e9, 3.1e9),
-    "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9),
-    "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9),
+    "v4": Chip(275e12, 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9),
+    "v5e": Chip(197e12, 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9),
+    "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9),
+    "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9),
     "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9),
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
 }
@@ -60,6 +64,13 @@ PEAK_FLOPS = {
     "NVIDIA GH200 144G HBM3e": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+
+def target_device():
+    """The device that programs are traced for here: that of the mesh in context, else the first of
+    this process; a `Device`, or an `AbstractDevice`, which has a platform and a name only.
+    """
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def count_chips(devices):

@@ -23,8 +23,10 @@ class ModelConfig(Group):
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
     # What the backward pass computes again. experts: all that is cheap inside the experts (kept are
     # x W_up, and of the gate x W_gate or AoE's low-rank activation); layer: all but a layer's
-    # input, its scores and its routing.
+    # input, its scores, its routing and the output of attention.
     remat: str = setting("none", choices=("none", "experts", "layer"))
+    # The backend of `model/attention/`; auto: by platform.
+    attention: str = setting("auto", choices=("auto", "blocks", "splash", "cudnn"))
     # Layers per step of the scan over them. A scan copies what the backward pass needs, which is
     # slow on CPU; unrolled layers take longer to compile.
     unroll: int = setting(1, above=0)
@@ -56,6 +58,11 @@ class ModelConfig(Group):
         if self.unroll > 1 and self.remat == "layer":
             wanted = "unrolled layers would keep what is to be computed again; set 1"
             self.refuse("unroll", f"with remat='layer', {wanted}")
+
+    def check(self, config):
+        if self.attention not in ("auto", "blocks") and config.routing.needs_attention_peaks:
+            why = f"has no attention peaks, which routing.name={config.routing.name!r} needs"
+            self.refuse("attention", f"{why}; use 'auto'")
 
     @property
     def kv_heads(self):

@@ -25,7 +25,7 @@ def computed_fields(config: Config):
     }
     fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
-    unused = {"model.dtype", "model.remat", "model.unroll", "model.max_len"}
+    unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
     settings = dataclasses.fields(routing)
     unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}

@@ -12,7 +12,7 @@ measures of importance:
   on later tokens; no decoder can have it, and all models here are decoders.
 - paid, for decoders: the largest attention probability p of the token over the N tokens that it
   sees, as `(N p - 1) / (N - 1)`: 0 where it attends to all alike, 1 where it attends to one alone;
-  0 for the first token of a document. `model/attention.py` gives it for each head.
+  0 for the first token of a document. `model/attention/` gives it for each head.
 
 K has no gradient. K_max slots are laid out per token, and those in use are computed. L_aux counts
 the experts in use. Causal.

@@ -11,7 +11,9 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
-from aoe_jax.model.attention import Attention
+from aoe_jax.model.attention.blocks import KEPT_ATTENTION
+from aoe_jax.model.attention.cudnn import is_cudnn_forward
+from aoe_jax.model.attention.layer import Attention
 from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import Method, TopK
@@ -113,7 +115,9 @@ class Decoder(nn.Module):
             self.output = nn.Embed(c.vocab_size, c.d_model, embedding_init=init)
         layer = DecoderLayer
         if c.remat == "layer":
-            policy = jax.checkpoint_policies.save_only_these_names(KEPT_ROUTING)
+            policies = jax.checkpoint_policies
+            kept = policies.save_only_these_names(KEPT_ROUTING, KEPT_ATTENTION)
+            policy = policies.save_from_both_policies(kept, is_cudnn_forward)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
         self.layers = nn.scan(
             layer,

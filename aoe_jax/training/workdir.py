@@ -20,6 +20,7 @@ FREE = {
     "train.max_skipped",
     "data.cache",
     "data.path",
+    "model.attention",
     "model.unroll",
 }
 

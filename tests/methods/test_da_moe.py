@@ -11,7 +11,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.methods import DAMoE
 from aoe_jax.methods.da_moe import best, experts_of, received
-from aoe_jax.model.attention import concentration
+from aoe_jax.model.attention.layer import concentration
 from tests.methods.method_layers import small_config
 
 K_MAX = 4

@@ -9,37 +9,39 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config.model import ModelConfig
-from aoe_jax.model.attention import (
+from aoe_jax.errors import UserError
+from aoe_jax.model.attention import backend_for, causal_attention
+from aoe_jax.model.attention.blocks import (
+    KEPT_ATTENTION,
     MAX_BLOCKS,
     MIN_BLOCK,
+    attention_and_peaks,
+)
+from aoe_jax.model.attention.layer import (
     Attention,
     attend_to_cache,
-    causal_attention_and_peaks,
     concentration,
     rotary,
+    rotary_by_product,
     rotary_tables,
 )
+from aoe_jax.model.attention.reference import reference_attention
+from aoe_jax.model.attention.splash import LANES, MAX_BLOCK, block_size
 from aoe_jax.sharding import MESH_AXES
 
 
-def arrays(length, dtype):
-    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 3, length, 10), dtype)
+def arrays(length, dtype, n_heads=3, n_kv=3, width=10):
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (n_heads, n_kv, n_kv, n_heads)
+    q, k, v, cotangent = (
+        jax.random.normal(key, (2, n, length, width), dtype)
+        for key, n in zip(keys, heads, strict=True)
+    )
     documents = jnp.cumsum(jax.random.bernoulli(jax.random.key(1), 0.02, (2, length)), axis=1)
     return (q, k, v), cotangent, documents
 
 
-def library(q, k, v, segment_ids=None):
-    mask = (
-        None
-        if segment_ids is None
-        else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    )
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True).swapaxes(1, 2)
-
-
-def causal_attention(q, k, v, segment_ids=None):
-    return causal_attention_and_peaks(q, k, v, segment_ids)[0]
+blocks, splash = (partial(causal_attention, backend=name) for name in ("blocks", "splash"))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -48,24 +50,58 @@ def value_and_gradients(attention, args, cotangent, segment_ids):
     return y, *pull_back(cotangent)
 
 
+def test_the_reference_computes_what_jax_does():
+    args, cotangent, documents = arrays(70, jnp.float32, 6, 2)
+    got = value_and_gradients(reference_attention, args, cotangent, documents)
+    mask = documents[:, None, :, None] == documents[:, None, None, :]
+
+    def library(*args):
+        q, k, v = (a.swapaxes(1, 2) for a in args[:3])
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True).swapaxes(1, 2)
+
+    want = value_and_gradients(library, args, cotangent, documents)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, MIN_BLOCK, MIN_BLOCK + 1, 300, MIN_BLOCK * MAX_BLOCKS + 72])
-def test_blocks_compute_what_the_library_does(length, masked):
-    with jax.enable_x64(True):
-        args, cotangent, documents = arrays(length, jnp.float64)
-        documents = documents if masked else None
-        got = value_and_gradients(causal_attention, args, cotangent, documents)
-        want = value_and_gradients(library, args, cotangent, documents)
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)  # the library's softmax is of float32
+def test_blocks_compute_what_the_reference_does(x64, length, masked):
+    args, cotangent, documents = arrays(length, jnp.float64, 4, 2)
+    documents = documents if masked else None
+    got = value_and_gradients(blocks, args, cotangent, documents)
+    want = value_and_gradients(reference_attention, args, cotangent, documents)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("length", "n_heads", "n_kv", "masked"), [(256, 2, 2, False), (200, 4, 2, True)]
+)
+def test_splash_computes_what_the_reference_does(length, n_heads, n_kv, masked):
+    """In Pallas's interpreter, with padding to whole tiles and with grouped heads."""
+    args, cotangent, documents = arrays(length, jnp.float32, n_heads, n_kv, 16)
+    documents = documents if masked else None
+    got = value_and_gradients(splash, args, cotangent, documents)
+    want = value_and_gradients(reference_attention, args, cotangent, documents)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_splash_blocks_divide_every_length():
+    lengths = range(LANES, 40 * LANES, LANES)
+    sizes = {length: block_size(length) for length in lengths}
+    assert all(length % size == 0 and size <= MAX_BLOCK for length, size in sizes.items())
+    assert sizes[2048] == 512 and sizes[1152] == 384 and sizes[128] == 128
 
 
 def test_bfloat16():
     args, cotangent, documents = arrays(200, jnp.bfloat16)
-    got = value_and_gradients(causal_attention, args, cotangent, documents)
+    got = value_and_gradients(blocks, args, cotangent, documents)
     exact = [a.astype(jnp.float32) for a in args]
-    want = value_and_gradients(library, exact, cotangent.astype(jnp.float32), documents)
+    want = value_and_gradients(reference_attention, exact, cotangent.astype(jnp.float32), documents)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
@@ -77,9 +113,9 @@ def test_no_probabilities_are_kept():
     """
     length = MIN_BLOCK * MAX_BLOCKS
     args, cotangent, _ = arrays(length, jnp.float32)
-    kept = jax.eval_shape(lambda *a: jax.vjp(causal_attention, *a)[1], *args)
+    kept = jax.eval_shape(lambda *a: jax.vjp(blocks, *a)[1], *args)
     assert sum(a.size for a in jax.tree.leaves(kept)) <= 4 * cotangent.size + cotangent[..., 0].size
-    flops = jax.jit(causal_attention).lower(*args).compile().cost_analysis()["flops"]
+    flops = jax.jit(blocks).lower(*args).compile().cost_analysis()["flops"]
     products = 2 * 2 * cotangent.size * length * 36 / 64
     assert products < flops < 1.5 * products
 
@@ -100,17 +136,17 @@ def test_peaks_are_the_largest_probabilities(masked):
     """Of several blocks; they have no gradient, and leave that of the output as it is."""
     (q, k, v), cotangent, documents = arrays(150, jnp.float32)
     documents = documents if masked else None
-    peaks = causal_attention_and_peaks(q, k, v, documents)[1]
+    peaks = attention_and_peaks(q, k, v, documents)[1]
     np.testing.assert_allclose(peaks, probabilities(q, k, documents)[0].max(axis=-1), rtol=1e-5)
 
     def projected(function):
         return jax.grad(lambda q: (function(q) * cotangent).sum())(q)
 
     def with_peaks(q):
-        y, peaks = causal_attention_and_peaks(q, k, v, documents)
+        y, peaks = attention_and_peaks(q, k, v, documents)
         return y + peaks[..., None]
 
-    want = projected(lambda q: causal_attention(q, k, v, documents))
+    want = projected(lambda q: blocks(q, k, v, documents))
     np.testing.assert_array_equal(projected(with_peaks), want)
 
 
@@ -120,7 +156,7 @@ def test_peaks_of_a_cache():
     keys, values = jnp.pad(k, places), jnp.pad(v, places)
     n_past = jnp.array([15, 15])
     y, peaks = attend_to_cache(q[:, :, 15:], keys, values, n_past)
-    want = causal_attention_and_peaks(q, k, v)
+    want = attention_and_peaks(q, k, v)
     np.testing.assert_allclose(y, want[0][:, :, 15:], atol=1e-5)
     np.testing.assert_allclose(peaks, want[1][:, :, 15:], rtol=1e-5)
 
@@ -151,6 +187,19 @@ def test_how_concentrated_each_head_is(masked):
     np.testing.assert_allclose(of_mesh[1], found, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_by_a_product(dtype):
+    """As TPUs compute it; with the same gradient."""
+    x, g = jax.random.normal(jax.random.key(0), (2, 2, 3, 20, 8), dtype)
+    tables = [jnp.asarray(a, jnp.float32) for a in rotary_tables(20, ModelConfig(d_model=32))]
+    want, want_back = jax.vjp(lambda x: rotary(x, *tables), x)
+    got, got_back = jax.vjp(lambda x: rotary_by_product(x, *tables), x)
+    atol = 1e-6 if dtype == "float32" else 0.03
+    np.testing.assert_allclose(got.astype("float32"), want.astype("float32"), atol=atol)
+    (got_g,), (want_g,) = got_back(g), want_back(g)
+    np.testing.assert_allclose(got_g.astype("float32"), want_g.astype("float32"), atol=atol)
+
+
 def test_attention_to_all_alike_is_not_concentrated():
     n = jnp.arange(1, 100)
     np.testing.assert_allclose(concentration(1 / n, n), 0, atol=1e-6)
@@ -166,3 +215,65 @@ def test_nor_are_they_on_a_mesh(shape):
     with jax.set_mesh(mesh):
         kept = jax.eval_shape(lambda p, x: jax.vjp(layer.apply, p, x)[1], params, x)
     assert not [a.shape for a in jax.tree.leaves(kept) if a.ndim == 4 and a.shape[-1] >= MIN_BLOCK]
+
+
+@pytest.mark.parametrize("attention", [blocks, splash])
+def test_rematerialisation_can_keep_what_the_backward_pass_needs(attention):
+    """By its name, so that the forward pass is not computed again."""
+    args, _, _ = arrays(128, jnp.float32, 2, 2, 16)
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT_ATTENTION)
+    again = jax.checkpoint(attention, policy=keep)
+    kept = jax.eval_shape(lambda *a: jax.vjp(again, *a)[1], *args)
+    numbers = sum(a.size for a in jax.tree.leaves(kept) if a.shape[:2] == (2, 2))
+    assert numbers == sum(a.size for a in args) + args[0].size + args[0][..., 0].size
+
+
+class Device:
+    def __init__(self, platform, kind, capability=None):
+        self.platform, self.device_kind = platform, kind
+        if capability:
+            self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "want"),
+    [
+        (Device("cpu", "cpu"), "bfloat16", 64, "blocks"),
+        (Device("tpu", "TPU v5 lite"), "float32", 10, "splash"),
+        (Device("gpu", "NVIDIA H100 80GB HBM3", "9.0"), "bfloat16", 64, "cudnn"),
+        (Device("gpu", "NVIDIA A100-SXM4-80GB"), "bfloat16", 64, "cudnn"),
+        (Device("gpu", "Tesla V100-SXM2-16GB"), "bfloat16", 64, "blocks"),
+        (Device("gpu", "Tesla T4", "7.5"), "bfloat16", 64, "blocks"),
+        (Device("gpu", "NVIDIA B200", "10.0"), "float32", 64, "blocks"),
+        (Device("gpu", "NVIDIA B200", "10.0"), "bfloat16", 20, "blocks"),
+    ],
+)
+def test_the_platform_chooses_the_backend(caplog, device, dtype, width, want):
+    with caplog.at_level("INFO"):
+        assert backend_for(device, dtype, width) == want
+    assert f"attention backend on {device.device_kind}: {want}" in caplog.text
+    falls_back = want == "blocks" and device.device_kind.startswith("NVIDIA")
+    assert ("which is slower" in caplog.text) == falls_back
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [
+        ("flash", "float32", "attention backend='flash' is unknown; use auto, blocks or splash"),
+        ("cudnn", "float32", "attention backend='cudnn' with float32: use bfloat16 or float16"),
+        ("cudnn", "bfloat16", "'cudnn' with heads of width 10: use a multiple of 8 up to 128"),
+        ("splash", "float16", "attention backend='splash' with float16: use bfloat16 or float32"),
+    ],
+)
+def test_what_a_backend_does_not_take(backend, dtype, message):
+    args, _, _ = arrays(4, jnp.float32)
+    with pytest.raises(UserError, match=message):
+        causal_attention(*(a.astype(dtype) for a in args), backend=backend)
+
+
+def test_shapes_that_do_not_fit():
+    (q, k, v), _, _ = arrays(4, jnp.float32)
+    with pytest.raises(ValueError, match="G a divisor of H"):
+        causal_attention(q, k[:, :2], v[:, :2])
+    with pytest.raises(ValueError, match="one dtype"):
+        causal_attention(q, k.astype("bfloat16"), v)

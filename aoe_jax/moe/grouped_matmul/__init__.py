@@ -8,9 +8,8 @@ import logging
 import re
 from functools import lru_cache
 
-import jax
-
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import target_device
 from aoe_jax.moe.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
 from aoe_jax.moe.grouped_matmul.blocked import place_rows as place_for_blocked
 from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
@@ -97,7 +96,7 @@ def _are_few(m, n_experts):
 
 
 def _backend_here():
-    return _default_backend(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
+    return _default_backend(target_device())
 
 
 @lru_cache

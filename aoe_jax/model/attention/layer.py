@@ -1,8 +1,4 @@
-"""Causal multi-head attention with rotary positions.
-
-B sequences, S positions, H query heads, G key and value heads, h head width, d model width,
-Q queries of a block, P keys up to the block's last query, M places of a cache.
-"""
+"""The layer of causal multi-head attention with rotary positions, with a cache for decoding."""
 
 import flax.linen as nn
 import jax
@@ -10,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.config.model import ModelConfig
+from aoe_jax.hardware import target_device
+from aoe_jax.model.attention import causal_attention
+from aoe_jax.model.attention.blocks import attention_and_peaks, product
 from aoe_jax.moe.parallel.collectives import over_mesh, token_spec, weight_specs
 from aoe_jax.parameters import ATTENTION
 from aoe_jax.sharding import RULES
 
-MIN_BLOCK, MAX_BLOCKS = 64, 8  # of queries
 _CACHE = RULES.spec("batch", "heads", None, None)
 _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output and concentration
 
@@ -48,84 +46,32 @@ def rotary(x, cos, sin):
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = cos.astype(dtype), sin.astype(dtype)
+    if target_device().platform == "tpu":
+        return rotary_by_product(x, cos, sin)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def _blocks(length):
-    """`(first, end)` of each block of queries."""
-    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-    return [(first, min(first + size, length)) for first in range(0, length, size)]
+def rotary_by_product(x, cos, sin):
+    """`rotary`, where the halves of a head change places in a product with a permutation.
 
-
-def _scores(q, k, segment_ids, first, end):
-    """Scaled products of a block of queries with their keys, `[B, H, Q, P]`; -inf where masked."""
-    visible = np.arange(first, end)[:, None] >= np.arange(end)
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, first:end, None] == segment_ids[:, None, :end])[:, None]
-    scores = _product("bhqi,bhpi->bhqp", q[:, :, first:end], k[:, :, :end])
-    return jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
-
-
-def _product(subscripts, a, b):
-    accumulator = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(subscripts, a, b, preferred_element_type=accumulator)
-
-
-@jax.custom_vjp
-def causal_attention_and_peaks(q, k, v, segment_ids=None):
-    """Causal softmax attention in blocks of queries, differentiable in reverse mode.
-
-    A block skips the keys after its last query, up to 44% of all products. Probabilities are
-    normalised after their product with the values, where there are fewer numbers to divide. The
-    backward pass computes them again from one number that is kept for each query (FlashAttention,
-    Dao et al. 2022, arXiv 2205.14135, section 3.1).
-
-    Args:
-      q: `[B, H, S, h]`, and so are `k` and `v`.
-      segment_ids: `[B, S]` int32, the document that each position attends within, or None.
-
-    Returns:
-      `(y, peaks)`: `[B, H, S, h]` in the dtype of `v`, with scores and sums in float32 or wider;
-      and the largest probability of each query, `[B, H, S]` float32 or wider, without a gradient.
+    A TPU moves parts of its 128 lanes slowly, and through HBM; the product fuses with what is around
+    it.
     """
-    return _attention_forward(q, k, v, segment_ids)[0]
-
-
-def _attention_forward(q, k, v, segment_ids):
-    outputs, peaks, log_sums = [], [], []
-    for first, end in _blocks(q.shape[2]):
-        scores = _scores(q, k, segment_ids, first, end)
-        largest = scores.max(axis=-1, keepdims=True)  # finite: each position attends to itself
-        exponential = jnp.exp(scores - largest)
-        total = exponential.sum(axis=-1, keepdims=True)
-        y = _product("bhqp,bhpi->bhqi", exponential.astype(v.dtype), v[:, :, :end])
-        outputs.append((y / total).astype(v.dtype))
-        peaks.append(1 / total[..., 0])
-        log_sums.append(largest + jnp.log(total))
-    y, peaks, log_sums = (jnp.concatenate(parts, axis=2) for parts in (outputs, peaks, log_sums))
-    return (y, peaks), (q, k, v, segment_ids, y, log_sums)
-
-
-def _attention_backward(residuals, gradients):
-    q, k, v, segment_ids, y, log_sums = residuals
-    g, _ = gradients
-    projected = _product("bhqi,bhqi->bhq", g, y)[..., None]
-    d_q, d_k, d_v = [], 0.0, 0.0
-    for first, end in _blocks(q.shape[2]):
-        block, after = slice(first, end), [(0, 0), (0, 0), (0, q.shape[2] - end), (0, 0)]
-        p = jnp.exp(_scores(q, k, segment_ids, first, end) - log_sums[:, :, block])
-        d_p = _product("bhqi,bhpi->bhqp", g[:, :, block], v[:, :, :end])
-        d_scores = (p * (d_p - projected[:, :, block]) * q.shape[-1] ** -0.5).astype(q.dtype)
-        d_q.append(_product("bhqp,bhpi->bhqi", d_scores, k[:, :, :end]))
-        d_k += jnp.pad(_product("bhqp,bhqi->bhpi", d_scores, q[:, :, block]), after)
-        d_v += jnp.pad(_product("bhqp,bhqi->bhpi", p.astype(v.dtype), g[:, :, block]), after)
-    d_q = jnp.concatenate(d_q, axis=2).astype(q.dtype)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-causal_attention_and_peaks.defvjp(_attention_forward, _attention_backward)
+    half = x.shape[-1] // 2
+    swap = np.zeros((2 * half, 2 * half), np.float32)
+    swap[half + np.arange(half), np.arange(half)] = -1
+    swap[np.arange(half), half + np.arange(half)] = 1
+    swapped = jnp.einsum(
+        "...i,ij->...j",
+        x,
+        jnp.asarray(swap, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=cos.dtype,
+    )
+    cos, sin = (jnp.concatenate([a, a], axis=-1) for a in (cos, sin))
+    return (x.astype(cos.dtype) * cos + swapped * sin).astype(x.dtype)
 
 
 def concentration(peaks, n_visible):
@@ -167,15 +113,15 @@ def attend_to_cache(q, keys, values, n_past):
       n_past: `[B]` int32.
 
     Returns:
-      `(y, peaks)`, see `causal_attention_and_peaks`.
+      `(y, peaks)`, see `attention_and_peaks`.
     """
     b, n_heads, s, h = q.shape
     grouped = q.reshape(b, keys.shape[1], -1, s, h)
     position = n_past[:, None] + jnp.arange(s)
     is_visible = jnp.arange(keys.shape[2]) <= position[:, None, None, :, None]
-    scores = _product("bgqsi,bgmi->bgqsm", grouped, keys) * h**-0.5
+    scores = product("bgqsi,bgmi->bgqsm", grouped, keys) * h**-0.5
     p = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf))
-    y = _product("bgqsm,bgmi->bgqsi", p.astype(values.dtype), values)
+    y = product("bgqsm,bgmi->bgqsi", p.astype(values.dtype), values)
     return y.reshape(q.shape).astype(values.dtype), p.max(axis=-1).reshape(b, n_heads, s)
 
 
@@ -269,8 +215,8 @@ class Attention(nn.Module):
         def heads(x, weights):
             w = _gathered(devices, weights, x.dtype)
             q, k, v = self._queries_keys_values(x, w, tables)
-            y, peaks = causal_attention_and_peaks(q, *self._for_each_query_head(k, v), segment_ids)
-            return self._project(y, w), peaks if self.watched else None
+            y, peaks = self._attention(q, k, v, segment_ids)
+            return self._project(y, w), peaks
 
         y, peaks = devices.without_whole_weights(heads)(x, weights)
         n_visible = _n_visible(x.shape[1], segment_ids) if self.watched else None
@@ -280,7 +226,7 @@ class Attention(nn.Module):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = _gathered(devices, weights, x.dtype)
         q, k, v = self._queries_keys_values(x, w, rotary_tables(x.shape[1], self.config))
-        y, peaks = causal_attention_and_peaks(q, *self._for_each_query_head(k, v))
+        y, peaks = self._attention(q, k, v)
         y = self._output(devices, self._project(y, w), weights)
         return y, self._concentration(devices, peaks, _n_visible(x.shape[1], None)), (k, v)
 
@@ -305,9 +251,10 @@ class Attention(nn.Module):
             return None
         return devices.exchange(concentration(peaks, n_visible), 2, 1, "tensor").swapaxes(1, 2)
 
-    def _for_each_query_head(self, *keys):
-        share = self.config.n_heads // self.config.kv_heads
-        return [jnp.repeat(k, share, axis=1) if share > 1 else k for k in keys]
+    def _attention(self, q, k, v, segment_ids=None):
+        if self.watched:
+            return attention_and_peaks(q, k, v, segment_ids)
+        return causal_attention(q, k, v, segment_ids, backend=self.config.attention), None
 
     def _project(self, y, w):
         return jnp.einsum("bhsi,hid->bsd", y, w["o"])

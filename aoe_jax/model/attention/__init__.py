@@ -1,0 +1,87 @@
+"""Causal softmax attention. One signature, one backend a file.
+
+    blocks     plain JAX, on every platform
+    splash     TPU, by the Pallas kernels that come with JAX; interpreted on CPU
+    cudnn      GPU from Ampere on, by cuDNN
+    reference  the whole matrix of scores, for tests
+
+Letters in shapes: see `aoe_jax/moe/__init__.py`.
+"""
+
+import logging
+import re
+from functools import lru_cache
+
+from aoe_jax.errors import UserError
+from aoe_jax.hardware import target_device
+from aoe_jax.model.attention.blocks import blocks_attention
+from aoe_jax.model.attention.cudnn import check as check_cudnn
+from aoe_jax.model.attention.cudnn import cudnn_attention
+from aoe_jax.model.attention.splash import splash_attention
+
+BACKENDS = {"blocks": blocks_attention, "splash": splash_attention, "cudnn": cudnn_attention}
+_WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
+
+
+def causal_attention(q, k, v, segment_ids=None, *, backend="auto"):
+    """Softmax attention of each position to itself and the positions before it.
+
+    Scores are scaled by `1 / sqrt(h)`. Scores and sums are float32 or wider.
+
+    Args:
+      q: `[B, H, S, h]`.
+      k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
+      segment_ids: `[B, S]` int32, the document that each position attends within, or None.
+      backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,
+        `jax.shard_map`), else by those of this process. A program that is compiled ahead of time
+        for another machine gets that machine's backend from its mesh.
+
+    Returns:
+      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. What the backward
+      pass needs beside q, k and v is named `KEPT_ATTENTION`.
+
+    Raises:
+      UserError: the backend is unknown, or does not take the dtype or head width.
+      ValueError: shapes or dtypes do not fit together.
+    """
+    b, n_heads, s, h = q.shape
+    n_kv = k.shape[1]
+    if k.shape != (b, n_kv, s, h) or v.shape != k.shape or n_heads % n_kv:
+        raise ValueError(
+            "causal_attention wants q [B, H, S, h] and k, v [B, G, S, h], G a divisor of H; "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"causal_attention wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        )
+    if backend == "auto":
+        backend = backend_for(target_device(), q.dtype, h)
+    if backend not in BACKENDS:
+        raise UserError(
+            f"attention backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
+        )
+    return BACKENDS[backend](q, k, v, segment_ids)
+
+
+@lru_cache
+def backend_for(device, dtype, head_width):
+    """The backend that "auto" means for a `Device`, or for the `AbstractDevice` of a mesh."""
+    backend, log = "blocks", logging.getLogger(__name__)
+    if device.platform == "tpu":
+        backend = "splash"
+    elif device.platform == "gpu" and _is_ampere_or_later(device):
+        try:
+            check_cudnn(dtype, head_width)
+            backend = "cudnn"
+        except UserError as error:
+            log.warning("%s. This run uses backend 'blocks', which is slower", error)
+    log.info("attention backend on %s: %s", device.device_kind, backend)
+    return backend
+
+
+def _is_ampere_or_later(device):
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:  # an AbstractDevice has only a name
+        return not _WITHOUT_CUDNN.search(device.device_kind)
+    return float(capability) >= 8

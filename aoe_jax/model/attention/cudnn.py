@@ -1,0 +1,48 @@
+"""Attention by cuDNN, for NVIDIA GPUs from Ampere on."""
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.errors import UserError
+
+DTYPES = ("bfloat16", "float16")
+MAX_WIDTH = 128  # of a head on every generation; Hopper and later take 256
+
+
+def check(dtype, head_width):
+    """Refuses what cuDNN's kernels do not take.
+
+    Raises:
+      UserError: the dtype or the width of heads.
+    """
+    if jnp.dtype(dtype) not in DTYPES:
+        raise UserError(
+            f"attention backend='cudnn' with {jnp.dtype(dtype)}: use {' or '.join(DTYPES)}"
+        )
+    if head_width % 8 or head_width > MAX_WIDTH:
+        raise UserError(
+            f"attention backend='cudnn' with heads of width {head_width}: use a multiple of 8 up "
+            f"to {MAX_WIDTH}"
+        )
+
+
+def is_cudnn_forward(primitive, *_, **params):
+    """A checkpoint policy that keeps what the backward kernel needs, which JAX does not name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def cudnn_attention(q, k, v, segment_ids=None):
+    """`causal_attention` by cuDNN; shapes as there.
+
+    Documents are a mask of `[B, 1, S, S]`, which costs time and memory beside the causal kernel.
+
+    Raises:
+      UserError: a dtype or width that cuDNN does not take.
+    """
+    check(q.dtype, q.shape[-1])
+    mask = None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    return y.swapaxes(1, 2)

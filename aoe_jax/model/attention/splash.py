@@ -1,0 +1,93 @@
+"""Attention by the splash kernels of JAX (Pallas), for TPU; interpreted on CPU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from aoe_jax.errors import UserError
+from aoe_jax.hardware import target_device
+from aoe_jax.model.attention.blocks import KEPT_ATTENTION
+
+DTYPES = ("bfloat16", "float32")
+LANES = 128  # positions are padded to a multiple of this
+MAX_BLOCK = 512  # positions of a block of queries or keys
+
+
+def splash_attention(q, k, v, segment_ids=None):
+    """`causal_attention` by the splash kernels; shapes as there.
+
+    Raises:
+      UserError: a dtype other than bfloat16 and float32.
+    """
+    if q.dtype not in DTYPES:
+        raise UserError(f"attention backend='splash' with {q.dtype}: use {' or '.join(DTYPES)}")
+    length = q.shape[2]
+    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    # Padding lies after all positions, so no position attends to it.
+    padding = -length % LANES
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (q, k, v))
+    attend = _kernel(q.shape[1], length + padding)
+    if segment_ids is None:
+        y = jax.vmap(attend)(q, k, v)
+    else:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+        y = jax.vmap(
+            lambda q, k, v, ids: attend(q, k, v, segment_ids=kernels.SegmentIds(ids, ids))
+        )(q, k, v, segment_ids)
+    return y[:, :, :length]
+
+
+def block_size(length):
+    """The largest multiple of `LANES` up to `MAX_BLOCK` that divides `length`."""
+    return max(size for size in range(LANES, MAX_BLOCK + 1, LANES) if length % size == 0)
+
+
+# Products of [block, block] by [block, h] for each pair of blocks.
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def kernel_cost(name, operands, results):
+    """What a kernel does in a compiled program, see `aoe_jax.hlo.Program`; None for other kernels.
+
+    Each block of queries meets the blocks of keys up to its own, and so reads half of the keys (for
+    `dkv`: each block of keys, queries). Heads narrower than `LANES` leave a part of the matrix unit
+    idle.
+    """
+    kind = name.removeprefix("splash_mha_").split("_")[0]
+    if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
+        return None
+    q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype != "s8")
+    *_, n_heads, length, width = q.dims
+    n_blocks = length // block_size(length)
+    share = (n_blocks + 1) / 2
+    if kind == "dkv":
+        once, again = (k, v), (q, *others)
+    else:
+        once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
+    traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
+    pairs = math.prod(q.dims[:-1]) * length * (n_blocks + 1) / (2 * n_blocks)
+    occupied = max(width, LANES)
+    return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
+
+
+def _kernel(n_heads, length):
+    size = block_size(length)
+    sizes = kernels.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * n_heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT_ATTENTION,
+        interpret=target_device().platform == "cpu",
+    )
