@@ -93,7 +93,8 @@ def collectives(jaxpr, sizes):
         kind = eqn.primitive.name
         axes = eqn.params.get("axes", eqn.params.get("axis_name"))
         axes = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
-        n = math.prod(sizes[axis] for axis in axes)
+        groups = eqn.params.get("axis_index_groups")
+        n = len(groups[0]) if groups else math.prod(sizes[axis] for axis in axes)
         # The other operands of ragged_all_to_all are offsets and sizes.
         operands = eqn.invars[:1] if kind == "ragged_all_to_all" else eqn.invars
         size = max(_bytes(operands), _bytes(eqn.outvars))

@@ -11,14 +11,16 @@ the nearest first.
 How the figures are computed:
 
 - Memory is the compiler's: arguments (state and batch), results and temporary memory, per device.
-- FLOPs are the compiler's. It counts the body of a loop once, so layers and chunks of the loss are
-  multiplied by their number. Further rounds of expert parallelism (`moe/parallel/transports.py`),
-  which balanced loads don't need, are left out.
+- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/hlo.py`. Further rounds
+  of expert parallelism (`moe/parallel/transports.py`), which balanced loads don't need, are left
+  out.
 - Collectives are those of the program before compilation, where all are explicit except sums of a
   few scalars and of the gradients of norm scales. An array that the body of a loop gathers twice
   counts once. Bytes are what a device receives in a step, by the usual ring algorithms.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
   once) and network, each at its peak and perfectly overlapped: no run is faster.
+- The likely step time is the sum over operations, on TPU: the compiler's own cycles, or the time
+  that FLOPs and traffic take at the peaks, and collectives that no other work hides.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ import itertools
 import logging
 import math
 import re
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -43,9 +46,10 @@ from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
+from aoe_jax.hlo import Program, likely_seconds, scope
 from aoe_jax.json_files import write_json
-from aoe_jax.model.loss import CHUNK_TOKENS
-from aoe_jax.moe.parallel import transports
+from aoe_jax.model.attention import splash
+from aoe_jax.moe.grouped_matmul import megablox
 from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
@@ -57,6 +61,7 @@ _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bo
 _SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
+LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
@@ -92,23 +97,24 @@ def plan(config: Config, generation, devices, compiles=True):
       The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
       `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
       `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`. Bytes and FLOPs are per device.
+      `mfu_bound`, `compile_seconds`; for TPU `hbm_traffic_bytes`, `likely_step_seconds`,
+      `likely_mfu` and `seconds_by_scope`, else None. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
     chip = CHIPS[generation].part(count_chips(devices) / n_devices)
     mesh = sharding.make_mesh(config, devices)
-    compiled = flops = None
+    compiled = likely = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state, batch = train_step_for(config, mesh)
         traced = step.trace(state, batch)
         started = time.perf_counter()
         if compiles:
-            compiled, memory["total"] = _compile(traced)
+            compiled, memory["total"], text = _compile(traced)
         compile_seconds = time.perf_counter() - started
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
-            flops = _compiled_flops(config, compiled, step, state, batch, n_devices)
+            likely = _likely(text, chip) if devices[0].platform == "tpu" else None
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()
@@ -120,6 +126,7 @@ def plan(config: Config, generation, devices, compiles=True):
     if len({getattr(d, "slice_index", 0) or 0 for d in devices}) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
+    flops = likely and likely.pop("flops")
     useful = config.tokens_per_step * training_flops_per_token(config) / n_devices
     kept = memory["state"] + config.train.accumulate * memory["activations"]
     seconds = {
@@ -147,6 +154,8 @@ def plan(config: Config, generation, devices, compiles=True):
         "bound_by": bound_by,
         "mfu_bound": useful / chip.flops / seconds[bound_by],
         "compile_seconds": compile_seconds,
+        **(likely or dict.fromkeys(LIKELY)),
+        "likely_mfu": likely and useful / chip.flops / likely["likely_step_seconds"],
     }
 
 
@@ -176,40 +185,41 @@ def _activation_bytes(config, n_devices):
 
 
 def _compile(traced):
-    """`(compiled program, bytes of memory per device)`; None for one that exceeds the memory."""
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as e:
-        size = r"([\d.]+)([KMGT])"
-        found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of .* hbm", str(e))
-        if not found:
-            raise
-        number, unit = filter(None, found.groups())
-        return None, float(number) * 1024 ** ("KMGT".index(unit) + 1)
+    """`(compiled program, bytes of memory per device, its optimised HLO)`.
+
+    Of a program that exceeds the memory there are only the bytes.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # `as_text()` fails on some programs for TPU
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = traced.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as e:
+            size = r"([\d.]+)([KMGT])"
+            found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of .* hbm", str(e))
+            if not found:
+                raise
+            number, unit = filter(None, found.groups())
+            return None, float(number) * 1024 ** ("KMGT".index(unit) + 1), None
+        (file,) = Path(folder).glob("*.jit_train_step.*after_optimizations.txt")
+        text = file.read_text()
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return compiled, memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    used = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return compiled, used, text
 
 
-def _compiled_flops(config, compiled, step, state, batch, n_devices):
-    """FLOPs of a device in a step, each loop multiplied out; None if the compiler counts none."""
-    choice = config.routing.choice(config.experts)
-    if config.mesh.expert > 1 or (choice and not choice.is_fixed):
-        with transports.first_round_only():
-            compiled = step.lower(state, batch).compile()
-    counted = (compiled.cost_analysis() or {}).get("flops")
-    if not counted:
-        return None
-    passes = config.routing.passes  # a loop, except in the loss
-    tokens = config.tokens_per_step // config.train.accumulate // n_devices
-    per_token = 6 * config.model.vocab_size * config.model.d_model
-    chunk = min(CHUNK_TOKENS, tokens)
-    # About 20 FLOPs of AdamW for each parameter.
-    update = 20 * parameter_counts(config).total / (n_devices // config.mesh.data)
-    n_layers, unroll = config.model.n_layers, min(config.model.unroll, config.model.n_layers)
-    in_program = unroll + n_layers % unroll  # the body of the scan, and the layers left over
-    layer = (counted - passes * chunk * per_token - update) / in_program
-    return config.train.accumulate * passes * (n_layers * layer + tokens * per_token) + update
+def _likely(text, chip):
+    """FLOPs, memory traffic and likely seconds of a step, from its optimised HLO."""
+    operations = Program(text, [splash.kernel_cost, megablox.kernel_cost]).operations
+    seconds = Counter()
+    for operation in operations:
+        seconds[scope(operation)] += operation.times * likely_seconds(operation, chip)
+    return {
+        "flops": sum(o.times * o.flops for o in operations),
+        "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
+        "likely_step_seconds": seconds.total(),
+        "seconds_by_scope": dict(seconds.most_common()),
+    }
 
 
 def candidates(config: Config, n_devices):
@@ -275,6 +285,13 @@ def table(report):
         f"({seconds}); MFU at most {report['mfu_bound']:.2f}",
         "compiled in": f"{report['compile_seconds']:.0f} s",
     }
+    if report["likely_step_seconds"]:
+        parts = report["seconds_by_scope"].items()
+        by_scope = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in parts)
+        lines["likely step"] = (
+            f"{report['likely_step_seconds']:.3f} s, MFU {report['likely_mfu']:.2f}; "
+            f"{gigabytes(report['hbm_traffic_bytes'])} of HBM traffic; in ms: {by_scope}"
+        )
     rows = [f"{report['devices']} devices of {report['generation']}: {mesh}"]
     rows += [f"{name:<15} {text}" for name, text in lines.items()]
     for entry in report["collectives"]:

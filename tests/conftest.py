@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from aoe_jax.moe import grouped_matmul
+from aoe_jax.moe.parallel import transports
 from tests.hasty import HASTY, xla_flags
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(8)}
@@ -36,6 +37,15 @@ def ragged(monkeypatch):
     backend is no matter.
     """
     monkeypatch.setattr(grouped_matmul, "_backend_here", lambda: "ragged")
+
+
+@pytest.fixture
+def first_round_only(monkeypatch):
+    """Programs without the further rounds of expert parallelism."""
+    monkeypatch.setattr(transports, "_sum_over_rounds", lambda function, first, *_: first)
+    jax.clear_caches()  # programs that were traced before have further rounds
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,6 @@ from aoe_jax.communication import collectives, each_collective
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config, default_config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.moe.parallel.transports import first_round_only
 from aoe_jax.plan import candidates, plan, train_step_for
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
 from aoe_jax.topology import topology_devices
@@ -208,15 +207,14 @@ def compiled_collectives(text, n_devices):
 
 
 @pytest.mark.parametrize("case", MERGED, ids=str)
-def test_what_moves_on_a_tpu(case):
+def test_what_moves_on_a_tpu(case, first_round_only):
     """In the program as compiled, without further rounds: nothing more; and what `plan` counts as
     merged is.
     """
     kind, mesh, transport = case
     _, devices = topology_devices("v5e:2x4")
-    with first_round_only():
-        program, _ = traced(configuration(kind, mesh, transport), devices)
-        text = program.lower().compile().as_text()
+    program, _ = traced(configuration(kind, mesh, transport), devices)
+    text = program.lower().compile().as_text()
     found = compiled_collectives(text, len(devices))
     want = Counter(IN_A_LAYER[case]) + Counter(IN_A_STEP[mesh, transport]) + Counter(ADDED[case])
     want.subtract(MERGED[case])

@@ -15,6 +15,7 @@ widths.
 """
 
 import importlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,27 @@ def tiles(m, d, f, n_experts, itemsize):
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
     td, tf = width_tile(d, limit), width_tile(f, limit)
     return {"forward": (tm, td, tf), "d_rows": (tm, tf, td), "d_weights": (tm, td, tf)}
+
+
+def kernel_cost(name, operands, results):
+    """What a kernel does in a compiled program, see `aoe_jax.hlo.Program`; None for other kernels.
+
+    Rows are read once for each tile of the output's width, weights once if one tile has their whole
+    depth, else for every tile of rows.
+    """
+    if name not in ("gmm", "tgmm"):
+        return None
+    (*_, lhs, rhs), (out,) = operands, results
+    limit = MAX_WIDTH[2 if lhs.dtype == "bf16" else 4]
+    n_experts, k, n = out.dims if name == "tgmm" else (rhs.dims[0], lhs.dims[1], out.dims[1])
+    m = math.prod(lhs.dims) // k
+    lhs_reads, rhs_reads = math.ceil(n / width_tile(n, limit)), 1
+    if name == "tgmm":
+        rhs_reads = math.ceil(k / width_tile(k, limit))
+    elif k > limit:
+        rhs_reads = math.ceil(m / row_tile(m, n_experts)) / n_experts
+    traffic = lhs_reads * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
+    return 2 * m * k * n, traffic
 
 
 def _round_up(value, multiple):

@@ -13,9 +13,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from aoe_jax.hardware import target_device
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
 from aoe_jax.sharding import MESH_AXES, RULES
@@ -82,8 +84,7 @@ class Devices:
     @property
     def has_ragged(self):
         """Whether `ragged_all_to_all` compiles for these devices."""
-        device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-        return device.device_kind in RAGGED_PLATFORMS
+        return target_device().device_kind in RAGGED_PLATFORMS
 
     def total(self, x, axes=MESH_AXES):
         """The sum over all devices, or over those along some axes."""
@@ -250,10 +251,27 @@ def _gather_cast(w, dtype, axis, dimension):
 
 _gather_cast.defvjp(
     lambda w, *how: (_gather_cast(w, *how), jnp.zeros((), w.dtype)),
-    lambda dtype, axis, dimension, like, g: (
-        jax.lax.psum_scatter(g.astype(like.dtype), axis, scatter_dimension=dimension, tiled=True),
-    ),
+    lambda dtype, axis, dimension, like, g: (sum_gradients(g.astype(like.dtype), axis, dimension),),
 )
+
+
+def sum_gradients(g, axis, dimension, in_stages=None):
+    """Sums gradients over a mesh axis of several devices and keeps this device's piece.
+
+    The TPU compiler makes an all-reduce of a `psum_scatter` over an axis that spans a slice of 16
+    chips or more. So there it is done in two stages over groups of about the square root of the
+    axis: each is a native reduce-scatter, and together they send as many bytes. `in_stages`:
+    whether; None: over 16 devices or more on TPU.
+    """
+    n = jax.lax.axis_size(axis)
+    scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
+    size = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0)
+    if in_stages is None:
+        in_stages = n >= 16 and target_device().platform == "tpu"
+    if size == 1 or not in_stages:
+        return scatter(g)
+    ranks = np.arange(n).reshape(-1, size)  # row by row, as the pieces are
+    return scatter(scatter(g, axis_index_groups=ranks.T.tolist()), axis_index_groups=ranks.tolist())
 
 
 def ragged_offsets(rank, n_devices, n_rows):

@@ -16,7 +16,6 @@ tokens choose the experts of one device.
 E devices along expert; letters in shapes: see `aoe_jax/moe/__init__.py`.
 """
 
-import contextlib
 import math
 from functools import partial
 from typing import NamedTuple
@@ -249,24 +248,7 @@ def _sum_over_rounds(function, first, count, plan, args):
       plan: arrays without a gradient.
       args: arrays with a gradient.
     """
-    if _first_round_only:
-        return first
     return (first + _further_rounds(function, plan, count, args)).astype(first.dtype)
-
-
-_first_round_only = []
-
-
-@contextlib.contextmanager
-def first_round_only():
-    """Traces programs without further rounds, to count what balanced loads cost."""
-    _first_round_only.append(True)
-    jax.clear_caches()  # programs that were traced before have further rounds
-    try:
-        yield
-    finally:
-        _first_round_only.pop()
-        jax.clear_caches()
 
 
 def _loop(function, count, like):

@@ -1,0 +1,158 @@
+"""What optimised programs for TPU are counted to do, against what was written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aoe_jax import hlo
+from aoe_jax.hardware import CHIPS
+from aoe_jax.model.attention import causal_attention, splash
+from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox
+from aoe_jax.moe.parallel.collectives import sum_gradients
+from aoe_jax.topology import topology_devices
+
+KERNELS = [splash.kernel_cost, megablox.kernel_cost]
+
+
+def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):
+    """Of `function` on each device, as compiled for TPU; `axis` splits the first axis of shapes."""
+    _, devices = topology_devices(topology)
+    spec = PartitionSpec(axis) if axis else PartitionSpec()
+    mesh = Mesh(np.array(devices[:n_devices]), ("fsdp",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    with jax.set_mesh(mesh):
+        args = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, dtype in shapes
+        ]
+        text = jax.jit(mapped).lower(*args).compile().as_text()
+    return hlo.Program(text, KERNELS).operations
+
+
+def total(found, name):
+    return sum(o.times * getattr(o, name) for o in found)
+
+
+def test_loops_count_as_often_as_they_run():
+    """A loop of five products of [2048, 1024] and [1024, 1024]; one of unknown length counts once
+    less than it runs.
+    """
+
+    def five(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    def unknown(x, w, n):
+        return jax.lax.fori_loop(0, n[0], lambda _, x: jnp.tanh(x @ w[0]), x)
+
+    x, w = ((2048, 1024), jnp.bfloat16), ((5, 1024, 1024), jnp.bfloat16)
+    found = operations(five, x, w)
+    assert total(found, "flops") == 5 * 2 * 2048 * 1024 * 1024
+    # Read once from main memory: the weights of each product, and x; written at the end.
+    least = 2 * (5 * 1024 * 1024 + 2 * 2048 * 1024)
+    assert least <= total(found, "hbm_bytes") < 3 * least
+    assert total(operations(unknown, x, w, ((1,), jnp.int32)), "flops") == 0
+
+
+def test_narrow_arrays_are_padded():
+    """To 128 lanes: a copy of [4096, 8] in float32 moves 16 times its numbers."""
+    found = operations(lambda x: x + 1, ((512, 2048, 8), jnp.float32))
+    numbers = 4 * 512 * 2048 * 8
+    array = hlo.Array("f32", (4096, 8), "{1,0:T(8,128)}")
+    assert array.bytes == 16 * 4 * 4096 * 8 and array.in_hbm
+    assert not hlo.Array("f32", (4096, 8), "{1,0:T(8,128)S(1)}").in_hbm
+    assert total(found, "hbm_bytes") >= 2 * numbers
+
+
+def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
+    def update(stack, x, i):
+        row = jax.lax.dynamic_index_in_dim(stack, i[0], keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(stack, jnp.tanh(row) + x, i[0], 0)
+
+    def in_loop(stack, x):
+        def body(stack, i):
+            return update(stack, x, i[None]), None
+
+        return jax.lax.scan(body, stack, jnp.arange(3))[0]
+
+    found = operations(in_loop, ((64, 1024, 1024), jnp.float32), ((1024, 1024), jnp.float32))
+    one = 4 * 1024 * 1024
+    copy = 2 * 64 * one  # of the argument, which may not be overwritten
+    assert total(found, "hbm_bytes") <= copy + 3 * 4 * one
+
+
+@pytest.mark.parametrize("d", [512, 2048])
+def test_grouped_products_count_by_their_tiles(d):
+    m, f, n_experts = 8192, 1024, 4
+
+    def both(rows, weights, sizes):
+        y, pull_back = jax.vjp(
+            lambda *a: grouped_matmul(*a, sizes, backend="megablox"), rows, weights
+        )
+        return y, pull_back(y)
+
+    shapes = ((m, d), jnp.bfloat16), ((n_experts, d, f), jnp.bfloat16), ((n_experts,), jnp.int32)
+    kernels = [o for o in operations(both, *shapes) if o.opcode == "tpu_custom_call"]
+    assert len(kernels) == 3 and total(kernels, "flops") == 3 * 2 * m * d * f
+    rows, weights, out = 2 * m * d, 2 * n_experts * d * f, 2 * m * f
+    least = 3 * (rows + weights + out)
+    # Depth over 1,024 is cut into tiles, so weights are read for every tile of rows.
+    assert (total(kernels, "hbm_bytes") > 1.5 * least) == (d == 2048)
+
+
+def test_attention_counts_by_its_blocks():
+    b, n_heads, s, h = 2, 4, 2048, 64
+
+    def both(q, k, v):
+        y, pull_back = jax.vjp(lambda *a: causal_attention(*a), q, k, v)
+        return y, pull_back(y)
+
+    found = operations(both, *[((b, n_heads, s, h), jnp.bfloat16)] * 3)
+    kernels = [o for o in found if o.opcode == "tpu_custom_call"]
+    product = 2 * b * n_heads * s * s * h * 5 / 8  # of four blocks, 10 of 16 pairs
+    assert sorted(o.flops for o in kernels) == [2 * product, 3 * product, 4 * product]
+    assert total(kernels, "occupied_flops") == 2 * total(kernels, "flops")
+    assert total(found, "hbm_bytes") < 0.2e9  # scores would be 0.13 GB for each pass over them
+
+
+@pytest.mark.parametrize(("topology", "n"), [("v5e:4x4", 16), ("v5p:4x4x4", 64)])
+def test_gradients_are_reduced_and_scattered_natively(topology, n):
+    """Over an axis that spans the slice, too; each device sends what one reduce-scatter would."""
+    shape = (64, 2048, 1408)
+    found = operations(
+        lambda g: sum_gradients(g, "fsdp", 1),
+        ((n * shape[0], *shape[1:]), jnp.float32),
+        topology=topology,
+        n_devices=n,
+        axis="fsdp",
+    )
+    kinds = [o.collective for o in found if o.collective]
+    assert kinds == ["reduce-scatter"] * 2
+    received = sum(o.sent_bytes * (1 - 1 / o.group_size) for o in found if o.collective)
+    assert received == pytest.approx(4 * np.prod(shape) * (1 - 1 / n), rel=1e-3)
+
+
+def test_likely_seconds():
+    chip = CHIPS["v5e"]
+    op = hlo.Operation("a", "fusion", "", hbm_bytes=0.82e9, flops=1e9, occupied_flops=1e9)
+    assert hlo.likely_seconds(op, chip) == pytest.approx(1e-3)
+    with_cycles = hlo.Operation("a", "fusion", "", cycles=3e6, hbm_bytes=0.82e9)
+    assert hlo.likely_seconds(with_cycles, chip) == pytest.approx(2e-3)
+    sums = {"collective": "all-reduce", "sent_bytes": 200e6, "group_size": 2}
+    assert hlo.likely_seconds(hlo.Operation("a", "", "", **sums), chip) == pytest.approx(1e-3)
+    assert hlo.likely_seconds(hlo.Operation("a", "", "", is_async=True, **sums), chip) == 0
+
+
+@pytest.mark.parametrize(
+    ("op_name", "want"),
+    [
+        ("jit(train_step)/jvp(Decoder.features)/while/body/layers/attention/dot", "attention"),
+        ("jit(train_step)/transpose(jvp(loss))/shard_map/while/body/dot", "loss"),
+        ("jit(f)/layers/experts/shard_map/checkpoint/dispatch/select_n", "dispatch"),
+        ("jit(f)/layers/experts/shard_map/checkpoint/experts/cond/jit(gmm)/pallas_call", "experts"),
+        ("jit(train_step)/add", "other"),
+    ],
+)
+def test_operations_belong_to_the_innermost_scope(op_name, want):
+    assert hlo.scope(hlo.Operation("a", "fusion", op_name)) == want
