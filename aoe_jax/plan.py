@@ -114,7 +114,7 @@ def plan(config: Config, generation, devices, compiles=True):
         compile_seconds = time.perf_counter() - started
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
-            likely = _likely(text, chip) if devices[0].platform == "tpu" else None
+            likely = _likely(text, chip) if text else None
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()
@@ -187,7 +187,8 @@ def _activation_bytes(config, n_devices):
 def _compile(traced):
     """`(compiled program, bytes of memory per device, its optimised HLO)`.
 
-    Of a program that exceeds the memory there are only the bytes.
+    Of a program that exceeds the memory there are only the bytes. The text, with the compiler's
+    cycles, is there for TPU only.
     """
     with tempfile.TemporaryDirectory() as folder:  # `as_text()` fails on some programs for TPU
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -200,8 +201,8 @@ def _compile(traced):
                 raise
             number, unit = filter(None, found.groups())
             return None, float(number) * 1024 ** ("KMGT".index(unit) + 1), None
-        (file,) = Path(folder).glob("*.jit_train_step.*after_optimizations.txt")
-        text = file.read_text()
+        files = Path(folder).glob("*.jit_train_step.*.after_codegen.txt")
+        text = next((file.read_text() for file in files), None)
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     used = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes

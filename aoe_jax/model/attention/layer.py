@@ -56,8 +56,8 @@ def rotary(x, cos, sin):
 def rotary_by_product(x, cos, sin):
     """`rotary`, where the halves of a head change places in a product with a permutation.
 
-    A TPU moves parts of its 128 lanes slowly, and through HBM; the product fuses with what is around
-    it.
+    A TPU moves parts of its 128 lanes slowly, and through HBM; the product fuses with the
+    operations around it.
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)
