@@ -15,8 +15,10 @@ XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pall
 
 import math
 import re
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -422,6 +424,19 @@ def scope(operation):
         if name in SCOPES:
             return name
     return "copies" if "copy" in operation.opcode else "other"
+
+
+def compile_and_read(lowered):
+    """`(compiled program, its text with the compiler's cycles)`; the text is None except for TPU.
+
+    It comes from the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX,
+    and fails on some programs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        files = Path(folder).glob("*.after_codegen.txt")
+        return compiled, next((file.read_text() for file in files), None)
 
 
 # Parsing

@@ -29,7 +29,6 @@ import itertools
 import logging
 import math
 import re
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -46,7 +45,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
-from aoe_jax.hlo import Program, likely_seconds, scope
+from aoe_jax.hlo import Program, compile_and_read, likely_seconds, scope
 from aoe_jax.json_files import write_json
 from aoe_jax.model.attention import splash
 from aoe_jax.moe.grouped_matmul import megablox
@@ -187,22 +186,17 @@ def _activation_bytes(config, n_devices):
 def _compile(traced):
     """`(compiled program, bytes of memory per device, its optimised HLO)`.
 
-    Of a program that exceeds the memory there are only the bytes. The text, with the compiler's
-    cycles, is there for TPU only.
+    Of a program that exceeds the memory there are only the bytes. The text is there for TPU only.
     """
-    with tempfile.TemporaryDirectory() as folder:  # `as_text()` fails on some programs for TPU
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            compiled = traced.lower().compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as e:
-            size = r"([\d.]+)([KMGT])"
-            found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of .* hbm", str(e))
-            if not found:
-                raise
-            number, unit = filter(None, found.groups())
-            return None, float(number) * 1024 ** ("KMGT".index(unit) + 1), None
-        files = Path(folder).glob("*.jit_train_step.*.after_codegen.txt")
-        text = next((file.read_text() for file in files), None)
+    try:
+        compiled, text = compile_and_read(traced.lower())
+    except jax.errors.JaxRuntimeError as e:
+        size = r"([\d.]+)([KMGT])"
+        found = re.search(rf"\({size}\) exceeds available HBM|Used {size} of .* hbm", str(e))
+        if not found:
+            raise
+        number, unit = filter(None, found.groups())
+        return None, float(number) * 1024 ** ("KMGT".index(unit) + 1), None
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     used = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes

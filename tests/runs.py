@@ -31,6 +31,7 @@ FOR_TPUS = {
     "aoe_jax.plan",
     "aoe_jax.compare",
     "aoe_jax.compare.plan",
+    "benchmarks.attention",
     "benchmarks.tpu_compile",
 }  # may compile for them
 

@@ -27,7 +27,7 @@ def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):
             jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
             for shape, dtype in shapes
         ]
-        text = jax.jit(mapped).lower(*args).compile().as_text()
+        _, text = hlo.compile_and_read(jax.jit(mapped).lower(*args))
     return hlo.Program(text, KERNELS).operations
 
 
