@@ -4,13 +4,13 @@ and collectives of each operation, with loops multiplied by their trip counts.
 XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pallas kernels. Here:
 
 - Memory traffic is what an operation reads from and writes to HBM, with the padding of the layout.
-  What the compiler keeps in on-chip memory (`S(1)` on TPU) counts nothing. A slice reads what it
-  takes, and an update in place writes what it changes. A fusion reads its parameters once.
+  Arrays that the compiler keeps in on-chip memory (`S(1)` on TPU) are left out. A slice reads what
+  it takes, and an update in place writes what it changes. A fusion reads its parameters once.
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
   states of itself.
 - Cycles are the compiler's estimate, on TPU, where it has one.
 - A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism,
-  which balanced loads do not need. Of a condition, the branch with the most traffic counts.
+  which balanced loads do not need. A condition counts as its branch with the most traffic.
 """
 
 import math
@@ -36,7 +36,7 @@ SCOPES = (
     "loss",
     "update",
 )
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128, "f4e2m1fn": 4}
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of a type whose name does not end in its bits
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -61,6 +61,7 @@ _FREE = {
     "replica-id",
     "tuple",
 }
+_ASYNC = ("AsyncCollectiveStart", "AsyncCollectiveDone")
 _FREE_KERNELS = {
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
@@ -86,7 +87,9 @@ class Array:
     @cached_property
     def bytes(self):
         """Its size in memory, with the padding of its layout."""
-        bits = _BITS.get(self.dtype) or int(re.match(r"[a-z]+(\d+)", self.dtype).group(1))
+        bits = _BITS.get(self.dtype)
+        if bits is None:
+            bits = int(re.match(r"[a-z]+(\d+)", self.dtype).group(1))
         return self._padded_size() * bits / 8
 
     @property
@@ -180,6 +183,9 @@ class Program:
     def __init__(self, text, kernel_costs=()):
         """Parses the text."""
         self.kernel_costs = kernel_costs
+        header = text.partition("\n")[0]
+        counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
+        self.n_devices = math.prod(map(int, counts))
         self.computations, self.entry = _parse(text)
         self._by_name = {
             name: {i.name: i for i in instructions}
@@ -248,12 +254,14 @@ class Program:
             hbm_bytes=0.0,  # its time is that of the network
             collective=i.collective,
             sent_bytes=max(operand_bytes, result_bytes),
-            group_size=_group_size(i),
+            group_size=self._group_size(i),
             is_async=is_async,
         )
 
     def _collectives_of_fusion(self, i, times):
-        """Collectives that the compiler has put into a fusion, which starts them."""
+        """Collectives in a fusion: one that it starts, or a reduce-scatter as an all-reduce and a
+        slice. Fusions that run beside a started one name it, too.
+        """
         name = i.called("calls") if i.opcode == "fusion" else None
         if not name:
             return []
@@ -261,10 +269,28 @@ class Program:
         is_async = any(x.target == "AsyncCollectiveStart" for x in inside)
         found = []
         for x in inside:
-            if x.collective:
+            if x.collective and (is_async or "chain_id" not in x.attributes):
                 op = Operation(x.name, x.opcode, x.attribute(r'op_name="([^"]*)"') or "", times)
-                found.append(replace(self._as_collective(op, x, known), is_async=is_async))
+                op = replace(self._as_collective(op, x, known), is_async=is_async)
+                if name.startswith("all-reduce-scatter"):
+                    op = replace(op, collective="reduce-scatter")
+                found.append(op)
         return found
+
+    def _group_size(self, i):
+        """Devices of one group of a collective."""
+        if i.collective == "collective-permute":
+            return math.inf  # a device receives all that another sends
+        if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices of a group]
+            return int(sizes.split(",")[-1])
+        if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+            return len(group.split(","))
+        if mesh := i.attribute(r"replica_groups=mesh(\[[^\]]*\] \{[^}]*\})"):
+            axes = re.findall(r"'(\w+)'", mesh.split("]")[1])
+            return math.prod(int(re.search(rf"'{axis}'=(\d+)", mesh).group(1)) for axis in axes)
+        if "replica_groups={}" in i.attributes:
+            return self.n_devices
+        raise ValueError(f"collective {i.name} names its devices in an unknown way: {i.attributes}")
 
     def _root(self, computation):
         return next(i for i in self.computations[computation] if i.is_root)
@@ -281,7 +307,9 @@ class Program:
             if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.literal)
         }
         for i in condition:
-            for name in i.operands if i.opcode in ("compare", "fusion") else ():
+            inside = self.computations[i.called("calls")] if i.opcode == "fusion" else [i]
+            counts_up = any("direction=LT" in x.attributes for x in inside)
+            for name in i.operands if counts_up else ():
                 if name in constants:
                     return constants[name]
         return 0
@@ -291,20 +319,20 @@ class Program:
     def _traffic(self, i, known):
         """Bytes that an instruction reads from main memory and writes there."""
         if i.opcode == "copy-start":
-            return known[i.operands[0]].hbm_bytes + i.arrays[1].hbm_bytes
+            return known[i.operands[0]].hbm_bytes + i.arrays[0].hbm_bytes  # destination first
         if i.opcode in ("slice-start", "dynamic-slice-start"):
             return sum(a.bytes for a in i.arrays if not a.in_hbm and a.dims)
         stated = i.attribute(r'"bytes_accessed":"(\d+)"')
         if i.opcode == "custom-call" and stated and int(stated):
             return float(stated)
         reads = sum(
-            self._read(i, k, known[name].hbm_bytes, known[name].arrays)
+            self._read(i, k, known[name].hbm_bytes)
             for k, name in enumerate(i.operands)
             if name in known and name not in i.operands[:k]
         )
         return reads + self._written(i, known)
 
-    def _read(self, user, index, whole, arrays):
+    def _read(self, user, index, whole):
         """What an instruction reads of its operand `index`, of which `whole` is in main memory."""
         if not whole:
             return 0.0
@@ -312,7 +340,7 @@ class Program:
             return min(whole, sum(a.bytes for a in user.arrays))
         if user.opcode in ("dynamic-update-slice", "scatter") and index == 0:
             return 0.0
-        if user.opcode in ("bitcast", "tuple") or user.collective:
+        if user.opcode in ("bitcast", "tuple") or user.collective or user.target in _ASYNC:
             return 0.0
         computation = user.called("calls") if user.opcode == "fusion" else None
         if not computation:
@@ -334,7 +362,7 @@ class Program:
                 if user.opcode == "bitcast":
                     total += self._read_inside(computation, user.name, whole)
                 else:
-                    total += self._read(user, k, whole, user.arrays)
+                    total += self._read(user, k, whole)
         return total
 
     def _written(self, i, known):
@@ -359,7 +387,7 @@ class Program:
         """What a result of a fusion writes; what passes through or is updated in place is less."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
-        if part.opcode == "parameter" or part.collective or part.target == "AsyncCollectiveStart":
+        if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
             return 0.0
         if part.opcode == "dynamic-update-slice":
             return inside[part.operands[1]].arrays[0].bytes
@@ -402,9 +430,10 @@ class Program:
 def likely_seconds(operation, chip):
     """The likely time of one run of an operation on a `hardware.Chip`.
 
-    That of a collective is the time of its bytes at the bandwidth of the links, by the usual ring
-    algorithms; 0 if it runs beside other work. Else the compiler's cycles count where it has them,
-    or the larger of the times that FLOPs and memory traffic take at the peaks.
+    For a collective, that of its bytes at the bandwidth of all links of a chip, by the usual ring
+    algorithms; 0 if it runs beside other work. A ring over a part of a torus has fewer links, and
+    takes longer. For other operations the compiler's cycles where it has them, or the larger of the
+    times that FLOPs and memory traffic take at the peaks.
     """
     if operation.collective:
         rounds = 2 if operation.collective == "all-reduce" else 1
@@ -494,15 +523,6 @@ def _branches(conditional):
     if listed:
         return [name.strip().lstrip("%") for name in listed.split(",")]
     return [conditional.called("true_computation"), conditional.called("false_computation")]
-
-
-def _group_size(collective):
-    """Devices of one group of a collective; 1 where the text does not say."""
-    shape = collective.attribute(r"replica_groups=\[([\d,]+)\]")
-    if shape:  # [groups, devices of a group]
-        return int(shape.split(",")[-1])
-    listed = collective.attribute(r"replica_groups=\{\{([\d,]+)\}")
-    return len(listed.split(",")) if listed else 1
 
 
 def _convolution_flops(i, known):

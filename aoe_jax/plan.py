@@ -114,6 +114,8 @@ def plan(config: Config, generation, devices, compiles=True):
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
             likely = _likely(text, chip) if text else None
+            if not text and devices[0].platform == "tpu":
+                log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()

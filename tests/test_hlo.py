@@ -36,9 +36,7 @@ def total(found, name):
 
 
 def test_loops_count_as_often_as_they_run():
-    """A loop of five products of [2048, 1024] and [1024, 1024]; one of unknown length counts once
-    less than it runs.
-    """
+    """Five products of [2048, 1024] and [1024, 1024]; loops of unknown length are left out."""
 
     def five(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
@@ -56,13 +54,11 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_narrow_arrays_are_padded():
-    """To 128 lanes: a copy of [4096, 8] in float32 moves 16 times its numbers."""
-    found = operations(lambda x: x + 1, ((512, 2048, 8), jnp.float32))
-    numbers = 4 * 512 * 2048 * 8
+    """To 128 lanes."""
     array = hlo.Array("f32", (4096, 8), "{1,0:T(8,128)}")
     assert array.bytes == 16 * 4 * 4096 * 8 and array.in_hbm
     assert not hlo.Array("f32", (4096, 8), "{1,0:T(8,128)S(1)}").in_hbm
-    assert total(found, "hbm_bytes") >= 2 * numbers
+    assert hlo.Array("token", (), "").bytes == 0 and hlo.Array("c64", (2,), "").bytes == 16
 
 
 def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
@@ -131,6 +127,61 @@ def test_gradients_are_reduced_and_scattered_natively(topology, n):
     assert kinds == ["reduce-scatter"] * 2
     received = sum(o.sent_bytes * (1 - 1 / o.group_size) for o in found if o.collective)
     assert received == pytest.approx(4 * np.prod(shape) * (1 - 1 / n), rel=1e-3)
+
+
+COLLECTIVES = """HloModule step, num_partitions=16
+
+%start (p: f32[1,1024]) -> (f32[1,1024], f32[16,1024]) {
+  %p = f32[1,1024]{1,0} parameter(0)
+  %all-gather.1 = f32[16,1024]{1,0} all-gather(%p), replica_groups=[1,16], chain_id="7"
+  ROOT %started = (f32[1,1024]{1,0}, f32[16,1024]{1,0}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: f32[1,1024]) -> f32[1,1024] {
+  %p.1 = f32[1,1024]{1,0} parameter(0)
+  %all-gather.2 = f32[16,1024]{1,0} all-gather(%p.1), replica_groups=[1,16], chain_id="7"
+  ROOT %copy.9 = f32[1,1024]{1,0} copy(%p.1)
+}
+
+%all-reduce-scatter.3 (p: f32[16,1024]) -> f32[1,1024] {
+  %p.2 = f32[16,1024]{1,0} parameter(0)
+  %all-reduce.4 = f32[16,1024]{1,0} all-reduce(%p.2), replica_groups={}
+  ROOT %cut = f32[1,1024]{1,0} slice(%all-reduce.4), slice={[0:1], [0:1024]}
+}
+
+ENTRY %main (a: f32[1,1024], b: f32[16,1024]) -> f32[1,1024] {
+  %a = f32[1,1024]{1,0} parameter(0)
+  %b = f32[16,1024]{1,0} parameter(1)
+  %copy-start = (f32[16,1024]{1,0S(1)}, f32[16,1024]{1,0}, u32[]) copy-start(%b)
+  %copy-done = f32[16,1024]{1,0S(1)} copy-done(%copy-start)
+  %fusion.1 = (f32[1,1024]{1,0}, f32[16,1024]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %fusion.2 = f32[1,1024]{1,0} fusion(%a), kind=kLoop, calls=%beside
+  %sum = f32[16,1024]{1,0} all-reduce(%b), replica_groups=mesh['x'=4,'y'=2] {'x'}
+  %moved = f32[16,1024]{1,0} collective-permute(%b), source_target_pairs={{0,1}}
+  ROOT %fusion.3 = f32[1,1024]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def test_collectives_count_once_and_by_their_kind():
+    found = {o.name: o for o in hlo.Program(COLLECTIVES).operations}
+    size = 4 * 16 * 1024
+    collectives = {
+        name: (o.collective, o.sent_bytes, o.group_size, o.is_async)
+        for name, o in found.items()
+        if o.collective
+    }
+    assert collectives == {
+        "all-gather.1": ("all-gather", size, 16, True),
+        "sum": ("all-reduce", size, 4, False),
+        "moved": ("collective-permute", size, np.inf, False),
+        "all-reduce.4": ("reduce-scatter", size, 16, False),
+    }
+    assert found["copy-start"].hbm_bytes == size  # into on-chip memory
+    unknown = COLLECTIVES.replace("replica_groups={}", "devices=all")
+    with pytest.raises(ValueError, match="all-reduce.4 names its devices in an unknown way"):
+        _ = hlo.Program(unknown).operations
 
 
 def test_likely_seconds():

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config.model import ModelConfig
+from aoe_jax.config.run import Config, default_config
 from aoe_jax.errors import UserError
 from aoe_jax.model.attention import backend_for, causal_attention
 from aoe_jax.model.attention.blocks import (
@@ -17,6 +19,8 @@ from aoe_jax.model.attention.blocks import (
     MIN_BLOCK,
     attention_and_peaks,
 )
+from aoe_jax.model.attention.cudnn import check as check_cudnn
+from aoe_jax.model.attention.cudnn import cudnn_attention, is_cudnn_forward
 from aoe_jax.model.attention.layer import (
     Attention,
     attend_to_cache,
@@ -260,8 +264,7 @@ def test_the_platform_chooses_the_backend(caplog, device, dtype, width, want):
     ("backend", "dtype", "message"),
     [
         ("flash", "float32", "attention backend='flash' is unknown; use auto, blocks or splash"),
-        ("cudnn", "float32", "attention backend='cudnn' with float32: use bfloat16 or float16"),
-        ("cudnn", "bfloat16", "'cudnn' with heads of width 10: use a multiple of 8 up to 128"),
+        ("cudnn", "bfloat16", "backend='cudnn' does not run on platform 'cpu'; use auto"),
         ("splash", "float16", "attention backend='splash' with float16: use bfloat16 or float32"),
     ],
 )
@@ -269,6 +272,43 @@ def test_what_a_backend_does_not_take(backend, dtype, message):
     args, _, _ = arrays(4, jnp.float32)
     with pytest.raises(UserError, match=message):
         causal_attention(*(a.astype(dtype) for a in args), backend=backend)
+
+
+def test_what_cudnn_does_not_take():
+    with pytest.raises(UserError, match="'cudnn' with float32: use bfloat16 or float16"):
+        check_cudnn("float32", 64)
+    with pytest.raises(UserError, match="heads of width 10: use a multiple of 8 up to 128"):
+        check_cudnn("bfloat16", 10)
+    check_cudnn("bfloat16", 128)
+
+
+def cudnn_calls(length, masked, policy=None):
+    """How often a program with gradients runs the forward kernel; the kernels cannot run here."""
+    args, _, documents = arrays(length, jnp.bfloat16, 4, 2, 64)
+    attention = partial(cudnn_attention, segment_ids=documents if masked else None)
+    if policy:
+        attention = jax.checkpoint(attention, policy=policy)
+    jaxpr = jax.make_jaxpr(lambda *a: jax.vjp(attention, *a)[1](attention(*a)))(*args)
+    return str(jaxpr).count("dot_product_attention_fwd_wrapper[")
+
+
+@pytest.mark.parametrize(("length", "masked"), [(64, False), (63, True)])
+def test_rematerialisation_keeps_what_cudnn_needs(monkeypatch, length, masked):
+    """Else its forward kernel would run once more."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90000)
+    once = cudnn_calls(length, masked)
+    assert cudnn_calls(length, masked, is_cudnn_forward) == once
+    nothing = jax.checkpoint_policies.nothing_saveable
+    assert cudnn_calls(length, masked, nothing) == once + 1
+
+
+def test_attention_peaks_need_blocks():
+    config = default_config()
+    config.experts.kind, config.routing = "router", {"name": "da_moe"}
+    config.model.attention = "splash"
+    wanted = "config.model.attention='splash': has no attention peaks, which routing.name='da_moe'"
+    with pytest.raises(UserError, match=wanted):
+        Config.from_config_dict(config)
 
 
 def test_shapes_that_do_not_fit():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
@@ -189,6 +189,24 @@ def test_further_rounds_are_needed_for_that(x64, ragged, first_round_only):
     got = on_mesh((1, 1, 8, 1), layer, params, x, weights, bias)
     want = evaluate(layer, params, x, weights, bias)
     assert float(jnp.abs(got[1][0] - want[1][0]).max()) > 0.1
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_gradients_in_two_stages_are_those_in_one(dimension):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    g = jax.random.normal(jax.random.key(0), (8, 16, 24))  # of each device, [16, 24]
+    pieces = PartitionSpec(*[None] * dimension, "fsdp")
+
+    def summed(in_stages):
+        def function(g):
+            return parallel.sum_gradients(g[0], "fsdp", dimension, in_stages)
+
+        of_devices = PartitionSpec("fsdp")
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=of_devices, out_specs=pieces)
+        return jax.jit(mapped)(g)
+
+    np.testing.assert_allclose(summed(True), g.sum(axis=0), atol=1e-5)
+    np.testing.assert_allclose(summed(False), g.sum(axis=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -20,6 +20,7 @@ from aoe_jax.model.attention.cudnn import cudnn_attention
 from aoe_jax.model.attention.splash import splash_attention
 
 BACKENDS = {"blocks": blocks_attention, "splash": splash_attention, "cudnn": cudnn_attention}
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu", "cuda")}  # others: all
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 
@@ -41,7 +42,7 @@ def causal_attention(q, k, v, segment_ids=None, *, backend="auto"):
       pass needs beside q, k and v is named `KEPT_ATTENTION`.
 
     Raises:
-      UserError: the backend is unknown, or does not take the dtype or head width.
+      UserError: the backend is unknown, or does not take the platform, dtype or head width.
       ValueError: shapes or dtypes do not fit together.
     """
     b, n_heads, s, h = q.shape
@@ -60,6 +61,11 @@ def causal_attention(q, k, v, segment_ids=None, *, backend="auto"):
     if backend not in BACKENDS:
         raise UserError(
             f"attention backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
+        )
+    platform = target_device().platform
+    if platform not in PLATFORMS.get(backend, (platform,)):
+        raise UserError(
+            f"attention backend={backend!r} does not run on platform {platform!r}; use auto"
         )
     return BACKENDS[backend](q, k, v, segment_ids)
 
@@ -84,4 +90,4 @@ def _is_ampere_or_later(device):
     capability = getattr(device, "compute_capability", None)
     if capability is None:  # an AbstractDevice has only a name
         return not _WITHOUT_CUDNN.search(device.device_kind)
-    return float(capability) >= 8
+    return str(capability)[0].isdigit() and float(capability) >= 8  # AMD's begin with gfx

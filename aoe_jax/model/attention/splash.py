@@ -25,7 +25,7 @@ def splash_attention(q, k, v, segment_ids=None):
     if q.dtype not in DTYPES:
         raise UserError(f"attention backend='splash' with {q.dtype}: use {' or '.join(DTYPES)}")
     length = q.shape[2]
-    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     # Padding lies after all positions, so no position attends to it.
     padding = -length % LANES
     q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, padding), (0, 0))) for a in (q, k, v))
@@ -59,7 +59,7 @@ def kernel_cost(name, operands, results):
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
         return None
-    q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype != "s8")
+    q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
     *_, n_heads, length, width = q.dims
     n_blocks = length // block_size(length)
     share = (n_blocks + 1) / 2
@@ -69,7 +69,7 @@ def kernel_cost(name, operands, results):
         once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
     traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
     pairs = math.prod(q.dims[:-1]) * length * (n_blocks + 1) / (2 * n_blocks)
-    occupied = max(width, LANES)
+    occupied = -(-width // LANES) * LANES
     return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
 
 

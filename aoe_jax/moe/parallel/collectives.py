@@ -259,9 +259,14 @@ def sum_gradients(g, axis, dimension, in_stages=None):
     """Sums gradients over a mesh axis of several devices and keeps this device's piece.
 
     The TPU compiler makes an all-reduce of a `psum_scatter` over an axis that spans a slice of 16
-    chips or more. So there it is done in two stages over groups of about the square root of the
-    axis: each is a native reduce-scatter, and together they send as many bytes. `in_stages`:
-    whether; None: over 16 devices or more on TPU.
+    chips or more. Two stages over groups of about the square root of the axis send half the bytes:
+    for all but small gradients each is a native reduce-scatter.
+
+    Args:
+      g: gradients, alike on all devices in shape.
+      axis: a mesh axis.
+      dimension: of `g`, which the devices divide among them.
+      in_stages: whether to sum in two stages; None: on TPU, over 16 devices or more.
     """
     n = jax.lax.axis_size(axis)
     scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
