@@ -1,7 +1,6 @@
 """What every command line shares: flags, logging to stderr, and how a program ends."""
 
 import ast
-import functools
 import logging
 import os
 import runpy
@@ -39,12 +38,22 @@ class _TupleParser(flags.ArgumentParser):
         return "tuple"
 
 
-_DEFINE = {
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    bool: flags.DEFINE_bool,
-    str: flags.DEFINE_string,
-    tuple: functools.partial(flags.DEFINE, _TupleParser()),
+class _OrNone(flags.ArgumentParser):
+    def __init__(self, parser):
+        self._parser = parser
+
+    def parse(self, argument):
+        return None if argument == "None" else self._parser.parse(argument)
+
+    def flag_type(self):
+        return self._parser.flag_type()
+
+
+_PARSERS = {
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    str: flags.ArgumentParser(),
+    tuple: _TupleParser(),
 }
 
 
@@ -53,8 +62,13 @@ def define_config_flag():
     from aoe_jax.config.run import field_types  # imports JAX
 
     for group, fields in field_types().items():
-        for field, (kind, *_) in fields.items():
-            _DEFINE[kind](f"config.{group}.{field}", None, "")
+        for field, (kind, *others) in fields.items():
+            name = f"config.{group}.{field}"
+            if kind is bool:
+                flags.DEFINE_bool(name, None, "")
+            else:
+                parser = _OrNone(_PARSERS[kind]) if type(None) in others else _PARSERS[kind]
+                flags.DEFINE(parser, name, None, "")
     about = "FILE.py or FILE.py:VARIANT, changed by --config.GROUP.FIELD=VALUE"
     return flags.DEFINE_string("config", None, about)
 
@@ -80,10 +94,11 @@ def parsed_config(flag):
             values[field] = FLAGS[name].value
     if routing:  # of the router in the file, or of another one that `routing.name` chooses
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
-        name = routing.get("name", kind if kind in LAYERS else of_file.get("name", "top_k"))
+        default = kind if kind in LAYERS else "top_k"
+        name = routing.get("name", kind if kind in LAYERS else of_file.get("name", default))
         wanted = f"leave it out, because experts.kind={kind!r} has no router"
         require(kind not in LAYERS or name == kind, "routing.name", name, wanted)
-        kept = of_file if of_file.get("name", name) == name else {}
+        kept = of_file if of_file.get("name", default) == name else {}
         groups["routing"] = kept | routing | {"name": name}
     return Config.from_config_dict(groups)
 
@@ -200,13 +215,18 @@ def _flag_mistake(error):
         if kind in _TYPES:
             lowest = getattr(FLAGS[name].parser, "lower_bound", None)
             bound = "" if lowest is None else f", {lowest} or greater"
-            return f"--{name}={value}: must be {_TYPES[kind]}{bound}"
+            none = " or None" if isinstance(FLAGS[name].parser, _OrNone) else ""
+            return f"--{name}={value}: must be {_TYPES[kind]}{bound}{none}"
     return text[:400]
 
 
-def _refuse_field(group, field="FIELD", *_):
-    from aoe_jax.config.run import Config
+def _refuse_field(group, *fields):
+    from aoe_jax.config.run import RENAMED, Config, field_types
 
+    field = ".".join(fields) or "FIELD"
+    if group == "routing" and f"routing.{field}" not in RENAMED:
+        known = ", ".join(field_types()["routing"])
+        raise UserError(f"config.routing.{field} is unknown; fields of routers are {known}")
     Config.from_config_dict({group: {field: None}})
 
 

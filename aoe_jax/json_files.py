@@ -25,11 +25,13 @@ def read_json(path: Path, wanted="name the workdir of a training run"):
     return value
 
 
-def read_json_lines(path: Path):
-    """Yields the values in a file of one a line, if it exists, without a line that is cut off."""
+def read_metrics(path: Path):
+    """Yields the lines of a file of metrics, if it exists, that are whole and have a step."""
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            value = json.loads(line)
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                yield value
 
 
 def write_json(path: Path, value, indent=2):

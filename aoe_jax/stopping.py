@@ -15,7 +15,9 @@ class StopRequests:
     stop at the same step. `advice` says how to go on after a stop outside of training.
     """
 
-    def __init__(self, advice="the same command goes on from the newest checkpoint, if any"):
+    def __init__(
+        self, advice="the same command goes on from the newest checkpoint, or begins anew"
+    ):
         """Handles no signal before `listen`."""
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0

@@ -55,6 +55,17 @@ COMMAND_LINE = {
     "variant of tiny.py": Mistake(flags(f"{CONFIG}:nope"), ["tiny.py:nope", "aoe, moe, dense"]),
     "no config": Mistake(flags(), ["--config is missing", "configs/tiny.py"]),
     "no workdir": Mistake(["train.py", CONFIG], ["--workdir is missing"]),
+    "field of no router": Mistake(
+        wrong_config("routing.name=top_p", "routing.q=1"),
+        ["config.routing.q is unknown", "fields of routers are", "norm_topk_prob", "p,"],
+    ),
+    "optional number": Mistake(
+        wrong_config("model.n_kv_heads=half"),
+        ["--config.model.n_kv_heads=half: must be a whole number or None"],
+    ),
+    "field of a field": Mistake(
+        wrong_config("train.steps.x=1"), ["config.train.steps.x is unknown", "batch_size"]
+    ),
     "mistyped field": Mistake(
         wrong_config("train.stepz=3"), ["config.train.stepz", "unknown", "steps, batch_size"]
     ),

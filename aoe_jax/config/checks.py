@@ -27,8 +27,8 @@ def setting(default, *, choices=None, training_only=False, **bounds):
       choices: the values that are allowed.
       training_only: whether the field only matters for training, not for what a trained model
         computes.
-      **bounds: of a number, names of `_BOUNDS`, in the order of checking. Each is a number, or the
-        name of another field of the group.
+      **bounds: of a number, checked in order. A key is a name in `_BOUNDS`; a value is a number, or
+        the name of another field of the group.
     """
     metadata = {"choices": choices, "training_only": training_only, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)

@@ -85,7 +85,7 @@ class Config:
             kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
             method = groups["routing"].pop("name", kind if kind in LAYERS else TopK.name)
             methods = ROUTERS | LAYERS
-            require_choice("routing.name", method, methods)
+            require_choice("routing.name", method, tuple(methods))
             classes["routing"] = methods[method]
         return cls(**{name: _build(classes[name], values) for name, values in groups.items()})
 

@@ -28,7 +28,8 @@ def write_tokenizer(folder: Path, output: Path, max_len: int):
       UserError: the tokenizer in `folder` can't be read.
     """
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
-    file, kind = Path(shutil.copy(saved_tokenizer(folder), output)), "LlamaTokenizer"
+    source, kind = saved_tokenizer(folder), "LlamaTokenizer"
+    file = shutil.copyfile(source, output / source.name)  # without the source's permissions
     if not isinstance(tokenizer, SentencePieceTokenizer):
         kind = "PreTrainedTokenizerFast"
         if tokenizers.Tokenizer.from_file(str(file)).num_special_tokens_to_add(is_pair=False):
@@ -70,7 +71,7 @@ def copy_tokenizer(folder: Path, output: Path):
       The special tokens for `config.json`, those of the model in `folder`.
     """
     for pattern in _FILES:
-        for file in folder.glob(pattern):
-            shutil.copy(file, output)
+        for file in filter(Path.is_file, folder.glob(pattern)):
+            shutil.copyfile(file, output / file.name)
     known = read_json(folder / "config.json")
     return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

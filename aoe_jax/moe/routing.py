@@ -131,12 +131,15 @@ class Method(Group):
         return {}
 
     def training_sums(self, features, key, sum_over_targets):
-        """`(loss, nll, further sums by name, LayerStats)` of a batch, for several `passes`.
+        """Computes the loss of a batch by several `passes`.
 
         Args:
           features: `key -> (hidden [B, S, d], LayerStats)`, one pass.
           key: a random key.
           sum_over_targets: `(function of hidden, table, targets, weights; hidden) -> sums`.
+
+        Returns:
+          `(loss, nll, further sums by name, LayerStats)`, sums over targets.
         """
         raise NotImplementedError
 

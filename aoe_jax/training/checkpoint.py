@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.json_files import read_json_lines
+from aoe_jax.json_files import read_metrics
 from aoe_jax.training.fingerprint import by_path, fingerprints
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Checkpoints:
         self._manager = None
         self._saving = None  # the step that is being saved in the background
         self._nlls = {}  # finite validation nlls by step
-        for line in read_json_lines(workdir / "metrics.jsonl"):
+        for line in read_metrics(workdir / "metrics.jsonl"):
             if line.get("validation_nll") is not None:
                 self.validated(line["step"], line["validation_nll"])
         if config is None and not self.directory.is_dir():

@@ -24,11 +24,11 @@ def steps_to_trace(text):
 
 
 def traced_of_run(steps: range, start_step, total_steps):
-    """The steps themselves, or none, with a warning, if the run starts after the first of them.
+    """Returns `steps`, or no steps, with a warning, if the run has passed the first.
 
     Raises `UserError` if the run ends before they do.
     """
-    flag = f"--profile={steps[0]}:{len(steps)}"
+    flag = f"--profile={steps[0]}:{steps.stop - steps.start}"
     if steps[-1] > total_steps:
         raise UserError(
             f"{flag}: this run takes the steps {start_step + 1} to {total_steps}; choose some of "

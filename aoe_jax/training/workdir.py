@@ -38,7 +38,7 @@ def _fixed(config):
 
 
 def differences(there, here):
-    """What to say of each field in which two configurations `{field: value}` differ, by field."""
+    """A sentence for each field whose values differ in two configurations `{field: value}`."""
     return {
         name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
         for name in sorted(there.keys() | here.keys())
@@ -112,8 +112,9 @@ def read_run_config(path: Path) -> Config:
             f"{path} is that of a model, not of a training run; train.init_from starts a run from "
             "a model"
         )
-    if not all(isinstance(values, dict) for values in groups.values()):
-        raise UserError(f"{path} holds no groups of fields; name the workdir of a training run")
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {name} is no group of fields; name a training run's workdir")
     try:
         return Config.from_config_dict(groups)
     except UserError as e:

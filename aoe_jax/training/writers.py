@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import finite, read_json, read_json_lines, write_json
+from aoe_jax.json_files import finite, read_json, read_metrics, write_json
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -41,7 +41,7 @@ class JsonLines:
     def __init__(self, path: Path, start_step, validated=True):
         kept = [
             json.dumps(line) + "\n"
-            for line in read_json_lines(path)
+            for line in read_metrics(path)
             if line["step"] < start_step + (validated or "validation_nll" not in line)
         ]
         partial = path.with_name(path.name + ".partial")
