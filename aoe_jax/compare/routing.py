@@ -27,8 +27,8 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step
 from aoe_jax.json_files import write_json
+from aoe_jax.load_figures import dead_experts, load_entropy, mean_load
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.moe.balance import dead_experts, load_entropy, mean_load
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import check_data

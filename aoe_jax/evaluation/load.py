@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from tabulate import tabulate
 
-from aoe_jax.moe.balance import LayerStats, dead_experts, load_entropy, load_spread
+from aoe_jax.load_figures import dead_experts, load_entropy, load_spread
+from aoe_jax.moe.balance import LayerStats
 
 
 def load_statistics(stats: LayerStats):

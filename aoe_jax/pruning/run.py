@@ -24,8 +24,8 @@ from aoe_jax.formats.reading import RUN_FILE, is_model
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.json_files import write_json
+from aoe_jax.load_figures import load_entropy
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.moe.balance import load_entropy
 from aoe_jax.pruning.merging import METHODS, pruned_params
 from aoe_jax.pruning.moments import merged_scores, score_moments
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from aoe_jax.errors import DivergedError
 from aoe_jax.json_files import write_json
-from aoe_jax.moe.balance import dead_experts
+from aoe_jax.load_figures import dead_experts
 
 log = logging.getLogger(__name__)
 

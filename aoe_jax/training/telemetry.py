@@ -17,7 +17,7 @@ import numpy as np
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.hardware import peak_flops_per_device
-from aoe_jax.moe.balance import dead_experts, load_entropy, load_spread, mean_load
+from aoe_jax.load_figures import dead_experts, load_entropy, load_spread, mean_load
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
