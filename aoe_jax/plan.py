@@ -11,9 +11,9 @@ the nearest first.
 How the figures are computed:
 
 - Memory is the compiler's: arguments (state and batch), results and temporary memory, per device.
-- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/hlo.py`. Further rounds
-  of expert parallelism (`moe/parallel/transports.py`), which balanced loads don't need, are left
-  out.
+- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/costs.py`, without
+  further rounds of expert parallelism (`moe/parallel/transports.py`), which balanced loads do not
+  need.
 - Collectives are those of the program before compilation, where all are explicit except sums of a
   few scalars and of the gradients of norm scales. An array that the body of a loop gathers twice
   counts once. Bytes are what a device receives in a step, by the usual ring algorithms.
@@ -42,10 +42,11 @@ from aoe_jax import cli, sharding
 from aoe_jax.communication import collectives
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.costs import Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
-from aoe_jax.hlo import Program, compile_and_read, likely_seconds, scope
+from aoe_jax.hlo import compile_and_read
 from aoe_jax.json_files import write_json
 from aoe_jax.model.attention import splash
 from aoe_jax.moe.grouped_matmul import megablox

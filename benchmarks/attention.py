@@ -2,7 +2,7 @@
 
 `python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--json=FILE]` with
 `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`). Forward and backward pass in bfloat16, on
-one device. Traffic and likely time are those of `aoe_jax/hlo.py`; the softmax inside the kernels,
+one device. Traffic and likely time are those of `aoe_jax/costs.py`; the softmax inside the kernels,
 which runs beside their products, is not in the time.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from aoe_jax import cli, hlo
+from aoe_jax import cli, costs, hlo
 from aoe_jax.hardware import CHIPS
 from aoe_jax.json_files import write_json
 from aoe_jax.model.attention import causal_attention, splash
@@ -50,13 +50,13 @@ def figure(devices, chip, backend, shape):
     ]
     with jax.set_mesh(mesh):
         compiled, text = hlo.compile_and_read(jax.jit(function).lower(*args))
-    operations = hlo.Program(text, [splash.kernel_cost]).operations
+    operations = costs.Program(text, [splash.kernel_cost]).operations
     return {
         "backend": backend,
         "shape": list(shape),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
-        "likely_seconds": sum(o.times * hlo.likely_seconds(o, chip) for o in operations),
+        "likely_seconds": sum(o.times * costs.likely_seconds(o, chip) for o in operations),
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from aoe_jax import hlo
+from aoe_jax import costs, hlo
 from aoe_jax.hardware import CHIPS
 from aoe_jax.model.attention import causal_attention, splash
 from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox
@@ -28,7 +28,7 @@ def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):
             for shape, dtype in shapes
         ]
         _, text = hlo.compile_and_read(jax.jit(mapped).lower(*args))
-    return hlo.Program(text, KERNELS).operations
+    return costs.Program(text, KERNELS).operations
 
 
 def total(found, name):
@@ -75,7 +75,7 @@ def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
     found = operations(in_loop, ((64, 1024, 1024), jnp.float32), ((1024, 1024), jnp.float32))
     one = 4 * 1024 * 1024
     copy = 2 * 64 * one  # of the argument, which may not be overwritten
-    assert total(found, "hbm_bytes") <= copy + 3 * 4 * one
+    assert 3 * 2 * one <= total(found, "hbm_bytes") <= copy + 3 * 4 * one
 
 
 @pytest.mark.parametrize("d", [512, 2048])
@@ -165,7 +165,7 @@ ENTRY %main (a: f32[1,1024], b: f32[16,1024]) -> f32[1,1024] {
 
 
 def test_collectives_count_once_and_by_their_kind():
-    found = {o.name: o for o in hlo.Program(COLLECTIVES).operations}
+    found = {o.name: o for o in costs.Program(COLLECTIVES).operations}
     size = 4 * 16 * 1024
     collectives = {
         name: (o.collective, o.sent_bytes, o.group_size, o.is_async)
@@ -181,18 +181,18 @@ def test_collectives_count_once_and_by_their_kind():
     assert found["copy-start"].hbm_bytes == size  # into on-chip memory
     unknown = COLLECTIVES.replace("replica_groups={}", "devices=all")
     with pytest.raises(ValueError, match="all-reduce.4 names its devices in an unknown way"):
-        _ = hlo.Program(unknown).operations
+        _ = costs.Program(unknown).operations
 
 
 def test_likely_seconds():
     chip = CHIPS["v5e"]
-    op = hlo.Operation("a", "fusion", "", hbm_bytes=0.82e9, flops=1e9, occupied_flops=1e9)
-    assert hlo.likely_seconds(op, chip) == pytest.approx(1e-3)
-    with_cycles = hlo.Operation("a", "fusion", "", cycles=3e6, hbm_bytes=0.82e9)
-    assert hlo.likely_seconds(with_cycles, chip) == pytest.approx(2e-3)
+    op = costs.Operation("a", "fusion", "", hbm_bytes=0.82e9, flops=1e9, occupied_flops=1e9)
+    assert costs.likely_seconds(op, chip) == pytest.approx(1e-3)
+    with_cycles = costs.Operation("a", "fusion", "", cycles=3e6, hbm_bytes=0.82e9)
+    assert costs.likely_seconds(with_cycles, chip) == pytest.approx(2e-3)
     sums = {"collective": "all-reduce", "sent_bytes": 200e6, "group_size": 2}
-    assert hlo.likely_seconds(hlo.Operation("a", "", "", **sums), chip) == pytest.approx(1e-3)
-    assert hlo.likely_seconds(hlo.Operation("a", "", "", is_async=True, **sums), chip) == 0
+    assert costs.likely_seconds(costs.Operation("a", "", "", **sums), chip) == pytest.approx(1e-3)
+    assert costs.likely_seconds(costs.Operation("a", "", "", is_async=True, **sums), chip) == 0
 
 
 @pytest.mark.parametrize(
@@ -206,4 +206,4 @@ def test_likely_seconds():
     ],
 )
 def test_operations_belong_to_the_innermost_scope(op_name, want):
-    assert hlo.scope(hlo.Operation("a", "fusion", op_name)) == want
+    assert costs.scope(costs.Operation("a", "fusion", op_name)) == want

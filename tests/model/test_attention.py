@@ -294,7 +294,7 @@ def cudnn_calls(length, masked, policy=None):
 
 @pytest.mark.parametrize(("length", "masked"), [(64, False), (63, True)])
 def test_rematerialisation_keeps_what_cudnn_needs(monkeypatch, length, masked):
-    """Else its forward kernel would run once more."""
+    """Else its forward kernel would run once more. Without cuDNN, JAX traces it only if told so."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90000)
     once = cudnn_calls(length, masked)
     assert cudnn_calls(length, masked, is_cudnn_forward) == once

@@ -20,7 +20,7 @@ from aoe_jax.model.attention.cudnn import cudnn_attention
 from aoe_jax.model.attention.splash import splash_attention
 
 BACKENDS = {"blocks": blocks_attention, "splash": splash_attention, "cudnn": cudnn_attention}
-PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu", "cuda")}  # others: all
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # others: all
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 

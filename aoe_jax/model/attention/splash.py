@@ -50,7 +50,7 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_cost(name, operands, results):
-    """What a kernel does in a compiled program, see `aoe_jax.hlo.Program`; None for other kernels.
+    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
     Each block of queries meets the blocks of keys up to its own, and so reads half of the keys (for
     `dkv`: each block of keys, queries). Heads narrower than `LANES` leave a part of the matrix unit

@@ -91,7 +91,7 @@ def tiles(m, d, f, n_experts, itemsize):
 
 
 def kernel_cost(name, operands, results):
-    """What a kernel does in a compiled program, see `aoe_jax.hlo.Program`; None for other kernels.
+    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
     Rows are read once for each tile of the output's width, weights once if one tile has their whole
     depth, else for every tile of rows.

@@ -1,0 +1,392 @@
+"""What a compiled program does: memory traffic, FLOPs, cycles and collectives of each operation of
+its optimised HLO, with loops multiplied by their trip counts, and the time that this likely takes.
+
+XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pallas kernels. Here:
+
+- Memory traffic is what an operation reads from and writes to HBM, with the padding of the layout.
+  Arrays that the compiler keeps in on-chip memory (`S(1)` on TPU) are left out. A slice reads what
+  it takes, and an update in place writes what it changes. A fusion reads its parameters once.
+- FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
+  states of itself.
+- Cycles are the compiler's estimate, on TPU, where it has one.
+- A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism,
+  which balanced loads do not need. A condition counts as its branch with the most traffic.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from aoe_jax.hlo import parse
+
+# Named scopes of the train step.
+SCOPES = (
+    "embed",
+    "attention",
+    "score",
+    "route",
+    "balance",
+    "plan",
+    "dispatch",
+    "experts",
+    "combine",
+    "loss",
+    "update",
+)
+# Operations without work of their own. What has a `-start` counts there.
+_FREE = {
+    "add-dependency",
+    "after-all",
+    "bitcast",
+    "constant",
+    "domain",
+    "get-dimension-size",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+}
+_ASYNC = ("AsyncCollectiveStart", "AsyncCollectiveDone")
+_FREE_KERNELS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an instruction does in a run of the program."""
+
+    name: str
+    opcode: str
+    op_name: str  # the path of named scopes and transformations in JAX
+    times: float = 1
+    hbm_bytes: float = 0.0  # of one time, as are the others
+    flops: float = 0.0
+    # FLOPs of a busy matrix unit in the same time: more where a kernel leaves parts of it idle.
+    occupied_flops: float = 0.0
+    cycles: float | None = None
+    collective: str | None = None
+    sent_bytes: float = 0.0  # of a collective: the larger of operand and result
+    group_size: int = 1  # devices that take part in it
+    is_async: bool = False
+
+
+class Program:
+    """A compiled program.
+
+    Args:
+      text: of `hlo.compile_and_read`.
+      kernel_costs: functions `(name, operands, results) -> (flops, traffic[, occupied FLOPs])` of
+        the kernels that they know, by `Array`s; None for others.
+    """
+
+    def __init__(self, text, kernel_costs=()):
+        """Parses the text."""
+        self.kernel_costs = kernel_costs
+        header = text.partition("\n")[0]
+        counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
+        self.n_devices = math.prod(map(int, counts))
+        self.computations, self.entry = parse(text)
+        self._by_name = {
+            name: {i.name: i for i in instructions}
+            for name, instructions in self.computations.items()
+        }
+
+    @cached_property
+    def operations(self):
+        """All `Operation`s of a run."""
+        return self._walk(self.entry, 1.0)
+
+    def _walk(self, computation, times):
+        found = []
+        for i in self.computations[computation]:
+            if i.opcode in _FREE or i.opcode.endswith("-done") or i.target in _FREE_KERNELS:
+                continue
+            if i.opcode == "while":
+                found += self._walk(i.called("body"), times * self._trips(i))
+            elif i.opcode == "conditional":
+                branches = [self._walk(name, times) for name in _branches(i)]
+                found += max(branches, key=lambda ops: sum(o.times * o.hbm_bytes for o in ops))
+            elif i.opcode in ("call", "async-start"):
+                inner = self._walk(i.called("to_apply", "calls"), times)
+                is_async = i.opcode == "async-start"
+                found += [replace(o, is_async=is_async or o.is_async) for o in inner]
+            else:
+                found.append(self._operation(computation, i, times))
+                found += self._collectives_of_fusion(i, times)
+        return found
+
+    def _operation(self, computation, i, times):
+        known = self._by_name[computation]
+        cycles = i.attribute(r'"estimated_cycles":"?(\d+)')
+        op_name = i.attribute(r'op_name="([^"]*)"')
+        if not op_name and i.opcode == "fusion":
+            op_name = self._root(i.called("calls")).attribute(r'op_name="([^"]*)"')
+        flops = self._flops(i, known)
+        operation = Operation(
+            i.name,
+            i.target or i.opcode,
+            op_name or "",
+            times,
+            self._traffic(i, known),
+            flops,
+            flops,
+            float(cycles) if cycles else None,
+        )
+        if i.opcode == "custom-call" and (cost := self._kernel_cost(i, known)):
+            flops, traffic, *occupied = cost
+            occupied = occupied[0] if occupied else flops
+            return replace(operation, flops=flops, hbm_bytes=traffic, occupied_flops=occupied)
+        return self._as_collective(operation, i, known) if i.collective else operation
+
+    def _kernel_cost(self, i, known):
+        operands = [a for name in i.operands for a in known[name].arrays]
+        name = re.sub(r"[.\d]+$", "", i.name)
+        costs = (cost(name, operands, i.arrays) for cost in self.kernel_costs)
+        return next((cost for cost in costs if cost), None)
+
+    def _as_collective(self, operation, i, known):
+        is_async = i.opcode.endswith("-start")  # then the result holds the operands, too
+        operand_bytes = sum(a.bytes for name in i.operands for a in known[name].arrays)
+        result_bytes = (max if is_async else sum)(a.bytes for a in i.arrays)
+        return replace(
+            operation,
+            hbm_bytes=0.0,  # its time is that of the network
+            collective=i.collective,
+            sent_bytes=max(operand_bytes, result_bytes),
+            group_size=self._group_size(i),
+            is_async=is_async,
+        )
+
+    def _collectives_of_fusion(self, i, times):
+        """Collectives in a fusion: one that it starts, or a reduce-scatter as an all-reduce and a
+        slice. Fusions that run beside a started one name it, too.
+        """
+        name = i.called("calls") if i.opcode == "fusion" else None
+        if not name:
+            return []
+        inside, known = self.computations[name], self._by_name[name]
+        is_async = any(x.target == "AsyncCollectiveStart" for x in inside)
+        found = []
+        for x in inside:
+            if x.collective and (is_async or "chain_id" not in x.attributes):
+                op = Operation(x.name, x.opcode, x.attribute(r'op_name="([^"]*)"') or "", times)
+                op = replace(self._as_collective(op, x, known), is_async=is_async)
+                if name.startswith("all-reduce-scatter"):
+                    op = replace(op, collective="reduce-scatter")
+                found.append(op)
+        return found
+
+    def _group_size(self, i):
+        """Devices of one group of a collective."""
+        if i.collective == "collective-permute":
+            return math.inf  # a device receives all that another sends
+        if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices of a group]
+            return int(sizes.split(",")[-1])
+        if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+            return len(group.split(","))
+        if mesh := i.attribute(r"replica_groups=mesh(\[[^\]]*\] \{[^}]*\})"):
+            axes = re.findall(r"'(\w+)'", mesh.split("]")[1])
+            return math.prod(int(re.search(rf"'{axis}'=(\d+)", mesh).group(1)) for axis in axes)
+        if "replica_groups={}" in i.attributes:
+            return self.n_devices
+        raise ValueError(f"collective {i.name} names its devices in an unknown way: {i.attributes}")
+
+    def _root(self, computation):
+        return next(i for i in self.computations[computation] if i.is_root)
+
+    def _trips(self, loop):
+        """How often the body of a loop runs; 0 where only the run decides it."""
+        condition = self.computations[loop.called("condition")]
+        constants = {
+            i.name: int(i.literal)
+            for i in condition
+            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.literal)
+        }
+        for i in condition:
+            inside = self.computations[i.called("calls")] if i.opcode == "fusion" else [i]
+            counts_up = any("direction=LT" in x.attributes for x in inside)
+            for name in i.operands if counts_up else ():
+                if name in constants:
+                    return constants[name]
+        return 0
+
+    # Memory traffic
+
+    def _traffic(self, i, known):
+        """Bytes that an instruction reads from main memory and writes there."""
+        if i.opcode == "copy-start":
+            return known[i.operands[0]].hbm_bytes + i.arrays[0].hbm_bytes  # destination first
+        if i.opcode in ("slice-start", "dynamic-slice-start"):
+            return sum(a.bytes for a in i.arrays if not a.in_hbm and a.dims)
+        stated = i.attribute(r'"bytes_accessed":"(\d+)"')
+        if i.opcode == "custom-call" and stated and int(stated):
+            return float(stated)
+        reads = sum(
+            self._read(i, k, known[name].hbm_bytes)
+            for k, name in enumerate(i.operands)
+            if name in known and name not in i.operands[:k]
+        )
+        return reads + self._written(i, known)
+
+    def _read(self, user, index, whole):
+        """What an instruction reads of its operand `index`, of which `whole` is in main memory."""
+        if not whole:
+            return 0.0
+        if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
+            return min(whole, sum(a.bytes for a in user.arrays))
+        if user.opcode in ("dynamic-update-slice", "scatter") and index == 0:
+            return 0.0
+        if user.opcode in ("bitcast", "tuple") or user.collective or user.target in _ASYNC:
+            return 0.0
+        computation = user.called("calls") if user.opcode == "fusion" else None
+        if not computation:
+            return whole
+        parameter = next(
+            i
+            for i in self.computations[computation]
+            if i.opcode == "parameter" and int(i.literal) == index
+        )
+        return min(whole, self._read_inside(computation, parameter.name, whole))
+
+    def _read_inside(self, computation, name, whole):
+        """What a fusion reads of a parameter, by all of its uses."""
+        total = 0.0
+        for user in self.computations[computation]:
+            for k, operand in enumerate(user.operands):
+                if operand != name:
+                    continue
+                if user.opcode == "bitcast":
+                    total += self._read_inside(computation, user.name, whole)
+                else:
+                    total += self._read(user, k, whole)
+        return total
+
+    def _written(self, i, known):
+        """Bytes that an instruction writes to main memory."""
+        if i.opcode == "dynamic-update-slice":
+            return min(i.hbm_bytes, known[i.operands[1]].arrays[0].bytes)
+        if i.opcode == "scatter":
+            return min(i.hbm_bytes, 2 * known[i.operands[-1]].arrays[0].bytes)
+        if i.opcode != "fusion":
+            return i.hbm_bytes
+        computation = i.called("calls")
+        inside, root = self._by_name[computation], self._root(computation)
+        parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        if len(parts) != len(i.arrays):
+            return i.hbm_bytes
+        return sum(
+            min(array.hbm_bytes, self._written_by(part, inside, array.hbm_bytes))
+            for part, array in zip(parts, i.arrays, strict=True)
+        )
+
+    def _written_by(self, part, inside, whole):
+        """What a result of a fusion writes; what passes through or is updated in place is less."""
+        while part.opcode == "bitcast" and part.operands[0] in inside:
+            part = inside[part.operands[0]]
+        if part.opcode == "parameter" or part.collective or part.target in _ASYNC:
+            return 0.0
+        if part.opcode == "dynamic-update-slice":
+            return inside[part.operands[1]].arrays[0].bytes
+        if part.opcode == "fusion" and not part.is_tuple:
+            computation = part.called("calls")
+            return self._written_by(self._root(computation), self._by_name[computation], whole)
+        return whole
+
+    # FLOPs
+
+    def _flops(self, i, known):
+        if i.opcode == "dot":
+            lhs = known[i.operands[0]].arrays[0]
+            contracted = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+            depth = math.prod(lhs.dims[int(k)] for k in contracted.split(",") if k)
+            return 2.0 * depth * math.prod(i.arrays[0].dims)
+        if i.opcode == "convolution":
+            return _convolution_flops(i, known)
+        if i.opcode == "custom-call":
+            return float(i.attribute(r'"flops":"(\d+)"') or 0)
+        name = i.called("calls") if i.opcode == "fusion" else None
+        if not name:
+            return 0.0
+        inside = self._by_name[name]
+        return sum(self._flops(x, inside) for x in self.computations[name])
+
+
+def likely_seconds(operation, chip):
+    """The likely time of one run of an operation on a `hardware.Chip`.
+
+    For a collective, that of its bytes at the bandwidth of all links of a chip, by the usual ring
+    algorithms; 0 if it runs beside other work. A ring over a part of a torus has fewer links, and
+    takes longer. For other operations the compiler's cycles where it has them, or the larger of the
+    times that FLOPs and memory traffic take at the peaks.
+    """
+    if operation.collective:
+        rounds = 2 if operation.collective == "all-reduce" else 1
+        received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
+        return 0.0 if operation.is_async else received / chip.link_bandwidth
+    if operation.cycles is not None and chip.clock:
+        return operation.cycles / chip.clock
+    return max(operation.occupied_flops / chip.flops, operation.hbm_bytes / chip.hbm_bandwidth)
+
+
+def scope(operation):
+    """The named scope of the train step that an operation belongs to."""
+    if operation.collective and not operation.is_async:
+        return "network"
+    for part in reversed(operation.op_name.split("/")):
+        name = part.removeprefix("transpose(").removeprefix("jvp(").rstrip(")")
+        if name in SCOPES:
+            return name
+    return "copies" if "copy" in operation.opcode else "other"
+
+
+def _branches(conditional):
+    listed = conditional.attribute(r"branch_computations=\{([^}]*)\}")
+    if listed:
+        return [name.strip().lstrip("%") for name in listed.split(",")]
+    return [conditional.called("true_computation"), conditional.called("false_computation")]
+
+
+def _convolution_flops(i, known):
+    """FLOPs of a convolution, the form of matrix products on TPU; padding counts nothing."""
+    lhs, rhs = (known[name].arrays[0].dims for name in i.operands[:2])
+    out, labels = i.arrays[0].dims, i.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
+    if not labels:
+        return 0.0
+    of_lhs, of_rhs, of_out = re.split("_|->", labels)
+    window = dict(entry.split("=") for entry in (i.attribute(r"window=\{([^}]*)\}") or "").split())
+    products = 1
+    for axis in range(len(of_lhs) - 2):
+        label = str(axis)
+
+        def setting(name, default, axis=axis):
+            return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
+
+        products *= _valid_products(
+            lhs[of_lhs.index(label)],
+            rhs[of_rhs.index(label)],
+            out[of_out.index(label)],
+            setting("stride", 1),
+            setting("pad", 0),
+            setting("lhs_dilate", 1),
+            setting("rhs_dilate", 1),
+        )
+    n_groups = int(i.attribute(r"batch_group_count=(\d+)") or 1)
+    batch = out[of_out.index("b")] if n_groups == 1 else lhs[of_lhs.index("b")] / n_groups
+    return 2.0 * products * rhs[of_rhs.index("i")] * out[of_out.index("f")] * batch
+
+
+def _valid_products(n_in, n_kernel, n_out, stride, padding, in_dilation, kernel_dilation):
+    """Pairs of kernel and output positions along one axis that meet an input element."""
+    positions = np.arange(n_out)[:, None] * stride + np.arange(n_kernel) * kernel_dilation - padding
+    inside = (positions >= 0) & (positions <= (n_in - 1) * in_dilation)
+    return int((inside & (positions % in_dilation == 0)).sum())
