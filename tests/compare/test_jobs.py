@@ -42,11 +42,12 @@ def test_a_job_that_fails_stops_no_other(tmp_path):
     }
 
 
+# A `print` in the handler fails where the signal comes before the other `print` returns.
 SLEEPER = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))
-print('ready', flush=True)
-time.sleep(60)
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(0)))
+os.write(1, b'ready\\n')
+time.sleep(600)
 """
 PARENT = """
 import pathlib, sys
@@ -65,10 +66,10 @@ except Stopped as e:
 """
 
 
-def wait_for(condition):
+def wait_for(line, log):
     deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
+    while not log.exists() or f"\n{line}\n" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
 
 
@@ -79,12 +80,12 @@ def test_what_is_at_work_ends_with_the_command(tmp_path, number):
         [sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     log = tmp_path / "sleeper.log"
-    wait_for(lambda: log.exists() and "\nready\n" in log.read_text())
+    wait_for("ready", log)
     process.send_signal(number)
     stdout, _ = process.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert "what is done is saved; the same command goes on" in stdout
-    wait_for(lambda: log.read_text().endswith("\nsaved\n"))
+    wait_for("saved", log)
     assert not (tmp_path / "next.log").exists()
     assert not (tmp_path / "sleeper.outcome.json").exists()  # it is unfinished, not failed
 
