@@ -54,7 +54,7 @@ def choice_scores(method, x, w_gate_down, prepared, top_k, bias=None):
         return estimates
     n_experts = estimates.shape[1]
     candidates = choose_top_k(estimates, min(method.candidates * top_k, n_experts), bias=bias)
-    transport = Local(Devices(), n_experts)
+    transport = Local(Devices(), n_experts, all_used=True)
     round = transport.plan(candidates)
     code = grouped_matmul(transport.dispatch(x, round), w_gate_down, transport.groups(round))
     exact_norms = transport.slot_values(activation_norms(code), round, candidates.token.shape[0])

@@ -95,7 +95,7 @@ def experts_layer(config: Config):
         routing=config.routing,
         balance=config.balance,
         dtype=jnp.dtype(config.model.dtype),
-        recompute=config.model.remat == "experts",
+        remat=config.model.remat,
     )
 
 

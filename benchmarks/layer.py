@@ -90,7 +90,7 @@ def _phases(config, n_tokens):
     """name -> a function that runs one phase of an AoE layer, forward."""
     layer, x, params = _inputs(config, n_tokens)
     w, k = {name: a.astype(layer.dtype) for name, a in params.items()}, config.experts.top_k
-    transport = Local(Devices(), config.experts.n_experts)
+    transport = Local(Devices(), config.experts.n_experts, all_used=True)
 
     def score(x, w_gate_down):
         return sparse_scores(x, w_gate_down, 1)[0]

@@ -78,7 +78,7 @@ def test_a_slice_reads_what_it_takes_and_an_update_writes_what_it_changes():
     assert 3 * 2 * one <= total(found, "hbm_bytes") <= copy + 3 * 4 * one
 
 
-@pytest.mark.parametrize("d", [512, 2048])
+@pytest.mark.parametrize("d", [512, 2048, 16384])
 def test_grouped_products_count_by_their_tiles(d):
     m, f, n_experts = 8192, 1024, 4
 
@@ -93,8 +93,8 @@ def test_grouped_products_count_by_their_tiles(d):
     assert len(kernels) == 3 and total(kernels, "flops") == 3 * 2 * m * d * f
     rows, weights, out = 2 * m * d, 2 * n_experts * d * f, 2 * m * f
     least = 3 * (rows + weights + out)
-    # Depth over 1,024 is cut into tiles, so weights are read for every tile of rows.
-    assert (total(kernels, "hbm_bytes") > 1.5 * least) == (d == 2048)
+    # Such a depth is cut into tiles, so weights are read for every tile of rows.
+    assert (total(kernels, "hbm_bytes") > 1.5 * least) == (d == 16384)
 
 
 def test_attention_counts_by_its_blocks():

@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module):
             routing=self.routing,
             balance=self.balance,
             dtype=jnp.dtype(self.model.dtype),
-            recompute=self.model.remat == "experts",
+            remat=self.model.remat,
             transport=self.transport,
             training=self.training,
             observe=self.observe,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.moe.grouped_matmul import place_rows
+from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
 from aoe_jax.moe.routing import Routing
 
@@ -46,12 +47,13 @@ def sort_slots(expert, n_experts):
     return slot, row, jnp.sum(expert[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
 
 
-def lay_out(routing, n_experts):
-    """The `Rows` of a `Routing`."""
+def lay_out(routing, n_experts, all_used=False):
+    """The `Rows` of a `Routing`; `all_used` says that it has no unused slot."""
     slot, row, group_sizes = sort_slots(routing.expert, n_experts)
     places = place_rows(group_sizes, slot.shape[0])
     if places is None:
-        return Rows(slot, row, routing.token[slot], group_sizes)
+        groups = WholeGroups(group_sizes) if all_used else group_sizes
+        return Rows(slot, row, routing.token[slot], groups)
     slot = _take(slot, places.row, NOWHERE)
     return Rows(slot, places.place[row], _take(routing.token, slot, NOWHERE), places)
 
@@ -70,8 +72,9 @@ class Local:
         scatter                  outputs back to the devices that own the tokens
     """
 
-    def __init__(self, devices, n_experts):
-        self.devices, self.n_experts = devices, n_experts
+    def __init__(self, devices, n_experts, all_used=False):
+        """`all_used`: whether every slot has an expert, as where each token has K of them."""
+        self.devices, self.n_experts, self.all_used = devices, n_experts, all_used
 
     def gather(self, x):
         """Tokens of the devices along the tensor axis: `[t, ...]` -> `[T, ...]`."""
@@ -92,7 +95,7 @@ class Local:
 
     def plan(self, routing):
         """What the rounds are cut from; arrays without a gradient."""
-        return routing, lay_out(routing, self.n_experts)
+        return routing, lay_out(routing, self.n_experts, self.all_used)
 
     def round(self, plan, number):
         return plan
@@ -105,7 +108,7 @@ class Local:
         routing, rows = round
         if routing.slots_per_token is None:
             return _take(x, rows.token)
-        return _gather_tokens(x, rows.token, rows.row, routing.slots_per_token)
+        return _gather_tokens(x, rows, routing.slots_per_token)
 
     def row_values(self, values, round):
         """From slots to rows: `[P]` -> `[R]`."""
@@ -128,7 +131,7 @@ class Local:
         if routing.slots_per_token is None:
             dtype = jnp.promote_types(y.dtype, jnp.float32)
             return jax.ops.segment_sum(y.astype(dtype), rows.token, n_tokens).astype(y.dtype)
-        return _sum_by_token(y, rows.token, rows.row, routing.slots_per_token)
+        return _sum_by_token(y, rows, routing.slots_per_token)
 
     def further_rounds(self, first, function, plan, args):
         """`first`, of the first round, plus `function(plan, number, args)` of the others."""
@@ -147,36 +150,42 @@ def _take(values, index, fill=0):
     return values.at[index].get(mode="fill", fill_value=fill)
 
 
-def _sum_slots(rows, row, slots_per_token):
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    by_token = row.reshape(-1, slots_per_token)
+def _take_rows(values, index, rows):
+    """`values[index]` by an index of `Rows`; zeros where the index is `NOWHERE`, if any can be."""
+    if isinstance(rows.groups, WholeGroups):
+        return values.at[index].get(mode="promise_in_bounds")
+    return _take(values, index)
+
+
+def _sum_slots(values, rows, slots_per_token):
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    by_token = rows.row.reshape(-1, slots_per_token)
     if slots_per_token > MAX_GATHERS:
-        return _take(rows, by_token).sum(axis=1, dtype=dtype).astype(rows.dtype)
+        return _take_rows(values, by_token, rows).sum(axis=1, dtype=dtype).astype(values.dtype)
     # Slot by slot: the gathers fuse with the sum, so no array of rows by slot is made.
-    return sum(_take(rows, by_token[:, k]).astype(dtype) for k in range(slots_per_token)).astype(
-        rows.dtype
-    )
+    slots = (_take_rows(values, by_token[:, k], rows) for k in range(slots_per_token))
+    return sum(a.astype(dtype) for a in slots).astype(values.dtype)
 
 
 # Dispatch and combine are each other's transpose. Autodiff would make scatter-adds of gathers,
 # which are slow everywhere.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gather_tokens(x, token, row, slots_per_token):
-    return _take(x, token)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_tokens(x, rows, slots_per_token):
+    return _take_rows(x, rows.token, rows)
 
 
 _gather_tokens.defvjp(
-    lambda x, token, row, slots_per_token: (_take(x, token), row),
-    lambda slots_per_token, row, g: (_sum_slots(g, row, slots_per_token), None, None),
+    lambda x, rows, slots_per_token: (_gather_tokens(x, rows, slots_per_token), rows),
+    lambda slots_per_token, rows, g: (_sum_slots(g, rows, slots_per_token), None),
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sum_by_token(rows, token, row, slots_per_token):
-    return _sum_slots(rows, row, slots_per_token)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sum_by_token(y, rows, slots_per_token):
+    return _sum_slots(y, rows, slots_per_token)
 
 
 _sum_by_token.defvjp(
-    lambda rows, token, row, slots_per_token: (_sum_slots(rows, row, slots_per_token), token),
-    lambda slots_per_token, token, g: (_take(g, token), None, None),
+    lambda y, rows, slots_per_token: (_sum_slots(y, rows, slots_per_token), rows),
+    lambda slots_per_token, rows, g: (_take_rows(g, rows.token, rows), None),
 )

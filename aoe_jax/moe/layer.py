@@ -56,9 +56,8 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
       code: AoE's low-rank activations `[T, n, r]`, where scoring keeps them.
     """
     with jax.named_scope("plan"):
-        experts = layer.experts
-        per_token = layer.routing.experts_per_token(experts) or experts.top_k
-        transport = make_transport(ctx.devices, routing, experts.n_experts, per_token, x.shape[0])
+        n_tokens = x.shape[0]
+        transport = make_transport(ctx.devices, routing, layer.experts, layer.routing, n_tokens)
         routing = transport.gather_routing(routing)
         plan = transport.plan(routing)
         n_slots = routing.expert.shape[0]
@@ -119,7 +118,7 @@ class ExpertsLayer(nn.Module):
       routing: the router; for other kinds the layer of `aoe_jax/methods/` itself.
       balance: balance losses.
       dtype: of computation.
-      recompute: `model.remat="experts"`.
+      remat: `model.remat`; for "layer" the caller wraps the layer into `jax.checkpoint`.
       transport: `mesh.transport`.
       training: whether methods behave as in training where that differs.
       observe: a function `(scores [T, n], routing, weights, ctx)` whose result, arrays, is the
@@ -130,7 +129,7 @@ class ExpertsLayer(nn.Module):
     routing: Method = TopK()
     balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
-    recompute: bool = False
+    remat: str = "none"
     transport: str = "ring"
     training: bool = False
     observe: Callable | None = None
@@ -205,7 +204,7 @@ class ExpertsLayer(nn.Module):
         weight_specs = collectives.weight_specs(self.parameters, weights)
         in_specs = (vectors, tokens, tokens, vectors, PartitionSpec(), weight_specs)
         out_specs = (vectors, PartitionSpec(), tokens)
-        run = collectives.over_mesh(block, in_specs, out_specs, self.transport)
+        run = collectives.over_mesh(block, in_specs, out_specs, self.transport, self.remat)
         of_layer = (routing_state, rng, layer_index)
         y, stats, per_token = run(
             x.astype(self.dtype), token_weights, positions, attention_peaks, of_layer, weights
@@ -257,7 +256,7 @@ class ExpertsLayer(nn.Module):
 
     def rematerialised(self, function, devices, gathers_experts=False):
         """`function` of arrays, which keeps for its backward pass what `model.remat` says."""
-        if self.recompute:
+        if self.remat == "experts":
             policy = jax.checkpoint_policies.save_only_these_names(KEPT_EXPERTS)
             return jax.checkpoint(function, policy=policy)
         return devices.without_whole_weights(function, gathers_experts)

@@ -32,7 +32,7 @@ def make(kind, name, training=True, dtype=jnp.float64, recompute=False, **settin
         ExpertsConfig(kind=kind, n_experts=EXPERTS, top_k=2, d_ffn=16, d_low=4),
         routing=ROUTERS[name](**settings),
         dtype=jnp.dtype(dtype),
-        recompute=recompute,
+        remat="experts" if recompute else "none",
         training=training,
     )
     x = jax.random.normal(jax.random.key(0), (TOKENS, D), dtype)

@@ -29,7 +29,7 @@ def make(capacity_factor, top_k=2, norm_topk_prob=True, dtype="float64", recompu
     some experts.
     """
     config = ExpertsConfig(kind="router", n_experts=EXPERTS, top_k=top_k, d_ffn=12)
-    others = {"dtype": jnp.dtype(dtype), "recompute": recompute}
+    others = {"dtype": jnp.dtype(dtype), "remat": "experts" if recompute else "none"}
     routing = Capacity(capacity_factor, norm_topk_prob)
     layer = ExpertsLayer(dataclasses.replace(config, kind="capacity"), routing=routing, **others)
     router = ExpertsLayer(config, routing=TopK(norm_topk_prob), **others)

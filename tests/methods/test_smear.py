@@ -40,7 +40,7 @@ def make(form="router", dtype="float32", recompute=False, training=False, **sett
         ExpertsConfig(kind="smear", n_experts=EXPERTS, top_k=1, d_ffn=8, d_low=4, **FORMS[form]),
         routing=Smear(**{"segment": 4} | settings),
         dtype=jnp.dtype(dtype),
-        recompute=recompute,
+        remat="experts" if recompute else "none",
         training=training,
     )
     draw = np.random.default_rng(0).normal

@@ -29,7 +29,7 @@ def make(form="router", recompute=False, training=False, dtype="float32", **sett
         config,
         routing=Thor(**settings),
         dtype=jnp.dtype(dtype),
-        recompute=recompute,
+        remat="experts" if recompute else "none",
         training=training,
     )
     draw = np.random.default_rng(0).normal

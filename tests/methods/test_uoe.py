@@ -39,7 +39,7 @@ def make(
         ExpertsConfig(kind="uoe", **sizes),
         routing=UoE(routing_neurons=ROUTING, **settings),
         dtype=jnp.dtype(dtype),
-        recompute=recompute,
+        remat="experts" if recompute else "none",
         transport=transport,
     )
     x = jax.random.normal(jax.random.key(0), (*n_tokens, D), dtype)

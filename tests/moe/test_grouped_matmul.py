@@ -10,6 +10,7 @@ import pytest
 from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, grouped_matmul
 from aoe_jax.moe.grouped_matmul.blocked import place_rows
+from aoe_jax.moe.grouped_matmul.groups import WholeGroups
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE
 
 pytestmark = pytest.mark.smoke
@@ -100,6 +101,14 @@ def test_nothing_leaks_from_unused_rows(backend, case):
     assert np.isfinite(got).all() and np.isfinite(d_rows).all() and np.isfinite(d_weights).all()
 
 
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_groups_of_all_rows(backend):
+    rows, weights, group_sizes, cotangent = inputs(GROUP_SIZES["random"], "float32")
+    run = partial(value_and_gradients, PORTABLE[backend], rows, weights)
+    whole = run(WholeGroups(group_sizes), cotangent)
+    jax.tree.map(np.testing.assert_array_equal, whole, run(group_sizes, cotangent))
+
+
 @pytest.mark.parametrize("n_experts", [1, 3, 64])
 @pytest.mark.parametrize("m", [0, 1, 7, 500, 2000])
 def test_random_group_sizes(n_experts, m):
@@ -134,7 +143,7 @@ def test_bad_arguments_are_named():
         grouped_matmul(rows, weights, group_sizes, backend="dense")
     with pytest.raises(ValueError, match="rows \\[M, D\\]"):
         grouped_matmul(rows[:, :-1], weights, group_sizes)
-    with pytest.raises(ValueError, match="group_sizes \\[6\\]"):
+    with pytest.raises(ValueError, match="group sizes \\[6\\]"):
         grouped_matmul(rows, weights, group_sizes[:-1])
     with pytest.raises(ValueError, match="one dtype"):
         grouped_matmul(rows, weights.astype(jnp.bfloat16), group_sizes)

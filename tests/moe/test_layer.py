@@ -50,7 +50,7 @@ def make(
         routing=Dense() if kind == "dense" else routing,
         balance=balance or BalanceConfig(),
         dtype=jnp.dtype(dtype),
-        recompute=recompute,
+        remat="experts" if recompute else "none",
     )
     x = jax.random.normal(jax.random.key(seed), (n_tokens, d_model), dtype)
     return layer, parameters_of(layer, x, seed + 1), x

@@ -50,10 +50,13 @@ def test_shared_tiles_cost_a_sixteenth_at_most(n_experts):
 
 def test_each_product_has_tiles_of_its_own():
     assert tiles(32768, 64, 4393, 8, 2) == {
-        "forward": (256, 64, 896),
+        "forward": (256, 64, 4393),  # the whole width: rows are read once
         "d_rows": (256, 896, 64),
         "d_weights": (256, 64, 896),
     }
+    # The whole depth: weights are read once, and as much of the width as there is room for.
+    assert tiles(32768, 768, 3072, 8, 2)["d_rows"] == (256, 3072, 768)
+    assert tiles(32768, 768, 3840, 8, 2)["d_rows"] == (256, 3840, 384)
 
 
 def test_widths_of_several_tiles_with_a_remainder():

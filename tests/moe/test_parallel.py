@@ -69,7 +69,7 @@ def make(settings, transport="ring", recompute=False, aux_tokens=1.0, dtype=jnp.
         routing=routing,
         balance=BalanceConfig(aux_tokens=aux_tokens),
         dtype=dtype,
-        recompute=recompute,
+        remat="experts" if recompute else "none",
         transport=transport,
         training=isinstance(routing, DynMoE | RoutingFree),
     )
@@ -177,7 +177,8 @@ def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, t
     want = evaluate(layer, params, x, weights, bias)
     assert float(want[1][1].load[0]) == 1
     devices, rows = parallel.Devices(shape, transport), B * S
-    buffer = make_transport(devices, routing_of_slots(1), 8, 1, B * S // 8)
+    experts = ExpertsConfig(n_experts=8, top_k=1)
+    buffer = make_transport(devices, routing_of_slots(1), experts, TopK(), B * S // 8)
     assert rows > 1.9 * (buffer.size if transport == "ring" else 8 * buffer.pair_size)
     assert_same(on_mesh(shape, layer, params, x, weights, bias), want)
 

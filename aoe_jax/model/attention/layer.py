@@ -192,7 +192,8 @@ class Attention(nn.Module):
     def _over_mesh(self, function, out_specs, in_specs, x, *args):
         weights = dict(self.weights)  # Linen has frozen it
         in_specs = (token_spec(2, None), *in_specs, weight_specs(ATTENTION, weights))
-        return over_mesh(function, in_specs, out_specs)(x, *args, weights)
+        run = over_mesh(function, in_specs, out_specs, remat=self.config.remat)
+        return run(x, *args, weights)
 
     def _queries_keys_values(self, x, w, positions):
         """`[B, H, S, h]` and twice `[B, G, S, h]`; `positions` are the rotary tables of `x`."""

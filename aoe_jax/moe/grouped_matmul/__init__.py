@@ -12,6 +12,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import target_device
 from aoe_jax.moe.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
 from aoe_jax.moe.grouped_matmul.blocked import place_rows as place_for_blocked
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of
 from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
@@ -27,15 +28,15 @@ BACKENDS = {
 }
 
 
-def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
+def grouped_matmul(rows, weights, groups, *, backend="auto"):
     """Multiplies each group of rows with its expert's weights.
 
     Args:
-      rows: `[M, D]`, the first `group_sizes[0]` rows belong to expert 0, and so on.
+      rows: `[M, D]`, the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
-      group_sizes: `[E]` int32, with a sum of at most M. Or the `Places` of `place_rows`: then the
-        rows lie there, M is their number of places, places without a row hold zeros, and the result
-        lies and is zero likewise.
+      groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
+        whose sum is M. Or the `Places` of `place_rows`: then the rows lie there, M is their number
+        of places, places without a row hold zeros, and the result lies and is zero likewise.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
@@ -44,7 +45,7 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
         for another machine gets that machine's kernel from its mesh.
 
     Returns:
-      `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past `sum(group_sizes)` are
+      `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past the last group are
       zero. Differentiable in `rows` and `weights`.
 
     Raises:
@@ -56,12 +57,11 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
             "grouped_matmul wants rows [M, D], weights [E, D, F]; "
             f"got {rows.shape}, {weights.shape}"
         )
-    if isinstance(group_sizes, Places):
-        return placed_matmul(rows, weights, group_sizes)
-    if group_sizes.shape != weights.shape[:1]:
-        raise ValueError(
-            f"grouped_matmul wants group_sizes [{weights.shape[0]}]; got {group_sizes.shape}"
-        )
+    if isinstance(groups, Places):
+        return placed_matmul(rows, weights, groups)
+    if group_sizes_of(groups).shape != weights.shape[:1]:
+        shape = group_sizes_of(groups).shape
+        raise ValueError(f"grouped_matmul wants group sizes [{weights.shape[0]}]; got {shape}")
     if rows.dtype != weights.dtype:
         raise ValueError(
             f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}"
@@ -76,7 +76,7 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
         raise UserError(
             f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
         )
-    return BACKENDS[backend](rows, weights, group_sizes)
+    return BACKENDS[backend](rows, weights, groups)
 
 
 def place_rows(group_sizes, m):

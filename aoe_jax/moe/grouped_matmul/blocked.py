@@ -19,17 +19,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of
 from aoe_jax.moe.grouped_matmul.permute import NOWHERE, permute
 
 ROW_MULTIPLE = 16  # of B
 MAX_BLOCK = 128
 
 
-def blocked_matmul(rows, weights, group_sizes):
+def blocked_matmul(rows, weights, groups):
     """`grouped_matmul` of rows in expert order; shapes as there."""
     if rows.shape[0] == 0:
         return jnp.zeros((0, weights.shape[2]), rows.dtype)
-    places = place_rows(group_sizes, rows.shape[0])
+    places = place_rows(group_sizes_of(groups), rows.shape[0])
     out = placed_matmul(permute(rows, places.row, places.place), weights, places)
     return permute(out, places.place, places.row)
 

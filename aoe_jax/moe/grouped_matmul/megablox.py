@@ -21,17 +21,19 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
 SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
 MIN_ROWS, MAX_ROWS = 128, 512
-# The largest tile of a width, by bytes of an element. With these every product stays within the 16
-# MiB of VMEM that the compiler gives a kernel on the smallest generations.
+# The largest tile of a width, by bytes of an element, where a product has no whole depth.
 MAX_WIDTH = {2: 1024, 4: 512}
+# For the blocks of a kernel, of the 16 MiB that the compiler gives it on the smallest generations.
+VMEM_BYTES = 14 * 2**20
 
 
-def megablox_matmul(rows, weights, group_sizes):
+def megablox_matmul(rows, weights, groups):
     """`grouped_matmul` by Megablox; shapes as there. TPU v4 and later; interpreted on CPU.
 
     Any M, D, F and E will do. Rows are padded to whole tiles where no tile of at least `MIN_ROWS`
@@ -46,7 +48,7 @@ def megablox_matmul(rows, weights, group_sizes):
         )
     if 0 in rows.shape or 0 in weights.shape:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    return _megablox(rows, weights, group_sizes)
+    return _megablox(rows, weights, groups)
 
 
 def row_tile(m, n_experts):
@@ -86,28 +88,53 @@ def tiles(m, d, f, n_experts, itemsize):
       dict of `"forward"`, `"d_rows"`, `"d_weights"`.
     """
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
-    td, tf = width_tile(d, limit), width_tile(f, limit)
-    return {"forward": (tm, td, tf), "d_rows": (tm, tf, td), "d_weights": (tm, td, tf)}
+    return {
+        "forward": (tm, *_depth_and_width(m, d, f, n_experts, itemsize)),
+        "d_rows": (tm, *_depth_and_width(m, f, d, n_experts, itemsize)),
+        "d_weights": (tm, width_tile(d, limit), width_tile(f, limit)),
+    }
+
+
+def _depth_and_width(m, k, n, n_experts, itemsize):
+    """`(tk, tn)` for rows `[m, k]` times weights `[E, k, n]`, so that least is read.
+
+    With the whole depth in one tile, weights are read once, else again for each tile of rows; rows
+    are read once for each tile of the width.
+    """
+    tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
+
+    def reads(tk, tn):
+        return math.ceil(n / tn) * m * k + k * n * (n_experts if tk == k else m / tm)
+
+    tiles = [(width_tile(k, limit), width_tile(n, limit))]
+    # A large depth that is no multiple of 128 would need room for masked copies.
+    counts = range(1, math.ceil(n / LANES) + 1) if k <= limit or k % LANES == 0 else ()
+    for count in counts:
+        tn = n if count == 1 else _round_up(math.ceil(n / count), LANES)
+        # Blocks are double-buffered; the sum is float32.
+        if 2 * itemsize * (tm * k + k * tn + tm * tn) + 4 * tm * tn <= VMEM_BYTES:
+            tiles.append((k, tn))
+            break
+    return min(tiles, key=lambda tile: reads(*tile))
 
 
 def kernel_cost(name, operands, results):
     """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
-    Rows are read once for each tile of the output's width, weights once if one tile has their whole
-    depth, else for every tile of rows.
+    See `_depth_and_width` for what a product reads.
     """
     if name not in ("gmm", "tgmm"):
         return None
     (*_, lhs, rhs), (out,) = operands, results
-    limit = MAX_WIDTH[2 if lhs.dtype == "bf16" else 4]
+    itemsize = 2 if lhs.dtype == "bf16" else 4
     n_experts, k, n = out.dims if name == "tgmm" else (rhs.dims[0], lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
-    lhs_reads, rhs_reads = math.ceil(n / width_tile(n, limit)), 1
-    if name == "tgmm":
-        rhs_reads = math.ceil(k / width_tile(k, limit))
-    elif k > limit:
-        rhs_reads = math.ceil(m / row_tile(m, n_experts)) / n_experts
-    traffic = lhs_reads * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
+    product = "d_weights" if name == "tgmm" else "forward"  # d_rows is a forward one, transposed
+    tm, tk, tn = tiles(m, k, n, n_experts, itemsize)[product]
+    rhs_reads = math.ceil(k / tk)
+    if name == "gmm" and tk < k:
+        rhs_reads = math.ceil(m / tm) / n_experts
+    traffic = math.ceil(n / tn) * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
     return 2 * m * k * n, traffic
 
 
@@ -133,11 +160,6 @@ def _kernel(name, **settings):
     return call
 
 
-def _used(out, group_sizes, m):
-    """The first `m` rows, zero where no group reaches: the kernel leaves those unwritten."""
-    return jnp.where((jnp.arange(m) < group_sizes.sum())[:, None], out[:m], 0)
-
-
 def _padded(rows, tile):
     m = rows.shape[0]
     return jnp.pad(rows, ((0, _round_up(m, tile) - m), (0, 0))) if m % tile else rows
@@ -148,23 +170,24 @@ def _tiles(rows, weights):
 
 
 @jax.custom_vjp
-def _megablox(rows, weights, group_sizes):
+def _megablox(rows, weights, groups):
     tiling = _tiles(rows, weights)["forward"]
-    out = _kernel("gmm", tiling=tiling)(_padded(rows, tiling[0]), weights, group_sizes)
-    return _used(out, group_sizes, rows.shape[0])
+    out = _kernel("gmm", tiling=tiling)(_padded(rows, tiling[0]), weights, group_sizes_of(groups))
+    # The kernel leaves rows past the last group unwritten.
+    return zero_past_groups(out[: rows.shape[0]], groups)
 
 
-def _forward(rows, weights, group_sizes):
-    return _megablox(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(rows, weights, groups):
+    return _megablox(rows, weights, groups), (rows, weights, groups)
 
 
 def _backward(residuals, g):
-    rows, weights, group_sizes = residuals
-    tiling = _tiles(rows, weights)
+    rows, weights, groups = residuals
+    tiling, sizes, m = _tiles(rows, weights), group_sizes_of(groups), rows.shape[0]
     rows, g = (_padded(a, tiling["forward"][0]) for a in (rows, g))
-    d_rows = _kernel("gmm", tiling=tiling["d_rows"], transpose_rhs=True)(g, weights, group_sizes)
-    d_weights = _kernel("tgmm", tiling=tiling["d_weights"])(rows.T, g, group_sizes)
-    return _used(d_rows, group_sizes, residuals[0].shape[0]), d_weights, None
+    d_rows = _kernel("gmm", tiling=tiling["d_rows"], transpose_rhs=True)(g, weights, sizes)
+    d_weights = _kernel("tgmm", tiling=tiling["d_weights"])(rows.T, g, sizes)
+    return zero_past_groups(d_rows[:m], groups), d_weights, None
 
 
 _megablox.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
 DTYPES = ("bfloat16", "float16")
 # D and F are multiples of it: 128 bytes of a 2-byte dtype, a row of the kernels' shared memory
@@ -27,7 +28,7 @@ ROW_BLOCKS = (128, 64)
 CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB of shared memory
 
 
-def mosaic_gpu_matmul(rows, weights, group_sizes):
+def mosaic_gpu_matmul(rows, weights, groups):
     """`grouped_matmul` by Mosaic GPU; shapes as there, bfloat16 or float16, D and F multiples of
     64. Hopper only.
 
@@ -40,7 +41,7 @@ def mosaic_gpu_matmul(rows, weights, group_sizes):
     m = rows.shape[0]
     if m % ROW_BLOCKS[0]:
         rows = jnp.pad(rows, ((0, -m % ROW_BLOCKS[0]), (0, 0)))
-    return _mosaic_gpu(rows, weights, group_sizes)[:m]
+    return _mosaic_gpu(rows, weights, groups)[:m]
 
 
 def check(dtype, d, f):
@@ -74,22 +75,13 @@ def width_block(width):
     return 2 * WIDTH_BLOCK if width % (2 * WIDTH_BLOCK) == 0 else WIDTH_BLOCK
 
 
-def _used(rows, group_sizes):
-    """Zero where no group reaches.
-
-    On outputs, since the kernels leave those rows unwritten. On operands, since for d_weights the
-    kernel masks rows by a product with zero, and one operand only, which lets a NaN through.
-    """
-    return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, 0)
-
-
-def _product(rows, weights, group_sizes, transpose_rhs):
+def _product(rows, weights, groups, transpose_rhs):
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
     out = ragged_dot(
         rows,
         weights,
-        group_sizes=group_sizes,
+        group_sizes=group_sizes_of(groups),
         block_m=row_block(rows.shape[0], weights.shape[0]),
         block_n=width_block(weights.shape[1 if transpose_rhs else 2]),
         block_k=WIDTH_BLOCK,
@@ -97,16 +89,17 @@ def _product(rows, weights, group_sizes, transpose_rhs):
         grid_block_n=1,
         transpose_rhs=transpose_rhs,
     )
-    return _used(out, group_sizes)
+    # The kernel leaves rows past the last group unwritten.
+    return zero_past_groups(out, groups)
 
 
-def _weight_gradient(rows, g, group_sizes):
+def _weight_gradient(rows, g, groups):
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     return transposed_ragged_dot(
         rows,
         g,
-        group_sizes=group_sizes,
+        group_sizes=group_sizes_of(groups),
         block_m=width_block(rows.shape[1]),
         block_n=width_block(g.shape[1]),
         block_k=WIDTH_BLOCK,
@@ -116,21 +109,23 @@ def _weight_gradient(rows, g, group_sizes):
 
 
 @jax.custom_vjp
-def _mosaic_gpu(rows, weights, group_sizes):
-    return _product(rows, weights, group_sizes, transpose_rhs=False)
+def _mosaic_gpu(rows, weights, groups):
+    return _product(rows, weights, groups, transpose_rhs=False)
 
 
-def _forward(rows, weights, group_sizes):
-    # Here, not in the backward pass, so that it fuses with what makes the rows.
-    rows = _used(rows, group_sizes)
-    return _mosaic_gpu(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(rows, weights, groups):
+    # The kernel for d_weights masks rows past the last group by a product with zero, and one
+    # operand only, which lets a NaN through. The mask is here, so that it fuses with what makes the
+    # rows.
+    rows = zero_past_groups(rows, groups)
+    return _mosaic_gpu(rows, weights, groups), (rows, weights, groups)
 
 
 def _backward(residuals, g):
-    rows, weights, group_sizes = residuals
-    g = _used(g, group_sizes)
-    d_rows = _product(g, weights, group_sizes, transpose_rhs=True)
-    return d_rows, _weight_gradient(rows, g, group_sizes), None
+    rows, weights, groups = residuals
+    g = zero_past_groups(g, groups)
+    d_rows = _product(g, weights, groups, transpose_rhs=True)
+    return d_rows, _weight_gradient(rows, g, groups), None
 
 
 _mosaic_gpu.defvjp(_forward, _backward)

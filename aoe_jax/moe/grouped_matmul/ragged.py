@@ -5,13 +5,14 @@ most accelerators.
 import jax
 import jax.numpy as jnp
 
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of, zero_past_groups
 
-def ragged_matmul(rows, weights, group_sizes):
+
+def ragged_matmul(rows, weights, groups):
     """`grouped_matmul` by `jax.lax.ragged_dot`; shapes as there."""
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-    used = jnp.arange(rows.shape[0]) < group_sizes.sum()
     # What ragged_dot returns past the last group is not documented: zero those rows on both sides
     # of the product.
-    rows = jnp.where(used[:, None], rows, 0)
-    out = jax.lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=accumulator)
-    return jnp.where(used[:, None], out, 0).astype(rows.dtype)
+    rows, sizes = zero_past_groups(rows, groups), group_sizes_of(groups)
+    out = jax.lax.ragged_dot(rows, weights, sizes, preferred_element_type=accumulator)
+    return zero_past_groups(out, groups).astype(rows.dtype)

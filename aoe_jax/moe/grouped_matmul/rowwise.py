@@ -7,10 +7,16 @@ M rows, D contracted width, F output width, E experts.
 import jax
 import jax.numpy as jnp
 
+from aoe_jax.moe.grouped_matmul.groups import group_sizes_of
+
+
+def rowwise_matmul(rows, weights, groups):
+    """`grouped_matmul` of rows in expert order; shapes as there."""
+    return _rowwise(rows, weights, group_sizes_of(groups))
+
 
 @jax.custom_vjp
-def rowwise_matmul(rows, weights, group_sizes):
-    """`grouped_matmul` of rows in expert order; shapes as there."""
+def _rowwise(rows, weights, group_sizes):
     return _product(rows, weights, group_sizes, 0)
 
 
@@ -51,4 +57,4 @@ def _backward(residuals, g):
     return _product(g, weights, group_sizes, 1), d_weights.astype(weights.dtype), None
 
 
-rowwise_matmul.defvjp(lambda *args: (rowwise_matmul(*args), args), _backward)
+_rowwise.defvjp(lambda *args: (_rowwise(*args), args), _backward)

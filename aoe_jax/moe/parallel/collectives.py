@@ -32,6 +32,7 @@ class Devices:
 
     sizes: tuple = (1, 1, 1, 1)  # along MESH_AXES
     transport: str = "ring"
+    remat: str = "none"  # `model.remat`
     shape: tuple = ()  # of the tokens that this device owns: sequences and positions, or `(T,)`
 
     def with_tokens(self, shape):
@@ -135,11 +136,11 @@ class Devices:
 
         A `jax.checkpoint` inside would follow the policy of this one, so what `function` recomputes
         itself has a custom derivative. Layers are scanned: the backward pass is a loop of its own,
-        where no barrier is needed to keep the two gathers apart. `gathers_experts`: whether
-        `function` calls `gather_experts`.
+        where no barrier is needed to keep the two gathers apart. Where a whole layer is recomputed,
+        nothing is left to do. `gathers_experts`: whether `function` calls `gather_experts`.
         """
         gathers_experts = self.sends_rows or (gathers_experts and self.size("expert") > 1)
-        if self.size("fsdp") == 1 and not gathers_experts:
+        if self.remat == "layer" or (self.size("fsdp") == 1 and not gathers_experts):
             return function
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
@@ -305,7 +306,7 @@ _ragged_exchange.defvjp(
 )
 
 
-def over_mesh(function, in_specs, out_specs, transport="ring"):
+def over_mesh(function, in_specs, out_specs, transport="ring", remat="none"):
     """`function(devices, *args)` on every device of the mesh in context; without a mesh, on whole
     arrays.
 
@@ -314,19 +315,20 @@ def over_mesh(function, in_specs, out_specs, transport="ring"):
       in_specs: a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`.
       out_specs: the same for the result.
       transport: `MeshConfig.transport`.
+      remat: `ModelConfig.remat`.
 
     Raises:
       ValueError: the mesh has other axes than `MESH_AXES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return partial(function, Devices(transport=transport))
+        return partial(function, Devices(transport=transport, remat=remat))
     if set(mesh.axis_names) != set(MESH_AXES):
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}; they must be {MESH_AXES}, as "
             "aoe_jax.sharding.make_mesh makes them"
         )
-    devices = Devices(tuple(mesh.shape[axis] for axis in MESH_AXES), transport)
+    devices = Devices(tuple(mesh.shape[axis] for axis in MESH_AXES), transport, remat)
     idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
     in_specs = jax.tree.map(
         partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec)

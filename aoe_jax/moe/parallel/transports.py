@@ -34,20 +34,23 @@ def is_local(devices, fixed_k):
     return devices.total_size == 1 or (devices.size("expert") == 1 and fixed_k)
 
 
-def make_transport(devices, routing, n_experts, rows_per_token, n_tokens):
+def make_transport(devices, routing, experts, method, n_tokens):
     """The transport of a layer.
 
     Args:
       devices: `collectives.Devices`.
       routing: `Routing` of this device's tokens.
-      n_experts: n.
-      rows_per_token: experts of a token on average, as far as they are known.
+      experts: `ExpertsConfig`.
+      method: `routing.Method`.
       n_tokens: T.
     """
-    if is_local(devices, routing.slots_per_token == rows_per_token):
-        return Local(devices, n_experts)
-    share = n_tokens * devices.size("tensor") * rows_per_token
-    return TRANSPORTS[devices.transport](devices, n_experts, routing.slots_per_token, share)
+    choice = method.choice(experts)
+    per_token = method.experts_per_token(experts) or experts.top_k
+    if is_local(devices, routing.slots_per_token == per_token):
+        return Local(devices, experts.n_experts, all_used=bool(choice and choice.is_fixed))
+    share = n_tokens * devices.size("tensor") * per_token
+    transport = TRANSPORTS[devices.transport]
+    return transport(devices, experts.n_experts, routing.slots_per_token, share)
 
 
 def _with_buffer(rows):

@@ -1,0 +1,27 @@
+"""Group sizes, and the rows that no group reaches.
+
+M rows, F width, E experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class WholeGroups(NamedTuple):
+    """Group sizes that reach every row: backends need not look for rows past the last group."""
+
+    sizes: jax.Array  # [E] int32, with a sum of M
+
+
+def group_sizes_of(groups):
+    """`[E]` int32 of `WholeGroups`, or of group sizes themselves."""
+    return groups.sizes if isinstance(groups, WholeGroups) else groups
+
+
+def zero_past_groups(rows, groups):
+    """`rows [M, F]`, zero where no group reaches; `groups` are group sizes or `WholeGroups`."""
+    if isinstance(groups, WholeGroups):
+        return rows
+    return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, 0)
