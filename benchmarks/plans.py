@@ -1,9 +1,9 @@
-"""Plans of the configurations in the table of docs/machines.md: AoE and its router twin on TPU
-slices that are not here.
+"""The table of plans in docs/machines.md: AoE beside its router twin, on machines that are not
+here.
 
-`python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` installed; minutes a
-row, of two cores. Each row is `python -m aoe_jax.plan --config=CONFIGURATION --topology=TOPOLOGY`
-with the fields in `ROWS`, at 4.2M tokens a step.
+`python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` for TPUs and JAX's CUDA
+wheels for GPUs; minutes a row, of two cores. Each row is `python -m aoe_jax.plan
+--config=CONFIGURATION --topology=TOPOLOGY` with the fields in `ROWS` and `SHARED`.
 """
 
 from absl import flags
@@ -17,42 +17,36 @@ from aoe_jax.topology import topology_devices
 from benchmarks.timing import report
 from configs import large, paper
 
-SHARED = {"balance.aux_tokens": 0.125}  # of all rows
-# name -> (AoE, its router twin, topology, fields)
+# One micro-batch; L_aux, if any, from an eighth of the tokens.
+SHARED = {"balance.aux_tokens": 0.125, "train.accumulate": 1}
+SMALL = (paper, "aoe_r256_aux", "moe_aux")
+MIDDLE = (paper, "aoe_4b", "moe_4b")
+LONG = {"data.seq_len": 32_768, "model.max_len": 32_768}
+# name -> (file, AoE, its router twin), topology, sequences of a device, further fields
 ROWS = {
-    "732M@v5e": (
-        (paper, "aoe_r256_aux"),
-        (paper, "moe_aux"),
-        "v5e:4x4",
-        {"mesh.fsdp": 16, "train.accumulate": 16},
-    ),
-    "4B@v5e": (
-        (paper, "aoe_4b"),
-        (paper, "moe_4b"),
-        "v5e:16x16",
-        {"mesh.fsdp": 16, "train.accumulate": 4},
-    ),
-    "4B@v5p": (
-        (paper, "aoe_4b"),
-        (paper, "moe_4b"),
-        "v5p:4x4x4",
-        {"mesh.fsdp": 16, "train.accumulate": 2},
-    ),
-    "64@v5p": ((large, "aoe_64"), (large, "moe_64"), "v5p:8x8x8", {"mesh.fsdp": 64}),
-    "256@v5p": ((large, "aoe_256"), (large, "moe_256"), "v5p:8x8x8", {"mesh.fsdp": 64}),
-    "732M@v5e-layer": (
-        (paper, "aoe_r256_aux"),
-        (paper, "moe_aux"),
-        "v5e:4x4",
-        {"mesh.fsdp": 16, "train.accumulate": 8, "model.remat": "layer"},
-    ),
-    "4B@v5e-layer": (
-        (paper, "aoe_4b"),
-        (paper, "moe_4b"),
-        "v5e:16x16",
-        {"mesh.fsdp": 16, "model.remat": "layer"},
-    ),
+    "732M@v5e": (SMALL, "v5e:4x4", 8, {"mesh.fsdp": 16}),
+    "732M@v5p": (SMALL, "v5p:4x4x4", 8, {"mesh.fsdp": 64}),
+    "732M@v6e": (SMALL, "v6e:4x4", 8, {"mesh.fsdp": 16}),
+    "732M@tpu7x": (SMALL, "tpu7x:2x2x4", 8, {"mesh.fsdp": 32}),
+    "732M@h100": (SMALL, "h100:8", 8, {"mesh.fsdp": 8}),
+    "732M@b200": (SMALL, "b200:8", 8, {"mesh.fsdp": 8}),
+    "732M-32k@v5p": (SMALL, "v5p:4x4x4", 1, {"mesh.fsdp": 64, **LONG}),
+    "4B@v5e": (MIDDLE, "v5e:16x16", 8, {"mesh.fsdp": 16}),
+    "4B@v5p": (MIDDLE, "v5p:4x4x4", 8, {"mesh.fsdp": 64}),
+    "64@v5p": ((large, "aoe_64", "moe_64"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
+    "256@v5p": ((large, "aoe_256", "moe_256"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
 }
+COLUMNS = (
+    "configuration",
+    "machine, mesh",
+    "memory per device (temporary)",
+    "HBM traffic",
+    "likely step (network)",
+    "likely MFU",
+    "step at least",
+    "MFU at most",
+    "AoE / MoE: memory, traffic, likely step",
+)
 
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "names of rows")
 
@@ -64,45 +58,61 @@ def configuration(module, variant, fields):
     return Config.from_config_dict(config)
 
 
+def plans_of(name):
+    """The plans of AoE and of its twin in a row, with what they are of."""
+    (module, *variants), topology, sequences, fields = ROWS[name]
+    generation, devices = topology_devices(topology)
+    fields = {"train.batch_size": sequences * len(devices), **fields}
+    for variant in variants:
+        config = fill_mesh(configuration(module, variant, fields), len(devices))
+        figure = plan(config, generation, devices)
+        if not figure["fits"]:
+            raise UserError(f"--rows={name}: {variant} does not fit")
+        file = module.__name__.rpartition(".")[2]
+        what = {"row": name, "configuration": f"{file}.py:{variant}", "topology": topology}
+        yield {**what, "fields": SHARED | fields, **figure}
+
+
+def cells(figure, twin=None):
+    """The line of the table for a plan; `twin`: that of the MoE, for an AoE."""
+    memory, traffic, step = compared = _compared(figure)
+    mesh = (f"{name} {n}" for name, n in figure["mesh"].items() if name != "transport" and n > 1)
+    network = figure["seconds_by_scope"].get("network", 0)
+    ratios = twin and (f"{a / b:.2f}" for a, b in zip(compared, _compared(twin), strict=True))
+    return (
+        f"`{figure['configuration']}`",
+        f"{figure['topology']}, {', '.join(mesh)}",
+        f"{memory / 1e9:.1f} GB ({figure['memory_bytes']['temp'] / 1e9:.1f})",
+        f"{traffic / 1e9:.0f} GB",
+        f"{1e3 * step:.0f} ms ({1e3 * network:.0f})",
+        f"{figure['likely_mfu']:.2f}",
+        f"{1e3 * figure['step_seconds']:.0f} ms, {figure['bound_by']}",
+        f"{figure['mfu_bound']:.2f}",
+        ", ".join(ratios or ()),
+    )
+
+
+def _compared(figure):
+    memory = figure["memory_bytes"]["total"]
+    return memory, figure["hbm_traffic_bytes"], figure["likely_step_seconds"]
+
+
 def main():
-    """Compiles and prints one configuration a line, and the memory of each pair."""
+    """Compiles and prints the table, in Markdown, a line a plan."""
     unknown = [name for name in _ROWS.value if name not in ROWS]
     if unknown:
         raise UserError(f"--rows={','.join(unknown)} is unknown; choose of {', '.join(ROWS)}")
     figures = []
+    print(_line(COLUMNS), _line("---" for _ in COLUMNS), sep="\n", flush=True)
     for name in _ROWS.value:
-        *pair, topology, fields = ROWS[name]
-        generation, devices = topology_devices(topology)
-        totals = []
-        for module, variant in pair:
-            config = fill_mesh(configuration(module, variant, fields), len(devices))
-            figure = plan(config, generation, devices)
-            if not figure["fits"]:
-                raise UserError(f"--rows={name}: {variant} does not fit")
-            figures.append(
-                {
-                    "row": name,
-                    "variant": variant,
-                    "topology": topology,
-                    "fields": SHARED | fields,
-                    **figure,
-                }
-            )
-            memory, flops = figure["memory_bytes"], figure["flops"]
-            totals.append(memory["total"])
-            words = [
-                f"{memory['total'] / 1e9:.2f} of {figure['hbm_bytes'] / 1e9:.0f} GB "
-                f"(state {memory['state'] / 1e9:.2f})",
-                f"compiled {flops['compiled'] / flops['useful']:.3f} of useful FLOPs",
-                f"{sum(figure['collective_bytes'].values()) / 1e9:.1f} GB received",
-                f"step at least {figure['step_seconds']:.2f} s by {figure['bound_by']}",
-                f"MFU at most {figure['mfu_bound']:.2f}",
-                f"compiled in {figure['compile_seconds']:.0f} s",
-            ]
-            settings = ", ".join(f"{name} {value}" for name, value in fields.items())
-            print(f"{variant:>12} {topology}, {settings}: {', '.join(words)}", flush=True)
-        print(f"{'':>12} memory of AoE / its twin: {totals[0] / totals[1]:.3f}", flush=True)
+        aoe, moe = pair = list(plans_of(name))
+        print(_line(cells(aoe, moe)), _line(cells(moe)), sep="\n", flush=True)
+        figures += pair
     report(figures, flags.FLAGS.json)  # defined by aoe_jax.plan
+
+
+def _line(cells):
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def get_config(variant=None):
         vocab_size=50_304,
         max_len=4096,
         dtype="bfloat16",
-        remat="experts",
+        remat="layer",
     )
     config.experts.update(kind="aoe" if kind == "aoe" else "router", top_k=8, **SHAPES[size])
     if kind == "aoe":

@@ -74,7 +74,7 @@ def get_config(variant=None):
         vocab_size=32_000,
         max_len=2048,
         dtype="bfloat16",
-        remat="experts",
+        remat="layer",
     )
     config.experts.update(n_experts=8, top_k=2, d_ffn=3072)
     config.data.seq_len = 2048

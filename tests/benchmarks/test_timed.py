@@ -197,7 +197,7 @@ def test_prepare(tmp_path):
         ),
         (
             ["-m", "benchmarks.plans", "--rows=big"],
-            "--rows=big is unknown; choose of 732M@v5e, 4B@v5e",
+            "--rows=big is unknown; choose of 732M@v5e, 732M@v5p",
         ),
         (["-m", "benchmarks.input", "--steps=0"], "--steps=0"),
         (
