@@ -101,15 +101,16 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """`(compiled program, its text with the compiler's cycles)`; the text is None except for TPU.
+    """`(compiled program, its text)`; the text is None except for TPU and GPU.
 
     It comes from the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX,
-    and fails on some programs.
+    and fails on some programs. A program from the compilation cache has none.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        files = Path(folder).glob("*.after_codegen.txt")
+        names = ("*.after_codegen.txt", "*.*gpu_after_optimizations.txt")
+        files = (file for name in names for file in Path(folder).glob(name))
         return compiled, next((file.read_text() for file in files), None)
 
 

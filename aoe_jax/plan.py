@@ -48,8 +48,8 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.json_files import write_json
-from aoe_jax.model.attention import splash
-from aoe_jax.moe.grouped_matmul import megablox
+from aoe_jax.model.attention import cudnn, splash
+from aoe_jax.moe.grouped_matmul import megablox, mosaic_gpu
 from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
@@ -61,6 +61,7 @@ _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bo
 _SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
+KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
 LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
@@ -115,7 +116,7 @@ def plan(config: Config, generation, devices, compiles=True):
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
             likely = _likely(text, chip) if text else None
-            if not text and devices[0].platform == "tpu":
+            if not text:
                 log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
@@ -208,7 +209,7 @@ def _compile(traced):
 
 def _likely(text, chip):
     """FLOPs, memory traffic and likely seconds of a step, from its optimised HLO."""
-    operations = Program(text, [splash.kernel_cost, megablox.kernel_cost]).operations
+    operations = Program(text, KERNEL_COSTS).operations
     seconds = Counter()
     for operation in operations:
         seconds[scope(operation)] += operation.times * likely_seconds(operation, chip)
