@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.moe.grouped_matmul import _default_backend, _hopper_backend, grouped_matmul
+from aoe_jax.moe.grouped_matmul import _default_backend, _that_takes, grouped_matmul
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import row_block, width_block
 
 pytestmark = pytest.mark.smoke
@@ -77,10 +77,10 @@ def test_default_backend(platform, kind, capability, backend, caplog):
 
 
 def test_hopper_says_when_it_is_slower(caplog):
-    assert _hopper_backend("bfloat16", 768, 3264) == "mosaic_gpu"
+    assert _that_takes("mosaic_gpu", "bfloat16", 768, 3264) == "mosaic_gpu"
     assert not caplog.text
-    _hopper_backend.cache_clear()
-    assert _hopper_backend("float32", 768, 3264) == "blocked"
+    _that_takes.cache_clear()
+    assert _that_takes("mosaic_gpu", "float32", 768, 3264) == "blocked"
     assert "float32: use bfloat16" in caplog.text
     assert "backend 'blocked', which is slower" in caplog.text
 

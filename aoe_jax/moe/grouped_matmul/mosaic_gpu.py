@@ -93,9 +93,10 @@ def kernel_cost(name, operands, results):
     Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
     advance along its rows together.
     """
-    if not name.startswith("mosaic_gpu"):
+    matrices = [a for a in operands if len(a.dims) > 1]
+    if not name.startswith("mosaic_gpu") or len(matrices) != 2:
         return None
-    (*_, lhs, rhs), (out,) = operands, results
+    (lhs, rhs), out = matrices, results[0]
     depth, width, n_passes = lhs.dims[1], out.dims[-1], 1
     if len(out.dims) == 2:
         n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
