@@ -23,6 +23,10 @@ from functools import cached_property
 import numpy as np
 
 from aoe_jax.hlo import parse
+from aoe_jax.model.attention import cudnn, splash
+from aoe_jax.moe.grouped_matmul import megablox, mosaic_gpu
+
+KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
 
 # Named scopes of the train step.
 SCOPES = (
@@ -93,7 +97,7 @@ class Program:
         the kernels that they know, by `Array`s; None for others.
     """
 
-    def __init__(self, text, kernel_costs=()):
+    def __init__(self, text, kernel_costs=KERNEL_COSTS):
         """Parses the text."""
         self.kernel_costs = kernel_costs
         header = text.partition("\n")[0]

@@ -48,8 +48,6 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.json_files import write_json
-from aoe_jax.model.attention import cudnn, splash
-from aoe_jax.moe.grouped_matmul import megablox, mosaic_gpu
 from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
@@ -61,7 +59,6 @@ _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bo
 _SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
-KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
 LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
@@ -209,7 +206,7 @@ def _compile(traced):
 
 def _likely(text, chip):
     """FLOPs, memory traffic and likely seconds of a step, from its optimised HLO."""
-    operations = Program(text, KERNEL_COSTS).operations
+    operations = Program(text).operations
     seconds = Counter()
     for operation in operations:
         seconds[scope(operation)] += operation.times * likely_seconds(operation, chip)

@@ -25,7 +25,6 @@ from jax.extend import backend as jax_backend
 
 from aoe_jax import cli, costs, hlo
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
-from aoe_jax.plan import KERNEL_COSTS
 from aoe_jax.topology import compiling_for, topology_devices
 from benchmarks.compiling import PRODUCTS, expert_shapes, lower_for
 from benchmarks.timing import report
@@ -36,6 +35,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of rows and weig
 _SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or all")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 TOKAMAX = ("tokamax_mosaic", "tokamax_triton") if importlib.util.find_spec("tokamax") else ()
@@ -78,7 +78,7 @@ def _figure(device, backend, sizes, dtype, product):
         compiled, text = hlo.compile_and_read(lowered)
     except Exception as error:  # compilers and tokamax have their own kinds
         return {"error": str(error)}
-    operations = costs.Program(text, [*KERNEL_COSTS, _tokamax_cost]).operations
+    operations = costs.Program(text, [*costs.KERNEL_COSTS, _tokamax_cost]).operations
     m, d, f, _ = sizes
     return {
         "flops": sum(o.times * o.flops for o in operations) / (2 * m * d * f),
@@ -123,7 +123,7 @@ def main():
         star = "*" if figure["is_default"] else ""
         d, f = shape
         print(f"{generation} {dtype} {d}x{f} {backend}{star}: {words}", flush=True)
-    report(found, flags.FLAGS.json)  # defined by aoe_jax.plan
+    report(found, _JSON.value)
     if n_dense:
         raise SystemExit(1)
 

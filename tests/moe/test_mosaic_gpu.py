@@ -43,6 +43,28 @@ def test_blocks():
     assert [width_block(width) for width in (64, 128, 192, 768)] == [64, 128, 64, 128]
 
 
+def test_no_array_of_zeros_is_kept_through_a_scan_over_layers(monkeypatch):
+    """JAX moves constants out of a scan that has a gradient; then every layer reads them."""
+    monkeypatch.setattr(jax, "devices", lambda *_: [SimpleNamespace(core_count=4)])
+    m, d, f = 256, 64, 128
+
+    def loss(rows, up, down):
+        def layer(x, weights):
+            sizes = 100 * (x[:2, 0] > 0).astype(jnp.int32)
+            hidden = grouped_matmul(x, weights[0], sizes, backend="mosaic_gpu")
+            return grouped_matmul(hidden, weights[1], sizes, backend="mosaic_gpu"), None
+
+        return jax.lax.scan(layer, rows, (up, down))[0].astype(jnp.float32).sum()
+
+    shapes = (m, d), (3, 2, d, f), (3, 2, f, d)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*args)
+    scans = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+    assert len(scans) == 2
+    taken = [[v.aval.shape for v in eqn.invars] for eqn in scans]
+    assert taken[0].count((m, d)) == 1 and (m, f) not in taken[0] + taken[1]
+
+
 @pytest.mark.parametrize(
     ("platform", "kind", "capability", "backend"),
     [
