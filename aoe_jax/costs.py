@@ -123,8 +123,6 @@ class Program:
                 continue
             if i.opcode in _FREE or i.target in _FREE_KERNELS:
                 continue
-            if i.collective:
-                started[i.name] = len(found)
             if i.opcode == "fusion-start":  # its result: operands, results, a context
                 n = sum(len(self._by_name[computation][name].arrays) for name in i.operands)
                 i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
@@ -136,8 +134,12 @@ class Program:
             elif i.opcode in ("call", "async-start"):
                 inner = self._walk(i.called("to_apply", "calls"), times)
                 is_async = i.opcode == "async-start"
+                if is_async and inner:
+                    started[i.name] = len(found)
                 found += [replace(o, is_async=is_async or o.is_async) for o in inner]
             else:
+                if i.collective:
+                    started[i.name] = len(found)
                 found.append(self._operation(computation, i, times))
                 found += self._collectives_of_fusion(i, times)
         return found

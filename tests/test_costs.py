@@ -185,6 +185,12 @@ def test_collectives_count_once_and_by_their_kind():
 # Instructions as in programs for GPUs of JAX 0.10 and 0.12.
 GPU = """HloModule step, is_scheduled=true, replica_count=1, num_partitions=8
 
+%reduce (g: f32[128,256]) -> f32[16,256] {
+  %g = f32[128,256]{1,0} parameter(0)
+  ROOT %reduce_scatter = f32[16,256]{1,0} reduce-scatter(%g), channel_id=2, \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%sum
+}
+
 %take (p: bf16[12,64,128], i: s32[]) -> bf16[1,64,128] {
   %p = bf16[12,64,128]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
@@ -243,6 +249,9 @@ fusion-start(%stack, %zero), kind=kLoop, calls=%take
   %start = (s32[], bf16[2,256,4,64]{3,2,1,0}) tuple(%zero, %q.1)
   %loop = (s32[], bf16[2,256,4,64]{3,2,1,0}) while(%start), condition=%unknown, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
+  %gradient = f32[128,256]{1,0} parameter(7)
+  %reduced = ((f32[128,256]{1,0}), f32[16,256]{1,0}) async-start(%gradient), calls=%reduce
+  %part = f32[16,256]{1,0} async-done(%reduced)
   ROOT %result = bf16[1024,256]{1,0} copy(%out)
 }
 """
@@ -269,6 +278,8 @@ def test_work_beside_a_collective_hides_its_time():
     work = rows.hbm_bytes / chip.hbm_bandwidth
     assert 0 < work < network
     assert costs.likely_seconds(gather, chip) == pytest.approx(network - work)
+    # Nothing hides this one; it sends what the gather does.
+    assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
 
 
 def test_wide_experts_read_rows_once_for_each_pass():
