@@ -19,7 +19,7 @@ How the figures are computed:
   counts once. Bytes are what a device receives in a step, by the usual ring algorithms.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
   once) and network, each at its peak and perfectly overlapped: no run is faster.
-- The likely step time is the sum over operations, on TPU: the compiler's own cycles, or the time
+- The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
   that FLOPs and traffic take at the peaks, and collectives that no other work hides.
 """
 
@@ -95,8 +95,9 @@ def plan(config: Config, generation, devices, compiles=True):
       The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
       `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
       `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`; for TPU `hbm_traffic_bytes`, `likely_step_seconds`,
-      `likely_mfu` and `seconds_by_scope`, else None. Bytes and FLOPs are per device and step.
+      `mfu_bound`, `compile_seconds`, `hbm_traffic_bytes`, `likely_step_seconds`, `likely_mfu` and
+      `seconds_by_scope`, the last four None without an optimised program. Bytes and FLOPs are per
+      device and step.
     """
     n_devices = len(devices)
     chip = CHIPS[generation].part(count_chips(devices) / n_devices)
@@ -187,7 +188,7 @@ def _activation_bytes(config, n_devices):
 def _compile(traced):
     """`(compiled program, bytes of memory per device, its optimised HLO)`.
 
-    Of a program that exceeds the memory there are only the bytes. The text is there for TPU only.
+    Of a program that exceeds the memory there are only the bytes.
     """
     try:
         compiled, text = compile_and_read(traced.lower())
