@@ -127,7 +127,8 @@ class Program:
                 n = sum(len(self._by_name[computation][name].arrays) for name in i.operands)
                 i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
             if i.opcode == "while":
-                found += self._walk(i.called("body"), times * self._trips(i))
+                if n_trips := self._trips(i):
+                    found += self._walk(i.called("body"), times * n_trips)
             elif i.opcode == "conditional":
                 branches = [self._walk(name, times) for name in _branches(i)]
                 found += max(branches, key=lambda ops: sum(o.times * o.hbm_bytes for o in ops))
@@ -216,8 +217,8 @@ class Program:
             return int(sizes.split(",")[-1])
         if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
             return len(group.split(","))
-        if mesh := i.attribute(r"replica_groups=mesh(\[[^\]]*\] \{[^}]*\})"):
-            axes = re.findall(r"'(\w+)'", mesh.split("]")[1])
+        if mesh := i.attribute(r"replica_groups=mesh(\[[^{]*\{[^}]*\})"):
+            axes = re.findall(r"'(\w+)'", mesh.split("{")[1])
             return math.prod(int(re.search(rf"'{axis}'=(\d+)", mesh).group(1)) for axis in axes)
         if "replica_groups={}" in i.attributes:
             return self.n_devices

@@ -157,6 +157,8 @@ ENTRY %main (a: f32[1,1024], b: f32[16,1024]) -> f32[1,1024] {
   %fusion.2 = f32[1,1024]{1,0} fusion(%a), kind=kLoop, calls=%beside
   %sum = f32[16,1024]{1,0} all-reduce(%b), replica_groups=mesh['x'=4,'y'=2] {'x'}
   %moved = f32[16,1024]{1,0} collective-permute(%b), source_target_pairs={{0,1}}
+  %sum.1 = f32[16,1024]{1,0} all-reduce(%b), \
+replica_groups=mesh['x'=2,'y'=8], device_ids=([8,2]T(1,0)) {'y'}
   ROOT %fusion.3 = f32[1,1024]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
 }
 """
@@ -173,6 +175,7 @@ def test_collectives_count_once_and_by_their_kind():
     assert collectives == {
         "all-gather.1": ("all-gather", size, 16, True),
         "sum": ("all-reduce", size, 4, False),
+        "sum.1": ("all-reduce", size, 8, False),
         "moved": ("collective-permute", size, np.inf, False),
         "all-reduce.4": ("reduce-scatter", size, 16, False),
     }
