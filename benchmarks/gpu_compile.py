@@ -14,6 +14,7 @@ and write every array once.
 
 import importlib.util
 import itertools
+import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -24,6 +25,7 @@ from absl import flags
 from jax.extend import backend as jax_backend
 
 from aoe_jax import cli, costs, hlo
+from aoe_jax.errors import UserError
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
 from aoe_jax.topology import compiling_for, topology_devices
 from benchmarks.compiling import PRODUCTS, expert_shapes, lower_for
@@ -104,12 +106,22 @@ def _in_words(figure):
     return f"{figure['flops']:.2f} FLOPs, {traffic:.2f} GB, {temp:.2f} GB temporary"
 
 
+def _shapes():
+    """The shapes of `--shapes`, `(D, F)`."""
+    if _SHAPES.value == ["all"]:
+        return expert_shapes()
+    for shape in _SHAPES.value:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise UserError(f"--shapes={shape}: give two sizes, such as 768x3072, or all")
+    return [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
+
+
 def main():
     """Compiles and prints the products of one backend a line."""
-    shapes = expert_shapes()
-    if _SHAPES.value != ["all"]:
-        shapes = [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
-    backends = [*_BACKENDS.value, *TOKAMAX]
+    unknown = [name for name in _BACKENDS.value if name not in BACKENDS]
+    if unknown:
+        raise UserError(f"--backends={unknown[0]} is unknown; choose of {', '.join(BACKENDS)}")
+    shapes, backends = _shapes(), [*_BACKENDS.value, *TOKAMAX]
     cases = itertools.product(_GENERATIONS.value, shapes, _DTYPES.value, backends)
     found, n_dense = [], 0
     for generation, shape, dtype, backend in cases:

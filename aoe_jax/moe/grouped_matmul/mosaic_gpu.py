@@ -26,8 +26,7 @@ DTYPES = ("bfloat16", "float16")
 # D and F are multiples of it: 128 bytes of a 2-byte dtype, a row of the kernels' shared memory
 WIDTH_BLOCK = 64
 ROW_BLOCKS = (128, 64)
-# Of an expert's weights, which the blocks of rows that are computed at the same time share in the
-# L2 cache, 50 MB.
+# Of an expert's weights, which blocks of rows share in the L2 cache (50 MB).
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB of shared memory
 
@@ -110,7 +109,8 @@ def _used(rows, group_sizes):
     On outputs, since the kernels leave those rows unwritten. On operands, since for d_weights the
     kernel masks rows by a product with zero, and one operand only, which lets a NaN through.
     """
-    # JAX moves constants out of a scan over layers, and every layer would read an array of zeros.
+    # It depends on data: a constant would be moved out of a scan over layers, as a whole array that
+    # every layer reads.
     zero = jnp.minimum(group_sizes[0], 0).astype(rows.dtype)
     return jnp.where((jnp.arange(rows.shape[0]) < group_sizes.sum())[:, None], rows, zero)
 
