@@ -9,6 +9,8 @@ XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pall
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
   states of itself.
 - Cycles are the compiler's estimate, on TPU, where it has one.
+- A GPU's cache is taken to serve what an operation reads again, and starting a kernel to take no
+  time.
 - A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism,
   which balanced loads do not need. A condition counts as its branch with the most traffic.
 """
@@ -21,6 +23,10 @@ from functools import cached_property
 import numpy as np
 
 from aoe_jax.hlo import parse
+from aoe_jax.model.attention import cudnn, splash
+from aoe_jax.moe.grouped_matmul import megablox, mosaic_gpu
+
+KERNEL_COSTS = tuple(m.kernel_cost for m in (splash, cudnn, megablox, mosaic_gpu))
 
 # Named scopes of the train step.
 SCOPES = (
@@ -78,6 +84,8 @@ class Operation:
     sent_bytes: float = 0.0  # of a collective: the larger of operand and result
     group_size: int = 1  # devices that take part in it
     is_async: bool = False
+    # The operations between the start of an asynchronous collective and its end; None: unknown.
+    beside: tuple["Operation", ...] | None = None
 
 
 class Program:
@@ -89,7 +97,7 @@ class Program:
         the kernels that they know, by `Array`s; None for others.
     """
 
-    def __init__(self, text, kernel_costs=()):
+    def __init__(self, text, kernel_costs=KERNEL_COSTS):
         """Parses the text."""
         self.kernel_costs = kernel_costs
         header = text.partition("\n")[0]
@@ -107,20 +115,32 @@ class Program:
         return self._walk(self.entry, 1.0)
 
     def _walk(self, computation, times):
-        found = []
+        found, started = [], {}
         for i in self.computations[computation]:
-            if i.opcode in _FREE or i.opcode.endswith("-done") or i.target in _FREE_KERNELS:
+            if i.opcode.endswith("-done"):
+                if (k := started.get(i.operands[0])) is not None:
+                    found[k] = replace(found[k], beside=tuple(found[k + 1 :]))
                 continue
+            if i.opcode in _FREE or i.target in _FREE_KERNELS:
+                continue
+            if i.opcode == "fusion-start":  # its result: operands, results, a context
+                n = sum(len(self._by_name[computation][name].arrays) for name in i.operands)
+                i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
             if i.opcode == "while":
-                found += self._walk(i.called("body"), times * self._trips(i))
+                if n_trips := self._trips(i):
+                    found += self._walk(i.called("body"), times * n_trips)
             elif i.opcode == "conditional":
                 branches = [self._walk(name, times) for name in _branches(i)]
                 found += max(branches, key=lambda ops: sum(o.times * o.hbm_bytes for o in ops))
             elif i.opcode in ("call", "async-start"):
                 inner = self._walk(i.called("to_apply", "calls"), times)
                 is_async = i.opcode == "async-start"
+                if is_async and inner:
+                    started[i.name] = len(found)
                 found += [replace(o, is_async=is_async or o.is_async) for o in inner]
             else:
+                if i.collective:
+                    started[i.name] = len(found)
                 found.append(self._operation(computation, i, times))
                 found += self._collectives_of_fusion(i, times)
         return found
@@ -150,14 +170,17 @@ class Program:
 
     def _kernel_cost(self, i, known):
         operands = [a for name in i.operands for a in known[name].arrays]
-        name = re.sub(r"[.\d]+$", "", i.name)
+        is_named = i.target != "tpu_custom_call"  # which every kernel for TPU bears
+        name = i.target if is_named else re.sub(r"[.\d]+$", "", i.name)
         costs = (cost(name, operands, i.arrays) for cost in self.kernel_costs)
         return next((cost for cost in costs if cost), None)
 
     def _as_collective(self, operation, i, known):
-        is_async = i.opcode.endswith("-start")  # then the result holds the operands, too
+        is_async = i.opcode.endswith("-start")
         operand_bytes = sum(a.bytes for name in i.operands for a in known[name].arrays)
-        result_bytes = (max if is_async else sum)(a.bytes for a in i.arrays)
+        result_bytes = sum(a.bytes for a in i.arrays)
+        if is_async and i.is_tuple:  # then the result holds the operands, too
+            result_bytes -= operand_bytes
         return replace(
             operation,
             hbm_bytes=0.0,  # its time is that of the network
@@ -194,8 +217,8 @@ class Program:
             return int(sizes.split(",")[-1])
         if group := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
             return len(group.split(","))
-        if mesh := i.attribute(r"replica_groups=mesh(\[[^\]]*\] \{[^}]*\})"):
-            axes = re.findall(r"'(\w+)'", mesh.split("]")[1])
+        if mesh := i.attribute(r"replica_groups=mesh(\[[^{]*\{[^}]*\})"):
+            axes = re.findall(r"'(\w+)'", mesh.split("{")[1])
             return math.prod(int(re.search(rf"'{axis}'=(\d+)", mesh).group(1)) for axis in axes)
         if "replica_groups={}" in i.attributes:
             return self.n_devices
@@ -206,6 +229,8 @@ class Program:
 
     def _trips(self, loop):
         """How often the body of a loop runs; 0 where only the run decides it."""
+        if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
         condition = self.computations[loop.called("condition")]
         constants = {
             i.name: int(i.literal)
@@ -273,12 +298,8 @@ class Program:
 
     def _written(self, i, known):
         """Bytes that an instruction writes to main memory."""
-        if i.opcode == "dynamic-update-slice":
-            return min(i.hbm_bytes, known[i.operands[1]].arrays[0].bytes)
-        if i.opcode == "scatter":
-            return min(i.hbm_bytes, 2 * known[i.operands[-1]].arrays[0].bytes)
         if i.opcode != "fusion":
-            return i.hbm_bytes
+            return min(i.hbm_bytes, self._written_by(i, known, i.hbm_bytes))
         computation = i.called("calls")
         inside, root = self._by_name[computation], self._root(computation)
         parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
@@ -297,6 +318,8 @@ class Program:
             return 0.0
         if part.opcode == "dynamic-update-slice":
             return inside[part.operands[1]].arrays[0].bytes
+        if part.opcode == "scatter":
+            return 2 * inside[part.operands[-1]].arrays[0].bytes
         if part.opcode == "fusion" and not part.is_tuple:
             computation = part.called("calls")
             return self._written_by(self._root(computation), self._by_name[computation], whole)
@@ -325,14 +348,21 @@ def likely_seconds(operation, chip):
     """The likely time of one run of an operation on a `hardware.Chip`.
 
     For a collective, that of its bytes at the bandwidth of all links of a chip, by the usual ring
-    algorithms; 0 if it runs beside other work. A ring over a part of a torus has fewer links, and
-    takes longer. For other operations the compiler's cycles where it has them, or the larger of the
-    times that FLOPs and memory traffic take at the peaks.
+    algorithms, less the time of the work beside it; 0 if that work is unknown. A ring over a part
+    of a torus has fewer links, and takes longer. For other operations the compiler's cycles where
+    it has them, or the larger of the times that FLOPs and memory traffic take at the peaks.
     """
     if operation.collective:
         rounds = 2 if operation.collective == "all-reduce" else 1
         received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
-        return 0.0 if operation.is_async else received / chip.link_bandwidth
+        seconds = received / chip.link_bandwidth
+        if not operation.is_async:
+            return seconds
+        if operation.beside is None:
+            return 0.0
+        work = [o for o in operation.beside if not o.collective]
+        hidden = sum(o.times * likely_seconds(o, chip) for o in work) / operation.times
+        return max(0.0, seconds - hidden)
     if operation.cycles is not None and chip.clock:
         return operation.cycles / chip.clock
     return max(operation.occupied_flops / chip.flops, operation.hbm_bytes / chip.hbm_bandwidth)
@@ -340,7 +370,7 @@ def likely_seconds(operation, chip):
 
 def scope(operation):
     """The named scope of the train step that an operation belongs to."""
-    if operation.collective and not operation.is_async:
+    if operation.collective:
         return "network"
     for part in reversed(operation.op_name.split("/")):
         name = part.removeprefix("transpose(").removeprefix("jvp(").rstrip(")")

@@ -3,7 +3,7 @@
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
 (bandwidth between slices: a chip's share of its host's network card); the data sheets at nvidia.com
-(dense peaks, and NVLink 4 for H100 SXM).
+(dense peaks, and one direction of NVLink, of PCIe for L4).
 """
 
 import dataclasses
@@ -37,7 +37,10 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9),
     "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9),
     "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9),
+    "a100": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
+    "l4": Chip(121e12, 24e9, 0.3e12, 32e9, 1.6e9),
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "b200": Chip(2250e12, 180e9, 7.7e12, 900e9, 50e9),
 }
 
 # FLOPs per second of a chip in bfloat16, dense, by `jax.Device.device_kind`. Other forms and parts
@@ -52,7 +55,7 @@ PEAK_FLOPS = {
     "TPU v6e": CHIPS["v6e"].flops,
     "TPU7x": CHIPS["tpu7x"].flops,
     "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": CHIPS["a100"].flops,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 80GB HBM3": CHIPS["h100"].flops,
@@ -62,7 +65,8 @@ PEAK_FLOPS = {
     "NVIDIA H200 NVL": 835e12,
     "NVIDIA GH200 480GB": 989e12,
     "NVIDIA GH200 144G HBM3e": 989e12,
-    "NVIDIA B200": 2250e12,
+    "NVIDIA B200": CHIPS["b200"].flops,
+    "NVIDIA L4": CHIPS["l4"].flops,
 }
 
 

@@ -101,15 +101,16 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """`(compiled program, its text with the compiler's cycles)`; the text is None except for TPU.
+    """`(compiled program, its text)`; the text is None except for TPU and GPU.
 
     It comes from the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX,
-    and fails on some programs.
+    and fails on some programs. A program from the compilation cache has none.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        files = Path(folder).glob("*.after_codegen.txt")
+        names = ("*.after_codegen.txt", "*.*gpu_after_optimizations.txt")
+        files = (file for name in names for file in Path(folder).glob(name))
         return compiled, next((file.read_text() for file in files), None)
 
 
@@ -126,8 +127,18 @@ def parse(text):
                 current = computations[header.group(2)] = []
                 entry = header.group(2) if header.group(1) else entry
         elif current is not None and (instruction := _parse_instruction(line)):
+            current += _elements(instruction, current)
             current.append(instruction)
     return computations, entry
+
+
+def _elements(user, earlier):
+    """Elements of tuples that an instruction takes as `%name#number`, as instructions."""
+    for operand in user.operands:
+        name, _, number = operand.partition("#")
+        if number and all(i.name != operand for i in earlier):
+            array = next(i for i in earlier if i.name == name).arrays[int(number)]
+            yield Instruction(operand, "get-tuple-element", (array,), False, (name,), "", "", False)
 
 
 def _parse_instruction(line):
@@ -145,7 +156,7 @@ def _parse_instruction(line):
         Array(dtype, tuple(int(n) for n in re.findall(r"\d+", dims)), layout)
         for dtype, dims, layout in re.findall(r"([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?", shape)
     )
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    operands = tuple(re.findall(r"%([\w.\-#]+)", inside))
     return Instruction(
         name, opcode, arrays, is_tuple, operands, inside.strip(), rest[end + 1 :], bool(root)
     )

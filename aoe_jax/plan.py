@@ -19,7 +19,7 @@ How the figures are computed:
   counts once. Bytes are what a device receives in a step, by the usual ring algorithms.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
   once) and network, each at its peak and perfectly overlapped: no run is faster.
-- The likely step time is the sum over operations, on TPU: the compiler's own cycles, or the time
+- The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
   that FLOPs and traffic take at the peaks, and collectives that no other work hides.
 """
 
@@ -48,8 +48,6 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.json_files import write_json
-from aoe_jax.model.attention import splash
-from aoe_jax.moe.grouped_matmul import megablox
 from aoe_jax.topology import compiling_for, topology_devices
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
@@ -97,8 +95,9 @@ def plan(config: Config, generation, devices, compiles=True):
       The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
       `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
       `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`; for TPU `hbm_traffic_bytes`, `likely_step_seconds`,
-      `likely_mfu` and `seconds_by_scope`, else None. Bytes and FLOPs are per device and step.
+      `mfu_bound`, `compile_seconds`, `hbm_traffic_bytes`, `likely_step_seconds`, `likely_mfu` and
+      `seconds_by_scope`, the last four None without an optimised program. Bytes and FLOPs are per
+      device and step.
     """
     n_devices = len(devices)
     chip = CHIPS[generation].part(count_chips(devices) / n_devices)
@@ -115,7 +114,7 @@ def plan(config: Config, generation, devices, compiles=True):
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
             likely = _likely(text, chip) if text else None
-            if not text and devices[0].platform == "tpu":
+            if not text:
                 log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
@@ -189,7 +188,7 @@ def _activation_bytes(config, n_devices):
 def _compile(traced):
     """`(compiled program, bytes of memory per device, its optimised HLO)`.
 
-    Of a program that exceeds the memory there are only the bytes. The text is there for TPU only.
+    Of a program that exceeds the memory there are only the bytes.
     """
     try:
         compiled, text = compile_and_read(traced.lower())
@@ -208,7 +207,7 @@ def _compile(traced):
 
 def _likely(text, chip):
     """FLOPs, memory traffic and likely seconds of a step, from its optimised HLO."""
-    operations = Program(text, [splash.kernel_cost, megablox.kernel_cost]).operations
+    operations = Program(text).operations
     seconds = Counter()
     for operation in operations:
         seconds[scope(operation)] += operation.times * likely_seconds(operation, chip)

@@ -32,10 +32,11 @@ def topology_devices(topology, n_slices=1):
     is_known = generation in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
     jax.config.update("jax_platforms", "cpu")  # devices that are here may be busy
-    if generation == "h100":
-        count = "takes the number of GPUs of a node, as h100:N"
+    target = Path(__file__).parent / f"{generation}.txtpb"  # of a GPU, as XLA describes it
+    if target.exists():
+        count = f"takes the number of GPUs of a node, as {generation}:N"
         require_flag(shape.isdecimal() and int(shape) > 0, "topology", topology, count)
-        options = _gpu_options(f"{n_slices}x1x{shape}")
+        options = _gpu_options(target.read_text(), f"{n_slices}x1x{shape}")
         hint = "the compiler for GPUs is missing; pip install 'jax[cuda13]'"
     else:
         install = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
@@ -63,11 +64,10 @@ def _tpu_options(topology, n_slices):
     return options
 
 
-def _gpu_options(topology):
+def _gpu_options(target, topology):
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_gpu_autotune_level" not in xla_flags:  # autotuning needs the GPU
         os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_gpu_autotune_level=0"
-    target = (Path(__file__).parent / "h100.txtpb").read_text()
     return {"platform": "cuda", "target_config": target, "topology": topology}
 
 

@@ -1,9 +1,10 @@
-"""Attention alone, compiled for a TPU that is not here: memory and likely time by backend.
+"""Attention alone, compiled for a TPU or GPU that is not here: memory and likely time by backend.
 
 `python -m benchmarks.attention [--topology=v5e:2x2] [--shapes=BxHxGxSxh,...] [--json=FILE]` with
-`libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`). Forward and backward pass in bfloat16, on
-one device. Traffic and likely time are those of `aoe_jax/costs.py`; the softmax inside the kernels,
-which runs beside their products, is not in the time.
+`libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`), or with `--topology=h100:1` and JAX's
+CUDA wheels. Forward and backward pass in bfloat16, on one device. Traffic and likely time are those
+of `aoe_jax/costs.py`; the softmax inside the kernels, which runs beside their products, is not in
+the time.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from aoe_jax import cli, costs, hlo
 from aoe_jax.hardware import CHIPS
 from aoe_jax.json_files import write_json
-from aoe_jax.model.attention import causal_attention, splash
+from aoe_jax.model.attention import backend_for, causal_attention
 from aoe_jax.topology import topology_devices
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "GENERATION:SHAPE")
@@ -50,7 +51,7 @@ def figure(devices, chip, backend, shape):
     ]
     with jax.set_mesh(mesh):
         compiled, text = hlo.compile_and_read(jax.jit(function).lower(*args))
-    operations = costs.Program(text, [splash.kernel_cost]).operations
+    operations = costs.Program(text).operations
     return {
         "backend": backend,
         "shape": list(shape),
@@ -66,7 +67,7 @@ def main():
     figures = []
     for text in _SHAPES.value:
         shape = tuple(int(n) for n in text.split("x"))
-        for backend in ("splash", "blocks"):
+        for backend in (backend_for(devices[0], "bfloat16", shape[-1]), "blocks"):
             figures.append(figure(devices, CHIPS[generation], backend, shape))
             temp, traffic, seconds = list(figures[-1].values())[2:]
             print(

@@ -30,6 +30,9 @@ TOPOLOGIES = {
 }
 
 
+PRODUCTS = ("forward", "d_rows", "d_weights")
+
+
 def tpu_devices(generation):
     """Devices of a TPU that need not be here, compiled for with `libtpu`."""
     if generation not in TOPOLOGIES:
@@ -52,8 +55,9 @@ def expert_shapes():
     return sorted(shapes)
 
 
-def lower_for(device, backend, m, d, f, n_experts, dtype):
-    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology.
+def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
+    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology; or
+    only one `product` of `PRODUCTS`.
 
     Returns:
       A `jax.stages.Lowered`.
@@ -61,10 +65,14 @@ def lower_for(device, backend, m, d, f, n_experts, dtype):
     here = SingleDeviceSharding(device)
 
     def value_and_gradients(rows, weights, group_sizes, g):
-        value, pull_back = jax.vjp(
-            lambda r, w: grouped_matmul(r, w, group_sizes, backend=backend), rows, weights
-        )
-        return value, *pull_back(g)
+        def forward(rows, weights):
+            return grouped_matmul(rows, weights, group_sizes, backend=backend)
+
+        if product == "forward":  # some backends have no gradient
+            return forward(rows, weights)
+        value, pull_back = jax.vjp(forward, rows, weights)
+        found = dict(zip(PRODUCTS, (value, *pull_back(g)), strict=True))
+        return found[product] if product else tuple(found.values())
 
     shapes = [
         ((m, d), dtype),

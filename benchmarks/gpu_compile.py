@@ -1,59 +1,142 @@
-"""Compiles the grouped products for an H100 that is not here, and checks in the program that they
-are grouped.
+"""Compiles grouped products for GPUs that are not here: which backend serves which product on which
+chip, and with how many FLOPs and how much memory traffic.
 
-`python -m benchmarks.gpu_compile [--rows=32768] [--experts=8] [--json=FILE]`, with the
-`jax[cuda13]` wheels (`pip install '.[cuda]'`). Each shape of the configurations that the kernels
-take is compiled forward and backward in bfloat16. A dense product would show as a dot, or as a
-temporary of `[rows, experts, width]`.
+`python -m benchmarks.gpu_compile [--generations=a100,...] [--backends=blocked,...]
+[--dtypes=bfloat16,...] [--shapes=DxF,...|all] [--rows=32768] [--experts=8] [--json=FILE]`, with the
+`jax[cuda13]` wheels (`pip install '.[cuda]'`). `--shapes=all` are those of the configurations. The
+backend that "auto" means for a chip and dtype has a star; if one of its products does not compile,
+or takes more than 1.1 times the useful FLOPs, the exit status is 1.
+
+Each product is compiled alone, see `aoe_jax/costs.py`. `blocked` is counted for balanced loads.
+Kernels of the package tokamax, where it is installed, are taken to do the useful FLOPs, and to read
+and write every array once.
 """
 
+import importlib.util
+import itertools
 import re
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from unittest import mock
 
 from absl import flags
+from jax.extend import backend as jax_backend
 
-from aoe_jax import cli
+from aoe_jax import cli, costs, hlo
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import write_json
-from aoe_jax.moe.grouped_matmul import mosaic_gpu
+from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
 from aoe_jax.topology import compiling_for, topology_devices
-from benchmarks.compiling import expert_shapes, lower_for
+from benchmarks.compiling import PRODUCTS, expert_shapes, lower_for
+from benchmarks.timing import report
 
+_GENERATIONS = flags.DEFINE_list("generations", ["a100", "l4", "h100", "b200"], "of GPUs")
+_BACKENDS = flags.DEFINE_list("backends", ["blocked", "mosaic_gpu", "ragged"], "to compare")
+_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of rows and weights")
+_SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or all")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
-def main():
-    """Compiles and prints one product a line."""
-    _, devices = topology_devices("h100:1")
-    m, n_experts = _ROWS.value, _EXPERTS.value
-    figures, refused = [], []
-    for d, f in expert_shapes():
-        try:
-            mosaic_gpu.check("bfloat16", d, f)
-        except UserError:
-            refused.append((d, f))
-            continue
-        with compiling_for(devices):
-            compiled = lower_for(devices[0], "mosaic_gpu", m, d, f, n_experts, "bfloat16").compile()
-        text = compiled.as_text()
-        figure = {
-            "shape": [d, f],
-            "kernels": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
-            "other_products": len(re.findall(r"\bdot\(|cublas|__triton_gemm", text)),
-            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-            "largest_dense_bytes": 2 * m * n_experts * max(d, f),
+TOKAMAX = ("tokamax_mosaic", "tokamax_triton") if importlib.util.find_spec("tokamax") else ()
+
+
+def _tokamax(implementation, rows, weights, group_sizes):
+    import tokamax
+
+    return tokamax.ragged_dot(rows, weights, group_sizes, implementation=implementation)
+
+
+def _tokamax_cost(name, operands, results):
+    if name == "__gpu$xla.gpu.triton":
+        return mosaic_gpu.kernel_cost("mosaic_gpu", operands, results)
+    return None
+
+
+def figures(generation, backend, shape, dtype, m, n_experts):
+    """Compiles each product of `PRODUCTS` by a backend.
+
+    Returns:
+      A dict by product, of FLOPs relative to the useful `2 M D F`, bytes of memory traffic and of
+      temporary memory, or an error; and "is_default", whether "auto" means this backend.
+    """
+    (device,) = topology_devices(f"{generation}:1")[1]
+    BACKENDS.update({name: partial(_tokamax, name.removeprefix("tokamax_")) for name in TOKAMAX})
+    sizes = m, *shape, n_experts
+    # tokamax asks for the device's generation.
+    here = mock.patch.object(jax_backend, "get_default_device", lambda: device)
+    with compiling_for([device]), here:
+        return {
+            "is_default": backend == backend_for(device, dtype, *shape),
+            **{name: _figure(device, backend, sizes, dtype, name) for name in PRODUCTS},
         }
-        figure["grouped"] = (figure["kernels"], figure["other_products"]) == (3, 0)
-        figure["grouped"] &= figure["temp_bytes"] < figure["largest_dense_bytes"]
-        figures.append(figure)
-        print(", ".join(f"{key} {value}" for key, value in figure.items()), flush=True)
-    n_grouped = sum(figure["grouped"] for figure in figures)
-    print(f"{n_grouped} of {len(figures)} are grouped; refused, not in blocks: {refused}")
-    if _JSON.value:
-        write_json(Path(_JSON.value), {"compiled": figures, "refused": refused})
-    if n_grouped < len(figures):
+
+
+def _figure(device, backend, sizes, dtype, product):
+    try:
+        lowered = lower_for(device, backend, *sizes, dtype, product)
+        compiled, text = hlo.compile_and_read(lowered)
+    except Exception as error:  # compilers and tokamax have their own kinds
+        return {"error": str(error)}
+    operations = costs.Program(text, [*costs.KERNEL_COSTS, _tokamax_cost]).operations
+    m, d, f, _ = sizes
+    return {
+        "flops": sum(o.times * o.flops for o in operations) / (2 * m * d * f),
+        "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def _in_own_process(*args):
+    """`figures`; a kernel that does not compile may end its process, or make later ones fail."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(figures, *args).result()
+        except BrokenProcessPool:
+            crash = {"error": "the compiler ended the process"}
+            return {"is_default": False, **dict.fromkeys(PRODUCTS, crash)}
+
+
+def _in_words(figure):
+    if "error" in figure:
+        return "no"
+    traffic, temp = figure["hbm_traffic_bytes"] / 1e9, figure["temp_bytes"] / 1e9
+    return f"{figure['flops']:.2f} FLOPs, {traffic:.2f} GB, {temp:.2f} GB temporary"
+
+
+def _shapes():
+    """The shapes of `--shapes`, `(D, F)`."""
+    if _SHAPES.value == ["all"]:
+        return expert_shapes()
+    for shape in _SHAPES.value:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise UserError(f"--shapes={shape}: give two sizes, such as 768x3072, or all")
+    return [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
+
+
+def main():
+    """Compiles and prints the products of one backend a line."""
+    unknown = [name for name in _BACKENDS.value if name not in BACKENDS]
+    if unknown:
+        raise UserError(f"--backends={unknown[0]} is unknown; choose of {', '.join(BACKENDS)}")
+    shapes, backends = _shapes(), [*_BACKENDS.value, *TOKAMAX]
+    cases = itertools.product(_GENERATIONS.value, shapes, _DTYPES.value, backends)
+    found, n_dense = [], 0
+    for generation, shape, dtype, backend in cases:
+        about = {"generation": generation, "shape": shape, "dtype": dtype, "backend": backend}
+        sizes = _ROWS.value, _EXPERTS.value
+        figure = _in_own_process(generation, backend, shape, dtype, *sizes)
+        found.append(about | figure)
+        if figure["is_default"]:
+            n_dense += any(figure[name].get("flops", 9) > 1.1 for name in PRODUCTS)
+        words = "; ".join(f"{name} {_in_words(figure[name])}" for name in PRODUCTS)
+        star = "*" if figure["is_default"] else ""
+        d, f = shape
+        print(f"{generation} {dtype} {d}x{f} {backend}{star}: {words}", flush=True)
+    report(found, _JSON.value)
+    if n_dense:
         raise SystemExit(1)
 
 

@@ -145,7 +145,7 @@ COMMAND_LINE = {
     ),
     "unknown topology": Mistake(
         ["-m", "aoe_jax.plan", CONFIG, "--topology=v9:2x2"],
-        ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, h100"],
+        ["--topology=v9:2x2", "v4, v5e, v5p, v6e, tpu7x, a100, l4, h100, b200"],
     ),
     "no compiler for GPUs": Mistake(
         ["-m", "aoe_jax.plan", CONFIG, "--topology=h100:8"],

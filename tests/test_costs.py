@@ -1,4 +1,4 @@
-"""What optimised programs for TPU are counted to do, against what was written."""
+"""What optimised programs for TPU and GPU are counted to do, against what was written."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax import costs, hlo
 from aoe_jax.hardware import CHIPS
-from aoe_jax.model.attention import causal_attention, splash
-from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox
+from aoe_jax.model.attention import causal_attention
+from aoe_jax.moe.grouped_matmul import grouped_matmul, mosaic_gpu
 from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.topology import topology_devices
-
-KERNELS = [splash.kernel_cost, megablox.kernel_cost]
 
 
 def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):
@@ -28,7 +26,7 @@ def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):
             for shape, dtype in shapes
         ]
         _, text = hlo.compile_and_read(jax.jit(mapped).lower(*args))
-    return costs.Program(text, KERNELS).operations
+    return costs.Program(text).operations
 
 
 def total(found, name):
@@ -159,6 +157,8 @@ ENTRY %main (a: f32[1,1024], b: f32[16,1024]) -> f32[1,1024] {
   %fusion.2 = f32[1,1024]{1,0} fusion(%a), kind=kLoop, calls=%beside
   %sum = f32[16,1024]{1,0} all-reduce(%b), replica_groups=mesh['x'=4,'y'=2] {'x'}
   %moved = f32[16,1024]{1,0} collective-permute(%b), source_target_pairs={{0,1}}
+  %sum.1 = f32[16,1024]{1,0} all-reduce(%b), \
+replica_groups=mesh['x'=2,'y'=8], device_ids=([8,2]T(1,0)) {'y'}
   ROOT %fusion.3 = f32[1,1024]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
 }
 """
@@ -175,6 +175,7 @@ def test_collectives_count_once_and_by_their_kind():
     assert collectives == {
         "all-gather.1": ("all-gather", size, 16, True),
         "sum": ("all-reduce", size, 4, False),
+        "sum.1": ("all-reduce", size, 8, False),
         "moved": ("collective-permute", size, np.inf, False),
         "all-reduce.4": ("reduce-scatter", size, 16, False),
     }
@@ -182,6 +183,116 @@ def test_collectives_count_once_and_by_their_kind():
     unknown = COLLECTIVES.replace("replica_groups={}", "devices=all")
     with pytest.raises(ValueError, match="all-reduce.4 names its devices in an unknown way"):
         _ = costs.Program(unknown).operations
+
+
+# Instructions as in programs for GPUs of JAX 0.10 and 0.12.
+GPU = """HloModule step, is_scheduled=true, replica_count=1, num_partitions=8
+
+%reduce (g: f32[128,256]) -> f32[16,256] {
+  %g = f32[128,256]{1,0} parameter(0)
+  ROOT %reduce_scatter = f32[16,256]{1,0} reduce-scatter(%g), channel_id=2, \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%sum
+}
+
+%take (p: bf16[12,64,128], i: s32[]) -> bf16[1,64,128] {
+  %p = bf16[12,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %slice = bf16[1,64,128]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,64,128}
+}
+
+%sort (p: bf16[1024,128]) -> (bf16[1024,128], s32[1024]) {
+  %p.1 = bf16[1024,128]{1,0} parameter(0)
+  %order = s32[1024]{0} iota(), iota_dimension=0
+  ROOT %pair = (bf16[1024,128]{1,0}, s32[1024]{0}) tuple(%p.1, %order)
+}
+
+%add (p: bf16[32,128], i: s32[8], u: bf16[8,128]) -> bf16[32,128] {
+  %p.2 = bf16[32,128]{1,0} parameter(0)
+  %i.1 = s32[8]{0} parameter(1)
+  %u = bf16[8,128]{1,0} parameter(2)
+  ROOT %scatter = bf16[32,128]{1,0} scatter(%p.2, %i.1, %u), to_apply=%sum
+}
+
+%body (state: (s32[], bf16[2,256,4,64])) -> (s32[], bf16[2,256,4,64]) {
+  %state = (s32[], bf16[2,256,4,64]{3,2,1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %q = bf16[2,256,4,64]{3,2,1,0} get-tuple-element(%state), index=1
+  %attend = (bf16[2,4,256,64]{3,1,2,0}, f32[2,4,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax"
+  %y = bf16[2,4,256,64]{3,1,2,0} get-tuple-element(%attend), index=0
+  %stats = f32[2,4,256]{2,1,0} get-tuple-element(%attend), index=1
+  %back = (bf16[2,4,256,64]{3,1,2,0}, bf16[2,4,256,64]{3,1,2,0}, bf16[2,4,256,64]{3,1,2,0}, \
+u8[0]{0}) custom-call(%q, %q, %q, %stats, %y, /*index=5*/%y), \
+custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %next = (s32[], bf16[2,256,4,64]{3,2,1,0}) tuple(%n, %q)
+}
+
+ENTRY %main (x: bf16[1024,128], w: bf16[2,16,256]) -> bf16[1024,256] {
+  %x = bf16[1024,128]{1,0} parameter(0)
+  %w = bf16[2,16,256]{2,1,0} parameter(1)
+  %stack = bf16[12,64,128]{2,1,0} parameter(2)
+  %q.1 = bf16[2,256,4,64]{3,2,1,0} parameter(3)
+  %table = bf16[32,128]{1,0} parameter(4)
+  %places = s32[8]{0} parameter(5)
+  %updates = bf16[8,128]{1,0} parameter(6)
+  %zero = s32[] constant(0)
+  %gather = (bf16[2,16,256]{2,1,0}, bf16[2,128,256]{2,1,0}) all-gather-start(%w), channel_id=1, \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={1}
+  %rows = (bf16[1024,128]{1,0}, s32[1024]{0}) fusion(%x), kind=kLoop, calls=%sort
+  %gathered = bf16[2,128,256]{2,1,0} all-gather-done(%gather)
+  %sizes = s32[2]{0} constant({512, 512})
+  %out = bf16[1024,256]{1,0} custom-call(%sizes, %rows#0, %gathered), \
+custom_call_target="mosaic_gpu_v2"
+  %grads = bf16[2,128,256]{2,1,0} custom-call(%sizes, %sizes, %rows#0, %out), \
+custom_call_target="mosaic_gpu_v2"
+  %taken = ((bf16[12,64,128]{2,1,0}, s32[]), bf16[1,64,128]{2,1,0}, u32[]) \
+fusion-start(%stack, %zero), kind=kLoop, calls=%take
+  %one = bf16[1,64,128]{2,1,0} fusion-done(%taken)
+  %scattered = bf16[32,128]{1,0} fusion(%table, %places, %updates), kind=kInput, calls=%add
+  %start = (s32[], bf16[2,256,4,64]{3,2,1,0}) tuple(%zero, %q.1)
+  %loop = (s32[], bf16[2,256,4,64]{3,2,1,0}) while(%start), condition=%unknown, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %gradient = f32[128,256]{1,0} parameter(7)
+  %reduced = ((f32[128,256]{1,0}), f32[16,256]{1,0}) async-start(%gradient), calls=%reduce
+  %part = f32[16,256]{1,0} async-done(%reduced)
+  ROOT %result = bf16[1024,256]{1,0} copy(%out)
+}
+"""
+
+
+def test_programs_for_gpus():
+    found = {o.name: o for o in costs.Program(GPU).operations}
+    pairs = 2 * 4 * 256 * 257 / 2  # of positions that attend and are attended to
+    assert (found["attend"].times, found["attend"].flops) == (3, 2 * 2 * pairs * 64)
+    assert (found["back"].times, found["back"].flops) == (3, 5 * 2 * pairs * 64)
+    rows, weights, out = 2 * 1024 * 128, 2 * 2 * 128 * 256, 2 * 1024 * 256
+    assert found["out"].flops == found["grads"].flops == 2 * 1024 * 128 * 256
+    assert found["out"].hbm_bytes == found["grads"].hbm_bytes == rows + weights + out
+    assert found["taken"].hbm_bytes == 2 * 2 * 64 * 128 + 4  # one of the stack, and its number
+    assert found["scattered"].hbm_bytes == 4 * 8 + 3 * 2 * 8 * 128  # places; rows there and back
+
+
+def test_work_beside_a_collective_hides_its_time():
+    chip = CHIPS["h100"]
+    found = {o.name: o for o in costs.Program(GPU).operations}
+    gather, rows = found["gather"], found["rows"]
+    assert gather.sent_bytes == 2 * 2 * 128 * 256 and gather.group_size == 8
+    network = gather.sent_bytes * 7 / 8 / chip.link_bandwidth
+    work = rows.hbm_bytes / chip.hbm_bandwidth
+    assert 0 < work < network
+    assert costs.likely_seconds(gather, chip) == pytest.approx(network - work)
+    # Nothing hides this one; it sends what the gather does.
+    assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
+
+
+def test_wide_experts_read_rows_once_for_each_pass():
+    rows, weights, out = (
+        hlo.Array("bf16", dims, "") for dims in ((8192, 4096), (8, 4096, 14336), (8192, 14336))
+    )
+    flops, traffic = mosaic_gpu.kernel_cost("mosaic_gpu_v2", [rows, weights], [out])
+    assert flops == 2 * 8192 * 4096 * 14336
+    assert mosaic_gpu.blocks_at_once(4096, 14336) == 16  # of 112, each of 1 MiB for an expert
+    assert traffic == 7 * rows.bytes + weights.bytes + out.bytes
 
 
 def test_likely_seconds():

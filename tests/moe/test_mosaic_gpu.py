@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.moe.grouped_matmul import _default_backend, _hopper_backend, grouped_matmul
+from aoe_jax.moe.grouped_matmul import _default_backend, _that_takes, grouped_matmul
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import row_block, width_block
 
 pytestmark = pytest.mark.smoke
@@ -41,6 +41,28 @@ def test_what_the_kernels_do_not_take_is_named(dtype, d, f, message):
 def test_blocks():
     assert [row_block(m, 8) for m in (64, 16383, 16384)] == [64, 64, 128]
     assert [width_block(width) for width in (64, 128, 192, 768)] == [64, 128, 64, 128]
+
+
+def test_no_array_of_zeros_is_kept_through_a_scan_over_layers(monkeypatch):
+    """JAX moves constants out of a scan that has a gradient; then every layer reads them."""
+    monkeypatch.setattr(jax, "devices", lambda *_: [SimpleNamespace(core_count=4)])
+    m, d, f = 256, 64, 128
+
+    def loss(rows, up, down):
+        def layer(x, weights):
+            sizes = 100 * (x[:2, 0] > 0).astype(jnp.int32)
+            hidden = grouped_matmul(x, weights[0], sizes, backend="mosaic_gpu")
+            return grouped_matmul(hidden, weights[1], sizes, backend="mosaic_gpu"), None
+
+        return jax.lax.scan(layer, rows, (up, down))[0].astype(jnp.float32).sum()
+
+    shapes = (m, d), (3, 2, d, f), (3, 2, f, d)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*args)
+    scans = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+    assert len(scans) == 2
+    taken = [[v.aval.shape for v in eqn.invars] for eqn in scans]
+    assert taken[0].count((m, d)) == 1 and (m, f) not in taken[0] + taken[1]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +99,10 @@ def test_default_backend(platform, kind, capability, backend, caplog):
 
 
 def test_hopper_says_when_it_is_slower(caplog):
-    assert _hopper_backend("bfloat16", 768, 3264) == "mosaic_gpu"
+    assert _that_takes("mosaic_gpu", "bfloat16", 768, 3264) == "mosaic_gpu"
     assert not caplog.text
-    _hopper_backend.cache_clear()
-    assert _hopper_backend("float32", 768, 3264) == "blocked"
+    _that_takes.cache_clear()
+    assert _that_takes("mosaic_gpu", "float32", 768, 3264) == "blocked"
     assert "float32: use bfloat16" in caplog.text
     assert "backend 'blocked', which is slower" in caplog.text
 

@@ -67,9 +67,7 @@ def grouped_matmul(rows, weights, groups, *, backend="auto"):
             f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}"
         )
     if backend == "auto":
-        backend = _backend_here()
-        if backend == "mosaic_gpu":
-            backend = _hopper_backend(rows.dtype, *weights.shape[1:])
+        backend = _that_takes(_backend_here(), rows.dtype, *weights.shape[1:])
         if backend == "blocked" and _are_few(rows.shape[0], weights.shape[0]):
             backend = "rowwise"
     if backend not in BACKENDS:
@@ -88,6 +86,13 @@ def place_rows(group_sizes, m):
     if _are_few(m, group_sizes.shape[0]) or _backend_here() != "blocked":
         return None
     return place_for_blocked(group_sizes, m)
+
+
+def backend_for(device, dtype, d, f):
+    """The backend that `"auto"` means for weights `[E, d, f]` on a `Device`, or on the
+    `AbstractDevice` of a mesh, for at least as many rows as experts.
+    """
+    return _that_takes(_default_backend(device), dtype, d, f)
 
 
 def _are_few(m, n_experts):
@@ -123,15 +128,14 @@ def _is_hopper(device):
 
 
 @lru_cache
-def _hopper_backend(dtype, d, f):
-    """The kernels where they take the dtype and weights `[E, d, f]`, else the next best, which is
-    said.
-    """
+def _that_takes(backend, dtype, d, f):
+    """The backend if it takes the dtype and weights `[E, d, f]`, else the next best, logged."""
     try:
-        check_mosaic_gpu(dtype, d, f)
+        if backend == "mosaic_gpu":
+            check_mosaic_gpu(dtype, d, f)
     except UserError as error:
         logging.getLogger(__name__).warning(
             "%s. This run uses backend 'blocked', which is slower", error
         )
         return "blocked"
-    return "mosaic_gpu"
+    return backend

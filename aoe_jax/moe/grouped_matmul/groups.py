@@ -24,4 +24,7 @@ def zero_past_groups(rows, groups):
     """`rows [M, F]`, zero where no group reaches; `groups` are group sizes or `WholeGroups`."""
     if isinstance(groups, WholeGroups):
         return rows
-    return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, 0)
+    # A constant zero would be moved out of a scan over layers, as a whole array that each layer
+    # reads.
+    zero = jnp.minimum(groups[0], 0).astype(rows.dtype)
+    return jnp.where((jnp.arange(rows.shape[0]) < groups.sum())[:, None], rows, zero)

@@ -15,6 +15,8 @@ forward product anywhere.
 M rows, D contracted width, F output width, E experts.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,8 @@ DTYPES = ("bfloat16", "float16")
 # D and F are multiples of it: 128 bytes of a 2-byte dtype, a row of the kernels' shared memory
 WIDTH_BLOCK = 64
 ROW_BLOCKS = (128, 64)
+# Of an expert's weights, which blocks of rows share in the L2 cache (50 MB).
+CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB of shared memory
 
 
@@ -75,18 +79,44 @@ def width_block(width):
     return 2 * WIDTH_BLOCK if width % (2 * WIDTH_BLOCK) == 0 else WIDTH_BLOCK
 
 
+def blocks_at_once(depth, width):
+    """How many blocks of the output's width are computed in one pass over the rows: as many as keep
+    the weights `[depth, blocks]` within `CACHED_BYTES`. Every pass reads all rows.
+    """
+    block = width_block(width)
+    return min(width // block, max(1, CACHED_BYTES // (2 * depth * block)))
+
+
+def kernel_cost(name, operands, results):
+    """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
+
+    Rows are read once in every pass over them, for d_weights once, since the blocks of an expert
+    advance along its rows together.
+    """
+    matrices = [a for a in operands if len(a.dims) > 1]
+    if not name.startswith("mosaic_gpu") or len(matrices) != 2:
+        return None
+    (lhs, rhs), out = matrices, results[0]
+    depth, width, n_passes = lhs.dims[1], out.dims[-1], 1
+    if len(out.dims) == 2:
+        n_passes = math.ceil(width // width_block(width) / blocks_at_once(depth, width))
+    traffic = n_passes * lhs.hbm_bytes + rhs.hbm_bytes + out.hbm_bytes
+    return 2 * math.prod(lhs.dims) * width, traffic
+
+
 def _product(rows, weights, groups, transpose_rhs):
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
+    width = weights.shape[1 if transpose_rhs else 2]
     out = ragged_dot(
         rows,
         weights,
         group_sizes=group_sizes_of(groups),
         block_m=row_block(rows.shape[0], weights.shape[0]),
-        block_n=width_block(weights.shape[1 if transpose_rhs else 2]),
+        block_n=width_block(width),
         block_k=WIDTH_BLOCK,
         max_concurrent_steps=CONCURRENT_STEPS,
-        grid_block_n=1,
+        grid_block_n=blocks_at_once(rows.shape[1], width),
         transpose_rhs=transpose_rhs,
     )
     # The kernel leaves rows past the last group unwritten.
