@@ -94,7 +94,8 @@ class Program:
     Args:
       text: of `hlo.compile_and_read`.
       kernel_costs: functions `(name, operands, results) -> (flops, traffic[, occupied FLOPs])` of
-        the kernels that they know, by `Array`s; None for others.
+        the kernels that they know, by `Array`s; None for others. The name is the target of the
+        custom call, on TPU the name of the kernel.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS):

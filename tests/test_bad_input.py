@@ -151,6 +151,10 @@ COMMAND_LINE = {
         ["-m", "aoe_jax.plan", CONFIG, "--topology=h100:8"],
         ["--topology=h100:8", "pip install 'jax[cuda13]'"],
     ),
+    "unknown backend of a benchmark": Mistake(
+        ["-m", "benchmarks.gpu_compile", "--backends=mosaic"],
+        ["--backends=mosaic is unknown", "blocked"],
+    ),
     "no config file, but an override": Mistake(
         wrong_config("train.steps=3", config="--config={here}/nope.py"), ["nope.py", "no such file"]
     ),

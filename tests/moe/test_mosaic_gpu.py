@@ -127,7 +127,7 @@ if jax.__version_info__ >= (0, 12):
         """
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        m, d, f, used = 224, 64, 128, sum(sizes)
+        m, d, f, used = 224, 64, 256, sum(sizes)
         keys = jax.random.split(jax.random.key(0), 3)
         rows, g = (
             jax.random.normal(key, (m, width), "bfloat16")
