@@ -40,22 +40,25 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
 }
 
-# FLOPs per second of a chip in bfloat16, dense, by `jax.Device.device_kind`. Other forms and parts
-# of a GPU have other names and other peaks, so names must match whole.
-PEAK_FLOPS = {
-    "TPU v4": CHIPS["v4"].flops,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5e": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v5p": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
-    "TPU v6e": CHIPS["v6e"].flops,
-    "TPU7x": CHIPS["tpu7x"].flops,
+# Generations by `jax.Device.device_kind`. Other forms and parts of a GPU have other names and other
+# peaks, so names must match whole.
+GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
+# FLOPs per second of a chip in bfloat16, dense, by the same names.
+PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": CHIPS["h100"].flops,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
@@ -86,3 +89,9 @@ def peak_flops_per_device(devices):
     """
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
+
+
+def published_figures(devices):
+    """The `Chip` figures of a device, for devices of one kind; None if they are unknown."""
+    generation = GENERATIONS.get(devices[0].device_kind)
+    return generation and CHIPS[generation].part(count_chips(devices) / len(devices))

@@ -55,6 +55,7 @@ ROWS = {
 }
 
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "names of rows")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def configuration(module, variant, fields):
@@ -102,7 +103,7 @@ def main():
             settings = ", ".join(f"{name} {value}" for name, value in fields.items())
             print(f"{variant:>12} {topology}, {settings}: {', '.join(words)}", flush=True)
         print(f"{'':>12} memory of AoE / its twin: {totals[0] / totals[1]:.3f}", flush=True)
-    report(figures, flags.FLAGS.json)  # defined by aoe_jax.plan
+    report(figures, _JSON.value)
 
 
 if __name__ == "__main__":
