@@ -7,7 +7,10 @@ Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.
 """
 
 import dataclasses
+import os
+import platform
 from dataclasses import dataclass
+from importlib import metadata
 
 import jax
 
@@ -95,3 +98,26 @@ def published_figures(devices):
     """The `Chip` figures of a device, for devices of one kind; None if they are unknown."""
     generation = GENERATIONS.get(devices[0].device_kind)
     return generation and CHIPS[generation].part(count_chips(devices) / len(devices))
+
+
+def machine():
+    """The devices, and the versions and settings that figures depend on, by name."""
+    packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{name: version for name, version in versions.items() if version},
+        "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
+    }
+
+
+def _version(package):
+    """The version of an installed package, else None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -67,16 +67,22 @@ def grouped_matmul(rows, weights, group_sizes, *, backend="auto"):
             f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}"
         )
     if backend == "auto":
-        backend = _backend_here()
-        if backend == "mosaic_gpu":
-            backend = _hopper_backend(rows.dtype, *weights.shape[1:])
-        if backend == "blocked" and _are_few(rows.shape[0], weights.shape[0]):
-            backend = "rowwise"
+        backend = backend_for(rows.shape[0], weights.shape, rows.dtype)
     if backend not in BACKENDS:
         raise UserError(
             f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
         )
     return BACKENDS[backend](rows, weights, group_sizes)
+
+
+def backend_for(m, shape, dtype):
+    """The backend that `"auto"` means here for m rows and weights of `shape` `(E, D, F)`."""
+    backend = _backend_here()
+    if backend == "mosaic_gpu":
+        backend = _hopper_backend(dtype, *shape[1:])
+    if backend == "blocked" and _are_few(m, shape[0]):
+        backend = "rowwise"
+    return backend
 
 
 def place_rows(group_sizes, m):

@@ -1,0 +1,105 @@
+"""Training steps of a configuration and its twin on random tokens, beside their plan."""
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+
+import jax
+
+from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.config.run import Config
+from aoe_jax.counts import parameter_counts, training_flops_per_token
+from aoe_jax.errors import UserError
+from aoe_jax.hardware import GENERATIONS
+from aoe_jax.plan import plan
+from aoe_jax.sharding import fill_mesh
+from aoe_jax.training.memory import device_memory
+
+STEPS = 10
+MAX_TOKENS = 16_384  # of a device in a step
+
+
+def fitted(config: Config, n_devices):
+    """The configuration on a mesh of all devices, in one micro-batch of at most `MAX_TOKENS` tokens
+    a device.
+
+    Raises:
+      UserError: see `sharding.fill_mesh`.
+    """
+    config = fill_mesh(config, n_devices)
+    shards, train = math.prod(config.mesh.shape[:3]), config.train
+    sequences = train.batch_size // train.accumulate // shards
+    sequences = min(sequences, max(1, MAX_TOKENS // config.data.seq_len))
+    train = dataclasses.replace(train, batch_size=sequences * shards, accumulate=1)
+    return dataclasses.replace(config, train=train)
+
+
+def twins(config: Config):
+    """`{"aoe": Config, "moe": Config}`: AoE and the router MoE of equal total parameters (Eq. 5);
+    `{kind: Config}` of the configuration alone where its method or kind has no such twin.
+
+    The AoE of a router has `d_low = d / 3`; the router takes L_aux from all tokens.
+    """
+    experts, balance = config.experts, config.balance
+    with contextlib.suppress(UserError):
+        if experts.kind == "aoe":
+            router = dataclasses.replace(
+                experts, kind="router", d_wide=None, round_to=1, score_gradient=None
+            )
+            balance = dataclasses.replace(balance, aux_tokens=1.0)
+            return {
+                "aoe": config,
+                "moe": dataclasses.replace(config, experts=router, balance=balance),
+            }
+        if experts.kind == "router" and not (experts.factorised_gate or experts.large_router):
+            aoe = dataclasses.replace(experts, kind="aoe", d_low=config.model.d_model // 3)
+            return {"aoe": dataclasses.replace(config, experts=aoe), "moe": config}
+    return {experts.kind: config}
+
+
+def run_steps(config: Config, chip, peak):
+    """Takes `STEPS` steps.
+
+    Args:
+      config: of `fitted`.
+      chip: the `hardware.Chip` figures of a device, for the plan.
+      peak: FLOPs per second of a device.
+
+    Returns:
+      Figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where
+      the backend counts it, the peak of this process; `predicted` is the likely step time on TPU
+      and the bound elsewhere, both of `aoe_jax.plan`.
+    """
+    devices, started = jax.devices(), time.perf_counter()
+    step = RepeatedStep(config)
+    jax.block_until_ready(step())
+    compile_seconds, seconds, finite = time.perf_counter() - started, [], []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        metrics = jax.block_until_ready(step())
+        seconds.append(time.perf_counter() - started)
+        finite.append(bool(metrics["finite"]))
+    median, tokens = statistics.median(seconds), config.tokens_per_step
+    memory, loss = step.memory | device_memory(), float(metrics["loss"])
+    del step  # its state, before the plan and the next steps need memory
+    kind, on_tpu = devices[0].device_kind, devices[0].platform == "tpu"
+    found = plan(config, GENERATIONS.get(kind, kind), devices, on_tpu, chip)
+    likely = found["likely_step_seconds"]
+    predicted = likely or found["step_seconds"]
+    flops = tokens * training_flops_per_token(config) / len(devices) / median
+    return {
+        "parameters": parameter_counts(config).total,
+        "tokens_per_step": tokens,
+        "compile_seconds": compile_seconds,
+        "step_seconds": median,
+        "tokens_per_second": tokens / median,
+        "mfu": flops / peak,
+        "memory_bytes": memory,
+        "loss": loss,
+        "finite": all(finite),
+        "predicted_step_seconds": predicted,
+        "predicted": "likely" if likely else f"bound, {found['bound_by']}",
+        "measured_over_predicted": median / predicted,
+    }
