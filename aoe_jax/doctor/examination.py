@@ -56,13 +56,13 @@ def examine(config: Config, show=print):
     sequences = f"{kernels.sequences_per_device(config)} x {config.data.seq_len}"
     say(f"mesh {axes}; {sequences} tokens a device, {config.model.dtype}")
     with jax.set_mesh(mesh):
-        report["backends"] = _backends(config, models, mesh.devices.flat[0])
+        report["backends"] = choose_backends(config, models, mesh.devices.flat[0])
         for backend in report["backends"]:
             say(f"{backend['kernel']}: {backend['backend']} ({backend['why']})")
-        report["checks"] = _checks(config, models, mesh, report["backends"], say)
-    report["measurements"] = found = _measurements(config, mesh, report["backends"], say)
-    report["steps"] = {name: _steps(name, c, found, say) for name, c in models.items()}
-    report["verdicts"] = _verdicts(report)
+        report["checks"] = check_kernels(config, models, mesh, report["backends"], say)
+    report["measurements"] = found = measure(config, mesh, report["backends"], say)
+    report["steps"] = {name: take_steps(name, c, found, say) for name, c in models.items()}
+    report["verdicts"] = verdicts(report)
     report["passed"] = all(verdict["passed"] for verdict in report["verdicts"])
     report["seconds"] = time.perf_counter() - started
     say("done; verdicts:")
@@ -84,7 +84,7 @@ def _attempt(function, *args):
         return {"error": f"{type(e).__name__}: {last}"}
 
 
-def _backends(config, models, device):
+def choose_backends(config, models, device):
     """The backends of attention and of each grouped product, and why they are chosen."""
     m, dtype = config.model, jnp.dtype(config.model.dtype)
     name, width = m.attention, m.d_model // m.n_heads
@@ -115,7 +115,21 @@ def _why_plain(device, check, *args):
     return f"plain JAX; there are no kernels for {device.device_kind}"
 
 
-def _checks(config, models, mesh, backends, say):
+def check_kernels(config, models, mesh, backends, say):
+    """Checks attention, the grouped products and the layers of all models.
+
+    Args:
+      config, models: of `steps.fitted` and `steps.twins`.
+      mesh: in context.
+      backends: of `choose_backends`.
+      say: is called with a line for each check.
+
+    Returns:
+      A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
+
+    Raises:
+      UserError: a backend does not take the platform, a dtype or a width.
+    """
     attention, *grouped = backends
     cases = kernels.attention_cases(config, mesh, attention["backend"])
     cases += [kernels.grouped_case(config, mesh, b["backend"], b["shape"]) for b in grouped]
@@ -146,7 +160,13 @@ def _in_words(result):
     )
 
 
-def _measurements(config, mesh, backends, say):
+def measure(config, mesh, backends, say):
+    """Measures what `speed` has, on a mesh in no context; see `check_kernels` for the arguments.
+
+    Returns:
+      Figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of the
+      measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
+    """
     attention, *grouped = backends
     with jax.set_mesh(mesh):
         works = speed.peaks(config, mesh) + speed.attention(config, attention["backend"])
@@ -155,7 +175,7 @@ def _measurements(config, mesh, backends, say):
             works += speed.grouped_products(config, b["backend"], b["shape"])
         found = {}
         for work in works:
-            found[work.name] = _attempt(_measure, work, mesh, found)
+            found[work.name] = _attempt(_measured, work, mesh, found)
             say(f"{work.name}: {_rate_in_words(found[work.name])}")
     if mesh.size == 1:
         say("collectives: left out, there is one device")
@@ -163,12 +183,12 @@ def _measurements(config, mesh, backends, say):
     row = speed.in_a_row(mesh)
     with jax.set_mesh(row):
         for work in speed.collectives(row):
-            found[work.name] = _attempt(_measure, work, row, found)
+            found[work.name] = _attempt(_measured, work, row, found)
             say(f"{work.name}: {_rate_in_words(found[work.name])}")
     return found
 
 
-def _measure(work, mesh, found):
+def _measured(work, mesh, found):
     """Seconds and rate of a piece of work, and the share of the peak in `found` or of the published
     one.
     """
@@ -193,7 +213,13 @@ def _rate_in_words(figures):
     return f"{1e3 * figures['seconds']:.3g} ms, {figures['per_second'] / scale:.3g} {unit}{share}"
 
 
-def _steps(name, config, measurements, say):
+def take_steps(name, config, measurements, say):
+    """The figures of `steps.run_steps`, and `peak`: whether MFU is by the published or the measured
+    peak; or `error`.
+
+    What is not published of a device is taken from the measurements.
+    """
+
     def run():
         published = published_figures(jax.devices())
         peak = peak_flops_per_device(jax.devices())
@@ -225,7 +251,7 @@ def _steps(name, config, measurements, say):
     return figures
 
 
-def _verdicts(report):
+def verdicts(report):
     """One verdict for each kernel, for each measurement that raised, and for the steps."""
     found, config = [], report["configuration"]
 
@@ -241,7 +267,7 @@ def _verdicts(report):
                 False,
                 f"{len(failed)} of {len(of_kernel)} checks failed; {failed[0]['shape']}: "
                 f"{_in_words(failed[0])}",
-                _fallback(kernel, config),
+                fallback(kernel, config),
             )
         else:
             worst = max(of_kernel, key=lambda c: max(c["errors"].values()) / c["tolerance"])
@@ -257,7 +283,7 @@ def _verdicts(report):
     return found
 
 
-def _fallback(kernel, config):
+def fallback(kernel, config):
     """The setting that avoids a kernel, in words."""
     kind, _, backend = kernel.rpartition(" ")
     if kind == "attention":

@@ -1,7 +1,7 @@
 """Training steps of a configuration and its twin on random tokens, beside their plan."""
 
-import contextlib
 import dataclasses
+import logging
 import math
 import statistics
 import time
@@ -16,6 +16,8 @@ from aoe_jax.hardware import GENERATIONS
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.memory import device_memory
+
+log = logging.getLogger(__name__)
 
 STEPS = 10
 MAX_TOKENS = 16_384  # of a device in a step
@@ -37,26 +39,25 @@ def fitted(config: Config, n_devices):
 
 
 def twins(config: Config):
-    """`{"aoe": Config, "moe": Config}`: AoE and the router MoE of equal total parameters (Eq. 5);
-    `{kind: Config}` of the configuration alone where its method or kind has no such twin.
+    """AoE and the router MoE of equal total parameters (Eq. 5), `{"aoe": Config, "moe": Config}`.
 
-    The AoE of a router has `d_low = d / 3`; the router takes L_aux from all tokens.
+    One of them is the configuration. The AoE of a router has `d_low = d / 4`, and a width that GPU
+    kernels take; the router takes L_aux from all tokens. A configuration of another kind, or on a
+    mesh that does not divide its twin, is alone: `{kind: Config}`.
     """
-    experts, balance = config.experts, config.balance
-    with contextlib.suppress(UserError):
-        if experts.kind == "aoe":
-            router = dataclasses.replace(
-                experts, kind="router", d_wide=None, round_to=1, score_gradient=None
-            )
-            balance = dataclasses.replace(balance, aux_tokens=1.0)
-            return {
-                "aoe": config,
-                "moe": dataclasses.replace(config, experts=router, balance=balance),
-            }
-        if experts.kind == "router" and not (experts.factorised_gate or experts.large_router):
-            aoe = dataclasses.replace(experts, kind="aoe", d_low=config.model.d_model // 3)
-            return {"aoe": dataclasses.replace(config, experts=aoe), "moe": config}
-    return {experts.kind: config}
+    e, balance, replace = config.experts, config.balance, dataclasses.replace
+    try:
+        if e.kind == "aoe":
+            router = replace(e, kind="router", d_wide=None, round_to=1, score_gradient=None)
+            balance = replace(balance, aux_tokens=1.0)
+            return {"aoe": config, "moe": replace(config, experts=router, balance=balance)}
+        if e.kind == "router" and not (e.factorised_gate or e.large_router):
+            round_to = 64 if e.d_ffn >= 1024 else config.mesh.tensor
+            aoe = replace(e, kind="aoe", d_low=config.model.d_model // 4, round_to=round_to)
+            return {"aoe": replace(config, experts=aoe), "moe": config}
+    except UserError as refusal:
+        log.warning("the configuration has no twin: %s", refusal)
+    return {e.kind: config}
 
 
 def run_steps(config: Config, chip, peak):
