@@ -188,6 +188,11 @@ def test_a_right_kernel_passes_in_bfloat16():
     assert list(found)[-2:] == ["AoE layer", "MoE layer"]
 
 
+def test_a_dense_model_has_no_grouped_products():
+    dense = small(experts__kind="dense")
+    assert list(judged(dense, twins(dense))) == ["attention blocks"]
+
+
 def test_fallbacks_are_settings():
     config = small().to_dict()
     hopper = examination.fallback("grouped products mosaic_gpu", config)

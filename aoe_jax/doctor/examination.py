@@ -192,11 +192,12 @@ def _measured(work, mesh, found):
     """Seconds and rate of a piece of work, and the share of the peak in `found` or of the published
     one.
     """
-    seconds = speed.seconds_of(work, mesh)
+    seconds, devices = speed.seconds_of(work, mesh), list(mesh.devices.flat)
     rate, peak, of = work.amount / seconds, None, "published"
+    is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     if work.peak == "matmul":
         peak, of = found["matmul"].get("per_second"), "matmul"
-    elif published := published_figures(list(mesh.devices.flat)):
+    elif (published := published_figures(devices)) and is_one_slice:
         peak = getattr(published, work.peak)
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}
@@ -287,11 +288,8 @@ def fallback(kernel, config):
     """The setting that avoids a kernel, in words."""
     kind, _, backend = kernel.rpartition(" ")
     if kind == "attention":
-        return (
-            "none, blocks is plain JAX"
-            if backend == "blocks"
-            else "--config.model.attention=blocks"
-        )
+        is_plain = backend == "blocks"
+        return "none, blocks is plain JAX" if is_plain else "--config.model.attention=blocks"
     if backend == "mosaic_gpu":
         return "--config.model.dtype=float32, which uses backend 'blocked'"
     if kind == "grouped products":

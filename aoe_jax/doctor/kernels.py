@@ -187,7 +187,11 @@ def _attention_case(config, mesh, backend, name, shape, has_documents):
 
 
 def expert_shapes(config: Config):
-    """The shapes `(E, D, F)` of the grouped products of a layer, by weight, on a device."""
+    """The shapes `(E, D, F)` of the grouped products of a layer, by weight, on a device; none for a
+    layer that has no rows by expert.
+    """
+    if config.experts.kind not in ("aoe", "router"):
+        return {}
     mesh, sizes = config.mesh, config.experts.sizes(config.model.d_model)
     sizes |= {"n": sizes["n"] // mesh.expert, "f": sizes["f"] // mesh.tensor}
     declared = ExpertsLayer(config.experts, config.routing).parameters
