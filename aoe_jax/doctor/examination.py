@@ -154,8 +154,9 @@ def _in_words(result):
     if "error" in result:
         return result["error"]
     name = max(result["errors"], key=result["errors"].get)
+    place = name if result["passed"] else f"{name}, {result['device']}"
     return (
-        f"{result['input']}: largest error {result['errors'][name]:.1e} ({name}), "
+        f"{result['input']}: largest error {result['errors'][name]:.1e} ({place}), "
         f"tolerance {result['tolerance']:.1e}"
     )
 

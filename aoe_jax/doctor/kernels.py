@@ -5,9 +5,10 @@ reference; it is infinite where a number is not finite.
 
     tolerance = roundings * eps + sqrt(terms) * eps(float32)
 
-where eps is that of the dtype of computation, `roundings` how often the longest path through a
-kernel rounds to this dtype and `terms` the length of the longest sum. Platforms that multiply
-float32 in a shorter format have the eps of that format.
+where eps is that of the dtype of computation and `terms` the length of the longest sum. `roundings`
+counts roundings to this dtype in a forward pass: 1 in a grouped product (its result), 2 in
+attention (probabilities and result), 4 in a layer (gate, up projection, their product and the
+result). Platforms that multiply float32 in a shorter format have the eps of that format.
 """
 
 import dataclasses
@@ -95,8 +96,8 @@ def check(case: Case, mesh, dtype):
     """Computes a case for each of its inputs.
 
     Returns:
-      A list of `{"kernel", "shape", "input", "errors" by result, "tolerance", "passed"}`; an error
-      is the largest of all devices.
+      A list of `{"kernel", "shape", "input", "errors" by result, "device", "tolerance", "passed"}`;
+      an error is the largest of all devices, and `device` has the largest error of all results.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -117,6 +118,7 @@ def check(case: Case, mesh, dtype):
                 "shape": case.shape,
                 "input": name,
                 "errors": worst,
+                "device": str(mesh.devices.flat[of_devices.max(axis=1).argmax()]),
                 "tolerance": tolerance,
                 "passed": max(worst.values()) <= tolerance,
             }
