@@ -79,14 +79,15 @@ def define_mesh_flag():
     return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
-def parsed_config(flag):
-    """The checked `Config` of `--config` and `--config.GROUP.FIELD`."""
+def parsed_config(flag, default=None):
+    """The checked `Config` of `--config`, or of the file `default`, and `--config.GROUP.FIELD`."""
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
 
-    if not flag.value:
+    file = flag.value or default
+    if not file:
         raise UserError(_NO_CONFIG)
-    groups, routing = _read_config(flag.value), {}
+    groups, routing = _read_config(file), {}
     for name in FLAGS:
         if name.startswith("config.") and FLAGS[name].present:
             _, group, field = name.split(".")

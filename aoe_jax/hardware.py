@@ -7,7 +7,10 @@ Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.
 """
 
 import dataclasses
+import os
+import platform
 from dataclasses import dataclass
+from importlib import metadata
 
 import jax
 
@@ -43,22 +46,25 @@ CHIPS = {
     "b200": Chip(2250e12, 180e9, 7.7e12, 900e9, 50e9),
 }
 
-# FLOPs per second of a chip in bfloat16, dense, by `jax.Device.device_kind`. Other forms and parts
-# of a GPU have other names and other peaks, so names must match whole.
-PEAK_FLOPS = {
-    "TPU v4": CHIPS["v4"].flops,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5e": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v5p": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
-    "TPU v6e": CHIPS["v6e"].flops,
-    "TPU7x": CHIPS["tpu7x"].flops,
+# Generations by `jax.Device.device_kind`. Other forms and parts of a GPU have other names and other
+# peaks, so names must match whole.
+GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
+# FLOPs per second of a chip in bfloat16, dense, by the same names.
+PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": CHIPS["a100"].flops,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": CHIPS["h100"].flops,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
@@ -90,3 +96,32 @@ def peak_flops_per_device(devices):
     """
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
+
+
+def published_figures(devices):
+    """The `Chip` figures of a device, for devices of one kind; None if they are unknown."""
+    generation = GENERATIONS.get(devices[0].device_kind)
+    return generation and CHIPS[generation].part(count_chips(devices) / len(devices))
+
+
+def machine():
+    """The devices, and the versions and settings that figures depend on, by name."""
+    packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{name: version for name, version in versions.items() if version},
+        "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
+    }
+
+
+def _version(package):
+    """The version of an installed package, else None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

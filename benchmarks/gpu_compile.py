@@ -69,7 +69,7 @@ def figures(generation, backend, shape, dtype, m, n_experts):
     here = mock.patch.object(jax_backend, "get_default_device", lambda: device)
     with compiling_for([device]), here:
         return {
-            "is_default": backend == backend_for(device, dtype, *shape),
+            "is_default": backend == backend_for(device, dtype, m, (n_experts, *shape)),
             **{name: _figure(device, backend, sizes, dtype, name) for name in PRODUCTS},
         }
 

@@ -6,7 +6,7 @@ by transport.
 configs/large.py's 8 of 64 experts on TPU v5p. Weak scaling keeps the tokens of a chip; strong
 scaling keeps the batch of `--batch` sequences of 4096. Programs are traced, not compiled: bytes are
 those of the collectives in the program, and step times are bounds from public peak figures, see
-`aoe_jax/plan.py`.
+`aoe_jax/plan/`.
 
 FSDP splits parameters over all chips. The other arms split experts over 16 chips and the rest over
 FSDP. The last lines say from which number of chips on which arm receives least.

@@ -49,6 +49,7 @@ COLUMNS = (
 )
 
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "names of rows")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def configuration(module, variant, fields):
@@ -108,7 +109,7 @@ def main():
         aoe, moe = pair = list(plans_of(name))
         print(_line(cells(aoe, moe)), _line(cells(moe)), sep="\n", flush=True)
         figures += pair
-    report(figures, flags.FLAGS.json)  # defined by aoe_jax.plan
+    report(figures, _JSON.value)
 
 
 def _line(cells):

@@ -1,7 +1,6 @@
 """Shared by the timed benchmarks: interleaved medians, configurations, the machine in words."""
 
 import os
-import platform
 import statistics
 import sys
 import time
@@ -12,6 +11,7 @@ import jax
 from aoe_jax.compare.jobs import ALLOCATOR
 from aoe_jax.config.run import Config, update_groups
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import machine
 from aoe_jax.json_files import write_json
 from configs import tiny
 
@@ -43,18 +43,6 @@ def medians(functions, repeats):
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def machine():
-    """The machine and the versions that the figures depend on."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
-    }
 
 
 def machine_in_words():

@@ -36,7 +36,7 @@ def ragged(monkeypatch):
     """Products by `jax.lax.ragged_dot`: programs that compile in less than half the time, where the
     backend is no matter.
     """
-    monkeypatch.setattr(grouped_matmul, "_backend_here", lambda: "ragged")
+    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
 
 
 @pytest.fixture

@@ -259,7 +259,9 @@ def test_flops_of_a_whole_training_step(name, monkeypatch):
     have loops.
     """
     monkeypatch.setattr(
-        importlib.import_module("aoe_jax.moe.grouped_matmul"), "_backend_here", lambda: "ragged"
+        importlib.import_module("aoe_jax.moe.grouped_matmul"),
+        "_default_backend",
+        lambda device: "ragged",
     )
     variant, changes = STEPS[name]
     file, _, variant = variant.rpartition(":")

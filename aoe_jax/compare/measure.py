@@ -29,6 +29,7 @@ from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
+from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
 from aoe_jax.topology import topology_devices
@@ -255,8 +256,6 @@ def _timed(_, configs: Mapping[str, Config]):
 
 
 def _traced(topology, configs: Mapping[str, Config]):
-    from aoe_jax.plan import plan  # defines flags of its own command line
-
     generation, devices = topology_devices(topology)
     figures = {}
     for arm, config in configs.items():

@@ -16,7 +16,7 @@ from aoe_jax.compare.statistics import markdown_table
 from aoe_jax.compare.suite import Suite, load_suite, one_of
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
-from aoe_jax.plan import plan  # it defines the flags topology, slices and json
+from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.topology import topology_devices
 
@@ -26,6 +26,9 @@ _SUITE = flags.DEFINE_string(
     "suite", None, "a file with get_suite(), such as configs/compare/paper.py"
 )
 _SIZES = flags.DEFINE_list("sizes", [], "of the suite; by default all")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "a file for the plans")
 _SET = flags.DEFINE_multi_string("set", [], "GROUP.FIELD=VALUE for all runs, such as mesh.fsdp=16")
 
 
@@ -61,17 +64,17 @@ def main():
     """Plans, prints, and returns 3 if an arm does not fit."""
     suite = load_suite(Path(cli.required(_SUITE)), _SET.value)
     runs = first_runs(suite, _SIZES.value)
-    topology = cli.required(flags.FLAGS["topology"])
-    generation, devices = topology_devices(topology, flags.FLAGS.slices)
+    topology = cli.required(_TOPOLOGY)
+    generation, devices = topology_devices(topology, _SLICES.value)
     figures, rows = {}, []
     for run in runs:
         name = f"{run.size}: {run.arm}"
         figures[name] = plan(fill_mesh(run.config, len(devices)), generation, devices)
         rows.append(row(name, figures[name]))
         log.info("%d of %d: %s", len(rows), len(runs), ", ".join(rows[-1].values()))
-        if flags.FLAGS.json:
+        if _JSON.value:
             report = {"topology": topology, "settings": _SET.value, "figures": figures}
-            write_json(Path(flags.FLAGS.json), report)
+            write_json(Path(_JSON.value), report)
     print(markdown_table(rows))
     return 0 if all(figure["fits"] for figure in figures.values()) else 3
 

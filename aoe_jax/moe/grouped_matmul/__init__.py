@@ -67,14 +67,22 @@ def grouped_matmul(rows, weights, groups, *, backend="auto"):
             f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}"
         )
     if backend == "auto":
-        backend = _that_takes(_backend_here(), rows.dtype, *weights.shape[1:])
-        if backend == "blocked" and _are_few(rows.shape[0], weights.shape[0]):
-            backend = "rowwise"
+        backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
     if backend not in BACKENDS:
         raise UserError(
             f"grouped_matmul backend={backend!r} is unknown; use auto, {' or '.join(BACKENDS)}"
         )
     return BACKENDS[backend](rows, weights, groups)
+
+
+def backend_for(device, dtype, m, shape):
+    """The backend that `"auto"` means on a `Device`, or on the `AbstractDevice` of a mesh, for m
+    rows and weights of `shape` `(E, D, F)`.
+    """
+    backend = _that_takes(_default_backend(device), dtype, *shape[1:])
+    if backend == "blocked" and _are_few(m, shape[0]):
+        backend = "rowwise"
+    return backend
 
 
 def place_rows(group_sizes, m):
@@ -83,25 +91,14 @@ def place_rows(group_sizes, m):
     Products of rows that lie there need not move them, so what is between a gather of rows and the
     way back saves that.
     """
-    if _are_few(m, group_sizes.shape[0]) or _backend_here() != "blocked":
+    if _are_few(m, group_sizes.shape[0]) or _default_backend(target_device()) != "blocked":
         return None
     return place_for_blocked(group_sizes, m)
-
-
-def backend_for(device, dtype, d, f):
-    """The backend that `"auto"` means for weights `[E, d, f]` on a `Device`, or on the
-    `AbstractDevice` of a mesh, for at least as many rows as experts.
-    """
-    return _that_takes(_default_backend(device), dtype, d, f)
 
 
 def _are_few(m, n_experts):
     """Whether some experts have no row at all, so that going row by row reads fewer weights."""
     return m < n_experts
-
-
-def _backend_here():
-    return _default_backend(target_device())
 
 
 @lru_cache

@@ -31,14 +31,12 @@ import math
 import re
 import time
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from aoe_jax import cli, sharding
+from aoe_jax import sharding
 from aoe_jax.communication import collectives
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
@@ -47,17 +45,10 @@ from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.hlo import compile_and_read
-from aoe_jax.json_files import write_json
-from aoe_jax.topology import compiling_for, topology_devices
+from aoe_jax.topology import compiling_for
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
 log = logging.getLogger(__name__)
-
-_CONFIG = cli.define_config_flag()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")
-_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bound=1)
-_SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
-_JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
@@ -81,7 +72,7 @@ def train_step_for(config, mesh):
     return step, sharding.with_shardings(state, shardings), batch
 
 
-def plan(config: Config, generation, devices, compiles=True):
+def plan(config: Config, generation, devices, compiles=True, chip=None):
     """Compiles the train step for devices of a topology.
 
     Args:
@@ -90,6 +81,7 @@ def plan(config: Config, generation, devices, compiles=True):
       devices: of the topology.
       compiles: False: the step is only traced, in seconds. Memory, compiled FLOPs and whether it
         fits are then None.
+      chip: the figures of a device as a `hardware.Chip`; None: those of the generation.
 
     Returns:
       The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
@@ -100,7 +92,7 @@ def plan(config: Config, generation, devices, compiles=True):
       device and step.
     """
     n_devices = len(devices)
-    chip = CHIPS[generation].part(count_chips(devices) / n_devices)
+    chip = chip or CHIPS[generation].part(count_chips(devices) / n_devices)
     mesh = sharding.make_mesh(config, devices)
     compiled = likely = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
@@ -295,23 +287,3 @@ def table(report):
         what = f"{entry['count']:6} over {'+'.join(entry['axes'])}"
         rows.append(f"{entry['kind']:<15} {what}: {gigabytes(entry['bytes'])} received")
     return "\n".join([*rows, "fits" if report["fits"] else "DOES NOT FIT"])
-
-
-def main():
-    """Plans, prints, and exits with 3 if the run doesn't fit."""
-    config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
-    generation, devices = topology_devices(topology, _SLICES.value)
-    config = sharding.fill_mesh(config, len(devices))
-    report = plan(config, generation, devices)
-    print(table(report))
-    if not report["fits"] and _SUGGEST.value:
-        better = report["suggestion"] = suggest(config, generation, devices)
-        found = f"this mesh fits:\n{table(better)}" if better else "no other mesh was found to fit"
-        print(f"\n{found}")
-    if _JSON.value:
-        write_json(Path(_JSON.value), report)
-    return 0 if report["fits"] else 3
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,0 +1,51 @@
+"""Examines a machine: `python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]`.
+
+It names devices, versions and the backends that are chosen and why; checks each kernel and the
+layers of experts against plain references, values and gradients, at the shapes of the
+configuration; measures matmul peak, HBM bandwidth, attention, grouped products and collectives;
+runs ten steps of AoE and its MoE twin beside their plan; and ends with a verdict on each kernel,
+and the setting to use instead of a bad one. Nothing is downloaded. Exit status 1: something failed.
+
+All devices work at the same time on the mesh of the configuration, by default `configs/tiny.py` on
+CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE` works like in training, and so
+do `--distributed` and `--coordinator`. A step has at most 16,384 tokens a device.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from aoe_jax import cli, distributed
+from aoe_jax.config.checks import require_flag
+from aoe_jax.json_files import write_json
+
+_CONFIG = cli.define_config_flag()
+_JSON = flags.DEFINE_string("json", None, "a file for all figures")
+
+
+def main():
+    """Examines, prints, and returns 1 if anything failed."""
+    if _JSON.value:
+        folder = Path(_JSON.value).parent
+        require_flag(folder.is_dir(), "json", _JSON.value, f"there is no folder {folder}")
+    distributed.start()
+    import jax  # may start only after `distributed.start`
+
+    from aoe_jax.doctor.examination import examine
+
+    on_cpu = jax.default_backend() == "cpu"
+    config = cli.parsed_config(_CONFIG, "configs/tiny.py" if on_cpu else "configs/doctor.py")
+    first = jax.process_index() == 0
+
+    def show(line):
+        if first:
+            print(line, flush=True)
+
+    report = examine(config, show)
+    if _JSON.value and first:
+        write_json(Path(_JSON.value), report)
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

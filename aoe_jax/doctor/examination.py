@@ -1,0 +1,300 @@
+"""The whole examination: backends, checks of kernels, measurements, training steps, verdicts."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config.run import Config
+from aoe_jax.doctor import kernels, speed
+from aoe_jax.doctor.steps import fitted, run_steps, twins
+from aoe_jax.errors import UserError
+from aoe_jax.hardware import Chip, machine, peak_flops_per_device, published_figures
+from aoe_jax.model.attention import backend_for as attention_backend
+from aoe_jax.model.attention.cudnn import check as check_cudnn
+from aoe_jax.moe.grouped_matmul import backend_for as grouped_backend
+from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
+from aoe_jax.sharding import make_mesh
+
+WHY = {
+    "splash": "Pallas kernels for TPU",
+    "cudnn": "for NVIDIA GPUs from Ampere on",
+    "megablox": "Pallas kernels for TPU",
+    "mosaic_gpu": "Pallas kernels for Hopper",
+    "rowwise": "fewer rows than experts",
+}
+MODELS = {"aoe": "AoE", "moe": "MoE", "router": "MoE"}
+
+
+def examine(config: Config, show=print):
+    """Examines all devices of all processes, part after part.
+
+    Args:
+      config: its mesh is filled in, and its batch is made to fit (`steps.fitted`).
+      show: is called with each line of text as soon as a part is done.
+
+    Returns:
+      `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
+      `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
+      `steps.run_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
+      `seconds`. What raised has an `error` instead of figures.
+
+    Raises:
+      UserError: a setting that these devices do not allow.
+    """
+    started = time.perf_counter()
+
+    def say(line):
+        show(f"[{time.perf_counter() - started:5.1f} s] {line}")
+
+    config = fitted(config, jax.device_count())
+    mesh, models = make_mesh(config, jax.devices()), twins(config)
+    report = {"machine": machine(), "configuration": config.to_dict()}
+    say(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    sequences = f"{kernels.sequences_per_device(config)} x {config.data.seq_len}"
+    say(f"mesh {axes}; {sequences} tokens a device, {config.model.dtype}")
+    with jax.set_mesh(mesh):
+        report["backends"] = choose_backends(config, models, mesh.devices.flat[0])
+        for backend in report["backends"]:
+            say(f"{backend['kernel']}: {backend['backend']} ({backend['why']})")
+        report["checks"] = check_kernels(config, models, mesh, report["backends"], say)
+    report["measurements"] = found = measure(config, mesh, report["backends"], say)
+    report["steps"] = {name: take_steps(name, c, found, say) for name, c in models.items()}
+    report["verdicts"] = verdicts(report)
+    report["passed"] = all(verdict["passed"] for verdict in report["verdicts"])
+    report["seconds"] = time.perf_counter() - started
+    say("done; verdicts:")
+    for verdict in report["verdicts"]:
+        result = "PASS" if verdict["passed"] else "FAIL"
+        fallback = f"; fallback: {verdict['fallback']}" if verdict["fallback"] else ""
+        show(f"{result} {verdict['name']}: {verdict['text']}{fallback}")
+    return report
+
+
+def _attempt(function, *args):
+    """The result, or `{"error": last line of what it raised}`; a user's mistake is raised."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except Exception as e:  # compilers and runtimes have their own kinds
+        last = (str(e).strip().splitlines() or [""])[-1][:300]
+        return {"error": f"{type(e).__name__}: {last}"}
+
+
+def choose_backends(config, models, device):
+    """The backends of attention and of each grouped product, and why they are chosen."""
+    m, dtype = config.model, jnp.dtype(config.model.dtype)
+    name, width = m.attention, m.d_model // m.n_heads
+    why = f"set by config.model.attention={name}"
+    if name == "auto":
+        name = attention_backend(device, dtype, width)
+        why = WHY.get(name) or _why_plain(device, check_cudnn, dtype, width)
+    found = [{"kernel": "attention", "backend": name, "why": why}]
+    weights = {}
+    for c in models.values():
+        for weight, shape in kernels.expert_shapes(c).items():
+            weights.setdefault(shape, set()).add(weight)
+    for shape, names in weights.items():
+        name = grouped_backend(device, dtype, kernels.rows_per_device(config), shape)
+        why = WHY.get(name) or _why_plain(device, check_mosaic_gpu, dtype, *shape[1:])
+        kernel = f"grouped products of {', '.join(sorted(names))} {'x'.join(map(str, shape))}"
+        found.append({"kernel": kernel, "backend": name, "why": why, "shape": shape})
+    return found
+
+
+def _why_plain(device, check, *args):
+    """Why plain JAX is used: the kernels for GPUs refuse something, or there are none."""
+    if device.platform == "gpu":
+        try:
+            check(*args)
+        except UserError as refusal:
+            return str(refusal)
+    return f"plain JAX; there are no kernels for {device.device_kind}"
+
+
+def check_kernels(config, models, mesh, backends, say):
+    """Checks attention, the grouped products and the layers of all models.
+
+    Args:
+      config, models: of `steps.fitted` and `steps.twins`.
+      mesh: in context.
+      backends: of `choose_backends`.
+      say: is called with a line for each check.
+
+    Returns:
+      A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
+
+    Raises:
+      UserError: a backend does not take the platform, a dtype or a width.
+    """
+    attention, *grouped = backends
+    cases = kernels.attention_cases(config, mesh, attention["backend"])
+    cases += [kernels.grouped_case(config, mesh, b["backend"], b["shape"]) for b in grouped]
+    cases += [
+        kernels.layer_case(c, mesh, MODELS[c.experts.kind])
+        for c in models.values()
+        if c.experts.kind in MODELS and not (c.experts.factorised_gate or c.experts.large_router)
+    ]
+    found = []
+    for case in cases:
+        results = _attempt(kernels.check, case, mesh, config.model.dtype)
+        if "error" in results:
+            results = [{"kernel": case.kernel, "shape": case.shape, "passed": False, **results}]
+        for result in results:
+            found.append(result)
+            say(f"{case.kernel}, {case.shape}: {_in_words(result)}")
+    return found
+
+
+def _in_words(result):
+    """What a check found."""
+    if "error" in result:
+        return result["error"]
+    name = max(result["errors"], key=result["errors"].get)
+    place = name if result["passed"] else f"{name}, {result['device']}"
+    return (
+        f"{result['input']}: largest error {result['errors'][name]:.1e} ({place}), "
+        f"tolerance {result['tolerance']:.1e}"
+    )
+
+
+def measure(config, mesh, backends, say):
+    """Measures what `speed` has, on a mesh in no context; see `check_kernels` for the arguments.
+
+    Returns:
+      Figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of the
+      measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
+    """
+    attention, *grouped = backends
+    with jax.set_mesh(mesh):
+        works = speed.peaks(config, mesh) + speed.attention(config, attention["backend"])
+        own = kernels.expert_shapes(config).values()
+        for b in (b for b in grouped if b["shape"] in own):
+            works += speed.grouped_products(config, b["backend"], b["shape"])
+        found = {}
+        for work in works:
+            found[work.name] = _attempt(_measured, work, mesh, found)
+            say(f"{work.name}: {_rate_in_words(found[work.name])}")
+    if mesh.size == 1:
+        say("collectives: left out, there is one device")
+        return found
+    row = speed.in_a_row(mesh)
+    with jax.set_mesh(row):
+        for work in speed.collectives(row):
+            found[work.name] = _attempt(_measured, work, row, found)
+            say(f"{work.name}: {_rate_in_words(found[work.name])}")
+    return found
+
+
+def _measured(work, mesh, found):
+    """Seconds and rate of a piece of work, and the share of the peak in `found` or of the published
+    one.
+    """
+    seconds, devices = speed.seconds_of(work, mesh), list(mesh.devices.flat)
+    rate, peak, of = work.amount / seconds, None, "published"
+    is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
+    if work.peak == "matmul":
+        peak, of = found["matmul"].get("per_second"), "matmul"
+    elif (published := published_figures(devices)) and is_one_slice:
+        peak = getattr(published, work.peak)
+    share = rate / peak if peak else None
+    return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}
+
+
+def _rate_in_words(figures):
+    if "error" in figures:
+        return figures["error"]
+    scale, unit = (1e12, "TFLOP/s") if figures["unit"] == "FLOP" else (1e9, "GB/s")
+    share = ""
+    if figures["share"]:
+        of = "the published peak" if figures["of"] == "published" else "the measured matmul"
+        share = f", {figures['share']:.2f} of {of}"
+    return f"{1e3 * figures['seconds']:.3g} ms, {figures['per_second'] / scale:.3g} {unit}{share}"
+
+
+def take_steps(name, config, measurements, say):
+    """The figures of `steps.run_steps`, and `peak`: whether MFU is by the published or the measured
+    peak; or `error`.
+
+    What is not published of a device is taken from the measurements.
+    """
+
+    def run():
+        published = published_figures(jax.devices())
+        peak = peak_flops_per_device(jax.devices())
+        by = "published" if peak else "measured"
+        peak = peak or measurements["matmul"]["per_second"]
+        link = measurements.get("all_gather", {}).get("per_second", math.inf)
+        hbm = measurements["HBM"].get("per_second", math.inf)
+        chip = published or Chip(peak, math.inf, hbm, link, link)
+        return run_steps(config, chip, peak) | {"peak": by}
+
+    figures = _attempt(run)
+    if "error" in figures:
+        say(f"steps of {name}: {figures['error']}")
+        return figures
+    memory = ", ".join(
+        f"{part.removesuffix('_bytes').replace('_', ' ')} {size / 1e9:.3g} GB"
+        for part, size in figures["memory_bytes"].items()
+    )
+    say(
+        f"steps of {name}: {figures['tokens_per_second']:,.0f} tokens/s, "
+        f"{1e3 * figures['step_seconds']:.4g} ms a step, MFU {figures['mfu']:.3f} of the "
+        f"{figures['peak']} peak, compiled in {figures['compile_seconds']:.0f} s; "
+        f"memory of a device: {memory}"
+    )
+    say(
+        f"plan of {name}: {1e3 * figures['predicted_step_seconds']:.4g} ms "
+        f"({figures['predicted']}); measured is {figures['measured_over_predicted']:.2f}x"
+    )
+    return figures
+
+
+def verdicts(report):
+    """One verdict for each kernel, for each measurement that raised, and for the steps."""
+    found, config = [], report["configuration"]
+
+    def judge(name, passed, text, fallback=None):
+        found.append({"name": name, "passed": passed, "text": text, "fallback": fallback})
+
+    for kernel in dict.fromkeys(check["kernel"] for check in report["checks"]):
+        of_kernel = [check for check in report["checks"] if check["kernel"] == kernel]
+        failed = [check for check in of_kernel if not check["passed"]]
+        if failed:
+            judge(
+                kernel,
+                False,
+                f"{len(failed)} of {len(of_kernel)} checks failed; {failed[0]['shape']}: "
+                f"{_in_words(failed[0])}",
+                fallback(kernel, config),
+            )
+        else:
+            worst = max(of_kernel, key=lambda c: max(c["errors"].values()) / c["tolerance"])
+            judge(kernel, True, f"{len(of_kernel)} checks; {_in_words(worst)}")
+    for name, figures in report["measurements"].items():
+        if "error" in figures:
+            judge(name, False, figures["error"])
+    for name, figures in report["steps"].items():
+        finite = figures.get("finite", False)
+        text = figures.get("error") or f"loss {figures['loss']:.3f}"
+        text += "" if finite or "error" in figures else ", not finite in every step"
+        judge(f"steps of {name}", finite, text)
+    return found
+
+
+def fallback(kernel, config):
+    """The setting that avoids a kernel, in words."""
+    kind, _, backend = kernel.rpartition(" ")
+    if kind == "attention":
+        is_plain = backend == "blocks"
+        return "none, blocks is plain JAX" if is_plain else "--config.model.attention=blocks"
+    if backend == "mosaic_gpu":
+        return "--config.model.dtype=float32, which uses backend 'blocked'"
+    if kind == "grouped products":
+        return f"none, no setting replaces '{backend}'"
+    if config["mesh"]["transport"] == "all_to_all":
+        return "--config.mesh.transport=ring"
+    return "--config.mesh.expert=1" if config["mesh"]["expert"] > 1 else "none"

@@ -1,0 +1,157 @@
+"""How fast the devices of a mesh multiply, move memory and communicate, all at the same time."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from aoe_jax.config.run import Config
+from aoe_jax.doctor import kernels
+from aoe_jax.model.attention import causal_attention
+from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.parallel.collectives import sum_gradients
+
+SECONDS, REPEATS = 0.1, 5  # of a timed call, and how many there are
+INNER = 16  # runs of a loop of known length: its end costs no synchronisation with the host
+
+
+class Work(NamedTuple):
+    """A function to time. One run on one device is `amount` FLOPs, or bytes moved or received."""
+
+    name: str
+    function: Callable
+    arrays: list  # shapes of the first arguments, which are drawn
+    dtype: str
+    inputs: tuple  # the other arguments
+    amount: float
+    unit: str  # FLOP or B
+    peak: str  # what its rate is a share of: a field of `hardware.Chip`, or "matmul"
+
+
+def seconds_of(work: Work, mesh):
+    """The median seconds of a run on all devices at the same time.
+
+    Runs follow each other in a loop on the devices, so the time to start one does not count.
+    """
+    inner = INNER if mesh.devices.flat[0].platform != "cpu" else 1
+
+    def repeated(n, *args):
+        def run(_, carry):
+            # The barrier makes each run wait for the one before, and keeps it in the loop.
+            return jax.lax.optimization_barrier((carry[0], work.function(*carry[0])))
+
+        results = jax.eval_shape(work.function, *args)
+        first = args, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), results)
+        runs = partial(jax.lax.fori_loop, 0, inner, run)
+        return jax.lax.fori_loop(0, n, lambda _, carry: runs(carry), first)[1]
+
+    loop = kernels.everywhere(mesh, repeated)
+    args = *kernels.drawn(mesh, work.arrays, work.dtype), *work.inputs
+
+    def timed(n):
+        started = time.perf_counter()
+        jax.block_until_ready(loop(n, *args))
+        return time.perf_counter() - started
+
+    timed(1)  # compiles
+    # All processes must agree on the number.
+    n = int(multihost_utils.broadcast_one_to_all(math.ceil(SECONDS / timed(1))))
+    return statistics.median(timed(n) for _ in range(REPEATS)) / n / inner
+
+
+def peaks(config: Config, mesh):
+    """The product of two large square matrices, and a pass over a large array."""
+    on_cpu, dtype = mesh.devices.flat[0].platform == "cpu", config.model.dtype
+    width = 1024 if on_cpu else 8192
+    size = 2**25 // mesh.size if on_cpu else 2**27  # float32, more than caches hold
+    square, multiply = [(width, width)] * 2, lambda a, b: a @ b
+    return [
+        Work("matmul", multiply, square, dtype, (), 2 * width**3, "FLOP", "flops"),
+        Work("HBM", lambda x: x + 1, [(size,)], "float32", (), 8 * size, "B", "hbm_bandwidth"),
+    ]
+
+
+def attention(config: Config, backend):
+    """Attention, forward and with its gradients, at the shapes of a device; useful FLOPs."""
+    b, dtype = kernels.sequences_per_device(config), config.model.dtype
+    n_heads, n_kv, s, h = kernels.attention_shape(config)
+    attend, flops = partial(causal_attention, backend=backend), 2 * b * n_heads * s * s * h
+
+    def forward(q, k, v, g):
+        return attend(q, k, v)
+
+    def both(q, k, v, g):
+        return kernels.value_and_gradients(attend, (q, k, v), g)
+
+    name = f"attention {backend} {b}x{n_heads}x{n_kv}x{s}x{h}"
+    arrays = [(b, n, s, h) for n in (n_heads, n_kv, n_kv, n_heads)]
+    return [
+        Work(f"{name} forward", forward, arrays, dtype, (), flops, "FLOP", "matmul"),
+        Work(f"{name} forward and backward", both, arrays, dtype, (), 3 * flops, "FLOP", "matmul"),
+    ]
+
+
+def grouped_products(config: Config, backend, shape):
+    """The three products of one weight `[E, D, F]` of `shape`, with random choices."""
+    m, (n, d, f), dtype = kernels.rows_per_device(config), shape, config.model.dtype
+
+    def forward(rows, weights, g, sizes):
+        return grouped_matmul(rows, weights, sizes)
+
+    def d_rows(rows, weights, g, sizes):
+        return jax.vjp(lambda rows: grouped_matmul(rows, weights, sizes), rows)[1](g)
+
+    def d_weights(rows, weights, g, sizes):
+        return jax.vjp(lambda weights: grouped_matmul(rows, weights, sizes), weights)[1](g)
+
+    name, arrays = f"grouped {backend} {m}x{d}x{f}x{n}", kernels.grouped_arrays(m, shape)
+    sizes, flops = (kernels.group_sizes(m, n)["random"],), 2 * m * d * f
+    return [
+        Work(f"{name} {product.__name__}", product, arrays, dtype, sizes, flops, "FLOP", "matmul")
+        for product in (forward, d_rows, d_weights)
+    ]
+
+
+def collectives(mesh):
+    """Collectives over all devices of a mesh with one axis, "all".
+
+    A device of n receives (n - 1) / n of the larger of operand and result, by the ring algorithms.
+    """
+    n, on_cpu = mesh.size, mesh.devices.flat[0].platform == "cpu"
+    rows = max((2**10 if on_cpu else 2**17) // n**2, 1) * n**2  # of 1,024 numbers of 2 bytes
+
+    def all_gather(x):
+        return jax.lax.all_gather(x, "all", tiled=True)
+
+    def reduce_scatter(x):
+        return sum_gradients(x, "all", 0)
+
+    def all_to_all(x):
+        return jax.lax.all_to_all(x, "all", split_axis=0, concat_axis=0, tiled=True)
+
+    received = 2048 * rows * (n - 1) / n
+    return [
+        Work(
+            function.__name__,
+            function,
+            [(rows // n if function is all_gather else rows, 1024)],
+            "bfloat16",
+            (),
+            received,
+            "B",
+            "link_bandwidth",
+        )
+        for function in (all_gather, reduce_scatter, all_to_all)
+    ]
+
+
+def in_a_row(mesh):
+    """The devices of a mesh along one axis, "all"."""
+    return Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1])

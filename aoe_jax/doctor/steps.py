@@ -1,0 +1,106 @@
+"""Training steps of a configuration and its twin on random tokens, beside their plan."""
+
+import dataclasses
+import logging
+import math
+import statistics
+import time
+
+import jax
+
+from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.config.run import Config
+from aoe_jax.counts import parameter_counts, training_flops_per_token
+from aoe_jax.errors import UserError
+from aoe_jax.hardware import GENERATIONS
+from aoe_jax.plan import plan
+from aoe_jax.sharding import fill_mesh
+from aoe_jax.training.memory import device_memory
+
+log = logging.getLogger(__name__)
+
+STEPS = 10
+MAX_TOKENS = 16_384  # of a device in a step
+
+
+def fitted(config: Config, n_devices):
+    """The configuration on a mesh of all devices, in one micro-batch of at most `MAX_TOKENS` tokens
+    a device.
+
+    Raises:
+      UserError: see `sharding.fill_mesh`.
+    """
+    config = fill_mesh(config, n_devices)
+    shards, train = math.prod(config.mesh.shape[:3]), config.train
+    sequences = train.batch_size // train.accumulate // shards
+    sequences = min(sequences, max(1, MAX_TOKENS // config.data.seq_len))
+    train = dataclasses.replace(train, batch_size=sequences * shards, accumulate=1)
+    return dataclasses.replace(config, train=train)
+
+
+def twins(config: Config):
+    """AoE and the router MoE of equal total parameters (Eq. 5), `{"aoe": Config, "moe": Config}`.
+
+    One of them is the configuration. The AoE of a router has `d_low = d / 4`, and a width that GPU
+    kernels take; the router takes L_aux from all tokens. A configuration of another kind, or on a
+    mesh that does not divide its twin, is alone: `{kind: Config}`.
+    """
+    e, balance, replace = config.experts, config.balance, dataclasses.replace
+    try:
+        if e.kind == "aoe":
+            router = replace(e, kind="router", d_wide=None, round_to=1, score_gradient=None)
+            balance = replace(balance, aux_tokens=1.0)
+            return {"aoe": config, "moe": replace(config, experts=router, balance=balance)}
+        if e.kind == "router" and not (e.factorised_gate or e.large_router):
+            round_to = 64 if e.d_ffn >= 1024 else config.mesh.tensor
+            aoe = replace(e, kind="aoe", d_low=config.model.d_model // 4, round_to=round_to)
+            return {"aoe": replace(config, experts=aoe), "moe": config}
+    except UserError as refusal:
+        log.warning("the configuration has no twin: %s", refusal)
+    return {e.kind: config}
+
+
+def run_steps(config: Config, chip, peak):
+    """Takes `STEPS` steps.
+
+    Args:
+      config: of `fitted`.
+      chip: the `hardware.Chip` figures of a device, for the plan.
+      peak: FLOPs per second of a device.
+
+    Returns:
+      Figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where
+      the backend counts it, the peak of this process; `predicted` is the likely step time on TPU
+      and the bound elsewhere, both of `aoe_jax.plan`.
+    """
+    devices, started = jax.devices(), time.perf_counter()
+    step = RepeatedStep(config)
+    jax.block_until_ready(step())
+    compile_seconds, seconds, finite = time.perf_counter() - started, [], []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        metrics = jax.block_until_ready(step())
+        seconds.append(time.perf_counter() - started)
+        finite.append(bool(metrics["finite"]))
+    median, tokens = statistics.median(seconds), config.tokens_per_step
+    memory, loss = step.memory | device_memory(), float(metrics["loss"])
+    del step  # its state, before the plan and the next steps need memory
+    kind, on_tpu = devices[0].device_kind, devices[0].platform == "tpu"
+    found = plan(config, GENERATIONS.get(kind, kind), devices, on_tpu, chip)
+    likely = found["likely_step_seconds"]
+    predicted = likely or found["step_seconds"]
+    flops = tokens * training_flops_per_token(config) / len(devices) / median
+    return {
+        "parameters": parameter_counts(config).total,
+        "tokens_per_step": tokens,
+        "compile_seconds": compile_seconds,
+        "step_seconds": median,
+        "tokens_per_second": tokens / median,
+        "mfu": flops / peak,
+        "memory_bytes": memory,
+        "loss": loss,
+        "finite": all(finite),
+        "predicted_step_seconds": predicted,
+        "predicted": "likely" if likely else f"bound, {found['bound_by']}",
+        "measured_over_predicted": median / predicted,
+    }

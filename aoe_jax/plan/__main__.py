@@ -1,0 +1,37 @@
+"""The command line of `aoe_jax.plan`."""
+
+from pathlib import Path
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.json_files import write_json
+from aoe_jax.plan import plan, suggest, table
+from aoe_jax.sharding import fill_mesh
+from aoe_jax.topology import topology_devices
+
+_CONFIG = cli.define_config_flag()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bound=1)
+_SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
+_JSON = flags.DEFINE_string("json", None, "a file for the report")
+
+
+def main():
+    """Plans, prints, and exits with 3 if the run doesn't fit."""
+    config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
+    generation, devices = topology_devices(topology, _SLICES.value)
+    config = fill_mesh(config, len(devices))
+    report = plan(config, generation, devices)
+    print(table(report))
+    if not report["fits"] and _SUGGEST.value:
+        better = report["suggestion"] = suggest(config, generation, devices)
+        found = f"this mesh fits:\n{table(better)}" if better else "no other mesh was found to fit"
+        print(f"\n{found}")
+    if _JSON.value:
+        write_json(Path(_JSON.value), report)
+    return 0 if report["fits"] else 3
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,226 @@
+"""The examination of a machine: all of its parts on a mesh, and kernels that are wrong."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from aoe_jax.config.run import Config
+from aoe_jax.counts import parameter_counts
+from aoe_jax.doctor import examination, kernels
+from aoe_jax.doctor.steps import fitted, twins
+from aoe_jax.model import attention
+from aoe_jax.moe import grouped_matmul
+from aoe_jax.sharding import make_mesh
+from configs import doctor as accelerators
+from configs import methods, paper
+from tests.hasty import xla_flags
+from tests.runs import finish, start
+from tests.settings import config_of
+
+SMALL = {
+    "model.n_layers": 1,
+    "model.unroll": 1,
+    "model.n_heads": 2,
+    "model.d_model": 32,
+    "model.vocab_size": 256,
+    "model.dtype": "float32",
+    "experts.n_experts": 4,
+    "experts.top_k": 2,
+    "experts.d_ffn": 32,
+    "experts.d_low": 8,
+    "data.seq_len": 32,
+    "train.batch_size": 8,
+}
+COMMAND = ["--config=configs/tiny.py", *(f"--config.{name}={v}" for name, v in SMALL.items())]
+
+
+def test_all_parts_on_a_mesh(tmp_path):
+    file = tmp_path / "report.json"
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=2"]
+    command = ["-m", "aoe_jax.doctor", *COMMAND, *mesh, f"--json={file}"]
+    status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags(8)))
+    assert status == 0, stdout + stderr
+    report = json.loads(file.read_text())
+    assert report["passed"] and report["machine"]["devices"] == 8
+    assert {backend["backend"] for backend in report["backends"]} == {"blocks", "blocked"}
+    assert all(check["passed"] for check in report["checks"])
+    found = report["measurements"]
+    assert {"matmul", "HBM", "all_gather", "reduce_scatter", "all_to_all"} <= set(found)
+    products = [name.split()[-1] for name in found if name.startswith("grouped blocked")]
+    assert set(products) == {"forward", "d_rows", "d_weights"}
+    assert all(figures["per_second"] > 0 for figures in found.values())
+    assert set(report["steps"]) == {"aoe", "moe"}
+    for figures in report["steps"].values():
+        assert figures["tokens_per_step"] == 8 * 32
+        expected = figures["tokens_per_step"] / figures["step_seconds"]
+        assert figures["tokens_per_second"] == pytest.approx(expected)
+        assert 0 < figures["mfu"] < 1 and figures["peak"] == "measured"
+        assert 0 < figures["predicted_step_seconds"] < figures["step_seconds"]
+        assert figures["memory_bytes"]["state_bytes"] > 0
+        assert abs(figures["loss"] - math.log(256)) < 1
+    last = stdout.splitlines()[-len(report["verdicts"]) :]
+    assert [line.split(":")[0] for line in last] == [
+        "PASS attention blocks",
+        "PASS grouped products blocked",
+        "PASS AoE layer",
+        "PASS MoE layer",
+        "PASS steps of aoe",
+        "PASS steps of moe",
+    ]
+
+
+# Runs the command with attention that is wrong, and without products, measurements and steps.
+WITH_WRONG_ATTENTION = """
+import runpy
+from aoe_jax.doctor import examination
+from aoe_jax.model import attention
+
+right = attention.BACKENDS["blocks"]
+attention.BACKENDS["blocks"] = lambda *args: 1.01 * right(*args)
+examination.twins = lambda config: {}
+examination.measure = lambda *args: {}
+runpy.run_module("aoe_jax.doctor", run_name="__main__")
+"""
+
+
+def test_a_wrong_kernel_is_status_1():
+    status, stdout, stderr = finish(start(["-c", WITH_WRONG_ATTENTION, *COMMAND]))
+    assert status == 1 and "Traceback" not in stderr, stderr
+    last = stdout.splitlines()[-1]
+    assert last.startswith("FAIL attention blocks: 3 of 3 checks failed; 2x2x2x32x16 (BxHxGxSxh): ")
+    assert "largest error 1.0e-02" in last and last.endswith("fallback: none, blocks is plain JAX")
+
+
+def test_a_folder_that_is_not_there_is_a_mistake():
+    status, _, stderr = finish(start(["-m", "aoe_jax.doctor", "--json=nowhere/report.json"]))
+    assert (
+        status == 2 and stderr == "error: --json=nowhere/report.json: there is no folder nowhere\n"
+    )
+
+
+def small(**changes):
+    settings = {name.replace("__", "."): value for name, value in changes.items()}
+    return config_of(SMALL | {"experts.kind": "aoe", "balance.aux_weight": 0.0} | settings)
+
+
+def judged(config, models, n_devices=1):
+    """The verdicts on the kernels of a configuration by name."""
+    config = fitted(config, n_devices)
+    mesh = make_mesh(config, jax.devices()[:n_devices])
+    with jax.set_mesh(mesh):
+        backends = examination.choose_backends(config, models, mesh.devices.flat[0])
+        checks = examination.check_kernels(config, models, mesh, backends, lambda line: None)
+    report = {"checks": checks, "configuration": config.to_dict(), "measurements": {}, "steps": {}}
+    return {verdict["name"]: verdict for verdict in examination.verdicts(report)}
+
+
+def scaled(kernel):
+    return lambda *args: 1.02 * kernel(*args)
+
+
+def without_numbers(kernel):
+    return lambda *args: kernel(*args) * jnp.nan
+
+
+def raising(kernel):
+    def call(*args):
+        raise RuntimeError("first line\nno such instruction")
+
+    return call
+
+
+def wrong_on_one_device(kernel):
+    def call(*args):
+        return kernel(*args) * jnp.where(jax.lax.axis_index("data") == 1, 1.02, 1.0)
+
+    return call
+
+
+def wrong_gradient(kernel):
+    """Right values; the gradient of the first argument is off by a factor."""
+
+    def call(first, *others):
+        return kernel(1.02 * first - jax.lax.stop_gradient(0.02 * first), *others)
+
+    return call
+
+
+BREAKAGES = [scaled, without_numbers, raising, wrong_gradient]
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda breakage: breakage.__name__)
+def test_a_wrong_grouped_product_is_named(monkeypatch, breakage):
+    right = grouped_matmul.BACKENDS["ragged"]
+    monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", breakage(right))
+    monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
+    monkeypatch.setattr(kernels, "attention_cases", lambda *args: [])
+    config = fitted(small(), 1)
+    found = judged(config, {"aoe": config})
+    verdict = found["grouped products ragged"]
+    assert not verdict["passed"] and not found["AoE layer"]["passed"]
+    assert verdict["fallback"] == "none, no setting replaces 'ragged'"
+    if breakage is raising:
+        assert "RuntimeError: no such instruction" in verdict["text"]
+    if breakage is wrong_gradient:
+        assert "(d_rows, " in verdict["text"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("breakage", [*BREAKAGES, wrong_on_one_device], ids=lambda b: b.__name__)
+def test_wrong_attention_is_named_with_its_fallback(monkeypatch, breakage, dtype):
+    monkeypatch.setitem(attention.BACKENDS, "splash", breakage(attention.BACKENDS["blocks"]))
+    config = small(model__attention="splash", model__dtype=dtype)
+    (verdict,) = judged(config, {}, n_devices=2).values()
+    assert not verdict["passed"] and verdict["name"] == "attention splash"
+    if breakage is wrong_on_one_device:
+        assert str(jax.devices()[1]) in verdict["text"]
+    assert verdict["fallback"] == "--config.model.attention=blocks"
+
+
+def test_a_right_kernel_passes_in_bfloat16():
+    """Attention, grouped products and layers, on a mesh that splits everything."""
+    mesh = {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2}
+    sizes = {"experts__d_ffn": 48, "experts__d_wide": 64}
+    config = fitted(small(model__dtype="bfloat16", **mesh, **sizes), 8)
+    found = judged(config, twins(config), n_devices=8)
+    assert all(verdict["passed"] for verdict in found.values()), found
+    assert list(found)[-2:] == ["AoE layer", "MoE layer"]
+
+
+def test_a_dense_model_has_no_grouped_products():
+    dense = small(experts__kind="dense")
+    assert list(judged(dense, twins(dense))) == ["attention blocks"]
+
+
+def test_fallbacks_are_settings():
+    config = small().to_dict()
+    hopper = examination.fallback("grouped products mosaic_gpu", config)
+    assert hopper.startswith("--config.model.dtype=float32")
+    config["mesh"] |= {"expert": 2}
+    assert examination.fallback("AoE layer", config) == "--config.mesh.expert=1"
+    config["mesh"] |= {"transport": "all_to_all"}
+    assert examination.fallback("AoE layer", config) == "--config.mesh.transport=ring"
+
+
+def test_twins_have_equal_parameters():
+    config = Config.from_config_dict(accelerators.get_config())
+    found = twins(config)
+    totals = [parameter_counts(c).total for c in found.values()]
+    assert list(found) == ["aoe", "moe"] and found["aoe"] == config
+    assert totals[0] == pytest.approx(totals[1], rel=0.01)
+    moe = Config.from_config_dict(paper.get_config("moe_aux"))
+    totals = [parameter_counts(c).total for c in twins(moe).values()]
+    assert twins(moe)["moe"] == moe and totals[0] == pytest.approx(totals[1], rel=0.01)
+    smear = Config.from_config_dict(methods.get_config("smear"))
+    undivided = fitted(small(experts__kind="router", model__d_model=40, mesh__fsdp=4), 4)
+    assert twins(smear) == {"smear": smear} and twins(undivided) == {"router": undivided}
+
+
+def test_a_step_fits_a_device():
+    """The paper's batch of 2,048 sequences is cut to 16,384 tokens a device."""
+    config = fitted(Config.from_config_dict(accelerators.get_config()), 4)
+    assert config.mesh.data == 4 and config.tokens_per_step == 4 * 16_384
+    assert fitted(small(), 8).train.batch_size == 8
