@@ -46,6 +46,7 @@ SCOPES = (
 _FREE = {
     "add-dependency",
     "after-all",
+    "async-update",
     "bitcast",
     "constant",
     "domain",
@@ -122,6 +123,8 @@ class Program:
                 if (k := started.get(i.operands[0])) is not None:
                     found[k] = replace(found[k], beside=tuple(found[k + 1 :]))
                 continue
+            if i.opcode == "async-update":
+                started[i.name] = started.get(i.operands[0])
             if i.opcode in _FREE or i.target in _FREE_KERNELS:
                 continue
             if i.opcode == "fusion-start":  # its result: operands, results, a context
@@ -133,8 +136,8 @@ class Program:
             elif i.opcode == "conditional":
                 branches = [self._walk(name, times) for name in _branches(i)]
                 found += max(branches, key=lambda ops: sum(o.times * o.hbm_bytes for o in ops))
-            elif i.opcode in ("call", "async-start"):
-                inner = self._walk(i.called("to_apply", "calls"), times)
+            elif i.opcode in ("call", "async-start") or self._wraps_collective(i):
+                inner = self._walk(i.called("to_apply", "calls", "called_computations"), times)
                 is_async = i.opcode == "async-start"
                 if is_async and inner:
                     started[i.name] = len(found)
@@ -145,6 +148,11 @@ class Program:
                 found.append(self._operation(computation, i, times))
                 found += self._collectives_of_fusion(i, times)
         return found
+
+    def _wraps_collective(self, i):
+        """Whether this is a custom call around a collective, which runs on SparseCores of tpu7x."""
+        name = i.called("called_computations") if i.opcode == "custom-call" else None
+        return name is not None and any(x.collective for x in self.computations[name])
 
     def _operation(self, computation, i, times):
         known = self._by_name[computation]

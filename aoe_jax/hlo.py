@@ -79,7 +79,7 @@ class Instruction:
     def called(self, *keys):
         """The name of the computation that an attribute such as `calls` names, or None."""
         for key in keys:
-            if found := re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes):
+            if found := re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes):
                 return found.group(1)
         return None
 

@@ -5,6 +5,7 @@ wheel.
 compiled for one.
 """
 
+import math
 from functools import partial
 from itertools import cycle
 
@@ -12,13 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from aoe_jax import costs, hlo
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
 from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.parallel.collectives import sum_gradients
+from aoe_jax.sharding import fill_mesh, make_mesh
+from aoe_jax.topology import topology_devices
+from benchmarks import plans
 from benchmarks.compiling import (
     PRODUCTS,
     TOPOLOGIES,
@@ -123,3 +130,34 @@ def test_the_mesh_chooses_the_backend():
     lowered = jax.jit(gradient).lower(*args, sizes)
     assert kernels_and_dense_products(lowered)[0] >= 2
     lowered.compile()
+
+
+# (topology, fsdp) -> a row of docs/machines.md
+MESHES = {
+    (topology, fields["mesh.fsdp"]): name
+    for name, (_, topology, _, fields) in plans.ROWS.items()
+    if topology.startswith(("v", "tpu"))
+}
+
+
+@pytest.mark.parametrize("row", MESHES.values())
+def test_gradients_are_summed_by_native_reduce_scatters(row):
+    """An all-reduce would send twice the bytes."""
+    (module, variant, _), topology, _, fields = plans.ROWS[row]
+    devices = topology_devices(topology)[1]
+    config = fill_mesh(plans.configuration(module, variant, fields), len(devices))
+    mesh = make_mesh(config, devices)
+    sums = jax.shard_map(
+        lambda g: sum_gradients(g, "fsdp", 1),
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(None, "fsdp"),
+        check_vma=False,
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    g = jax.ShapeDtypeStruct((8, 3072, 768), jnp.float32, sharding=everywhere)
+    with jax.set_mesh(mesh):
+        _, text = hlo.compile_and_read(jax.jit(sums).lower(g))
+    found = [o for o in costs.Program(text).operations if o.collective]
+    assert [o.collective for o in found] == 2 * ["reduce-scatter"]
+    assert math.prod(o.group_size for o in found) == mesh.shape["fsdp"]
