@@ -58,7 +58,7 @@ def test_all_parts_on_a_mesh(tmp_path):
         expected = figures["tokens_per_step"] / figures["step_seconds"]
         assert figures["tokens_per_second"] == pytest.approx(expected)
         assert 0 < figures["mfu"] < 1 and figures["peak"] == "measured"
-        assert 0 < figures["predicted_step_seconds"] < figures["step_seconds"]
+        assert 0 < figures["plan"]["seconds"] < figures["step_seconds"]
         assert figures["memory_bytes"]["state_bytes"] > 0
         assert abs(figures["loss"] - math.log(256)) < 1
     last = stdout.splitlines()[-len(report["verdicts"]) :]
@@ -203,6 +203,18 @@ def test_fallbacks_are_settings():
     assert examination.fallback("AoE layer", config) == "--config.mesh.expert=1"
     config["mesh"] |= {"transport": "all_to_all"}
     assert examination.fallback("AoE layer", config) == "--config.mesh.transport=ring"
+
+
+def test_what_raises_or_is_not_finite_fails():
+    steps = {"aoe": {"error": "Error: no memory"}, "moe": {"finite": False, "loss": math.nan}}
+    measurements = {"HBM": {"error": "Error: no such array"}, "matmul": {"per_second": 1.0}}
+    report = {"checks": [], "configuration": {}, "measurements": measurements, "steps": steps}
+    found = examination.verdicts(report)
+    assert [(verdict["name"], verdict["passed"], verdict["text"]) for verdict in found] == [
+        ("HBM", False, "Error: no such array"),
+        ("steps of aoe", False, "Error: no memory"),
+        ("steps of moe", False, "loss nan, not finite in every step"),
+    ]
 
 
 def test_twins_have_equal_parameters():

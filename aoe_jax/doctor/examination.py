@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels, speed
-from aoe_jax.doctor.steps import fitted, run_steps, twins
+from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import Chip, machine, peak_flops_per_device, published_figures
 from aoe_jax.model.attention import backend_for as attention_backend
@@ -37,7 +37,7 @@ def examine(config: Config, show=print):
     Returns:
       `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
       `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
-      `steps.run_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
+      `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
       `seconds`. What raised has an `error` instead of figures.
 
     Raises:
@@ -216,23 +216,17 @@ def _rate_in_words(figures):
 
 
 def take_steps(name, config, measurements, say):
-    """The figures of `steps.run_steps`, and `peak`: whether MFU is by the published or the measured
-    peak; or `error`.
+    """The figures of `steps.run_steps`; `peak`, whether MFU is by the published or the measured
+    peak; and the `plan`, see `steps.planned`. What raised has an `error`.
 
     What is not published of a device is taken from the measurements.
     """
-
-    def run():
-        published = published_figures(jax.devices())
-        peak = peak_flops_per_device(jax.devices())
-        by = "published" if peak else "measured"
-        peak = peak or measurements["matmul"]["per_second"]
-        link = measurements.get("all_gather", {}).get("per_second", math.inf)
-        hbm = measurements["HBM"].get("per_second", math.inf)
-        chip = published or Chip(peak, math.inf, hbm, link, link)
-        return run_steps(config, chip, peak) | {"peak": by}
-
-    figures = _attempt(run)
+    published, peak = (f(jax.devices()) for f in (published_figures, peak_flops_per_device))
+    by = "published" if peak else "measured"
+    rate = {work: figures.get("per_second", math.nan) for work, figures in measurements.items()}
+    peak, link = peak or rate["matmul"], rate.get("all_gather", math.inf)
+    chip = published or Chip(peak, math.inf, rate["HBM"], link, link)
+    figures = _attempt(run_steps, config, peak) | {"peak": by}
     if "error" in figures:
         say(f"steps of {name}: {figures['error']}")
         return figures
@@ -246,10 +240,12 @@ def take_steps(name, config, measurements, say):
         f"{figures['peak']} peak, compiled in {figures['compile_seconds']:.0f} s; "
         f"memory of a device: {memory}"
     )
-    say(
-        f"plan of {name}: {1e3 * figures['predicted_step_seconds']:.4g} ms "
-        f"({figures['predicted']}); measured is {figures['measured_over_predicted']:.2f}x"
-    )
+    found = figures["plan"] = _attempt(planned, config, chip)
+    text = found.get("error")
+    if not text:
+        ratio = found["measured_over_planned"] = figures["step_seconds"] / found["seconds"]
+        text = f"{1e3 * found['seconds']:.4g} ms ({found['kind']}); measured is {ratio:.2f}x"
+    say(f"plan of {name}: {text}")
     return figures
 
 

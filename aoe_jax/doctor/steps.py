@@ -60,20 +60,18 @@ def twins(config: Config):
     return {e.kind: config}
 
 
-def run_steps(config: Config, chip, peak):
+def run_steps(config: Config, peak):
     """Takes `STEPS` steps.
 
     Args:
       config: of `fitted`.
-      chip: the `hardware.Chip` figures of a device, for the plan.
       peak: FLOPs per second of a device.
 
     Returns:
       Figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where
-      the backend counts it, the peak of this process; `predicted` is the likely step time on TPU
-      and the bound elsewhere, both of `aoe_jax.plan`.
+      the backend counts it, the peak of this process; `finite` is whether every step was.
     """
-    devices, started = jax.devices(), time.perf_counter()
+    started = time.perf_counter()
     step = RepeatedStep(config)
     jax.block_until_ready(step())
     compile_seconds, seconds, finite = time.perf_counter() - started, [], []
@@ -83,13 +81,7 @@ def run_steps(config: Config, chip, peak):
         seconds.append(time.perf_counter() - started)
         finite.append(bool(metrics["finite"]))
     median, tokens = statistics.median(seconds), config.tokens_per_step
-    memory, loss = step.memory | device_memory(), float(metrics["loss"])
-    del step  # its state, before the plan and the next steps need memory
-    kind, on_tpu = devices[0].device_kind, devices[0].platform == "tpu"
-    found = plan(config, GENERATIONS.get(kind, kind), devices, on_tpu, chip)
-    likely = found["likely_step_seconds"]
-    predicted = likely or found["step_seconds"]
-    flops = tokens * training_flops_per_token(config) / len(devices) / median
+    flops = tokens * training_flops_per_token(config) / jax.device_count() / median
     return {
         "parameters": parameter_counts(config).total,
         "tokens_per_step": tokens,
@@ -97,10 +89,22 @@ def run_steps(config: Config, chip, peak):
         "step_seconds": median,
         "tokens_per_second": tokens / median,
         "mfu": flops / peak,
-        "memory_bytes": memory,
-        "loss": loss,
+        "memory_bytes": step.memory | device_memory(),
+        "loss": float(metrics["loss"]),
         "finite": all(finite),
-        "predicted_step_seconds": predicted,
-        "predicted": "likely" if likely else f"bound, {found['bound_by']}",
-        "measured_over_predicted": median / predicted,
     }
+
+
+def planned(config: Config, chip):
+    """What `aoe_jax.plan` says of a step on these devices, from the `hardware.Chip` figures of one.
+
+    Returns:
+      `{"seconds", "kind"}`: the likely time on TPU, where the step is compiled once more; elsewhere
+      the bound and what it is bound by.
+    """
+    devices = jax.devices()
+    kind, on_tpu = devices[0].device_kind, devices[0].platform == "tpu"
+    found = plan(config, GENERATIONS.get(kind, kind), devices, on_tpu, chip)
+    if likely := found["likely_step_seconds"]:
+        return {"seconds": likely, "kind": "likely"}
+    return {"seconds": found["step_seconds"], "kind": f"at least, by {found['bound_by']}"}

@@ -1,4 +1,15 @@
-"""The command line of `aoe_jax.plan`."""
+"""What a run needs on machines that aren't here: `python -m aoe_jax.plan
+--config=FILE[:VARIANT] --topology=v5p:4x4x4`.
+
+The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--slices=N]`, with
+`libtpu` from its wheel, or for the GPUs of a node, `--topology=h100:8`, with JAX's CUDA wheels. The
+report has parameters, memory per device, FLOPs, communication, and from public peak figures bounds
+on step time and model FLOPs utilisation (MFU). `--config.GROUP.FIELD=VALUE` works like in training;
+`--json=FILE` writes the report. Exit status 3: it doesn't fit. `--suggest` then tries other meshes,
+the nearest first.
+
+`aoe_jax/plan/__init__.py` says how the figures are computed.
+"""
 
 from pathlib import Path
 
