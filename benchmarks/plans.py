@@ -32,7 +32,7 @@ ROWS = {
     "732M@b200": (SMALL, "b200:8", 8, {"mesh.fsdp": 8}),
     "732M-32k@v5p": (SMALL, "v5p:4x4x4", 1, {"mesh.fsdp": 64, **LONG}),
     "4B@v5e": (MIDDLE, "v5e:16x16", 8, {"mesh.fsdp": 16}),
-    "4B@v5p": (MIDDLE, "v5p:4x4x4", 8, {"mesh.fsdp": 64}),
+    "4B@v5p": (MIDDLE, "v5p:4x4x4", 8, {"mesh.fsdp": 16}),
     "64@v5p": ((large, "aoe_64", "moe_64"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
     "256@v5p": ((large, "aoe_256", "moe_256"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
 }
