@@ -40,6 +40,7 @@ SCOPES = (
 _FREE = {
     "add-dependency",
     "after-all",
+    "async-update",
     "bitcast",
     "constant",
     "domain",
@@ -321,18 +322,26 @@ class Program:
         return sum(self._flops(x, inside) for x in self.computations[name])
 
 
-def likely_seconds(operation, chip):
-    """The likely time of one run of an operation on a `hardware.Chip`.
+def likely_seconds(operation, chip, shape=()):
+    """The likely time of one run of an operation.
 
-    For a collective, that of its bytes at the bandwidth of all links of a chip, by the usual ring
-    algorithms; 0 if it runs beside other work. A ring over a part of a torus has fewer links, and
-    takes longer. For other operations the compiler's cycles where it has them, or the larger of the
-    times that FLOPs and memory traffic take at the peaks.
+    For a collective, that of its bytes by the usual ring algorithms, over the links that its group
+    has; 0 if it runs beside other work. For other operations the compiler's cycles where it has
+    them, or the larger of the times that FLOPs and memory traffic take at the peaks.
+
+    Args:
+      operation: an `Operation`.
+      chip: a `hardware.Chip`.
+      shape: chips along each dimension of the slice; (): all links serve every collective.
     """
     if operation.collective:
+        if operation.is_async:
+            return 0.0
+        if operation.collective == "collective-permute":  # to a neighbour
+            return operation.sent_bytes * chip.n_links / chip.link_bandwidth
         rounds = 2 if operation.collective == "all-reduce" else 1
         received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
-        return 0.0 if operation.is_async else received / chip.link_bandwidth
+        return received / chip.group_bandwidth(shape, operation.group_size)
     if operation.cycles is not None and chip.clock:
         return operation.cycles / chip.clock
     return max(operation.occupied_flops / chip.flops, operation.hbm_bytes / chip.hbm_bandwidth)

@@ -45,7 +45,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, count_chips
+from aoe_jax.hardware import CHIPS, count_chips, slice_shape
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.json_files import write_json
 from aoe_jax.model.attention import splash
@@ -114,7 +114,7 @@ def plan(config: Config, generation, devices, compiles=True):
         compile_seconds = time.perf_counter() - started
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
-            likely = _likely(text, chip) if text else None
+            likely = read_program(text, chip, slice_shape(devices)) if text else None
             if not text and devices[0].platform == "tpu":
                 log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
@@ -206,12 +206,21 @@ def _compile(traced):
     return compiled, used, text
 
 
-def _likely(text, chip):
-    """FLOPs, memory traffic and likely seconds of a step, from its optimised HLO."""
+def read_program(text, chip, shape):
+    """What a step likely takes, from its optimised HLO.
+
+    Args:
+      text: of `hlo.compile_and_read`.
+      chip: a `hardware.Chip`, or the part of it that a device is.
+      shape: chips along each dimension of the slice.
+
+    Returns:
+      dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device.
+    """
     operations = Program(text, [splash.kernel_cost, megablox.kernel_cost]).operations
     seconds = Counter()
     for operation in operations:
-        seconds[scope(operation)] += operation.times * likely_seconds(operation, chip)
+        seconds[scope(operation)] += operation.times * likely_seconds(operation, chip, shape)
     return {
         "flops": sum(o.times * o.flops for o in operations),
         "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),

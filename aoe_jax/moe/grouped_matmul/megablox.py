@@ -94,21 +94,24 @@ def kernel_cost(name, operands, results):
     """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
     Rows are read once for each tile of the output's width, weights once if one tile has their whole
-    depth, else for every tile of rows.
+    depth, else for every tile of rows. The kernel lists the tiles of rows by group; a tile that two
+    groups share is there, and is computed, twice.
     """
     if name not in ("gmm", "tgmm"):
         return None
-    (*_, lhs, rhs), (out,) = operands, results
+    (_, offsets, listed, *_, lhs, rhs), (out,) = operands, results
     limit = MAX_WIDTH[2 if lhs.dtype == "bf16" else 4]
-    n_experts, k, n = out.dims if name == "tgmm" else (rhs.dims[0], lhs.dims[1], out.dims[1])
+    k, n = out.dims[1:] if name == "tgmm" else (lhs.dims[1], out.dims[1])
     m = math.prod(lhs.dims) // k
+    n_groups, n_visits = offsets.dims[0] - 1, listed.dims[0]
     lhs_reads, rhs_reads = math.ceil(n / width_tile(n, limit)), 1
     if name == "tgmm":
         rhs_reads = math.ceil(k / width_tile(k, limit))
     elif k > limit:
-        rhs_reads = math.ceil(m / row_tile(m, n_experts)) / n_experts
+        rhs_reads = n_visits / n_groups
     traffic = lhs_reads * lhs.hbm_bytes + rhs_reads * rhs.hbm_bytes + out.hbm_bytes
-    return 2 * m * k * n, traffic
+    flops = 2 * m * k * n
+    return flops, traffic, flops * n_visits / (n_visits - n_groups + 1)
 
 
 def _round_up(value, multiple):
