@@ -61,7 +61,12 @@ _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bo
 _SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
-LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
+LIKELY = (
+    "hbm_traffic_bytes",
+    "likely_step_seconds",
+    "seconds_by_scope",
+    "seconds_at_peaks",
+)
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
@@ -97,8 +102,8 @@ def plan(config: Config, generation, devices, compiles=True):
       The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
       `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
       `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`; for TPU `hbm_traffic_bytes`, `likely_step_seconds`,
-      `likely_mfu` and `seconds_by_scope`, else None. Bytes and FLOPs are per device and step.
+      `mfu_bound`, `compile_seconds`; for TPU the keys `LIKELY` and `likely_mfu`, else None. Bytes
+      and FLOPs are per device and step.
     """
     n_devices = len(devices)
     chip = CHIPS[generation].part(count_chips(devices) / n_devices)
@@ -215,17 +220,21 @@ def read_program(text, chip, shape):
       shape: chips along each dimension of the slice.
 
     Returns:
-      dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device.
+      dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device. `seconds_at_peaks` is
+      the sum over operations without the compiler's cycles.
     """
     operations = Program(text, [splash.kernel_cost, megablox.kernel_cost]).operations
-    seconds = Counter()
-    for operation in operations:
-        seconds[scope(operation)] += operation.times * likely_seconds(operation, chip, shape)
+    seconds, at_peaks = Counter(), 0.0
+    for o in operations:
+        seconds[scope(o)] += o.times * likely_seconds(o, chip, shape)
+        without_cycles = dataclasses.replace(o, cycles=None)
+        at_peaks += o.times * likely_seconds(without_cycles, chip, shape)
     return {
         "flops": sum(o.times * o.flops for o in operations),
         "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
         "likely_step_seconds": seconds.total(),
         "seconds_by_scope": dict(seconds.most_common()),
+        "seconds_at_peaks": at_peaks,
     }
 
 

@@ -36,9 +36,10 @@ def main(folder, *arguments):
     jit_and_compile = train_compile.jit_and_compile
 
     def measured(function, shapes, options, mesh, *others):
-        started = time.perf_counter()
+        config, started = others[-2], time.perf_counter()
+        jax.config.update("jax_use_shardy_partitioner", config.shardy)  # as `train.py` does
         compiled = jit_and_compile(function, shapes, options, mesh, *others)
-        config, memory = others[-2], compiled.memory_analysis()
+        memory = compiled.memory_analysis()
         is_float = [a for a in jax.tree.leaves(shapes[0]) if "float" in str(a.dtype)]
         model = [a for a in jax.tree.leaves(shapes[0].model) if "float" in str(a.dtype)]
         figures = {

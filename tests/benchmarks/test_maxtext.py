@@ -110,16 +110,20 @@ def test_models_are_of_equal_size(variant):
 
 
 def test_the_table_divides_by_its_first_row():
-    def report(traffic, seconds, network):
-        scopes = {"network": network}
-        keys = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
-        return dict(zip(keys, (traffic, seconds, scopes), strict=True))
+    def report(traffic, seconds, network, at_peaks):
+        return {
+            "hbm_traffic_bytes": traffic,
+            "likely_step_seconds": seconds,
+            "seconds_by_scope": {"network": network},
+            "seconds_at_peaks": at_peaks,
+        }
 
     figures = [
-        maxtext.row("MaxText", 2e9, report(100e9, 0.4, 0.1)),
-        maxtext.row("moe_aux", 3e9, report(90e9, 0.3, 0.02)),
+        maxtext.row("MaxText", 2e9, report(100e9, 0.4, 0.1, 0.2)),
+        maxtext.row("moe_aux", 3e9, report(90e9, 0.3, 0.02, 0.19)),
     ]
     first, second = maxtext.table(figures).splitlines()
     assert "(1.00x), likely step  400.0 ms (1.00x), of it network 100.0 ms" in first
     assert "moe_aux: temporary  3.00 GB, HBM traffic   90.0 GB (0.90x)" in second
     assert "likely step  300.0 ms (0.75x), of it network  20.0 ms" in second
+    assert second.endswith("at the peaks:  190.0 ms (0.95x)")
