@@ -4,16 +4,19 @@ step times beside published ones.
     python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
     python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
 
-Both need `libtpu` (`make .venv/libtpu`, `PYTHONPATH=.venv/libtpu`) and minutes for each program.
-MaxText needs Python 3.12 or later and other versions than we do, so it has its own environment:
+Minutes for each program. The first form needs `libtpu` (`make .venv/libtpu`,
+`PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other versions than we do, so it
+has its own environment:
 
     python3.13 -m venv VENV && VENV/bin/pip install --no-deps maxtext==0.2.5
-    VENV/bin/pip install jax==0.11.1 libtpu==0.0.52 PACKAGES
+    VENV/bin/pip install jax==0.11.1 libtpu==0.0.52 absl-py aqtp cloudpickle datasets drjax \\
+        etils flax grain huggingface_hub jaxtyping jinja2 ml_collections numpy omegaconf optax \\
+        orbax-checkpoint pathwaysutils pillow psutil pydantic qwix safetensors sentencepiece \\
+        sympy tensorboardX tiktoken tokamax tqdm transformers
 
-with `PACKAGES` below. The first form compares models of equal size: `configs/paper.py:moe_aux` and
-`aoe_r256_aux` with `SETTINGS`, and MaxText with `MODEL` and `BEST`. The second compiles a run whose
-step time is published. Memory, traffic and time are computed by `aoe_jax/costs.py` for all programs
-alike.
+The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
+`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second compiles a run whose step time is
+published. Memory, traffic and time are computed by `aoe_jax/costs.py` for all programs alike.
 """
 
 import importlib.metadata
@@ -41,10 +44,6 @@ from aoe_jax.sharding import fill_mesh
 from aoe_jax.topology import topology_devices
 from aoe_jax.training.step import init_state
 from configs import paper
-
-PACKAGES = """absl-py aqtp cloudpickle datasets drjax etils flax grain huggingface_hub jaxtyping
-jinja2 ml_collections numpy omegaconf optax orbax-checkpoint pathwaysutils pillow psutil pydantic
-qwix safetensors sentencepiece sympy tensorboardX tiktoken tokamax tqdm transformers"""
 
 VARIANTS = ("moe_aux", "aoe_r256_aux")
 SEQUENCES = 8  # per chip
@@ -85,25 +84,27 @@ BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 class Recipe:
     """A run with a published step time."""
 
-    source: str  # a folder of `training/` in github.com/AI-Hypercomputer/tpu-recipes
+    source: str  # where the recipe is
     seconds: float
     topology: str
     fields: dict
     xla_flags: str
 
 
-# The fields and XLA flags of each source, less what only concerns running and what this compiler
-# refuses: `xla_tpu_enable_async_collective_fusion` on other chips than v5e.
+# The sources are in repositories of github.com/AI-Hypercomputer. Step times from MaxText's table of
+# models are in maxtext/docs/reference/models/tiering.md. Fields and XLA flags are those of the
+# source, less what only concerns running, and `xla_tpu_enable_async_collective_fusion`, which this
+# compiler refuses on other chips than v5e.
 _OVERLAP = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true "
-    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true "
-    "--xla_tpu_scoped_vmem_limit_kib=81920"
+    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true"
 )
+_MOE_VMEM = "--xla_tpu_scoped_vmem_limit_kib=81920"
 RECIPES = {
-    # The step time is that of 2,909 tokens per second and chip in MaxText's table of models.
+    # The step time is that of 2,909 tokens per second and chip in the table of models.
     "mixtral_8x7b_v5p": Recipe(
-        "v5p/Mixtral-8X7B-Maxtext",
+        "tpu-recipes/training/v5p/Mixtral-8X7B-Maxtext",
         50.7,
         "v5p:4x4x8",
         {
@@ -115,12 +116,12 @@ RECIPES = {
             "attention": "flash",
         },
         "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
-        f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP}",
+        f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP} {_MOE_VMEM}",
     ),
-    # As published in October 2024, and in MaxText's table of models: 8 sequences per chip, no
-    # offloading. The present recipe, 12 sequences, exceeds the memory with this compiler.
+    # As published in October 2024 and in the table of models: 8 sequences per chip, no offloading.
+    # The present recipe, 12 sequences, exceeds the memory with this compiler.
     "mixtral_8x7b_v6e": Recipe(
-        "trillium/Mixtral-8x7B-MaxText",
+        "tpu-recipes/training/trillium/Mixtral-8x7B-MaxText",
         8.409,
         "v6e:16x16",
         {
@@ -136,6 +137,22 @@ RECIPES = {
             "megablox": False,
             "sparse_matmul": False,
             "capacity_factor": 1.25,
+        },
+        f"{_OVERLAP} {_MOE_VMEM}",
+    ),
+    # `llama2_70b_v5p_128`; the step time is that of 692 tokens per second and chip in the table.
+    "llama2_70b_v5p": Recipe(
+        "maxtext/benchmarks/maxtext_v5p_model_configs.py",
+        23.7,
+        "v5p:8x8x8",
+        {
+            "compile_topology": "v5p-1024",
+            "model_name": "llama2-70b",
+            "per_device_batch_size": 4,
+            "max_target_length": 4096,
+            "remat_policy": "save_dot_except_mlpwi",
+            "use_iota_embed": True,
+            "attention": "flash",
         },
         _OVERLAP,
     ),
@@ -166,7 +183,8 @@ def compile_maxtext(python, fields, xla_flags=""):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | of_tpu | settings
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"{name}={value}" for name, value in fields.items()]
-        command = [python, str(script), folder, *arguments]
+        # -P: `import maxtext` must not find this file beside the script.
+        command = [python, "-P", str(script), folder, *arguments]
         try:
             done = subprocess.run(
                 command, env=environment, cwd=folder, capture_output=True, text=True

@@ -1,6 +1,6 @@
 """Compiles a train step of MaxText. `benchmarks/maxtext.py` runs this file in MaxText's Python.
 
-    VENV/bin/python benchmarks/maxtext_compile.py FOLDER NAME=VALUE...
+    VENV/bin/python -P benchmarks/maxtext_compile.py FOLDER NAME=VALUE...
 
 NAME is a field of MaxText's `base.yml`. The compiler's dump and `figures.json` are written into
 FOLDER. XLA flags are those of the environment variable `LIBTPU_INIT_ARGS`.

@@ -40,8 +40,8 @@ def stand_in(folder, error=""):
     (folder / "figures").write_text(json.dumps(FIGURES))
     (folder / "program").write_text(PROGRAM)
     writes = f"""
-        cp {folder}/figures "$2/figures.json"
-        cp {folder}/program "$2/0.jit_train_step.after_codegen.txt"
+        cp {folder}/figures "$3/figures.json"
+        cp {folder}/program "$3/0.jit_train_step.after_codegen.txt"
     """
     fails = f"""
         printf '%s\\n' 'Traceback:' "{error}" '-----' >&2
