@@ -133,7 +133,10 @@ def parse(text):
 
 
 def _with_elements(instructions):
-    """Adds a `get-tuple-element` for each operand of the short form `%tuple#index`."""
+    """Adds a `get-tuple-element` for each operand of the short form `%tuple#index`.
+
+    The tuple may hold arrays only.
+    """
     found, known = [], {}
     for i in instructions:
         for operand in i.operands:
