@@ -353,24 +353,31 @@ class Program:
         return sum(self._flops(x, inside) for x in self.computations[name])
 
 
-def likely_seconds(operation, chip):
-    """The likely time of one run of an operation on a `hardware.Chip`.
+def likely_seconds(operation, chip, shape=()):
+    """The likely time of one run of an operation.
 
-    For a collective, that of its bytes at the bandwidth of all links of a chip, by the usual ring
-    algorithms, less the time of the work beside it; 0 if that work is unknown. A ring over a part
-    of a torus has fewer links, and takes longer. For other operations the compiler's cycles where
-    it has them, or the larger of the times that FLOPs and memory traffic take at the peaks.
+    For a collective, that of its bytes by the usual ring algorithms, over the links that its group
+    has, less the time of the work beside it; 0 if that work is unknown. For other operations the
+    compiler's cycles where it has them, or the larger of the times that FLOPs and memory traffic
+    take at the peaks.
+
+    Args:
+      operation: an `Operation`.
+      chip: a `hardware.Chip`.
+      shape: chips along each dimension of the slice; (): all links serve every collective.
     """
     if operation.collective:
         rounds = 2 if operation.collective == "all-reduce" else 1
         received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
-        seconds = received / chip.link_bandwidth
+        seconds = received / chip.group_bandwidth(shape, operation.group_size)
+        if operation.collective == "collective-permute":  # to a neighbour
+            seconds = operation.sent_bytes * chip.n_links / chip.link_bandwidth
         if not operation.is_async:
             return seconds
         if operation.beside is None:
             return 0.0
         work = [o for o in operation.beside if not o.collective]
-        hidden = sum(o.times * likely_seconds(o, chip) for o in work) / operation.times
+        hidden = sum(o.times * likely_seconds(o, chip, shape) for o in work) / operation.times
         return max(0.0, seconds - hidden)
     if operation.cycles is not None and chip.clock:
         return operation.cycles / chip.clock

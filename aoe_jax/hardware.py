@@ -6,10 +6,11 @@ Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.
 (dense peaks, and one direction of NVLink, of PCIe for L4).
 """
 
-import dataclasses
+import itertools
+import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import jax
@@ -27,19 +28,46 @@ class Chip:
     link_bandwidth: float
     slice_bandwidth: float
     clock: float | None = None  # cycles per second of a TPU core, by its peak and its matrix units
+    n_links: int = 1  # of a chip; two in each dimension of a TPU slice
+    ring: int = 1  # chips in a dimension that closes to a ring, or a divisor of their number
 
     def part(self, share):
         """The figures of a share of the chip."""
-        *figures, clock = dataclasses.astuple(self)
-        return Chip(*(share * figure for figure in figures), clock)
+        names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
+        return replace(self, **{name: share * getattr(self, name) for name in names})
+
+    def group_bandwidth(self, shape, n_chips):
+        """Bytes per second into a chip from the others of a group, in a ring algorithm.
+
+        The group spans whole dimensions of the slice where it can, as the meshes of JAX do, and
+        else in the way that gives it most links. A dimension that it spans whole, and that closes
+        to a ring, gives two links to every chip; another one only one, since a line has ends.
+
+        Args:
+          shape: chips along each dimension of the slice; () is a machine where all links serve.
+          n_chips: of the group.
+        """
+        ways = []
+        for order in itertools.permutations(shape):
+            left, parts = n_chips, []
+            for size in order:
+                parts.append(math.gcd(size, left))
+                left //= parts[-1]
+            spans = list(zip(order, parts, strict=True))
+            n_links = sum(
+                2 if part == size and size % self.ring == 0 else part > 1 for size, part in spans
+            )
+            ways.append((left == 1, all(part in (1, size) for size, part in spans), n_links))
+        fits, _, n_links = max(ways, default=(False, False, 0))
+        return self.link_bandwidth * (n_links / self.n_links if fits and n_links else 1)
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9),
-    "v5e": Chip(197e12, 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9),
-    "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9),
-    "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9),
-    "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9),
+    "v4": Chip(275e12, 32e9, 1.23e12, 300e9, 3.1e9, 1.05e9, n_links=6, ring=4),
+    "v5e": Chip(197e12, 16e9, 0.82e12, 200e9, 3.1e9, 1.5e9, n_links=4, ring=16),
+    "v5p": Chip(459e12, 95e9, 2.77e12, 600e9, 6.2e9, 1.75e9, n_links=6, ring=4),
+    "v6e": Chip(918e12, 32e9, 1.64e12, 400e9, 12.5e9, 1.75e9, n_links=4, ring=16),
+    "tpu7x": Chip(2307e12, 192e9, 7.38e12, 600e9, 12.5e9, n_links=6, ring=4),
     "a100": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
     "l4": Chip(121e12, 24e9, 0.3e12, 32e9, 1.6e9),
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
@@ -88,6 +116,13 @@ def count_chips(devices):
     if devices[0].platform != "tpu":
         return len(devices)
     return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
+
+
+def slice_shape(devices):
+    """Chips along each dimension of a TPU slice; () for other devices."""
+    if devices[0].platform != "tpu":
+        return ()
+    return tuple(max(sizes) + 1 for sizes in zip(*(d.coords for d in devices), strict=True))
 
 
 def peak_flops_per_device(devices):

@@ -127,18 +127,30 @@ def parse(text):
                 current = computations[header.group(2)] = []
                 entry = header.group(2) if header.group(1) else entry
         elif current is not None and (instruction := _parse_instruction(line)):
-            current += _elements(instruction, current)
             current.append(instruction)
+    for name, instructions in computations.items():
+        computations[name] = _with_elements(instructions)
     return computations, entry
 
 
-def _elements(user, earlier):
-    """Elements of tuples that an instruction takes as `%name#number`, as instructions."""
-    for operand in user.operands:
-        name, _, number = operand.partition("#")
-        if number and all(i.name != operand for i in earlier):
-            array = next(i for i in earlier if i.name == name).arrays[int(number)]
-            yield Instruction(operand, "get-tuple-element", (array,), False, (name,), "", "", False)
+def _with_elements(instructions):
+    """Adds a `get-tuple-element` for each operand of the short form `%tuple#index`.
+
+    The tuple may hold arrays only.
+    """
+    found, known = [], {}
+    for i in instructions:
+        for operand in i.operands:
+            if "#" in operand and operand not in known:
+                whole, index = operand.split("#")
+                array = known[whole].arrays[int(index)]
+                known[operand] = Instruction(
+                    operand, "get-tuple-element", (array,), False, (whole,), whole, "", False
+                )
+                found.append(known[operand])
+        known[i.name] = i
+        found.append(i)
+    return found
 
 
 def _parse_instruction(line):
@@ -156,7 +168,7 @@ def _parse_instruction(line):
         Array(dtype, tuple(int(n) for n in re.findall(r"\d+", dims)), layout)
         for dtype, dims, layout in re.findall(r"([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?", shape)
     )
-    operands = tuple(re.findall(r"%([\w.\-#]+)", inside))
+    operands = tuple(re.findall(r"%([\w.\-]+(?:#\d+)*)", inside))
     return Instruction(
         name, opcode, arrays, is_tuple, operands, inside.strip(), rest[end + 1 :], bool(root)
     )

@@ -8,8 +8,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax import costs, hlo
 from aoe_jax.hardware import CHIPS
-from aoe_jax.model.attention import causal_attention
-from aoe_jax.moe.grouped_matmul import grouped_matmul, mosaic_gpu
+from aoe_jax.model.attention import causal_attention, splash
+from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox, mosaic_gpu
 from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.topology import topology_devices
 
@@ -295,6 +295,67 @@ def test_wide_experts_read_rows_once_for_each_pass():
     assert traffic == 7 * rows.bytes + weights.bytes + out.bytes
 
 
+SHORT_FORM = """HloModule step
+
+%body (p: (s32[], f32[8,1024])) -> (s32[], f32[8,1024]) {
+  %p = (s32[], f32[8,1024]{1,0}) parameter(0)
+  %one = s32[] constant(1)
+  %next = s32[] add(%p#0, %one)
+  %sum = f32[8,1024]{1,0} add(%p#1, %p#1)
+  ROOT %both = (s32[], f32[8,1024]{1,0}) tuple(%next, %sum)
+}
+
+%condition (p: (s32[], f32[8,1024])) -> pred[] {
+  %p.1 = (s32[], f32[8,1024]{1,0}) parameter(0)
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%p.1#0, %three), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8,1024])) -> f32[8,1024] {
+  %a = (s32[], f32[8,1024]{1,0}) parameter(0)
+  %loop = (s32[], f32[8,1024]{1,0}) while(%a), condition=%condition, body=%body
+  %started = ((f32[8,1024]{1,0}), f32[8,1024]{1,0}) async-start(%loop#1), calls=%negated
+  %going = ((f32[8,1024]{1,0}), f32[8,1024]{1,0}) async-update(%started)
+  ROOT %done = f32[8,1024]{1,0} async-done(%going)
+}
+
+%negated (x: f32[8,1024]) -> f32[8,1024] {
+  %x = f32[8,1024]{1,0} parameter(0)
+  ROOT %negative = f32[8,1024]{1,0} negate(%x)
+}
+"""
+
+
+def test_an_element_of_a_tuple_in_short_form_counts_alone():
+    """`%tuple#index`; and what runs beside other work counts once."""
+    traffic = {o.name: o.times * o.hbm_bytes for o in costs.Program(SHORT_FORM).operations}
+    size = 4 * 8 * 1024
+    assert traffic == {
+        "next": 3 * 3 * 4,
+        "sum": 3 * 2 * size,
+        "negative": 2 * size,
+    }
+
+
+def test_kernels_count_by_the_blocks_of_their_operands():
+    """Blocks of other sizes than ours: 2 by 4 blocks of scores, tiles of 512 rows."""
+    q = hlo.Array("bf16", (1, 2, 2048, 128), "{3,2,1,0}")
+    mask = hlo.Array("s8", (1, 2, 4), "{2,1,0}")
+    flops, traffic, _ = splash.kernel_cost("splash_mha_fwd", [mask, mask, q, q, q], [q])
+    met = 2 + 4  # of 8 pairs of blocks
+    assert flops == 2 * 2 * 2 * 2048**2 * 128 * met / 8
+    assert traffic == q.bytes * (2 + 2 * met / 2)
+
+    rows, weights, out = (
+        hlo.Array("bf16", dims, "") for dims in [(8192, 1024), (4, 1024, 512), (8192, 512)]
+    )
+    scalar, offsets, listed = (hlo.Array("s32", dims, "") for dims in [(), (5,), (16 + 3,)])
+    given = [scalar, offsets, listed, listed, scalar, rows, weights]
+    flops, traffic, occupied = megablox.kernel_cost("gmm", given, [out])
+    assert flops == 2 * 8192 * 1024 * 512 and occupied == flops * 19 / 16
+    assert traffic == rows.bytes + weights.bytes + out.bytes
+
+
 def test_likely_seconds():
     chip = CHIPS["v5e"]
     op = costs.Operation("a", "fusion", "", hbm_bytes=0.82e9, flops=1e9, occupied_flops=1e9)
@@ -304,6 +365,10 @@ def test_likely_seconds():
     sums = {"collective": "all-reduce", "sent_bytes": 200e6, "group_size": 2}
     assert costs.likely_seconds(costs.Operation("a", "", "", **sums), chip) == pytest.approx(1e-3)
     assert costs.likely_seconds(costs.Operation("a", "", "", is_async=True, **sums), chip) == 0
+    on_a_line = costs.likely_seconds(costs.Operation("a", "", "", **sums), chip, (4, 4))
+    assert on_a_line == pytest.approx(4e-3)  # one of four links
+    moved = {"collective": "collective-permute", "sent_bytes": 50e6, "group_size": np.inf}
+    assert costs.likely_seconds(costs.Operation("a", "", "", **moved), chip) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(

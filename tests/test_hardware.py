@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from aoe_jax.hardware import CHIPS, count_chips, peak_flops_per_device
+from aoe_jax.hardware import CHIPS, count_chips, peak_flops_per_device, slice_shape
 from aoe_jax.topology import topology_devices
 
 
@@ -22,8 +22,32 @@ def test_every_tpu_by_the_name_its_compiler_gives_it(topology, n_devices, n_chip
     generation, devices = topology_devices(topology)
     assert (len(devices), count_chips(devices)) == (n_devices, n_chips)
     assert peak_flops_per_device(devices) == CHIPS[generation].flops * n_chips / n_devices
+    shape = topology.partition(":")[2]
+    assert slice_shape(devices)[: shape.count("x") + 1] == tuple(map(int, shape.split("x")))
 
 
 def test_unknown_devices_have_no_peak():
     assert peak_flops_per_device(jax.devices()) is None
     assert count_chips(jax.devices()) == 8
+    assert slice_shape(jax.devices()) == ()
+
+
+@pytest.mark.parametrize(
+    ("generation", "shape", "n_chips", "n_links"),
+    [
+        ("v5p", (4, 4, 4), 64, 6),
+        ("v5p", (4, 4, 4), 16, 4),  # two rings of four
+        ("v5p", (4, 4, 8), 8, 2),  # the ring of eight
+        ("v5p", (4, 4, 4), 8, 3),  # a ring, and half of another
+        ("v5e", (16, 16, 1), 256, 4),
+        ("v5e", (16, 16, 1), 16, 2),
+        ("v5e", (4, 4, 1), 16, 2),  # lines, not rings
+        ("v5e", (4, 4, 1), 4, 1),
+        ("v5e", (), 16, 4),
+        ("h100", (), 8, 1),
+    ],
+)
+def test_a_group_has_the_links_of_the_dimensions_that_it_spans(generation, shape, n_chips, n_links):
+    chip = CHIPS[generation]
+    share = chip.group_bandwidth(shape, n_chips) / chip.link_bandwidth
+    assert share == pytest.approx(n_links / chip.n_links)

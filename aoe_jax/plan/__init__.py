@@ -32,17 +32,22 @@ from aoe_jax import sharding
 from aoe_jax.communication import collectives
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.costs import Program, likely_seconds, scope
+from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, count_chips
+from aoe_jax.hardware import CHIPS, count_chips, slice_shape
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.topology import compiling_for
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
 log = logging.getLogger(__name__)
 
-LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope")
+LIKELY = (
+    "hbm_traffic_bytes",
+    "likely_step_seconds",
+    "seconds_by_scope",
+    "seconds_at_peaks",
+)
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
@@ -79,9 +84,8 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
       The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
       `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
       `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`, `hbm_traffic_bytes`, `likely_step_seconds`, `likely_mfu` and
-      `seconds_by_scope`, the last four None without an optimised program. Bytes and FLOPs are per
-      device and step.
+      `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
+      optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
     chip = chip or CHIPS[generation].part(count_chips(devices) / n_devices)
@@ -97,7 +101,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         compile_seconds = time.perf_counter() - started
         if compiled:
             memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
-            likely = _likely(text, chip) if text else None
+            likely = read_program(text, chip, slice_shape(devices)) if text else None
             if not text:
                 log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
@@ -189,17 +193,31 @@ def _compile(traced):
     return compiled, used, text
 
 
-def _likely(text, chip):
-    """FLOPs, memory traffic and likely seconds of a step, from its optimised HLO."""
-    operations = Program(text).operations
-    seconds = Counter()
-    for operation in operations:
-        seconds[scope(operation)] += operation.times * likely_seconds(operation, chip)
+def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
+    """What a step likely takes, from its optimised HLO.
+
+    Args:
+      text: of `hlo.compile_and_read`.
+      chip: a `hardware.Chip`, or the part of it that a device is.
+      shape: chips along each dimension of the slice.
+      kernel_costs: see `costs.Program`.
+
+    Returns:
+      dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device. `seconds_at_peaks` is
+      the sum over operations without the compiler's cycles.
+    """
+    operations = Program(text, kernel_costs).operations
+    seconds, at_peaks = Counter(), 0.0
+    for o in operations:
+        seconds[scope(o)] += o.times * likely_seconds(o, chip, shape)
+        without_cycles = dataclasses.replace(o, cycles=None)
+        at_peaks += o.times * likely_seconds(without_cycles, chip, shape)
     return {
         "flops": sum(o.times * o.flops for o in operations),
         "hbm_traffic_bytes": sum(o.times * o.hbm_bytes for o in operations),
         "likely_step_seconds": seconds.total(),
         "seconds_by_scope": dict(seconds.most_common()),
+        "seconds_at_peaks": at_peaks,
     }
 
 

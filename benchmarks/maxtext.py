@@ -1,0 +1,380 @@
+"""Our train step beside that of MaxText, both compiled for a TPU slice that is not here; and likely
+step times beside published ones.
+
+    python -m benchmarks.maxtext --python=VENV/bin/python --topology=v5e:4x4 [--json=FILE]
+    python -m benchmarks.maxtext --python=VENV/bin/python --recipe=mixtral_8x7b_v5p [--json=FILE]
+
+Minutes for each program. The first form needs `libtpu` (`make .venv/libtpu`,
+`PYTHONPATH=.venv/libtpu`). MaxText needs Python 3.12 or later and other versions than we do, so it
+has its own environment:
+
+    python3.13 -m venv VENV && VENV/bin/pip install --no-deps maxtext==0.2.5
+    VENV/bin/pip install jax==0.11.1 libtpu==0.0.52 absl-py aqtp cloudpickle datasets drjax \\
+        etils flax grain huggingface_hub jaxtyping jinja2 ml_collections numpy omegaconf optax \\
+        orbax-checkpoint pathwaysutils pillow psutil pydantic qwix safetensors sentencepiece \\
+        sympy tensorboardX tiktoken tokamax tqdm transformers
+
+The first form compares models of equal size: `configs/paper.py:moe_aux` and `aoe_r256_aux` with
+`SETTINGS`, and MaxText with `MODEL` and `BEST`. The second compiles a run whose step time is
+published. Memory, traffic and time are computed by `aoe_jax/costs.py` for all programs alike.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
+from aoe_jax.config.run import Config
+from aoe_jax.costs import KERNEL_COSTS
+from aoe_jax.counts import parameter_counts
+from aoe_jax.errors import UserError
+from aoe_jax.hardware import CHIPS, count_chips, slice_shape
+from aoe_jax.json_files import write_json
+from aoe_jax.moe.grouped_matmul import megablox
+from aoe_jax.plan import plan, read_program
+from aoe_jax.sharding import fill_mesh
+from aoe_jax.topology import topology_devices
+from aoe_jax.training.step import init_state
+from configs import paper
+
+VARIANTS = ("moe_aux", "aoe_r256_aux")
+SEQUENCES = 8  # per chip
+SETTINGS = {
+    "balance.aux_tokens": 0.125,
+    "data.seq_len": 2048,
+    "model.remat": "layer",
+    "train.accumulate": 1,
+}
+# MaxText's model of the size of `moe_aux`.
+MODEL = {
+    "decoder_block": "mixtral",
+    "base_emb_dim": 768,
+    "base_num_query_heads": 12,
+    "base_num_kv_heads": 12,
+    "head_dim": 64,
+    "base_mlp_dim": 3072,
+    "base_moe_mlp_dim": 3072,
+    "base_num_decoder_layers": 12,
+    "vocab_size": 32_000,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "logits_via_embedding": True,
+    "enable_dropout": False,
+    "normalization_layer_epsilon": 1e-6,
+    "load_balance_loss_weight": 0.01,
+    "max_target_length": 2048,
+    "per_device_batch_size": SEQUENCES,
+}
+
+
+# The fastest of what was tried: see docs/machines.md.
+BEST = {"attention": "flash", "num_vocab_tiling": 16, "remat_policy": "minimal_with_context"}
+BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run with a published step time."""
+
+    source: str  # where the recipe is
+    seconds: float
+    topology: str
+    fields: dict
+    xla_flags: str
+
+
+# The sources are in repositories of github.com/AI-Hypercomputer. Step times from MaxText's table of
+# models are in maxtext/docs/reference/models/tiering.md. Fields and XLA flags are those of the
+# source, less what only concerns running, and `xla_tpu_enable_async_collective_fusion`, which this
+# compiler refuses on other chips than v5e.
+_OVERLAP = (
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true "
+    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true"
+)
+_MOE_VMEM = "--xla_tpu_scoped_vmem_limit_kib=81920"
+RECIPES = {
+    # The step time is that of 2,909 tokens per second and chip in the table of models.
+    "mixtral_8x7b_v5p": Recipe(
+        "tpu-recipes/training/v5p/Mixtral-8X7B-Maxtext",
+        50.7,
+        "v5p:4x4x8",
+        {
+            "compile_topology": "v5p-256",
+            "model_name": "mixtral-8x7b",
+            "per_device_batch_size": 36,
+            "max_target_length": 4096,
+            "weight_dtype": "bfloat16",
+            "attention": "flash",
+        },
+        "--xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true "
+        f"--xla_tpu_enable_ag_backward_pipelining=true {_OVERLAP} {_MOE_VMEM}",
+    ),
+    # As published in October 2024 and in the table of models: 8 sequences per chip, no offloading.
+    # The present recipe, 12 sequences, exceeds the memory with this compiler.
+    "mixtral_8x7b_v6e": Recipe(
+        "tpu-recipes/training/trillium/Mixtral-8x7B-MaxText",
+        8.409,
+        "v6e:16x16",
+        {
+            "compile_topology": "v6e-256",
+            "model_name": "mixtral-8x7b",
+            "per_device_batch_size": 8,
+            "max_target_length": 4096,
+            "attention": "flash",
+            "use_iota_embed": True,
+            "sa_block_q": 2048,
+            "sa_block_q_dkv": 2048,
+            "sa_block_q_dq": 2048,
+            "megablox": False,
+            "sparse_matmul": False,
+            "capacity_factor": 1.25,
+        },
+        f"{_OVERLAP} {_MOE_VMEM}",
+    ),
+    # `llama2_70b_v5p_128`; the step time is that of 692 tokens per second and chip in the table.
+    "llama2_70b_v5p": Recipe(
+        "maxtext/benchmarks/maxtext_v5p_model_configs.py",
+        23.7,
+        "v5p:8x8x8",
+        {
+            "compile_topology": "v5p-1024",
+            "model_name": "llama2-70b",
+            "per_device_batch_size": 4,
+            "max_target_length": 4096,
+            "remat_policy": "save_dot_except_mlpwi",
+            "use_iota_embed": True,
+            "attention": "flash",
+        },
+        _OVERLAP,
+    ),
+    # 2 sequences per chip, as in the published line of the log; the fields beside it say 3.
+    "llama2_70b_v6e": Recipe(
+        "tpu-recipes/training/trillium/Llama2-70B-MaxText",
+        9.052,
+        "v6e:16x16",
+        {
+            "compile_topology": "v6e-256",
+            "model_name": "llama2-70b",
+            "per_device_batch_size": 2,
+            "max_target_length": 4096,
+            "ici_fsdp_parallelism": 1,
+            "ici_fsdp_transpose_parallelism": -1,
+            "remat_policy": "qkv_proj_offloaded",
+            "use_iota_embed": True,
+            "attention": "flash",
+            "sa_block_q": 1024,
+            "sa_block_q_dkv": 2048,
+            "sa_block_q_dq": 2048,
+        },
+        "--xla_tpu_scoped_vmem_limit_kib=98304 --xla_tpu_overlap_compute_collective_tc=true "
+        "--xla_enable_async_all_gather=true "
+        "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false "
+        "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
+        "--xla_tpu_enable_all_reduce_offload_tracing=true "
+        "--xla_tpu_use_tc_device_shape_on_sc=true --xla_sc_enable_instruction_fusion=false "
+        "--xla_sc_disjoint_spmem=false --xla_sc_disable_megacore_partitioning=true",
+    ),
+}
+
+_INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
+_PYTHON = flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
+_RECIPE = flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def compile_maxtext(python, fields, xla_flags=""):
+    """Compiles a train step of MaxText in another process.
+
+    Args:
+      python: the Python of an environment with MaxText.
+      fields: of MaxText's `base.yml`.
+      xla_flags: for the compiler.
+
+    Returns:
+      `(figures, text)`: what `maxtext_compile.py` writes, and the optimised HLO.
+
+    Raises:
+      UserError: no such Python, no MaxText there, or MaxText failed.
+    """
+    script = Path(__file__).with_name("maxtext_compile.py")
+    of_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    settings = {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE", "LIBTPU_INIT_ARGS": xla_flags}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | of_tpu | settings
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [f"{name}={value}" for name, value in fields.items()]
+        # -P: `import maxtext` must not find this file beside the script.
+        command = [python, "-P", str(script), folder, *arguments]
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=folder, capture_output=True, text=True
+            )
+        except OSError as e:
+            raise UserError(f"--python={python}: {e.strerror}; {_INSTALL}") from e
+        if done.returncode:
+            errors = re.findall(r"^[\w.]+(?:Error|Exception): .*", done.stderr, re.MULTILINE)
+            last = (errors or [done.stderr.strip() or "no message"])[-1][:400]
+            hint = f"; {_INSTALL}" if last.startswith("ModuleNotFoundError") else ""
+            raise UserError(f"--python={python}: MaxText did not compile: {last}{hint}")
+        text = next(Path(folder).glob("*jit_train_step*.after_codegen.txt")).read_text()
+        return json.loads((Path(folder) / "figures.json").read_text()), text
+
+
+def our_configuration(variant, n_devices):
+    """The `Config` of a variant of `configs/paper.py`, with all devices along `fsdp`."""
+    config = paper.get_config(variant)
+    changes = {"mesh.fsdp": n_devices, "train.batch_size": SEQUENCES * n_devices}
+    config.update_from_flattened_dict(SETTINGS | changes)
+    return fill_mesh(Config.from_config_dict(config), n_devices)
+
+
+def our_size(config):
+    """The size of our model and of its step, with the names of `maxtext_compile.py`."""
+    state = [a for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, 0))) if a.ndim]
+    return {
+        "layers": config.model.n_layers,
+        "width": config.model.d_model,
+        "heads": config.model.n_heads,
+        "head_width": config.model.d_model // config.model.n_heads,
+        "experts": config.experts.n_experts,
+        "top_k": config.experts.top_k,
+        "expert_width": config.experts.d_ffn,
+        "vocabulary": config.model.vocab_size,
+        "computation_dtype": config.model.dtype,
+        "parameters": parameter_counts(config).total,
+        "state_dtypes": sorted({str(a.dtype) for a in state}),
+        "state_numbers": sum(a.size for a in state),
+        "tokens_per_step": config.tokens_per_step,
+    }
+
+
+def check_sizes(name, size, reference):
+    """Words about parameters that differ by less than 0.1%; all else must be equal.
+
+    Raises:
+      UserError: names what differs, and both values.
+    """
+    close = ("parameters", "state_numbers")
+    for field, value in size.items():
+        other = reference[field]
+        same = abs(value / other - 1) < 1e-3 if field in close else value == other
+        if not same:
+            raise UserError(f"{name} has {field} {value}, MaxText {other}; make them equal")
+    return f"{name}: {size['parameters']:,} parameters, MaxText {reference['parameters']:,}"
+
+
+def _tiles(m, k, n, n_experts, itemsize):
+    """The tiles of its grouped products, by default: 512 rows and at most 1,024 of each width."""
+    tile = 512, min(k, 1024), min(n, 1024)
+    return {"forward": tile, "d_weights": tile}
+
+
+def _read(text, chip, shape):
+    """`read_program` of a program of MaxText."""
+    grouped = partial(megablox.kernel_cost, tiles=_tiles)
+    others = [cost for cost in KERNEL_COSTS if cost is not megablox.kernel_cost]
+    return read_program(text, chip, shape, [grouped, *others])
+
+
+def row(name, temp_bytes, report):
+    """A figure of the table from `temp_bytes` and what `read_program` returns."""
+    return {
+        "program": name,
+        "temp_bytes": temp_bytes,
+        "hbm_traffic_bytes": report["hbm_traffic_bytes"],
+        "likely_step_seconds": report["likely_step_seconds"],
+        "network_seconds": report["seconds_by_scope"].get("network", 0.0),
+        "seconds_at_peaks": report["seconds_at_peaks"],
+    }
+
+
+def table(figures):
+    """Lines of text; the first figure is what the others are divided by."""
+    base, lines = figures[0], []
+    for f in figures:
+        traffic, step, at_peaks = (
+            f[k] / base[k] for k in ("hbm_traffic_bytes", "likely_step_seconds", "seconds_at_peaks")
+        )
+        lines.append(
+            f"{f['program']:>14}: temporary {f['temp_bytes'] / 1e9:5.2f} GB, HBM traffic "
+            f"{f['hbm_traffic_bytes'] / 1e9:6.1f} GB ({traffic:.2f}x), likely step "
+            f"{1e3 * f['likely_step_seconds']:6.1f} ms ({step:.2f}x), of it network "
+            f"{1e3 * f['network_seconds']:5.1f} ms; all operations at the peaks: "
+            f"{1e3 * f['seconds_at_peaks']:6.1f} ms ({at_peaks:.2f}x)"
+        )
+    return "\n".join(lines)
+
+
+def in_words(versions):
+    """Versions of packages as a phrase."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def compare(python, topology):
+    """Compiles MaxText and ours for a topology, prints the table, and returns its figures."""
+    generation, devices = topology_devices(topology)
+    chip = CHIPS[generation].part(count_chips(devices) / len(devices))
+    target = {
+        "internal_compile": True,
+        "compile_topology": topology,
+        "internal_compile_num_devices": len(devices),
+    }
+    compiled, text = compile_maxtext(python, MODEL | BEST | target, BEST_XLA_FLAGS)
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    print(f"{topology}, {SEQUENCES} x {SETTINGS['data.seq_len']:,} tokens per device")
+    print(f"{in_words(compiled['versions'])}; ours: {in_words(versions)}", flush=True)
+    report = _read(text, chip, slice_shape(devices))
+    figures = [row("MaxText", compiled["temp_bytes"], report)]
+    for variant in VARIANTS:
+        config = our_configuration(variant, len(devices))
+        print(check_sizes(variant, our_size(config), compiled["size"]), flush=True)
+        ours = plan(config, generation, devices)
+        figures.append(row(variant, ours["memory_bytes"]["temp"], ours))
+    print(table(figures))
+    return {"topology": topology, "versions": compiled["versions"], "figures": figures}
+
+
+def calibrate(python, name):
+    """Compiles a recipe, prints its likely step time beside the published one, and returns both."""
+    recipe = RECIPES[name]
+    compiled, text = compile_maxtext(python, recipe.fields, recipe.xla_flags)
+    generation, _, shape = recipe.topology.partition(":")
+    shape = tuple(map(int, shape.split("x")))
+    chip = CHIPS[generation].part(math.prod(shape) / compiled["devices"])
+    report = _read(text, chip, shape)
+    likely = report["likely_step_seconds"]
+    error = likely / recipe.seconds - 1
+    print(in_words(compiled["versions"]))
+    print(f"{name}: published {recipe.seconds:.2f} s, likely {likely:.2f} s ({100 * error:+.1f}%)")
+    figure = row(name, compiled["temp_bytes"], report)
+    figure |= {"published_seconds": recipe.seconds, "error": error}
+    return {"topology": recipe.topology, "versions": compiled["versions"], "figures": [figure]}
+
+
+def main():
+    """Compares models, or calibrates by a recipe."""
+    python = cli.required(_PYTHON)
+    if _RECIPE.value:
+        known = f"is unknown; choose one of {', '.join(RECIPES)}"
+        require_flag(_RECIPE.value in RECIPES, "recipe", _RECIPE.value, known)
+        report = calibrate(python, _RECIPE.value)
+    else:
+        report = compare(python, cli.required(_TOPOLOGY))
+    if _JSON.value:
+        write_json(Path(_JSON.value), report)
+
+
+if __name__ == "__main__":
+    cli.run(main)

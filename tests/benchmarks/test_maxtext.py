@@ -1,0 +1,129 @@
+"""MaxText beside ours, with a stand-in for MaxText's Python."""
+
+import json
+
+import pytest
+
+from aoe_jax.errors import UserError
+from benchmarks import maxtext
+from tests.runs import run
+
+# As MaxText 0.2.5 states it for `MODEL` on 16 devices.
+SIZE = {
+    "layers": 12,
+    "width": 768,
+    "heads": 12,
+    "head_width": 64,
+    "experts": 8,
+    "top_k": 2,
+    "expert_width": 3072,
+    "vocabulary": 32_000,
+    "computation_dtype": "bfloat16",
+    "parameters": 732_457_728,
+    "state_dtypes": ["float32"],
+    "state_numbers": 3 * 732_457_728,
+    "tokens_per_step": 16 * 8 * 2048,
+}
+FIGURES = {"versions": {"maxtext": "0.2.5"}, "devices": 128, "temp_bytes": 3e9, "size": SIZE}
+# Reads and writes 2.77e12 bytes: a second on v5p.
+PROGRAM = """HloModule step
+
+ENTRY %main (a: f32[346250,1000000]) -> f32[346250,1000000] {
+  %a = f32[346250,1000000] parameter(0)
+  ROOT %negative = f32[346250,1000000] negate(%a)
+}
+"""
+
+
+def stand_in(folder, error=""):
+    """A program in the place of MaxText's Python: it writes small figures, or fails."""
+    (folder / "figures").write_text(json.dumps(FIGURES))
+    (folder / "program").write_text(PROGRAM)
+    writes = f"""
+        cp {folder}/figures "$3/figures.json"
+        cp {folder}/program "$3/0.jit_train_step.after_codegen.txt"
+    """
+    fails = f"""
+        printf '%s\\n' 'Traceback:' "{error}" '-----' >&2
+        exit 1
+    """
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{fails if error else writes}")
+    program.chmod(0o755)
+    return program
+
+
+def benchmark(*arguments):
+    return run(["-m", "benchmarks.maxtext", *arguments])
+
+
+def test_a_recipe_beside_its_published_step(tmp_path):
+    file = tmp_path / "figures.json"
+    arguments = ["--recipe=mixtral_8x7b_v5p", f"--json={file}"]
+    status, stdout, stderr = benchmark(f"--python={stand_in(tmp_path)}", *arguments)
+    assert status == 0, stderr
+    assert "mixtral_8x7b_v5p: published 50.70 s, likely 1.00 s (-98.0%)" in stdout
+    (figure,) = json.loads(file.read_text())["figures"]
+    assert figure["hbm_traffic_bytes"] == 2 * 4 * 346250e6 and figure["temp_bytes"] == 3e9
+    assert figure["error"] == pytest.approx(1 / 50.7 - 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (
+            "ModuleNotFoundError: No module named 'maxtext'",
+            "No module named 'maxtext'; the docstring of benchmarks/maxtext.py says how to install",
+        ),
+        ("jax.errors.JaxRuntimeError: out of memory", "did not compile: jax.errors.JaxRuntime"),
+    ],
+)
+def test_a_python_that_fails(tmp_path, error, wanted):
+    python = stand_in(tmp_path, error)
+    status, _, stderr = benchmark(f"--python={python}", "--recipe=mixtral_8x7b_v5p")
+    assert status == 2 and wanted in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--python=/nowhere/python", "--recipe=mixtral_8x7b_v5p"], "No such file or directory; "),
+        (["--recipe=mixtral_8x7b_v5p"], "--python is missing; name the Python"),
+        (["--python=p"], "--topology is missing"),
+        (["--python=p", "--recipe=x"], "--recipe=x: is unknown; choose one of mixtral_8x7b_v5p"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, wanted):
+    status, _, stderr = benchmark(*arguments)
+    assert status == 2 and wanted in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("variant", maxtext.VARIANTS)
+def test_models_are_of_equal_size(variant):
+    size = maxtext.our_size(maxtext.our_configuration(variant, 16))
+    assert size.keys() == SIZE.keys()
+    assert f"{size['parameters']:,} parameters" in maxtext.check_sizes(variant, size, SIZE)
+    for field, value in SIZE.items():
+        other = [] if isinstance(value, list) else value * 2
+        with pytest.raises(UserError, match=f"{variant} has {field} .*; make them equal"):
+            maxtext.check_sizes(variant, size, SIZE | {field: other})
+
+
+def test_the_table_divides_by_its_first_row():
+    def report(traffic, seconds, network, at_peaks):
+        return {
+            "hbm_traffic_bytes": traffic,
+            "likely_step_seconds": seconds,
+            "seconds_by_scope": {"network": network},
+            "seconds_at_peaks": at_peaks,
+        }
+
+    figures = [
+        maxtext.row("MaxText", 2e9, report(100e9, 0.4, 0.1, 0.2)),
+        maxtext.row("moe_aux", 3e9, report(90e9, 0.3, 0.02, 0.19)),
+    ]
+    first, second = maxtext.table(figures).splitlines()
+    assert "(1.00x), likely step  400.0 ms (1.00x), of it network 100.0 ms" in first
+    assert "moe_aux: temporary  3.00 GB, HBM traffic   90.0 GB (0.90x)" in second
+    assert "likely step  300.0 ms (0.75x), of it network  20.0 ms" in second
+    assert second.endswith("at the peaks:  190.0 ms (0.95x)")
