@@ -367,11 +367,12 @@ def likely_seconds(operation, chip, shape=()):
       shape: chips along each dimension of the slice; (): all links serve every collective.
     """
     if operation.collective:
-        rounds = 2 if operation.collective == "all-reduce" else 1
-        received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
-        seconds = received / chip.group_bandwidth(shape, operation.group_size)
         if operation.collective == "collective-permute":  # to a neighbour
             seconds = operation.sent_bytes * chip.n_links / chip.link_bandwidth
+        else:
+            rounds = 2 if operation.collective == "all-reduce" else 1
+            received = rounds * operation.sent_bytes * (1 - 1 / operation.group_size)
+            seconds = received / chip.group_bandwidth(shape, operation.group_size)
         if not operation.is_async:
             return seconds
         if operation.beside is None:

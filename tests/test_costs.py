@@ -368,7 +368,8 @@ def test_likely_seconds():
     on_a_line = costs.likely_seconds(costs.Operation("a", "", "", **sums), chip, (4, 4))
     assert on_a_line == pytest.approx(4e-3)  # one of four links
     moved = {"collective": "collective-permute", "sent_bytes": 50e6, "group_size": np.inf}
-    assert costs.likely_seconds(costs.Operation("a", "", "", **moved), chip) == pytest.approx(1e-3)
+    moved = costs.Operation("a", "", "", **moved)
+    assert costs.likely_seconds(moved, chip, (4, 4)) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(
