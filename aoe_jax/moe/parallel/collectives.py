@@ -260,20 +260,23 @@ def sum_gradients(g, axis, dimension, in_stages=None):
     """Sums gradients over a mesh axis of several devices and keeps this device's piece.
 
     The TPU compiler makes an all-reduce of a `psum_scatter` over an axis that spans a slice of 16
-    chips or more. Two stages over groups of about the square root of the axis send half the bytes:
-    for all but small gradients each is a native reduce-scatter.
+    chips or more, and a native reduce-scatter over a part of one. Two stages over groups of about
+    the square root of the axis send half the bytes of the former: for all but small gradients each
+    is a native reduce-scatter.
 
     Args:
       g: gradients, alike on all devices in shape.
       axis: a mesh axis.
       dimension: of `g`, which the devices divide among them.
-      in_stages: whether to sum in two stages; None: on TPU, over 16 devices or more.
+      in_stages: whether to sum in two stages; None: on TPU, where the axis is the whole mesh, of 16
+        devices or more.
     """
     n = jax.lax.axis_size(axis)
     scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
     size = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0)
     if in_stages is None:
-        in_stages = n >= 16 and target_device().platform == "tpu"
+        is_whole = n == jax.sharding.get_abstract_mesh().size
+        in_stages = n >= 16 and is_whole and target_device().platform == "tpu"
     if size == 1 or not in_stages:
         return scatter(g)
     ranks = np.arange(n).reshape(-1, size)  # row by row, as the pieces are
