@@ -28,6 +28,8 @@ class ExpertsConfig(Group):
     # router: W_gate = W_gate_down W_gate_up inside each expert (Table 2, row 3). smear, thor: AoE's
     # experts.
     factorised_gate: bool = False
+    # In which the gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
+    gradient_sums: str = setting("float32", choices=("float32", "bfloat16"))
     large_router: bool = False  # router: about n r d parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
@@ -42,6 +44,8 @@ class ExpertsConfig(Group):
             self.refuse("round_to", "rounds the width of Eq. 5; leave experts.d_wide at None")
         if self.factorised_gate and self.kind not in ("router", "smear", "thor"):
             self.refuse("factorised_gate", "is for experts.kind='router', 'smear' or 'thor'")
+        if self.gradient_sums == "bfloat16" and self.kind not in ("aoe", "router"):
+            self.refuse("gradient_sums", "is for experts.kind='aoe' or 'router'")
         if self.large_router and self.kind != "router":
             self.refuse("large_router", "is for experts.kind='router'")
         if self.large_router and self.factorised_gate:

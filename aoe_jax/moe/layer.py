@@ -250,7 +250,9 @@ class ExpertsLayer(nn.Module):
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""
         return {
-            name: devices.gather_weight(self.parameters[name], w, self.dtype)
+            name: devices.gather_weight(
+                self.parameters[name], w, self.dtype, self.experts.gradient_sums
+            )
             for name, w in weights.items()
         }
 

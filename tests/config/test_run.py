@@ -94,6 +94,16 @@ BAD = {
     "model.n_layers=2.5": ("model", {"n_layers": 2.5}, "int"),
     "model.tie_embeddings=1": ("model", {"tie_embeddings": 1}, "bool"),
     "model.layers is unknown": ("model", {"layers": 2}, "n_layers"),
+    "experts.gradient_sums='float16'": (
+        "experts",
+        {"gradient_sums": "float16"},
+        "float32, bfloat16",
+    ),
+    "experts.gradient_sums='bfloat16'": (
+        "experts",
+        {"gradient_sums": "bfloat16", "kind": "dense"},
+        "'aoe' or 'router'",
+    ),
     "experts.score_gradient='none'": ("experts", {"score_gradient": "none"}, "sparse, dense"),
     "experts.score_gradient='dense'": (
         "experts",

@@ -210,6 +210,22 @@ def test_gradients_in_two_stages_are_those_in_one(dimension):
     np.testing.assert_allclose(summed(False), g.sum(axis=0), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_gradients_of_experts_summed_in_bfloat16(x64, ragged, kind):
+    """They have the error of rounding eight terms and their sums; other gradients have none."""
+    layer, params, x, weights = make(KINDS[kind], dtype=jnp.float32)
+    experts = dataclasses.replace(layer.experts, gradient_sums="bfloat16")
+    rounded = layer.clone(experts=experts)
+    ((want, _), _), ((got, _), _) = (
+        on_mesh((1, 8, 1, 1), one, params, x, weights) for one in (layer, rounded)
+    )
+    for name, exact in want.items():
+        error = float(jnp.linalg.norm(got[name] - exact) / jnp.linalg.norm(exact))
+        per_expert = layer.parameters[name].per_expert
+        low, high = (1e-4, 4e-3) if per_expert else (0, 1e-6)
+        assert low <= error <= high, name
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_ragged_offsets_land_where_equal_buffers_do(seed):
     """`ragged_all_to_all`, said in numpy: row block by row block, from sender to receiver."""

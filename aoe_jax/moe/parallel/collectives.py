@@ -110,18 +110,18 @@ class Devices:
         """The number of this device on the expert axis."""
         return jax.lax.axis_index("expert") if self.size("expert") > 1 else 0
 
-    def gather_weight(self, parameter: Parameter, w, dtype=None):
+    def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
         """A weight, whole along the axis that is split over fsdp.
 
         It is cast to `dtype` (None: its own) before it is sent. Its gradient is summed over the
-        devices in its own dtype.
+        devices in `sum_dtype` (None: its own).
         """
         dtype = dtype or w.dtype
         split = parameter.split[-w.ndim :]
         over_fsdp = [axis is not None and getattr(RULES, axis) == "fsdp" for axis in split]
         if self.size("fsdp") == 1 or not any(over_fsdp):
             return w.astype(dtype)
-        gathered = _gather_cast(w, dtype, "fsdp", over_fsdp.index(True))
+        gathered = _gather_cast(w, dtype, "fsdp", over_fsdp.index(True), sum_dtype)
         return checkpoint_name(gathered, GATHERED_WEIGHT)
 
     def gather_experts(self, parameter: Parameter, w, dtype):
@@ -245,14 +245,18 @@ class Devices:
         return math.prod(self.sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_cast(w, dtype, axis, dimension):
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather_cast(w, dtype, axis, dimension, sum_dtype=None):
     return jax.lax.all_gather(w.astype(dtype), axis, axis=dimension, tiled=True)
 
 
+def _gather_cast_backward(dtype, axis, dimension, sum_dtype, like, g):
+    g = g.astype(sum_dtype or like.dtype)
+    return (sum_gradients(g, axis, dimension).astype(like.dtype),)
+
+
 _gather_cast.defvjp(
-    lambda w, *how: (_gather_cast(w, *how), jnp.zeros((), w.dtype)),
-    lambda dtype, axis, dimension, like, g: (sum_gradients(g.astype(like.dtype), axis, dimension),),
+    lambda w, *how: (_gather_cast(w, *how), jnp.zeros((), w.dtype)), _gather_cast_backward
 )
 
 
