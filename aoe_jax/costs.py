@@ -117,11 +117,14 @@ class Program:
         return self._walk(self.entry, 1.0)
 
     def _walk(self, computation, times):
-        found, started = [], {}
+        found, started, hides = [], {}, set()
         for i in self.computations[computation]:
             if i.opcode.endswith("-done"):
                 if (k := started.get(i.operands[0])) is not None:
-                    found[k] = replace(found[k], beside=tuple(found[k + 1 :]))
+                    # The same work hides one collective only: they share the links.
+                    beside = [n for n in range(k + 1, len(found)) if n not in hides]
+                    hides.update(beside)
+                    found[k] = replace(found[k], beside=tuple(found[n] for n in beside))
                 continue
             if i.opcode == "async-update":
                 started[i.name] = started.get(i.operands[0])

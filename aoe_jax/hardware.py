@@ -30,14 +30,16 @@ class Chip:
     clock: float | None = None  # cycles per second of a TPU core, by its peak and its matrix units
     n_links: int = 1  # of a chip; two in each dimension of a TPU slice
     ring: int = 1  # chips in a dimension that closes to a ring, or a divisor of their number
+    devices: float = 1  # of a chip
 
     def part(self, share):
-        """The figures of a share of the chip."""
+        """The figures of a device that is a share of the chip."""
         names = ("flops", "hbm_bytes", "hbm_bandwidth", "link_bandwidth", "slice_bandwidth")
-        return replace(self, **{name: share * getattr(self, name) for name in names})
+        figures = {name: share * getattr(self, name) for name in names}
+        return replace(self, devices=self.devices / share, **figures)
 
-    def group_bandwidth(self, shape, n_chips):
-        """Bytes per second into a chip from the others of a group, in a ring algorithm.
+    def group_bandwidth(self, shape, n_devices):
+        """Bytes per second into a device from the others of a group, in a ring algorithm.
 
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do, and
         else in the way that gives it most links. A dimension that it spans whole, and that closes
@@ -45,9 +47,10 @@ class Chip:
 
         Args:
           shape: chips along each dimension of the slice; () is a machine where all links serve.
-          n_chips: of the group.
+          n_devices: of the group. Devices of one chip are taken to send each other as fast as over
+            all its links.
         """
-        ways = []
+        ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
             left, parts = n_chips, []
             for size in order:

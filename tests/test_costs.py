@@ -285,6 +285,26 @@ def test_work_beside_a_collective_hides_its_time():
     assert costs.likely_seconds(found["reduce_scatter"], chip) == pytest.approx(network)
 
 
+OVERLAPPING = """HloModule step
+
+ENTRY %main (w: bf16[2,16,256], x: f32[1024,1024]) -> bf16[2,128,256] {
+  %w = bf16[2,16,256]{2,1,0} parameter(0)
+  %x = f32[1024,1024]{1,0} parameter(1)
+  %one = (bf16[2,16,256], bf16[2,128,256]) all-gather-start(%w), replica_groups={{0,1,2,3}}
+  %two = (bf16[2,16,256], bf16[2,128,256]) all-gather-start(%w), replica_groups={{0,1,2,3}}
+  %work = f32[1024,1024]{1,0} negate(%x)
+  %first = bf16[2,128,256]{2,1,0} all-gather-done(%one)
+  ROOT %second = bf16[2,128,256]{2,1,0} all-gather-done(%two)
+}
+"""
+
+
+def test_work_hides_one_collective_only():
+    found = {o.name: o for o in costs.Program(OVERLAPPING).operations}
+    assert [o.name for o in found["one"].beside if not o.collective] == ["work"]
+    assert found["two"].beside == ()
+
+
 def test_wide_experts_read_rows_once_for_each_pass():
     rows, weights, out = (
         hlo.Array("bf16", dims, "") for dims in ((8192, 4096), (8, 4096, 14336), (8192, 14336))
@@ -344,7 +364,11 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     flops, traffic, _ = splash.kernel_cost("splash_mha_fwd", [mask, mask, q, q, q], [q])
     met = 2 + 4  # of 8 pairs of blocks
     assert flops == 2 * 2 * 2 * 2048**2 * 128 * met / 8
-    assert traffic == q.bytes * (2 + 2 * met / 2)
+    assert traffic == q.bytes * (2 + 2 * met / 4)  # q and y once, k and v in parts
+    _, traffic, _ = splash.kernel_cost("splash_mha_dkv", [mask, mask, q, q, q, q], [q, q])
+    assert traffic == q.bytes * (
+        4 + 2 * met / 2
+    )  # k, v and their gradients once, q and dy in parts
 
     rows, weights, out = (
         hlo.Array("bf16", dims, "") for dims in [(8192, 1024), (4, 1024, 512), (8192, 512)]

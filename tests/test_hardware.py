@@ -51,3 +51,10 @@ def test_a_group_has_the_links_of_the_dimensions_that_it_spans(generation, shape
     chip = CHIPS[generation]
     share = chip.group_bandwidth(shape, n_chips) / chip.link_bandwidth
     assert share == pytest.approx(n_links / chip.n_links)
+
+
+@pytest.mark.parametrize(("n_devices", "n_links"), [(32, 4), (16, 3), (8, 2), (2, 6)])
+def test_devices_of_a_chip_share_its_links(n_devices, n_links):
+    device = CHIPS["tpu7x"].part(1 / 2)
+    want = CHIPS["tpu7x"].link_bandwidth / 2 * n_links / 6
+    assert device.group_bandwidth((2, 2, 4), n_devices) == pytest.approx(want)

@@ -115,6 +115,10 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     if len({getattr(d, "slice_index", 0) or 0 for d in devices}) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
+    if likely and across:  # which the program counts at the speed within a slice
+        likely["likely_step_seconds"] += across / chip.slice_bandwidth
+        by_scope = likely["seconds_by_scope"]
+        by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
     flops = likely and likely.pop("flops")
     useful = config.tokens_per_step * training_flops_per_token(config) / n_devices
     kept = memory["state"] + config.train.accumulate * memory["activations"]

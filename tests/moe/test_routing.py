@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods import ROUTERS
 from aoe_jax.methods.ranked import ranked
 from aoe_jax.methods.sparsemixer import sparsemixer_weights
+from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import expert_capacity, top_k
 from tests.moe.contexts import expert_choice, layer_stats, top_p
 
@@ -152,3 +155,24 @@ def test_expert_choice_of_everything():
 def test_capacity_rounds_up():
     assert [expert_capacity(t, 8, 2.0) for t in (8, 9, 40, 3, 1)] == [2, 3, 10, 1, 1]
     assert expert_capacity(5, 4, 4.0) == 5
+
+
+EXPERTS = ExpertsConfig(kind="router", n_experts=8, top_k=2, d_ffn=8)
+FIXED = [name for name, method in ROUTERS.items() if method().choice(EXPERTS).is_fixed]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fixed_choice_leaves_no_slot_unused(name):
+    """Dispatch and grouped products rely on it, for padding, too."""
+    layer = ExpertsLayer(
+        EXPERTS,
+        ROUTERS[name](),
+        training=True,
+        observe=lambda scores, routing, weights, ctx: routing.expert,
+    )
+    x, token_weights = jax.random.normal(jax.random.key(0), (2, 16, 8)), jnp.ones((2, 16))
+    args = x, token_weights.at[1, 8:].set(0)
+    params = layer.init(jax.random.key(1), *args)
+    _, stats = layer.apply(params, *args, rngs={"experts": jax.random.key(2)})
+    expert = stats.records["observed"]
+    assert expert.shape == (2 * 32,) and (expert >= 0).all() and (expert < 8).all()

@@ -53,23 +53,23 @@ def kernel_cost(name, operands, results):
     """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
     Each block of queries meets the blocks of keys that are not all in its future, and so reads only
-    a part of the keys (for `dkv`: each block of keys, queries). The number of blocks is that of the
-    mask, the first operand. Heads narrower than `LANES` leave a part of the matrix unit idle.
+    a part of the keys (for `dkv`: each block of keys, queries). The numbers of blocks of queries and
+    of keys are those of the mask, the first operand. Heads narrower than `LANES` leave a part of the matrix unit idle.
     """
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
         return None
     q, k, v, *others = (a for a in operands if len(a.dims) >= 3 and a.dtype[0] in "bf")
     *_, n_heads, length, width = q.dims
-    n_outer, n_inner = operands[0].dims[-2:]
-    n_met = sum(-(-n_inner * (i + 1) // n_outer) for i in range(n_outer))  # pairs of blocks
-    share = n_met / n_inner if kind == "dkv" else n_met / n_outer
+    n_q, n_kv = operands[0].dims[-2:]
+    n_met = sum(-(-n_kv * (i + 1) // n_q) for i in range(n_q))  # pairs of blocks
+    share = n_met / (n_q if kind == "dkv" else n_kv)
     if kind == "dkv":
         once, again = (k, v), (q, *others)
     else:
         once, again, share = (q, *others), (k, v), share * n_heads / k.dims[-3]
     traffic = sum(a.hbm_bytes for a in (*once, *results)) + share * sum(a.hbm_bytes for a in again)
-    pairs = math.prod(q.dims[:-1]) * length * n_met / (n_outer * n_inner)
+    pairs = math.prod(q.dims[:-1]) * length * n_met / (n_q * n_kv)
     occupied = -(-width // LANES) * LANES
     return 2 * _PRODUCTS[kind] * pairs * width, traffic, 2 * _PRODUCTS[kind] * pairs * occupied
 
