@@ -93,7 +93,7 @@ def _in_own_process(*args):
         try:
             return pool.submit(figures, *args).result()
         except BrokenProcessPool:
-            return dict.fromkeys(PRODUCTS, {"error": "the compiler ended the process"})
+            return {name: {"error": "the compiler ended the process"} for name in PRODUCTS}
 
 
 def _in_words(figure):

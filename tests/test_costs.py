@@ -366,9 +366,8 @@ def test_kernels_count_by_the_blocks_of_their_operands():
     assert flops == 2 * 2 * 2 * 2048**2 * 128 * met / 8
     assert traffic == q.bytes * (2 + 2 * met / 4)  # q and y once, k and v in parts
     _, traffic, _ = splash.kernel_cost("splash_mha_dkv", [mask, mask, q, q, q, q], [q, q])
-    assert traffic == q.bytes * (
-        4 + 2 * met / 2
-    )  # k, v and their gradients once, q and dy in parts
+    # k, v and their gradients once, q and dy in parts
+    assert traffic == q.bytes * (4 + 2 * met / 2)
 
     rows, weights, out = (
         hlo.Array("bf16", dims, "") for dims in [(8192, 1024), (4, 1024, 512), (8192, 512)]

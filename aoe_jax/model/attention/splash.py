@@ -53,8 +53,9 @@ def kernel_cost(name, operands, results):
     """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
     Each block of queries meets the blocks of keys that are not all in its future, and so reads only
-    a part of the keys (for `dkv`: each block of keys, queries). The numbers of blocks of queries and
-    of keys are those of the mask, the first operand. Heads narrower than `LANES` leave a part of the matrix unit idle.
+    a part of the keys (for `dkv`: each block of keys, queries). The mask, which is the first
+    operand, has a number for each pair of blocks. Heads narrower than `LANES` leave a part of the
+    matrix unit idle.
     """
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
