@@ -9,7 +9,7 @@ XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pall
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
   states of itself.
 - Cycles are the compiler's estimate, on TPU, where it has one.
-- A GPU's cache is taken to serve what an operation reads again, and starting a kernel to take no
+- What an operation on a GPU reads twice is in the cache the second time. Starting a kernel takes no
   time.
 - A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism,
   which balanced loads do not need. A condition counts as its branch with the most traffic.

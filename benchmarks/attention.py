@@ -17,7 +17,7 @@ from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax import cli, costs, hlo
-from aoe_jax.hardware import CHIPS
+from aoe_jax.hardware import CHIPS, count_chips
 from aoe_jax.json_files import write_json
 from aoe_jax.model.attention import backend_for, causal_attention
 from aoe_jax.topology import topology_devices
@@ -64,11 +64,12 @@ def figure(devices, chip, backend, shape):
 def main():
     """Prints a line for each backend and shape."""
     generation, devices = topology_devices(_TOPOLOGY.value)
+    chip = CHIPS[generation].part(count_chips(devices) / len(devices))
     figures = []
     for text in _SHAPES.value:
         shape = tuple(int(n) for n in text.split("x"))
         for backend in (backend_for(devices[0], "bfloat16", shape[-1]), "blocks"):
-            figures.append(figure(devices, CHIPS[generation], backend, shape))
+            figures.append(figure(devices, chip, backend, shape))
             temp, traffic, seconds = list(figures[-1].values())[2:]
             print(
                 f"{generation} {text} {backend}: temporary {temp / 1e9:.2f} GB, HBM traffic "

@@ -228,7 +228,10 @@ def compile_maxtext(python, fields, xla_flags=""):
             last = (errors or [done.stderr.strip() or "no message"])[-1][:400]
             hint = f"; {_INSTALL}" if last.startswith("ModuleNotFoundError") else ""
             raise UserError(f"--python={python}: MaxText did not compile: {last}{hint}")
-        text = next(Path(folder).glob("*jit_train_step*.after_codegen.txt")).read_text()
+        dumps = list(Path(folder).glob("*jit_train_step*.after_codegen.txt"))
+        if not dumps:
+            raise UserError(f"--python={python}: the compiler of MaxText wrote no program")
+        text = dumps[0].read_text()
         return json.loads((Path(folder) / "figures.json").read_text()), text
 
 
@@ -367,6 +370,8 @@ def main():
     """Compares models, or calibrates by a recipe."""
     python = cli.required(_PYTHON)
     if _RECIPE.value:
+        other = "is given by --recipe; leave it out"
+        require_flag(not _TOPOLOGY.value, "topology", _TOPOLOGY.value, other)
         known = f"is unknown; choose one of {', '.join(RECIPES)}"
         require_flag(_RECIPE.value in RECIPES, "recipe", _RECIPE.value, known)
         report = calibrate(python, _RECIPE.value)

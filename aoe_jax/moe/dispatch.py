@@ -150,9 +150,9 @@ def _take(values, index, fill=0):
     return values.at[index].get(mode="fill", fill_value=fill)
 
 
-def _take_rows(values, index, rows):
-    """`values[index]` by an index of `Rows`; zeros where the index is `NOWHERE`, if any can be."""
-    if isinstance(rows.groups, WholeGroups):
+def _take_by(values, index, rows):
+    """`values[index]` by an index of `Rows`; zeros where the index is `NOWHERE`."""
+    if isinstance(rows.groups, WholeGroups):  # then it is nowhere `NOWHERE`
         return values.at[index].get(mode="promise_in_bounds")
     return _take(values, index)
 
@@ -161,9 +161,9 @@ def _sum_slots(values, rows, slots_per_token):
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     by_token = rows.row.reshape(-1, slots_per_token)
     if slots_per_token > MAX_GATHERS:
-        return _take_rows(values, by_token, rows).sum(axis=1, dtype=dtype).astype(values.dtype)
+        return _take_by(values, by_token, rows).sum(axis=1, dtype=dtype).astype(values.dtype)
     # Slot by slot: the gathers fuse with the sum, so no array of rows by slot is made.
-    slots = (_take_rows(values, by_token[:, k], rows) for k in range(slots_per_token))
+    slots = (_take_by(values, by_token[:, k], rows) for k in range(slots_per_token))
     return sum(a.astype(dtype) for a in slots).astype(values.dtype)
 
 
@@ -171,7 +171,7 @@ def _sum_slots(values, rows, slots_per_token):
 # which are slow everywhere.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gather_tokens(x, rows, slots_per_token):
-    return _take_rows(x, rows.token, rows)
+    return _take_by(x, rows.token, rows)
 
 
 _gather_tokens.defvjp(
@@ -187,5 +187,5 @@ def _sum_by_token(y, rows, slots_per_token):
 
 _sum_by_token.defvjp(
     lambda y, rows, slots_per_token: (_sum_slots(y, rows, slots_per_token), rows),
-    lambda slots_per_token, rows, g: (_take_rows(g, rows.token, rows), None),
+    lambda slots_per_token, rows, g: (_take_by(g, rows.token, rows), None),
 )

@@ -27,9 +27,9 @@ DTYPES = ("bfloat16", "float32")
 LANES = 128  # a tile of a width is the whole width or a multiple of this
 SUBLANES = 16  # a tile of rows is a multiple of this; float32 would do with 8
 MIN_ROWS, MAX_ROWS = 128, 512
-# The largest tile of a width, by bytes of an element, where a product has no whole depth.
+# The largest tile of a width, by bytes of an element; forward and d_rows may have larger ones.
 MAX_WIDTH = {2: 1024, 4: 512}
-# For the blocks of a kernel, of the 16 MiB that the compiler gives it on the smallest generations.
+# What the blocks of a kernel may take; the compiler gives it 16 MiB on the smallest generations.
 VMEM_BYTES = 14 * 2**20
 
 

@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16")
 # D and F are multiples of it: 128 bytes of a 2-byte dtype, a row of the kernels' shared memory
 WIDTH_BLOCK = 64
 ROW_BLOCKS = (128, 64)
-# Of an expert's weights, which blocks of rows share in the L2 cache (50 MB).
+# The weights of one expert that blocks of rows may share in the L2 cache, which has 50 MB.
 CACHED_BYTES = 16 * 2**20
 CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB of shared memory
 
