@@ -246,6 +246,15 @@ def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
         assert not any(product_passes(without_one_row(product)).values())
 
 
+def test_rounding_in_the_gradient_of_an_empty_group_passes():
+    """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
+    config = fitted(small(data__seq_len=256), 1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        case = kernels.grouped_case(config, mesh, "blocked", (8, 128, 32))
+        assert all(checked(case, "float32").values())
+
+
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_one_expert_passes(kind):
     """Its scores have no gradient."""

@@ -135,8 +135,9 @@ def _relative_error(got, want):
         return jax.ops.segment_sum(jnp.square(a).sum(axis=1), block, n_blocks)
 
     norm = squares(want)
-    # A block of almost zeros is judged by the mean of all blocks. An array may be all zeros.
-    floor = jnp.maximum(1e-4 * norm.mean(), jnp.finfo(jnp.float32).tiny)
+    # Some kernels subtract: where a block is almost zero, they have rounding errors of the others.
+    # An array may be all zeros.
+    floor = jnp.maximum(1e-2 * norm.mean(), jnp.finfo(jnp.float32).tiny)
     error = jnp.sqrt((squares(got - want) / jnp.maximum(norm, floor)).max())
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
