@@ -88,12 +88,14 @@ GENERATIONS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA L4": "l4",
     "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA B200": "b200",
 }
 # FLOPs per second of a chip in bfloat16, dense, by the same names.
 PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.items()} | {
     "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": CHIPS["a100"].flops,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -102,8 +104,6 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
     "NVIDIA H200 NVL": 835e12,
     "NVIDIA GH200 480GB": 989e12,
     "NVIDIA GH200 144G HBM3e": 989e12,
-    "NVIDIA B200": CHIPS["b200"].flops,
-    "NVIDIA L4": CHIPS["l4"].flops,
 }
 
 

@@ -1,6 +1,6 @@
-"""What `python -m aoe_jax.doctor` examines on accelerators unless `--config` says otherwise: four
-layers of the paper's small AoE, whose state and activations fit a chip of 16 GB. Every kernel takes
-the widths of its experts, 256, 768 and 3,840, and that of its MoE twin, 3,072.
+"""The default of `python -m aoe_jax.doctor` on accelerators: four layers of the paper's small AoE,
+which fit a chip of 16 GB. All kernels accept its widths, 256, 768 and 3,840, and its MoE twin's,
+3,072.
 """
 
 from aoe_jax.config.run import update_groups
@@ -9,6 +9,6 @@ from configs import paper
 
 def get_config():
     config = paper.get_config("aoe_r256_aux")
-    changes = {"model": {"n_layers": 4, "remat": "layer"}, "balance": {"aux_tokens": 0.125}}
+    changes = {"model": {"n_layers": 4}, "balance": {"aux_tokens": 0.125}}
     update_groups(config, changes)
     return config

@@ -1,15 +1,18 @@
 """The examination of a machine: all of its parts on a mesh, and kernels that are wrong."""
 
+import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts
-from aoe_jax.doctor import examination, kernels
+from aoe_jax.doctor import examination, kernels, speed
 from aoe_jax.doctor.steps import fitted, twins
 from aoe_jax.model import attention
 from aoe_jax.moe import grouped_matmul
@@ -101,6 +104,11 @@ def test_a_folder_that_is_not_there_is_a_mistake():
     )
 
 
+def test_a_folder_is_no_file(tmp_path):
+    status, _, stderr = finish(start(["-m", "aoe_jax.doctor", f"--json={tmp_path}"]))
+    assert status == 2 and stderr == f"error: --json={tmp_path}: is a folder; name a file\n"
+
+
 def small(**changes):
     settings = {name.replace("__", "."): value for name, value in changes.items()}
     return config_of(SMALL | {"experts.kind": "aoe", "balance.aux_weight": 0.0} | settings)
@@ -180,6 +188,89 @@ def test_wrong_attention_is_named_with_its_fallback(monkeypatch, breakage, dtype
     assert verdict["fallback"] == "--config.model.attention=blocks"
 
 
+def without_d_k_at_the_end(kernel):
+    """The last 128 keys of one head have no gradient."""
+
+    def call(q, k, v, segment_ids):
+        is_lost = jnp.zeros(k.shape, bool).at[0, -1, -128:].set(True)
+        return kernel(q, jnp.where(is_lost, jax.lax.stop_gradient(k), k), v, segment_ids)
+
+    return call
+
+
+def without_documents_in_one_head(kernel):
+    def call(q, k, v, segment_ids):
+        y, wrong = kernel(q, k, v, segment_ids), kernel(q, k, v, None)
+        return y.at[:, -1].set(wrong[:, -1])
+
+    return call
+
+
+def without_one_row(kernel):
+    return lambda rows, weights, sizes: kernel(rows, weights, sizes).at[100].set(0)
+
+
+def checked(case, dtype):
+    """Whether a case passes on one device, by input."""
+    results = kernels.check(case, jax.sharding.get_mesh(), dtype)
+    return {result["input"]: result["passed"] for result in results}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
+    sizes = {"n_heads": 24, "d_model": 192}
+    settings = {f"model__{name}": value for name, value in sizes.items()}
+    settings |= {"model__dtype": dtype, "data__seq_len": 512, "train__batch_size": 1}
+    config = fitted(small(**settings), 1)
+    right, product = attention.BACKENDS["blocks"], grouped_matmul.BACKENDS["ragged"]
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+
+        def attention_passes(kernel):
+            monkeypatch.setitem(attention.BACKENDS, "blocks", kernel)
+            causal, documents, _ = kernels.attention_cases(config, mesh, "blocks")
+            return checked(causal, dtype) | checked(documents, dtype)
+
+        def product_passes(kernel):
+            monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", kernel)
+            monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
+            return checked(kernels.grouped_case(config, mesh, "ragged", (4, 64, 64)), dtype)
+
+        assert attention_passes(right) == {"causal": True, "documents": True}
+        wrong = without_d_k_at_the_end(right)
+        assert attention_passes(wrong) == {"causal": False, "documents": False}
+        wrong = without_documents_in_one_head(right)
+        assert attention_passes(wrong) == {"causal": True, "documents": False}
+        passed = product_passes(product)
+        assert len(passed) == 3 and all(passed.values())
+        assert not any(product_passes(without_one_row(product)).values())
+
+
+def test_rounding_in_the_gradient_of_an_empty_group_passes():
+    """Of 8 groups one is empty, where backend 'blocked' subtracts what it added."""
+    config = fitted(small(data__seq_len=256), 1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        case = kernels.grouped_case(config, mesh, "blocked", (8, 128, 32))
+        assert all(checked(case, "float32").values())
+
+
+@pytest.mark.parametrize("kind", ["aoe", "router"])
+def test_one_expert_passes(kind):
+    """Its scores have no gradient."""
+    config = fitted(small(experts__kind=kind, experts__n_experts=1, experts__top_k=1), 1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assert checked(kernels.layer_case(config, mesh, kind), "float32") == {"all experts": True}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_infinitely_wrong(value):
+    want = jax.random.normal(jax.random.key(0), (2, 200, 4))
+    assert kernels._relative_error(want, want) == 0
+    assert kernels._relative_error(want.at[1, 199, 3].set(value), want) == jnp.inf
+
+
 def test_a_right_kernel_passes_in_bfloat16():
     """Attention, grouped products and layers, on a mesh that splits everything."""
     mesh = {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2}
@@ -215,6 +306,56 @@ def test_what_raises_or_is_not_finite_fails():
         ("steps of aoe", False, "Error: no memory"),
         ("steps of moe", False, "loss nan, not finite in every step"),
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    platform: str
+    device_kind: str
+    coords: tuple = ()
+    slice_index: int = 0
+    compute_capability: str | None = None
+
+
+def test_shares_are_of_the_links_in_use_and_of_one_slice(monkeypatch):
+    monkeypatch.setattr(speed, "seconds_of", lambda work, mesh: 1.0)
+
+    def share(devices, peak):
+        work = speed.Work("", None, [], "float32", (), 1e9, peak)
+        mesh = types.SimpleNamespace(devices=np.array(devices))
+        return examination._measured(work, mesh, {})["share"]
+
+    coords = [(x, y, 0) for x in range(2) for y in range(4)]
+    v5e = [Device("tpu", "TPU v5 lite", c) for c in coords]
+    # Two lines of a 2x4 slice give a chip two of its four links.
+    assert share(v5e, "link_bandwidth") == pytest.approx(1e9 / 100e9)
+    two = [dataclasses.replace(device, slice_index=i) for i in range(2) for device in v5e]
+    assert share(two, "link_bandwidth") is None
+    assert share(two, "hbm_bandwidth") == pytest.approx(1e9 / 0.82e12)
+    # A chip is two devices, and a 2x2 slice gives it two of its six links.
+    v7x = [Device("tpu", "TPU7x", c) for c in coords if c[1] < 2 for _ in range(2)]
+    assert share(v7x, "link_bandwidth") == pytest.approx(1e9 / 100e9)
+
+
+def test_reasons_of_plain_backends():
+    def reasons(kind, capability, **changes):
+        config = fitted(small(**changes), 1)
+        device = Device("gpu", kind, compute_capability=capability)
+        found = examination.choose_backends(config, {"aoe": config}, device)
+        assert {backend["backend"] for backend in found} <= {"blocks", "blocked", "cudnn"}
+        return {backend["kernel"].split()[0]: backend["why"] for backend in found}
+
+    a100 = reasons("NVIDIA A100-SXM4-80GB", "8.0")
+    assert "backend='cudnn' with float32: use bfloat16" in a100["attention"]
+    plain = "plain JAX; there are no kernels for NVIDIA "
+    assert a100["grouped"] == f"{plain}A100-SXM4-80GB"
+    v100 = reasons("NVIDIA V100", "7.0")
+    assert v100 == {"attention": f"{plain}V100", "grouped": f"{plain}V100"}
+    h100 = reasons("NVIDIA H100 80GB HBM3", "9.0")
+    assert "backend='mosaic_gpu' with float32: use bfloat16" in h100["grouped"]
+    h100 = reasons("NVIDIA H100 80GB HBM3", "9.0", model__dtype="bfloat16")
+    assert h100["attention"] == "for NVIDIA GPUs from Ampere on"
+    assert "both must be multiples of 64" in h100["grouped"]
 
 
 def test_twins_have_equal_parameters():

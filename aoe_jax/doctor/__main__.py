@@ -1,14 +1,16 @@
 """Examines a machine: `python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]`.
 
-It names devices, versions and the backends that are chosen and why; checks each kernel and the
-layers of experts against plain references, values and gradients, at the shapes of the
+It prints devices, versions, and each backend with the reason for its choice. It checks each kernel
+and the layers of experts against plain references, values and gradients, at the shapes of the
 configuration; measures matmul peak, HBM bandwidth, attention, grouped products and collectives;
 runs ten steps of AoE and its MoE twin beside their plan; and ends with a verdict on each kernel,
-and the setting to use instead of a bad one. Nothing is downloaded. Exit status 1: something failed.
+and the setting to use instead of a bad one. Nothing is downloaded. Exit status 1: a check, a
+measurement or a training step failed.
 
 All devices work at the same time on the mesh of the configuration, by default `configs/tiny.py` on
 CPU and `configs/doctor.py` elsewhere. `--config.GROUP.FIELD=VALUE` works like in training, and so
-do `--distributed` and `--coordinator`. A step has at most 16,384 tokens a device.
+do `--distributed` and `--coordinator`. A step has at most 16,384 tokens a device, but at least one
+sequence.
 """
 
 from pathlib import Path
@@ -26,7 +28,8 @@ _JSON = flags.DEFINE_string("json", None, "a file for all figures")
 def main():
     """Examines, prints, and returns 1 if anything failed."""
     if _JSON.value:
-        folder = Path(_JSON.value).parent
+        folder, is_folder = Path(_JSON.value).parent, Path(_JSON.value).is_dir()
+        require_flag(not is_folder, "json", _JSON.value, "is a folder; name a file")
         require_flag(folder.is_dir(), "json", _JSON.value, f"there is no folder {folder}")
     distributed.start()
     import jax  # may start only after `distributed.start`

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,21 @@ from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels, speed
 from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import Chip, machine, peak_flops_per_device, published_figures
+from aoe_jax.hardware import (
+    Chip,
+    count_chips,
+    machine,
+    peak_flops_per_device,
+    published_figures,
+    slice_shape,
+)
 from aoe_jax.model.attention import backend_for as attention_backend
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.moe.grouped_matmul import backend_for as grouped_backend
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.sharding import make_mesh
 
+EASY = jnp.dtype("bfloat16"), 64  # a dtype, and a width or a number of rows: all kernels take them
 WHY = {
     "splash": "Pallas kernels for TPU",
     "cudnn": "for NVIDIA GPUs from Ampere on",
@@ -24,7 +33,7 @@ WHY = {
     "mosaic_gpu": "Pallas kernels for Hopper",
     "rowwise": "fewer rows than experts",
 }
-MODELS = {"aoe": "AoE", "moe": "MoE", "router": "MoE"}
+MODELS = {"aoe": "AoE", "router": "MoE"}
 
 
 def examine(config: Config, show=print):
@@ -38,7 +47,7 @@ def examine(config: Config, show=print):
       `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
       `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
       `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
-      `seconds`. What raised has an `error` instead of figures.
+      `seconds`. A part that raised an exception has `error` instead of figures.
 
     Raises:
       UserError: a setting that these devices do not allow.
@@ -91,25 +100,28 @@ def choose_backends(config, models, device):
     why = f"set by config.model.attention={name}"
     if name == "auto":
         name = attention_backend(device, dtype, width)
-        why = WHY.get(name) or _why_plain(device, check_cudnn, dtype, width)
+        has_kernels = attention_backend(device, *EASY) == "cudnn"
+        why = WHY.get(name) or _why_plain(device, has_kernels, partial(check_cudnn, dtype, width))
     found = [{"kernel": "attention", "backend": name, "why": why}]
     weights = {}
     for c in models.values():
         for weight, shape in kernels.expert_shapes(c).items():
             weights.setdefault(shape, set()).add(weight)
+    has_kernels = grouped_backend(device, *EASY, (1, 64, 64)) == "mosaic_gpu"
     for shape, names in weights.items():
         name = grouped_backend(device, dtype, kernels.rows_per_device(config), shape)
-        why = WHY.get(name) or _why_plain(device, check_mosaic_gpu, dtype, *shape[1:])
+        check = partial(check_mosaic_gpu, dtype, *shape[1:])
+        why = WHY.get(name) or _why_plain(device, has_kernels, check)
         kernel = f"grouped products of {', '.join(sorted(names))} {'x'.join(map(str, shape))}"
         found.append({"kernel": kernel, "backend": name, "why": why, "shape": shape})
     return found
 
 
-def _why_plain(device, check, *args):
-    """Why plain JAX is used: the kernels for GPUs refuse something, or there are none."""
-    if device.platform == "gpu":
+def _why_plain(device, has_kernels, check):
+    """Why plain JAX is used: the kernels for a GPU refuse something, or there are none."""
+    if has_kernels:
         try:
-            check(*args)
+            check()
         except UserError as refusal:
             return str(refusal)
     return f"plain JAX; there are no kernels for {device.device_kind}"
@@ -169,23 +181,19 @@ def measure(config, mesh, backends, say):
       measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
     """
     attention, *grouped = backends
-    with jax.set_mesh(mesh):
-        works = speed.peaks(config, mesh) + speed.attention(config, attention["backend"])
-        own = kernels.expert_shapes(config).values()
-        for b in (b for b in grouped if b["shape"] in own):
-            works += speed.grouped_products(config, b["backend"], b["shape"])
-        found = {}
-        for work in works:
-            found[work.name] = _attempt(_measured, work, mesh, found)
-            say(f"{work.name}: {_rate_in_words(found[work.name])}")
-    if mesh.size == 1:
-        say("collectives: left out, there is one device")
-        return found
-    row = speed.in_a_row(mesh)
+    row, found = speed.in_a_row(mesh), {}
+    works = speed.peaks(config, row) + speed.attention(config, attention["backend"])
+    own = kernels.expert_shapes(config).values()
+    for b in (b for b in grouped if b["shape"] in own):
+        works += speed.grouped_products(config, b["backend"], b["shape"])
+    if row.size > 1:
+        works += speed.collectives(row)
     with jax.set_mesh(row):
-        for work in speed.collectives(row):
+        for work in works:
             found[work.name] = _attempt(_measured, work, row, found)
             say(f"{work.name}: {_rate_in_words(found[work.name])}")
+    if row.size == 1:
+        say("collectives: left out, there is one device")
     return found
 
 
@@ -198,8 +206,11 @@ def _measured(work, mesh, found):
     is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     if work.peak == "matmul":
         peak, of = found["matmul"].get("per_second"), "matmul"
-    elif (published := published_figures(devices)) and is_one_slice:
-        peak = getattr(published, work.peak)
+    elif published := published_figures(devices):
+        if work.peak != "link_bandwidth":
+            peak = getattr(published, work.peak)
+        elif is_one_slice:
+            peak = published.group_bandwidth(slice_shape(devices), count_chips(devices))
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}
 
@@ -217,11 +228,12 @@ def _rate_in_words(figures):
 
 def take_steps(name, config, measurements, say):
     """The figures of `steps.run_steps`; `peak`, whether MFU is by the published or the measured
-    peak; and the `plan`, see `steps.planned`. What raised has an `error`.
+    peak; and the `plan`, see `steps.planned`. A part that raised an exception has `error` instead.
 
-    What is not published of a device is taken from the measurements.
+    Figures that are not published for a device are measured.
     """
-    published, peak = (f(jax.devices()) for f in (published_figures, peak_flops_per_device))
+    published = published_figures(jax.devices())
+    peak = peak_flops_per_device(jax.devices())
     by = "published" if peak else "measured"
     rate = {work: figures.get("per_second", math.nan) for work, figures in measurements.items()}
     peak, link = peak or rate["matmul"], rate.get("all_gather", math.inf)

@@ -31,8 +31,12 @@ class Work(NamedTuple):
     dtype: str
     inputs: tuple  # the other arguments
     amount: float
-    unit: str  # FLOP or B
-    peak: str  # what its rate is a share of: a field of `hardware.Chip`, or "matmul"
+    peak: str  # its rate is a share of this field of `hardware.Chip`, or of "matmul"
+
+    @property
+    def unit(self):
+        """The unit of `amount`."""
+        return "B" if self.peak.endswith("bandwidth") else "FLOP"
 
 
 def seconds_of(work: Work, mesh):
@@ -73,8 +77,8 @@ def peaks(config: Config, mesh):
     size = 2**25 // mesh.size if on_cpu else 2**27  # float32, more than caches hold
     square, multiply = [(width, width)] * 2, lambda a, b: a @ b
     return [
-        Work("matmul", multiply, square, dtype, (), 2 * width**3, "FLOP", "flops"),
-        Work("HBM", lambda x: x + 1, [(size,)], "float32", (), 8 * size, "B", "hbm_bandwidth"),
+        Work("matmul", multiply, square, dtype, (), 2 * width**3, "flops"),
+        Work("HBM", lambda x: x + 1, [(size,)], "float32", (), 8 * size, "hbm_bandwidth"),
     ]
 
 
@@ -93,8 +97,8 @@ def attention(config: Config, backend):
     name = f"attention {backend} {b}x{n_heads}x{n_kv}x{s}x{h}"
     arrays = [(b, n, s, h) for n in (n_heads, n_kv, n_kv, n_heads)]
     return [
-        Work(f"{name} forward", forward, arrays, dtype, (), flops, "FLOP", "matmul"),
-        Work(f"{name} forward and backward", both, arrays, dtype, (), 3 * flops, "FLOP", "matmul"),
+        Work(f"{name} forward", forward, arrays, dtype, (), flops, "matmul"),
+        Work(f"{name} forward and backward", both, arrays, dtype, (), 3 * flops, "matmul"),
     ]
 
 
@@ -114,7 +118,7 @@ def grouped_products(config: Config, backend, shape):
     name, arrays = f"grouped {backend} {m}x{d}x{f}x{n}", kernels.grouped_arrays(m, shape)
     sizes, flops = (kernels.group_sizes(m, n)["random"],), 2 * m * d * f
     return [
-        Work(f"{name} {product.__name__}", product, arrays, dtype, sizes, flops, "FLOP", "matmul")
+        Work(f"{name} {product.__name__}", product, arrays, dtype, sizes, flops, "matmul")
         for product in (forward, d_rows, d_weights)
     ]
 
@@ -145,7 +149,6 @@ def collectives(mesh):
             "bfloat16",
             (),
             received,
-            "B",
             "link_bandwidth",
         )
         for function in (all_gather, reduce_scatter, all_to_all)

@@ -99,12 +99,12 @@ def planned(config: Config, chip):
     """What `aoe_jax.plan` says of a step on these devices, from the `hardware.Chip` figures of one.
 
     Returns:
-      `{"seconds", "kind"}`: the likely time on TPU, where the step is compiled once more; elsewhere
-      the bound and what it is bound by.
+      `{"seconds", "kind"}`: The likely time on TPU and GPU, where the step is compiled once more;
+      on CPU the bound and what it is bound by.
     """
     devices = jax.devices()
-    kind, on_tpu = devices[0].device_kind, devices[0].platform == "tpu"
-    found = plan(config, GENERATIONS.get(kind, kind), devices, on_tpu, chip)
+    kind, compiles = devices[0].device_kind, devices[0].platform in ("tpu", "gpu")
+    found = plan(config, GENERATIONS.get(kind, kind), devices, compiles, chip)
     if likely := found["likely_step_seconds"]:
         return {"seconds": likely, "kind": "likely"}
     return {"seconds": found["step_seconds"], "kind": f"at least, by {found['bound_by']}"}
