@@ -13,7 +13,6 @@ from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import (
     Chip,
-    count_chips,
     machine,
     peak_flops_per_device,
     published_figures,
@@ -210,7 +209,7 @@ def _measured(work, mesh, found):
         if work.peak != "link_bandwidth":
             peak = getattr(published, work.peak)
         elif is_one_slice:
-            peak = published.group_bandwidth(slice_shape(devices), count_chips(devices))
+            peak = published.group_bandwidth(slice_shape(devices), len(devices))
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}
 
