@@ -189,10 +189,6 @@ RECIPES = {
 }
 
 _INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
-_PYTHON = flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
-_RECIPE = flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def compile_maxtext(python, fields, xla_flags=""):
@@ -368,18 +364,23 @@ def calibrate(python, name):
 
 def main():
     """Compares models, or calibrates by a recipe."""
-    python = cli.required(_PYTHON)
-    if _RECIPE.value:
+    given = flags.FLAGS
+    python = cli.required(given["python"])
+    if given.recipe:
         other = "is given by --recipe; leave it out"
-        require_flag(not _TOPOLOGY.value, "topology", _TOPOLOGY.value, other)
+        require_flag(not given.topology, "topology", given.topology, other)
         known = f"is unknown; choose one of {', '.join(RECIPES)}"
-        require_flag(_RECIPE.value in RECIPES, "recipe", _RECIPE.value, known)
-        report = calibrate(python, _RECIPE.value)
+        require_flag(given.recipe in RECIPES, "recipe", given.recipe, known)
+        report = calibrate(python, given.recipe)
     else:
-        report = compare(python, cli.required(_TOPOLOGY))
-    if _JSON.value:
-        write_json(Path(_JSON.value), report)
+        report = compare(python, cli.required(given["topology"]))
+    if given.json:
+        write_json(Path(given.json), report)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # only here, so that tests can import this beside other commands
+    flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
+    flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
+    flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")
+    flags.DEFINE_string("json", None, "a file for the figures")
     cli.run(main)
