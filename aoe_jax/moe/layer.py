@@ -249,10 +249,9 @@ class ExpertsLayer(nn.Module):
 
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""
+        sums = None if self.experts.gradient_sums == "float32" else self.experts.gradient_sums
         return {
-            name: devices.gather_weight(
-                self.parameters[name], w, self.dtype, self.experts.gradient_sums
-            )
+            name: devices.gather_weight(self.parameters[name], w, self.dtype, sums)
             for name, w in weights.items()
         }
 
