@@ -328,13 +328,15 @@ def one_of(names):
 
 
 def _recipe(config):
-    """Returns the fields that all arms of a size share: data, and training but for the rates."""
+    """Returns the fields that all arms of a size share: data, and training but for the rates of
+    learning.
+    """
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
         for group in ("train", "data")
         for name, value in groups[group].items()
-        if not name.endswith("learning_rate")
+        if not name.endswith(("learning_rate", "scoring_rate"))
     }
 
 

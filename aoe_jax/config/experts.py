@@ -5,6 +5,16 @@ from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
 
+LEARNED_SCORES = ("scaled_norm", "offset_norm")
+SCORES = ("norm", "max", "relu_norm", *LEARNED_SCORES)
+# Fields of one kind of experts, and the value that leaves them out.
+_OF_AOE = {
+    "score_gradient": None,
+    "score_neurons": None,
+    "score": "norm",
+    "gate_trains_scores": True,
+}
+
 
 @dataclass(frozen=True)
 class ExpertsConfig(Group):
@@ -18,6 +28,13 @@ class ExpertsConfig(Group):
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
+    # aoe: None: gates are factorised, and their low-rank activations score (the paper). A number:
+    # gates are whole, and this many of their first pre-activations score.
+    score_neurons: int | None = setting(None, above=0, at_most="d_ffn")
+    score: str = setting("norm", choices=SCORES)  # aoe: of the activations that score
+    # aoe with whole gates: False: the neurons that score are trained by the scores alone, not by
+    # what the expert computes of them.
+    gate_trains_scores: bool = True
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
     # aoe: sparse: only the chosen norms have a gradient, and those of balance.aux_tokens for a
@@ -51,11 +68,23 @@ class ExpertsConfig(Group):
         if self.large_router and self.factorised_gate:
             wanted = "is an ablation of its own; set experts.factorised_gate=False"
             self.refuse("large_router", wanted)
-        if self.score_gradient is not None and self.kind != "aoe":
-            self.refuse("score_gradient", "is for experts.kind='aoe'; leave it at None")
+        for field, default in _OF_AOE.items():
+            if self.kind != "aoe" and getattr(self, field) != default:
+                self.refuse(field, f"is for experts.kind='aoe'; leave it at {default}")
+
+        if self.score in LEARNED_SCORES and self.score_gradient == "sparse":
+            self.refuse("score_gradient", f"is not implemented for score={self.score!r}")
+        if not self.gate_trains_scores and self.score_neurons is None:
+            self.refuse("gate_trains_scores", "is for whole gates; set experts.score_neurons")
 
     def check(self, config):
-        d_model = config.model.d_model
+        d_model, mesh = config.model.d_model, config.mesh
+        if max(mesh.fsdp, mesh.expert, mesh.tensor) > 1:
+            wanted = "is implemented for one device and for mesh.data"
+            if self.score in LEARNED_SCORES:
+                self.refuse("score", wanted)
+            if not self.gate_trains_scores:
+                self.refuse("gate_trains_scores", wanted)
         if self.score_gradient == "sparse" and not config.routing.choice(self).is_normalised:
             self.refuse(
                 "score_gradient",
@@ -74,7 +103,7 @@ class ExpertsConfig(Group):
 
     def sparse_scoring(self, routing):
         """Whether AoE scores without a gradient and computes the chosen norms again."""
-        if self.kind != "aoe":
+        if self.kind != "aoe" or self.score in LEARNED_SCORES:
             return False
         default = "sparse" if routing.choice(self).is_normalised else "dense"
         return (self.score_gradient or default) == "sparse"
@@ -87,7 +116,12 @@ class ExpertsConfig(Group):
     @property
     def low_rank(self):
         """Whether the gate of each expert is factorised into W_gate_down W_gate_up."""
-        return self.kind == "aoe" or self.factorised_gate
+        return (self.kind == "aoe" and self.score_neurons is None) or self.factorised_gate
+
+    @property
+    def score_width(self):
+        """How many activations score an AoE expert."""
+        return self.score_neurons or self.d_low
 
     def width(self, d_model):
         """Hidden width of an expert: `d_ffn`; with a factorised gate `d_wide`, or Eq. 5."""
@@ -97,7 +131,7 @@ class ExpertsConfig(Group):
 
     def sizes(self, d_model):
         """The sizes of a layer's parameters by axis letter."""
-        d, n, r = d_model, self.n_experts, self.d_low
+        d, n, r = d_model, self.n_experts, self.score_width
         hidden = max(1, round(n * r * d / (d + n)))  # so that a large router has about n r d
         return {"d": d, "n": n, "r": r, "f": self.width(d), "m": hidden}
 

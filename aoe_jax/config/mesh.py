@@ -56,6 +56,9 @@ class MeshConfig(Group):
             ("tensor", "experts.d_wide" if e.low_rank else "experts.d_ffn", e.width(d)),
             ("fsdp", "model.d_model", d),
         ]
+        if e.score_neurons is not None and e.score_neurons > e.d_ffn // self.tensor:
+            wanted = f"at most experts.d_ffn / mesh.tensor = {e.d_ffn // self.tensor}"
+            e.refuse("score_neurons", f"must lie on one device along tensor: {wanted}")
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:

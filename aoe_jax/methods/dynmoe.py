@@ -46,7 +46,7 @@ from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
 
-NOISE = 0.1  # of the W_gate_down of a new expert, relative to its rank-one part
+NOISE = 0.1  # of the `w_score` of a new expert, relative to its rank-one part
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -54,12 +54,12 @@ def relative_scores(scores, weights, ctx):
     """Scores around 0 that depend neither on the length of tokens nor on that of weights.
 
     With a router they are the cosines of tokens and columns. With AoE they are
-    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, W_i the expert's W_gate_down: the norm relative to
-    that of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
+    `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, W_i the expert's `w_score`: the norm relative to that
+    of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
 
     Args:
       scores: logits or norms `[T, n]`.
-      weights: of the layer, with `w_router [d, n]` or `w_gate_down [n, d, r]`.
+      weights: of the layer, with `w_router [d, n]` or `w_score [n, d, r]`.
       ctx: `Context`.
 
     Returns:
@@ -67,7 +67,7 @@ def relative_scores(scores, weights, ctx):
     """
     if "w_router" in weights:
         return _by_lengths(scores, ctx.x, activation_norms(weights["w_router"].T))
-    lengths = ctx.devices.matrix_norms(weights["w_gate_down"])
+    lengths = ctx.devices.matrix_norms(weights["w_score"])
     return math.sqrt(ctx.x.shape[1]) * _by_lengths(scores, ctx.x, lengths) - 1
 
 
@@ -138,19 +138,19 @@ def router_with_added(w_router, added, unclaimed):
     return jnp.where(added[:, None, :], _directions(unclaimed)[:, :, None], w_router)
 
 
-def w_gate_down_with_added(w_gate_down, live, added, unclaimed):
+def w_score_with_added(w_score, live, added, unclaimed):
     """`[L, n, d, r]` with the matrices of new experts; `live`, before the update, and `added`
     `[L, n]` bool; `unclaimed [L, d]`.
     """
     direction = _directions(unclaimed)
-    image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_gate_down))
-    lengths = _lengths(w_gate_down)
-    old = w_gate_down / jnp.where(lengths > 0, lengths, 1)[:, :, None, None]
+    image = _directions(jnp.einsum("ld,lndr->lnr", direction, w_score))
+    lengths = _lengths(w_score)
+    old = w_score / jnp.where(lengths > 0, lengths, 1)[:, :, None, None]
     new = direction[:, None, :, None] * image[:, :, None, :] + NOISE * old
     median = jnp.nanmedian(jnp.where(live, lengths, jnp.nan), axis=1)
     new_lengths = _lengths(new)
     scale = median[:, None] / jnp.where(new_lengths > 0, new_lengths, 1)
-    return jnp.where(added[:, :, None, None], new * scale[:, :, None, None], w_gate_down)
+    return jnp.where(added[:, :, None, None], new * scale[:, :, None, None], w_score)
 
 
 def _directions(vectors):
@@ -256,13 +256,15 @@ class DynMoE(Method):
         unclaimed = state["unclaimed"] + jnp.where(is_recorded, stats.records["unclaimed"], 0)
         live = state["live"] > 0
         new_live, added = updated_pool(live, fired, unclaimed)
-        name = "w_router" if "w_router" in weights else "w_gate_down"
+        name = next(name for name in ("w_router", "w_gate_down", "w_gate") if name in weights)
+        scored = slice(config.experts.score_neurons if name == "w_gate" else None)
 
         def with_added(thresholds, w):
             if name == "w_router":
                 w = router_with_added(w, added, unclaimed)
             else:
-                w = w_gate_down_with_added(w, live, added, unclaimed)
+                new = w_score_with_added(w[..., scored], live, added, unclaimed)
+                w = w.at[..., scored].set(new)
             return jnp.where(added, 0, thresholds), w
 
         old = weights["firing_threshold"], weights[name]

@@ -37,7 +37,7 @@ from aoe_jax.config.checks import setting
 from aoe_jax.moe.experts import KEPT_EXPERTS, weighted_product
 from aoe_jax.moe.layer import apply_experts
 from aoe_jax.moe.routing import Method, TopK, TopP
-from aoe_jax.moe.scoring import Scores, activation_norms, low_rank_activations, safe_root
+from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_root
 from aoe_jax.parameters import EXPERTS
 
 SUFFIX = "_route"  # of the names of routing neurons
@@ -61,7 +61,7 @@ def routing_neurons(layer, devices, x, weights):
         w = layer.gathered(weights, devices)
         x = devices.gather(devices.gather(x, "expert"), "tensor")
         gate, up = (
-            checkpoint_name(low_rank_activations(x, w[name + SUFFIX]), KEPT_EXPERTS)
+            checkpoint_name(codes_of_all(x, w[name + SUFFIX]), KEPT_EXPERTS)
             for name in ("w_gate", "w_up")
         )
         shape, n_tokens = gate.shape, x.shape[0]

@@ -2,8 +2,7 @@
 
     E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
 
-where `gate_i(x)` is `x W_gate_i` in a traditional expert and `(x W_gate_down_i) W_gate_up_i` in an
-AoE expert.
+where `gate_i(x)` is `x W_gate_i`, or with a factorised gate `(x W_gate_down_i) W_gate_up_i`.
 """
 
 import jax
@@ -24,10 +23,11 @@ def gate_pre_activations(rows, groups, w, code=None):
       rows: `[R, d]`, by expert.
       groups: the rows of each expert, as `grouped_matmul` takes them.
       w: `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
-      code: AoE's low-rank activations `[R, r]` of the rows, where they are known; None: computed.
+      code: of a factorised gate, the low-rank activations `[R, r]` of the rows, where they are
+        known; None: computed.
 
     Returns:
-      `(gate [R, f], code [R, r])`, the latter None for a traditional expert.
+      `(gate [R, f], code [R, r])`, the latter None for a whole gate.
     """
     if "w_gate" in w:
         return checkpoint_name(grouped_matmul(rows, w["w_gate"], groups), KEPT_EXPERTS), None

@@ -18,8 +18,8 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
-from aoe_jax.moe.scoring import activation_norms, aoe_scores, router_scores
-from aoe_jax.parameters import LARGE_ROUTER, ROUTER, experts_with
+from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
+from aoe_jax.parameters import LARGE_ROUTER, LEARNED_SCORES, ROUTER, experts_with
 
 
 def moe_block(x, weights, layer, ctx):
@@ -35,12 +35,15 @@ def moe_block(x, weights, layer, ctx):
       `(y [T, d], LayerStats)`.
     """
     with jax.named_scope("score"):
-        score = router_scores if "w_router" in weights else aoe_scores
-        scores = score(x, weights, layer, ctx)
+        if layer.experts.kind == "aoe":
+            own = weights | {"w_score": score_columns(weights, layer.experts, ctx.devices)}
+            scores = aoe_scores(x, own, layer, ctx)
+        else:
+            own, scores = weights, router_scores(x, weights, layer, ctx)
     with jax.named_scope("route"):
-        routing = layer.routing(scores.values, weights, ctx)
+        routing = layer.routing(scores.values, own, ctx)
     with jax.named_scope("balance"):
-        stats = layer.statistics(scores, routing, weights, ctx)
+        stats = layer.statistics(scores, routing, own, ctx)
     matrices = {name: w for name, w in weights.items() if layer.parameters[name].per_expert}
     return apply_experts(x, routing, matrices, layer, ctx, scores.code), stats
 
@@ -53,7 +56,7 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
       routing: `Routing`.
       weights: the matrices of experts, as `experts.gate_pre_activations` and `swiglu` name them.
       layer, ctx: as in `moe_block`.
-      code: AoE's low-rank activations `[T, n, r]`, where scoring keeps them.
+      code: AoE's codes `[T, n, r]`, where scoring keeps them.
     """
     with jax.named_scope("plan"):
         n_tokens = x.shape[0]
@@ -74,12 +77,18 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
         with jax.named_scope("experts"):
             row_code = None if code is None else take_code(code, round)
             gate, row_code = gate_pre_activations(rows, groups, w, row_code)
-            if layer.sparse_scoring:  # the chosen norms again, now with a gradient
-                norms = transport.slot_values(activation_norms(row_code), round, n_slots)
-                further = partial(_norms_of_round, transport, n_slots)
-                norms = transport.further_rounds(norms, further, plan, (x, w["w_gate_down"]))
-                norms = transport.complete(norms)
-                slot_weight = softmax_over_chosen(norms, routing.slots_per_token)
+            neurons = layer.experts.score_neurons
+            scoring_gate = gate
+            if not layer.experts.gate_trains_scores:
+                gate = gate.at[:, :neurons].set(jax.lax.stop_gradient(gate[:, :neurons]))
+            if layer.sparse_scoring:  # the chosen scores again, now with a gradient
+                scores = layer.row_scores(scoring_gate, row_code, ctx.devices)
+                scores = transport.slot_values(scores, round, n_slots)
+                w_score = score_columns(w, layer.experts, ctx.devices)
+                further = partial(_scores_of_round, transport, SCORES[layer.experts.score], n_slots)
+                scores = transport.further_rounds(scores, further, plan, (x, w_score))
+                scores = transport.complete(scores)
+                slot_weight = softmax_over_chosen(scores, routing.slots_per_token)
             y = swiglu(rows, gate, transport.row_values(slot_weight, round), groups, w)
         with jax.named_scope("combine"):
             y = transport.combine(y, round, x.shape[0])
@@ -92,11 +101,11 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
     return run(x, routing.weight, weights, code)
 
 
-def _norms_of_round(transport, n_slots, plan, number, args):
-    x, w_gate_down = args
+def _scores_of_round(transport, score, n_slots, plan, number, args):
+    x, w_score = args
     round = transport.round(plan, number)
-    code = grouped_matmul(transport.dispatch(x, round), w_gate_down, transport.groups(round))
-    return transport.slot_values(activation_norms(code), round, n_slots)
+    code = grouped_matmul(transport.dispatch(x, round), w_score, transport.groups(round))
+    return transport.slot_values(score(code), round, n_slots)
 
 
 def _outputs_of_round(transport, plan, number, args):
@@ -220,13 +229,13 @@ class ExpertsLayer(nn.Module):
     def parameters(self):
         """The parameters by name, `Parameter`s, in the order in which they are drawn."""
         e, own = self.experts, self.routing.parameters(self.experts)
+        gate = ("w_gate_down", "w_gate_up") if e.low_rank else ("w_gate",)
+        matrices = experts_with(gate)
         if e.kind == "aoe":
-            return experts_with(("w_gate_down", "w_gate_up")) | own
+            return matrices | LEARNED_SCORES.get(e.score, {}) | own
         if e.kind != "router":
             return own
         router = LARGE_ROUTER if e.large_router else ROUTER
-        gate = ("w_gate_down", "w_gate_up") if e.factorised_gate else ("w_gate",)
-        matrices = experts_with(gate)
         return router | {name: matrices[name] for name in ("w_up", "w_down", *gate)} | own
 
     @property
@@ -243,9 +252,16 @@ class ExpertsLayer(nn.Module):
         return stats._replace(records={"observed": observed})
 
     def keeps_code(self, devices):
-        """Whether experts take AoE's low-rank activations from scoring."""
-        choice = self.routing.choice(self.experts)
-        return is_local(devices, choice.is_fixed) and devices.size("tensor") == 1
+        """Whether experts take their codes from scoring."""
+        local = is_local(devices, self.routing.choice(self.experts).is_fixed)
+        return local and devices.size("tensor") == 1 and self.experts.low_rank
+
+    def row_scores(self, gate, code, devices):
+        """AoE's score of each row by its expert: `gate [R, f]`, `code [R, r]` -> `[R]`."""
+        score = SCORES[self.experts.score]
+        if code is not None:
+            return score(code)
+        return devices.of_first(score(gate[:, : self.experts.score_neurons]), "tensor")
 
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""
@@ -265,7 +281,7 @@ class ExpertsLayer(nn.Module):
 
 def AoELayer(experts=None, **settings):
     """An `ExpertsLayer` of Autonomy-of-Experts (Algorithm 2): experts ranked by the norm of their
-    own low-rank activations, without a router.
+    own activations, without a router.
     """
     return ExpertsLayer(experts or ExpertsConfig(kind="aoe"), **settings)
 

@@ -66,9 +66,12 @@ def expert_choice_weights(p, capacity):
     return jnp.stack(columns, axis=1)
 
 
-def aoe_scores(x, w_gate_down):
-    """Norms `[T, n]` of the low-rank activations."""
-    return jnp.stack([l2_norm(x @ w_gate_down[i]) for i in range(w_gate_down.shape[0])], axis=1)
+def aoe_scores(x, w_score, score=l2_norm):
+    """Scores `[T, n]` of experts by their own activations.
+
+    `w_score` is `w_gate_down`, or the first columns of whole gates, `w_gate[:, :, :s]`.
+    """
+    return jnp.stack([score(x @ w_score[i]) for i in range(w_score.shape[0])], axis=1)
 
 
 def aoe_experts(x, weights, w_gate_down, w_gate_up, w_up, w_down):

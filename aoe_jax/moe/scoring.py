@@ -1,13 +1,20 @@
 """Scores: one number per token and expert, `[T, n]` float32; the higher, the better the expert
-suits the token. AoE takes the norm of an expert's own low-rank activation, a router its logit.
+suits the token. AoE takes the norm of an expert's own activations, a router its logit.
+
+What scores an AoE expert is its code: the low-rank activation of a factorised gate (Eq. 4,
+`x W_gate_down`), or the first s pre-activations of a whole gate (`x W_gate[:, :s]`). `w_score
+[n, d, r]` is the matrix of either.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.parameters import EXPERTS
 
 FEW_TOKENS = 8
 # Rematerialisation keeps what bears this name: recomputing a top-k may break ties the other way.
@@ -22,7 +29,7 @@ class Scores(NamedTuple):
     # [ceil(T / stride), n], the scores of every stride-th token, with the gradient of the balance
     # losses; stride is `BalanceConfig.aux_stride`.
     for_balance: jax.Array
-    code: jax.Array | None = None  # [T, n, r], AoE's low-rank activations, if experts use them
+    code: jax.Array | None = None  # [T, n, r], the codes of factorised gates, if experts use them
 
     @classmethod
     def of(cls, values, stride, code=None):
@@ -32,29 +39,43 @@ class Scores(NamedTuple):
 
 
 def aoe_scores(x, weights, layer, ctx):
-    """AoE's norms (Algorithm 2, Eq. 4) of tokens `x [T, d]`, as `Scores`.
+    """AoE's scores (Algorithm 2, Eq. 4) of tokens `x [T, d]`, as `Scores`.
 
-    Where the weights of experts depend on the chosen norms alone (`layer.sparse_scoring`), the
-    norms have no gradient here: those of the chosen experts are computed again with their rows.
-    Otherwise the activations of all experts are kept, as published, on one device; over a mesh the
-    rows are elsewhere and compute theirs again.
+    Where the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the
+    scores have no gradient here: those of the chosen experts are computed again with their rows.
+    Otherwise the codes of all experts are kept, as published, on one device; over a mesh, and with
+    whole gates, the rows compute theirs again.
     """
-    w, devices, stride = weights["w_gate_down"], ctx.devices, layer.balance.aux_stride
+    w, devices, stride = weights["w_score"], ctx.devices, layer.balance.aux_stride
+    score = SCORES.get(layer.experts.score)
     if layer.sparse_scoring:
         if not layer.balance.has_loss:
             x, w = jax.lax.stop_gradient((x, w))
-        both = devices.score(partial(sparse_scores, stride=stride), x, w)
+        both = devices.score(partial(sparse_scores, score=score, stride=stride), x, w)
         return Scores(*(checkpoint_name(scores, KEPT_ROUTING) for scores in both))
+    if layer.experts.score in LEARNED_SCORES:
+        learned = LEARNED_SCORES[layer.experts.score]
+        return Scores.of(learned(codes_of_all(x, w.astype(x.dtype)), weights), stride)
     if not layer.keeps_code(devices):
-        (values,) = devices.score(lambda x, w: (norms(x, w),), x, w)
+        (values,) = devices.score(lambda x, w: (scores_of_all(score, x, w),), x, w)
         return Scores.of(values, stride)
 
-    def activations(x, w):
-        whole = devices.gather_weight(layer.parameters["w_gate_down"], w, x.dtype)
-        return low_rank_activations(x, whole)
+    def codes(x, w):
+        return codes_of_all(x, devices.gather_weight(EXPERTS["w_gate_down"], w, x.dtype))
 
-    code = devices.without_whole_weights(activations)(x, w)
-    return Scores.of(activation_norms(code), stride, code)
+    code = devices.without_whole_weights(codes)(x, w)
+    return Scores.of(score(code), stride, code)
+
+
+def score_columns(weights, experts, devices):
+    """`w_score [n, d, r]` of this device's experts, of `weights` by name.
+
+    Over the tensor axis a whole gate is split by columns, and the first device has those that
+    score.
+    """
+    if experts.low_rank:
+        return weights["w_gate_down"]
+    return devices.of_first(weights["w_gate"][..., : experts.score_neurons], "tensor")
 
 
 def router_scores(x, weights, layer, ctx):
@@ -66,23 +87,23 @@ def router_scores(x, weights, layer, ctx):
     return Scores.of(logits, layer.balance.aux_stride)
 
 
-def low_rank_activations(x, w_gate_down):
-    """AoE's activation cache `C = x [W_gate_down_1 ... W_gate_down_n]` (Eq. 4), as one matmul.
+def codes_of_all(x, w_score):
+    """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul.
 
-    For the one matmul XLA copies `w_gate_down` with d in front. That copy costs more than it saves
-    for fewer than `FEW_TOKENS` tokens, so these take one matmul per expert.
+    For the one matmul XLA copies `w_score` with d in front. That copy costs more than it saves for
+    fewer than `FEW_TOKENS` tokens, so these take one matmul per expert.
 
     Args:
       x: `[T, d]`.
-      w_gate_down: `[n, d, r]`, same dtype as `x`.
+      w_score: `[n, d, r]`, same dtype as `x`.
 
     Returns:
       `[T, n, r]`, dtype of `x`.
     """
     if x.shape[0] < FEW_TOKENS:
-        copies = jnp.broadcast_to(x, (w_gate_down.shape[0], *x.shape))
-        return jnp.einsum("ntd,ndr->ntr", copies, w_gate_down).swapaxes(0, 1)
-    return jnp.einsum("td,ndr->tnr", x, w_gate_down)
+        copies = jnp.broadcast_to(x, (w_score.shape[0], *x.shape))
+        return jnp.einsum("ntd,ndr->ntr", copies, w_score).swapaxes(0, 1)
+    return jnp.einsum("td,ndr->tnr", x, w_score)
 
 
 @jax.custom_vjp
@@ -116,44 +137,77 @@ def safe_root(square):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def norms(x, w_gate_down):
-    """The norms of all experts: `x [T, d]`, `w_gate_down [n, d, r]` of any dtype -> `[T, n]`."""
-    return activation_norms(low_rank_activations(x, w_gate_down.astype(x.dtype)))
+def largest(c):
+    """The largest activation, float32 at least: `[..., r]` -> `[...]`."""
+    return c.max(axis=-1).astype(jnp.promote_types(c.dtype, jnp.float32))
 
 
-def sparse_scores(x, w_gate_down, stride):
-    """The norms of all experts without a gradient, and of every `stride`-th token with one.
+def rectified_norms(c):
+    """`sqrt(2) ||relu(c)||`, which starts with the size of `activation_norms`."""
+    return math.sqrt(2) * activation_norms(jax.nn.relu(c))
 
-    No cache is kept: what the balance losses need of it is computed again in the backward pass.
+
+def scaled_norms(c, weights):
+    """`a_i ||c_i|| - b_i` with learned a and b: `[..., n, r]` -> `[..., n]`."""
+    return activation_norms(c) * weights["score_scale"] - weights["score_bias"]
+
+
+def offset_norms(c, weights):
+    """`||c_i + o_i||` with a learned o: a norm that contains a linear router, since its square is
+    `||c||^2 + 2 c . o + ||o||^2`.
+    """
+    return activation_norms(c + weights["score_offset"].astype(c.dtype))
+
+
+# `ExpertsConfig.score`: from a code to its score.
+SCORES = {"norm": activation_norms, "max": largest, "relu_norm": rectified_norms}
+# With parameters of their own, by name.
+LEARNED_SCORES = {"scaled_norm": scaled_norms, "offset_norm": offset_norms}
+
+
+def scores_of_all(score, x, w_score):
+    """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`."""
+    return score(codes_of_all(x, w_score.astype(x.dtype)))
+
+
+def norms(x, w_score):
+    """`scores_of_all` by the norm, the paper's."""
+    return scores_of_all(activation_norms, x, w_score)
+
+
+def sparse_scores(x, w_score, score, stride):
+    """The scores of all experts without a gradient, and of every `stride`-th token with one.
+
+    No code is kept: what the balance losses need of them is computed again in the backward pass.
 
     Args:
       x: `[T, d]`.
-      w_gate_down: `[n, d, r]`, cast to the dtype of `x`.
+      w_score: `[n, d, r]`, cast to the dtype of `x`.
+      score: of `SCORES`.
       stride: a whole number from 1, over the flattened batch. Where it divides the sequence length,
         the same positions of every sequence take part.
 
     Returns:
       `(values [T, n], for_balance [ceil(T / stride), n])`, float32 at least.
     """
-    values, for_balance = _sparse_scores(x, w_gate_down, stride)
+    values, for_balance = _sparse_scores(x, w_score, score, stride)
     return jax.lax.stop_gradient(values), for_balance
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sparse_scores(x, w_gate_down, stride):
-    values = norms(x, w_gate_down)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sparse_scores(x, w_score, score, stride):
+    values = scores_of_all(score, x, w_score)
     return values, values[::stride]
 
 
-def _sparse_scores_forward(x, w_gate_down, stride):
-    return _sparse_scores(x, w_gate_down, stride), (x[::stride], w_gate_down)
+def _sparse_scores_forward(x, w_score, score, stride):
+    return _sparse_scores(x, w_score, score, stride), (x[::stride], w_score)
 
 
-def _sparse_scores_backward(stride, residuals, g):
-    x, w_gate_down = residuals
-    _, pull_back = jax.vjp(norms, x, w_gate_down)
+def _sparse_scores_backward(score, stride, residuals, g):
+    _, pull_back = jax.vjp(partial(scores_of_all, score), *residuals)
     d_x, d_w = pull_back(g[1])
-    after = g[0].shape[0] - 1 - (x.shape[0] - 1) * stride
+    after = g[0].shape[0] - 1 - (residuals[0].shape[0] - 1) * stride
     padding = [(0, after, stride - 1), (0, 0, 0)]
     return jax.lax.pad(d_x, jnp.zeros((), d_x.dtype), padding), d_w
 

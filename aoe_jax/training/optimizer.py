@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.training import TrainConfig
 
 
@@ -28,13 +29,30 @@ def no_routers(params):
     )
 
 
-def make_optimizer(config: TrainConfig):
+def scale_scoring(experts: ExpertsConfig, rate):
+    """The optax transformation that multiplies the updates of what scores experts by `rate`."""
+    columns = {"w_router": None, "w_router_hidden": None}  # all
+    if experts.kind == "aoe":
+        columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
+
+    def scaled(path, update):
+        name = path[-1].key
+        if name not in columns:
+            return update
+        return update.at[..., : columns[name]].multiply(rate)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
     """The optax optimiser; in the first `train.router_steps` steps it updates routers alone."""
     schedule = learning_rate_schedule(config)
     steps = [
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=decayed),
     ]
+    if config.scoring_rate != 1:
+        steps.append(scale_scoring(experts, config.scoring_rate))
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)

@@ -37,8 +37,8 @@ def init_state(config: Config, seed):
 
 def first_state(config: Config, params, routing_state):
     """The state before the first step, with these parameters and state of routing."""
-    zero, opt_state = jnp.zeros((), jnp.int32), make_optimizer(config.train).init(params)
-    return TrainState(zero, zero, params, routing_state, opt_state)
+    zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config.train, config.experts)
+    return TrainState(zero, zero, params, routing_state, optimizer.init(params))
 
 
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
@@ -135,7 +135,8 @@ def make_train_step(config: Config):
     Where loss or gradient is not finite, the step counts, for the schedule as well, but parameters,
     moments and the state of routing stay as they were.
     """
-    optimizer, schedule = make_optimizer(config.train), learning_rate_schedule(config.train)
+    optimizer = make_optimizer(config.train, config.experts)
+    schedule = learning_rate_schedule(config.train)
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)

@@ -62,6 +62,14 @@ def aoe(divisor, balance):
     return Arm(f"AoE r=d/{divisor}, {label}", changes)
 
 
+def whole_aoe(score_neurons, balance, score="norm"):
+    """Returns AoE with whole gates, whose first `score_neurons` pre-activations score experts."""
+    label, fields = BALANCE[balance]
+    experts = {"kind": "aoe", "score_neurons": score_neurons, "score": score}
+    name = f"AoE of whole gates, {score} of {score_neurons}, {label}"
+    return Arm(name, {"experts": experts, "balance": fields})
+
+
 def weights_over_all(arm):
     """Returns an arm with the softmax over all experts as weights.
 

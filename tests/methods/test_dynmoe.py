@@ -36,10 +36,10 @@ def scores_of_formula(params, x):
     return scores_of(params, x) * D**0.5 / l2_norm(x)[:, None] / lengths - 1
 
 
-def relative_norms(x, w_gate_down):
+def relative_norms(x, w_score):
     """`relative_scores` of AoE."""
-    norms = scoring.norms(x, w_gate_down)
-    return relative_scores(norms, {"w_gate_down": w_gate_down}, context(norms, x=x))
+    norms = scoring.norms(x, w_score)
+    return relative_scores(norms, {"w_score": w_score}, context(norms, x=x))
 
 
 def cosines(x, w_router):

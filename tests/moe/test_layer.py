@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from aoe_jax import AoELayer, DenseLayer, RouterLayer
+from aoe_jax.config import experts as config_experts
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
 from aoe_jax.methods.ranked import Ranked, ranked_weights
-from aoe_jax.moe import reference
+from aoe_jax.moe import reference, scoring
 from aoe_jax.moe.balance import balance_loss
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
@@ -28,7 +29,18 @@ TOP_K = TopK()
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
 WEIGHTS = {
     "aoe": ("w_gate_down", "w_gate_up", "w_up", "w_down"),
+    "whole": ("w_gate", "w_up", "w_down"),
     "router": ("w_router", "w_gate", "w_up", "w_down"),
+}
+FORMS = tuple(WEIGHTS)  # "whole" is AoE with whole gates
+SCORES = {
+    "norm": reference.l2_norm,
+    "max": lambda c: c.max(axis=-1),
+    "relu_norm": lambda c: reference.l2_norm(jnp.where(c > 0, c, 0)) * 2**0.5,
+}
+LEARNED_SCORES = {
+    "scaled_norm": lambda c, p, i: reference.l2_norm(c) * p["score_scale"][i] - p["score_bias"][i],
+    "offset_norm": lambda c, p, i: reference.l2_norm(c + p["score_offset"][i]),
 }
 
 
@@ -45,6 +57,8 @@ def make(
 ):
     """A layer with its parameters and tokens, all in `dtype`."""
     settings = {"n_experts": 5, "top_k": 2, "d_ffn": 16, "d_low": 4} | settings
+    if kind == "whole":
+        kind, settings = "aoe", {"score_neurons": 3} | settings
     layer = ExpertsLayer(
         experts=ExpertsConfig(kind=kind, **settings),
         routing=Dense() if kind == "dense" else routing,
@@ -69,14 +83,24 @@ def reference_weights(layer, p):
     raise ValueError(f"the reference has no router {router}")
 
 
+def reference_scores(config, params, x):
+    if config.kind == "aoe":
+        w_score = (
+            params["w_gate_down"]
+            if config.score_neurons is None
+            else params["w_gate"][:, :, : config.score_neurons]
+        )
+        if config.score in SCORES:
+            return reference.aoe_scores(x, w_score, SCORES[config.score])
+        learned = LEARNED_SCORES[config.score]
+        return jnp.stack([learned(x @ w, params, i) for i, w in enumerate(w_score)], axis=1)
+    hidden = jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x
+    return hidden @ params["w_router"]
+
+
 def reference_apply(layer, params, x):
     config = layer.experts
-    if config.kind == "aoe":
-        p = reference.aoe_scores(x, params["w_gate_down"])
-    else:
-        p = (jax.nn.silu(x @ params["w_router_hidden"]) if config.large_router else x) @ params[
-            "w_router"
-        ]
+    p = reference_scores(config, params, x)
     weights = reference_weights(layer, p)
     if config.low_rank:
         y = reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
@@ -131,7 +155,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_agrees_with_the_reference_in_float64(x64, request, kind, variant, recompute):
@@ -140,24 +164,72 @@ def test_agrees_with_the_reference_in_float64(x64, request, kind, variant, recom
     assert_agree(*make(kind, recompute=recompute, **VARIANTS[variant]), TOLERANCE["float64"])
 
 
-def test_scoring_as_published_agrees_with_the_reference(x64):
-    assert_agree(*make("aoe", score_gradient="dense"), TOLERANCE["float64"])
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
+def test_scoring_as_published_agrees_with_the_reference(x64, kind):
+    assert_agree(*make(kind, score_gradient="dense"), TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
+@pytest.mark.parametrize("score", [name for name in SCORES if name != "norm"])
+def test_other_scores_agree_with_the_reference(x64, ragged, kind, score):
+    assert_agree(*make(kind, score=score), TOLERANCE["float64"])
+
+
+def test_every_score_has_a_reference():
+    names = [*scoring.SCORES, *scoring.LEARNED_SCORES]
+    assert names == [*SCORES, *LEARNED_SCORES] == list(config_experts.SCORES)
+
+
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
+@pytest.mark.parametrize("score", LEARNED_SCORES)
+def test_learned_scores_agree_with_the_reference(x64, ragged, kind, score):
+    layer, params, x = make(kind, score=score)
+    for i, name in enumerate(name for name in params if name.startswith("score_")):
+        params[name] += 0.3 * jax.random.normal(jax.random.key(i), params[name].shape)
+    assert_agree(layer, params, x, TOLERANCE["float64"])
+
+
+def test_gates_that_do_not_train_scores(x64, ragged):
+    """The same values; the scored columns have the gradient of the scores alone."""
+    layer, params, x = make("whole", gate_trains_scores=False)
+    s = layer.experts.score_neurons
+
+    def loss(params):
+        return (layer.apply({"params": params}, x)[0] ** 2).sum()
+
+    def reference_loss(params):
+        fixed = jax.lax.stop_gradient(params["w_gate"][:, :, :s])
+        w_gate = params["w_gate"].at[:, :, :s].set(fixed)
+        weights = reference_weights(layer, reference_scores(layer.experts, params, x))
+        y = reference.router_experts(x, weights, w_gate, params["w_up"], params["w_down"])
+        return (y**2).sum()
+
+    got = jax.jit(jax.value_and_grad(loss))(params)
+    want = jax.jit(jax.value_and_grad(reference_loss))(params)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_whole_gates_with_every_neuron_scoring(x64, ragged):
+    assert_agree(*make("whole", score_neurons=16), TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, 32, 35])
 @pytest.mark.parametrize(
-    ("kind", "settings"), [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("router", {})]
+    ("kind", "settings"),
+    [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("whole", {}), ("router", {})],
 )
 def test_balance_losses_from_some_of_the_tokens(x64, ragged, kind, settings, n_tokens):
     layer, params, x = make(kind, n_tokens, balance=BalanceConfig(aux_tokens=0.125), **settings)
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
 
-def test_sparse_scoring_without_balance_losses(x64):
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
+def test_sparse_scoring_without_balance_losses(x64, kind):
     """No norm but the chosen has a gradient then; outputs and their gradients stay those of
     Algorithm 2.
     """
-    layer, params, x = make("aoe", balance=BalanceConfig(aux_weight=0.0))
+    layer, params, x = make(kind, balance=BalanceConfig(aux_weight=0.0))
     loss = lambda apply, p, x: (apply(layer, p, x)[0] ** 2).sum()  # noqa: E731
     got = jax.jit(jax.grad(partial(loss, fast_apply), (0, 1)))(params, x)
     want = jax.jit(jax.grad(partial(loss, reference_apply), (0, 1)))(params, x)
@@ -206,14 +278,15 @@ def test_what_scoring_costs(settings, aux_weight, aux_tokens, want):
     assert scoring_products(layer, params, x) == want
 
 
-def test_sparse_scoring_keeps_no_cache():
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
+def test_sparse_scoring_keeps_no_cache(kind):
     """Neither the cache `[T, n, r]` nor anything as large is among what the forward pass leaves to
     the backward pass.
     """
-    sizes = {}
+    sizes, width = {}, {"d_low": 8} if kind == "aoe" else {"score_neurons": 8}
     for mode in ("dense", "sparse"):
         layer, params, x = make(
-            "aoe", 64, dtype="float32", n_experts=16, d_low=8, d_ffn=12, score_gradient=mode
+            kind, 64, dtype="float32", n_experts=16, d_ffn=12, score_gradient=mode, **width
         )
         pull_back = jax.eval_shape(
             lambda p, x, layer=layer: jax.vjp(partial(fast_apply, layer), p, x)[1], params, x
@@ -223,14 +296,14 @@ def test_sparse_scoring_keeps_no_cache():
     assert (64, 16, 8) in sizes["dense"] and not sizes["sparse"]
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_selection_bias_chooses_and_does_not_weigh(x64, kind, norm_topk_prob):
     layer, params, x = make(kind, routing=TopK(norm_topk_prob))
     bias = jnp.array([0.0, -50, 0, 50, 0])
     y, stats = jax.jit(layer.apply)({"params": params}, x, routing_state={"selection_bias": bias})
     assert float(stats.load[3]) == 1 and float(stats.load[1]) == 0
-    p = reference.aoe_scores(x, params["w_gate_down"]) if kind == "aoe" else x @ params["w_router"]
+    p = reference_scores(layer.experts, params, x)
     chosen = jnp.argsort(-(p + bias), axis=1)[:, :2]
     values = jnp.take_along_axis(p, chosen, axis=1)
     values = (
@@ -239,7 +312,7 @@ def test_selection_bias_chooses_and_does_not_weigh(x64, kind, norm_topk_prob):
         else jnp.take_along_axis(jax.nn.softmax(p), chosen, axis=1)
     )
     weights = jnp.zeros_like(p).at[jnp.arange(x.shape[0])[:, None], chosen].set(values)
-    experts = reference.aoe_experts if kind == "aoe" else reference.router_experts
+    experts = reference.aoe_experts if layer.experts.low_rank else reference.router_experts
     want = experts(x, weights, *(params[name] for name in WEIGHTS[kind] if name != "w_router"))
     np.testing.assert_allclose(y, want, atol=1e-10)
 
@@ -249,7 +322,7 @@ def test_ablations_agree_with_the_reference(x64, ablation):
     assert_agree(*make("router", **{ablation: True}), TOLERANCE["float64"])
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_shapes_in_float32(kind, seed):
     rng = np.random.default_rng(seed)
@@ -267,7 +340,7 @@ def test_random_shapes_in_float32(kind, seed):
     assert_agree(layer, params, x, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", FORMS)
 def test_bfloat16(kind):
     """Rounded inputs, exact reference: outputs and gradients within 5% of the largest. Ties of
     rounded scores are rare enough here that both choose the same experts."""
@@ -296,7 +369,7 @@ def test_bfloat16(kind):
         )
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", FORMS)
 def test_ties_go_to_the_lower_expert(x64, kind):
     layer, params, x = make(kind)
     params = {
@@ -308,21 +381,23 @@ def test_ties_go_to_the_lower_expert(x64, kind):
     assert_agree(layer, params, x, TOLERANCE["float64"])
 
 
+@pytest.mark.parametrize("kind", ["aoe", "whole"])
 @pytest.mark.parametrize("variant", ["chosen", "over all", "top-p", "expert choice"])
-def test_zero_tokens_have_finite_gradients(x64, variant):
-    layer, params, x = make("aoe", **VARIANTS[variant])
+def test_zero_tokens_have_finite_gradients(x64, ragged, kind, variant):
+    layer, params, x = make(kind, **VARIANTS[variant])
     x = x.at[:7].set(0)
     grads = assert_agree(layer, params, x, TOLERANCE["float64"])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("kind", ["aoe", "router"])
+@pytest.mark.parametrize("kind", FORMS)
 def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
     """The others get no rows at all, and a gradient of exactly zero."""
     layer, params, x = make(kind, top_k=top_k)
-    if kind == "aoe":
-        params["w_gate_down"] = params["w_gate_down"].at[3].mul(100.0).at[1].mul(10.0)
+    if kind != "router":
+        name = {"aoe": "w_gate_down", "whole": "w_gate"}[kind]
+        params[name] = params[name].at[3].mul(100.0).at[1].mul(10.0)
     else:
         x = x.at[:, 0].set(50.0)
         params["w_router"] = params["w_router"].at[0].set(jnp.array([0.0, 1, 0, 2, 0]))
@@ -334,7 +409,14 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"score_gradient": "dense"}, {"kind": "router"}, {"n_experts": 1, "top_k": 1}]
+    "settings",
+    [
+        {},
+        {"score_gradient": "dense"},
+        {"score_neurons": 3},
+        {"kind": "router"},
+        {"n_experts": 1, "top_k": 1},
+    ],
 )
 def test_the_first_ranks_are_top_k(settings):
     """Bit for bit; an only expert is first and last."""

@@ -42,6 +42,9 @@ KINDS = {
     "router": {"kind": "router"},
     "over all": {"kind": "aoe", "routing": TopK(norm_topk_prob=False)},
     "as published": {"kind": "aoe", "score_gradient": "dense"},
+    "whole": {"kind": "aoe", "score_neurons": 4},
+    "whole, over all": {"kind": "aoe", "score_neurons": 4, "routing": TopK(norm_topk_prob=False)},
+    "whole, dynmoe": {"kind": "aoe", "score_neurons": 4, "routing": DynMoE()},
     "top-p": {"kind": "aoe", "routing": TopP()},
     "expert choice": {"kind": "aoe", "routing": ExpertChoice()},
     "router, top-p": {"kind": "router", "routing": TopP()},
@@ -126,6 +129,8 @@ CASES += [
     for kind in ("router", "as published", "top-p", "expert choice", "capacity", "dense", "dynmoe")
 ]
 CASES += [((2, 1, 4, 1), "all_to_all", "capacity"), ((2, 1, 1, 4), "ring", "capacity")]
+CASES += [((1, 2, 2, 2), "all_to_all", "whole"), ((2, 1, 1, 4), "ring", "whole")]
+CASES += [((1, 8, 1, 1), "ring", "whole"), ((1, 1, 8, 1), "ring", "whole")]
 
 
 @pytest.mark.parametrize(("shape", "transport", "kind"), CASES)
@@ -165,10 +170,21 @@ def test_recomputed_experts(x64):
     )
 
 
-@pytest.mark.parametrize("kind", ["aoe", "router"])
 @pytest.mark.parametrize(
-    ("shape", "transport"),
-    [((1, 1, 8, 1), "ring"), ((1, 1, 8, 1), "all_to_all"), ((2, 1, 2, 2), "ring")],
+    ("kind", "shape", "transport"),
+    [
+        *(
+            (kind, *way)
+            for kind in ("aoe", "router")
+            for way in (
+                ((1, 1, 8, 1), "ring"),
+                ((1, 1, 8, 1), "all_to_all"),
+                ((2, 1, 2, 2), "ring"),
+            )
+        ),
+        ("whole", (2, 1, 2, 2), "ring"),
+        ("whole", (1, 1, 8, 1), "all_to_all"),
+    ],
 )
 def test_all_tokens_choose_the_experts_of_one_device(x64, ragged, kind, shape, transport):
     """Then its rows take several rounds, and nothing is dropped."""

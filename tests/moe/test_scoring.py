@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from aoe_jax.moe.scoring import FEW_TOKENS, low_rank_activations
+from aoe_jax.moe.scoring import FEW_TOKENS, codes_of_all
 
 pytestmark = pytest.mark.smoke
 
@@ -14,4 +14,4 @@ def test_each_expert_times_each_token(n_tokens):
     x = jax.random.normal(jax.random.key(0), (n_tokens, 6))
     w_gate_down = jax.random.normal(jax.random.key(1), (5, 6, 3))
     want = [[token @ expert for expert in np.asarray(w_gate_down)] for token in np.asarray(x)]
-    np.testing.assert_allclose(low_rank_activations(x, w_gate_down), want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(codes_of_all(x, w_gate_down), want, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.load_figures import load_spread
@@ -384,7 +385,7 @@ def test_optimiser_is_the_papers():
         "norm": {"scale": jnp.array([12.0])},
         "embedding": jnp.array([[0.0]]),
     }
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, ExpertsConfig())
     state, m, v = optimizer.init(params), 0.0, 0.0
     kernel, want = params["kernel"], np.array([[3.0, -2.0]])
     for t in (1, 2):
@@ -418,6 +419,28 @@ def test_routers_alone_in_the_first_steps():
             assert np.any(moment) == moves, (number, path)
 
 
+@pytest.mark.parametrize("variant", ["aoe", "whole", "moe"])
+def test_what_scores_has_a_learning_rate_of_its_own(variant):
+    kind = "router" if variant == "moe" else "aoe"
+    experts = ExpertsConfig(kind, score_neurons=2 if variant == "whole" else None)
+    scored = {"aoe": "w_gate_down", "whole": "w_gate", "moe": "w_router"}[variant]
+    names = ("w_gate_down", "w_gate", "w_router", "w_up")
+    params = {name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names}
+    config = TrainConfig(warmup=0.0, weight_decay=0.5)
+    faster = dataclasses.replace(config, scoring_rate=3.0)
+
+    def updates_of(config):
+        optimizer = make_optimizer(config, experts)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    usual, got = updates_of(config), updates_of(faster)
+    for name in names:
+        factor = np.ones(3)
+        if name == scored:
+            factor[: 2 if variant == "whole" else 3] = 3
+        np.testing.assert_allclose(got[name], usual[name] * factor, rtol=1e-6)
+
+
 def tree_at(tree, path):
     for key in path:
         tree = tree[key.key]
@@ -429,7 +452,9 @@ def test_without_router_steps_the_optimiser_is_as_ever():
     config, params = TrainConfig(), {"w_router": jnp.ones((2, 2))}
     adam = optax.adamw(learning_rate_schedule(config), mask=decayed)
     as_ever = optax.chain(optax.clip_by_global_norm(1.0), adam).init(params)
-    assert jax.tree.structure(make_optimizer(config).init(params)) == jax.tree.structure(as_ever)
+    assert jax.tree.structure(
+        make_optimizer(config, ExpertsConfig()).init(params)
+    ) == jax.tree.structure(as_ever)
 
 
 def test_what_decays():

@@ -92,6 +92,12 @@ class Devices:
         axes = tuple(axis for axis in axes if self.size(axis) > 1)
         return jax.lax.psum(x, axes) if axes else x
 
+    def of_first(self, x, axis):
+        """The `x` of the first device along a mesh axis, on all devices along it."""
+        if self.size(axis) == 1:
+            return x
+        return jax.lax.psum(jnp.where(jax.lax.axis_index(axis) == 0, x, 0), axis)
+
     def largest(self, x):
         """The maximum over all devices."""
         axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
@@ -144,17 +150,17 @@ class Devices:
             return function
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
-    def score(self, function, x, w_gate_down):
+    def score(self, function, x, w_score):
         """AoE's scores of this device's tokens by all experts.
 
         Tokens are gathered over the expert axis, each device scores them for its own experts, and
-        the scores return. With `all_to_all`, the W_gate_down of all experts are gathered instead if
+        the scores return. With `all_to_all`, the `w_score` of all experts are gathered instead if
         they are smaller than the tokens.
 
         Args:
-          function: `(x [T, d], w_gate_down [n, d, r]) -> arrays [T or fewer, n]`, as a tuple.
+          function: `(x [T, d], w_score [n, d, r]) -> arrays [T or fewer, n]`, as a tuple.
           x: `[T, d]`.
-          w_gate_down: of this device's experts, its piece of d.
+          w_score: of this device's experts, its piece of d.
 
         Returns:
           The arrays of `function`, for the tokens of this device and all experts.
@@ -169,7 +175,7 @@ class Devices:
             by_own_experts = function(self.gather(x, "expert"), w)
             return tuple(self.exchange(a, split=0, concatenate=1) for a in by_own_experts)
 
-        return self.without_whole_weights(scores_by_all)(x, w_gate_down)
+        return self.without_whole_weights(scores_by_all)(x, w_score)
 
     def matrix_norms(self, w):
         """The Frobenius norms of all experts' matrices: `w [n, d, r]`, this device's experts and

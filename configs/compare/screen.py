@@ -1,0 +1,87 @@
+"""Which AoE is worth its cost: a screening at the middle size of `small.py`, about six core-hours:
+`--suite=configs/compare/screen.py`.
+
+Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by
+`score_neurons` gate pre-activations of whole gates (`whole16`: 16). All arms have L_aux and the
+learning rate that `small.py` gives MoE and AoE at this size. What AoE is offered (another rate for
+what scores, a longer warm-up) the MoE is offered too.
+"""
+
+from dataclasses import replace
+
+from aoe_jax.compare.suite import Arm, Size, Suite
+from configs.compare.arms import aoe, low_rank_moe, moe, whole_aoe
+from configs.compare.small import MIDDLE, base_config
+
+RATES = (0.1, 0.3, 3.0)
+
+
+def varied(arm, what, **groups):
+    """Returns an arm with further changes, `group={field: value}`, that `what` names."""
+
+    def changes(config):
+        found = dict(arm.changes_of(config))
+        for group, fields in groups.items():
+            found[group] = found.get(group, {}) | fields
+        return found
+
+    return replace(arm, label=f"{arm.label}, {what}", changes=changes)
+
+
+def with_rates(name, arm):
+    """Returns `{name: arm}` of the arm with each of `RATES`."""
+    return {
+        f"{name}_rate{rate:g}": varied(arm, f"scoring rate {rate:g}", train={"scoring_rate": rate})
+        for rate in RATES
+    }
+
+
+def routing_neurons(count):
+    """Returns Union-of-Experts-style layers with few routing neurons."""
+    routing = {"name": "uoe", "routing_neurons": count}
+    changes = {"experts": {"kind": "uoe"}, "routing": routing}
+    return Arm(f"AoE of routing neurons (UoE-style), {count}", changes)
+
+
+def get_suite():
+    base = base_config()
+    base.train.update(learning_rate=1.5e-2, final_learning_rate=6e-4)
+    published, whole, router = aoe(3, "aux"), whole_aoe(16, "aux"), moe("aux")
+    return Suite(
+        name="screen",
+        base=base,
+        arms={
+            "moe": router,
+            "aoe_d3": published,
+            "aoe_whole16": whole,
+            "aoe_whole4_max": whole_aoe(4, "aux", "max"),
+            "moe_factorised": low_rank_moe(3, "factorised_gate"),
+            "aoe_whole1": whole_aoe(1, "aux"),
+            "aoe_whole4": whole_aoe(4, "aux"),
+            "aoe_whole8": whole_aoe(8, "aux"),
+            "aoe_whole96": whole_aoe(96, "aux"),
+            "aoe_whole1_max": whole_aoe(1, "aux", "max"),
+            "aoe_whole16_max": whole_aoe(16, "aux", "max"),
+            "aoe_whole16_relu": whole_aoe(16, "aux", "relu_norm"),
+            "aoe_whole16_scaled": whole_aoe(16, "aux", "scaled_norm"),
+            "aoe_whole16_offset": whole_aoe(16, "aux", "offset_norm"),
+            "aoe_whole16_apart": varied(
+                whole, "scored by the scores alone", experts={"gate_trains_scores": False}
+            ),
+            "aoe_d3_max": varied(published, "largest", experts={"score": "max"}),
+            **with_rates("moe", router),
+            **with_rates("aoe_d3", published),
+            **with_rates("aoe_whole16", whole),
+            "aoe_uoe4": routing_neurons(4),
+            "aoe_uoe16": routing_neurons(16),
+        },
+        sizes={
+            "149k": Size(MIDDLE, seeds=3),
+            "149k_warmup": Size(
+                MIDDLE | {"train": MIDDLE["train"] | {"warmup": 0.2}},
+                seeds=3,
+                arms=("moe", "aoe_d3", "aoe_whole16"),
+            ),
+        },
+        baseline="moe",
+    )
