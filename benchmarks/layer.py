@@ -25,7 +25,7 @@ from aoe_jax.moe.dispatch import Local
 from aoe_jax.moe.experts import gate_pre_activations, swiglu
 from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import by_token, top_k
-from aoe_jax.moe.scoring import sparse_scores
+from aoe_jax.moe.scoring import activation_norms, sparse_scores
 from benchmarks.compiling import experts_layer, unweighted_aux_loss
 from benchmarks.timing import keep_freed_memory, machine_in_words, medians, parse_shapes, report
 
@@ -93,7 +93,7 @@ def _phases(config, n_tokens):
     transport = Local(Devices(), config.experts.n_experts, all_used=True)
 
     def score(x, w_gate_down):
-        return sparse_scores(x, w_gate_down, 1)[0]
+        return sparse_scores(x, w_gate_down, activation_norms, 1)[0]
 
     def route(scores):
         routing = top_k(scores, k)

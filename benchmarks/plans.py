@@ -19,10 +19,10 @@ from configs import large, paper
 
 # One micro-batch; L_aux, if any, from an eighth of the tokens.
 SHARED = {"balance.aux_tokens": 0.125, "train.accumulate": 1}
-SMALL = (paper, "aoe_r256_aux", "moe_aux")
+SMALL = (paper, "aoe_whole_aux", "aoe_r256_aux", "moe_aux")
 MIDDLE = (paper, "aoe_4b", "moe_4b")
 LONG = {"data.seq_len": 32_768, "model.max_len": 32_768}
-# name -> (file, AoE, its router twin), topology, sequences of a device, further fields
+# name -> (file, AoE of each form, the router twin), topology, sequences of a device, further fields
 ROWS = {
     "732M@v5e": (SMALL, "v5e:4x4", 8, {"mesh.fsdp": 16}),
     "732M@v5p": (SMALL, "v5p:4x4x4", 8, {"mesh.fsdp": 64}),
@@ -33,8 +33,8 @@ ROWS = {
     "732M-32k@v5p": (SMALL, "v5p:4x4x4", 1, {"mesh.fsdp": 64, **LONG}),
     "4B@v5e": (MIDDLE, "v5e:16x16", 8, {"mesh.fsdp": 16}),
     "4B@v5p": (MIDDLE, "v5p:4x4x4", 8, {"mesh.fsdp": 16}),
-    "64@v5p": ((large, "aoe_64", "moe_64"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
-    "256@v5p": ((large, "aoe_256", "moe_256"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
+    "64@v5p": ((large, "aoe_whole_64", "aoe_64", "moe_64"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
+    "256@v5p": ((large, "aoe_whole_256", "aoe_256", "moe_256"), "v5p:8x8x8", 2, {"mesh.fsdp": 64}),
 }
 COLUMNS = (
     "configuration",
@@ -60,7 +60,7 @@ def configuration(module, variant, fields):
 
 
 def plans_of(name):
-    """The plans of AoE and of its twin in a row, with what they are of."""
+    """The plans of a row, that of the router twin last, with what they are of."""
     (module, *variants), topology, sequences, fields = ROWS[name]
     generation, devices = topology_devices(topology)
     fields = {"train.batch_size": sequences * len(devices), **fields}
@@ -106,9 +106,9 @@ def main():
     figures = []
     print(_line(COLUMNS), _line("---" for _ in COLUMNS), sep="\n", flush=True)
     for name in _ROWS.value:
-        aoe, moe = pair = list(plans_of(name))
-        print(_line(cells(aoe, moe)), _line(cells(moe)), sep="\n", flush=True)
-        figures += pair
+        *of_aoe, moe = plans_of(name)
+        print(*(_line(cells(aoe, moe)) for aoe in of_aoe), _line(cells(moe)), sep="\n", flush=True)
+        figures += [*of_aoe, moe]
     report(figures, _JSON.value)
 
 

@@ -1,17 +1,23 @@
 """Many experts: `--config=configs/large.py:VARIANT`, shapes beyond the paper's, for meshes with an
 expert axis.
 
-`aoe_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060), 16 layers,
-d=2048, 8 of 64 experts of width 1024. `aoe_256`, `moe_256`: 8 of 256 experts of width 512. AoE has
-the total parameters of its twin, r = d / 4, and is balanced without a loss. 4.2M tokens a step in
-micro-batches; corpus and tokenizer have to be named on the command line.
+`aoe_64`, `aoe_whole_64`, `moe_64`: the shape of OLMoE (Muennighoff et al. 2024, arXiv 2409.02060),
+16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`: 8 of 256
+experts of width 512. AoE has the total parameters of its twin, with r = d / 4, or with whole gates
+of which 16 neurons score. All are balanced without a loss. 4.2M tokens a step in micro-batches;
+corpus and tokenizer have to be named on the command line.
 """
 
 from aoe_jax.config.run import default_config
 from aoe_jax.errors import UserError
 
 SHAPES = {"64": {"n_experts": 64, "d_ffn": 1024}, "256": {"n_experts": 256, "d_ffn": 512}}
-VARIANTS = tuple(f"{kind}_{size}" for size in SHAPES for kind in ("aoe", "moe"))
+KINDS = {
+    "aoe": {"kind": "aoe", "d_low": 512, "round_to": 128},
+    "aoe_whole": {"kind": "aoe", "score_neurons": 16},
+    "moe": {"kind": "router"},
+}
+VARIANTS = tuple(f"{kind}_{size}" for size in SHAPES for kind in KINDS)
 
 
 def get_config(variant=None):
@@ -19,7 +25,7 @@ def get_config(variant=None):
         raise UserError(
             f"configs/large.py:{variant or ''} is no variant; choose one of {', '.join(VARIANTS)}"
         )
-    kind, _, size = variant.partition("_")
+    kind, _, size = variant.rpartition("_")
     config = default_config()
     config.model.update(
         n_layers=16,
@@ -30,9 +36,7 @@ def get_config(variant=None):
         dtype="bfloat16",
         remat="layer",
     )
-    config.experts.update(kind="aoe" if kind == "aoe" else "router", top_k=8, **SHAPES[size])
-    if kind == "aoe":
-        config.experts.update(d_low=512, round_to=128)
+    config.experts.update(top_k=8, **SHAPES[size], **KINDS[kind])
     config.balance.update(aux_weight=0.0, bias_rate=0.01)
     config.data.seq_len = 4096
     config.train.update(

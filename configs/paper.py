@@ -2,7 +2,8 @@
 
 Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux`
 ... `aoe_r512_aux`. Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE
-with r = 256). Table 5: `moe_4b`, `aoe_4b`.
+with r = 256). Table 5: `moe_4b`, `aoe_4b`. Not of the paper: `aoe_whole_aux`, whose experts keep
+whole gates.
 
 Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its
 corpus, RedPajama, has to be named on the command line (`--config.data.name`,
@@ -15,6 +16,7 @@ from aoe_jax.errors import UserError
 
 RANKS = (64, 128, 256, 512)
 LARGE_RANK = 400  # of the 4B model
+SCORE_NEURONS = 16  # of whole gates
 ABLATION_RANK = 256  # of rows 3 and 4 of Table 2, and of Table 3
 
 MOE = {"experts": {"kind": "router"}, "balance": {"aux_weight": 0.0}}
@@ -52,6 +54,7 @@ VARIANTS = {
     "moe_aux_large_router": [MOE, AUX, {"experts": {"large_router": True, "d_low": ABLATION_RANK}}],
     **{f"aoe_r{rank}": [_aoe(rank)] for rank in RANKS},
     **{f"aoe_r{rank}_aux": [_aoe(rank), AUX] for rank in RANKS},
+    "aoe_whole_aux": [{"experts": {"kind": "aoe", "score_neurons": SCORE_NEURONS}}, AUX],
     "moe_top_p": [MOE, TOP_P],
     "aoe_top_p": [_aoe(ABLATION_RANK), TOP_P],
     "moe_expert_choice": [MOE, EXPERT_CHOICE],

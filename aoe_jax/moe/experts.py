@@ -5,6 +5,8 @@
 where `gate_i(x)` is `x W_gate_i`, or with a factorised gate `(x W_gate_down_i) W_gate_up_i`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -34,6 +36,20 @@ def gate_pre_activations(rows, groups, w, code=None):
     if code is None:
         code = checkpoint_name(grouped_matmul(rows, w["w_gate_down"], groups), KEPT_EXPERTS)
     return grouped_matmul(code, w["w_gate_up"], groups), code
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def first_neurons(gate, count):
+    """`(gate, gate[:, :count])`. The derivative adds to the first columns alone; autodiff would pad
+    them and add whole arrays.
+    """
+    return gate, gate[:, :count]
+
+
+first_neurons.defvjp(
+    lambda gate, count: (first_neurons(gate, count), None),
+    lambda count, _, g: (g[0].at[:, :count].add(g[1]),),
+)
 
 
 def swiglu(rows, gate, row_weight, groups, w):

@@ -13,7 +13,7 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe import balance
 from aoe_jax.moe.dispatch import take_code
-from aoe_jax.moe.experts import KEPT_EXPERTS, gate_pre_activations, swiglu
+from aoe_jax.moe.experts import KEPT_EXPERTS, first_neurons, gate_pre_activations, swiglu
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
@@ -77,12 +77,8 @@ def apply_experts(x, routing, weights, layer, ctx, code=None):
         with jax.named_scope("experts"):
             row_code = None if code is None else take_code(code, round)
             gate, row_code = gate_pre_activations(rows, groups, w, row_code)
-            neurons = layer.experts.score_neurons
-            scoring_gate = gate
-            if not layer.experts.gate_trains_scores:
-                gate = gate.at[:, :neurons].set(jax.lax.stop_gradient(gate[:, :neurons]))
             if layer.sparse_scoring:  # the chosen scores again, now with a gradient
-                scores = layer.row_scores(scoring_gate, row_code, ctx.devices)
+                gate, scores = layer.row_scores(gate, row_code, ctx.devices)
                 scores = transport.slot_values(scores, round, n_slots)
                 w_score = score_columns(w, layer.experts, ctx.devices)
                 further = partial(_scores_of_round, transport, SCORES[layer.experts.score], n_slots)
@@ -257,11 +253,16 @@ class ExpertsLayer(nn.Module):
         return local and devices.size("tensor") == 1 and self.experts.low_rank
 
     def row_scores(self, gate, code, devices):
-        """AoE's score of each row by its expert: `gate [R, f]`, `code [R, r]` -> `[R]`."""
-        score = SCORES[self.experts.score]
+        """AoE's score of each row by its expert: `gate [R, f]`, `code [R, r]` or None -> `(gate,
+        scores [R])`.
+        """
+        score, count = SCORES[self.experts.score], self.experts.score_neurons
         if code is not None:
-            return score(code)
-        return devices.of_first(score(gate[:, : self.experts.score_neurons]), "tensor")
+            return gate, score(code)
+        gate, code = first_neurons(gate, count)
+        if not self.experts.gate_trains_scores:
+            gate = gate.at[:, :count].set(jax.lax.stop_gradient(code))
+        return gate, devices.of_first(score(code), "tensor")
 
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""
