@@ -29,6 +29,7 @@ from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.scoring import SCORES
 from aoe_jax.sharding import MESH_AXES
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
@@ -291,9 +292,9 @@ def layer_case(config: Config, mesh, name):
     positions = min(config.data.seq_len // c.tensor, max(LAYER_TOKENS // math.prod(axes), 8))
     x_shape = (math.prod(axes[:3]), positions * c.tensor, d)
     sizes = experts.sizes(d)
-    is_aoe = experts.kind == "aoe"
-    first = ["w_gate_down", "w_gate_up"] if is_aoe else ["w_router", "w_gate"]
-    names = [*first, "w_up", "w_down"]
+    router = [] if experts.kind == "aoe" else ["w_router"]
+    gate = ["w_gate_down", "w_gate_up"] if experts.low_rank else ["w_gate"]
+    names = [*router, *gate, "w_up", "w_down"]
 
     def gradients(function, x, g, *weights_and_none):
         *weights, _ = weights_and_none
@@ -310,13 +311,14 @@ def layer_case(config: Config, mesh, name):
         # Expert by expert in a loop, which compiles fast. Where a token takes all experts, its
         # weights are the softmax over all scores.
         tokens = x.reshape(-1, d)
-        if is_aoe:
-            of_experts, matrices = reference.aoe_experts, weights
-            of_one = lambda w: reference.aoe_scores(tokens, w[None])[:, 0]  # noqa: E731
-            scores = jax.lax.map(of_one, weights[0]).T
-        else:
-            of_experts, matrices = reference.router_experts, weights[1:]
+        matrices = weights[len(router) :]
+        of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
+        if router:
             scores = tokens @ weights[0]
+        else:
+            score = SCORES[experts.score]
+            of_one = lambda w: reference.aoe_scores(tokens, w[None], score)[:, 0]  # noqa: E731
+            scores = jax.lax.map(of_one, weights[0][..., : experts.score_neurons]).T
 
         def add(y, one):
             weight, *w = one

@@ -128,6 +128,11 @@ def check_prunes(model: Model, n_experts, workdir):
             f"routing.name={router!r}: pruning is not implemented for it; use a model with one of "
             f"{', '.join(PRUNABLE)}"
         )
+    elif e.score_neurons is not None:
+        reason = (
+            f"experts.score_neurons={e.score_neurons}: merging reorders the neurons of experts, "
+            "and the first ones score; use a model with factorised gates or a router"
+        )
     elif e.large_router:
         reason = (
             "experts.large_router=True: the width of a large router depends on its experts; use a "
