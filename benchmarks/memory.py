@@ -18,7 +18,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
-from benchmarks.compiling import TOPOLOGIES, compile_layers, tpu_devices
+from benchmarks.compiling import TOPOLOGIES, lower_layers, tpu_devices
 from benchmarks.timing import parse_shapes, report
 
 NO_LOSS, EIGHTH = BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.125)
@@ -62,7 +62,7 @@ def main():
                         n_layers=_LAYERS.value, n_heads=1, d_model=_D_MODEL.value, remat=remat
                     )
                     config = Config(model=model, experts=experts, balance=balance)
-                    compiled = compile_layers(device, config, _TOKENS.value)
+                    compiled = lower_layers(device, config, _TOKENS.value).compile()
                     temp[arm, remat] = compiled.memory_analysis().temp_size_in_bytes
                     # The compiler counts the body of a scan once, that is one layer.
                     useful = _TOKENS.value * layer_flops_per_token(config)[1]
