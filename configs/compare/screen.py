@@ -1,4 +1,4 @@
-"""Which AoE is worth its cost: a screening at the middle size of `small.py`, about six core-hours:
+"""Which AoE is worth its cost: a screening at the middle size of `small.py`, seven core-hours:
 `--suite=configs/compare/screen.py`.
 
 Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by
@@ -72,6 +72,7 @@ def get_suite():
             **with_rates("moe", router),
             **with_rates("aoe_d3", published),
             **with_rates("aoe_whole16", whole),
+            **with_rates("aoe_whole16_max", whole_aoe(16, "aux", "max")),
             "aoe_uoe4": routing_neurons(4),
             "aoe_uoe16": routing_neurons(16),
         },
