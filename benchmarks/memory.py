@@ -29,6 +29,7 @@ def arms(n_experts, top_k, d_ffn, d_low):
     shared = {"n_experts": n_experts, "top_k": top_k, "d_ffn": d_ffn, "d_low": d_low}
     return {
         "router": (ExpertsConfig(kind="router", **shared), BalanceConfig()),
+        "AoE, whole gates": (ExpertsConfig(kind="aoe", score_neurons=16, **shared), EIGHTH),
         "AoE, loss-free": (ExpertsConfig(kind="aoe", **shared), NO_LOSS),
         "AoE, L_aux of 1/8": (ExpertsConfig(kind="aoe", **shared), EIGHTH),
         "AoE as published": (
