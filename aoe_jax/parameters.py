@@ -69,7 +69,7 @@ LARGE_ROUTER = {
 }
 # By `ExpertsConfig.score`.
 LEARNED_SCORES = {
-    "scaled_norm": {"score_scale": vector("n", ones_init), "score_bias": vector("n", zeros_init)},
+    "scaled_norm": {"score_scale": vector("n", ones_init), "score_shift": vector("n", zeros_init)},
     "offset_norm": {"score_offset": vector("n r", nn.initializers.normal(1.0))},
 }
 

@@ -100,7 +100,7 @@ def token_bytes(config):
     experts, and the table.
     """
     c, counts = config.experts, parameter_counts(config)
-    idle = (c.n_experts - c.top_k) * c.d_low * config.model.d_model if c.kind == "aoe" else 0
+    idle = (c.n_experts - c.top_k) * c.score_width * config.model.d_model if c.kind == "aoe" else 0
     return 4 * (counts.active_non_embedding + counts.embedding + config.model.n_layers * idle)
 
 

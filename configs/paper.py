@@ -2,7 +2,7 @@
 
 Table 2: `moe`, `moe_aux`, `moe_aux_factorised`, `moe_aux_large_router`, `aoe_r64`, `aoe_r64_aux`
 ... `aoe_r512_aux`. Table 3: `moe_top_p`, `aoe_top_p`, `moe_expert_choice`, `aoe_expert_choice` (AoE
-with r = 256). Table 5: `moe_4b`, `aoe_4b`. Not of the paper: `aoe_whole_aux`, whose experts keep
+with r = 256). Table 5: `moe_4b`, `aoe_4b`. This project adds `aoe_whole_aux`, whose experts keep
 whole gates.
 
 Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its

@@ -254,15 +254,18 @@ def balance_of(r: Results, size, arm):
     if not routing.choice(e):
         return None
     default_k = r.configs[size, r.suite.baseline].experts.top_k
-    kinds = {"aoe": f"AoE, r={e.d_low}", "router": "MoE"}
+    aoe = f"r={e.d_low}" if e.low_rank else f"whole gates, {e.score} of {e.score_neurons}"
+    kinds = {"aoe": f"AoE, {aoe}", "router": "MoE"}
     if e.kind == "capacity":
         kinds["capacity"] = f"MoE, capacity {routing.capacity_factor:g}"
     layer = {
         kinds.get(e.kind, e.kind): True,
+        e.score: e.low_rank and e.score != "norm",
         "factorised gate": e.factorised_gate,
         "large router": e.large_router,
         f"K={e.top_k}": e.top_k != default_k,
         f"{routing.name.replace('_', ' ')} router": routing.name not in ("top_k", e.kind),
+        f"scoring rate {config.train.scoring_rate:g}": config.train.scoring_rate != 1,
         "weights over all": routing.name == "top_k" and not routing.norm_topk_prob,
     }
     methods = {
@@ -335,7 +338,8 @@ def _model_in_words(frame, sweep, baseline):
     """Describes the baseline's model and all ranks, without the setting that is swept."""
     of_arm = frame.groupby("arm", sort=False)["config"].first()
     config, setting = of_arm[baseline], sweep.setting
-    ranks = {other.experts.d_low for other in of_arm if other.experts.kind == "aoe"}
+    of_aoe = [other.experts for other in of_arm if other.experts.kind == "aoe"]
+    ranks = {experts.d_low for experts in of_aoe if experts.low_rank}
     m, e, t = config.model, config.experts, config.train
     k = "K" if setting == "experts.top_k" else e.top_k
     n = "n" if setting == "experts.n_experts" else e.n_experts

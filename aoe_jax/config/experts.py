@@ -8,7 +8,7 @@ from aoe_jax.config.checks import Group, setting
 LEARNED_SCORES = ("scaled_norm", "offset_norm")
 SCORES = ("norm", "max", "relu_norm", *LEARNED_SCORES)
 # Fields of kind="aoe" alone, and their value for other kinds.
-OF_AOE = {
+AOE_ONLY_DEFAULTS = {
     "score_gradient": None,
     "score_neurons": None,
     "score": "norm",
@@ -31,9 +31,8 @@ class ExpertsConfig(Group):
     # aoe: None: gates are factorised, and their low-rank activations score (the paper). A number:
     # gates are whole, and this many of their first pre-activations score.
     score_neurons: int | None = setting(None, above=0, at_most="d_ffn")
-    score: str = setting("norm", choices=SCORES)  # aoe: of the activations that score
-    # aoe with whole gates: False: the neurons that score are trained by the scores alone, not by
-    # what the expert computes of them.
+    score: str = setting("norm", choices=SCORES)  # aoe: how the activations become a score
+    # aoe with whole gates: False: SwiGLU sends no gradient to the neurons that score.
     gate_trains_scores: bool = True
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
@@ -68,17 +67,19 @@ class ExpertsConfig(Group):
         if self.large_router and self.factorised_gate:
             wanted = "is an ablation of its own; set experts.factorised_gate=False"
             self.refuse("large_router", wanted)
-        for field, default in OF_AOE.items():
+        for field, default in AOE_ONLY_DEFAULTS.items():
             if self.kind != "aoe" and getattr(self, field) != default:
                 self.refuse(field, f"is for experts.kind='aoe'; leave it at {default}")
 
         if self.score in LEARNED_SCORES and self.score_gradient == "sparse":
             self.refuse("score_gradient", f"is not implemented for score={self.score!r}")
         if not self.gate_trains_scores and self.score_neurons is None:
-            self.refuse("gate_trains_scores", "is for whole gates; set experts.score_neurons")
+            self.refuse("gate_trains_scores", "needs whole gates; set experts.score_neurons")
 
     def check(self, config):
         d_model, mesh = config.model.d_model, config.mesh
+        if not self.gate_trains_scores and not self.sparse_scoring(config.routing):
+            self.refuse("gate_trains_scores", "needs experts.score_gradient='sparse'")
         if max(mesh.fsdp, mesh.expert, mesh.tensor) > 1:
             wanted = "is implemented for one device and for mesh.data"
             if self.score in LEARNED_SCORES:

@@ -57,8 +57,8 @@ class MeshConfig(Group):
             ("fsdp", "model.d_model", d),
         ]
         if e.score_neurons is not None and e.score_neurons > e.d_ffn // self.tensor:
-            wanted = f"at most experts.d_ffn / mesh.tensor = {e.d_ffn // self.tensor}"
-            e.refuse("score_neurons", f"must lie on one device along tensor: {wanted}")
+            most = f"must be at most experts.d_ffn / mesh.tensor = {e.d_ffn // self.tensor}"
+            e.refuse("score_neurons", f"{most}, because one device along tensor holds them all")
         if e.low_rank:
             splits.append(("fsdp", "experts.d_low", e.d_low))
         for axis, name, size in splits:

@@ -19,8 +19,8 @@ class TrainConfig(Group):
     # Linear warm-up of the learning rate, as a share of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
     final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
-    # Learning rate of what scores (a router; AoE's W_gate_down, or the columns of a whole gate that
-    # score), as a multiple of the others'.
+    # Multiplies the learning rate, and with it the weight decay, of a router, or of AoE's
+    # W_gate_down, or of the columns of whole gates that score.
     scoring_rate: float = setting(1.0, above=0)
     weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings
     clip_norm: float = setting(1.0, above=0)  # of the global gradient norm
@@ -48,10 +48,10 @@ class TrainConfig(Group):
         return min(round(self.warmup * self.steps), self.steps - 1)
 
     def check(self, config):
-        if self.scoring_rate != 1 and config.experts.kind not in ("aoe", "router"):
-            self.refuse("scoring_rate", "is for experts.kind='aoe' or 'router'; leave it at 1")
-        if self.router_steps and not config.experts.has_router:
-            kind = config.experts.kind
+        kind, has_router = config.experts.kind, config.experts.has_router
+        if self.scoring_rate != 1 and not (kind == "aoe" or has_router):
+            self.refuse("scoring_rate", f"is not for experts.kind={kind!r}; leave it at 1")
+        if self.router_steps and not has_router:
             wanted = f"trains routers alone, and experts.kind={kind!r} has none; leave it at 0"
             self.refuse("router_steps", wanted)
 

@@ -29,7 +29,6 @@ from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer
-from aoe_jax.moe.scoring import SCORES
 from aoe_jax.sharding import MESH_AXES
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
@@ -277,11 +276,11 @@ def layer_case(config: Config, mesh, name):
     """The case of a layer of experts on the mesh, against Algorithm 1 or 2.
 
     Every token takes all experts, up to `LAYER_EXPERTS` a device: with fewer, rounding may change
-    the choice.
+    the choice. The score is the norm: rounding may change which activation is the largest.
     """
     c, d, axes = config.mesh, config.model.d_model, config.mesh.shape
     n = min(config.experts.n_experts, LAYER_EXPERTS * c.expert)
-    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n)
+    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, score="norm")
     layer = ExpertsLayer(
         experts,
         dtype=config.model.dtype,
@@ -316,8 +315,7 @@ def layer_case(config: Config, mesh, name):
         if router:
             scores = tokens @ weights[0]
         else:
-            score = SCORES[experts.score]
-            of_one = lambda w: reference.aoe_scores(tokens, w[None], score)[:, 0]  # noqa: E731
+            of_one = lambda w: reference.aoe_scores(tokens, w[None])[:, 0]  # noqa: E731
             scores = jax.lax.map(of_one, weights[0][..., : experts.score_neurons]).T
 
         def add(y, one):

@@ -205,7 +205,7 @@ def _converted(config: Config, checkpoint, d_low, score_neurons, score):
         experts=dataclasses.replace(experts, kind="aoe", large_router=False, **changes),
         routing=TopK() if router in ("sparsemixer", "erc") else config.routing,
         balance=dataclasses.replace(config.balance, bias_rate=0.0),  # it goes with the router
-        train=dataclasses.replace(config.train, router_steps=0),
+        train=dataclasses.replace(config.train, router_steps=0, scoring_rate=1.0),
         mesh=MeshConfig(),
     )
 

@@ -26,9 +26,9 @@ nearly orthogonal, where the paper's are orthogonal.
 
 The paper does not know AoE. This project's reading: the score is the norm relative to that for a
 random direction (`relative_scores`), which lies around 0 like a cosine. There is no loss of
-columns. The W_gate_down of a new expert has rank one, from R_S / ||R_S|| to the image of R_S under
-the place's old W_gate_down, plus a tenth of that as noise; its length is the median of live
-experts.
+columns. The W_gate_down of a new expert, or the scoring columns of its whole gate, has rank one,
+from R_S / ||R_S|| to the image of R_S under the place's old matrix, plus a tenth of that as noise;
+its length is the median of live experts.
 
 Causal: each token is routed by itself. Costs n slots per token.
 """
@@ -288,6 +288,8 @@ class DynMoE(Method):
             self.refuse("initial_experts", wanted)
         if not config.experts.has_router and self.loss_weight != type(self).loss_weight:
             self.refuse("loss_weight", "is for experts.kind='router'; leave it at its default")
+        if config.experts.score != "norm":
+            config.experts.refuse("score", "does not fit routing.name='dynmoe'; use 'norm'")
         if config.experts.large_router:
             why = "is not implemented for routing.name='dynmoe', which compares tokens with the "
             config.experts.refuse("large_router", why + "router's columns")

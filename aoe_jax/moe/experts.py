@@ -93,7 +93,7 @@ def single_expert(x, w):
 @jax.custom_vjp
 def weighted_product(gate, up, weight):
     """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]`, dtype of `up`, computed in
-    float32 at least.
+    float32 at least; on GPUs the sigmoid in its derivative has the dtype of the gate.
 
     The custom derivative keeps the three arguments for the backward pass; autodiff would keep every
     elementwise step. In float32 throughout and with the barrier, XLA for TPU makes one loop of the
@@ -105,7 +105,7 @@ def weighted_product(gate, up, weight):
 
 def _weighted_product_backward(args, g):
     gate, up, weight, g = _widened(*args, g)
-    # XLA for GPU writes a float32 exponential to memory; it computes one in bfloat16 twice instead.
+    # XLA for GPU stores a float32 exponential in memory, but recomputes one of the gate's dtype.
     narrow = args[0] if target_device().platform == "gpu" else gate
     sigmoid = jax.nn.sigmoid(narrow).astype(gate.dtype)
     silu = gate * sigmoid

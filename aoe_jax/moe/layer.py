@@ -36,14 +36,15 @@ def moe_block(x, weights, layer, ctx):
     """
     with jax.named_scope("score"):
         if layer.experts.kind == "aoe":
-            own = weights | {"w_score": score_columns(weights, layer.experts, ctx.devices)}
-            scores = aoe_scores(x, own, layer, ctx)
+            w_score = score_columns(weights, layer.experts, ctx.devices)
+            with_score = weights | {"w_score": w_score}
+            scores = aoe_scores(x, with_score, layer, ctx)
         else:
-            own, scores = weights, router_scores(x, weights, layer, ctx)
+            with_score, scores = weights, router_scores(x, weights, layer, ctx)
     with jax.named_scope("route"):
-        routing = layer.routing(scores.values, own, ctx)
+        routing = layer.routing(scores.values, with_score, ctx)
     with jax.named_scope("balance"):
-        stats = layer.statistics(scores, routing, own, ctx)
+        stats = layer.statistics(scores, routing, with_score, ctx)
     matrices = {name: w for name, w in weights.items() if layer.parameters[name].per_expert}
     return apply_experts(x, routing, matrices, layer, ctx, scores.code), stats
 
@@ -236,7 +237,7 @@ class ExpertsLayer(nn.Module):
 
     @property
     def sparse_scoring(self):
-        """Whether AoE's scores have no gradient and the chosen norms are computed again."""
+        """Whether AoE's scores have no gradient and the chosen ones are computed again."""
         return self.experts.sparse_scoring(self.routing)
 
     def statistics(self, scores, routing, weights, ctx):
@@ -262,7 +263,7 @@ class ExpertsLayer(nn.Module):
         gate, code = first_neurons(gate, count)
         if not self.experts.gate_trains_scores:
             gate = gate.at[:, :count].set(jax.lax.stop_gradient(code))
-        return gate, devices.of_first(score(code), "tensor")
+        return gate, devices.from_first(score(code), "tensor")
 
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""

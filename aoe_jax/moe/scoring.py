@@ -1,7 +1,7 @@
 """Scores: one number per token and expert, `[T, n]` float32; the higher, the better the expert
 suits the token. AoE takes the norm of an expert's own activations, a router its logit.
 
-What scores an AoE expert is its code: the low-rank activation of a factorised gate (Eq. 4,
+An AoE expert is scored by its code: the low-rank activation of a factorised gate (Eq. 4,
 `x W_gate_down`), or the first s pre-activations of a whole gate (`x W_gate[:, :s]`). `w_score
 [n, d, r]` is the matrix of either.
 """
@@ -43,8 +43,8 @@ def aoe_scores(x, weights, layer, ctx):
 
     Where the weights of experts depend on the chosen scores alone (`layer.sparse_scoring`), the
     scores have no gradient here: those of the chosen experts are computed again with their rows.
-    Otherwise the codes of all experts are kept, as published, on one device; over a mesh, and with
-    whole gates, the rows compute theirs again.
+    Otherwise the codes of all experts are kept, as published, on one device. Over a mesh, and with
+    whole gates, no code is kept, and the rows compute theirs again.
     """
     w, devices, stride = weights["w_score"], ctx.devices, layer.balance.aux_stride
     score = SCORES.get(layer.experts.score)
@@ -75,7 +75,7 @@ def score_columns(weights, experts, devices):
     """
     if experts.low_rank:
         return weights["w_gate_down"]
-    return devices.of_first(weights["w_gate"][..., : experts.score_neurons], "tensor")
+    return devices.from_first(weights["w_gate"][..., : experts.score_neurons], "tensor")
 
 
 def router_scores(x, weights, layer, ctx):
@@ -87,7 +87,7 @@ def router_scores(x, weights, layer, ctx):
     return Scores.of(logits, layer.balance.aux_stride)
 
 
-def codes_of_all(x, w_score):
+def codes_of_all(x, w_score, dtype=None):
     """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul.
 
     For the one matmul XLA copies `w_score` with d in front. That copy costs more than it saves for
@@ -96,14 +96,16 @@ def codes_of_all(x, w_score):
     Args:
       x: `[T, d]`.
       w_score: `[n, d, r]`, same dtype as `x`.
+      dtype: of the result; None: that of `x`.
 
     Returns:
-      `[T, n, r]`, dtype of `x`.
+      `[T, n, r]`.
     """
+    product = partial(jnp.einsum, preferred_element_type=dtype)
     if x.shape[0] < FEW_TOKENS:
         copies = jnp.broadcast_to(x, (w_score.shape[0], *x.shape))
-        return jnp.einsum("ntd,ndr->ntr", copies, w_score).swapaxes(0, 1)
-    return jnp.einsum("td,ndr->tnr", x, w_score)
+        return product("ntd,ndr->ntr", copies, w_score).swapaxes(0, 1)
+    return product("td,ndr->tnr", x, w_score)
 
 
 @jax.custom_vjp
@@ -139,7 +141,7 @@ def safe_root(square):
 
 def largest(c):
     """The largest activation, float32 at least: `[..., r]` -> `[...]`."""
-    return c.max(axis=-1).astype(jnp.promote_types(c.dtype, jnp.float32))
+    return c.astype(jnp.promote_types(c.dtype, jnp.float32)).max(axis=-1)
 
 
 def rectified_norms(c):
@@ -149,7 +151,7 @@ def rectified_norms(c):
 
 def scaled_norms(c, weights):
     """`a_i ||c_i|| - b_i` with learned a and b: `[..., n, r]` -> `[..., n]`."""
-    return activation_norms(c) * weights["score_scale"] - weights["score_bias"]
+    return activation_norms(c) * weights["score_scale"] - weights["score_shift"]
 
 
 def offset_norms(c, weights):
@@ -166,8 +168,13 @@ LEARNED_SCORES = {"scaled_norm": scaled_norms, "offset_norm": offset_norms}
 
 
 def scores_of_all(score, x, w_score):
-    """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`."""
-    return score(codes_of_all(x, w_score.astype(x.dtype)))
+    """The scores of all experts: `x [T, d]`, `w_score [n, d, r]` of any dtype -> `[T, n]`.
+
+    A single activation in bfloat16 often equals that of another expert, and ties would favour the
+    lower expert. A norm of several hardly ever does.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if score is largest else None
+    return score(codes_of_all(x, w_score.astype(x.dtype), dtype))
 
 
 def norms(x, w_score):

@@ -126,6 +126,8 @@ def check_prunes(model: Model, n_experts, workdir):
             f"experts.score_neurons={e.score_neurons}: merging reorders the neurons of experts, "
             "and the first ones score; use a model with factorised gates or a router"
         )
+    elif e.score != "norm":
+        reason = f"experts.score={e.score!r}: merging is for experts that are scored by norms"
     elif e.large_router:
         reason = (
             "experts.large_router=True: the width of a large router depends on its experts; use a "

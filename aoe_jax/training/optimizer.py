@@ -5,6 +5,7 @@ import optax
 
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.training import TrainConfig
+from aoe_jax.methods import declared_parameters
 
 
 def learning_rate_schedule(config: TrainConfig):
@@ -15,11 +16,13 @@ def learning_rate_schedule(config: TrainConfig):
 
 
 def decayed(params):
-    """Which parameters decay: all but norm scales, biases, thresholds and embedding tables."""
-    others = ("scale", "norm", "bias", "threshold", "embedding")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(others), params
-    )
+    """Which parameters decay, as they are declared: not norm scales, biases, embedding tables."""
+    declared = declared_parameters()
+
+    def decays(path, _):
+        return declared["/".join(key.key for key in path)].decays
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def no_routers(params):

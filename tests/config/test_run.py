@@ -76,6 +76,10 @@ BAD = {
     "experts.d_low=0": ("experts", {"d_low": 0}, "greater than 0"),
     "experts.d_low=-4": ("experts", {"d_low": -4}, "greater than 0"),
     "experts.kind='moe'": ("experts", {"kind": "moe"}, "aoe, router, dense, capacity"),
+    "experts.score_neurons=600": ("experts", {"score_neurons": 600}, "experts.d_ffn=512"),
+    "experts.score_neurons=4": ("experts", {"score_neurons": 4, "kind": "router"}, "kind='aoe'"),
+    "experts.score='max'": ("experts", {"score": "max", "kind": "router"}, "leave it at norm"),
+    "experts.score='length'": ("experts", {"score": "length"}, "norm, max"),
     "experts.d_wide=99": ("experts", {"d_wide": 99, "kind": "router"}, "d_ffn"),
     "experts.round_to=128": ("experts", {"round_to": 128, "kind": "router"}, "d_ffn"),
     "experts.round_to=8": ("experts", {"round_to": 8, "d_wide": 64}, "Eq. 5"),
@@ -207,6 +211,15 @@ BAD_ROUTING = {
     "experts.score_gradient='sparse'": (
         router("top_k", norm_topk_prob=False) | {"experts": {"score_gradient": "sparse"}},
         "use 'dense'",
+    ),
+    "experts.score_neurons=16": (
+        {"experts": {"score_neurons": 16, "d_ffn": 32}, "mesh": {"tensor": 4}},
+        "experts.d_ffn / mesh.tensor = 8",
+    ),
+    "experts.score='max'": (router("dynmoe") | {"experts": {"score": "max"}}, "use 'norm'"),
+    "train.scoring_rate=0.3": (
+        {"experts": {"kind": "uoe"}, "train": {"scoring_rate": 0.3}},
+        "experts.kind='uoe'; leave it at 1",
     ),
     "routing.aux_weight=-1.0": (router("gshard", aux_weight=-1.0), "at least 0"),
     "routing.reduce='sum'": (router("da_moe", reduce="sum"), "mean, max"),

@@ -39,7 +39,7 @@ SCORES = {
     "relu_norm": lambda c: reference.l2_norm(jnp.where(c > 0, c, 0)) * 2**0.5,
 }
 LEARNED_SCORES = {
-    "scaled_norm": lambda c, p, i: reference.l2_norm(c) * p["score_scale"][i] - p["score_bias"][i],
+    "scaled_norm": lambda c, p, i: reference.l2_norm(c) * p["score_scale"][i] - p["score_shift"][i],
     "offset_norm": lambda c, p, i: reference.l2_norm(c + p["score_offset"][i]),
 }
 

@@ -368,6 +368,10 @@ def test_accumulation_weighs_every_target_alike():
     np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-4)
 
 
+def of_experts(**weights):
+    return {"layers": {"experts": weights}}
+
+
 def test_optimiser_is_the_papers():
     """Clip by global norm, then Adam with betas (0.9, 0.95) and decoupled decay on matrices only,
     by hand.
@@ -376,18 +380,18 @@ def test_optimiser_is_the_papers():
         steps=10, warmup=0.0, learning_rate=0.1, final_learning_rate=0.01, weight_decay=0.5
     )
     params = {
-        "kernel": jnp.array([[3.0, -2.0]]),
-        "norm": {"scale": jnp.array([1.0])},
-        "embedding": jnp.array([[4.0]]),
+        **of_experts(w_up=jnp.array([[3.0, -2.0]])),
+        "final_norm": {"scale": jnp.array([1.0])},
+        "embed": {"embedding": jnp.array([[4.0]])},
     }
     grads = {
-        "kernel": jnp.array([[3.0, 4.0]]),
-        "norm": {"scale": jnp.array([12.0])},
-        "embedding": jnp.array([[0.0]]),
+        **of_experts(w_up=jnp.array([[3.0, 4.0]])),
+        "final_norm": {"scale": jnp.array([12.0])},
+        "embed": {"embedding": jnp.array([[0.0]])},
     }
     optimizer = make_optimizer(config, ExpertsConfig())
     state, m, v = optimizer.init(params), 0.0, 0.0
-    kernel, want = params["kernel"], np.array([[3.0, -2.0]])
+    want = np.array([[3.0, -2.0]])
     for t in (1, 2):
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -395,9 +399,9 @@ def test_optimiser_is_the_papers():
         m, v = 0.9 * m + 0.1 * clipped, 0.95 * v + 0.05 * clipped**2
         rate = float(learning_rate_schedule(config)(t - 1))
         want = want - rate * ((m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + 0.5 * want)
-    np.testing.assert_allclose(params["kernel"], want, rtol=1e-5)
-    np.testing.assert_allclose(params["embedding"], [[4.0]])  # no gradient, no decay
-    assert not np.allclose(params["kernel"], kernel)
+    np.testing.assert_allclose(params["layers"]["experts"]["w_up"], want, rtol=1e-5)
+    np.testing.assert_allclose(params["embed"]["embedding"], [[4.0]])  # no gradient, no decay
+    assert not np.allclose(want, [[3.0, -2.0]])
 
 
 def test_routers_alone_in_the_first_steps():
@@ -425,13 +429,14 @@ def test_what_scores_has_a_learning_rate_of_its_own(variant):
     experts = ExpertsConfig(kind, score_neurons=2 if variant == "whole" else None)
     scored = {"aoe": "w_gate_down", "whole": "w_gate", "moe": "w_router"}[variant]
     names = ("w_gate_down", "w_gate", "w_router", "w_up")
-    params = {name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names}
+    params = of_experts(**{name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names})
     config = TrainConfig(warmup=0.0, weight_decay=0.5)
     faster = dataclasses.replace(config, scoring_rate=3.0)
 
     def updates_of(config):
         optimizer = make_optimizer(config, experts)
-        return optimizer.update(params, optimizer.init(params), params)[0]
+        updates = optimizer.update(params, optimizer.init(params), params)[0]
+        return updates["layers"]["experts"]
 
     usual, got = updates_of(config), updates_of(faster)
     for name in names:
@@ -449,7 +454,7 @@ def tree_at(tree, path):
 
 def test_without_router_steps_the_optimiser_is_as_ever():
     """So that checkpoints of runs before there was such a setting can be read."""
-    config, params = TrainConfig(), {"w_router": jnp.ones((2, 2))}
+    config, params = TrainConfig(), of_experts(w_router=jnp.ones((2, 2)))
     adam = optax.adamw(learning_rate_schedule(config), mask=decayed)
     as_ever = optax.chain(optax.clip_by_global_norm(1.0), adam).init(params)
     assert jax.tree.structure(

@@ -92,8 +92,8 @@ class Devices:
         axes = tuple(axis for axis in axes if self.size(axis) > 1)
         return jax.lax.psum(x, axes) if axes else x
 
-    def of_first(self, x, axis):
-        """The `x` of the first device along a mesh axis, on all devices along it."""
+    def from_first(self, x, axis):
+        """Broadcasts the `x` of the first device along a mesh axis to all devices along it."""
         if self.size(axis) == 1:
             return x
         return jax.lax.psum(jnp.where(jax.lax.axis_index(axis) == 0, x, 0), axis)
