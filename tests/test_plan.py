@@ -18,9 +18,9 @@ from aoe_jax.communication import collectives, each_collective
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config, default_config
 from aoe_jax.counts import training_flops_per_token
+from aoe_jax.hardware import topology_devices
 from aoe_jax.plan import candidates, plan, train_step_for
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
-from aoe_jax.topology import topology_devices
 from tests.runs import finish, scratch, start
 
 

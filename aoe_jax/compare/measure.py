@@ -28,11 +28,11 @@ from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
-from aoe_jax.topology import topology_devices
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
 

@@ -15,10 +15,10 @@ from aoe_jax import cli
 from aoe_jax.compare.statistics import markdown_table
 from aoe_jax.compare.suite import Suite, load_suite, one_of
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
-from aoe_jax.topology import topology_devices
 
 log = logging.getLogger("aoe_jax.compare.plan")  # __name__ is __main__ on the command line
 

@@ -35,9 +35,8 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, count_chips, slice_shape
+from aoe_jax.hardware import CHIPS, compiling_for, count_chips, slice_shape
 from aoe_jax.hlo import compile_and_read
-from aoe_jax.topology import compiling_for
 from aoe_jax.training.step import init_state, make_train_step, training_loss
 
 log = logging.getLogger(__name__)
