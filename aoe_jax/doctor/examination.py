@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels, speed
@@ -142,12 +143,12 @@ def check_kernels(config, models, mesh, backends, say):
       UserError: a backend does not take the platform, a dtype or a width.
     """
     attention, *grouped = backends
-    cases = kernels.attention_cases(config, mesh, attention["backend"])
-    cases += [kernels.grouped_case(config, mesh, b["backend"], b["shape"]) for b in grouped]
+    cases = kernels.attention_cases(config, attention["backend"])
+    cases += [kernels.grouped_case(config, b["backend"], b["shape"]) for b in grouped]
     cases += [
-        kernels.layer_case(c, mesh, MODELS[c.experts.kind])
+        kernels.layer_case(c, MODELS[c.experts.kind])
         for c in models.values()
-        if c.experts.kind in MODELS and not (c.experts.factorised_gate or c.experts.large_router)
+        if kernels.has_reference(c.experts)
     ]
     found = []
     for case in cases:
@@ -180,7 +181,7 @@ def measure(config, mesh, backends, say):
       measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
     """
     attention, *grouped = backends
-    row, found = speed.in_a_row(mesh), {}
+    row, found = Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1]), {}
     works = speed.peaks(config, row) + speed.attention(config, attention["backend"])
     own = kernels.expert_shapes(config).values()
     for b in (b for b in grouped if b["shape"] in own):
