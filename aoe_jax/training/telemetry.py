@@ -198,10 +198,10 @@ class Telemetry:
 
     def _draw_load(self, step, result):
         # matplotlib takes half a second to import.
-        from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics
+        from aoe_jax.evaluation.load import draw_loads, load_statistics
 
         title = f"{self._config.experts.kind}, validation, step {step}"
-        figure = draw_load_heatmap(load_statistics(result.stats), title)
+        figure = draw_loads({title: load_statistics(result.stats)})
         self._tensorboard.draw(step, "experts/load", figure)
 
     def _write(self, *figures):
