@@ -115,6 +115,9 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
     "NVIDIA GH200 144G HBM3e": 989e12,
 }
 
+_PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
+
 
 def target_device():
     """The device that programs are traced for here: that of the mesh in context, else the first of
@@ -153,8 +156,7 @@ def published_figures(devices):
 
 def machine():
     """The devices, and the versions and settings that figures depend on, by name."""
-    packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-    versions = {name: _version(name) for name in packages}
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

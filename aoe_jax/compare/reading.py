@@ -1,6 +1,5 @@
 """Reads the results of a suite from the directories of its runs, as DataFrames."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from aoe_jax.compare.results import (
 from aoe_jax.compare.runs import folder_of, is_finished
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.json_files import read_json
+from aoe_jax.json_files import read_json, read_metrics
 
 COST_COLUMNS = [
     "sweep",
@@ -68,7 +67,9 @@ def _read_run(run, folder, seconds):
     if finished:
         state = "finished" if math.isfinite(nll) else "diverged"
     log = beside(folder, ".log")
-    lines = _read_lines(folder / "metrics.jsonl")
+    columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
+    lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
+    lines = lines.reindex(columns=columns).astype(float)
     train, validation = (lines[lines[name].notna()] for name in ("loss", "validation_nll"))
     own_seconds = run.config.tokens_per_step / train["tokens_per_second"].median()
     shares = lines["dropped_share"].dropna()
@@ -114,17 +115,6 @@ def row_of(run: Run, seconds_per_step, report, **columns):
         **_routing_figures(report),
         **columns,
     }
-
-
-def _read_lines(path):
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line of a killed run may be cut off
-            continue
-    columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
-    return pd.DataFrame(found).reindex(columns=columns).astype(float)
 
 
 def curve_of(row, split, step, nll):

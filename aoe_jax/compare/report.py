@@ -15,7 +15,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
-from aoe_jax.compare.jobs import PACKAGES, beside
+from aoe_jax.compare.jobs import beside
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import COST_COLUMNS, read_costs, read_results
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
@@ -24,6 +24,7 @@ from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, 
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
+from aoe_jax.hardware import PACKAGES
 from aoe_jax.json_files import read_json
 
 BALANCED_BY = {  # methods that balance load, or couple router and experts, by themselves
@@ -170,9 +171,9 @@ def to_html(markdown, svgs, title):
 def _in_words(machine):
     is_cpu = machine["backend"] == "cpu"
     place = f"{machine['cores']} cores" if is_cpu else f"{machine['devices']} devices"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
+    versions = (f"{name} {machine[name]}" for name in ("python", *PACKAGES) if name in machine)
     commit = f"; aoe_jax at {machine['commit']}" if machine.get("commit") else ""
-    return f"{machine['device']}, {place}; {versions}{commit}"
+    return f"{machine['device']}, {place}; {', '.join(versions)}{commit}"
 
 
 def states(r: Results):
