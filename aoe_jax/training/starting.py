@@ -40,12 +40,13 @@ def _refused(config, why):
     return UserError(f"config.train.init_from={config.train.init_from!r}: {why}")
 
 
-def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
+def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
     """The first state: float32 parameters and routing state of a model, the rest new.
 
     Args:
       config: the run, after `check_start`; `train.init_from` is the model's directory.
-      mesh, shardings: of the run and of its state.
+      mesh: of the run.
+      like: the shapes of its state with their shardings.
       tokenizer: the tokenizer's file of its corpora.
 
     Raises:
@@ -59,6 +60,7 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
         problem = e
     if not all_agree(problem is None):
         raise _refused(config, problem or "another process can't start from it") from problem
+    shardings = jax.tree.map(lambda a: a.sharding, like)
     state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
     return state(params, routing_state)
 
