@@ -34,11 +34,16 @@ def exclusive(lock_file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, flag: str) -> Iterator[None]:
-    """Lock a folder itself, without a file in it.
+    """Make a folder if there is none, and lock it itself, without a file in it.
 
     Raises:
-        UserError: another process holds the lock; names the `flag` that gave the folder.
+        UserError: it can't be made, or another process holds the lock; names the `flag` that gave
+            the folder.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={folder} can't be written: {error.strerror}") from error
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.ExitStack() as held:
         held.callback(os.close, descriptor)

@@ -51,9 +51,7 @@ def main():
     from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report
     from aoe_jax.compare.runs import train_suite
-    from aoe_jax.training.workdir import make_workdir
 
-    make_workdir(workdir)
     with alone_in(workdir, "workdir"):
         if not _REPORT.value:
             machine = Machine.here(workdir, _JOBS.value, stop)

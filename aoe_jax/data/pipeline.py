@@ -8,6 +8,7 @@ from typing import SupportsIndex
 import grain
 import numpy as np
 
+from aoe_jax.config.checks import require
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 
@@ -25,11 +26,9 @@ class PackedWindows:
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
         """Raises `UserError` if the stream is shorter than one window."""
-        if len(store) < seq_len + 1:
-            raise UserError(
-                f"data.seq_len={seq_len}: the {store.split} split of {store.manifest['corpus']} "
-                f"has {len(store)} tokens; give a shorter seq_len or a larger corpus"
-            )
+        wanted = f"has {len(store)} tokens; give a shorter seq_len or a larger corpus"
+        found = f"the {store.split} split of {store.manifest['corpus']} {wanted}"
+        require(len(store) > seq_len, "data.seq_len", seq_len, found)
         self._store, self._seq_len, self._loss_mask = store, seq_len, loss_mask
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.telemetry import Telemetry
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
+from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,6 @@ class _Run:
         if not self.is_main:
             return
         if not self.locked:  # it did not exist; another process may have made it meanwhile
-            make_workdir(self.workdir)
             self.held.enter_context(alone_in(self.workdir, "workdir"))
             if (self.workdir / "config.json").exists():
                 raise UserError(
