@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aoe_jax
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.locking import alone_in
@@ -241,14 +242,12 @@ def slots_of(machine, n_jobs):
         return [Slot(cores[i % len(cores)]) for i in range(n_jobs or len(cores))]
     if (n_jobs or 1) == 1:
         return [Slot()]
-    if machine["backend"] != "gpu":
-        wanted = f"on {machine['backend']} a run takes all devices; leave it at 1"
-        raise UserError(f"--jobs={n_jobs}: {wanted}")
+    wanted = f"on {machine['backend']} a run takes all devices; leave it at 1"
+    require_flag(machine["backend"] == "gpu", "jobs", n_jobs, wanted)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
-    if len(devices) % n_jobs:
-        wanted = f"must divide the {len(devices)} GPUs, which runs share out"
-        raise UserError(f"--jobs={n_jobs}: {wanted}")
+    wanted = f"must divide the {len(devices)} GPUs, which runs share out"
+    require_flag(len(devices) % n_jobs == 0, "jobs", n_jobs, wanted)
     share = len(devices) // n_jobs
     starts = range(0, len(devices), share)
     return [

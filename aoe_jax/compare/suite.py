@@ -15,6 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
@@ -359,17 +360,16 @@ def load_suite(path: Path, settings=()) -> Suite:
       UserError: the file cannot be read, has no suite, or the suite or a setting is invalid.
     """
     suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
-    if not isinstance(suite, Suite):
-        wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
-        raise UserError(f"--suite={path}: {wanted}")
+    wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
+    require_flag(isinstance(suite, Suite), "suite", path, wanted)
     for setting in settings:
         name, equals, text = setting.partition("=")
         group, _, field_name = name.partition(".")
-        if not (equals and field_name):
-            wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
-            raise UserError(f"--set={setting}: {wanted}")
-        if name == "train.seed" or (name == "train.learning_rate" and suite.tuning):
-            raise UserError(f"--set={setting}: the suite sets it for each run; change the suite")
+        wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
+        require_flag(equals and field_name, "set", setting, wanted)
+        is_set = name == "train.seed" or (name == "train.learning_rate" and suite.tuning)
+        wanted = "the suite sets it for each run; change the suite"
+        require_flag(not is_set, "set", setting, wanted)
         try:
             value = json.loads(text)
         except ValueError:

@@ -12,11 +12,10 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import computed_fields, is_choice
+from aoe_jax.formats.configs import computed_fields, differences, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.training.step import TrainState, first_state
-from aoe_jax.training.workdir import differences
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
+from aoe_jax.formats.configs import differences
 from aoe_jax.json_files import read_json, write_json
 
 # Groups and fields that may change when a run continues: they don't affect what it computes, but
@@ -34,15 +35,6 @@ def _fixed(config):
         for group, values in groups.items()
         for name, value in values.items()
         if not {group, f"{group}.{name}"} & FREE
-    }
-
-
-def differences(there, here):
-    """A sentence for each field whose values differ in two configurations `{field: value}`."""
-    return {
-        name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
     }
 
 
