@@ -53,26 +53,18 @@ def test_steps_hold_for_equal_configurations(tmp_path):
             write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
     file, seconds = measured_file(tmp_path, "a"), {"moe": 0.1, "aoe": 0.2}
     file.parent.mkdir()
-    write_json(
-        file,
-        {"trained": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds},
-    )
+    configs = {arm: config.to_dict() for arm, config in timed.items()}
+    point = {"value": "a", "configs": configs}
+    point["figures"] = {arm: {"seconds": value} for arm, value in seconds.items()}
+    write_json(file, {"points": [point]})
     assert step_seconds(tmp_path, runs, "a") == seconds
-    found = read_json(file)
-    for groups in found["trained"].values():
+    for groups in configs.values():
         del groups["experts"]["round_to"]
-    write_json(file, found)
+    write_json(file, {"points": [point]})
     assert step_seconds(tmp_path, runs, "a") == seconds
     assert measured_anew(tmp_path, runs) == set()
-    write_json(
-        file,
-        found
-        | {
-            "trained": {"moe": found["trained"]["moe"]},
-            "seconds": {"moe": 0.1},
-            "failed": {"aoe": ""},
-        },
-    )
+    del point["figures"]["aoe"]
+    write_json(file, {"points": [point]})
     assert step_seconds(tmp_path, runs, "a") == {"moe": 0.1}
     assert measured_anew(tmp_path, runs) == {"moe", "aoe"}  # in turn, so both
     others = [
@@ -88,7 +80,8 @@ def measured_anew(workdir, runs):
     assert [job.name for job in measure_jobs(suite, runs, workdir, in_turn=True)] == [
         "measuring a"
     ]  # routing is missing
-    return read_json(beside(measured_file(workdir, "a"), ".todo.json"))["steps"].keys()
+    points = read_json(beside(measured_file(workdir, "a"), ".todo.json"))["points"]
+    return {arm for point in points for arm in point["configs"]}
 
 
 def decayed(run):
