@@ -22,20 +22,6 @@ from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.json_files import read_json, read_metrics
 
-COST_COLUMNS = [
-    "sweep",
-    "setting",
-    "x",
-    "arm",
-    "tokens_per_step",
-    "seconds_per_step",
-    "tokens_per_second",
-    "speed_to_baseline",
-    "flops_per_step",
-    "memory_bytes",  # of a device: state and temporaries; None for absent machines
-    "received_bytes",  # by a chip; None for this machine
-]
-
 
 def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
     """Reads the `Results` of runs, finished or not, from their directories."""
@@ -148,20 +134,24 @@ def _routing_figures(report):
 
 
 def read_costs(suite: Suite, workdir: Path):
-    """Returns a frame of all sweeps, with a row for each measured arm and value.
+    """Returns a frame of each measured sweep by name, with a row for each arm and value.
 
-    The columns are COST_COLUMNS and `config`. Arms are in the order of the suite.
+    The columns are those of `throughput.csv`, and `config`. Arms are in the order of the suite.
+    `memory_bytes` of a device, state and temporaries, is None for absent machines, and
+    `received_bytes` of a chip is None for this machine.
     """
-    rows = []
+    found = {}
     for name, sweep in suite.throughput.items():
         points = [point for point in measured_points(suite, workdir, name) if point[2]]
-        for arm in suite.arms:
-            rows += [
-                _cost(name, sweep, arm, suite.baseline, configs, figures)
-                for _, configs, figures in points
-                if arm in figures
-            ]
-    return pd.DataFrame(rows, columns=[*COST_COLUMNS, "config"])
+        rows = [
+            _cost(name, sweep, arm, suite.baseline, configs, figures)
+            for arm in suite.arms
+            for _, configs, figures in points
+            if arm in figures
+        ]
+        if rows:
+            found[name] = pd.DataFrame(rows)
+    return found
 
 
 def _cost(name, sweep, arm, baseline, configs, figures):

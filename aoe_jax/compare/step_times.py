@@ -75,11 +75,11 @@ class RepeatedStep:
         return metrics
 
 
-def seconds_in_turn(steps: Mapping[str, Callable]):
+def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
     """Returns the median seconds of several steps, functions without arguments, by name."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, step in steps.items():
             for number in range(STEPS):
                 started = clock()

@@ -64,7 +64,7 @@ class Settings:
             require_flag(0 < value < 0.5, name, value, f"{wanted}, above 0")
         size, wanted = self.bpe_size, "give bpe:N, N tokens, at least 257; or a tokenizer's file"
         is_size = size is None or (size.isdecimal() and 256 < int(size) < 2**31)
-        require_flag(is_size, "tokenizer", self.tokenizer, wanted)
+        require_flag(is_size, "tokenizer", repr(self.tokenizer), wanted)
 
     @property
     def bpe_size(self) -> str | None:

@@ -101,7 +101,7 @@ def test_machines_that_are_not_here_are_traced(tmp_path):
     del found["points"][0]["configs"]["moe"]["experts"]["round_to"]  # as if that field were new
     write_json(file, found)
     assert missing_points(suite, tmp_path, "it") == []
-    costs = read_costs(suite, tmp_path)
+    costs = read_costs(suite, tmp_path)["it"]
     assert list(costs["x"]) == [4, 8] and list(costs["tokens_per_step"]) == [4 * 64, 8 * 64]
     # FSDP: a chip receives all but its own share of the parameters, twice, and of their gradients.
     received = costs["received_bytes"]
@@ -208,9 +208,9 @@ def test_bounds_are_said_to_be_no_measurement(tmp_path):
     assert "nothing is measured" in text and "bounds, not measured" in text
     assert re.search(r"0\.50 / 2\.00 +\| +0\.25 / 4\.00", text)
     other = dataclasses.replace(suite, base=tiny.get_config("moe"))
-    assert len(read_costs(other, tmp_path))  # the same configurations
+    assert read_costs(other, tmp_path)  # the same configurations
     changed = suite_of(dataclasses.replace(sweep, changes=SMALL))
-    assert read_costs(changed, tmp_path).empty
+    assert read_costs(changed, tmp_path) == {}
     assert load_suite("configs/compare/throughput.py").throughput.keys() == {
         "experts",
         "chosen",
