@@ -32,6 +32,18 @@ def exclusive(lock_file: Path) -> Iterator[None]:
         yield
 
 
+def make_folder(folder: Path, flag: str):
+    """Make a folder if there is none.
+
+    Raises:
+        UserError: it can't be made; names the `flag` that gave it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={folder} can't be written: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path, flag: str) -> Iterator[None]:
     """Make a folder if there is none, and lock it itself, without a file in it.
@@ -40,10 +52,7 @@ def alone_in(folder: Path, flag: str) -> Iterator[None]:
         UserError: it can't be made, or another process holds the lock; names the `flag` that gave
             the folder.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--{flag}={folder} can't be written: {error.strerror}") from error
+    make_folder(folder, flag)
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.ExitStack() as held:
         held.callback(os.close, descriptor)

@@ -25,9 +25,9 @@ from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 from aoe_jax.evaluation.run import TextTokens, check_split, read_text
 from aoe_jax.json_files import write_json
+from aoe_jax.locking import make_folder
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.parameters import EXPERTS
-from aoe_jax.training.workdir import make_workdir
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def probe_checkpoint(
         `run.read_text` and `tasks.load_tasks` raise.
     """
     check_split(split)
-    make_workdir(output)
+    make_folder(output, "output")
     score_tasks = _task_scorer(tasks, limit, split=split, **settings)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)

@@ -264,7 +264,7 @@ class _Run:
         """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
         every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
-        saving = not last and self.checkpoints.due(self.step)
+        saving = not last and self.step % self.config.checkpoint.every == 0
         self.progress.validated = not validating
         if validating or saving:
             self._report()

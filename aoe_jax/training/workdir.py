@@ -1,6 +1,5 @@
 """The directory of a run: which configuration and data it belongs to."""
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -67,29 +66,17 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
         )
 
 
-@contextlib.contextmanager
-def _written(workdir):
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
-
-
-def make_workdir(workdir: Path):
-    """Makes the directory if it does not exist; raises `UserError` if that fails."""
-    with _written(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-
-
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks.
 
     Raises `UserError` if the directory can't be written.
     """
-    with _written(workdir):
+    try:
         shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
         write_json(workdir / "data.json", {"token_stores": corpus.identities})
         write_json(workdir / "config.json", config.to_dict())
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
 
 
 def read_run_config(path: Path) -> Config:
