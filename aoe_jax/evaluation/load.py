@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from tabulate import tabulate
 
-from aoe_jax.load_figures import dead_experts, load_entropy, load_spread
+from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.moe.balance import LayerStats
 
 MAX_NUMBERS = 16  # experts whose shares a picture writes as numbers
@@ -28,19 +28,20 @@ def load_statistics(stats: LayerStats):
       beyond it; experts that are added and removed have `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
+    figures = figures_of_layers(load, live)
     statistics = {
         "load": load.tolist(),
-        "load_entropy": np.asarray(load_entropy(load)).tolist(),
+        "load_entropy": figures["load_entropy"].tolist(),
         "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
         "mean_score": np.asarray(stats.mean_score).tolist(),
         "load_spread": float(load_spread(load, live)),
         "experts_per_token": float(load.sum(axis=-1).mean()),
-        "dead_experts": int(dead_experts(load, live).sum()),
+        "dead_experts": int(figures["dead_experts"].sum()),
     }
     if stats.dropped_share is not None:
         statistics["dropped_share"] = np.asarray(stats.dropped_share).tolist()
     if live is not None:
-        statistics["live_experts"] = (np.asarray(live) > 0).sum(axis=-1).tolist()
+        statistics["live_experts"] = figures["live_experts"].tolist()
     return statistics
 
 
