@@ -71,27 +71,24 @@ def pairs(runs: pd.DataFrame, arms):
     for arm in arms:
         wanted = f"{arm} has finished no run there; choose one of {', '.join(known)}"
         require_flag(arm in known, "arms", given, wanted)
-    rows, before = [], np.full((len(NUMBERS), 2), np.nan)
-    for size, of_size in runs.groupby("size", sort=False):
-        of_arms = [of_size[of_size["arm"] == arm].set_index("seed") for arm in arms]
-        both = of_arms[0].index.intersection(of_arms[1].index)
-        if both.empty:
-            continue
-        first, second = (of_arm["validation_nll"][both] for of_arm in of_arms)
-        now = np.array([of_arm.loc[both, NUMBERS].mean() for of_arm in of_arms]).T
-        parameters, flops, nll = np.log(now / before)
-        same = (parameters == 0) | (np.abs(flops) < np.log(EQUAL_FLOPS))
+    wide = (
+        runs[runs["arm"].isin(arms)]
+        .pivot(index=["size", "seed"], columns="arm", values=NUMBERS)
+        .dropna()
+    )
+    require_flag(len(wide), "arms", given, "no size and seed has both")
+    sizes = [size for size in runs["size"].unique() if size in wide.index]
+    steps = np.log(wide.groupby("size").mean().loc[sizes]).diff()
+    parameters, flops, nll = (steps[name][arms] for name in NUMBERS)
+    same = (parameters == 0) | (flops.abs() < np.log(EQUAL_FLOPS))
+    exponents = -nll.div(parameters).mask(same)  # a of nll ~ parameters ** -a
+    rows = []
+    for size in sizes:
+        first, second = (wide["validation_nll"].loc[size][arm] for arm in arms)
+        nlls, own = (mean(first), mean(second)), exponents.loc[size].to_numpy()
         rows.append(
-            {
-                "size": size,
-                "nlls": (mean(first), mean(second)),
-                "difference": mean(first - second),
-                # a of nll ~ parameters ** -a
-                "exponents": np.where(same, np.nan, -nll / np.where(same, 1, parameters)),
-            }
+            {"size": size, "nlls": nlls, "difference": mean(first - second), "exponents": own}
         )
-        before = now
-    require_flag(rows, "arms", given, "no size and seed has both")
     return pd.DataFrame(rows)
 
 
