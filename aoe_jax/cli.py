@@ -27,34 +27,24 @@ _TYPES = {
 }
 
 
-class _TupleParser(flags.ArgumentParser):
+class _FieldParser(flags.ArgumentParser):
+    """Parses values of a field of one kind, or None where `has_none`."""
+
+    def __init__(self, kind, has_none):
+        self.kind, self.has_none = kind, has_none
+
     def parse(self, argument):
+        if self.has_none and argument == "None":
+            return None
+        if self.kind is not tuple:
+            return self.kind(argument)
         try:
             return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
         except SyntaxError as e:
             raise ValueError(e) from e
 
     def flag_type(self):
-        return "tuple"
-
-
-class _OrNone(flags.ArgumentParser):
-    def __init__(self, parser):
-        self._parser = parser
-
-    def parse(self, argument):
-        return None if argument == "None" else self._parser.parse(argument)
-
-    def flag_type(self):
-        return self._parser.flag_type()
-
-
-_PARSERS = {
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-    str: flags.ArgumentParser(),
-    tuple: _TupleParser(),
-}
+        return self.kind.__name__
 
 
 def define_config_flag():
@@ -67,8 +57,7 @@ def define_config_flag():
             if kind is bool:
                 flags.DEFINE_bool(name, None, "")
             else:
-                parser = _OrNone(_PARSERS[kind]) if type(None) in others else _PARSERS[kind]
-                flags.DEFINE(parser, name, None, "")
+                flags.DEFINE(_FieldParser(kind, type(None) in others), name, None, "")
     about = "FILE.py or FILE.py:VARIANT, changed by --config.GROUP.FIELD=VALUE"
     return flags.DEFINE_string("config", None, about)
 
@@ -225,7 +214,7 @@ def _flag_mistake(error):
         if kind in _TYPES:
             lowest = getattr(FLAGS[name].parser, "lower_bound", None)
             bound = "" if lowest is None else f", {lowest} or greater"
-            none = " or None" if isinstance(FLAGS[name].parser, _OrNone) else ""
+            none = " or None" if getattr(FLAGS[name].parser, "has_none", False) else ""
             return f"--{name}={value}: must be {_TYPES[kind]}{bound}{none}"
     return text[:400]
 
