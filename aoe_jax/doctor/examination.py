@@ -128,13 +128,7 @@ def _why_plain(device, has_kernels, check):
 
 
 def check_kernels(config, models, mesh, backends, say):
-    """Checks attention, the grouped products and the layers of all models.
-
-    Args:
-      config, models: of `steps.fitted` and `steps.twins`.
-      mesh: in context.
-      backends: of `choose_backends`.
-      say: is called with a line for each check.
+    """Checks attention, the grouped products and the layers of all models on the mesh in context.
 
     Returns:
       A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
@@ -174,7 +168,7 @@ def _in_words(result):
 
 
 def measure(config, mesh, backends, say):
-    """Measures what `speed` has, on a mesh in no context; see `check_kernels` for the arguments.
+    """Measures what `speed` has, on a mesh in no context.
 
     Returns:
       Figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of the

@@ -188,13 +188,10 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """What a step likely takes, from its optimised HLO.
+    """What a step likely takes, from its optimised HLO, the text of `hlo.compile_and_read`.
 
-    Args:
-      text: of `hlo.compile_and_read`.
-      chip: a `hardware.Chip`, or the part of it that a device is.
-      shape: chips along each dimension of the slice.
-      kernel_costs: see `costs.Program`.
+    `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
+    the slice.
 
     Returns:
       dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device. `seconds_at_peaks` is

@@ -42,11 +42,8 @@ def _refused(config, why):
 def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
     """The first state: float32 parameters and routing state of a model, the rest new.
 
-    Args:
-      config: the run, after `check_start`; `train.init_from` is the model's directory.
-      mesh: of the run.
-      like: the shapes of its state with their shardings.
-      tokenizer: the tokenizer's file of its corpora.
+    `config` has passed `check_start`, `like` has the shapes of the state with their shardings, and
+    `tokenizer` is the file of the corpora's tokenizer.
 
     Raises:
       UserError: in every process if in one: the model can't be read, has another tokenizer, or has

@@ -71,14 +71,10 @@ class Telemetry:
     def __init__(
         self, workdir: Path, config: Config, start_step, validated=True, wandb=None, writes=True
     ):
-        """Opens the files of a run that continues from `start_step`.
+        """Opens the files of a run that continues after `start_step` updates.
 
-        Args:
-          workdir, config: of the run.
-          start_step: number of updates that are done.
-          validated: whether the validation of that step is done.
-          wandb: a project of Weights & Biases, or None; see `Wandb`.
-          writes: False in all processes but the first.
+        `validated` says whether the validation of that step is done, `wandb` is a project of
+        Weights & Biases or None, and `writes` is False in all processes but the first.
         """
         self._writers = []
         if writes:
