@@ -177,14 +177,11 @@ def _version(package):
 
 
 def topology_devices(topology, n_slices=1):
-    """Devices to compile for. This process runs its own programs on CPU from then on.
+    """Returns `(generation, devices)` to compile for; this process runs its own programs on CPU
+    from then on.
 
-    Args:
-      topology: a generation and a shape, such as "v5e:16x16" or "h100:8".
-      n_slices: number of slices, or of nodes.
-
-    Returns:
-      `(generation, devices)`.
+    `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
+    of a node, such as "h100:8".
 
     Raises:
       UserError: an unknown name or shape, or a compiler that isn't installed.

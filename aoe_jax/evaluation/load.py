@@ -15,10 +15,7 @@ MAX_NUMBERS = 16  # experts whose shares a picture writes as numbers
 
 
 def load_statistics(stats: LayerStats):
-    """The statistics of every layer as JSON values.
-
-    Args:
-      stats: stacked over layers, mean over tokens.
+    """The statistics of every layer as JSON values; `stats` are stacked over layers.
 
     Returns:
       A dictionary: `load` `[L][n]` (fraction of the tokens that choose each expert),

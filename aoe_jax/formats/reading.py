@@ -173,13 +173,8 @@ class ModelReader:
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     """Reads the parameters of a model, each device's piece by itself.
 
-    The host holds one piece at a time: one parameter of all layers on one device.
-
-    Args:
-      directory: with `config.json` and safetensors files.
-      config: of the model, such as `read_config` returns it, with the mesh `mesh`.
-      mesh: the devices that share the parameters, split as they are declared.
-      dtype: of the parameters; None: that of the files.
+    The host holds one piece at a time: one parameter of all layers on one device. `config` is the
+    model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
 
     Returns:
       `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.

@@ -23,21 +23,8 @@ from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
 
-# The keys of a line that are measured: two runs of the same steps differ in these only.
-MEASURED_KEYS = {
-    "tokens_per_second",
-    "tokens_per_second_per_device",
-    "flops_per_second_per_device",  # useful ones, see `counts.training_flops_per_token`
-    "mfu",
-    "input_seconds",
-    "checkpoint_seconds",
-    "compute_seconds",
-    "validation_seconds",
-    "host_memory_bytes",
-    "host_memory_peak_bytes",
-    "device_memory_bytes",
-    "device_memory_peak_bytes",
-}
+# Ends of the names of figures that are measured: two runs of the same steps differ in these only.
+MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu")
 _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
 
 
