@@ -156,24 +156,16 @@ def published_figures(devices):
 
 def machine():
     """The devices, and the versions and settings that figures depend on, by name."""
-    versions = {name: _version(name) for name in PACKAGES}
+    installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: version for name, version in versions.items() if version},
+        **{name: installed[name] for name in PACKAGES if name in installed},
         "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
     }
-
-
-def _version(package):
-    """The version of an installed package, else None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def topology_devices(topology, n_slices=1):

@@ -102,7 +102,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.prefix = example.ids[: sum(is_prefix)]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer`."""
         if not self._tiktoken:
             return self._encode_by_tokenizers(texts)
         if self._threads == 1:
@@ -111,7 +110,6 @@ class HuggingFaceTokenizer(Tokenizer):
             return list(pool.map(self._encode_by_tiktoken, texts))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer`."""
         return self._tokenizer.decode(tokens)
 
     def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -158,12 +156,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.prefix = []
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer`."""
         encoded = self._processor.encode(list(texts), num_threads=self._threads)
         return [np.array(ids, np.uint32) for ids in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer`."""
         tokens = [int(token) for token in tokens]
         return self._processor.decode([t for t in tokens if not self._processor.is_control(t)])
 
