@@ -22,6 +22,9 @@ _TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and 
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
 _LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
 _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
+_NEURONS = flags.DEFINE_integer(
+    "score_neurons", None, "also probe this many first neurons of Wg", 1
+)
 _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: --checkpoint")
 
 
@@ -44,6 +47,7 @@ def main():
         n_tokens=_TOKENS.value,
         tasks=_TASKS.value,
         limit=_LIMIT.value,
+        score_neurons=_NEURONS.value,
         fewshot=_FEWSHOT.value,
         data=Path(_DATA.value).expanduser() if _DATA.value else None,
     )

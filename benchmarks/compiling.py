@@ -112,8 +112,8 @@ def unweighted_aux_loss(stats, balance):
     return (stats.load * stats.mean_probability).sum() if balance.has_loss else 0.0
 
 
-def compile_layers(device, config: Config, n_tokens):
-    """Compiles the gradient of `n_layers` scanned layers of experts, in parameters and tokens, for
+def lower_layers(device, config: Config, n_tokens):
+    """Lowers the gradient of `n_layers` scanned layers of experts, in parameters and tokens, for
     one device of a topology.
 
     Each is `x + experts(RMSNorm(x))`, in `model.dtype` over float32 parameters, with `model.remat`
@@ -142,4 +142,4 @@ def compile_layers(device, config: Config, n_tokens):
         lambda a: jax.ShapeDtypeStruct((m.n_layers, *a.shape), a.dtype, sharding=here), params
     )
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss, (0, 1)), out_shardings=here).lower(params, x).compile()
+        return jax.jit(jax.grad(loss, (0, 1)), out_shardings=here).lower(params, x)

@@ -18,7 +18,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
-from benchmarks.compiling import TOPOLOGIES, compile_layers, tpu_devices
+from benchmarks.compiling import TOPOLOGIES, lower_layers, tpu_devices
 from benchmarks.timing import parse_shapes, report
 
 NO_LOSS, EIGHTH = BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.125)
@@ -29,6 +29,7 @@ def arms(n_experts, top_k, d_ffn, d_low):
     shared = {"n_experts": n_experts, "top_k": top_k, "d_ffn": d_ffn, "d_low": d_low}
     return {
         "router": (ExpertsConfig(kind="router", **shared), BalanceConfig()),
+        "AoE, whole gates": (ExpertsConfig(kind="aoe", score_neurons=16, **shared), EIGHTH),
         "AoE, loss-free": (ExpertsConfig(kind="aoe", **shared), NO_LOSS),
         "AoE, L_aux of 1/8": (ExpertsConfig(kind="aoe", **shared), EIGHTH),
         "AoE as published": (
@@ -62,7 +63,7 @@ def main():
                         n_layers=_LAYERS.value, n_heads=1, d_model=_D_MODEL.value, remat=remat
                     )
                     config = Config(model=model, experts=experts, balance=balance)
-                    compiled = compile_layers(device, config, _TOKENS.value)
+                    compiled = lower_layers(device, config, _TOKENS.value).compile()
                     temp[arm, remat] = compiled.memory_analysis().temp_size_in_bytes
                     # The compiler counts the body of a scan once, that is one layer.
                     useful = _TOKENS.value * layer_flops_per_token(config)[1]

@@ -36,8 +36,10 @@ MODELS = {
     },
 }
 RANKS = {"tiny": (3,), "deep": (3,), "sparse": (3, 12)}  # d_model / d_low
-# How AoE is balanced: without a loss, from an eighth of the tokens, and as published.
+# AoE with whole gates; and how the factorised form is balanced: without a loss, from an eighth of
+# the tokens, and as published.
 ARMS = {
+    "whole gates": {"experts": {"score_neurons": 16}, "balance": {"aux_tokens": 0.125}},
     "loss-free": {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}},
     "L_aux of 1/8": {"balance": {"aux_tokens": 0.125}},
     "as published": {"experts": {"score_gradient": "dense"}, "balance": {"aux_tokens": 1.0}},

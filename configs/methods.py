@@ -37,6 +37,7 @@ _SWITCH = _TOP_K | {"norm_topk_prob": False}  # without its capacity, which kind
 
 VARIANTS = {
     **_variants("top_k", _TOP_K, AUX),
+    "whole_gate": ({"kind": "aoe", "score_neurons": 16}, _TOP_K, AUX),
     **_variants("top_p", {"name": "top_p"}, AUX | {"entropy_weight": 1e-4}),
     **_variants("expert_choice", {"name": "expert_choice"}, NO_LOSS),
     **_variants("threshold", _THRESHOLD, NO_LOSS, aoe={"weights": "relative"}),

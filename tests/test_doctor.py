@@ -264,6 +264,14 @@ def test_one_expert_passes(kind):
         assert checked(kernels.layer_case(config, kind), "float32") == {"all experts": True}
 
 
+@pytest.mark.parametrize("score", ["norm", "max"])
+def test_whole_gates_pass(score):
+    config = fitted(small(experts__score_neurons=4, experts__score=score), 1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assert checked(kernels.layer_case(config, "aoe"), "float32") == {"all experts": True}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_infinitely_wrong(value):
     want = jax.random.normal(jax.random.key(0), (2, 200, 4))
@@ -367,6 +375,8 @@ def test_twins_have_equal_parameters():
     moe = Config.from_config_dict(paper.get_config("moe_aux"))
     totals = [parameter_counts(c).total for c in twins(moe).values()]
     assert twins(moe)["moe"] == moe and totals[0] == pytest.approx(totals[1], rel=0.01)
+    whole = Config.from_config_dict(paper.get_config("aoe_whole_aux"))
+    assert twins(whole) == {"aoe": whole, "moe": dataclasses.replace(moe, balance=whole.balance)}
     smear = Config.from_config_dict(methods.get_config("smear"))
     undivided = fitted(small(experts__kind="router", model__d_model=40, mesh__fsdp=4), 4)
     assert twins(smear) == {"smear": smear} and twins(undivided) == {"router": undivided}

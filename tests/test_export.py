@@ -100,6 +100,7 @@ def test_training_starts_from_a_model(tmp_path):
     assert abs(after - before) < 0.1 < drawn - before
 
 
+CONVERT = ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"]
 MISTAKES = {
     "step": (
         [*MODULE, "--workdir={run}", "--output={here}/model", "--step=7"],
@@ -122,13 +123,20 @@ MISTAKES = {
         ["--step=7", f"a single model, of step {STEPS}"],
     ),
     "rank": (
-        ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model", "--d_low=99"],
+        [*CONVERT, "--d_low=99"],
         ["--d_low=99", "below d_model=32"],
     ),
     "no rank": (
-        ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"],
-        ["--d_low is missing"],
+        CONVERT,
+        ["--score_neurons and --d_low: give one of them"],
     ),
+    "neurons and a rank": (
+        [*CONVERT, "--score_neurons=4", "--d_low=8"],
+        ["--score_neurons and --d_low: give one of them"],
+    ),
+    "score of a rank": ([*CONVERT, "--d_low=8", "--score=max"], ["--score=max", "--score_neurons"]),
+    "tokens of a rank": ([*CONVERT, "--d_low=8", "--tokens=9"], ["--tokens=9", "belongs to"]),
+    "score": ([*CONVERT, "--score_neurons=4", "--score=least"], ["norm|max"]),
     "run for a checkpoint": (
         ["-m", "aoe_jax.convert", "--checkpoint={run}", "--output={here}/model", "--d_low=8"],
         ["has no model_type", "aoe_jax.export"],

@@ -63,8 +63,10 @@ def configuration(variant, tied=True):
     config = methods.get_config(variant)
     for group, values in SMALL.items():
         config[group].update(values)
-    if config.experts.kind != "aoe":
+    if config.experts.kind != "aoe" or variant == "whole_gate":
         config.experts.round_to = 1
+    if variant == "whole_gate":
+        config.experts.score_neurons = 4
     config.routing.update(SOONER.get(config.routing.name, {}))
     config.model.tie_embeddings = tied
     config.train.accumulate = 2 if variant.endswith("_router") else 1

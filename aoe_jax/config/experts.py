@@ -7,8 +7,8 @@ from aoe_jax.config.checks import Group, setting
 
 LEARNED_SCORES = ("scaled_norm", "offset_norm")
 SCORES = ("norm", "max", "relu_norm", *LEARNED_SCORES)
-# Fields of one kind of experts, and the value that leaves them out.
-_OF_AOE = {
+# Fields of kind="aoe" alone, and their value for other kinds.
+OF_AOE = {
     "score_gradient": None,
     "score_neurons": None,
     "score": "norm",
@@ -68,7 +68,7 @@ class ExpertsConfig(Group):
         if self.large_router and self.factorised_gate:
             wanted = "is an ablation of its own; set experts.factorised_gate=False"
             self.refuse("large_router", wanted)
-        for field, default in _OF_AOE.items():
+        for field, default in OF_AOE.items():
             if self.kind != "aoe" and getattr(self, field) != default:
                 self.refuse(field, f"is for experts.kind='aoe'; leave it at {default}")
 

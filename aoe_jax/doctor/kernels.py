@@ -29,6 +29,7 @@ from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.moe import reference
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.scoring import SCORES
 from aoe_jax.sharding import MESH_AXES
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
@@ -270,9 +271,9 @@ def grouped_case(config: Config, backend, shape):
 
 
 def has_reference(experts):
-    """Whether experts compute what Algorithm 1 or 2 does, without a variant."""
+    """Whether `layer_case` takes these experts."""
     if experts.kind == "aoe":
-        return experts.low_rank and experts.score == "norm"
+        return experts.score in SCORES and experts.gate_trains_scores
     return experts.kind == "router" and not (experts.factorised_gate or experts.large_router)
 
 
@@ -294,10 +295,10 @@ def layer_case(config: Config, name):
     )
     positions = min(config.data.seq_len // c.tensor, max(LAYER_TOKENS // math.prod(axes), 8))
     x_shape = (math.prod(axes[:3]), positions * c.tensor, d)
-    sizes, is_aoe = experts.sizes(d), experts.kind == "aoe"
-    names = ["w_gate_down", "w_gate_up"] if is_aoe else ["w_router", "w_gate"]
-    names += ["w_up", "w_down"]
-    algorithm = reference.aoe_layer if is_aoe else reference.router_layer
+    sizes, router = experts.sizes(d), ["w_router"] if experts.kind == "router" else []
+    gate = ["w_gate_down", "w_gate_up"] if experts.low_rank else ["w_gate"]
+    names = [*router, *gate, "w_up", "w_down"]
+    of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
 
     def scaled(weights):  # so that they keep the variance of tokens, by a power of two
         return [w.astype(jnp.float32) * 2.0 ** round(-math.log2(w.shape[-2]) / 2) for w in weights]
@@ -307,7 +308,14 @@ def layer_case(config: Config, name):
         return layer.apply({"params": params}, x)[0]
 
     def plain(x, *weights):
-        return algorithm(x.reshape(-1, d), *scaled(weights), top_k=n).reshape(x.shape)
+        tokens, (first, *others) = x.reshape(-1, d), scaled(weights)
+        if router:
+            scores, matrices = tokens @ first, others
+        else:
+            w_score, matrices = first[..., : experts.score_neurons], [first, *others]
+            scores = reference.aoe_scores(tokens, w_score, SCORES[experts.score])
+        y = of_experts(tokens, reference.top_k_weights(scores, n), *matrices)
+        return y.reshape(x.shape)
 
     return Case(
         kernel=f"{name} layer",

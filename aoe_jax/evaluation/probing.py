@@ -18,7 +18,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from aoe_jax.compare.step_times import seconds_in_turn
-from aoe_jax.config.checks import require
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
@@ -27,6 +27,7 @@ from aoe_jax.evaluation.run import TextTokens, check_split, read_text
 from aoe_jax.json_files import write_json
 from aoe_jax.locking import make_folder
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
+from aoe_jax.moe.scoring import SCORES
 from aoe_jax.parameters import EXPERTS
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,16 @@ def by_chance(logits, weights, ctx):
 
 def by_norm(node, norm):
     """The choice by a norm (of `NORMS`) of what experts have computed at a node (of `NODES`)."""
+    return by_activations(NODES[node], NORMS[norm])
+
+
+def by_first_neurons(count, score):
+    """The choice by a score (of `moe.scoring.SCORES`) of the first gate neurons of experts."""
+    return by_activations(lambda x, w: x @ w["w_gate"][:, :count], SCORES[score])
+
+
+def by_activations(activations, score):
+    """The choice by `score(activations(x [T, d], matrices of an expert)) -> [T]`."""
 
     def choose(logits, weights, ctx):
         devices, dtype = ctx.devices, ctx.x.dtype
@@ -74,9 +85,7 @@ def by_norm(node, norm):
             for name in ("w_gate", "w_up", "w_down")
         }
         # One expert after another: all activations would be the largest array of the model.
-        norms = jax.lax.map(
-            lambda w: NORMS[norm](NODES[node](tokens, w).astype(jnp.float32)), whole
-        )
+        norms = jax.lax.map(lambda w: score(activations(tokens, w).astype(jnp.float32)), whole)
         return devices.exchange(norms.T, split=0, concatenate=1)
 
     return choose
@@ -151,6 +160,7 @@ def probe_checkpoint(
     n_tokens=100_000,
     tasks=(),
     limit=None,
+    score_neurons=None,
     **settings,
 ):
     """Probes a model: prints a table, writes `probe.json`.
@@ -172,10 +182,17 @@ def probe_checkpoint(
     score_tasks = _task_scorer(tasks, limit, split=split, **settings)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)
+    probes, width = PROBES, model.config.experts.d_ffn
+    if score_neurons:
+        wanted = f"must be at most the width {width} of an expert"
+        require_flag(score_neurons <= width, "score_neurons", score_neurons, wanted)
+        for score in ("norm", "max"):
+            probe = {(f"x Wg[:, :{score_neurons}]", score): by_first_neurons(score_neurons, score)}
+            probes = probes | probe
     entries, passes = [], {}
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)
-        for (node, norm), choose in tqdm(PROBES.items(), unit="probe"):
+        for (node, norm), choose in tqdm(probes.items(), unit="probe"):
             entry, timed = _run(model, choose, batches, score_tasks)
             entries.append({"node": node, "norm": norm, **entry})
             passes[node, norm] = timed

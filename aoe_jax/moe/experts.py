@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from aoe_jax.hardware import target_device
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 
 # `model.remat="experts"` keeps what bears this name for the backward pass: per row `x W_up`, and of
@@ -104,7 +105,9 @@ def weighted_product(gate, up, weight):
 
 def _weighted_product_backward(args, g):
     gate, up, weight, g = _widened(*args, g)
-    sigmoid = jax.nn.sigmoid(gate)
+    # XLA for GPU writes a float32 exponential to memory; it computes one in bfloat16 twice instead.
+    narrow = args[0] if target_device().platform == "gpu" else gate
+    sigmoid = jax.nn.sigmoid(narrow).astype(gate.dtype)
     silu = gate * sigmoid
     d_silu = sigmoid + silu * (1 - sigmoid)
     d_args = g * weight * up * d_silu, g * weight * silu, (g * (silu * up)).sum(axis=1)

@@ -1,24 +1,17 @@
 """Prunes a trained model to fewer experts, see `aoe_jax.prune`."""
 
 import dataclasses
-import itertools
 import logging
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.data.pipeline import eval_batches, train_batches
-from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.models import Model, corpus_of, load_model, source_config
-from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
+from aoe_jax.evaluation.calibration import calibration_batches, evaluator
+from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.reading import RUN_FILE, is_model
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
@@ -65,15 +58,15 @@ def prune(
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
         check_prunes(model, n_experts, workdir)
-        train, validation = _batches(model, _corpus(model, workdir, data), n_tokens, seed)
+        train, validation = calibration_batches(model, workdir, data, n_tokens, seed)
         moments = score_moments(model, train)
         for layer, scatter in enumerate(moments.scatter):
             wanted = f"scores of layer {layer} aren't finite; the model is damaged"
             require_flag(np.isfinite(scatter).all(), "workdir", workdir, wanted)
-        before = _evaluator(model, model.decoder, validation)(model.params, model.routing_state)
+        before = evaluator(model, model.decoder, validation)(model.params, model.routing_state)
         nll, merged = {"before": before.nll}, merged_scores(model, train)
         decoder = Decoder.from_config(_pruned(model.config, n_experts))
-        evaluate_pruned = _evaluator(model, decoder, validation)
+        evaluate_pruned = evaluator(model, decoder, validation)
         others = [name for name in METHODS if name != method] if baselines else []
         for name in [*others, method]:
             params, clusters = pruned_params(model, moments, merged, n_experts, name, seed)
@@ -128,6 +121,11 @@ def check_prunes(model: Model, n_experts, workdir):
             f"routing.name={router!r}: pruning is not implemented for it; use a model with one of "
             f"{', '.join(PRUNABLE)}"
         )
+    elif e.score_neurons is not None:
+        reason = (
+            f"experts.score_neurons={e.score_neurons}: merging reorders the neurons of experts, "
+            "and the first ones score; use a model with factorised gates or a router"
+        )
     elif e.large_router:
         reason = (
             "experts.large_router=True: the width of a large router depends on its experts; use a "
@@ -147,39 +145,6 @@ def _pruned(config, n_experts):
     experts = dataclasses.replace(config.experts, n_experts=n_experts)
     balance = dataclasses.replace(config.balance, bias_rate=0.0)
     return dataclasses.replace(config, experts=experts, balance=balance)
-
-
-def _batches(model, corpus, n_tokens, seed):
-    """Lists of host batches: random ones of the train split, the first of each validation split."""
-    size, seq_len = model.config.train.batch_size, model.config.data.seq_len
-    n = -(-n_tokens // (size * seq_len))
-    train = train_batches(corpus.train, corpus.weights, seq_len, size, seed)
-    validation = [eval_batches(store, seq_len, size) for store in corpus.validation.values()]
-    firsts = (itertools.islice(batches, n) for batches in validation)
-    return list(itertools.islice(train, n)), list(itertools.chain.from_iterable(firsts))
-
-
-def _corpus(model, workdir, data):
-    if data is None:
-        return corpus_of(model, workdir)
-    config, tokenizer = model.config, str(saved_tokenizer(workdir))
-    try:
-        named = dataclasses.replace(config.data, name=data, path=None, tokenizer=tokenizer)
-        return open_corpus(named, config.model.vocab_size)
-    except UserError as e:
-        raise UserError(f"--data={data}: {e}") from e
-
-
-def _evaluator(model, decoder, batches):
-    """A function `(params, routing state) -> Evaluation`, compiled once."""
-    step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
-
-    def evaluate(params, routing_state):
-        score = partial(step, params, routing_state)
-        with jax.set_mesh(model.mesh):
-            return evaluate_batches(score, tqdm(batches, "validation", unit="batch"), model.put)
-
-    return evaluate
 
 
 def _write(workdir, directory, step, config, params):

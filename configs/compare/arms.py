@@ -70,6 +70,20 @@ def whole_aoe(score_neurons, balance, score="norm"):
     return Arm(name, {"experts": experts, "balance": fields})
 
 
+def varied(arm, **groups):
+    """Returns an arm with further changes, `group={field: value}`, which its label names."""
+
+    def changes(config):
+        found = dict(arm.changes_of(config))
+        for group, fields in groups.items():
+            found[group] = found.get(group, {}) | fields
+        return found
+
+    fields = {name: value for fields in groups.values() for name, value in fields.items()}
+    names = (f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+    return replace(arm, label=", ".join((arm.label, *names)), changes=changes)
+
+
 def weights_over_all(arm):
     """Returns an arm with the softmax over all experts as weights.
 

@@ -1,4 +1,4 @@
-"""Which AoE is worth its cost: a screening at the middle size of `small.py`, about six core-hours:
+"""Which AoE is worth its cost: a screening at the middle size of `small.py`, seven core-hours:
 `--suite=configs/compare/screen.py`.
 
 Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by
@@ -7,33 +7,16 @@ learning rate that `small.py` gives MoE and AoE at this size. What AoE is offere
 what scores, a longer warm-up) the MoE is offered too.
 """
 
-from dataclasses import replace
-
 from aoe_jax.compare.suite import Arm, Size, Suite
-from configs.compare.arms import aoe, low_rank_moe, moe, whole_aoe
+from configs.compare.arms import aoe, low_rank_moe, moe, varied, whole_aoe
 from configs.compare.small import MIDDLE, base_config
 
 RATES = (0.1, 0.3, 3.0)
 
 
-def varied(arm, what, **groups):
-    """Returns an arm with further changes, `group={field: value}`, that `what` names."""
-
-    def changes(config):
-        found = dict(arm.changes_of(config))
-        for group, fields in groups.items():
-            found[group] = found.get(group, {}) | fields
-        return found
-
-    return replace(arm, label=f"{arm.label}, {what}", changes=changes)
-
-
 def with_rates(name, arm):
     """Returns `{name: arm}` of the arm with each of `RATES`."""
-    return {
-        f"{name}_rate{rate:g}": varied(arm, f"scoring rate {rate:g}", train={"scoring_rate": rate})
-        for rate in RATES
-    }
+    return {f"{name}_rate{rate:g}": varied(arm, train={"scoring_rate": rate}) for rate in RATES}
 
 
 def routing_neurons(count):
@@ -65,13 +48,12 @@ def get_suite():
             "aoe_whole16_relu": whole_aoe(16, "aux", "relu_norm"),
             "aoe_whole16_scaled": whole_aoe(16, "aux", "scaled_norm"),
             "aoe_whole16_offset": whole_aoe(16, "aux", "offset_norm"),
-            "aoe_whole16_apart": varied(
-                whole, "scored by the scores alone", experts={"gate_trains_scores": False}
-            ),
-            "aoe_d3_max": varied(published, "largest", experts={"score": "max"}),
+            "aoe_whole16_apart": varied(whole, experts={"gate_trains_scores": False}),
+            "aoe_d3_max": varied(published, experts={"score": "max"}),
             **with_rates("moe", router),
             **with_rates("aoe_d3", published),
             **with_rates("aoe_whole16", whole),
+            **with_rates("aoe_whole16_max", whole_aoe(16, "aux", "max")),
             "aoe_uoe4": routing_neurons(4),
             "aoe_uoe16": routing_neurons(16),
         },

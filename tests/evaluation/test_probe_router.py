@@ -15,6 +15,7 @@ from aoe_jax.evaluation.probing import (
     NORMS,
     ProbeRouter,
     by_chance,
+    by_first_neurons,
     by_norm,
     by_router,
 )
@@ -79,6 +80,19 @@ def test_choice_by_norm(node, norm):
     np.testing.assert_allclose(y, want, atol=1e-4)
     np.testing.assert_allclose(agreement, want_agreement, rtol=1e-5)
     assert 0.3 < agreement < 0.8
+
+
+def test_choice_by_first_neurons():
+    """All neurons have the norm of their node; the largest is signed."""
+    want = by_loops("x Wg", "L2", equal_weights=False)[0]
+    np.testing.assert_allclose(apply(by_first_neurons(12, "norm"))[0], want, atol=1e-4)
+    w_gate, x = np.asarray(PARAMS["w_gate"]), np.asarray(X).reshape(-1, 16)
+    scores = np.einsum("td,ndf->tnf", x, w_gate[..., :3]).max(axis=-1)
+    routed, chosen = (
+        (-a).argsort().argsort() < 2 for a in (x @ np.asarray(PARAMS["w_router"]), scores)
+    )
+    share = np.average((routed & chosen).sum(axis=1) / 2, weights=np.asarray(WEIGHTS).reshape(-1))
+    np.testing.assert_allclose(apply(by_first_neurons(3, "max"))[1], share, rtol=1e-5)
 
 
 def test_equal_weights():

@@ -25,9 +25,10 @@ def few_probes(monkeypatch):
 
 def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     workdir = kind_run("router")[0]
-    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9)
+    report = probing.probe_checkpoint(workdir, tmp_path, n_tokens=10**9, score_neurons=4)
     whole = evaluate_workdir(workdir, "validation")
-    router, chance, norm = report["probes"]
+    router, chance, norm, *first = report["probes"]
+    assert [(p["node"], p["norm"]) for p in first] == [("x Wg[:, :4]", s) for s in ("norm", "max")]
     assert report == json.loads((tmp_path / "probe.json").read_text())
     np.testing.assert_allclose(router["nll"]["softmax"], whole["nll"], rtol=1e-5)
     assert (report["tokens"], report["step"]) == (whole["tokens"], whole["step"])
@@ -40,7 +41,7 @@ def test_the_table_of_a_run(tmp_path, few_probes, capsys):
     assert all(0.3 < probe["agreement"] < 0.9 and probe["time"] > 0 for probe in (chance, norm))
     assert chance["nll"].keys() == {"equal"} and norm["nll"].keys() == {"softmax", "equal"}
     nll = [value for probe in report["probes"] for value in probe["nll"].values()]
-    assert len({round(value, 6) for value in nll}) == len(nll) == 5
+    assert len({round(value, 6) for value in nll}) == len(nll) == 9
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["L1", "x", "Wg", "softmax", f"{norm['nll']['softmax']:.4f}"] in [
         row[:5] for row in rows

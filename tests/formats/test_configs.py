@@ -20,6 +20,7 @@ VARIANTS = {
     "aoe": ({}, False),
     "aoe by rounded Eq. 5": ({"experts__round_to": 8}, False),
     "aoe, over all": ({"routing__norm_topk_prob": False}, False),
+    "whole gates": ({"experts__score_neurons": 4, "experts__score": "max"}, False),
     "router": ({"experts__kind": "router"}, True),
     "router, bfloat16": (
         {"experts__kind": "router", "model__dtype": "bfloat16", "model__remat": "experts"},

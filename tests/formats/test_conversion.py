@@ -1,4 +1,6 @@
-"""The gates that convert.py factorises, beside numpy's decomposition."""
+"""The gates that convert.py factorises, beside numpy's decomposition, and the neurons of whole
+gates that it lets score.
+"""
 
 import json
 
@@ -7,15 +9,25 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.formats.conversion import convert
+from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.conversion import convert, convert_summary
 from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.formats.scoring_neurons import agreement, observed_choices, telling_neurons
+from aoe_jax.formats.tokenizer_files import write_tokenizer
+from aoe_jax.formats.writing import write_arrays
+from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.reference import aoe_layer, router_layer
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
+from tests.evaluation.models import make_config, make_model
 from tests.formats.hub import hub_models, logits_here
 from tests.formats.test_writing import written
-from tests.runs import tiny_config
+from tests.pruning.models import batches
+from tests.runs import corpus_folder, scratch, shared, tiny_config
+
+FINDABLE = np.array([5, 11, 0, 23])  # by expert, the neuron of which its router is a multiple
 
 
 def parameters(directory):
@@ -148,6 +160,108 @@ def test_the_run_of_a_router_may_have_trained_it_alone(tmp_path):
     (directory / "aoe_jax.json").write_text(json.dumps({"step": 9, "config": run.to_dict()}))
     convert(directory, tmp_path / "aoe", 8)
     assert read_config(tmp_path / "aoe").train.router_steps == 0
+
+
+@shared
+def routed_by_neurons():
+    """The directory of a router MoE whose logits are three times a neuron of each expert."""
+    folder = scratch("routed")
+    directory, params, *_, config = written(folder, tiny_config(experts__kind="router"))
+    layers = jax.device_get(params["layers"])
+    w_gate = layers["experts"]["w_gate"]
+    router = np.stack([w_gate[:, i, :, neuron] for i, neuron in enumerate(FINDABLE)], axis=-1)
+    params = params | {"layers": layers | {"experts": layers["experts"] | {"w_router": 3 * router}}}
+    texts = [path.read_text() for path in sorted(corpus_folder().iterdir())]
+    train_tokenizer(texts, config.model.vocab_size).save(folder)
+    values = to_json(config) | write_tokenizer(folder, directory, config.model.max_len)
+    write_arrays(directory, values, params, {}, None)
+    return directory
+
+
+def measured(output, **form):
+    """The report of a conversion of `routed_by_neurons`."""
+    return convert(
+        routed_by_neurons(), output, data=f"text@{corpus_folder()}", n_tokens=1000, **form
+    )
+
+
+@pytest.mark.usefixtures("ragged")
+def test_the_neuron_of_the_router_is_found(tmp_path):
+    """Then the scores choose what the router chose, and the largest does so from one neuron."""
+    report = measured(tmp_path / "aoe", score_neurons=1, score="max")
+    assert json.loads((tmp_path / "aoe" / "convert.json").read_text()) == report
+    assert report["agreement"] == {"mean": 1.0, "layers": [1.0, 1.0], "chance": 0.5}
+    before, after = parameters(routed_by_neurons()), parameters(tmp_path / "aoe")
+    for layer, expert in np.ndindex(2, 4):
+        found, w_gate = (p["layers"]["experts"]["w_gate"][layer, expert] for p in (after, before))
+        np.testing.assert_array_equal(found[:, 0], w_gate[:, FINDABLE[expert]])
+    assert (report["score_neurons"], report["score"]) == (1, "max")
+
+
+@pytest.mark.usefixtures("ragged")
+def test_whole_gates_lose_nothing(tmp_path):
+    """Neurons change places; the functions of experts and all other parameters stay. Factorised
+    gates are measured on the same text, if it is named.
+    """
+    whole = measured(tmp_path / "whole", score_neurons=8)
+    config = read_config(tmp_path / "whole")
+    e = config.experts
+    assert (e.kind, e.score_neurons, e.score, e.width(32)) == ("aoe", 8, "norm", 32)
+    assert config.routing == TopK() and np.isfinite(logits_here(tmp_path / "whole")).all()
+    before, after = parameters(routed_by_neurons()), parameters(tmp_path / "whole")
+    old, new = before["layers"].pop("experts"), after["layers"].pop("experts")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert old.keys() - new.keys() == {"w_router"} and new.keys() <= old.keys()
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 32)).astype(np.float32)
+    outputs = [np.asarray(single_expert(x, w)) for w in (old, new)]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(*(np.sort(w["w_gate"], axis=-1) for w in (old, new)))
+    assert (old["w_gate"] != new["w_gate"]).any(axis=(2, 3)).all()
+
+    low = measured(tmp_path / "low", d_low=8)
+    assert low.keys() == {"d_low", "d_wide", "energy_kept", "agreement", "nll"}
+    assert low["nll"]["before"] == whole["nll"]["before"] != low["nll"]["after"]
+    assert low["agreement"]["mean"] < whole["agreement"]["mean"]
+    summary = convert_summary(low)
+    assert f"agreement with the router: {low['agreement']['mean']:.3f} (by chance" in summary
+    assert summary.endswith(f"before, {low['nll']['after']:.4f} after")
+
+
+@pytest.mark.usefixtures("ragged")
+def test_chosen_neurons_agree_better():
+    """They agree with a router better than the first neurons and than random ones do."""
+    rng, held_out = np.random.default_rng(0), batches(4, seed=1)
+    model = make_model(make_config(experts__kind="router", experts__n_experts=8))
+    w_gate = np.asarray(model.params["layers"]["experts"]["w_gate"])
+    n_tokens = 4 * 8 * 32
+    of_all = observed_choices(model, batches(4) + held_out)
+    x, _, chosen = (a[:, n_tokens:] for a in of_all)
+    assert chosen.sum() == 2 * 2 * (n_tokens - 4 * 12)  # two of each token, none of padding
+
+    def share(neurons, score):
+        own = np.take_along_axis(w_gate, np.asarray(neurons)[:, :, None, :], axis=3)
+        code = np.einsum("ltd,lndr->ltnr", x, own)
+        scores = np.linalg.norm(code, axis=-1) if score == "norm" else code.max(axis=-1)
+        best = (-scores).argsort(axis=-1).argsort(axis=-1) < 2
+        return (best * chosen).sum(axis=(1, 2)) / chosen.sum(axis=(1, 2)), own
+
+    first = np.broadcast_to(np.arange(4), (2, 8, 4))
+    random = [rng.permuted(np.tile(np.arange(32), (2, 8, 1)), axis=2)[..., :4] for _ in range(3)]
+    for score in ("norm", "max"):
+        of_layers = zip(*(a[:, :n_tokens] for a in of_all), w_gate, strict=True)
+        found = [np.asarray(telling_neurons(*layer, 4, score)) for layer in of_layers]
+        assert all(len({*own}) == 4 for layer in found for own in layer)
+        best, w_score = share(found, score)
+        assert all((best > share(other, score)[0] + 0.05).all() for other in (first, *random))
+    shares, by_chance = agreement(model, held_out, w_score, "max")
+    np.testing.assert_allclose(shares, best, rtol=1e-3)
+    assert by_chance == 0.25
+
+
+def test_neurons_beyond_the_width_are_refused(tmp_path):
+    directory = written(tmp_path, tiny_config(experts__kind="router"))[0]
+    with pytest.raises(UserError, match="--score_neurons=33: must be at most the width 32"):
+        convert(directory, tmp_path / "aoe", score_neurons=33)
 
 
 REFUSED = {

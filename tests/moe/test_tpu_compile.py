@@ -22,15 +22,15 @@ from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
 from aoe_jax.hardware import topology_devices
-from aoe_jax.moe.grouped_matmul import grouped_matmul
+from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox
 from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.sharding import fill_mesh, make_mesh
 from benchmarks.compiling import (
     PRODUCTS,
     TOPOLOGIES,
-    compile_layers,
     expert_shapes,
     lower_for,
+    lower_layers,
     megablox_tile_flops,
     tpu_devices,
 )
@@ -78,25 +78,37 @@ def test_one_product_alone():
 
 
 EIGHT, SIXTY_FOUR = (8, 2, 3072, 256), (64, 8, 768, 512)  # n_experts, top_k, d_ffn, d_low
-LAYERS = [("aoe", "v4", SIXTY_FOUR), ("router", "v5e", EIGHT)]
+LAYERS = [
+    ("aoe", "v4", SIXTY_FOUR, None),
+    ("aoe", "v5p", EIGHT, 16),
+    ("router", "v5e", EIGHT, None),
+]
 
 
-@pytest.mark.parametrize(("kind", "generation", "shape"), LAYERS)
-def test_useful_flops_of_a_layer(kind, generation, shape):
+@pytest.mark.parametrize(("kind", "generation", "shape", "score_neurons"), LAYERS)
+def test_useful_flops_of_a_layer(kind, generation, shape, score_neurons):
     """Forward and backward, loss-free; no expert is computed but the chosen, whose norms are
-    computed twice.
+    computed twice. The neurons of whole gates that score cost no pass over their gates.
     """
     n_tokens, (n_experts, top_k, d_ffn, d_low) = 4096, shape
-    experts = ExpertsConfig(kind=kind, n_experts=n_experts, top_k=top_k, d_ffn=d_ffn, d_low=d_low)
+    experts = ExpertsConfig(
+        kind, n_experts, top_k, d_ffn=d_ffn, d_low=d_low, score_neurons=score_neurons
+    )
     config = Config(
         model=ModelConfig(n_layers=2, n_heads=1, d_model=768),
         experts=experts,
         balance=BalanceConfig(aux_weight=0.0),
     )
-    compiled = compile_layers(tpu_devices(generation)[0], config, n_tokens)
+    lowered = lower_layers(tpu_devices(generation)[0], config, n_tokens)
+    compiled, text = hlo.compile_and_read(lowered)
     # The compiler counts the body of the scan once, that is one layer.
     ratio = compiled.cost_analysis()["flops"] / (n_tokens * layer_flops_per_token(config)[1])
     assert 0.95 < ratio <= 1.10
+    if score_neurons:
+        operations = costs.Program(text, [megablox.kernel_cost]).operations
+        scoring = sum(o.times * o.hbm_bytes for o in operations if "row_scores" in o.op_name)
+        bytes_of_gates = config.model.n_layers * n_tokens * top_k * d_ffn * 2
+        assert 0 < scoring < bytes_of_gates / 2
 
 
 @pytest.mark.smoke

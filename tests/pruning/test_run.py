@@ -39,6 +39,11 @@ REFUSED = {
         2,
         "has routing.name='uoe': pruning is not implemented",
     ),
+    "whole gates": (
+        {"experts__score_neurons": 4},
+        2,
+        "experts.score_neurons=4: merging reorders the neurons",
+    ),
     "large router": (LARGE, 2, "the width of a large router depends on its experts"),
     "fewer than chosen": (
         {},

@@ -1,0 +1,65 @@
+"""Text on which trained experts are observed before they are changed, and held-out text on which
+the results are compared.
+"""
+
+import dataclasses
+import itertools
+from functools import partial
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from aoe_jax.data.pipeline import eval_batches, train_batches
+from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenizer import saved_tokenizer
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import Model, corpus_of
+from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
+
+
+def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
+    """Lists of host batches: random ones of the train split, the first of each validation split.
+
+    Args:
+      model: that of `directory`, a training run or a model.
+      directory: see `model`.
+      data: corpora, written like `data.name`; None: those of the model's run.
+      n_tokens: of each split, rounded up to whole batches.
+      seed: of the random batches.
+
+    Raises:
+      UserError: the corpora can't be read.
+    """
+    corpus = _corpus(model, directory, data)
+    size, seq_len = model.config.train.batch_size, model.config.data.seq_len
+    n = -(-n_tokens // (size * seq_len))
+    train = train_batches(corpus.train, corpus.weights, seq_len, size, seed)
+    validation = [eval_batches(store, seq_len, size) for store in corpus.validation.values()]
+    firsts = (itertools.islice(batches, n) for batches in validation)
+    return list(itertools.islice(train, n)), list(itertools.chain.from_iterable(firsts))
+
+
+def _corpus(model, directory, data):
+    if data is None:
+        return corpus_of(model, directory)
+    config, tokenizer = model.config, str(saved_tokenizer(directory))
+    try:
+        named = dataclasses.replace(config.data, name=data, path=None, tokenizer=tokenizer)
+        return open_corpus(named, config.model.vocab_size)
+    except UserError as e:
+        raise UserError(f"--data={data}: {e}") from e
+
+
+def evaluator(model: Model, decoder, batches):
+    """A function `(params, routing state) -> Evaluation` of a decoder on host batches, compiled
+    once; mesh and settings are those of `model`.
+    """
+    step = compile_eval_step(decoder, model.config.data.document_mask, model.mesh)
+
+    def evaluate(params, routing_state):
+        score = partial(step, params, routing_state)
+        with jax.set_mesh(model.mesh):
+            return evaluate_batches(score, tqdm(batches, "validation", unit="batch"), model.put)
+
+    return evaluate
