@@ -27,34 +27,24 @@ _TYPES = {
 }
 
 
-class _TupleParser(flags.ArgumentParser):
+class _FieldParser(flags.ArgumentParser):
+    """Parses values of a field of one kind, or None where `has_none`."""
+
+    def __init__(self, kind, has_none):
+        self.kind, self.has_none = kind, has_none
+
     def parse(self, argument):
+        if self.has_none and argument == "None":
+            return None
+        if self.kind is not tuple:
+            return self.kind(argument)
         try:
             return tuple(ast.literal_eval(f"[{argument.strip('()[]')}]"))
         except SyntaxError as e:
             raise ValueError(e) from e
 
     def flag_type(self):
-        return "tuple"
-
-
-class _OrNone(flags.ArgumentParser):
-    def __init__(self, parser):
-        self._parser = parser
-
-    def parse(self, argument):
-        return None if argument == "None" else self._parser.parse(argument)
-
-    def flag_type(self):
-        return self._parser.flag_type()
-
-
-_PARSERS = {
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-    str: flags.ArgumentParser(),
-    tuple: _TupleParser(),
-}
+        return self.kind.__name__
 
 
 def define_config_flag():
@@ -67,8 +57,7 @@ def define_config_flag():
             if kind is bool:
                 flags.DEFINE_bool(name, None, "")
             else:
-                parser = _OrNone(_PARSERS[kind]) if type(None) in others else _PARSERS[kind]
-                flags.DEFINE(parser, name, None, "")
+                flags.DEFINE(_FieldParser(kind, type(None) in others), name, None, "")
     about = "FILE.py or FILE.py:VARIANT, changed by --config.GROUP.FIELD=VALUE"
     return flags.DEFINE_string("config", None, about)
 
@@ -107,25 +96,7 @@ def parsed_config(flag, default=None):
 def _read_config(name):
     """`{group: {field: value}}` of a configuration file, `FILE.py` or `FILE.py:VARIANT`."""
     file, _, variant = name.partition(":")
-    if not Path(file).is_file():
-        raise UserError(
-            f"--config={name}: can't be read (no such file); name a configuration file, such as "
-            "configs/tiny.py"
-        )
-    try:
-        module = runpy.run_path(file)
-        if "get_config" not in module:
-            raise UserError(f"--config={name}: has no function get_config()")
-        config = module["get_config"](*filter(None, [variant]))
-    except UserError:
-        raise
-    except SystemExit as e:
-        raise UserError(f"--config={name}: get_config() called sys.exit({e.code!r})") from e
-    except Exception as e:  # a configuration file is code, which can raise anything
-        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
-        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
-        raise UserError(f"--config={name}: {text}{line}") from e
+    config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={name}: get_config() must return a ConfigDict; start from default_config()"
@@ -134,6 +105,33 @@ def _read_config(name):
         wanted = "must be a group of fields; start from default_config()"
         require(isinstance(values, ConfigDict), group, values, wanted)
     return config.to_dict()
+
+
+def call_in_file(flag, file, function, *args):
+    """The result of a function in a Python file that the user has written.
+
+    Raises:
+      UserError: the file or the function is missing, or raises an exception. The message begins
+        with `flag`, such as `--config=FILE`.
+    """
+    if not Path(file).is_file():
+        example = "configs/tiny.py" if function == "get_config" else "configs/compare/tiny.py"
+        wanted = f"name a Python file with {function}(), such as {example}"
+        raise UserError(f"{flag}: can't be read (no such file); {wanted}")
+    try:
+        found = runpy.run_path(str(file))
+        if function not in found:
+            raise UserError(f"{flag}: has no function {function}()")
+        return found[function](*args)
+    except UserError:
+        raise
+    except SystemExit as e:
+        raise UserError(f"{flag}: {function}() called sys.exit({e.code!r})") from e
+    except Exception as e:  # the file is code, which can raise anything
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        line = f" (line {frames[-1].lineno} of {file})" if frames else ""
+        raise UserError(f"{flag}: {text}{line}") from e
 
 
 def required(flag):
@@ -216,7 +214,7 @@ def _flag_mistake(error):
         if kind in _TYPES:
             lowest = getattr(FLAGS[name].parser, "lower_bound", None)
             bound = "" if lowest is None else f", {lowest} or greater"
-            none = " or None" if isinstance(FLAGS[name].parser, _OrNone) else ""
+            none = " or None" if getattr(FLAGS[name].parser, "has_none", False) else ""
             return f"--{name}={value}: must be {_TYPES[kind]}{bound}{none}"
     return text[:400]
 

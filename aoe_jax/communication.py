@@ -77,14 +77,9 @@ def _inside(eqn, inputs):
 
 
 def collectives(jaxpr, sizes):
-    """The collectives of a program; those in loops of unknown length are left out.
+    """`{(kind, mesh axes): [count, bytes received by a device]}` of the collectives of a program.
 
-    Args:
-      jaxpr: the program.
-      sizes: the size of each mesh axis.
-
-    Returns:
-      `{(kind, mesh axes): [count, bytes received by a device]}`.
+    Those in loops of unknown length are left out; `sizes` are those of the mesh axes.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

@@ -362,12 +362,8 @@ def likely_seconds(operation, chip, shape=()):
     For a collective, that of its bytes by the usual ring algorithms, over the links that its group
     has, less the time of the work beside it; 0 if that work is unknown. For other operations the
     compiler's cycles where it has them, or the larger of the times that FLOPs and memory traffic
-    take at the peaks.
-
-    Args:
-      operation: an `Operation`.
-      chip: a `hardware.Chip`.
-      shape: chips along each dimension of the slice; (): all links serve every collective.
+    take at the peaks of the `Chip`. `shape` are the chips along each dimension of the slice; ():
+    all links serve every collective.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour

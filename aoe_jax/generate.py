@@ -30,12 +30,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 def continuations(model, prompts, max_tokens, contrast=None, **settings):
     """Yields the continuation of each prompt so far; characters with missing bytes are held back.
 
-    Args:
-      model: a `Model`.
-      prompts: the texts.
-      max_tokens: how many tokens to add at most.
-      contrast: of `Generator`.
-      **settings: of `Generator.stream`.
+    `model` and `contrast` are those of `Generator`, the other arguments those of its `stream`.
     """
     from aoe_jax.evaluation.generation import Generator
 

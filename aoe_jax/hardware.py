@@ -1,4 +1,5 @@
-"""Accelerators by name: public peak figures, for bounds and utilisation.
+"""Accelerators by name: public peak figures, for bounds and utilisation, and devices of machines
+that are not here, to compile for: TPU slices, and GPUs of one node.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
@@ -6,14 +7,22 @@ Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.
 (dense peaks, and one direction of NVLink, of PCIe for L4).
 """
 
+import importlib.util
 import itertools
 import math
 import os
 import platform
+import re
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
+from unittest import mock
 
 import jax
+from jax.experimental import topologies
+
+from aoe_jax.config.checks import require_flag
+from aoe_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,9 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
     "NVIDIA GH200 144G HBM3e": 989e12,
 }
 
+_PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
+
 
 def target_device():
     """The device that programs are traced for here: that of the mesh in context, else the first of
@@ -144,22 +156,79 @@ def published_figures(devices):
 
 def machine():
     """The devices, and the versions and settings that figures depend on, by name."""
-    packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-    versions = {name: _version(name) for name in packages}
+    installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: version for name, version in versions.items() if version},
+        **{name: installed[name] for name in PACKAGES if name in installed},
         "allocator": os.environ.get("GLIBC_TUNABLES") or "default",
     }
 
 
-def _version(package):
-    """The version of an installed package, else None."""
+def topology_devices(topology, n_slices=1):
+    """Returns `(generation, devices)` to compile for; this process runs its own programs on CPU
+    from then on.
+
+    `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
+    of a node, such as "h100:8".
+
+    Raises:
+      UserError: an unknown name or shape, or a compiler that isn't installed.
+    """
+    generation, _, shape = topology.partition(":")
+    known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
+    is_known = generation in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape)
+    require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
+    jax.config.update("jax_platforms", "cpu")  # devices that are here may be busy
+    target = Path(__file__).parent / f"{generation}.txtpb"  # of a GPU, as XLA describes it
+    if target.exists():
+        count = f"takes the number of GPUs of a node, as {generation}:N"
+        require_flag(shape.isdecimal() and int(shape) > 0, "topology", topology, count)
+        options = _gpu_options(target.read_text(), f"{n_slices}x1x{shape}")
+        hint = "the compiler for GPUs is missing; pip install 'jax[cuda13]'"
+    else:
+        install = "`make .venv/libtpu`, then PYTHONPATH=.venv/libtpu"
+        missing = f"libtpu is missing, the compiler for TPUs; {install}"
+        require_flag(importlib.util.find_spec("libtpu"), "topology", topology, missing)
+        options = _tpu_options(topology, n_slices)
+        hint = "the compiler has no such slice"
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        return generation, topologies.get_topology_desc(**options).devices
+    except Exception as e:  # the compilers have their own kinds
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--topology={topology}: {hint}: {reason}") from e
+
+
+def _tpu_options(topology, n_slices):
+    # libtpu would ask a metadata server about this machine, and refuse to run beside another
+    # process that compiles or trains.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"platform": "tpu", "topology_name": topology}
+    if n_slices > 1:
+        options["num_slices"] = n_slices
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device a chip, as on the real machine
+    return options
+
+
+def _gpu_options(target, topology):
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_gpu_autotune_level" not in xla_flags:  # autotuning needs the GPU
+        os.environ["XLA_FLAGS"] = f"{xla_flags} --xla_gpu_autotune_level=0"
+    return {"platform": "cuda", "target_config": target, "topology": topology}
+
+
+def compiling_for(devices):
+    """Within, `jax.devices()` returns these devices: Pallas kernels for GPUs ask the first one for
+    its number of cores.
+    """
+    real = jax.devices
+
+    def patched(backend=None):
+        return list(devices) if backend is None else real(backend)
+
+    return mock.patch.object(jax, "devices", patched)

@@ -16,11 +16,22 @@ def load_spread(load, live=None):
     return (np.max(load, axis=-1) - np.min(least, axis=-1)).sum()
 
 
-def mean_load(load, live=None):
-    """The mean load of live experts, `[..., n] -> [...]`."""
-    return load.mean(axis=-1) if live is None else load.sum(axis=-1) / (live > 0).sum(axis=-1)
-
-
 def dead_experts(load, live=None):
     """Which experts have no token, `[..., n]` bool; a free place is not a dead expert."""
     return load == 0 if live is None else (load == 0) & (live > 0)
+
+
+def figures_of_layers(load, live=None):
+    """Figures of each layer `[L]` by name, from loads `[L, n]`.
+
+    `load_entropy` is in nats; `load_max_over_mean` is 1 in perfect balance, and 0 in a layer where
+    no token has an expert; `dead_experts` have no token. `live_experts`, if experts are added and
+    removed, is their number, and free places count in no figure.
+    """
+    n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
+    figures = {
+        "load_entropy": load_entropy(load),
+        "load_max_over_mean": load.max(axis=-1) * n_live / np.maximum(load.sum(axis=-1), 1e-9),
+        "dead_experts": dead_experts(load, live).sum(axis=-1),
+    }
+    return figures if live is None else figures | {"live_experts": n_live}

@@ -32,13 +32,27 @@ def exclusive(lock_file: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path, flag: str) -> Iterator[None]:
-    """Lock a folder itself, without a file in it.
+def make_folder(folder: Path, flag: str):
+    """Make a folder if there is none.
 
     Raises:
-        UserError: another process holds the lock; names the `flag` that gave the folder.
+        UserError: it can't be made; names the `flag` that gave it.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={folder} can't be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, flag: str) -> Iterator[None]:
+    """Make a folder if there is none, and lock it itself, without a file in it.
+
+    Raises:
+        UserError: it can't be made, or another process holds the lock; names the `flag` that gave
+            the folder.
+    """
+    make_folder(folder, flag)
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.ExitStack() as held:
         held.callback(os.close, descriptor)

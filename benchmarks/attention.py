@@ -17,10 +17,9 @@ from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax import cli, costs, hlo
-from aoe_jax.hardware import CHIPS, count_chips
+from aoe_jax.hardware import CHIPS, count_chips, topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.model.attention import backend_for, causal_attention
-from aoe_jax.topology import topology_devices
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "GENERATION:SHAPE")
 _SHAPES = flags.DEFINE_list("shapes", ["8x12x12x2048x64", "2x12x12x8192x64"], "BxHxGxSxh")

@@ -11,13 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import topology_devices
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.sharding import MESH_AXES
-from aoe_jax.topology import topology_devices
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.

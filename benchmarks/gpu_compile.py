@@ -27,8 +27,8 @@ from jax.extend import backend as jax_backend
 
 from aoe_jax import cli, costs, hlo
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import compiling_for, topology_devices
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
-from aoe_jax.topology import compiling_for, topology_devices
 from benchmarks.compiling import PRODUCTS, expert_shapes, lower_for
 from benchmarks.timing import report
 

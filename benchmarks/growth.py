@@ -23,8 +23,8 @@ from aoe_jax import cli
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import topology_devices
 from aoe_jax.plan import plan
-from aoe_jax.topology import topology_devices
 from benchmarks.timing import report
 from configs import large
 

@@ -39,12 +39,11 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, count_chips, slice_shape
+from aoe_jax.hardware import CHIPS, count_chips, slice_shape, topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.moe.grouped_matmul import megablox
 from aoe_jax.plan import plan, read_program
 from aoe_jax.sharding import fill_mesh
-from aoe_jax.topology import topology_devices
 from aoe_jax.training.step import init_state
 from configs import paper
 

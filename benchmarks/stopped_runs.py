@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aoe_jax.data.sotu import speech_files
-from aoe_jax.training.telemetry import MEASURED_KEYS
+from aoe_jax.training.telemetry import MEASURED
 
 SETTINGS = {
     "model.n_layers": 2,
@@ -168,7 +168,8 @@ def result(workdir):
     """Everything that is equal in two runs that computed the same."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     untimed = [
-        {name: value for name, value in line.items() if name not in MEASURED_KEYS} for line in lines
+        {name: value for name, value in line.items() if not name.endswith(MEASURED)}
+        for line in lines
     ]
     metrics = json.loads((workdir / "summary.json").read_text())["metrics"]
     beside = json.loads(

@@ -393,7 +393,7 @@ DATA = {
 
 @pytest.mark.parametrize("start", DATA)
 def test_data_that_does_not_fit_leaves_no_workdir(start, tmp_path):
-    with pytest.raises(UserError, match=f"^{start}"):
+    with pytest.raises(UserError, match=f"^config.{start}"):
         train(tiny_config(train__batch_size=8, **DATA[start]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -7,11 +7,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax import costs, hlo
-from aoe_jax.hardware import CHIPS
+from aoe_jax.hardware import CHIPS, topology_devices
 from aoe_jax.model.attention import causal_attention, splash
 from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox, mosaic_gpu
 from aoe_jax.moe.parallel.collectives import sum_gradients
-from aoe_jax.topology import topology_devices
 
 
 def operations(function, *shapes, topology="v5e:2x2", n_devices=1, axis=None):

@@ -228,13 +228,13 @@ def test_an_error_in_a_small_part_of_an_array_fails(monkeypatch, dtype):
 
         def attention_passes(kernel):
             monkeypatch.setitem(attention.BACKENDS, "blocks", kernel)
-            causal, documents, _ = kernels.attention_cases(config, mesh, "blocks")
-            return checked(causal, dtype) | checked(documents, dtype)
+            case, _ = kernels.attention_cases(config, "blocks")
+            return checked(case, dtype)
 
         def product_passes(kernel):
             monkeypatch.setitem(grouped_matmul.BACKENDS, "ragged", kernel)
             monkeypatch.setattr(grouped_matmul, "_default_backend", lambda device: "ragged")
-            return checked(kernels.grouped_case(config, mesh, "ragged", (4, 64, 64)), dtype)
+            return checked(kernels.grouped_case(config, "ragged", (4, 64, 64)), dtype)
 
         assert attention_passes(right) == {"causal": True, "documents": True}
         wrong = without_d_k_at_the_end(right)
@@ -251,7 +251,7 @@ def test_rounding_in_the_gradient_of_an_empty_group_passes():
     config = fitted(small(data__seq_len=256), 1)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        case = kernels.grouped_case(config, mesh, "blocked", (8, 128, 32))
+        case = kernels.grouped_case(config, "blocked", (8, 128, 32))
         assert all(checked(case, "float32").values())
 
 
@@ -261,7 +261,7 @@ def test_one_expert_passes(kind):
     config = fitted(small(experts__kind=kind, experts__n_experts=1, experts__top_k=1), 1)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        assert checked(kernels.layer_case(config, mesh, kind), "float32") == {"all experts": True}
+        assert checked(kernels.layer_case(config, kind), "float32") == {"all experts": True}
 
 
 def test_whole_gates_pass():
@@ -269,7 +269,7 @@ def test_whole_gates_pass():
     config = fitted(small(**changes), 1)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        assert checked(kernels.layer_case(config, mesh, "aoe"), "bfloat16") == {"all experts": True}
+        assert checked(kernels.layer_case(config, "aoe"), "bfloat16") == {"all experts": True}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

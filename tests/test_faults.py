@@ -115,7 +115,7 @@ def test_asked_to_stop_while_validating(tmp_path, last):
 
 def test_asked_to_stop_before_training(tmp_path):
     code = "import os, signal, train\nfrom aoe_jax import cli\nfrom aoe_jax.training import loop\n"
-    code += "loop.init_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.run(train.main)"
+    code += "loop.new_state = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\ncli.run(train.main)"
     status, _, stderr = run(patched(code, tmp_path / "run"))
     assert status == 0 and last_line(stderr).startswith("preempted: the same command goes on"), (
         stderr

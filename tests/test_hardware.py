@@ -3,8 +3,13 @@
 import jax
 import pytest
 
-from aoe_jax.hardware import CHIPS, count_chips, peak_flops_per_device, slice_shape
-from aoe_jax.topology import topology_devices
+from aoe_jax.hardware import (
+    CHIPS,
+    count_chips,
+    peak_flops_per_device,
+    slice_shape,
+    topology_devices,
+)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from aoe_jax.communication import collectives, each_collective
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config, default_config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.plan import candidates, plan, train_step_for
+from aoe_jax.hardware import topology_devices
+from aoe_jax.plan import abstract_batch, candidates, plan
 from aoe_jax.sharding import MESH_AXES, batch_sharding, fill_mesh, make_mesh, rows_of_process
-from aoe_jax.topology import topology_devices
+from aoe_jax.training.step import train_step_on
 from tests.runs import finish, scratch, start
 
 
@@ -49,7 +50,8 @@ def configuration(kind="aoe", mesh=(1, 1, 1, 1), transport="ring", **experts):
 def traced(config, devices):
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        step, state, batch = train_step_for(config, mesh)
+        step, state = train_step_on(mesh, config)
+        batch = abstract_batch(config, config.train.batch_size, batch_sharding(mesh))
         return step.trace(state, batch), mesh
 
 

@@ -13,7 +13,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.suite import load_suite
-from aoe_jax.errors import UserError
+from aoe_jax.config.checks import require_flag
 from aoe_jax.locking import alone_in
 from aoe_jax.stopping import StopRequests
 
@@ -41,9 +41,9 @@ def main():
     stop.listen()
     suite = load_suite(Path(cli.required(_SUITE)), _SET.value)
     workdir = Path(cli.required(_WORKDIR)).expanduser().absolute()
-    if _REPORT.value and not (workdir / "machine.json").exists():
-        advice = "leave out --report to train them"
-        raise UserError(f"--workdir={workdir}: has no runs to report; {advice}")
+    has_runs = (workdir / "machine.json").exists() or not _REPORT.value
+    wanted = "has no runs to report; leave out --report to train them"
+    require_flag(has_runs, "workdir", workdir, wanted)
     suite.runs()  # checks all configurations before anything is written
     for name in suite.throughput:
         suite.swept(name)
@@ -51,9 +51,7 @@ def main():
     from aoe_jax.compare.measure import measure_suite
     from aoe_jax.compare.report import write_report
     from aoe_jax.compare.runs import train_suite
-    from aoe_jax.training.workdir import make_workdir
 
-    make_workdir(workdir)
     with alone_in(workdir, "workdir"):
         if not _REPORT.value:
             machine = Machine.here(workdir, _JOBS.value, stop)

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from aoe_jax.compare.statistics import mean, number
+from aoe_jax.evaluation.load import draw_loads
 
 # The colours of Okabe and Ito, distinct for all kinds of colour vision, without yellow (pale on
 # white) and black (invisible on black).
@@ -212,35 +213,8 @@ def against_setting(panels, styles, xlabel):
 
 @drawn
 def load_heatmaps(entries):
-    """Draws the shares of load with both entropies (the paper's Fig. 3).
-
-    `entries` are `[(title, routing.json)]`, a panel for each.
-    """
-    layers = max(len(report["checkpoints"][-1]["load"]) for _, report in entries)
-    figure, panels = _new(len(entries) * (0.65 + 0.24 * layers), len(entries), 1)
-    for axes, (title, report) in zip(panels[:, 0], entries, strict=True):
-        last = report["checkpoints"][-1]
-        load = np.array(last["load"])
-        share, n = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9), load.shape[1]
-        axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
-        options = {"va": "center", "fontsize": 7}
-        for (row, column), value in np.ndenumerate(share) if n <= MAX_KEY else ():
-            colour = "white" if value < 1 / n else "black"
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
-        of_load, of_choice = last["load_entropy"], last["confidence_entropy"]
-        for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
-            axes.text(n - 0.3, row, "{:.2f}  {:.2f}".format(*pair), **options)
-        means = f"mean Ent_load {np.mean(of_load):.3f}, Ent_conf {np.mean(of_choice):.3f}"
-        axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
-        axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
-        _without_axes(axes)
-    return figure
-
-
-def _without_axes(axes):
-    axes.set_xticks([])
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
+    """Draws the loads at the end of runs, a panel for each of `[(title, routing.json)]`."""
+    return draw_loads({title: report["checkpoints"][-1] for title, report in entries}, WIDTH)
 
 
 def some_layers(n_layers):
@@ -317,8 +291,9 @@ def coactivation(entries):
         ratio = np.where(np.eye(n, dtype=bool), np.nan, together / np.maximum(expected, 1e-9))
         image = axes.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2)
         axes.set_title(title, loc="left", fontsize=7)
-        axes.set_yticks([])
-        _without_axes(axes)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
     options = {"location": "bottom", "shrink": 0.7, "extend": "max"}
     label = "frequency relative to chance"
     figure.colorbar(image, ax=list(panels.flat), label=label, **options)

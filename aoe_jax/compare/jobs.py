@@ -4,17 +4,16 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import aoe_jax
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.locking import alone_in
@@ -29,7 +28,6 @@ ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
 # Becomes the command, on the core of the first argument if it names one. The command gets SIGTERM
 # (15) if this process dies, by PR_SET_PDEATHSIG (1).
@@ -210,30 +208,23 @@ def _progress(before, left, failed, seconds):
 def _describe():
     # JAX is asked in another process, because this one must not take the accelerator.
     ask = (
-        "import jax, json; d = jax.devices(); "
-        "print(json.dumps([jax.default_backend(), d[0].device_kind, len(d)]))"
+        "import jax, json; from aoe_jax.hardware import machine; "
+        "print(json.dumps({'backend': jax.default_backend()} | machine()))"
     )
     answer = _output_of(sys.executable, "-c", ask)
     if answer.returncode:
         raise UserError(f"JAX does not start: {(answer.stderr.strip().splitlines() or [''])[-1]}")
-    backend, device, devices = json.loads(answer.stdout.splitlines()[-1])
+    machine = json.loads(answer.stdout.splitlines()[-1])
+    del machine["allocator"]  # runs have their own
     cpuinfo = Path("/proc/cpuinfo")
-    if backend == "cpu" and cpuinfo.exists():
+    if machine["backend"] == "cpu" and cpuinfo.exists():
         model = re.search(r"^model name.*?:(.*)", cpuinfo.read_text(), re.MULTILINE)
-        device = model[1].strip() if model else device
+        machine["device"] = model[1].strip() if model else machine["device"]
     commit = None
     with contextlib.suppress(FileNotFoundError):  # git is not installed
         git = _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
         commit = git.stdout.strip() or None
-    return {
-        "commit": commit,
-        "backend": backend,
-        "device": device,
-        "devices": devices,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
+    return {"commit": commit, **machine}
 
 
 def _output_of(*command):
@@ -251,14 +242,12 @@ def slots_of(machine, n_jobs):
         return [Slot(cores[i % len(cores)]) for i in range(n_jobs or len(cores))]
     if (n_jobs or 1) == 1:
         return [Slot()]
-    if machine["backend"] != "gpu":
-        wanted = f"on {machine['backend']} a run takes all devices; leave it at 1"
-        raise UserError(f"--jobs={n_jobs}: {wanted}")
+    wanted = f"on {machine['backend']} a run takes all devices; leave it at 1"
+    require_flag(machine["backend"] == "gpu", "jobs", n_jobs, wanted)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(machine["devices"])]
-    if len(devices) % n_jobs:
-        wanted = f"must divide the {len(devices)} GPUs, which runs share out"
-        raise UserError(f"--jobs={n_jobs}: {wanted}")
+    wanted = f"must divide the {len(devices)} GPUs, which runs share out"
+    require_flag(len(devices) % n_jobs == 0, "jobs", n_jobs, wanted)
     share = len(devices) // n_jobs
     starts = range(0, len(devices), share)
     return [

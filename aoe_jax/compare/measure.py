@@ -1,10 +1,10 @@
 """Measures trained runs and sweeps: routing, the times of steps, and the costs of steps.
 
 Each size and each sweep is measured by a process of its own, `python -m aoe_jax.compare.measure
---todo=FILE`. The JSON file of a size has `routing`, directories of runs whose routing is analysed
-(`routing.py`) on `tokens` tokens, and `steps`, runs by arm, each with `config` and `folder`, whose
-steps are timed (`step_times.py`). The file of a sweep has its `points` and whether its values are a
-`topology`. Both name the `output` file.
+--todo=FILE`. The JSON file has `points`, whose steps are timed (`step_times.py`): the values of a
+sweep, which may be topologies, or a size alone, with the `folders` of its trained runs. For a size
+it has `routing`, too: directories of runs whose routing is analysed (`routing.py`) on `tokens`
+tokens. `output` is the file of the results.
 
 A sweep on this machine has the seconds of a step of random tokens, all arms in turn, and the memory
 that the compiler plans. For topologies it has the bounds of `aoe_jax.plan`: the least seconds that
@@ -28,11 +28,11 @@ from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
-from aoe_jax.topology import topology_devices
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
 
@@ -75,31 +75,26 @@ def _size_job(size, runs, workdir, tokens, in_turn):
         finished = _finished(workdir, runs, size)
         return [str(folder) for folder, run in finished if not _is_routed(folder, run, tokens)]
 
-    by_arm = _first_by_arm(workdir, runs, size) if in_turn else {}
-    timed = step_seconds(workdir, runs, size) or {}
-    if by_arm.keys() == timed.keys():  # if an arm has failed, all are timed again
-        by_arm = {}
-    folders = to_route()
-    if not folders and not by_arm:
+    routing, output = to_route(), measured_file(workdir, size)
+    first = _first_by_arm(workdir, runs, size) if in_turn else {}
+    wanted = {size: {arm: run.config for arm, (_, run) in first.items()}} if first else {}
+    folders = {arm: str(folder) for arm, (folder, _) in first.items()}
+    points = [point | {"folders": folders} for point in _missing(output, wanted)]
+    if not routing and not points:
         return None
-    steps = {
-        arm: {"config": run.config.to_dict(), "folder": str(folder)}
-        for arm, (folder, run) in by_arm.items()
-    }
-    todo = {"routing": folders, "tokens": tokens, "steps": steps}
+    todo = {"routing": routing, "tokens": tokens, "points": points, "topology": False}
 
     def progress():
-        return 1 - len(to_route()) / (len(folders) or 1)
+        return 1 - len(to_route()) / (len(routing) or 1)
 
-    output = measured_file(workdir, size)
-    return _job(f"measuring {size}", output, todo, len(folders) + 1, progress)
+    return _job(f"measuring {size}", output, todo, len(routing) + 1, progress)
 
 
 def _sweep_job(name, suite, workdir):
     points = missing_points(suite, workdir, name)
     if not points:
         return None
-    todo = {"points": points, "topology": suite.throughput[name].is_topology}
+    todo = {"routing": [], "points": points, "topology": suite.throughput[name].is_topology}
 
     def progress():
         return 1 - len(missing_points(suite, workdir, name)) / len(points)
@@ -144,14 +139,9 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
 
     The result is None where the finished arms were not timed, or with other configurations.
     """
-    file = measured_file(workdir, size)
-    if not file.exists():
-        return None
-    found = read_json(file)
-    first = _first_by_arm(workdir, runs, size)
-    failed = found.get("failed", {})
-    wanted = {arm: run.config for arm, (_, run) in first.items() if arm not in failed}
-    return found["seconds"] if _configs(found.get("trained", {})) == wanted else None
+    configs = {arm: run.config for arm, (_, run) in _first_by_arm(workdir, runs, size).items()}
+    ((_, _, figures),) = _points(measured_file(workdir, size), {size: configs})
+    return figures and {arm: of_arm["seconds"] for arm, of_arm in figures.items()}
 
 
 def _configs(by_arm):
@@ -168,22 +158,35 @@ def _configs(by_arm):
 def measured_points(suite: Suite, workdir: Path, name):
     """Yields `(value, {arm: Config}, {arm: figures} or None)` for each value of a sweep.
 
-    The figures are None where these configurations have not been measured.
+    The figures are None where these configurations have not been measured; an arm that has failed
+    has none.
     """
-    file, done = sweep_file(workdir, name), {}
-    for point in read_json(file)["points"] if file.exists() else []:
+    return _points(sweep_file(workdir, name), suite.swept(name))
+
+
+def _points(file, wanted):
+    done = {}
+    for point in _done(file):
         done[point["value"]] = _configs(point["configs"]), point["figures"]
-    for value, configs in suite.swept(name).items():
+    for value, configs in wanted.items():
         measured, figures = done.get(value, (None, None))
         yield value, configs, figures if measured == configs else None
 
 
+def _done(file):
+    return read_json(file).get("points", []) if file.exists() else []
+
+
 def missing_points(suite: Suite, workdir: Path, name):
     """Returns the points of a sweep that are not measured yet, ready for JSON."""
+    return _missing(sweep_file(workdir, name), suite.swept(name))
+
+
+def _missing(file, wanted):
     return [
         {"value": value, "configs": {arm: config.to_dict() for arm, config in configs.items()}}
-        for value, configs, figures in measured_points(suite, workdir, name)
-        if figures is None
+        for value, configs, figures in _points(file, wanted)
+        if figures is None or figures.keys() != configs.keys()  # all in turn, if one has failed
     ]
 
 
@@ -192,15 +195,11 @@ def main():
     StopRequests("the same command does what is left").listen()
     todo = read_json(Path(cli.required(flags.FLAGS["todo"])))
     output, failed = Path(todo["output"]), {}
-    if "points" in todo:
-        measure_points(todo["points"], todo["topology"], output, failed)
-    else:
-        for folder in todo["routing"]:
-            with _noting(f"routing of {folder}", failed):
-                analyse(Path(folder), todo["tokens"])
-                log.info("analysed the routing of %s", folder)
-        if todo["steps"]:
-            _time_steps(todo["steps"], output, failed)
+    for folder in todo["routing"]:
+        with _noting(f"routing of {folder}", failed):
+            analyse(Path(folder), todo["tokens"])
+            log.info("analysed the routing of %s", folder)
+    measure_points(todo["points"], todo["topology"], output, failed)
     for name, reason in failed.items():
         log.error("%s: %s", name, reason)
     return 1 if failed else 0
@@ -216,38 +215,27 @@ def _noting(name, failed):
         failed[name] = f"{type(e).__name__}: {e}"
 
 
-def _time_steps(runs, output, failed):
-    """Writes `trained`, the configurations, `seconds` and `failed`, all by arm."""
-    steps, configs = {}, {arm: run["config"] for arm, run in runs.items()}
-    for arm, run in runs.items():
-        with _noting(f"steps of {arm}", failed):
-            steps[arm] = RepeatedStep(Config.from_config_dict(run["config"]), Path(run["folder"]))
-    seconds = seconds_in_turn(steps)
-    for arm, value in seconds.items():
-        log.info("%s: %.4f s a step", arm, value)
-    reasons = {arm: failed[f"steps of {arm}"] for arm in configs if arm not in steps}
-    trained = {arm: configs[arm] for arm in steps}
-    write_json(output, {"trained": trained, "seconds": seconds, "failed": reasons})
-
-
 def measure_points(points, is_topology, output: Path, failed):
-    """Measures points of a sweep and adds each to the JSON file `output`.
+    """Measures points, as `missing_points` returns them, and adds each to the JSON file `output`.
 
-    The points are of `missing_points`. A point that fails is added to `failed`, `{value: reason}`.
+    A point or an arm that fails is added to `failed`, `{name: reason}`.
     """
     measure = _traced if is_topology else _timed
     for point in points:
         with _noting(point["value"], failed):
-            figures = measure(point["value"], _configs(point["configs"]))
-            done = read_json(output)["points"] if output.exists() else []
-            others = [other for other in done if other["value"] != point["value"]]
+            figures = measure(point, _configs(point["configs"]), failed)
+            others = [other for other in _done(output) if other["value"] != point["value"]]
             write_json(output, {"points": [*others, point | {"figures": figures}]})
             seconds = [f"{arm} {of_arm['seconds']:.4g} s" for arm, of_arm in figures.items()]
             log.info("%s: %s", point["value"], ", ".join(seconds))
 
 
-def _timed(_, configs: Mapping[str, Config]):
-    steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
+def _timed(point, configs: Mapping[str, Config], failed):
+    steps = {}
+    for arm, config in configs.items():
+        with _noting(f"{point['value']}: steps of {arm}", failed):
+            folder = point.get("folders", {}).get(arm)
+            steps[arm] = RepeatedStep(config, folder and Path(folder))
     seconds, figures = seconds_in_turn(steps), {}
     for arm, step in steps.items():
         memory = step.memory["state_bytes"] + step.memory["temporary_bytes"]
@@ -255,8 +243,8 @@ def _timed(_, configs: Mapping[str, Config]):
     return figures
 
 
-def _traced(topology, configs: Mapping[str, Config]):
-    generation, devices = topology_devices(topology)
+def _traced(point, configs: Mapping[str, Config], failed):
+    generation, devices = topology_devices(point["value"])
     figures = {}
     for arm, config in configs.items():
         found = plan(fill_mesh(config, len(devices)), generation, devices, compiles=False)

@@ -19,6 +19,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.statistics import EQUAL_FLOPS, markdown_table, mean
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 
 _RESULTS = flags.DEFINE_string("results", None, "a directory with runs.csv, such as results/small")
@@ -42,14 +43,13 @@ def finished_runs(folder: Path):
     except (OSError, ValueError) as e:  # ValueError: not text, or empty
         reason = getattr(e, "strerror", None) or "it is no table"
         raise UserError(f"--results={folder}: {file} cannot be read ({reason}); {advice}") from e
-    if not {"size", "arm", "seed", "state", *NUMBERS} <= {*runs.columns} or runs.empty:
-        raise UserError(f"--results={folder}: {file} has no runs of a suite; {advice}")
+    is_report = {"size", "arm", "seed", "state", *NUMBERS} <= {*runs.columns} and len(runs)
+    require_flag(is_report, "results", folder, f"{file} has no runs of a suite; {advice}")
     finished = runs[runs["state"] == "finished"]
-    if finished.empty:
-        raise UserError(f"--results={folder}: no run of {file} has finished")
+    require_flag(len(finished), "results", folder, f"no run of {file} has finished")
     numbers = finished[NUMBERS].apply(pd.to_numeric, errors="coerce")
-    if numbers.isna().any(axis=None):
-        raise UserError(f"--results={folder}: {file} is damaged; make the report again")
+    is_whole = numbers.notna().all(axis=None)
+    require_flag(is_whole, "results", folder, f"{file} is damaged; make the report again")
     return finished.assign(**numbers)
 
 
@@ -64,36 +64,31 @@ def pairs(runs: pd.DataFrame, arms):
     Raises:
       UserError: these are not two arms, or they have no run in common.
     """
-    given = f"--arms={','.join(arms)}"
-    if len(arms) != 2 or arms[0] == arms[1]:
-        raise UserError(f"{given}: name two arms, such as aoe_d3_free,moe_free")
+    given = ",".join(arms)
+    are_two = len(arms) == len({*arms}) == 2
+    require_flag(are_two, "arms", given, "name two arms, such as aoe_d3_free,moe_free")
     known = runs["arm"].unique()
     for arm in arms:
-        if arm not in known:
-            choices = f"choose one of {', '.join(known)}"
-            raise UserError(f"{given}: {arm} has finished no run there; {choices}")
-    rows, before = [], np.full((len(NUMBERS), 2), np.nan)
-    for size, of_size in runs.groupby("size", sort=False):
-        of_arms = [of_size[of_size["arm"] == arm].set_index("seed") for arm in arms]
-        both = of_arms[0].index.intersection(of_arms[1].index)
-        if both.empty:
-            continue
-        first, second = (of_arm["validation_nll"][both] for of_arm in of_arms)
-        now = np.array([of_arm.loc[both, NUMBERS].mean() for of_arm in of_arms]).T
-        parameters, flops, nll = np.log(now / before)
-        same = (parameters == 0) | (np.abs(flops) < np.log(EQUAL_FLOPS))
+        wanted = f"{arm} has finished no run there; choose one of {', '.join(known)}"
+        require_flag(arm in known, "arms", given, wanted)
+    wide = (
+        runs[runs["arm"].isin(arms)]
+        .pivot(index=["size", "seed"], columns="arm", values=NUMBERS)
+        .dropna()
+    )
+    require_flag(len(wide), "arms", given, "no size and seed has both")
+    sizes = [size for size in runs["size"].unique() if size in wide.index]
+    steps = np.log(wide.groupby("size").mean().loc[sizes]).diff()
+    parameters, flops, nll = (steps[name][arms] for name in NUMBERS)
+    same = (parameters == 0) | (flops.abs() < np.log(EQUAL_FLOPS))
+    exponents = -nll.div(parameters).mask(same)  # a of nll ~ parameters ** -a
+    rows = []
+    for size in sizes:
+        first, second = (wide["validation_nll"].loc[size][arm] for arm in arms)
+        nlls, own = (mean(first), mean(second)), exponents.loc[size].to_numpy()
         rows.append(
-            {
-                "size": size,
-                "nlls": (mean(first), mean(second)),
-                "difference": mean(first - second),
-                # a of nll ~ parameters ** -a
-                "exponents": np.where(same, np.nan, -nll / np.where(same, 1, parameters)),
-            }
+            {"size": size, "nlls": nlls, "difference": mean(first - second), "exponents": own}
         )
-        before = now
-    if not rows:
-        raise UserError(f"{given}: no size and seed has both")
     return pd.DataFrame(rows)
 
 

@@ -14,11 +14,11 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.statistics import markdown_table
 from aoe_jax.compare.suite import Suite, load_suite, one_of
-from aoe_jax.errors import UserError
+from aoe_jax.config.checks import require_flag
+from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
-from aoe_jax.topology import topology_devices
 
 log = logging.getLogger("aoe_jax.compare.plan")  # __name__ is __main__ on the command line
 
@@ -39,9 +39,8 @@ def first_runs(suite: Suite, sizes):
       UserError: a size is unknown.
     """
     for size in sizes:
-        if size not in suite.sizes:
-            given = ",".join(sizes)
-            raise UserError(f"--sizes={given}: {size} is unknown; {one_of(suite.sizes)}")
+        wanted = f"{size} is unknown; {one_of(suite.sizes)}"
+        require_flag(size in suite.sizes, "sizes", ",".join(sizes), wanted)
     return [run for run in suite.runs() if run.seed == 0 and (not sizes or run.size in sizes)]
 
 

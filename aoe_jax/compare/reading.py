@@ -1,6 +1,5 @@
 """Reads the results of a suite from the directories of its runs, as DataFrames."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,21 +20,7 @@ from aoe_jax.compare.results import (
 from aoe_jax.compare.runs import folder_of, is_finished
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.json_files import read_json
-
-COST_COLUMNS = [
-    "sweep",
-    "setting",
-    "x",
-    "arm",
-    "tokens_per_step",
-    "seconds_per_step",
-    "tokens_per_second",
-    "speed_to_baseline",
-    "flops_per_step",
-    "memory_bytes",  # of a device: state and temporaries; None for absent machines
-    "received_bytes",  # by a chip; None for this machine
-]
+from aoe_jax.json_files import read_json, read_metrics
 
 
 def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
@@ -68,7 +53,9 @@ def _read_run(run, folder, seconds):
     if finished:
         state = "finished" if math.isfinite(nll) else "diverged"
     log = beside(folder, ".log")
-    lines = _read_lines(folder / "metrics.jsonl")
+    columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
+    lines = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
+    lines = lines.reindex(columns=columns).astype(float)
     train, validation = (lines[lines[name].notna()] for name in ("loss", "validation_nll"))
     own_seconds = run.config.tokens_per_step / train["tokens_per_second"].median()
     shares = lines["dropped_share"].dropna()
@@ -116,17 +103,6 @@ def row_of(run: Run, seconds_per_step, report, **columns):
     }
 
 
-def _read_lines(path):
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line of a killed run may be cut off
-            continue
-    columns = ["step", "loss", "nll", "tokens_per_second", "dropped_share", "validation_nll"]
-    return pd.DataFrame(found).reindex(columns=columns).astype(float)
-
-
 def curve_of(row, split, step, nll):
     """Returns the rows of `Results.curves` of a split of a run, whose row of `runs` is given."""
     step = np.asarray(step, int)
@@ -158,20 +134,24 @@ def _routing_figures(report):
 
 
 def read_costs(suite: Suite, workdir: Path):
-    """Returns a frame of all sweeps, with a row for each measured arm and value.
+    """Returns a frame of each measured sweep by name, with a row for each arm and value.
 
-    The columns are COST_COLUMNS and `config`. Arms are in the order of the suite.
+    The columns are those of `throughput.csv`, and `config`. Arms are in the order of the suite.
+    `memory_bytes` of a device, state and temporaries, is None for absent machines, and
+    `received_bytes` of a chip is None for this machine.
     """
-    rows = []
+    found = {}
     for name, sweep in suite.throughput.items():
         points = [point for point in measured_points(suite, workdir, name) if point[2]]
-        for arm in suite.arms:
-            rows += [
-                _cost(name, sweep, arm, suite.baseline, configs, figures)
-                for _, configs, figures in points
-                if arm in figures
-            ]
-    return pd.DataFrame(rows, columns=[*COST_COLUMNS, "config"])
+        rows = [
+            _cost(name, sweep, arm, suite.baseline, configs, figures)
+            for arm in suite.arms
+            for _, configs, figures in points
+            if arm in figures
+        ]
+        if rows:
+            found[name] = pd.DataFrame(rows)
+    return found
 
 
 def _cost(name, sweep, arm, baseline, configs, figures):

@@ -15,15 +15,16 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
-from aoe_jax.compare.jobs import PACKAGES, beside
+from aoe_jax.compare.jobs import beside
 from aoe_jax.compare.measure import measured_file, sweep_file
-from aoe_jax.compare.reading import COST_COLUMNS, read_costs, read_results
+from aoe_jax.compare.reading import read_costs, read_results
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
 from aoe_jax.compare.runs import check_run, folder_of, tuned_rates, tuning_nlls
 from aoe_jax.compare.statistics import exponent, markdown_table, mean, minimum, number
 from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
+from aoe_jax.hardware import PACKAGES
 from aoe_jax.json_files import read_json
 
 BALANCED_BY = {  # methods that balance load, or couple router and experts, by themselves
@@ -72,14 +73,17 @@ def write_report(suite: Suite, workdir: Path, command):
     results.curves.to_csv(workdir / "curves.csv", index=False)
     results.routing.to_csv(workdir / "routing.csv", index=False)
     results.differences().to_csv(workdir / "differences.csv", index=False)
-    costs[COST_COLUMNS].to_csv(workdir / "throughput.csv", index=False)
+    if costs:
+        frame = pd.concat(costs.values()).drop(columns="config")
+        frame.to_csv(workdir / "throughput.csv", index=False)
     return page
 
 
-def to_markdown(r: Results, costs: pd.DataFrame, **of_workdir):
+def to_markdown(r: Results, costs, **of_workdir):
     """Renders the report as `(Markdown, {name: Figure})`.
 
-    `of_workdir` has `machines`, `failed`, `tuning` and `command`; what is left out is not shown.
+    `costs` are of `read_costs`; `of_workdir` has `machines`, `failed`, `tuning` and `command`; what
+    is left out is not shown.
     """
     pictures = {}
 
@@ -170,9 +174,9 @@ def to_html(markdown, svgs, title):
 def _in_words(machine):
     is_cpu = machine["backend"] == "cpu"
     place = f"{machine['cores']} cores" if is_cpu else f"{machine['devices']} devices"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
+    versions = (f"{name} {machine[name]}" for name in ("python", *PACKAGES) if name in machine)
     commit = f"; aoe_jax at {machine['commit']}" if machine.get("commit") else ""
-    return f"{machine['device']}, {place}; {versions}{commit}"
+    return f"{machine['device']}, {place}; {', '.join(versions)}{commit}"
 
 
 def states(r: Results):
@@ -294,10 +298,10 @@ def routed_sizes(r: Results):
     return list(dict.fromkeys([largest if largest in sizes else sizes[-1], widest]))
 
 
-def sweeps(r: Results, costs: pd.DataFrame):
+def sweeps(r: Results, costs):
     """Shows costs along sweeps: `name`, `figure`, `caption` and the `rows` of a table of each."""
-    by_name = costs.groupby("sweep", sort=False)
-    return [_sweep(r, *sweep) for sweep in by_name if r.suite.baseline in {*sweep[1]["arm"]}]
+    has_baseline = {name: (frame["arm"] == r.suite.baseline).any() for name, frame in costs.items()}
+    return [_sweep(r, name, frame) for name, frame in costs.items() if has_baseline[name]]
 
 
 def _sweep(r, name, frame):
@@ -353,14 +357,14 @@ def _model_in_words(frame, sweep, baseline):
     return ", ".join([*parts, f"vocabulary {m.vocab_size}", m.dtype])
 
 
-def at_equal_experts(r: Results, costs: pd.DataFrame):
+def at_equal_experts(r: Results, costs):
     """Compares steps with those of the reference arm with as many experts a token.
 
     Rows exist only where a sweep over K has the model of a size.
     """
     rows = []
-    for _, frame in costs[costs["setting"] == "experts.top_k"].groupby("sweep", sort=False):
-        for size, arm in r.pairs:
+    for name, frame in costs.items():
+        for size, arm in r.pairs if r.suite.throughput[name].setting == "experts.top_k" else ():
             if not (frame["arm"] == arm).any() and r.suite.reference(arm) in r.arms(size):
                 rows.append(_equal_row(r, size, arm, frame))
     return [row for row in rows if row]

@@ -27,7 +27,7 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step
 from aoe_jax.json_files import write_json
-from aoe_jax.load_figures import dead_experts, load_entropy, mean_load
+from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.training.checkpoint import Checkpoints
@@ -95,14 +95,6 @@ def oracle_figures(outputs, scores, chosen, k, is_normalised):
     in_common = (best & chosen).sum(axis=1) / k
     figures = [in_common, distance(chosen), of_sets.min(axis=0), of_sets.mean(axis=0)]
     return jnp.stack(figures, axis=1)
-
-
-def max_violation(load, mean):
-    """Computes the largest load over the mean load, minus 1: `[L, n]`, `[L]` -> `[L]`.
-
-    It is 0 in a layer where no token has an expert.
-    """
-    return np.where(mean > 0, load.max(axis=1) / np.maximum(mean, 1e-9) - 1, 0)
 
 
 def overlap(chosen, final):
@@ -199,12 +191,13 @@ def _gathered(results, is_real):
 def _figures(step, figures, final):
     """Returns the figures of one checkpoint, ready for JSON, with a list over layers for each."""
     stats, load = figures["stats"], figures["chosen"].mean(axis=1)  # [L, n]
+    of_load = figures_of_layers(load, stats.live)
     by_name = {
         "load": load,
-        "load_entropy": load_entropy(load),
+        "load_entropy": of_load["load_entropy"],
         "confidence_entropy": stats.confidence_entropy,
-        "max_violation": max_violation(load, mean_load(load, stats.live)),
-        "dead_experts": dead_experts(load, stats.live).sum(axis=1),
+        "max_violation": np.maximum(of_load["load_max_over_mean"] - 1, 0),
+        "dead_experts": of_load["dead_experts"],
         "mean_score": stats.mean_score,
         "overlap_with_final": overlap(figures["chosen"], final["chosen"]),
     }

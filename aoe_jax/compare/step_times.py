@@ -14,18 +14,10 @@ import numpy as np
 
 from aoe_jax.compare.routing import validation_batches
 from aoe_jax.config.run import Config
-from aoe_jax.sharding import (
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    replicated,
-    state_shardings,
-    with_shardings,
-)
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.memory import program_memory
-from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.training.step import new_state, train_step_on
 
 ROUNDS = 10
 STEPS = 3  # of a round; the first is not counted, because caches still belong to another arm
@@ -64,26 +56,15 @@ class RepeatedStep:
         if folder:
             batch = next(validation_batches(folder, config, config.train.batch_size))
         self._mesh = make_mesh(config, jax.devices())
-
-        def new_state():
-            return init_state(config, config.train.seed)
-
         with jax.set_mesh(self._mesh):
             self._batch = put_batch(batch_sharding(self._mesh), batch)
-            abstract = jax.eval_shape(new_state)
-            shardings = state_shardings(self._mesh, abstract)
+            step, like = train_step_on(self._mesh, config)
             if folder:
                 checkpoints = Checkpoints(folder)
-                like = with_shardings(abstract, shardings)
                 self._state, *_ = checkpoints.restore(checkpoints.find("newest"), like)
             else:
-                self._state = jax.jit(new_state, out_shardings=shardings)()
+                self._state = new_state(config, like)
             # The same program as in training, which the compilation cache may have.
-            step = jax.jit(
-                make_train_step(config),
-                donate_argnums=0,
-                out_shardings=(shardings, replicated(self._mesh)),
-            )
             self.program = step.lower(self._state, self._batch).compile()
         self.memory = program_memory(self._state, self.program)
 
@@ -94,11 +75,11 @@ class RepeatedStep:
         return metrics
 
 
-def seconds_in_turn(steps: Mapping[str, Callable]):
+def seconds_in_turn(steps: Mapping[str, Callable], rounds=ROUNDS):
     """Returns the median seconds of several steps, functions without arguments, by name."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = {name: [] for name in steps}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, step in steps.items():
             for number in range(STEPS):
                 started = clock()

@@ -8,14 +8,14 @@ import dataclasses
 import json
 import math
 import re
-import runpy
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
@@ -359,43 +359,21 @@ def load_suite(path: Path, settings=()) -> Suite:
     Raises:
       UserError: the file cannot be read, has no suite, or the suite or a setting is invalid.
     """
-    suite = _suite_in(path)
+    suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
+    wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"
+    require_flag(isinstance(suite, Suite), "suite", path, wanted)
     for setting in settings:
         name, equals, text = setting.partition("=")
         group, _, field_name = name.partition(".")
-        if not (equals and field_name):
-            wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
-            raise UserError(f"--set={setting}: {wanted}")
-        if name == "train.seed" or (name == "train.learning_rate" and suite.tuning):
-            raise UserError(f"--set={setting}: the suite sets it for each run; change the suite")
+        wanted = "write it as GROUP.FIELD=VALUE, such as data.path=/data/c4"
+        require_flag(equals and field_name, "set", setting, wanted)
+        is_set = name == "train.seed" or (name == "train.learning_rate" and suite.tuning)
+        wanted = "the suite sets it for each run; change the suite"
+        require_flag(not is_set, "set", setting, wanted)
         try:
             value = json.loads(text)
         except ValueError:
             value = text
         changed = _changed(suite.settings, {group: {field_name: value}})
         suite = dataclasses.replace(suite, settings=changed)
-    return suite
-
-
-def _suite_in(path):
-    example = "such as configs/compare/tiny.py"
-    if Path(path).suffix != ".py":
-        raise UserError(f"--suite={path}: must be a Python file, {example}")
-    try:
-        get_suite = runpy.run_path(str(path)).get("get_suite")
-        suite = get_suite() if callable(get_suite) else None
-    except UserError as e:
-        raise UserError(f"--suite={path}: {e}") from e
-    except OSError as e:
-        advice = f"name a file {example}"
-        raise UserError(f"--suite={path}: cannot be read ({e.strerror}); {advice}") from e
-    except Exception as e:  # any error in the suite's own code
-        frames = traceback.extract_tb(e.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        where = f" (line {lines[-1]})" if lines else ""
-        message = " ".join(str(e).split())[:300]
-        raise UserError(f"--suite={path}: {type(e).__name__}: {message}{where}") from e
-    if not isinstance(suite, Suite):
-        wanted = "needs a function get_suite() that returns an aoe_jax.compare.suite.Suite"
-        raise UserError(f"--suite={path}: {wanted}")
     return suite

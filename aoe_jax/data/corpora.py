@@ -20,6 +20,7 @@ from tensorflow_datasets.core.dataset_builders.huggingface_dataset_builder impor
 from tensorflow_datasets.core.utils import dtype_utils
 from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
+from aoe_jax.config.checks import require
 from aoe_jax.data import SPLITS, sotu
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import UserError
@@ -74,16 +75,11 @@ def _text_folder(path: str | None) -> Corpus:
     twenty for test, at least one each. In all but small folders, files that are added leave the
     others in their splits.
     """
-    root = Path(path).expanduser() if path else None
-    if root is None or not root.is_dir():
-        raise UserError(
-            f"data.path={path!r}: no such folder; data.name='text' needs a folder of .txt files"
-        )
+    root = Path(path or "").expanduser()
+    wanted = "no such folder; data.name='text' needs a folder of .txt files"
+    require(path and root.is_dir(), "data.path", path, wanted)
     files = sorted(file for file in root.rglob("*.txt") if file.is_file())
-    if not files:
-        raise UserError(
-            f"data.path={path!r}: the folder has no .txt file; put one document in each"
-        )
+    require(files, "data.path", path, "the folder has no .txt file; put one document in each")
     names, digest = [], hashlib.sha256()
     for file in files:
         if file.stat().st_size == 0:
@@ -96,11 +92,9 @@ def _text_folder(path: str | None) -> Corpus:
             raise UserError(
                 f"data.path={path!r}: {file} cannot be read ({error.strerror})"
             ) from error
-    if len(names) < len(SPLITS):
-        raise UserError(
-            f"data.path={path!r}: {len(names)} non-empty .txt file(s); train, validation and test "
-            "need at least 3 documents, one a file"
-        )
+    wanted = "train, validation and test need at least 3 documents, one a file"
+    found = f"{len(names)} non-empty .txt file(s); {wanted}"
+    require(len(names) >= len(SPLITS), "data.path", path, found)
     splits = _split_by_hash(names)
 
     def documents(split: str) -> Iterator[str]:
@@ -142,12 +136,10 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     """
     info = builder.info
     text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
-    if text_field not in text_fields:
-        raise UserError(
-            f"data.text_field={text_field!r}: the text features of {name} are {text_fields}"
-        )
-    if "train" not in info.splits:
-        raise UserError(f"data.name={name!r}: has no train split, only {sorted(info.splits)}")
+    wanted = f"the text features of {name} are {text_fields}"
+    require(text_field in text_fields, "data.text_field", text_field, wanted)
+    wanted = f"has no train split, only {sorted(info.splits)}"
+    require("train" in info.splits, "data.name", name, wanted)
     sizes = {
         split: (info.splits[split].num_examples, int(info.splits[split].num_bytes))
         for split in info.splits

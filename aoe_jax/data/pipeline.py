@@ -8,6 +8,7 @@ from typing import SupportsIndex
 import grain
 import numpy as np
 
+from aoe_jax.config.checks import require
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.errors import UserError
 
@@ -25,11 +26,9 @@ class PackedWindows:
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
         """Raises `UserError` if the stream is shorter than one window."""
-        if len(store) < seq_len + 1:
-            raise UserError(
-                f"data.seq_len={seq_len}: the {store.split} split of {store.manifest['corpus']} "
-                f"has {len(store)} tokens; give a shorter seq_len or a larger corpus"
-            )
+        wanted = f"has {len(store)} tokens; give a shorter seq_len or a larger corpus"
+        found = f"the {store.split} split of {store.manifest['corpus']} {wanted}"
+        require(len(store) > seq_len, "data.seq_len", seq_len, found)
         self._store, self._seq_len, self._loss_mask = store, seq_len, loss_mask
 
     def __len__(self) -> int:
@@ -132,21 +131,14 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless training batches; the order of a source changes from epoch to epoch.
 
-    A batch is a dictionary of arrays `[len(rows), seq_len]`, see `PackedWindows`. A step has the
-    same windows in the same rows for any number of processes. `get_state` and `set_state` save and
-    restore the position: the number of batches, and of windows of each source in them, the same in
-    every process.
+    A batch is a dictionary of arrays `[len(rows), seq_len]`, see `PackedWindows`; `rows` are those
+    of all `batch_size` that this process reads, by default all. A step has the same windows in the
+    same rows for any number of processes. `get_state` and `set_state` save and restore the
+    position: the number of batches, and of windows of each source in them, the same in every
+    process.
 
-    Args:
-        stores: the train split of each source by its name.
-        weights: the sources' shares of the windows, in proportion to each other; None: the numbers
-            of their windows, so that one pass over the mixture is one over every source.
-        seq_len: tokens of a window.
-        batch_size: windows of a batch, over all processes.
-        seed: the seed of the order.
-        rows: the rows of a batch that this process reads; None: all.
-        loss_mask: see `PackedWindows`.
-        read_options: number of threads that read ahead, and how far.
+    `weights` are the sources' shares of the windows, in proportion to each other; None: the numbers
+    of their windows, so that one pass over the mixture is one over every source.
 
     Raises `UserError` if a stream is shorter than one window; on `set_state`, if the position is
     one in other sources; on `next`, as `TokenStore.read` does.

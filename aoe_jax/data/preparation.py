@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.data import SPLITS
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.data.token_store import (
@@ -59,17 +60,11 @@ class Settings:
 
     def __post_init__(self):
         for name in ("validation", "test"):
-            value = getattr(self, name)
-            if not 0 < value < 0.5:
-                raise UserError(
-                    f"--{name}={value}: must be a share of the documents, above 0 and below 0.5"
-                )
-        size = self.bpe_size
-        if size is not None and not (size.isdecimal() and 256 < int(size) < 2**31):
-            raise UserError(
-                f"--tokenizer={self.tokenizer!r}: give bpe:N, N tokens, at least 257; or a "
-                "tokenizer's file"
-            )
+            value, wanted = getattr(self, name), "must be a share of the documents below 0.5"
+            require_flag(0 < value < 0.5, name, value, f"{wanted}, above 0")
+        size, wanted = self.bpe_size, "give bpe:N, N tokens, at least 257; or a tokenizer's file"
+        is_size = size is None or (size.isdecimal() and 256 < int(size) < 2**31)
+        require_flag(is_size, "tokenizer", repr(self.tokenizer), wanted)
 
     @property
     def bpe_size(self) -> str | None:
@@ -95,12 +90,6 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     preparation, the disk is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output={output}: can't be made ({error.strerror}); name a directory"
-        ) from error
     with alone_in(output, "output"), _full_disk_is_named(output):
         plan = _claim(files, planned, output)
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
@@ -178,10 +167,8 @@ def repair(output: Path, processes: int) -> list[str]:
     """Write the damaged shards of a complete store again, from its input; returns their names.
     Raises `UserError` as `check` does, and if the input is missing or has changed.
     """
-    if not (output / PLAN_FILE).exists():
-        raise UserError(
-            f"--output={output}: has no {PLAN_FILE}, so it can't be repaired; prepare it again"
-        )
+    wanted = f"has no {PLAN_FILE}, so it can't be repaired; prepare it again"
+    require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
     with alone_in(output, "output"), _full_disk_is_named(output):
         damaged = check(output)
         if damaged:
@@ -220,27 +207,20 @@ def _state(path: str) -> list:
 def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
     """The plan of `output`, made if there is none; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
-        if any(path.name != f"{PLAN_FILE}.partial" for path in output.iterdir()):
-            raise UserError(
-                f"--output={output}: is not empty, and holds no preparation; use another --output"
-            )
+        is_empty = all(path.name == f"{PLAN_FILE}.partial" for path in output.iterdir())
+        wanted = "is not empty, and holds no preparation; use another --output"
+        require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
     plan = read_json(output / PLAN_FILE, "delete the folder, or use another --output")
-    advice = "Delete the folder, or use another --output"
+    advice, holds = "Delete the folder, or use another --output", "holds a preparation of"
     for name, here in planned.items():
         there = plan.get(name)
-        if there != here:
-            raise UserError(
-                f"--output={output}: holds a preparation of something else: {name} is {there!r} "
-                f"there, {here!r} here. {advice}"
-            )
+        other = f"{holds} something else: {name} is {there!r} there, {here!r} here. {advice}"
+        require_flag(there == here, "output", output, other)
     found = {str(file) for file in files}
     for state in plan["files"]:
-        if state[0] not in found:
-            raise UserError(
-                f"--output={output}: holds a preparation of more: {state[0]} is gone, or not named "
-                f"here. {advice}"
-            )
+        more = f"{holds} more: {state[0]} is gone, or not named here. {advice}"
+        require_flag(state[0] in found, "output", output, more)
         _refuse_changed(state, advice)
     if new := sorted(found.difference(state[0] for state in plan["files"])):
         logger.warning(

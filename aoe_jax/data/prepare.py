@@ -46,8 +46,7 @@ def main():
     StopRequests("the same command goes on where it was").listen()
     output = Path(cli.required(_OUTPUT)).expanduser()
     if not (_CHECK.value or _REPAIR.value):
-        if not _INPUT.value:
-            raise UserError("--input is missing; name a glob pattern of files")
+        cli.required(_INPUT)
         tokenizer = cli.required(_TOKENIZER)
         settings = Settings(tokenizer, _TEXT_FIELD.value, _VALIDATION.value, _TEST.value)
         prepare(_INPUT.value, settings, output, _PROCESSES.value)

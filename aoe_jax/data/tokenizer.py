@@ -18,6 +18,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import replace_durably
 
@@ -101,7 +102,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.prefix = example.ids[: sum(is_prefix)]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer`."""
         if not self._tiktoken:
             return self._encode_by_tokenizers(texts)
         if self._threads == 1:
@@ -110,7 +110,6 @@ class HuggingFaceTokenizer(Tokenizer):
             return list(pool.map(self._encode_by_tiktoken, texts))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer`."""
         return self._tokenizer.decode(tokens)
 
     def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -157,12 +156,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.prefix = []
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer`."""
         encoded = self._processor.encode(list(texts), num_threads=self._threads)
         return [np.array(ids, np.uint32) for ids in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer`."""
         tokens = [int(token) for token in tokens]
         return self._processor.decode([t for t in tokens if not self._processor.is_control(t)])
 
@@ -173,10 +170,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge. Raises
     `UserError` if `vocab_size` is below 257.
     """
-    if vocab_size < 257:
-        raise UserError(
-            f"model.vocab_size={vocab_size}: must be at least 257 (256 bytes and {END_OF_TEXT})"
-        )
+    wanted = f"must be at least 257 (256 bytes and {END_OF_TEXT})"
+    require(vocab_size >= 257, "model.vocab_size", vocab_size, wanted)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -223,11 +218,8 @@ def saved_tokenizer(folder: Path) -> Path:
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `UserError` if a model with `vocab_size` lacks an embedding for some token."""
-    if vocab_size < tokenizer.token_count:
-        raise UserError(
-            f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.token_count} tokens; "
-            "set it to at least that"
-        )
+    wanted = f"the tokenizer has {tokenizer.token_count} tokens; set it to at least that"
+    require(vocab_size >= tokenizer.token_count, "model.vocab_size", vocab_size, wanted)
 
 
 def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels, speed
@@ -127,13 +128,7 @@ def _why_plain(device, has_kernels, check):
 
 
 def check_kernels(config, models, mesh, backends, say):
-    """Checks attention, the grouped products and the layers of all models.
-
-    Args:
-      config, models: of `steps.fitted` and `steps.twins`.
-      mesh: in context.
-      backends: of `choose_backends`.
-      say: is called with a line for each check.
+    """Checks attention, the grouped products and the layers of all models on the mesh in context.
 
     Returns:
       A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
@@ -142,12 +137,12 @@ def check_kernels(config, models, mesh, backends, say):
       UserError: a backend does not take the platform, a dtype or a width.
     """
     attention, *grouped = backends
-    cases = kernels.attention_cases(config, mesh, attention["backend"])
-    cases += [kernels.grouped_case(config, mesh, b["backend"], b["shape"]) for b in grouped]
+    cases = kernels.attention_cases(config, attention["backend"])
+    cases += [kernels.grouped_case(config, b["backend"], b["shape"]) for b in grouped]
     cases += [
-        kernels.layer_case(c, mesh, MODELS[c.experts.kind])
+        kernels.layer_case(c, MODELS[c.experts.kind])
         for c in models.values()
-        if c.experts.kind in MODELS and not (c.experts.factorised_gate or c.experts.large_router)
+        if kernels.has_reference(c.experts)
     ]
     found = []
     for case in cases:
@@ -173,14 +168,14 @@ def _in_words(result):
 
 
 def measure(config, mesh, backends, say):
-    """Measures what `speed` has, on a mesh in no context; see `check_kernels` for the arguments.
+    """Measures what `speed` has, on a mesh in no context.
 
     Returns:
       Figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of the
       measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
     """
     attention, *grouped = backends
-    row, found = speed.in_a_row(mesh), {}
+    row, found = Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1]), {}
     works = speed.peaks(config, row) + speed.attention(config, attention["backend"])
     own = kernels.expert_shapes(config).values()
     for b in (b for b in grouped if b["shape"] in own):

@@ -33,21 +33,27 @@ from aoe_jax.sharding import MESH_AXES
 
 PRODUCT_EPS = {"tpu": 2**-7, "gpu": 2**-10}  # of float32 operands: bfloat16 and TF32
 BLOCK = 128  # rows whose error is computed together, such as positions of a head
-LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # at most; the reference computes all experts for all tokens
+LAYER_TOKENS, LAYER_EXPERTS = 2048, 8  # the reference computes all experts for all tokens
 
 
 class Case(NamedTuple):
-    """A kernel at one shape, and its reference: jitted functions of drawn arrays and an input."""
+    """A kernel at one shape, and its reference: functions of arrays and of an input."""
 
     kernel: str
     shape: str  # in words
-    results: tuple  # names of what both functions return
+    arguments: dict  # the shapes of the arrays, which are drawn, by name
+    result: tuple  # its shape
     function: Callable
     reference: Callable
-    arrays: list  # shapes of the drawn arrays
-    inputs: dict  # the last argument by name, which is not drawn
+    inputs: dict  # the further arguments of both, by name of the input
     roundings: int
     terms: int
+    is_collective: bool = False  # the function shares the work among the devices of the mesh
+
+    @property
+    def arrays(self):
+        """The shapes of the arguments and of the gradient of the result."""
+        return [*self.arguments.values(), self.result]
 
 
 def everywhere(mesh, function):
@@ -71,10 +77,16 @@ def drawn(mesh, shapes, dtype):
     return jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
-def value_and_gradients(function, args, g):
-    """`(function(*args), gradients of args for the result's gradient g)`."""
-    y, pull_back = jax.vjp(function, *args)
-    return y, *pull_back(g)
+def with_gradients(function):
+    """The function of `(arrays, g, given)` that returns `function(*arrays, *given)` and, for the
+    gradient g of this result, the gradients of the arrays.
+    """
+
+    def call(arrays, g, given):
+        y, pull_back = jax.vjp(lambda *arrays: function(*arrays, *given), *arrays)
+        return y, *pull_back(g)
+
+    return call
 
 
 def exactly(function, dtype):
@@ -109,10 +121,15 @@ def check(case: Case, mesh, dtype):
         found = [_relative_error(a, b) for a, b in zip(got, want, strict=True)]
         return jax.lax.all_gather(jnp.stack(found), MESH_AXES)
 
-    compare, args, results = everywhere(mesh, errors), drawn(mesh, case.arrays, dtype), []
+    function, compare = with_gradients(case.function), everywhere(mesh, errors)
+    function = jax.jit(function) if case.is_collective else everywhere(mesh, function)
+    reference = everywhere(mesh, exactly(with_gradients(case.reference), dtype))
+    names, results = ["y", *(f"d_{name}" for name in case.arguments)], []
+    *arrays, g = drawn(mesh, case.arrays, dtype)
     for name, given in case.inputs.items():
-        of_devices = np.asarray(compare(case.function(*args, given), case.reference(*args, given)))
-        worst = dict(zip(case.results, of_devices.max(axis=0).tolist(), strict=True))
+        args = arrays, g, given
+        of_devices = np.asarray(compare(function(*args), reference(*args)))
+        worst = dict(zip(names, of_devices.max(axis=0).tolist(), strict=True))
         results.append(
             {
                 "kernel": case.kernel,
@@ -147,52 +164,45 @@ def sequences_per_device(config: Config):
     return config.train.batch_size // math.prod(config.mesh.shape[:3])
 
 
-def attention_shape(config: Config):
-    """`(H, G, S, h)` of a device."""
+def attention_shape(config: Config, b):
+    """`(B, H, G, S, h)` of b sequences on a device."""
     m, tensor = config.model, config.mesh.tensor
-    return (m.n_heads // tensor, m.kv_heads // tensor, config.data.seq_len, m.d_model // m.n_heads)
+    heads = m.n_heads // tensor, m.kv_heads // tensor
+    return (b, *heads, config.data.seq_len, m.d_model // m.n_heads)
 
 
-def attention_cases(config: Config, mesh, backend):
-    """Cases of the attention of a configuration: causal, with documents, with grouped heads."""
-    n_heads, n_kv, s, h = attention_shape(config)
-    b = min(2, sequences_per_device(config))
-    kinds = {"causal": (n_kv, False), "documents": (n_kv, True)}
-    if n_kv == n_heads > 1:
-        kinds["documents, grouped heads"] = (1, True)
-    return [
-        _attention_case(config, mesh, backend, name, (b, n_heads, n_kv, s, h), has_documents)
-        for name, (n_kv, has_documents) in kinds.items()
-    ]
-
-
-def _attention_case(config, mesh, backend, name, shape, has_documents):
+def attention_cases(config: Config, backend):
+    """Cases of the attention of a device: causal and with documents, and with grouped heads."""
+    shape = attention_shape(config, min(2, sequences_per_device(config)))
     b, n_heads, n_kv, s, h = shape
     starts = np.random.default_rng(0).random((b, s)) < 4 / s
-    documents = np.cumsum(starts, axis=1, dtype=np.int32) if has_documents else None
+    documents = (np.cumsum(starts, axis=1, dtype=np.int32),)
+    cases = [attention_case(backend, shape, {"causal": (), "documents": documents})]
+    if n_kv == n_heads > 1:
+        inputs = {"documents, grouped heads": documents}
+        cases.append(attention_case(backend, (b, n_heads, 1, s, h), inputs))
+    return cases
 
-    def kernel(q, k, v, g, documents):
-        attend = lambda q, k, v: causal_attention(q, k, v, documents, backend=backend)  # noqa: E731
-        return value_and_gradients(attend, (q, k, v), g)
 
-    def plain(q, k, v, g, documents):
+def attention_case(backend, shape, inputs):
+    """The case of attention at `(B, H, G, S, h)`; an input is documents `[B, S]` or nothing."""
+    b, n_heads, n_kv, s, h = shape
+
+    def plain(q, k, v, *documents):
         # One head of keys at a time: all scores [B, H, S, S] may exceed the memory.
-        def of_head(args):
-            attend = lambda q, k, v: reference_attention(q, k, v, documents)  # noqa: E731
-            return value_and_gradients(attend, args[:3], args[3])
+        by_head = tuple(jnp.moveaxis(a.reshape(b, n_kv, -1, s, h), 1, 0) for a in (q, k, v))
+        of_head = jax.checkpoint(lambda qkv: reference_attention(*qkv, *documents))
+        return jnp.moveaxis(jax.lax.map(of_head, by_head), 0, 1).reshape(b, -1, s, h)
 
-        by_head = [jnp.moveaxis(a.reshape(b, n_kv, -1, s, h), 1, 0) for a in (q, k, v, g)]
-        found = jax.lax.map(of_head, tuple(by_head))
-        return tuple(jnp.moveaxis(a, 0, 1).reshape(b, -1, s, h) for a in found)
-
+    queries, keys = (b, n_heads, s, h), (b, n_kv, s, h)
     return Case(
         kernel=f"attention {backend}",
         shape=f"{b}x{n_heads}x{n_kv}x{s}x{h} (BxHxGxSxh)",
-        results=("y", "d_q", "d_k", "d_v"),
-        function=everywhere(mesh, kernel),
-        reference=everywhere(mesh, exactly(plain, config.model.dtype)),
-        arrays=[(b, n, s, h) for n in (n_heads, n_kv, n_kv, n_heads)],
-        inputs={name: documents},
+        arguments={"q": queries, "k": keys, "v": keys},
+        result=queries,
+        function=partial(causal_attention, backend=backend),
+        reference=plain,
+        inputs=inputs,
         roundings=2,
         terms=s,
     )
@@ -230,57 +240,51 @@ def group_sizes(m, n_experts):
     return {name: rows.astype(np.int32) for name, rows in sizes.items()}
 
 
-def grouped_arrays(m, shape):
-    """The shapes of rows, weights and the gradient of the result."""
-    n, d, f = shape
-    return [(m, d), (n, d, f), (m, f)]
-
-
-def grouped_case(config: Config, mesh, backend, shape):
+def grouped_case(config: Config, backend, shape):
     """The case of a grouped product and its two gradients, weights `[E, D, F]` of `shape`."""
     m, (n, d, f) = rows_per_device(config), shape
 
-    def kernel(rows, weights, g, sizes):
-        product = lambda rows, weights: grouped_matmul(rows, weights, sizes)  # noqa: E731
-        return value_and_gradients(product, (rows, weights), g)
-
-    def plain(rows, weights, g, sizes):
+    def plain(rows, weights, sizes):
         expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(m), side="right")
 
-        def add(sums, one):
-            number, w = one
-            own_rows, own_g = (jnp.where((expert == number)[:, None], a, 0) for a in (rows, g))
-            y, d_rows = sums
-            sums = y + exact(own_rows, w), d_rows + exact(own_g, w.T)
-            return sums, exact(own_rows.T, own_g)
+        @jax.checkpoint  # the rows of all experts would be kept
+        def product(number, w):
+            return jnp.where((expert == number)[:, None], rows, 0) @ w
 
-        exact = partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
-        zeros = jnp.zeros(g.shape), jnp.zeros(rows.shape)
-        (y, d_rows), d_weights = jax.lax.scan(add, zeros, (jnp.arange(n), weights))
-        return y, d_rows, d_weights
+        def add(y, one):
+            return y + product(*one), None
+
+        return jax.lax.scan(add, jnp.zeros((m, f)), (jnp.arange(n), weights))[0]
 
     return Case(
         kernel=f"grouped products {backend}",
         shape=f"{m}x{d}x{f}x{n} (MxDxFxE)",
-        results=("y", "d_rows", "d_weights"),
-        function=everywhere(mesh, kernel),
-        reference=everywhere(mesh, plain),
-        arrays=grouped_arrays(m, shape),
-        inputs=group_sizes(m, n),
+        arguments={"rows": (m, d), "weights": shape},
+        result=(m, f),
+        function=grouped_matmul,
+        reference=plain,
+        inputs={name: (sizes,) for name, sizes in group_sizes(m, n).items()},
         roundings=1,
         terms=max(m, d, f),
     )
 
 
-def layer_case(config: Config, mesh, name):
+def has_reference(experts):
+    """Whether `layer_case` takes these experts."""
+    is_plain = not (experts.factorised_gate or experts.large_router)
+    return experts.kind == "aoe" or (experts.kind == "router" and is_plain)
+
+
+def layer_case(config: Config, name):
     """The case of a layer of experts on the mesh, against Algorithm 1 or 2.
 
-    Every token takes all experts, up to `LAYER_EXPERTS` a device: with fewer, rounding may change
+    Every token takes all experts, `LAYER_EXPERTS` or two a device: with fewer, rounding may change
     the choice. The score is the norm: rounding may change which activation is the largest.
     """
     c, d, axes = config.mesh, config.model.d_model, config.mesh.shape
-    n = min(config.experts.n_experts, LAYER_EXPERTS * c.expert)
-    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, score="norm")
+    n = min(config.experts.n_experts, max(LAYER_EXPERTS // c.expert, 2) * c.expert)
+    plain_scores = {"score": "norm", "gate_trains_scores": True}
+    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, **plain_scores)
     layer = ExpertsLayer(
         experts,
         dtype=config.model.dtype,
@@ -290,49 +294,37 @@ def layer_case(config: Config, mesh, name):
     )
     positions = min(config.data.seq_len // c.tensor, max(LAYER_TOKENS // math.prod(axes), 8))
     x_shape = (math.prod(axes[:3]), positions * c.tensor, d)
-    sizes = experts.sizes(d)
-    router = [] if experts.kind == "aoe" else ["w_router"]
+    sizes, router = experts.sizes(d), ["w_router"] if experts.kind == "router" else []
     gate = ["w_gate_down", "w_gate_up"] if experts.low_rank else ["w_gate"]
     names = [*router, *gate, "w_up", "w_down"]
+    of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
 
-    def gradients(function, x, g, *weights_and_none):
-        *weights, _ = weights_and_none
-        # Weights keep the variance of tokens; a power of two and a cast change no value.
-        scales = [2.0 ** round(-math.log2(w.shape[-2]) / 2) for w in weights]
-        weights = [w.astype(jnp.float32) * s for w, s in zip(weights, scales, strict=True)]
-        return value_and_gradients(function, (x, *weights), g)
+    def scaled(weights):  # so that they keep the variance of tokens, by a power of two
+        return [w.astype(jnp.float32) * 2.0 ** round(-math.log2(w.shape[-2]) / 2) for w in weights]
 
     def apply(x, *weights):
-        params = dict(zip(names, weights, strict=True))
+        params = dict(zip(names, scaled(weights), strict=True))
         return layer.apply({"params": params}, x)[0]
 
     def plain(x, *weights):
-        # Expert by expert in a loop, which compiles fast. Where a token takes all experts, its
-        # weights are the softmax over all scores.
-        tokens = x.reshape(-1, d)
-        matrices = weights[len(router) :]
-        of_experts = reference.aoe_experts if experts.low_rank else reference.router_experts
+        tokens, (first, *others) = x.reshape(-1, d), scaled(weights)
         if router:
-            scores = tokens @ weights[0]
+            scores, matrices = tokens @ first, others
         else:
-            of_one = lambda w: reference.aoe_scores(tokens, w[None])[:, 0]  # noqa: E731
-            scores = jax.lax.map(of_one, weights[0][..., : experts.score_neurons]).T
-
-        def add(y, one):
-            weight, *w = one
-            return y + of_experts(tokens, weight[:, None], *(a[None] for a in w)), None
-
-        y, _ = jax.lax.scan(add, jnp.zeros_like(tokens), (jax.nn.softmax(scores).T, *matrices))
+            w_score, matrices = first[..., : experts.score_neurons], [first, *others]
+            scores = reference.aoe_scores(tokens, w_score)
+        y = of_experts(tokens, reference.top_k_weights(scores, n), *matrices)
         return y.reshape(x.shape)
 
     return Case(
         kernel=f"{name} layer",
         shape=f"{'x'.join(map(str, x_shape))} (BxSxd), {n} experts",
-        results=("y", "d_x", *(f"d_{weight}" for weight in names)),
-        function=jax.jit(partial(gradients, apply)),
-        reference=everywhere(mesh, exactly(partial(gradients, plain), config.model.dtype)),
-        arrays=[x_shape, x_shape, *(layer.parameters[name].shape(sizes) for name in names)],
-        inputs={"all experts": None},
+        arguments={"x": x_shape, **{w: layer.parameters[w].shape(sizes) for w in names}},
+        result=x_shape,
+        function=apply,
+        reference=plain,
+        inputs={"all experts": ()},
         roundings=4,
         terms=max(*sizes.values(), math.prod(x_shape[:2])),
+        is_collective=True,
     )

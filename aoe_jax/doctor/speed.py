@@ -10,12 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels
-from aoe_jax.model.attention import causal_attention
-from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel.collectives import sum_gradients
 
 SECONDS, REPEATS = 0.1, 5  # of a timed call, and how many there are
@@ -84,43 +81,34 @@ def peaks(config: Config, mesh):
 
 def attention(config: Config, backend):
     """Attention, forward and with its gradients, at the shapes of a device; useful FLOPs."""
-    b, dtype = kernels.sequences_per_device(config), config.model.dtype
-    n_heads, n_kv, s, h = kernels.attention_shape(config)
-    attend, flops = partial(causal_attention, backend=backend), 2 * b * n_heads * s * s * h
-
-    def forward(q, k, v, g):
-        return attend(q, k, v)
-
-    def both(q, k, v, g):
-        return kernels.value_and_gradients(attend, (q, k, v), g)
-
-    name = f"attention {backend} {b}x{n_heads}x{n_kv}x{s}x{h}"
-    arrays = [(b, n, s, h) for n in (n_heads, n_kv, n_kv, n_heads)]
-    return [
-        Work(f"{name} forward", forward, arrays, dtype, (), flops, "matmul"),
-        Work(f"{name} forward and backward", both, arrays, dtype, (), 3 * flops, "matmul"),
-    ]
+    shape = kernels.attention_shape(config, kernels.sequences_per_device(config))
+    case = kernels.attention_case(backend, shape, {"causal": ()})
+    b, n_heads, _, s, h = shape
+    flops = 2 * b * n_heads * s * s * h
+    parts = {"forward": (0, flops), "forward and backward": (slice(None), 3 * flops)}
+    return _parts(f"attention {backend}", case, parts, config.model.dtype)
 
 
 def grouped_products(config: Config, backend, shape):
     """The three products of one weight `[E, D, F]` of `shape`, with random choices."""
-    m, (n, d, f), dtype = kernels.rows_per_device(config), shape, config.model.dtype
+    case = kernels.grouped_case(config, backend, shape)
+    flops = 2 * kernels.rows_per_device(config) * shape[1] * shape[2]
+    parts = {name: (i, flops) for i, name in enumerate(("forward", "d_rows", "d_weights"))}
+    return _parts(f"grouped {backend}", case, parts, config.model.dtype)
 
-    def forward(rows, weights, g, sizes):
-        return grouped_matmul(rows, weights, sizes)
 
-    def d_rows(rows, weights, g, sizes):
-        return jax.vjp(lambda rows: grouped_matmul(rows, weights, sizes), rows)[1](g)
+def _parts(kernel, case, parts, dtype):
+    """Pieces of work from `{name: (which of a case's results, FLOPs)}`, for its first input."""
+    n, given = len(case.arguments), next(iter(case.inputs.values()))
 
-    def d_weights(rows, weights, g, sizes):
-        return jax.vjp(lambda weights: grouped_matmul(rows, weights, sizes), weights)[1](g)
+    def work(name, which, flops):
+        def function(*args):
+            return kernels.with_gradients(case.function)(args[:n], args[n], args[n + 1 :])[which]
 
-    name, arrays = f"grouped {backend} {m}x{d}x{f}x{n}", kernels.grouped_arrays(m, shape)
-    sizes, flops = (kernels.group_sizes(m, n)["random"],), 2 * m * d * f
-    return [
-        Work(f"{name} {product.__name__}", product, arrays, dtype, sizes, flops, "matmul")
-        for product in (forward, d_rows, d_weights)
-    ]
+        name = f"{kernel} {case.shape.split()[0]} {name}"
+        return Work(name, function, case.arrays, dtype, given, flops, "matmul")
+
+    return [work(name, *part) for name, part in parts.items()]
 
 
 def collectives(mesh):
@@ -153,8 +141,3 @@ def collectives(mesh):
         )
         for function in (all_gather, reduce_scatter, all_to_all)
     ]
-
-
-def in_a_row(mesh):
-    """The devices of a mesh along one axis, "all"."""
-    return Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1])

@@ -62,11 +62,7 @@ def twins(config: Config):
 
 
 def run_steps(config: Config, peak):
-    """Takes `STEPS` steps.
-
-    Args:
-      config: of `fitted`.
-      peak: FLOPs per second of a device.
+    """Takes `STEPS` steps; `peak` are FLOPs per second of a device.
 
     Returns:
       Figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where

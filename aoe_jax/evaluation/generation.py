@@ -116,8 +116,7 @@ class Generator:
         Args:
           prompts: token ids of each, at least one.
           max_tokens: for all prompts, or for each.
-          sampling: how tokens are drawn.
-          seed: of the draws.
+          sampling, seed: of the draws.
           chunk: N, how many tokens the compiled loop draws before it returns.
           is_done: called after each chunk with the number of a prompt and its continuation so far.
 

@@ -8,15 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from tabulate import tabulate
 
-from aoe_jax.load_figures import dead_experts, load_entropy, load_spread
+from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.moe.balance import LayerStats
+
+MAX_NUMBERS = 16  # experts whose shares a picture writes as numbers
 
 
 def load_statistics(stats: LayerStats):
-    """The statistics of every layer as JSON values.
-
-    Args:
-      stats: stacked over layers, mean over tokens.
+    """The statistics of every layer as JSON values; `stats` are stacked over layers.
 
     Returns:
       A dictionary: `load` `[L][n]` (fraction of the tokens that choose each expert),
@@ -26,19 +25,20 @@ def load_statistics(stats: LayerStats):
       beyond it; experts that are added and removed have `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
+    figures = figures_of_layers(load, live)
     statistics = {
         "load": load.tolist(),
-        "load_entropy": np.asarray(load_entropy(load)).tolist(),
+        "load_entropy": figures["load_entropy"].tolist(),
         "confidence_entropy": np.asarray(stats.confidence_entropy).tolist(),
         "mean_score": np.asarray(stats.mean_score).tolist(),
         "load_spread": float(load_spread(load, live)),
         "experts_per_token": float(load.sum(axis=-1).mean()),
-        "dead_experts": int(dead_experts(load, live).sum()),
+        "dead_experts": int(figures["dead_experts"].sum()),
     }
     if stats.dropped_share is not None:
         statistics["dropped_share"] = np.asarray(stats.dropped_share).tolist()
     if live is not None:
-        statistics["live_experts"] = (np.asarray(live) > 0).sum(axis=-1).tolist()
+        statistics["live_experts"] = figures["live_experts"].tolist()
     return statistics
 
 
@@ -73,41 +73,33 @@ def _share(statistics):
     return load / np.maximum(load.sum(axis=1, keepdims=True), 1e-9)  # a layer may be inactive
 
 
-def draw_load_heatmap(statistics, title):
-    """A `Figure` of layers x experts, coloured by share of load, with both entropies beside it.
+def draw_loads(panels, width=None):
+    """Draws the shares of load with both entropies at the right, like the paper's Fig. 3.
 
-    Fields have numbers for up to 16 experts and 32 layers.
+    `panels` are statistics by title. Shares are written in percent for up to 16 experts; for more,
+    a bar shows the colours.
     """
-    share = _share(statistics)
-    n_layers, n_experts = share.shape
-    has_numbers, largest = n_experts <= 16 and n_layers <= 32, np.log(n_experts)
-    width, height = min(0.62 * (n_experts + 2), 12), min(0.42 * n_layers, 14)
-    figure = Figure(figsize=(2.5 + width, 1.7 + height), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=[n_experts if has_numbers else 16, 1, 1])
-    contents = {
-        "share of load": (share, "viridis", max(2 / n_experts, share.max()), ".0%"),
-        "Ent_load": (statistics["load_entropy"], "Blues", largest, ".2f"),
-        "Ent_conf": (statistics["confidence_entropy"], "Oranges", largest, ".2f"),
-    }
-    for axes, (name, (values, colours, vmax, form)) in zip(panels, contents.items(), strict=True):
-        values = np.reshape(values, (n_layers, -1))
-        image = axes.imshow(values, aspect="auto", cmap=colours, vmin=0, vmax=vmax)
-        axes.set_title(name, fontsize=9)
-        axes.set(xticks=[], yticks=[])
-        for (row, column), value in np.ndenumerate(values) if has_numbers else ():
-            red, green, blue, _ = image.cmap(image.norm(value))
-            colour = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
-            text = axes.text(column, row, format(value, form), color=colour, fontsize=8)
-            text.set(ha="center", va="center")
-    loads = panels[0]
-    bar = figure.colorbar(
-        loads.images[0], ax=loads, location="left", shrink=0.9, format=PercentFormatter(1)
-    )
-    bar.ax.tick_params(labelsize=7)
-    experts = range(0, n_experts, -(-n_experts // 16))
-    layers = range(0, n_layers, -(-n_layers // 32))
-    loads.set_xticks(experts, [f"E{i}" for i in experts], fontsize=8)
-    loads.set_yticks(layers, layers, fontsize=8)
-    loads.set_ylabel("layer", fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
+    size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, statistics) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        share, options = _share(statistics), {"va": "center", "fontsize": 7}
+        n = share.shape[1]
+        image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=2 / n)
+        for (row, column), value in np.ndenumerate(share) if n <= MAX_NUMBERS else ():
+            colour = "white" if value < 1 / n else "black"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", color=colour, **options)
+        if n > MAX_NUMBERS:
+            figure.colorbar(image, ax=axes, location="left", format=PercentFormatter(1))
+        of_load, of_choice = statistics["load_entropy"], statistics["confidence_entropy"]
+        for row, pair in enumerate(zip(of_load, of_choice, strict=True)):
+            axes.text(n - 0.3, row, "{:.2f}  {:.2f}".format(*pair), **options)
+        means = f"mean Ent_load {np.mean(of_load):.3f}, Ent_conf {np.mean(of_choice):.3f}"
+        axes.set_title(f"{title}\n{means}", loc="left", fontsize=8)
+        axes.set_yticks(range(len(share)), [f"layer {i}" for i in range(len(share))], fontsize=7)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
     return figure

@@ -28,11 +28,9 @@ from aoe_jax.sharding import (
     fill_mesh,
     make_mesh,
     put_batch,
-    state_shardings,
-    with_shardings,
 )
 from aoe_jax.training.checkpoint import Checkpoints
-from aoe_jax.training.step import init_state
+from aoe_jax.training.step import train_step_on
 from aoe_jax.training.workdir import check_data, read_run_config
 
 log = logging.getLogger(__name__)
@@ -102,8 +100,7 @@ def load_model(directory: Path, step="newest", mesh=None):
         checkpoints = Checkpoints(directory)
         step = checkpoints.find(step)
         with jax.set_mesh(devices):
-            state = jax.eval_shape(lambda: init_state(config, config.train.seed))
-            state = with_shardings(state, state_shardings(devices, state))
+            _, state = train_step_on(devices, config)
             params, routing_state = checkpoints.restore_model(step, state)
     else:
         there = read_step(directory)

@@ -7,7 +7,6 @@ process the token (the paper's Tables 1, 6 and 7).
 import dataclasses
 import itertools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
+from aoe_jax.compare.step_times import seconds_in_turn
 from aoe_jax.config.checks import require, require_flag
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.errors import UserError
@@ -26,10 +25,10 @@ from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 from aoe_jax.evaluation.run import TextTokens, check_split, read_text
 from aoe_jax.json_files import write_json
+from aoe_jax.locking import make_folder
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
 from aoe_jax.parameters import EXPERTS
-from aoe_jax.training.workdir import make_workdir
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ PROBES |= {(node, norm): by_norm(node, norm) for node in NODES for norm in NORMS
 # Weights of the chosen experts: the softmax of their scores (for the router: the model's own
 # weights), or equal.
 WEIGHTS = ("softmax", "equal")
-TIMED = 5  # passes of each probe
+ROUNDS = 2  # in which the passes of all probes are timed in turn
 
 
 def check_probes(model: Model):
@@ -179,7 +178,7 @@ def probe_checkpoint(
         `run.read_text` and `tasks.load_tasks` raise.
     """
     check_split(split)
-    make_workdir(output)
+    make_folder(output, "output")
     score_tasks = _task_scorer(tasks, limit, split=split, **settings)
     model = load_model(checkpoint, step, mesh)
     check_probes(model)
@@ -190,17 +189,17 @@ def probe_checkpoint(
         for score in ("norm", "max"):
             probe = {(f"x Wg[:, :{score_neurons}]", score): by_first_neurons(score_neurons, score)}
             probes = probes | probe
-    entries, passes = [], []
+    entries, passes = [], {}
     with jax.set_mesh(model.mesh):
         batches = _batches(model, checkpoint, text, split, n_tokens)
         for (node, norm), choose in tqdm(probes.items(), unit="probe"):
             entry, timed = _run(model, choose, batches, score_tasks)
             entries.append({"node": node, "norm": norm, **entry})
-            passes.append(timed)
-        seconds = _time_in_turn(passes)
-    for entry, own in zip(entries, seconds, strict=True):
+            passes[node, norm] = timed
+        seconds = seconds_in_turn(passes, ROUNDS)
+    for entry, own in zip(entries, seconds.values(), strict=True):
         entry["seconds_per_token"] = own / batches[0]["weights"].size
-        entry["time"] = own / seconds[0]
+        entry["time"] = own / seconds["router", ""]
     tokens = int(sum(batch["weights"].sum() for batch in batches))
     report = {"step": model.step, "tokens": tokens, "probes": entries}
     if jax.process_index() == 0:
@@ -250,16 +249,6 @@ def _run(model, choose, batches, score_tasks):
         if scores := score_tasks(dataclasses.replace(model, decoder=decoder)):
             entry["tasks"][weights] = scores
     return entry, timed
-
-
-def _time_in_turn(passes):
-    """The median seconds of each pass; they take turns, so that other load affects all equally."""
-    seconds = np.zeros((TIMED, len(passes)))
-    for repeat, number in np.ndindex(seconds.shape):
-        start = time.perf_counter()
-        jax.block_until_ready(passes[number]())
-        seconds[repeat, number] = time.perf_counter() - start
-    return np.median(seconds, axis=0).tolist()
 
 
 def probe_table(report):

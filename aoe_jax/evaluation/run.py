@@ -9,7 +9,7 @@ import numpy as np
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics, load_table
+from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.json_files import write_json
@@ -99,7 +99,7 @@ def _report(model, stores, document_mask, name, about, file, picture):
         if statistics:
             print(load_table(statistics))
             title = f"{config.experts.kind}, {name}, step {model.step}"
-            draw_load_heatmap(statistics, title).savefig(file.with_name(picture), dpi=150)
+            draw_loads({title: statistics}).savefig(file.with_name(picture), dpi=150)
             log.info("wrote %s", file.with_name(picture))
     return report
 

@@ -156,15 +156,11 @@ def _choices_arrays(texts, n_contexts, n, length, end):
     """The batch of `_score_choices` for `(context, continuation)` texts; each context has N."""
     contexts, known = np.zeros((n_contexts, length), np.int32), np.zeros((n_contexts, length), bool)
     known[:, 0] = True
-    tokens = np.zeros((n_contexts * n, end + 1), np.int32)
-    wanted = np.zeros((n_contexts * n, end), bool)
-    for i, (context, continuation) in enumerate(texts):
-        contexts[i // n, : len(context) - 1] = context[:-1]
-        known[i // n, : len(context) - 1] = True
-        tokens[i, : len(continuation) + 1] = (context[-1], *continuation)
-        wanted[i, : len(continuation)] = True
-    arrays = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "wanted": wanted}
-    return arrays | {"contexts": contexts, "known": known}
+    for i, (context, _) in enumerate(texts[::n]):
+        contexts[i, : len(context) - 1] = context[:-1]
+        known[i, : len(context) - 1] = True
+    last = [(context[-1:], continuation) for context, continuation in texts]
+    return _texts_arrays(last, n_contexts * n, end) | {"contexts": contexts, "known": known}
 
 
 def _score_texts(decoder, params, routing_state, batch):

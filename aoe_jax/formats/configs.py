@@ -39,11 +39,13 @@ def computed_fields(config: Config):
     return {name: value for name, value in fields.items() if name not in unused}
 
 
-def differing_fields(config: Config, other: Config):
-    """`(field, value, other value)` of the fields in which two models compute another function."""
-    here, there = computed_fields(config), computed_fields(other)
-    names = sorted(here.keys() | there.keys())
-    return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
+def differences(there, here):
+    """A sentence for each field whose values differ in two configurations `{field: value}`."""
+    return {
+        name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    }
 
 
 def is_choice(name):
@@ -178,7 +180,7 @@ def to_json(config: Config):
         "sliding_window": None,
     }
     with contextlib.suppress(UserError):
-        if not differing_fields(from_json(Path(), mixtral), config):
+        if computed_fields(from_json(Path(), mixtral)) == computed_fields(config):
             return mixtral
     return as_own(config)
 

@@ -15,7 +15,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.formats.architectures import find_layout
-from aoe_jax.formats.configs import differing_fields, from_json
+from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.json_files import read_json
 from aoe_jax.model.decoder import Decoder
@@ -64,9 +64,8 @@ def _config_of_run(path, config):
         of_run = Config.from_config_dict(groups)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    for name, here, there in differing_fields(config, of_run):
-        values = f"{there!r} there, {here!r} in config.json"
-        raise UserError(f"{path}: config.{name} is {values}; they must agree")
+    for text in differences(computed_fields(of_run), computed_fields(config)).values():
+        raise UserError(f"{path}: config.{text} in config.json; they must agree")
     return of_run
 
 
@@ -174,13 +173,8 @@ class ModelReader:
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
     """Reads the parameters of a model, each device's piece by itself.
 
-    The host holds one piece at a time: one parameter of all layers on one device.
-
-    Args:
-      directory: with `config.json` and safetensors files.
-      config: of the model, such as `read_config` returns it, with the mesh `mesh`.
-      mesh: the devices that share the parameters, split as they are declared.
-      dtype: of the parameters; None: that of the files.
+    The host holds one piece at a time: one parameter of all layers on one device. `config` is the
+    model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
 
     Returns:
       `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.

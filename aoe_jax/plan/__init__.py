@@ -35,10 +35,9 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, count_chips, slice_shape
+from aoe_jax.hardware import CHIPS, compiling_for, count_chips, slice_shape
 from aoe_jax.hlo import compile_and_read
-from aoe_jax.topology import compiling_for
-from aoe_jax.training.step import init_state, make_train_step, training_loss
+from aoe_jax.training.step import init_state, train_step_on, training_loss
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +56,6 @@ def abstract_batch(config, n_rows, split=None):
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     return {"inputs": tokens, "targets": tokens, "segment_ids": tokens, "weights": weights}
-
-
-def train_step_for(config, mesh):
-    """`(step, state, batch)`: the jitted train step for a mesh, and the shapes of its arguments."""
-    state = jax.eval_shape(lambda: init_state(config, 0))
-    shardings = sharding.state_shardings(mesh, state)
-    results = (shardings, sharding.replicated(mesh))
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
-    batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
-    return step, sharding.with_shardings(state, shardings), batch
 
 
 def plan(config: Config, generation, devices, compiles=True, chip=None):
@@ -93,7 +82,8 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     compiled = likely = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
-        step, state, batch = train_step_for(config, mesh)
+        step, state = train_step_on(mesh, config)
+        batch = abstract_batch(config, config.train.batch_size, sharding.batch_sharding(mesh))
         traced = step.trace(state, batch)
         started = time.perf_counter()
         if compiles:
@@ -198,13 +188,10 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """What a step likely takes, from its optimised HLO.
+    """What a step likely takes, from its optimised HLO, the text of `hlo.compile_and_read`.
 
-    Args:
-      text: of `hlo.compile_and_read`.
-      chip: a `hardware.Chip`, or the part of it that a device is.
-      shape: chips along each dimension of the slice.
-      kernel_costs: see `costs.Program`.
+    `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
+    the slice.
 
     Returns:
       dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device. `seconds_at_peaks` is

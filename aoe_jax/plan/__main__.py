@@ -16,10 +16,10 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.hardware import topology_devices
 from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan, suggest, table
 from aoe_jax.sharding import fill_mesh
-from aoe_jax.topology import topology_devices
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")

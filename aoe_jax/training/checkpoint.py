@@ -9,17 +9,19 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.json_files import read_metrics
-from aoe_jax.training.fingerprint import by_path, fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +128,6 @@ class Checkpoints:
             )
         return int(which)
 
-    def due(self, step):
-        """Whether `checkpoint.every` asks for a checkpoint of `step`."""
-        return step % self._config.every == 0
-
     def save(self, step, state, data_state, progress: Progress):
         """Saves the `TrainState` after `step` updates in the background; returns as soon as `state`
         may be donated.
@@ -149,7 +147,7 @@ class Checkpoints:
         self._saving = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         with self._errors_named():
-            self._manager.save(step, args=args, force=True)  # `due` decides
+            self._manager.save(step, args=args, force=True)  # at any step
 
     def check(self):
         """Raises `UserError` if the save in the background has failed; doesn't wait for it."""
@@ -332,3 +330,47 @@ def _reason(error):
     if is_disk_full(first):
         return "no space left on the disk"
     return (str(first).strip().splitlines() or [type(first).__name__])[0][:300]
+
+
+def by_path(tree):
+    """The leaves of a tree by their paths in text."""
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def fingerprints(tree):
+    """The 32-bit fingerprints of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
+
+    A fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
+    index the hash is one to one, so a change of one element always changes the sum. It depends
+    neither on the sharding nor on the process. Storage formats have no checksum of what they
+    decompress.
+    """
+    arrays = by_path(tree)
+    leaves = list(arrays.values())
+    sharding = leaves[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    sums = jax.device_get(_jitted(sharding)(leaves))
+    return dict(zip(arrays, sums.tolist(), strict=True))
+
+
+@cache
+def _jitted(sharding):
+    return jax.jit(lambda arrays: jnp.stack([_sum(a) for a in arrays]), out_shardings=sharding)
+
+
+def _sum(a):
+    unsigned = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(a, unsigned).astype(jnp.uint32)
+    index, stride = jnp.zeros(a.shape, jnp.uint32), 1
+    for axis in reversed(range(a.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= a.shape[axis]
+    # Products with odd numbers and shifted exclusive ors are invertible; see the finalisers of
+    # MurmurHash.
+    mixed = bits * (2 * index + 1) + index
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

@@ -25,9 +25,9 @@ from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat
 from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
-from aoe_jax.training.step import init_state, make_train_step
+from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.telemetry import Telemetry
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir, make_workdir
+from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
@@ -167,19 +167,17 @@ class _Run:
                 config.data.loss_mask,
             )
         )
-        new_state = partial(init_state, config, train.seed)
-        abstract = jax.eval_shape(new_state)
-        self.shardings = sharding.state_shardings(self.mesh, abstract)
+        self.jitted_step, abstract = train_step_on(self.mesh, config)
         self.progress = Progress()
         if self.step:
             self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                sharding.with_shardings(abstract, self.shardings), self.data
+                abstract, self.data
             )
             log.info("going on from step %d", self.step)
         elif train.init_from:
-            self.state = state_from_model(config, self.mesh, self.shardings, self.corpus.tokenizer)
+            self.state = state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
         else:
-            self.state = jax.jit(new_state, out_shardings=self.shardings)()
+            self.state = new_state(config, abstract)
         self.first_step = self.step
         self.checkpoints.close()
 
@@ -188,7 +186,6 @@ class _Run:
         if not self.is_main:
             return
         if not self.locked:  # it did not exist; another process may have made it meanwhile
-            make_workdir(self.workdir)
             self.held.enter_context(alone_in(self.workdir, "workdir"))
             if (self.workdir / "config.json").exists():
                 raise UserError(
@@ -217,9 +214,7 @@ class _Run:
         self.batch = self._next_batch()
         self.heartbeat.beat("compiling", self.step)
         with self.telemetry.clock("compile"):
-            shardings = self.shardings, sharding.replicated(self.mesh)
-            step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=shardings)
-            self.train_step = step.lower(self.state, self.batch).compile()
+            self.train_step = self.jitted_step.lower(self.state, self.batch).compile()
         decoder = Decoder.from_config(config)
         self.eval_step = compile_eval_step(decoder, config.data.document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
@@ -269,7 +264,7 @@ class _Run:
         """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
         every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
-        saving = not last and self.checkpoints.due(self.step)
+        saving = not last and self.step % self.config.checkpoint.every == 0
         self.progress.validated = not validating
         if validating or saving:
             self._report()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from aoe_jax.errors import UserError
+from aoe_jax.config.checks import require_flag
 
 log = logging.getLogger(__name__)
 
@@ -14,11 +14,8 @@ log = logging.getLogger(__name__)
 def steps_to_trace(text):
     """The `range` of steps that a flag's value `STEP:N` means; raises `UserError` for others."""
     numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
-    if not numbers:
-        raise UserError(
-            f"--profile={text}: must be STEP:N, N steps beginning with step STEP, such as 20:3; "
-            "both from 1"
-        )
+    wanted = "must be STEP:N, N steps beginning with step STEP, such as 20:3; both from 1"
+    require_flag(numbers, "profile", text, wanted)
     first, n_steps = map(int, numbers.groups())
     return range(first, first + n_steps)
 
@@ -28,14 +25,11 @@ def traced_of_run(steps: range, start_step, total_steps):
 
     Raises `UserError` if the run ends before they do.
     """
-    flag = f"--profile={steps[0]}:{steps.stop - steps.start}"
-    if steps[-1] > total_steps:
-        raise UserError(
-            f"{flag}: this run takes the steps {start_step + 1} to {total_steps}; choose some of "
-            "these"
-        )
+    value = f"{steps[0]}:{steps.stop - steps.start}"
+    wanted = f"this run takes the steps {start_step + 1} to {total_steps}; choose some of these"
+    require_flag(steps[-1] <= total_steps, "profile", value, wanted)
     if steps[0] <= start_step:
-        log.warning(f"{flag}: step {steps[0]} is past; nothing is traced")
+        log.warning(f"--profile={value}: step {steps[0]} is past; nothing is traced")
         return range(0)
     return steps
 

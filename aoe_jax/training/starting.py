@@ -12,11 +12,10 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
-from aoe_jax.formats.configs import computed_fields, is_choice
+from aoe_jax.formats.configs import computed_fields, differences, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.training.step import TrainState, first_state
-from aoe_jax.training.workdir import differences
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +39,11 @@ def _refused(config, why):
     return UserError(f"config.train.init_from={config.train.init_from!r}: {why}")
 
 
-def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Path) -> TrainState:
+def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) -> TrainState:
     """The first state: float32 parameters and routing state of a model, the rest new.
 
-    Args:
-      config: the run, after `check_start`; `train.init_from` is the model's directory.
-      mesh, shardings: of the run and of its state.
-      tokenizer: the tokenizer's file of its corpora.
+    `config` has passed `check_start`, `like` has the shapes of the state with their shardings, and
+    `tokenizer` is the file of the corpora's tokenizer.
 
     Raises:
       UserError: in every process if in one: the model can't be read, has another tokenizer, or has
@@ -59,6 +56,7 @@ def state_from_model(config: Config, mesh, shardings: TrainState, tokenizer: Pat
         problem = e
     if not all_agree(problem is None):
         raise _refused(config, problem or "another process can't start from it") from problem
+    shardings = jax.tree.map(lambda a: a.sharding, like)
     state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
     return state(params, routing_state)
 

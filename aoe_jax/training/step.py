@@ -12,6 +12,7 @@ from aoe_jax.model.decoder import Decoder, initial_routing_state, output_project
 from aoe_jax.model.loss import cross_entropy
 from aoe_jax.model.vocabulary import sum_over_tokens
 from aoe_jax.moe.balance import balance_loss
+from aoe_jax.sharding import replicated, state_shardings, with_shardings
 from aoe_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 
@@ -39,6 +40,23 @@ def first_state(config: Config, params, routing_state):
     """The state before the first step, with these parameters and state of routing."""
     zero, optimizer = jnp.zeros((), jnp.int32), make_optimizer(config.train, config.experts)
     return TrainState(zero, zero, params, routing_state, optimizer.init(params))
+
+
+def train_step_on(mesh, config: Config):
+    """`(step, state)`: the jitted train step on a mesh, and the shapes of its state with their
+    shardings.
+    """
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    shardings = state_shardings(mesh, state)
+    results = shardings, replicated(mesh)
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=results)
+    return step, with_shardings(state, shardings)
+
+
+def new_state(config: Config, like: TrainState):
+    """The state before the first step, drawn at random, with the shardings of the shapes `like`."""
+    shardings = jax.tree.map(lambda a: a.sharding, like)
+    return jax.jit(lambda: init_state(config, config.train.seed), out_shardings=shardings)()
 
 
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):

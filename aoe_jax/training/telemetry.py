@@ -17,54 +17,31 @@ import numpy as np
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
 from aoe_jax.hardware import peak_flops_per_device
-from aoe_jax.load_figures import dead_experts, load_entropy, load_spread, mean_load
+from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
 
-# The keys of a line that are measured: two runs of the same steps differ in these only.
-MEASURED_KEYS = {
-    "tokens_per_second",
-    "tokens_per_second_per_device",
-    "flops_per_second_per_device",  # useful ones, see `counts.training_flops_per_token`
-    "mfu",
-    "input_seconds",
-    "checkpoint_seconds",
-    "compute_seconds",
-    "validation_seconds",
-    "host_memory_bytes",
-    "host_memory_peak_bytes",
-    "device_memory_bytes",
-    "device_memory_peak_bytes",
-}
+# Ends of the names of figures that are measured: two runs of the same steps differ in these only.
+MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu")
 _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
 
 
 def layer_figures(metrics):
     """Figures of each layer `[L]` by name from the host metrics of a step; none for a dense model.
 
-    `load_entropy` and `confidence_entropy` are in nats; `load_max_over_mean` is 1 in perfect
-    balance; `dead_experts` had no token in the batch; `mean_score` is the mean over experts of
-    AoE's norms or a router's logits. `dropped_share`, if experts have a capacity, is the share of
-    the choices that were dropped; `live_experts`, if experts are added and removed, is their
-    number, and free places count in no figure.
+    They are those of `figures_of_layers`; `confidence_entropy` in nats; `mean_score`, the mean over
+    experts of AoE's norms or a router's logits; and, if experts have a capacity, `dropped_share`,
+    the share of the choices that were dropped.
     """
-    load, live = metrics["load"], metrics.get("live")
+    load = metrics["load"]
     if load.shape[-1] == 1:
         return {}
-    figures = {
-        "load_entropy": load_entropy(load),
-        "load_max_over_mean": load.max(axis=-1) / np.maximum(mean_load(load, live), 1e-9),
-        "dead_experts": dead_experts(load, live).sum(axis=-1),
-        "confidence_entropy": metrics["confidence_entropy"],
-        "mean_score": metrics["mean_score"].mean(axis=-1),
-    }
-    if "dropped_share" in metrics:
-        figures["dropped_share"] = metrics["dropped_share"]
-    if live is not None:
-        figures["live_experts"] = (live > 0).sum(axis=-1)
-    return figures
+    figures = figures_of_layers(load, metrics.get("live"))
+    figures |= {"mean_score": metrics["mean_score"].mean(axis=-1)}
+    names = ("confidence_entropy", "dropped_share")
+    return figures | {name: metrics[name] for name in names if name in metrics}
 
 
 class Telemetry:
@@ -81,14 +58,10 @@ class Telemetry:
     def __init__(
         self, workdir: Path, config: Config, start_step, validated=True, wandb=None, writes=True
     ):
-        """Opens the files of a run that continues from `start_step`.
+        """Opens the files of a run that continues after `start_step` updates.
 
-        Args:
-          workdir, config: of the run.
-          start_step: number of updates that are done.
-          validated: whether the validation of that step is done.
-          wandb: a project of Weights & Biases, or None; see `Wandb`.
-          writes: False in all processes but the first.
+        `validated` says whether the validation of that step is done, `wandb` is a project of
+        Weights & Biases or None, and `writes` is False in all processes but the first.
         """
         self._writers = []
         if writes:
@@ -198,10 +171,10 @@ class Telemetry:
 
     def _draw_load(self, step, result):
         # matplotlib takes half a second to import.
-        from aoe_jax.evaluation.load import draw_load_heatmap, load_statistics
+        from aoe_jax.evaluation.load import draw_loads, load_statistics
 
         title = f"{self._config.experts.kind}, validation, step {step}"
-        figure = draw_load_heatmap(load_statistics(result.stats), title)
+        figure = draw_loads({title: load_statistics(result.stats)})
         self._tensorboard.draw(step, "experts/load", figure)
 
     def _write(self, *figures):

@@ -1,12 +1,12 @@
 """The directory of a run: which configuration and data it belongs to."""
 
-import contextlib
 import shutil
 from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
+from aoe_jax.formats.configs import differences
 from aoe_jax.json_files import read_json, write_json
 
 # Groups and fields that may change when a run continues: they don't affect what it computes, but
@@ -34,15 +34,6 @@ def _fixed(config):
         for group, values in groups.items()
         for name, value in values.items()
         if not {group, f"{group}.{name}"} & FREE
-    }
-
-
-def differences(there, here):
-    """A sentence for each field whose values differ in two configurations `{field: value}`."""
-    return {
-        name: f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
     }
 
 
@@ -75,29 +66,17 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
         )
 
 
-@contextlib.contextmanager
-def _written(workdir):
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
-
-
-def make_workdir(workdir: Path):
-    """Makes the directory if it does not exist; raises `UserError` if that fails."""
-    with _written(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-
-
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks.
 
     Raises `UserError` if the directory can't be written.
     """
-    with _written(workdir):
+    try:
         shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
         write_json(workdir / "data.json", {"token_stores": corpus.identities})
         write_json(workdir / "config.json", config.to_dict())
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
 
 
 def read_run_config(path: Path) -> Config:

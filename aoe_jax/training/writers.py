@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import finite, read_json, read_metrics, write_json
 
@@ -160,15 +161,11 @@ def check_wandb(workdir: Path, project):
     """Raises `UserError` if the project is empty, the package is missing, or the run in `workdir`
     belongs to another project; writes nothing.
     """
-    if not project:
-        raise UserError("--wandb=: name a project")
+    require_flag(project, "wandb", project, "name a project")
     identity = workdir / "wandb.json"
     found = read_json(identity).get("project") if identity.exists() else project
-    if found != project:
-        raise UserError(
-            f"--wandb={project}: the run in {workdir} belongs to project {found}; give that, or no "
-            "--wandb"
-        )
+    wanted = f"the run in {workdir} belongs to project {found}; give that, or no --wandb"
+    require_flag(found == project, "wandb", project, wanted)
     try:
         import wandb  # noqa: F401
     except ImportError as e:

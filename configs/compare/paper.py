@@ -54,7 +54,8 @@ def _arm(variant):
 
 
 def get_suite():
-    small = tuple(variant for variant in paper.VARIANTS if not variant.endswith("_4b"))
+    variants = [variant for variant in paper.VARIANTS if variant != "aoe_whole_aux"]
+    small = tuple(variant for variant in variants if not variant.endswith("_4b"))
     base = paper.get_config("moe")
     base.checkpoint.keep_every = 2000
     return Suite(

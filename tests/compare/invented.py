@@ -3,9 +3,7 @@
 import itertools
 import math
 
-import pandas as pd
-
-from aoe_jax.compare.reading import COST_COLUMNS, curve_of, make_results, row_of
+from aoe_jax.compare.reading import curve_of, make_results, row_of
 from aoe_jax.compare.report import to_markdown
 from aoe_jax.compare.suite import Size, Suite
 from aoe_jax.config.run import Config
@@ -67,9 +65,7 @@ def comparison(sizes, loss):
 
 def markdown(found, costs=None):
     """The report without its machine and its tuning."""
-    if costs is None:
-        costs = pd.DataFrame(columns=[*COST_COLUMNS, "config"])
-    text, _ = to_markdown(found, costs, command="command")
+    text, _ = to_markdown(found, costs or {}, command="command")
     return text
 
 

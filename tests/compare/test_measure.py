@@ -53,26 +53,18 @@ def test_steps_hold_for_equal_configurations(tmp_path):
             write_json(folder / "summary.json", {"metrics": {"step": run.config.train.steps}})
     file, seconds = measured_file(tmp_path, "a"), {"moe": 0.1, "aoe": 0.2}
     file.parent.mkdir()
-    write_json(
-        file,
-        {"trained": {arm: config.to_dict() for arm, config in timed.items()}, "seconds": seconds},
-    )
+    configs = {arm: config.to_dict() for arm, config in timed.items()}
+    point = {"value": "a", "configs": configs}
+    point["figures"] = {arm: {"seconds": value} for arm, value in seconds.items()}
+    write_json(file, {"points": [point]})
     assert step_seconds(tmp_path, runs, "a") == seconds
-    found = read_json(file)
-    for groups in found["trained"].values():
+    for groups in configs.values():
         del groups["experts"]["round_to"]
-    write_json(file, found)
+    write_json(file, {"points": [point]})
     assert step_seconds(tmp_path, runs, "a") == seconds
     assert measured_anew(tmp_path, runs) == set()
-    write_json(
-        file,
-        found
-        | {
-            "trained": {"moe": found["trained"]["moe"]},
-            "seconds": {"moe": 0.1},
-            "failed": {"aoe": ""},
-        },
-    )
+    del point["figures"]["aoe"]
+    write_json(file, {"points": [point]})
     assert step_seconds(tmp_path, runs, "a") == {"moe": 0.1}
     assert measured_anew(tmp_path, runs) == {"moe", "aoe"}  # in turn, so both
     others = [
@@ -88,7 +80,8 @@ def measured_anew(workdir, runs):
     assert [job.name for job in measure_jobs(suite, runs, workdir, in_turn=True)] == [
         "measuring a"
     ]  # routing is missing
-    return read_json(beside(measured_file(workdir, "a"), ".todo.json"))["steps"].keys()
+    points = read_json(beside(measured_file(workdir, "a"), ".todo.json"))["points"]
+    return {arm for point in points for arm in point["configs"]}
 
 
 def decayed(run):
@@ -108,7 +101,7 @@ def test_machines_that_are_not_here_are_traced(tmp_path):
     del found["points"][0]["configs"]["moe"]["experts"]["round_to"]  # as if that field were new
     write_json(file, found)
     assert missing_points(suite, tmp_path, "it") == []
-    costs = read_costs(suite, tmp_path)
+    costs = read_costs(suite, tmp_path)["it"]
     assert list(costs["x"]) == [4, 8] and list(costs["tokens_per_step"]) == [4 * 64, 8 * 64]
     # FSDP: a chip receives all but its own share of the parameters, twice, and of their gradients.
     received = costs["received_bytes"]
@@ -215,9 +208,9 @@ def test_bounds_are_said_to_be_no_measurement(tmp_path):
     assert "nothing is measured" in text and "bounds, not measured" in text
     assert re.search(r"0\.50 / 2\.00 +\| +0\.25 / 4\.00", text)
     other = dataclasses.replace(suite, base=tiny.get_config("moe"))
-    assert len(read_costs(other, tmp_path))  # the same configurations
+    assert read_costs(other, tmp_path)  # the same configurations
     changed = suite_of(dataclasses.replace(sweep, changes=SMALL))
-    assert read_costs(changed, tmp_path).empty
+    assert read_costs(changed, tmp_path) == {}
     assert load_suite("configs/compare/throughput.py").throughput.keys() == {
         "experts",
         "chosen",

@@ -143,9 +143,9 @@ def test_an_arm_that_says_so_need_not_match():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, ["cannot be read (No such file", "configs/compare/tiny.py"]),
-        ("x = 1\n", ["needs a function get_suite()"]),
-        ("def get_suite():\n    return 3\n", ["needs a function get_suite()"]),
+        (None, ["can't be read (no such file)", "configs/compare/tiny.py"]),
+        ("x = 1\n", ["has no function get_suite()"]),
+        ("def get_suite():\n    return 3\n", ["get_suite() must return", "Suite"]),
         ("def get_suite():\n    return 1 / 0\n", ["ZeroDivisionError", "line 2"]),
         ("def get_suite(:\n", ["SyntaxError"]),
     ],

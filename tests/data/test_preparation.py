@@ -224,7 +224,7 @@ def test_other_folders_are_refused(inputs, tmp_path):
     (tmp_path / "other" / "mine").touch()
     with pytest.raises(UserError, match=r"other: is not empty, and holds no preparation"):
         prepared(inputs, tmp_path / "other")
-    with pytest.raises(UserError, match=r"mine: can't be made \(File exists\)"):
+    with pytest.raises(UserError, match=r"mine can't be written: File exists"):
         prepared(inputs, tmp_path / "other" / "mine")
     assert os.listdir(tmp_path / "other") == ["mine"]
 

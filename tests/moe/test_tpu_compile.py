@@ -21,10 +21,10 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
+from aoe_jax.hardware import topology_devices
 from aoe_jax.moe.grouped_matmul import grouped_matmul, megablox
 from aoe_jax.moe.parallel.collectives import sum_gradients
 from aoe_jax.sharding import fill_mesh, make_mesh
-from aoe_jax.topology import topology_devices
 from benchmarks.compiling import (
     PRODUCTS,
     TOPOLOGIES,

@@ -19,8 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.errors import UserError
-from aoe_jax.training.checkpoint import Checkpoints, Progress
-from aoe_jax.training.fingerprint import fingerprints
+from aoe_jax.training.checkpoint import Checkpoints, Progress, fingerprints
 from aoe_jax.training.step import TrainState
 from tests.runs import contents, disk
 
@@ -133,12 +132,6 @@ def test_state_without_a_selection_bias(tmp_path):
     np.testing.assert_array_equal(params["kernel"], 1)
     assert routing_state == {}
     assert Checkpoints(tmp_path).restore_newest(wanted, batches())[1].routing_state == {}
-
-
-def test_when(saved):
-    checkpoints = Checkpoints(saved[0], CheckpointConfig(every=2, keep=3))
-    assert [step for step in range(1, 8) if checkpoints.due(step)] == [2, 4, 6]
-    checkpoints.close()
 
 
 NLL = {1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 6.0, 7: 7.0}

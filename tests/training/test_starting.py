@@ -9,9 +9,9 @@ import pytest
 
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.errors import UserError
-from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
+from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.starting import check_start, state_from_model
-from aoe_jax.training.step import init_state
+from aoe_jax.training.step import train_step_on
 from tests.formats.test_tokenizer_files import byte_level, with_a_first_token
 from tests.formats.test_writing import written
 from tests.runs import tiny_config
@@ -26,9 +26,9 @@ def first_state(directory, tokenizer, mesh=None, **changes):
     mesh = make_mesh(config, jax.devices()[:n_devices])
     check_start(config)
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, 0)))
-        state = state_from_model(config, mesh, shardings, tokenizer)
-    assert jax.tree.map(lambda a: a.sharding, state) == shardings
+        _, like = train_step_on(mesh, config)
+        state = state_from_model(config, mesh, like, tokenizer)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, state, like))
     return state
 
 

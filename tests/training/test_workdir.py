@@ -12,7 +12,6 @@ from aoe_jax.training.workdir import (
     check_data,
     check_workdir,
     claim_workdir,
-    make_workdir,
     read_run_config,
 )
 from tests.runs import contents
@@ -22,7 +21,7 @@ from tests.runs import contents
 def claimed(tmp_path):
     """A workdir of the default configuration and its corpus."""
     corpus = corpus_of(tmp_path, "some text")
-    make_workdir(tmp_path / "run")
+    (tmp_path / "run").mkdir()
     claim_workdir(tmp_path / "run", Config(), corpus)
     return tmp_path / "run", corpus
 
