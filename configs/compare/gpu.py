@@ -1,0 +1,46 @@
+"""The arms of `confirm.py` at 20M, 50M and 100M active parameters, for one GPU or more:
+`--suite=configs/compare/gpu.py --set=data.name=... --set=data.path=... --set=data.tokenizer=...`.
+
+Every size sees 20 tokens for each active parameter, 0.4B, 1B and 2.1B of them, so the embedded
+corpus is too small: name one. On one H100 a run likely takes minutes, half an hour and two hours.
+The suite may be stopped at any time, such as after ten minutes by `timeout 600`, and the same
+command goes on from there.
+"""
+
+from aoe_jax.compare.suite import Size, Suite
+from configs import paper
+from configs.compare.confirm import ARMS, AT_ALL_SIZES
+
+TOKENS_PER_PARAMETER = 20
+SEQUENCES, LENGTH = 128, 1024
+
+
+def size_of(d_model, n_layers, active):
+    """Returns the changes of a size with that many active parameters."""
+    tenth = round(TOKENS_PER_PARAMETER * active / (SEQUENCES * LENGTH) / 10)
+    return {
+        "model": {"n_layers": n_layers, "n_heads": d_model // 64, "d_model": d_model},
+        "experts": {"d_ffn": 2 * d_model},
+        "train": {"steps": 10 * tenth, "eval_every": 2 * tenth},
+        "checkpoint": {"every": tenth, "keep": 1, "keep_every": tenth},
+    }
+
+
+def get_suite():
+    base = paper.get_config("moe_aux")
+    base.model.update(max_len=LENGTH, remat="none")
+    base.data.seq_len = LENGTH
+    base.train.update(
+        batch_size=SEQUENCES, learning_rate=2e-3, final_learning_rate=1e-4, warmup=0.05
+    )
+    sizes = {"20M": (384, 8, 19e6), "50M": (512, 12, 50e6), "100M": (640, 16, 105e6)}
+    return Suite(
+        name="gpu",
+        base=base,
+        arms={name: ARMS[name] for name in AT_ALL_SIZES},
+        sizes={
+            name: Size(size_of(*shape), seeds=2, rate_factor=384 / shape[0])
+            for name, shape in sizes.items()
+        },
+        baseline="moe",
+    )

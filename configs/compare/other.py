@@ -1,0 +1,46 @@
+"""The arms of `confirm.py` on other data and with other settings, seven core-hours:
+`--suite=configs/compare/other.py`, after `python -m benchmarks.debian_docs --output=runs/manuals`.
+
+At the middle size of `small.py`: another corpus, batches four times as large, 2 of 16 experts, and
+8 of 64 and of 256 experts of a quarter of the width. AoE lacks the parameters of the router, 1.2%
+of all with 64 experts and 1.4% with 256.
+"""
+
+from dataclasses import replace
+
+from aoe_jax.compare.suite import Size, Suite
+from configs.compare.confirm import ARMS, AT_ALL_SIZES
+from configs.compare.small import MIDDLE, base_config
+
+
+def _changed(**groups):
+    return MIDDLE | {name: MIDDLE.get(name, {}) | fields for name, fields in groups.items()}
+
+
+LARGE_BATCH = {
+    "train": {"batch_size": 32, "steps": 370, "warmup": 18 / 370, "eval_every": 74},
+    "checkpoint": {"every": 37, "keep": 1, "keep_every": 37},
+}
+
+
+def _experts(n_experts, top_k, d_ffn):
+    return _changed(experts={"n_experts": n_experts, "top_k": top_k, "d_ffn": d_ffn})
+
+
+def get_suite():
+    base = base_config()
+    base.train.update(learning_rate=1.5e-2, final_learning_rate=6e-4)
+    manuals = {"name": "text", "path": "runs/manuals"}
+    return Suite(
+        name="other",
+        base=base,
+        arms={name: replace(ARMS[name], matched=name == "moe") for name in AT_ALL_SIZES},
+        sizes={
+            "manuals": Size(_changed(data=manuals), seeds=3),
+            "large_batch": Size(_changed(**LARGE_BATCH), seeds=3, rate_factor=2.0),
+            "16_experts": Size(_experts(16, 2, 96), seeds=3),
+            "64_experts": Size(_experts(64, 8, 24), seeds=3),
+            "256_experts": Size(_experts(256, 8, 24), seeds=3),
+        },
+        baseline="moe",
+    )
