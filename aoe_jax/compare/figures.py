@@ -7,6 +7,7 @@ layers, n experts.
 import io
 import itertools
 import re
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -52,6 +53,7 @@ AXES = {
 }
 SMOOTHING = 0.04  # share of the steps over which training losses are averaged
 MAX_LAYERS = 4  # for which norms are drawn
+LABEL_WIDTH = 34  # characters of a line of a label beside an axis
 MAX_KEY = 16  # experts that a legend distinguishes
 POINTS = {"fmt": "o", "markersize": 4, "capsize": 2}  # with error bars
 
@@ -169,6 +171,7 @@ def scaling(fitted, styles, xlabel):
 @drawn
 def differences(rows, styles):
     """Draws differences with their intervals, one line for each of `[(arm, label, Estimate)]`."""
+    rows = [(arm, textwrap.fill(label, LABEL_WIDTH), found) for arm, label, found in rows]
     lines = sum(1 + label.count("\n") for _, label, _ in rows)
     figure, ((axes,),) = _new(0.9 + 0.09 * len(rows) + 0.15 * lines)
     for height, (arm, _, found) in enumerate(reversed(rows)):
