@@ -70,7 +70,6 @@ class ExpertsConfig(Group):
         for field, default in AOE_ONLY_DEFAULTS.items():
             if self.kind != "aoe" and getattr(self, field) != default:
                 self.refuse(field, f"is for experts.kind='aoe'; leave it at {default}")
-
         if self.score in LEARNED_SCORES and self.score_gradient == "sparse":
             self.refuse("score_gradient", f"is not implemented for score={self.score!r}")
         if not self.gate_trains_scores and self.score_neurons is None:

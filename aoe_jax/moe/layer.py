@@ -263,7 +263,7 @@ class ExpertsLayer(nn.Module):
         gate, code = first_neurons(gate, count)
         if not self.experts.gate_trains_scores:
             gate = gate.at[:, :count].set(jax.lax.stop_gradient(code))
-        return gate, devices.from_first(score(code), "tensor")
+        return gate, devices.from_first(score(code))
 
     def gathered(self, weights, devices):
         """`weights` whole along what is split over fsdp, in the dtype of computation."""

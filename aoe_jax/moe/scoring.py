@@ -75,7 +75,7 @@ def score_columns(weights, experts, devices):
     """
     if experts.low_rank:
         return weights["w_gate_down"]
-    return devices.from_first(weights["w_gate"][..., : experts.score_neurons], "tensor")
+    return devices.from_first(weights["w_gate"][..., : experts.score_neurons])
 
 
 def router_scores(x, weights, layer, ctx):

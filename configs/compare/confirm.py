@@ -8,9 +8,9 @@ tuned at the smallest size. Wider models have it in inverse proportion to d_mode
 L_aux (`none`, `free`: the loss-free bias) show how load balances by itself.
 """
 
-from aoe_jax.compare.suite import Size, Suite, Tuning
+from aoe_jax.compare.suite import Size, Suite
 from configs.compare.arms import aoe, moe, varied, whole_aoe
-from configs.compare.small import MIDDLE, SMALLEST, base_config, size_of
+from configs.compare.small import LARGEST, MIDDLE, SMALLEST, TUNING, base_config, size_of, wider
 
 
 def _whole(balance):
@@ -28,7 +28,6 @@ ARMS = {
     "aoe_whole_free": _whole("free"),
 }
 AT_ALL_SIZES = ("moe", "aoe_whole", "aoe_whole_max", "aoe_d3")
-TUNING = Tuning((5e-3, 1e-2, 2e-2, 4e-2), steps=420)
 
 
 def get_suite():
@@ -38,19 +37,9 @@ def get_suite():
         arms=ARMS,
         sizes={
             "42k": Size(SMALLEST, seeds=5),
-            "149k": Size(MIDDLE, seeds=5, arms=AT_ALL_SIZES, rate_factor=36 / 48),
-            "419k": Size(
-                size_of(72, 5, 4, batch_size=8, steps=4100),
-                seeds=3,
-                arms=AT_ALL_SIZES,
-                rate_factor=36 / 72,
-            ),
-            "1M": Size(
-                size_of(96, 7, 4, batch_size=16, steps=5040),
-                seeds=3,
-                arms=AT_ALL_SIZES,
-                rate_factor=36 / 96,
-            ),
+            "149k": wider(MIDDLE, 5, AT_ALL_SIZES),
+            "419k": wider(LARGEST, 3, AT_ALL_SIZES),
+            "1M": wider(size_of(96, 7, 4, batch_size=16, steps=5040), 3, AT_ALL_SIZES),
         },
         baseline="moe",
         tuning=TUNING,

@@ -43,6 +43,15 @@ def size_of(d_model, n_layers, n_heads, batch_size, steps):
 
 SMALLEST = size_of(36, 2, 2, batch_size=4, steps=840)
 MIDDLE = size_of(48, 4, 4, batch_size=8, steps=1480)
+LARGEST = size_of(72, 5, 4, batch_size=8, steps=4100)
+
+
+def wider(changes, seeds, arms):
+    """Returns a `Size` whose learning rates are those of `SMALLEST` in inverse proportion to
+    d_model.
+    """
+    rate_factor = SMALLEST["model"]["d_model"] / changes["model"]["d_model"]
+    return Size(changes, seeds, arms, rate_factor)
 
 
 def base_config():
@@ -60,13 +69,8 @@ def get_suite():
         arms=ARMS,
         sizes={
             "42k": Size(SMALLEST, seeds=3),
-            "149k": Size(MIDDLE, seeds=3, arms=AT_ALL_SIZES, rate_factor=36 / 48),
-            "419k": Size(
-                size_of(72, 5, 4, batch_size=8, steps=4100),
-                seeds=2,
-                arms=AT_ALL_SIZES,
-                rate_factor=36 / 72,
-            ),
+            "149k": wider(MIDDLE, 3, AT_ALL_SIZES),
+            "419k": wider(LARGEST, 2, AT_ALL_SIZES),
         },
         baseline="moe_aux",
         tuning=TUNING,

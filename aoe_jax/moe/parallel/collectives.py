@@ -92,11 +92,11 @@ class Devices:
         axes = tuple(axis for axis in axes if self.size(axis) > 1)
         return jax.lax.psum(x, axes) if axes else x
 
-    def from_first(self, x, axis):
-        """Broadcasts the `x` of the first device along a mesh axis to all devices along it."""
-        if self.size(axis) == 1:
+    def from_first(self, x):
+        """Broadcasts the `x` of the first device along tensor to all devices along it."""
+        if self.size("tensor") == 1:
             return x
-        return jax.lax.psum(jnp.where(jax.lax.axis_index(axis) == 0, x, 0), axis)
+        return jax.lax.psum(jnp.where(jax.lax.axis_index("tensor") == 0, x, 0), "tensor")
 
     def largest(self, x):
         """The maximum over all devices."""
