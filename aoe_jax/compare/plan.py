@@ -48,12 +48,14 @@ def row(name, figure):
     """Returns the cells of an arm by column; `figure` is the result of `aoe_jax.plan.plan`."""
     memory, flops = figure["memory_bytes"], figure["flops"]
     compiled = f"{flops['compiled'] / flops['useful']:.3f}" if flops["compiled"] else "not counted"
+    likely = figure["likely_step_seconds"]
     return {
         "arm": name,
         "fits": "yes" if figure["fits"] else "NO",
         "memory (state), GB": f"{memory['total'] / 1e9:.2f} ({memory['state'] / 1e9:.2f})",
         "compiled / useful FLOPs": compiled,
         "received, GB": f"{sum(figure['collective_bytes'].values()) / 1e9:.1f}",
+        "likely step": f"{likely:.3f} s" if likely else "unknown",
         "step at least": f"{figure['step_seconds']:.3f} s, {figure['bound_by']}",
         "MFU at most": f"{figure['mfu_bound']:.2f}",
     }

@@ -2,9 +2,10 @@
 `--suite=configs/compare/gpu.py --set=data.name=... --set=data.path=... --set=data.tokenizer=...`.
 
 Every size sees 20 tokens for each active parameter, 0.4B, 1B and 2.1B of them, so the embedded
-corpus is too small: name one. On one H100 a run likely takes 4 minutes at 20M and 67 at 100M.
-The suite may be stopped at any time, such as after ten minutes by `timeout 600`, and the same
-command goes on from there.
+corpus is too small: name one. On one H100 a step of whole gates likely takes 90 ms at 20M and
+250 ms at 100M, a run 4 and 67 minutes (`python -m aoe_jax.compare.plan
+--suite=configs/compare/gpu.py --topology=h100:1`). The suite may be stopped at any time, such as
+after ten minutes by `timeout 600`, and the same command goes on from there.
 """
 
 from aoe_jax.compare.suite import Size, Suite

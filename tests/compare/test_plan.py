@@ -37,13 +37,24 @@ def test_an_arm_in_a_row():
         "memory_bytes": {"state": 1e9, "total": 17.5e9},
         "flops": {"compiled": None, "useful": 2.0},
         "collective_bytes": {"psum": 1e9, "all_gather": 2e9},
+        "likely_step_seconds": None,
         "step_seconds": 0.5,
         "bound_by": "network",
         "mfu_bound": 0.25,
     }
-    cells = list(row("it", figure).values())
-    assert cells == ["it", "NO", "17.50 (1.00)", "not counted", "3.0", "0.500 s, network", "0.25"]
-    figure["flops"]["compiled"] = 2.2
+    cells = [
+        "it",
+        "NO",
+        "17.50 (1.00)",
+        "not counted",
+        "3.0",
+        "unknown",
+        "0.500 s, network",
+        "0.25",
+    ]
+    assert list(row("it", figure).values()) == cells
+    figure["likely_step_seconds"], figure["flops"]["compiled"] = 0.75, 2.2
+    assert row("it", figure)["likely step"] == "0.750 s"
     assert row("it", figure)["compiled / useful FLOPs"] == "1.100"
 
 
