@@ -89,11 +89,8 @@ def weights_over_all(arm):
 
     Switch and the code that AoE's authors released have these weights.
     """
-
-    def changes(config):
-        return arm.changes_of(config) | {"routing": {"name": "top_k", "norm_topk_prob": False}}
-
-    return replace(arm, label=f"{arm.label}, weights over all", changes=changes)
+    routing = {"name": "top_k", "norm_topk_prob": False}
+    return replace(varied(arm, routing=routing), label=f"{arm.label}, weights over all")
 
 
 def other_router(arm, name):
