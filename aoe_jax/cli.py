@@ -12,11 +12,15 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from aoe_jax import faults
 from aoe_jax.config.checks import require
-from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
+from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
+flags.DEFINE_float(
+    "retry_seconds", 60.0, "for how long reads and writes are repeated that disk or network fail"
+)
 
 _NO_CONFIG = "--config is missing; name a configuration file, such as --config=configs/tiny.py"
 _TYPES = {
@@ -144,22 +148,23 @@ def required(flag):
 def run(main):
     """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
 
-    The last line on stderr says why the program ended early: a mistake of the user (`UserError`,
-    exit status 2), training that diverged (`DivergedError`, 4), a request to stop (`Stopped`), or
-    any other exception (1), whose traceback comes before.
+    The last line on stderr says why the program ended early: a `Failure` with its exit status, a
+    fault of a disk or of the network (5), a request to stop (`Stopped`), or any other exception
+    (1), whose traceback comes before.
     """
     # A mistake on the command line itself leaves FLAGS.debug unparsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
         _parse(sys.argv)
         _set_up_logging()
+        faults.retry_seconds = FLAGS.retry_seconds
         if not debug:
             _hide_background_errors()
         status = main()
-    except (UserError, DivergedError) as e:
+    except Failure as e:
         if debug:
             traceback.print_exc()
-        _end_at_once(e.status, f"error: {e}")
+        _end_at_once(e.status, f"error: {e}{_notes(e) if isinstance(e, MachineFault) else ''}")
     except Stopped as e:
         if e.others_go_on:
             _end_at_once(e.status, str(e))
@@ -168,11 +173,16 @@ def run(main):
     except KeyboardInterrupt:
         _end_at_once(Interrupted.status, "interrupted")
     except Exception as e:
+        if isinstance(e, OSError) and faults.is_fault(e):
+            _end_at_once(MachineFault.status, f"error: {e}{_notes(e)}")
         traceback.print_exc()
         first_line = (str(e).strip().splitlines() or [""])[0][:300]
-        notes = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
-        _end_at_once(1, f"failed: {type(e).__name__}: {first_line}{notes}")
+        _end_at_once(1, f"failed: {type(e).__name__}: {first_line}{_notes(e)}")
     sys.exit(status)
+
+
+def _notes(error):
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
 
 
 def _end_at_once(status, last_line):

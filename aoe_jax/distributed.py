@@ -15,7 +15,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
-from aoe_jax.errors import UserError
+from aoe_jax.errors import FailedElsewhere, UserError
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,52 @@ def agree(what, text):
         )
 
 
+def see_the_same(value, read, what):
+    """Checks that every process can read what process 0 has just written to a disk.
+
+    `value` is an int, in process 0; `read()` reads it, and returns None where there is none.
+
+    Raises:
+      UserError: a process does not see it within a minute, or `--join_timeout`; names `what` was
+        written.
+    """
+    if jax.process_count() == 1:
+        return
+    value, seen = _gathered(value or 0)[0], False
+    deadline = time.monotonic() + min(_JOIN_TIMEOUT.value, 60)  # a network disk shows it late
+    while not seen and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            seen = read() == value
+        time.sleep(0 if seen else 0.2)
+    blind = [process for process, sees in enumerate(_gathered(seen)) if not sees]
+    if blind:
+        raise UserError(
+            f"{what}: process {', '.join(map(str, blind))} does not see what process 0 wrote "
+            "there; all processes must share that folder"
+        )
+
+
+@contextlib.contextmanager
+def together():
+    """Ends all processes if what is done within fails in one; waits until every process is here.
+
+    Nothing within may wait for other processes. Processes whose own status is not the highest
+    raise `FailedElsewhere`.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as e:  # raised below, after the other processes know
+        problem = e
+    statuses = _gathered(0 if problem is None else getattr(problem, "status", 1))
+    worst = max(statuses)
+    if worst and statuses[jax.process_index()] == worst:
+        raise problem
+    if worst:
+        failed = [process for process, status in enumerate(statuses) if status == worst]
+        raise FailedElsewhere(failed, worst) from problem
+
+
 def all_agree(holds):
     """Whether `holds` is true in every process; waits until every process is here."""
     return all(_gathered(bool(holds)))
@@ -182,4 +228,6 @@ def all_agree(holds):
 
 def _gathered(value):
     """The int of every process."""
+    if jax.process_count() == 1:
+        return [int(value)]
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()

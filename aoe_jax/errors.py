@@ -3,20 +3,42 @@
 import errno
 
 
-class UserError(Exception):
-    """A mistake that the user can correct: a bad value, a missing file, a full disk.
+class Failure(Exception):
+    """Ends a program with `status` and one line; a traceback is shown only with `--debug`."""
 
-    The message names the field or file, its value and what would be right. A traceback is shown
-    only with `--debug`.
+    status = 1
+
+
+class UserError(Failure):
+    """A mistake that the user can correct: a bad value, a missing file, a workdir in use.
+
+    The message names the field or file, its value and what would be right.
     """
 
     status = 2
 
 
-class DivergedError(Exception):
+class DivergedError(Failure):
     """`train.max_skipped` updates in a row were skipped."""
 
     status = 4
+
+
+class MachineFault(Failure):
+    """A disk, the network or the memory failed for longer than `--retry_seconds`; a later start
+    can succeed without any change by the user.
+    """
+
+    status = 5
+
+
+class FailedElsewhere(Failure):
+    """Another process failed, with this status; its own log says why."""
+
+    def __init__(self, processes, status):
+        """Takes the numbers of the processes that failed."""
+        super().__init__(f"process {', '.join(map(str, processes))} failed; see its log")
+        self.status = status
 
 
 class Stopped(BaseException):

@@ -12,7 +12,9 @@ import pytest
 
 from tests.runs import (
     EVERY,
+    LOG_EVERY,
     STEPS,
+    contents,
     disk,
     finish,
     finished_run,
@@ -22,6 +24,7 @@ from tests.runs import (
     start,
     train_command,
     truncate_state,
+    untimed,
 )
 
 
@@ -223,13 +226,14 @@ def test_full_disk(small_disk):
     """One checkpoint of 1.3 MB fits, many don't; the run goes on once there is space."""
     changes = {"model__vocab_size": 2000, "checkpoint__keep": 9}
     workdir = small_disk / "run"
-    status, _, stderr = run(train_command(workdir, **changes))
-    assert status == 2 and "Traceback" not in stderr, stderr
-    assert "can't be saved: no space left on the disk" in stderr
+    status, _, stderr = run([*train_command(workdir, **changes), "--retry_seconds=1"])
+    assert status == 5 and "Traceback" not in stderr, stderr
+    assert "cannot be saved (No space left on device); it was tried for 1 s" in stderr
     newest = max(
         int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
     )
-    assert f"the same command goes on from step {newest}" in last_line(stderr)
+    assert "the same command goes on from the newest checkpoint" in last_line(stderr)
+    assert heartbeat(workdir)["saved"] == newest
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
     status, _, stderr = run(train_command(workdir, **changes))
     assert status == 0 and f"going on from step {newest}" in stderr, stderr
@@ -243,14 +247,17 @@ def test_disk_that_is_full_to_the_last_byte(small_disk):
         small_disk / "run",
         {"train__steps": 3000, "train__eval_every": 0, "train__log_every": 1},
     )
-    process = start(train_command(workdir, **changes))
+    process = start([*train_command(workdir, **changes), "--retry_seconds=1"])
     wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
         while True:
             file.write(bytes(512))
     status, _, stderr = finish(process)
-    assert status == 2 and "Traceback" not in stderr, stderr
-    assert "no space left on the disk" in stderr and "the same command goes on" in last_line(stderr)
+    assert status == 5 and "Traceback" not in stderr, stderr
+    assert "No space left on device" in last_line(stderr) and "the same command" in last_line(
+        stderr
+    )
+    assert "heartbeat.json cannot be written" in stderr
 
 
 def test_two_runs_begin_in_one_workdir(tmp_path):
@@ -275,7 +282,7 @@ def test_two_processes_in_one_workdir(tmp_path):
     wait_for(first, lambda: heartbeat(tmp_path / "run")["status"] == "training")
     first.send_signal(signal.SIGSTOP)
     status, _, stderr = run(train_command(tmp_path / "run"))
-    assert status == 2 and "another process is at work there" in stderr, stderr
+    assert status == 2 and "is in use by process" in stderr, stderr
     first.send_signal(signal.SIGCONT)
     status, _, stderr = finish(first)
     assert status == 0, stderr
@@ -293,6 +300,39 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
         "from the newest checkpoint"
     )
     assert heartbeat(tmp_path / "run")["status"] == "failed"
+
+
+def test_history_is_not_erased(tmp_path):
+    """A run whose checkpoints are gone stops, until its user says how to begin."""
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
+    before = contents(workdir)
+    longer = train_command(workdir, train__steps=STEPS + 2)
+    status, _, stderr = run(longer)
+    assert status == 2 and contents(workdir) == before, stderr
+    assert (
+        f"shows that a checkpoint of step {STEPS} was complete, but checkpoints/ has none. Bring "
+        "the missing ones back; or --start-over begins anew" in last_line(stderr)
+    )
+    shutil.move(tmp_path / "checkpoints", workdir / "checkpoints")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    status, _, stderr = run(longer)
+    assert status == 2 and f"or --go-back={STEPS - EVERY} continues from that" in last_line(stderr)
+    status, _, stderr = run([*longer, "--go-back=5"])
+    assert status == 2 and f"--go-back=5: {workdir} has checkpoints of steps" in last_line(stderr)
+
+    status, _, stderr = run([*longer, f"--go-back={STEPS - EVERY}"])
+    assert status == 0 and f"going on from step {STEPS - EVERY}" in stderr, stderr
+    (aside,) = (workdir / "set_aside").iterdir()
+    assert (aside / "metrics.jsonl.whole").read_bytes() == before["metrics.jsonl"]
+    training, _ = untimed(workdir)
+    before_that = (STEPS - EVERY) // LOG_EVERY
+    assert training[:before_that] == untimed(finished_run())[0][:before_that]
+
+    status, _, stderr = run([*train_command(workdir), "--start-over"])
+    assert status == 0 and "going on" not in stderr, stderr
+    assert same_end(workdir, finished_run())
+    assert len([*(workdir / "set_aside").iterdir()]) == 2
 
 
 def test_exported_model_scores_as_its_run(tmp_path):

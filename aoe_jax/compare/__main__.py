@@ -14,7 +14,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.suite import load_suite
 from aoe_jax.config.checks import require_flag
-from aoe_jax.locking import alone_in
+from aoe_jax.ownership import owned
 from aoe_jax.stopping import StopRequests
 
 _SUITE = flags.DEFINE_string(
@@ -52,7 +52,7 @@ def main():
     from aoe_jax.compare.report import write_report
     from aoe_jax.compare.runs import train_suite
 
-    with alone_in(workdir, "workdir"):
+    with owned(workdir, "workdir"):
         if not _REPORT.value:
             machine = Machine.here(workdir, _JOBS.value, stop)
             train_suite(suite, workdir, machine)

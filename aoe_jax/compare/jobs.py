@@ -16,7 +16,7 @@ import aoe_jax
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json, write_json
-from aoe_jax.locking import alone_in
+from aoe_jax.ownership import owned
 from aoe_jax.stopping import StopRequests
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _is_free(job):
     if not job.output.is_dir():
         return True
     try:
-        with alone_in(job.output, "workdir"):
+        with owned(job.output, "workdir"):
             return True
     except UserError:
         return False

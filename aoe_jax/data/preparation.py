@@ -37,7 +37,7 @@ from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, t
 from aoe_jax.data.workers import work_through
 from aoe_jax.errors import UserError, is_disk_full
 from aoe_jax.json_files import read_json, write_json
-from aoe_jax.locking import alone_in
+from aoe_jax.ownership import OWN_FILES, owned
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     preparation, the disk is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, output)
-    with alone_in(output, "output"), _full_disk_is_named(output):
+    with owned(output, "output"), _full_disk_is_named(output):
         plan = _claim(files, planned, output)
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
             read_manifest(output)
@@ -169,7 +169,7 @@ def repair(output: Path, processes: int) -> list[str]:
     """
     wanted = f"has no {PLAN_FILE}, so it can't be repaired; prepare it again"
     require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
-    with alone_in(output, "output"), _full_disk_is_named(output):
+    with owned(output, "output"), _full_disk_is_named(output):
         damaged = check(output)
         if damaged:
             plan = read_json(output / PLAN_FILE, "prepare it again, in another folder")
@@ -207,7 +207,8 @@ def _state(path: str) -> list:
 def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
     """The plan of `output`, made if there is none; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
-        is_empty = all(path.name == f"{PLAN_FILE}.partial" for path in output.iterdir())
+        ours = {f"{PLAN_FILE}.partial", *OWN_FILES}
+        is_empty = all(path.name in ours for path in output.iterdir())
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)

@@ -25,9 +25,9 @@ from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 from aoe_jax.evaluation.run import TextTokens, check_split, read_text
 from aoe_jax.json_files import write_json
-from aoe_jax.locking import make_folder
 from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
+from aoe_jax.ownership import make_folder
 from aoe_jax.parameters import EXPERTS
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import math
-import os
-import re
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,15 +14,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.distributed import all_agree
-from aoe_jax.errors import UserError, is_disk_full
+from aoe_jax.distributed import all_agree, together
+from aoe_jax.errors import FailedElsewhere, Failure, MachineFault, UserError
 from aoe_jax.json_files import read_metrics
 
 log = logging.getLogger(__name__)
+
+DAMAGED = "damaged_checkpoints"
+_SECOND_LOOK = 1.0  # seconds after which a file may show that a network disk did not show before
 
 
 @dataclass
@@ -36,12 +38,8 @@ class Progress:
     skipped_in_row: int = 0  # number of updates skipped directly before
 
 
-class Damaged(Exception):
-    """A checkpoint can't be read, or differs from what was saved; the message says why."""
-
-
-class _Unreadable(Exception):
-    """A checkpoint can't be read at present because this machine is at fault."""
+class Damaged(Failure):
+    """A checkpoint lacks files or differs from what was saved; the message says how."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -68,18 +66,26 @@ class Checkpoints:
         self._config = config
         self._manager = None
         self._saving = None  # the step that is being saved in the background
+        self._problem = None  # the fault of the newest save, if there was one
+        self.saved = None  # the step of the newest save that is known to be complete
         self._nlls = {}  # finite validation nlls by step
         for line in read_metrics(workdir / "metrics.jsonl"):
             if line.get("validation_nll") is not None:
                 self.validated(line["step"], line["validation_nll"])
         if config is None and not self.directory.is_dir():
             return
+        self._open()
+
+    def _open(self):
         options = ocp.CheckpointManagerOptions(
-            read_only=config is None,
+            read_only=self._config is None,
             preservation_policy=self,
-            cleanup_tmp_directories=config is not None,  # half saves of a killed run fill the disk
+            # Half saves of a killed run fill the disk.
+            cleanup_tmp_directories=self._config is not None,
         )
-        self._manager = _Manager(self.directory, options=options)
+        self._manager = faults.patiently(
+            f"{self.directory} cannot be opened", lambda: _Manager(self.directory, options=options)
+        )
 
     def validated(self, step, nll):
         """Notes the validation nll of a step, by which `checkpoint.keep_best` chooses."""
@@ -128,15 +134,17 @@ class Checkpoints:
             )
         return int(which)
 
-    def save(self, step, state, data_state, progress: Progress):
+    def save(self, step, state, data_state, progress: Progress, wait=False):
         """Saves the `TrainState` after `step` updates in the background; returns as soon as `state`
         may be donated.
 
-        `data_state` is the JSON-ready position in the data, the same in every process.
+        `data_state` is the JSON-ready position in the data, the same in every process. With `wait`,
+        or if the save before this one failed, it returns when this one has succeeded.
 
-        Raises `UserError` if this checkpoint or the one before can't be written.
+        Raises:
+          MachineFault: nothing could be saved for `faults.retry_seconds`.
         """
-        self._wait()
+        wait = not self._finish() or wait
         state = vars(state)
         found = fingerprints(state)
         run = {"data": data_state, "progress": dataclasses.asdict(progress)}
@@ -144,51 +152,81 @@ class Checkpoints:
             name: [list(a.shape), a.dtype.name, found[name]] for name, a in by_path(state).items()
         }
         run["sha256"] = _sha256(run)
-        self._saving = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        with self._errors_named():
-            self._manager.save(step, args=args, force=True)  # at any step
+        for pause in faults.pauses():
+            self._saving, self._problem = step, None
+            with self._problem_kept():
+                self._manager.save(step, args=args, force=True)  # at any step
+            if not wait or self._finish():
+                return
+            # The clocks of processes differ, and all must go on or end.
+            if not all_agree(pause is not None):
+                raise MachineFault(
+                    f"checkpoint {self._path(step)} cannot be saved ({self._why()}); it was tried "
+                    f"for {faults.retry_seconds:g} s"
+                )
+            time.sleep(pause)
 
-    def check(self):
-        """Raises `UserError` if the save in the background has failed; doesn't wait for it."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
-            self._wait()
-
-    def close(self):
-        """Waits for the save in the background; raises `UserError` if it fails."""
-        if self._manager:
-            self._wait()
-            self._manager.close()
-
-    def _wait(self):
-        with self._errors_named():
+    def _finish(self):
+        """Waits for the save in the background; returns whether it succeeded in all processes."""
+        if self._saving is None:
+            return True
+        with self._problem_kept():
             self._manager.wait_until_finished()
+        succeeded = all_agree(self._problem is None)
+        if succeeded:
+            self.saved = self._saving
+        else:
+            log.warning(f"checkpoint {self._path(self._saving)} cannot be saved: {self._why()}")
+            self._open()  # without the half save
         self._saving = None
+        return succeeded
 
     @contextlib.contextmanager
-    def _errors_named(self):
+    def _problem_kept(self):
         try:
             yield
         except (OSError, ValueError) as e:  # tensorstore raises ValueError for errors of the system
-            failed, self._saving = self._saving, None
-            steps = {*ocp.utils.checkpoint_steps(self.directory)} - {failed}
-            goes_on = f"the same command goes on from step {max(steps, default=None)}"
-            then = goes_on if steps else "none is complete yet"
-            raise UserError(
-                f"checkpoint {self._path(failed)} can't be saved: {_reason(e)}\n"
-                f"Free or mend the disk; then {then}"
-            ) from e
+            if not faults.is_fault(e):
+                raise
+            self._problem = self._problem or e
+
+    def _why(self):
+        return faults.reason(self._problem) if self._problem else "by another process"
+
+    def has_failed(self):
+        """Whether the save in the background has failed, for a run of one process; several
+        processes find that out together at their next save.
+        """
+        if jax.process_count() == 1 and self._saving and not self._manager.is_saving_in_progress():
+            with self._problem_kept():
+                self._manager.wait_until_finished()
+        return self._problem is not None
+
+    def close(self):
+        """Waits for the save in the background.
+
+        Raises:
+          MachineFault: it failed.
+        """
+        if self._manager:
+            step = self._saving
+            if not self._finish():
+                raise MachineFault(f"checkpoint {self._path(step)} cannot be saved: {self._why()}")
+            self._manager.close()
 
     def restore_newest(self, abstract_state, data_iterator):
-        """Restores the newest checkpoint that can be read.
+        """Restores the newest checkpoint that is not damaged.
 
         Damaged ones are moved to `damaged_checkpoints`, with a warning. Each process reads its own
-        part; a checkpoint that one of them can't read counts as damaged for all.
+        part; a checkpoint that is damaged for one of them counts as damaged for all.
 
         `abstract_state` has shapes, dtypes and shardings, over any mesh and number of processes.
         `data_iterator` is moved to its position. Returns `(step, state, progress)`.
 
-        Raises `UserError` if there is none, it is of another model, or this machine is at fault.
+        Raises:
+          UserError: all are damaged, or the newest is of another model.
+          MachineFault: the newest cannot be read, nothing is moved.
         """
         while True:
             *older, step = self.steps()
@@ -197,8 +235,8 @@ class Checkpoints:
             except Damaged as e:
                 if not older:
                     raise UserError(
-                        f"checkpoint {self._path(step)} can't be read ({e}), and there "
-                        "is no other. To start anew, use another --workdir"
+                        f"checkpoint {self._path(step)} is damaged ({e}), and there is no other; "
+                        "--start-over begins anew"
                     ) from e
                 self._set_aside(step, e)
                 continue
@@ -207,22 +245,26 @@ class Checkpoints:
             return step, state, progress
 
     def _set_aside(self, step, problem):
-        if jax.process_index() == 0:
-            aside = self.directory.with_name("damaged_checkpoints")
-            aside.mkdir(exist_ok=True)
-            target, n = aside / str(step), 1
-            while target.exists():
-                target, n = aside / f"{step}-{n}", n + 1
-            os.replace(self._path(step), target)
-            log.warning(f"checkpoint of step {step} is damaged ({problem}): set aside as {target}")
-        multihost_utils.sync_global_devices("the damaged checkpoint is set aside")
+        with together():
+            if jax.process_index() == 0:
+                aside = self.directory.with_name(DAMAGED)
+                aside.mkdir(exist_ok=True)
+                target, n = aside / str(step), 1
+                while target.exists():
+                    target, n = aside / f"{step}-{n}", n + 1
+                self._path(step).replace(target)
+                log.warning(
+                    f"checkpoint of step {step} is damaged ({problem}): set aside as {target}"
+                )
         self._manager.reload()
 
     def restore(self, step, abstract_state):
         """`(state, progress, position in the data)` of a step.
 
-        Raises `Damaged` if the checkpoint can't be read or differs from what was saved, `UserError`
-        if it holds another model or this machine is at fault.
+        Raises:
+          Damaged: the checkpoint lacks files or differs from what was saved.
+          UserError: it is of another model.
+          MachineFault: it cannot be read.
         """
         state, run = self._read(step, vars(abstract_state))
         state = dataclasses.replace(abstract_state, **state)
@@ -231,7 +273,9 @@ class Checkpoints:
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
 
-        Raises `UserError` if the checkpoint can't be read, or holds another model.
+        Raises:
+          UserError: the checkpoint is damaged or of another model.
+          MachineFault: it cannot be read.
         """
         wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
         try:
@@ -239,33 +283,37 @@ class Checkpoints:
         except Damaged as e:
             others = [other for other in self.steps() if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
-            raise UserError(f"checkpoint {self._path(step)} can't be read ({e}); {hint}") from e
+            raise UserError(f"checkpoint {self._path(step)} is damaged ({e}); {hint}") from e
         return model["params"], model["routing_state"]
 
     def _read(self, step, wanted):
         """The arrays that `wanted` describes, and what was saved beside them.
 
-        Raises `Damaged` or `UserError`, in every process or in none; see `restore`.
+        Raises in every process or in none; see `restore`.
         """
         path = self._path(step)
-        problem = None
         try:
-            arrays, run = _read_alone(path, wanted)
-        except (Damaged, _Unreadable) as e:
-            problem = e
-        if not all_agree(not isinstance(problem, _Unreadable)):
-            reason = problem or "by another process"
-            raise UserError(
-                f"checkpoint {path} can't be read at present ({reason}); mend that: the same "
-                "command then goes on"
-            )
-        if not all_agree(problem is None):
-            raise problem or Damaged("another process can't read it")
+            with together():
+                arrays, run = faults.patiently(
+                    f"checkpoint {path} cannot be read", lambda: _read_twice(path, wanted)
+                )
+        except FailedElsewhere as e:
+            if e.status == Damaged.status:
+                raise Damaged("another process cannot read it") from e
+            raise
         found = fingerprints(arrays)
         differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
         if differing:
             raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
         return arrays, run
+
+
+def _read_twice(path, wanted):
+    try:
+        return _read_alone(path, wanted)
+    except Damaged:
+        time.sleep(_SECOND_LOOK)
+        return _read_alone(path, wanted)
 
 
 def _read_alone(path, wanted):
@@ -287,19 +335,12 @@ def _read_alone(path, wanted):
         _check_model(path, wanted, run["arrays"])
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(path / "state", args=args), run
-    except (Damaged, UserError):
+    except Failure:
         raise
     except Exception as e:  # Orbax, tensorstore and the file system each have their own
-        messages = " ".join(f"{type(cause).__name__}: {cause}" for cause in _causes(e))
-        kind = _Unreadable if _FAULTS_OF_THE_MACHINE.search(messages) else Damaged
-        raise kind(_reason(e)) from e
-
-
-# Words of JAX, tensorstore and Linux in errors of memory, disks and the system.
-_FAULTS_OF_THE_MACHINE = re.compile(
-    "MemoryError|RESOURCE_EXHAUSTED|Out of memory|Cannot allocate memory|Too many open files|"
-    "Input/output error|Stale file handle|PERMISSION_DENIED|Permission denied"
-)
+        if faults.is_fault(e):
+            raise
+        raise Damaged(faults.reason(e)) from e
 
 
 def _check_model(path, wanted, saved):
@@ -317,19 +358,6 @@ def _check_model(path, wanted, saved):
 
 def _sha256(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _causes(error):
-    """An exception and all its causes, the first one last."""
-    return [error, *_causes(error.__cause__)] if error else []
-
-
-def _reason(error):
-    """The first line of the first cause of an exception."""
-    first = _causes(error)[-1]
-    if is_disk_full(first):
-        return "no space left on the disk"
-    return (str(first).strip().splitlines() or [type(first).__name__])[0][:300]
 
 
 def by_path(tree):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import DivergedError
+from aoe_jax.faults import Tolerated
 from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import dead_experts
 
@@ -61,8 +62,8 @@ class Health:
                 f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped "
                 "because the loss or the gradient wasn't finite "
                 f"(train.max_skipped={self.max_skipped}). Look at the data; or, if the model "
-                "itself is broken, delete the newest checkpoints, or lower train.learning_rate in "
-                "another --workdir"
+                "itself is broken, go on from an earlier checkpoint with --go-back=STEP, or lower "
+                "train.learning_rate in another --workdir"
             )
 
     def load(self, step, load, live=None):
@@ -89,8 +90,10 @@ class Heartbeat:
     workdir: Path
     writes: bool = False  # the first process alone writes, once it owns the workdir
     step: int | None = None
+    saved: int | None = None  # the step of the newest complete checkpoint
     _status: str | None = None
     _written: float = -math.inf
+    _tolerated: Tolerated = field(default_factory=lambda: Tolerated("heartbeat.json"))
 
     def beat(self, status, step=None):
         """Notes a status and, if it has changed, the step.
@@ -103,6 +106,7 @@ class Heartbeat:
         if not self.writes or (status == self._status and now < self._written + 1):
             return
         self._written, self._status = now, status
-        value = {"status": status, "step": self.step, "time": time.time()}
+        value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}
         value |= {"host": socket.gethostname(), "pid": os.getpid()}
-        write_json(self.workdir / "heartbeat.json", value)
+        with self._tolerated:
+            write_json(self.workdir / "heartbeat.json", value)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from aoe_jax.config.run import Config
 from aoe_jax.counts import experts_per_token, parameter_counts, training_flops_per_token
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.distributed import agree
-from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError, is_disk_full
+from aoe_jax.distributed import agree, see_the_same, together
+from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
+from aoe_jax.faults import patiently
 from aoe_jax.json_files import write_json
-from aoe_jax.locking import alone_in
 from aoe_jax.model.decoder import Decoder
+from aoe_jax.ownership import owned, read_owner
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.health import Health, Heartbeat
@@ -27,7 +29,13 @@ from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.telemetry import Telemetry
-from aoe_jax.training.workdir import check_data, check_workdir, claim_workdir
+from aoe_jax.training.workdir import (
+    check_data,
+    check_history,
+    check_workdir,
+    claim_workdir,
+    set_aside,
+)
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
@@ -59,8 +67,22 @@ def log_run(config: Config):
         )
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in a workdir that has files of a run or of another process."""
+
+    over: bool = False  # from nothing; the files of the run before are set aside
+    go_back: int | None = None  # from the checkpoint of this step; newer files are set aside
+    take_over: bool = False  # from an owner that cannot be seen to have ended, without waiting
+
+
 def train(
-    config: Config, workdir: Path, stop: StopRequests | None = None, profile=range(0), wandb=None
+    config: Config,
+    workdir: Path,
+    stop: StopRequests | None = None,
+    profile=range(0),
+    wandb=None,
+    start=Start(),
 ):
     """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
@@ -71,7 +93,9 @@ def train(
 
     Raises:
       UserError: a mistake of the user, also if `train.steps` is reached already.
+      MachineFault: a disk failed for longer than `faults.retry_seconds`.
       DivergedError: `train.max_skipped` updates in a row were skipped.
+      FailedElsewhere: another process failed.
       Stopped: `stop` was asked; the state is saved.
     """
     if config.routing.name == "sparsemixer":
@@ -81,8 +105,9 @@ def train(
         )
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
-    with _end_is_reported(workdir, heartbeat), jax.set_mesh(mesh), contextlib.ExitStack() as held:
+    with _end_is_reported(heartbeat), jax.set_mesh(mesh), contextlib.ExitStack() as held:
         run = _Run(filled, workdir, mesh, heartbeat, stop or StopRequests(), held)
+        run.own(start)
         run.check(profile, wandb)
         run.restore()
         run.claim_workdir(config)
@@ -95,19 +120,13 @@ def train(
 
 
 @contextlib.contextmanager
-def _end_is_reported(workdir, heartbeat):
+def _end_is_reported(heartbeat):
     """Writes the last heartbeat of a run that ends early, and adds to its error how to go on."""
     statuses = {Preempted: "preempted", Interrupted: "interrupted", DivergedError: "diverged"}
     try:
         yield
     except BaseException as e:
-        with contextlib.suppress(OSError):  # a full disk is reported below
-            heartbeat.beat(statuses.get(type(e), "failed"))
-        if isinstance(e, OSError) and is_disk_full(e):
-            raise UserError(
-                f"--workdir={workdir}: no space left on the disk; free some, and the same command "
-                "goes on from the newest checkpoint"
-            ) from e
+        heartbeat.beat(statuses.get(type(e), "failed"))
         if heartbeat.step is not None:
             alone = jax.process_count() == 1
             again = "the same command goes on" if alone else "start all processes again: they go on"
@@ -125,20 +144,37 @@ class _Run:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.unreported = None  # step and metrics, which are read while the next step runs
 
+    def own(self, start):
+        """Owns the workdir, and sets old files aside if that was asked for."""
+        with together():
+            if self.is_main:
+                owner = owned(self.workdir, "workdir", start.take_over)
+                self.owner = self.held.enter_context(owner)
+        see_the_same(
+            self.owner.nonce if self.is_main else None,
+            lambda: (read_owner(self.workdir) or {}).get("nonce"),
+            f"--workdir={self.workdir}",
+        )
+        with together():
+            if self.is_main and (start.over or start.go_back is not None):
+                set_aside(self.workdir, start.go_back)
+
     def check(self, profile, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
         config, workdir = self.config, self.workdir
-        check_workdir(workdir, config)
-        self.locked = self.is_main and workdir.exists()
-        if self.locked:
-            self.held.enter_context(alone_in(workdir, "workdir"))
-        log_run(config)
-        self.checkpoints = Checkpoints(workdir)
-        self.step = max(self.checkpoints.steps(), default=0)
-        if config.train.init_from and not self.step:
-            check_start(config)
-        self.corpus = open_corpus(config.data, config.model.vocab_size)
-        check_data(workdir, self.corpus)
+        with together():
+            check_workdir(workdir, config)
+            log_run(config)
+            self.checkpoints = Checkpoints(workdir)
+            steps = self.checkpoints.steps()
+            check_history(workdir, steps)
+            self.step = max(steps, default=0)
+            if config.train.init_from and not self.step:
+                check_start(config)
+            self.corpus = open_corpus(config.data, config.model.vocab_size)
+            check_data(workdir, self.corpus)
+            if wandb is not None:
+                check_wandb(workdir, wandb)
         agree("the step, configuration or data", f"{self.step} {config} {self.corpus.identities}")
         steps, finished = config.train.steps, (workdir / "summary.json").exists()
         if self.step > steps or (self.step == steps and finished):
@@ -148,8 +184,6 @@ class _Run:
             )
         profile = profile and traced_of_run(profile, self.step, steps)
         self.traced = profile if self.is_main else range(0)
-        if wandb is not None:
-            check_wandb(workdir, wandb)
 
     def restore(self):
         """Makes the first state: from a checkpoint, from a model, or at random."""
@@ -183,28 +217,23 @@ class _Run:
 
     def claim_workdir(self, given):
         """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
-        if not self.is_main:
-            return
-        if not self.locked:  # it did not exist; another process may have made it meanwhile
-            self.held.enter_context(alone_in(self.workdir, "workdir"))
-            if (self.workdir / "config.json").exists():
-                raise UserError(
-                    f"--workdir={self.workdir}: another process has begun a run there meanwhile; "
-                    "start again to go on with it"
-                )
-        claim_workdir(self.workdir, given, self.corpus)
-        self.heartbeat.writes = True
-        (self.workdir / "summary.json").unlink(missing_ok=True)
+        with together():
+            if self.is_main:
+                what = f"--workdir={self.workdir} cannot be written"
+                patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
+                (self.workdir / "summary.json").unlink(missing_ok=True)
+        self.heartbeat.writes, self.heartbeat.saved = self.is_main, self.step
 
     def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
         config, train, progress = self.config, self.config.train, self.progress
         # A run that lacks nothing but its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
-        self.telemetry = Telemetry(
-            self.workdir, config, self.step, progress.validated, wandb, writes=self.is_main
-        )
-        self.held.enter_context(contextlib.closing(self.telemetry))
+        with together():
+            self.telemetry = Telemetry(
+                self.workdir, config, self.step, progress.validated, wandb, writes=self.is_main
+            )
+            self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
         self.checkpoints = Checkpoints(self.workdir, config.checkpoint)
 
@@ -252,7 +281,6 @@ class _Run:
         small = jax.device_get({name: metrics[name] for name in names})
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
         self.heartbeat.beat("training", step)
-        self.checkpoints.check()
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             metrics = jax.device_get(metrics)
             self.health.load(step, metrics["load"], metrics.get("live"))
@@ -264,7 +292,8 @@ class _Run:
         """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
         every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
-        saving = not last and self.step % self.config.checkpoint.every == 0
+        due = self.step % self.config.checkpoint.every == 0 or self.checkpoints.has_failed()
+        saving = due and not last
         self.progress.validated = not validating
         if validating or saving:
             self._report()
@@ -273,7 +302,7 @@ class _Run:
             if validating:
                 self.validate()
         except Stopped:
-            self.save()
+            self.save(wait=True)
             self.checkpoints.close()
             raise
         if saving and not self.progress.skipped_in_row:
@@ -302,12 +331,18 @@ class _Run:
         self.checkpoints.validated(self.step, self.validation.nll)
         self.progress.validated = True
 
-    def save(self):
+    def save(self, wait=False):
         self._report()  # before, so that a kill loses no line of metrics.jsonl
         self.heartbeat.beat("saving", self.step)
         with self.telemetry.clock("checkpoint"):
-            self.telemetry.sync()
-            self.checkpoints.save(self.step, self.state, self.data.get_state(), self.progress)
+            with together():
+                if self.is_main:
+                    self.owner.check()
+                    # No checkpoint may be ahead of metrics.jsonl.
+                    patiently("metrics.jsonl cannot be written", self.telemetry.sync)
+            position = self.data.get_state()
+            self.checkpoints.save(self.step, self.state, position, self.progress, wait)
+        self.heartbeat.saved = self.checkpoints.saved or self.heartbeat.saved
 
     def finish(self):
         """Saves the last state and writes `summary.json`, whose content it returns."""
@@ -327,10 +362,11 @@ class _Run:
             "memory": self.telemetry.memory(),
         }
         if self.step > self.first_step:
-            self.save()
+            self.save(wait=True)
         self.checkpoints.close()
         if self.is_main:
-            write_json(self.workdir / "summary.json", summary)
+            path = self.workdir / "summary.json"
+            patiently(f"{path} cannot be written", lambda: write_json(path, summary))
         self.heartbeat.beat("finished", self.step)
         log.info("done: %s", json.dumps(metrics))
         return summary

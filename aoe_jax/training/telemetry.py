@@ -16,6 +16,7 @@ import numpy as np
 
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
+from aoe_jax.faults import Tolerated
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
@@ -70,6 +71,7 @@ class Telemetry:
             self._writers = [self._lines, self._tensorboard]
             if wandb is not None:
                 self._writers.append(Wandb(workdir, wandb, config.to_dict()))
+        self._tolerated = {writer: Tolerated(writer.name) for writer in self._writers}
         self._config, self._program = config, {}
         self._flops_per_token = training_flops_per_token(config)
         self._peak = peak_flops_per_device(jax.devices())
@@ -174,12 +176,14 @@ class Telemetry:
         from aoe_jax.evaluation.load import draw_loads, load_statistics
 
         title = f"{self._config.experts.kind}, validation, step {step}"
-        figure = draw_loads({title: load_statistics(result.stats)})
-        self._tensorboard.draw(step, "experts/load", figure)
+        with self._tolerated[self._tensorboard]:
+            figure = draw_loads({title: load_statistics(result.stats)})
+            self._tensorboard.draw(step, "experts/load", figure)
 
     def _write(self, *figures):
         for writer in self._writers:
-            writer.write(*figures)
+            with self._tolerated[writer]:
+                writer.write(*figures)
 
     def sync(self):
         """Waits until `metrics.jsonl` is on the disk, of which no checkpoint may be ahead."""
@@ -200,7 +204,9 @@ class Telemetry:
     def close(self):
         """Flushes and closes the files."""
         while self._writers:
-            self._writers.pop().close()
+            writer = self._writers.pop()
+            with self._tolerated[writer]:
+                writer.close()
 
 
 def _bytes(count):

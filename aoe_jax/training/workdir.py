@@ -1,13 +1,19 @@
 """The directory of a run: which configuration and data it belongs to."""
 
+import logging
 import shutil
+import time
 from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import read_json, read_metrics, write_json
+from aoe_jax.ownership import OWN_FILES
+from aoe_jax.training.checkpoint import DAMAGED
+
+log = logging.getLogger(__name__)
 
 # Groups and fields that may change when a run continues: they don't affect what it computes, but
 # for how long it runs.
@@ -38,17 +44,81 @@ def _fixed(config):
 
 
 def check_workdir(workdir: Path, config: Config):
-    """Raises `UserError` if `workdir` is a file, or holds a run of another configuration."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a directory")
+    """Raises `UserError` if `workdir` holds a run of another configuration."""
     path = workdir / "config.json"
     if not path.exists():
         return
     if differing := differences(_fixed(read_run_config(path)), _fixed(config)).values():
         raise UserError(
             f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another "
-            "--workdir"
+            "--workdir, or --start-over"
         )
+
+
+def check_history(workdir: Path, steps):
+    """Checks that the files of a run show no checkpoint beyond those that exist.
+
+    `steps` are those of all complete checkpoints. A checkpoint that was set aside as damaged is not
+    missing.
+
+    Raises:
+      UserError: a later checkpoint was complete, or there are figures and nothing else.
+    """
+    shown = {}
+    for name, key in (("heartbeat.json", "saved"), ("summary.json", "step")):
+        if (workdir / name).exists():
+            content = read_json(workdir / name)
+            shown[name] = content.get("metrics", content).get(key) or 0
+    damaged = workdir / DAMAGED
+    if damaged.exists():
+        steps = {*steps, *(int(path.name.partition("-")[0]) for path in damaged.iterdir())}
+    newest = max(steps, default=0)
+    problem = None
+    for name, step in shown.items():
+        if step > newest:
+            problem = f"{name} shows that a checkpoint of step {step} was complete"
+    if not steps and not shown and (line := next(read_metrics(workdir / "metrics.jsonl"), None)):
+        problem = f"metrics.jsonl begins with step {line['step']}"
+    if problem:
+        there = (
+            f"the newest in checkpoints/ is that of step {newest}"
+            if newest
+            else ("checkpoints/ has none")
+        )
+        goes_back = f"--go-back={newest} continues from that, and " if newest else ""
+        raise UserError(
+            f"--workdir={workdir}: {problem}, but {there}. Bring the missing ones back; or "
+            f"{goes_back}--start-over begins anew. Newer files are then moved to set_aside/"
+        )
+
+
+def set_aside(workdir: Path, go_back: int | None = None):
+    """Moves the files of a run to a new folder in `workdir/set_aside`.
+
+    With `go_back`, a step, only what is newer than the checkpoint of that step is moved.
+
+    Raises:
+      UserError: there is no complete checkpoint of that step.
+    """
+    checkpoints = workdir / "checkpoints"
+    names = [path.name for path in workdir.iterdir() if path.name not in (*OWN_FILES, "set_aside")]
+    if go_back is not None:
+        steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()]
+        if go_back not in steps:
+            raise UserError(
+                f"--go-back={go_back}: {workdir} has checkpoints of steps "
+                f"{', '.join(map(str, sorted(steps))) or 'none'}"
+            )
+        shutil.copyfile(workdir / "metrics.jsonl", workdir / "metrics.jsonl.whole")
+        names = [f"checkpoints/{step}" for step in steps if step > go_back]
+        names += ["metrics.jsonl.whole", "summary.json", "heartbeat.json"]
+    folder = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    moved = [name for name in names if (workdir / name).exists()]
+    for name in moved:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).replace(folder / name)
+    if moved:
+        log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):
@@ -67,16 +137,10 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
 
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
-    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks.
-
-    Raises `UserError` if the directory can't be written.
-    """
-    try:
-        shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
-        write_json(workdir / "data.json", {"token_stores": corpus.identities})
-        write_json(workdir / "config.json", config.to_dict())
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} can't be written: {e.strerror}") from e
+    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks."""
+    shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
+    write_json(workdir / "data.json", {"token_stores": corpus.identities})
+    write_json(workdir / "config.json", config.to_dict())
 
 
 def read_run_config(path: Path) -> Config:

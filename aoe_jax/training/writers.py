@@ -7,6 +7,7 @@ no longer. `write(step, group, scalars, layers, experts)` takes the figures of o
 n experts.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -35,9 +36,11 @@ finally:
 class JsonLines:
     """One JSON object a line, null for numbers that aren't finite.
 
-    A line survives a kill of the process as soon as it is written. The validation of `start_step`
-    is dropped too unless it is `validated`.
+    A line survives a kill of the process as soon as it is written; lines that cannot be written are
+    kept for the next write. The validation of `start_step` is dropped too unless it is `validated`.
     """
+
+    name = "metrics.jsonl"
 
     def __init__(self, path: Path, start_step, validated=True):
         kept = [
@@ -48,21 +51,32 @@ class JsonLines:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(kept))
         os.replace(partial, path)
-        self._file = path.open("a")
+        self._file, self._unwritten = path.open("r+b", buffering=0), b""
+        self._size = self._file.seek(0, os.SEEK_END)  # of the whole lines
 
     def write(self, step, group, scalars, layers, experts):
         line = {"step": step} | scalars
         if layers:
             line["layers"] = {name: _shortest(values) for name, values in layers.items()}
-        self._file.write(json.dumps(finite(line)) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(finite(line)) + "\n").encode()
+        self._flush()
+
+    def _flush(self):
+        self._file.seek(self._size)  # a write that failed may have left half a line
+        written = self._file.write(self._unwritten)
+        self._size = self._file.tell()
+        self._unwritten = self._unwritten[written:]
+        if self._unwritten:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self):
         """Waits until all lines would survive a power cut."""
+        self._flush()
         os.fsync(self._file.fileno())
 
     def close(self):
-        self._file.close()
+        with self._file:
+            self._flush()
 
 
 def _shortest(values):
@@ -83,6 +97,10 @@ def _tags(group, scalars, layers):
 
 class TensorBoard:
     """Event files, in which events of later steps from a run that was killed are hidden."""
+
+    name = "tensorboard"
+
+    name = "tensorboard/"
 
     def __init__(self, folder: Path, start_step):
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +145,8 @@ class Wandb:
     Points are placed by their `step`; a run that was killed sends later steps again. Raises
     `UserError` if Weights & Biases refuses, for example without a login.
     """
+
+    name = "wandb"
 
     def __init__(self, workdir: Path, project, config):
         import wandb  # an optional dependency

@@ -224,7 +224,7 @@ def test_other_folders_are_refused(inputs, tmp_path):
     (tmp_path / "other" / "mine").touch()
     with pytest.raises(UserError, match=r"other: is not empty, and holds no preparation"):
         prepared(inputs, tmp_path / "other")
-    with pytest.raises(UserError, match=r"mine can't be written: File exists"):
+    with pytest.raises(UserError, match=r"mine is a file; name a folder"):
         prepared(inputs, tmp_path / "other" / "mine")
     assert os.listdir(tmp_path / "other") == ["mine"]
 
@@ -330,7 +330,7 @@ def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
 
     def again(written):
         if not refused:
-            with pytest.raises(UserError, match=r"--output=.*: another process is at work there"):
+            with pytest.raises(UserError, match=r"--output=.*: is in use by process"):
                 prepared(inputs, tmp_path / "store")
             refused.append(True)
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+import subprocess
 import time
 
 import grain
@@ -17,8 +18,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.errors import UserError
+from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.training.checkpoint import Checkpoints, Progress, fingerprints
 from aoe_jax.training.step import TrainState
 from tests.runs import contents, disk
@@ -334,9 +336,9 @@ def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+        patch.setattr(faults, "retry_seconds", 1)
         with pytest.raises(
-            UserError,
-            match=r"checkpoints/5 can't be read at present \(.*; mend that: the same command",
+            MachineFault, match=r"checkpoints/5 cannot be read \(.*\); it was tried for 1 s"
         ):
             Checkpoints(workdir).restore_newest(ABSTRACT, batches())
     assert contents(workdir) == before
@@ -365,9 +367,7 @@ def test_the_last_checkpoint_is_not_set_aside(saved, tmp_path):
         shutil.rmtree(workdir / "checkpoints" / step)
     shutil.rmtree(workdir / "checkpoints" / "5" / "state")
     before = contents(workdir)
-    with pytest.raises(
-        UserError, match=r"checkpoints/5 can't be read \(.*\), and there is no other"
-    ):
+    with pytest.raises(UserError, match=r"checkpoints/5 is damaged \(.*\), and there is no other"):
         Checkpoints(workdir).restore_newest(ABSTRACT, batches())
     assert contents(workdir) == before
 
@@ -376,9 +376,7 @@ def test_evaluation_of_a_damaged_checkpoint_touches_nothing(saved, tmp_path):
     workdir = copy_of(saved, tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "5" / "state")
     before = contents(workdir)
-    with pytest.raises(
-        UserError, match=r"checkpoints/5 can't be read .*--step=4 evaluates another"
-    ):
+    with pytest.raises(UserError, match=r"checkpoints/5 is damaged .*--step=4 evaluates another"):
         Checkpoints(workdir).restore_model(5, ABSTRACT)
     assert contents(workdir) == before
 
@@ -405,21 +403,28 @@ def small_disk(tmp_path):
         yield folder
 
 
-def test_full_disk(small_disk):
+def test_full_disk(small_disk, monkeypatch, caplog):
+    """A save that failed is repeated with a newer state, until it succeeds or time is over."""
+    monkeypatch.setattr(faults, "retry_seconds", 1)
     checkpoints = Checkpoints(small_disk, CheckpointConfig(every=1, keep=1))
     checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True))
+    checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
+    deadline = time.monotonic() + 60
+    while not checkpoints.has_failed() and time.monotonic() < deadline:
+        time.sleep(0.01)
     with pytest.raises(
-        UserError,
-        match=r"checkpoints/2 can't be saved: no space left on the disk\n.*goes on from step 1",
+        MachineFault,
+        match=r"checkpoints/3 cannot be saved \(No space left on device\); it was tried for 1 s",
     ):
-        checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
-        for _ in range(6000):  # as the loop does at every step
-            checkpoints.check()
-            time.sleep(0.01)
-        pytest.fail(f"saved: {[*small_disk.rglob('*')]}")
+        checkpoints.save(3, noise(3), {"next_index": 3}, Progress(1, 1, True))
+    assert "checkpoints/2 cannot be saved: No space left on device" in caplog.text
     step, state, _ = Checkpoints(small_disk).restore_newest(ABSTRACT, batches())
     assert step == 1
     np.testing.assert_array_equal(state.params["kernel"], noise(1).params["kernel"])
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    checkpoints.save(4, noise(4), {"next_index": 4}, Progress(1, 1, True))
+    checkpoints.close()
+    assert checkpoints.saved == 4 and Checkpoints(small_disk).steps() == [4]
 
 
 def test_fingerprints_do_not_depend_on_the_sharding():

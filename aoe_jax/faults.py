@@ -1,0 +1,127 @@
+"""Faults of disks, networks and memory, which pass, and their difference from damaged files."""
+
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+
+from aoe_jax.errors import Failure, MachineFault
+
+log = logging.getLogger(__name__)
+
+# For how long reads and writes are repeated; the command line sets it to --retry_seconds.
+retry_seconds = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+
+# Errors of the system that depend on the file or the arguments, so that repeating is useless.
+_LASTING = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EINVAL,
+    errno.ERANGE,
+    errno.EDOM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+# tensorstore and XLA give errors of the system, and status codes of servers, as text.
+_STATUSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED"
+_AS_TEXT = re.compile(
+    "|".join(
+        [re.escape(os.strerror(code)) for code in errno.errorcode if code not in _LASTING]
+        + [_STATUSES, "ABORTED|CANCELLED", "Out of memory", r"HTTP response code: (429|5\d\d)"]
+    )
+)
+
+
+def _causes(error):
+    """An exception and all its causes, the first one last."""
+    return [error, *_causes(error.__cause__)] if error else []
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether the machine, a disk or a network caused an exception.
+
+    Every error of the operating system is a fault, except those that say that a file is missing or
+    is of another kind.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, MemoryError):
+            return True
+        if isinstance(cause, OSError):
+            missing = isinstance(cause, FileNotFoundError | FileExistsError)
+            if not missing and cause.errno not in _LASTING:
+                return True
+        elif _AS_TEXT.search(str(cause)):
+            return True
+    return False
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the first cause of an exception."""
+    first = _causes(error)[-1]
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(first, "errno", None) == code or os.strerror(code) in str(first):
+            return os.strerror(code)
+    text = getattr(first, "strerror", None) or str(first).strip()
+    return (text.splitlines() or [type(first).__name__])[0][:300]
+
+
+def pauses() -> Iterator[float | None]:
+    """Yields growing pauses before the next try, in seconds, and None after `retry_seconds`."""
+    deadline, pause = time.monotonic() + retry_seconds, _FIRST_PAUSE
+    while (left := deadline - time.monotonic()) > 0:
+        yield min(pause, left)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    while True:
+        yield None
+
+
+def patiently(what, call):
+    """Returns `call()`, which is repeated while faults prevent it.
+
+    `what` begins the messages, such as "checkpoint 5 cannot be read".
+
+    Raises:
+      MachineFault: a fault lasted for `retry_seconds`.
+    """
+    for pause in pauses():
+        try:
+            return call()
+        except Exception as e:
+            if isinstance(e, Failure) or not is_fault(e):
+                raise
+            if pause is None:
+                raise MachineFault(
+                    f"{what} ({reason(e)}); it was tried for {retry_seconds:g} s"
+                ) from e
+            log.warning(f"{what} ({reason(e)}); next try in {pause:g} s")
+        time.sleep(pause)
+
+
+class Tolerated:
+    """A context in which an exception ends nothing: the first in a row is logged, all are counted.
+
+    It serves files that a run can do without.
+    """
+
+    def __init__(self, name):
+        """`name` is that of what is written."""
+        self.failures, self._name, self._failing = 0, name, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            self.failures += 1
+            if not self._failing:
+                log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
+        elif error is None and self._failing:
+            log.warning(f"{self._name} is written again; {self.failures} writes have failed so far")
+        self._failing = isinstance(error, Exception)
+        return self._failing
