@@ -176,16 +176,17 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that every process can read what process 0 has just written to a disk.
+    """Checks that every process can read what process 0 has just written to a disk; returns that.
 
-    `value` is an int, in process 0; `read()` reads it, and returns None where there is none.
+    `value` is an int in process 0 and None in the others; `read()` reads it, and returns None where
+    there is none.
 
     Raises:
       UserError: a process does not see it within a minute, or `--join_timeout`; names `what` was
         written.
     """
     if jax.process_count() == 1:
-        return
+        return value
     value, seen = _gathered(value or 0)[0], False
     deadline = time.monotonic() + min(_JOIN_TIMEOUT.value, 60)  # a network disk shows it late
     while not seen and time.monotonic() < deadline:
@@ -198,6 +199,7 @@ def see_the_same(value, read, what):
             f"{what}: process {', '.join(map(str, blind))} does not see what process 0 wrote "
             "there; all processes must share that folder"
         )
+    return value
 
 
 @contextlib.contextmanager

@@ -32,6 +32,12 @@ class MachineFault(Failure):
     status = 5
 
 
+class Hang(Failure):
+    """No step finished within `train.hang_timeout`."""
+
+    status = 6
+
+
 class FailedElsewhere(Failure):
     """Another process failed, with this status; its own log says why."""
 

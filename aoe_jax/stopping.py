@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 
 from aoe_jax.errors import Interrupted, Preempted
 
@@ -22,11 +23,27 @@ class StopRequests:
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
         self._interrupted = False  # SIGINT came to this one of several processes
+        self._arrivals = None  # the end of a pipe that gets the number of each signal at once
+        self._terminated = None
 
     def listen(self):
         """Handles signals from now on; call it before anything takes long."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._take)
+        self._arrivals, writing = os.pipe2(os.O_NONBLOCK)
+        signal.set_wakeup_fd(writing)
+
+    @property
+    def terminated(self):
+        """The time of the first SIGTERM on the monotonic clock, also while the main thread is
+        blocked and cannot handle it; None before. JAX takes the signal if there are several
+        processes.
+        """
+        if self._arrivals is not None and self._terminated is None:
+            with contextlib.suppress(BlockingIOError):
+                if signal.SIGTERM in os.read(self._arrivals, 64):
+                    self._terminated = time.monotonic()
+        return self._terminated
 
     @contextlib.contextmanager
     def between_steps(self, several):

@@ -31,6 +31,9 @@ class TrainConfig(Group):
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
     # The run stops after this many updates in a row were skipped because they weren't finite.
     max_skipped: int = setting(10, above=0)
+    # Seconds without a finished step, validation batch or save after which the run ends as hanging,
+    # with status 6; 0: never. Compilation does not count.
+    hang_timeout: float = setting(1200.0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: they are drawn at random.
     init_from: str | None = None
     # The number of first steps in which routers alone are updated, for a router that is drawn anew

@@ -91,7 +91,8 @@ class Heartbeat:
     writes: bool = False  # the first process alone writes, once it owns the workdir
     step: int | None = None
     saved: int | None = None  # the step of the newest complete checkpoint
-    _status: str | None = None
+    status: str | None = None
+    moved: float = -math.inf  # the time of the newest call, on the monotonic clock
     _written: float = -math.inf
     _tolerated: Tolerated = field(default_factory=lambda: Tolerated("heartbeat.json"))
 
@@ -102,10 +103,11 @@ class Heartbeat:
         interrupted, diverged or failed.
         """
         self.step = self.step if step is None else step
-        now = time.monotonic()
-        if not self.writes or (status == self._status and now < self._written + 1):
+        now = self.moved = time.monotonic()
+        before, self.status = self.status, status
+        if not self.writes or (status == before and now < self._written + 1):
             return
-        self._written, self._status = now, status
+        self._written = now
         value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}
         value |= {"host": socket.gethostname(), "pid": os.getpid()}
         with self._tolerated:

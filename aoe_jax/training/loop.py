@@ -29,6 +29,7 @@ from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.telemetry import Telemetry
+from aoe_jax.training.watchdog import Watchdog
 from aoe_jax.training.workdir import (
     check_data,
     check_history,
@@ -113,7 +114,7 @@ def train(
         run.claim_workdir(config)
         run.open(wandb)
         run.compile()
-        with run.stop.between_steps(several=jax.distributed.is_initialized()):
+        with run.stop.between_steps(several=jax.distributed.is_initialized()), run.watched():
             with jax.transfer_guard("disallow"):
                 run.take_steps()
             return run.finish()
@@ -142,6 +143,8 @@ class _Run:
         self.heartbeat, self.stop, self.held = heartbeat, stop, held
         self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
         self.batch_sharding = sharding.batch_sharding(mesh)
+        self.owner = None
+        self.position = None  # that of the data while the loop waits for the next batch
         self.unreported = None  # step and metrics, which are read while the next step runs
 
     def own(self, start):
@@ -150,8 +153,8 @@ class _Run:
             if self.is_main:
                 owner = owned(self.workdir, "workdir", start.take_over)
                 self.owner = self.held.enter_context(owner)
-        see_the_same(
-            self.owner.nonce if self.is_main else None,
+        self.nonce = see_the_same(
+            self.owner and self.owner.nonce,
             lambda: (read_owner(self.workdir) or {}).get("nonce"),
             f"--workdir={self.workdir}",
         )
@@ -248,6 +251,14 @@ class _Run:
         self.eval_step = compile_eval_step(decoder, config.data.document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
 
+    def watched(self):
+        """A context that ends a process that hangs."""
+        timeout = self.config.train.hang_timeout
+        save = self.save_from_outside
+        return Watchdog(
+            self.workdir, self.heartbeat, self.stop, timeout, save, self.nonce, self.owner
+        )
+
     def take_steps(self):
         steps, folder = self.config.train.steps, self.workdir / "profile"
         if not self.progress.validated:
@@ -263,7 +274,9 @@ class _Run:
                 self._validate_and_save()
                 if self.step < steps:
                     with self.telemetry.clock("input"):
+                        self.position = self.data.get_state()
                         self.batch = self._next_batch()
+                        self.position = None
         except DivergedError:  # what is being saved in the background is the last good state
             self.checkpoints.close()
             raise
@@ -343,6 +356,16 @@ class _Run:
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
         self.heartbeat.saved = self.checkpoints.saved or self.heartbeat.saved
+        self.heartbeat.beat("training", self.step)
+
+    def save_from_outside(self):
+        """Saves from another thread if the loop waits for data; returns whether it did."""
+        if self.position is None or jax.process_count() > 1:
+            return False
+        self._report()
+        self.telemetry.sync()
+        self.checkpoints.save(self.step, self.state, self.position, self.progress, wait=True)
+        return True
 
     def finish(self):
         """Saves the last state and writes `summary.json`, whose content it returns."""

@@ -24,6 +24,7 @@ FREE = {
     "train.log_every",
     "train.eval_every",
     "train.max_skipped",
+    "train.hang_timeout",
     "data.cache",
     "data.path",
     "model.attention",

@@ -330,7 +330,7 @@ def test_two_preparations_of_one_folder(inputs, tmp_path, monkeypatch):
 
     def again(written):
         if not refused:
-            with pytest.raises(UserError, match=r"--output=.*: is in use by process"):
+            with pytest.raises(UserError, match=r"--output=.* is in use by process"):
                 prepared(inputs, tmp_path / "store")
             refused.append(True)
 

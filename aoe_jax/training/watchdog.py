@@ -1,0 +1,144 @@
+"""Ends a process that cannot go on: in a hang, and after a SIGTERM that it cannot take in."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from aoe_jax.errors import Hang, Preempted
+from aoe_jax.json_files import write_json
+from aoe_jax.ownership import Owner
+from aoe_jax.stopping import StopRequests
+from aoe_jax.training.health import Heartbeat
+
+TERM_SECONDS = 20.0  # from a SIGTERM to the end of a process that does not move
+_WRITE_SECONDS = 15.0  # for files on a disk that may hang, too
+_LOOK_SECONDS = 5.0  # for the reports of other processes
+
+
+class Watchdog:
+    """Within the context, a thread watches the heartbeat of this process.
+
+    If it does not move for `timeout` seconds (0: no limit), the process writes the stacks of its
+    threads to `workdir/hang/process_N.txt`, says which processes are late, and exits with the
+    status of `Hang`. If it does not move for `TERM_SECONDS` after a SIGTERM, the process saves by
+    `save()`, which returns False if there is no consistent state, and exits.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        heartbeat: Heartbeat,
+        stop: StopRequests,
+        timeout: float,
+        save: Callable[[], bool],
+        nonce: int,
+        owner: Owner | None,
+    ):
+        """`nonce` is that of the owner of the workdir, which process 0 has as `owner`."""
+        self._folder, self._heartbeat, self._stop = workdir / "hang", heartbeat, stop
+        self._timeout, self._save, self._nonce = timeout, save, nonce
+        self._owner = owner
+        self._ended = threading.Event()
+
+    def __enter__(self):
+        self._heartbeat.moved = time.monotonic()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+
+    def _watch(self):
+        while not self._ended.wait(0.2):
+            now, moved = time.monotonic(), self._heartbeat.moved
+            if self._timeout and now > moved + self._timeout:
+                self._end_hang(now - moved)
+            term = self._stop.terminated
+            if term is not None and now > max(term, moved) + TERM_SECONDS:
+                self._end_terminated()
+
+    def _end_hang(self, seconds):
+        late = _in_time(_WRITE_SECONDS, lambda: self._report(seconds))
+        if late is None:  # the disk hangs
+            faulthandler.dump_traceback(sys.stderr)
+            late = f"its report cannot be written to {self._folder}"
+        self._exit(
+            Hang.status,
+            f"error: {self._where()} did not move for {seconds:.0f} s (train.hang_timeout="
+            f"{self._timeout:g}): {late}",
+        )
+
+    def _report(self, seconds):
+        """Writes the report of this process; returns what the reports of all of them say."""
+        process, heartbeat = jax.process_index(), self._heartbeat
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f"process_{process}.txt", "w") as file:
+            print(f"{self._where()} on {socket.gethostname()}, {seconds:.0f} s", file=file)
+            file.flush()
+            faulthandler.dump_traceback(file)
+        path = self._folder / f"process_{process}.json"
+        write_json(path, {"nonce": self._nonce, "step": heartbeat.step, "status": heartbeat.status})
+        if jax.process_count() == 1:
+            return f"its stacks are in {self._folder}"
+        deadline = time.monotonic() + _LOOK_SECONDS
+        while None in (steps := self._steps()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        silent = [i for i, step in enumerate(steps) if step is None]
+        newest = max(step for step in steps if step is not None)
+        behind = [i for i, step in enumerate(steps) if step is not None and step < newest]
+        said = [f"no report from process {', '.join(map(str, silent))}"] if silent else []
+        said += [f"process {', '.join(map(str, behind))} is behind"] if behind else []
+        said += [] if said else ["all processes are at this step"]
+        return f"{'; '.join(said)}; stacks are in {self._folder}"
+
+    def _steps(self):
+        """The step of every process that has written a report, None for the others."""
+        steps = [None] * jax.process_count()
+        for process in range(len(steps)):
+            with contextlib.suppress(OSError, ValueError):
+                report = json.loads((self._folder / f"process_{process}.json").read_text())
+                if report["nonce"] == self._nonce:
+                    steps[process] = report["step"]
+        return steps
+
+    def _end_terminated(self):
+        saved = _in_time(_WRITE_SECONDS, self._save)
+        what = "saved" if saved else "nothing new could be saved"
+        self._exit(
+            Preempted.status,
+            f"preempted: {self._where()} did not move for {TERM_SECONDS:g} s after SIGTERM; "
+            f"{what}; the same command goes on from the newest checkpoint",
+        )
+
+    def _exit(self, status, last_line):
+        print(last_line, file=sys.stderr, flush=True)
+        if self._owner:
+            _in_time(_LOOK_SECONDS, self._owner.release)
+        os._exit(status)
+
+    def _where(self):
+        heartbeat = self._heartbeat
+        return f"process {jax.process_index()}, {heartbeat.status}, after step {heartbeat.step}"
+
+
+def _in_time(seconds, call):
+    """Returns `call()`, or None if it does not return in time or raises an exception."""
+    results = []
+
+    def run():
+        with contextlib.suppress(Exception):
+            results.append(call())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None

@@ -1,0 +1,78 @@
+"""Hangs in real runs: every process ends, says where it hangs, and the run goes on later."""
+
+import signal
+
+from aoe_jax.errors import Hang
+from tests.runs import finish, finished_run, run, same_end, start, train_command
+from tests.test_faults import last_line, patched, wait_for
+from tests.test_multiprocess import MESH, start_on
+
+# The data of a batch never arrives, in process `who`: a read that no signal ends.
+NO_DATA = """
+import os
+import jax
+import train
+from aoe_jax import cli
+from aoe_jax.training import loop, watchdog
+watchdog.TERM_SECONDS = 1.0
+batches, reading = loop.train_batches, os.pipe()[0]
+class Hanging:
+    def __init__(self, data): self.data = iter(data)
+    def __iter__(self): return self
+    def __getattr__(self, name): return getattr(self.data, name)
+    def __next__(self):
+        if self.data.get_state()["next_index"] == 7 and jax.process_index() == {who}:
+            read_that_hangs()
+        return next(self.data)
+def read_that_hangs():
+    open({marker!r}, "w").close()
+    os.read(reading, 1)
+loop.train_batches = lambda *arguments: Hanging(batches(*arguments))
+cli.run(train.main)
+"""
+
+
+def test_a_hang_ends(tmp_path):
+    workdir = tmp_path / "run"
+    code = NO_DATA.format(who=0, marker=str(tmp_path / "hangs"))
+    status, _, stderr = run(patched(code, workdir, train__hang_timeout=3))
+    assert status == Hang.status, stderr
+    assert last_line(stderr) == (
+        "error: process 0, training, after step 6 did not move for 3 s (train.hang_timeout=3): "
+        f"its stacks are in {workdir}/hang"
+    )
+    assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0 and "going on from step 6" in stderr, stderr
+    assert same_end(workdir, finished_run())
+
+
+def test_sigterm_in_a_hang(tmp_path):
+    """The loop waits for data between two checkpoints; its last state is saved."""
+    workdir = tmp_path / "run"
+    code = NO_DATA.format(who=0, marker=str(tmp_path / "hangs"))
+    process = start(patched(code, workdir, checkpoint__every=5))
+    wait_for(process, (tmp_path / "hangs").exists)
+    process.send_signal(signal.SIGTERM)
+    status, _, stderr = finish(process)
+    assert status == 0, stderr
+    assert last_line(stderr) == (
+        "preempted: process 0, training, after step 7 did not move for 1 s after SIGTERM; saved; "
+        "the same command goes on from the newest checkpoint"
+    )
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0 and "going on from step 7" in stderr, stderr
+    assert same_end(workdir, finished_run())
+
+
+def test_processes_that_are_late(tmp_path):
+    """One of two processes has no data, the other waits for it in a collective."""
+    workdir = tmp_path / "run"
+    code = NO_DATA.format(who=1, marker=str(tmp_path / "hangs"))
+    processes = start_on(workdir, 2, program=("-c", code), train__hang_timeout=5, **MESH)
+    outcomes = [finish(process) for process in processes]
+    assert [status for status, _, _ in outcomes].count(Hang.status) >= 1, outcomes
+    for process, (status, _, stderr) in enumerate(outcomes):
+        if status == Hang.status:  # JAX may end the second before its report
+            assert f"error: process {process}, training, after step" in last_line(stderr)
+    assert "read_that_hangs" in (workdir / "hang" / "process_1.txt").read_text()
