@@ -15,7 +15,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
-from aoe_jax.errors import FailedElsewhere, UserError
+from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def start():
     """Joins the other processes if the command line names any; call it before JAX is used.
 
     Raises:
-      UserError: the flags contradict each other, there is no cluster, or a process does not join.
+      UserError: the flags contradict each other, or there is no cluster.
+      MachineFault: a process does not join.
     """
     flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag.name for flag in flags_of_one if flag.value is not None]
@@ -70,7 +71,7 @@ def _initialize():
     def give_up():  # earlier than JAX, which would abort
         message = f"error: not all processes joined within --join_timeout={timeout} s"
         print(message, file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(MachineFault.status)
 
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
@@ -94,7 +95,8 @@ def _meet():
     process that is missing.
 
     Raises:
-      UserError: a bad address or number, or processes that are missing, by their numbers.
+      UserError: a bad address or number.
+      MachineFault: processes are missing; it has their numbers.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
@@ -106,7 +108,7 @@ def _meet():
     missing = _gather(int(port), deadline) if first else _ask(host, int(port), deadline)
     if missing:
         what = f"process {missing} has" if missing.isdecimal() else f"processes {missing} have"
-        raise UserError(
+        raise MachineFault(
             f"{what} not joined within --join_timeout={_JOIN_TIMEOUT.value} s; start them all with "
             "the same --coordinator and --processes"
         )
@@ -154,7 +156,7 @@ def _ask(host, port, deadline):
         twice = "process 0 has another process of this number, or other --processes"
         require_flag(answer, "process", _PROCESS.value, twice)
         return answer.removeprefix("go")
-    raise UserError(
+    raise MachineFault(
         f"process 0 at --coordinator={_COORDINATOR.value} can't be reached within "
         f"--join_timeout={_JOIN_TIMEOUT.value} s"
     )

@@ -203,7 +203,7 @@ def test_a_process_that_never_joins_is_named():
     for process in processes:
         status, _, stderr = finish(process)
         assert (
-            status == 2 and "error: process 1 has not joined within --join_timeout=4 s" in stderr
+            status == 5 and "error: process 1 has not joined within --join_timeout=4 s" in stderr
         ), stderr
     assert not workdir.exists()
 
@@ -216,4 +216,4 @@ def test_nobody_at_the_coordinators_address():
         "--join_timeout=2",
     ]
     status, _, stderr = run([*train_command(scratch("multiprocess") / "nobody"), *flags])
-    assert status == 2 and "process 0 at --coordinator=localhost" in stderr
+    assert status == 5 and "process 0 at --coordinator=localhost" in stderr

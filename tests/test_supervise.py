@@ -1,0 +1,116 @@
+"""The supervisor, over commands that end in every way, and over a real run that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.hasty import xla_flags
+from tests.runs import ROOT, finished_run, same_end, train_command
+from tests.test_faults import heartbeat, wait_for
+
+# Ends each attempt as told: exit status, status of the heartbeat, steps that it adds.
+SCRIPT = """
+import json, os, pathlib, signal, sys, time
+workdir = pathlib.Path(sys.argv[1].partition("=")[2])
+workdir.mkdir(exist_ok=True)
+plan = json.loads(sys.argv[2])
+path, count = workdir / "heartbeat.json", workdir / "count"
+number = int(count.read_text()) if count.exists() else 0
+count.write_text(str(number + 1))
+status, word, steps = plan[min(number, len(plan) - 1)]
+saved = json.loads(path.read_text())["saved"] if path.exists() else 0
+path.write_text(json.dumps({"status": word, "saved": saved + steps}))
+if status == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    (workdir / "waits").touch()
+    time.sleep(60)
+if status < 0:
+    os.kill(os.getpid(), -status)
+sys.exit(status)
+"""
+
+
+def supervise(tmp_path, plan, restarts=2):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "aoe_jax.supervise", f"--restarts={restarts}", "--pause=0.01"),
+            *("--", str(script), f"--workdir={tmp_path / 'run'}", json.dumps(plan)),
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def attempts(workdir):
+    (file,) = (workdir / "attempts").iterdir()
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("plan", "status", "count"),
+    [
+        ([(0, "finished", 5)], 0, 1),
+        ([(0, "preempted", 5), (5, "failed", 0), (6, "training", 1), (0, "finished", 1)], 0, 4),
+        ([(-9, "training", 3), (1, "failed", 0), (0, "finished", 1)], 0, 3),
+        ([(2, "failed", 3)], 2, 1),
+        ([(4, "diverged", 3)], 4, 1),
+        ([(130, "interrupted", 3)], 130, 1),
+        ([(5, "failed", 0)], 5, 3),
+        ([(5, "failed", 1), (5, "failed", 0), (5, "failed", 0), (5, "failed", 0)], 5, 4),
+    ],
+)
+def test_what_is_started_again(tmp_path, plan, status, count):
+    process = supervise(tmp_path, plan)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    lines = attempts(tmp_path / "run")
+    done = [plan[min(i, len(plan) - 1)] for i in range(count)]  # the last is repeated
+    assert [line["exit_status"] for line in lines] == [status for status, _, _ in done]
+    assert lines[-1]["saved"] == sum(steps for _, _, steps in done)
+    assert ("gave up: 3 attempts in a row" in stderr) == (status == 5)
+
+
+def test_asked_to_stop(tmp_path):
+    process = supervise(tmp_path, [("wait", "preempted", 1)])
+    wait_for(process, (tmp_path / "run" / "waits").exists)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
+
+
+def test_without_a_command():
+    for command, words in ((["--"], "name a command after --"), (["--", "x.py"], "no --workdir")):
+        done = subprocess.run(
+            [sys.executable, "-m", "aoe_jax.supervise", *command],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_run_that_is_killed_twice(tmp_path):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aoe_jax.supervise", "--pause=0.1", "--", *train_command(workdir)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": xla_flags()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for step in (6, 15):
+        wait_for(process, lambda step=step: (heartbeat(workdir).get("saved") or 0) >= step)
+        subprocess.run(["kill", "-9", str(heartbeat(workdir)["pid"])], check=False)
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert same_end(workdir, finished_run())
+    assert [line["exit_status"] for line in attempts(workdir)] == [-9, -9, 0]
