@@ -168,7 +168,7 @@ def agree(what, text):
     Raises:
       UserError: some differ, for example because they see different disks under one name.
     """
-    digests = _gathered(int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big"))
+    digests = gathered(int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big"))
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise UserError(
@@ -189,13 +189,13 @@ def see_the_same(value, read, what):
     """
     if jax.process_count() == 1:
         return value
-    value, seen = _gathered(value or 0)[0], False
+    value, seen = gathered(value or 0)[0], False
     deadline = time.monotonic() + min(_JOIN_TIMEOUT.value, 60)  # a network disk shows it late
     while not seen and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             seen = read() == value
         time.sleep(0 if seen else 0.2)
-    blind = [process for process, sees in enumerate(_gathered(seen)) if not sees]
+    blind = [process for process, sees in enumerate(gathered(seen)) if not sees]
     if blind:
         raise UserError(
             f"{what}: process {', '.join(map(str, blind))} does not see what process 0 wrote "
@@ -216,7 +216,7 @@ def together():
         yield
     except Exception as e:  # raised below, after the other processes know
         problem = e
-    statuses = _gathered(0 if problem is None else getattr(problem, "status", 1))
+    statuses = gathered(0 if problem is None else getattr(problem, "status", 1))
     worst = max(statuses)
     if worst and statuses[jax.process_index()] == worst:
         raise problem
@@ -227,10 +227,10 @@ def together():
 
 def all_agree(holds):
     """Whether `holds` is true in every process; waits until every process is here."""
-    return all(_gathered(bool(holds)))
+    return all(gathered(bool(holds)))
 
 
-def _gathered(value):
+def gathered(value):
     """The int of every process."""
     if jax.process_count() == 1:
         return [int(value)]

@@ -335,6 +335,17 @@ def test_history_is_not_erased(tmp_path):
     assert len([*(workdir / "set_aside").iterdir()]) == 2
 
 
+def test_saves_by_the_clock_and_repeated_steps(tmp_path):
+    """Both change nothing of what is computed."""
+    changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}
+    workdir = tmp_path / "run"
+    status, _, stderr = run(train_command(workdir, **changes, train__repeat_every=5))
+    assert status == 0, stderr
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
+    assert same_end(workdir, finished_run())
+
+
 def test_exported_model_scores_as_its_run(tmp_path):
     whole = shutil.copytree(finished_run(), tmp_path / "run")
     model = f"--output={tmp_path / 'model'}"

@@ -54,7 +54,12 @@ EXPERT_LINE = LINE | {
     "experts_per_token",
     "layers",
 }
-SPEED = {"tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"}
+SPEED = {
+    "goodput",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "flops_per_second_per_device",
+}
 SPLIT = {"input_seconds", "checkpoint_seconds", "compute_seconds"}
 HOST = {"host_memory_bytes", "host_memory_peak_bytes"}
 

@@ -34,6 +34,9 @@ class TrainConfig(Group):
     # Seconds without a finished step, validation batch or save after which the run ends as hanging,
     # with status 6; 0: never. Compilation does not count.
     hang_timeout: float = setting(1200.0, at_least=0)
+    # Every so many steps, one is computed twice and compared bit for bit, which needs memory for a
+    # second state; 0: never.
+    repeat_every: int = setting(0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: they are drawn at random.
     init_from: str | None = None
     # The number of first steps in which routers alone are updated, for a router that is drawn anew
@@ -67,6 +70,10 @@ class CheckpointConfig(Group):
 
     # Steps between two; a run also saves at its end, and when it is stopped.
     every: int = setting(500, above=0)
+    # Minutes after which a step that is logged saves one too; 0: never.
+    every_minutes: float = setting(0.0, at_least=0)
+    # Seconds after which a save in the background counts as failed.
+    timeout: float = setting(1200.0, above=0)
     keep: int = setting(2, above=0)  # number of newest checkpoints
     # Checkpoints of multiples of this number of steps; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")

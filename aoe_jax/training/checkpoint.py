@@ -8,19 +8,17 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import FailedElsewhere, Failure, MachineFault, UserError
 from aoe_jax.json_files import read_metrics
+from aoe_jax.training.fingerprints import by_path, fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +80,7 @@ class Checkpoints:
             preservation_policy=self,
             # Half saves of a killed run fill the disk.
             cleanup_tmp_directories=self._config is not None,
+            async_options=self._config and ocp.AsyncOptions(timeout_secs=int(self._config.timeout)),
         )
         self._manager = faults.patiently(
             f"{self.directory} cannot be opened", lambda: _Manager(self.directory, options=options)
@@ -358,47 +357,3 @@ def _check_model(path, wanted, saved):
 
 def _sha256(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def by_path(tree):
-    """The leaves of a tree by their paths in text."""
-    return {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def fingerprints(tree):
-    """The 32-bit fingerprints of arrays of 8, 16 or 32 bits an element, by their paths in the tree.
-
-    A fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index. For a given
-    index the hash is one to one, so a change of one element always changes the sum. It depends
-    neither on the sharding nor on the process. Storage formats have no checksum of what they
-    decompress.
-    """
-    arrays = by_path(tree)
-    leaves = list(arrays.values())
-    sharding = leaves[0].sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    sums = jax.device_get(_jitted(sharding)(leaves))
-    return dict(zip(arrays, sums.tolist(), strict=True))
-
-
-@cache
-def _jitted(sharding):
-    return jax.jit(lambda arrays: jnp.stack([_sum(a) for a in arrays]), out_shardings=sharding)
-
-
-def _sum(a):
-    unsigned = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(a, unsigned).astype(jnp.uint32)
-    index, stride = jnp.zeros(a.shape, jnp.uint32), 1
-    for axis in reversed(range(a.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= a.shape[axis]
-    # Products with odd numbers and shifted exclusive ors are invertible; see the finalisers of
-    # MurmurHash.
-    mixed = bits * (2 * index + 1) + index
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

@@ -91,6 +91,7 @@ class Heartbeat:
     writes: bool = False  # the first process alone writes, once it owns the workdir
     step: int | None = None
     saved: int | None = None  # the step of the newest complete checkpoint
+    began: float | None = None  # the time when the run began for the first time
     status: str | None = None
     moved: float = -math.inf  # the time of the newest call, on the monotonic clock
     _written: float = -math.inf
@@ -109,6 +110,6 @@ class Heartbeat:
             return
         self._written = now
         value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}
-        value |= {"host": socket.gethostname(), "pid": os.getpid()}
+        value |= {"began": self.began, "host": socket.gethostname(), "pid": os.getpid()}
         with self._tolerated:
             write_json(self.workdir / "heartbeat.json", value)

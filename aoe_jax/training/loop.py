@@ -9,21 +9,23 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
 from aoe_jax.counts import experts_per_token, parameter_counts, training_flops_per_token
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.distributed import agree, see_the_same, together
+from aoe_jax.distributed import agree, all_agree, see_the_same, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import patiently
-from aoe_jax.json_files import write_json
+from aoe_jax.json_files import read_json, write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.ownership import owned, read_owner
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
+from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
 from aoe_jax.training.health import Health, Heartbeat
 from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.starting import check_start, state_from_model
@@ -215,7 +217,7 @@ class _Run:
             self.state = state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
         else:
             self.state = new_state(config, abstract)
-        self.first_step = self.step
+        self.first_step, self.saved_at = self.step, time.monotonic()
         self.checkpoints.close()
 
     def claim_workdir(self, given):
@@ -225,6 +227,9 @@ class _Run:
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 (self.workdir / "summary.json").unlink(missing_ok=True)
+                path = self.workdir / "heartbeat.json"
+                before = read_json(path) if path.exists() else {}
+                self.heartbeat.began = before.get("began") or time.time()
         self.heartbeat.writes, self.heartbeat.saved = self.is_main, self.step
 
     def open(self, wandb):
@@ -234,7 +239,13 @@ class _Run:
         progress.validated = progress.validated and self.step < train.steps
         with together():
             self.telemetry = Telemetry(
-                self.workdir, config, self.step, progress.validated, wandb, writes=self.is_main
+                self.workdir,
+                config,
+                self.step,
+                progress.validated,
+                wandb,
+                writes=self.is_main,
+                began=self.heartbeat.began,
             )
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
@@ -266,9 +277,12 @@ class _Run:
         try:
             while self.step < steps:
                 self.step += 1
+                repeated = self._computed_once()
                 self.state, metrics = run_traced(
                     self.traced, folder, self.step, self.train_step, self.state, self.batch
                 )
+                if repeated is not None:
+                    check_repetition(self.step, repeated, self.state)
                 self._report()  # the step before, while this one runs
                 self.unreported = self.step, metrics
                 self._validate_and_save()
@@ -281,6 +295,14 @@ class _Run:
             self.checkpoints.close()
             raise
 
+    def _computed_once(self):
+        """Fingerprints of this process's part of the state after this step, if it is repeated."""
+        every = self.config.train.repeat_every
+        if not every or self.step % every:
+            return None
+        state, _ = self.train_step(jax.tree.map(jnp.copy, self.state), self.batch)
+        return local_fingerprints(state)
+
     def _next_batch(self):
         n_rows = self.config.train.batch_size
         return sharding.put_batch(self.batch_sharding, next(self.data), n_rows)
@@ -291,7 +313,8 @@ class _Run:
             return
         (step, metrics), self.unreported = self.unreported, None
         names = ("loss", "nll", "grad_norm", "finite")
-        small = jax.device_get({name: metrics[name] for name in names})
+        with self.telemetry.clock("device"):
+            small = jax.device_get({name: metrics[name] for name in names})
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
         self.heartbeat.beat("training", step)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
@@ -305,8 +328,7 @@ class _Run:
         """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
         every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
-        due = self.step % self.config.checkpoint.every == 0 or self.checkpoints.has_failed()
-        saving = due and not last
+        saving = not last and self._save_is_due()
         self.progress.validated = not validating
         if validating or saving:
             self._report()
@@ -320,6 +342,15 @@ class _Run:
             raise
         if saving and not self.progress.skipped_in_row:
             self.save()
+
+    def _save_is_due(self):
+        settings = self.config.checkpoint
+        if self.step % settings.every == 0 or self.checkpoints.has_failed():
+            return True
+        if not settings.every_minutes or self.step % self.config.train.log_every:
+            return False
+        # The clocks of processes differ, and all must save.
+        return all_agree(time.monotonic() > self.saved_at + 60 * settings.every_minutes)
 
     def _stop_if_asked(self):
         if self.stop.asked():
@@ -355,6 +386,7 @@ class _Run:
                     patiently("metrics.jsonl cannot be written", self.telemetry.sync)
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
+        self.saved_at = time.monotonic()
         self.heartbeat.saved = self.checkpoints.saved or self.heartbeat.saved
         self.heartbeat.beat("training", self.step)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
@@ -25,7 +26,8 @@ from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 log = logging.getLogger(__name__)
 
 # Ends of the names of figures that are measured: two runs of the same steps differ in these only.
-MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu")
+MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
+SLOW = 0.1  # the share of the time that makes a process slow, if it is twice the median, too
 _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
 
 
@@ -57,16 +59,26 @@ class Telemetry:
     """
 
     def __init__(
-        self, workdir: Path, config: Config, start_step, validated=True, wandb=None, writes=True
+        self,
+        workdir: Path,
+        config: Config,
+        start_step,
+        validated=True,
+        wandb=None,
+        writes=True,
+        began=None,
     ):
         """Opens the files of a run that continues after `start_step` updates.
 
         `validated` says whether the validation of that step is done, `wandb` is a project of
-        Weights & Biases or None, and `writes` is False in all processes but the first.
+        Weights & Biases or None, and `writes` is False in all processes but the first. `began` is
+        the time when the run began for the first time; None: now.
         """
+        self._began, self._useful = began or time.time(), 0.0
         self._writers = []
         if writes:
             self._lines = JsonLines(workdir / "metrics.jsonl", start_step, validated)
+            self._useful = self._lines.compute_seconds
             self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
             self._writers = [self._lines, self._tensorboard]
             if wandb is not None:
@@ -81,11 +93,14 @@ class Telemetry:
         self._seconds = Counter()  # of the run by clock; `compute` up to the newest line
         self._start_step = self._line_step = start_step
         self._line_time, self._line_seconds = time.perf_counter(), Counter()
+        self._waited = 0.0  # seconds of the clock `device` up to the newest line
         self._evaluated = 0.0  # seconds of evaluation that are reported
 
     @contextlib.contextmanager
     def clock(self, name):
-        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`."""
+        """Counts the time within as `input`, `checkpoint`, `evaluation` or `compile`; or as
+        `device`, the time in which the host waits for a step, which is a part of `compute`.
+        """
         started = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -106,6 +121,7 @@ class Telemetry:
     def train(self, step, metrics):
         """Reports host metrics of training step `step`; call it every `log_every` steps."""
         n_steps, seconds = self._end_interval(step)
+        self._name_slow_processes(step, seconds)
         if not self._writers:
             return
         speed = self._speed(n_steps, sum(seconds.values()))
@@ -123,7 +139,8 @@ class Telemetry:
             best = np.log(n_live).mean()
             balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
         measured = speed | {f"{name}_seconds": s for name, s in seconds.items()}
-        measured |= host_memory() | device_memory()
+        self._useful += seconds["compute"]
+        measured |= host_memory() | device_memory() | {"goodput": self._goodput()}
         self._write(step, "train", scalars | measured, layers, experts)
         shares = {name: seconds[name] / sum(seconds.values()) for name in _IN_SPEED}
         waits = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
@@ -134,9 +151,25 @@ class Telemetry:
             f"| {_speed_in_words(speed)} | {waits} | {left} left"
         )
 
+    def _name_slow_processes(self, step, seconds):
+        """Warns of processes that the others wait for; all processes call it."""
+        if jax.process_count() == 1:
+            return
+        total, waited = sum(seconds.values()), self._seconds["device"] - self._waited
+        self._waited = self._seconds["device"]
+        mine = np.float32([total - waited, seconds["input"]])
+        busy, inputs = multihost_utils.process_allgather(mine).reshape(-1, 2).T
+        for process in np.flatnonzero((busy > 2 * np.median(busy)) & (busy > SLOW * total)):
+            log.warning(
+                f"process {process} is slow: of the {total:.1f} s before step {step} it was busy "
+                f"for {busy[process]:.1f} s, {inputs[process]:.1f} s of them waiting for input; "
+                f"the median of all processes is {np.median(busy):.1f} s"
+            )
+
     def _end_interval(self, step):
         """Steps and seconds by clock since the last line, without evaluation and compilation."""
         now, clocks = time.perf_counter(), self._seconds - self._line_seconds
+        del clocks["device"]
         seconds = {name: clocks[name] for name in _IN_SPEED}
         seconds["compute"] = max(now - self._line_time - clocks.total(), 1e-9)
         n_steps = max(step - self._line_step, 1)
@@ -144,6 +177,10 @@ class Telemetry:
         self._line_step, self._line_time = step, now
         self._line_seconds = self._seconds.copy()
         return n_steps, seconds
+
+    def _goodput(self):
+        """The share of the time since the run began in which steps were computed that it kept."""
+        return self._useful / max(time.time() - self._began, self._useful, 1e-9)
 
     def _speed(self, n_steps, seconds):
         n_devices = jax.device_count()
@@ -195,7 +232,8 @@ class Telemetry:
         seconds = sum(self._seconds[name] for name in (*_IN_SPEED, "compute"))
         figures = self._speed(self._line_step - self._start_step, max(seconds, 1e-9))
         clocks = ("input", "checkpoint", "compute", "evaluation", "compile")
-        return figures | {f"{name}_seconds": self._seconds[name] for name in clocks}
+        figures |= {f"{name}_seconds": self._seconds[name] for name in clocks}
+        return figures | {"goodput": self._goodput()}
 
     def memory(self):
         """Memory of the program and of this process: the group `memory` of `summary.json`."""

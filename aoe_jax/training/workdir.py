@@ -25,6 +25,7 @@ FREE = {
     "train.eval_every",
     "train.max_skipped",
     "train.hang_timeout",
+    "train.repeat_every",
     "data.cache",
     "data.path",
     "model.attention",

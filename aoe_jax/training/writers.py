@@ -44,12 +44,13 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step, validated=True):
         kept = [
-            json.dumps(line) + "\n"
+            line
             for line in read_metrics(path)
             if line["step"] < start_step + (validated or "validation_nll" not in line)
         ]
+        self.compute_seconds = sum(line.get("compute_seconds") or 0 for line in kept)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, path)
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
         self._size = self._file.seek(0, os.SEEK_END)  # of the whole lines

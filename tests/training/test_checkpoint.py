@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.errors import MachineFault, UserError
-from aoe_jax.training.checkpoint import Checkpoints, Progress, fingerprints
+from aoe_jax.training.checkpoint import Checkpoints, Progress
+from aoe_jax.training.fingerprints import check_repetition, fingerprints, local_fingerprints
 from aoe_jax.training.step import TrainState
 from tests.runs import contents, disk
 
@@ -449,3 +450,11 @@ def test_fingerprints_do_not_depend_on_the_sharding():
     )
     swapped = jax.device_put(x.at[0].set(x[1]).at[1].set(x[0]), SHARDING)
     assert fingerprints({"x": swapped})["['x']"] != one["['x']"]
+
+
+def test_a_repetition_that_differs_is_named():
+    state = {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(3)}
+    first = local_fingerprints(state)
+    check_repetition(7, first, state)
+    with pytest.raises(MachineFault, match="step 7 had two results, which differ in process 0: a"):
+        check_repetition(7, first, state | {"kernel": state["kernel"].at[7, 3].add(1e-7)})

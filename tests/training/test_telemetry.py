@@ -14,6 +14,7 @@ from aoe_jax.evaluation.load import load_statistics
 from aoe_jax.evaluation.perplexity import Evaluation
 from aoe_jax.load_figures import load_spread
 from aoe_jax.moe.balance import LayerStats
+from aoe_jax.training import telemetry as telemetry_module
 from aoe_jax.training.telemetry import MEASURED, Telemetry, layer_figures
 from tests.runs import read_events, tiny_config
 
@@ -123,7 +124,7 @@ def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
     assert {key for key in line if key.endswith(MEASURED)} == {
         *("tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"),
         *("input_seconds", "checkpoint_seconds", "compute_seconds"),
-        *("host_memory_bytes", "host_memory_peak_bytes"),
+        *("host_memory_bytes", "host_memory_peak_bytes", "goodput"),
     }
 
 
@@ -197,6 +198,34 @@ def test_time_is_split(telemetry, tmp_path):
     assert timing["tokens_per_second"] == pytest.approx(
         4 * TOKENS / sum(timing[name] for name in names)
     )
+
+
+def test_goodput_counts_the_steps_that_are_kept(tmp_path):
+    """Over all starts: the first computes steps 1 to 4, of which a kill loses two."""
+    began = time.time() - 10
+    for start_step, steps in ((0, (2, 4)), (2, (4, 6))):
+        telemetry = Telemetry(tmp_path, tiny_config(), start_step, began=began)
+        for step in steps:
+            time.sleep(0.2)
+            telemetry.train(step, metrics_of(step))
+        share = telemetry.timing()["goodput"]
+        telemetry.close()
+    seconds = [line["compute_seconds"] for line in lines(tmp_path)]
+    assert len(seconds) == 3
+    assert share == pytest.approx(sum(seconds) / (time.time() - began), rel=0.01)
+    assert lines(tmp_path)[-1]["goodput"] == pytest.approx(share, rel=0.01)
+
+
+def test_slow_processes_are_named(telemetry, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    gathered = np.float32([[0.1, 0.0], [0.2, 0.1], [3.0, 2.9]])  # busy, waiting for input
+    monkeypatch.setattr(telemetry_module.multihost_utils, "process_allgather", lambda _: gathered)
+    time.sleep(0.1)
+    telemetry.train(2, metrics_of(2))
+    assert "process 2 is slow: of the 0.1 s before step 2 it was busy for 3.0 s, 2.9 s" in (
+        caplog.text
+    )
+    assert "process 1 is slow" not in caplog.text
 
 
 def test_a_line_is_of_its_steps(tmp_path):
