@@ -25,7 +25,7 @@ def main():
     """Exports."""
     workdir, output = Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT))
     from aoe_jax.evaluation.models import load_model
-    from aoe_jax.formats.configs import as_own, to_json
+    from aoe_jax.formats.configs import to_json
     from aoe_jax.formats.tokenizer_files import write_tokenizer
     from aoe_jax.formats.writing import new_directory, write_arrays, write_run
     from aoe_jax.training.workdir import read_run_config
@@ -33,7 +33,7 @@ def main():
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as partial_output:
         model = load_model(workdir, _STEP.value)
-        values = as_own(model.config) if model.routing_state else to_json(model.config)
+        values = to_json(model.config, model.routing_state)
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
         write_arrays(partial_output, values, model.params, model.routing_state, _DTYPE.value)
         write_run(partial_output, workdir, model.step, config)

@@ -17,11 +17,12 @@ os.environ["XLA_FLAGS"] = xla_flags(8, HASTY)  # the compiler for TPUs reads it 
 
 
 def pytest_configure(config):
-    """Keeps what the processes compile that tests start, for all tests and later sessions, until
-    `pytest --cache-clear`.
+    """Keeps what the processes compile that tests start, and the code of models that transformers
+    loads, for all tests and later sessions, until `pytest --cache-clear`.
     """
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+        os.environ["HF_MODULES_CACHE"] = str(config.cache.mkdir("transformers"))
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ axis that holds two parameters. Where a parameter has several rows, a file may h
 first is the one we write.
 
 **The format `aoe`** stores what no architecture of the Hugging Face hub can express. Its
-`config.json` has `model_type: "aoe"` and the groups `model`, `experts` and `routing`: the fields of
-`Config` that decide what the model computes. Tensors have the names and axes that
-`aoe_jax.parameters` and the methods give them, and so has the state of routing, which is float32 in
-every model. A dense layer has the tensors of experts without the axis n.
+`config.json` has `model_type: "aoe"`. Where the classes in `huggingface/` compute the model, it has
+their fields, and they are copied beside it. Otherwise it has the groups `model`, `experts` and
+`routing`: the fields of `Config` that decide what the model computes. Tensors have the names and
+axes that `aoe_jax.parameters` and the methods give them, and so has the state of routing, which is
+float32 in every model. A dense layer has the tensors of experts without the axis n.
 """
 
 import itertools
@@ -102,7 +103,7 @@ _DEFAULTS = {
     "router_jitter_noise": 0.01,
     "lm_head_bias": False,
 }
-_ONLY = {"hidden_act": "silu", "quantization_config": None}
+_ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
 _ROUTER = {"experts.kind": "router"}
 
 
@@ -112,7 +113,7 @@ class Architecture(NamedTuple):
     tensors: dict[str, list]  # see `_table`
     fields: dict[str, str] = _FIELDS  # of config.json, and the field of `Config` that each sets
     defaults: dict[str, Any] = _DEFAULTS  # of fields that may be missing
-    only: dict[str, Any] = _ONLY  # the one value that is implemented, also where it is missing
+    only: dict[str, tuple] = _ONLY  # the values that are implemented, first that of a missing field
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
     rope_theta: float = 1e6  # where config.json has none
     rope_types: tuple[str, ...] = ("default",)
@@ -132,7 +133,7 @@ ARCHITECTURES = {
             "attention_bias": "model.attention_bias",
         },
         defaults=_DEFAULTS | {"num_key_value_heads": None},
-        only=_ONLY | {"clip_qkv": None},
+        only=_ONLY | {"clip_qkv": (None,)},
         constants=_ROUTER | {"model.qk_norm": True},
         rope_theta=1e4,
     ),
@@ -145,11 +146,27 @@ ARCHITECTURES = {
             "attention_bias": "model.attention_bias",
             "lm_head_bias": "model.output_bias",
         },
-        only=_ONLY | {"num_experts_per_tok": 2},
+        only=_ONLY | {"num_experts_per_tok": (2,)},
         constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
         rope_types=("default", "longrope"),
     ),
-    OWN: Architecture(_DECODER),
+    OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
+        tensors=_DECODER,
+        fields=_FIELDS
+        | {
+            "num_local_experts": "experts.n_experts",
+            "score_neurons": "experts.score_neurons",
+            "gate_rank": "experts.d_low",
+            "score": "experts.score",
+            "norm_topk_prob": "routing.norm_topk_prob",
+            "norm": "model.norm",
+            "qk_norm": "model.qk_norm",
+            "attention_bias": "model.attention_bias",
+            "lm_head_bias": "model.output_bias",
+        },
+        only=_ONLY | {"score": ("norm", "max", "relu_norm"), "clip_qkv": (None,)},
+        constants={"experts.kind": "aoe"},
+    ),
 }
 
 

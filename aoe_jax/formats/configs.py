@@ -2,13 +2,21 @@
 
 import contextlib
 import dataclasses
+import logging
 from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.formats.architectures import ARCHITECTURES, OWN
 
+log = logging.getLogger(__name__)
+
 WINDOW = 1024  # tokens of a window in scoring and training, where the model takes as many
+_AUTO_MAP = {
+    "AutoConfig": "configuration_aoe.AoEConfig",
+    "AutoModel": "modeling_aoe.AoEModel",
+    "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
+}
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -27,7 +35,7 @@ def computed_fields(config: Config):
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
-    unused.add("experts.gate_trains_scores")
+    unused |= {"experts.gate_trains_scores", "experts.gradient_sums"}
     settings = dataclasses.fields(routing)
     unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
     if not experts.low_rank and not experts.large_router:
@@ -77,7 +85,8 @@ def _from_json(values):
     is_known = isinstance(name, str) and name in ARCHITECTURES
     _require(is_known, f"model_type={name!r} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
-    if name == OWN:
+    has_groups = name == OWN and "hidden_size" not in values
+    if has_groups:
         for group in ("model", "experts", "routing"):
             is_group = isinstance(values.get(group), dict)
             _require(is_group, f"it has no group {group!r}, which a model of model_type 'aoe' has")
@@ -91,7 +100,7 @@ def _from_json(values):
     if groups["routing"].get("name", "top_k") not in _BALANCED:
         groups["balance"]["aux_weight"] = 0.0
     config = Config.from_config_dict(groups)
-    if name != OWN:
+    if not has_groups:
         _check_attention(values, config.model)
     with contextlib.suppress(UserError):  # of a method that needs longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
@@ -107,13 +116,15 @@ def _require(condition, message):
 def _hub_fields(values):
     name = values["model_type"]
     architecture = ARCHITECTURES[name]
-    for field, only in architecture.only.items():
-        value = values.get(field, only)
-        _require(value == only, f"{field}={value!r} isn't implemented; only {only!r} is")
+    for field, known in architecture.only.items():
+        value, names = values.get(field, known[0]), " or ".join(map(repr, known))
+        _require(value in known, f"{field}={value!r} isn't implemented; only {names} is")
     fields, given = dict(architecture.constants), architecture.defaults | values
     for field, sets in architecture.fields.items():
         _require(field in given, f"{field} is missing; a model of model_type {name!r} has it")
         fields[sets] = given[field]
+    if name == OWN and fields["experts.score_neurons"] is None:
+        fields["experts.d_wide"] = fields.pop("experts.d_ffn")
     return fields | _rotary_fields(values, architecture)
 
 
@@ -163,30 +174,58 @@ def _rotary_fields(values, architecture):
     return fields | longrope
 
 
-def to_json(config: Config):
+def to_json(config: Config, routing_state=()):
     """`config.json` of a model, without its dtype and its special tokens.
 
-    It is a Mixtral where Mixtral can express the whole model, else our own format.
+    It is a Mixtral where Mixtral can express the whole model, else an `aoe` that `transformers`
+    loads, else an `aoe` that it cannot load, and a line of the log says why.
+
+    Args:
+      config: of the model.
+      routing_state: the names of its routing state.
     """
-    mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-    for theirs, sets in ARCHITECTURES["mixtral"].fields.items():
+    wanted = computed_fields(config)
+    if not routing_state:
+        mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        mixtral |= _hub_json(config, "mixtral")
+        with contextlib.suppress(UserError):
+            if computed_fields(from_json(Path(), mixtral)) == wanted:
+                return mixtral
+    own = as_own(config)
+    aoe = {"model_type": OWN, "architectures": own["architectures"], "auto_map": _AUTO_MAP}
+    aoe |= _hub_json(config, OWN) | {"selection_bias": "selection_bias" in routing_state}
+    try:
+        found = computed_fields(from_json(Path("config.json"), aoe))
+    except UserError as e:
+        reason = str(e)
+    else:
+        if found == wanted:
+            return aoe
+        names = [name for name in wanted if found.get(name) != wanted[name]]
+        given = ", ".join(f"{name}={wanted[name]!r}" for name in names)
+        reason = f"its class for this model_type has no {given}"
+    log.info("transformers cannot load the model, only aoe_jax can: %s", reason)
+    return own
+
+
+def _hub_json(config, model_type):
+    """The fields of an architecture, from the configuration."""
+    fields = {}
+    for theirs, sets in ARCHITECTURES[model_type].fields.items():
         group, _, ours = sets.partition(".")
-        mixtral[theirs] = getattr(getattr(config, group), ours)
-    mixtral |= {
+        fields[theirs] = getattr(getattr(config, group), ours, None)
+    return fields | {
         "hidden_act": "silu",
+        "intermediate_size": config.experts.width(config.model.d_model),
         "num_key_value_heads": config.model.kv_heads,
         "rope_theta": config.model.rope_base,
         "head_dim": config.model.d_model // config.model.n_heads,
         "sliding_window": None,
     }
-    with contextlib.suppress(UserError):
-        if computed_fields(from_json(Path(), mixtral)) == computed_fields(config):
-            return mixtral
-    return as_own(config)
 
 
 def as_own(config: Config):
-    """`config.json` in our own format, without the dtype and the special tokens."""
+    """`config.json` in our own format, with groups, without the dtype and the special tokens."""
     groups = {"model": {"max_len": config.model.max_len}, "experts": {}, "routing": {}}
     for name, value in computed_fields(config).items():
         group, _, name = name.partition(".")

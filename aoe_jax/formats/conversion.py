@@ -14,7 +14,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.calibration import calibration_batches, evaluator
 from aoe_jax.evaluation.models import load_model
-from aoe_jax.formats.configs import as_own
+from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
 from aoe_jax.formats.scoring_neurons import (
     agreement,
@@ -87,7 +87,7 @@ def convert(
         else:
             report = {"d_low": d_low, "d_wide": converted.experts.d_wide}
             parameter, energy = _factorised(reader, config.model.n_layers, d_low)
-        values = as_own(converted) | copy_tokenizer(checkpoint, partial_output)
+        values = to_json(converted) | copy_tokenizer(checkpoint, partial_output)
         values["torch_dtype"] = reader.dtype("embed/embedding").name
         write_model(partial_output, values, parameter_shapes(converted), parameter)
         if (checkpoint / RUN_FILE).exists():

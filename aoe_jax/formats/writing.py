@@ -19,6 +19,8 @@ from aoe_jax.formats.reading import RUN_FILE
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.json_files import sync, write_json
 
+_CLASSES = Path(__file__).with_name("huggingface")  # of transformers, for our own format
+
 
 @contextlib.contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
@@ -53,7 +55,8 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
 
     Args:
       directory: exists.
-      values: of `config.json`; their `model_type` decides the names of the tensors.
+      values: of `config.json`; their `model_type` decides the names of the tensors. With an
+        `auto_map` the classes that it names are copied, too.
       shapes: of every parameter by its path, with the axis of layers; arrays will do.
       parameter: `(path, layer)` -> the whole parameter of a layer; layer is None for a parameter
         outside the layers. The calls for a layer come together, in the order of `shapes`.
@@ -75,6 +78,9 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
                         yield name, layout.to_file(part[*index, ...])
 
     write_json(directory / "config.json", values)
+    if "auto_map" in values:
+        for file in _CLASSES.glob("*.py"):
+            shutil.copyfile(file, directory / file.name)
     write_tensors(directory, tensors())
 
 

@@ -115,11 +115,18 @@ def logits_here(directory, tokens=TOKENS, **mesh):
         return np.asarray(apply(params, routing_state))
 
 
-def logits_there(directory, tokens=TOKENS):
-    """Those of a model in a directory by transformers."""
+def load_there(directory, **settings):
+    """A model in a directory, as transformers loads it with the code beside it, in float32."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    settings = {"dtype": torch.float32, "trust_remote_code": True} | settings
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, **settings).eval()
+
+
+def logits_there(directory, tokens=TOKENS, **settings):
+    """Those of a model in a directory by transformers."""
+    import torch
+
     with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.numpy()
+        return load_there(directory, **settings)(torch.tensor(tokens)).logits.float().numpy()

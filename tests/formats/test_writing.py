@@ -76,7 +76,7 @@ def random_model(config):
 
 def written(tmp_path, config, dtype="float32", values=None):
     (params, bias), mesh, config = random_model(config)
-    values = values or (as_own(config) if bias else to_json(config))
+    values = values or to_json(config, bias)
     directory = tmp_path / "model"
     directory.mkdir()
     write_arrays(directory, values, params, bias, dtype)

@@ -1,0 +1,52 @@
+"""The configuration of an Autonomy-of-Experts model in `transformers`."""
+
+from transformers import MixtralConfig
+
+
+class AoEConfig(MixtralConfig):
+    """A decoder with the attention of Llama and Autonomy-of-Experts layers (arXiv 2501.13074).
+
+    Fields that Mixtral has too mean the same; `intermediate_size` is the width of an expert.
+
+    Attributes:
+      score_neurons: None: gates are factorised, and their low-rank activations score. A number:
+        gates are whole, and this many of their first pre-activations score.
+      gate_rank: the rank of a factorised gate.
+      score: "norm", "max" or "relu_norm": how the activations become a score.
+      norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
+      selection_bias: whether a bias is added to the scores for the choice of experts.
+      norm: "rms", or "layer" for LayerNorm with a bias.
+      qk_norm: whether queries and keys have an RMSNorm over all heads, as in OLMoE.
+      attention_bias: whether the projections of attention have biases.
+      lm_head_bias: whether the output projection has a bias.
+    """
+
+    model_type = "aoe"
+    base_model_tp_plan = None
+    base_model_ep_plan = None
+
+    clip_qkv = None  # a setting of OLMoE's attention
+
+    def __init__(
+        self,
+        score_neurons=None,
+        gate_rank=32,
+        score="norm",
+        norm_topk_prob=True,
+        selection_bias=False,
+        norm="rms",
+        qk_norm=False,
+        attention_bias=False,
+        lm_head_bias=False,
+        **settings,
+    ):
+        self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
+        self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
+        self.norm, self.qk_norm = norm, qk_norm
+        self.attention_bias, self.lm_head_bias = attention_bias, lm_head_bias
+        super().__init__(**settings)
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+
+__all__ = ["AoEConfig"]

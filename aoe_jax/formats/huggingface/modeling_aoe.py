@@ -1,0 +1,194 @@
+"""Autonomy-of-Experts (AoE, arXiv 2501.13074) language models in PyTorch, for `transformers`.
+
+There is no router: an expert scores a token by its own activations, and the top K experts process
+it. All but the layer of experts is as in Mixtral, and so are the arguments and results. With
+`output_router_logits=True` the results have the scores as `router_logits`, and their auxiliary
+loss.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralForCausalLM,
+    MixtralModel,
+    MixtralPreTrainedModel,
+    MixtralRMSNorm,
+    MixtralRotaryEmbedding,
+)
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+
+from .configuration_aoe import AoEConfig
+
+norm = partial(torch.linalg.vector_norm, dim=-1)
+SCORES = {
+    "norm": norm,
+    "max": partial(torch.amax, dim=-1),
+    "relu_norm": lambda code: math.sqrt(2) * norm(code.relu()),
+}
+
+
+def grouped_mm(rows, weights, sizes):
+    """The product of each group of rows with its own matrix.
+
+    Args:
+      rows: `[R, a]`, sorted by group.
+      weights: `[n, a, b]`.
+      sizes: `[n]`, the rows of each group; their sum is R.
+
+    Returns:
+      `[R, b]`.
+    """
+    is_aligned = all(a.shape[-1] * a.element_size() % 16 == 0 for a in (rows, weights))
+    if rows.is_cuda and is_aligned and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(rows, weights, offs=sizes.cumsum(0, dtype=torch.int32))
+    groups = zip(rows.split(sizes.tolist()), weights.unbind(), strict=True)
+    return torch.cat([group @ w for group, w in groups])
+
+
+class AoEExperts(nn.Module):
+    """The experts of a layer: they score all tokens, and each processes those that chose it."""
+
+    def __init__(self, config: AoEConfig):
+        super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.score, self.score_neurons = config.score, config.score_neurons
+        d, f, r = config.hidden_size, config.intermediate_size, config.gate_rank
+        shapes = {"w_gate_down": (d, r), "w_gate_up": (r, f)}
+        if self.score_neurons is not None:
+            shapes = {"w_gate": (d, f)}
+        for name, shape in (shapes | {"w_up": (d, f), "w_down": (f, d)}).items():
+            weights = nn.Parameter(torch.empty(config.num_local_experts, *shape))
+            self.register_parameter(name, weights)
+
+    def forward(self, x, bias=None):
+        """`x [T, d]`, `bias [n]` or None -> `(y [T, d], scores [T, n] float32)`."""
+        code, scores = self.code_and_scores(x)
+        ranked = scores.detach() if bias is None else scores.detach() + bias
+        expert = ranked.topk(self.top_k).indices
+        if self.norm_topk_prob:
+            weight = scores.gather(1, expert).softmax(dim=1)
+        else:
+            weight = scores.softmax(dim=1).gather(1, expert)
+
+        slot_expert, order = expert.flatten().sort(stable=True)
+        token = order // self.top_k
+        sizes = torch.bincount(slot_expert, minlength=scores.shape[1])
+        rows = x.index_select(0, token)
+        if self.score_neurons is None:
+            row_code = code.flatten(0, 1).index_select(0, token * scores.shape[1] + slot_expert)
+            gate = grouped_mm(row_code, self.w_gate_up, sizes)
+        else:
+            gate = grouped_mm(rows, self.w_gate, sizes)
+        up = grouped_mm(rows, self.w_up, sizes)
+        hidden = F.silu(gate) * up * weight.flatten()[order, None].to(x.dtype)
+        y = grouped_mm(hidden, self.w_down, sizes)
+        return torch.zeros_like(x).index_add(0, token, y), scores
+
+    def code_and_scores(self, x):
+        """The activations that score, `[T, n, r]`, and their scores, `[T, n]` float32."""
+        count = self.score_neurons
+        w = self.w_gate_down if count is None else self.w_gate[..., :count]
+        # In a narrow dtype, the largest activations of two experts often tie.
+        dtype = torch.float32 if self.score == "max" else x.dtype
+        code = torch.einsum("td,ndr->tnr", x.to(dtype), w.to(dtype))
+        return code.to(x.dtype), SCORES[self.score](code.float())
+
+
+class AoEBlock(nn.Module):
+    """The layer of experts; a bias may balance their load."""
+
+    def __init__(self, config: AoEConfig):
+        super().__init__()
+        self.experts = AoEExperts(config)
+        bias = torch.zeros(config.num_local_experts) if config.selection_bias else None
+        self.register_buffer("selection_bias", bias)
+
+    def forward(self, x):
+        """`[..., d]` -> `[..., d]`."""
+        return self.experts(x.flatten(0, -2), self.selection_bias)[0].view_as(x)
+
+
+def make_norm(config: AoEConfig):
+    """The norm before attention, experts and output projection."""
+    norm = MixtralRMSNorm if config.norm == "rms" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class AoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention and experts, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: AoEConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = (OlmoeAttention if config.qk_norm else LlamaAttention)(config, layer_idx)
+        self.mlp = AoEBlock(config)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
+
+    def forward(self, hidden_states, **kwargs):
+        """`[B, S, d]` -> `[B, S, d]`; other arguments are those of attention."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class AoEPreTrainedModel(MixtralPreTrainedModel):
+    """What `transformers` needs to know of the model."""
+
+    config_class = AoEConfig
+    config: AoEConfig
+    _no_split_modules = ["AoEDecoderLayer"]  # noqa: RUF012
+    _can_compile_fullgraph = False  # rows are split by the numbers of tokens that chose an expert
+    _keep_in_fp32_modules_strict = {"selection_bias"}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": AoEExperts,
+        "hidden_states": AoEDecoderLayer,
+        "attentions": [LlamaAttention, OlmoeAttention],
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AoEExperts):
+            for w in module.parameters():
+                init.normal_(w, std=w.shape[1] ** -0.5)
+        if isinstance(module, AoEBlock) and module.selection_bias is not None:
+            init.zeros_(module.selection_bias)
+
+
+class AoEModel(AoEPreTrainedModel, MixtralModel):
+    """Everything but the output projection."""
+
+    def __init__(self, config: AoEConfig):
+        MixtralPreTrainedModel.__init__(self, config)  # not Mixtral's experts
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        layers = [AoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = make_norm(config)
+        self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class AoEForCausalLM(AoEPreTrainedModel, MixtralForCausalLM):
+    """The language model."""
+
+    def __init__(self, config: AoEConfig):
+        MixtralPreTrainedModel.__init__(self, config)
+        self.model = AoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.vocab_size = config.vocab_size
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+
+__all__ = ["AoEForCausalLM", "AoEModel", "AoEPreTrainedModel"]
