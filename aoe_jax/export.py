@@ -1,9 +1,10 @@
 """Writes the model of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR`.
 
 The result is safetensors and `config.json`, a Mixtral where Mixtral can express the whole model,
-else our own format (`aoe_jax/formats/architectures.py`); the tokenizer as `transformers` reads it;
-and the configuration of the run, so that `eval.py --workdir=OUTPUT` evaluates the model.
-`train.init_from` starts another run from it.
+else our own format (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`;
+the tokenizer as `transformers` reads it; a model card, `README.md`; and the configuration of the
+run, so that `eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another run
+from it.
 """
 
 import logging
@@ -26,6 +27,7 @@ def main():
     workdir, output = Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT))
     from aoe_jax.evaluation.models import load_model
     from aoe_jax.formats.configs import to_json
+    from aoe_jax.formats.model_card import write_card
     from aoe_jax.formats.tokenizer_files import write_tokenizer
     from aoe_jax.formats.writing import new_directory, write_arrays, write_run
     from aoe_jax.training.workdir import read_run_config
@@ -37,6 +39,7 @@ def main():
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
         write_arrays(partial_output, values, model.params, model.routing_state, _DTYPE.value)
         write_run(partial_output, workdir, model.step, config)
+        write_card(partial_output, output.name, values, config, workdir, model.step)
     log.info("wrote the model of step %d to %s, as %s", model.step, output, values["model_type"])
 
 

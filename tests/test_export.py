@@ -61,13 +61,28 @@ def test_files():
         "model.safetensors",
     }
     names |= {"tokenizer.json", "tokenizer_config.json"}
+    classes = {"configuration_aoe.py", "modeling_aoe.py"}
+    others = {
+        "aoe": classes | {"README.md"},
+        "router": {"README.md"},
+        "converted": classes | {"convert.json"},
+    }
     for kind, architecture in {"aoe": "aoe", "router": "mixtral", "converted": "aoe"}.items():
         directory = exported()[kind]
-        assert contents(directory).keys() == names | (
-            {"convert.json"} if kind == "converted" else set()
-        )
+        assert contents(directory).keys() == names | others[kind]
         assert json.loads((directory / "config.json").read_text())["model_type"] == architecture
         assert contents(directory)["tokenizer.json"] == contents(finished_run())["tokenizer.json"]
+
+
+def test_model_cards():
+    """The figures of the run, and how to load the model."""
+    metrics = json.loads((finished_run() / "summary.json").read_text())["metrics"]
+    card = (exported()["aoe"] / "README.md").read_text()
+    assert f"{metrics['validation_nll']:.4f}" in card and "trust_remote_code=True" in card
+    assert f"{STEPS:,} steps" in card and "| experts.d_low" in card and "from: texts." in card
+    assert str(scratch("texts")) not in card
+    of_router = (exported()["router"] / "README.md").read_text()
+    assert "from_pretrained(DIR)" in of_router and "library_name: transformers" in of_router
 
 
 def test_a_model_is_that_of_its_run():

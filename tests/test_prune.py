@@ -54,6 +54,8 @@ def test_files():
         "generation_config.json",
         "model.safetensors",
         "prune.json",
+        "configuration_aoe.py",
+        "modeling_aoe.py",
     }
     assert contents(directory).keys() == names | {"tokenizer.json", "tokenizer_config.json"}
     report = json.loads((directory / "prune.json").read_text())

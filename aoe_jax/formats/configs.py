@@ -203,17 +203,18 @@ def to_json(config: Config, routing_state=()):
             return aoe
         names = [name for name in wanted if found.get(name) != wanted[name]]
         given = ", ".join(f"{name}={wanted[name]!r}" for name in names)
-        reason = f"its class for this model_type has no {given}"
+        reason = f"AoEForCausalLM has no {given}"
     log.info("transformers cannot load the model, only aoe_jax can: %s", reason)
     return own
 
 
 def _hub_json(config, model_type):
-    """The fields of an architecture, from the configuration."""
+    """The fields of an architecture that the configuration has."""
     fields = {}
     for theirs, sets in ARCHITECTURES[model_type].fields.items():
         group, _, ours = sets.partition(".")
-        fields[theirs] = getattr(getattr(config, group), ours, None)
+        if hasattr(getattr(config, group), ours):
+            fields[theirs] = getattr(getattr(config, group), ours)
     return fields | {
         "hidden_act": "silu",
         "intermediate_size": config.experts.width(config.model.d_model),

@@ -1,21 +1,46 @@
-"""AoE models in transformers, by the code that is written beside them."""
+"""AoE models in transformers, by the classes that are written beside them."""
 
+import logging
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
+from aoe_jax.evaluation import tasks
+from aoe_jax.evaluation.generation import Generator
+from aoe_jax.evaluation.harness import HarnessModel
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.formats.architectures import find_layout
+from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.tokenizer_files import write_tokenizer
+from aoe_jax.formats.writing import write_arrays
+from aoe_jax.model.decoder import Decoder
+from tests.evaluation.models import make_config, make_model
+from tests.evaluation.public_tasks import write_examples
 from tests.formats.hub import load_there, logits_here, logits_there
 from tests.formats.test_writing import EVERYTHING, written
-from tests.runs import tiny_config
+from tests.runs import scratch, shared, tiny_config
 
 WHOLE = {"experts__score_neurons": 4}
+BIASED = {"balance__bias_rate": 0.01}
 FORMS = {
     "factorised": {},
     "factorised, max": {"experts__score": "max"},
-    "factorised, biased": {"balance__bias_rate": 0.01, "routing__norm_topk_prob": False},
+    "factorised, biased": BIASED | {"routing__norm_topk_prob": False},
     "factorised, everything": EVERYTHING,
     "whole": WHOLE | {"model__n_kv_heads": 1, "model__tie_embeddings": False},
     "whole, max": WHOLE | {"experts__score": "max", "experts__top_k": 3},
     "whole, over all": WHOLE | {"routing__norm_topk_prob": False, "experts__score": "relu_norm"},
+}
+# By the fields that the log must name.
+WITHOUT_CLASS = {
+    "routing.name='top_p'": {"routing__name": "top_p"},
+    "experts.kind='dense'": {"experts__kind": "dense"},
+    "model.rope_scale=1.5": {"model__rope_scale": 1.5},
+    "score='scaled_norm'": {"experts__score": "scaled_norm"},
 }
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
 
@@ -28,3 +53,190 @@ def test_logits(tmp_path, form):
     for attention in ("sdpa", "eager"):
         found = logits_there(directory, TOKENS, attn_implementation=attention)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["factorised, biased", "factorised, everything", "whole"])
+def test_there_and_back(tmp_path, form):
+    """A model that transformers has saved is read here, bit by bit the same."""
+    directory, *_ = written(tmp_path, tiny_config(**FORMS[form]))
+    model = load_there(directory)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/modeling_aoe.py").exists()
+    for logits in (logits_here, logits_there):
+        again = logits(tmp_path / "saved", TOKENS)
+        np.testing.assert_array_equal(again, logits(directory, TOKENS))
+
+
+def test_changed_there(tmp_path):
+    """Fields that are set in transformers arrive here, and so do trained parameters."""
+    import torch
+
+    directory, *_ = written(tmp_path, tiny_config())
+    model = load_there(directory, num_experts_per_tok=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.w_up.mul_(2)
+        expected = model(torch.tensor(TOKENS)).logits.numpy()
+    model.save_pretrained(tmp_path / "saved")
+    found = logits_here(tmp_path / "saved", TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert np.abs(found - logits_here(directory, TOKENS)).max() > 0.1
+
+
+def test_bfloat16(tmp_path):
+    """A selection bias stays float32."""
+    import torch
+
+    directory, *_ = written(tmp_path, tiny_config(**WHOLE, **BIASED), "bfloat16")
+    model = load_there(directory, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.selection_bias.dtype == torch.float32
+    with torch.no_grad():
+        found = model(torch.tensor(TOKENS)).logits.float().numpy()
+    expected = logits_there(directory, TOKENS)
+    # A token whose experts are nearly tied may go to other ones.
+    error = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()
+    assert np.median(error) < 0.05
+    model.save_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(
+        logits_here(tmp_path / "saved", TOKENS), logits_here(directory, TOKENS)
+    )
+
+
+@pytest.mark.parametrize("named", WITHOUT_CLASS)
+def test_models_without_a_class(caplog, named):
+    with caplog.at_level(logging.INFO):
+        values = to_json(tiny_config(**WITHOUT_CLASS[named]))
+    assert "auto_map" not in values and values["model"]["d_model"] == 32
+    assert named in caplog.text and "transformers cannot load the model" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("form", ["factorised", "whole", "whole, over all"])
+def test_gradients(tmp_path, form):
+    """Those of the loss here, of all parameters, with and without gradient checkpointing."""
+    import torch
+
+    config = tiny_config(**FORMS[form])
+    directory, params, _, mesh, config = written(tmp_path, config)
+
+    def loss(params):
+        logits = Decoder.from_config(config).apply({"params": params}, jnp.asarray(TOKENS))[0]
+        of_tokens = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:])
+        return of_tokens.mean()
+
+    with jax.set_mesh(mesh):
+        value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    model, tokens = load_there(directory).train(), torch.tensor(TOKENS)
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        found = model(tokens, labels=tokens).loss
+        found.backward()
+        assert found.item() == pytest.approx(float(value), rel=1e-5)
+        of_torch = {name: p.grad.numpy() for name, p in model.named_parameters()}
+        for path, expected in flatten_dict(gradients, sep="/").items():
+            layout = find_layout("aoe", path, expected.shape)
+            bounds = {"L": (0, 1)} if path.startswith("layers/") else {}
+            ((name, index),) = layout.tensors(bounds)
+            expected = layout.to_file(np.asarray(expected)[*index, ...])
+            np.testing.assert_allclose(
+                of_torch[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+            )
+
+
+def test_balance_loss(tmp_path):
+    """The scores of all layers, and a loss that reaches them."""
+    import torch
+
+    directory, *_ = written(tmp_path, tiny_config(**WHOLE))
+    model, tokens = load_there(directory).train(), torch.tensor(TOKENS)
+    result = model(tokens, labels=tokens, output_router_logits=True)
+    assert [scores.shape for scores in result.router_logits] == [(TOKENS.size, 4)] * 2
+    result.aux_loss.backward()
+    gradient = model.model.layers[1].mlp.experts.w_gate.grad
+    assert (gradient[..., :4] != 0).any() and (gradient[..., 4:] == 0).all()
+
+
+def test_a_model_from_a_configuration(tmp_path):
+    """Initialised as here: activations of unit variance have scores near sqrt(r)."""
+    import torch
+
+    directory, *_ = written(tmp_path, tiny_config())
+    there = load_there(directory)
+    torch.manual_seed(0)
+    model = type(there)(there.config)
+    experts = model.model.layers[0].mlp.experts
+    _, scores = experts(torch.randn(500, 32))
+    assert scores.mean().item() == pytest.approx(8**0.5, rel=0.1)
+
+
+@shared
+def with_tokenizer(form):
+    """The directory of a model with a tokenizer."""
+    folder = scratch("huggingface") / form
+    folder.mkdir()
+    model = make_model(make_config(**FORMS[form]))
+    # Larger than drawn, so that logits differ clearly.
+    params = jax.tree.map(lambda a: 2 * a if a.ndim > 2 else a, model.params)
+    model.tokenizer.save(folder)
+    directory = folder / "model"
+    directory.mkdir()
+    values = to_json(model.config) | write_tokenizer(folder, directory, 64)
+    write_arrays(directory, values, params, {}, "float32")
+    return directory
+
+
+@pytest.mark.parametrize("form", ["factorised", "whole"])
+def test_generation(form):
+    """Greedy tokens with a cache are those without, and those of this project."""
+    import torch
+    import transformers
+
+    directory = with_tokenizer(form)
+    model = load_there(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    texts = ["the state of the union is", "a cat sat"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    here = load_model(directory)
+    ours = Generator(here).generate(rows, 24)
+    for row, expected in zip(rows, ours, strict=True):
+        settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+        for use_cache in (True, False):
+            found = model.generate(torch.tensor([row]), use_cache=use_cache, **settings)
+            new = found[0, len(row) :].tolist()
+            assert new[: len(expected)] == expected and len(expected) > 3
+    assert ours[0] != ours[1]
+    # As one batch, padded from the left.
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    found = model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    for row, expected in zip(found[:, batch["input_ids"].shape[1] :].tolist(), ours, strict=True):
+        assert row[: len(expected)] == expected
+
+
+def test_lm_eval(tmp_path, monkeypatch):
+    """lm-eval's `hf` model gets the figures of the adapter here."""
+    import datasets
+    import lm_eval
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tasks, "_BOOTSTRAPS", 20)
+    data, directory = write_examples(tmp_path / "data"), with_tokenizer("whole")
+    names = ["arc_easy", "piqa"]
+
+    def loaded():
+        return tasks.load_tasks(names, data=data)
+
+    ours = tasks.score_tasks(HarnessModel(load_model(directory), progress=False), loaded())
+    arguments = f"pretrained={directory},trust_remote_code=True,dtype=float32"
+    theirs = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=list(loaded()["tasks"].values()),
+        device="cpu",
+        bootstrap_iters=0,
+    )["results"]
+    for name in names:
+        for metric, figure in ours[name]["metrics"].items():
+            assert theirs[name][f"{metric},none"] == pytest.approx(figure["value"], abs=1e-6)

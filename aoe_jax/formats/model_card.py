@@ -1,0 +1,101 @@
+"""The `README.md` of an exported model, as the Hugging Face hub shows it."""
+
+from pathlib import Path
+
+from tabulate import tabulate
+
+from aoe_jax.config.run import Config
+from aoe_jax.counts import parameter_counts
+from aoe_jax.formats.architectures import OWN
+from aoe_jax.formats.configs import computed_fields
+from aoe_jax.json_files import read_json
+
+_FIGURES = ("nll", "perplexity", "bits_per_byte")
+_LOADED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIR{trust})
+tokenizer = AutoTokenizer.from_pretrained(DIR)
+```
+"""
+_CARD = """\
+---
+library_name: {library}
+pipeline_tag: text-generation
+tags: [mixture-of-experts]
+---
+# {name}
+
+A decoder-only language model, trained with `aoe_jax` (experts.kind={kind!r}). It has {counts}.
+
+## Configuration
+
+{fields}
+
+## Training
+
+{tokens:,} tokens in {step:,} steps, sequences of {seq_len} tokens, from: {sources}.
+
+{figures}
+
+## Use
+
+In the commands and the code, DIR is this directory. {classes}
+{loaded}
+With `aoe_jax`:
+
+    python -m aoe_jax.generate --workdir=DIR --prompt='...'
+    python eval.py --workdir=DIR --tasks=piqa
+    python train.py --config=configs/finetune.py:DIR --workdir=runs/new
+"""
+
+
+def write_card(directory: Path, name: str, values: dict, config: Config, workdir: Path, step: int):
+    """Writes the model card.
+
+    Args:
+      directory: of the model.
+      name: its title.
+      values: of `config.json`.
+      config: of the run in `workdir`, whose figures are shown if they are of this step.
+      step: the checkpoint.
+    """
+    fields = {"model.max_len": config.model.max_len} | computed_fields(config)
+    is_own, is_loaded = values["model_type"] == OWN, "auto_map" in values
+    trust, classes = "", "`transformers` loads the model as a Mixtral:\n"
+    if is_loaded:
+        trust = ", trust_remote_code=True"
+        classes = "`transformers` loads it with `modeling_aoe.py`:\n"
+    elif is_own:
+        classes = "`transformers` has no class for this model."
+    card = _CARD.format(
+        library="aoe_jax" if is_own and not is_loaded else "transformers",
+        name=name,
+        kind=config.experts.kind,
+        counts=parameter_counts(config),
+        fields=tabulate(fields.items(), ("field", "value"), "github", missingval="None"),
+        step=step,
+        tokens=step * config.tokens_per_step,
+        seq_len=config.data.seq_len,
+        sources=", ".join(source.label for source in config.data.sources),
+        figures=_figures(workdir, step),
+        classes=classes,
+        loaded="" if is_own and not is_loaded else _LOADED.format(trust=trust),
+    )
+    (directory / "README.md").write_text(card)
+
+
+def _figures(workdir, step):
+    """A table of the figures of `summary.json` and `eval.json` that are of this step."""
+    found = {}
+    for file in ("summary.json", "eval.json"):
+        report = read_json(workdir / file) if (workdir / file).exists() else {}
+        metrics, split = report.get("metrics", report), report.get("split", "validation")
+        prefix = "validation_" if "metrics" in report else ""
+        if metrics.get("step") == step:
+            found[split] = [metrics.get(prefix + name) for name in _FIGURES]
+    if not found:
+        return "The run has no figures of this step."
+    rows = [(split, *values) for split, values in found.items()]
+    return tabulate(rows, ("split", *_FIGURES), "github", ".4f")
