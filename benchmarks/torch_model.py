@@ -1,11 +1,11 @@
 """Forward and backward pass of an exported AoE in torch, beside Mixtral of the same shape.
 
-`python -m benchmarks.torch_model [--repeats=9] [--json=FILE]`, with `torch` and `transformers`
-installed. Both are classes of `transformers`: the one that `aoe_jax.export` writes beside an AoE,
-and Mixtral. On one core, in float32, they take 16 sequences of 256 random tokens through 4 layers
-of d=256 with 4 heads and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096. Gates of the
-AoE are whole (16 of their neurons score), or factorised, with the width of Eq. 5. No model has a
-balance loss. Steps are in turn; the ratio is of medians.
+`python -m benchmarks.torch_model [--batch=16] [--repeats=9] [--json=FILE]`, with `torch` and
+`transformers` installed. The AoE has the classes that `aoe_jax.export` writes beside a model. On
+one core, in float32, all take sequences of 256 random tokens through 4 layers of d=256 with 4 heads
+and 8 experts, 2 chosen, of width 512, with a vocabulary of 4096. Gates of the AoE are whole (16 of
+their neurons score), or factorised, with the width of Eq. 5. No model has a balance loss. Steps are
+in turn; the ratio is of medians.
 """
 
 import os
@@ -17,7 +17,7 @@ from aoe_jax.config.experts import matched_width
 from aoe_jax.errors import UserError
 from benchmarks.timing import keep_freed_memory, machine_in_words, medians, report
 
-BATCH, LENGTH, WIDTH, RANK = 16, 256, 512, 85
+LENGTH, WIDTH, RANK = 256, 512, 85
 SHAPE = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -31,6 +31,7 @@ SHAPE = {
     "use_cache": False,
 }
 
+_BATCH = flags.DEFINE_integer("batch", 16, "sequences", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed steps of each model", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
@@ -74,13 +75,13 @@ def main():
         raise UserError(f"{e.name} is missing; pip install torch transformers") from e
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokens = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH))
+    tokens = torch.randint(SHAPE["vocab_size"], (_BATCH.value, LENGTH))
     steps = {name: forward_and_backward(model, tokens) for name, model in models().items()}
     seconds, figures = medians(steps, _REPEATS.value), []
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{machine_in_words()}, {versions}")
     for name, time in seconds.items():
-        rate, ratio = BATCH * LENGTH / time, seconds["Mixtral"] / time
+        rate, ratio = tokens.numel() / time, seconds["Mixtral"] / time
         figures.append({"model": name, "tokens_per_second": rate, "speed_ratio": ratio})
         print(f"{name:>16}: {rate:7,.0f} tokens/s, {ratio:.2f}x Mixtral's speed")
     report(figures, _JSON.value)

@@ -44,6 +44,17 @@ def test_figures(name, tmp_path):
     assert len(stdout.splitlines()) == 1 + len(result["figures"])
 
 
+def test_torch_model(tmp_path):
+    file = tmp_path / "figures.json"
+    command = ["-m", "benchmarks.torch_model", "--batch=1", "--repeats=1", f"--json={file}"]
+    status, stdout, stderr = run(command)
+    assert status == 0, stderr
+    figures = json.loads(file.read_text())["figures"]
+    models = [figure["model"] for figure in figures]
+    assert models == ["Mixtral", "AoE, whole gates", "AoE, r=d/3"]
+    assert figures[0]["speed_ratio"] == 1 and "x Mixtral's speed" in stdout
+
+
 def test_baselines(tmp_path):
     file = tmp_path / "figures.json"
     command = [

@@ -166,6 +166,8 @@ def test_a_model_from_a_configuration(tmp_path):
     there = load_there(directory)
     torch.manual_seed(0)
     model = type(there)(there.config)
+    with pytest.raises(ValueError, match="score='median': choose one of norm, max, relu_norm"):
+        type(there.config)(score="median")
     experts = model.model.layers[0].mlp.experts
     _, scores = experts(torch.randn(500, 32))
     assert scores.mean().item() == pytest.approx(8**0.5, rel=0.1)

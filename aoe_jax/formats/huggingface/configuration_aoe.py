@@ -2,6 +2,8 @@
 
 from transformers import MixtralConfig
 
+SCORES = ("norm", "max", "relu_norm")
+
 
 class AoEConfig(MixtralConfig):
     """A decoder with the attention of Llama and Autonomy-of-Experts layers (arXiv 2501.13074).
@@ -12,7 +14,7 @@ class AoEConfig(MixtralConfig):
       score_neurons: None: gates are factorised, and their low-rank activations score. A number:
         gates are whole, and this many of their first pre-activations score.
       gate_rank: the rank of a factorised gate.
-      score: "norm", "max" or "relu_norm": how the activations become a score.
+      score: one of `SCORES`: how the activations become a score.
       norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
       selection_bias: whether a bias is added to the scores for the choice of experts.
       norm: "rms", or "layer" for LayerNorm with a bias.
@@ -40,6 +42,8 @@ class AoEConfig(MixtralConfig):
         lm_head_bias=False,
         **settings,
     ):
+        if score not in SCORES:
+            raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
         self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
         self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
         self.norm, self.qk_norm = norm, qk_norm

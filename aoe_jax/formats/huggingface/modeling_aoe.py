@@ -45,11 +45,18 @@ def grouped_mm(rows, weights, sizes):
     Returns:
       `[R, b]`.
     """
-    is_aligned = all(a.shape[-1] * a.element_size() % 16 == 0 for a in (rows, weights))
-    if rows.is_cuda and is_aligned and hasattr(F, "grouped_mm"):
+    if _has_kernel(rows, weights):
         return F.grouped_mm(rows, weights, offs=sizes.cumsum(0, dtype=torch.int32))
     groups = zip(rows.split(sizes.tolist()), weights.unbind(), strict=True)
     return torch.cat([group @ w for group, w in groups])
+
+
+def _has_kernel(rows, weights):
+    if not rows.is_cuda or not hasattr(F, "grouped_mm"):
+        return False
+    is_supported = torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    both = (rows, weights)  # each row of a matrix must be a whole number of 16 bytes
+    return is_supported and all(a.dtype == torch.bfloat16 and a.shape[-1] % 8 == 0 for a in both)
 
 
 class AoEExperts(nn.Module):
@@ -89,7 +96,7 @@ class AoEExperts(nn.Module):
         up = grouped_mm(rows, self.w_up, sizes)
         hidden = F.silu(gate) * up * weight.flatten()[order, None].to(x.dtype)
         y = grouped_mm(hidden, self.w_down, sizes)
-        return torch.zeros_like(x).index_add(0, token, y), scores
+        return torch.zeros_like(x).index_add(0, token, y.to(x.dtype)), scores
 
     def code_and_scores(self, x):
         """The activations that score, `[T, n, r]`, and their scores, `[T, n]` float32."""
