@@ -88,7 +88,7 @@ class AoEExperts(nn.Module):
         token = order // self.top_k
         sizes = torch.bincount(slot_expert, minlength=scores.shape[1])
         rows = x.index_select(0, token)
-        if self.score_neurons is None:
+        if self.score_neurons is None:  # the scores have computed x W_gate_down already
             row_code = code.flatten(0, 1).index_select(0, token * scores.shape[1] + slot_expert)
             gate = grouped_mm(row_code, self.w_gate_up, sizes)
         else:
@@ -150,10 +150,10 @@ class AoEPreTrainedModel(MixtralPreTrainedModel):
 
     config_class = AoEConfig
     config: AoEConfig
-    _no_split_modules = ["AoEDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["AoEDecoderLayer"]
     _can_compile_fullgraph = False  # rows are split by the numbers of tokens that chose an expert
-    _keep_in_fp32_modules_strict = {"selection_bias"}  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"selection_bias"}
+    _can_record_outputs = {
         "router_logits": AoEExperts,
         "hidden_states": AoEDecoderLayer,
         "attentions": [LlamaAttention, OlmoeAttention],
