@@ -102,6 +102,14 @@ def test_there_and_back(tmp_path, variant):
     )
 
 
+def test_an_aoe_with_groups(tmp_path):
+    """As earlier versions wrote it, without classes for transformers."""
+    config = tiny_config()
+    directory, params, bias, mesh, config = written(tmp_path, config, values=as_own(config))
+    assert not (directory / "modeling_aoe.py").exists()
+    assert_same(load_params(directory, config, mesh), (params, bias))
+
+
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_over_a_mesh(tmp_path, kind):
     """Written from arrays that are split over devices, read onto one and onto others."""
