@@ -4,8 +4,6 @@ By default it is scored on a held-out split, with `--tasks` on tasks of lm-eval.
 the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from aoe_jax import cli, distributed
@@ -25,7 +23,7 @@ _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, n
 
 def main():
     """Evaluates."""
-    workdir, text = Path(cli.required(_WORKDIR)), _TEXT.value or ""
+    workdir, text = cli.path_of(_WORKDIR, in_store=True), _TEXT.value or ""
     for flag in (_TASKS, _TEXT):
         if flag.present and not flag.value:
             raise UserError(f"--{flag.name}= names nothing; see --help")
@@ -39,7 +37,7 @@ def main():
     settings = {
         "limit": _LIMIT.value,
         "fewshot": _FEWSHOT.value,
-        "data": _DATA.value and Path(_DATA.value).expanduser(),
+        "data": _DATA.value and cli.path_of(_DATA),
         "split": _SPLIT.value,
     }
     if _TASKS.value:

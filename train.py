@@ -1,7 +1,5 @@
 """Trains a model: `python train.py --config=FILE --workdir=DIR [--config.train.steps=N ...]`."""
 
-from pathlib import Path
-
 from absl import flags
 
 from aoe_jax import cli, distributed
@@ -35,7 +33,7 @@ def main():
     stop = StopRequests()
     stop.listen()
     config = cli.parsed_config(_CONFIG)
-    workdir = Path(cli.required(_WORKDIR))
+    workdir = cli.path_of(_WORKDIR, in_store=True)
     profile = steps_to_trace(_PROFILE.value) if _PROFILE.value is not None else range(0)
     distributed.start()
     from aoe_jax.training.loop import Start, train  # JAX may start only after `distributed.start`

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from aoe_jax import faults
 from aoe_jax.config.checks import require
 from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError
+from aoe_jax.paths import parsed_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
@@ -143,6 +144,11 @@ def required(flag):
     if not flag.value:
         raise UserError(f"--{flag.name} is missing; name {FLAGS[flag.name].help}")
     return flag.value
+
+
+def path_of(flag, in_store=False):
+    """The path of a flag that must be given; see `parsed_path`."""
+    return parsed_path(required(flag), f"--{flag.name}", in_store)
 
 
 def run(main):

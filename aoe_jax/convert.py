@@ -17,13 +17,12 @@ All else stays, and training continues with `train.py --config=configs/finetune.
 after, and how far the scores agree with the router.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
+from aoe_jax.paths import local_copy
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a router MoE")
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
@@ -38,7 +37,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of the tokens of the train split",
 
 def main():
     """Converts."""
-    checkpoint, output = Path(cli.required(_CHECKPOINT)), Path(cli.required(_OUTPUT))
+    checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
+    output = cli.path_of(_OUTPUT, in_store=True)
     is_whole = _NEURONS.value is not None
     if is_whole == (_D_LOW.value is not None):
         raise UserError("--score_neurons and --d_low: give one of them")

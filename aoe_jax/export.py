@@ -8,7 +8,6 @@ from it.
 """
 
 import logging
-from pathlib import Path
 
 from absl import flags
 
@@ -24,7 +23,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype o
 
 def main():
     """Exports."""
-    workdir, output = Path(cli.required(_WORKDIR)), Path(cli.required(_OUTPUT))
+    workdir, output = cli.path_of(_WORKDIR, in_store=True), cli.path_of(_OUTPUT, in_store=True)
     from aoe_jax.evaluation.models import load_model
     from aoe_jax.formats.configs import to_json
     from aoe_jax.formats.model_card import write_card

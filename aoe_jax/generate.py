@@ -5,7 +5,6 @@ the other. `--contrast=BETA` is self-contrast, see `evaluation/contrast.py`.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -62,7 +61,7 @@ def _contrast():
 
 def main():
     """Generates."""
-    workdir = Path(cli.required(_WORKDIR))
+    workdir = cli.path_of(_WORKDIR, in_store=True)
     require_flag(_MAX_TOKENS.value >= 1, "max_tokens", _MAX_TOKENS.value, "must be 1 or greater")
     distributed.start()
     import jax

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from aoe_jax.errors import UserError
+from aoe_jax.paths import is_remote
 
 
 def read_json(path: Path, wanted="name the workdir of a training run"):
@@ -38,8 +39,12 @@ def write_json(path: Path, value, indent=2):
     """Writes JSON, null for numbers that aren't finite; a kill or a power cut leaves either the old
     file or the new one.
     """
+    text = json.dumps(finite(value), indent=indent) + "\n"
+    if is_remote(path):  # it appears whole
+        path.write_text(text)
+        return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(finite(value), indent=indent) + "\n")
+    partial.write_text(text)
     replace_durably(partial, path)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from aoe_jax.errors import UserError
 from aoe_jax.faults import is_fault, patiently
+from aoe_jax.paths import create, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
       UserError: the folder cannot be made, or another process owns it. It names the `flag` that
         gave the folder.
     """
-    is_new = not folder.exists()
+    is_new = not is_remote(folder) and not folder.exists()
     make_folder(folder, flag)
     owner = Owner(folder, _acquire(folder, flag, take_over))
     try:
@@ -195,23 +196,13 @@ def _changes(seconds, value):
 
 
 def _create(path, value):
-    """Makes a file; False if it exists already."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    try:
-        with open(descriptor, "w") as file:
-            file.write(json.dumps(value))
-            file.flush()
-            os.fsync(descriptor)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return True
+    return create(path, json.dumps(value).encode())
 
 
 def _write(path, value):
+    if is_remote(path):  # it appears whole
+        path.write_text(json.dumps(value))
+        return
     partial = path.with_name(f"{path.name}.{value['nonce']}")
     partial.write_text(json.dumps(value))
     os.replace(partial, path)

@@ -5,8 +5,6 @@ The report has nll, accuracy on tasks, agreement with the router and time, besid
 random choice: the paper's Tables 1, 6 and 7. Prints a table, writes `probe.json`.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from aoe_jax import cli, distributed
@@ -30,7 +28,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: -
 
 def main():
     """Probes."""
-    checkpoint = Path(cli.required(_CHECKPOINT)).expanduser()
+    checkpoint = cli.path_of(_CHECKPOINT)
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint
 
@@ -39,7 +37,7 @@ def main():
         require_flag(not unused, flag.name, flag.value, "belongs to --tasks")
     probe_checkpoint(
         checkpoint,
-        Path(_OUTPUT.value).expanduser() if _OUTPUT.value else checkpoint,
+        cli.path_of(_OUTPUT) if _OUTPUT.value else checkpoint,
         step=_STEP.value,
         mesh=_MESH.value,
         text=_TEXT.value,
@@ -49,7 +47,7 @@ def main():
         limit=_LIMIT.value,
         score_neurons=_NEURONS.value,
         fewshot=_FEWSHOT.value,
-        data=Path(_DATA.value).expanduser() if _DATA.value else None,
+        data=cli.path_of(_DATA) if _DATA.value else None,
     )
 
 

@@ -34,8 +34,6 @@ experts; memory holds moments `[Z, Z]`, not scores. Merging an expert takes `O(f
 `prune.json`; `train.init_from` continues its training.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from aoe_jax import cli
@@ -55,13 +53,13 @@ _BASELINES = flags.DEFINE_bool("baselines", True, "score the other methods, too"
 
 def main():
     """Prunes."""
-    workdir, n_experts = cli.required(_WORKDIR), cli.required(_EXPERTS)
-    output = cli.required(_OUTPUT)
+    workdir, n_experts = cli.path_of(_WORKDIR, in_store=True), cli.required(_EXPERTS)
+    output = cli.path_of(_OUTPUT, in_store=True)
     from aoe_jax.pruning.run import prune  # starts JAX
 
     prune(
-        Path(workdir).expanduser(),
-        Path(output).expanduser(),
+        workdir,
+        output,
         n_experts,
         method=_METHOD.value,
         data=_DATA.value,

@@ -40,7 +40,7 @@ def main():
     stop = StopRequests("the same command goes on from there")
     stop.listen()
     suite = load_suite(Path(cli.required(_SUITE)), _SET.value)
-    workdir = Path(cli.required(_WORKDIR)).expanduser().absolute()
+    workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
     wanted = "has no runs to report; leave out --report to train them"
     require_flag(has_runs, "workdir", workdir, wanted)

@@ -110,7 +110,7 @@ def table(found: pd.DataFrame, arms):
 
 def main():
     """Prints the table."""
-    folder, arms = Path(cli.required(_RESULTS)).expanduser(), cli.required(_ARMS)
+    folder, arms = cli.path_of(_RESULTS), cli.required(_ARMS)
     print(markdown_table(table(pairs(finished_runs(folder), arms), arms)))
 
 

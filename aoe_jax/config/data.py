@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from aoe_jax.config.checks import Group, require, setting
+from aoe_jax.paths import is_remote
 
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -128,5 +129,5 @@ def _parsed_sources(name):
 
 
 def absolute(path):
-    """A path from the root, with `~` as the home."""
-    return os.path.abspath(os.path.expanduser(path))
+    """A path from the root, with `~` as the home; one in an object store as it is."""
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))

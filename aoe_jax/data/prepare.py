@@ -6,7 +6,6 @@ shards, `--repair` writes them again.
 """
 
 import logging
-from pathlib import Path
 
 from absl import flags
 
@@ -44,7 +43,7 @@ _REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from t
 def main():
     """Prepares, checks or repairs."""
     StopRequests("the same command goes on where it was").listen()
-    output = Path(cli.required(_OUTPUT)).expanduser()
+    output = cli.path_of(_OUTPUT)
     if not (_CHECK.value or _REPAIR.value):
         cli.required(_INPUT)
         tokenizer = cli.required(_TOKENIZER)

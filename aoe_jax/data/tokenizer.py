@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import replace_durably
+from aoe_jax.paths import local_file
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -211,9 +212,9 @@ def load_tokenizer(
 
 
 def saved_tokenizer(folder: Path) -> Path:
-    """The tokenizer's file in a folder; `tokenizer.json`, if there is none."""
+    """The tokenizer's file in a folder, on a disk; `tokenizer.json`, if there is none."""
     files = [folder / kind.file_name for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)]
-    return next((file for file in files if file.is_file()), files[0])
+    return local_file(next((file for file in files if file.is_file()), files[0]))
 
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -22,6 +22,7 @@ from aoe_jax.formats.reading import is_model, load_params, read_begin_token, rea
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
+from aoe_jax.paths import is_remote, local_copy
 from aoe_jax.sharding import (
     MESH_AXES,
     batch_sharding,
@@ -91,6 +92,8 @@ def load_model(directory: Path, step="newest", mesh=None):
     Raises:
       UserError: there is no such model, it can't be read, or the mesh doesn't fit.
     """
+    if is_remote(directory) and is_model(directory):
+        directory = local_copy(directory)
     config = on_devices_here(source_config(directory), mesh_axes(mesh))
     devices, has_run = make_mesh(config, jax.devices()), not is_model(directory)
     setting = f"the tokenizer of the {'run' if has_run else 'model'}"

@@ -99,7 +99,8 @@ def _report(model, stores, document_mask, name, about, file, picture):
         if statistics:
             print(load_table(statistics))
             title = f"{config.experts.kind}, {name}, step {model.step}"
-            draw_loads({title: statistics}).savefig(file.with_name(picture), dpi=150)
+            with file.with_name(picture).open("wb") as drawn:
+                draw_loads({title: statistics}).savefig(drawn, dpi=150)
             log.info("wrote %s", file.with_name(picture))
     return report
 

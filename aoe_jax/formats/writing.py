@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors import SafetensorError
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, is_disk_full
+from aoe_jax.faults import patiently
 from aoe_jax.formats.architectures import find_layout
 from aoe_jax.formats.reading import RUN_FILE
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.json_files import sync, write_json
+from aoe_jax.paths import Mirror, is_remote
 
 _CLASSES = Path(__file__).with_name("huggingface")  # of transformers, for our own format
 
@@ -26,13 +29,20 @@ _CLASSES = Path(__file__).with_name("huggingface")  # of transformers, for our o
 def new_directory(output: Path) -> Iterator[Path]:
     """A directory to write, renamed to `output` at the end, and removed after an exception.
 
-    A killed process leaves it, hidden beside `output`.
+    A killed process leaves it, hidden beside `output`. For an object store it is a temporary one on
+    a disk, whose files are copied at the end, `config.json` as the last.
 
     Raises:
       UserError: `output` exists, or can't be written.
     """
     if output.exists():
         raise UserError(f"--output={output} exists already; name a new directory")
+    if is_remote(output):
+        with tempfile.TemporaryDirectory() as folder:
+            mirror = Mirror(Path(folder), output)
+            yield Path(folder)
+            patiently(f"--output={output} cannot be written", lambda: mirror.upload("config.json"))
+        return
     partial = output.absolute().with_name(f".{output.name}.partial.{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
@@ -108,4 +118,4 @@ def write_run(directory: Path, source: Path, step: int | None, config: Config):
     """Writes which run and step a model is from, and which data the run in `source` read."""
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})
     if (source / "data.json").exists():
-        shutil.copyfile(source / "data.json", directory / "data.json")
+        (directory / "data.json").write_bytes((source / "data.json").read_bytes())

@@ -18,6 +18,7 @@ from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, together
 from aoe_jax.errors import FailedElsewhere, Failure, MachineFault, UserError
 from aoe_jax.json_files import read_metrics
+from aoe_jax.paths import is_remote, move
 from aoe_jax.training.fingerprints import by_path, fingerprints
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
         """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`."""
-        self.directory = workdir.absolute() / "checkpoints"
+        self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._config = config
         self._manager = None
         self._saving = None  # the step that is being saved in the background
@@ -247,11 +248,10 @@ class Checkpoints:
         with together():
             if jax.process_index() == 0:
                 aside = self.directory.with_name(DAMAGED)
-                aside.mkdir(exist_ok=True)
                 target, n = aside / str(step), 1
                 while target.exists():
                     target, n = aside / f"{step}-{n}", n + 1
-                self._path(step).replace(target)
+                move(self._path(step), target)
                 log.warning(
                     f"checkpoint of step {step} is damaged ({problem}): set aside as {target}"
                 )

@@ -15,6 +15,7 @@ from aoe_jax.errors import DivergedError
 from aoe_jax.faults import Tolerated
 from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import dead_experts
+from aoe_jax.paths import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ class Health:
 
 @dataclass
 class Heartbeat:
-    """Writes status and step to `heartbeat.json`: at each change, else at most once a second."""
+    """Writes status and step to `heartbeat.json`: at each change, else at most once a second, in an
+    object store every ten seconds.
+    """
 
     workdir: Path
     writes: bool = False  # the first process alone writes, once it owns the workdir
@@ -106,7 +109,8 @@ class Heartbeat:
         self.step = self.step if step is None else step
         now = self.moved = time.monotonic()
         before, self.status = self.status, status
-        if not self.writes or (status == before and now < self._written + 1):
+        pause = 10 if is_remote(self.workdir) else 1
+        if not self.writes or (status == before and now < self._written + pause):
             return
         self._written = now
         value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}

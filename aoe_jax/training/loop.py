@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from aoe_jax.faults import patiently
 from aoe_jax.json_files import read_json, write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.ownership import owned, read_owner
+from aoe_jax.paths import Mirror, is_remote
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
@@ -163,6 +165,13 @@ class _Run:
         with together():
             if self.is_main and (start.over or start.go_back is not None):
                 set_aside(self.workdir, start.go_back)
+        self.figures, self.mirror = self.workdir, None
+        if self.is_main and is_remote(self.workdir):
+            self.figures = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
+            metrics = self.workdir / "metrics.jsonl"
+            if metrics.exists():
+                (self.figures / "metrics.jsonl").write_bytes(metrics.read_bytes())
+            self.mirror = Mirror(self.figures, self.workdir)
 
     def check(self, profile, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
@@ -239,7 +248,7 @@ class _Run:
         progress.validated = progress.validated and self.step < train.steps
         with together():
             self.telemetry = Telemetry(
-                self.workdir,
+                self.figures,
                 config,
                 self.step,
                 progress.validated,
@@ -271,7 +280,7 @@ class _Run:
         )
 
     def take_steps(self):
-        steps, folder = self.config.train.steps, self.workdir / "profile"
+        steps, folder = self.config.train.steps, self.figures / "profile"
         if not self.progress.validated:
             self.validate()
         try:
@@ -383,19 +392,25 @@ class _Run:
                 if self.is_main:
                     self.owner.check()
                     # No checkpoint may be ahead of metrics.jsonl.
-                    patiently("metrics.jsonl cannot be written", self.telemetry.sync)
+                    patiently("metrics.jsonl cannot be written", self.sync)
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
         self.saved_at = time.monotonic()
         self.heartbeat.saved = self.checkpoints.saved or self.heartbeat.saved
         self.heartbeat.beat("training", self.step)
 
+    def sync(self):
+        """Waits until the figures so far are safe in the workdir."""
+        self.telemetry.sync()
+        if self.mirror:
+            self.mirror.upload()
+
     def save_from_outside(self):
         """Saves from another thread if the loop waits for data; returns whether it did."""
         if self.position is None or jax.process_count() > 1:
             return False
         self._report()
-        self.telemetry.sync()
+        self.sync()
         self.checkpoints.save(self.step, self.state, self.position, self.progress, wait=True)
         return True
 
@@ -421,6 +436,7 @@ class _Run:
         self.checkpoints.close()
         if self.is_main:
             path = self.workdir / "summary.json"
+            patiently("the figures cannot be written", self.sync)
             patiently(f"{path} cannot be written", lambda: write_json(path, summary))
         self.heartbeat.beat("finished", self.step)
         log.info("done: %s", json.dumps(metrics))

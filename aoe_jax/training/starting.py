@@ -15,6 +15,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import computed_fields, differences, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import initial_routing_state
+from aoe_jax.paths import local_copy, parsed_path
 from aoe_jax.training.step import TrainState, first_state
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 
 def check_start(config: Config):
     """Raises `UserError` if the model can't be read or has another architecture; writes nothing."""
-    directory = Path(config.train.init_from)
     try:
+        directory = _directory(config)
         there, here = computed_fields(read_config(directory)), computed_fields(config)
     except (UserError, OSError) as e:
         raise _refused(config, e) from e
@@ -33,6 +34,10 @@ def check_start(config: Config):
     if differing:
         how = "; ".join(f"config.{text}" for text in differing.values())
         log.warning(f"experts are chosen in another way than in {directory}: {how}")
+
+
+def _directory(config):
+    return local_copy(parsed_path(config.train.init_from, "config.train.init_from", in_store=True))
 
 
 def _refused(config, why):
@@ -62,7 +67,7 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
 
 
 def _loaded(config, mesh, tokenizer):
-    directory = Path(config.train.init_from)
+    directory = _directory(config)
     its = saved_tokenizer(directory)
     if its.exists() and _vocabulary(its) != _vocabulary(tokenizer):
         raise UserError(

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -81,10 +82,12 @@ class Watchdog:
         """Writes the report of this process; returns what the reports of all of them say."""
         process, heartbeat = jax.process_index(), self._heartbeat
         self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f"process_{process}.txt", "w") as file:
+        with tempfile.TemporaryFile("w+") as file:
             print(f"{self._where()} on {socket.gethostname()}, {seconds:.0f} s", file=file)
             file.flush()
             faulthandler.dump_traceback(file)
+            file.seek(0)
+            (self._folder / f"process_{process}.txt").write_text(file.read())
         path = self._folder / f"process_{process}.json"
         write_json(path, {"nonce": self._nonce, "step": heartbeat.step, "status": heartbeat.status})
         if jax.process_count() == 1:

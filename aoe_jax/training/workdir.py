@@ -1,7 +1,6 @@
 """The directory of a run: which configuration and data it belongs to."""
 
 import logging
-import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
 from aoe_jax.json_files import read_json, read_metrics, write_json
 from aoe_jax.ownership import OWN_FILES
+from aoe_jax.paths import move
 from aoe_jax.training.checkpoint import DAMAGED
 
 log = logging.getLogger(__name__)
@@ -111,14 +111,14 @@ def set_aside(workdir: Path, go_back: int | None = None):
                 f"--go-back={go_back}: {workdir} has checkpoints of steps "
                 f"{', '.join(map(str, sorted(steps))) or 'none'}"
             )
-        shutil.copyfile(workdir / "metrics.jsonl", workdir / "metrics.jsonl.whole")
+        whole = workdir / "metrics.jsonl.whole"
+        whole.write_bytes((workdir / "metrics.jsonl").read_bytes())
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "heartbeat.json"]
     folder = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S")
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (workdir / name).replace(folder / name)
+        move(workdir / name, folder / name)
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 
@@ -140,7 +140,7 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks."""
-    shutil.copyfile(corpus.tokenizer, workdir / corpus.tokenizer.name)
+    (workdir / corpus.tokenizer.name).write_bytes(corpus.tokenizer.read_bytes())
     write_json(workdir / "data.json", {"token_stores": corpus.identities})
     write_json(workdir / "config.json", config.to_dict())
 

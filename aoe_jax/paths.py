@@ -1,0 +1,148 @@
+"""Folders on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
+
+import atexit
+import functools
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from etils import epath
+
+from aoe_jax.errors import UserError
+from aoe_jax.locking import exclusive
+
+STORES = {"gs": "gcsfs"}  # by scheme, the package that reads it
+
+
+def parsed_path(text: str | os.PathLike, name: str, in_store=False):
+    """Returns the path that a user wrote; `~` stands for the home directory.
+
+    Args:
+      text: such as runs/tiny or gs://BUCKET/runs/tiny.
+      name: of the flag or field, for messages.
+      in_store: whether it may be in an object store.
+
+    Raises:
+      UserError: the scheme is unknown, or its package is missing.
+    """
+    match = re.match(r"([\w+.-]+):/", str(text))
+    if not match:
+        return Path(text).expanduser()
+    scheme = match[1]
+    known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
+    wanted = f"name a folder, or {known}" if in_store else "it must be on a disk; name a folder"
+    if scheme not in STORES or not in_store or not str(text).startswith(f"{scheme}://"):
+        raise UserError(f"{name}={text}: {wanted}")
+    try:
+        fsspec_settings()
+        __import__(STORES[scheme])
+    except ImportError as e:
+        raise UserError(f"{name}={text}: pip install 'aoe_jax[gcs]'") from e
+    return epath.Path(text)
+
+
+def fsspec_settings():
+    """Makes fsspec ask the store each time: other hosts write there, too."""
+    import fsspec
+
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False}
+
+
+def is_remote(path) -> bool:
+    """Whether a path is in an object store."""
+    return "://" in os.fspath(path)
+
+
+def file_system(path):
+    """The fsspec file system of a path in an object store."""
+    import fsspec
+
+    fsspec_settings()
+    return fsspec.filesystem(os.fspath(path).partition("://")[0])
+
+
+def create(path, content: bytes) -> bool:
+    """Makes a file whole, durably and exclusively; False if it exists already."""
+    if is_remote(path):
+        try:
+            file_system(path).pipe_file(os.fspath(path), content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def move(source, target):
+    """Moves a file or folder; makes the folders above `target`. In a store, file by file."""
+    if is_remote(source):
+        file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+
+
+def local_copy(folder, cache="~/.cache/aoe_jax"):
+    """Returns a folder on a disk with the files of a folder: itself, or a copy in `cache`."""
+    if not is_remote(folder):
+        return folder
+    root, store = os.fspath(folder).rstrip("/"), file_system(folder)
+    files = sorted(store.find(root, detail=True).items())
+    state = [(name, file["size"], file.get("md5Hash"), file.get("etag")) for name, file in files]
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
+    with exclusive(target.with_name(f".{target.name}.lock")):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent) as partial:
+                store.get(f"{root}/", f"{partial}/copy/", recursive=True)
+                os.replace(f"{partial}/copy", target)
+    return target
+
+
+@functools.cache
+def local_file(file) -> Path:
+    """Returns a file on a disk: itself, or a copy that lasts as long as this process."""
+    if not is_remote(file) or not file.exists():
+        return file
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(folder, file.name)
+    copy.write_bytes(file.read_bytes())
+    return copy
+
+
+class Mirror:
+    """Files on a disk that are copied to a folder in an object store when they have changed."""
+
+    def __init__(self, local: Path, remote):
+        """Takes the files in `local` as they are for those in `remote`."""
+        self._local, self._remote = local, remote
+        self._known = self._states()
+
+    def _states(self):
+        files = (path for path in self._local.rglob("*") if path.is_file())
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+    def upload(self, last=""):
+        """Copies all files that are new or have changed; each appears whole, that of the name
+        `last` after all others.
+        """
+        for path, state in sorted(self._states().items(), key=lambda file: file[0].name == last):
+            if self._known.get(path) != state:
+                target = self._remote / path.relative_to(self._local).as_posix()
+                file_system(target).put_file(os.fspath(path), os.fspath(target))
+                self._known[path] = state
