@@ -7,7 +7,7 @@ import math
 import operator
 from typing import ClassVar
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 
 _BOUNDS = {
     "above": ("greater than {}", operator.gt),
@@ -69,7 +69,7 @@ class Group:
 def require(condition, name, value, wanted):
     """Refuses a value of a field `GROUP.FIELD` unless the condition holds."""
     if not condition:
-        raise UserError(f"config.{name}={value!r}: {wanted}")
+        raise UserError(f"config.{name}={shown(value)}: {wanted}")
 
 
 def require_choice(name, value, choices):

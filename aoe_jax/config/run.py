@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.moe.routing import Method, TopK
 
@@ -83,7 +84,8 @@ class Config:
         groups = {name: dict(values) for name, values in config.items()}
         if "routing" in groups:
             kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
-            method = groups["routing"].pop("name", kind if kind in LAYERS else TopK.name)
+            default = kind if kind in tuple(LAYERS) else TopK.name
+            method = groups["routing"].pop("name", default)
             methods = ROUTERS | LAYERS
             require_choice("routing.name", method, tuple(methods))
             classes["routing"] = methods[method]
@@ -116,22 +118,35 @@ def _refuse_unknown(given, known, prefix=""):
         if instead := RENAMED.get(prefix + name):
             raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
         if name not in known:
-            raise UserError(f"config.{prefix}{name} is unknown; known are {', '.join(known)}")
+            known = ", ".join(known)
+            raise UserError(f"config.{prefix}{shown(name)[1:-1]} is unknown; known are {known}")
 
 
 def _build(group, values):
     known, typed = _types(group), {}
     _refuse_unknown(values, known, f"{group.group}.")
     for name, value in values.items():
-        kinds = known[name]
+        kinds, field = known[name], f"{group.group}.{name}"
         if tuple in kinds and type(value) is list:  # as JSON gives it back
             value = tuple(value)
+        for part in value if type(value) is tuple else (value,):
+            _check_range(field, part)
         if float in kinds and type(value) is int:
             value = float(value)
         names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
-        require(type(value) in kinds, f"{group.group}.{name}", value, f"must be of type {names}")
+        require(type(value) in kinds, field, value, f"must be of type {names}")
         typed[name] = value
     return group(**typed)
+
+
+def _check_range(field, value):
+    """Refuses what no field may be, so that sizes and paths fail here and not in a library."""
+    if type(value) is int:
+        require(abs(value) < 2**31, field, value, "must be smaller than 2**31")
+    elif type(value) is float:
+        require(math.isfinite(value), field, value, "must be finite")
+    elif type(value) is str:
+        require("\0" not in value, field, value, "must not have the character NUL")
 
 
 def default_config():

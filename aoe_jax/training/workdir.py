@@ -7,7 +7,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import TEXT, read_json, write_json
 
 # Groups and fields that may change when a run continues: they don't affect what it computes, but
 # for how long it runs.
@@ -56,9 +56,13 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
     has changed since it began.
     """
     path = workdir / "data.json"
-    found = read_json(path).get("token_stores") if path.exists() else corpus.identities
+    found = corpus.identities
+    if path.exists():
+        found = read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
     if found != corpus.identities:
-        there, here = (", ".join(stores or ["none"]) for stores in (found, corpus.identities))
+        there, here = (
+            ", ".join(stores or ["none"])[:1000] for stores in (found, corpus.identities)
+        )
         raise UserError(
             f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
             "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
@@ -93,7 +97,8 @@ def read_run_config(path: Path) -> Config:
         )
     for name, values in groups.items():
         if not isinstance(values, dict):
-            raise UserError(f"{path}: {name} is no group of fields; name a training run's workdir")
+            wanted = "is no group of fields; name a training run's workdir"
+            raise UserError(f"{path}: {name[:100]} {wanted}")
     try:
         return Config.from_config_dict(groups)
     except UserError as e:
