@@ -12,7 +12,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from aoe_jax.config.checks import require
+from aoe_jax.config.checks import require, require_flag
 from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
 
 FLAGS = flags.FLAGS
@@ -195,6 +195,10 @@ def _parse(argv):
         raise SystemExit(0) from None  # absl ends --help with status 1
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
+    for name in FLAGS:
+        value = FLAGS[name].value
+        if type(value) is int:  # larger ones are no seed and no number of anything here
+            require_flag(abs(value) < 2**31, name, value, "must be smaller than 2**31")
     if arguments[1:]:
         raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
 

@@ -10,7 +10,9 @@ from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.reading import read_config, read_step
 from tests.runs import (
     STEPS,
+    as_read_from,
     contents,
+    corpus_store,
     fine_tuned,
     finished_run,
     kind_config,
@@ -51,8 +53,9 @@ def exported():
 
 
 def test_files():
-    assert read_config(exported()["aoe"]) == tiny_config() and read_step(exported()["aoe"]) == STEPS
-    assert read_config(exported()["router"]) == kind_config("router")
+    for kind, config in {"aoe": tiny_config(), "router": kind_config("router")}.items():
+        assert read_config(exported()[kind]) == as_read_from(exported()[kind], config)
+    assert read_step(exported()["aoe"]) == STEPS
     names = {
         "aoe_jax.json",
         "config.json",
@@ -72,7 +75,8 @@ def test_files():
 
 def test_a_model_is_that_of_its_run():
     model, of_run = load_model(exported()["aoe"]), load_model(finished_run())
-    assert (model.config, model.step, model.start) == (of_run.config, of_run.step, of_run.start)
+    assert model.config == as_read_from(exported()["aoe"], of_run.config)
+    assert (model.step, model.start) == (of_run.step, of_run.start)
     for name in ("w_gate_down", "w_down"):
         a, b = (np.asarray(found.params["layers"]["experts"][name]) for found in (model, of_run))
         np.testing.assert_array_equal(a, b)
@@ -80,7 +84,8 @@ def test_a_model_is_that_of_its_run():
 
 def test_converted_models_are_evaluated(tmp_path):
     directory = shutil.copytree(exported()["converted"], tmp_path / "model")
-    status, _, stderr = run(["eval.py", f"--workdir={directory}", "--split=validation"])
+    command = ["eval.py", f"--workdir={directory}", "--split=validation"]
+    status, _, stderr = run([*command, f"--data=prepared@{corpus_store()}"])
     assert status == 0, stderr
     report = json.loads((directory / "eval.json").read_text())
     of_run = read_metrics(kind_run("router")[0])[1][-1]["validation_nll"]
@@ -109,6 +114,10 @@ MISTAKES = {
     "dtype": (
         [*MODULE, "--workdir={run}", "--output={here}/model", "--dtype=int8"],
         ["dtype", "float32|bfloat16"],
+    ),
+    "corpora that a model names": (
+        ["eval.py", "--workdir={aoe}"],
+        ["aoe is a model, which can't choose the corpora", "were 'text@/", "Name corpora with"],
     ),
     "no run": (
         [*MODULE, "--workdir={here}", "--output={here}/model"],

@@ -15,7 +15,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.training import CheckpointConfig, TrainConfig
-from aoe_jax.errors import UserError, shown
+from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.moe.routing import Method, TopK
 
@@ -119,7 +119,7 @@ def _refuse_unknown(given, known, prefix=""):
             raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
         if name not in known:
             known = ", ".join(known)
-            raise UserError(f"config.{prefix}{shown(name)[1:-1]} is unknown; known are {known}")
+            raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")
 
 
 def _build(group, values):

@@ -182,8 +182,8 @@ def _refuse_bomb(n_bytes: int, n_compressed: int, path: str):
     """Refuses a file that is decompressed to far more bytes than a text would be."""
     if n_bytes > _RATIO_FROM and n_bytes > _RATIO * n_compressed:
         raise UserError(
-            f"--input: {path} has {n_compressed} bytes, which are more than {_RATIO} times as many "
-            "when decompressed; no text is compressed so well: remove it, or decompress it yourself"
+            f"--input: {path}: {n_compressed} bytes of it are decompressed to more than {_RATIO} "
+            "times as many; no text is compressed so well: remove it, or decompress it yourself"
         )
 
 
@@ -208,7 +208,7 @@ def _json_lines(
         if len(line) > DOCUMENT_BYTES:
             raise _too_long(where)
         if compression:
-            _refuse_bomb(position, piece.stop, piece.path)
+            _refuse_bomb(position, raw.tell(), piece.path)
         if not line.isspace():
             read = raw.tell() if compression else min(position, piece.stop) - piece.start
             yield _checked(_value(line, where, text_field), where, text_field), read

@@ -36,6 +36,7 @@ _END_OF_TEXT_NAMES = (
 )
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 FILE_BYTES = 2**27  # of a tokenizer's file; the largest of the hub have 35 MB
+_MOST_TOKENS = 2**24
 PIECE_CHARACTERS = 2**21  # what a tokenizer is given at once
 TRAINING_CHARACTERS = 2**24  # of a document that byte-level BPE is trained on, the first ones
 _TRAINING_PIECE = 2**16
@@ -66,6 +67,19 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 def _is_panic(error: BaseException) -> bool:
     """Whether a library in Rust panicked; the class is no `Exception`, and can't be imported."""
     return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what libraries write to stderr themselves, such as the backtrace of a panic."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @contextlib.contextmanager
@@ -139,13 +153,15 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_padding()
         if threads == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._tiktoken = _as_tiktoken(tokenizer)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.token_count = max(vocabulary.values(), default=-1) + 1
+        if self.token_count > _MOST_TOKENS:  # the library would count up to the highest
+            raise UserError(f"has a token {self.token_count - 1}; {_MOST_TOKENS} are the most")
+        self._tiktoken = _as_tiktoken(tokenizer)
         self.end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
         if self.end_name is None:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
         self.end_of_text = vocabulary[self.end_name]
-        self.token_count = max(vocabulary.values()) + 1
         example = tokenizer.encode("a")
         is_prefix = itertools.takewhile(bool, example.special_tokens_mask)
         self.prefix = example.ids[: sum(is_prefix)]
@@ -251,7 +267,8 @@ def load_tokenizer(
         kind, given = SentencePieceTokenizer, content
         if content[:1] == b"{":
             kind, given = HuggingFaceTokenizer, content.decode()
-        return kind(given, threads)
+        with _quiet():
+            return kind(given, threads)
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
     except OSError as error:

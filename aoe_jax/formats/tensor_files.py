@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aoe_jax.errors import UserError, shown
+from aoe_jax.errors import UserError
 from aoe_jax.json_files import matching, open_regular, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -89,7 +89,7 @@ def _read_header(path):
                 shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                 if dtype not in _DTYPES:
                     what = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
-                    raise UserError(f"{path}: tensor {shown(name)} {what}")
+                    raise UserError(f"{path}: tensor {name[:1000]} {what}")
                 stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
     except (SafetensorError, OSError) as e:
         what = "it is no safetensors file, or damaged"
