@@ -12,8 +12,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from aoe_jax.config.checks import require, require_flag
-from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError
+from aoe_jax.config.checks import misfit, require, require_flag
+from aoe_jax.errors import DivergedError, Interrupted, Stopped, UserError, shown
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
@@ -197,8 +197,9 @@ def _parse(argv):
         raise UserError(_flag_mistake(e)) from e
     for name in FLAGS:
         value = FLAGS[name].value
-        if type(value) is int:  # larger ones are no seed and no number of anything here
-            require_flag(abs(value) < 2**31, name, value, "must be smaller than 2**31")
+        for part in value if isinstance(value, list) else [value]:
+            is_name = name == "input"  # of files, which need not be UTF-8
+            require_flag(is_name or not misfit(part), name, shown(part), misfit(part))
     if arguments[1:]:
         raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
 

@@ -72,6 +72,17 @@ def require(condition, name, value, wanted):
         raise UserError(f"config.{name}={shown(value)}: {wanted}")
 
 
+def misfit(value):
+    """What a number or text that somebody gave should be, or None if every library can take it."""
+    if type(value) is int and abs(value) >= 2**31:
+        return "must be smaller than 2**31"
+    if type(value) is float and not math.isfinite(value):
+        return "must be finite"
+    if type(value) is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        return "must be UTF-8 without NUL"
+    return None
+
+
 def require_choice(name, value, choices):
     """Refuses a value that is none of the choices."""
     require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import math
 import typing
 from dataclasses import dataclass, field
 
 from ml_collections import ConfigDict
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.checks import require, require_choice
+from aoe_jax.config.checks import misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
@@ -130,23 +129,13 @@ def _build(group, values):
         if tuple in kinds and type(value) is list:  # as JSON gives it back
             value = tuple(value)
         for part in value if type(value) is tuple else (value,):
-            _check_range(field, part)
+            require(not misfit(part), field, value, misfit(part))
         if float in kinds and type(value) is int:
             value = float(value)
         names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
         require(type(value) in kinds, field, value, f"must be of type {names}")
         typed[name] = value
     return group(**typed)
-
-
-def _check_range(field, value):
-    """Refuses what no field may be, so that sizes and paths fail here and not in a library."""
-    if type(value) is int:
-        require(abs(value) < 2**31, field, value, "must be smaller than 2**31")
-    elif type(value) is float:
-        require(math.isfinite(value), field, value, "must be finite")
-    elif type(value) is str:
-        require("\0" not in value, field, value, "must not have the character NUL")
 
 
 def default_config():
