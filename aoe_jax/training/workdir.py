@@ -55,10 +55,7 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
     """Raises `UserError` if the run in `workdir` reads other token stores: a text or the tokenizer
     has changed since it began.
     """
-    path = workdir / "data.json"
-    found = corpus.identities
-    if path.exists():
-        found = read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
+    found = read_identities(workdir) or corpus.identities
     if found != corpus.identities:
         there, here = (
             ", ".join(stores or ["none"])[:1000] for stores in (found, corpus.identities)
@@ -68,6 +65,14 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
             "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
             "data.name), or use another --workdir"
         )
+
+
+def read_identities(workdir: Path) -> list[str]:
+    """The identities of the corpora of a run or of a model of a run; empty if it has no file."""
+    path = workdir / "data.json"
+    if not path.exists():
+        return []
+    return read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
 
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
