@@ -46,7 +46,7 @@ def long_document(folder: Path):
 
 
 def gzip_bomb(folder: Path):
-    """10 GB of lines of JSON in a file of about 45 MB."""
+    """10 GB of lines of JSON in a file of 10 MB."""
     line = json.dumps({"text": "a " * 2**19}).encode() + b"\n"
     member = gzip.compress(line * 64)
     with open(folder / "bomb.jsonl.gz", "wb") as file:

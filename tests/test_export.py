@@ -145,10 +145,6 @@ MISTAKES = {
         [*MODULE, "--workdir={run}", "--output={here}/model", "--dtype=int8"],
         ["dtype", "float32|bfloat16"],
     ),
-    "corpora that a model names": (
-        ["eval.py", "--workdir={aoe}"],
-        ["aoe is a model, which can't choose what is read", "were 'text@/", "Name corpora with"],
-    ),
     "no run": (
         [*MODULE, "--workdir={here}", "--output={here}/model"],
         ["config.json can't be read"],

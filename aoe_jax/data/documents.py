@@ -132,20 +132,22 @@ def _row_groups(path: Path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
 
 
 def _parquet(piece: Piece, raw: pyarrow.NativeFile, text_field: str) -> Iterator[tuple[str, int]]:
-    with pyarrow.parquet.ParquetFile(raw) as file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise UserError(
-                f"--text_field={text_field!r}: {piece.path} has no such column; it has {names}"
-            )
+    try:  # without a dictionary, 256 rows that refer to one long text would be 256 copies
+        opened = pyarrow.parquet.ParquetFile(raw, read_dictionary=[text_field])
+    except KeyError:
+        names = pyarrow.parquet.read_schema(raw).names
+        raise UserError(
+            f"--text_field={text_field!r}: {piece.path} has no such column; it has {shown(names)}"
+        ) from None
+    with opened as file:
         done = 0
         for group in range(piece.start, piece.stop):
             where, seen = f"row group {group} of {piece.path}", 0
             metadata = file.metadata.row_group(group)
             for batch in file.iter_batches(256, row_groups=[group], columns=[text_field]):
                 seen += len(batch)
-                read = done + metadata.total_byte_size * seen // metadata.num_rows
-                for value in batch.column(0):  # one by one: all may repeat one long text
+                read = done + metadata.total_byte_size * seen // max(metadata.num_rows, 1)
+                for value in batch.column(0):
                     try:
                         text = value.as_py()
                     except UnicodeDecodeError as error:
@@ -234,6 +236,8 @@ def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
         raise UserError(f"--text_field={text_field!r}: {where} has a {kind} there, not a text")
+    if len(text) > DOCUMENT_BYTES:
+        raise _too_long(where)
     try:
         text.encode()
     except UnicodeEncodeError:
