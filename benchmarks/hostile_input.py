@@ -2,8 +2,8 @@
 
 `python -m benchmarks.hostile_input [--cases=NAME,...] [--json=FILE]`: each case makes its input in
 a temporary folder and prepares it in processes of their own. Memory is the largest resident set of
-one of these processes, by the kernel. The exit status of the program is 1 if a case uses more than
-its bar, or ends with another status than it should.
+one of these processes, by the kernel, and at least that of this program (0.2 GB). The exit status
+is 1 if a case uses more than its bar, or ends with another status than it should.
 """
 
 import gzip
@@ -93,10 +93,10 @@ def measure(case: Case):
         case.write(Path(here, "in"))
         started = time.monotonic()
         command = [sys.executable, *(word.format(here=here) for word in case.command)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        stderr = process.stderr.read().replace(here, "DIR")
-        _, status, usage = os.wait4(process.pid, 0)  # the largest of it and of its children
-        process.returncode = os.waitstatus_to_exitcode(status)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            stderr = process.stderr.read().replace(here, "DIR")
+            _, status, usage = os.wait4(process.pid, 0)  # the largest of it and of its children
+            process.returncode = os.waitstatus_to_exitcode(status)
         seconds, last_line = time.monotonic() - started, (stderr.strip().splitlines() or [""])[-1]
         return process.returncode, usage.ru_maxrss * 1024 / 1e6, seconds, last_line
 

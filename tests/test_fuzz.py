@@ -340,6 +340,22 @@ def test_readers_succeed_or_name_the_mistake(targets, name):
     assert (refused > 0) == (name != "metrics.jsonl")
 
 
+SIZES = ("vocab_size", "num_hidden_layers", "num_local_experts", "intermediate_size", "hidden_size")
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_sizes_that_the_tensors_lack_take_no_memory(targets, field):
+    target = targets[0]["config.json of the hub"]
+    whole = target.file.read_text()
+    values = json.loads(whole) | {"head_dim": None}
+    write_json(target.file, values | {field: 2**30})
+    try:
+        with pytest.raises(UserError):
+            target.read()
+    finally:
+        target.file.write_text(whole)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
         by_name, watch = make_targets(Path(root)), Watch(Path(root))
