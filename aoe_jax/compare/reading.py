@@ -49,7 +49,9 @@ def _read_run(run, folder, seconds):
     summary = {"metrics": {}, "memory": {}}
     if finished:
         summary = read_summary(folder / "summary.json")
-    metrics, memory = (pd.Series(summary[name], dtype=float) for name in ("metrics", "memory"))
+    metrics, memory = (
+        pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
+    )
     nll = metrics.get("validation_nll", math.nan)
     state = "failed" if ended else "unfinished"
     if finished:

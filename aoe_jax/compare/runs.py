@@ -12,10 +12,15 @@ from pathlib import Path
 from aoe_jax.compare.jobs import ROOT, Job, Machine, beside
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import COUNT, NUMBER, or_none, read_json, write_json
+from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
 from aoe_jax.training.workdir import check_workdir, read_run_config
 
 ROUTING_BYTES = 2**28  # of a run's routing.json: a hundred layers of 256 experts
+
+_NUMBERS = Kind(
+    "numbers by name",
+    lambda v: isinstance(v, dict) and all(map(or_none(NUMBER).holds, v.values())),
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +57,7 @@ def is_finished(folder: Path, run: Run):
 
 def read_summary(file: Path):
     """Returns the content of the `summary.json` of a run: `metrics` and `memory`, by name."""
-    numbers = {str: or_none(NUMBER)}
-    return read_json(file, schema={"metrics": numbers, "memory": numbers})
+    return read_json(file, schema={"metrics": _NUMBERS, "memory": or_none(_NUMBERS)})
 
 
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
