@@ -18,6 +18,7 @@ _TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and 
 _TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
 _FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
 _LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
+_CORPORA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
 _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
 
 
@@ -32,6 +33,9 @@ def main():
     for flag in (_FEWSHOT, _LIMIT, _DATA):
         wanted = "belongs to --tasks or --text=task:NAME"
         require_flag(uses_tasks or not flag.present, flag.name, flag.value, wanted)
+    wanted = "belongs to the evaluation on a split; leave out --tasks and --text"
+    is_used = not (_TASKS.value or text)
+    require_flag(is_used or not _CORPORA.present, "data", _CORPORA.value, wanted)
     distributed.start()
     model = {"step": _STEP.value, "mesh": _MESH.value}
     settings = {
@@ -51,7 +55,7 @@ def main():
     else:
         from aoe_jax.evaluation.run import evaluate_workdir
 
-        evaluate_workdir(workdir, _SPLIT.value, **model)
+        evaluate_workdir(workdir, _SPLIT.value, **model, data=_CORPORA.value)
 
 
 if __name__ == "__main__":

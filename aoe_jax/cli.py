@@ -13,8 +13,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from aoe_jax import faults
-from aoe_jax.config.checks import require
-from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError
+from aoe_jax.config.checks import misfit, require, require_flag
+from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError, shown
 from aoe_jax.paths import parsed_path
 
 FLAGS = flags.FLAGS
@@ -211,6 +211,11 @@ def _parse(argv):
         raise SystemExit(0) from None  # absl ends --help with status 1
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
+    for name in FLAGS:
+        value = FLAGS[name].value
+        for part in value if isinstance(value, list) else [value]:
+            is_name = name == "input"  # of files, which need not be UTF-8
+            require_flag(is_name or not misfit(part), name, shown(part), misfit(part))
     if arguments[1:]:
         raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
 

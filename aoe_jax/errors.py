@@ -1,6 +1,12 @@
 """Exceptions that end a program; the command line prints a last line and sets an exit status."""
 
 import errno
+import reprlib
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 1000
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 100
+shown = _repr.repr  # of a value from a file or a flag; long and deep values are cut
 
 
 class Failure(Exception):

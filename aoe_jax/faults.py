@@ -26,6 +26,7 @@ _LASTING = {
     errno.ERANGE,
     errno.EDOM,
     errno.ENAMETOOLONG,
+    errno.EFBIG,
     errno.ELOOP,
 }
 # tensorstore and XLA give errors of the system, and status codes of servers, as text.

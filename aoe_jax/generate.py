@@ -23,7 +23,7 @@ _CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as
 _ALPHA = flags.DEFINE_float("alpha", 0.1, "with --contrast: a token's least relative probability")
 _STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass")
 _WEAK_RANK = flags.DEFINE_integer("weak_rank", 2, "with --contrast: rank of the weak pass's expert")
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+_SEED = flags.DEFINE_integer("seed", 0, "of the draws", 0)
 
 
 def continuations(model, prompts, max_tokens, contrast=None, **settings):

@@ -1,38 +1,140 @@
-"""Small JSON files: written whole or not at all, read with errors that name the file."""
+"""JSON files: read within limits, with errors that name the file; written whole or not at all."""
 
 import contextlib
 import errno
 import json
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
+from aoe_jax.faults import patiently
 from aoe_jax.paths import is_remote
 
+_BYTES = 2**24  # of a file of JSON, unless its reader expects more; Python's values take 25x that
+_LINE_BYTES = 2**22  # of a line of metrics
 
-def read_json(path: Path, wanted="name the workdir of a training run"):
+
+class Kind(NamedTuple):
+    """What a value in a file should be, in words, and whether a value is that."""
+
+    words: str
+    holds: Callable[[object], bool]
+
+
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+COUNT = Kind("a whole number from 0 to 2**63", lambda v: type(v) is int and 0 <= v < 2**63)
+NUMBER = Kind("a number", lambda v: type(v) is float or (type(v) is int and abs(v) < 2**63))
+
+
+def or_none(kind: Kind):
+    """The same kind, or null."""
+    return Kind(f"{kind.words} or null", lambda value: value is None or kind.holds(value))
+
+
+def one_of(*values):
+    """One of these values."""
+    return Kind(f"one of {list(values)}", lambda value: value in values)
+
+
+def matching(pattern, words):
+    """A text that a compiled regular expression matches as a whole."""
+    return Kind(words, lambda value: isinstance(value, str) and bool(pattern.fullmatch(value)))
+
+
+def open_regular(path: Path | str):
+    """Opens a regular file for reading bytes; raises OSError for a FIFO or a device, at once."""
+    if is_remote(path):
+        return path.open("rb")
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "it is a FIFO or a device, not a regular file", str(path))
+
+
+def read_regular(path: Path | str, at_most: int) -> bytes:
+    """The bytes of a regular file; raises OSError, also if it has more than `at_most`."""
+    with open_regular(path) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it has more than {at_most} bytes", str(path))
+    return content
+
+
+def read_json(
+    path: Path, wanted="name the workdir of a training run", schema=None, at_most: int = _BYTES
+):
     """The JSON object in a file.
 
+    Args:
+      path: of the file.
+      wanted: what would be right, the end of error messages.
+      schema: of the object: a `Kind`; `[schema]`, a list of values of a schema; `{name: schema}`,
+        an object with at least these fields, where null stands for a missing one; or
+        `{str: schema}`, an object with any fields of a schema.
+      at_most: the bytes that the file may have.
+
     Raises:
-      UserError: the file can't be read, or holds something else; ends with what is `wanted`.
+      UserError: the file can't be read, is too large, or doesn't have the schema.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise UserError(f"{path} can't be read ({reason}); {wanted}") from e
+        content = patiently(f"{path} cannot be read", lambda: read_regular(path, at_most))
+        value = json.loads(content)
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror}); {wanted}") from e
+    except RecursionError as e:
+        raise UserError(f"{path} can't be read (it is nested too deeply); {wanted}") from e
+    except ValueError as e:
+        raise UserError(f"{path} can't be read ({e}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} can't be read: it holds no JSON object; {wanted}")
+    if misfit := _misfit(value, schema or {}, ""):
+        raise UserError(f"{path} can't be read: {misfit}; {wanted}")
     return value
 
 
+def _misfit(value, schema, name):
+    """What is wrong with the first part of a value that doesn't have the schema, or None."""
+    if isinstance(schema, Kind):
+        return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
+    if not isinstance(value, type(schema)):
+        wanted = "a list" if isinstance(schema, list) else "an object"
+        return f"{name} is {shown(value)}, not {wanted}"
+    if isinstance(schema, list):
+        parts = ((f"{name}[{i}]", part, schema[0]) for i, part in enumerate(value))
+    elif str in schema:
+        parts = ((f"{name}[{shown(key)}]", part, schema[str]) for key, part in value.items())
+    else:
+        dot = f"{name}." if name else ""
+        parts = ((f"{dot}{key}", value.get(key), of_key) for key, of_key in schema.items())
+    return next(filter(None, (_misfit(part, of_part, name) for name, part, of_part in parts)), None)
+
+
 def read_metrics(path: Path):
-    """Yields the lines of a file of metrics, if it exists, that are whole and have a step."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict) and isinstance(value.get("step"), int):
-                yield value
+    """Yields the lines of a file of metrics, if it exists, that are whole and have a step.
+
+    All values are numbers or null, except `layers`. Raises `UserError` if it can't be read.
+    """
+    if not path.exists():
+        return
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(_LINE_BYTES):
+                with contextlib.suppress(ValueError, RecursionError):
+                    value = json.loads(line)
+                    if isinstance(value, dict) and _is_metrics(value):
+                        yield value
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror}); move it away") from e
+
+
+def _is_metrics(line):
+    numbers = [value for name, value in line.items() if name != "layers"]
+    return COUNT.holds(line.get("step")) and all(v is None or NUMBER.holds(v) for v in numbers)
 
 
 def write_json(path: Path, value, indent=2):

@@ -14,6 +14,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a model 
 _STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
 _MESH = cli.define_mesh_flag()
 _TEXT = flags.DEFINE_string("text", None, "a text file; default: the --split of the run's corpus")
+_CORPORA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
 _SPLIT = flags.DEFINE_string("split", "validation", "validation or test, also of speech tasks")
 _TOKENS = flags.DEFINE_integer("tokens", 100_000, "about how many tokens, the first ones", 1)
 _TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and speeches_choice")
@@ -32,6 +33,8 @@ def main():
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint
 
+    wanted = "names other tokens than --text; give one of them"
+    require_flag(not (_TEXT.value and _CORPORA.value), "data", _CORPORA.value, wanted)
     for flag in (_FEWSHOT, _LIMIT, _DATA):
         unused = flag.present and not _TASKS.value
         require_flag(not unused, flag.name, flag.value, "belongs to --tasks")
@@ -41,6 +44,7 @@ def main():
         step=_STEP.value,
         mesh=_MESH.value,
         text=_TEXT.value,
+        corpora=_CORPORA.value,
         split=_SPLIT.value,
         n_tokens=_TOKENS.value,
         tasks=_TASKS.value,

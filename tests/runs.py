@@ -3,6 +3,7 @@ types them.
 """
 
 import atexit
+import dataclasses
 import fcntl
 import functools
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 
+from aoe_jax.config.data import DataConfig
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.locking import exclusive
 from aoe_jax.training.telemetry import MEASURED
@@ -206,14 +208,26 @@ def run(command):
     return finish(start(command))
 
 
+def corpus_store():
+    """The token store of the texts."""
+    return open_corpus(tiny_config().data, SETTINGS["model.vocab_size"]).tokenizer.parent
+
+
+def as_read_from(directory, config):
+    """The configuration of a model that was exported with this one: it keeps no paths but its own
+    tokenizer, and names of corpora for messages alone.
+    """
+    own = {"cache": DataConfig.cache, "tokenizer": str(directory / "tokenizer.json")}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
+
+
 @shared
 def mixture():
     """Settings of a run over two corpora with both masks: a prepared store of the texts, and a
     folder of other texts.
     """
     other = write_texts(scratch("others"), count=20, seed=1)
-    text = open_corpus(tiny_config().data, SETTINGS["model.vocab_size"])
-    store = shutil.copytree(text.tokenizer.parent, scratch("stores") / "mine")
+    store = shutil.copytree(corpus_store(), scratch("stores") / "mine")
     masks = {"data__document_mask": True, "data__loss_mask": True}
     return {"data__name": f"prepared@{store}=0.75, text@{other}=0.25", "data__path": None, **masks}
 

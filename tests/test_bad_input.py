@@ -129,6 +129,16 @@ COMMAND_LINE = {
         flags(CONFIG, "--processes=0"), ["--processes=0", "whole number, 1 or greater"]
     ),
     "profile of no steps": Mistake(flags(CONFIG, "--profile=x"), ["--profile=x", "STEP:N", "20:3"]),
+    "seed out of range": Mistake(
+        ["-m", "aoe_jax.generate", "--workdir={workdir}", "--seed=99999999999999999999"],
+        ["--seed=99999999999999999999", "smaller than 2**31"],
+    ),
+    "size out of range": Mistake(
+        wrong_config("model.d_model=4294967296"), ["--config.model.d_model=4294967296", "2**31"]
+    ),
+    "name that isn't UTF-8": Mistake(
+        flags(CONFIG, "--wandb=\udcff"), ["--wandb=", "must be UTF-8"]
+    ),
     "no cluster": Mistake(
         flags(CONFIG, "--distributed"), ["--distributed", "no cluster", "--coordinator"]
     ),
@@ -279,7 +289,7 @@ RUNS = {
     ),
     "the only checkpoint is truncated": Mistake(
         TRAIN,
-        [f"{{workdir}}/checkpoints/{STEPS}", "can't be read", "there is no other"],
+        [f"{{workdir}}/checkpoints/{STEPS}", "is damaged", "there is no other"],
         finished_and_truncated_alone,
         {"train__steps": STEPS + 1},
     ),
@@ -287,6 +297,17 @@ RUNS = {
         TRAIN,
         ["{workdir}/config.json", "can't be read"],
         finished_with("config.json", "{"),
+        {"train__steps": STEPS + 1},
+    ),
+    "config.json is nested deeply": Mistake(
+        EVAL,
+        ["{workdir}/config.json", "nested too deeply"],
+        finished_with("config.json", '{"a":' * 99999),
+    ),
+    "data.json of another kind": Mistake(
+        TRAIN,
+        ["{workdir}/data.json", "token_stores[0] is 7, not a text"],
+        finished_with("data.json", '{"token_stores": [7]}'),
         {"train__steps": STEPS + 1},
     ),
     "workdir is a file": Mistake(
@@ -307,7 +328,7 @@ RUNS = {
         ),
     ),
     "eval: truncated checkpoint": Mistake(
-        EVAL, [f"{{workdir}}/checkpoints/{STEPS}", "can't be read"], finished_and_truncated
+        EVAL, [f"{{workdir}}/checkpoints/{STEPS}", "is damaged"], finished_and_truncated
     ),
     "eval: changed texts": Mistake(EVAL, ["token store", "data.path"], finished_elsewhere),
     "eval: unknown split": Mistake(

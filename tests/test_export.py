@@ -5,12 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from aoe_jax.evaluation.models import load_model
+from aoe_jax.config.data import DataConfig
+from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.reading import read_config, read_step
 from tests.runs import (
     STEPS,
+    as_read_from,
     contents,
+    corpus_store,
     fine_tuned,
     finished_run,
     kind_config,
@@ -51,8 +56,9 @@ def exported():
 
 
 def test_files():
-    assert read_config(exported()["aoe"]) == tiny_config() and read_step(exported()["aoe"]) == STEPS
-    assert read_config(exported()["router"]) == kind_config("router")
+    for kind, config in {"aoe": tiny_config(), "router": kind_config("router")}.items():
+        assert read_config(exported()[kind]) == as_read_from(exported()[kind], config)
+    assert read_step(exported()["aoe"]) == STEPS
     names = {
         "aoe_jax.json",
         "config.json",
@@ -87,7 +93,8 @@ def test_model_cards():
 
 def test_a_model_is_that_of_its_run():
     model, of_run = load_model(exported()["aoe"]), load_model(finished_run())
-    assert (model.config, model.step, model.start) == (of_run.config, of_run.step, of_run.start)
+    assert model.config == as_read_from(exported()["aoe"], of_run.config)
+    assert (model.step, model.start) == (of_run.step, of_run.start)
     for name in ("w_gate_down", "w_down"):
         a, b = (np.asarray(found.params["layers"]["experts"][name]) for found in (model, of_run))
         np.testing.assert_array_equal(a, b)
@@ -95,11 +102,39 @@ def test_a_model_is_that_of_its_run():
 
 def test_converted_models_are_evaluated(tmp_path):
     directory = shutil.copytree(exported()["converted"], tmp_path / "model")
-    status, _, stderr = run(["eval.py", f"--workdir={directory}", "--split=validation"])
+    command = ["eval.py", f"--workdir={directory}", "--split=validation"]
+    status, _, stderr = run([*command, f"--data=prepared@{corpus_store()}"])
     assert status == 0, stderr
     report = json.loads((directory / "eval.json").read_text())
     of_run = read_metrics(kind_run("router")[0])[1][-1]["validation_nll"]
     assert abs(report["nll"] - of_run) < 0.5 and "mean_score" in report["load_statistics"]
+
+
+def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
+    """By the identity in data.json, which names no path."""
+    monkeypatch.setattr(DataConfig, "cache", tiny_config().data.cache)
+    model, directory = (
+        load_model(exported()["aoe"]),
+        shutil.copytree(exported()["aoe"], tmp_path / "m"),
+    )
+    found = corpus_of(model, directory)
+    assert found.identities == json.loads((directory / "data.json").read_text())["token_stores"]
+    assert found.tokenizer.parent == corpus_store()
+    (directory / "data.json").write_text('{"token_stores": ["text-0123456789abcdef"]}')
+    with pytest.raises(UserError, match="which can't choose what is read here"):
+        corpus_of(model, directory)
+
+
+@pytest.mark.parametrize("command", [["-m", "aoe_jax.generate"], ["eval.py", "--data=sotu"]])
+def test_parameters_that_are_not_finite(tmp_path, command):
+    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = np.nan
+    save_file(tensors, directory / "model.safetensors")
+    status, stdout, stderr = run([*command, f"--workdir={directory}"])
+    assert (status, stdout) == (4, "") and "Traceback" not in stderr
+    wanted = f"error: {directory}: the parameter layers/attention/v has values that aren't finite"
+    assert stderr.splitlines()[-1].startswith(wanted)
 
 
 def test_training_starts_from_a_model(tmp_path):

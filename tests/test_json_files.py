@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import COUNT, TEXT, or_none, read_json, read_metrics, write_json
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -16,7 +17,14 @@ def test_json_is_replaced_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "Expecting"), ("[1]", "holds no JSON object"), (None, "No such file")],
+    [
+        ("{", "Expecting"),
+        ("[1]", "holds no JSON object"),
+        (None, "No such file"),
+        ('{"a":' * 99999, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
+        (" " * 2**24 + "{}", "it has more than 16777216 bytes"),
+    ],
 )
 def test_mistakes(tmp_path, content, message):
     path = tmp_path / "value.json"
@@ -24,3 +32,44 @@ def test_mistakes(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(UserError, match=rf"value\.json can't be read.*{message}.*; name another"):
         read_json(path, "name another")
+
+
+SCHEMA = {"name": TEXT, "step": or_none(COUNT), "parts": [{"size": COUNT}], "files": {str: TEXT}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": None}, "name is None, not a text"),
+        ({"step": True}, "step is True, not a whole number from 0 to 2**63 or null"),
+        ({"step": -1}, "step is -1, not"),
+        ({"parts": {}}, "parts is {}, not a list"),
+        ({"parts": [{"size": 1}, {"size": 2.5}]}, "parts[1].size is 2.5, not a whole number"),
+        ({"parts": [{}]}, "parts[0].size is None, not"),
+        ({"files": {"x": 1}}, "files['x'] is 1, not a text"),
+        ({"files": []}, "files is [], not an object"),
+    ],
+)
+def test_schema(tmp_path, changes, message):
+    path, value = tmp_path / "value.json", {"name": "x", "parts": [], "files": {}, "more": 1}
+    write_json(path, value)
+    assert read_json(path, schema=SCHEMA) == value
+    write_json(path, value | changes)
+    with pytest.raises(UserError) as error:
+        read_json(path, "name another", SCHEMA)
+    assert f"value.json can't be read: {message}" in str(error.value)
+
+
+def test_fifos_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match="it is a FIFO or a device, not a regular file"):
+        read_json(tmp_path / "x")
+    with pytest.raises(UserError, match="it is a FIFO or a device, not a regular file"):
+        list(read_metrics(tmp_path / "x"))
+
+
+def test_metrics_that_are_no_metrics_are_left_out(tmp_path):
+    lines = [b'{"step": 1, "nll": 2}', b"{", b"[1]", b'{"step": true}', b'{"step": 1e9}', b"\xff"]
+    lines += [b'{"step": 2, "nll": "x"}', b"[" * 99999, b'{"step": 3, "layers": {"a": [1]}}', b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'{"step": 4, "n')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]

@@ -15,7 +15,9 @@ from aoe_jax.formats.reading import read_config, read_step
 from aoe_jax.pruning.run import prune
 from tests.runs import (
     STEPS,
+    as_read_from,
     contents,
+    corpus_store,
     fine_tuned,
     finish,
     finished_run,
@@ -45,7 +47,8 @@ def pruned():
 def test_files():
     directory, stdout = pruned()
     experts = dataclasses.replace(tiny_config().experts, n_experts=3)
-    assert read_config(directory) == dataclasses.replace(tiny_config(), experts=experts)
+    pruned_config = dataclasses.replace(tiny_config(), experts=experts)
+    assert read_config(directory) == as_read_from(directory, pruned_config)
     assert read_step(directory) == STEPS
     names = {
         "aoe_jax.json",
@@ -74,7 +77,12 @@ def test_files():
 def test_a_pruned_model_is_evaluated_and_trained(tmp_path):
     directory = shutil.copytree(pruned()[0], tmp_path / "model")
     commands = [
-        ["eval.py", f"--workdir={directory}", "--split=validation"],
+        [
+            "eval.py",
+            f"--workdir={directory}",
+            "--split=validation",
+            f"--data=prepared@{corpus_store()}",
+        ],
         fine_tuned(directory, tmp_path / "run"),
         [
             "-m",

@@ -23,7 +23,7 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.jobs import Job, Machine, beside
 from aoe_jax.compare.routing import analyse
-from aoe_jax.compare.runs import folder_of, is_finished, tuned_rates
+from aoe_jax.compare.runs import ROUTING_BYTES, folder_of, is_finished, tuned_rates
 from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
@@ -129,7 +129,7 @@ def _is_routed(folder, run, tokens):
     chooses = run.config.routing.choice(run.config.experts)
     if not chooses or not file.exists():
         return not chooses
-    found = read_json(file)
+    found = read_json(file, at_most=ROUTING_BYTES)
     analysed = found["checkpoints"][-1]["step"], found.get("wanted_tokens")
     return analysed == (run.config.train.steps, tokens)
 

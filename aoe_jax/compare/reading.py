@@ -17,7 +17,7 @@ from aoe_jax.compare.results import (
     RUN_COLUMNS,
     Results,
 )
-from aoe_jax.compare.runs import folder_of, is_finished
+from aoe_jax.compare.runs import ROUTING_BYTES, folder_of, is_finished, read_summary
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.json_files import read_json, read_metrics
@@ -46,8 +46,12 @@ def _read_run(run, folder, seconds):
     """Returns a row of `Results.runs` and a list of frames of `curves`."""
     finished, outcome = is_finished(folder, run), beside(folder, ".outcome.json")
     ended = read_json(outcome) if outcome.exists() else None
-    summary = read_json(folder / "summary.json") if finished else {"metrics": {}, "memory": {}}
-    metrics, memory = (pd.Series(summary[name], dtype=float) for name in ("metrics", "memory"))
+    summary = {"metrics": {}, "memory": {}}
+    if finished:
+        summary = read_summary(folder / "summary.json")
+    metrics, memory = (
+        pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
+    )
     nll = metrics.get("validation_nll", math.nan)
     state = "failed" if ended else "unfinished"
     if finished:
@@ -63,7 +67,7 @@ def _read_run(run, folder, seconds):
     row = row_of(
         run,
         seconds or own_seconds,
-        read_json(file) if finished and file.exists() else None,
+        read_json(file, at_most=ROUTING_BYTES) if finished and file.exists() else None,
         state=state,
         last_line=ended["last_line"] if ended else last_line(log) if log.exists() else "",
         validation_nll=nll,

@@ -12,8 +12,15 @@ from pathlib import Path
 from aoe_jax.compare.jobs import ROOT, Job, Machine, beside
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
-from aoe_jax.training.workdir import check_workdir
+from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
+from aoe_jax.training.workdir import check_workdir, read_run_config
+
+ROUTING_BYTES = 2**28  # of a run's routing.json: a hundred layers of 256 experts
+
+_NUMBERS = Kind(
+    "numbers by name",
+    lambda v: isinstance(v, dict) and all(map(or_none(NUMBER).holds, v.values())),
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +40,7 @@ def check_run(folder: Path, run: Run):
     """
     check_workdir(folder, run.config)
     file, steps = folder / "config.json", run.config.train.steps
-    found = read_json(file)["train"]["steps"] if file.exists() else steps
+    found = read_run_config(file).train.steps if file.exists() else steps
     if found != steps:
         raise UserError(
             f"workdir {folder} holds another configuration: train.steps is {found} there, "
@@ -44,7 +51,13 @@ def check_run(folder: Path, run: Run):
 def is_finished(folder: Path, run: Run):
     """Returns whether a run has been trained to its last step."""
     summary = folder / "summary.json"
-    return summary.exists() and read_json(summary)["metrics"]["step"] == run.config.train.steps
+    steps = run.config.train.steps
+    return summary.exists() and read_summary(summary)["metrics"].get("step") == steps
+
+
+def read_summary(file: Path):
+    """Returns the content of the `summary.json` of a run: `metrics` and `memory`, by name."""
+    return read_json(file, schema={"metrics": _NUMBERS, "memory": or_none(_NUMBERS)})
 
 
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
@@ -88,7 +101,8 @@ def _job(run, folder):
         heartbeat = folder / "heartbeat.json"
         if is_finished(folder, run):
             return 1.0
-        step = read_json(heartbeat).get("step") if heartbeat.exists() else 0
+        schema = {"step": or_none(COUNT)}
+        step = read_json(heartbeat, schema=schema).get("step") if heartbeat.exists() else 0
         return (step or 0) / run.config.train.steps
 
     return Job(run.name, command, folder, run.flops, progress)
@@ -107,7 +121,7 @@ def tuning_nlls(suite: Suite, workdir: Path):
         folder, nll = folder_of(workdir, run), None
         check_run(folder, run)
         if is_finished(folder, run):
-            nll = read_json(folder / "summary.json")["metrics"]["validation_nll"]
+            nll = read_summary(folder / "summary.json")["metrics"].get("validation_nll")
             nll = math.inf if nll is None else nll
         found.setdefault(arm, {})[rate] = nll
     return found
@@ -126,7 +140,7 @@ def tuned_rates(suite: Suite, workdir: Path):
     for run in suite.runs() if suite.tuning else ():
         file = folder_of(workdir, run) / "config.json"
         if run.arm not in begun and file.exists():
-            rate = read_json(file)["train"]["learning_rate"]
+            rate = read_run_config(file).train.learning_rate
             begun[run.arm] = rate / suite.sizes[run.size].rate_factor
     for arm, nlls in tuning_nlls(suite, workdir).items():
         finite = {rate: nll for rate, nll in nlls.items() if nll is not None and nll < math.inf}

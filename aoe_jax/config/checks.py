@@ -7,7 +7,7 @@ import math
 import operator
 from typing import ClassVar
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 
 _BOUNDS = {
     "above": ("greater than {}", operator.gt),
@@ -69,7 +69,18 @@ class Group:
 def require(condition, name, value, wanted):
     """Refuses a value of a field `GROUP.FIELD` unless the condition holds."""
     if not condition:
-        raise UserError(f"config.{name}={value!r}: {wanted}")
+        raise UserError(f"config.{name}={shown(value)}: {wanted}")
+
+
+def misfit(value):
+    """What a number or text that somebody gave should be, or None if every library can take it."""
+    if type(value) is int and abs(value) >= 2**31:
+        return "must be smaller than 2**31"
+    if type(value) is float and not math.isfinite(value):
+        return "must be finite"
+    if type(value) is str and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        return "must be UTF-8 without NUL"
+    return None
 
 
 def require_choice(name, value, choices):

@@ -14,7 +14,7 @@ class ModelConfig(Group):
 
     n_layers: int = setting(4, above=0)
     n_heads: int = setting(4, above=0)  # of attention
-    d_model: int = setting(128, above=0)  # width of the residual stream (d)
+    d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
     vocab_size: int = setting(4096, above=0)
     # The most positions of a sequence, prompt and continuation together.
     max_len: int = setting(2048, above=0)

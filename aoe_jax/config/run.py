@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ml_collections import ConfigDict
 
 from aoe_jax.config.balance import BalanceConfig
-from aoe_jax.config.checks import require, require_choice
+from aoe_jax.config.checks import misfit, require, require_choice
 from aoe_jax.config.data import DataConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.mesh import MeshConfig
@@ -83,7 +83,8 @@ class Config:
         groups = {name: dict(values) for name, values in config.items()}
         if "routing" in groups:
             kind = groups.get("experts", {}).get("kind", ExpertsConfig.kind)
-            method = groups["routing"].pop("name", kind if kind in LAYERS else TopK.name)
+            default = kind if kind in tuple(LAYERS) else TopK.name
+            method = groups["routing"].pop("name", default)
             methods = ROUTERS | LAYERS
             require_choice("routing.name", method, tuple(methods))
             classes["routing"] = methods[method]
@@ -116,20 +117,23 @@ def _refuse_unknown(given, known, prefix=""):
         if instead := RENAMED.get(prefix + name):
             raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
         if name not in known:
-            raise UserError(f"config.{prefix}{name} is unknown; known are {', '.join(known)}")
+            known = ", ".join(known)
+            raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")
 
 
 def _build(group, values):
     known, typed = _types(group), {}
     _refuse_unknown(values, known, f"{group.group}.")
     for name, value in values.items():
-        kinds = known[name]
+        kinds, field = known[name], f"{group.group}.{name}"
         if tuple in kinds and type(value) is list:  # as JSON gives it back
             value = tuple(value)
+        for part in value if type(value) is tuple else (value,):
+            require(not misfit(part), field, value, misfit(part))
         if float in kinds and type(value) is int:
             value = float(value)
         names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
-        require(type(value) in kinds, f"{group.group}.{name}", value, f"must be of type {names}")
+        require(type(value) in kinds, field, value, f"must be of type {names}")
         typed[name] = value
     return group(**typed)
 

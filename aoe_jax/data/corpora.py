@@ -22,8 +22,10 @@ from tensorflow_datasets.core.utils.conversion_utils import to_tfds_name
 
 from aoe_jax.config.checks import require
 from aoe_jax.data import SPLITS, sotu
+from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_regular
 from aoe_jax.locking import exclusive
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,10 @@ def _text_folder(path: str | None) -> Corpus:
     require(files, "data.path", path, "the folder has no .txt file; put one document in each")
     names, digest = [], hashlib.sha256()
     for file in files:
-        if file.stat().st_size == 0:
+        size = file.stat().st_size
+        wanted = f"{file} has {size} bytes; a document has at most {DOCUMENT_BYTES}, so split it"
+        require(size <= DOCUMENT_BYTES, "data.path", path, wanted)
+        if size == 0:
             logger.warning(f"data.path: skipped the empty file {file}")
             continue
         names.append(file.relative_to(root).as_posix())
@@ -100,7 +105,11 @@ def _text_folder(path: str | None) -> Corpus:
     def documents(split: str) -> Iterator[str]:
         for name in splits[split]:
             try:
-                yield (root / name).read_bytes().decode("utf-8")
+                yield read_regular(root / name, DOCUMENT_BYTES).decode("utf-8")
+            except OSError as error:
+                raise UserError(
+                    f"data.path={path!r}: {root / name} cannot be read ({error.strerror})"
+                ) from error
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"data.path={path!r}: {root / name} is not UTF-8 at byte {error.start}; "

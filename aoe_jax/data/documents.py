@@ -12,13 +12,17 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
+from aoe_jax.json_files import open_regular
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = ".parquet"
 _TEXT = ".txt"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
+DOCUMENT_BYTES = 2**29  # the most of a document, and of a line of JSON
+# Text is seldom compressed more than tenfold. A bomb shows itself after the first bytes.
+_RATIO, _RATIO_FROM = 256, 2**26
 
 
 class Piece(NamedTuple):
@@ -52,6 +56,8 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     for path in sorted(found):
         if not path.exists():
             raise UserError(f"--input: {path} is a link that leads nowhere; mend or remove it")
+        if not path.is_file():
+            raise UserError(f"--input: {path} is a FIFO or a device; give regular files")
         if _format(path)[0] is None:
             raise UserError(
                 f"--input: {path} is in no known format; give files that end in .jsonl, .ndjson, "
@@ -88,12 +94,13 @@ def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
     """
     kind, compression = _format(Path(piece.path))
     try:
-        if kind == _PARQUET:
-            yield from _parquet(piece, text_field)
-        elif kind == _TEXT:
-            yield _text(piece.path, compression), piece.stop
-        else:
-            yield from _json_lines(piece, compression, text_field)
+        with _open(piece.path) as file:
+            if kind == _PARQUET:
+                yield from _parquet(piece, file, text_field)
+            elif kind == _TEXT:
+                yield _text(piece, file, compression), piece.stop
+            else:
+                yield from _json_lines(piece, file, compression, text_field)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"--input: {piece.path} cannot be read ({_reason(error)}); mend or remove it"
@@ -108,8 +115,13 @@ def _format(path: Path) -> tuple[str | None, str | None]:
     return (kind if kind in known else None), compression
 
 
+def _open(path: str | Path) -> pyarrow.NativeFile:
+    open_regular(path).close()  # pyarrow would wait for the writer of a FIFO
+    return pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
+
+
 def _row_groups(path: Path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with _open(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     start = size = 0
     for stop, group in enumerate(sizes, 1):
@@ -119,62 +131,89 @@ def _row_groups(path: Path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
             start, size = stop, 0
 
 
-def _parquet(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
-    with pyarrow.parquet.ParquetFile(piece.path) as file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise UserError(
-                f"--text_field={text_field!r}: {piece.path} has no such column; it has {names}"
-            )
+def _parquet(piece: Piece, raw: pyarrow.NativeFile, text_field: str) -> Iterator[tuple[str, int]]:
+    try:  # without a dictionary, 256 rows that refer to one long text would be 256 copies
+        opened = pyarrow.parquet.ParquetFile(raw, read_dictionary=[text_field])
+    except KeyError:
+        names = pyarrow.parquet.read_schema(raw).names
+        raise UserError(
+            f"--text_field={text_field!r}: {piece.path} has no such column; it has {shown(names)}"
+        ) from None
+    with opened as file:
         done = 0
         for group in range(piece.start, piece.stop):
             where, seen = f"row group {group} of {piece.path}", 0
             metadata = file.metadata.row_group(group)
             for batch in file.iter_batches(256, row_groups=[group], columns=[text_field]):
-                try:
-                    texts = batch.column(0).to_pylist()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it"
-                    ) from error
                 seen += len(batch)
-                read = done + metadata.total_byte_size * seen // metadata.num_rows
-                for text in texts:
+                read = done + metadata.total_byte_size * seen // max(metadata.num_rows, 1)
+                for value in batch.column(0):
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:
+                        raise UserError(
+                            f"--input: {where} is not UTF-8 ({error.reason}); mend or remove it"
+                        ) from error
                     yield _checked(text, where, text_field), read
             done += metadata.total_byte_size
 
 
-def _text(path: str, compression: str | None) -> str:
-    with pyarrow.input_stream(path, compression=compression) as stream:
-        content = stream.read()
+def _text(piece: Piece, raw: pyarrow.NativeFile, compression: str | None) -> str:
+    stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
+    content = io.BufferedReader(stream, _READ_BYTES).read(DOCUMENT_BYTES + 1)
+    if len(content) > DOCUMENT_BYTES:
+        raise _too_long(piece.path)
+    if compression:
+        _refuse_bomb(len(content), piece.stop, piece.path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--input: {path} is not UTF-8 at byte {error.start}; convert or remove it"
+            f"--input: {piece.path} is not UTF-8 at byte {error.start}; convert or remove it"
         ) from error
 
 
+def _too_long(where: str) -> UserError:
+    return UserError(
+        f"--input: {where} is longer than {DOCUMENT_BYTES >> 20} MiB, the most of a document; "
+        "split or remove it"
+    )
+
+
+def _refuse_bomb(n_bytes: int, n_compressed: int, path: str):
+    """Refuses a file that is decompressed to far more bytes than a text would be."""
+    if n_bytes > _RATIO_FROM and n_bytes > _RATIO * n_compressed:
+        raise UserError(
+            f"--input: {path}: {n_compressed} bytes of it are decompressed to more than {_RATIO} "
+            "times as many; no text is compressed so well: remove it, or decompress it yourself"
+        )
+
+
 def _json_lines(
-    piece: Piece, compression: str | None, text_field: str
+    piece: Piece, raw: pyarrow.NativeFile, compression: str | None, text_field: str
 ) -> Iterator[tuple[str, int]]:
-    with pyarrow.OSFile(piece.path) as raw:
-        stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
-        stream = io.BufferedReader(stream, _READ_BYTES)
-        position = piece.start
-        if piece.start > 0:
-            stream.seek(piece.start - 1)
-            # The line that begins before the piece belongs to the piece before.
-            position += len(stream.readline()) - 1
-        for line in stream:
-            if not compression and position >= piece.stop:
+    stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
+    stream = io.BufferedReader(stream, _READ_BYTES)
+    position = piece.start
+    if piece.start > 0:
+        # The line that begins before the piece belongs to the piece before. It may end behind this
+        # one, which then has no line.
+        position = stream.seek(piece.start - 1)
+        while position < piece.stop and (part := stream.readline(_READ_BYTES)):
+            position += len(part)
+            if part.endswith(b"\n"):
                 break
-            begin, position = position, position + len(line)
-            if not line.isspace():
-                where = f"the line at byte {begin} of {piece.path}"
-                where += ", decompressed," if compression else ""
-                read = raw.tell() if compression else min(position, piece.stop) - piece.start
-                yield _checked(_value(line, where, text_field), where, text_field), read
+    while (compression or position < piece.stop) and (line := stream.readline(DOCUMENT_BYTES + 1)):
+        begin, position = position, position + len(line)
+        where = f"the line at byte {begin} of {piece.path}"
+        where += ", decompressed," if compression else ""
+        if len(line) > DOCUMENT_BYTES:
+            raise _too_long(where)
+        if compression:
+            _refuse_bomb(position, raw.tell(), piece.path)
+        if not line.isspace():
+            read = raw.tell() if compression else min(position, piece.stop) - piece.start
+            yield _checked(_value(line, where, text_field), where, text_field), read
 
 
 def _value(line: bytes, where: str, text_field: str) -> object:
@@ -188,7 +227,7 @@ def _value(line: bytes, where: str, text_field: str) -> object:
         )
     if text_field not in value:
         raise UserError(
-            f"--text_field={text_field!r}: {where} has no such field; it has {list(value)}"
+            f"--text_field={text_field!r}: {where} has no such field; it has {shown(list(value))}"
         )
     return value[text_field]
 
@@ -197,6 +236,8 @@ def _checked(text: object, where: str, text_field: str) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
         raise UserError(f"--text_field={text_field!r}: {where} has a {kind} there, not a text")
+    if len(text) > DOCUMENT_BYTES:
+        raise _too_long(where)
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -28,15 +28,22 @@ from aoe_jax.data import SPLITS
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.data.token_store import (
     PLAN_FILE,
+    SPLITS_SCHEMA,
     file_sha256,
     read_manifest,
     write_manifest,
     write_splits,
 )
-from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
+from aoe_jax.data.tokenizer import (
+    TRAINING_CHARACTERS,
+    Tokenizer,
+    load_tokenizer,
+    saved_tokenizer,
+    train_tokenizer,
+)
 from aoe_jax.data.workers import work_through
 from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
 from aoe_jax.ownership import OWN_FILES, owned
 
 logger = logging.getLogger(__name__)
@@ -44,6 +51,23 @@ logger = logging.getLogger(__name__)
 _UNITS = 512  # the number of units of work to aim at, within
 _UNIT_BYTES = (2**22, 2**29)  # the smallest and largest size of a unit
 _TRAINING_BYTES = 2**26  # text that byte-level BPE is trained on
+_PLAN_BYTES = 2**28  # two million files
+
+
+def _is_state(value):
+    is_list = isinstance(value, list) and len(value) == 3 and isinstance(value[0], str)
+    return is_list and all(map(NUMBER.holds, value[1:]))
+
+
+_PLAN = {
+    "tokenizer": TEXT,
+    "text_field": TEXT,
+    "validation": NUMBER,
+    "test": NUMBER,
+    "files": [Kind("a file's path, size and time", _is_state)],
+    "units": [{"size": COUNT, "pieces": [[COUNT]]}],
+}
+_UNIT = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT, "empty": COUNT}
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         started = time.monotonic()
         _write_units(output, plan, processes, missing)
         seconds = time.monotonic() - started
-        results = [read_json(_done_file(output, unit)) for unit in range(n_units)]
+        results = [_read_unit(output, unit) for unit in range(n_units)]
         _finish(output, settings, tokenizer, results)
         written = [split["bytes"] for unit in missing for split in results[unit]["splits"].values()]
         rate = sum(written) / seconds / 1e6
@@ -172,8 +196,10 @@ def repair(output: Path, processes: int) -> list[str]:
     with owned(output, "output"), _full_disk_is_named(output):
         damaged = check(output)
         if damaged:
-            plan = read_json(output / PLAN_FILE, "prepare it again, in another folder")
-            units = sorted({int(name.split("-")[1]) for name in damaged})
+            plan = _read_plan(output, "prepare it again, in another folder")
+            units = sorted({int(name.split("-")[1].split(".")[0]) for name in damaged})
+            wanted = f"{PLAN_FILE} is that of another store; prepare it again, in another folder"
+            require_flag(units[-1] < len(plan["units"]), "output", output, wanted)
             _write_units(output, plan, processes, units)
             shutil.rmtree(output / "units")
     return damaged
@@ -197,6 +223,20 @@ def make_plan(files: Sequence[Path], planned: dict) -> dict:
     return planned | {"files": states, "units": units}
 
 
+def _read_plan(output: Path, wanted: str) -> dict:
+    plan = read_json(output / PLAN_FILE, wanted, _PLAN, _PLAN_BYTES)
+    n_files = len(plan["files"])
+    for unit in plan["units"]:
+        pieces = unit["pieces"]
+        is_whole = pieces and all(len(piece) == 3 and piece[0] < n_files for piece in pieces)
+        require_flag(is_whole, "output", output, f"its {PLAN_FILE} is damaged; {wanted}")
+    return plan
+
+
+def _read_unit(output: Path, unit: int) -> dict:
+    return read_json(_done_file(output, unit), "delete the folder", _UNIT)
+
+
 def _state(path: str) -> list:
     """The path of a file, its size and its time of modification, if it exists."""
     with contextlib.suppress(FileNotFoundError):
@@ -212,7 +252,7 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
-    plan = read_json(output / PLAN_FILE, "delete the folder, or use another --output")
+    plan = _read_plan(output, "delete the folder, or use another --output")
     advice, holds = "Delete the folder, or use another --output", "holds a preparation of"
     for name, here in planned.items():
         there = plan.get(name)
@@ -268,7 +308,7 @@ def _sample(plan: dict) -> Iterator[str]:
         for split, text, _, _ in _documents(plan, unit):
             if split == "train":
                 yield text
-                left -= len(text)
+                left -= min(len(text), TRAINING_CHARACTERS)
             if left <= 0:
                 break
 
@@ -297,7 +337,8 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
     `read` receives the number of bytes read of each unit. The function raises `UserError` if the
     input has changed; in a repair, if the shards would differ.
     """
-    plan, tokenizer = read_json(output / PLAN_FILE), load_tokenizer(saved_tokenizer(output), 1)
+    plan = _read_plan(output, "prepare it again, in another folder")
+    tokenizer = load_tokenizer(saved_tokenizer(output), 1)
     expected = None
     with contextlib.suppress(UserError):  # only a repair writes to a complete store
         expected = _hashes_of_shards(read_manifest(output))
@@ -368,7 +409,7 @@ def _done_file(output: Path, unit: int) -> Path:
 
 def _is_done(output: Path, unit: int) -> bool:
     with contextlib.suppress(UserError):
-        shards = _hashes_of_shards(read_json(_done_file(output, unit)))
+        shards = _hashes_of_shards(_read_unit(output, unit))
         # After a power cut, shards may be missing although they were noted.
         return all((output / shard).is_file() for shard in shards)
     return False

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import resource
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,15 +18,42 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from aoe_jax.data import SPLITS
-from aoe_jax.data.tokenizer import Tokenizer
+from aoe_jax.data.tokenizer import Tokenizer, pieces
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, sync, write_json
+from aoe_jax.json_files import COUNT, TEXT, matching, one_of, read_json, sync, write_json
 
 FORMAT_VERSION = 2
 PLAN_FILE = "plan.json"  # in a store of `aoe_jax.data.prepare`: how it follows from the input
 RECORD_TOKENS = 4096
 RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
+_SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,}}){{1,2}}\.array_record", re.ASCII)
+_HASH = re.compile("[0-9a-f]{64}")
+# Of what a manifest and the notes of a preparation have in common.
+SPLITS_SCHEMA = {
+    "tokens": COUNT,
+    "documents": COUNT,
+    "bytes": COUNT,
+    "shards": [
+        {
+            "name": matching(_SHARD, "the name of a shard"),
+            "tokens": COUNT,
+            "file_bytes": COUNT,
+            "sha256": matching(_HASH, "a hash"),
+        }
+    ],
+}
+_MANIFEST = {
+    "format_version": one_of(FORMAT_VERSION),
+    "corpus": TEXT,
+    "corpus_fingerprint": TEXT,
+    "tokenizer_sha256": TEXT,
+    "vocab_size": COUNT,
+    "end_of_text": COUNT,
+    "dtype": one_of("uint16", "uint32"),
+    "splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA),
+}
+_MANIFEST_BYTES = 2**26
 
 
 def write_splits(
@@ -33,8 +61,9 @@ def write_splits(
 ) -> dict[str, dict]:
     """Tokenise documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
-    A few million characters are tokenised at a time. `documents` are pairs of a split and a text
-    that is not empty. Raises `UserError` if the tokenizer finds its end-of-text token in one.
+    A few million characters are tokenised at a time, long documents in `tokenizer.pieces`.
+    `documents` are pairs of a split and a text that is not empty. Raises `UserError` if the
+    tokenizer finds its end-of-text token in one.
 
     Returns:
         For each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`,
@@ -55,17 +84,20 @@ class _SplitWriter:
     def __init__(self, folder: Path, prefix: str, tokenizer: Tokenizer):
         self._folder, self._prefix, self._tokenizer = folder, prefix, tokenizer
         self._dtype = _token_dtype(tokenizer)
-        self._texts: list[str] = []  # not tokenised yet
+        # Pieces of documents that are not tokenised yet; None is the end of a document.
+        self._pieces: list[str | None] = []
         self._characters = 0  # in these
         self._rest = np.empty(0, self._dtype)  # tokens that fill no record yet
         self._shard = None  # the last shard, until it is finished
         self._numbers = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
     def add(self, text: str):
-        self._texts.append(text)
-        self._characters += len(text)
-        if self._characters >= _BATCH_CHARACTERS:
-            self._tokenise()
+        for piece in pieces(text):
+            self._pieces.append(piece)
+            self._characters += len(piece)
+            if self._characters >= _BATCH_CHARACTERS:
+                self._tokenise()
+        self._pieces.append(None)
 
     def finish(self) -> dict:
         self._tokenise()
@@ -79,22 +111,24 @@ class _SplitWriter:
             self._shard.close()
 
     def _tokenise(self):
-        end_of_text, pieces = self._tokenizer.end_of_text, [self._rest]
-        for ids in self._tokenizer.encode(self._texts):
-            if (ids == end_of_text).any():
-                raise UserError(
-                    "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
-                    "that doesn't"
-                )
-            pieces += [ids.astype(self._dtype), np.array([end_of_text], self._dtype)]
-        tokens = np.concatenate(pieces)
+        end_of_text = self._tokenizer.end_of_text
+        texts = [piece for piece in self._pieces if piece is not None]
+        encoded = self._tokenizer.encode(texts)
+        if any((ids == end_of_text).any() for ids in encoded):
+            raise UserError(
+                "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
+                "that doesn't"
+            )
+        in_order, end = iter(encoded), np.array([end_of_text], self._dtype)
+        ids = [end if piece is None else next(in_order) for piece in self._pieces]
+        tokens = np.concatenate([self._rest, *ids]).astype(self._dtype)
         whole = len(tokens) - len(tokens) % RECORD_TOKENS
         for start in range(0, whole, RECORD_TOKENS):
             self._write(tokens[start : start + RECORD_TOKENS])
         self._rest = tokens[whole:]
-        self._numbers["documents"] += len(self._texts)
-        self._numbers["bytes"] += sum(len(text.encode()) for text in self._texts)
-        self._texts, self._characters = [], 0
+        self._numbers["documents"] += len(self._pieces) - len(texts)
+        self._numbers["bytes"] += sum(len(text.encode()) for text in texts)
+        self._pieces, self._characters = [], 0
 
     def _write(self, tokens: np.ndarray):
         shards = self._numbers["shards"]
@@ -153,14 +187,12 @@ def read_manifest(directory: Path) -> dict:
                 "aoe_jax.data.prepare` that began it goes on"
             )
         raise _damaged(directory, "manifest.json is missing")
-    try:
-        manifest = read_json(path)
-    except UserError as error:
-        raise _damaged(directory, "manifest.json is damaged") from error
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        reason = f"manifest.json has format version {version}, not {FORMAT_VERSION}"
-        raise _damaged(directory, reason)
+    manifest = read_json(path, _cure(directory), _MANIFEST, _MANIFEST_BYTES)
+    if not manifest["end_of_text"] < manifest["vocab_size"] <= 2**31:
+        raise _damaged(directory, "manifest.json has an end-of-text token outside its vocabulary")
+    for split, numbers in manifest["splits"].items():
+        if numbers["tokens"] != 1 + sum(shard["tokens"] for shard in numbers["shards"]):
+            raise _damaged(directory, f"manifest.json has other tokens in {split} than its shards")
     return manifest
 
 
@@ -170,12 +202,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(directory: Path, reason: str) -> UserError:
-    cure = "delete this folder to have it built again"
+def _cure(directory: Path) -> str:
     if (directory / PLAN_FILE).exists():
         command = f"python -m aoe_jax.data.prepare --repair --output={directory}"
-        cure = f"`{command}` writes damaged shards again"
-    return UserError(f"token store {str(directory)!r}: {reason}; {cure}")
+        return f"`{command}` writes damaged shards again"
+    return "delete this folder to have it built again"
+
+
+def _damaged(directory: Path, reason: str) -> UserError:
+    return UserError(f"token store {str(directory)!r}: {reason}; {_cure(directory)}")
 
 
 def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -204,7 +239,8 @@ class TokenStore:
         self._dtype = np.dtype(self.manifest["dtype"])
         # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
+        entries = filter(os.DirEntry.is_file, os.scandir(directory))
+        sizes = {entry.name: entry.stat().st_size for entry in entries}
         for shard in self._shards:
             name, wanted = shard["name"], shard["file_bytes"]
             if name not in sizes:
@@ -245,8 +281,12 @@ class TokenStore:
                     f"{path}: too many files are open; raise the limit (ulimit -n)"
                 ) from error
             raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-        tokens = np.frombuffer(b"".join(records), self._dtype)
-        return tokens[start - first * RECORD_TOKENS : stop - first * RECORD_TOKENS]
+        content = b"".join(records)
+        tokens = np.frombuffer(content, self._dtype, len(content) // self._dtype.itemsize)
+        tokens = tokens[start - first * RECORD_TOKENS : stop - first * RECORD_TOKENS]
+        if len(tokens) < stop - start or tokens.max() >= self.manifest["vocab_size"]:
+            raise _damaged(path.parent, f"{path.name} has other tokens than manifest.json says")
+        return tokens
 
 
 @functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

@@ -1,18 +1,19 @@
 """The corpora of a run, tokenised once and opened."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from tqdm import tqdm
 
-from aoe_jax.config.data import DataConfig
+from aoe_jax.config.data import DataConfig, SourceConfig
 from aoe_jax.data import SPLITS
 from aoe_jax.data.corpora import Corpus, load_corpus, slug
 from aoe_jax.data.token_store import (
@@ -48,12 +49,7 @@ class TokenisedCorpus:
     @property
     def identities(self) -> list[str]:
         """For each source the name of its corpus with a hash of text, tokenizer and splits."""
-        names = []
-        for manifest in (store.manifest for store in self.train.values()):
-            tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
-            content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
-            names.append(f"{slug(manifest['corpus'])}-{_short_hash(content)}")
-        return names
+        return [_identity(store.manifest) for store in self.train.values()]
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
@@ -77,6 +73,30 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     if corpora:
         stores = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, data.cache)
         directories |= dict(zip(corpora, stores, strict=True))
+    return _opened(sources, directories)
+
+
+def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
+    """The corpora with the identities of those of a `DataConfig`, if the cache has all of them; no
+    path in the configuration is opened.
+    """
+    found = {}
+    for manifest in Path(data.cache, "tokens").glob("*/manifest.json"):
+        with contextlib.suppress(UserError):
+            found[_identity(read_manifest(manifest.parent))] = manifest.parent
+    if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
+        return None
+    labels = [source.label for source in data.sources]
+    return _opened(data.sources, dict(zip(labels, map(found.get, identities), strict=True)))
+
+
+def _identity(manifest: dict) -> str:
+    tokens = [manifest["splits"][split]["tokens"] for split in SPLITS]
+    content = [manifest["corpus_fingerprint"], manifest["tokenizer_sha256"], tokens]
+    return f"{slug(manifest['corpus'])}-{_short_hash(content)}"
+
+
+def _opened(sources: Sequence[SourceConfig], directories: Mapping[str, Path]) -> TokenisedCorpus:
     weights = tuple(source.weight for source in sources)
     stores = {
         split: {source.label: TokenStore(directories[source.label], split) for source in sources}

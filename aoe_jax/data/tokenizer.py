@@ -2,12 +2,13 @@
 SentencePiece model.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import replace_durably
+from aoe_jax.json_files import read_regular, replace_durably
 from aoe_jax.paths import local_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,6 +36,63 @@ _END_OF_TEXT_NAMES = (
     "[SEP]",
 )
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+FILE_BYTES = 2**27  # of a tokenizer's file; the largest of the hub have 35 MB
+_MOST_TOKENS = 2**24
+PIECE_CHARACTERS = 2**21  # what a tokenizer is given at once
+TRAINING_CHARACTERS = 2**24  # of a document that byte-level BPE is trained on, the first ones
+_TRAINING_PIECE = 2**16
+_AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a text into pieces of at most `size` characters, before a blank or a line break that
+    follows a word, if there is one.
+
+    Libraries need up to a hundred times the memory of what they are given at once. Byte-level BPE
+    that splits text as GPT-2 does gives the same tokens for the pieces as for the whole, if every
+    piece has such a place. Other tokenizers may give one token more or other tokens at a cut.
+    """
+    start = 0
+    while len(text) - start > size:
+        # Nearly always the last thousand characters have a place.
+        for first in (max(start + size - 1000, start + 1), start + 1):
+            cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
+            if cuts:
+                break
+        stop = cuts[-1] if cuts else start + size
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked; the class is no `Exception`, and can't be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what libraries write to stderr themselves, such as the backtrace of a panic."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@contextlib.contextmanager
+def _failures_are_named(doing: str) -> Iterator[None]:
+    """Raises `UserError` where a library fails at a user's tokenizer."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) not in (Exception, RuntimeError) and not _is_panic(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer can't {doing} ({reason}); use another one") from error
 
 
 class Tokenizer:
@@ -63,12 +121,17 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint32 `[tokens]`, without special tokens."""
-        raise NotImplementedError
+        """Token ids of each text, uint32 `[tokens]`, without special tokens.
+
+        Give long texts in `pieces`. Raises `UserError` if the tokenizer fails.
+        """
+        with _failures_are_named("encode a text"):
+            return self._encode(texts)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        raise NotImplementedError
+        """The text of token ids, without special tokens. Raises `UserError` as `encode` does."""
+        with _failures_are_named("decode tokens"):
+            return self._decode(tokens)
 
     def save(self, folder: Path):
         """Write the tokenizer to `folder / file_name`, whole or not at all."""
@@ -91,18 +154,20 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_padding()
         if threads == 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._tiktoken = _as_tiktoken(tokenizer)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.token_count = max(vocabulary.values(), default=-1) + 1
+        if self.token_count > _MOST_TOKENS:  # the library would count up to the highest
+            raise UserError(f"has a token {self.token_count - 1}; {_MOST_TOKENS} are the most")
+        self._tiktoken = _as_tiktoken(tokenizer)
         self.end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
         if self.end_name is None:
             raise UserError(f"has no end-of-text token; add one of {', '.join(_END_OF_TEXT_NAMES)}")
         self.end_of_text = vocabulary[self.end_name]
-        self.token_count = max(vocabulary.values()) + 1
         example = tokenizer.encode("a")
         is_prefix = itertools.takewhile(bool, example.special_tokens_mask)
         self.prefix = example.ids[: sum(is_prefix)]
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not self._tiktoken:
             return self._encode_by_tokenizers(texts)
         if self._threads == 1:
@@ -110,7 +175,7 @@ class HuggingFaceTokenizer(Tokenizer):
         with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(self._encode_by_tiktoken, texts))
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)
 
     def _encode_by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -156,11 +221,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.token_count = self._processor.get_piece_size()
         self.prefix = []
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._processor.encode(list(texts), num_threads=self._threads)
         return [np.array(ids, np.uint32) for ids in encoded]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def _decode(self, tokens: Sequence[int]) -> str:
         tokens = [int(token) for token in tokens]
         return self._processor.decode([t for t in tokens if not self._processor.is_control(t)])
 
@@ -168,6 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE; token 0 is `<|endoftext|>`, and every byte has a token.
 
+    A document counts with its first 16,777,216 characters.
     The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge. Raises
     `UserError` if `vocab_size` is below 257.
     """
@@ -182,7 +248,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    sample = (pieces(text[:TRAINING_CHARACTERS], _TRAINING_PIECE) for text in documents)
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(sample), trainer)
     return HuggingFaceTokenizer(tokenizer.to_str(pretty=True))
 
 
@@ -197,16 +264,20 @@ def load_tokenizer(
     path = Path(path).expanduser()
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     try:
-        content = path.read_bytes()
+        content = read_regular(path, FILE_BYTES)
+        kind, given = SentencePieceTokenizer, content
         if content[:1] == b"{":
-            return HuggingFaceTokenizer(content.decode(), threads)
-        return SentencePieceTokenizer(content, threads)
+            kind, given = HuggingFaceTokenizer, content.decode()
+        with _quiet():
+            return kind(given, threads)
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
     except OSError as error:
         reason = f"can't be read ({error.strerror})"
         raise UserError(f"{setting}={str(path)!r}: {reason}; {wanted}") from error
-    except Exception as error:  # the libraries raise bare Exception, RuntimeError and others
+    except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={str(path)!r}: is no tokenizer ({reason}); {wanted}") from error
 

@@ -2,7 +2,6 @@
 the results are compared.
 """
 
-import dataclasses
 import itertools
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,6 @@ import jax
 from tqdm import tqdm
 
 from aoe_jax.data.pipeline import eval_batches, train_batches
-from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.data.tokenizer import saved_tokenizer
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import Model, corpus_of
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 
@@ -31,24 +27,13 @@ def calibration_batches(model: Model, directory: Path, data: str | None, n_token
     Raises:
       UserError: the corpora can't be read.
     """
-    corpus = _corpus(model, directory, data)
+    corpus = corpus_of(model, directory, data)
     size, seq_len = model.config.train.batch_size, model.config.data.seq_len
     n = -(-n_tokens // (size * seq_len))
     train = train_batches(corpus.train, corpus.weights, seq_len, size, seed)
     validation = [eval_batches(store, seq_len, size) for store in corpus.validation.values()]
     firsts = (itertools.islice(batches, n) for batches in validation)
     return list(itertools.islice(train, n)), list(itertools.chain.from_iterable(firsts))
-
-
-def _corpus(model, directory, data):
-    if data is None:
-        return corpus_of(model, directory)
-    config, tokenizer = model.config, str(saved_tokenizer(directory))
-    try:
-        named = dataclasses.replace(config.data, name=data, path=None, tokenizer=tokenizer)
-        return open_corpus(named, config.model.vocab_size)
-    except UserError as e:
-        raise UserError(f"--data={data}: {e}") from e
 
 
 def evaluator(model: Model, decoder, batches):

@@ -6,18 +6,21 @@ import logging
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
-from aoe_jax.errors import UserError
+from aoe_jax.errors import DivergedError, UserError, shown
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
@@ -29,10 +32,11 @@ from aoe_jax.sharding import (
     fill_mesh,
     make_mesh,
     put_batch,
+    replicated,
 )
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import train_step_on
-from aoe_jax.training.workdir import check_data, read_run_config
+from aoe_jax.training.workdir import check_data, read_identities, read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ def load_model(directory: Path, step="newest", mesh=None):
 
     Raises:
       UserError: there is no such model, it can't be read, or the mesh doesn't fit.
+      DivergedError: a parameter isn't finite.
     """
     if is_remote(directory) and is_model(directory):
         directory = local_copy(directory)
@@ -115,17 +120,51 @@ def load_model(directory: Path, step="newest", mesh=None):
         begin = read_begin_token(directory, config.model.vocab_size)
         start = start if begin is None else begin
         prefix = read_prefix(directory, tokenizer, begin)
+    _refuse_nan(directory, params, devices)
     decoder = Decoder.from_config(config)
     return Model(config, decoder, devices, params, routing_state, tokenizer, start, prefix, step)
 
 
-def corpus_of(model: Model, directory: Path):
-    """The `TokenisedCorpus` of the configuration of a model, which must be that of its run.
+def _refuse_nan(directory, params, mesh):
+    with jax.set_mesh(mesh):
+        finite = jax.jit(
+            partial(jax.tree.map, lambda a: jnp.isfinite(a).all()), out_shardings=replicated(mesh)
+        )(params)
+    for path, is_finite in flatten_dict(jax.device_get(finite), sep="/").items():
+        if not is_finite:
+            raise DivergedError(
+                f"{directory}: the parameter {path} has values that aren't finite; the model has "
+                "diverged or is damaged. Use another one, or another --step"
+            )
+
+
+def corpus_of(model: Model, directory: Path, named: str | None = None):
+    """The `TokenisedCorpus` of a model in `directory`.
+
+    It is that of corpora that the user has `named`, written like `data.name`; else of the model's
+    run. A model, unlike a run, may come from anywhere, so it can't choose a file to be read or a
+    data set to be downloaded: without names, only the bundled corpus is opened, or corpora that the
+    user has tokenised here before.
 
     Raises:
-      UserError: it can't be read, or has changed since the run in `directory`.
+      UserError: it can't be read, has changed since the run, or must be named.
     """
-    corpus = open_corpus(model.config.data, model.config.model.vocab_size)
+    data, vocab_size = model.config.data, model.config.model.vocab_size
+    if named is not None:
+        try:
+            own = {"path": None, "tokenizer": str(saved_tokenizer(directory))}
+            return open_corpus(dataclasses.replace(data, name=named, **own), vocab_size)
+        except UserError as e:
+            raise UserError(f"--data={named}: {e}") from e
+    if is_model(directory) and (data.name != "sotu" or data.path is not None):
+        if corpus := opened_before(data, read_identities(directory)):
+            return corpus
+        sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)
+        raise UserError(
+            f"{directory} is a model, which can't choose what is read here; the corpora of its run "
+            f"were {shown(sources)}. Name corpora with --data, such as --data=sotu"
+        )
+    corpus = open_corpus(data, vocab_size)
     check_data(directory, corpus)
     return corpus
 

@@ -156,6 +156,7 @@ def probe_checkpoint(
     step="newest",
     mesh=None,
     text=None,
+    corpora=None,
     split="validation",
     n_tokens=100_000,
     tasks=(),
@@ -191,7 +192,7 @@ def probe_checkpoint(
             probes = probes | probe
     entries, passes = [], {}
     with jax.set_mesh(model.mesh):
-        batches = _batches(model, checkpoint, text, split, n_tokens)
+        batches = _batches(model, checkpoint, text, corpora, split, n_tokens)
         for (node, norm), choose in tqdm(probes.items(), unit="probe"):
             entry, timed = _run(model, choose, batches, score_tasks)
             entries.append({"node": node, "norm": norm, **entry})
@@ -220,9 +221,9 @@ def _task_scorer(names, limit, **settings):
     return lambda model: score_tasks(HarnessModel(model, progress=False), loaded, limit)
 
 
-def _batches(model, checkpoint, text, split, n_tokens):
+def _batches(model, checkpoint, text, corpora, split, n_tokens):
     if text is None:
-        stores = getattr(corpus_of(model, checkpoint), split).values()
+        stores = getattr(corpus_of(model, checkpoint, corpora), split).values()
     else:
         stores = [TextTokens([read_text(Path(text).expanduser())], model.tokenizer)]
     train, seq_len = model.config.train, model.config.data.seq_len

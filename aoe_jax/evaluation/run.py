@@ -1,6 +1,7 @@
 """Evaluates a trained model on a held-out split, or on any text."""
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import jax
 import numpy as np
 
 from aoe_jax.config.checks import require_flag
-from aoe_jax.errors import UserError
+from aoe_jax.data.documents import DOCUMENT_BYTES
+from aoe_jax.data.tokenizer import pieces
+from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
-from aoe_jax.json_files import write_json
+from aoe_jax.json_files import read_regular, write_json
 from aoe_jax.training.loop import log_run
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ def check_split(split):
     require_flag(split in SPLITS, "split", split, f"choose one of {', '.join(SPLITS)}")
 
 
-def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
+def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data=None):
     """Scores a checkpoint on a held-out split.
 
     It prints a table, and writes `eval.json` and, for models with experts, `load.png`. The
@@ -38,11 +41,13 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None):
 
     Raises:
       UserError: the split is unknown, or there is no such run or checkpoint, or it can't be read.
+      DivergedError: the model's parameters or its nll aren't finite.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
     log_run(model.config)
-    stores, masked = getattr(corpus_of(model, workdir), split), model.config.data.document_mask
+    stores = getattr(corpus_of(model, workdir, data), split)
+    masked = model.config.data.document_mask
     about, file = {"split": split}, workdir / "eval.json"
     return _report(model, stores, masked, split, about, file, "load.png")
 
@@ -85,6 +90,8 @@ def _report(model, stores, document_mask, name, about, file, picture):
     batch_size = config.train.batch_size // config.train.accumulate
     with jax.set_mesh(model.mesh):
         result = evaluate(score, stores, config.data.seq_len, batch_size, model.put)
+    if not math.isfinite(result.nll):
+        raise DivergedError(f"the nll of {name} is {result.nll}: the model has diverged")
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats)
     sources = {source: _figures(own) for source, own in result.sources.items()}
     report = about | {"step": model.step, **_figures(result)}
@@ -118,10 +125,12 @@ class TextTokens:
         self.end_of_text = tokenizer.end_of_text
         self.text_bytes = sum(len(text.encode()) for text in texts)
         end = np.array([self.end_of_text], np.int32)
-        pieces = [end]
-        for tokens in tokenizer.encode(texts):
-            pieces += [tokens.astype(np.int32), end]
-        self._tokens = np.concatenate(pieces)
+        tokens = [end]
+        for text in texts:
+            for piece in pieces(text):
+                tokens += [ids.astype(np.int32) for ids in tokenizer.encode([piece])]
+            tokens.append(end)
+        self._tokens = np.concatenate(tokens)
 
     def __len__(self):
         return len(self._tokens)
@@ -138,7 +147,7 @@ def read_text(path: Path):
       UserError: it can't be read, isn't UTF-8, or is empty.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_regular(path, DOCUMENT_BYTES).decode("utf-8")
     except OSError as e:
         raise UserError(f"--text={path}: can't be read ({e.strerror}); name a text file") from e
     except UnicodeDecodeError as e:

@@ -16,7 +16,6 @@ axes that `aoe_jax.parameters` and the methods give them, and so has the state o
 float32 in every model. A dense layer has the tensors of experts without the axis n.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -205,7 +204,7 @@ class Layout:
         `bounds` has `(first, end)` of the part by axis; all of an axis that it lacks.
         """
         bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
-        for numbers in itertools.product(*(range(*bounds[axis]) for axis in self._named)):
+        for numbers in _product([range(*bounds[axis]) for axis in self._named]):
             at = dict(zip(self._named, numbers, strict=True))
             yield self._name.format(**at), tuple(at[axis] - bounds[axis][0] for axis in at)
 
@@ -222,6 +221,16 @@ class Layout:
     def to_file(self, part: np.ndarray):
         """A whole tensor, from its part of the parameter."""
         return part.transpose([self._axes.index(axis) for axis in self._order]).reshape(self.shape)
+
+
+def _product(ranges: list[range]) -> Iterator[tuple[int, ...]]:
+    """As `itertools.product`, which would first list ranges as long as a config.json says."""
+    if not ranges:
+        yield ()
+        return
+    for number in ranges[0]:
+        for others in _product(ranges[1:]):
+            yield number, *others
 
 
 def find_layout(model_type: str, path: str, shape: tuple[int, ...], names=()) -> Layout:

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, OWN
+from aoe_jax.json_files import NUMBER
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _from_json(values):
     _require(name is not None, f"it has no model_type; {take}")
     known = ", ".join(ARCHITECTURES)
     is_known = isinstance(name, str) and name in ARCHITECTURES
-    _require(is_known, f"model_type={name!r} is unknown; known are {known}")
+    _require(is_known, f"model_type={shown(name)} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
     if has_groups:
@@ -118,10 +119,10 @@ def _hub_fields(values):
     architecture = ARCHITECTURES[name]
     for field, known in architecture.only.items():
         value, names = values.get(field, known[0]), " or ".join(map(repr, known))
-        _require(value in known, f"{field}={value!r} isn't implemented; only {names} is")
+        _require(value in known, f"{field}={shown(value)} isn't implemented; only {names} is")
     fields, given = dict(architecture.constants), architecture.defaults | values
     for field, sets in architecture.fields.items():
-        _require(field in given, f"{field} is missing; a model of model_type {name!r} has it")
+        _require(field in given, f"{field} is missing; a model of model_type {shown(name)} has it")
         fields[sets] = given[field]
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
@@ -131,33 +132,33 @@ def _hub_fields(values):
 def _check_attention(values, model):
     width, head_dim = model.d_model / model.n_heads, values.get("head_dim")
     wanted = f"only hidden_size / num_attention_heads = {width:g} is"
-    _require(head_dim in (None, width), f"head_dim={head_dim!r} isn't implemented; {wanted}")
+    _require(head_dim in (None, width), f"head_dim={shown(head_dim)} isn't implemented; {wanted}")
     window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
     is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
-    _require(is_longer, f"sliding_window={window!r} isn't implemented; {wanted}")
+    _require(is_longer, f"sliding_window={shown(window)} isn't implemented; {wanted}")
 
 
 def _rotary_fields(values, architecture):
     """Reads `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it."""
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    differ = f"rope_parameters={rope!r} and rope_scaling={scaling!r} differ; leave one"
+    differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"
     _require(not rope or not scaling or rope == scaling, differ)
     rope = rope or scaling
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     wanted = "only one setting for all layers is"
-    _require(is_one, f"rotary positions {rope!r} aren't implemented; {wanted}")
+    _require(is_one, f"rotary positions {shown(rope)} aren't implemented; {wanted}")
 
     def setting(name, default):
         given = [where[name] for where in (rope, values) if where.get(name) is not None]
-        found = " and ".join(map(repr, given))
+        found = " and ".join(map(shown, given))
         _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
         return given[0] if given else default
 
     kind, kinds = rope.get("rope_type", rope.get("type", "default")), architecture.rope_types
-    wanted = f"known are {', '.join(kinds)}"
-    _require(kind in kinds, f"rope_type={kind!r} isn't implemented for this architecture; {wanted}")
+    wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
+    _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
     share = setting("partial_rotary_factor", 1)
-    _require(share == 1, f"partial_rotary_factor={share!r} isn't implemented; only 1 is")
+    _require(share == 1, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
     if kind == "default":
         return fields
@@ -167,8 +168,8 @@ def _rotary_fields(values, architecture):
     factors, scale, length = (setting(name, None) for name in names)
     for name, value in zip(names, (factors, scale, length), strict=True):
         _require(value is not None, f"{name} is missing, which rope_type 'longrope' needs")
-    are_numbers = isinstance(factors, list) and all(isinstance(f, int | float) for f in factors)
-    _require(are_numbers, f"short_factor={factors!r}: must be a list of numbers")
+    are_numbers = isinstance(factors, list) and all(map(NUMBER.holds, factors))
+    _require(are_numbers, f"short_factor={shown(factors)}: must be a list of numbers")
     factors = tuple(map(float, factors))
     longrope = {"model.rope_factors": factors, "model.rope_scale": scale, "model.max_len": length}
     return fields | longrope

@@ -11,17 +11,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.data import DataConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import find_layout
 from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
-from aoe_jax.json_files import read_json
+from aoe_jax.json_files import COUNT, or_none, read_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import replicated, state_shardings
 
 RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": that of its run}
+_RUN = {"step": or_none(COUNT), "config": {str: {}}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
 
 
@@ -34,9 +36,10 @@ def is_model(directory: Path) -> bool:
 def read_config(directory: Path) -> Config:
     """The configuration of a model in a directory.
 
-    A model that `aoe_jax.export` wrote has the configuration of its run. For another, the groups
-    `model` and `experts` come from `config.json`, `data.tokenizer` is the directory's, and other
-    groups have their defaults; `model.dtype` is that of the embedding table, float32 for float16.
+    A model that `aoe_jax.export` wrote has the configuration of its run, without its cache and
+    `train.init_from`. For another, the groups `model` and `experts` come from `config.json`, and
+    other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
+    float16. `data.tokenizer` is always the directory's own.
 
     Raises:
       UserError: a file can't be read, the architecture is unknown, or something in it isn't
@@ -49,17 +52,19 @@ def read_config(directory: Path) -> Config:
         model = dataclasses.replace(config.model, dtype="bfloat16")
         config = dataclasses.replace(config, model=model)
     if (directory / RUN_FILE).exists():
-        return _config_of_run(directory / RUN_FILE, config)
+        config = _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    name = str(tokenizer) if tokenizer.exists() else None
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
+    # Somebody else may have written the paths of a run's configuration. Those of corpora are for
+    # messages only, see `evaluation.models.corpus_of`.
+    own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
+    data = dataclasses.replace(config.data, **own)
+    return dataclasses.replace(
+        config, data=data, train=dataclasses.replace(config.train, init_from=None)
+    )
 
 
 def _config_of_run(path, config):
-    groups = read_json(path, _WANTED).get("config")
-    if not isinstance(groups, dict):
-        wanted = "it has no configuration of a run; remove it to do without"
-        raise UserError(f"{path} can't be read: {wanted}")
+    groups = read_json(path, "remove it to do without", _RUN)["config"]
     try:
         of_run = Config.from_config_dict(groups)
     except UserError as e:
@@ -72,7 +77,7 @@ def _config_of_run(path, config):
 def read_step(directory: Path) -> int | None:
     """The step of the run that a model was exported from, or None."""
     path = directory / RUN_FILE
-    return read_json(path, _WANTED).get("step") if path.exists() else None
+    return read_json(path, "remove it to do without", _RUN).get("step") if path.exists() else None
 
 
 def read_begin_token(directory: Path, vocab_size: int) -> int | None:
@@ -81,7 +86,7 @@ def read_begin_token(directory: Path, vocab_size: int) -> int | None:
     token = read_json(path, _WANTED).get("bos_token_id")
     if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
         wanted = f"must be the number of one of {vocab_size} tokens, or null"
-        raise UserError(f"{path}: bos_token_id={token!r}: {wanted}")
+        raise UserError(f"{path}: bos_token_id={shown(token)}: {wanted}")
     return token
 
 

@@ -21,7 +21,7 @@ from aoe_jax.distributed import agree, all_agree, see_the_same, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import patiently
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.ownership import owned, read_owner
 from aoe_jax.paths import Mirror, is_remote
@@ -39,6 +39,7 @@ from aoe_jax.training.workdir import (
     check_history,
     check_workdir,
     claim_workdir,
+    read_heartbeat,
     set_aside,
 )
 from aoe_jax.training.writers import check_wandb
@@ -236,9 +237,7 @@ class _Run:
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 (self.workdir / "summary.json").unlink(missing_ok=True)
-                path = self.workdir / "heartbeat.json"
-                before = read_json(path) if path.exists() else {}
-                self.heartbeat.began = before.get("began") or time.time()
+                self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
         self.heartbeat.writes, self.heartbeat.saved = self.is_main, self.step
 
     def open(self, wandb):

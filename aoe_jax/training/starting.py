@@ -1,6 +1,5 @@
 """The first state of a run that starts from a trained model, `train.init_from`."""
 
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -9,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from aoe_jax.config.run import Config
-from aoe_jax.data.tokenizer import saved_tokenizer
+from aoe_jax.data.tokenizer import FILE_BYTES, saved_tokenizer
 from aoe_jax.distributed import all_agree
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import computed_fields, differences, is_choice
 from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.json_files import read_json
 from aoe_jax.model.decoder import initial_routing_state
 from aoe_jax.paths import local_copy, parsed_path
 from aoe_jax.training.step import TrainState, first_state
@@ -87,5 +87,5 @@ def _vocabulary(file):
     """The parts of a tokenizer's file that decide on tokens, without those added around a text."""
     if file.suffix != ".json":
         return file.read_bytes()
-    spec = json.loads(file.read_text())
+    spec = read_json(file, "it is no tokenizer", at_most=FILE_BYTES)
     return [spec.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]

@@ -8,7 +8,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
-from aoe_jax.json_files import read_json, read_metrics, write_json
+from aoe_jax.json_files import COUNT, NUMBER, TEXT, or_none, read_json, read_metrics, write_json
 from aoe_jax.ownership import OWN_FILES
 from aoe_jax.paths import move
 from aoe_jax.training.checkpoint import DAMAGED
@@ -67,13 +67,15 @@ def check_history(workdir: Path, steps):
       UserError: a later checkpoint was complete, or there are figures and nothing else.
     """
     shown = {}
-    for name, key in (("heartbeat.json", "saved"), ("summary.json", "step")):
-        if (workdir / name).exists():
-            content = read_json(workdir / name)
-            shown[name] = content.get("metrics", content).get(key) or 0
+    if (heartbeat := workdir / "heartbeat.json").exists():
+        shown[heartbeat.name] = read_heartbeat(workdir)["saved"] or 0
+    if (summary := workdir / "summary.json").exists():
+        schema = {"metrics": {"step": COUNT}}
+        shown[summary.name] = read_json(summary, schema=schema)["metrics"]["step"]
     damaged = workdir / DAMAGED
     if damaged.exists():
-        steps = {*steps, *(int(path.name.partition("-")[0]) for path in damaged.iterdir())}
+        names = (path.name.partition("-")[0] for path in damaged.iterdir())
+        steps = {*steps, *(int(name) for name in names if name.isdecimal())}
     newest = max(steps, default=0)
     problem = None
     for name, step in shown.items():
@@ -92,6 +94,14 @@ def check_history(workdir: Path, steps):
             f"--workdir={workdir}: {problem}, but {there}. Bring the missing ones back; or "
             f"{goes_back}--start-over begins anew. Newer files are then moved to set_aside/"
         )
+
+
+def read_heartbeat(workdir: Path):
+    """`saved` and `began` of the heartbeat of a run, None where it has no such file."""
+    path = workdir / "heartbeat.json"
+    schema = {"saved": or_none(COUNT), "began": or_none(NUMBER)}
+    content = read_json(path, schema=schema) if path.exists() else {}
+    return {name: content.get(name) for name in schema}
 
 
 def set_aside(workdir: Path, go_back: int | None = None):
@@ -127,15 +137,24 @@ def check_data(workdir: Path, corpus: TokenisedCorpus):
     """Raises `UserError` if the run in `workdir` reads other token stores: a text or the tokenizer
     has changed since it began.
     """
-    path = workdir / "data.json"
-    found = read_json(path).get("token_stores") if path.exists() else corpus.identities
+    found = read_identities(workdir) or corpus.identities
     if found != corpus.identities:
-        there, here = (", ".join(stores or ["none"]) for stores in (found, corpus.identities))
+        there, here = (
+            ", ".join(stores or ["none"])[:1000] for stores in (found, corpus.identities)
+        )
         raise UserError(
             f"workdir {workdir} was trained on token store {there}, this is {here}: the text or "
             "the tokenizer has changed. Bring the old text back (data.path, or the paths in "
             "data.name), or use another --workdir"
         )
+
+
+def read_identities(workdir: Path) -> list[str]:
+    """The identities of the corpora of a run or of a model of a run; empty if it has no file."""
+    path = workdir / "data.json"
+    if not path.exists():
+        return []
+    return read_json(path, schema={"token_stores": [TEXT]})["token_stores"]
 
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
@@ -159,7 +178,8 @@ def read_run_config(path: Path) -> Config:
         )
     for name, values in groups.items():
         if not isinstance(values, dict):
-            raise UserError(f"{path}: {name} is no group of fields; name a training run's workdir")
+            wanted = "is no group of fields; name a training run's workdir"
+            raise UserError(f"{path}: {name[:100]} {wanted}")
     try:
         return Config.from_config_dict(groups)
     except UserError as e:

@@ -1,9 +1,11 @@
 import gzip
+import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from aoe_jax.data import documents as data_documents
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.errors import UserError
 from tests.data.texts import (
@@ -220,3 +222,56 @@ def test_patterns(tmp_path):
             UserError, match=rf"{name} is in no known format; give files that end in \.jsonl"
         ):
             find_files([str(tmp_path / name)], tmp_path / "out")
+
+
+def test_a_line_is_read_once_and_has_a_longest_length(tmp_path, monkeypatch):
+    """Pieces within a long line have no document, and read no further than their ends."""
+    monkeypatch.setattr(data_documents, "DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(data_documents, "_READ_BYTES", 10)
+    line = json_lines(["x" * 900])
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'{"text": "b"}')
+    assert joined(read(tmp_path / "a.jsonl", 100)) == ["a", "x" * 900, "b"]
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + bytes(10**5))
+    first, *others = [piece for piece, _ in pieces_of(tmp_path / "b.jsonl", 1000)]
+    assert [list(documents(piece, "text")) for piece in others] == [[]] * 100
+    with pytest.raises(UserError, match=r"the line at byte 0 of .*b\.jsonl is longer than 0 MiB"):
+        list(documents(first, "text"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_longest_text(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(data_documents, "DOCUMENT_BYTES", 1000)
+    compress = gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(compress(bytes(1000)))
+    assert read(tmp_path / name) == [["\0" * 1000]]
+    (tmp_path / name).write_bytes(compress(bytes(1001)))
+    with pytest.raises(UserError, match=rf"{name} is longer than .* split or remove it"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])
+def test_bombs(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
+    compress = gzip.compress if name.endswith("gz") else zstd
+    (tmp_path / name).write_bytes(compress(json_lines(["a" * 10**5] * 20)))
+    with pytest.raises(UserError, match=r"decompressed to more than 256 times as many"):
+        read(tmp_path / name)
+
+
+def test_fifos_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl is a FIFO or a device; give regular files"):
+        find_files([str(tmp_path / "*")], tmp_path / "out")
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read \(it is a FIFO or a device"):
+        list(documents(Piece(str(tmp_path / "a.jsonl"), 0, 10), "text"))
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    names = [b"\xff.jsonl", b"\xff.jsonl.gz", b"\xff.parquet", b"\xff.txt"]
+    paths = [tmp_path / os.fsdecode(name) for name in names]
+    for path, write in zip(paths, (write_json_lines, write_gzip, write_parquet), strict=False):
+        write(tmp_path / "new", texts(20))  # pyarrow can't write to such a name
+        (tmp_path / "new").rename(path)
+    paths[-1].write_text("text")
+    assert find_files([str(tmp_path / "*")], tmp_path / "out") == paths
+    assert [joined(read(path)) for path in paths] == [texts(20)] * 3 + [["text"]]

@@ -176,9 +176,7 @@ def test_damaged_stores(text_folder, tmp_path):
     whole_shard, whole_manifest = shard.read_bytes(), manifest.read_text()
 
     def refuses(message):
-        with pytest.raises(
-            UserError, match=rf"token store '.*{directory.name}': {message}.*delete this folder"
-        ):
+        with pytest.raises(UserError, match=rf"{directory.name}'?.*{message}.*delete this folder"):
             store = TokenStore(directory, "test")
             store.read(0, len(store))
 
@@ -188,10 +186,21 @@ def test_damaged_stores(text_folder, tmp_path):
     refuses("test-00000.array_record cannot be read")
     shard.unlink()
     refuses("test-00000.array_record is missing")
-    manifest.write_text(json.dumps(json.loads(whole_manifest) | {"format_version": 0}))
-    refuses("manifest.json has format version 0")
+    values = json.loads(whole_manifest)
+    for field, (value, message) in {
+        "format_version": (0, r"can't be read: format_version is 0, not one of \[2\]"),
+        "dtype": ("O", "manifest.json can't be read: dtype is 'O', not one of"),
+        "end_of_text": (10**6, "manifest.json has an end-of-text token outside its vocabulary"),
+        "vocab_size": (2, "has other tokens than manifest.json says"),
+    }.items():
+        shard.write_bytes(whole_shard)
+        manifest.write_text(json.dumps(values | {field: value}))
+        refuses(message)
+    values["splits"]["test"]["shards"][0]["name"] = "../test-00000.array_record"
+    manifest.write_text(json.dumps(values))
+    refuses(r"shards\[0\].name is '../test-00000.array_record', not the name of a shard")
     manifest.write_text(whole_manifest[:50])
-    refuses("manifest.json is damaged")
+    refuses("manifest.json can't be read")
     manifest.unlink()
     refuses("manifest.json is missing")
 

@@ -1,5 +1,7 @@
 import importlib.resources
+import itertools
 import json
+import os
 import random
 
 import numpy as np
@@ -8,12 +10,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from aoe_jax.data import tokenizer as data_tokenizer
 from aoe_jax.data.sotu import speech_files
 from aoe_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_vocab_size,
     load_tokenizer,
+    pieces,
     saved_tokenizer,
     train_tokenizer,
 )
@@ -294,3 +298,68 @@ def test_special_tokens_before_each_text(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": processor}))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.prefix == [0] and encode(tokenizer, "the cat") == encode(plain, "the cat")
+
+
+def test_pieces_of_a_text_have_its_tokens(tmp_path):
+    """Where every piece ends with a word; any tokenizer gives the text back."""
+    choice = random.Random(0)
+    parts = [
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\t",
+        "\r\n",
+        "\x1c",
+        "\u2003",
+        "'s",
+        "'",
+        ".",
+        "1",
+        "Ab",
+        "好",
+    ]
+    tokenizer = load_tokenizer(trained(tmp_path, vocab_size=600))
+    for _ in range(20):
+        text = "".join(choice.choices(parts, k=3000)) + " the end" * 100
+        for size in (7, 100, 2000, 10**6):
+            found = list(pieces(text, size))
+            assert "".join(found) == text and max(map(len, found)) <= size
+            tokens = np.concatenate(tokenizer.encode(found)).tolist()
+            are_words = all(
+                not a[-1].isspace() and b[0] in " \n" for a, b in itertools.pairwise(found)
+            )
+            assert tokens == encode(tokenizer, text) or not are_words
+            assert tokenizer.decode(tokens) == text
+
+
+def test_a_document_counts_with_its_beginning_in_training(monkeypatch):
+    monkeypatch.setattr(data_tokenizer, "TRAINING_CHARACTERS", 40)
+    monkeypatch.setattr(data_tokenizer, "_TRAINING_PIECE", 15)
+    text = "the cat sat on the mat and on other mats"
+    assert len(text) == 40
+    long = train_tokenizer([text + " words of others" * 1000], 300)
+    assert long.sha256 == train_tokenizer([text], 300).sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"continuing_subword_prefix": "x" * 99}, "is no tokenizer"),  # the library panics
+        ({"vocab": {"<|endoftext|>": 0, "a": 2**31}}, "has a token 2147483648; 16777216 are the"),
+    ],
+)
+def test_hostile_tokenizers(tmp_path, capfd, change, message):
+    def hostile(spec):
+        spec["model"] |= change | ({"merges": []} if "vocab" in change else {})
+
+    path = trained(tmp_path, hostile, 300)
+    with pytest.raises(UserError, match=rf"data\.tokenizer='.*tokenizer\.json': {message}"):
+        load_tokenizer(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_fifo_is_no_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"can't be read \(it is a FIFO or a device"):
+        load_tokenizer(tmp_path / "tokenizer.json")

@@ -206,12 +206,12 @@ DAMAGE = {
     "index without a map": (
         "per_expert",
         lambda d: (d / INDEX).write_text("{}"),
-        [INDEX, "has no weight_map"],
+        [INDEX, "weight_map is None, not an object"],
     ),
     "index that leads elsewhere": (
         "per_expert",
         lambda d: map_wrongly(d, SHARDED, "../x.safetensors"),
-        [f"tensor {SHARDED} lies in '../x.safetensors'"],
+        [f"weight_map['{SHARDED}'] is '../x.safetensors', not the name of a safetensors file"],
     ),
     "index that is wrong": (
         "per_expert",

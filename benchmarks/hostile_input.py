@@ -1,0 +1,124 @@
+"""Peak memory of preparations of hostile and of huge input, each beside its bar.
+
+`python -m benchmarks.hostile_input [--cases=NAME,...] [--json=FILE]`: each case makes its input in
+a temporary folder and prepares it in processes of their own. Memory is the largest resident set of
+one of these processes, by the kernel, and at least that of this program (0.2 GB). The exit status
+is 1 if a case uses more than its bar, or ends with another status than it should.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
+from aoe_jax.data.sotu import speech_files
+from benchmarks.timing import report
+
+_CASES = flags.DEFINE_list("cases", None, "which cases; default: all")
+_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+_PREPARE = ["-m", "aoe_jax.data.prepare", "--input={here}/in/*", "--output={here}/out"]
+_PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe:1000"]
+_OPEN = """
+from aoe_jax.config.data import DataConfig
+from aoe_jax.data.tokenised import open_corpus
+open_corpus(DataConfig("text", path="{here}/in", cache="{here}/out"), 1000)
+"""
+
+
+def long_document(folder: Path):
+    """A document of 300 MB of the addresses, with numbers between them, and 30 short ones."""
+    small_files(folder, 30)
+    speeches = [file.read_text() for file in speech_files()]
+    with open(folder / "long.txt", "w") as file:
+        while file.tell() < 300e6:
+            file.write(f"{file.tell()} {speeches[file.tell() % len(speeches)]}\n")
+
+
+def gzip_bomb(folder: Path):
+    """10 GB of lines of JSON in a file of 10 MB."""
+    line = json.dumps({"text": "a " * 2**19}).encode() + b"\n"
+    member = gzip.compress(line * 64)
+    with open(folder / "bomb.jsonl.gz", "wb") as file:
+        for _ in range(10**10 // (64 * len(line)) + 1):
+            file.write(member)
+
+
+def long_line(folder: Path):
+    """A line of 10 GB, in a file with a hole."""
+    with open(folder / "line.jsonl", "wb") as file:
+        file.write(b'{"text": "')
+        file.truncate(10**10)
+
+
+def small_files(folder: Path, count=100_000):
+    """So many documents of a few words, a file each."""
+    for number in range(count):
+        (folder / f"{number:06d}.txt").write_text(f"Document {number} of the union.")
+
+
+class Case(NamedTuple):
+    """A preparation."""
+
+    about: str
+    write: Callable[[Path], object]
+    command: list[str]
+    bar_mb: int
+    status: int
+
+
+CASES = {
+    "bpe": Case("300 MB document, --tokenizer=bpe:1000", long_document, _PREPARE, 2500, 0),
+    "text": Case("the same, data.name=text", long_document, ["-c", _OPEN], 2500, 0),
+    "bomb": Case("gzip bomb of 10 GB", gzip_bomb, _PREPARE, 500, 2),
+    "line": Case("line of 10 GB", long_line, _PREPARE, 1500, 2),
+    "files": Case("100,000 files", small_files, _PREPARE, 500, 0),
+}
+
+
+def measure(case: Case):
+    """Prepares the input of a case: `(exit status, peak in MB, seconds, last line of stderr)`."""
+    with tempfile.TemporaryDirectory() as here:
+        Path(here, "in").mkdir()
+        case.write(Path(here, "in"))
+        started = time.monotonic()
+        command = [sys.executable, *(word.format(here=here) for word in case.command)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            stderr = process.stderr.read().replace(here, "DIR")
+            _, status, usage = os.wait4(process.pid, 0)  # the largest of it and of its children
+            process.returncode = os.waitstatus_to_exitcode(status)
+        seconds, last_line = time.monotonic() - started, (stderr.strip().splitlines() or [""])[-1]
+        return process.returncode, usage.ru_maxrss * 1024 / 1e6, seconds, last_line
+
+
+def main():
+    """Measures and prints a case a line."""
+    figures = []
+    for name in _CASES.value or CASES:
+        require_flag(name in CASES, "cases", name, f"choose of {', '.join(CASES)}")
+        case = CASES[name]
+        status, peak, seconds, last_line = measure(case)
+        holds = peak <= case.bar_mb and status == case.status
+        print(
+            f"{case.about}: {peak:.0f} MB, bar {case.bar_mb} MB; exit status {status}, should be "
+            f"{case.status}; {seconds:.0f} s{'' if holds else '; FAILS'}\n    {last_line}",
+            flush=True,
+        )
+        figures.append({"case": name, "peak_mb": peak, "bar_mb": case.bar_mb, "status": status})
+        figures[-1] |= {"seconds": seconds, "holds": holds, "last_line": last_line}
+    report(figures, _JSON.value)
+    return int(not all(figure["holds"] for figure in figures))
+
+
+if __name__ == "__main__":
+    cli.run(main)
