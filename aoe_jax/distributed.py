@@ -36,6 +36,9 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
+_LAST_WORDS = 1.0  # seconds between the agreement to end and the end
+
+
 def start():
     """Joins the other processes if the command line names any; call it before JAX is used.
 
@@ -218,6 +221,8 @@ def together():
         problem = e
     statuses = gathered(0 if problem is None else getattr(problem, "status", 1))
     worst = max(statuses)
+    if worst and len(statuses) > 1:
+        time.sleep(_LAST_WORDS)  # else the end of one may break the exchange for another
     if worst and statuses[jax.process_index()] == worst:
         raise problem
     if worst:

@@ -1,6 +1,5 @@
 """Exceptions that end a program; the command line prints a last line and sets an exit status."""
 
-import errno
 import reprlib
 
 _repr = reprlib.Repr()
@@ -71,8 +70,3 @@ class Interrupted(Stopped):
     """SIGINT (Ctrl-C), with the exit status of shells."""
 
     status = 130
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed because the disk is full; some libraries have their own errors."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

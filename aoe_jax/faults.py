@@ -21,7 +21,6 @@ _LASTING = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
-    errno.ENOTEMPTY,
     errno.EINVAL,
     errno.ERANGE,
     errno.EDOM,
@@ -60,6 +59,11 @@ def is_fault(error: BaseException) -> bool:
         elif _AS_TEXT.search(str(cause)):
             return True
     return False
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether only the user can change what prevents a write."""
+    return getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def reason(error: BaseException) -> str:

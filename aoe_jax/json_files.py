@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import patiently
+from aoe_jax.faults import is_fault, patiently
 from aoe_jax.paths import is_remote
 
 _BYTES = 2**24  # of a file of JSON, unless its reader expects more; Python's values take 25x that
@@ -129,6 +129,8 @@ def read_metrics(path: Path):
                     if isinstance(value, dict) and _is_metrics(value):
                         yield value
     except OSError as e:
+        if is_fault(e):
+            raise
         raise UserError(f"{path} can't be read ({e.strerror}); move it away") from e
 
 

@@ -9,7 +9,6 @@ whatever else it does. Another process may take a folder over
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aoe_jax.errors import UserError
-from aoe_jax.faults import is_fault, patiently
+from aoe_jax.faults import is_fault, is_forbidden, patiently
 from aoe_jax.paths import create, is_remote
 
 log = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ def _write_or_refuse(folder, flag, write):
         try:
             return write()
         except OSError as e:
-            if is_fault(e) and e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if is_fault(e) and not is_forbidden(e):
                 raise
             raise UserError(f"--{flag}={folder} can't be written: {e.strerror}") from e
 

@@ -46,7 +46,7 @@ ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",  # else every benchmark starts itself again
 }
 # A forked command may set these only: libraries have read the others when they were imported.
-OWN_VARIABLES = {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+OWN_VARIABLES = {"XLA_FLAGS", "PYTEST_CURRENT_TEST", "FAULT"}
 
 
 class Forked:
@@ -83,6 +83,10 @@ class Forked:
                 written.append(file.read())
         return tuple(written)
 
+    def stderr_so_far(self):
+        """What the process has written to stderr."""
+        return os.pread(self._stderr.fileno(), 1 << 20, 0).decode()
+
     def send_signal(self, number):
         """Sends a signal if the process still runs."""
         if self.poll() is None:
@@ -105,10 +109,13 @@ class Forked:
 
 
 @functools.cache
-def _server():
-    """Starts the server and returns its socket and environment; it ends with this process."""
+def _server(preload):
+    """Starts a server and returns its socket and environment; it ends with this process.
+
+    `preload` is the shared library that comes before those of the system, "" for none.
+    """
     requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = os.environ | ENVIRONMENT
+    environment = os.environ | ENVIRONMENT | ({"LD_PRELOAD": preload} if preload else {})
     with theirs:
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.forking", str(theirs.fileno())],
@@ -136,7 +143,7 @@ def start(command, forked=True, **variables):
     """
     environment = os.environ | ENVIRONMENT | variables
     if forked:
-        requests, known = _server()
+        requests, known = _server(environment.get("LD_PRELOAD", ""))
         names = (environment.keys() | known.keys()) - OWN_VARIABLES
         if all(environment.get(name) == known.get(name) for name in names):
             return Forked(requests, command, environment)

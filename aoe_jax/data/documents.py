@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
+from aoe_jax.faults import is_fault
 from aoe_jax.json_files import open_regular
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -76,6 +77,8 @@ def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
         if kind == _PARQUET:
             return list(_row_groups(path, piece_bytes))
     except (OSError, pyarrow.ArrowException) as error:
+        if is_fault(error):
+            raise
         raise UserError(f"--input: {path} cannot be read ({_reason(error)})") from error
     cuts = [*range(0, size, piece_bytes), size]
     if kind == _TEXT or compression or size == 0:
@@ -102,6 +105,8 @@ def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int]]:
             else:
                 yield from _json_lines(piece, file, compression, text_field)
     except (OSError, pyarrow.ArrowException) as error:
+        if is_fault(error):
+            raise
         raise UserError(
             f"--input: {piece.path} cannot be read ({_reason(error)}); mend or remove it"
         ) from error

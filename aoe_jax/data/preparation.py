@@ -42,7 +42,8 @@ from aoe_jax.data.tokenizer import (
     train_tokenizer,
 )
 from aoe_jax.data.workers import work_through
-from aoe_jax.errors import UserError, is_disk_full
+from aoe_jax.errors import Failure, MachineFault, UserError
+from aoe_jax.faults import is_fault, reason
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
 from aoe_jax.ownership import OWN_FILES, owned
 
@@ -114,7 +115,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     preparation, the disk is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, output)
-    with owned(output, "output"), _full_disk_is_named(output):
+    with owned(output, "output"), _faults_are_named(output):
         plan = _claim(files, planned, output)
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
             read_manifest(output)
@@ -193,7 +194,7 @@ def repair(output: Path, processes: int) -> list[str]:
     """
     wanted = f"has no {PLAN_FILE}, so it can't be repaired; prepare it again"
     require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
-    with owned(output, "output"), _full_disk_is_named(output):
+    with owned(output, "output"), _faults_are_named(output):
         damaged = check(output)
         if damaged:
             plan = _read_plan(output, "prepare it again, in another folder")
@@ -276,15 +277,14 @@ def _refuse_changed(state: list, advice: str):
 
 
 @contextlib.contextmanager
-def _full_disk_is_named(output: Path) -> Iterator[None]:
+def _faults_are_named(output: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # array_record raises RuntimeError, tokenizers bare Exception
-        if not is_disk_full(error):
+        if isinstance(error, Failure) or not is_fault(error):
             raise
-        raise UserError(
-            f"--output={output}: the disk is full; free some space, and the same command goes on "
-            "where it was"
+        raise MachineFault(
+            f"--output={output}: {reason(error)}; the same command goes on where it was"
         ) from error
 
 
@@ -345,7 +345,7 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
 
     def write(unit: int):
         notes, prefix = output / "units", f"{unit:05d}.partial-"
-        with _full_disk_is_named(output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
+        with _faults_are_named(output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
             result = _tokenise(unit, plan, tokenizer, Path(new), read)
             shards = _hashes_of_shards(result)
             files = sorted({file for file, _, _ in plan["units"][unit]["pieces"]})

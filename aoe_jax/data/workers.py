@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 
-from aoe_jax.errors import UserError
+from aoe_jax import faults
+from aoe_jax.errors import Failure, UserError
+from aoe_jax.faults import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ def work_through(
     iterator kills the processes; if this process is killed, they end after their task.
 
     Raises:
-        UserError: a task raised it, or three processes died at a task.
+        Failure: a task raised it.
+        UserError: three processes died at a task.
         RuntimeError: a task raised anything else; the message has its traceback.
     """
     waiting, busy, deaths = list(reversed(tasks)), {}, Counter()
@@ -38,7 +41,8 @@ def work_through(
 
     def start() -> Connection:
         ours, theirs = _spawning.Pipe()
-        process = _spawning.Process(target=_work, args=(theirs, set_up, arguments), daemon=True)
+        args = theirs, set_up, arguments, faults.retry_seconds
+        process = _spawning.Process(target=_work, args=args, daemon=True)
         process.start()
         theirs.close()  # so that `ours` is at its end when the process dies
         alive[ours] = process
@@ -87,7 +91,8 @@ def _end_of(process: multiprocessing.Process) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
-def _work(connection: Connection, set_up: Callable, arguments: Sequence):
+def _work(connection: Connection, set_up: Callable, arguments: Sequence, retry_seconds: float):
+    faults.retry_seconds = retry_seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     do = None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
@@ -95,8 +100,8 @@ def _work(connection: Connection, set_up: Callable, arguments: Sequence):
             task, name = connection.recv()
             try:
                 do = do or set_up(*arguments)
-                answer = do(task), None
-            except UserError as error:
+                answer = patiently(f"{name} cannot be worked on", lambda: do(task)), None
+            except Failure as error:
                 answer = None, error
             except Exception:
                 answer = None, RuntimeError(f"at {name}:\n{traceback.format_exc()}")

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, is_disk_full
-from aoe_jax.faults import patiently
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.faults import is_fault, is_forbidden, patiently, reason
 from aoe_jax.formats.architectures import find_layout
 from aoe_jax.formats.reading import RUN_FILE
 from aoe_jax.formats.tensor_files import write_tensors
@@ -33,7 +33,8 @@ def new_directory(output: Path) -> Iterator[Path]:
     a disk, whose files are copied at the end, `config.json` as the last.
 
     Raises:
-      UserError: `output` exists, or can't be written.
+      UserError: `output` exists, or must not be written.
+      MachineFault: its disk fails.
     """
     if output.exists():
         raise UserError(f"--output={output} exists already; name a new directory")
@@ -53,9 +54,9 @@ def new_directory(output: Path) -> Iterator[Path]:
         os.replace(partial, output)
         sync(partial.parent)
     except (OSError, SafetensorError) as e:
-        reason = "no space left on the disk" if is_disk_full(e) else getattr(e, "strerror", e)
         where = f" ({e.filename})" if getattr(e, "filename", None) else ""
-        raise UserError(f"--output={output} can't be written: {reason}{where}") from e
+        kind = MachineFault if is_fault(e) and not is_forbidden(e) else UserError
+        raise kind(f"--output={output} can't be written: {reason(e)}{where}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -71,18 +71,19 @@ class Checkpoints:
         for line in read_metrics(workdir / "metrics.jsonl"):
             if line.get("validation_nll") is not None:
                 self.validated(line["step"], line["validation_nll"])
-        if config is None and not self.directory.is_dir():
-            return
-        self._open()
+        if config is not None:
+            self._open()
 
     def _open(self):
+        """Opens Orbax's manager; all processes call it together."""
         options = ocp.CheckpointManagerOptions(
-            read_only=self._config is None,
             preservation_policy=self,
-            # Half saves of a killed run fill the disk.
-            cleanup_tmp_directories=self._config is not None,
-            async_options=self._config and ocp.AsyncOptions(timeout_secs=int(self._config.timeout)),
+            cleanup_tmp_directories=True,  # half saves of a killed run fill the disk
+            async_options=ocp.AsyncOptions(timeout_secs=int(self._config.timeout)),
         )
+        if jax.process_count() > 1:  # they wait for each other in there
+            self._manager = _Manager(self.directory, options=options)
+            return
         self._manager = faults.patiently(
             f"{self.directory} cannot be opened", lambda: _Manager(self.directory, options=options)
         )
@@ -105,7 +106,14 @@ class Checkpoints:
 
     def steps(self):
         """The steps of all complete checkpoints, the oldest first."""
-        return sorted(self._manager.all_steps()) if self._manager else []
+        if not self.directory.exists():
+            return []
+        return sorted(
+            faults.patiently(
+                f"{self.directory} cannot be read",
+                lambda: ocp.utils.checkpoint_steps(self.directory),
+            )
+        )
 
     def _path(self, step):
         return self.directory / str(step)
@@ -255,7 +263,6 @@ class Checkpoints:
                 log.warning(
                     f"checkpoint of step {step} is damaged ({problem}): set aside as {target}"
                 )
-        self._manager.reload()
 
     def restore(self, step, abstract_state):
         """`(state, progress, position in the data)` of a step.

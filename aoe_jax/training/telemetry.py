@@ -75,12 +75,14 @@ class Telemetry:
         the time when the run began for the first time; None: now.
         """
         self._began, self._useful = began or time.time(), 0.0
-        self._writers = []
+        self._writers, self._tensorboard = [], None
         if writes:
             self._lines = JsonLines(workdir / "metrics.jsonl", start_step, validated)
             self._useful = self._lines.compute_seconds
-            self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
-            self._writers = [self._lines, self._tensorboard]
+            self._writers = [self._lines]
+            with Tolerated(TensorBoard.name):
+                self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
+                self._writers.append(self._tensorboard)
             if wandb is not None:
                 self._writers.append(Wandb(workdir, wandb, config.to_dict()))
         self._tolerated = {writer: Tolerated(writer.name) for writer in self._writers}
@@ -203,7 +205,7 @@ class Telemetry:
             steps = self._config.train.steps
             duration = timedelta(seconds=round(seconds))
             log.info(f"step {step}/{steps} | validation {result} | in {duration}")
-            if self._config.experts.kind != "dense":
+            if self._config.experts.kind != "dense" and self._tensorboard:
                 with self.clock("evaluation"):
                     self._draw_load(step, result)
         self._evaluated = self._seconds["evaluation"]

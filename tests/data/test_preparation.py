@@ -18,7 +18,7 @@ from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.data.workers import work_through
-from aoe_jax.errors import Preempted, UserError
+from aoe_jax.errors import MachineFault, Preempted, UserError
 from tests.data.texts import json_lines, texts, write_everything
 from tests.runs import contents, damage, disk
 
@@ -348,8 +348,8 @@ def test_full_disk(inputs, whole, small_disk):
     filler = small_disk / "filler"
     filler.write_bytes(bytes(20_700_000))
     with pytest.raises(
-        UserError,
-        match=r"--output=.*: the disk is full; free some space, and the same command goes on",
+        MachineFault,
+        match=r"--output=.*: No space left on device; the same command goes on",
     ):
         prepared(inputs, small_disk / "store")
     filler.write_bytes(bytes(20_900_000))
@@ -357,7 +357,7 @@ def test_full_disk(inputs, whole, small_disk):
         path.unlink()
     shutil.rmtree(small_disk / "store")
     for _ in range(2):  # at the tokenizer, then at the plan
-        with pytest.raises(UserError, match=r"--output=.*: the disk is full"):
+        with pytest.raises(MachineFault, match=r"--output=.*: No space left on device"):
             prepared(inputs, small_disk / "store")
         with open(filler, "ab") as file, contextlib.suppress(OSError):
             file.write(bytes(2**20))

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from aoe_jax.config.mesh import MeshConfig
-from aoe_jax.errors import UserError
+from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.formats import tensor_files
 from aoe_jax.formats.configs import as_own, to_json
 from aoe_jax.formats.reading import load_params, read_config
@@ -223,7 +223,7 @@ def test_a_full_disk(tmp_path):
     with disk(tmp_path / "disk", "100k") as folder:
         (params, bias), _, config = random_model(tiny_config())
         with (
-            pytest.raises(UserError, match="no space left on the disk"),
+            pytest.raises(MachineFault, match="No space left on device"),
             new_directory(folder / "model") as partial,
         ):
             write_arrays(partial, as_own(config), params, bias, "float32")

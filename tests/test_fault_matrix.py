@@ -1,0 +1,224 @@
+"""Faults below Python, in real processes: which error, at which place, and what comes of it."""
+
+import errno
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from aoe_jax.errors import MachineFault
+from tests.runs import (
+    EVERY,
+    ROOT,
+    STEPS,
+    contents,
+    corpus_folder,
+    finish,
+    finished_run,
+    run,
+    same_end,
+    scratch,
+    shared,
+    start,
+    train_command,
+)
+from tests.test_faults import last_line
+from tests.test_multiprocess import free_port
+
+LASTS = 2.0  # seconds of a fault that passes
+
+
+@shared
+def faulty_disk():
+    """The library that makes a disk fail."""
+    library = scratch("faulty") / "faulty_disk.so"
+    source = ROOT / "tests" / "faulty_disk.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return str(library)
+
+
+class Fault:
+    """A fault of some operations on paths with a part; it holds from `begin` to `end`."""
+
+    def __init__(self, tmp_path, code, operations, part):
+        self._flag = tmp_path / "fails"
+        number = getattr(errno, code, 0)
+        fault = f"{number}:{operations}:{part}:{self._flag}"
+        self.variables = {"LD_PRELOAD": faulty_disk(), "FAULT": fault}
+        self.begin()
+
+    def begin(self):
+        self._flag.touch()
+
+    def end(self):
+        self._flag.unlink()
+
+    def lasting(self, command):
+        """Runs a command while the fault holds."""
+        return finish(start([*command, "--retry_seconds=1"], **self.variables))
+
+    def passing(self, command, seen):
+        """Runs a command; the fault ends some time after the command has logged `seen`."""
+        process = start([*command, "--retry_seconds=60"], **self.variables)
+        deadline = time.monotonic() + 60
+        while seen not in process.stderr_so_far() and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        time.sleep(LASTS)
+        self.end()
+        return finish(process)
+
+
+def stopped_run(folder):
+    """A run that has a step left."""
+    return shutil.copytree(finished_run(), folder), train_command(folder, train__steps=STEPS + 1)
+
+
+STATE = f"checkpoints/{STEPS}/"
+READS = [  # error, operations, part of the path
+    ("EIO", "o", "run/config.json"),
+    ("ESTALE", "o", "run/heartbeat.json"),
+    ("ENOTCONN", "or", STATE + "state"),
+    ("ETIMEDOUT", "or", STATE + "state"),
+    ("EBUSY", "o", STATE),
+    ("EIO", "r", STATE + "state"),
+    ("ECONNRESET", "o", STATE + "run"),
+    ("ESTALE", "o", "array_record"),
+    ("EIO", "o", "run/metrics.jsonl"),
+]
+WRITES = [
+    ("ENOSPC", "w", "checkpoints/"),
+    ("EDQUOT", "w", "checkpoints/"),
+    ("EROFS", "cm", "checkpoints/"),
+    ("EIO", "w", "checkpoints/"),
+    ("ETIMEDOUT", "m", "checkpoints/"),
+    ("ENOSPC", "w", "run/metrics.jsonl"),
+    ("EIO", "w", "run/metrics.jsonl"),
+]
+NEEDLESS = [
+    ("EROFS", "c", "heartbeat.json"),
+    ("ENOSPC", "w", "heartbeat.json"),
+    ("EIO", "w", "tensorboard/"),
+]
+
+
+def ids(cases):
+    return {"argvalues": cases, "ids": [" ".join(case) for case in cases]}
+
+
+@pytest.mark.parametrize("case", **ids(READS))
+def test_reads_that_fail(tmp_path, case):
+    """A lasting fault ends the run and nothing is touched; one that passes leaves no trace."""
+    workdir, command = stopped_run(tmp_path / "run")
+    fault, before = Fault(tmp_path, *case), contents(workdir)
+    status, _, stderr = fault.lasting(command)
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert contents(workdir) == before
+    fault.end()
+    status, _, stderr = run(command)
+    assert status == 0 and f"going on from step {STEPS}" in stderr, stderr
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
+def test_a_read_that_fails_for_a_while(tmp_path):
+    workdir, command = stopped_run(tmp_path / "run")
+    fault = Fault(tmp_path, "ENOTCONN", "or", STATE)
+    status, _, stderr = fault.passing(command, "cannot be read")
+    assert status == 0 and f"going on from step {STEPS}" in stderr, stderr
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
+def test_reads_that_are_short(tmp_path):
+    """They look like a file that was cut, which is damage."""
+    workdir, command = stopped_run(tmp_path / "run")
+    fault = Fault(tmp_path, "short", "r", STATE + "state")
+    status, _, stderr = fault.lasting(command)
+    assert status == 0 and f"going on from step {STEPS - EVERY}" in stderr, stderr
+    assert (workdir / "damaged_checkpoints" / str(STEPS)).is_dir()
+
+
+@pytest.mark.parametrize("case", **ids(WRITES))
+def test_writes_that_fail(tmp_path, case):
+    """A lasting fault ends the run, which goes on later as if nothing had been."""
+    workdir, command = tmp_path / "run", train_command(tmp_path / "run")
+    fault = Fault(tmp_path, *case)
+    status, _, stderr = fault.lasting(command)
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert "the same command goes on" in last_line(stderr)
+    fault.end()
+    status, _, stderr = run(command)
+    assert status == 0 and same_end(workdir, finished_run()), stderr
+
+
+@pytest.mark.parametrize("part", ["checkpoints/", "run/metrics.jsonl"])
+def test_writes_that_fail_for_a_while(tmp_path, part):
+    fault = Fault(tmp_path, "EIO", "w", part)
+    status, _, stderr = fault.passing(train_command(tmp_path / "run"), "cannot be")
+    assert status == 0 and same_end(tmp_path / "run", finished_run()), stderr
+
+
+@pytest.mark.parametrize("case", **ids(NEEDLESS))
+def test_files_that_a_run_can_do_without(tmp_path, case):
+    fault = Fault(tmp_path, *case)
+    status, _, stderr = fault.lasting(train_command(tmp_path / "run"))
+    assert status == 0 and "cannot be written" in stderr and "the run goes on" in stderr, stderr
+    assert same_end(tmp_path / "run", finished_run())
+
+
+@pytest.mark.parametrize("case", **ids([("EIO", "o", STATE), ("ESTALE", "o", "array_record")]))
+def test_evaluation(tmp_path, case):
+    workdir, _ = stopped_run(tmp_path / "run")
+    before = contents(workdir)
+    status, _, stderr = Fault(tmp_path, *case).lasting(["eval.py", f"--workdir={workdir}"])
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO"])
+def test_export(tmp_path, code):
+    workdir, _ = stopped_run(tmp_path / "run")
+    command = ["-m", "aoe_jax.export", f"--workdir={workdir}", f"--output={tmp_path / 'model'}"]
+    status, _, stderr = Fault(tmp_path, code, "w", "model").lasting(command)
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert [path.name for path in tmp_path.iterdir() if "model" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    "case", **ids([("EDQUOT", "w", "store/"), ("EIO", "w", "store/"), ("EIO", "r", "texts/")])
+)
+def test_preparation(tmp_path, case):
+    output = tmp_path / "store"
+    command = ["-m", "aoe_jax.data.prepare", f"--input={corpus_folder()}/*.txt"]
+    command += [
+        "--validation=0.3",
+        "--test=0.3",
+        f"--output={output}",
+        f"--tokenizer={finished_run() / 'tokenizer.json'}",
+    ]
+    fault = Fault(tmp_path, *case)
+    status, _, stderr = fault.lasting(command)
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert not (output / "manifest.json").exists()
+    fault.end()
+    status, _, stderr = run(command)
+    assert status == 0 and (output / "manifest.json").exists(), stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "process"),
+    [(("EIO", "or", STATE + "state"), 1), (("ENOTCONN", "o", "run/config.json"), 0)],
+)
+def test_two_processes_of_which_one_cannot_read(tmp_path, case, process):
+    """Both end, with the same status; nothing is touched."""
+    workdir, command = stopped_run(tmp_path / "run")
+    fault, before = Fault(tmp_path, *case), contents(workdir)
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=1"]
+    processes = [
+        start([*command, *flags, f"--process={i}"], **(fault.variables if i == process else {}))
+        for i in range(2)
+    ]
+    outcomes = [finish(process) for process in processes]
+    assert [status for status, _, _ in outcomes] == [MachineFault.status] * 2, outcomes
+    assert f"process {process} failed; see its log" in outcomes[1 - process][2]
+    assert contents(workdir) == before
