@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import ipaddress
 import logging
 import os
 import socket
@@ -81,7 +82,11 @@ def _initialize():
     timer.start()
     try:
         place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-        jax.distributed.initialize(*place, initialization_timeout=timeout + 60)
+        named = _COORDINATOR.value and _interface()  # an address, so JAX listens there only, too
+        bind = _COORDINATOR.value if named else None
+        jax.distributed.initialize(
+            *place, initialization_timeout=timeout + 60, coordinator_bind_address=bind
+        )
     except ValueError as e:
         raise UserError(
             f"--distributed: no cluster was found here ({e}); give --coordinator, --processes and "
@@ -117,11 +122,19 @@ def _meet():
         )
 
 
+def _interface():
+    """The address that process 0 listens at: that of the coordinator, all if that is a name."""
+    host = _COORDINATOR.value.rpartition(":")[0]
+    with contextlib.suppress(ValueError):
+        return host if host == "localhost" else str(ipaddress.IPv4Address(host))
+    return ""
+
+
 def _gather(port, deadline):
     """Process 0: waits for the others and tells each the numbers of those that are missing."""
     others, numbers = {}, range(1, _PROCESSES.value)
     try:
-        server = socket.create_server(("", port))
+        server = socket.create_server((_interface(), port))
     except OSError as e:
         raise UserError(
             f"--coordinator={_COORDINATOR.value}: process 0 can't listen there ({e.strerror}); "
