@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import flax.linen as nn
@@ -18,9 +19,8 @@ import aoe_jax
 from aoe_jax import AoE, AoELayer, DenseLayer, MoE, RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
-from aoe_jax.methods.erc import ERC
-from aoe_jax.methods.threshold import Threshold
 from aoe_jax.moe import reference
+from aoe_jax.moe.routing import TopK
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]
 
@@ -31,6 +31,20 @@ LAYERS = {
     "whole gates": AoE(**SIZES, score_neurons=4),
     "moe": MoE(**SIZES),
 }
+
+
+@dataclass(frozen=True)
+class WithLoss(TopK):
+    """Top-k with a loss of its own, in training alone."""
+
+    def losses(self, stats, state, weights, token_weights):
+        return {"size": (0.5, jnp.square(weights["w_router"]).sum())}
+
+
+@dataclass(frozen=True)
+class WithState(TopK):
+    def state(self, experts, balance, d):
+        return {"selection_bias": jnp.zeros(experts.n_experts)}
 
 
 def drawn(layer, x=X):
@@ -112,10 +126,12 @@ def test_padding_does_not_count():
 
 def test_loss_of_a_router():
     """In training a router's own loss is part of `aux.loss`."""
-    layer = MoE(**SIZES, routing=ERC(), aux_weight=0.0)
-    aux = layer.apply(drawn(layer), X, training=True, rngs={"experts": jax.random.key(0)})[1]
-    assert aux.metrics["coupling_loss"] > 0
-    np.testing.assert_allclose(aux.loss, ERC().weight * aux.metrics["coupling_loss"], rtol=1e-6)
+    layer = MoE(**SIZES, routing=WithLoss(), aux_weight=0.0)
+    variables = drawn(layer)
+    assert layer.apply(variables, X)[1].loss == 0
+    aux = layer.apply(variables, X, training=True)[1]
+    want = jnp.square(variables["params"]["w_router"]).sum()
+    np.testing.assert_allclose([aux.metrics["size"], aux.loss], [want, want / 2], rtol=1e-6)
 
 
 def test_bfloat16():
@@ -167,6 +183,19 @@ class Model(nnx.Module):
     def __call__(self, x):
         y, aux = self.layer(x)
         return self.output(x + y), aux
+
+
+def test_nnx_on_a_mesh():
+    """Variables say how they are split; results are those of one device."""
+    with jax.set_mesh(mesh_of((4, 2))):
+        module = LAYERS["moe"].clone(expert="a", tensor="b")
+        layer = nnx.bridge.ToNNX(module, rngs=jax.random.key(1)).lazy_init(X)
+        spec = nnx.get_partition_spec(nnx.state(layer))["w_up"].get_value()
+        assert spec == P("a", None, "b")
+        got = nnx.jit(lambda layer, x: layer(x)[0])(layer, X)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    want = LAYERS["moe"].apply({"params": params}, X)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_nnx():
@@ -272,7 +301,7 @@ def test_inside_shard_map():
         ({"aux_weight": -1.0}, "AoE: aux_weight=-1.0: must be at least 0"),
         ({"d_low": D}, f"AoE: d_low={D}: must be smaller than d_model={D}"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
-        ({"routing": Threshold()}, r"AoE: routing=Threshold\(.*\): it has a state"),
+        ({"routing": WithState()}, r"AoE: routing=WithState\(.*\): it has a state"),
     ],
 )
 def test_refused(settings, message):
