@@ -5,6 +5,7 @@
 
 import re
 from contextlib import contextmanager
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -55,6 +56,12 @@ class _Experts(nn.Module, kw_only=True):
         """Refuses values that are wrong whatever the model width."""
         super().__post_init__()
         with _naming_arguments(self):
+            for name in ("n_experts", "top_k", "d_ffn"):
+                if not isinstance(getattr(self, name), Integral):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
+            if not isinstance(self.routing, Method):
+                wanted = "must be a router, such as aoe_jax.moe.routing.TopP()"
+                raise ValueError(f"routing={self.routing!r}: {wanted}")
             self._config()
             BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
             MeshConfig(expert=2, transport=self.transport)

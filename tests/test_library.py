@@ -300,6 +300,8 @@ def test_inside_shard_map():
         ({"transport": "bus"}, "AoE: transport='bus': choose one of ring, all_to_all"),
         ({"aux_weight": -1.0}, "AoE: aux_weight=-1.0: must be at least 0"),
         ({"d_low": D}, f"AoE: d_low={D}: must be smaller than d_model={D}"),
+        ({"d_ffn": "16"}, "AoE: d_ffn='16': must be a whole number"),
+        ({"routing": "top_p"}, r"AoE: routing='top_p': must be a router, such as .*TopP\(\)"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
         ({"routing": WithState()}, r"AoE: routing=WithState\(.*\): it has a state"),
     ],
