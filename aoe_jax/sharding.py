@@ -6,10 +6,11 @@ train state.
     expert  batches and experts are split over it
     tensor  positions between layers, attention heads and the width of experts are split over it
 
-One device is the mesh (1, 1, 1, 1).
+One device is the mesh (1, 1, 1, 1). `MeshAxes` says which axes of another mesh are meant.
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 
@@ -59,6 +60,62 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
+
+
+@dataclass(frozen=True)
+class MeshAxes:
+    """Which axes of the mesh in context each of `MESH_AXES` is: a name, several names, outermost
+    first, or None. Along axes of the mesh that are not named here, every device does the same.
+    """
+
+    data: str | tuple[str, ...] | None = "data"
+    fsdp: str | tuple[str, ...] | None = "fsdp"
+    expert: str | tuple[str, ...] | None = "expert"
+    tensor: str | tuple[str, ...] | None = "tensor"
+
+    def names(self, axis):
+        """The names of one of `MESH_AXES`, a tuple."""
+        named = getattr(self, axis)
+        return (named,) if isinstance(named, str) else named or ()
+
+    def collective(self, axis):
+        """The name by which collectives know one of `MESH_AXES`, or several."""
+        names = self.names(axis)
+        return names[0] if len(names) == 1 else names
+
+    def spec(self, spec):
+        """A `PartitionSpec` over `MESH_AXES` by the names of this mesh."""
+        entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+        named = (sum(map(self.names, entry), ()) for entry in entries)
+        return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in named))
+
+    def sizes(self, mesh):
+        """Devices along each of `MESH_AXES`; without a mesh, one.
+
+        Raises:
+          ValueError: the mesh lacks a name, or a name stands for two axes; or, inside a
+            `jax.shard_map`, where parameters are whole, an axis splits them.
+        """
+        if mesh.empty:
+            return (1,) * len(MESH_AXES)
+        seen = []
+        for axis in MESH_AXES:
+            given = f"mesh axis {axis}={getattr(self, axis)!r}"
+            if mesh.manual_axes and axis != "data" and self.names(axis):
+                wanted = "leave it at None inside jax.shard_map, where parameters are whole"
+                raise ValueError(f"{given}: {wanted}")
+            for name in self.names(axis):
+                if name not in mesh.axis_names:
+                    raise ValueError(f"{given}: name axes of the mesh, {mesh.axis_names}, or None")
+                if name in seen:
+                    raise ValueError(f"{given}: {name!r} is another axis already; name it once")
+                if mesh.manual_axes and name not in mesh.manual_axes:
+                    raise ValueError(f"{given}: name axes of jax.shard_map, {mesh.manual_axes}")
+                seen.append(name)
+        return tuple(math.prod(map(mesh.shape.get, self.names(axis))) for axis in MESH_AXES)
+
+
+AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):

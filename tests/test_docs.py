@@ -1,9 +1,11 @@
-"""What the documentation names exists."""
+"""What the documentation names exists, and its Python code runs."""
 
 import importlib.util
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +40,18 @@ def test_commands_name_modules_and_files_that_exist(page):
         assert importlib.util.find_spec(module), module
     for file in set(re.findall(r"\bconfigs/[\w/]+\.py", text)):
         assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_code_runs(page, ragged):
+    """All blocks of a page, one after the other."""
+    blocks, names = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL), {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    for name in ("y", "loss", "aux", "grads", "products", "attended"):
+        assert page == "README.md" or name in names
+        for a in jax.tree.leaves(names.get(name)):
+            assert np.isfinite(a).all()
 
 
 def test_readme_is_short():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
-from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.layer import ExpertsLayer, config_of_kind
 from aoe_jax.moe.routing import Method
 from aoe_jax.parameters import EXPERTS, matrix_init
 
@@ -54,6 +55,6 @@ class Dense(Method):
             config.model.refuse("remat", wanted)
 
 
-def DenseLayer(experts=None, **settings):
+def DenseLayer(experts: ExpertsConfig | None = None, **settings: Any) -> ExpertsLayer:
     """An `ExpertsLayer` without experts."""
-    return ExpertsLayer(experts or ExpertsConfig(kind="dense"), Dense(), **settings)
+    return ExpertsLayer(config_of_kind("dense", experts), Dense(), **settings)

@@ -15,6 +15,7 @@ from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 from aoe_jax.model.attention.cudnn import is_cudnn_forward
 from aoe_jax.model.attention.layer import Attention
 from aoe_jax.model.vocabulary import embed, logits
+from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
@@ -102,7 +103,7 @@ class Decoder(nn.Module):
     observe: Callable | None = None
 
     @classmethod
-    def from_config(cls, c: Config, training=False):
+    def from_config(cls, c: Config, training: bool = False) -> "Decoder":
         """The decoder of a whole configuration."""
         return cls(c.model, c.experts, c.routing, c.balance, c.mesh.transport, training)
 
@@ -132,7 +133,13 @@ class Decoder(nn.Module):
             init = DECODER["output_bias"].init
             self.output_bias = self.param("output_bias", init, (c.vocab_size,))
 
-    def features(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
+    def features(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        token_weights: jax.Array | None = None,
+        routing_state: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, LayerStats]:
         """Everything but the output projection.
 
         Args:
@@ -150,7 +157,13 @@ class Decoder(nn.Module):
         x, stats = self.layers(x, segment_ids, token_weights, routing_state, numbers)
         return self.final_norm(x), stats
 
-    def __call__(self, tokens, segment_ids=None, token_weights=None, routing_state=None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        token_weights: jax.Array | None = None,
+        routing_state: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, LayerStats]:
         """Logits `[B, S, V]` float32, and `LayerStats` stacked over layers; see `features`."""
         hidden, stats = self.features(tokens, segment_ids, token_weights, routing_state)
         table = (self.embed if self.model.tie_embeddings else self.output).embedding

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe import balance
+from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.dispatch import take_code
 from aoe_jax.moe.experts import KEPT_EXPERTS, first_neurons, gate_pre_activations, swiglu
 from aoe_jax.moe.grouped_matmul import grouped_matmul
@@ -20,6 +21,7 @@ from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
 from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
 from aoe_jax.parameters import LARGE_ROUTER, LEARNED_SCORES, ROUTER, experts_with
+from aoe_jax.sharding import AXES, RULES, MeshAxes
 
 
 def moe_block(x, weights, layer, ctx):
@@ -129,6 +131,8 @@ class ExpertsLayer(nn.Module):
       training: whether methods behave as in training where that differs.
       observe: a function `(scores [T, n], routing, weights, ctx)` whose result, arrays, is the
         record "observed" of the statistics; None: nothing is observed.
+      axes: how the mesh calls its axes; None: as `sharding.MESH_AXES`. Where they are given,
+        parameters that are split are drawn as `nn.Partitioned`, for `nn.get_partition_spec`.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
@@ -139,17 +143,18 @@ class ExpertsLayer(nn.Module):
     transport: str = "ring"
     training: bool = False
     observe: Callable | None = None
+    axes: MeshAxes | None = None
 
     @nn.compact
     def __call__(
         self,
-        x,
-        token_weights=None,
-        routing_state=None,
-        attention_peaks=None,
-        layer_index=0,
-        positions=None,
-    ):
+        x: jax.Array,
+        token_weights: jax.Array | None = None,
+        routing_state: dict[str, jax.Array] | None = None,
+        attention_peaks: jax.Array | None = None,
+        layer_index: jax.Array | int = 0,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerStats]:
         """Applies the layer, on the mesh in context if there is one (`jax.set_mesh`).
 
         Args:
@@ -174,7 +179,7 @@ class ExpertsLayer(nn.Module):
             raise ValueError(f"router {method.name!r} needs attention_peaks")
         sizes = self.experts.sizes(d)
         weights = {
-            name: self.param(name, parameter.init, parameter.shape(sizes))
+            name: self.param(name, self._initialiser(parameter), parameter.shape(sizes))
             for name, parameter in self.parameters.items()
         }
         training = self.training and not self.is_initializing()
@@ -210,12 +215,24 @@ class ExpertsLayer(nn.Module):
         weight_specs = collectives.weight_specs(self.parameters, weights)
         in_specs = (vectors, tokens, tokens, vectors, PartitionSpec(), weight_specs)
         out_specs = (vectors, PartitionSpec(), tokens)
-        run = collectives.over_mesh(block, in_specs, out_specs, self.transport, self.remat)
+        how = self.transport, self.remat, self.axes or AXES
+        run = collectives.over_mesh(block, in_specs, out_specs, *how)
         of_layer = (routing_state, rng, layer_index)
         y, stats, per_token = run(
             x.astype(self.dtype), token_weights, positions, attention_peaks, of_layer, weights
         )
         return y, stats._replace(per_token=per_token)
+
+    def _initialiser(self, parameter):
+        spec = self.axes.spec(RULES.spec(*parameter.split)) if self.axes else ()
+        if not any(spec):
+            return parameter.init
+
+        def init(*args):
+            w, mesh = parameter.init(*args), jax.sharding.get_abstract_mesh()
+            return jax.sharding.reshard(w, spec) if mesh.explicit_axes else w
+
+        return nn.with_partitioning(init, tuple(spec))
 
     @property
     def block(self):
@@ -281,13 +298,25 @@ class ExpertsLayer(nn.Module):
         return devices.without_whole_weights(function, gathers_experts)
 
 
-def AoELayer(experts=None, **settings):
-    """An `ExpertsLayer` of Autonomy-of-Experts (Algorithm 2): experts ranked by the norm of their
-    own activations, without a router.
+def config_of_kind(kind, experts):
+    """`experts`, or the default `ExpertsConfig` of a kind.
+
+    Raises:
+      ValueError: `experts` are of another kind.
     """
-    return ExpertsLayer(experts or ExpertsConfig(kind="aoe"), **settings)
+    experts = ExpertsConfig(kind=kind) if experts is None else experts
+    if experts.kind != kind:
+        raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")
+    return experts
 
 
-def RouterLayer(experts=None, **settings):
+def AoELayer(experts: ExpertsConfig | None = None, **settings: Any) -> ExpertsLayer:
+    """An `ExpertsLayer` of Autonomy-of-Experts (Algorithm 2): experts ranked by the norm of their
+    own activations, without a router. `aoe_jax.AoE` takes plain arguments instead.
+    """
+    return ExpertsLayer(config_of_kind("aoe", experts), **settings)
+
+
+def RouterLayer(experts: ExpertsConfig | None = None, **settings: Any) -> ExpertsLayer:
     """An `ExpertsLayer` of the traditional mixture of experts (Algorithm 1)."""
-    return ExpertsLayer(experts or ExpertsConfig(kind="router"), **settings)
+    return ExpertsLayer(config_of_kind("router", experts), **settings)

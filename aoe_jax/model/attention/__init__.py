@@ -12,6 +12,8 @@ import logging
 import re
 from functools import lru_cache
 
+import jax
+
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import target_device
 from aoe_jax.model.attention.blocks import blocks_attention
@@ -24,13 +26,20 @@ PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}  # others: all
 _WITHOUT_CUDNN = re.compile(r"\b(V100|T4|P100|P40|P4|K80|RTX 20\d0|GTX|TITAN|Quadro)\b")
 
 
-def causal_attention(q, k, v, segment_ids=None, *, backend="auto"):
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    backend: str = "auto",
+) -> jax.Array:
     """Softmax attention of each position to itself and the positions before it.
 
     Scores are scaled by `1 / sqrt(h)`. Scores and sums are float32 or wider.
 
     Args:
-      q: `[B, H, S, h]`.
+      q: `[B, H, S, h]`, floating-point.
       k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
       segment_ids: `[B, S]` int32, the document that each position attends within, or None.
       backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,

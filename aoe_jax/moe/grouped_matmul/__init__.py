@@ -8,11 +8,13 @@ import logging
 import re
 from functools import lru_cache
 
+import jax
+
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import target_device
 from aoe_jax.moe.grouped_matmul.blocked import Places, blocked_matmul, placed_matmul
 from aoe_jax.moe.grouped_matmul.blocked import place_rows as place_for_blocked
-from aoe_jax.moe.grouped_matmul.groups import group_sizes_of
+from aoe_jax.moe.grouped_matmul.groups import WholeGroups, group_sizes_of
 from aoe_jax.moe.grouped_matmul.megablox import megablox_matmul
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import check as check_mosaic_gpu
 from aoe_jax.moe.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul
@@ -28,11 +30,17 @@ BACKENDS = {
 }
 
 
-def grouped_matmul(rows, weights, groups, *, backend="auto"):
+def grouped_matmul(
+    rows: jax.Array,
+    weights: jax.Array,
+    groups: jax.Array | WholeGroups | Places,
+    *,
+    backend: str = "auto",
+) -> jax.Array:
     """Multiplies each group of rows with its expert's weights.
 
     Args:
-      rows: `[M, D]`, the first `groups[0]` rows belong to expert 0, and so on.
+      rows: `[M, D]`, floating-point; the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
         whose sum is M. Or the `Places` of `place_rows`: then the rows lie there, M is their number

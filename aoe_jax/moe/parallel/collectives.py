@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from aoe_jax.hardware import target_device
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
-from aoe_jax.sharding import MESH_AXES, RULES
+from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes
 
 GATHERED_WEIGHT = "gathered_weight"
 RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither for v5e nor for CPU
@@ -34,6 +34,7 @@ class Devices:
     transport: str = "ring"
     remat: str = "none"  # `model.remat`
     shape: tuple = ()  # of the tokens that this device owns: sequences and positions, or `(T,)`
+    axes: MeshAxes = AXES
 
     def with_tokens(self, shape):
         """The same for tokens of this shape."""
@@ -43,23 +44,29 @@ class Devices:
         """Devices along a mesh axis."""
         return self.sizes[MESH_AXES.index(axis)]
 
+    def rank(self, axis):
+        """The number of this device along a mesh axis."""
+        return jax.lax.axis_index(self.axes.collective(axis)) if self.size(axis) > 1 else 0
+
     def gather(self, x, axis, dimension=0):
         """Concatenates the pieces of `x` over a mesh axis."""
         if self.size(axis) == 1:
             return x
-        return jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+        return jax.lax.all_gather(x, self.axes.collective(axis), axis=dimension, tiled=True)
 
     def sum_scatter(self, x, axis, dimension=0):
         """Sums `x` over a mesh axis and keeps this device's piece; the transpose of `gather`."""
         if self.size(axis) == 1:
             return x
-        return jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+        name = self.axes.collective(axis)
+        return jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
 
     def exchange(self, x, split, concatenate, axis="expert"):
         """`all_to_all` over a mesh axis."""
         if self.size(axis) == 1:
             return x
-        return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=concatenate, tiled=True)
+        name = self.axes.collective(axis)
+        return jax.lax.all_to_all(x, name, split_axis=split, concat_axis=concatenate, tiled=True)
 
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
@@ -74,7 +81,7 @@ class Devices:
           travel; elsewhere whole buffers do.
         """
         if self.has_ragged:
-            return _ragged_exchange(rows, sent, received)
+            return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
         return self.exchange(rows, 0, 0)
 
     @property
@@ -89,19 +96,23 @@ class Devices:
 
     def total(self, x, axes=MESH_AXES):
         """The sum over all devices, or over those along some axes."""
-        axes = tuple(axis for axis in axes if self.size(axis) > 1)
-        return jax.lax.psum(x, axes) if axes else x
+        names = self._names(axes)
+        return jax.lax.psum(x, names) if names else x
 
     def from_first(self, x):
         """Broadcasts the `x` of the first device along tensor to all devices along it."""
         if self.size("tensor") == 1:
             return x
-        return jax.lax.psum(jnp.where(jax.lax.axis_index("tensor") == 0, x, 0), "tensor")
+        return self.total(jnp.where(self.rank("tensor") == 0, x, 0), ("tensor",))
 
     def largest(self, x):
         """The maximum over all devices."""
-        axes = tuple(axis for axis in MESH_AXES if self.size(axis) > 1)
-        return jax.lax.pmax(x, axes) if axes else x
+        names = self._names(MESH_AXES)
+        return jax.lax.pmax(x, names) if names else x
+
+    def _names(self, axes):
+        """What collectives call the axes of more than one device."""
+        return tuple(name for axis in axes if self.size(axis) > 1 for name in self.axes.names(axis))
 
     def piece(self, x, axis, dimension=0):
         """This device's piece of an array that all devices of a mesh axis hold whole: the inverse
@@ -110,11 +121,11 @@ class Devices:
         if self.size(axis) == 1:
             return x
         size = x.shape[dimension] // self.size(axis)
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, dimension)
+        return jax.lax.dynamic_slice_in_dim(x, self.rank(axis) * size, size, dimension)
 
     def expert_rank(self):
         """The number of this device on the expert axis."""
-        return jax.lax.axis_index("expert") if self.size("expert") > 1 else 0
+        return self.rank("expert")
 
     def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
         """A weight, whole along the axis that is split over fsdp.
@@ -127,7 +138,8 @@ class Devices:
         over_fsdp = [axis is not None and getattr(RULES, axis) == "fsdp" for axis in split]
         if self.size("fsdp") == 1 or not any(over_fsdp):
             return w.astype(dtype)
-        gathered = _gather_cast(w, dtype, "fsdp", over_fsdp.index(True), sum_dtype)
+        name = self.axes.collective("fsdp")
+        gathered = _gather_cast(w, dtype, name, over_fsdp.index(True), sum_dtype)
         return checkpoint_name(gathered, GATHERED_WEIGHT)
 
     def gather_experts(self, parameter: Parameter, w, dtype):
@@ -135,7 +147,8 @@ class Devices:
         if self.size("expert") == 1:
             return self.gather_weight(parameter, w, dtype)
         whole = self.gather_weight(parameter, w)
-        return checkpoint_name(_gather_cast(whole, dtype, "expert", 0), GATHERED_WEIGHT)
+        name = self.axes.collective("expert")
+        return checkpoint_name(_gather_cast(whole, dtype, name, 0), GATHERED_WEIGHT)
 
     def without_whole_weights(self, function, gathers_experts=False):
         """`function` of arrays, which gathers weights again in its backward pass and keeps none.
@@ -170,7 +183,7 @@ class Devices:
             if self.size("fsdp") > 1:
                 w = self.gather_weight(EXPERTS["w_gate_down"], w, x.dtype)
             if self.sends_rows and w.shape[0] * w.shape[2] <= x.shape[0]:
-                of_all = _gather_cast(w, x.dtype, "expert", 0)
+                of_all = _gather_cast(w, x.dtype, self.axes.collective("expert"), 0)
                 return function(x, checkpoint_name(of_all, GATHERED_WEIGHT))
             by_own_experts = function(self.gather(x, "expert"), w)
             return tuple(self.exchange(a, split=0, concatenate=1) for a in by_own_experts)
@@ -216,7 +229,7 @@ class Devices:
         """The inverse of `all_tokens`: `[B S, ...]` -> `[T, ...]`."""
         if self.total_size == 1:
             return values
-        rank, n_ranks = jax.lax.axis_index("tensor"), self.size("tensor")
+        rank, n_ranks = self.rank("tensor"), self.size("tensor")
         if len(self.shape) == 1:
             first = (self._batch_rank() * n_ranks + rank) * self.shape[0]
             return jax.lax.dynamic_slice_in_dim(values, first, self.shape[0])
@@ -242,7 +255,7 @@ class Devices:
 
     def _batch_rank(self):
         """The number of this device among them."""
-        data, fsdp, expert = (jax.lax.axis_index(axis) for axis in MESH_AXES[:3])
+        data, fsdp, expert = map(self.rank, MESH_AXES[:3])
         return (data * self.size("fsdp") + fsdp) * self.size("expert") + expert
 
     @property
@@ -305,21 +318,21 @@ def ragged_offsets(rank, n_devices, n_rows):
     return starts, jnp.full(n_devices, rank * size, jnp.int32)
 
 
-@jax.custom_vjp
-def _ragged_exchange(rows, sent, received):
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _ragged_exchange(rows, sent, received, axis):
     n_devices = sent.shape[0]
-    start, landing = ragged_offsets(jax.lax.axis_index("expert"), n_devices, rows.shape[0])
+    start, landing = ragged_offsets(jax.lax.axis_index(axis), n_devices, rows.shape[0])
     out = jnp.zeros_like(rows)  # rows that nobody sends stay zero
-    return jax.lax.ragged_all_to_all(rows, out, start, sent, landing, received, axis_name="expert")
+    return jax.lax.ragged_all_to_all(rows, out, start, sent, landing, received, axis_name=axis)
 
 
 _ragged_exchange.defvjp(
-    lambda rows, sent, received: (_ragged_exchange(rows, sent, received), (sent, received)),
-    lambda sizes, g: (_ragged_exchange(g, sizes[1], sizes[0]), None, None),
+    lambda rows, *sizes_and_axis: (_ragged_exchange(rows, *sizes_and_axis), sizes_and_axis[:2]),
+    lambda axis, sizes, g: (_ragged_exchange(g, sizes[1], sizes[0], axis), None, None),
 )
 
 
-def over_mesh(function, in_specs, out_specs, transport="ring", remat="none"):
+def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axes=AXES):
     """`function(devices, *args)` on every device of the mesh in context; without a mesh, on whole
     arrays.
 
@@ -329,27 +342,32 @@ def over_mesh(function, in_specs, out_specs, transport="ring", remat="none"):
       out_specs: the same for the result.
       transport: `MeshConfig.transport`.
       remat: `ModelConfig.remat`.
+      axes: how the mesh calls the axes `MESH_AXES`.
 
     Raises:
-      ValueError: the mesh has other axes than `MESH_AXES`.
+      ValueError: see `MeshAxes.sizes`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return partial(function, Devices(transport=transport, remat=remat))
-    if set(mesh.axis_names) != set(MESH_AXES):
-        raise ValueError(
-            f"the mesh has the axes {mesh.axis_names}; they must be {MESH_AXES}, as "
-            "aoe_jax.sharding.make_mesh makes them"
-        )
-    devices = Devices(tuple(mesh.shape[axis] for axis in MESH_AXES), transport, remat)
-    idle = tuple(axis for axis in MESH_AXES if devices.size(axis) == 1)
-    in_specs = jax.tree.map(
-        partial(_name_idle_axes, idle), in_specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    devices = Devices(axes.sizes(mesh), transport, remat, axes=axes)
+    if mesh.empty or mesh.manual_axes:
+        return partial(function, devices)
+    idle = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1)
+    in_specs, out_specs = (
+        jax.tree.map(axes.spec, specs, is_leaf=_is_spec) for specs in (in_specs, out_specs)
     )
+    in_specs = jax.tree.map(partial(_name_idle_axes, idle), in_specs, is_leaf=_is_spec)
     # check_vma: Pallas kernels do not say how their results vary over the mesh.
-    return jax.shard_map(
+    run = jax.shard_map(
         partial(function, devices), in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+    if not mesh.explicit_axes:
+        return run
+    split = partial(jax.tree.map, lambda spec, a: jax.sharding.reshard(a, spec), is_leaf=_is_spec)
+    return lambda *args: run(*(split(spec, a) for spec, a in zip(in_specs, args, strict=True)))
+
+
+def _is_spec(value):
+    return isinstance(value, PartitionSpec)
 
 
 def _name_idle_axes(idle, spec):

@@ -1,9 +1,4 @@
-"""The README's examples: the layer, and the method that it adds, in a layer, in training on a mesh,
-and token by token.
-"""
-
-import re
-from pathlib import Path
+"""The method that an example adds, in a layer, in training on a mesh, and token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +12,16 @@ from aoe_jax.methods import ROUTERS
 from aoe_jax.moe import reference
 from aoe_jax.sharding import batch_sharding, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
+from examples.add_a_method import AboveMean
 from tests.evaluation.models import make_config, make_model
 from tests.moe.contexts import context
-
-README = Path(__file__).parents[2] / "README.md"
-
-
-def code_after(heading):
-    pattern = rf"##+ {heading}.*?```python\n(.*?)```"
-    code = re.search(pattern, README.read_text(), re.DOTALL).group(1)
-    names = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), names)
-    return names
 
 
 @pytest.fixture
 def added(monkeypatch):
     """The example's router, registered as the README says."""
-    router = code_after("Add a method")["AboveMean"]
-    monkeypatch.setitem(ROUTERS, router.name, router)
-    return router()
-
-
-def test_the_layer_in_ones_own_model(ragged):
-    names = code_after("The layer in your own model")
-    assert names["y"].shape == names["x"].shape and np.isfinite(names["loss"])
+    monkeypatch.setitem(ROUTERS, AboveMean.name, AboveMean)
+    return AboveMean()
 
 
 def test_by_hand(added):

@@ -1,0 +1,273 @@
+"""The layers as a library: Linen modules with plain arguments around `moe.layer.ExpertsLayer`.
+
+`[..., d]` below is `[B, S, d]`, `[T, d]` or any other shape whose last axis is the model width.
+"""
+
+import re
+from contextlib import contextmanager
+from numbers import Integral
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aoe_jax.config.balance import BalanceConfig
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.errors import UserError
+from aoe_jax.methods import LAYERS
+from aoe_jax.moe.balance import LayerStats, balance_loss
+from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.moe.routing import Method, TopK
+from aoe_jax.sharding import MESH_AXES, MeshAxes
+
+AxisNames = str | tuple[str, ...] | None
+
+
+class Aux(NamedTuple):
+    """What a layer returns beside its output."""
+
+    loss: jax.Array  # [] float32: weighted auxiliary losses, to be added to the loss of the model
+    metrics: dict[str, jax.Array]  # [] float32 each, to be logged
+    stats: LayerStats  # per expert
+
+
+class _Experts(nn.Module, kw_only=True):
+    """The arguments that AoE and MoE share, and the call."""
+
+    kind: ClassVar[str]
+
+    n_experts: int
+    top_k: int
+    d_ffn: int
+    routing: Method = TopK()
+    aux_weight: float = 0.01
+    z_weight: float = 0.0
+    dtype: Any = None
+    data: AxisNames = None
+    fsdp: AxisNames = None
+    expert: AxisNames = None
+    tensor: AxisNames = None
+    transport: str = "ring"
+
+    def __post_init__(self):
+        """Refuses values that are wrong whatever the model width."""
+        super().__post_init__()
+        with _naming_arguments(self):
+            for name in ("n_experts", "top_k", "d_ffn"):
+                if not isinstance(getattr(self, name), Integral):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
+            if not isinstance(self.routing, Method):
+                wanted = "must be a router, such as aoe_jax.moe.routing.TopP()"
+                raise ValueError(f"routing={self.routing!r}: {wanted}")
+            self._config()
+            BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
+            MeshConfig(expert=2, transport=self.transport)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, token_weights: jax.Array | None = None, *, training: bool = False
+    ) -> tuple[jax.Array, Aux]:
+        """Applies the layer.
+
+        Args:
+          x: `[..., d]`, tokens.
+          token_weights: `[...]`, 0 for padding, which counts in no loss and no metric, else 1;
+            None: all tokens count.
+          training: whether a router that differs in training does so: some have losses of their
+            own there, and some draw at random, from `rngs={"experts": key}`.
+
+        Returns:
+          `(y [..., d], Aux)`, y in the dtype of computation. `Aux.loss` is also sown, as "loss" in
+          the collection "losses".
+
+        Raises:
+          ValueError: an argument does not fit the shape of x or the mesh.
+        """
+        axes = MeshAxes(*(getattr(self, axis) for axis in MESH_AXES))
+        mesh = jax.sharding.get_abstract_mesh()
+        balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
+        with _naming_arguments(self):
+            _check_tokens(x)
+            experts = self._config(x.shape[-1])
+            sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
+            _check_routing(self.routing, experts, balance, sizes, x.shape[-1])
+            if not mesh.manual_axes:
+                _check_sizes(self, experts, sizes, x.shape)
+        training = training and not self.is_initializing()
+        layer = ExpertsLayer(
+            experts=experts,
+            routing=self.routing,
+            balance=balance,
+            dtype=self.dtype or x.dtype,
+            transport=self.transport,
+            training=training,
+            axes=axes,
+        )
+        nn.share_scope(self, layer)
+        y, stats = layer(x, token_weights)
+        if mesh.explicit_axes:
+            y = jax.sharding.reshard(y, jax.typeof(x).sharding.spec)
+        token_weights = jnp.ones(x.shape[:-1]) if token_weights is None else token_weights
+        aux = _aux(layer, nn.unbox(self.variables["params"]), stats, token_weights)
+        if not self.is_initializing():
+            self.sow("losses", "loss", aux.loss)
+        return y, aux
+
+    def _config(self, d_model=None):
+        return ExpertsConfig(
+            kind=self.kind, n_experts=self.n_experts, top_k=self.top_k, d_ffn=self.d_ffn
+        )
+
+
+class AoE(_Experts, kw_only=True):
+    """Autonomy-of-Experts (arXiv 2501.13074, Algorithm 2): a mixture of SwiGLU experts without a
+    router. Each expert computes a few activations of every token; their L2 norm is its score, and
+    the `top_k` experts of highest score process the token.
+
+        E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
+
+    In the paper's form the gate is factorised, `gate_i(x) = (x W_gate_down_i) W_gate_up_i`, and
+    `x W_gate_down_i`, of width `d_low`, scores. With `score_neurons=s` the gate is whole,
+    `gate_i(x) = x W_gate_i`, and its first s values score.
+
+    Attributes:
+      n_experts: experts of the layer.
+      top_k: experts of a token.
+      d_ffn: width of a traditional expert with as many parameters; with whole gates the width
+        itself.
+      d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
+      score_neurons: None: factorised gates. A number: whole gates, of which this many values score.
+      d_wide: width of an expert with a factorised gate; None: so that it has the parameters of a
+        traditional one of width `d_ffn` (Eq. 5).
+      round_to: the width of Eq. 5 is rounded to a multiple of this.
+      routing: the router; the default gives every token `top_k` experts, weighted by the softmax
+        over their scores. `aoe_jax.methods` has others.
+      aux_weight: weight of the load balance loss (Eq. 2) in `Aux.loss`.
+      z_weight: weight of the z-loss in `Aux.loss`.
+      dtype: of computation; None: that of the tokens. Parameters are float32.
+      data: names of the mesh axes that tokens are split over, along their first axis.
+      fsdp: the same; these split parameters, too.
+      expert: the same; these split the experts.
+      tensor: names of the mesh axes that split the width of experts, and tokens along their second
+        axis.
+      transport: how tokens reach experts of other devices. "ring": each device receives all tokens
+        of its row along `expert`. "all_to_all": tokens travel to the devices of their experts only.
+    """
+
+    kind: ClassVar[str] = "aoe"
+
+    d_low: int | None = None
+    score_neurons: int | None = None
+    d_wide: int | None = None
+    round_to: int = 1
+
+    def _config(self, d_model=None):
+        if None not in (self.d_low, self.score_neurons):
+            wanted = f"is for factorised gates; set None with score_neurons={self.score_neurons}"
+            raise ValueError(f"d_low={self.d_low}: {wanted}")
+        d_low = ExpertsConfig.d_low if d_model is None else max(1, d_model // 3)
+        return ExpertsConfig(
+            kind=self.kind,
+            n_experts=self.n_experts,
+            top_k=self.top_k,
+            d_ffn=self.d_ffn,
+            d_low=d_low if self.d_low is None else self.d_low,
+            score_neurons=self.score_neurons,
+            d_wide=self.d_wide,
+            round_to=self.round_to,
+        )
+
+
+class MoE(_Experts, kw_only=True):
+    """The traditional mixture of SwiGLU experts (Algorithm 1): a router, `x W_router`, scores them.
+
+    Its attributes are those of `AoE` except `d_low`, `score_neurons`, `d_wide` and `round_to`.
+    """
+
+    kind: ClassVar[str] = "router"
+
+
+def _aux(layer, weights, stats, token_weights):
+    """The `Aux` of an `ExpertsLayer` with these parameters by name."""
+    balance, losses = layer.balance, {}
+    if layer.training:
+        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # as of a model of one layer
+        losses = layer.routing.losses(stacked[0], {}, stacked[1], token_weights)
+    losses["aux_loss"] = balance.aux_weight, balance_loss(stats.load, stats.mean_probability)
+    if stats.z_loss is not None:
+        losses["z_loss"] = balance.z_weight, stats.z_loss
+    loss = sum(weight * value for weight, value in losses.values())
+    load = stats.load
+    share = load / jnp.maximum(load.sum(), 1e-9)
+    metrics = {name: value for name, (_, value) in losses.items()} | {
+        "load_entropy": jax.scipy.special.entr(share).sum(),
+        "load_max_over_mean": share.max() * load.shape[0],
+        "dead_experts": (load == 0).sum(dtype=load.dtype),
+        "confidence_entropy": stats.confidence_entropy,
+        "mean_score": stats.mean_score.mean(),
+        "score_spread": stats.score_spread,
+    }
+    return Aux(loss, jax.lax.stop_gradient(metrics), stats)
+
+
+@contextmanager
+def _naming_arguments(layer):
+    """Errors of the configuration as ValueErrors that name the arguments of a layer."""
+    try:
+        yield
+    except (UserError, ValueError) as error:
+        groups = r"(config\.)?\b(experts|balance|routing|mesh|model)\."
+        message = re.sub(groups, "", str(error))
+        raise ValueError(f"{type(layer).__name__}: {message}") from None
+
+
+def _check_tokens(x):
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}: it must be floating-point [..., d]")
+    varies = getattr(jax.typeof(x), "manual_axis_type", None)
+    if varies is not None and varies.varying:  # products of rows do not say how they vary
+        raise ValueError("the jax.shard_map around the layer needs check_vma=False")
+
+
+def _check_routing(routing, experts, balance, sizes, d_model):
+    named = f"routing={routing!r}"
+    if routing.name in LAYERS:
+        raise ValueError(f"{named}: it is a whole layer; take a router")
+    if routing.needs_attention_peaks:
+        raise ValueError(f"{named}: it needs attention peaks; use aoe_jax.ExpertsLayer")
+    if routing.state_shapes(experts, balance, d_model):
+        wanted = "it has a state that training updates; use aoe_jax.ExpertsLayer"
+        raise ValueError(f"{named}: {wanted}")
+    config = SimpleNamespace(experts=experts, balance=balance, routing=routing)
+    config.model, config.mesh = SimpleNamespace(d_model=d_model), MeshConfig(**sizes)
+    experts.check(config)
+    routing.check(config)
+
+
+def _check_sizes(layer, experts, sizes, shape):
+    """Refuses what the mesh would split unevenly."""
+    batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    if len(shape) == 2:
+        batch *= sizes["tensor"]
+    elif shape[1] % sizes["tensor"]:
+        raise ValueError(f"tensor={layer.tensor!r}: it must divide the second axis of x, {shape}")
+    if shape[0] % batch:
+        wanted = f"a multiple of the {batch} devices that tokens are split over"
+        raise ValueError(f"x has the shape {shape}: its first axis must be {wanted}")
+    width = experts.width(shape[-1])
+    splits = [
+        ("expert", "n_experts", experts.n_experts, ""),
+        ("tensor", "the width of experts", width, "; set round_to" if experts.low_rank else ""),
+        ("fsdp", "the width of the model", shape[-1], ""),
+        ("fsdp", "d_low", experts.d_low if experts.low_rank else 0, ""),
+    ]
+    for axis, name, size, hint in splits:
+        if size % sizes[axis]:
+            wanted = f"its {sizes[axis]} devices must divide {name}, {size}{hint}"
+            raise ValueError(f"{axis}={getattr(layer, axis)!r}: {wanted}")
+    if experts.score_neurons and experts.score_neurons > width // sizes["tensor"]:
+        wanted = f"must be at most d_ffn divided by the devices along tensor, {sizes['tensor']}"
+        raise ValueError(f"score_neurons={experts.score_neurons}: {wanted}")

@@ -1,0 +1,45 @@
+"""A routing method of one's own, in an AoE layer and in an MoE layer.
+
+    python examples/add_a_method.py
+
+A router is a frozen dataclass of its settings; from scores `[T, n]` it returns a `Routing`. It
+works on norms and on logits, on one device and on meshes. `Method` in `aoe_jax/moe/routing.py`
+lists what else it may have: parameters, state, losses, causality.
+
+For `train.py`, save the class as a file of `aoe_jax/methods/`, add it to `ROUTERS` in
+`aoe_jax/methods/__init__.py`, and add a variant to `configs/methods.py`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+from aoe_jax import AoE, MoE
+from aoe_jax.moe.routing import Method, by_mask
+
+
+@dataclass(frozen=True)
+class AboveMean(Method):
+    """A token takes the experts above its mean score; weights are the softmax over their scores."""
+
+    name = "above_mean"
+
+    def __call__(self, scores, weights, ctx):
+        """Scores `[T, n]` -> `Routing`."""
+        chosen = scores > scores.mean(axis=1, keepdims=True)
+        return by_mask(chosen, jax.nn.softmax(scores, where=chosen, axis=1))
+
+
+def experts_per_token():
+    """The mean number of experts that a token takes, by kind of layer."""
+    x, found = jax.random.normal(jax.random.key(0), (64, 48)), {}
+    for layer in (AoE, MoE):
+        layer = layer(n_experts=8, top_k=2, d_ffn=32, routing=AboveMean())
+        params = jax.jit(layer.init)(jax.random.key(1), x)
+        _, aux = jax.jit(layer.apply)(params, x)
+        found[type(layer).__name__] = float(aux.stats.load.sum())
+    return found
+
+
+if __name__ == "__main__":
+    print(experts_per_token())

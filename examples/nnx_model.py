@@ -1,0 +1,91 @@
+"""A GPT in Flax NNX, with `AoE` layers by `nnx.bridge.ToNNX`.
+
+python examples/nnx_model.py
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from aoe_jax import AoE
+
+TEXT = Path(__file__).parents[1] / "LICENSE"
+
+
+def aoe(d_model, rngs):
+    """An AoE layer as an NNX module, `x -> (y, aux)`."""
+    layer = AoE(n_experts=8, top_k=2, d_ffn=d_model)
+    return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(jnp.zeros((1, 1, d_model)))
+
+
+class Block(nnx.Module):
+    """Causal attention, then a feed-forward layer `x -> (y, aux)`, or none."""
+
+    def __init__(self, d_model, n_heads, feed_forward, rngs):
+        self.norm, self.norm_2 = (nnx.RMSNorm(d_model, rngs=rngs) for _ in range(2))
+        self.attention = nnx.MultiHeadAttention(n_heads, d_model, decode=False, rngs=rngs)
+        self.feed_forward = feed_forward and feed_forward(d_model, rngs)
+
+    def __call__(self, x, mask):
+        """`[B, S, d]` -> `[B, S, d]` and the auxiliary loss."""
+        x = x + self.attention(self.norm(x), mask=mask)
+        if self.feed_forward is None:
+            return x, 0.0
+        y, aux = self.feed_forward(self.norm_2(x))
+        return x + y, aux.loss
+
+
+class GPT(nnx.Module):
+    """A byte-level GPT; `feed_forward` makes a layer from the model width and `nnx.Rngs`."""
+
+    def __init__(self, feed_forward=aoe, *, d_model=64, n_layers=2, length=32, rngs):
+        self.embed = nnx.Embed(256, d_model, rngs=rngs)
+        self.place = nnx.Embed(length, d_model, rngs=rngs)
+        self.blocks = nnx.List(Block(d_model, 4, feed_forward, rngs) for _ in range(n_layers))
+        self.norm = nnx.RMSNorm(d_model, rngs=rngs)
+        self.output = nnx.Linear(d_model, 256, rngs=rngs)
+
+    def __call__(self, tokens):
+        """Tokens `[B, S]` -> logits `[B, S, 256]` and the sum of auxiliary losses."""
+        x = self.embed(tokens) + self.place(jnp.arange(tokens.shape[1]))
+        mask, loss = nnx.make_causal_mask(tokens), 0.0
+        for block in self.blocks:
+            x, aux_loss = block(x, mask)
+            loss += aux_loss
+        return self.output(self.norm(x)), loss
+
+
+def losses(model, tokens):
+    """The negative log-likelihood plus the auxiliary losses; and the former alone."""
+    logits, aux_loss = model(tokens[:, :-1])
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    return nll + aux_loss, nll
+
+
+@nnx.jit
+def train_step(model, optimizer, tokens):
+    """Updates the model; returns the negative log-likelihood."""
+    (_, nll), grads = nnx.value_and_grad(losses, has_aux=True)(model, tokens)
+    optimizer.update(model, grads)
+    return nll
+
+
+def batch_of(text, rng, batch=16, length=32):
+    """`batch` random pieces of a text, `[batch, length + 1]` int32."""
+    first = rng.integers(0, len(text) - length, batch)
+    return text[first[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+def train(model, text, steps, seed=0, learning_rate=3e-3, **size):
+    """Trains on a text, bytes in an array; returns the negative log-likelihood of each step."""
+    optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
+    rng = np.random.default_rng(seed)
+    return [float(train_step(model, optimizer, batch_of(text, rng, **size))) for _ in range(steps)]
+
+
+if __name__ == "__main__":
+    found = train(GPT(rngs=nnx.Rngs(0)), np.frombuffer(TEXT.read_bytes(), np.uint8), steps=200)
+    print(f"nll of the first step {found[0]:.3f}, of the last {found[-1]:.3f} nats per byte")

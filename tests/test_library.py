@@ -1,0 +1,360 @@
+"""AoE and MoE as a library: values, gradients, transformations, meshes of other names, refusals."""
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import aoe_jax
+from aoe_jax import AoE, AoELayer, DenseLayer, MoE, RouterLayer
+from aoe_jax.config.experts import ExpertsConfig
+from aoe_jax.methods.dense import Dense
+from aoe_jax.moe import reference
+from aoe_jax.moe.routing import TopK
+
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ragged")]
+
+D, SIZES = 24, {"n_experts": 4, "top_k": 2, "d_ffn": 16}
+X = jax.random.normal(jax.random.key(0), (8, 4, D))
+LAYERS = {
+    "aoe": AoE(**SIZES, d_wide=16),
+    "whole gates": AoE(**SIZES, score_neurons=4),
+    "moe": MoE(**SIZES),
+}
+
+
+@dataclass(frozen=True)
+class WithLoss(TopK):
+    """Top-k with a loss of its own, in training alone."""
+
+    def losses(self, stats, state, weights, token_weights):
+        return {"size": (0.5, jnp.square(weights["w_router"]).sum())}
+
+
+@dataclass(frozen=True)
+class WithState(TopK):
+    def state(self, experts, balance, d):
+        return {"selection_bias": jnp.zeros(experts.n_experts)}
+
+
+def drawn(layer, x=X):
+    return jax.jit(layer.init)(jax.random.key(1), x)
+
+
+def evaluate(layer, variables, x=X):
+    """Output, loss, metrics and gradients."""
+
+    def loss(variables, x):
+        y, aux = layer.apply(variables, x)
+        return (y**2).mean() + aux.loss, (y, aux.loss, aux.metrics)
+
+    return nn.unbox(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, x))
+
+
+def assert_close(got, want, rtol=2e-4):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()) + 1e-8)
+
+
+def reference_layer(kind, w, x):
+    x = x.reshape(-1, D)
+    if kind == "aoe":
+        names = ("w_gate_down", "w_gate_up", "w_up", "w_down")
+        return reference.aoe_layer(x, *(w[name] for name in names), top_k=2)
+    scores = x @ w["w_router"] if kind == "moe" else reference.aoe_scores(x, w["w_gate"][..., :4])
+    weights = reference.top_k_weights(scores, 2)
+    return reference.router_experts(x, weights, w["w_gate"], w["w_up"], w["w_down"])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_defaults_are_the_reference(kind, x64):
+    layer, x = LAYERS[kind].clone(d_wide=None) if kind == "aoe" else LAYERS[kind], X.astype("f8")
+    w = drawn(layer, x)["params"]
+    if kind == "aoe":
+        assert w["w_gate_down"].shape == (4, D, D // 3)
+
+    def of_layer(w, x):
+        y, _ = layer.apply({"params": w}, x)
+        return (y**2).sum(), y.reshape(-1, D)
+
+    def of_reference(w, x):
+        y = reference_layer(kind, w, x)
+        return (y**2).sum(), y
+
+    got, want = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(w, x) for f in (of_layer, of_reference))
+    # Without the auxiliary loss the two have the same gradients.
+    assert_close(got, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_auxiliary_loss(kind):
+    """It is the formula of the paper, has a gradient to what scores, and is sown once."""
+    layer = LAYERS[kind].clone(aux_weight=0.5, z_weight=0.25)
+    variables = drawn(layer)
+    assert set(variables) == {"params"}
+    (_, aux), sown = layer.apply(variables, X, mutable=["losses"])
+    (value,) = jax.tree.leaves(sown["losses"])
+    stats, metrics = aux.stats, aux.metrics
+    want = 4 * (stats.load * stats.mean_probability).sum()
+    np.testing.assert_allclose(metrics["aux_loss"], want, rtol=1e-6)
+    np.testing.assert_allclose(aux.loss, 0.5 * want + 0.25 * metrics["z_loss"], rtol=1e-6)
+    assert value == aux.loss
+    assert all(a.shape == () and np.isfinite(a) for a in metrics.values())
+    grads = jax.jit(jax.grad(lambda v: layer.apply(v, X)[1].loss))(variables)["params"]
+    scoring = {"aoe": "w_gate_down", "whole gates": "w_gate", "moe": "w_router"}[kind]
+    moved = {name for name, g in grads.items() if jnp.abs(g).max() > 0}
+    assert moved == {scoring}
+
+
+def test_padding_does_not_count():
+    layer, real = LAYERS["aoe"], jnp.arange(4) < 3
+    variables = drawn(layer)
+    padded = layer.apply(variables, X, jnp.broadcast_to(real, X.shape[:2]).astype(jnp.float32))[1]
+    assert_close(padded.metrics, layer.apply(variables, X[:, :3])[1].metrics)
+
+
+def test_loss_of_a_router():
+    """In training a router's own loss is part of `aux.loss`."""
+    layer = MoE(**SIZES, routing=WithLoss(), aux_weight=0.0)
+    variables = drawn(layer)
+    assert layer.apply(variables, X)[1].loss == 0
+    aux = layer.apply(variables, X, training=True)[1]
+    want = jnp.square(variables["params"]["w_router"]).sum()
+    np.testing.assert_allclose([aux.metrics["size"], aux.loss], [want, want / 2], rtol=1e-6)
+
+
+def test_bfloat16():
+    layer = LAYERS["aoe"]
+    variables = drawn(layer, X.astype(jnp.bfloat16))
+    y, aux = layer.apply(variables, X.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and aux.loss.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert layer.clone(dtype=jnp.bfloat16).apply(variables, X)[0].dtype == jnp.bfloat16
+
+
+class Residual(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x, _):
+        y, aux = self.layer(x)
+        return x + y, aux.loss
+
+
+def test_scan_over_layers():
+    stack = nn.scan(
+        Residual, variable_axes={"params": 0, "losses": 0}, split_rngs={"params": True}, length=3
+    )(LAYERS["aoe"].clone())
+    variables = jax.jit(stack.init)(jax.random.key(1), X, None)
+
+    def scanned(variables):
+        (y, losses), sown = stack.apply(variables, X, None, mutable=["losses"])
+        np.testing.assert_array_equal(jax.tree.leaves(sown)[0].shape, losses.shape)
+        return (y**2).mean() + losses.sum(), y
+
+    def unrolled(variables):
+        x, total = X, 0
+        for number in range(3):
+            of_layer = jax.tree.map(lambda a: a[number], variables["params"]["layer"])
+            y, aux = LAYERS["aoe"].apply({"params": of_layer}, x)
+            x, total = x + y, total + aux.loss
+        return (x**2).mean() + total, x
+
+    got, want = (jax.jit(jax.grad(f, has_aux=True))(variables) for f in (scanned, unrolled))
+    assert_close(got, want)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.bridge.ToNNX(LAYERS["aoe"].clone(), rngs=rngs).lazy_init(X)
+        self.output = nnx.Linear(D, 1, rngs=rngs)
+
+    def __call__(self, x):
+        y, aux = self.layer(x)
+        return self.output(x + y), aux
+
+
+def test_nnx_on_a_mesh():
+    """Variables say how they are split; results are those of one device."""
+    with jax.set_mesh(mesh_of((4, 2))):
+        module = LAYERS["moe"].clone(expert="a", tensor="b")
+        layer = nnx.bridge.ToNNX(module, rngs=jax.random.key(1)).lazy_init(X)
+        spec = nnx.get_partition_spec(nnx.state(layer))["w_up"].get_value()
+        assert spec == P("a", None, "b")
+        got = nnx.jit(lambda layer, x: layer(x)[0])(layer, X)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    want = LAYERS["moe"].apply({"params": params}, X)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_nnx():
+    model = Model(nnx.Rngs(0))
+    params = {name: getattr(model.layer, name)[...] for name in drawn(LAYERS["aoe"])["params"]}
+    got, want = model.layer(X)[0], LAYERS["aoe"].apply({"params": params}, X)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            y, aux = model(X)
+            return ((y[..., 0] - X.sum(axis=-1)) ** 2).mean() + aux.loss
+
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def mesh_of(shape, types=AxisType.Auto):
+    return jax.make_mesh(shape, ("a", "b", "c")[: len(shape)], axis_types=(types,) * len(shape))
+
+
+@pytest.mark.parametrize(
+    "kind,axes",
+    [
+        ("aoe", {}),
+        ("aoe", {"data": "a"}),
+        ("aoe", {"data": "a", "expert": ("c", "b")}),
+        ("aoe", {"fsdp": ("b", "a"), "tensor": "c"}),
+        ("aoe", {"expert": ("b", "a"), "transport": "all_to_all"}),
+        ("whole gates", {"data": "b", "fsdp": "a", "expert": "c"}),
+        ("moe", {"fsdp": "a", "expert": "b", "tensor": "c"}),
+    ],
+    ids=str,
+)
+def test_axes_of_other_names(kind, axes):
+    """As on one device: values, gradients, metrics. Parameters say how they are split."""
+    layer = LAYERS[kind]
+    want = evaluate(layer, drawn(layer))
+    layer, mesh = layer.clone(**axes), mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        specs = nn.get_partition_spec(jax.eval_shape(layer.init, jax.random.key(1), X))
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        variables = jax.jit(layer.init, out_shardings=shardings)(jax.random.key(1), X)
+        assert_close(evaluate(layer, variables), want)
+    splits = {name for spec in specs["params"].values() for name in jax.tree.leaves(tuple(spec))}
+    named = [axes.get(axis, ()) for axis in ("fsdp", "expert", "tensor")]
+    assert splits == {name for names in named for name in names}
+
+
+def test_explicit_axes():
+    """On a mesh as `jax.make_mesh` makes it by default."""
+    layer = LAYERS["aoe"]
+    want = evaluate(layer, drawn(layer))
+    layer, mesh = layer.clone(fsdp="a", expert="b"), mesh_of((2, 2, 2), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P(("a", "b"))))
+        got = evaluate(layer, drawn(layer, x), x)
+        assert_close(got, want)
+        assert got[1][0].sharding.is_equivalent_to(x.sharding, 3)
+
+
+def test_inside_shard_map():
+    """Every device applies the layer to its own tokens; `data` makes the statistics global."""
+    layer = LAYERS["aoe"]
+    variables = drawn(layer)
+    want, layer = evaluate(layer, variables), layer.clone(data="a")
+
+    def step(variables, x):
+        def loss(variables):
+            y, aux = layer.apply(variables, x)
+            return (y**2).mean() + aux.loss, (y, aux.loss, aux.metrics)
+
+        grads, others = jax.grad(loss, has_aux=True)(variables)
+        return jax.lax.pmean(grads, "a"), others
+
+    def run(step):
+        specs = {"in_specs": (P(), P("a")), "out_specs": (P(), (P("a"), P(), P()))}
+        return jax.jit(jax.shard_map(step, check_vma=False, **specs))(variables, X)
+
+    with jax.set_mesh(mesh_of((4, 2))):
+        assert_close(run(step), ((want[0][0]), want[1]))
+        layer = layer.clone(expert="b")
+        with pytest.raises(ValueError, match=r"AoE: .*expert='b': leave it at None inside jax"):
+            run(step)
+        layer = layer.clone(expert=None)
+        with pytest.raises(ValueError, match="AoE: .* needs check_vma=False"):
+            jax.shard_map(layer.apply, in_specs=(P(), P("a")), out_specs=P("a"))(variables, X)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"top_k": 5}, "AoE: top_k=5: must be greater than 0 and at most n_experts=4"),
+        ({"d_low": 4, "score_neurons": 2}, "AoE: d_low=4: .* set None with score_neurons=2"),
+        ({"d_wide": 4, "score_neurons": 2}, "AoE: d_wide=4: .* set the width with d_ffn"),
+        ({"transport": "bus"}, "AoE: transport='bus': choose one of ring, all_to_all"),
+        ({"aux_weight": -1.0}, "AoE: aux_weight=-1.0: must be at least 0"),
+        ({"d_low": D}, f"AoE: d_low={D}: must be smaller than d_model={D}"),
+        ({"d_ffn": "16"}, "AoE: d_ffn='16': must be a whole number"),
+        ({"routing": "top_p"}, r"AoE: routing='top_p': must be a router, such as .*TopP\(\)"),
+        ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
+        ({"routing": WithState()}, r"AoE: routing=WithState\(.*\): it has a state"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        jax.eval_shape(AoE(**SIZES | settings).init, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize(
+    "axes,shape,message",
+    [
+        ({"expert": "ep"}, (8, 4), "expert='ep': name axes of the mesh, .*'a', 'b'.*, or None"),
+        ({"expert": "a", "data": "a"}, (8, 4), "expert='a': 'a' is another axis already"),
+        ({"expert": "a", "n_experts": 6}, (8, 4), "expert='a': its 4 devices must divide n_exp"),
+        ({"tensor": "b", "d_wide": 15}, (8, 4), "tensor='b': .* the width of experts, 15; set ro"),
+        ({"data": "a"}, (6, 4), "x has the shape .*first axis must be a multiple of the 4 dev"),
+        ({"tensor": "b"}, (8, 3), "tensor='b': it must divide the second axis of x"),
+        ({"tensor": "b", "score_neurons": 9}, (8, 4), "score_neurons=9: must be at most d_ffn"),
+        ({"fsdp": "a", "d_low": 6}, (8, 4), "fsdp='a': its 4 devices must divide d_low, 6"),
+    ],
+)
+def test_refused_on_a_mesh(axes, shape, message):
+    with jax.set_mesh(mesh_of((4, 2))), pytest.raises(ValueError, match=f"^AoE: .*{message}"):
+        jax.eval_shape(AoE(**SIZES | axes).init, jax.random.key(0), jnp.ones((*shape, D)))
+
+
+def test_refused_tokens():
+    for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32)):
+        with pytest.raises(ValueError, match=r"MoE: x is .* must be floating-point \[\.\.\., d\]"):
+            jax.eval_shape(LAYERS["moe"].init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    "make,kind", [(AoELayer, "router"), (RouterLayer, "aoe"), (DenseLayer, "aoe")]
+)
+def test_layers_refuse_configurations_of_other_kinds(make, kind):
+    with pytest.raises(ValueError, match=rf"ExpertsConfig\(kind='{kind}'\): .* needs kind="):
+        make(ExpertsConfig(kind=kind))
+
+
+def test_public_names():
+    """Names for type checkers, for imports and in the documentation are the same."""
+    root = Path(aoe_jax.__file__).parent
+    tree = ast.parse((root / "__init__.py").read_text())
+    typed = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("aoe_jax")
+        for alias in node.names
+    }
+    assert typed == {name: f"aoe_jax.{module}" for name, module in aoe_jax._HOMES.items()}
+    assert sorted(typed) == aoe_jax.__all__ and (root / "py.typed").exists()
+    assert all(callable(getattr(aoe_jax, name)) for name in typed)
+    page = (root.parent / "docs/library.md").read_text()
+    assert set(typed) <= set(re.findall(r"`(\w+)", page))
