@@ -3,8 +3,8 @@
 
 Every size sees 20 tokens for each active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the embedded
 corpus. Of the four scoring rates that `screen.py` offers to every arm, each has the one that did
-best there in the first seed (1 for the MoE and for the largest neuron), and a learning rate that is
-tuned at the smallest size. Wider models have it in inverse proportion to d_model. Arms without
+best there (1 for the MoE and for `aoe_one`, which a single signed neuron scores), and a learning
+rate that is tuned at the smallest size. Wider models have it in inverse proportion to d_model. Arms without
 L_aux (`none`, `free`: the loss-free bias) show how load balances by itself.
 """
 
@@ -20,14 +20,14 @@ def _whole(balance):
 ARMS = {
     "moe": moe("aux"),
     "aoe_whole": _whole("aux"),
-    "aoe_whole_max": whole_aoe(16, "aux", "max"),
+    "aoe_one": whole_aoe(1, "aux", "max"),
     "aoe_d3": varied(aoe(3, "aux"), train={"scoring_rate": 0.1}),
     "moe_none": moe("none"),
     "aoe_whole_none": _whole("none"),
     "moe_free": moe("free"),
     "aoe_whole_free": _whole("free"),
 }
-AT_ALL_SIZES = ("moe", "aoe_whole", "aoe_whole_max", "aoe_d3")
+AT_ALL_SIZES = ("moe", "aoe_whole", "aoe_one", "aoe_d3")
 
 
 def get_suite():
