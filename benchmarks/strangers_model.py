@@ -22,10 +22,6 @@ from examples.nnx_model import GPT, aoe, batch_of, losses, train
 
 D_MODEL, N_LAYERS, LENGTH, BATCH = 64, 2, 64, 32
 
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each model", lower_bound=2)
-_STEPS = flags.DEFINE_integer("steps", 600, "training steps of each run", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
 
 def moe(d_model, rngs):
     """An MoE layer as large as that of `examples.nnx_model.aoe`."""
@@ -78,11 +74,11 @@ def validation_nll(model, text, n_batches=16):
 
 def main():
     """Trains all models and prints the table."""
-    (text, held_out), steps, figures = corpus(), _STEPS.value, []
+    (text, held_out), steps, figures = corpus(), flags.FLAGS.steps, []
     size = {"batch": BATCH, "length": LENGTH}
     for name, feed_forward in MODELS.items():
         found = []
-        for seed in range(_SEEDS.value):
+        for seed in range(flags.FLAGS.seeds):
             shape = {"d_model": D_MODEL, "n_layers": N_LAYERS, "length": LENGTH}
             model = GPT(feed_forward, rngs=nnx.Rngs(seed), **shape)
             train(model, text, steps, seed, **size)
@@ -105,8 +101,11 @@ def main():
             f"{figure['difference']:+.3f} +- {figure['difference_error']:.3f} to AoE",
             flush=True,
         )
-    report(figures, _JSON.value)
+    report(figures, flags.FLAGS.json)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # only here, so that tests can import this beside other commands
+    flags.DEFINE_integer("seeds", 3, "runs of each model", lower_bound=2)
+    flags.DEFINE_integer("steps", 600, "training steps of each run", lower_bound=1)
+    flags.DEFINE_string("json", None, "a file for the figures")
     cli.run(main)
