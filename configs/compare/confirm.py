@@ -4,8 +4,8 @@
 Every size sees 20 tokens for each active parameter: 0.22, 0.8, 2.2 and 5.4 epochs of the embedded
 corpus. Of the four scoring rates that `screen.py` offers to every arm, each has the one that did
 best there (1 for the MoE and for `aoe_one`, which a single signed neuron scores), and a learning
-rate that is tuned at the smallest size. Wider models have it in inverse proportion to d_model. Arms without
-L_aux (`none`, `free`: the loss-free bias) show how load balances by itself.
+rate that is tuned at the smallest size. Wider models have it in inverse proportion to d_model. Arms
+without L_aux (`none`, `free`: the loss-free bias) show how load balances by itself.
 """
 
 from aoe_jax.compare.suite import Size, Suite
