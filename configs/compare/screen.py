@@ -54,6 +54,7 @@ def get_suite():
             **with_rates("aoe_d3", published),
             **with_rates("aoe_whole16", whole),
             **with_rates("aoe_whole16_max", whole_aoe(16, "aux", "max")),
+            **with_rates("aoe_whole1_max", whole_aoe(1, "aux", "max")),
             "aoe_uoe4": routing_neurons(4),
             "aoe_uoe16": routing_neurons(16),
         },
