@@ -42,10 +42,13 @@ multiprocess: setup
 	    --coordinator=localhost:$(PORT) --processes=$(PROCESSES) --process=$$i $(ARGS) & pids="$$pids $$!"; \
 	done; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
 
-# Kills training processes fifty times and asks them to stop twenty times; all must end as if nothing had been.
+# Kills training processes fifty times and asks them to stop twenty times, then disturbs two and four
+# supervised processes a hundred times each; all must end as if nothing had been.
 SOAK ?= runs/soak
 soak: setup
 	$(BIN)/python -m benchmarks.soak --workdir=$(SOAK) $(ARGS)
+	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/two --events=100
+	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/four --pod_size=4 --events=100
 
 test: setup $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 --dist=worksteal

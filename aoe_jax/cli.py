@@ -179,7 +179,7 @@ def run(main):
     except KeyboardInterrupt:
         _end_at_once(Interrupted.status, "interrupted")
     except Exception as e:
-        if isinstance(e, OSError) and faults.is_fault(e):
+        if isinstance(e, OSError) and faults.is_fault(e) and not debug:
             _end_at_once(MachineFault.status, f"error: {e}{_notes(e)}")
         traceback.print_exc()
         first_line = (str(e).strip().splitlines() or [""])[0][:300]

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
+from aoe_jax.faults import is_fault
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,8 @@ def together():
         yield
     except Exception as e:  # raised below, after the other processes know
         problem = e
-    statuses = gathered(0 if problem is None else getattr(problem, "status", 1))
+    unforeseen = MachineFault.status if problem and is_fault(problem) else 1
+    statuses = gathered(getattr(problem, "status", unforeseen) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
         time.sleep(_LAST_WORDS)  # else the end of one may break the exchange for another

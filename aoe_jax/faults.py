@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 # For how long reads and writes are repeated; the command line sets it to --retry_seconds.
 retry_seconds = 60.0
+paused_at = 0.0  # the time of the newest pause before another try, on the monotonic clock
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 # Errors of the system that depend on the file or the arguments, so that repeating is useless.
@@ -26,6 +27,10 @@ _LASTING = {
     errno.EDOM,
     errno.ENAMETOOLONG,
     errno.EFBIG,
+    errno.EXDEV,
+    errno.EPIPE,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
     errno.ELOOP,
 }
 # tensorstore and XLA give errors of the system, and status codes of servers, as text.
@@ -52,13 +57,22 @@ def is_fault(error: BaseException) -> bool:
     for cause in _causes(error):
         if isinstance(cause, MemoryError):
             return True
-        if isinstance(cause, OSError):
-            missing = isinstance(cause, FileNotFoundError | FileExistsError)
-            if not missing and cause.errno not in _LASTING:
-                return True
-        elif _AS_TEXT.search(str(cause)):
+        code = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
+        if code is not None:
+            is_one = code not in _LASTING
+        else:
+            is_one = isinstance(cause, TimeoutError | ConnectionError) or _is_of_network(cause)
+        if is_one or (code is None and _AS_TEXT.search(str(cause))):
             return True
     return False
+
+
+def _is_of_network(error):
+    """Whether a client of an object store says that it could not be reached or is overloaded."""
+    status = str(getattr(error, "code", None) or getattr(error, "status", ""))
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
+    overloaded = status in ("408", "429") or re.fullmatch(r"5\d\d", status)
+    return bool(overloaded or names & {"aiohttp.ClientError", "google.TransportError"})
 
 
 def is_forbidden(error: BaseException) -> bool:
@@ -79,7 +93,9 @@ def reason(error: BaseException) -> str:
 def pauses() -> Iterator[float | None]:
     """Yields growing pauses before the next try, in seconds, and None after `retry_seconds`."""
     deadline, pause = time.monotonic() + retry_seconds, _FIRST_PAUSE
+    global paused_at
     while (left := deadline - time.monotonic()) > 0:
+        paused_at = time.monotonic()
         yield min(pause, left)
         pause = min(2 * pause, _LONGEST_PAUSE)
     while True:

@@ -81,9 +81,15 @@ def read_json(
     Raises:
       UserError: the file can't be read, is too large, or doesn't have the schema.
     """
+
+    def read():
+        try:
+            return read_regular(path, at_most)
+        except PermissionError as e:  # waiting does not help
+            raise UserError(f"{path} can't be read ({e.strerror}); {wanted}") from e
+
     try:
-        content = patiently(f"{path} cannot be read", lambda: read_regular(path, at_most))
-        value = json.loads(content)
+        value = json.loads(patiently(f"{path} cannot be read", read))
     except OSError as e:
         raise UserError(f"{path} can't be read ({e.strerror}); {wanted}") from e
     except RecursionError as e:

@@ -55,8 +55,8 @@ class Owner:
     def _renew(self):
         count = 0
         while not self._ended.wait(RENEW):
-            with contextlib.suppress(OSError):  # the next try may succeed
-                if self._read().get("nonce") != self.nonce:
+            with contextlib.suppress(Exception):  # the next try may succeed
+                if self._read().get("nonce") not in (None, self.nonce):
                     return
                 count += 1
                 _write(self._folder / RENEWED, {"nonce": self.nonce, "count": count})
@@ -65,7 +65,7 @@ class Owner:
         """Removes the files, if they are still those of this process."""
         self._ended.set()
         self._thread.join(timeout=5)  # a disk that hangs must not hold up the end
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             if self._read().get("nonce") == self.nonce:
                 (self._folder / RENEWED).unlink(missing_ok=True)
                 (self._folder / OWNER).unlink(missing_ok=True)
@@ -140,6 +140,8 @@ def _acquire(folder, flag, take_over):
         other = _write_or_refuse(folder, flag, lambda: read_owner(folder))
         if other is None:
             continue
+        if other.get("nonce") == nonce:  # the file was made, but the answer was lost
+            break
         if not _has_ended(other):
             # A file that is not whole yet says nothing about its owner.
             _wait_until_stale(folder, flag, other, 0 if take_over and other else STALE)
@@ -154,15 +156,16 @@ def _replace(folder, other, ours):
     marker = folder / TAKING
     if not _create(marker, ours):
         taking = _read_object(marker)
-        has_ended = taking is not None and _has_ended(taking)
-        if has_ended or not _changes(STALE, lambda: _read_object(marker)):
+        if taking is None:
+            return False
+        if _has_ended(taking) or not _changes(STALE, lambda: _read_object(marker)):
             marker.unlink(missing_ok=True)
         return False
     try:
         if _read_object(folder / OWNER) != other:
             return False
         _write(folder / OWNER, ours)
-        return True
+        return _read_object(folder / OWNER) == ours
     finally:
         marker.unlink(missing_ok=True)
 

@@ -9,8 +9,10 @@ from aoe_jax.errors import Interrupted, Preempted
 
 
 class StopRequests:
-    """Turns signals into an exception or, while training, into an answer at the next step; a second
-    signal kills.
+    """Turns signals into an exception or, while training, into an answer at the next step.
+
+    A second SIGINT kills. Further SIGTERMs do nothing, because a process often receives one from
+    its supervisor and one from the system.
 
     With several processes, JAX's preemption service takes a SIGTERM to any of them, and has all
     stop at the same step. `advice` says how to go on after a stop outside of training.
@@ -24,7 +26,7 @@ class StopRequests:
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
         self._interrupted = False  # SIGINT came to this one of several processes
         self._arrivals = None  # the end of a pipe that gets the number of each signal at once
-        self._terminated = None
+        self._terminated, self._answered = None, False
 
     def listen(self):
         """Handles signals from now on; call it before anything takes long."""
@@ -35,10 +37,12 @@ class StopRequests:
 
     @property
     def terminated(self):
-        """The time of the first SIGTERM on the monotonic clock, also while the main thread is
-        blocked and cannot handle it; None before. JAX takes the signal if there are several
-        processes.
+        """The time of the first SIGTERM on the monotonic clock while the main thread is blocked and
+        does not learn of it; None before, and once `asked` has answered. JAX takes the signal if
+        there are several processes.
         """
+        if self._answered:
+            return None
         if self._arrivals is not None and self._terminated is None:
             with contextlib.suppress(BlockingIOError):
                 if signal.SIGTERM in os.read(self._arrivals, 64):
@@ -64,7 +68,8 @@ class StopRequests:
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
                 self._signal = signal.SIGINT if self._interrupted else signal.SIGTERM
-        return self._signal is not None
+        self._answered = self._signal is not None
+        return self._answered
 
     def end(self, message):
         """The exception that ends the run."""
@@ -73,7 +78,10 @@ class StopRequests:
         return Interrupted(f"interrupted: {message}")
 
     def _take(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        elif self._signal is not None:
+            return
         if self._at_steps and self._several:
             self._interrupted = True
             os.kill(os.getpid(), signal.SIGTERM)  # JAX takes it, and tells the others

@@ -3,9 +3,10 @@
 
 It restarts after a preemption of the command, a hang, a lost process, a fault of the machine and
 anything unforeseen; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. It
-gives up after `--restarts` attempts in a row in which no step was added. Signals are passed on;
-after SIGTERM or SIGINT the command is not started again. `WORKDIR/attempts/HOST.jsonl` has a line
-for every attempt. The exit status is that of the last attempt.
+gives up after `--restarts` restarts in a row that saved no new step. SIGTERM, SIGINT and SIGHUP (as
+SIGTERM) are passed on and end it. `--start-over`, `--go-back` and `--take-over` hold for the first
+attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in an
+object store. The exit status is that of the last attempt, 128 + N if signal N ended it.
 """
 
 import contextlib
@@ -17,30 +18,35 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Interrupted, UserError
+from aoe_jax.paths import is_remote, parsed_path
 
 log = logging.getLogger("aoe_jax.supervise")  # not __name__, which is __main__
 
 _RESTARTS = flags.DEFINE_integer(
-    "restarts", 5, "attempts in a row without a new step before it gives up", lower_bound=0
+    "restarts", 5, "restarts in a row without a new step before it gives up", lower_bound=0
 )
 _PAUSE = flags.DEFINE_float(
     "pause", 5.0, "seconds before the first restart, doubled for each attempt without a new step"
 )
-_LONGEST_PAUSE = 300.0  # seconds
+_LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PASSED_ON = {  # what the command receives for each signal
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGTERM,
+}
+_ONCE = ("start-over", "go-back", "take-over")  # flags of the first attempt only
 
 
 class Supervisor:
     """Runs a command again and again, and passes signals on to it."""
 
-    def __init__(self, command: list[str], workdir: Path):
+    def __init__(self, command: list[str], workdir):
         """`command` are arguments of Python, and `workdir` is the directory of their run."""
         self._command, self._workdir = [sys.executable, *command], workdir
         self._process, self._asked_to_stop = None, threading.Event()
@@ -48,10 +54,9 @@ class Supervisor:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number, frame):
-        if number in (signal.SIGTERM, signal.SIGINT):
-            self._asked_to_stop.set()
+        self._asked_to_stop.set()
         if self._process:
-            self._process.send_signal(number)  # does nothing to a process that has ended
+            self._process.send_signal(_PASSED_ON[number])  # nothing, if the process has ended
 
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
@@ -59,9 +64,10 @@ class Supervisor:
         while True:
             attempt += 1
             status, steps = self._attempt(attempt)
-            idle = 0 if steps else idle + 1
+            idle = 0 if steps > 0 else idle + 1
             if self._is_over(status) or self._asked_to_stop.is_set():
                 return status
+            self._command = _without(_ONCE, self._command)
             if idle > restarts:
                 log.error(f"gave up: {idle} attempts in a row added no step")
                 return status
@@ -78,12 +84,13 @@ class Supervisor:
         if self._asked_to_stop.is_set():  # it came while the process was made
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
+        status = status if status >= 0 else 128 - status  # of a signal, as shells have it
         heartbeat = self._heartbeat()
         step = heartbeat.get("saved") or 0
         line = {"attempt": number, "began": began, "ended": time.time(), "exit_status": status}
         line |= {"first_saved": first_step, "saved": step, "status": heartbeat.get("status")}
         with contextlib.suppress(OSError):
-            if self._workdir.is_dir():
+            if not is_remote(self._workdir) and self._workdir.is_dir():
                 file = self._workdir / "attempts" / f"{socket.gethostname()}.jsonl"
                 file.parent.mkdir(exist_ok=True)
                 with file.open("a") as lines:
@@ -99,11 +106,23 @@ class Supervisor:
         return status in _FINAL or (status == 0 and self._heartbeat().get("status") == "finished")
 
 
+def _without(names, command):
+    """The command without some flags and their values."""
+    kept, is_value = [], False
+    for argument in command:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        is_flag = argument.startswith("-") and name.replace("_", "-") in names
+        if not is_flag and not is_value:
+            kept.append(argument)
+        is_value = is_flag and name == "go-back" and not equals
+    return kept
+
+
 def _workdir_of(command):
     for name, following in zip(command, [*command[1:], ""], strict=True):
         flag, _, value = name.partition("=")
         if flag.lstrip("-") == "workdir" and flag.startswith("-"):
-            return Path(value or following)
+            return parsed_path(value or following, "--workdir", in_store=True)
     raise UserError("the command after -- has no --workdir; name the directory of the run")
 
 

@@ -58,16 +58,25 @@ class Soak:
         for file in speech_files()[-40:]:
             shutil.copyfile(file, self.texts / file.name)
 
-    def start(self, workdir):
-        """Starts the training program, which continues a run that has begun."""
+    cwd = Path(__file__).parents[1]
+
+    @property
+    def environment(self):
+        """The variables of a training program."""
+        return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled")}
+
+    def command(self, workdir):
+        """The arguments of Python that train, or continue a run that has begun."""
         settings = self._settings | {"data.path": self.texts, "data.cache": self.cache}
-        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
-        command += [f"--config.{name}={value}" for name, value in settings.items()]
-        cached = {"JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled")}
+        fields = [f"--config.{name}={value}" for name, value in settings.items()]
+        return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *fields]
+
+    def start(self, workdir):
+        """Starts the training program."""
         return subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[1],
-            env=os.environ | cached,
+            [sys.executable, *self.command(workdir)],
+            cwd=self.cwd,
+            env=self.environment,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -96,8 +105,8 @@ class Soak:
                 ".partial" in name for name in _names(self.cache / "tokens")
             ),
             "steps": lambda: (
-                _heartbeat(workdir).get("pid") == process.pid
-                and _heartbeat(workdir)["status"] in ("training", "validating")
+                read_heartbeat(workdir).get("pid") == process.pid
+                and read_heartbeat(workdir)["status"] in ("training", "validating")
             ),
             "save": lambda: self._saving(workdir, known, saves),
         }[moment]
@@ -128,7 +137,8 @@ def _names(folder):
         return []
 
 
-def _heartbeat(workdir):
+def read_heartbeat(workdir):
+    """The content of `heartbeat.json`, empty if there is none."""
     path = workdir / "heartbeat.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

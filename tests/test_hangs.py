@@ -3,8 +3,8 @@
 import signal
 
 from aoe_jax.errors import Hang
-from tests.runs import finish, finished_run, run, same_end, start, train_command
-from tests.test_faults import last_line, patched, wait_for
+from tests.runs import EVERY, finish, finished_run, run, same_end, start, train_command
+from tests.test_faults import SLOW_SAVES, heartbeat, last_line, patched, wait_for
 from tests.test_multiprocess import MESH, start_on
 
 # The data of a batch never arrives, in process `who`: a read that no signal ends.
@@ -76,3 +76,18 @@ def test_processes_that_are_late(tmp_path):
         if status == Hang.status:  # JAX may end the second before its report
             assert f"error: process {process}, training, after step" in last_line(stderr)
     assert "read_that_hangs" in (workdir / "hang" / "process_1.txt").read_text()
+
+
+def test_a_save_that_is_slower_than_a_hang(tmp_path):
+    """A SIGTERM that was taken in has all the time that its save needs."""
+    workdir = tmp_path / "run"
+    code = "from aoe_jax.training import watchdog\nwatchdog.TERM_SECONDS = 1.0\n"
+    code += SLOW_SAVES.replace("sleep(1)", "sleep(2)") + "import train\n"
+    code += "from aoe_jax import cli\ncli.run(train.main)"
+    process = start(patched(code, workdir))
+    wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
+    process.send_signal(signal.SIGTERM)
+    status, _, stderr = finish(process)
+    assert status == 0 and last_line(stderr).startswith("preempted: saved at step"), stderr
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0 and same_end(workdir, finished_run()), stderr

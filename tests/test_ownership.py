@@ -55,7 +55,6 @@ def test_a_folder_that_stays_empty_goes(tmp_path):
 
 
 def test_an_owner_that_has_ended_is_no_owner(tmp_path, caplog):
-    code = f"import os; from aoe_jax import ownership; ownership.owned({str(tmp_path)!r}, 'x')"
     code = (
         "import os, pathlib\nfrom aoe_jax.ownership import owned\n"
         f"with owned(pathlib.Path({str(tmp_path)!r}), 'x'): os._exit(0)"

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from aoe_jax.supervise import _ONCE, _without
 from tests.hasty import xla_flags
 from tests.runs import ROOT, finished_run, same_end, train_command
 from tests.test_faults import heartbeat, wait_for
@@ -73,7 +74,8 @@ def test_what_is_started_again(tmp_path, plan, status, count):
     assert process.returncode == status, stderr
     lines = attempts(tmp_path / "run")
     done = [plan[min(i, len(plan) - 1)] for i in range(count)]  # the last is repeated
-    assert [line["exit_status"] for line in lines] == [status for status, _, _ in done]
+    codes = [status if status >= 0 else 128 - status for status, _, _ in done]
+    assert [line["exit_status"] for line in lines] == codes
     assert lines[-1]["saved"] == sum(steps for _, _, steps in done)
     assert ("gave up: 3 attempts in a row" in stderr) == (status == 5)
 
@@ -84,6 +86,11 @@ def test_asked_to_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
+
+
+def test_flags_of_the_first_attempt():
+    command = ["train.py", "--start-over", "--go-back", "7", "--go_back=8", "--workdir=a", "--x"]
+    assert _without(_ONCE, command) == ["train.py", "--workdir=a", "--x"]
 
 
 def test_without_a_command():
@@ -113,4 +120,4 @@ def test_a_run_that_is_killed_twice(tmp_path):
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert same_end(workdir, finished_run())
-    assert [line["exit_status"] for line in attempts(workdir)] == [-9, -9, 0]
+    assert [line["exit_status"] for line in attempts(workdir)] == [137, 137, 0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from aoe_jax.config.checks import Group, require, setting
-from aoe_jax.paths import is_remote
+from aoe_jax.paths import parsed_path
 
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -69,10 +69,10 @@ class DataConfig(Group):
                     self.refuse("path", f"name the {folder}")
                 self.refuse("name", f"name the {folder} as {source.name}@FOLDER")
         super().__post_init__()
-        object.__setattr__(self, "cache", absolute(self.cache))
+        object.__setattr__(self, "cache", _absolute(self.cache, "cache"))
         object.__setattr__(self, "name", ", ".join(map(str, sources)))
         if self.path is not None:
-            object.__setattr__(self, "path", absolute(self.path))
+            object.__setattr__(self, "path", _absolute(self.path, "path"))
 
     def check(self, config):
         if self.seq_len > config.model.max_len:
@@ -120,7 +120,7 @@ def _parsed_sources(name):
         except (ValueError, ZeroDivisionError):
             check(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
         check(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
-        sources.append(SourceConfig("", corpus, absolute(path) if at else None, share))
+        sources.append(SourceConfig("", corpus, _absolute(path, "name") if at else None, share))
     has_weight = {source.weight is not None for source in sources}
     check(len(has_weight) == 1, "give every corpus a weight, or none of them")
     twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
@@ -128,6 +128,6 @@ def _parsed_sources(name):
     return sources
 
 
-def absolute(path):
-    """A path from the root, with `~` as the home; one in an object store as it is."""
-    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+def _absolute(path, name):
+    """A path on a disk from the root, with `~` as the home; `name` is that of its field."""
+    return os.path.abspath(parsed_path(path, f"config.data.{name}"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
-from aoe_jax.config.data import absolute
+from aoe_jax.paths import is_remote, parsed_path
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainConfig(Group):
     max_skipped: int = setting(10, above=0)
     # Seconds without a finished step, validation batch or save after which the run ends as hanging,
     # with status 6; 0: never. Compilation does not count.
-    hang_timeout: float = setting(1200.0, at_least=0)
+    hang_timeout: float = setting(1800.0, at_least=0)
     # Every so many steps, one is computed twice and compared bit for bit, which needs memory for a
     # second state; 0: never.
     repeat_every: int = setting(0, at_least=0)
@@ -46,7 +46,8 @@ class TrainConfig(Group):
     def __post_init__(self):
         super().__post_init__()
         if self.init_from is not None:
-            object.__setattr__(self, "init_from", absolute(self.init_from))
+            path = parsed_path(self.init_from, "config.train.init_from", in_store=True)
+            object.__setattr__(self, "init_from", str(path if is_remote(path) else path.absolute()))
 
     @property
     def warmup_steps(self):

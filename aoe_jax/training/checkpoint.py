@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
-from aoe_jax.distributed import all_agree, together
+from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import FailedElsewhere, Failure, MachineFault, UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.paths import is_remote, move
@@ -68,7 +68,8 @@ class Checkpoints:
         self._problem = None  # the fault of the newest save, if there was one
         self.saved = None  # the step of the newest save that is known to be complete
         self._nlls = {}  # finite validation nlls by step
-        for line in read_metrics(workdir / "metrics.jsonl"):
+        path = workdir / "metrics.jsonl"
+        for line in faults.patiently(f"{path} cannot be read", lambda: [*read_metrics(path)]):
             if line.get("validation_nll") is not None:
                 self.validated(line["step"], line["validation_nll"])
         if config is not None:
@@ -181,6 +182,9 @@ class Checkpoints:
             return True
         with self._problem_kept():
             self._manager.wait_until_finished()
+        if self._problem and self._saving in self.steps():
+            log.warning(f"an old checkpoint cannot be deleted: {self._why()}")
+            self._problem = None
         succeeded = all_agree(self._problem is None)
         if succeeded:
             self.saved = self._saving
@@ -209,7 +213,7 @@ class Checkpoints:
         if jax.process_count() == 1 and self._saving and not self._manager.is_saving_in_progress():
             with self._problem_kept():
                 self._manager.wait_until_finished()
-        return self._problem is not None
+        return jax.process_count() == 1 and self._problem is not None
 
     def close(self):
         """Waits for the save in the background.
@@ -237,11 +241,13 @@ class Checkpoints:
           MachineFault: the newest cannot be read, nothing is moved.
         """
         while True:
-            *older, step = self.steps()
+            # A network disk may show other processes a checkpoint that was moved.
+            steps = self.steps()
+            step, n_steps = gathered(max(steps, default=0))[0], gathered(len(steps))[0]
             try:
                 state, progress, position = self.restore(step, abstract_state)
             except Damaged as e:
-                if not older:
+                if n_steps < 2:
                     raise UserError(
                         f"checkpoint {self._path(step)} is damaged ({e}), and there is no other; "
                         "--start-over begins anew"
@@ -344,7 +350,8 @@ def _read_alone(path, wanted):
     except Failure:
         raise
     except Exception as e:  # Orbax, tensorstore and the file system each have their own
-        if faults.is_fault(e):
+        is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
+        if faults.is_fault(e) or is_of_program:
             raise
         raise Damaged(faults.reason(e)) from e
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,7 @@ def train(
         )
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
-    with _end_is_reported(heartbeat), jax.set_mesh(mesh), contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, _end_is_reported(heartbeat), jax.set_mesh(mesh):
         run = _Run(filled, workdir, mesh, heartbeat, stop or StopRequests(), held)
         run.own(start)
         run.check(profile, wandb)
@@ -149,6 +150,8 @@ class _Run:
         self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.owner = None
+        self.has_validated = False  # a batch, for which the step of evaluation is compiled
+        self.at_rest = threading.Lock()
         self.position = None  # that of the data while the loop waits for the next batch
         self.unreported = None  # step and metrics, which are read while the next step runs
 
@@ -167,12 +170,17 @@ class _Run:
             if self.is_main and (start.over or start.go_back is not None):
                 set_aside(self.workdir, start.go_back)
         self.figures, self.mirror = self.workdir, None
-        if self.is_main and is_remote(self.workdir):
-            self.figures = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
-            metrics = self.workdir / "metrics.jsonl"
-            if metrics.exists():
-                (self.figures / "metrics.jsonl").write_bytes(metrics.read_bytes())
-            self.mirror = Mirror(self.figures, self.workdir)
+        with together():
+            if self.is_main and is_remote(self.workdir):
+                self.figures = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
+                what = f"{self.workdir} cannot be read"
+                self.mirror = patiently(what, lambda: self._mirror("metrics.jsonl", "wandb.json"))
+
+    def _mirror(self, *names):
+        for name in names:
+            if (self.workdir / name).exists():
+                (self.figures / name).write_bytes((self.workdir / name).read_bytes())
+        return Mirror(self.figures, self.workdir)
 
     def check(self, profile, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
@@ -246,14 +254,10 @@ class _Run:
         # A run that lacks nothing but its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
         with together():
-            self.telemetry = Telemetry(
-                self.figures,
-                config,
-                self.step,
-                progress.validated,
-                wandb,
-                writes=self.is_main,
-                began=self.heartbeat.began,
+            given = self.figures, config, self.step, progress.validated, wandb
+            self.telemetry = patiently(
+                "metrics.jsonl cannot be opened",
+                lambda: Telemetry(*given, writes=self.is_main, began=self.heartbeat.began),
             )
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
@@ -298,7 +302,8 @@ class _Run:
                     with self.telemetry.clock("input"):
                         self.position = self.data.get_state()
                         self.batch = self._next_batch()
-                        self.position = None
+                        with self.at_rest:  # a save from outside lasts until the end
+                            self.position = None
         except DivergedError:  # what is being saved in the background is the last good state
             self.checkpoints.close()
             raise
@@ -371,8 +376,9 @@ class _Run:
         train = self.config.train
 
         def put(batch):
-            self.heartbeat.beat("validating", self.step)
+            self.heartbeat.beat("validating" if self.has_validated else "compiling", self.step)
             self._stop_if_asked()
+            self.has_validated = True
             return sharding.put_batch(self.batch_sharding, batch)
 
         score = partial(self.eval_step, self.state.params, self.state.routing_state)
@@ -389,7 +395,7 @@ class _Run:
         with self.telemetry.clock("checkpoint"):
             with together():
                 if self.is_main:
-                    self.owner.check()
+                    self._check_owner()
                     # No checkpoint may be ahead of metrics.jsonl.
                     patiently("metrics.jsonl cannot be written", self.sync)
             position = self.data.get_state()
@@ -397,6 +403,13 @@ class _Run:
         self.saved_at = time.monotonic()
         self.heartbeat.saved = self.checkpoints.saved or self.heartbeat.saved
         self.heartbeat.beat("training", self.step)
+
+    def _check_owner(self):
+        try:
+            self.owner.check()
+        except UserError:
+            self.heartbeat.writes = False  # it belongs to another process
+            raise
 
     def sync(self):
         """Waits until the figures so far are safe in the workdir."""
@@ -406,6 +419,7 @@ class _Run:
 
     def save_from_outside(self):
         """Saves from another thread if the loop waits for data; returns whether it did."""
+        self.at_rest.acquire()  # for good: the process ends afterwards
         if self.position is None or jax.process_count() > 1:
             return False
         self._report()

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import FILE_BYTES, saved_tokenizer
-from aoe_jax.distributed import all_agree
+from aoe_jax.distributed import together
 from aoe_jax.errors import UserError
+from aoe_jax.faults import is_fault
 from aoe_jax.formats.configs import computed_fields, differences, is_choice
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.json_files import read_json
@@ -51,16 +52,17 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
     `tokenizer` is the file of the corpora's tokenizer.
 
     Raises:
-      UserError: in every process if in one: the model can't be read, has another tokenizer, or has
-        a routing state that the run doesn't use.
+      UserError: the model can't be read, has another tokenizer, or has a routing state that the run
+        doesn't use.
+      FailedElsewhere: that happened in another process.
     """
-    problem = None
-    try:
-        params, routing_state = _loaded(config, mesh, tokenizer)
-    except (UserError, OSError, ValueError) as e:  # raised below, in all processes together
-        problem = e
-    if not all_agree(problem is None):
-        raise _refused(config, problem or "another process can't start from it") from problem
+    with together():
+        try:
+            params, routing_state = _loaded(config, mesh, tokenizer)
+        except (UserError, OSError, ValueError) as e:
+            if is_fault(e):
+                raise
+            raise _refused(config, e) from e
     shardings = jax.tree.map(lambda a: a.sharding, like)
     state = jax.jit(partial(first_state, config), out_shardings=shardings, donate_argnums=(0, 1))
     return state(params, routing_state)

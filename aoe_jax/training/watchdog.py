@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from aoe_jax import faults
 from aoe_jax.errors import Hang, Preempted
 from aoe_jax.json_files import write_json
 from aoe_jax.ownership import Owner
@@ -60,8 +61,10 @@ class Watchdog:
 
     def _watch(self):
         while not self._ended.wait(0.2):
-            now, moved = time.monotonic(), self._heartbeat.moved
-            if self._timeout and now > moved + self._timeout:
+            # A wait for a disk ends by itself, and compilation takes as long as it takes.
+            now, moved = time.monotonic(), max(self._heartbeat.moved, faults.paused_at)
+            hangs = self._timeout and self._heartbeat.status != "compiling"
+            if hangs and now > moved + self._timeout:
                 self._end_hang(now - moved)
             term = self._stop.terminated
             if term is not None and now > max(term, moved) + TERM_SECONDS:
@@ -69,7 +72,7 @@ class Watchdog:
 
     def _end_hang(self, seconds):
         late = _in_time(_WRITE_SECONDS, lambda: self._report(seconds))
-        if late is None:  # the disk hangs
+        if late is None:  # the disk hangs or fails
             faulthandler.dump_traceback(sys.stderr)
             late = f"its report cannot be written to {self._folder}"
         self._exit(
@@ -96,7 +99,7 @@ class Watchdog:
         while None in (steps := self._steps()) and time.monotonic() < deadline:
             time.sleep(0.2)
         silent = [i for i, step in enumerate(steps) if step is None]
-        newest = max(step for step in steps if step is not None)
+        newest = max((step for step in steps if step is not None), default=0)
         behind = [i for i, step in enumerate(steps) if step is not None and step < newest]
         said = [f"no report from process {', '.join(map(str, silent))}"] if silent else []
         said += [f"process {', '.join(map(str, behind))} is behind"] if behind else []

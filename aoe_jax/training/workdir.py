@@ -9,11 +9,16 @@ from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, or_none, read_json, read_metrics, write_json
-from aoe_jax.ownership import OWN_FILES
 from aoe_jax.paths import move
-from aoe_jax.training.checkpoint import DAMAGED
+from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)
+
+# What a run writes into its directory, beside its tokenizer.
+_FILES = (
+    *("config.json", "data.json", "heartbeat.json", "metrics.jsonl", "summary.json", "wandb.json"),
+    *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
+)
 
 # Groups and fields that may change when a run continues: they don't affect what it computes, but
 # for how long it runs.
@@ -66,22 +71,18 @@ def check_history(workdir: Path, steps):
     Raises:
       UserError: a later checkpoint was complete, or there are figures and nothing else.
     """
-    shown = {}
-    if (heartbeat := workdir / "heartbeat.json").exists():
-        shown[heartbeat.name] = read_heartbeat(workdir)["saved"] or 0
-    if (summary := workdir / "summary.json").exists():
-        schema = {"metrics": {"step": COUNT}}
-        shown[summary.name] = read_json(summary, schema=schema)["metrics"]["step"]
+    newest, saved, problem = max(steps, default=0), read_heartbeat(workdir)["saved"], None
     damaged = workdir / DAMAGED
-    if damaged.exists():
-        names = (path.name.partition("-")[0] for path in damaged.iterdir())
-        steps = {*steps, *(int(name) for name in names if name.isdecimal())}
-    newest = max(steps, default=0)
-    problem = None
-    for name, step in shown.items():
+    names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.exists() else []
+    is_aside = str(saved) in names and steps  # the newest was damaged, and an older one is there
+    if saved is not None and saved > newest and not is_aside:
+        problem = f"heartbeat.json shows that a checkpoint of step {saved} was complete"
+    if (summary := workdir / "summary.json").exists():
+        step = read_json(summary, schema={"metrics": {"step": COUNT}})["metrics"]["step"]
         if step > newest:
-            problem = f"{name} shows that a checkpoint of step {step} was complete"
-    if not steps and not shown and (line := next(read_metrics(workdir / "metrics.jsonl"), None)):
+            problem = f"summary.json shows that a checkpoint of step {step} was complete"
+    lines = read_metrics(workdir / "metrics.jsonl")
+    if not steps and saved is None and (line := next(lines, None)):
         problem = f"metrics.jsonl begins with step {line['step']}"
     if problem:
         there = (
@@ -112,19 +113,19 @@ def set_aside(workdir: Path, go_back: int | None = None):
     Raises:
       UserError: there is no complete checkpoint of that step.
     """
-    checkpoints = workdir / "checkpoints"
-    names = [path.name for path in workdir.iterdir() if path.name not in (*OWN_FILES, "set_aside")]
+    names, metrics = list(_FILES), workdir / "metrics.jsonl"
     if go_back is not None:
-        steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()]
+        steps = Checkpoints(workdir).steps()
         if go_back not in steps:
             raise UserError(
                 f"--go-back={go_back}: {workdir} has checkpoints of steps "
-                f"{', '.join(map(str, sorted(steps))) or 'none'}"
+                f"{', '.join(map(str, steps)) or 'none'}"
             )
-        whole = workdir / "metrics.jsonl.whole"
-        whole.write_bytes((workdir / "metrics.jsonl").read_bytes())
+        if metrics.exists():
+            metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
+        write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
-        names += ["metrics.jsonl.whole", "summary.json", "heartbeat.json"]
+        names += ["metrics.jsonl.whole", "summary.json"]
     folder = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S")
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:

@@ -19,7 +19,7 @@ import numpy as np
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import finite, read_json, read_metrics, write_json
+from aoe_jax.json_files import finite, read_json, read_metrics, replace_durably, write_json
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -51,7 +51,7 @@ class JsonLines:
         self.compute_seconds = sum(line.get("compute_seconds") or 0 for line in kept)
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
+        replace_durably(partial, path)
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
         self._size = self._file.seek(0, os.SEEK_END)  # of the whole lines
 
@@ -98,8 +98,6 @@ def _tags(group, scalars, layers):
 
 class TensorBoard:
     """Event files, in which events of later steps from a run that was killed are hidden."""
-
-    name = "tensorboard"
 
     name = "tensorboard/"
 

@@ -1,0 +1,93 @@
+"""Which exceptions are faults of a machine, and which show damage or a mistake."""
+
+import errno
+import os
+
+import pyarrow
+import pytest
+from aiohttp import ServerDisconnectedError
+from gcsfs.retry import HttpError
+from jax.errors import JaxRuntimeError
+
+from aoe_jax import faults
+from aoe_jax.errors import MachineFault
+from aoe_jax.faults import Tolerated, is_fault, patiently, reason
+
+
+def caused_by(cause):
+    """A library's own exception with a cause."""
+    try:
+        raise ValueError("can't read") from cause
+    except ValueError as e:
+        return e
+
+
+FAULTS = [
+    *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.ESTALE, errno.EDQUOT)),
+    *(OSError(code, os.strerror(code)) for code in (errno.ENOTCONN, errno.EBUSY, errno.EROFS)),
+    ConnectionResetError(),
+    TimeoutError(),
+    MemoryError(),
+    HttpError({"code": 503, "message": "try later"}),
+    HttpError({"code": 429, "message": "too many"}),
+    ServerDisconnectedError(),
+    JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+    ValueError("Error reading local file: Input/output error"),
+    pyarrow.ArrowIOError("Error reading bytes from file. Detail: [errno 5] Input/output error"),
+]
+OTHERS = [
+    FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    OSError("Truncated compressed stream"),  # of pyarrow, without an errno
+    OSError("zlib inflate failed: incorrect data check"),
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    HttpError({"code": 403, "message": "no"}),
+    ValueError("Error decoding zarr metadata"),
+    KeyError("arrays"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+def test_faults(error):
+    assert is_fault(error) and is_fault(caused_by(error))
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_no_faults(error):
+    assert not is_fault(error) and not is_fault(caused_by(error))
+
+
+def test_reason_is_that_of_the_first_cause():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert reason(caused_by(full)) == "No space left on device"
+
+
+def test_patience(monkeypatch, caplog):
+    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(faults, "retry_seconds", 0.2)
+    answers = [OSError(errno.EIO, "Input/output error")] * 3 + [7]
+
+    def call():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently("a file cannot be read", call) == 7
+    assert caplog.text.count("a file cannot be read (Input/output error); next try in") == 3
+    answers[:] = [OSError(errno.EIO, "Input/output error")] * 99
+    with pytest.raises(MachineFault, match=r"it was tried for 0\.2 s"):
+        patiently("a file cannot be read", call)
+    answers[:] = [FileNotFoundError()] * 2
+    with pytest.raises(FileNotFoundError):
+        patiently("a file cannot be read", call)
+
+
+def test_tolerated(caplog):
+    tolerated = Tolerated("heartbeat.json")
+    for fails in (False, True, True, False):
+        with tolerated:
+            if fails:
+                raise OSError(errno.EROFS, "Read-only file system")
+    assert tolerated.failures == 2
+    assert caplog.text.count("cannot be written (Read-only file system); the run goes on") == 1
+    assert caplog.text.count("heartbeat.json is written again; 2 writes have failed so far") == 1
