@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
@@ -47,7 +48,7 @@ def matching(pattern, words):
 def open_regular(path: Path | str):
     """Opens a regular file for reading bytes; raises OSError for a FIFO or a device, at once."""
     if is_remote(path):
-        return path.open("rb")
+        return io.BytesIO(path.read_bytes())
     # Without O_NONBLOCK, opening a FIFO waits for a writer.
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
