@@ -36,7 +36,8 @@ def main():
     workdir = cli.path_of(_WORKDIR, in_store=True)
     profile = steps_to_trace(_PROFILE.value) if _PROFILE.value is not None else range(0)
     distributed.start()
-    from aoe_jax.training.loop import Start, train  # JAX may start only after `distributed.start`
+    from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
+    from aoe_jax.training.run_folder import Start
 
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)

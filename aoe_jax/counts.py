@@ -3,11 +3,17 @@
 L layers, d model width, n experts, V vocabulary, S sequence length.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 
+import jax
+
 from aoe_jax.config.run import Config
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.sharding import MESH_AXES
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,3 +142,29 @@ def _other_flops(config):
     m, counts = config.model, parameter_counts(config)
     # Scores and values over half the positions on average.
     return 2 * (counts.attention + counts.embedding + m.n_layers * m.d_model * config.data.seq_len)
+
+
+def log_run(config: Config):
+    """Logs the mesh, parameters and FLOPs of a run, and warns if its losses are not causal."""
+    routing = config.routing
+    if jax.device_count() > 1:
+        axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in MESH_AXES]
+        log.info("mesh: %s", ", ".join(axes))
+    log.info("%s", parameter_counts(config))
+    log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
+    if experts_per_token(config) is None:
+        log.info(
+            f"both count experts.top_k={config.experts.top_k} experts per token; {routing.name} "
+            "takes a varying number"
+        )
+    causality = routing.causality(config.experts)
+    if causality.reason and causality.until_step is None:
+        log.warning(
+            f"{routing.name} is not causal: {causality.reason}, so the losses below are not those "
+            "of a causal language model and are comparable with no token-choice run"
+        )
+    elif causality.reason:
+        log.warning(
+            f"{routing.name} is not causal before step {causality.until_step}: "
+            f"{causality.reason}, so the training losses of these steps depend on later tokens"
+        )

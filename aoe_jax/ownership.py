@@ -21,6 +21,7 @@ from pathlib import Path
 
 from aoe_jax.errors import UserError
 from aoe_jax.faults import is_fault, is_forbidden, patiently
+from aoe_jax.json_files import write_json
 from aoe_jax.paths import create, is_remote
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Owner:
                 if self._read().get("nonce") not in (None, self.nonce):
                     return
                 count += 1
-                _write(self._folder / RENEWED, {"nonce": self.nonce, "count": count})
+                write_json(self._folder / RENEWED, {"nonce": self.nonce, "count": count})
 
     def release(self):
         """Removes the files, if they are still those of this process."""
@@ -164,7 +165,7 @@ def _replace(folder, other, ours):
     try:
         if _read_object(folder / OWNER) != other:
             return False
-        _write(folder / OWNER, ours)
+        write_json(folder / OWNER, ours)
         return _read_object(folder / OWNER) == ours
     finally:
         marker.unlink(missing_ok=True)
@@ -199,15 +200,6 @@ def _changes(seconds, value):
 
 def _create(path, value):
     return create(path, json.dumps(value).encode())
-
-
-def _write(path, value):
-    if is_remote(path):  # it appears whole
-        path.write_text(json.dumps(value))
-        return
-    partial = path.with_name(f"{path.name}.{value['nonce']}")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
 
 
 def _this_process():

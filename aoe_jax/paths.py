@@ -15,6 +15,8 @@ from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
 STORES = {"gs": "gcsfs"}  # by scheme, the package that reads it
+# Commands write these into the directory of a model, whose copies stay valid.
+_REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False):
@@ -97,11 +99,12 @@ def move(source, target):
 
 
 def local_copy(folder, cache="~/.cache/aoe_jax"):
-    """Returns a folder on a disk with the files of a folder: itself, or a copy in `cache`."""
+    """Returns the folder of a model on a disk: the folder itself, or a copy in `cache`."""
     if not is_remote(folder):
         return folder
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
     files = sorted(store.find(root, detail=True).items())
+    files = [(name, file) for name, file in files if Path(name).name not in _REPORTS]
     state = [(name, file["size"], file.get("md5Hash"), file.get("etag")) for name, file in files]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"

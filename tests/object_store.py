@@ -28,6 +28,7 @@ class Store(ThreadingHTTPServer):
         self.objects, self.lock = {}, threading.Lock()
         self.generations, self.uploads = itertools.count(1_000_000), {}
         self.fails_until = 0.0  # on the monotonic clock
+        self.failed = 0  # requests that were answered by 503
 
     def handle_error(self, request, client_address):
         """Says nothing of clients that hang up, as killed ones do."""
@@ -69,6 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.content = self._read()
         try:
             if time.monotonic() < self.server.fails_until:
+                self.server.failed += 1
                 raise _Refused(503)
             with self.server.lock:
                 status, answer, headers = self._answer(parts.path)

@@ -12,6 +12,7 @@ from aoe_jax import Decoder
 from aoe_jax.config.run import Config, update_groups
 from aoe_jax.counts import (
     forward_flops_per_token,
+    log_run,
     parameter_counts,
     training_flops_per_token,
 )
@@ -279,3 +280,22 @@ def test_flops_of_a_whole_training_step(name, monkeypatch):
     )
     useful = training_flops_per_token(config)
     assert counted - computed_beyond_useful(config) == pytest.approx(useful, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("top_k", None),
+        ("threshold", "threshold is not causal before step 200: "),
+        ("expert_choice", "expert_choice is not causal: "),
+    ],
+)
+def test_a_warning_if_losses_depend_on_later_tokens(caplog, variant, words):
+    groups = methods.get_config(variant)
+    if variant == "threshold":
+        groups.routing.warmup_steps = 200
+    log_run(Config.from_config_dict(groups))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        (not warnings) if words is None else (len(warnings) == 1 and warnings[0].startswith(words))
+    ), warnings

@@ -1,5 +1,6 @@
 """Hangs in real runs: every process ends, says where it hangs, and the run goes on later."""
 
+import re
 import signal
 
 from aoe_jax.errors import Hang
@@ -32,26 +33,34 @@ cli.run(train.main)
 """
 
 
+def without_data(tmp_path, who):
+    """A program that trains until the data of a batch never arrives, in process `who`."""
+    return NO_DATA.format(who=who, marker=str(tmp_path / "hangs"))
+
+
+def goes_on(workdir, step):
+    """Whether the run continues from a step and ends as if nothing had been."""
+    status, _, stderr = run(train_command(workdir))
+    assert status == 0 and f"going on from step {step}" in stderr, stderr
+    return same_end(workdir, finished_run())
+
+
 def test_a_hang_ends(tmp_path):
     workdir = tmp_path / "run"
-    code = NO_DATA.format(who=0, marker=str(tmp_path / "hangs"))
-    status, _, stderr = run(patched(code, workdir, train__hang_timeout=3))
+    status, _, stderr = run(patched(without_data(tmp_path, 0), workdir, train__hang_timeout=3))
     assert status == Hang.status, stderr
     assert last_line(stderr) == (
         "error: process 0, training, after step 6 did not move for 3 s (train.hang_timeout=3): "
         f"its stacks are in {workdir}/hang"
     )
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
-    status, _, stderr = run(train_command(workdir))
-    assert status == 0 and "going on from step 6" in stderr, stderr
-    assert same_end(workdir, finished_run())
+    assert goes_on(workdir, 6)
 
 
 def test_sigterm_in_a_hang(tmp_path):
     """The loop waits for data between two checkpoints; its last state is saved."""
     workdir = tmp_path / "run"
-    code = NO_DATA.format(who=0, marker=str(tmp_path / "hangs"))
-    process = start(patched(code, workdir, checkpoint__every=5))
+    process = start(patched(without_data(tmp_path, 0), workdir, checkpoint__every=5))
     wait_for(process, (tmp_path / "hangs").exists)
     process.send_signal(signal.SIGTERM)
     status, _, stderr = finish(process)
@@ -60,21 +69,20 @@ def test_sigterm_in_a_hang(tmp_path):
         "preempted: process 0, training, after step 7 did not move for 1 s after SIGTERM; saved; "
         "the same command goes on from the newest checkpoint"
     )
-    status, _, stderr = run(train_command(workdir))
-    assert status == 0 and "going on from step 7" in stderr, stderr
-    assert same_end(workdir, finished_run())
+    assert goes_on(workdir, 7)
 
 
 def test_processes_that_are_late(tmp_path):
     """One of two processes has no data, the other waits for it in a collective."""
     workdir = tmp_path / "run"
-    code = NO_DATA.format(who=1, marker=str(tmp_path / "hangs"))
-    processes = start_on(workdir, 2, program=("-c", code), train__hang_timeout=5, **MESH)
+    program = "-c", without_data(tmp_path, 1)
+    processes = start_on(workdir, 2, program=program, train__hang_timeout=5, **MESH)
     outcomes = [finish(process) for process in processes]
     assert [status for status, _, _ in outcomes].count(Hang.status) >= 1, outcomes
     for process, (status, _, stderr) in enumerate(outcomes):
         if status == Hang.status:  # JAX may end the second before its report
             assert f"error: process {process}, training, after step" in last_line(stderr)
+            assert "process 1 is behind" in last_line(stderr)
     assert "read_that_hangs" in (workdir / "hang" / "process_1.txt").read_text()
 
 
@@ -88,6 +96,6 @@ def test_a_save_that_is_slower_than_a_hang(tmp_path):
     wait_for(process, lambda: (heartbeat(workdir)["step"] or 0) >= EVERY)
     process.send_signal(signal.SIGTERM)
     status, _, stderr = finish(process)
-    assert status == 0 and last_line(stderr).startswith("preempted: saved at step"), stderr
-    status, _, stderr = run(train_command(workdir))
-    assert status == 0 and same_end(workdir, finished_run()), stderr
+    said = re.match(r"preempted: saved at step (\d+)", last_line(stderr))
+    assert status == 0 and said, stderr
+    assert goes_on(workdir, said[1])

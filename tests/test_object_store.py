@@ -2,7 +2,6 @@
 
 import json
 import signal
-import threading
 import time
 
 import fsspec
@@ -70,6 +69,8 @@ def test_files(folder, tmp_path, store):
     copy = local_copy(folder, tmp_path / "cache")
     assert (copy / "sub" / "new").read_text() == "new" and local_copy(copy) == copy
     assert local_copy(folder, tmp_path / "cache") == copy
+    (folder / "eval.json").write_text("{}")
+    assert local_copy(folder, tmp_path / "cache") == copy
     (folder / "deep" / "b").write_text("changed")
     assert local_copy(folder, tmp_path / "cache") != copy
 
@@ -91,6 +92,7 @@ def test_a_store_that_fails_for_a_while(folder, store, monkeypatch):
     monkeypatch.setattr(faults, "retry_seconds", 30)
     store.fails_until = time.monotonic() + 3
     assert faults.patiently("the file cannot be made", lambda: create(folder / "a", b"1"))
+    assert store.failed
 
 
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
@@ -104,10 +106,14 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
-    stall = threading.Timer(15, lambda: setattr(store, "fails_until", time.monotonic() + 3))
-    stall.start()
-    status, _, stderr = run(store, *command)
-    stall.cancel()
+    failed = store.failed
+    process = start(command, forked=False, **store.variables)
+    saved = saved.replace(f"/{2 * EVERY}/", f"/{4 * EVERY}/")
+    while saved not in store.objects and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    store.fails_until = time.monotonic() + 3
+    status, _, stderr = finish(process)
+    assert store.failed > failed  # the clients of the store have tried again
     assert status == 0 and "going on from step" in stderr, stderr
     assert same_end(fetched(folder, tmp_path / "run"), finished_run())
     assert not {OWNER, "owner_renewed.json"} & names(store, folder)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from aoe_jax.config.checks import require_flag
+from aoe_jax.counts import log_run
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.tokenizer import pieces
 from aoe_jax.errors import DivergedError, UserError
@@ -16,7 +17,6 @@ from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.json_files import read_regular, write_json
-from aoe_jax.training.loop import log_run
 
 log = logging.getLogger(__name__)
 

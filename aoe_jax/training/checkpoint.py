@@ -59,14 +59,18 @@ class Checkpoints:
     Without a `config` they are only read, and no folder is made.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
-        """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`."""
+    def __init__(self, workdir: Path, config: CheckpointConfig | None = None, saved: int = 0):
+        """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`.
+
+        `saved` is the step of the checkpoint that the run continues from, 0 for none.
+        """
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._config = config
         self._manager = None
         self._saving = None  # the step that is being saved in the background
-        self._problem = None  # the fault of the newest save, if there was one
-        self.saved = None  # the step of the newest save that is known to be complete
+        self._problem = None  # the fault of the newest save in this process, if there was one
+        self._failed = False  # whether the newest save has failed, in any process
+        self.saved = saved  # the step of the newest checkpoint that is known to be complete
         self._nlls = {}  # finite validation nlls by step
         path = workdir / "metrics.jsonl"
         for line in faults.patiently(f"{path} cannot be read", lambda: [*read_metrics(path)]):
@@ -179,20 +183,25 @@ class Checkpoints:
     def _finish(self):
         """Waits for the save in the background; returns whether it succeeded in all processes."""
         if self._saving is None:
-            return True
+            return not self._failed
         with self._problem_kept():
             self._manager.wait_until_finished()
-        if self._problem and self._saving in self.steps():
+        if self._problem and self._is_complete(self._saving):
             log.warning(f"an old checkpoint cannot be deleted: {self._why()}")
             self._problem = None
-        succeeded = all_agree(self._problem is None)
-        if succeeded:
-            self.saved = self._saving
-        else:
+        self._failed = not all_agree(self._problem is None)
+        if self._failed:
             log.warning(f"checkpoint {self._path(self._saving)} cannot be saved: {self._why()}")
             self._open()  # without the half save
+        else:
+            self.saved = self._saving
         self._saving = None
-        return succeeded
+        return not self._failed
+
+    def _is_complete(self, step):
+        with contextlib.suppress(OSError):
+            return step in ocp.utils.checkpoint_steps(self.directory)
+        return False
 
     @contextlib.contextmanager
     def _problem_kept(self):
@@ -211,9 +220,8 @@ class Checkpoints:
         processes find that out together at their next save.
         """
         if jax.process_count() == 1 and self._saving and not self._manager.is_saving_in_progress():
-            with self._problem_kept():
-                self._manager.wait_until_finished()
-        return jax.process_count() == 1 and self._problem is not None
+            self._finish()
+        return self._failed
 
     def close(self):
         """Waits for the save in the background.
@@ -222,9 +230,8 @@ class Checkpoints:
           MachineFault: it failed.
         """
         if self._manager:
-            step = self._saving
             if not self._finish():
-                raise MachineFault(f"checkpoint {self._path(step)} cannot be saved: {self._why()}")
+                raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")
             self._manager.close()
 
     def restore_newest(self, abstract_state, data_iterator):

@@ -3,10 +3,8 @@
 import contextlib
 import json
 import logging
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,22 +13,21 @@ import jax.numpy as jnp
 
 from aoe_jax import sharding
 from aoe_jax.config.run import Config
-from aoe_jax.counts import experts_per_token, parameter_counts, training_flops_per_token
+from aoe_jax.counts import log_run, parameter_counts
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.distributed import agree, all_agree, see_the_same, together
+from aoe_jax.distributed import agree, all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import patiently
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
-from aoe_jax.ownership import owned, read_owner
-from aoe_jax.paths import Mirror, is_remote
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
 from aoe_jax.training.health import Health, Heartbeat
 from aoe_jax.training.profile import run_traced, traced_of_run
+from aoe_jax.training.run_folder import RunFolder, Start
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import new_state, train_step_on
 from aoe_jax.training.telemetry import Telemetry
@@ -41,46 +38,10 @@ from aoe_jax.training.workdir import (
     check_workdir,
     claim_workdir,
     read_heartbeat,
-    set_aside,
 )
 from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
-
-
-def log_run(config: Config):
-    """Logs the mesh, parameters and FLOPs of a run, and warns if its losses are not causal."""
-    routing = config.routing
-    if jax.device_count() > 1:
-        axes = [f"{axis} {getattr(config.mesh, axis)}" for axis in sharding.MESH_AXES]
-        log.info("mesh: %s", ", ".join(axes))
-    log.info("%s", parameter_counts(config))
-    log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
-    if experts_per_token(config) is None:
-        log.info(
-            f"both count experts.top_k={config.experts.top_k} experts per token; {routing.name} "
-            "takes a varying number"
-        )
-    causality = routing.causality(config.experts)
-    if causality.reason and causality.until_step is None:
-        log.warning(
-            f"{routing.name} is not causal: {causality.reason}, so the losses below are not those "
-            "of a causal language model and are comparable with no token-choice run"
-        )
-    elif causality.reason:
-        log.warning(
-            f"{routing.name} is not causal before step {causality.until_step}: "
-            f"{causality.reason}, so the training losses of these steps depend on later tokens"
-        )
-
-
-@dataclass(frozen=True)
-class Start:
-    """How a run begins in a workdir that has files of a run or of another process."""
-
-    over: bool = False  # from nothing; the files of the run before are set aside
-    go_back: int | None = None  # from the checkpoint of this step; newer files are set aside
-    take_over: bool = False  # from an owner that cannot be seen to have ended, without waiting
 
 
 def train(
@@ -89,7 +50,7 @@ def train(
     stop: StopRequests | None = None,
     profile=range(0),
     wandb=None,
-    start=Start(),
+    start: Start | None = None,
 ):
     """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
@@ -113,8 +74,8 @@ def train(
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
     with contextlib.ExitStack() as held, _end_is_reported(heartbeat), jax.set_mesh(mesh):
-        run = _Run(filled, workdir, mesh, heartbeat, stop or StopRequests(), held)
-        run.own(start)
+        folder = RunFolder(workdir, start or Start(), held)
+        run = _Run(filled, workdir, folder, mesh, heartbeat, stop or StopRequests(), held)
         run.check(profile, wandb)
         run.restore()
         run.claim_workdir(config)
@@ -144,43 +105,15 @@ def _end_is_reported(heartbeat):
 class _Run:
     """One training run. `train` calls its public methods in the order in which they stand here."""
 
-    def __init__(self, config, workdir, mesh, heartbeat, stop, held):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
+    def __init__(self, config, workdir, folder, mesh, heartbeat, stop, held):
+        self.config, self.workdir, self.folder, self.mesh = config, workdir, folder, mesh
         self.heartbeat, self.stop, self.held = heartbeat, stop, held
         self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
         self.batch_sharding = sharding.batch_sharding(mesh)
-        self.owner = None
         self.has_validated = False  # a batch, for which the step of evaluation is compiled
         self.at_rest = threading.Lock()
         self.position = None  # that of the data while the loop waits for the next batch
         self.unreported = None  # step and metrics, which are read while the next step runs
-
-    def own(self, start):
-        """Owns the workdir, and sets old files aside if that was asked for."""
-        with together():
-            if self.is_main:
-                owner = owned(self.workdir, "workdir", start.take_over)
-                self.owner = self.held.enter_context(owner)
-        self.nonce = see_the_same(
-            self.owner and self.owner.nonce,
-            lambda: (read_owner(self.workdir) or {}).get("nonce"),
-            f"--workdir={self.workdir}",
-        )
-        with together():
-            if self.is_main and (start.over or start.go_back is not None):
-                set_aside(self.workdir, start.go_back)
-        self.figures, self.mirror = self.workdir, None
-        with together():
-            if self.is_main and is_remote(self.workdir):
-                self.figures = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
-                what = f"{self.workdir} cannot be read"
-                self.mirror = patiently(what, lambda: self._mirror("metrics.jsonl", "wandb.json"))
-
-    def _mirror(self, *names):
-        for name in names:
-            if (self.workdir / name).exists():
-                (self.figures / name).write_bytes((self.workdir / name).read_bytes())
-        return Mirror(self.figures, self.workdir)
 
     def check(self, profile, wandb):
         """Checks all that a user may have got wrong; writes nothing but token stores."""
@@ -246,7 +179,7 @@ class _Run:
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 (self.workdir / "summary.json").unlink(missing_ok=True)
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
-        self.heartbeat.writes, self.heartbeat.saved = self.is_main, self.step
+        self.heartbeat.writes = self.is_main
 
     def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
@@ -254,14 +187,15 @@ class _Run:
         # A run that lacks nothing but its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
         with together():
-            given = self.figures, config, self.step, progress.validated, wandb
+            given = self.folder.figures, config, self.step, progress.validated, wandb
             self.telemetry = patiently(
                 "metrics.jsonl cannot be opened",
                 lambda: Telemetry(*given, writes=self.is_main, began=self.heartbeat.began),
             )
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
-        self.checkpoints = Checkpoints(self.workdir, config.checkpoint)
+        self.checkpoints = Checkpoints(self.workdir, config.checkpoint, self.step)
+        self.heartbeat.saved = self.step
 
     def compile(self):
         """Compiles the training step; time counts as training from the end of this on."""
@@ -276,14 +210,11 @@ class _Run:
 
     def watched(self):
         """A context that ends a process that hangs."""
-        timeout = self.config.train.hang_timeout
-        save = self.save_from_outside
-        return Watchdog(
-            self.workdir, self.heartbeat, self.stop, timeout, save, self.nonce, self.owner
-        )
+        timeout, save = self.config.train.hang_timeout, self.save_from_outside
+        return Watchdog(self.workdir, self.folder, self.heartbeat, self.stop, timeout, save)
 
     def take_steps(self):
-        steps, folder = self.config.train.steps, self.figures / "profile"
+        steps, folder = self.config.train.steps, self.folder.figures / "profile"
         if not self.progress.validated:
             self.validate()
         try:
@@ -329,6 +260,7 @@ class _Run:
         with self.telemetry.clock("device"):
             small = jax.device_get({name: metrics[name] for name in names})
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
+        self.heartbeat.saved = self.checkpoints.saved
         self.heartbeat.beat("training", step)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             metrics = jax.device_get(metrics)
@@ -394,28 +326,22 @@ class _Run:
         self.heartbeat.beat("saving", self.step)
         with self.telemetry.clock("checkpoint"):
             with together():
-                if self.is_main:
-                    self._check_owner()
-                    # No checkpoint may be ahead of metrics.jsonl.
-                    patiently("metrics.jsonl cannot be written", self.sync)
+                try:
+                    self.folder.check_owner()
+                except UserError:
+                    self.heartbeat.writes = False  # the workdir belongs to another process
+                    raise
+                patiently("metrics.jsonl cannot be written", self.sync)
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
         self.saved_at = time.monotonic()
-        self.heartbeat.saved = self.checkpoints.saved or self.heartbeat.saved
+        self.heartbeat.saved = self.checkpoints.saved
         self.heartbeat.beat("training", self.step)
 
-    def _check_owner(self):
-        try:
-            self.owner.check()
-        except UserError:
-            self.heartbeat.writes = False  # it belongs to another process
-            raise
-
     def sync(self):
-        """Waits until the figures so far are safe in the workdir."""
+        """Waits until the figures so far are safe in the workdir; no checkpoint may be ahead."""
         self.telemetry.sync()
-        if self.mirror:
-            self.mirror.upload()
+        self.folder.upload()
 
     def save_from_outside(self):
         """Saves from another thread if the loop waits for data; returns whether it did."""
@@ -447,6 +373,7 @@ class _Run:
         if self.step > self.first_step:
             self.save(wait=True)
         self.checkpoints.close()
+        self.heartbeat.saved = self.step
         if self.is_main:
             path = self.workdir / "summary.json"
             patiently("the figures cannot be written", self.sync)

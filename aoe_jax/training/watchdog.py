@@ -17,9 +17,9 @@ import jax
 from aoe_jax import faults
 from aoe_jax.errors import Hang, Preempted
 from aoe_jax.json_files import write_json
-from aoe_jax.ownership import Owner
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.health import Heartbeat
+from aoe_jax.training.run_folder import RunFolder
 
 TERM_SECONDS = 20.0  # from a SIGTERM to the end of a process that does not move
 _WRITE_SECONDS = 15.0  # for files on a disk that may hang, too
@@ -38,17 +38,15 @@ class Watchdog:
     def __init__(
         self,
         workdir: Path,
+        run_folder: RunFolder,
         heartbeat: Heartbeat,
         stop: StopRequests,
         timeout: float,
         save: Callable[[], bool],
-        nonce: int,
-        owner: Owner | None,
     ):
-        """`nonce` is that of the owner of the workdir, which process 0 has as `owner`."""
+        """Takes the workdir as a path and as the folder of the run."""
         self._folder, self._heartbeat, self._stop = workdir / "hang", heartbeat, stop
-        self._timeout, self._save, self._nonce = timeout, save, nonce
-        self._owner = owner
+        self._timeout, self._save, self._run_folder = timeout, save, run_folder
         self._ended = threading.Event()
 
     def __enter__(self):
@@ -92,7 +90,10 @@ class Watchdog:
             file.seek(0)
             (self._folder / f"process_{process}.txt").write_text(file.read())
         path = self._folder / f"process_{process}.json"
-        write_json(path, {"nonce": self._nonce, "step": heartbeat.step, "status": heartbeat.status})
+        write_json(
+            path,
+            {"nonce": self._run_folder.nonce, "step": heartbeat.step, "status": heartbeat.status},
+        )
         if jax.process_count() == 1:
             return f"its stacks are in {self._folder}"
         deadline = time.monotonic() + _LOOK_SECONDS
@@ -112,7 +113,7 @@ class Watchdog:
         for process in range(len(steps)):
             with contextlib.suppress(OSError, ValueError):
                 report = json.loads((self._folder / f"process_{process}.json").read_text())
-                if report["nonce"] == self._nonce:
+                if report["nonce"] == self._run_folder.nonce:
                     steps[process] = report["step"]
         return steps
 
@@ -127,8 +128,7 @@ class Watchdog:
 
     def _exit(self, status, last_line):
         print(last_line, file=sys.stderr, flush=True)
-        if self._owner:
-            _in_time(_LOOK_SECONDS, self._owner.release)
+        _in_time(_LOOK_SECONDS, self._run_folder.release)
         os._exit(status)
 
     def _where(self):

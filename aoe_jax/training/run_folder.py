@@ -1,0 +1,79 @@
+"""The directory of a run while it trains: who owns it, and where its figures are written."""
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from aoe_jax.distributed import see_the_same, together
+from aoe_jax.faults import patiently
+from aoe_jax.ownership import owned, read_owner
+from aoe_jax.paths import Mirror, is_remote
+from aoe_jax.training.workdir import set_aside
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in a workdir that has files of a run or of another process."""
+
+    over: bool = False  # from nothing; the files of the run before are set aside
+    go_back: int | None = None  # from the checkpoint of this step; newer files are set aside
+    take_over: bool = False  # from an owner that cannot be seen to have ended, without waiting
+
+
+class RunFolder:
+    """A workdir that process 0 owns and all processes see.
+
+    Attributes:
+      figures: the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
+        itself or, if that is in an object store, a temporary folder that `upload` copies there.
+      nonce: that of the owner, the same in all processes.
+    """
+
+    def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
+        """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
+
+        Raises:
+          UserError: another process owns it, or a process does not see it.
+        """
+        self.figures, self._owner, self._mirror = workdir, None, None
+        is_main = jax.process_index() == 0
+        with together():
+            if is_main:
+                self._owner = held.enter_context(owned(workdir, "workdir", start.take_over))
+        self.nonce = see_the_same(
+            self._owner and self._owner.nonce,
+            lambda: (read_owner(workdir) or {}).get("nonce"),
+            f"--workdir={workdir}",
+        )
+        with together():
+            if is_main and (start.over or start.go_back is not None):
+                set_aside(workdir, start.go_back)
+            if is_main and is_remote(workdir):
+                self.figures = Path(held.enter_context(tempfile.TemporaryDirectory()))
+                for name in ("metrics.jsonl", "wandb.json"):
+                    patiently(
+                        f"{workdir / name} cannot be read", lambda: self._fetch(workdir, name)
+                    )
+                self._mirror = Mirror(self.figures, workdir)
+
+    def _fetch(self, workdir, name):
+        if (workdir / name).exists():
+            (self.figures / name).write_bytes((workdir / name).read_bytes())
+
+    def check_owner(self):
+        """Raises `UserError` in process 0 if another process has taken the workdir over."""
+        if self._owner:
+            self._owner.check()
+
+    def upload(self):
+        """Copies the figures so far to an object store."""
+        if self._mirror:
+            self._mirror.upload()
+
+    def release(self):
+        """Gives the workdir up, in a process that ends without closing `held`."""
+        if self._owner:
+            self._owner.release()
