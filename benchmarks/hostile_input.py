@@ -24,9 +24,6 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.data.sotu import speech_files
 from benchmarks.timing import report
 
-_CASES = flags.DEFINE_list("cases", None, "which cases; default: all")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
 _PREPARE = ["-m", "aoe_jax.data.prepare", "--input={here}/in/*", "--output={here}/out"]
 _PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe:1000"]
 _OPEN = """
@@ -104,7 +101,7 @@ def measure(case: Case):
 def main():
     """Measures and prints a case a line."""
     figures = []
-    for name in _CASES.value or CASES:
+    for name in flags.FLAGS.cases or CASES:
         require_flag(name in CASES, "cases", name, f"choose of {', '.join(CASES)}")
         case = CASES[name]
         status, peak, seconds, last_line = measure(case)
@@ -116,9 +113,11 @@ def main():
         )
         figures.append({"case": name, "peak_mb": peak, "bar_mb": case.bar_mb, "status": status})
         figures[-1] |= {"seconds": seconds, "holds": holds, "last_line": last_line}
-    report(figures, _JSON.value)
+    report(figures, flags.FLAGS.json)
     return int(not all(figure["holds"] for figure in figures))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # only here, so that tests can import this beside other commands
+    flags.DEFINE_list("cases", None, "which cases; default: all")
+    flags.DEFINE_string("json", None, "a file for the figures")
     cli.run(main)
