@@ -92,6 +92,8 @@ ATTENTION = {
     "o_bias": vector("d", zeros_init),
     "q_norm": Parameter("H h", ("heads", None), ones_init),
     "k_norm": Parameter("G h", ("heads", None), ones_init),
+    "q_head_norm": vector("h", ones_init),
+    "k_head_norm": vector("h", ones_init),
 }
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {

@@ -38,8 +38,11 @@ def test_every_variant_builds_and_counts_agree(name):
 
 
 IMPORTED = {
-    "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": True},
+    "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": "all"},
+    "wide heads with a norm each": {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
     "biases": {
+        "n_kv_heads": 2,
+        "head_dim": 16,
         "norm": "layer",
         "attention_bias": True,
         "output_bias": True,

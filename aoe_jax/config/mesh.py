@@ -46,8 +46,8 @@ class MeshConfig(Group):
         if m.unroll > 1 and self.fsdp > 1:
             wanted = "unrolled layers would keep gathered weights; set 1"
             m.refuse("unroll", f"with mesh.fsdp={self.fsdp}, {wanted}")
-        if self.tensor > 1 and m.qk_norm:
-            self.refuse("tensor", "splits heads, and model.qk_norm spans all heads; set 1")
+        if self.tensor > 1 and m.qk_norm == "all":
+            self.refuse("tensor", "splits heads, and model.qk_norm='all' spans all heads; set 1")
         splits = [
             ("expert", "experts.n_experts", e.n_experts),
             ("tensor", "model.n_heads", m.n_heads),

@@ -168,7 +168,7 @@ def attention_shape(config: Config, b):
     """`(B, H, G, S, h)` of b sequences on a device."""
     m, tensor = config.model, config.mesh.tensor
     heads = m.n_heads // tensor, m.kv_heads // tensor
-    return (b, *heads, config.data.seq_len, m.d_model // m.n_heads)
+    return (b, *heads, config.data.seq_len, m.head_width)
 
 
 def attention_cases(config: Config, backend):

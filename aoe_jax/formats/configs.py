@@ -18,6 +18,8 @@ _AUTO_MAP = {
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
+# Architectures of the hub in which models are written, in the order of trial.
+_EXPORTED = ("mixtral", "olmoe", "qwen3_moe")
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -32,7 +34,8 @@ def computed_fields(config: Config):
         for group in ("model", "experts", "routing")
         for name, value in groups[group].items()
     }
-    fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
+    fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
+    fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
@@ -120,7 +123,8 @@ def _hub_fields(values):
     for field, known in architecture.only.items():
         value, names = values.get(field, known[0]), " or ".join(map(repr, known))
         _require(value in known, f"{field}={shown(value)} isn't implemented; only {names} is")
-    fields, given = dict(architecture.constants), architecture.defaults | values
+    also = {name: values[other] for other, name in architecture.aliases if other in values}
+    fields, given = dict(architecture.constants), architecture.defaults | values | also
     for field, sets in architecture.fields.items():
         _require(field in given, f"{field} is missing; a model of model_type {shown(name)} has it")
         fields[sets] = given[field]
@@ -130,9 +134,15 @@ def _hub_fields(values):
 
 
 def _check_attention(values, model):
-    width, head_dim = model.d_model / model.n_heads, values.get("head_dim")
-    wanted = f"only hidden_size / num_attention_heads = {width:g} is"
-    _require(head_dim in (None, width), f"head_dim={shown(head_dim)} isn't implemented; {wanted}")
+    width, head_dim = model.d_model / model.n_heads, model.head_width
+    wanted = f"with a norm over all heads only hidden_size / num_attention_heads = {width:g} is"
+    is_usual = model.qk_norm != "all" or head_dim == width
+    _require(is_usual, f"head_dim={head_dim} isn't implemented; {wanted}")
+    types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
+    is_full = types is None or (isinstance(types, list) and set(types) == {"full_attention"})
+    _require(is_full, f"layer_types={shown(types)} isn't implemented; {wanted}")
+    if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
+        return
     window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
     is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
     _require(is_longer, f"sliding_window={shown(window)} isn't implemented; {wanted}")
@@ -178,23 +188,23 @@ def _rotary_fields(values, architecture):
 def to_json(config: Config, routing_state=()):
     """`config.json` of a model, without its dtype and its special tokens.
 
-    It is a Mixtral where Mixtral can express the whole model, else an `aoe` that `transformers`
-    loads, else an `aoe` that it cannot load, and a line of the log says why.
+    It is of the first architecture of the hub in `_EXPORTED` that can express the whole model, else
+    an `aoe` that `transformers` loads, else an `aoe` that it cannot load; then a line of the log
+    says why.
 
     Args:
       config: of the model.
       routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
-    if not routing_state:
-        mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-        mixtral |= _hub_json(config, "mixtral")
+    for name in () if routing_state else _EXPORTED:
+        values = _hub_json(config, name)
         with contextlib.suppress(UserError):
-            if computed_fields(from_json(Path(), mixtral)) == wanted:
-                return mixtral
+            if computed_fields(from_json(Path(), values)) == wanted:
+                return values
     own = as_own(config)
-    aoe = {"model_type": OWN, "architectures": own["architectures"], "auto_map": _AUTO_MAP}
-    aoe |= _hub_json(config, OWN) | {"selection_bias": "selection_bias" in routing_state}
+    aoe = _hub_json(config, OWN) | {"auto_map": _AUTO_MAP}
+    aoe["selection_bias"] = "selection_bias" in routing_state
     try:
         found = computed_fields(from_json(Path("config.json"), aoe))
     except UserError as e:
@@ -210,18 +220,19 @@ def to_json(config: Config, routing_state=()):
 
 
 def _hub_json(config, model_type):
-    """The fields of an architecture that the configuration has."""
-    fields = {}
-    for theirs, sets in ARCHITECTURES[model_type].fields.items():
+    """`config.json` of an architecture, with those of its fields that the configuration has."""
+    architecture = ARCHITECTURES[model_type]
+    fields = {"model_type": model_type, "architectures": [architecture.class_name]}
+    computed = computed_fields(config)
+    for theirs, sets in architecture.fields.items():
         group, _, ours = sets.partition(".")
-        if hasattr(getattr(config, group), ours):
-            fields[theirs] = getattr(getattr(config, group), ours)
+        if sets == "experts.d_ffn":
+            fields[theirs] = computed["experts.d_wide"]
+        elif hasattr(getattr(config, group), ours):
+            fields[theirs] = computed.get(sets, getattr(getattr(config, group), ours))
     return fields | {
         "hidden_act": "silu",
-        "intermediate_size": config.experts.width(config.model.d_model),
-        "num_key_value_heads": config.model.kv_heads,
         "rope_theta": config.model.rope_base,
-        "head_dim": config.model.d_model // config.model.n_heads,
         "sliding_window": None,
     }
 
@@ -234,4 +245,4 @@ def as_own(config: Config):
         groups[group][name] = value
     if not config.experts.low_rank:
         groups["experts"]["d_ffn"] = groups["experts"].pop("d_wide")
-    return {"model_type": OWN, "architectures": ["AoEForCausalLM"], **groups}
+    return {"model_type": OWN, "architectures": [ARCHITECTURES[OWN].class_name], **groups}

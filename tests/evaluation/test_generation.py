@@ -38,7 +38,7 @@ KINDS = {
     "router, grouped queries": {
         "experts__kind": "router",
         "model__n_kv_heads": 2,
-        "model__qk_norm": True,
+        "model__qk_norm": "all",
     },
     "uoe": {"experts__kind": "uoe"},
     "thor, by token": {"experts__kind": "thor", "routing__inference": "token"},

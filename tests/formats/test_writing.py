@@ -20,7 +20,7 @@ from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
 from aoe_jax.training.step import init_state
-from tests.formats.hub import logits_here, logits_there
+from benchmarks.parity import logits_here, logits_there
 from tests.formats.test_configs import VARIANTS
 from tests.runs import disk, tiny_config
 
@@ -28,7 +28,7 @@ EVERYTHING = {  # that a model of the hub may have
     "model__n_heads": 4,
     "model__n_kv_heads": 2,
     "model__norm": "layer",
-    "model__qk_norm": True,
+    "model__qk_norm": "all",
     "model__attention_bias": True,
     "model__output_bias": True,
     "model__tie_embeddings": False,
