@@ -1,10 +1,10 @@
 """Writes the model of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR`.
 
-The result is safetensors and `config.json`, a Mixtral where Mixtral can express the whole model,
-else our own format (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`;
-the tokenizer as `transformers` reads it; a model card, `README.md`; and the configuration of the
-run, so that `eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another run
-from it.
+The result is safetensors and `config.json`, in an architecture of the hub where one can express the
+whole model (Mixtral, OLMoE, Qwen3-MoE; for dense models Llama, Qwen3), else in our own format
+(`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`; the tokenizer as
+`transformers` reads it; a model card, `README.md`; and the configuration of the run, so that
+`eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another run from it.
 """
 
 import logging

@@ -51,6 +51,14 @@ _LONGROPE = {
     "long_mscale": 1.5,
     "original_max_position_embeddings": 32,
 }
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 _OLMOE = {**_MOE, "num_experts": EXPERTS, "rms_norm_eps": 1e-3}
 _QWEN3_MOE = {
     **_MOE,
@@ -89,6 +97,19 @@ MODELS = {
         "norm_topk_prob": True,
         "attention_bias": True,
         "tie_word_embeddings": True,
+    },
+    "llama": {
+        "model_type": "llama",
+        **_SHAPE,
+        "attention_bias": True,
+        "rope_parameters": _LLAMA3,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        **_SHAPE,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+        "rope_parameters": _ROPE,
     },
 }
 

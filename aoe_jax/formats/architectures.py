@@ -84,6 +84,12 @@ _OLMOE_EXPERTS = _table("""
     layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
 
+_DENSE_LAYER = _table("""
+    layers/experts/w_gate            mlp.gate_proj.weight                      f d
+    layers/experts/w_up              mlp.up_proj.weight                        f d
+    layers/experts/w_down            mlp.down_proj.weight                      d f
+""")
+
 _FIELDS = {
     "vocab_size": "model.vocab_size",
     "hidden_size": "model.d_model",
@@ -109,6 +115,7 @@ _DEFAULTS = {
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
 _QWEN = {"use_sliding_window": (False,)}  # without it `sliding_window` has no effect
 _ROUTER = {"experts.kind": "router"}
+_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
 
 
 def _fields_with(**changes):
@@ -177,6 +184,25 @@ ARCHITECTURES = {
         constants=_ROUTER | {"model.qk_norm": "head"},
         rope_theta=1e4,
         aliases=(("num_local_experts", "num_experts"),),
+    ),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        tensors=_DECODER | _DENSE_LAYER,
+        fields=_fields_with(num_experts_per_tok=None, attention_bias="model.attention_bias"),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
+        only=_ONLY | {"mlp_bias": (False,)},
+        constants=_DENSE,
+        rope_theta=1e4,
+        rope_types=("default", "llama3"),
+    ),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM",
+        tensors=_DECODER | _DENSE_LAYER,
+        fields=_fields_with(num_experts_per_tok=None, attention_bias="model.attention_bias"),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "head_dim": 128},
+        only=_ONLY | _QWEN,
+        constants=_DENSE | {"model.qk_norm": "head"},
+        rope_theta=1e4,
     ),
     OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
         "AoEForCausalLM",

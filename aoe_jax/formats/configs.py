@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from pathlib import Path
+
+import numpy as np
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
@@ -19,7 +22,7 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
 # Architectures of the hub in which models are written, in the order of trial.
-_EXPORTED = ("mixtral", "olmoe", "qwen3_moe")
+_EXPORTED = ("mixtral", "olmoe", "qwen3_moe", "llama", "qwen3")
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -106,6 +109,7 @@ def _from_json(values):
     config = Config.from_config_dict(groups)
     if not has_groups:
         _check_attention(values, config.model)
+        config = _with_llama3_factors(values, config)
     with contextlib.suppress(UserError):  # of a method that needs longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
@@ -130,7 +134,7 @@ def _hub_fields(values):
         fields[sets] = given[field]
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
-    return fields | _rotary_fields(values, architecture)
+    return fields | _rotary_fields(values)
 
 
 def _check_attention(values, model):
@@ -148,8 +152,12 @@ def _check_attention(values, model):
     _require(is_longer, f"sliding_window={shown(window)} isn't implemented; {wanted}")
 
 
-def _rotary_fields(values, architecture):
-    """Reads `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it."""
+def _rotary_settings(values):
+    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it.
+
+    Returns:
+      `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
+    """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"
     _require(not rope or not scaling or rope == scaling, differ)
@@ -164,13 +172,18 @@ def _rotary_fields(values, architecture):
         _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
         return given[0] if given else default
 
-    kind, kinds = rope.get("rope_type", rope.get("type", "default")), architecture.rope_types
+    return rope.get("rope_type", rope.get("type", "default")), setting
+
+
+def _rotary_fields(values):
+    architecture, (kind, setting) = ARCHITECTURES[values["model_type"]], _rotary_settings(values)
+    kinds = architecture.rope_types
     wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
     _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
     share = setting("partial_rotary_factor", 1)
     _require(share == 1, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
-    if kind == "default":
+    if kind != "longrope":
         return fields
     # Longer texts have the long factors and another scale, so the model is read for the length up
     # to which the short ones hold.
@@ -183,6 +196,32 @@ def _rotary_fields(values, architecture):
     factors = tuple(map(float, factors))
     longrope = {"model.rope_factors": factors, "model.rope_scale": scale, "model.max_len": length}
     return fields | longrope
+
+
+def _with_llama3_factors(values, config):
+    """`config` with the rotary factors of Llama 3.1, if it has them.
+
+    A frequency that turns fewer than `low_freq_factor` times in the length of pretraining is
+    divided by `factor`, one that turns more than `high_freq_factor` times by 1; between them
+    `1 / divisor` is linear in the number of turns.
+    """
+    kind, setting = _rotary_settings(values)
+    if kind != "llama3":
+        return config
+    names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    found = [setting(name, None) for name in names]
+    for name, value in zip(names, found, strict=True):
+        is_right = value is not None and NUMBER.holds(value) and 0 < value < math.inf
+        wanted = "must be a number greater than 0 with rope_type 'llama3'"
+        _require(is_right, f"{name}={shown(value)}: {wanted}")
+    factor, low, high, length = found
+    _require(low < high, f"low_freq_factor={low} must be below high_freq_factor={high}")
+    model = config.model
+    half = model.head_width // 2
+    turns = length / (2 * np.pi) * model.rope_base ** (-np.arange(half) / half)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    factors = tuple((1 / (share + (1 - share) / factor)).tolist())
+    return dataclasses.replace(config, model=dataclasses.replace(model, rope_factors=factors))
 
 
 def to_json(config: Config, routing_state=()):

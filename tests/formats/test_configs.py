@@ -64,7 +64,9 @@ VARIANTS = {
         "qwen3_moe",
     ),
     "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, "aoe"),
-    "dense": ({"experts__kind": "dense"}, "aoe"),
+    "dense": ({"experts__kind": "dense"}, "llama"),
+    "dense, norms of heads": ({"experts__kind": "dense", "model__qk_norm": "head"}, "qwen3"),
+    "dense, LayerNorm": ({"experts__kind": "dense", "model__norm": "layer"}, "aoe"),
     "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, "aoe"),
     "smear, longer than a window": (
         {
@@ -171,11 +173,13 @@ def changed(**changes):
 OLMOE = changed(model_type="olmoe", num_experts=4)
 QWEN3_MOE = changed(model_type="qwen3_moe", num_experts=4, moe_intermediate_size=32)
 PHI = changed(model_type="phimoe")
+LLAMA = changed(model_type="llama")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "short_mscale": 1.2}
 REFUSED = {
     "unknown architecture": (
-        changed(model_type="llama"),
-        ["model_type='llama' is unknown", "mixtral, olmoe, phimoe, qwen3_moe, aoe"],
+        changed(model_type="gpt2"),
+        ["model_type='gpt2' is unknown", "mixtral, olmoe, phimoe, qwen3_moe, llama, qwen3, aoe"],
     ),
     "no architecture": (changed(model_type="removed"), ["has no model_type", "aoe_jax.export"]),
     "architecture that is no word": (
@@ -219,6 +223,23 @@ REFUSED = {
         changed(rope_scaling={"type": "yarn", "factor": 4.0}),
         ["rope_type='yarn' isn't implemented", "default"],
     ),
+    "llama3 elsewhere": (
+        changed(rope_parameters=LLAMA3),
+        ["rope_type='llama3' isn't implemented"],
+    ),
+    "llama3 without a length": (
+        LLAMA | {"rope_parameters": LLAMA3},
+        ["original_max_position_embeddings=None: must be a number greater than 0"],
+    ),
+    "llama3 of equal frequencies": (
+        LLAMA
+        | {
+            "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0},
+            "original_max_position_embeddings": 32,
+        },
+        ["low_freq_factor=1.0 must be below high_freq_factor=1.0"],
+    ),
+    "mlp_bias": (LLAMA | {"mlp_bias": True}, ["mlp_bias=True isn't implemented", "only False"]),
     "longrope elsewhere": (
         changed(rope_parameters=LONGROPE),
         ["rope_type='longrope' isn't implemented"],

@@ -40,7 +40,7 @@ FORMS = {
 # By the fields that the log must name.
 WITHOUT_CLASS = {
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "experts.kind='dense'": {"experts__kind": "dense"},
+    "experts.kind='dense'": {"experts__kind": "dense", "model__norm": "layer"},
     "model.rope_scale=1.5": {"model__rope_scale": 1.5},
     "score='scaled_norm'": {"experts__score": "scaled_norm"},
 }

@@ -74,6 +74,15 @@ def test_rope_fields_of_before_transformers_5(tmp_path):
     np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
 
 
+def test_an_output_table_beside_a_tied_one_is_ignored(tmp_path):
+    """Qwen3-0.6B has one."""
+    directory = copy(tmp_path, "qwen3", "fused")
+    table = np.zeros((96, 32), np.float32)
+    edit(directory, **{"lm_head.weight": table})
+    logits = hub_models()["qwen3"][1]
+    np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_goes_on_with_the_weights_of_the_model_or_of_the_chosen(architecture):
     directory = hub_models()[architecture][0]["per expert"]
