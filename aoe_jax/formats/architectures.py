@@ -224,6 +224,20 @@ ARCHITECTURES = {
 }
 
 
+# Why the models of an architecture cannot be expressed here.
+_LATENT = "its attention is multi-head latent attention"
+NOT_IMPLEMENTED = {
+    "gpt_oss": (
+        "its experts and its router have biases, its SwiGLU is clamped, and its attention has "
+        "sinks and windows in every second layer"
+    ),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "dots1": "its router has sigmoid scores, groups and a scale, and it has shared experts",
+    "qwen2_moe": "its layers of experts have a shared expert with a gate",
+}
+
+
 class Layout:
     """The tensors of a row of a table, for a parameter of known shape.
 

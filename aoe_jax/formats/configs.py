@@ -10,7 +10,7 @@ import numpy as np
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
-from aoe_jax.formats.architectures import ARCHITECTURES, OWN
+from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
 from aoe_jax.json_files import NUMBER
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,10 @@ def _from_json(values):
     take = "`python -m aoe_jax.export` takes the model out of a training run"
     _require(name is not None, f"it has no model_type; {take}")
     known = ", ".join(ARCHITECTURES)
-    is_known = isinstance(name, str) and name in ARCHITECTURES
-    _require(is_known, f"model_type={shown(name)} is unknown; known are {known}")
+    _require(isinstance(name, str), f"model_type={shown(name)} is no text; known are {known}")
+    reason = NOT_IMPLEMENTED.get(name)
+    _require(reason is None, f"model_type={shown(name)} isn't implemented: {reason}")
+    _require(name in ARCHITECTURES, f"model_type={shown(name)} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
     if has_groups:

@@ -181,10 +181,18 @@ REFUSED = {
         changed(model_type="gpt2"),
         ["model_type='gpt2' is unknown", "mixtral, olmoe, phimoe, qwen3_moe, llama, qwen3, aoe"],
     ),
+    "gpt-oss": (
+        {"model_type": "gpt_oss"},
+        ["model_type='gpt_oss' isn't implemented: its experts and its router have biases", "sinks"],
+    ),
+    "DeepSeek-V3": (
+        {"model_type": "deepseek_v3"},
+        ["model_type='deepseek_v3' isn't implemented: its attention is multi-head latent"],
+    ),
     "no architecture": (changed(model_type="removed"), ["has no model_type", "aoe_jax.export"]),
     "architecture that is no word": (
         changed(model_type=["mixtral"]),
-        ["model_type=['mixtral'] is unknown"],
+        ["model_type=['mixtral'] is no text"],
     ),
     "missing field": (changed(hidden_size="removed"), ["hidden_size is missing", "'mixtral'"]),
     "word for a number": (changed(hidden_size="wide"), ["config.model.d_model='wide'"]),

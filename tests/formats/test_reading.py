@@ -14,11 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aoe_jax.config.run import Config
+from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
-from benchmarks.parity import LAYOUTS, logits_here
+from benchmarks.parity import LAYOUTS, logits_here, random_model, save
 from configs import finetune
 from tests.formats.hub import ARCHITECTURES, hub_models
 from tests.runs import ROOT
@@ -81,6 +83,24 @@ def test_an_output_table_beside_a_tied_one_is_ignored(tmp_path):
     edit(directory, **{"lm_head.weight": table})
     logits = hub_models()["qwen3"][1]
     np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
+
+
+def test_code_in_the_directory_is_not_run(tmp_path):
+    directory, marker = tmp_path / "model", tmp_path / "run"
+    save(random_model("mixtral", vocab_size=300), directory, "fused")
+    for name in ("modeling_custom", "configuration_custom", "tokenization_custom", "__init__"):
+        (directory / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
+    auto_map = {
+        "AutoConfig": "configuration_custom.CustomConfig",
+        "AutoModelForCausalLM": "modeling_custom.CustomModel",
+        "AutoTokenizer": ["tokenization_custom.CustomTokenizer", None],
+    }
+    change_config(directory, auto_map=auto_map)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    train_tokenizer(["the state of the union"] * 9, 300).save(directory)
+    assert load_model(directory).config.experts.kind == "router"
+    finetune.get_config(str(directory))
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -106,7 +106,7 @@ def test_parameters_keep_their_dtype(tmp_path):
 
 
 def test_a_run_by_the_command_line(tmp_path):
-    """The nll of the run is that of the upcycled model, with which training goes on."""
+    """The nll of the run is that of the upcycled model."""
     workdir, aoe = kind_run("dense")[0], tmp_path / "aoe"
     sizes = ["--upcycle=aoe", "--experts=4", "--top_k=2", "--score_neurons=4"]
     command = ["-m", "aoe_jax.convert", f"--checkpoint={workdir}", f"--output={aoe}", *sizes]
