@@ -6,7 +6,6 @@ it. All but the layer of experts is as in Mixtral, and so are the arguments and 
 loss.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -28,12 +27,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from .configuration_aoe import AoEConfig
 
 ATTENTION = {"none": LlamaAttention, "all": OlmoeAttention, "head": Qwen3MoeAttention}
-norm = partial(torch.linalg.vector_norm, dim=-1)
-SCORES = {
-    "norm": norm,
-    "max": partial(torch.amax, dim=-1),
-    "relu_norm": lambda code: math.sqrt(2) * norm(code.relu()),
-}
+SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torch.amax, dim=-1)}
 
 
 def grouped_mm(rows, weights, sizes):
