@@ -90,6 +90,14 @@ MODELS = {
         "router_jitter_noise": 0.1,
         "rope_parameters": _LONGROPE,
     },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_MOE,
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "rope_parameters": _ROPE,
+    },
     "qwen3_moe": {"model_type": "qwen3_moe", **_QWEN3_MOE},
     "qwen3_moe_norm_topk": {
         "model_type": "qwen3_moe",

@@ -43,6 +43,7 @@ class ModelConfig(Group):
     # itself, with one scale for all heads (Qwen3).
     qk_norm: str = setting("none", choices=("none", "all", "head"))
     attention_bias: bool = False  # of q, k, v and o
+    qkv_bias: bool = False  # of q, k and v alone
     output_bias: bool = False  # of the output projection
 
     def __post_init__(self):
@@ -60,6 +61,8 @@ class ModelConfig(Group):
         if len(self.rope_factors) not in (0, frequencies) or not are_factors:
             wanted = f"must be {frequencies} numbers greater than 0, one per rotary frequency"
             self.refuse("rope_factors", f"{wanted}, or ()")
+        if self.qkv_bias and self.attention_bias:
+            self.refuse("qkv_bias", "is part of model.attention_bias=True; set one of them")
         if self.unroll > 1 and self.remat == "layer":
             wanted = "unrolled layers would keep what is to be computed again; set 1"
             self.refuse("unroll", f"with remat='layer', {wanted}")

@@ -271,6 +271,8 @@ def grouped_case(config: Config, backend, shape):
 
 def has_reference(experts):
     """Whether `layer_case` takes these experts."""
+    if experts.d_shared:
+        return False
     is_plain = not (experts.factorised_gate or experts.large_router)
     return experts.kind == "aoe" or (experts.kind == "router" and is_plain)
 

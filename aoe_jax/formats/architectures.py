@@ -84,6 +84,12 @@ _OLMOE_EXPERTS = _table("""
     layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
 
+_QWEN2_MOE_EXPERTS = _OLMOE_EXPERTS | _table("""
+    layers/experts/w_shared_gate     mlp.shared_expert.gate_proj.weight        u d
+    layers/experts/w_shared_up       mlp.shared_expert.up_proj.weight          u d
+    layers/experts/w_shared_down     mlp.shared_expert.down_proj.weight        d u
+    layers/experts/w_shared_scale    mlp.shared_expert_gate.weight             1 d
+""")
 _DENSE_LAYER = _table("""
     layers/experts/w_gate            mlp.gate_proj.weight                      f d
     layers/experts/w_up              mlp.up_proj.weight                        f d
@@ -114,6 +120,7 @@ _DEFAULTS = {
 }
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
 _QWEN = {"use_sliding_window": (False,)}  # without it `sliding_window` has no effect
+_QWEN_MOE = _QWEN | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _ROUTER = {"experts.kind": "router"}
 _DENSE = {"experts.kind": "dense", "routing.name": "dense"}
 
@@ -169,6 +176,22 @@ ARCHITECTURES = {
         constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
         rope_types=("default", "longrope"),
     ),
+    "qwen2_moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        tensors=_DECODER | _QWEN2_MOE_EXPERTS,
+        fields=_fields_with(
+            intermediate_size=None,
+            moe_intermediate_size="experts.d_ffn",
+            shared_expert_intermediate_size="experts.d_shared",
+            num_experts="experts.n_experts",
+            norm_topk_prob="routing.norm_topk_prob",
+            qkv_bias="model.qkv_bias",
+        ),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "qkv_bias": True},
+        only=_ONLY | _QWEN_MOE,
+        constants=_ROUTER | {"experts.shared_gate": True},
+        rope_theta=1e4,
+    ),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
         tensors=_DECODER | _OLMOE_EXPERTS,
@@ -180,7 +203,7 @@ ARCHITECTURES = {
             attention_bias="model.attention_bias",
         ),
         defaults=_DEFAULTS | {"rms_norm_eps": 1e-6},
-        only=_ONLY | _QWEN | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+        only=_ONLY | _QWEN_MOE,
         constants=_ROUTER | {"model.qk_norm": "head"},
         rope_theta=1e4,
         aliases=(("num_local_experts", "num_experts"),),
@@ -233,8 +256,7 @@ NOT_IMPLEMENTED = {
     ),
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "dots1": "its router has sigmoid scores, groups and a scale, and it has shared experts",
-    "qwen2_moe": "its layers of experts have a shared expert with a gate",
+    "dots1": "its router has sigmoid scores, groups of experts and a scale",
 }
 
 

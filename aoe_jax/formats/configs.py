@@ -22,7 +22,7 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
 # Architectures of the hub in which models are written, in the order of trial.
-_EXPORTED = ("mixtral", "olmoe", "qwen3_moe", "llama", "qwen3")
+_EXPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "llama", "qwen3")
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 

@@ -59,6 +59,13 @@ VARIANTS = {
         {"experts__kind": "router", "model__qk_norm": "all", "routing__norm_topk_prob": False},
         "olmoe",
     ),
+    "router, shared expert": ({"experts__kind": "router", "experts__d_shared": 24}, "aoe"),
+    "router, shared expert with a gate": (
+        {"experts__kind": "router", "experts__d_shared": 24, "experts__shared_gate": True}
+        | {"model__qkv_bias": True, "routing__norm_topk_prob": False},
+        "qwen2_moe",
+    ),
+    "aoe, shared expert": ({"experts__d_shared": 24}, "aoe"),
     "router, norms of heads": (
         {"experts__kind": "router", "model__qk_norm": "head", "model__head_dim": 20},
         "qwen3_moe",
@@ -179,7 +186,10 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "short_mscale": 
 REFUSED = {
     "unknown architecture": (
         changed(model_type="gpt2"),
-        ["model_type='gpt2' is unknown", "mixtral, olmoe, phimoe, qwen3_moe, llama, qwen3, aoe"],
+        [
+            "model_type='gpt2' is unknown",
+            "mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, llama, qwen3, aoe",
+        ],
     ),
     "gpt-oss": (
         {"model_type": "gpt_oss"},

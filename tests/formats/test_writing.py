@@ -40,6 +40,8 @@ OF_OTHER_TENSORS = (
     "router, factorised",
     "router, large",
     "router, norms of heads",
+    "router, shared expert with a gate",
+    "aoe, shared expert",
     "dense",
     "dense, norms of heads",
     "uoe",

@@ -14,7 +14,7 @@ from aoe_jax.sharding import batch_sharding, make_mesh, put_batch, replicated, s
 from aoe_jax.training.step import init_state, make_train_step
 
 STEPS = 20
-KINDS = {"aoe": {}, "router": {"kind": "router"}}
+KINDS = {"aoe": {"d_shared": 16}, "router": {"kind": "router", "d_shared": 24, "shared_gate": True}}
 ATTENTION = {"aoe": {}, "router": {"head_dim": 6, "qk_norm": "head"}}
 
 

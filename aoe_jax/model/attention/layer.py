@@ -147,8 +147,10 @@ class Attention(nn.Module):
         c = self.config
         sizes = {"d": c.d_model, "H": c.n_heads, "G": c.kv_heads, "h": c.head_width}
         names = ["q", "k", "v", "o"]
+        if c.attention_bias or c.qkv_bias:
+            names += ["q_bias", "k_bias", "v_bias"]
         if c.attention_bias:
-            names += ["q_bias", "k_bias", "v_bias", "o_bias"]
+            names.append("o_bias")
         names += _QK_NORMS[c.qk_norm]
         self.weights = {
             name: self.param(name, ATTENTION[name].init, ATTENTION[name].shape(sizes))
@@ -204,7 +206,7 @@ class Attention(nn.Module):
     def _queries_keys_values(self, x, w, positions):
         """`[B, H, S, h]` and twice `[B, G, S, h]`; `positions` are the rotary tables of `x`."""
         q, k, v = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in ("q", "k", "v"))
-        if self.config.attention_bias:
+        if "q_bias" in w:
             q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
         if scales := [w[name] for name in _QK_NORMS[self.config.qk_norm]]:
             norm = partial(_rms_norm, epsilon=self.config.norm_eps)
