@@ -92,6 +92,7 @@ BAD = {
     "experts.large_router=True": ("experts", {"large_router": True}, "kind='router'"),
     "experts.d_shared": ("experts", {"kind": "dense", "d_shared": 8}, "for experts.kind='aoe' or"),
     "experts.shared_gate": ("experts", {"shared_gate": True}, "experts.d_shared"),
+    "model.qk_norm=False": ("model", {"qk_norm": False}, "choose one of none, all, head"),
     "model.qkv_bias": ("model", {"qkv_bias": True, "attention_bias": True}, "set one of them"),
     "model.n_heads=3": ("model", {"n_heads": 3}, "d_model=128"),
     "model.n_heads=128": ("model", {"n_heads": 128}, "even width"),
