@@ -6,6 +6,7 @@ The same command continues after whatever stopped it. `--workdir` receives check
 `metrics.jsonl`, `summary.json` and the picture `training.png`.
 """
 
+import shlex
 from functools import partial
 
 from absl import flags
@@ -50,7 +51,27 @@ def main():
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
     start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
-    train(config, workdir, stop, profile, _WANDB.value, start)
+    summary = train(config, workdir, stop, profile, _WANDB.value, start)
+    import jax
+
+    if jax.process_index() == 0:
+        print(_closing_words(workdir, summary))
+
+
+def _closing_words(workdir, summary):
+    """The result of a run, its files, and the commands that come next."""
+    from aoe_jax.training.loop import result
+
+    folder = shlex.quote(str(workdir))
+    lines = {
+        "result": result(summary),
+        "picture": workdir / "training.png",
+        "files": f"{folder}: summary.json, metrics.jsonl, checkpoints, tensorboard",
+        "evaluate": f"python -m aoe_jax.eval --workdir={folder}",
+        "generate": f"python -m aoe_jax.generate --workdir={folder} --prompt='We the people'",
+        "compare": "python -m aoe_jax.compare --suite=configs/compare/tiny.py --workdir=runs/compare_tiny",
+    }
+    return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 
 
 command = partial(cli.run, main)
