@@ -62,14 +62,14 @@ def _closing_words(workdir, summary):
     """The result of a run, its files, and the commands that come next."""
     from aoe_jax.training.loop import result
 
-    folder = shlex.quote(str(workdir))
+    folder, suite = shlex.quote(str(workdir)), "configs/compare/tiny.py"
     lines = {
         "result": result(summary),
         "picture": workdir / "training.png",
         "files": f"{folder}: summary.json, metrics.jsonl, checkpoints, tensorboard",
         "evaluate": f"python -m aoe_jax.eval --workdir={folder}",
         "generate": f"python -m aoe_jax.generate --workdir={folder} --prompt='We the people'",
-        "compare": "python -m aoe_jax.compare --suite=configs/compare/tiny.py --workdir=runs/compare_tiny",
+        "compare": f"python -m aoe_jax.compare --suite={suite} --workdir=runs/compare_tiny",
     }
     return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 

@@ -7,8 +7,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-from aoe_jax.faults import Tolerated
+from tqdm.utils import ObjectWrapper
 
 MAX_EXPERTS = 32  # for which the line shows a column each
 _STATUS_WIDTH = len("validating")
@@ -22,27 +21,44 @@ def load_columns(load):
     return "".join(_COLUMNS[min(int(h), len(_COLUMNS) - 1)] for h in height)
 
 
+class _Forgiving(ObjectWrapper):
+    """A file that drops what cannot be written; tqdm would keep its lock after an exception."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self._wrapped.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self._wrapped.flush()
+
+    def __eq__(self, other):
+        return self._wrapped == other  # so tqdm knows that the log goes to the same terminal
+
+    def __hash__(self):
+        return hash(self._wrapped)
+
+
 class Bar:
     """Rewrites the last line of a terminal, with the log above it.
 
     It is a writer of figures (`writers.py`), which `step` and `status` call, too, between the steps
-    that are logged. An exception of the terminal is logged and ends nothing.
+    that are logged. What a terminal does not take is dropped.
     """
 
     name = "the progress bar"
 
     def __init__(self, first_step, steps, shows=True):
         """Shows nothing if `shows` is false or if stderr is no terminal."""
-        self.shows, self._redirected = False, contextlib.ExitStack()
-        self._tolerated = Tolerated(self.name)
+        self.shows = shows and sys.stderr.isatty()
+        self._redirected = contextlib.ExitStack()
         self._status, self._loss, self._figures = "starting", "", ""
-        if not shows or not sys.stderr.isatty():
-            return
-        with self._tolerated:
+        if self.shows:
             self._bar = tqdm(
                 total=steps,
                 initial=first_step,
                 desc=self._status,
+                file=_Forgiving(sys.stderr),
                 bar_format=_FORMAT,
                 dynamic_ncols=True,
                 leave=False,
@@ -50,7 +66,6 @@ class Bar:
             )
             logs = logging_redirect_tqdm([logging.getLogger("aoe_jax")])
             self._redirected.enter_context(logs)
-            self.shows = True
 
     def status(self, status):
         """Shows what the run does, such as `training`."""
@@ -58,15 +73,13 @@ class Bar:
             if self._status == "compiling":
                 self._bar.unpause()  # compilation counts in no speed
             self._status = status
-            with self._tolerated:
-                self._bar.set_description_str(f"{status:<{_STATUS_WIDTH}}")
+            self._bar.set_description_str(f"{status:<{_STATUS_WIDTH}}")
 
     def step(self, step, loss):
         """Shows a finished step."""
         self._loss = f"loss {loss:.4f}"
         if self.shows:
-            with self._tolerated:
-                self._draw(step)
+            self._draw(step)
 
     def write(self, step, group, scalars, layers, experts):
         """Shows the speed, and the load of experts: the mean over layers of each, of the largest
@@ -96,6 +109,6 @@ class Bar:
 
     def close(self):
         """Erases the line; the log is written directly again."""
-        with self._redirected, self._tolerated:
+        with self._redirected:
             if self.shows:
                 self._bar.close()

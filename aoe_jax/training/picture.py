@@ -47,7 +47,7 @@ def _draw_loss(axes, train, validation):
     axes.plot(*points, "o-", color=_VALIDATION, markersize=3.5, label="validation split")
     if len(train) > 1:
         late = np.concatenate([nll[steps >= _LATE * steps[-1]], points[1]])
-        margin = 0.05 * np.ptp(late)
+        margin = max(0.05 * np.ptp(late), 0.01)
         axes.set_ylim(late.min() - margin, late.max() + margin)
     _finish(axes, "loss", "nll, nats a token")
     axes.legend(fontsize=8, frameon=False)
