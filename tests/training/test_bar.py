@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 from contextlib import closing
 
@@ -15,9 +14,7 @@ import pytest
 from aoe_jax.errors import Hang
 from aoe_jax.training.bar import MAX_EXPERTS, Bar, load_columns
 from aoe_jax.training.telemetry import Telemetry, layer_figures
-from tests.forking import ENVIRONMENT, ROOT
-from tests.hasty import xla_flags
-from tests.runs import tiny_config, train_command
+from tests.runs import finish, start, tiny_config, train_command
 from tests.terminal import Terminal, shown
 from tests.test_faults import heartbeat, patched, wait_for
 from tests.test_hangs import without_data
@@ -130,19 +127,6 @@ def test_the_log_has_the_lines_of_steps_where_no_bar_is(monkeypatch, tmp_path):
     assert "load ▅▅▅▅ max 1.00x, entropy 100%" in with_bar
 
 
-def run_in_terminal(command):
-    """Starts a command whose stderr is a terminal: `(process, terminal)`."""
-    terminal = Terminal()
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT | {"XLA_FLAGS": xla_flags()},
-        stdout=subprocess.DEVNULL,
-        stderr=terminal.file,
-    )
-    return process, terminal
-
-
 def lines_of_log(terminal):
     """The lines that a terminal shows at the end, all of which must be whole lines of the log."""
     written = terminal.written()
@@ -154,10 +138,11 @@ def lines_of_log(terminal):
 
 
 def test_a_run_that_is_asked_to_stop_leaves_a_clean_terminal(tmp_path):
-    process, terminal = run_in_terminal(train_command(tmp_path, train__steps=100_000))
+    terminal = Terminal()
+    process = start(train_command(tmp_path, train__steps=100_000), stderr=terminal.file)
     wait_for(process, lambda: (heartbeat(tmp_path)["step"] or 0) > 5)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert finish(process)[0] == 0
     lines = lines_of_log(terminal)
     assert lines[-1].startswith("preempted: saved at step")
     assert any("compiled the train step" in line for line in lines)
@@ -165,6 +150,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_clean_terminal(tmp_path):
 
 def test_a_run_that_hangs_leaves_a_clean_terminal(tmp_path):
     command = patched(without_data(tmp_path, 0), tmp_path / "run", train__hang_timeout=3)
-    process, terminal = run_in_terminal(command)
-    assert process.wait(120) == Hang.status
+    terminal = Terminal()
+    process = start(command, stderr=terminal.file)
+    assert finish(process)[0] == Hang.status
     assert lines_of_log(terminal)[-1].startswith("error: process 0, training, after step 6 did not")
