@@ -64,7 +64,9 @@ def _draw_load(figure, axes, lines):
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     _finish(axes, "load of experts", "largest over mean (1: balanced)")
     if n_layers > _MAX_LEGEND:
-        figure.colorbar(colours, ax=axes, label="layer")
+        shades = figure.colorbar(colours, ax=axes).ax
+        shades.set_ylim(0, n_layers - 1)
+        shades.set_ylabel("layer", fontsize=8)
     else:
         axes.legend(fontsize=8, frameon=False)
 
