@@ -90,10 +90,10 @@ class Bar:
         self._figures = f"{scalars['tokens_per_second']:,.0f} tokens/s"
         if layers:
             load = experts["load"].mean(axis=0)
-            columns = load_columns(load) if self._can_show(len(load)) else ""
+            columns = f"{load_columns(load)} " if self._can_show(len(load)) else ""
             largest, entropy = layers["load_max_over_mean"].mean(), scalars["load_entropy"]
-            best = np.log(layers.get("live_experts", len(load))).mean()
-            self._figures += f", load {columns} max {largest:.2f}x, entropy {entropy / best:.0%}"
+            best = max(np.log(layers.get("live_experts", len(load))).mean(), 1e-9)
+            self._figures += f", load {columns}max {largest:.2f}x, entropy {entropy / best:.0%}"
         self._draw(step)
 
     def _can_show(self, n_experts):

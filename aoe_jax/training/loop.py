@@ -376,11 +376,11 @@ class _Run:
         return True
 
     def _draw(self, summary):
-        # matplotlib takes half a second to import.
-        from aoe_jax.training.picture import write_picture
-
         title = f"{self.workdir.absolute().name}: {self.config.experts.kind}, {result(summary)}"
         with Tolerated(PICTURE):
+            # matplotlib takes half a second to import.
+            from aoe_jax.training.picture import write_picture
+
             write_picture(self.folder.figures / "metrics.jsonl", self.workdir / PICTURE, title)
 
     def finish(self):

@@ -81,7 +81,7 @@ def test_columns_are_left_out(monkeypatch, encoding, n_experts):
         figures(bar, 1, np.full(n_experts, 0.5))
         bar.status("saving")
     written = terminal.written()
-    assert "load  max 1.00x, entropy 100%" in written
+    assert "load max 1.00x, entropy 100%" in written
     assert not set("▁▂▃▄▅▆▇") & set(written)
 
 
