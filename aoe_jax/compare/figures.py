@@ -82,9 +82,14 @@ def _new(height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def _height(n_arms, least):
+    """Returns a height that has space for a legend of the arms."""
+    return max(least, 0.7 + 0.17 * n_arms)
+
+
 def _new_of_arms(n_arms, least_height):
     """Returns a `Figure` with space for a legend of the arms, and its axes."""
-    figure, ((axes,),) = _new(max(least_height, 0.7 + 0.17 * n_arms))
+    figure, ((axes,),) = _new(_height(n_arms, least_height))
     return figure, axes
 
 
@@ -144,6 +149,23 @@ def loss_curves(curves, styles, axis):
     axes.set_ylim(min(lowest) - margin, max(late) + 3 * margin)
     axes.set(xlabel=AXES[axis], ylabel="nll, nats a token")
     _legend(figure, axes)
+    return figure
+
+
+@drawn
+def gaps(panels, styles):
+    """Draws `Results.gaps`, frames by size, with a panel for each size."""
+    n_arms = max(len(frame.columns) for frame in panels.values())
+    height = _height(n_arms, 0.6 + 1.9 * len(panels))
+    figure, rows = _new(height, len(panels), 1, sharex=True)
+    for axes, (size, frame) in zip(rows[:, 0], panels.items(), strict=True):
+        for arm in frame:
+            axes.plot(frame.index, frame[arm], marker="o", markersize=3, **styles[arm])
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_title(size, loc="left")
+        axes.set_ylabel("difference, nats")
+    rows[-1, 0].set_xlabel("training tokens for each active parameter")
+    _legend(figure, max(rows[:, 0], key=lambda axes: len(axes.lines)))
     return figure
 
 
@@ -267,6 +289,24 @@ def through_training(routing, styles, name, ylabel):
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
     if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
         axes.set_ylim(0, 1)
+    _legend(figure, axes)
+    return figure
+
+
+@drawn
+def by_layer(routing, styles, name, ylabel):
+    """Draws a column of `Results.routing` at the end of training, mean over seeds, by layer.
+
+    The rows are of the finished runs of a size.
+    """
+    at_the_end = routing[routing["step"] == routing["step"].max()]
+    arms = [arm for arm in styles if (at_the_end["arm"] == arm).any()]
+    figure, axes = _new_of_arms(len(arms), 2.8)
+    for arm in arms:
+        values = at_the_end[at_the_end["arm"] == arm].groupby("layer")[name].mean()
+        axes.plot(values.index, values, marker="o", markersize=3, **styles[arm])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="layer", ylabel=ylabel)
     _legend(figure, axes)
     return figure
 
