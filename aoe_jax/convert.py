@@ -1,5 +1,7 @@
-"""Turns an MoE into an AoE, or a dense model into either: `python -m aoe_jax.convert
---checkpoint=DIR --output=DIR`, with `--score_neurons=S`, `--d_low=R` or `--upcycle=moe|aoe`.
+"""Turns an MoE into an AoE, or a dense model into either.
+
+    python -m aoe_jax.convert --checkpoint=DIR --output=DIR (--score_neurons=S | --d_low=R |
+        --upcycle=moe|aoe --experts=N --top_k=K)
 
 The router of an MoE is dropped.
 
@@ -24,6 +26,8 @@ All else stays, and training continues with `train.py --config=configs/finetune.
 command reports on held-out text the nll before and after; of an MoE also how far the scores agree
 with the router.
 """
+
+from functools import partial
 
 from absl import flags
 
@@ -115,5 +119,7 @@ def _upcycle(checkpoint, output):
     return upcycle_summary(report)
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,11 +1,15 @@
-"""Writes the model of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR`.
+"""Writes the model of a run as safetensors, for transformers.
+
+    python -m aoe_jax.export --workdir=DIR --output=DIR
 
 The result is safetensors and `config.json`, in an architecture of the hub where one can express the
-whole model (Mixtral, OLMoE, Qwen3-MoE; for dense models Llama, Qwen3), else in our own format
+whole model (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE; Llama, Qwen3 for dense models), else in our own format
 (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`; the tokenizer as
 `transformers` reads it; a model card, `README.md`; and the configuration of the run, so that
 `eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another run from it.
 """
+
+from functools import partial
 
 from absl import flags
 
@@ -25,5 +29,7 @@ def main():
     export(workdir, output, _STEP.value, _DTYPE.value)
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()
