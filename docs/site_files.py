@@ -13,7 +13,8 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
-FILES = ["README.md", "docs/**/*.md", "docs/*.css", "results/**/*.md", "results/**/*.png", "results/**/*.txt"]
+FILES = ["README.md", "docs/**/*.md", "docs/*.css"]
+FILES += [f"results/**/*.{ending}" for ending in ("md", "png", "txt")]
 _CODE_LINK = re.compile(r"(\]\((?!\w+://)([^)#]+\.(?:py|ipynb)))\)")
 
 
