@@ -41,8 +41,10 @@ def _file(path, config):
 
 
 def _linked_code(page):
-    for _, target in _CODE_LINK.findall(page.read_text()):
-        yield (page.parent / target).resolve().relative_to(ROOT)
+    targets = [
+        (page.parent / target).resolve() for _, target in _CODE_LINK.findall(page.read_text())
+    ]
+    return [path.relative_to(ROOT) for path in targets if path.exists()]  # MkDocs names the others
 
 
 def _program(path, config):
