@@ -51,7 +51,7 @@ def _values(arguments):
 def _parse(lines):
     for line in lines:
         cli._parse([sys.argv[0], *_values(line)])
-        config = flags.FLAGS.get_flag_value("config", None)
+        config = "config" in flags.FLAGS and flags.FLAGS.config
         if config and not config.startswith(_MADE_FROM_FILES):
             cli.parsed_config(flags.FLAGS["config"])
         for flag in flags.FLAGS:
