@@ -5,6 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import griffe
 import jax
 import numpy as np
 import pytest
@@ -32,6 +33,17 @@ def commands_of_all_pages():
 
 
 COMMANDS = commands_of_all_pages()
+FIELDS = """
+class Group:
+    one: int = 1  # behind it
+    # Above it,
+    # in two lines.
+    two: int = 2
+
+    three: int = 3
+    four: int = 4
+    'Its own.'
+"""
 
 
 def links_of(page):
@@ -108,6 +120,20 @@ def test_code_runs(page, ragged):
     numbers = [a for a in arrays if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)]
     assert numbers
     assert all(np.isfinite(a).all() for a in numbers)
+
+
+def test_comments_document_fields():
+    """In the API reference."""
+    extensions = griffe.load_extensions(ROOT / "docs/comments_as_docstrings.py")
+    with griffe.temporary_visited_module(FIELDS, extensions=extensions) as module:
+        fields = module["Group"].attributes.values()
+        found = {field.name: field.docstring and field.docstring.value for field in fields}
+    assert found == {
+        "one": "behind it",
+        "two": "Above it, in two lines.",
+        "three": None,
+        "four": "Its own.",
+    }
 
 
 def test_readme_is_short():
