@@ -1,8 +1,9 @@
-"""Turns an MoE into an AoE.
+"""Turns an MoE into an AoE, or a dense model into either.
 
-    python -m aoe_jax.convert --checkpoint=DIR --output=DIR (--score_neurons=S | --d_low=R)
+    python -m aoe_jax.convert --checkpoint=DIR --output=DIR (--score_neurons=S | --d_low=R |
+        --upcycle=moe|aoe --experts=N --top_k=K)
 
-The router is dropped.
+The router of an MoE is dropped.
 
 - `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
   the router's choices best come first, and the norm (or with `--score=max` the largest) of their
@@ -13,9 +14,17 @@ The router is dropped.
   `w_gate = U S V^T`, into `w_gate_down = U_r S_r` and `w_gate_up = V_r^T`: then `|x w_gate_down|`
   is the norm of the part of `x w_gate` that is kept.
 
+Every layer of a dense model, which may be a training run, becomes a layer of `--experts=N` experts,
+`--top_k=K` for each token: copies of the feed-forward layer, or with `--granularity=G` copies of
+its G pieces. `--noise` adds Gaussian noise to them. See `formats/upcycling.py`.
+
+- `--upcycle=moe` draws a router.
+- `--upcycle=aoe --score_neurons=S` keeps gates whole and gives each expert other neurons to score.
+
 All else stays, and training continues with `train.py --config=configs/finetune.py:OUTPUT`. With
-`--score_neurons`, or if `--data` is given, the command reports on held-out text the nll before and
-after, and how far the scores agree with the router.
+`--score_neurons` of an MoE, with a model of a run in `--upcycle`, or if `--data` is given, the
+command reports on held-out text the nll before and after; of an MoE also how far the scores agree
+with the router.
 """
 
 from functools import partial
@@ -27,26 +36,46 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.paths import local_copy
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the directory of a router MoE")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "the directory of a router MoE; for --upcycle, of a dense model or run"
+)
 _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which must not exist yet")
 _D_LOW = flags.DEFINE_integer("d_low", None, "the rank of every expert's factorised gate", 1)
 _NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons of a whole gate that score", 1)
 _SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "score of these neurons")
+_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "makes this of a dense model")
+_EXPERTS = flags.DEFINE_integer("experts", None, "experts of an upcycled layer", 2)
+_TOP_K = flags.DEFINE_integer("top_k", None, "experts of a token in an upcycled model", 1)
+_GRANULARITY = flags.DEFINE_integer("granularity", 1, "pieces of the dense layer", 1)
+_NOISE = flags.DEFINE_float(
+    "noise", 0.0, "standard deviation of the noise in experts, relative to that of the matrix", 0.0
+)
 _MESH = cli.define_mesh_flag()
 _DATA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "tokens of the train and validation splits", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the tokens of the train split", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn router", 0)
 
 
 def main():
     """Converts."""
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
+    require_flag(
+        _NEURONS.value is not None or not _SCORE.present,
+        "score",
+        _SCORE.value,
+        "belongs to --score_neurons",
+    )
+    summary = _upcycle(checkpoint, output) if _UPCYCLE.value else _convert(checkpoint, output)
+    print(f"{summary}; wrote {output}")
+
+
+def _convert(checkpoint, output):
     is_whole = _NEURONS.value is not None
     if is_whole == (_D_LOW.value is not None):
-        raise UserError("--score_neurons and --d_low: give one of them")
-    is_used = is_whole or not _SCORE.present
-    require_flag(is_used, "score", _SCORE.value, "belongs to --score_neurons")
+        raise UserError("--score_neurons and --d_low: give one of them; or --upcycle")
+    for flag in (_EXPERTS, _TOP_K, _GRANULARITY, _NOISE):
+        require_flag(not flag.present, flag.name, flag.value, "belongs to --upcycle")
     for flag in (_MESH, _TOKENS, _SEED):
         is_used = is_whole or _DATA.present or not flag.present
         require_flag(is_used, flag.name, flag.value, "belongs to --score_neurons or --data")
@@ -63,7 +92,31 @@ def main():
         seed=_SEED.value,
         mesh=_MESH.value,
     )
-    print(f"{convert_summary(report)}; wrote {output}")
+    return convert_summary(report)
+
+
+def _upcycle(checkpoint, output):
+    is_aoe = _UPCYCLE.value == "aoe"
+    require_flag(_D_LOW.value is None, "d_low", _D_LOW.value, "gates stay whole with --upcycle")
+    for flag in (_EXPERTS, _TOP_K):
+        require_flag(flag.value is not None, flag.name, flag.value, "--upcycle needs it")
+    wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
+    is_right = (_NEURONS.value is not None) == is_aoe
+    require_flag(is_right, "score_neurons", _NEURONS.value, wanted)
+    from aoe_jax.formats.upcycling import Upcycling, upcycle, upcycle_summary  # starts JAX
+
+    form = Upcycling(
+        kind=_UPCYCLE.value,
+        n_experts=_EXPERTS.value,
+        top_k=_TOP_K.value,
+        granularity=_GRANULARITY.value,
+        score_neurons=_NEURONS.value,
+        score=_SCORE.value,
+        noise=_NOISE.value,
+        seed=_SEED.value,
+    )
+    report = upcycle(checkpoint, output, form, _DATA.value, _TOKENS.value, _MESH.value)
+    return upcycle_summary(report)
 
 
 command = partial(cli.run, main)

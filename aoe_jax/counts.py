@@ -11,6 +11,7 @@ import jax
 
 from aoe_jax.config.run import Config
 from aoe_jax.moe.layer import ExpertsLayer
+from aoe_jax.parameters import shared_expert
 from aoe_jax.sharding import MESH_AXES
 
 log = logging.getLogger(__name__)
@@ -83,14 +84,17 @@ def parameter_counts(config: Config):
     m = config.model
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
-    features = m.d_model * (m.n_heads + m.kv_heads) // m.n_heads  # of q and k; as many of v and o
+    of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
+    features = of_queries + of_keys  # of q and k; as many of v and o
     norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
-    biases = m.n_layers * (m.qk_norm + 2 * m.attention_bias) * features
+    of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
+    biases = (m.attention_bias or m.qkv_bias) * (of_queries + 2 * of_keys)
+    biases += m.attention_bias * m.d_model
     return ParameterCounts(
         experts=m.n_layers * sum(size for _, size in declared),
         active_experts=m.n_layers * (shared + active),
         attention=m.n_layers * 2 * m.d_model * features,
-        norms=norms + biases + m.output_bias * m.vocab_size,
+        norms=norms + m.n_layers * (of_qk_norm + biases) + m.output_bias * m.vocab_size,
         embedding=m.vocab_size * m.d_model,
         n_tables=1 if m.tie_embeddings else 2,
     )
@@ -108,9 +112,11 @@ def layer_flops_per_token(config: Config):
     c = config.experts
     declared, active = _layer_parameters(config)
     matrices = [(p, size) for p, size in declared if len(p.axes.split()) > 1]
-    shared = sum(size for parameter, size in matrices if not parameter.per_expert)
-    forward, training = config.routing.flops(config) or (2 * shared, 6 * shared)
-    forward, training = forward + 2 * active, training + 6 * active
+    sizes = c.sizes(config.model.d_model)
+    of_shared = sum(math.prod(p.shape(sizes)) for p in shared_expert(c).values())
+    router = sum(size for p, size in matrices if not p.per_expert) - of_shared
+    forward, training = config.routing.flops(config) or (2 * router, 6 * router)
+    forward, training = forward + 2 * (active + of_shared), training + 6 * (active + of_shared)
     if c.kind != "aoe":
         return forward, training
     n_idle = c.n_experts - (experts_per_token(config) or c.top_k)
@@ -141,7 +147,8 @@ def _other_flops(config):
     """Forward FLOPs per token of attention and output projection."""
     m, counts = config.model, parameter_counts(config)
     # Scores and values over half the positions on average.
-    return 2 * (counts.attention + counts.embedding + m.n_layers * m.d_model * config.data.seq_len)
+    of_scores = m.n_layers * m.n_heads * m.head_width * config.data.seq_len
+    return 2 * (counts.attention + counts.embedding + of_scores)
 
 
 def log_run(config: Config):

@@ -62,6 +62,12 @@ EXPERTS = {
     "w_up": matrix_of_experts("n d f", ("experts", "embed", "mlp")),
     "w_down": matrix_of_experts("n f d", ("experts", "mlp", "embed")),
 }
+SHARED_EXPERT = {
+    "w_shared_gate": Parameter("d u", ("embed", "mlp"), matrix_init, cast=True, decays=True),
+    "w_shared_up": Parameter("d u", ("embed", "mlp"), matrix_init, cast=True, decays=True),
+    "w_shared_down": Parameter("u d", ("mlp", "embed"), matrix_init, cast=True, decays=True),
+}
+SHARED_SCALE = {"w_shared_scale": Parameter("d 1", (None, None), matrix_init, decays=True)}
 ROUTER = {"w_router": Parameter("d n", (None, None), matrix_init, decays=True)}
 LARGE_ROUTER = {
     "w_router_hidden": Parameter("d m", (None, None), matrix_init, decays=True),
@@ -87,6 +93,8 @@ ATTENTION = {
     "o_bias": vector("d", zeros_init),
     "q_norm": Parameter("H h", ("heads", None), ones_init),
     "k_norm": Parameter("G h", ("heads", None), ones_init),
+    "q_head_norm": vector("h", ones_init),
+    "k_head_norm": vector("h", ones_init),
 }
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
@@ -101,6 +109,13 @@ DECODER = {
     "layers/experts_norm/scale": vector("d"),
     "layers/experts_norm/bias": vector("d"),
 }
+
+
+def shared_expert(experts):
+    """The parameters of the expert that all tokens use, by the `ExpertsConfig`; maybe none."""
+    if not experts.d_shared:
+        return {}
+    return SHARED_EXPERT | (SHARED_SCALE if experts.shared_gate else {})
 
 
 def experts_with(gate):

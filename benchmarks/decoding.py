@@ -64,7 +64,7 @@ def decoding(decoder, params, batch, length, contrast=None):
     """A function without arguments that reads STEPS tokens one by one."""
     decoders = (decoder,) if contrast is None else strong_and_weak(decoder, contrast)
     m = decoder.model
-    shape = (batch, m.kv_heads, length + STEPS, m.d_model // m.n_heads)
+    shape = (batch, m.kv_heads, length + STEPS, m.head_width)
     layers = tuple(
         tuple(jax.random.normal(jax.random.key(i), shape) for i in range(2))
         for _ in range(m.n_layers)

@@ -38,8 +38,12 @@ def test_every_variant_builds_and_counts_agree(name):
 
 
 IMPORTED = {
-    "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": True},
+    "grouped queries, norms of queries and keys": {"n_kv_heads": 2, "qk_norm": "all"},
+    "wide heads with a norm each": {"n_kv_heads": 2, "qk_norm": "head", "head_dim": 48},
+    "biases of queries, keys and values": {"n_kv_heads": 2, "qkv_bias": True},
     "biases": {
+        "n_kv_heads": 2,
+        "head_dim": 16,
         "norm": "layer",
         "attention_bias": True,
         "output_bias": True,
@@ -55,6 +59,20 @@ def test_counts_of_what_other_projects_models_have(name):
     init = Decoder.from_config(config).init
     shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
     assert sum(a.size for a in jax.tree.leaves(shapes)) == parameter_counts(config).total
+
+
+def test_a_shared_expert_is_active():
+    config = config_of("tiny:moe")
+    experts = dataclasses.replace(config.experts, d_shared=48, shared_gate=True)
+    shared = dataclasses.replace(config, experts=experts)
+    init = Decoder.from_config(shared).init
+    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    counts, without = parameter_counts(shared), parameter_counts(config)
+    assert sum(a.size for a in jax.tree.leaves(shapes)) == counts.total
+    added = 4 * (3 * 48 + 1) * 128
+    assert counts.total - without.total == counts.active - without.active == added
+    flops = training_flops_per_token(shared) - training_flops_per_token(config)
+    assert flops == 6 * added
 
 
 @pytest.mark.parametrize(

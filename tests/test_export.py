@@ -178,11 +178,11 @@ MISTAKES = {
     ),
     "no rank": (
         CONVERT,
-        ["--score_neurons and --d_low: give one of them"],
+        ["--score_neurons and --d_low: give one of them; or --upcycle"],
     ),
     "neurons and a rank": (
         [*CONVERT, "--score_neurons=4", "--d_low=8"],
-        ["--score_neurons and --d_low: give one of them"],
+        ["--score_neurons and --d_low: give one of them; or --upcycle"],
     ),
     "score of a rank": ([*CONVERT, "--d_low=8", "--score=max"], ["--score=max", "--score_neurons"]),
     "tokens of a rank": ([*CONVERT, "--d_low=8", "--tokens=9"], ["--tokens=9", "belongs to"]),
@@ -190,6 +190,30 @@ MISTAKES = {
     "run for a checkpoint": (
         ["-m", "aoe_jax.convert", "--checkpoint={run}", "--output={here}/model", "--d_low=8"],
         ["has no model_type", "aoe_jax.export"],
+    ),
+    "experts of an MoE": (
+        [*CONVERT, "--d_low=8", "--experts=4"],
+        ["--experts=4: belongs to --upcycle"],
+    ),
+    "upcycling without a size": (
+        [*CONVERT, "--upcycle=moe", "--top_k=2"],
+        ["--experts=None: --upcycle needs it"],
+    ),
+    "score neurons of a router": (
+        [*CONVERT, "--upcycle=moe", "--experts=4", "--top_k=2", "--score_neurons=4"],
+        ["--score_neurons=4: belongs to --upcycle=aoe"],
+    ),
+    "AoE without score neurons": (
+        [*CONVERT, "--upcycle=aoe", "--experts=4", "--top_k=2"],
+        ["--score_neurons=None: --upcycle=aoe needs it"],
+    ),
+    "rank of an upcycled model": (
+        [*CONVERT, "--upcycle=aoe", "--experts=4", "--top_k=2", "--d_low=4"],
+        ["--d_low=4: gates stay whole with --upcycle"],
+    ),
+    "upcycled MoE": (
+        [*CONVERT, "--upcycle=moe", "--experts=4", "--top_k=2"],
+        ["has experts.kind='router'; only a dense model can be upcycled"],
     ),
     "no model to go on from": (
         ["train.py", "--config=configs/finetune.py:{here}/none", "--workdir={here}/run"],

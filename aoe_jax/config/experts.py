@@ -38,6 +38,9 @@ class ExpertsConfig(Group):
     factorised_gate: bool = False
     # In which the gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
     gradient_sums: str = setting("float32", choices=("float32", "bfloat16"))
+    # aoe, router: width of a further expert that every token uses beside the chosen ones; 0: none.
+    d_shared: int = setting(0, at_least=0)
+    shared_gate: bool = False  # sigmoid(x w) scales the output of that expert (Qwen2-MoE)
     large_router: bool = False  # router: about n r d parameters in the router (Table 2, row 4)
 
     def __post_init__(self):
@@ -54,6 +57,10 @@ class ExpertsConfig(Group):
             self.refuse("factorised_gate", "is for experts.kind='router', 'smear' or 'thor'")
         if self.gradient_sums == "bfloat16" and self.kind not in ("aoe", "router"):
             self.refuse("gradient_sums", "is for experts.kind='aoe' or 'router'")
+        if self.d_shared and self.kind not in ("aoe", "router"):
+            self.refuse("d_shared", "is for experts.kind='aoe' or 'router'; set it to 0")
+        if self.shared_gate and not self.d_shared:
+            self.refuse("shared_gate", "scales a shared expert; set its width, experts.d_shared")
         if self.large_router and self.kind != "router":
             self.refuse("large_router", "is for experts.kind='router'")
         if self.large_router and self.factorised_gate:
@@ -113,7 +120,7 @@ class ExpertsConfig(Group):
         """The sizes of a layer's parameters by axis letter."""
         d, n, r = d_model, self.n_experts, self.score_width
         hidden = max(1, round(n * r * d / (d + n)))  # so that a large router has about n r d
-        return {"d": d, "n": n, "r": r, "f": self.width(d), "m": hidden}
+        return {"d": d, "n": n, "r": r, "f": self.width(d), "m": hidden, "u": self.d_shared}
 
 
 def matched_width(d_model, d_ffn, d_low, round_to=1):

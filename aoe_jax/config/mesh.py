@@ -46,14 +46,15 @@ class MeshConfig(Group):
         if m.unroll > 1 and self.fsdp > 1:
             wanted = "unrolled layers would keep gathered weights; set 1"
             m.refuse("unroll", f"with mesh.fsdp={self.fsdp}, {wanted}")
-        if self.tensor > 1 and m.qk_norm:
-            self.refuse("tensor", "splits heads, and model.qk_norm spans all heads; set 1")
+        if self.tensor > 1 and m.qk_norm == "all":
+            self.refuse("tensor", "splits heads, and model.qk_norm='all' spans all heads; set 1")
         splits = [
             ("expert", "experts.n_experts", e.n_experts),
             ("tensor", "model.n_heads", m.n_heads),
             ("tensor", "model.n_kv_heads", m.kv_heads),
             ("tensor", "data.seq_len", config.data.seq_len),
             ("tensor", "experts.d_wide" if e.low_rank else "experts.d_ffn", e.width(d)),
+            ("tensor", "experts.d_shared", e.d_shared),
             ("fsdp", "model.d_model", d),
         ]
         if e.score_neurons is not None and e.score_neurons > e.d_ffn // self.tensor:

@@ -32,6 +32,7 @@ class ModelConfig(Group):
     unroll: int = setting(1, above=0)
     # For checkpoints of other projects:
 
+    head_dim: int | None = setting(None, above=0)  # width of a head; None: d_model / n_heads
     # Heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # of the rotary frequencies
@@ -39,16 +40,21 @@ class ModelConfig(Group):
     rope_scale: float = setting(1.0, above=0)  # of rotated queries and keys (LongRoPE)
     norm: str = setting("rms", choices=("rms", "layer"))  # layer: LayerNorm with a bias
     norm_eps: float = setting(1e-6, above=0)
-    qk_norm: bool = False  # an RMSNorm over all heads, on queries and on keys (OLMoE)
+    # An RMSNorm of queries and of keys: over all heads together (OLMoE), or over each head by
+    # itself, with one scale for all heads (Qwen3).
+    qk_norm: str = setting("none", choices=("none", "all", "head"))
     attention_bias: bool = False  # of q, k, v and o
+    qkv_bias: bool = False  # of q, k and v alone
     output_bias: bool = False  # of the output projection
 
     def __post_init__(self):
         super().__post_init__()
-        if self.d_model % (2 * self.n_heads):
+        if self.head_dim is None and self.d_model % (2 * self.n_heads):
             wanted = f"must divide d_model={self.d_model} into heads of even width"
-            self.refuse("n_heads", f"{wanted}, whose pairs rotate")
-        frequencies = self.d_model // self.n_heads // 2
+            self.refuse("n_heads", f"{wanted}, whose pairs rotate; or set model.head_dim")
+        if self.head_width % 2:
+            self.refuse("head_dim", "must be even, because pairs of features rotate")
+        frequencies = self.head_width // 2
         are_factors = all(
             isinstance(factor, int | float) and 0 < factor < math.inf
             for factor in self.rope_factors
@@ -56,6 +62,8 @@ class ModelConfig(Group):
         if len(self.rope_factors) not in (0, frequencies) or not are_factors:
             wanted = f"must be {frequencies} numbers greater than 0, one per rotary frequency"
             self.refuse("rope_factors", f"{wanted}, or ()")
+        if self.qkv_bias and self.attention_bias:
+            self.refuse("qkv_bias", "is part of model.attention_bias=True; set one of them")
         if self.unroll > 1 and self.remat == "layer":
             wanted = "unrolled layers would keep what is to be computed again; set 1"
             self.refuse("unroll", f"with remat='layer', {wanted}")
@@ -64,6 +72,11 @@ class ModelConfig(Group):
         if self.attention not in ("auto", "blocks") and config.routing.needs_attention_peaks:
             why = f"has no attention peaks, which routing.name={config.routing.name!r} needs"
             self.refuse("attention", f"{why}; use 'auto'")
+
+    @property
+    def head_width(self):
+        """Width of an attention head."""
+        return self.head_dim or self.d_model // self.n_heads
 
     @property
     def kv_heads(self):

@@ -123,6 +123,7 @@ def _refuse_unknown(given, known, prefix=""):
 
 def _build(group, values):
     known, typed = _types(group), {}
+    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(group)}
     _refuse_unknown(values, known, f"{group.group}.")
     for name, value in values.items():
         kinds, field = known[name], f"{group.group}.{name}"
@@ -133,7 +134,10 @@ def _build(group, values):
         if float in kinds and type(value) is int:
             value = float(value)
         names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
-        require(type(value) in kinds, field, value, f"must be of type {names}")
+        wanted = f"must be of type {names}"
+        if choices[name]:
+            wanted = f"choose one of {', '.join(map(str, choices[name]))}"
+        require(type(value) in kinds, field, value, wanted)
         typed[name] = value
     return group(**typed)
 

@@ -96,7 +96,7 @@ def _attempt(function, *args):
 def choose_backends(config, models, device):
     """The backends of attention and of each grouped product, and why they are chosen."""
     m, dtype = config.model, jnp.dtype(config.model.dtype)
-    name, width = m.attention, m.d_model // m.n_heads
+    name, width = m.attention, m.head_width
     why = f"set by config.model.attention={name}"
     if name == "auto":
         name = attention_backend(device, dtype, width)

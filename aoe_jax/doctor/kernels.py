@@ -168,7 +168,7 @@ def attention_shape(config: Config, b):
     """`(B, H, G, S, h)` of b sequences on a device."""
     m, tensor = config.model, config.mesh.tensor
     heads = m.n_heads // tensor, m.kv_heads // tensor
-    return (b, *heads, config.data.seq_len, m.d_model // m.n_heads)
+    return (b, *heads, config.data.seq_len, m.head_width)
 
 
 def attention_cases(config: Config, backend):
@@ -271,6 +271,8 @@ def grouped_case(config: Config, backend, shape):
 
 def has_reference(experts):
     """Whether `layer_case` takes these experts."""
+    if experts.d_shared:
+        return False
     is_plain = not (experts.factorised_gate or experts.large_router)
     return experts.kind == "aoe" or (experts.kind == "router" and is_plain)
 

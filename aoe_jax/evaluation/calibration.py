@@ -36,6 +36,11 @@ def calibration_batches(model: Model, directory: Path, data: str | None, n_token
     return list(itertools.islice(train, n)), list(itertools.chain.from_iterable(firsts))
 
 
+def mean_nll(model: Model, batches) -> float:
+    """The negative log-likelihood of a model on host batches, nats per token."""
+    return evaluator(model, model.decoder, batches)(model.params, model.routing_state).nll
+
+
 def evaluator(model: Model, decoder, batches):
     """A function `(params, routing state) -> Evaluation` of a decoder on host batches, compiled
     once; mesh and settings are those of `model`.

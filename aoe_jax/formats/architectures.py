@@ -58,6 +58,8 @@ _DECODER = _table("""
     layers/attention/o_bias          self_attn.o_proj.bias
     layers/attention/q_norm          self_attn.q_norm.weight                   Hh
     layers/attention/k_norm          self_attn.k_norm.weight                   Gh
+    layers/attention/q_head_norm     self_attn.q_norm.weight
+    layers/attention/k_head_norm     self_attn.k_norm.weight
     layers/experts_norm/scale        post_attention_layernorm.weight
     layers/experts_norm/bias         post_attention_layernorm.bias
 """)
@@ -82,12 +84,25 @@ _OLMOE_EXPERTS = _table("""
     layers/experts/w_down            mlp.experts.down_proj                     n d f
 """)
 
+_QWEN2_MOE_EXPERTS = _OLMOE_EXPERTS | _table("""
+    layers/experts/w_shared_gate     mlp.shared_expert.gate_proj.weight        u d
+    layers/experts/w_shared_up       mlp.shared_expert.up_proj.weight          u d
+    layers/experts/w_shared_down     mlp.shared_expert.down_proj.weight        d u
+    layers/experts/w_shared_scale    mlp.shared_expert_gate.weight             1 d
+""")
+_DENSE_LAYER = _table("""
+    layers/experts/w_gate            mlp.gate_proj.weight                      f d
+    layers/experts/w_up              mlp.up_proj.weight                        f d
+    layers/experts/w_down            mlp.down_proj.weight                      d f
+""")
+
 _FIELDS = {
     "vocab_size": "model.vocab_size",
     "hidden_size": "model.d_model",
     "num_hidden_layers": "model.n_layers",
     "num_attention_heads": "model.n_heads",
     "num_key_value_heads": "model.n_kv_heads",
+    "head_dim": "model.head_dim",
     "max_position_embeddings": "model.max_len",
     "rms_norm_eps": "model.norm_eps",
     "tie_word_embeddings": "model.tie_embeddings",
@@ -95,6 +110,7 @@ _FIELDS = {
     "num_experts_per_tok": "experts.top_k",
 }
 _DEFAULTS = {
+    "head_dim": None,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "attention_bias": False,
@@ -103,12 +119,21 @@ _DEFAULTS = {
     "lm_head_bias": False,
 }
 _ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
+_QWEN = {"use_sliding_window": (False,)}  # without it `sliding_window` has no effect
+_QWEN_MOE = _QWEN | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _ROUTER = {"experts.kind": "router"}
+_DENSE = {"experts.kind": "dense", "routing.name": "dense"}
+
+
+def _fields_with(**changes):
+    """The common fields with changes; None removes one."""
+    return {name: sets for name, sets in (_FIELDS | changes).items() if sets}
 
 
 class Architecture(NamedTuple):
     """One `model_type`: its tensors, and the fields of `Config` that its `config.json` sets."""
 
+    class_name: str  # of transformers
     tensors: dict[str, list]  # see `_table`
     fields: dict[str, str] = _FIELDS  # of config.json, and the field of `Config` that each sets
     defaults: dict[str, Any] = _DEFAULTS  # of fields that may be missing
@@ -116,56 +141,122 @@ class Architecture(NamedTuple):
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
     rope_theta: float = 1e6  # where config.json has none
     rope_types: tuple[str, ...] = ("default",)
+    aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
 
 
 ARCHITECTURES = {
     "mixtral": Architecture(
+        "MixtralForCausalLM",
         tensors=_DECODER | _MIXTRAL_EXPERTS,
-        fields=_FIELDS | {"num_local_experts": "experts.n_experts"},
+        fields=_fields_with(num_local_experts="experts.n_experts"),
     ),
     "olmoe": Architecture(
+        "OlmoeForCausalLM",
         tensors=_DECODER | _OLMOE_EXPERTS,
-        fields=_FIELDS
-        | {
-            "num_experts": "experts.n_experts",
-            "norm_topk_prob": "routing.norm_topk_prob",
-            "attention_bias": "model.attention_bias",
-        },
+        fields=_fields_with(
+            num_experts="experts.n_experts",
+            norm_topk_prob="routing.norm_topk_prob",
+            attention_bias="model.attention_bias",
+        ),
         defaults=_DEFAULTS | {"num_key_value_heads": None},
         only=_ONLY | {"clip_qkv": (None,)},
-        constants=_ROUTER | {"model.qk_norm": True},
+        constants=_ROUTER | {"model.qk_norm": "all"},
         rope_theta=1e4,
     ),
     "phimoe": Architecture(
+        "PhimoeForCausalLM",
         tensors=_DECODER | _MIXTRAL_EXPERTS,
-        fields=_FIELDS
-        | {
-            "num_local_experts": "experts.n_experts",
-            "router_jitter_noise": "routing.jitter",
-            "attention_bias": "model.attention_bias",
-            "lm_head_bias": "model.output_bias",
-        },
+        fields=_fields_with(
+            num_local_experts="experts.n_experts",
+            router_jitter_noise="routing.jitter",
+            attention_bias="model.attention_bias",
+            lm_head_bias="model.output_bias",
+        ),
         only=_ONLY | {"num_experts_per_tok": (2,)},
         constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
         rope_types=("default", "longrope"),
     ),
+    "qwen2_moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        tensors=_DECODER | _QWEN2_MOE_EXPERTS,
+        fields=_fields_with(
+            intermediate_size=None,
+            moe_intermediate_size="experts.d_ffn",
+            shared_expert_intermediate_size="experts.d_shared",
+            num_experts="experts.n_experts",
+            norm_topk_prob="routing.norm_topk_prob",
+            qkv_bias="model.qkv_bias",
+        ),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "qkv_bias": True},
+        only=_ONLY | _QWEN_MOE,
+        constants=_ROUTER | {"experts.shared_gate": True},
+        rope_theta=1e4,
+    ),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        tensors=_DECODER | _OLMOE_EXPERTS,
+        fields=_fields_with(
+            intermediate_size=None,
+            moe_intermediate_size="experts.d_ffn",
+            num_experts="experts.n_experts",
+            norm_topk_prob="routing.norm_topk_prob",
+            attention_bias="model.attention_bias",
+        ),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6},
+        only=_ONLY | _QWEN_MOE,
+        constants=_ROUTER | {"model.qk_norm": "head"},
+        rope_theta=1e4,
+        aliases=(("num_local_experts", "num_experts"),),
+    ),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        tensors=_DECODER | _DENSE_LAYER,
+        fields=_fields_with(num_experts_per_tok=None, attention_bias="model.attention_bias"),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "num_key_value_heads": None},
+        only=_ONLY | {"mlp_bias": (False,)},
+        constants=_DENSE,
+        rope_theta=1e4,
+        rope_types=("default", "llama3"),
+    ),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM",
+        tensors=_DECODER | _DENSE_LAYER,
+        fields=_fields_with(num_experts_per_tok=None, attention_bias="model.attention_bias"),
+        defaults=_DEFAULTS | {"rms_norm_eps": 1e-6, "head_dim": 128},
+        only=_ONLY | _QWEN,
+        constants=_DENSE | {"model.qk_norm": "head"},
+        rope_theta=1e4,
+    ),
     OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
+        "AoEForCausalLM",
         tensors=_DECODER,
-        fields=_FIELDS
-        | {
-            "num_local_experts": "experts.n_experts",
-            "score_neurons": "experts.score_neurons",
-            "gate_rank": "experts.d_low",
-            "score": "experts.score",
-            "norm_topk_prob": "routing.norm_topk_prob",
-            "norm": "model.norm",
-            "qk_norm": "model.qk_norm",
-            "attention_bias": "model.attention_bias",
-            "lm_head_bias": "model.output_bias",
-        },
+        fields=_fields_with(
+            num_local_experts="experts.n_experts",
+            score_neurons="experts.score_neurons",
+            gate_rank="experts.d_low",
+            score="experts.score",
+            norm_topk_prob="routing.norm_topk_prob",
+            norm="model.norm",
+            qk_norm="model.qk_norm",
+            attention_bias="model.attention_bias",
+            lm_head_bias="model.output_bias",
+        ),
         only=_ONLY | {"score": ("norm", "max"), "clip_qkv": (None,)},
         constants={"experts.kind": "aoe"},
     ),
+}
+
+
+# Why the models of an architecture cannot be expressed here.
+_LATENT = "its attention is multi-head latent attention"
+NOT_IMPLEMENTED = {
+    "gpt_oss": (
+        "its experts and its router have biases, its SwiGLU is clamped, and its attention has "
+        "sinks and windows in every second layer"
+    ),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "dots1": "its router has sigmoid scores, groups of experts and a scale",
 }
 
 

@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from pathlib import Path
+
+import numpy as np
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
-from aoe_jax.formats.architectures import ARCHITECTURES, OWN
+from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
 from aoe_jax.json_files import NUMBER
 
 log = logging.getLogger(__name__)
@@ -18,6 +21,8 @@ _AUTO_MAP = {
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
+# Architectures of the hub in which models are written, in the order of trial.
+_EXPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "llama", "qwen3")
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -32,7 +37,8 @@ def computed_fields(config: Config):
         for group in ("model", "experts", "routing")
         for name, value in groups[group].items()
     }
-    fields |= {"model.n_kv_heads": model.kv_heads, "experts.d_wide": experts.width(model.d_model)}
+    fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
+    fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
@@ -83,8 +89,10 @@ def _from_json(values):
     take = "`python -m aoe_jax.export` takes the model out of a training run"
     _require(name is not None, f"it has no model_type; {take}")
     known = ", ".join(ARCHITECTURES)
-    is_known = isinstance(name, str) and name in ARCHITECTURES
-    _require(is_known, f"model_type={shown(name)} is unknown; known are {known}")
+    _require(isinstance(name, str), f"model_type={shown(name)} is no text; known are {known}")
+    reason = NOT_IMPLEMENTED.get(name)
+    _require(reason is None, f"model_type={shown(name)} isn't implemented: {reason}")
+    _require(name in ARCHITECTURES, f"model_type={shown(name)} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
     if has_groups:
@@ -103,6 +111,7 @@ def _from_json(values):
     config = Config.from_config_dict(groups)
     if not has_groups:
         _check_attention(values, config.model)
+        config = _with_llama3_factors(values, config)
     with contextlib.suppress(UserError):  # of a method that needs longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
@@ -120,26 +129,37 @@ def _hub_fields(values):
     for field, known in architecture.only.items():
         value, names = values.get(field, known[0]), " or ".join(map(repr, known))
         _require(value in known, f"{field}={shown(value)} isn't implemented; only {names} is")
-    fields, given = dict(architecture.constants), architecture.defaults | values
+    also = {name: values[other] for other, name in architecture.aliases if other in values}
+    fields, given = dict(architecture.constants), architecture.defaults | values | also
     for field, sets in architecture.fields.items():
         _require(field in given, f"{field} is missing; a model of model_type {shown(name)} has it")
         fields[sets] = given[field]
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
-    return fields | _rotary_fields(values, architecture)
+    return fields | _rotary_fields(values)
 
 
 def _check_attention(values, model):
-    width, head_dim = model.d_model / model.n_heads, values.get("head_dim")
-    wanted = f"only hidden_size / num_attention_heads = {width:g} is"
-    _require(head_dim in (None, width), f"head_dim={shown(head_dim)} isn't implemented; {wanted}")
+    width, head_dim = model.d_model / model.n_heads, model.head_width
+    wanted = f"with a norm over all heads only hidden_size / num_attention_heads = {width:g} is"
+    is_usual = model.qk_norm != "all" or head_dim == width
+    _require(is_usual, f"head_dim={head_dim} isn't implemented; {wanted}")
+    types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
+    is_full = types is None or (isinstance(types, list) and set(types) == {"full_attention"})
+    _require(is_full, f"layer_types={shown(types)} isn't implemented; {wanted}")
+    if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
+        return
     window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
     is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
     _require(is_longer, f"sliding_window={shown(window)} isn't implemented; {wanted}")
 
 
-def _rotary_fields(values, architecture):
-    """Reads `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it."""
+def _rotary_settings(values):
+    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it.
+
+    Returns:
+      `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
+    """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"
     _require(not rope or not scaling or rope == scaling, differ)
@@ -154,13 +174,18 @@ def _rotary_fields(values, architecture):
         _require(given[:1] == given[-1:], f"{name} is {found}; leave one")
         return given[0] if given else default
 
-    kind, kinds = rope.get("rope_type", rope.get("type", "default")), architecture.rope_types
+    return rope.get("rope_type", rope.get("type", "default")), setting
+
+
+def _rotary_fields(values):
+    architecture, (kind, setting) = ARCHITECTURES[values["model_type"]], _rotary_settings(values)
+    kinds = architecture.rope_types
     wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
     _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
     share = setting("partial_rotary_factor", 1)
     _require(share == 1, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
-    if kind == "default":
+    if kind != "longrope":
         return fields
     # Longer texts have the long factors and another scale, so the model is read for the length up
     # to which the short ones hold.
@@ -175,26 +200,52 @@ def _rotary_fields(values, architecture):
     return fields | longrope
 
 
+def _with_llama3_factors(values, config):
+    """`config` with the rotary factors of Llama 3.1, if it has them.
+
+    A frequency that turns fewer than `low_freq_factor` times in the length of pretraining is
+    divided by `factor`, one that turns more than `high_freq_factor` times by 1; between them
+    `1 / divisor` is linear in the number of turns.
+    """
+    kind, setting = _rotary_settings(values)
+    if kind != "llama3":
+        return config
+    names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    found = [setting(name, None) for name in names]
+    for name, value in zip(names, found, strict=True):
+        is_right = value is not None and NUMBER.holds(value) and 0 < value < math.inf
+        wanted = "must be a number greater than 0 with rope_type 'llama3'"
+        _require(is_right, f"{name}={shown(value)}: {wanted}")
+    factor, low, high, length = found
+    _require(low < high, f"low_freq_factor={low} must be below high_freq_factor={high}")
+    model = config.model
+    half = model.head_width // 2
+    turns = length / (2 * np.pi) * model.rope_base ** (-np.arange(half) / half)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    factors = tuple((1 / (share + (1 - share) / factor)).tolist())
+    return dataclasses.replace(config, model=dataclasses.replace(model, rope_factors=factors))
+
+
 def to_json(config: Config, routing_state=()):
     """`config.json` of a model, without its dtype and its special tokens.
 
-    It is a Mixtral where Mixtral can express the whole model, else an `aoe` that `transformers`
-    loads, else an `aoe` that it cannot load, and a line of the log says why.
+    It is of the first architecture of the hub in `_EXPORTED` that can express the whole model, else
+    an `aoe` that `transformers` loads, else an `aoe` that it cannot load; then a line of the log
+    says why.
 
     Args:
       config: of the model.
       routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
-    if not routing_state:
-        mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-        mixtral |= _hub_json(config, "mixtral")
+    for name in () if routing_state else _EXPORTED:
+        values = _hub_json(config, name)
         with contextlib.suppress(UserError):
-            if computed_fields(from_json(Path(), mixtral)) == wanted:
-                return mixtral
+            if computed_fields(from_json(Path(), values)) == wanted:
+                return values
     own = as_own(config)
-    aoe = {"model_type": OWN, "architectures": own["architectures"], "auto_map": _AUTO_MAP}
-    aoe |= _hub_json(config, OWN) | {"selection_bias": "selection_bias" in routing_state}
+    aoe = _hub_json(config, OWN) | {"auto_map": _AUTO_MAP}
+    aoe["selection_bias"] = "selection_bias" in routing_state
     try:
         found = computed_fields(from_json(Path("config.json"), aoe))
     except UserError as e:
@@ -210,18 +261,19 @@ def to_json(config: Config, routing_state=()):
 
 
 def _hub_json(config, model_type):
-    """The fields of an architecture that the configuration has."""
-    fields = {}
-    for theirs, sets in ARCHITECTURES[model_type].fields.items():
+    """`config.json` of an architecture, with those of its fields that the configuration has."""
+    architecture = ARCHITECTURES[model_type]
+    fields = {"model_type": model_type, "architectures": [architecture.class_name]}
+    computed = computed_fields(config)
+    for theirs, sets in architecture.fields.items():
         group, _, ours = sets.partition(".")
-        if hasattr(getattr(config, group), ours):
-            fields[theirs] = getattr(getattr(config, group), ours)
+        if sets == "experts.d_ffn":
+            fields[theirs] = computed["experts.d_wide"]
+        elif hasattr(getattr(config, group), ours):
+            fields[theirs] = computed.get(sets, getattr(getattr(config, group), ours))
     return fields | {
         "hidden_act": "silu",
-        "intermediate_size": config.experts.width(config.model.d_model),
-        "num_key_value_heads": config.model.kv_heads,
         "rope_theta": config.model.rope_base,
-        "head_dim": config.model.d_model // config.model.n_heads,
         "sliding_window": None,
     }
 
@@ -234,4 +286,4 @@ def as_own(config: Config):
         groups[group][name] = value
     if not config.experts.low_rank:
         groups["experts"]["d_ffn"] = groups["experts"].pop("d_wide")
-    return {"model_type": OWN, "architectures": ["AoEForCausalLM"], **groups}
+    return {"model_type": OWN, "architectures": [ARCHITECTURES[OWN].class_name], **groups}

@@ -12,7 +12,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.evaluation.calibration import calibration_batches, evaluator
+from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
@@ -98,7 +98,7 @@ def convert(
         if is_calibrated:
             before, report["agreement"] = _compared(model, held_out, partial_output, converted)
             del model  # before another one is loaded
-            after = _nll(load_model(partial_output, mesh=mesh), held_out)
+            after = mean_nll(load_model(partial_output, mesh=mesh), held_out)
             report["nll"] = {"before": before, "after": after}
         write_json(partial_output / "convert.json", report)
     return report
@@ -130,11 +130,7 @@ def _compared(model, batches, directory, converted):
     of_all = np.stack([w_score(layer) for layer in range(converted.model.n_layers)])
     shares, by_chance = agreement(model, batches, of_all, experts.score)
     found = {"mean": float(shares.mean()), "layers": shares.tolist(), "chance": by_chance}
-    return _nll(model, batches), found
-
-
-def _nll(model, batches):
-    return evaluator(model, model.decoder, batches)(model.params, model.routing_state).nll
+    return mean_nll(model, batches), found
 
 
 def _factorised(reader, n_layers, d_low):

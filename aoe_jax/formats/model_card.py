@@ -63,7 +63,7 @@ def write_card(directory: Path, name: str, values: dict, config: Config, workdir
     """
     fields = {"model.max_len": config.model.max_len} | computed_fields(config)
     is_own, is_loaded = values["model_type"] == OWN, "auto_map" in values
-    trust, classes = "", "`transformers` loads the model as a Mixtral:\n"
+    trust, classes = "", f"`transformers` loads it as `{values['architectures'][0]}`:\n"
     if is_loaded:
         trust = ", trust_remote_code=True"
         classes = "`transformers` loads it with `modeling_aoe.py`:\n"

@@ -127,10 +127,10 @@ class ModelReader:
             path: find_layout(values["model_type"], path, a.shape, self._stored)
             for path, a in shapes.items()
         }
-        self._check_tensors()
+        # transformers ignores the output table of a file, too, if the input's takes its place.
+        self._check_tensors({"lm_head.weight"} if config.model.tie_embeddings else set())
 
-    def _check_tensors(self):
-        known = set()
+    def _check_tensors(self, known):
         for layout in self._layouts.values():
             dtypes = {}
             for name, _ in layout.tensors():

@@ -21,7 +21,14 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.threshold import Threshold
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
-from aoe_jax.parameters import DECODER, EXPERTS, LARGE_ROUTER, ROUTER
+from aoe_jax.parameters import (
+    DECODER,
+    EXPERTS,
+    LARGE_ROUTER,
+    ROUTER,
+    SHARED_EXPERT,
+    SHARED_SCALE,
+)
 
 ROUTERS = {
     method.name: method
@@ -50,5 +57,5 @@ def declared_parameters():
     experts, of_layers = ExpertsConfig(kind="router"), {}
     for method in (ROUTERS | LAYERS).values():
         of_layers |= method().parameters(experts)
-    of_layers |= LARGE_ROUTER | ROUTER | EXPERTS
+    of_layers |= LARGE_ROUTER | ROUTER | EXPERTS | SHARED_EXPERT | SHARED_SCALE
     return DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}

@@ -13,4 +13,5 @@ Axis letters, the same in the whole package; a shape such as `[T, n]` is built o
     d  model width                  R  rows: tokens by expert      G  heads of keys and values
     f  width of an expert           r  rank of a factorised gate   h  width of a head
     m  hidden width of a router     s  routing neurons             M  places of a cache
+    u  width of a shared expert
 """

@@ -14,13 +14,19 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe import balance
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.dispatch import take_code
-from aoe_jax.moe.experts import KEPT_EXPERTS, first_neurons, gate_pre_activations, swiglu
+from aoe_jax.moe.experts import (
+    KEPT_EXPERTS,
+    first_neurons,
+    gate_pre_activations,
+    single_expert,
+    swiglu,
+)
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
 from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
-from aoe_jax.parameters import LARGE_ROUTER, ROUTER, experts_with
+from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, experts_with, shared_expert
 from aoe_jax.sharding import AXES, RULES, MeshAxes
 
 
@@ -48,7 +54,30 @@ def moe_block(x, weights, layer, ctx):
     with jax.named_scope("balance"):
         stats = layer.statistics(scores, routing, with_score, ctx)
     matrices = {name: w for name, w in weights.items() if layer.parameters[name].per_expert}
-    return apply_experts(x, routing, matrices, layer, ctx, scores.code), stats
+    y = apply_experts(x, routing, matrices, layer, ctx, scores.code)
+    if layer.experts.d_shared:
+        y += apply_shared_expert(x, weights, layer, ctx.devices)
+    return y, stats
+
+
+@jax.named_scope("experts")
+def apply_shared_expert(x, weights, layer, devices):
+    """The expert that every token uses: `x [T, d]` -> `[T, d]`.
+
+    It is `E(x)`, or with `experts.shared_gate` `sigmoid(x w_shared_scale) E(x)` (Qwen2-MoE).
+    """
+
+    def expert(x, weights):
+        w = layer.gathered(weights, devices)
+        return single_expert(x, {name.replace("shared_", ""): w[name] for name in SHARED_EXPERT})
+
+    matrices = {name: weights[name] for name in SHARED_EXPERT}
+    y = layer.rematerialised(expert, devices)(devices.gather(x, "tensor"), matrices)
+    y = devices.sum_scatter(y, "tensor")
+    if not layer.experts.shared_gate:
+        return y
+    scale = x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ weights["w_shared_scale"]
+    return (jax.nn.sigmoid(scale) * y).astype(x.dtype)
 
 
 def apply_experts(x, routing, weights, layer, ctx, code=None):
@@ -245,6 +274,7 @@ class ExpertsLayer(nn.Module):
         e, own = self.experts, self.routing.parameters(self.experts)
         gate = ("w_gate_down", "w_gate_up") if e.low_rank else ("w_gate",)
         matrices = experts_with(gate)
+        own = own | shared_expert(e)
         if e.kind == "aoe":
             return matrices | own
         if e.kind != "router":

@@ -49,7 +49,7 @@ from sklearn.exceptions import ConvergenceWarning
 from tqdm import tqdm
 
 from aoe_jax.evaluation.models import Model
-from aoe_jax.parameters import matrix_init
+from aoe_jax.parameters import matrix_init, shared_expert
 from aoe_jax.pruning.moments import Moments
 from aoe_jax.sharding import state_shardings
 
@@ -235,6 +235,7 @@ def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, meth
         _rescale_norms(merged, moments, merged_scores, clusters)
     else:
         merged["w_router"] = _router(experts["w_router"], clusters, method, seed)
+    merged |= {name: experts[name] for name in shared_expert(model.config.experts)}
     params = model.params | {"layers": model.params["layers"] | {"experts": merged}}
     with jax.set_mesh(model.mesh):
         return jax.device_put(params, state_shardings(model.mesh, params)), clusters

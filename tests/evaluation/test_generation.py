@@ -38,7 +38,9 @@ KINDS = {
     "router, grouped queries": {
         "experts__kind": "router",
         "model__n_kv_heads": 2,
-        "model__qk_norm": True,
+        "model__qk_norm": "all",
+        "experts__d_shared": 16,
+        "experts__shared_gate": True,
     },
     "uoe": {"experts__kind": "uoe"},
     "thor, by token": {"experts__kind": "thor", "routing__inference": "token"},

@@ -8,11 +8,13 @@ import json
 import numpy as np
 import pytest
 
+from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation import probing
 from aoe_jax.evaluation.run import evaluate_workdir
+from benchmarks.parity import random_model, save
 from tests.evaluation.models import make_config, make_model
-from tests.runs import finished_run, kind_run
+from tests.runs import corpus_folder, finished_run, kind_run
 
 pytestmark = pytest.mark.usefixtures("ragged")
 
@@ -62,6 +64,17 @@ def test_a_text_and_a_task(tmp_path, monkeypatch):
         == found["equal"]["speeches_cloze"]["examples"]
         == 4
     )
+
+
+def test_a_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(probing, "PROBES", dict(list(probing.PROBES.items())[:1]))
+    save(random_model("qwen3_moe", vocab_size=512), tmp_path, "fused")
+    texts = [path.read_text() for path in sorted(corpus_folder().iterdir())]
+    train_tokenizer(texts, 512).save(tmp_path)
+    (tmp_path / "text.txt").write_text(texts[0])
+    report = probing.probe_checkpoint(tmp_path, tmp_path, text=str(tmp_path / "text.txt"))
+    (router,) = report["probes"]
+    assert router["agreement"] == 1.0 and 6 < router["nll"]["softmax"] != router["nll"]["equal"]
 
 
 def test_a_choice_by_a_selection_bias_is_refused():

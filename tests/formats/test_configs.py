@@ -15,34 +15,34 @@ from tests.runs import tiny_config
 PATH = Path("DIR/config.json")
 MIXTRAL = to_json(tiny_config(experts__kind="router"))
 
-# Of an experiment here: whether Mixtral can say all of it.
+# Of an experiment here: the model_type in which it is written.
 VARIANTS = {
-    "aoe": ({}, False),
-    "aoe by rounded Eq. 5": ({"experts__round_to": 8}, False),
-    "aoe, over all": ({"routing__norm_topk_prob": False}, False),
-    "whole gates": ({"experts__score_neurons": 4, "experts__score": "max"}, False),
-    "router": ({"experts__kind": "router"}, True),
+    "aoe": ({}, "aoe"),
+    "aoe by rounded Eq. 5": ({"experts__round_to": 8}, "aoe"),
+    "aoe, over all": ({"routing__norm_topk_prob": False}, "aoe"),
+    "whole gates": ({"experts__score_neurons": 4, "experts__score": "max"}, "aoe"),
+    "router": ({"experts__kind": "router"}, "mixtral"),
     "router, bfloat16": (
         {"experts__kind": "router", "model__dtype": "bfloat16", "model__remat": "experts"},
-        True,
+        "mixtral",
     ),
-    "router, untied": ({"experts__kind": "router", "model__tie_embeddings": False}, True),
+    "router, untied": ({"experts__kind": "router", "model__tie_embeddings": False}, "mixtral"),
     "router, grouped queries": (
         {"experts__kind": "router", "model__n_kv_heads": 1, "model__rope_base": 1e6},
-        True,
+        "mixtral",
     ),
-    "router, over all": ({"experts__kind": "router", "routing__norm_topk_prob": False}, False),
-    "router, top_p": ({"experts__kind": "router", "routing__name": "top_p"}, False),
+    "router, over all": ({"experts__kind": "router", "routing__norm_topk_prob": False}, "aoe"),
+    "router, top_p": ({"experts__kind": "router", "routing__name": "top_p"}, "aoe"),
     "router, ranked": (
         {"experts__kind": "router", "routing__name": "ranked", "routing__ranks": (1, 3)},
-        False,
+        "aoe",
     ),
-    "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, False),
-    "router, large": ({"experts__kind": "router", "experts__large_router": True}, False),
-    "capacity": ({"experts__kind": "capacity", "routing__capacity_factor": 1.25}, False),
+    "router, factorised": ({"experts__kind": "router", "experts__factorised_gate": True}, "aoe"),
+    "router, large": ({"experts__kind": "router", "experts__large_router": True}, "aoe"),
+    "capacity": ({"experts__kind": "capacity", "routing__capacity_factor": 1.25}, "aoe"),
     "router, expert choice": (
         {"experts__kind": "router", "routing__name": "expert_choice"},
-        False,
+        "aoe",
     ),
     "router, da_moe": (
         {
@@ -51,14 +51,30 @@ VARIANTS = {
             "experts__top_k": 3,
             "routing__reduce": "max",
         },
-        False,
+        "aoe",
     ),
-    "router, LayerNorm": ({"experts__kind": "router", "model__norm": "layer"}, False),
-    "router, biases": ({"experts__kind": "router", "model__attention_bias": True}, False),
-    "router, qk_norm": ({"experts__kind": "router", "model__qk_norm": True}, False),
-    "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, False),
-    "dense": ({"experts__kind": "dense"}, False),
-    "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, False),
+    "router, LayerNorm": ({"experts__kind": "router", "model__norm": "layer"}, "aoe"),
+    "router, biases": ({"experts__kind": "router", "model__attention_bias": True}, "aoe"),
+    "router, norm over heads": (
+        {"experts__kind": "router", "model__qk_norm": "all", "routing__norm_topk_prob": False},
+        "olmoe",
+    ),
+    "router, shared expert": ({"experts__kind": "router", "experts__d_shared": 24}, "aoe"),
+    "router, shared expert with a gate": (
+        {"experts__kind": "router", "experts__d_shared": 24, "experts__shared_gate": True}
+        | {"model__qkv_bias": True, "routing__norm_topk_prob": False},
+        "qwen2_moe",
+    ),
+    "aoe, shared expert": ({"experts__d_shared": 24}, "aoe"),
+    "router, norms of heads": (
+        {"experts__kind": "router", "model__qk_norm": "head", "model__head_dim": 20},
+        "qwen3_moe",
+    ),
+    "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, "aoe"),
+    "dense": ({"experts__kind": "dense"}, "llama"),
+    "dense, norms of heads": ({"experts__kind": "dense", "model__qk_norm": "head"}, "qwen3"),
+    "dense, LayerNorm": ({"experts__kind": "dense", "model__norm": "layer"}, "aoe"),
+    "uoe": ({"experts__kind": "uoe", "experts__top_k": 3}, "aoe"),
     "smear, longer than a window": (
         {
             "experts__kind": "smear",
@@ -67,27 +83,27 @@ VARIANTS = {
             "data__seq_len": 2048,
             "model__max_len": 2048,
         },
-        False,
+        "aoe",
     ),
-    "threshold": ({"routing__name": "threshold", "routing__weights": "relative"}, False),
-    "aoe, dynmoe": ({"routing__name": "dynmoe", "routing__temperature": 2.0}, False),
+    "threshold": ({"routing__name": "threshold", "routing__weights": "relative"}, "aoe"),
+    "aoe, dynmoe": ({"routing__name": "dynmoe", "routing__temperature": 2.0}, "aoe"),
     "router, routing-free": (
         {
             "experts__kind": "router",
             "routing__name": "routing_free",
             "routing__threshold": 0.5,
         },
-        False,
+        "aoe",
     ),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_there_and_back(variant):
-    changes, is_mixtral = VARIANTS[variant]
+    changes, model_type = VARIANTS[variant]
     config = tiny_config(**changes)
     values = json.loads(json.dumps(to_json(config)))
-    assert values["model_type"] == ("mixtral" if is_mixtral else "aoe")
+    assert values["model_type"] == model_type
     for form in (values, json.loads(json.dumps(as_own(config)))):
         found = from_json(PATH, form)
         assert computed_fields(found) == computed_fields(config)
@@ -162,22 +178,53 @@ def changed(**changes):
 
 
 OLMOE = changed(model_type="olmoe", num_experts=4)
+QWEN3_MOE = changed(model_type="qwen3_moe", num_experts=4, moe_intermediate_size=32)
 PHI = changed(model_type="phimoe")
+LLAMA = changed(model_type="llama")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "short_mscale": 1.2}
 REFUSED = {
     "unknown architecture": (
-        changed(model_type="llama"),
-        ["model_type='llama' is unknown", "mixtral, olmoe, phimoe, aoe"],
+        changed(model_type="gpt2"),
+        [
+            "model_type='gpt2' is unknown",
+            "mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, llama, qwen3, aoe",
+        ],
+    ),
+    "gpt-oss": (
+        {"model_type": "gpt_oss"},
+        ["model_type='gpt_oss' isn't implemented: its experts and its router have biases", "sinks"],
+    ),
+    "DeepSeek-V3": (
+        {"model_type": "deepseek_v3"},
+        ["model_type='deepseek_v3' isn't implemented: its attention is multi-head latent"],
     ),
     "no architecture": (changed(model_type="removed"), ["has no model_type", "aoe_jax.export"]),
     "architecture that is no word": (
         changed(model_type=["mixtral"]),
-        ["model_type=['mixtral'] is unknown"],
+        ["model_type=['mixtral'] is no text"],
     ),
     "missing field": (changed(hidden_size="removed"), ["hidden_size is missing", "'mixtral'"]),
     "word for a number": (changed(hidden_size="wide"), ["config.model.d_model='wide'"]),
     "heads": (changed(num_key_value_heads=3), ["n_kv_heads=3", "n_heads"]),
-    "head_dim": (changed(head_dim=64), ["head_dim=64 isn't implemented", "16"]),
+    "head_dim": (OLMOE | {"head_dim": 64}, ["head_dim=64 isn't implemented", "16"]),
+    "odd head_dim": (changed(head_dim=15), ["config.model.head_dim=15: must be even"]),
+    "layer_types": (
+        QWEN3_MOE | {"layer_types": ["full_attention", "sliding_attention"]},
+        ["layer_types=['full_attention', 'sliding_attention'] isn't implemented", "every layer"],
+    ),
+    "some dense layers": (
+        QWEN3_MOE | {"mlp_only_layers": [0]},
+        ["mlp_only_layers=[0] isn't implemented; only [] or None is"],
+    ),
+    "every second layer dense": (
+        QWEN3_MOE | {"decoder_sparse_step": 2},
+        ["decoder_sparse_step=2 isn't implemented; only 1 is"],
+    ),
+    "window of Qwen3": (
+        QWEN3_MOE | {"use_sliding_window": True},
+        ["use_sliding_window=True isn't implemented; only False is"],
+    ),
     "activation": (changed(hidden_act="gelu"), ["hidden_act='gelu' isn't implemented", "'silu'"]),
     "window": (changed(sliding_window=63), ["sliding_window=63 isn't implemented", "64"]),
     "quantised": (
@@ -194,6 +241,23 @@ REFUSED = {
         changed(rope_scaling={"type": "yarn", "factor": 4.0}),
         ["rope_type='yarn' isn't implemented", "default"],
     ),
+    "llama3 elsewhere": (
+        changed(rope_parameters=LLAMA3),
+        ["rope_type='llama3' isn't implemented"],
+    ),
+    "llama3 without a length": (
+        LLAMA | {"rope_parameters": LLAMA3},
+        ["original_max_position_embeddings=None: must be a number greater than 0"],
+    ),
+    "llama3 of equal frequencies": (
+        LLAMA
+        | {
+            "rope_scaling": LLAMA3 | {"high_freq_factor": 1.0},
+            "original_max_position_embeddings": 32,
+        },
+        ["low_freq_factor=1.0 must be below high_freq_factor=1.0"],
+    ),
+    "mlp_bias": (LLAMA | {"mlp_bias": True}, ["mlp_bias=True isn't implemented", "only False"]),
     "longrope elsewhere": (
         changed(rope_parameters=LONGROPE),
         ["rope_type='longrope' isn't implemented"],

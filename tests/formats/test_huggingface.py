@@ -18,9 +18,9 @@ from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import write_arrays
 from aoe_jax.model.decoder import Decoder
+from benchmarks.parity import load_there, logits_here, logits_there
 from tests.evaluation.models import make_config, make_model
 from tests.evaluation.public_tasks import write_examples
-from tests.formats.hub import load_there, logits_here, logits_there
 from tests.formats.test_writing import EVERYTHING, written
 from tests.runs import scratch, shared, tiny_config
 
@@ -31,6 +31,8 @@ FORMS = {
     "factorised, max": {"experts__score": "max"},
     "factorised, biased": BIASED | {"routing__norm_topk_prob": False},
     "factorised, everything": EVERYTHING,
+    "wide heads with a norm each": WHOLE
+    | {"model__head_dim": 12, "model__qk_norm": "head", "model__n_kv_heads": 1},
     "whole": WHOLE | {"model__n_kv_heads": 1, "model__tie_embeddings": False},
     "whole, max": WHOLE | {"experts__score": "max", "experts__top_k": 3},
     "whole, over all": WHOLE | {"routing__norm_topk_prob": False},
@@ -38,7 +40,7 @@ FORMS = {
 # By the fields that the log must name.
 WITHOUT_CLASS = {
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "experts.kind='dense'": {"experts__kind": "dense"},
+    "experts.kind='dense'": {"experts__kind": "dense", "model__norm": "layer"},
     "model.rope_scale=1.5": {"model__rope_scale": 1.5},
 }
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))

@@ -14,12 +14,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aoe_jax.config.run import Config
+from aoe_jax.data.tokenizer import train_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
+from benchmarks.parity import LAYOUTS, logits_here, random_model, save
 from configs import finetune
-from tests.formats.hub import ARCHITECTURES, LAYOUTS, hub_models, logits_here
+from tests.formats.hub import ARCHITECTURES, hub_models
 from tests.runs import ROOT
 
 SHARDED = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
@@ -33,14 +36,17 @@ def test_logits_are_those_of_transformers(architecture, layout):
     np.testing.assert_allclose(logits_here(folders[layout]), logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_straight_into_a_mesh(layout):
-    folders, logits = hub_models()["mixtral"]
+@pytest.mark.parametrize(
+    ("architecture", "layout"),
+    [("mixtral", "per expert"), ("mixtral", "fused"), ("qwen3_moe", "fused")],
+)
+def test_straight_into_a_mesh(architecture, layout):
+    folders, logits = hub_models()[architecture]
     found = logits_here(folders[layout], data=1, fsdp=2, expert=2, tensor=2)
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
 
 
-def copy(tmp_path, architecture="mixtral", layout="per_expert"):
+def copy(tmp_path, architecture="mixtral", layout="per expert"):
     return shutil.copytree(hub_models()[architecture][0][layout], tmp_path / "model")
 
 
@@ -65,14 +71,41 @@ def test_rope_fields_of_before_transformers_5(tmp_path):
     scaling["type"] = scaling.pop("rope_type")
     theta = scaling.pop("rope_theta")
     change_config(directory, rope_parameters="removed", rope_theta=theta, rope_scaling=scaling)
-    assert read_config(directory) == read_config(folders["per_expert"])
+    assert read_config(directory) == read_config(folders["per expert"])
     assert read_config(directory).model.max_len == 32
     np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
 
 
+def test_an_output_table_beside_a_tied_one_is_ignored(tmp_path):
+    """Qwen3-0.6B has one."""
+    directory = copy(tmp_path, "qwen3", "fused")
+    table = np.zeros((96, 32), np.float32)
+    edit(directory, **{"lm_head.weight": table})
+    logits = hub_models()["qwen3"][1]
+    np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
+
+
+def test_code_in_the_directory_is_not_run(tmp_path):
+    directory, marker = tmp_path / "model", tmp_path / "run"
+    save(random_model("mixtral", vocab_size=300), directory, "fused")
+    for name in ("modeling_custom", "configuration_custom", "tokenization_custom", "__init__"):
+        (directory / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
+    auto_map = {
+        "AutoConfig": "configuration_custom.CustomConfig",
+        "AutoModelForCausalLM": "modeling_custom.CustomModel",
+        "AutoTokenizer": ["tokenization_custom.CustomTokenizer", None],
+    }
+    change_config(directory, auto_map=auto_map)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    train_tokenizer(["the state of the union"] * 9, 300).save(directory)
+    assert load_model(directory).config.experts.kind == "router"
+    finetune.get_config(str(directory))
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_goes_on_with_the_weights_of_the_model_or_of_the_chosen(architecture):
-    directory = hub_models()[architecture][0]["per_expert"]
+    directory = hub_models()[architecture][0]["per expert"]
     config = Config.from_config_dict(finetune.get_config(str(directory)))
     read = read_config(directory)
     assert config.model == read.model
@@ -187,39 +220,39 @@ DAMAGE = {
         lambda d: edit(d, **{NORM: np.ones(32, np.int8)}),
         [f"model.safetensors: tensor {NORM} is of type I8; only F32, F16, BF16"],
     ),
-    "truncated": ("per_expert", truncate, ["model-0000", ".safetensors can't be read", "damaged"]),
+    "truncated": ("per expert", truncate, ["model-0000", ".safetensors can't be read", "damaged"]),
     "no safetensors file": (
         "fused",
         lambda d: (d / "model.safetensors").write_text("hello"),
         ["can't be read"],
     ),
     "missing shard": (
-        "per_expert",
+        "per expert",
         lambda d: shard_of(d).unlink(),
         ["model-0000", "is missing; model.safetensors.index"],
     ),
     "index that is no JSON": (
-        "per_expert",
+        "per expert",
         lambda d: (d / INDEX).write_text("{"),
         [INDEX, "can't be read (Expecting"],
     ),
     "index without a map": (
-        "per_expert",
+        "per expert",
         lambda d: (d / INDEX).write_text("{}"),
         [INDEX, "weight_map is None, not an object"],
     ),
     "index that leads elsewhere": (
-        "per_expert",
+        "per expert",
         lambda d: map_wrongly(d, SHARDED, "../x.safetensors"),
         [f"weight_map['{SHARDED}'] is '../x.safetensors', not the name of a safetensors file"],
     ),
     "index that is wrong": (
-        "per_expert",
+        "per expert",
         lambda d: map_wrongly(d, SHARDED, "model-00001-of-00009.safetensors"),
         [f"model-00001-of-00009.safetensors has no tensor {SHARDED}"],
     ),
     "index that lacks a tensor": (
-        "per_expert",
+        "per expert",
         forget,
         [f"has a tensor {SHARDED}, which", "doesn't say"],
     ),

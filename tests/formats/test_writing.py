@@ -20,7 +20,7 @@ from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
 from aoe_jax.training.step import init_state
-from tests.formats.hub import logits_here, logits_there
+from benchmarks.parity import logits_here, logits_there
 from tests.formats.test_configs import VARIANTS
 from tests.runs import disk, tiny_config
 
@@ -28,7 +28,7 @@ EVERYTHING = {  # that a model of the hub may have
     "model__n_heads": 4,
     "model__n_kv_heads": 2,
     "model__norm": "layer",
-    "model__qk_norm": True,
+    "model__qk_norm": "all",
     "model__attention_bias": True,
     "model__output_bias": True,
     "model__tie_embeddings": False,
@@ -39,7 +39,11 @@ OF_OTHER_TENSORS = (
     "router, untied",
     "router, factorised",
     "router, large",
+    "router, norms of heads",
+    "router, shared expert with a gate",
+    "aoe, shared expert",
     "dense",
+    "dense, norms of heads",
     "uoe",
 )
 WRITTEN = {name: VARIANTS[name][0] for name in OF_OTHER_TENSORS} | {
@@ -97,9 +101,8 @@ def test_there_and_back(tmp_path, variant):
     found = load_params(directory, fill_mesh(read_config(directory), 1), mesh)
     assert_same(found, (params, bias))
     assert bool(bias) == any(word in variant for word in ("biased", "-", "dynmoe"))
-    assert json.loads((directory / "config.json").read_text())["model_type"] == (
-        "mixtral" if VARIANTS.get(variant, (None, False))[1] else "aoe"
-    )
+    model_type = json.loads((directory / "config.json").read_text())["model_type"]
+    assert model_type == VARIANTS.get(variant, (None, "aoe"))[1]
 
 
 def test_an_aoe_with_groups(tmp_path):

@@ -95,6 +95,11 @@ def reference_apply(layer, params, x):
         y = reference.aoe_experts(x, weights, *(params[name] for name in WEIGHTS["aoe"]))
     else:
         y = reference.router_experts(x, weights, params["w_gate"], params["w_up"], params["w_down"])
+    if config.d_shared:
+        hidden = jax.nn.silu(x @ params["w_shared_gate"]) * (x @ params["w_shared_up"])
+        shared = hidden @ params["w_shared_down"]
+        scale = jax.nn.sigmoid(x @ params["w_shared_scale"]) if config.shared_gate else 1.0
+        y += scale * shared
     # Eq. 2 and Eq. 8, as they are written, over the tokens that take part.
     probability = jax.nn.softmax(p[:: layer.balance.aux_stride])
     load = jax.lax.stop_gradient((weights > 0).astype(p.dtype).mean(axis=0))
@@ -272,6 +277,15 @@ def test_selection_bias_chooses_and_does_not_weigh(x64, kind, norm_topk_prob):
     experts = reference.aoe_experts if layer.experts.low_rank else reference.router_experts
     want = experts(x, weights, *(params[name] for name in WEIGHTS[kind] if name != "w_router"))
     np.testing.assert_allclose(y, want, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared_gate", "recompute"),
+    [("aoe", False, False), ("whole", True, True), ("router", True, False)],
+)
+def test_a_shared_expert_agrees_with_the_reference(x64, ragged, kind, shared_gate, recompute):
+    layer = make(kind, d_shared=7, shared_gate=shared_gate, recompute=recompute)
+    assert_agree(*layer, TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("ablation", ["factorised_gate", "large_router"])

@@ -5,13 +5,18 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
-from aoe_jax.sharding import fill_mesh, make_mesh
+from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.starting import check_start, state_from_model
 from aoe_jax.training.step import train_step_on
+from benchmarks.parity import TOKENS
+from configs import finetune
+from tests.formats.hub import hub_models
 from tests.formats.test_tokenizer_files import byte_level, with_a_first_token
 from tests.formats.test_writing import written
 from tests.runs import tiny_config
@@ -48,6 +53,31 @@ def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
     np.testing.assert_array_equal(state.routing_state["selection_bias"], bias["selection_bias"])
     assert {a.dtype.name for a in jax.tree.leaves(state.params)} == {"float32"}
     assert int(state.step) == 0 and all(not np.any(a) for a in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "qwen2_moe", "qwen3_moe", "llama", "qwen3"])
+def test_models_of_the_hub_train_on(architecture, tokenizer):
+    """A step lowers the loss of its batch, which is that of the model."""
+    folders, logits = hub_models()[architecture]
+    config = finetune.get_config(str(folders["fused"]))
+    config.model.dtype = "float32"
+    config.data.seq_len = TOKENS.shape[1]
+    config.train.update(batch_size=len(TOKENS), steps=2, warmup=0.0, learning_rate=1e-3)
+    config.balance.aux_weight = 0.0
+    config = fill_mesh(Config.from_config_dict(config), 1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    check_start(config)
+    inputs, targets = TOKENS.astype(np.int32), np.roll(TOKENS, -1, axis=1).astype(np.int32)
+    batch = {"inputs": inputs, "targets": targets, "segment_ids": np.ones_like(inputs)}
+    batch = put_batch(batch_sharding(mesh), batch | {"weights": np.ones(TOKENS.shape, np.float32)})
+    with jax.set_mesh(mesh):
+        step, like = train_step_on(mesh, config)
+        state = state_from_model(config, mesh, like, tokenizer)
+        state, before = step(state, batch)
+        _, after = step(state, batch)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    assert float(before["nll"]) == pytest.approx(float(expected), abs=1e-4)
+    assert float(after["nll"]) < float(before["nll"]) - 0.01
 
 
 def test_a_selection_bias_starts_at_zero_where_there_is_none(tmp_path, tokenizer):

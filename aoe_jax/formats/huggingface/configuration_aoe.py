@@ -18,7 +18,8 @@ class AoEConfig(MixtralConfig):
       norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
       selection_bias: whether a bias is added to the scores for the choice of experts.
       norm: "rms", or "layer" for LayerNorm with a bias.
-      qk_norm: whether queries and keys have an RMSNorm over all heads, as in OLMoE.
+      qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
+        or "head" (over each head by itself, as in Qwen3).
       attention_bias: whether the projections of attention have biases.
       lm_head_bias: whether the output projection has a bias.
     """
@@ -37,7 +38,7 @@ class AoEConfig(MixtralConfig):
         norm_topk_prob=True,
         selection_bias=False,
         norm="rms",
-        qk_norm=False,
+        qk_norm="none",
         attention_bias=False,
         lm_head_bias=False,
         **settings,

@@ -22,9 +22,11 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from .configuration_aoe import AoEConfig
 
+ATTENTION = {"none": LlamaAttention, "all": OlmoeAttention, "head": Qwen3MoeAttention}
 SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torch.amax, dim=-1)}
 
 
@@ -127,7 +129,7 @@ class AoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: AoEConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = (OlmoeAttention if config.qk_norm else LlamaAttention)(config, layer_idx)
+        self.self_attn = ATTENTION[config.qk_norm](config, layer_idx)
         self.mlp = AoEBlock(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
@@ -150,7 +152,7 @@ class AoEPreTrainedModel(MixtralPreTrainedModel):
     _can_record_outputs = {
         "router_logits": AoEExperts,
         "hidden_states": AoEDecoderLayer,
-        "attentions": [LlamaAttention, OlmoeAttention],
+        "attentions": list(ATTENTION.values()),
     }
 
     @torch.no_grad()

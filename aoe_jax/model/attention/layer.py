@@ -1,5 +1,7 @@
 """The layer of causal multi-head attention with rotary positions, with a cache for decoding."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from aoe_jax.parameters import ATTENTION
 from aoe_jax.sharding import RULES
 
 _CACHE = RULES.spec("batch", "heads", None, None)
+# The scales of norms by `ModelConfig.qk_norm`.
+_QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
 _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output and concentration
 
 
@@ -26,7 +30,7 @@ def rotary_tables(length, config: ModelConfig):
     Returns:
       Two arrays `[length, h / 2]` float64.
     """
-    half = config.d_model // config.n_heads // 2
+    half = config.head_width // 2
     frequencies = config.rope_base ** (-np.arange(half) / half)
     if config.rope_factors:
         frequencies /= np.asarray(config.rope_factors)
@@ -98,10 +102,13 @@ def _n_visible(length, segment_ids):
 
 
 def _rms_norm(x, scale, epsilon):
-    """RMSNorm over all heads together: `x [B, H, S, h]`, `scale [H, h]`."""
+    """RMSNorm of `x [B, H, S, h]`: over all heads together with `scale [H, h]`, over each head by
+    itself with `scale [h]`.
+    """
+    axes = (1, 3) if scale.ndim == 2 else 3
     squares = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    inverse = jax.lax.rsqrt(squares.mean(axis=(1, 3), keepdims=True) + epsilon)
-    return (x * inverse).astype(x.dtype) * scale[:, None]
+    inverse = jax.lax.rsqrt(squares.mean(axis=axes, keepdims=True) + epsilon)
+    return (x * inverse).astype(x.dtype) * scale[..., None, :]
 
 
 def attend_to_cache(q, keys, values, n_past):
@@ -138,12 +145,13 @@ class Attention(nn.Module):
     def setup(self):
         """Makes the parameters."""
         c = self.config
-        sizes = {"d": c.d_model, "H": c.n_heads, "G": c.kv_heads, "h": c.d_model // c.n_heads}
+        sizes = {"d": c.d_model, "H": c.n_heads, "G": c.kv_heads, "h": c.head_width}
         names = ["q", "k", "v", "o"]
+        if c.attention_bias or c.qkv_bias:
+            names += ["q_bias", "k_bias", "v_bias"]
         if c.attention_bias:
-            names += ["q_bias", "k_bias", "v_bias", "o_bias"]
-        if c.qk_norm:
-            names += ["q_norm", "k_norm"]
+            names.append("o_bias")
+        names += _QK_NORMS[c.qk_norm]
         self.weights = {
             name: self.param(name, ATTENTION[name].init, ATTENTION[name].shape(sizes))
             for name in names
@@ -198,11 +206,11 @@ class Attention(nn.Module):
     def _queries_keys_values(self, x, w, positions):
         """`[B, H, S, h]` and twice `[B, G, S, h]`; `positions` are the rotary tables of `x`."""
         q, k, v = (jnp.einsum("bsd,dhi->bhsi", x, w[name]) for name in ("q", "k", "v"))
-        if self.config.attention_bias:
+        if "q_bias" in w:
             q, k, v = q + w["q_bias"][:, None], k + w["k_bias"][:, None], v + w["v_bias"][:, None]
-        if self.config.qk_norm:
-            q = _rms_norm(q, w["q_norm"], self.config.norm_eps)
-            k = _rms_norm(k, w["k_norm"], self.config.norm_eps)
+        if scales := [w[name] for name in _QK_NORMS[self.config.qk_norm]]:
+            norm = partial(_rms_norm, epsilon=self.config.norm_eps)
+            q, k = map(norm, (q, k), scales)
         cos, sin = positions
         return rotary(q, cos, sin), rotary(k, cos, sin), v
 

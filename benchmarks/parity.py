@@ -1,0 +1,204 @@
+"""Logits of imported models beside those of `transformers`.
+
+`python -m benchmarks.parity [--json=FILE]` makes a tiny random model of every architecture that can
+be imported, saves it in every layout of its tensors in float32 and in bfloat16, and compares the
+logits of both sides, which compute in float32. A row has the largest logit and, for each layout and
+type, the largest absolute difference. It needs `transformers` and `torch`.
+"""
+
+import dataclasses
+import itertools
+import math
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from tabulate import tabulate
+
+from aoe_jax import cli
+from aoe_jax.config.mesh import MeshConfig
+from aoe_jax.formats.reading import load_params, read_config
+from aoe_jax.model.decoder import Decoder
+from aoe_jax.sharding import fill_mesh, make_mesh
+from benchmarks.timing import report
+
+VOCABULARY, EXPERTS = 96, 4
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 32))
+LAYOUTS = {"per expert": True, "fused": False}  # whether experts have tensors of their own
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_MOE = {**_SHAPE, "num_experts_per_tok": 2}
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not what a configuration without has
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 2.0,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "short_mscale": 1.2,
+    "long_mscale": 1.5,
+    "original_max_position_embeddings": 32,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_OLMOE = {**_MOE, "num_experts": EXPERTS, "rms_norm_eps": 1e-3}
+_QWEN3_MOE = {
+    **_MOE,
+    "num_experts": EXPERTS,
+    "moe_intermediate_size": 20,
+    "head_dim": 12,
+    "rope_parameters": _ROPE,
+}
+MODELS = {
+    "mixtral": {
+        "model_type": "mixtral",
+        **_MOE,
+        "num_local_experts": EXPERTS,
+        "rope_parameters": _ROPE,
+    },
+    "olmoe": {"model_type": "olmoe", **_OLMOE},
+    "olmoe_norm_topk": {
+        "model_type": "olmoe",
+        **_OLMOE,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
+    "phimoe": {
+        "model_type": "phimoe",
+        **_MOE,
+        "num_local_experts": EXPERTS,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.1,
+        "rope_parameters": _LONGROPE,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_MOE,
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "rope_parameters": _ROPE,
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", **_QWEN3_MOE},
+    "qwen3_moe_norm_topk": {
+        "model_type": "qwen3_moe",
+        **_QWEN3_MOE,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "model_type": "llama",
+        **_SHAPE,
+        "attention_bias": True,
+        "rope_parameters": _LLAMA3,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        **_SHAPE,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+        "rope_parameters": _ROPE,
+    },
+}
+
+
+def random_model(name, **changes):
+    """A model of `MODELS`, every parameter drawn with the standard deviation 0.3, norms too."""
+    import torch
+    import transformers
+
+    settings = MODELS[name] | changes
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def save(model, directory, layout):
+    """Saves a model of transformers; with a tensor for each expert, in many shards."""
+    size = "20KB" if layout == "per expert" else "5GB"
+    model.save_pretrained(directory, save_original_format=LAYOUTS[layout], max_shard_size=size)
+
+
+def logits_here(directory, tokens=TOKENS, **mesh):
+    """The logits of a model in a directory by our decoder, in float32, over a mesh."""
+    config = read_config(directory)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dtype="float32"), mesh=MeshConfig(**mesh)
+    )
+    n_devices = math.prod(mesh.values())
+    config = fill_mesh(config, n_devices)
+    mesh = make_mesh(config, jax.devices()[:n_devices])
+    with jax.set_mesh(mesh):
+        params, routing_state = load_params(directory, config, mesh)
+        decoder = Decoder.from_config(config)
+        apply = jax.jit(
+            lambda params, state: decoder.apply({"params": params}, tokens, routing_state=state)[0]
+        )
+        return np.asarray(apply(params, routing_state))
+
+
+def load_there(directory, **settings):
+    """A model in a directory, as transformers loads it with the code beside it, in float32."""
+    import torch
+    import transformers
+
+    settings = {"dtype": torch.float32, "trust_remote_code": True} | settings
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, **settings).eval()
+
+
+def logits_there(directory, tokens=TOKENS, **settings):
+    """Those of a model in a directory by transformers."""
+    import torch
+
+    with torch.no_grad():
+        return load_there(directory, **settings)(torch.tensor(tokens)).logits.float().numpy()
+
+
+def main():
+    """Prints a Markdown table."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    figures = []
+    for name in MODELS:
+        figure = {"model": name}
+        for layout, dtype in itertools.product(LAYOUTS, ("float32", "bfloat16")):
+            with tempfile.TemporaryDirectory() as folder:
+                save(random_model(name).to(getattr(torch, dtype)), folder, layout)
+                there = logits_there(folder)
+                difference = np.abs(logits_here(Path(folder)) - there).max()
+            figure.setdefault("largest logit", float(np.abs(there).max()))
+            figure[f"{layout}, {dtype}"] = float(difference)
+        figures.append(figure)
+    print(tabulate(figures, "keys", "github", floatfmt=("", ".1f", *(".1e",) * 4)))
+    report(figures, flags.FLAGS.json)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("json", None, "a file for the figures")
+    cli.run(main)
