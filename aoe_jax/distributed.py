@@ -1,10 +1,12 @@
 """Starts JAX, also on several processes: a TPU pod, a Slurm job, or processes named one by one."""
 
 import contextlib
+import errno
 import hashlib
 import ipaddress
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -136,8 +138,9 @@ def _gather(port, deadline):
     others, numbers = {}, range(1, _PROCESSES.value)
     try:
         server = socket.create_server((_interface(), port))
-    except OSError as e:
-        raise UserError(
+    except OSError as e:  # what uses the port now may end
+        kind = MachineFault if e.errno == errno.EADDRINUSE else UserError
+        raise kind(
             f"--coordinator={_COORDINATOR.value}: process 0 can't listen there ({e.strerror}); "
             "name a free port"
         ) from e
@@ -166,10 +169,14 @@ def _ask(host, port, deadline):
             with socket.create_connection((host, port), timeout=1) as connection:
                 connection.sendall(str(_PROCESS.value).encode())
                 connection.settimeout(max(deadline - time.monotonic(), 0.01) + 5)
-                answer = connection.recv(4096).decode()
+                answer = connection.recv(4096)
         except OSError:
+            answer = None
+        # While the processes from before end, JAX's service answers there.
+        if answer is None or not re.fullmatch(rb"go|[\d, ]*", answer):
             time.sleep(0.2)
             continue
+        answer = answer.decode()
         twice = "process 0 has another process of this number, or other --processes"
         require_flag(answer, "process", _PROCESS.value, twice)
         return answer.removeprefix("go")

@@ -9,7 +9,7 @@ import pytest
 
 from aoe_jax import faults, ownership
 from aoe_jax.errors import UserError
-from aoe_jax.ownership import OWNER, owned
+from aoe_jax.ownership import is_own_file, owned, read_owner
 from aoe_jax.paths import Mirror, create, local_copy, move, parsed_path
 from tests.object_store import object_store
 from tests.runs import EVERY, STEPS, finish, finished_run, same_end, start, train_command
@@ -81,9 +81,9 @@ def test_one_owner(folder, monkeypatch):
         owner.check()
         with pytest.raises(UserError, match="is in use by"), owned(folder, "workdir"):
             pass
-    assert not (folder / OWNER).exists()
+    assert read_owner(folder) is None
     elsewhere = {"nonce": 7, "host": "tpu-3", "pid": 11, "started": 1, "kernel": "other", "time": 0}
-    (folder / OWNER).write_text(json.dumps(elsewhere))
+    (folder / "owner_1.json").write_text(json.dumps(elsewhere))
     with owned(folder, "workdir") as owner:
         owner.check()
 
@@ -116,7 +116,7 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     assert store.failed > failed  # the clients of the store have tried again
     assert status == 0 and "going on from step" in stderr, stderr
     assert same_end(fetched(folder, tmp_path / "run"), finished_run())
-    assert not {OWNER, "owner_renewed.json"} & names(store, folder)
+    assert not [name for name in names(store, folder) if is_own_file(name)]
 
     status, _, stderr = run(store, "eval.py", f"--workdir={folder}", "--split=validation")
     assert status == 0, stderr

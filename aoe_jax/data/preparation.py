@@ -45,7 +45,7 @@ from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Failure, MachineFault, UserError
 from aoe_jax.faults import is_fault, reason
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
-from aoe_jax.ownership import OWN_FILES, owned
+from aoe_jax.ownership import is_own_file, owned
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +248,8 @@ def _state(path: str) -> list:
 def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
     """The plan of `output`, made if there is none; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
-        ours = {f"{PLAN_FILE}.partial", *OWN_FILES}
-        is_empty = all(path.name in ours for path in output.iterdir())
+        names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
+        is_empty = all(is_own_file(name) for name in names)
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
