@@ -61,12 +61,13 @@ class Host:
 
     def __init__(self, command, log: Path, work: Soak, clock_library):
         """Starts the supervisor; what it and its process say goes to the file `log`."""
-        self.log = log
-        file = log.with_suffix(".clock")
-        file.write_bytes(bytes(8))
-        with file.open("r+b") as opened:
-            self._clock = ctypes.c_int64.from_buffer(mmap.mmap(opened.fileno(), 8))
-        clock = {"LD_PRELOAD": clock_library, "CLOCK": str(file)}
+        self.log, clock = log, {}
+        if clock_library:
+            file = log.with_suffix(".clock")
+            file.write_bytes(bytes(8))
+            with file.open("r+b") as opened:
+                self._clock = ctypes.c_int64.from_buffer(mmap.mmap(opened.fileno(), 8))
+            clock = {"LD_PRELOAD": clock_library, "CLOCK": str(file)}
         with log.open("w") as stderr:
             self.supervisor = subprocess.Popen(
                 command, cwd=work.cwd, env=work.environment | clock, stderr=stderr
@@ -86,8 +87,10 @@ class Host:
 class Pod:
     """The supervised processes of one run."""
 
-    def __init__(self, work: Soak, workdir, processes: int, logs: Path, clock_library: str):
-        """Starts the supervisors, which write to files in `logs`."""
+    def __init__(self, work: Soak, workdir, processes: int, logs: Path, clock_library=None):
+        """Starts the supervisors, which write to files in `logs`; `build_clock` made the library
+        that `step_clock` needs.
+        """
         self.workdir = workdir
         flags = [f"--coordinator=localhost:{_free_port()}", f"--processes={processes}"]
         flags += ["--join_timeout=120", "--retry_seconds=5"]
@@ -254,7 +257,9 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
                     runs += 1
                     pod = start(f"run_{runs}")
                     time.sleep(LONGEST * chance.random())
-                happened[_disturb(pod, of_place, chance)] += 1
+                name = _disturb(pod, of_place, chance)
+                tqdm.write(f"{time.strftime('%H:%M:%S')} {pod.workdir.name}: {name}", sys.stderr)
+                happened[name] += 1
             pod.wait()
         finally:
             pod.end()
