@@ -259,6 +259,7 @@ class _Run:
         names = ("loss", "nll", "grad_norm", "finite")
         with self.telemetry.clock("device"):
             small = jax.device_get({name: metrics[name] for name in names})
+        self.telemetry.step(step)
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
         self.heartbeat.saved = self.checkpoints.saved
         self.heartbeat.beat("training", step)
