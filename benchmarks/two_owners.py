@@ -80,11 +80,16 @@ def _wait(what, holds):
         time.sleep(0.1)
 
 
+def _saved(disk):
+    """The step of the newest checkpoint, 0 if there is none."""
+    return read_heartbeat(disk / "run").get("saved") or 0
+
+
 def left_behind(work, disk: Path):
     """Makes a folder with the run of a trainer that was killed."""
     disk.mkdir()
     trainer = Trainer(work, "c", disk)
-    _wait("a checkpoint", lambda: (read_heartbeat(disk / "run").get("saved") or 0) > 0)
+    _wait("a checkpoint", lambda: _saved(disk) > 0)
     trainer.end(signal.SIGKILL)
     (file,) = (disk / "run").glob("owner_[0-9]*.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"kernel": "of another machine"}))
@@ -113,8 +118,8 @@ def attempt(work, disk: Path, offset):
             f"is in use by process 1 on {winner}" not in trainers[refused].words()
         ):
             raise Failure(f"{refused} was not refused:\n{words()}")
-        step = read_heartbeat(disk / "run").get("saved") or 0
-        _wait("a later checkpoint", lambda: (read_heartbeat(disk / "run")["saved"] or 0) > step)
+        step = _saved(disk)
+        _wait("a later checkpoint", lambda: _saved(disk) > step)
         if trainers[winner].end(signal.SIGTERM) != 0:
             raise Failure(f"{winner} did not save:\n{words()}")
     finally:
