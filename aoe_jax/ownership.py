@@ -69,6 +69,12 @@ class Owner:
         if found.get("nonce") != self.nonce:
             raise UserError(f"{self._folder} was taken over by {_in_words(found)}")
 
+    def is_in_place(self):
+        """Whether the folder has the file of this process; False on another disk that is mounted
+        there.
+        """
+        return (_read_object(self._claim) or {}).get("nonce") == self.nonce
+
     def _read(self):
         _, found = _newest(self._folder)
         if found is None:

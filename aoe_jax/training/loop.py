@@ -175,11 +175,12 @@ class _Run:
         """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
         with together():
             if self.is_main:
+                self.folder.check_owner()
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 (self.workdir / "summary.json").unlink(missing_ok=True)
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
-        self.heartbeat.writes = self.is_main
+        self.heartbeat.may_write = self.folder.is_in_place
 
     def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
@@ -187,6 +188,7 @@ class _Run:
         # A run that lacks nothing but its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
         with together():
+            self.folder.check_owner()
             given = self.folder.figures, config, self.step, progress.validated, wandb
             self.telemetry = patiently(
                 "metrics.jsonl cannot be opened",
@@ -327,11 +329,7 @@ class _Run:
         self.heartbeat.beat("saving", self.step)
         with self.telemetry.clock("checkpoint"):
             with together():
-                try:
-                    self.folder.check_owner()
-                except UserError:
-                    self.heartbeat.writes = False  # the workdir belongs to another process
-                    raise
+                self.folder.check_owner()
                 patiently("metrics.jsonl cannot be written", self.sync)
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)

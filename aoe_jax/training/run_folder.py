@@ -64,9 +64,17 @@ class RunFolder:
             (self.figures / name).write_bytes((workdir / name).read_bytes())
 
     def check_owner(self):
-        """Raises `UserError` in process 0 if another process has taken the workdir over."""
+        """Checks in process 0 that it still owns the workdir; see `Owner.check`.
+
+        It must come before files are replaced: a disk that was not mounted at the start may have
+        the run of another process.
+        """
         if self._owner:
             self._owner.check()
+
+    def is_in_place(self):
+        """Whether the workdir is that which this process owns, in process 0."""
+        return self._owner is not None and self._owner.is_in_place()
 
     def upload(self):
         """Copies the figures so far to an object store."""
