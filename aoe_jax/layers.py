@@ -124,8 +124,8 @@ class _Experts(nn.Module, kw_only=True):
 
 class AoE(_Experts, kw_only=True):
     """Autonomy-of-Experts (arXiv 2501.13074, Algorithm 2): a mixture of SwiGLU experts without a
-    router. Each expert computes a few activations of every token; their L2 norm is its score, and
-    the `top_k` experts of highest score process the token.
+    router. Each expert computes a few activations of every token; their L2 norm (or largest
+    value, see `score`) is its score, and the `top_k` experts of highest score process the token.
 
         E_i(x) = (SiLU(gate_i(x)) * (x W_up_i)) W_down_i
 
@@ -140,6 +140,7 @@ class AoE(_Experts, kw_only=True):
         itself.
       d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
       score_neurons: None: factorised gates. A number: whole gates, of which this many values score.
+      score: "norm", the paper's, or "max": the largest of the values.
       d_wide: width of an expert with a factorised gate; None: so that it has the parameters of a
         traditional one of width `d_ffn` (Eq. 5).
       round_to: the width of Eq. 5 is rounded to a multiple of this.
@@ -161,6 +162,7 @@ class AoE(_Experts, kw_only=True):
 
     d_low: int | None = None
     score_neurons: int | None = None
+    score: str = "norm"
     d_wide: int | None = None
     round_to: int = 1
 
@@ -176,6 +178,7 @@ class AoE(_Experts, kw_only=True):
             d_ffn=self.d_ffn,
             d_low=d_low if self.d_low is None else self.d_low,
             score_neurons=self.score_neurons,
+            score=self.score,
             d_wide=self.d_wide,
             round_to=self.round_to,
         )
@@ -184,7 +187,8 @@ class AoE(_Experts, kw_only=True):
 class MoE(_Experts, kw_only=True):
     """The traditional mixture of SwiGLU experts (Algorithm 1): a router, `x W_router`, scores them.
 
-    Its attributes are those of `AoE` except `d_low`, `score_neurons`, `d_wide` and `round_to`.
+    Its attributes are those of `AoE` except `d_low`, `score_neurons`, `score`, `d_wide` and
+    `round_to`.
     """
 
     kind: ClassVar[str] = "router"

@@ -67,11 +67,6 @@ LARGE_ROUTER = {
     "w_router_hidden": Parameter("d m", (None, None), matrix_init, decays=True),
     "w_router": Parameter("m n", (None, None), matrix_init, decays=True),
 }
-# By `ExpertsConfig.score`.
-LEARNED_SCORES = {
-    "scaled_norm": {"score_scale": vector("n", ones_init), "score_shift": vector("n", zeros_init)},
-    "offset_norm": {"score_offset": vector("n r", nn.initializers.normal(1.0))},
-}
 
 
 def _attention(axes, split, in_axis, out_axis):

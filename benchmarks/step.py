@@ -36,18 +36,34 @@ MODELS = {
     },
 }
 RANKS = {"tiny": (3,), "deep": (3,), "sparse": (3, 12)}  # d_model / d_low
-# AoE with whole gates; and how the factorised form is balanced: without a loss, from an eighth of
-# the tokens, and as published.
-ARMS = {
-    "whole gates": {"experts": {"score_neurons": 16}, "balance": {"aux_tokens": 0.125}},
+EIGHTH = {"aux_tokens": 0.125}
+WHOLE_GATES = {
+    "norm of 16": {"experts": {"score_neurons": 16}, "balance": EIGHTH},
+    "one neuron": {"experts": {"score_neurons": 1, "score": "max"}, "balance": EIGHTH},
+}
+# How the factorised form is balanced: without a loss, from an eighth of the tokens, as published.
+FACTORISED = {
     "loss-free": {"balance": {"aux_weight": 0.0, "bias_rate": 0.01}},
-    "L_aux of 1/8": {"balance": {"aux_tokens": 0.125}},
+    "L_aux of 1/8": {"balance": EIGHTH},
     "as published": {"experts": {"score_gradient": "dense"}, "balance": {"aux_tokens": 1.0}},
 }
 
 _MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+
+def arms_of(name):
+    """Returns the configurations of the arms of a model by label, the router's first."""
+    router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
+    arms = {"router": router}
+    for arm, changes in WHOLE_GATES.items():
+        arms[f"whole gates, {arm}"] = configuration("aoe", MODELS[name], changes)
+    for rank in RANKS[name]:
+        low = {"experts": {"d_low": round(router.model.d_model / rank)}}
+        for arm, changes in FACTORISED.items():
+            arms[f"r=d/{rank}, {arm}"] = configuration("aoe", MODELS[name], low, changes)
+    return arms
 
 
 def main():
@@ -57,38 +73,30 @@ def main():
     print(machine_in_words())
     figures = []
     for name in _MODELS.value:
-        for rank in RANKS[name]:
-            router = configuration("moe", MODELS[name], {"balance": {"aux_tokens": 1.0}})
-            low = {"experts": {"d_low": round(router.model.d_model / rank)}}
-            configs = {"router": router} | {
-                arm: configuration("aoe", MODELS[name], low, ARMS[arm]) for arm in ARMS
+        configs = arms_of(name)
+        steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
+        seconds, router = medians(steps, _REPEATS.value), configs["router"]
+        for arm, config in configs.items():
+            figure = {
+                "model": name,
+                "arm": arm,
+                "ms": 1e3 * seconds[arm],
+                "tokens_per_second": config.tokens_per_step / seconds[arm],
+                "ratio": seconds[arm] / seconds["router"],
+                "useful_ratio": training_flops_per_token(config) / training_flops_per_token(router),
+                "temp_ratio": steps[arm].memory["temporary_bytes"]
+                / steps["router"].memory["temporary_bytes"],
+                "configuration": dataclasses.asdict(config.experts),
             }
-            steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
-            seconds = medians(steps, _REPEATS.value)
-            for arm, config in configs.items():
-                tokens = config.tokens_per_step
-                figure = {
-                    "model": name,
-                    "d_low": config.experts.d_low if arm != "router" else None,
-                    "arm": arm,
-                    "ms": 1e3 * seconds[arm],
-                    "tokens_per_second": tokens / seconds[arm],
-                    "ratio": seconds[arm] / seconds["router"],
-                    "useful_ratio": training_flops_per_token(config)
-                    / training_flops_per_token(router),
-                    "temp_ratio": steps[arm].memory["temporary_bytes"]
-                    / steps["router"].memory["temporary_bytes"],
-                    "configuration": dataclasses.asdict(config.experts),
-                }
-                figures.append(figure)
-                print(
-                    f"{name:>6} d_low=d/{rank:<2} {arm:>12}: {figure['ms']:7.0f} ms, "
-                    f"{figure['tokens_per_second']:7,.0f} tokens/s, {figure['ratio']:.3f}x router "
-                    f"(useful FLOPs {figure['useful_ratio']:.3f}x, "
-                    f"over {figure['ratio'] / figure['useful_ratio']:.3f}), "
-                    f"temporary memory {figure['temp_ratio']:.2f}x",
-                    flush=True,
-                )
+            figures.append(figure)
+            print(
+                f"{name:>6} {arm:>23}: {figure['ms']:7.0f} ms, "
+                f"{figure['tokens_per_second']:7,.0f} tokens/s, {figure['ratio']:.3f}x router "
+                f"(useful FLOPs {figure['useful_ratio']:.3f}x, "
+                f"over {figure['ratio'] / figure['useful_ratio']:.3f}), "
+                f"temporary memory {figure['temp_ratio']:.2f}x",
+                flush=True,
+            )
     report(figures, _JSON.value)
 
 

@@ -29,6 +29,7 @@ X = jax.random.normal(jax.random.key(0), (8, 4, D))
 LAYERS = {
     "aoe": AoE(**SIZES, d_wide=16),
     "whole gates": AoE(**SIZES, score_neurons=4),
+    "one neuron": AoE(**SIZES, score_neurons=1, score="max"),
     "moe": MoE(**SIZES),
 }
 
@@ -72,7 +73,12 @@ def reference_layer(kind, w, x):
     if kind == "aoe":
         names = ("w_gate_down", "w_gate_up", "w_up", "w_down")
         return reference.aoe_layer(x, *(w[name] for name in names), top_k=2)
-    scores = x @ w["w_router"] if kind == "moe" else reference.aoe_scores(x, w["w_gate"][..., :4])
+    if kind == "moe":
+        scores = x @ w["w_router"]
+    elif kind == "one neuron":
+        scores = jnp.einsum("td,nd->tn", x, w["w_gate"][..., 0])
+    else:
+        scores = reference.aoe_scores(x, w["w_gate"][..., :4])
     weights = reference.top_k_weights(scores, 2)
     return reference.router_experts(x, weights, w["w_gate"], w["w_up"], w["w_down"])
 
@@ -112,7 +118,7 @@ def test_auxiliary_loss(kind):
     assert value == aux.loss
     assert all(a.shape == () and np.isfinite(a) for a in metrics.values())
     grads = jax.jit(jax.grad(lambda v: layer.apply(v, X)[1].loss))(variables)["params"]
-    scoring = {"aoe": "w_gate_down", "whole gates": "w_gate", "moe": "w_router"}[kind]
+    scoring = {"aoe": "w_gate_down", "moe": "w_router"}.get(kind, "w_gate")
     moved = {name for name, g in grads.items() if jnp.abs(g).max() > 0}
     assert moved == {scoring}
 
@@ -297,6 +303,7 @@ def test_inside_shard_map():
         ({"top_k": 5}, "AoE: top_k=5: must be greater than 0 and at most n_experts=4"),
         ({"d_low": 4, "score_neurons": 2}, "AoE: d_low=4: .* set None with score_neurons=2"),
         ({"d_wide": 4, "score_neurons": 2}, "AoE: d_wide=4: .* set the width with d_ffn"),
+        ({"score": "min"}, "AoE: score='min': choose one of norm, max"),
         ({"transport": "bus"}, "AoE: transport='bus': choose one of ring, all_to_all"),
         ({"aux_weight": -1.0}, "AoE: aux_weight=-1.0: must be at least 0"),
         ({"d_low": D}, f"AoE: d_low={D}: must be smaller than d_model={D}"),

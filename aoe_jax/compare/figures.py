@@ -148,6 +148,21 @@ def loss_curves(curves, styles, axis):
 
 
 @drawn
+def gaps(panels, styles):
+    """Draws `Results.gaps`, frames by size, with a panel for each size."""
+    figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
+    for axes, (size, frame) in zip(rows[:, 0], panels.items(), strict=True):
+        for arm in frame:
+            axes.plot(frame.index, frame[arm], marker="o", markersize=3, **styles[arm])
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_title(size, loc="left")
+        axes.set_ylabel("difference, nats")
+    rows[-1, 0].set_xlabel("training tokens for each active parameter")
+    _legend(figure, max(rows[:, 0], key=lambda axes: len(axes.lines)))
+    return figure
+
+
+@drawn
 def scaling(fitted, styles, xlabel):
     """Draws final losses over sizes: means with standard errors, fits, and their bands.
 
@@ -267,6 +282,24 @@ def through_training(routing, styles, name, ylabel):
     axes.set(xlabel="share of the training, %", ylabel=ylabel)
     if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
         axes.set_ylim(0, 1)
+    _legend(figure, axes)
+    return figure
+
+
+@drawn
+def by_layer(routing, styles, name, ylabel):
+    """Draws a column of `Results.routing` at the end of training, mean over seeds, by layer.
+
+    The rows are of the finished runs of a size.
+    """
+    at_the_end = routing[routing["step"] == routing["step"].max()]
+    arms = [arm for arm in styles if (at_the_end["arm"] == arm).any()]
+    figure, axes = _new_of_arms(len(arms), 2.8)
+    for arm in arms:
+        values = at_the_end[at_the_end["arm"] == arm].groupby("layer")[name].mean()
+        axes.plot(values.index, values, marker="o", markersize=3, **styles[arm])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="layer", ylabel=ylabel)
     _legend(figure, axes)
     return figure
 

@@ -99,6 +99,7 @@ def to_markdown(r: Results, costs, **of_workdir):
         suite=r.suite,
         base=r.suite.baseline,
         compared=[row for row in compared if row[1] != r.suite.baseline and row[2].n],
+        gaps={size: gaps for size in r.sizes if (gaps := r.gaps(size)).size},
         scaling={scale: r.scaling(scale) for scale in SCALES},
         isoflop=[(sizes, found) for sizes in r.isoflop_sizes if (found := r.isoflops(sizes))],
         in_turn=r.finished_runs["timed_in_turn"].any(),

@@ -191,6 +191,27 @@ class Results:
         nlls, others = (self.nlls(size, one, kind, budget) for one in arms)
         return mean(nlls - others)
 
+    def gaps(self, size):
+        """Returns the arms' validation nll minus that of their references during training.
+
+        The rows of the frame are the training tokens for each active parameter of the baseline, its
+        columns the arms, its values means over seeds. It is empty without the baseline.
+        """
+        parameters = self.finished(size, self.suite.baseline)["active_non_embedding"]
+        curves = self.of_finished(self.curves, size)
+        validation = curves[curves["split"] == "validation"]
+        nlls = validation.pivot(index="tokens", columns=["arm", "seed"], values="nll")
+        found = {}
+        for arm in self.arms(size) if len(parameters) else ():
+            to = self.suite.reference(arm)
+            if arm != to and self.difference(size, arm).n:
+                found[arm] = (
+                    (nlls[arm] - nlls[to]).dropna(axis=1, how="all").mean(axis=1, skipna=False)
+                )
+        return pd.DataFrame(
+            {arm: gap.set_axis(gap.index / parameters.iloc[0]) for arm, gap in found.items()}
+        )
+
     def differences(self):
         """Returns the frame of `differences.csv`."""
         rows = []

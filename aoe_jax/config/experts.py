@@ -5,15 +5,9 @@ from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
 
-LEARNED_SCORES = ("scaled_norm", "offset_norm")
-SCORES = ("norm", "max", "relu_norm", *LEARNED_SCORES)
+SCORES = ("norm", "max")
 # Fields of kind="aoe" alone, and their value for other kinds.
-AOE_ONLY_DEFAULTS = {
-    "score_gradient": None,
-    "score_neurons": None,
-    "score": "norm",
-    "gate_trains_scores": True,
-}
+AOE_ONLY_DEFAULTS = {"score_gradient": None, "score_neurons": None, "score": "norm"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +26,6 @@ class ExpertsConfig(Group):
     # gates are whole, and this many of their first pre-activations score.
     score_neurons: int | None = setting(None, above=0, at_most="d_ffn")
     score: str = setting("norm", choices=SCORES)  # aoe: how the activations become a score
-    # aoe with whole gates: False: SwiGLU sends no gradient to the neurons that score.
-    gate_trains_scores: bool = True
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
     # aoe: sparse: only the chosen norms have a gradient, and those of balance.aux_tokens for a
@@ -70,21 +62,9 @@ class ExpertsConfig(Group):
         for field, default in AOE_ONLY_DEFAULTS.items():
             if self.kind != "aoe" and getattr(self, field) != default:
                 self.refuse(field, f"is for experts.kind='aoe'; leave it at {default}")
-        if self.score in LEARNED_SCORES and self.score_gradient == "sparse":
-            self.refuse("score_gradient", f"is not implemented for score={self.score!r}")
-        if not self.gate_trains_scores and self.score_neurons is None:
-            self.refuse("gate_trains_scores", "needs whole gates; set experts.score_neurons")
 
     def check(self, config):
-        d_model, mesh = config.model.d_model, config.mesh
-        if not self.gate_trains_scores and not self.sparse_scoring(config.routing):
-            self.refuse("gate_trains_scores", "needs experts.score_gradient='sparse'")
-        if max(mesh.fsdp, mesh.expert, mesh.tensor) > 1:
-            wanted = "is implemented for one device and for mesh.data"
-            if self.score in LEARNED_SCORES:
-                self.refuse("score", wanted)
-            if not self.gate_trains_scores:
-                self.refuse("gate_trains_scores", wanted)
+        d_model = config.model.d_model
         if self.score_gradient == "sparse" and not config.routing.choice(self).is_normalised:
             self.refuse(
                 "score_gradient",
@@ -103,7 +83,7 @@ class ExpertsConfig(Group):
 
     def sparse_scoring(self, routing):
         """Whether AoE scores without a gradient and computes the chosen norms again."""
-        if self.kind != "aoe" or self.score in LEARNED_SCORES:
+        if self.kind != "aoe":
             return False
         default = "sparse" if routing.choice(self).is_normalised else "dense"
         return (self.score_gradient or default) == "sparse"

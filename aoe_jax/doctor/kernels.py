@@ -283,8 +283,7 @@ def layer_case(config: Config, name):
     """
     c, d, axes = config.mesh, config.model.d_model, config.mesh.shape
     n = min(config.experts.n_experts, max(LAYER_EXPERTS // c.expert, 2) * c.expert)
-    plain_scores = {"score": "norm", "gate_trains_scores": True}
-    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, **plain_scores)
+    experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, score="norm")
     layer = ExpertsLayer(
         experts,
         dtype=config.model.dtype,

@@ -163,7 +163,7 @@ ARCHITECTURES = {
             "attention_bias": "model.attention_bias",
             "lm_head_bias": "model.output_bias",
         },
-        only=_ONLY | {"score": ("norm", "max", "relu_norm"), "clip_qkv": (None,)},
+        only=_ONLY | {"score": ("norm", "max"), "clip_qkv": (None,)},
         constants={"experts.kind": "aoe"},
     ),
 }

@@ -36,7 +36,7 @@ def computed_fields(config: Config):
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
     unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
-    unused |= {"experts.gate_trains_scores", "experts.gradient_sums"}
+    unused.add("experts.gradient_sums")
     settings = dataclasses.fields(routing)
     unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
     if not experts.low_rank and not experts.large_router:

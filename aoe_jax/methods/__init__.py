@@ -21,7 +21,7 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.threshold import Threshold
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
-from aoe_jax.parameters import DECODER, EXPERTS, LARGE_ROUTER, LEARNED_SCORES, ROUTER
+from aoe_jax.parameters import DECODER, EXPERTS, LARGE_ROUTER, ROUTER
 
 ROUTERS = {
     method.name: method
@@ -50,7 +50,5 @@ def declared_parameters():
     experts, of_layers = ExpertsConfig(kind="router"), {}
     for method in (ROUTERS | LAYERS).values():
         of_layers |= method().parameters(experts)
-    for learned in LEARNED_SCORES.values():
-        of_layers |= learned
     of_layers |= LARGE_ROUTER | ROUTER | EXPERTS
     return DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}

@@ -20,7 +20,7 @@ from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
 from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
-from aoe_jax.parameters import LARGE_ROUTER, LEARNED_SCORES, ROUTER, experts_with
+from aoe_jax.parameters import LARGE_ROUTER, ROUTER, experts_with
 from aoe_jax.sharding import AXES, RULES, MeshAxes
 
 
@@ -246,7 +246,7 @@ class ExpertsLayer(nn.Module):
         gate = ("w_gate_down", "w_gate_up") if e.low_rank else ("w_gate",)
         matrices = experts_with(gate)
         if e.kind == "aoe":
-            return matrices | LEARNED_SCORES.get(e.score, {}) | own
+            return matrices | own
         if e.kind != "router":
             return own
         router = LARGE_ROUTER if e.large_router else ROUTER
@@ -274,12 +274,10 @@ class ExpertsLayer(nn.Module):
         """AoE's score of each row by its expert: `gate [R, f]`, `code [R, r]` or None -> `(gate,
         scores [R])`.
         """
-        score, count = SCORES[self.experts.score], self.experts.score_neurons
+        score = SCORES[self.experts.score]
         if code is not None:
             return gate, score(code)
-        gate, code = first_neurons(gate, count)
-        if not self.experts.gate_trains_scores:
-            gate = gate.at[:, :count].set(jax.lax.stop_gradient(code))
+        gate, code = first_neurons(gate, self.experts.score_neurons)
         return gate, devices.from_first(score(code))
 
     def gathered(self, weights, devices):

@@ -6,7 +6,6 @@ An AoE expert is scored by its code: the low-rank activation of a factorised gat
 [n, d, r]` is the matrix of either.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -47,15 +46,12 @@ def aoe_scores(x, weights, layer, ctx):
     whole gates, no code is kept, and the rows compute theirs again.
     """
     w, devices, stride = weights["w_score"], ctx.devices, layer.balance.aux_stride
-    score = SCORES.get(layer.experts.score)
+    score = SCORES[layer.experts.score]
     if layer.sparse_scoring:
         if not layer.balance.has_loss:
             x, w = jax.lax.stop_gradient((x, w))
         both = devices.score(partial(sparse_scores, score=score, stride=stride), x, w)
         return Scores(*(checkpoint_name(scores, KEPT_ROUTING) for scores in both))
-    if layer.experts.score in LEARNED_SCORES:
-        learned = LEARNED_SCORES[layer.experts.score]
-        return Scores.of(learned(codes_of_all(x, w.astype(x.dtype)), weights), stride)
     if not layer.keeps_code(devices):
         (values,) = devices.score(lambda x, w: (scores_of_all(score, x, w),), x, w)
         return Scores.of(values, stride)
@@ -144,27 +140,8 @@ def largest(c):
     return c.astype(jnp.promote_types(c.dtype, jnp.float32)).max(axis=-1)
 
 
-def rectified_norms(c):
-    """`sqrt(2) ||relu(c)||`, which starts with the size of `activation_norms`."""
-    return math.sqrt(2) * activation_norms(jax.nn.relu(c))
-
-
-def scaled_norms(c, weights):
-    """`a_i ||c_i|| - b_i` with learned a and b: `[..., n, r]` -> `[..., n]`."""
-    return activation_norms(c) * weights["score_scale"] - weights["score_shift"]
-
-
-def offset_norms(c, weights):
-    """`||c_i + o_i||` with a learned o: a norm that contains a linear router, since its square is
-    `||c||^2 + 2 c . o + ||o||^2`.
-    """
-    return activation_norms(c + weights["score_offset"].astype(c.dtype))
-
-
 # `ExpertsConfig.score`: from a code to its score.
-SCORES = {"norm": activation_norms, "max": largest, "relu_norm": rectified_norms}
-# With parameters of their own, by name.
-LEARNED_SCORES = {"scaled_norm": scaled_norms, "offset_norm": offset_norms}
+SCORES = {"norm": activation_norms, "max": largest}
 
 
 def scores_of_all(score, x, w_score):

@@ -1,10 +1,15 @@
-"""Which AoE is worth its cost: a screening at the middle size of `small.py`, seven core-hours:
+"""Which AoE is worth its cost: a screening at the middle size of `small.py`, five core-hours:
 `--suite=configs/compare/screen.py`.
 
 Names say how an arm's experts are scored: by their low-rank activation (`d3`, the paper), or by
 `score_neurons` gate pre-activations of whole gates (`whole16`: 16). All arms have L_aux and the
 learning rate that `small.py` gives MoE and AoE at this size. What AoE is offered (another rate for
 what scores, a longer warm-up) the MoE is offered too.
+
+The report in `results/screen` has four more arms: the norm of rectified activations (`relu_norm`),
+norms with a learned scale and shift or a learned offset for each expert (`scaled_norm`,
+`offset_norm`), and gates that send no gradient to the neurons that score. None lowered the loss, so
+these options were removed; commit f86e4c6 has them.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
@@ -45,10 +50,6 @@ def get_suite():
             "aoe_whole96": whole_aoe(96, "aux"),
             "aoe_whole1_max": whole_aoe(1, "aux", "max"),
             "aoe_whole16_max": whole_aoe(16, "aux", "max"),
-            "aoe_whole16_relu": whole_aoe(16, "aux", "relu_norm"),
-            "aoe_whole16_scaled": whole_aoe(16, "aux", "scaled_norm"),
-            "aoe_whole16_offset": whole_aoe(16, "aux", "offset_norm"),
-            "aoe_whole16_apart": varied(whole, experts={"gate_trains_scores": False}),
             "aoe_d3_max": varied(published, experts={"score": "max"}),
             **with_rates("moe", router),
             **with_rates("aoe_d3", published),

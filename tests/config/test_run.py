@@ -79,16 +79,6 @@ BAD = {
     "experts.score_neurons=600": ("experts", {"score_neurons": 600}, "experts.d_ffn=512"),
     "experts.score_neurons=4": ("experts", {"score_neurons": 4, "kind": "router"}, "kind='aoe'"),
     "experts.score='max'": ("experts", {"score": "max", "kind": "router"}, "leave it at norm"),
-    "experts.score_gradient='sparse'": (
-        "experts",
-        {"score": "scaled_norm", "score_gradient": "sparse"},
-        "not implemented for score='scaled_norm'",
-    ),
-    "experts.gate_trains_scores=False": (
-        "experts",
-        {"gate_trains_scores": False},
-        "set experts.score_neurons",
-    ),
     "experts.score='length'": ("experts", {"score": "length"}, "norm, max"),
     "experts.d_wide=99": ("experts", {"d_wide": 99, "kind": "router"}, "d_ffn"),
     "experts.round_to=128": ("experts", {"round_to": 128, "kind": "router"}, "d_ffn"),
@@ -227,19 +217,6 @@ BAD_ROUTING = {
         "experts.d_ffn / mesh.tensor = 8",
     ),
     "experts.score='max'": (router("dynmoe") | {"experts": {"score": "max"}}, "use 'norm'"),
-    "experts.score='scaled_norm'": (
-        {"experts": {"score": "scaled_norm"}, "mesh": {"fsdp": 2}},
-        "for one device and for mesh.data",
-    ),
-    "experts.gate_trains_scores=False": (
-        {"experts": {"score_neurons": 16, "gate_trains_scores": False}, "mesh": {"fsdp": 2}},
-        "for one device and for mesh.data",
-    ),
-    # With the colon of the message: the field has a case above.
-    "experts.gate_trains_scores=False:": (
-        router("top_p") | {"experts": {"score_neurons": 16, "gate_trains_scores": False}},
-        "needs experts.score_gradient='sparse'",
-    ),
     "train.scoring_rate=0.3": (
         {"experts": {"kind": "uoe"}, "train": {"scoring_rate": 0.3}},
         "experts.kind='uoe'; leave it at 1",

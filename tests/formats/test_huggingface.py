@@ -33,14 +33,13 @@ FORMS = {
     "factorised, everything": EVERYTHING,
     "whole": WHOLE | {"model__n_kv_heads": 1, "model__tie_embeddings": False},
     "whole, max": WHOLE | {"experts__score": "max", "experts__top_k": 3},
-    "whole, over all": WHOLE | {"routing__norm_topk_prob": False, "experts__score": "relu_norm"},
+    "whole, over all": WHOLE | {"routing__norm_topk_prob": False},
 }
 # By the fields that the log must name.
 WITHOUT_CLASS = {
     "routing.name='top_p'": {"routing__name": "top_p"},
     "experts.kind='dense'": {"experts__kind": "dense"},
     "model.rope_scale=1.5": {"model__rope_scale": 1.5},
-    "score='scaled_norm'": {"experts__score": "scaled_norm"},
 }
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
 
@@ -166,7 +165,7 @@ def test_a_model_from_a_configuration(tmp_path):
     there = load_there(directory)
     torch.manual_seed(0)
     model = type(there)(there.config)
-    with pytest.raises(ValueError, match="score='median': choose one of norm, max, relu_norm"):
+    with pytest.raises(ValueError, match="score='median': choose one of norm, max"):
         type(there.config)(score="median")
     experts = model.model.layers[0].mlp.experts
     _, scores = experts(torch.randn(500, 32))

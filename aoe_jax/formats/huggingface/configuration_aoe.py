@@ -2,7 +2,7 @@
 
 from transformers import MixtralConfig
 
-SCORES = ("norm", "max", "relu_norm")
+SCORES = ("norm", "max")
 
 
 class AoEConfig(MixtralConfig):

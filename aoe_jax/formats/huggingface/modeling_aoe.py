@@ -6,7 +6,6 @@ it. All but the layer of experts is as in Mixtral, and so are the arguments and 
 loss.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -26,12 +25,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 
 from .configuration_aoe import AoEConfig
 
-norm = partial(torch.linalg.vector_norm, dim=-1)
-SCORES = {
-    "norm": norm,
-    "max": partial(torch.amax, dim=-1),
-    "relu_norm": lambda code: math.sqrt(2) * norm(code.relu()),
-}
+SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torch.amax, dim=-1)}
 
 
 def grouped_mm(rows, weights, sizes):
