@@ -35,7 +35,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         return Path(text).expanduser()
     scheme = match[1]
     known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
-    wanted = f"name a folder, or {known}" if in_store else "it must be on a disk; name a folder"
+    wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
     if scheme not in STORES or not in_store or not str(text).startswith(f"{scheme}://"):
         raise UserError(f"{name}={text}: {wanted}")
     try:
