@@ -65,6 +65,8 @@ class Supervisor:
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
         attempt = idle = 0
+        if self._command == _without(_ONCE, self._command):  # else its files may be moved
+            self._has_begun = not self._is_gone()
         while True:
             attempt += 1
             if self._has_begun and self._is_gone():

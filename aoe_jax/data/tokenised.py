@@ -93,7 +93,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
     if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
         return None
     labels = [source.label for source in data.sources]
-    return _opened(data.sources, dict(zip(labels, map(found.get, identities), strict=True)))
+    return _opened(data.sources, dict(zip(labels, map(found.get, identities), strict=True)), {})
 
 
 def _identity(manifest: dict) -> str:
@@ -103,8 +103,9 @@ def _identity(manifest: dict) -> str:
 
 
 def _opened(
-    sources: Sequence[SourceConfig], directories: Mapping[str, Path], origins: Mapping = {}
+    sources: Sequence[SourceConfig], directories: Mapping[str, Path], origins: Mapping
 ) -> TokenisedCorpus:
+    """The corpora in `directories`; those with an origin are staged from an object store."""
     weights, labels = tuple(source.weight for source in sources), [s.label for s in sources]
     stores = {
         split: {
