@@ -210,6 +210,7 @@ def see_the_same(value, read, what):
     Raises:
       UserError: a process does not see it within a minute, or `--join_timeout`; names `what` was
         written.
+      MachineFault: process 0 does not see it either.
     """
     if jax.process_count() == 1:
         return value
@@ -220,6 +221,8 @@ def see_the_same(value, read, what):
             seen = read() == value
         time.sleep(0 if seen else 0.2)
     blind = [process for process, sees in enumerate(gathered(seen)) if not sees]
+    if 0 in blind:
+        raise MachineFault(f"{what}: what process 0 wrote there is gone; is its disk mounted?")
     if blind:
         raise UserError(
             f"{what}: process {', '.join(map(str, blind))} does not see what process 0 wrote "

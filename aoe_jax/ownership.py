@@ -137,6 +137,8 @@ def _write_or_refuse(folder, flag, write):
     def attempt():
         try:
             return write()
+        except FileNotFoundError as e:  # the folder was there a moment ago
+            raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
         except OSError as e:
             if is_fault(e) and not is_forbidden(e):
                 raise

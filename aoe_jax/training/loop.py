@@ -122,8 +122,7 @@ class _Run:
             check_workdir(workdir, config)
             log_run(config)
             self.checkpoints = Checkpoints(workdir)
-            steps = self.checkpoints.steps()
-            check_history(workdir, steps)
+            steps = self._saved_steps()
             self.step = max(steps, default=0)
             if config.train.init_from and not self.step:
                 check_start(config)
@@ -140,6 +139,18 @@ class _Run:
             )
         profile = profile and traced_of_run(profile, self.step, steps)
         self.traced = profile if self.is_main else range(0)
+
+    def _saved_steps(self):
+        """The steps of all checkpoints; looks again before it says that the run lacks some."""
+        with contextlib.suppress(UserError):
+            return self._saved_steps_at_once()
+        return self._saved_steps_at_once()
+
+    def _saved_steps_at_once(self):
+        self.folder.check_in_place()
+        steps = self.checkpoints.steps()
+        check_history(self.workdir, steps)
+        return steps
 
     def restore(self):
         """Makes the first state: from a checkpoint, from a model, or at random."""
@@ -161,7 +172,7 @@ class _Run:
         self.progress = Progress()
         if self.step:
             self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                abstract, self.data
+                abstract, self.data, self.folder.check_in_place
             )
             log.info("going on from step %d", self.step)
         elif train.init_from:
