@@ -1,7 +1,7 @@
 """Two trainers on one folder: exactly one trains, whenever they start.
 
 `python -m benchmarks.two_owners --workdir=DIR [--tries=50] [--seed=0] [--json=FILE]` starts the
-same run twice, up to three seconds apart, on two hosts as far as processes can see: each has a
+same run twice, at once or up to three seconds apart, on two hosts as far as processes can see: each has a
 name, process numbers and a mount of the folder of its own (`unshare`, which needs root). In every
 second try the folder is that of a trainer on a third host that was killed, so both wait until its
 ownership is stale, and take it over at the same moment. One of the two must be refused with exit
@@ -144,7 +144,8 @@ def race(root: Path, tries, seed, settings=None):
             shutil.copytree(left, disk)
         else:
             disk.mkdir()
-        winner = attempt(work, disk, LONGEST_OFFSET * chance.random() ** 2)
+        offset = chance.choice([0, chance.random()]) * LONGEST_OFFSET
+        winner = attempt(work, disk, offset)
         winners["taken over" if stale else "fresh"].append(winner)
     return {
         kind: {host: hosts.count(host) for host in ("a", "b")} for kind, hosts in winners.items()
