@@ -40,6 +40,7 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
+_TWICE = b"twice"  # what process 0 answers to a number that it has already or does not expect
 _LAST_WORDS = 1.0  # seconds between the agreement to end and the end
 
 
@@ -145,14 +146,19 @@ def _gather(port, deadline):
             "name a free port"
         ) from e
     with server:
-        while len(others) < len(numbers) and time.monotonic() < deadline:
+        while True:
+            _drop_ended(others)
+            if len(others) == len(numbers) or time.monotonic() >= deadline:
+                break
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             with contextlib.suppress(ValueError, OSError):
                 connection, _ = server.accept()
                 connection.settimeout(5)
                 number = int(connection.recv(16))
+                _drop_ended(others)
                 if number in others or number not in numbers:
-                    connection.close()  # without an answer
+                    with connection:
+                        connection.sendall(_TWICE)
                 else:
                     others[number] = connection
         missing = ", ".join(str(number) for number in numbers if number not in others)
@@ -160,6 +166,25 @@ def _gather(port, deadline):
             with connection:
                 connection.sendall(missing.encode() or b"go")
     return missing
+
+
+def _drop_ended(others):
+    """Forgets the processes that have ended while they waited."""
+    for number in [number for number, other in others.items() if _has_hung_up(other)]:
+        others.pop(number).close()
+
+
+def _has_hung_up(connection):
+    """Whether the process at the other end of a connection has ended."""
+    connection.settimeout(0)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(5)
 
 
 def _ask(host, port, deadline):
@@ -172,14 +197,14 @@ def _ask(host, port, deadline):
                 answer = connection.recv(4096)
         except OSError:
             answer = None
-        # While the processes from before end, JAX's service answers there.
-        if answer is None or not re.fullmatch(rb"go|[\d, ]*", answer):
+        twice = "process 0 has another process of this number, or other --processes"
+        require_flag(answer != _TWICE, "process", _PROCESS.value, twice)
+        # Process 0 may end before it answers; and while the processes from before end, JAX's
+        # service answers there.
+        if answer is None or not re.fullmatch(rb"go|[\d, ]+", answer):
             time.sleep(0.2)
             continue
-        answer = answer.decode()
-        twice = "process 0 has another process of this number, or other --processes"
-        require_flag(answer, "process", _PROCESS.value, twice)
-        return answer.removeprefix("go")
+        return answer.decode().removeprefix("go")
     raise MachineFault(
         f"process 0 at --coordinator={_COORDINATOR.value} can't be reached within "
         f"--join_timeout={_JOIN_TIMEOUT.value} s"
