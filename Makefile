@@ -8,11 +8,11 @@ INSTALLED := $(VENV)/.installed
 # The compiler for TPUs that aren't here. It lies apart: where JAX finds it, it looks for a TPU at every start.
 LIBTPU := $(VENV)/libtpu
 
-.PHONY: setup train multiprocess soak test smoke lint
+.PHONY: setup train multiprocess soak test smoke lint docs
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml aoe_jax/commands.ini
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
@@ -63,3 +63,7 @@ smoke: setup $(LIBTPU)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as a site, into site/. Without NO_MKDOCS_2_WARNING the theme advertises its successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -5,10 +5,11 @@ import logging
 import os
 import runpy
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
@@ -18,12 +19,16 @@ from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserErro
 from aoe_jax.paths import parsed_path
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("debug", False, "Show the traceback of a user's mistake.")
+flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
 flags.DEFINE_float(
     "retry_seconds", 60.0, "for how long reads and writes are repeated that disk or network fail"
 )
+flags.DEFINE_bool("help", False, "show this help", short_name="h")
+flags.disclaim_key_flags()  # what functions of this module define belongs to their callers
 
-_NO_CONFIG = "--config is missing; name a configuration file, such as --config=configs/tiny.py"
+_EXAMPLE = "configs/tiny.py of the repository"
+_NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
+_HELP_WIDTH = 100  # columns, like those of the docstrings
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -63,7 +68,10 @@ def define_config_flag():
                 flags.DEFINE_bool(name, None, "")
             else:
                 flags.DEFINE(_FieldParser(kind, type(None) in others), name, None, "")
-    about = "FILE.py or FILE.py:VARIANT, changed by --config.GROUP.FIELD=VALUE"
+    about = (
+        "FILE.py or FILE.py:VARIANT; --config.GROUP.FIELD=VALUE changes a field, such as "
+        f"--config.train.steps=2000; the groups are {', '.join(field_types())}"
+    )
     return flags.DEFINE_string("config", None, about)
 
 
@@ -121,9 +129,11 @@ def call_in_file(flag, file, function, *args):
         with `flag`, such as `--config=FILE`.
     """
     if not Path(file).is_file():
-        example = "configs/tiny.py" if function == "get_config" else "configs/compare/tiny.py"
+        example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
         wanted = f"name a Python file with {function}(), such as {example}"
         raise UserError(f"{flag}: can't be read (no such file); {wanted}")
+    if os.getcwd() not in sys.path:  # as `python -m` has it, and console scripts do not
+        sys.path.append(os.getcwd())
     try:
         found = runpy.run_path(str(file))
         if function not in found:
@@ -163,6 +173,9 @@ def run(main):
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
         _parse(sys.argv)
+        if FLAGS.help:
+            print(_help(main.__module__))
+            sys.exit(0)
         _set_up_logging()
         faults.retry_seconds = FLAGS.retry_seconds
         if not debug:
@@ -200,16 +213,9 @@ def _end_at_once(status, last_line):
 
 
 def _parse(argv):
-    app.define_help_flags()
     absl_logging.set_verbosity(absl_logging.ERROR)
-    for module, found in FLAGS.flags_by_module_dict().items():
-        for flag in found:  # --help lists the key flags of the main module only
-            if not module.startswith("absl.") and not flag.name.startswith("config."):
-                FLAGS.register_key_flag_for_module(argv[0], flag)
     try:
         arguments = FLAGS(argv)
-    except SystemExit:
-        raise SystemExit(0) from None  # absl ends --help with status 1
     except flags.Error as e:
         raise UserError(_flag_mistake(e)) from e
     for name in FLAGS:
@@ -219,6 +225,37 @@ def _parse(argv):
             require_flag(is_name or not misfit(part), name, shown(part), misfit(part))
     if arguments[1:]:
         raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
+
+
+def _help(module):
+    """What the command in a module does, with its flags but those of single fields."""
+    of_modules = FLAGS.flags_by_module_dict()
+    name = sys.argv[0] if module == "__main__" else module  # as absl names it
+    groups = {"flags": of_modules.get(name, [])}
+    if "distributed" in vars(sys.modules[module]):
+        groups["several processes"] = of_modules["aoe_jax.distributed"]
+    groups["all commands"] = of_modules[__name__]
+    parts = [sys.modules[module].__doc__.strip()]
+    for title, found in groups.items():
+        lines = [_flag_help(flag) for flag in found if not flag.name.startswith("config.")]
+        parts += ["\n".join([f"{title}:", *lines])] if lines else []
+    return "\n\n".join(parts)
+
+
+def _flag_help(flag):
+    if flag.boolean:
+        usage = f"--[no]{flag.name}" if flag.default else f"--{flag.name}"
+    else:
+        usage = f"--{flag.name}=..."
+    has_default = flag.default is not False and flag.default not in (None, "", [], [""])
+    default = f" (default: {flag.default_as_str.strip(chr(39))})" if has_default else ""
+    return textwrap.fill(
+        f"{' '.join(flag.help.split())}{default}",
+        _HELP_WIDTH,
+        initial_indent=f"  {usage:<20} ",
+        subsequent_indent=" " * 23,
+        break_on_hyphens=False,
+    )
 
 
 def _flag_mistake(error):

@@ -1,5 +1,6 @@
-"""Turns an MoE into an AoE: `python -m aoe_jax.convert --checkpoint=DIR --output=DIR`, with
-`--score_neurons=S` or `--d_low=R`.
+"""Turns an MoE into an AoE.
+
+    python -m aoe_jax.convert --checkpoint=DIR --output=DIR (--score_neurons=S | --d_low=R)
 
 The router is dropped.
 
@@ -16,6 +17,8 @@ All else stays, and training continues with `train.py --config=configs/finetune.
 `--score_neurons`, or if `--data` is given, the command reports on held-out text the nll before and
 after, and how far the scores agree with the router.
 """
+
+from functools import partial
 
 from absl import flags
 
@@ -63,5 +66,7 @@ def main():
     print(f"{convert_summary(report)}; wrote {output}")
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

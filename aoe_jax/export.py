@@ -1,4 +1,6 @@
-"""Writes the model of a training run: `python -m aoe_jax.export --workdir=DIR --output=DIR`.
+"""Writes the model of a run as safetensors, for transformers.
+
+    python -m aoe_jax.export --workdir=DIR --output=DIR
 
 The result is safetensors and `config.json`, a Mixtral where Mixtral can express the whole model,
 else our own format (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`;
@@ -8,6 +10,7 @@ from it.
 """
 
 import logging
+from functools import partial
 
 from absl import flags
 
@@ -42,5 +45,7 @@ def main():
     log.info("wrote the model of step %d to %s, as %s", model.step, output, values["model_type"])
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

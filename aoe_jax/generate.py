@@ -1,10 +1,13 @@
-"""Continues texts: `python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]`.
+"""Continues texts.
+
+    python -m aoe_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]
 
 The text appears as it is generated. Several prompts are continued together and printed one after
 the other. `--contrast=BETA` is self-contrast, see `evaluation/contrast.py`.
 """
 
 import sys
+from functools import partial
 
 from absl import flags
 
@@ -86,5 +89,7 @@ def main():
     sys.stdout.flush()
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,9 +1,13 @@
-"""Do experts know what they are good at? `python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]`.
+"""Scores a model whose experts choose by themselves, without its router.
+
+    python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
 Drops the router of a model and lets each expert choose by a norm of what it has computed at a node.
 The report has nll, accuracy on tasks, agreement with the router and time, beside the router and a
 random choice: the paper's Tables 1, 6 and 7. Prints a table, writes `probe.json`.
 """
+
+from functools import partial
 
 from absl import flags
 
@@ -55,5 +59,7 @@ def main():
     )
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,14 +1,16 @@
-"""Starts a training command again until it has finished:
-`python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...`.
+"""Starts a training command again until it has finished.
 
-It restarts after a preemption of the command, a hang, a lost process, a fault of the machine and
-anything unforeseen; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. It
-gives up after `--restarts` restarts in a row that saved no new step. While the files of a run that
-has begun are gone, as on a disk that is no longer mounted, it only waits: a start would begin a new
-run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end it. `--start-over`, `--go-back`
-and `--take-over` hold for the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every
-attempt, unless the workdir is in an object store. The exit status is that of the last attempt,
-128 + N if signal N ended it.
+    python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
+
+What follows `--` are arguments of Python, such as `train.py ...` or `-m aoe_jax.train ...`. It is
+started again after a preemption, a hang, a lost process, a fault of the machine and anything
+unforeseen; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
+supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
+a run that has begun are gone, as on a disk that is no longer mounted, it only waits: a start would
+begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end it. `--start-over`,
+`--go-back` and `--take-over` hold for the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line
+for every attempt, unless the workdir is in an object store. The exit status is that of the last
+attempt, 128 + N if signal N ended it.
 """
 
 import contextlib
@@ -151,7 +153,12 @@ def main(command):
     return supervisor.run(_RESTARTS.value, _PAUSE.value)
 
 
-if __name__ == "__main__":
+def command():
+    """Runs `main` with what follows `--` on the command line."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, rest = sys.argv[:at], sys.argv[at + 1 :]
     cli.run(lambda: main(rest))
+
+
+if __name__ == "__main__":
+    command()

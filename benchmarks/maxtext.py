@@ -77,7 +77,7 @@ MODEL = {
 }
 
 
-# The fastest of what was tried: see docs/machines.md.
+# The fastest of what was tried: see docs/plans.md.
 BEST = {"attention": "flash", "num_vocab_tiling": 16, "remat_policy": "minimal_with_context"}
 BEST_XLA_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 

@@ -1,5 +1,4 @@
-"""The table of plans in docs/machines.md: AoE beside its router twin, on machines that are not
-here.
+"""The table of plans in docs/plans.md: AoE beside its router twin, on machines that are not here.
 
 `python -m benchmarks.plans [--rows=NAME,...] [--json=FILE]`, with `libtpu` for TPUs and JAX's CUDA
 wheels for GPUs; minutes a row, of two cores. Each row is `python -m aoe_jax.plan

@@ -52,14 +52,15 @@ OWN_VARIABLES = {"XLA_FLAGS", "PYTEST_CURRENT_TEST", "FAULT"}
 class Forked:
     """A command in a forked process, with the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, requests, command, environment):
+    def __init__(self, requests, command, environment, stderr=None):
         """Sends the request to the server and waits until the process is there."""
         self.args, self.returncode = command, None
         self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._stderr = None if stderr else tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._reports, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            files = [theirs.fileno(), self._stdout.fileno(), self._stderr.fileno()]
+            stderr = stderr or self._stderr
+            files = [theirs.fileno(), self._stdout.fileno(), stderr.fileno()]
             socket.send_fds(requests, [json.dumps([command, environment]).encode()], files)
         self.pid = int(self._reports.recv(32))
 
@@ -74,14 +75,14 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Waits for the end and returns `(stdout, stderr)`."""
+        """Waits for the end and returns `(stdout, stderr)`, None if stderr is another file."""
         self.wait(timeout)
-        written = []
-        for file in (self._stdout, self._stderr):
-            with file:
-                file.seek(0)
-                written.append(file.read())
-        return tuple(written)
+        return self._content(self._stdout), self._stderr and self._content(self._stderr)
+
+    def _content(self, file):
+        with file:
+            file.seek(0)
+            return file.read()
 
     def stderr_so_far(self):
         """What the process has written to stderr."""
@@ -135,21 +136,27 @@ def _server(preload):
     return requests, environment
 
 
-def start(command, forked=True, **variables):
+def start(command, forked=True, stderr=None, **variables):
     """Starts a Python command line, such as `["train.py", ...]`, in the root of the repository.
 
     It becomes a process of its own, not a forked one, if `forked` is false or if `variables` sets
-    more than `OWN_VARIABLES`. Either way it has the methods of `subprocess.Popen`.
+    more than `OWN_VARIABLES`. Either way it has the methods of `subprocess.Popen`. `stderr` is an
+    open file for its stderr.
     """
     environment = os.environ | ENVIRONMENT | variables
     if forked:
         requests, known = _server(environment.get("LD_PRELOAD", ""))
         names = (environment.keys() | known.keys()) - OWN_VARIABLES
         if all(environment.get(name) == known.get(name) for name in names):
-            return Forked(requests, command, environment)
+            return Forked(requests, command, environment, stderr)
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=pipe,
+        stderr=stderr or pipe,
+        text=True,
     )
 
 

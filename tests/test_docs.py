@@ -1,15 +1,56 @@
-"""What the documentation names exists, and its Python code runs."""
+"""What the documentation names exists, its commands parse, and its Python code runs."""
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
+import griffe
 import jax
 import numpy as np
 import pytest
 
+from tests.command_lines import commands_of
+from tests.runs import finish, start
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("results/*.md"))]
+PYTHON = {
+    str(page.relative_to(ROOT)): blocks
+    for page in PAGES
+    if (blocks := re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
+
+
+def commands_of_all_pages():
+    """`{program: its lines of arguments}`."""
+    found = {}
+    for page in PAGES:
+        for program, arguments in commands_of(page.read_text()):
+            found.setdefault(program, set()).add(arguments)
+    del found["benchmarks.NAME"]
+    return {program: sorted(lines) for program, lines in found.items()}
+
+
+COMMANDS = commands_of_all_pages()
+FIELDS = """
+class Group:
+    one: int = 1  # behind it
+    # Above it,
+    # in two lines.
+    two: int = 2
+
+    three: int = 3
+    four: int = 4
+    'Its own.'
+"""
+
+
+def links_of(page):
+    """The files that a page links to."""
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            yield (page.parent / target).resolve()
 
 
 def test_names_of_the_walk_exist():
@@ -28,30 +69,72 @@ def test_names_of_the_walk_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_resolve(page):
-    for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    """`make docs` also checks anchors."""
+    for target in links_of(page):
+        assert target.exists(), target
+
+
+def test_every_page_is_two_clicks_from_the_readme():
+    near = {ROOT / "README.md"}
+    for _ in range(2):
+        near |= {target for page in near if page.suffix == ".md" for target in links_of(page)}
+    assert set(PAGES) <= near
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_commands_name_modules_and_files_that_exist(page):
+def test_commands_name_files_that_exist(page):
     text = page.read_text()
-    for module in set(re.findall(r"python -m ([\w.]+)", text)) - {"benchmarks.NAME"}:
-        assert importlib.util.find_spec(module), module
     for file in set(re.findall(r"\bconfigs/[\w/]+\.py", text)):
         assert (ROOT / file).exists(), file
+    for target in re.findall(r"^    make (\w+)|`make (\w+)", text, re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for script in re.findall(r"`(aoe-\w+)", text):
+        assert f"\n{script} = " in (ROOT / "aoe_jax/commands.ini").read_text(), script
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"pip install '(?:\.|aoe_jax)\[(\w+)\]'", text):
+        assert extra in extras["optional-dependencies"], extra
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+@pytest.mark.parametrize("program", COMMANDS)
+def test_commands_parse(program):
+    """By the flags of the program, and a configuration by its own checks; nothing is run."""
+    if not any(COMMANDS[program]):
+        is_there = (ROOT / program).exists() or importlib.util.find_spec(program)
+        assert is_there, program
+        return
+    status, _, stderr = finish(start(["-m", "tests.command_lines", program, *COMMANDS[program]]))
+    assert status == 0, stderr
+
+
+def test_a_wrong_command_does_not_parse():
+    for arguments in ("--workdri=DIR", "--config=configs/tiny.py --config.experts.top_k=9"):
+        command = ["-m", "tests.command_lines", "train.py", "--workdir=DIR", arguments]
+        assert finish(start(command))[0] == 2
+
+
+@pytest.mark.parametrize("page", PYTHON)
 def test_code_runs(page, ragged):
-    """All blocks of a page, one after the other."""
-    blocks, names = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL), {}
-    for block in blocks:
+    """All blocks of a page, one after the other; all arrays that they make are finite."""
+    names = {"__name__": page}
+    for block in PYTHON[page]:
         exec(compile(block, page, "exec"), names)
-    for name in ("y", "loss", "aux", "grads", "products", "attended"):
-        assert page == "README.md" or name in names
-        for a in jax.tree.leaves(names.get(name)):
-            assert np.isfinite(a).all()
+    arrays = [a for a in jax.tree.leaves(list(names.values())) if isinstance(a, jax.Array)]
+    numbers = [a for a in arrays if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)]
+    assert all(np.isfinite(a).all() for a in numbers)
+
+
+def test_comments_document_fields():
+    """In the API reference."""
+    extensions = griffe.load_extensions(ROOT / "docs/comments_as_docstrings.py")
+    with griffe.temporary_visited_module(FIELDS, extensions=extensions) as module:
+        fields = module["Group"].attributes.values()
+        found = {field.name: field.docstring and field.docstring.value for field in fields}
+    assert found == {
+        "one": "behind it",
+        "two": "Above it, in two lines.",
+        "three": None,
+        "four": "Its own.",
+    }
 
 
 def test_readme_is_short():

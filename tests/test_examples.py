@@ -1,14 +1,23 @@
-"""The programs of `examples/`, with fewer steps; and the benchmark on the NNX model."""
+"""The programs and the notebook of `examples/`, with fewer steps; and the benchmark on the NNX
+model.
+"""
+
+from pathlib import Path
 
 import jax
+import nbformat
 import numpy as np
 import pytest
 from flax import nnx
+from nbclient import NotebookClient
 
 from benchmarks.strangers_model import MODELS
 from examples import add_a_method, nnx_model, train_loop, vision
+from tests.forking import ENVIRONMENT
+from tests.hasty import xla_flags
 
 pytestmark = pytest.mark.usefixtures("ragged")
+NOTEBOOK = Path(__file__).parents[1] / "examples/aoe_and_moe.ipynb"
 
 
 def test_train_loop():
@@ -36,3 +45,21 @@ def test_vision():
 def test_add_a_method():
     """About half of the experts are above the mean."""
     assert all(3 < found < 5 for found in add_a_method.experts_per_token().values())
+
+
+def test_notebook(monkeypatch):
+    """It runs, and its figures are those of a run of all cells, in order."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    committed = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert committed == list(range(1, len(committed) + 1))
+    for name, value in (ENVIRONMENT | {"XLA_FLAGS": xla_flags(), "NOTEBOOK_STEPS": "5"}).items():
+        monkeypatch.setenv(name, value)
+    place = {"metadata": {"path": NOTEBOOK.parent}}
+    NotebookClient(notebook, timeout=300, resources=place).execute()
+    figures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", ())
+    ]
+    assert len(figures) == 2

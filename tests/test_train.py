@@ -97,6 +97,7 @@ def test_what_a_run_leaves_behind():
         "tokenizer.json",
         "metrics.jsonl",
         "summary.json",
+        "training.png",
         "tensorboard",
         "checkpoints",
     }

@@ -1,12 +1,17 @@
-"""Runs a suite and reports: `python -m aoe_jax.compare --suite=configs/compare/NAME.py
---workdir=DIR`.
+"""Compares methods: trains a suite of runs and reports.
+
+    python -m aoe_jax.compare --suite=configs/compare/NAME.py --workdir=DIR
 
 Trains the arms x sizes x seeds of the suite, several runs at a time, each on its own core. Finished
 runs are not repeated, so after a stop the same command goes on. `--report` only makes the report
 again: `DIR/report.md`, `DIR/report.html` (one file), CSV files, and the figures as PNG and SVG.
 `--set=GROUP.FIELD=VALUE` changes a setting of all runs.
+
+`python -m aoe_jax.compare.pair` compares two arms of a report, and `python -m aoe_jax.compare.plan`
+plans the runs for an absent machine.
 """
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -62,5 +67,7 @@ def main():
         print(write_report(suite, workdir, command))
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -82,9 +82,14 @@ def _new(height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def _height(n_arms, least):
+    """Returns a height that has space for a legend of the arms."""
+    return max(least, 0.7 + 0.17 * n_arms)
+
+
 def _new_of_arms(n_arms, least_height):
     """Returns a `Figure` with space for a legend of the arms, and its axes."""
-    figure, ((axes,),) = _new(max(least_height, 0.7 + 0.17 * n_arms))
+    figure, ((axes,),) = _new(_height(n_arms, least_height))
     return figure, axes
 
 
@@ -150,7 +155,9 @@ def loss_curves(curves, styles, axis):
 @drawn
 def gaps(panels, styles):
     """Draws `Results.gaps`, frames by size, with a panel for each size."""
-    figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
+    n_arms = max(len(frame.columns) for frame in panels.values())
+    height = _height(n_arms, 0.6 + 1.9 * len(panels))
+    figure, rows = _new(height, len(panels), 1, sharex=True)
     for axes, (size, frame) in zip(rows[:, 0], panels.items(), strict=True):
         for arm in frame:
             axes.plot(frame.index, frame[arm], marker="o", markersize=3, **styles[arm])

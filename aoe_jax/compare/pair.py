@@ -1,4 +1,6 @@
-"""Compares any two arms of a suite: `python -m aoe_jax.compare.pair --results=DIR --arms=ARM,ARM`.
+"""Compares any two arms of a suite.
+
+    python -m aoe_jax.compare.pair --results=DIR --arms=ARM,ARM
 
 DIR has the `runs.csv` of a report, such as `results/small` or the working directory of a suite. The
 table has, for each size, the final validation nll of both arms (nats a token; means and standard

@@ -1,5 +1,6 @@
-"""Plans every arm of a suite for an absent machine: `python -m aoe_jax.compare.plan --suite=FILE
---topology=v5e:4x4 [--sizes=NAME,...] [--set=GROUP.FIELD=VALUE] [--json=FILE]`.
+"""Plans every arm of a suite for an absent machine.
+
+    python -m aoe_jax.compare.plan --suite=FILE --topology=v5e:4x4 [--sizes=NAME,...]
 
 The training step of each arm is compiled by `aoe_jax.plan`, which explains the figures. That takes
 minutes for each arm, on one core. `--set` is the flag of `aoe_jax.compare`, such as

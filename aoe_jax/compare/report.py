@@ -207,7 +207,7 @@ def failed(r: Results, workdir: Path):
     """Lists the runs and measurements that failed, and the runs that diverged."""
     rows = []
     for run in r.runs[r.runs["state"].isin(["failed", "diverged"])].itertuples():
-        why = run.last_line[:200]
+        why = _as_code(run.last_line)
         if run.state == "diverged":
             why = "diverged: its validation nll is not finite"
         log = f"runs/{run.size}/{run.arm}/seed_{run.seed}.log"
@@ -221,8 +221,13 @@ def failed(r: Results, workdir: Path):
         ended = read_json(outcome) if outcome.exists() else {"status": 0}
         if ended["status"]:
             log = str(beside(file, ".log").relative_to(workdir))
-            rows.append({"run": name, "last line": ended["last_line"][:200], "log": log})
+            rows.append({"run": name, "last line": _as_code(ended["last_line"]), "log": log})
     return rows
+
+
+def _as_code(line):
+    """The beginning of a line of a log, whose brackets and pipes are no Markdown."""
+    return "`" + line[:200].replace("`", "'").replace("|", "¦") + "`"
 
 
 def not_in_turn(r: Results):

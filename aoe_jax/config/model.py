@@ -31,6 +31,7 @@ class ModelConfig(Group):
     # slow on CPU; unrolled layers take longer to compile.
     unroll: int = setting(1, above=0)
     # For checkpoints of other projects:
+
     # Heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # of the rotary frequencies

@@ -1,4 +1,6 @@
-"""Makes a token store: `python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR`.
+"""Makes a token store of texts.
+
+    python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR
 
 The input is JSON lines (.jsonl, .ndjson, .json) or plain text (.txt), also with .gz or .zst, or
 Parquet. After a kill or a stop, the same command goes on where it was. `--check` finds damaged
@@ -6,6 +8,7 @@ shards, `--repair` writes them again.
 """
 
 import logging
+from functools import partial
 
 from absl import flags
 
@@ -18,7 +21,7 @@ from aoe_jax.stopping import StopRequests
 log = logging.getLogger("aoe_jax.data.prepare")  # not __name__, which is __main__
 
 _INPUT = flags.DEFINE_multi_string(
-    "input", [], "a glob pattern of files, '**' for folders of any depth; may be repeated"
+    "input", [], "a glob pattern of files, '**' for folders of any depth"
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
@@ -67,5 +70,7 @@ def main():
         log.info("all shards are as they were written")
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,4 +1,6 @@
-"""Examines a machine: `python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]`.
+"""Checks the kernels and measures the speed of this machine.
+
+    python -m aoe_jax.doctor [--config=FILE[:VARIANT]] [--json=FILE]
 
 It prints devices, versions, and each backend with the reason for its choice. It checks each kernel
 and the layers of experts against plain references, values and gradients, at the shapes of the
@@ -13,6 +15,7 @@ do `--distributed` and `--coordinator`. A step has at most 16,384 tokens a devic
 sequence.
 """
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -50,5 +53,7 @@ def main():
     return 0 if report["passed"] else 1
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

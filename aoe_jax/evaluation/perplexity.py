@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.token_store import TokenStore
@@ -15,6 +16,8 @@ from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.sharding import replicated
 from aoe_jax.training.step import sequence_nll
+
+_BAR = {"unit_scale": True, "delay": 2, "mininterval": 1, "leave": False}
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,24 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
     return jax.jit(eval_step, out_shardings=replicated(mesh))
 
 
-def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put):
+def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
     """The `Evaluation` of a split: every token of every source counts once.
 
     `score` is `compile_eval_step` with its parameters and routing state, a function of a batch of
     `batch_size` windows of `seq_len` tokens; `put` moves a host batch to the devices. The stores
-    are those of the split by source.
+    are those of the split by source. `progress` shows a bar if this takes seconds.
     """
-    sources = {}
-    for name, store in stores.items():
-        batches = eval_batches(store, seq_len, batch_size)
-        sources[name] = evaluate_batches(score, batches, put, store.text_bytes)
+    sources, total = {}, sum(len(store) - 1 for store in stores.values())
+    with tqdm(desc="evaluating", total=total, unit="token", **_BAR, disable=not progress) as bar:
+
+        def counted(batches):
+            for batch in batches:
+                yield batch
+                bar.update(int(batch["weights"].sum()))
+
+        for name, store in stores.items():
+            batches = counted(eval_batches(store, seq_len, batch_size))
+            sources[name] = evaluate_batches(score, batches, put, store.text_bytes)
     parts = list(sources.values())
     if len(parts) == 1:
         return parts[0]

@@ -89,7 +89,8 @@ def _report(model, stores, document_mask, name, about, file, picture):
     score = partial(step, model.params, model.routing_state)
     batch_size = config.train.batch_size // config.train.accumulate
     with jax.set_mesh(model.mesh):
-        result = evaluate(score, stores, config.data.seq_len, batch_size, model.put)
+        shape, first = (config.data.seq_len, batch_size), jax.process_index() == 0
+        result = evaluate(score, stores, *shape, model.put, progress=first)
     if not math.isfinite(result.nll):
         raise DivergedError(f"the nll of {name} is {result.nll}: the model has diverged")
     statistics = None if config.experts.kind == "dense" else load_statistics(result.stats)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from aoe_jax.config.run import Config
 from aoe_jax.errors import MachineFault, UserError
@@ -79,7 +80,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
     n_layers = next(a.shape[0] for path, a in shapes.items() if path.startswith("layers/"))
 
     def tensors():
-        for layer in (None, *range(n_layers)):
+        for layer in tqdm((None, *range(n_layers)), "writing", unit="layer", delay=5):
             bounds = {} if layer is None else {"L": (layer, layer + 1)}
             for path, layout in stored.items():
                 if path.startswith("layers/") == bool(bounds):

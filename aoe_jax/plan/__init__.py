@@ -87,6 +87,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         traced = step.trace(state, batch)
         started = time.perf_counter()
         if compiles:
+            log.info("compiling the training step for %d devices", n_devices)
             compiled, memory["total"], text = _compile(traced)
         compile_seconds = time.perf_counter() - started
         if compiled:

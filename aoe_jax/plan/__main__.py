@@ -1,5 +1,6 @@
-"""What a run needs on machines that aren't here: `python -m aoe_jax.plan
---config=FILE[:VARIANT] --topology=v5p:4x4x4`.
+"""Plans a run on absent machines: memory, FLOPs, step time.
+
+    python -m aoe_jax.plan --config=FILE[:VARIANT] --topology=v5p:4x4x4
 
 The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--slices=N]`, with
 `libtpu` from its wheel, or for the GPUs of a node, `--topology=h100:8`, with JAX's CUDA wheels. The
@@ -11,6 +12,7 @@ the nearest first.
 `aoe_jax/plan/__init__.py` says how the figures are computed.
 """
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -44,5 +46,7 @@ def main():
     return 0 if report["fits"] else 3
 
 
+command = partial(cli.run, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

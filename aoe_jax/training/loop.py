@@ -19,10 +19,11 @@ from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
-from aoe_jax.faults import patiently
+from aoe_jax.faults import Tolerated, patiently
 from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.stopping import StopRequests
+from aoe_jax.training.bar import Bar
 from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
 from aoe_jax.training.health import Health, Heartbeat
@@ -43,6 +44,8 @@ from aoe_jax.training.writers import check_wandb
 
 log = logging.getLogger(__name__)
 
+PICTURE = "training.png"
+
 
 def train(
     config: Config,
@@ -55,9 +58,9 @@ def train(
     """Trains, or continues from the newest checkpoint of `workdir`; returns its `summary.json`.
 
     Writes `config.json`, `data.json`, `metrics.jsonl`, `heartbeat.json`, `tensorboard/`,
-    `checkpoints/`, the tokenizer and, at the end, `summary.json`; `profile/`, a trace of the steps
-    `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run that is stopped at
-    any moment and started again ends in the same state, on CPU bit for bit.
+    `checkpoints/`, the tokenizer and, at the end, `summary.json` and `training.png`; `profile/`, a
+    trace of the steps `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run
+    that is stopped at any moment and started again ends in the same state, on CPU bit for bit.
 
     Raises:
       UserError: a mistake of the user, also if `train.steps` is reached already.
@@ -85,6 +88,15 @@ def train(
             with jax.transfer_guard("disallow"):
                 run.take_steps()
             return run.finish()
+
+
+def result(summary):
+    """The result of a run in words, from its `summary.json`."""
+    metrics = summary["metrics"]
+    return (
+        f"step {metrics['step']:,}, {metrics['tokens']:,} tokens, validation nll "
+        f"{metrics['validation_nll']:.4f}, bits per byte {metrics['validation_bits_per_byte']:.4f}"
+    )
 
 
 @contextlib.contextmanager
@@ -193,6 +205,10 @@ class _Run:
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
         self.heartbeat.may_write = self.folder.is_in_place
 
+    def _beat(self, status, step):
+        self.heartbeat.beat(status, step)
+        self.bar.status(status)
+
     def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
         config, train, progress = self.config, self.config.train, self.progress
@@ -201,9 +217,12 @@ class _Run:
         with together():
             self.folder.check_owner()
             given = self.folder.figures, config, self.step, progress.validated, wandb
+            self.bar = Bar(self.step, train.steps, shows=self.is_main)
+            self.held.enter_context(contextlib.closing(self.bar))
+            began, bar = self.heartbeat.began, self.bar
             self.telemetry = patiently(
                 "metrics.jsonl cannot be opened",
-                lambda: Telemetry(*given, writes=self.is_main, began=self.heartbeat.began),
+                lambda: Telemetry(*given, writes=self.is_main, began=began, bar=bar),
             )
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
@@ -214,17 +233,19 @@ class _Run:
         """Compiles the training step; time counts as training from the end of this on."""
         config = self.config
         self.batch = self._next_batch()
-        self.heartbeat.beat("compiling", self.step)
+        self._beat("compiling", self.step)
         with self.telemetry.clock("compile"):
             self.train_step = self.jitted_step.lower(self.state, self.batch).compile()
         decoder = Decoder.from_config(config)
         self.eval_step = compile_eval_step(decoder, config.data.document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
+        self.bar.status("training")
 
     def watched(self):
         """A context that ends a process that hangs."""
         timeout, save = self.config.train.hang_timeout, self.save_from_outside
-        return Watchdog(self.workdir, self.folder, self.heartbeat, self.stop, timeout, save)
+        given = self.workdir, self.folder, self.heartbeat, self.stop, timeout, save
+        return Watchdog(*given, self.bar.close)
 
     def take_steps(self):
         steps, folder = self.config.train.steps, self.folder.figures / "profile"
@@ -275,12 +296,13 @@ class _Run:
         self.telemetry.step(step)
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
         self.heartbeat.saved = self.checkpoints.saved
-        self.heartbeat.beat("training", step)
+        self._beat("training", step)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             metrics = jax.device_get(metrics)
             self.health.load(step, metrics["load"], metrics.get("live"))
             self.telemetry.train(step, metrics)
         self.progress.loss, self.progress.nll = float(small["loss"]), float(small["nll"])
+        self.bar.step(step, self.progress.loss)
         self.progress.skipped_in_row = self.health.skipped_in_row
 
     def _validate_and_save(self):
@@ -322,7 +344,7 @@ class _Run:
         train = self.config.train
 
         def put(batch):
-            self.heartbeat.beat("validating" if self.has_validated else "compiling", self.step)
+            self._beat("validating" if self.has_validated else "compiling", self.step)
             self._stop_if_asked()
             self.has_validated = True
             return sharding.put_batch(self.batch_sharding, batch)
@@ -337,7 +359,7 @@ class _Run:
 
     def save(self, wait=False):
         self._report()  # before, so that a kill loses no line of metrics.jsonl
-        self.heartbeat.beat("saving", self.step)
+        self._beat("saving", self.step)
         with self.telemetry.clock("checkpoint"):
             with together():
                 self.folder.check_owner()
@@ -346,7 +368,7 @@ class _Run:
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
         self.saved_at = time.monotonic()
         self.heartbeat.saved = self.checkpoints.saved
-        self.heartbeat.beat("training", self.step)
+        self._beat("training", self.step)
 
     def sync(self):
         """Waits until the figures so far are safe in the workdir; no checkpoint may be ahead."""
@@ -362,6 +384,14 @@ class _Run:
         self.sync()
         self.checkpoints.save(self.step, self.state, self.position, self.progress, wait=True)
         return True
+
+    def _draw(self, summary):
+        title = f"{self.workdir.absolute().name}: {self.config.experts.kind}, {result(summary)}"
+        with Tolerated(PICTURE):
+            # matplotlib takes half a second to import.
+            from aoe_jax.training.picture import write_picture
+
+            write_picture(self.folder.figures / "metrics.jsonl", self.workdir / PICTURE, title)
 
     def finish(self):
         """Saves the last state and writes `summary.json`, whose content it returns."""
@@ -388,6 +418,7 @@ class _Run:
             path = self.workdir / "summary.json"
             patiently("the figures cannot be written", self.sync)
             patiently(f"{path} cannot be written", lambda: write_json(path, summary))
-        self.heartbeat.beat("finished", self.step)
+            self._draw(summary)
+        self._beat("finished", self.step)
         log.info("done: %s", json.dumps(metrics))
         return summary

@@ -20,6 +20,7 @@ from aoe_jax.counts import training_flops_per_token
 from aoe_jax.faults import Tolerated
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.load_figures import figures_of_layers, load_spread
+from aoe_jax.training.bar import Bar
 from aoe_jax.training.memory import device_memory, host_memory, program_memory
 from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
@@ -69,12 +70,13 @@ class Telemetry:
         wandb=None,
         writes=True,
         began=None,
+        bar: Bar | None = None,
     ):
         """Opens the files of a run that continues after `start_step` updates.
 
         `validated` says whether the validation of that step is done, `wandb` is a project of
         Weights & Biases or None, and `writes` is False in all processes but the first. `began` is
-        the time when the run began for the first time; None: now.
+        the time when the run began for the first time; None: now. `bar` is closed with the files.
         """
         self._began, self._useful = began or time.time(), 0.0
         self._writers, self._tensorboard = [], None
@@ -87,6 +89,9 @@ class Telemetry:
                 self._writers.append(self._tensorboard)
             if wandb is not None:
                 self._writers.append(Wandb(workdir, wandb, config.to_dict()))
+        self._has_bar = bar is not None and bar.shows
+        if self._has_bar:
+            self._writers.append(bar)
         self._tolerated = {writer: Tolerated(writer.name) for writer in self._writers}
         self._config, self._program = config, {}
         self._flops_per_token = training_flops_per_token(config)
@@ -179,9 +184,10 @@ class Telemetry:
         waits = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         steps = self._config.train.steps
         left = timedelta(seconds=round(sum(seconds.values()) / n_steps * (steps - step)))
-        log.info(
+        log.log(
+            logging.DEBUG if self._has_bar else logging.INFO,  # the bar shows the same
             f"step {step}/{steps} | loss {scalars['loss']:.4f} | nll {scalars['nll']:.4f}{balance} "
-            f"| {_speed_in_words(speed)} | {waits} | {left} left"
+            f"| {_speed_in_words(speed)} | {waits} | {left} left",
         )
 
     def _name_slow_processes(self, step, seconds):

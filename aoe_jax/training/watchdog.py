@@ -23,6 +23,7 @@ from aoe_jax.training.run_folder import RunFolder
 
 TERM_SECONDS = 20.0  # from a SIGTERM to the end of a process that does not move
 _WRITE_SECONDS = 15.0  # for files on a disk that may hang, too
+_CLEAR_SECONDS = 1.0  # for the terminal
 _LOOK_SECONDS = 5.0  # for the reports of other processes
 
 
@@ -32,7 +33,8 @@ class Watchdog:
     If it does not move for `timeout` seconds (0: no limit), the process writes the stacks of its
     threads to `workdir/hang/process_N.txt`, says which processes are late, and exits with the
     status of `Hang`. If it does not move for `TERM_SECONDS` after a SIGTERM, the process saves by
-    `save()`, which returns False if there is no consistent state, and exits.
+    `save()`, which returns False if there is no consistent state, and exits. `clear()` comes before
+    what it prints.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Watchdog:
         stop: StopRequests,
         timeout: float,
         save: Callable[[], bool],
+        clear: Callable[[], None],
     ):
         """Takes the workdir as a path and as the folder of the run."""
         self._folder, self._heartbeat, self._stop = workdir / "hang", heartbeat, stop
         self._timeout, self._save, self._run_folder = timeout, save, run_folder
+        self._clear = clear
         self._ended = threading.Event()
 
     def __enter__(self):
@@ -69,6 +73,7 @@ class Watchdog:
                 self._end_terminated()
 
     def _end_hang(self, seconds):
+        _in_time(_CLEAR_SECONDS, self._clear)
         late = _in_time(_WRITE_SECONDS, lambda: self._report(seconds))
         if late is None:  # the disk hangs or fails
             faulthandler.dump_traceback(sys.stderr)
@@ -118,6 +123,7 @@ class Watchdog:
         return steps
 
     def _end_terminated(self):
+        _in_time(_CLEAR_SECONDS, self._clear)
         saved = _in_time(_WRITE_SECONDS, self._save)
         what = "saved" if saved else "nothing new could be saved"
         self._exit(

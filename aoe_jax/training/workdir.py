@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 _FILES = (
     *("config.json", "data.json", "heartbeat.json", "metrics.jsonl", "summary.json", "wandb.json"),
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
+    "training.png",
 )
 
 # Groups and fields that may change when a run continues: they don't affect what it computes, but
@@ -125,7 +126,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
-        names += ["metrics.jsonl.whole", "summary.json"]
+        names += ["metrics.jsonl.whole", "summary.json", "training.png"]
     folder = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S")
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from aoe_jax.compare.report import balance_of
+from aoe_jax.compare.report import balance_of, failed
 from aoe_jax.compare.statistics import exponent, minimum
 from aoe_jax.compare.suite import Arm
 from aoe_jax.counts import parameter_counts
@@ -65,6 +65,14 @@ def test_gaps_during_training_are_paired():
     found.runs.loc[(found.runs["arm"] == "aoe") & (found.runs["seed"] == 1), "state"] = "unfinished"
     assert list(found.gaps("a")["aoe"]) == [0.5, -0.25]
     assert "figures/gaps.png" in markdown(found)
+
+
+def test_the_last_line_of_a_failed_run_is_code(tmp_path):
+    """Brackets of a log would be links in Markdown, and a pipe would end the cell."""
+    found = comparison({"a": TWO["a"]}, lambda run: 1.0)
+    found.runs.loc[0, ["state", "last_line"]] = "failed", "x['a'][1] | `y`"
+    (row,) = failed(found, tmp_path)
+    assert row["last line"] == "`x['a'][1] ¦ 'y'`"
 
 
 def test_what_was_not_timed_in_turn_is_named():

@@ -19,7 +19,7 @@ from tests.moe.contexts import context
 
 @pytest.fixture
 def added(monkeypatch):
-    """The example's router, registered as the README says."""
+    """The example's router, registered as docs/add_a_method.md says."""
     monkeypatch.setitem(ROUTERS, AboveMean.name, AboveMean)
     return AboveMean()
 

@@ -144,7 +144,7 @@ def test_the_mesh_chooses_the_backend():
     lowered.compile()
 
 
-# The meshes of docs/machines.md.
+# The meshes of docs/plans.md.
 MESHES = [
     ("v5e:4x4", 16),
     ("v5e:16x16", 16),

@@ -102,7 +102,7 @@ def test_wandb_offline(tmp_path):
         command = [*train_command(workdir, train__steps=steps, train__eval_every=0), "--wandb=mine"]
         status, stdout, stderr = finish(start(command, WANDB_MODE="offline"))
         assert status == 0, stderr
-        assert stdout == ""
+        assert stdout.startswith("result ") and len(stdout.splitlines()) == 6
     assert [line["step"] for line in read_metrics(workdir)[0][logged:]] == [26, 28]
     identity = json.loads((workdir / "wandb.json").read_text())
     assert identity["project"] == "mine"

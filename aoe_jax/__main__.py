@@ -1,0 +1,27 @@
+"""Lists the commands: `python -m aoe_jax`."""
+
+import ast
+from configparser import ConfigParser
+from pathlib import Path
+
+from tabulate import tabulate
+
+_FOLDER = Path(__file__).parent
+
+
+def commands():
+    """The commands in `commands.ini`: `[(console script, module, what it does)]`."""
+    parser = ConfigParser()
+    parser.read(_FOLDER / "commands.ini")
+    found = []
+    for script, function in parser["console_scripts"].items():
+        module = function.partition(":")[0]
+        file = _FOLDER.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        about = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
+        found.append((script, module.removesuffix(".__main__"), about))
+    return found
+
+
+if __name__ == "__main__":
+    print(tabulate(commands(), ["command", "or python -m", ""], "plain"))
+    print("\nThe --help of a command shows its flags.")

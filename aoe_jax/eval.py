@@ -1,0 +1,68 @@
+"""Evaluates a model on a held-out split, on tasks or on a text.
+
+    python eval.py --workdir=DIR [--tasks=NAME,... | --text=FILE]
+
+By default it is scored on a held-out split, with `--tasks` on tasks of lm-eval. `--text=FILE` shows
+the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
+"""
+
+from functools import partial
+
+from absl import flags
+
+from aoe_jax import cli, distributed
+from aoe_jax.config.checks import require_flag
+from aoe_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a training run, or of a model")
+_SPLIT = flags.DEFINE_string("split", "test", "validation or test, also of speech tasks")
+_STEP = flags.DEFINE_string("step", "newest", "checkpoint: newest, best (nll) or a number of steps")
+_MESH = cli.define_mesh_flag()
+_TASKS = flags.DEFINE_list("tasks", None, "tasks of lm-eval, speeches_cloze and speeches_choice")
+_TEXT = flags.DEFINE_string("text", None, "a text file, or task:NAME for the prompts of a task")
+_FEWSHOT = flags.DEFINE_integer("fewshot", None, "examples in a prompt; default: the paper's", 0)
+_LIMIT = flags.DEFINE_integer("limit", None, "examples of each task, the first; default: all", 1)
+_CORPORA = flags.DEFINE_string("data", None, "corpora, written like data.name; default: the run's")
+_DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, not the hub's data")
+
+
+def main():
+    """Evaluates."""
+    workdir, text = cli.path_of(_WORKDIR, in_store=True), _TEXT.value or ""
+    for flag in (_TASKS, _TEXT):
+        if flag.present and not flag.value:
+            raise UserError(f"--{flag.name}= names nothing; see --help")
+    require_flag(not (_TASKS.value and text), "text", text, "give it without --tasks")
+    uses_tasks = _TASKS.value or text.startswith("task:")
+    for flag in (_FEWSHOT, _LIMIT, _DATA):
+        wanted = "belongs to --tasks or --text=task:NAME"
+        require_flag(uses_tasks or not flag.present, flag.name, flag.value, wanted)
+    wanted = "belongs to the evaluation on a split; leave out --tasks and --text"
+    is_used = not (_TASKS.value or text)
+    require_flag(is_used or not _CORPORA.present, "data", _CORPORA.value, wanted)
+    distributed.start()
+    model = {"step": _STEP.value, "mesh": _MESH.value}
+    settings = {
+        "limit": _LIMIT.value,
+        "fewshot": _FEWSHOT.value,
+        "data": _DATA.value and cli.path_of(_DATA),
+        "split": _SPLIT.value,
+    }
+    if _TASKS.value:
+        from aoe_jax.evaluation.tasks import evaluate_tasks
+
+        evaluate_tasks(workdir, _TASKS.value, **model, **settings)
+    elif text:
+        from aoe_jax.evaluation.run import evaluate_text
+
+        evaluate_text(workdir, text, **model, **settings)
+    else:
+        from aoe_jax.evaluation.run import evaluate_workdir
+
+        evaluate_workdir(workdir, _SPLIT.value, **model, data=_CORPORA.value)
+
+
+command = partial(cli.run, main)
+
+if __name__ == "__main__":
+    command()

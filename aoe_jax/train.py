@@ -1,0 +1,80 @@
+"""Trains a model, or continues a run.
+
+    python train.py --config=FILE[:VARIANT] --workdir=DIR [--config.train.steps=N ...]
+
+The same command continues after whatever stopped it. `--workdir` receives checkpoints, the figures
+`metrics.jsonl`, `summary.json` and the picture `training.png`.
+"""
+
+import shlex
+from functools import partial
+
+from absl import flags
+
+from aoe_jax import cli, distributed
+from aoe_jax.config.checks import require_flag
+from aoe_jax.stopping import StopRequests
+from aoe_jax.training.profile import steps_to_trace
+
+_CONFIG = cli.define_config_flag()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "the directory of the run, which continues from a checkpoint there"
+)
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "STEP:N, trace N steps, beginning with step STEP, into WORKDIR/profile"
+)
+_WANDB = flags.DEFINE_string(
+    "wandb", None, "a project of Weights & Biases that receives the figures too"
+)
+_START_OVER = flags.DEFINE_bool(
+    "start-over", False, "begin anew; the files of the run in WORKDIR are moved to its set_aside/"
+)
+_GO_BACK = flags.DEFINE_integer(
+    "go-back", None, "continue from the checkpoint of this step; newer files are moved too", 1
+)
+_TAKE_OVER = flags.DEFINE_bool(
+    "take-over", False, "do not wait for a sign of life from a process that owns WORKDIR"
+)
+
+
+def main():
+    """Trains."""
+    stop = StopRequests()
+    stop.listen()
+    config = cli.parsed_config(_CONFIG)
+    workdir = cli.path_of(_WORKDIR, in_store=True)
+    profile = steps_to_trace(_PROFILE.value) if _PROFILE.value is not None else range(0)
+    distributed.start()
+    from aoe_jax.training.loop import train  # JAX may start only after `distributed.start`
+    from aoe_jax.training.run_folder import Start
+
+    wanted = "give it without --start-over"
+    require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
+    start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
+    summary = train(config, workdir, stop, profile, _WANDB.value, start)
+    import jax
+
+    if jax.process_index() == 0:
+        print(_closing_words(workdir, summary))
+
+
+def _closing_words(workdir, summary):
+    """The result of a run, its files, and the commands that come next."""
+    from aoe_jax.training.loop import result
+
+    folder, suite = shlex.quote(str(workdir)), "configs/compare/tiny.py"
+    lines = {
+        "result": result(summary),
+        "picture": workdir / "training.png",
+        "files": f"{folder}: summary.json, metrics.jsonl, checkpoints, tensorboard",
+        "evaluate": f"python -m aoe_jax.eval --workdir={folder}",
+        "generate": f"python -m aoe_jax.generate --workdir={folder} --prompt='We the people'",
+        "compare": f"python -m aoe_jax.compare --suite={suite} --workdir=runs/compare_tiny",
+    }
+    return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
+
+
+command = partial(cli.run, main)
+
+if __name__ == "__main__":
+    command()

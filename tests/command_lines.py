@@ -1,0 +1,68 @@
+"""The command lines of the documentation, and a parser that runs none of them:
+
+    python -m tests.command_lines PROGRAM ARGUMENTS ...
+
+where PROGRAM is a module or a file with a command, and each of ARGUMENTS is one line. They are
+parsed with the flags of the program, and configurations are checked. The exit status is 2, with
+a message on stderr, if a line has a mistake.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+
+from absl import flags
+from markdown_it import MarkdownIt
+
+from aoe_jax import cli
+
+_COMMAND = re.compile(r"\bpython (?:-m )?([\w.]+|\w+/\w+\.py)(?= |$|\")([^#|;\"]*)")
+_MADE_FROM_FILES = ("configs/finetune.py", "configs/saved.py")  # of a user
+
+
+def code_of(page):
+    """The lines of code in Markdown: of blocks without a language, and inline."""
+    for token in MarkdownIt().enable("table").parse(page):
+        if token.type == "code_block":
+            yield from token.content.replace("\\\n", " ").splitlines()
+        for child in token.children or ():
+            if child.type == "code_inline":
+                yield child.content
+
+
+def commands_of(page):
+    """The commands in Markdown, `(program, arguments)`; a supervised one counts as two."""
+    for line in code_of(page):
+        for program, arguments in _COMMAND.findall(line):
+            own, _, supervised = arguments.partition(" -- ")
+            yield program, own.strip()
+            if supervised:
+                program, _, arguments = supervised.partition(" ")
+                yield program, arguments.strip()
+
+
+def _values(arguments):
+    """The arguments of a line, without "..." and with a number for each placeholder."""
+    given = [argument for argument in shlex.split(arguments) if "..." not in argument]
+    return [re.sub(r"=[A-Z]+$", "=1", argument) for argument in given]
+
+
+def _parse(lines):
+    for line in lines:
+        cli._parse([sys.argv[0], *_values(line)])
+        config = "config" in flags.FLAGS and flags.FLAGS.config
+        if config and not config.startswith(_MADE_FROM_FILES):
+            cli.parsed_config(flags.FLAGS["config"])
+        for flag in flags.FLAGS:
+            flags.FLAGS[flag].unparse()
+
+
+if __name__ == "__main__":
+    _, program, *lines = sys.argv
+    run, cli.run = cli.run, lambda main: run(lambda: _parse(lines))
+    sys.argv = [program]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
