@@ -43,12 +43,15 @@ multiprocess: setup
 	done; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
 
 # Kills training processes fifty times and asks them to stop twenty times, then disturbs two and four
-# supervised processes a hundred times each; all must end as if nothing had been.
+# supervised processes a hundred times each, and two in an object store; all must end as if nothing
+# had been. Then two trainers start in one folder fifty times.
 SOAK ?= runs/soak
 soak: setup
 	$(BIN)/python -m benchmarks.soak --workdir=$(SOAK) $(ARGS)
 	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/two --events=100
 	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/four --pod_size=4 --events=100
+	$(BIN)/python -m benchmarks.pod_soak --workdir=$(SOAK)/store --store
+	$(BIN)/python -m benchmarks.two_owners --workdir=$(SOAK)/owners
 
 test: setup $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 --dist=worksteal

@@ -108,6 +108,7 @@ def parsed_config(flag, default=None):
 
 def _read_config(name):
     """`{group: {field: value}}` of a configuration file, `FILE.py` or `FILE.py:VARIANT`."""
+    parsed_path(name, "--config")  # not in an object store
     file, _, variant = name.partition(":")
     config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
     if not isinstance(config, ConfigDict):

@@ -1,10 +1,12 @@
 """Starts JAX, also on several processes: a TPU pod, a Slurm job, or processes named one by one."""
 
 import contextlib
+import errno
 import hashlib
 import ipaddress
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -38,6 +40,7 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
+_TWICE = b"twice"  # what process 0 answers to a number that it has already or does not expect
 _LAST_WORDS = 1.0  # seconds between the agreement to end and the end
 
 
@@ -136,20 +139,26 @@ def _gather(port, deadline):
     others, numbers = {}, range(1, _PROCESSES.value)
     try:
         server = socket.create_server((_interface(), port))
-    except OSError as e:
-        raise UserError(
+    except OSError as e:  # what uses the port now may end
+        kind = MachineFault if e.errno == errno.EADDRINUSE else UserError
+        raise kind(
             f"--coordinator={_COORDINATOR.value}: process 0 can't listen there ({e.strerror}); "
             "name a free port"
         ) from e
     with server:
-        while len(others) < len(numbers) and time.monotonic() < deadline:
+        while True:
+            _drop_ended(others)
+            if len(others) == len(numbers) or time.monotonic() >= deadline:
+                break
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             with contextlib.suppress(ValueError, OSError):
                 connection, _ = server.accept()
                 connection.settimeout(5)
                 number = int(connection.recv(16))
+                _drop_ended(others)
                 if number in others or number not in numbers:
-                    connection.close()  # without an answer
+                    with connection:
+                        connection.sendall(_TWICE)
                 else:
                     others[number] = connection
         missing = ", ".join(str(number) for number in numbers if number not in others)
@@ -159,6 +168,25 @@ def _gather(port, deadline):
     return missing
 
 
+def _drop_ended(others):
+    """Forgets the processes that have ended while they waited."""
+    for number in [number for number, other in others.items() if _has_hung_up(other)]:
+        others.pop(number).close()
+
+
+def _has_hung_up(connection):
+    """Whether the process at the other end of a connection has ended."""
+    connection.settimeout(0)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(5)
+
+
 def _ask(host, port, deadline):
     """Other processes: report to process 0, and return the numbers that it misses."""
     while time.monotonic() < deadline:
@@ -166,13 +194,17 @@ def _ask(host, port, deadline):
             with socket.create_connection((host, port), timeout=1) as connection:
                 connection.sendall(str(_PROCESS.value).encode())
                 connection.settimeout(max(deadline - time.monotonic(), 0.01) + 5)
-                answer = connection.recv(4096).decode()
+                answer = connection.recv(4096)
         except OSError:
+            answer = None
+        twice = "process 0 has another process of this number, or other --processes"
+        require_flag(answer != _TWICE, "process", _PROCESS.value, twice)
+        # Process 0 may end before it answers; and while the processes from before end, JAX's
+        # service answers there.
+        if answer is None or not re.fullmatch(rb"go|[\d, ]+", answer):
             time.sleep(0.2)
             continue
-        twice = "process 0 has another process of this number, or other --processes"
-        require_flag(answer, "process", _PROCESS.value, twice)
-        return answer.removeprefix("go")
+        return answer.decode().removeprefix("go")
     raise MachineFault(
         f"process 0 at --coordinator={_COORDINATOR.value} can't be reached within "
         f"--join_timeout={_JOIN_TIMEOUT.value} s"
@@ -203,6 +235,7 @@ def see_the_same(value, read, what):
     Raises:
       UserError: a process does not see it within a minute, or `--join_timeout`; names `what` was
         written.
+      MachineFault: process 0 does not see it either.
     """
     if jax.process_count() == 1:
         return value
@@ -213,6 +246,8 @@ def see_the_same(value, read, what):
             seen = read() == value
         time.sleep(0 if seen else 0.2)
     blind = [process for process, sees in enumerate(gathered(seen)) if not sees]
+    if 0 in blind:
+        raise MachineFault(f"{what}: what process 0 wrote there is gone; is its disk mounted?")
     if blind:
         raise UserError(
             f"{what}: process {', '.join(map(str, blind))} does not see what process 0 wrote "

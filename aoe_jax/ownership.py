@@ -1,17 +1,24 @@
 """One process owns a folder, on any file system: locks of the system hold on one host only.
 
-The owner makes `owner.json` exclusively and rewrites `owner_renewed.json` every `RENEW` seconds,
-whatever else it does. Another process may take a folder over
+The first owner makes `owner_1.json`; a process that takes the folder over from owner N makes the
+file of number N + 1. Each file is made exclusively, and never changed. The owner is the process
+that made the file of the highest number. Its claim counts only if, after it was made, file N is
+still that of the former owner. So two processes never own the folder at once, however long one of
+them is stopped between two of these steps. The owner removes the files of others when it begins,
+and its own when it ends. It rewrites `owner_renewed.json` every `RENEW` seconds, whatever else it
+does. Another process may take a folder over
 
 - at once, if the owner was a process of the same kernel that has ended;
-- if the second file does not change for `STALE` seconds, by the clock of the process that waits;
+- if `owner_renewed.json` does not change for `STALE` seconds, by the clock of the one that waits;
 - without this wait, with `take_over`.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -27,40 +34,60 @@ from aoe_jax.paths import create, is_remote
 log = logging.getLogger(__name__)
 
 RENEW, STALE = 10.0, 60.0  # seconds
-OWN_FILES = OWNER, RENEWED, TAKING = (
-    "owner.json",
-    "owner_renewed.json",
-    "owner_taken_over.json",
-)
+_SECOND_LOOK = 1.0  # seconds
+RENEWED = "owner_renewed.json"
+_CLAIM = re.compile(r"owner_(\d+)\.json")
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file in a folder belongs to its ownership, by its name."""
+    return bool(_CLAIM.fullmatch(name)) or name in (RENEWED, f"{RENEWED}.partial")
 
 
 class Owner:
     """The ownership of a folder by this process, from `owned`."""
 
-    def __init__(self, folder: Path, nonce: int):
-        """Begins to renew the ownership, which `nonce` identifies."""
+    def __init__(self, folder: Path, claim: Path, nonce: int):
+        """Begins to renew the ownership, which the file `claim` with this `nonce` shows."""
         self.nonce = nonce
-        self._folder, self._ended = folder, threading.Event()
+        self._folder, self._claim, self._ended = folder, claim, threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="renews ownership")
         self._thread.start()
 
     def check(self):
-        """Raises `UserError` if another process has taken the folder over."""
-        found = patiently(f"{self._folder / OWNER} cannot be read", self._read)
+        """Checks that the folder is still owned by this process.
+
+        Raises:
+          UserError: another process has taken it over.
+          MachineFault: the folder cannot be read, or its files are gone, as on a disk that is no
+            longer mounted.
+        """
+        found = patiently(f"{self._folder} cannot be read", self._read)
+        if found.get("nonce") != self.nonce:
+            time.sleep(_SECOND_LOOK)  # a claim that does not count is removed at once
+            found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
             raise UserError(f"{self._folder} was taken over by {_in_words(found)}")
 
+    def is_in_place(self):
+        """Whether the folder has the file of this process; False on another disk that is mounted
+        there.
+        """
+        return (_read_object(self._claim) or {}).get("nonce") == self.nonce
+
     def _read(self):
-        return read_owner(self._folder) or {}
+        _, found = _newest(self._folder)
+        if found is None:
+            raise OSError(errno.ESTALE, f"{self._claim.name} is gone; is its disk mounted?")
+        return found
 
     def _renew(self):
         count = 0
         while not self._ended.wait(RENEW):
             with contextlib.suppress(Exception):  # the next try may succeed
-                if self._read().get("nonce") not in (None, self.nonce):
-                    return
-                count += 1
-                write_json(self._folder / RENEWED, {"nonce": self.nonce, "count": count})
+                if self._read().get("nonce") == self.nonce:
+                    count += 1
+                    write_json(self._folder / RENEWED, {"nonce": self.nonce, "count": count})
 
     def release(self):
         """Removes the files, if they are still those of this process."""
@@ -69,7 +96,7 @@ class Owner:
         with contextlib.suppress(Exception):
             if self._read().get("nonce") == self.nonce:
                 (self._folder / RENEWED).unlink(missing_ok=True)
-                (self._folder / OWNER).unlink(missing_ok=True)
+            self._claim.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -82,7 +109,7 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
     """
     is_new = not is_remote(folder) and not folder.exists()
     make_folder(folder, flag)
-    owner = Owner(folder, _acquire(folder, flag, take_over))
+    owner = Owner(folder, *_acquire(folder, flag, take_over))
     try:
         yield owner
     finally:
@@ -110,6 +137,8 @@ def _write_or_refuse(folder, flag, write):
     def attempt():
         try:
             return write()
+        except FileNotFoundError as e:  # the folder was there a moment ago
+            raise OSError(errno.ESTALE, "it is gone; is its disk mounted?") from e
         except OSError as e:
             if is_fault(e) and not is_forbidden(e):
                 raise
@@ -119,8 +148,29 @@ def _write_or_refuse(folder, flag, write):
 
 
 def read_owner(folder: Path) -> dict | None:
-    """The content of `owner.json`; empty if it is not whole, None if the folder has no owner."""
-    return _read_object(folder / OWNER)
+    """What the owner has written into its file; empty if that is not whole, None if the folder has
+    no owner.
+    """
+    return _newest(folder)[1]
+
+
+def _claims(folder):
+    """The files of owners by number; none if there is no folder, as in an empty store."""
+    try:
+        found = [(_CLAIM.fullmatch(path.name), path) for path in folder.iterdir()]
+    except FileNotFoundError:
+        return {}
+    return {int(match[1]): path for match, path in found if match}
+
+
+def _newest(folder):
+    """The number of the owner and the content of its file; `(0, None)` if there is none."""
+    while claims := _claims(folder):
+        number = max(claims)
+        content = _read_object(claims[number])
+        if content is not None:  # else it was removed meanwhile
+            return number, content
+    return 0, None
 
 
 def _read_object(path):
@@ -134,41 +184,34 @@ def _read_object(path):
 
 
 def _acquire(folder, flag, take_over):
-    """Makes `owner.json`; returns its nonce."""
+    """Becomes the owner; returns the file that shows it and its nonce."""
     nonce = secrets.randbits(31) | 1
     ours = {"nonce": nonce, **_this_process(), "time": time.time()}
-    while not _write_or_refuse(folder, flag, lambda: _create(folder / OWNER, ours)):
-        other = _write_or_refuse(folder, flag, lambda: read_owner(folder))
-        if other is None:
-            continue
-        if other.get("nonce") == nonce:  # the file was made, but the answer was lost
-            break
-        if not _has_ended(other):
-            # A file that is not whole yet says nothing about its owner.
-            _wait_until_stale(folder, flag, other, 0 if take_over and other else STALE)
-        if _write_or_refuse(folder, flag, lambda: _replace(folder, other, ours)):
-            log.info(f"{folder} was taken over from {_in_words(other)}")
-            break
-    return nonce
+    while True:
+        number, other = _write_or_refuse(folder, flag, lambda: _newest(folder))
+        if other and not _has_ended(other):
+            _wait_until_stale(folder, flag, other, 0 if take_over else STALE)
+        elif other == {}:  # a file that is not whole yet says nothing about its owner
+            _wait_until_stale(folder, flag, other, STALE)
+        claim = folder / f"owner_{number + 1}.json"
+        if _write_or_refuse(folder, flag, lambda: _take(folder, claim, number, other, ours)):
+            if other is not None:
+                log.info(f"{folder} was taken over from {_in_words(other)}")
+            return claim, nonce
 
 
-def _replace(folder, other, ours):
-    """Replaces the owner file if it is still that of `other`; one process at a time can."""
-    marker = folder / TAKING
-    if not _create(marker, ours):
-        taking = _read_object(marker)
-        if taking is None:
-            return False
-        if _has_ended(taking) or not _changes(STALE, lambda: _read_object(marker)):
-            marker.unlink(missing_ok=True)
+def _take(folder, claim, number, other, ours):
+    """Makes the file of an owner after that of `other`; returns whether it counts."""
+    if not create(claim, json.dumps(ours).encode()) and _read_object(claim) != ours:
+        return False  # where it is ours, the answer of a store was lost
+    claims = _claims(folder)
+    before = _read_object(claims[number]) if number in claims else None
+    if max(claims) != number + 1 or before != other:
+        claim.unlink(missing_ok=True)
         return False
-    try:
-        if _read_object(folder / OWNER) != other:
-            return False
-        write_json(folder / OWNER, ours)
-        return _read_object(folder / OWNER) == ours
-    finally:
-        marker.unlink(missing_ok=True)
+    for older in sorted(claims.keys() - {number + 1}):
+        claims[older].unlink(missing_ok=True)
+    return True
 
 
 def _wait_until_stale(folder, flag, other, seconds):
@@ -183,23 +226,19 @@ def _wait_until_stale(folder, flag, other, seconds):
         log.warning(
             f"{folder} belongs to {_in_words(other)}; it has {seconds:g} s for a sign of life"
         )
-    changes = _changes(seconds, lambda: (read_owner(folder), _read_object(folder / RENEWED)))
-    if changes and read_owner(folder) == other:
-        raise in_use
 
+    def state():
+        return patiently(
+            f"{folder} cannot be read", lambda: (read_owner(folder), _read_object(folder / RENEWED))
+        )
 
-def _changes(seconds, value):
-    """Whether `value()` changes within so many seconds; returns at once when it does."""
-    before, deadline = value(), time.monotonic() + seconds
+    before, deadline = state(), time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(1, seconds / 20))
-        if value() != before:
-            return True
-    return False
-
-
-def _create(path, value):
-    return create(path, json.dumps(value).encode())
+        if (now := state()) != before:
+            if now[0] == other:
+                raise in_use
+            return
 
 
 def _this_process():

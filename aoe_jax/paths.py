@@ -35,7 +35,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         return Path(text).expanduser()
     scheme = match[1]
     known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
-    wanted = f"name a folder, or {known}" if in_store else "it must be on a disk; name a folder"
+    wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
     if scheme not in STORES or not in_store or not str(text).startswith(f"{scheme}://"):
         raise UserError(f"{name}={text}: {wanted}")
     try:
@@ -98,6 +98,23 @@ def move(source, target):
     os.replace(source, target)
 
 
+def put(source: Path, target):
+    """Moves a file on a disk to its place, also in an object store; it appears there whole."""
+    if is_remote(target):
+        file_system(target).put_file(os.fspath(source), os.fspath(target))
+        source.unlink()
+    else:
+        os.replace(source, target)
+
+
+def remove_folder(folder):
+    """Removes a folder with all that is in it, if it exists."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        file_system(folder).rm(os.fspath(folder), recursive=True)
+
+
 def local_copy(folder, cache="~/.cache/aoe_jax"):
     """Returns the folder of a model on a disk: the folder itself, or a copy in `cache`."""
     if not is_remote(folder):
@@ -116,11 +133,13 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
     return target
 
 
-@functools.cache
 def local_file(file) -> Path:
     """Returns a file on a disk: itself, or a copy that lasts as long as this process."""
-    if not is_remote(file) or not file.exists():
-        return file
+    return _temporary_copy(file) if is_remote(file) and file.exists() else file
+
+
+@functools.cache
+def _temporary_copy(file):
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, file.name)

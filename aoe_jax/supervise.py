@@ -5,10 +5,12 @@
 What follows `--` are arguments of Python, such as `train.py ...` or `-m aoe_jax.train ...`. It is
 started again after a preemption, a hang, a lost process, a fault of the machine and anything
 unforeseen; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
-supervisor gives up after `--restarts` restarts in a row that saved no new step. SIGTERM, SIGINT and
-SIGHUP (as SIGTERM) are passed on and end it. `--start-over`, `--go-back` and `--take-over` hold for
-the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is
-in an object store. The exit status is that of the last attempt, 128 + N if signal N ended it.
+supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
+a run that has begun are gone, as on a disk that is no longer mounted, it only waits: a start would
+begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end it. `--start-over`,
+`--go-back` and `--take-over` hold for the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line
+for every attempt, unless the workdir is in an object store. The exit status is that of the last
+attempt, 128 + N if signal N ended it.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ import time
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.errors import DivergedError, Interrupted, UserError
+from aoe_jax.errors import DivergedError, Interrupted, MachineFault, UserError
+from aoe_jax.faults import patiently
 from aoe_jax.paths import is_remote, parsed_path
 
 log = logging.getLogger("aoe_jax.supervise")  # not __name__, which is __main__
@@ -52,6 +55,7 @@ class Supervisor:
         """`command` are arguments of Python, and `workdir` is the directory of their run."""
         self._command, self._workdir = [sys.executable, *command], workdir
         self._process, self._asked_to_stop = None, threading.Event()
+        self._has_begun = False
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
 
@@ -63,13 +67,20 @@ class Supervisor:
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
         attempt = idle = 0
+        if self._command == _without(_ONCE, self._command):  # else its files may be moved
+            self._has_begun = not self._is_gone()
         while True:
             attempt += 1
-            status, steps = self._attempt(attempt)
+            if self._has_begun and self._is_gone():
+                log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
+                status, steps = MachineFault.status, 0
+            else:
+                status, steps = self._attempt(attempt)
+                self._command = _without(_ONCE, self._command)
+                self._has_begun = self._has_begun or not self._is_gone()
             idle = 0 if steps > 0 else idle + 1
             if self._is_over(status) or self._asked_to_stop.is_set():
                 return status
-            self._command = _without(_ONCE, self._command)
             if idle > restarts:
                 log.error(f"gave up: {idle} attempts in a row added no step")
                 return status
@@ -100,9 +111,15 @@ class Supervisor:
         return status, step - first_step
 
     def _heartbeat(self):
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self._workdir / "heartbeat.json").read_text())
+        path = self._workdir / "heartbeat.json"
+        with contextlib.suppress(Exception):  # the next attempt says why it cannot be read
+            return json.loads(patiently(f"{path} cannot be read", path.read_text))
         return {}
+
+    def _is_gone(self):
+        with contextlib.suppress(Exception):
+            return not (self._workdir / "heartbeat.json").exists()
+        return False  # a disk or store that fails shows nothing
 
     def _is_over(self, status):
         return status in _FINAL or (status == 0 and self._heartbeat().get("status") == "finished")

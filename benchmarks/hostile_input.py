@@ -29,7 +29,7 @@ _PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe
 _OPEN = """
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data.tokenised import open_corpus
-open_corpus(DataConfig("text", path="{here}/in", cache="{here}/out"), 1000)
+open_corpus(DataConfig("{name}", path="{{here}}/in", cache="{{here}}/out"), 1000)
 """
 
 
@@ -40,6 +40,29 @@ def long_document(folder: Path):
     with open(folder / "long.txt", "w") as file:
         while file.tell() < 300e6:
             file.write(f"{file.tell()} {speeches[file.tell() % len(speeches)]}\n")
+
+
+def tfds_data_set(folder: Path):
+    """The same documents as a TFDS data set, `long_documents`."""
+    import tensorflow_datasets as tfds
+
+    class LongDocuments(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for file in sorted(texts.iterdir()):
+                yield file.name, {"text": file.read_text()}
+
+    with tempfile.TemporaryDirectory() as made:
+        long_document(texts := Path(made))
+        LongDocuments(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
 def gzip_bomb(folder: Path):
@@ -76,7 +99,16 @@ class Case(NamedTuple):
 
 CASES = {
     "bpe": Case("300 MB document, --tokenizer=bpe:1000", long_document, _PREPARE, 2500, 0),
-    "text": Case("the same, data.name=text", long_document, ["-c", _OPEN], 2500, 0),
+    "text": Case(
+        "the same, data.name=text", long_document, ["-c", _OPEN.format(name="text")], 2500, 0
+    ),
+    "tfds": Case(
+        "the same as a TFDS data set",
+        tfds_data_set,
+        ["-c", _OPEN.format(name="long_documents")],
+        2500,
+        0,
+    ),
     "bomb": Case("gzip bomb of 10 GB", gzip_bomb, _PREPARE, 500, 2),
     "line": Case("line of 10 GB", long_line, _PREPARE, 1500, 2),
     "files": Case("100,000 files", small_files, _PREPARE, 500, 0),

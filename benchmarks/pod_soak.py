@@ -1,18 +1,29 @@
 """A soak test of several processes: whatever happens to them, their supervisors bring the run to
 the same end, without a person.
 
-`python -m benchmarks.pod_soak --workdir=DIR [--pod_size=2] [--events=20] [--seed=0] [--json=FILE]`:
-first the processes train a small model without a disturbance. Then the same run is started over and
-over under `aoe_jax.supervise`, one supervisor for each process, and disturbed at random moments:
-SIGKILL or SIGTERM to one training process or to all of them, or SIGSTOP to one for longer than
-`train.hang_timeout`. A run that reaches its end is compared with the first, bit for bit, as in
-`benchmarks.soak`. The program fails at the first difference, or when a supervisor gives up.
+`python -m benchmarks.pod_soak --workdir=DIR [--pod_size=2] [--events=20] [--store] [--seed=0]
+[--json=FILE]`: first the processes train a small model without a disturbance. Then the same run is
+started over and over under `aoe_jax.supervise`, one supervisor for each process, and disturbed at
+random moments:
+
+- SIGKILL or SIGTERM to one training process or to all of them, or SIGSTOP to one for longer than
+  `train.hang_timeout`;
+- the clock of one host is stepped by up to two hours, forward or back (`tests/stepped_clock.c`);
+- the disk of the run is unmounted for up to 20 s, if this program may mount; with `--store` the run
+  is in an object store instead (`tests/object_store.py`), which answers 503 for up to a minute.
+
+A run that reaches its end is compared with the first, bit for bit, as in `benchmarks.soak`. The
+program fails at the first difference, or when a supervisor gives up.
 """
 
 import collections
 import contextlib
+import ctypes
+import functools
+import mmap
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +37,7 @@ from tqdm import tqdm
 
 from aoe_jax import cli
 from aoe_jax.errors import UserError
+from aoe_jax.paths import is_remote, parsed_path
 from benchmarks.stopped_runs import (
     Failure,
     Soak,
@@ -35,39 +47,61 @@ from benchmarks.stopped_runs import (
     result,
 )
 from benchmarks.timing import report
+from tests.hasty import xla_flags
+from tests.object_store import object_store
 
 HANG_TIMEOUT = 15  # seconds
-EVENTS = {  # the signal, and whether all processes receive it
-    "SIGKILL to one": (signal.SIGKILL, False),
-    "SIGKILL to all": (signal.SIGKILL, True),
-    "SIGTERM to one": (signal.SIGTERM, False),
-    "SIGTERM to all": (signal.SIGTERM, True),
-    "SIGSTOP to one": (signal.SIGSTOP, False),
-}
 LONGEST = 20  # seconds from an event to the next
+LONGEST_STEP = 7200  # seconds that a clock is stepped by
 PATIENCE = 900  # seconds from the last event to the end of a run
+
+
+class Host:
+    """The supervisor of one process of a run, and its clock."""
+
+    def __init__(self, command, log: Path, work: Soak, clock_library):
+        """Starts the supervisor; what it and its process say goes to the file `log`."""
+        self.log, clock = log, {}
+        if clock_library:
+            file = log.with_suffix(".clock")
+            file.write_bytes(bytes(8))
+            with file.open("r+b") as opened:
+                self._clock = ctypes.c_int64.from_buffer(mmap.mmap(opened.fileno(), 8))
+            clock = {"LD_PRELOAD": clock_library, "CLOCK": str(file)}
+        with log.open("w") as stderr:
+            self.supervisor = subprocess.Popen(
+                command, cwd=work.cwd, env=work.environment | clock, stderr=stderr
+            )
+
+    def step_clock(self, seconds):
+        """Shows another time from now on."""
+        self._clock.value = seconds
+
+    def trainer(self):
+        """The training process, a list of one, or none."""
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self.supervisor.pid).children()
+        return []
 
 
 class Pod:
     """The supervised processes of one run."""
 
-    def __init__(self, work: Soak, workdir: Path, processes: int):
-        """Starts the supervisors; what they and their processes say goes to files."""
+    def __init__(self, work: Soak, workdir, processes: int, logs: Path, clock_library=None):
+        """Starts the supervisors, which write to files in `logs`; `build_clock` made the library
+        that `step_clock` needs.
+        """
         self.workdir = workdir
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        flags = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+        flags = [f"--coordinator=localhost:{_free_port()}", f"--processes={processes}"]
         flags += ["--join_timeout=120", "--retry_seconds=5"]
         own = [sys.executable, "-m", "aoe_jax.supervise", "--pause=1", "--restarts=20", "--"]
-        self._logs = [workdir.with_name(f"{workdir.name}_{i}.log") for i in range(processes)]
-        self._supervisors = []
-        for i, log in enumerate(self._logs):
-            command = [*own, *work.command(workdir), *flags, f"--process={i}"]
-            with log.open("w") as file:
-                self._supervisors.append(
-                    subprocess.Popen(command, cwd=work.cwd, env=work.environment, stderr=file)
-                )
+        command = [*own, *work.command(workdir), *flags]
+        self._hosts = [
+            Host(
+                [*command, f"--process={i}"], logs / f"{workdir.name}_{i}.log", work, clock_library
+            )
+            for i in range(processes)
+        ]
 
     def has_ended(self):
         """Whether all supervisors have ended.
@@ -75,28 +109,27 @@ class Pod:
         Raises:
           Failure: one of them gave up.
         """
-        statuses = [supervisor.poll() for supervisor in self._supervisors]
+        statuses = [host.supervisor.poll() for host in self._hosts]
         if any(status for status in statuses if status is not None):
-            words = "\n".join(log.read_text()[-2000:] for log in self._logs)
             self.end()
-            raise Failure(f"supervisors ended with {statuses}:\n{words}")
+            raise Failure(f"supervisors ended with {statuses}:\n{self._words()}")
         return None not in statuses
 
+    def _words(self):
+        return "\n".join(host.log.read_text()[-2000:] for host in self._hosts)
+
     def wait_for_steps(self):
-        """Waits until steps are computed after the last event, or the run has ended."""
-        began, deadline = time.time(), time.monotonic() + PATIENCE
+        """Waits until steps are computed from now on, or the run has ended."""
+        before, deadline = read_heartbeat(self.workdir), time.monotonic() + PATIENCE
         while not self.has_ended() and time.monotonic() < deadline:
             heartbeat = read_heartbeat(self.workdir)
-            if heartbeat.get("time", 0) > began and heartbeat["status"] == "training":
+            if heartbeat != before and heartbeat.get("status") == "training":
                 return
-            time.sleep(0.05)
+            time.sleep(0.5 if is_remote(self.workdir) else 0.05)
 
-    def disturb(self, number, everyone, chance):
+    def send(self, number, everyone, chance):
         """Sends a signal to one training process or to all; a stopped one continues later."""
-        trainers = []
-        for supervisor in self._supervisors:
-            with contextlib.suppress(psutil.Error):
-                trainers += psutil.Process(supervisor.pid).children()
+        trainers = [trainer for host in self._hosts for trainer in host.trainer()]
         if trainers and not everyone:
             trainers = [chance.choice(trainers)]
         for trainer in trainers:
@@ -108,58 +141,163 @@ class Pod:
                 with contextlib.suppress(psutil.Error):
                     trainer.resume()
 
+    def step_clock(self, chance):
+        """Steps the clock of one host."""
+        chance.choice(self._hosts).step_clock(chance.randint(-LONGEST_STEP, LONGEST_STEP))
+
     def wait(self):
         """Waits for the end of the run."""
         deadline = time.monotonic() + PATIENCE
         while not self.has_ended():
             if time.monotonic() > deadline:
-                words = "\n".join(log.read_text()[-2000:] for log in self._logs)
+                words = self._words()
                 self.end()
                 raise Failure(f"{self.workdir} has not ended within {PATIENCE} s:\n{words}")
             time.sleep(0.2)
 
+    def stop(self):
+        """Asks the supervisors to stop, and waits for them."""
+        for host in self._hosts:
+            host.supervisor.terminate()
+        for host in self._hosts:
+            host.supervisor.wait(PATIENCE)
+
     def end(self):
         """Kills everything."""
-        for supervisor in self._supervisors:
+        for host in self._hosts:
             with contextlib.suppress(psutil.Error):
-                for process in psutil.Process(supervisor.pid).children():
+                for process in host.trainer():
                     process.kill()
-            supervisor.kill()
+            host.supervisor.kill()
 
 
-def soak(root: Path, processes, events, seed, settings=None):
+def _free_port():
+    """A port below those that the system gives to connections, so that it stays free."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
+    raise OSError("no port is free")
+
+
+class Disk:
+    """A folder that is mounted, and can vanish for a while."""
+
+    def __init__(self, root: Path):
+        """Mounts `root/disk` as `root/mounted`."""
+        self._disk, self.path = root / "disk", root / "mounted"
+        self._disk.mkdir()
+        self.path.mkdir()
+        self._mount()
+
+    def _mount(self):
+        subprocess.run(["mount", "--bind", self._disk, self.path], check=True)
+
+    def unmount(self):
+        """Unmounts it, also while files on it are open."""
+        subprocess.run(["umount", "--lazy", self.path], check=True)
+
+    def vanish(self, chance):
+        """Unmounts it for a while."""
+        self.unmount()
+        time.sleep(20 * chance.random())
+        self._mount()
+
+
+def _can_mount():
+    return hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("mount"))
+
+
+@contextlib.contextmanager
+def _place(root: Path, in_store, chance):
+    """Yields the folder of the runs, and by name the event that only this kind of place has."""
+    if in_store:
+        with object_store() as store:
+            os.environ.update(store.variables)
+
+            def fail():
+                store.fails_until = time.monotonic() + 60 * chance.random()
+
+            yield parsed_path("gs://bucket/runs", "--workdir", in_store=True), {"503": fail}
+    elif _can_mount():
+        disk = Disk(root)
+        try:
+            yield disk.path, {"disk vanishes": functools.partial(disk.vanish, chance)}
+        finally:
+            disk.unmount()
+    else:
+        yield root, {}
+
+
+def soak(root: Path, processes, events, seed, settings=None, in_store=False):
     """Disturbs runs `events` times; returns what happened.
 
     Raises:
       Failure: a run ends in another state, or does not end.
     """
-    chance = random.Random(seed)
+    chance, began = random.Random(seed), time.monotonic()
     work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | (settings or {}))
-    whole = Pod(work, root / "whole", processes)
-    whole.wait()
-    wanted = result(whole.workdir)
-    happened, runs = collections.Counter(), []
-    pod = Pod(work, root / "run_0", processes)
-    for _ in tqdm(range(events), desc="events", unit="event"):
-        if chance.random() < 0.5:  # in a step or a save, else wherever the processes are by then
-            pod.wait_for_steps()
-        time.sleep(LONGEST * chance.random())
-        if pod.has_ended():
-            compare(pod.workdir, wanted)
-            runs.append(pod.workdir)
-            pod = Pod(work, root / f"run_{len(runs)}", processes)
-            time.sleep(LONGEST * chance.random())
-        name = chance.choice([*EVENTS])
-        pod.disturb(*EVENTS[name], chance)
-        happened[name] += 1
-    pod.wait()
-    compare(pod.workdir, wanted)
-    check_checkpoints(pod.workdir)
+    clock_library = build_clock(root)
+    with _place(root, in_store, chance) as (folder, of_place):
+
+        def start(name):
+            return Pod(work, folder / name, processes, root, clock_library)
+
+        pod = start("whole")
+        pod.wait()
+        wanted = result(pod.workdir)
+        happened, runs = collections.Counter(), 0
+        pod = start("run_0")
+        try:
+            for _ in tqdm(range(events), desc="events", unit="event"):
+                if chance.random() < 0.5:  # in a step or a save, else wherever they are by then
+                    pod.wait_for_steps()
+                time.sleep(LONGEST * chance.random())
+                if pod.has_ended():
+                    compare(pod.workdir, wanted)
+                    runs += 1
+                    pod = start(f"run_{runs}")
+                    time.sleep(LONGEST * chance.random())
+                name = _disturb(pod, of_place, chance)
+                tqdm.write(f"{time.strftime('%H:%M:%S')} {pod.workdir.name}: {name}", sys.stderr)
+                happened[name] += 1
+            pod.wait()
+        finally:
+            pod.end()
+        compare(pod.workdir, wanted)
+        check_checkpoints(pod.workdir)
     return {
         "processes": processes,
-        "runs_finished": len(runs) + 1,
+        "runs_finished": runs + 1,
         "events": dict(sorted(happened.items())),
+        "seconds": time.monotonic() - began,
     }
+
+
+def _disturb(pod, of_place, chance):
+    """Lets one thing happen; returns its name."""
+    events = {
+        f"{number.name} to {'all' if everyone else 'one'}": functools.partial(
+            pod.send, number, everyone, chance
+        )
+        for number, everyone in (
+            (signal.SIGKILL, False),
+            (signal.SIGKILL, True),
+            (signal.SIGTERM, False),
+            (signal.SIGTERM, True),
+            (signal.SIGSTOP, False),
+        )
+    }
+    events |= {"clock is stepped": functools.partial(pod.step_clock, chance)} | of_place
+    name = chance.choice([*events])
+    events[name]()
+    return name
+
+
+def build_clock(folder: Path) -> str:
+    """Compiles `tests/stepped_clock.c`; returns the library."""
+    library, source = folder / "stepped_clock.so", Soak.cwd / "tests" / "stepped_clock.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return str(library)
 
 
 def main():
@@ -168,10 +306,11 @@ def main():
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")
     given = flags.FLAGS
-    figures = soak(root, given.pod_size, given.events, given.seed)
+    figures = soak(root, given.pod_size, given.events, given.seed, in_store=given.store)
     print(
         f"{sum(figures['events'].values())} events in {figures['runs_finished']} run(s) of "
-        f"{figures['processes']} processes: all ended bit for bit as the run without events"
+        f"{figures['processes']} processes, {figures['seconds']:.0f} s: all ended bit for bit as "
+        "the run without events"
     )
     for what, count in figures["events"].items():
         print(f"{count:4d}  {what}")
@@ -179,10 +318,11 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    os.environ.setdefault("XLA_FLAGS", xla_flags())
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("pod_size", 2, "processes of a run", lower_bound=2)
     flags.DEFINE_integer("events", 20, "how often something happens to a run", lower_bound=1)
+    flags.DEFINE_bool("store", False, "keep the runs in an object store of this program")
     flags.DEFINE_integer("seed", 0, "of the events and their moments")
     flags.DEFINE_string("json", None, "a file for the figures")
     cli.run(main)

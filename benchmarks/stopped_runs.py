@@ -1,6 +1,7 @@
 """Runs that signals stop at random moments, compared with a run without a break; see `soak.py`."""
 
 import collections
+import contextlib
 import json
 import os
 import random
@@ -138,9 +139,10 @@ def _names(folder):
 
 
 def read_heartbeat(workdir):
-    """The content of `heartbeat.json`, empty if there is none."""
-    path = workdir / "heartbeat.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The content of `heartbeat.json`, empty if it cannot be read."""
+    with contextlib.suppress(Exception):  # each client of a store has exceptions of its own
+        return json.loads((workdir / "heartbeat.json").read_text())
+    return {}
 
 
 def check_checkpoints(workdir):

@@ -335,6 +335,36 @@ def test_history_is_not_erased(tmp_path):
     assert len([*(workdir / "set_aside").iterdir()]) == 2
 
 
+# Its workdir is on a disk that is mounted only after the checks.
+LATE_DISK = """
+import os, time
+import train
+from aoe_jax import cli
+from aoe_jax.training import health, loop
+method = loop._Run.{before}
+def late(*arguments):
+    if not os.path.exists({hidden!r}):
+        os.rename({workdir!r}, {hidden!r})
+        os.rename({disk!r}, {workdir!r})
+    return method(*arguments)
+loop._Run.{before} = late
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("before", ["claim_workdir", "open", "save"])
+def test_a_disk_that_is_mounted_after_the_start(tmp_path, before):
+    """A run that began without it changes nothing of the run that is there."""
+    disk, workdir = tmp_path / "disk", tmp_path / "run"
+    wanted = contents(shutil.copytree(finished_run(), disk))
+    code = LATE_DISK.format(
+        before=before, hidden=str(tmp_path / "hidden"), disk=str(disk), workdir=str(workdir)
+    )
+    status, _, stderr = run([*patched(code, workdir), "--retry_seconds=0.1"])
+    assert status == 5 and "owner_1.json is gone; is its disk mounted?" in last_line(stderr)
+    assert contents(workdir) == wanted
+
+
 def test_saves_by_the_clock_and_repeated_steps(tmp_path):
     """Both change nothing of what is computed."""
     changes = {"checkpoint__every": 100, "checkpoint__every_minutes": 1e-6, "checkpoint__keep": 99}

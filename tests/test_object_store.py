@@ -1,18 +1,38 @@
 """Runs and models in an object store: a server on this machine."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import fsspec
 import pytest
 
 from aoe_jax import faults, ownership
+from aoe_jax.config.data import DataConfig
+from aoe_jax.data.preparation import Settings, check, prepare, repair
+from aoe_jax.data.token_store import TokenStore
+from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.ownership import OWNER, owned
+from aoe_jax.ownership import is_own_file, owned, read_owner
 from aoe_jax.paths import Mirror, create, local_copy, move, parsed_path
+from tests import forking
+from tests.hasty import xla_flags
 from tests.object_store import object_store
-from tests.runs import EVERY, STEPS, finish, finished_run, same_end, start, train_command
+from tests.runs import (
+    EVERY,
+    ROOT,
+    contents,
+    corpus_folder,
+    finish,
+    finished_run,
+    same_end,
+    settings,
+    start,
+    train_command,
+)
 from tests.test_faults import last_line
 
 
@@ -52,7 +72,7 @@ def test_what_is_a_path():
     ):
         with pytest.raises(UserError, match=words):
             parsed_path(text, "--workdir", in_store=True)
-    with pytest.raises(UserError, match="--output=gs://b/x: it must be on a disk; name a folder"):
+    with pytest.raises(UserError, match="--output=gs://b/x: it must be on a disk"):
         parsed_path("gs://b/x", "--output")
     assert "~" not in str(parsed_path("~/runs", "--workdir"))
 
@@ -81,9 +101,9 @@ def test_one_owner(folder, monkeypatch):
         owner.check()
         with pytest.raises(UserError, match="is in use by"), owned(folder, "workdir"):
             pass
-    assert not (folder / OWNER).exists()
+    assert read_owner(folder) is None
     elsewhere = {"nonce": 7, "host": "tpu-3", "pid": 11, "started": 1, "kernel": "other", "time": 0}
-    (folder / OWNER).write_text(json.dumps(elsewhere))
+    (folder / "owner_1.json").write_text(json.dumps(elsewhere))
     with owned(folder, "workdir") as owner:
         owner.check()
 
@@ -95,8 +115,37 @@ def test_a_store_that_fails_for_a_while(folder, store, monkeypatch):
     assert store.failed
 
 
+def test_a_prepared_corpus(folder, store, tmp_path):
+    """The same shards as on a disk; each is copied when it is read, and checked."""
+    settings = Settings("bpe:300", validation=0.2, test=0.2)
+    texts, local = [f"{corpus_folder()}/*.txt"], tmp_path / folder.name
+    for output in (folder, local):
+        prepare(texts, settings, output, 1)
+    found, wanted = contents(fetched(folder, tmp_path / "fetched")), contents(local)
+    assert found == wanted and "manifest.json" in found
+    prepare(texts, settings, folder, 1)  # it is complete
+    assert check(folder) == []
+
+    data = DataConfig(name=f"prepared@{folder}", cache=str(tmp_path / "cache"))
+    corpus, tokens = open_corpus(data, 300), TokenStore(local, "train")
+    assert corpus.identities == open_corpus(DataConfig(name=f"prepared@{local}"), 300).identities
+    assert not [*tmp_path.glob("cache/staged/*/*.array_record")]
+    assert (corpus.train[folder.name].read(5, 50) == tokens.read(5, 50)).all()
+    (name,) = (path.name for path in tmp_path.glob("cache/staged/*/*.array_record"))
+    assert name.startswith("train-")
+
+    (name,) = (name for name in store.objects if name.startswith(f"{folder.name}/validation"))
+    content, generation = store.objects[name]
+    store.objects[name] = content[:-1] + b"x", generation
+    with pytest.raises(UserError, match=r"validation.* has another hash .* --repair --output=gs:"):
+        corpus.validation[folder.name].read(0, 9)
+    assert repair(folder, 1) == [name.rpartition("/")[2]]
+    assert store.objects[name][0] == content
+    assert len(corpus.validation[folder.name].read(0, 9)) == 9
+
+
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
-    """Also while the store answers 503; then the model is evaluated, exported and read."""
+    """Also while the store answers 503."""
     command = train_command(folder)
     process = start(command, forked=False, **store.variables)
     prefix = f"{folder}".removeprefix("gs://bucket/")
@@ -116,20 +165,31 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     assert store.failed > failed  # the clients of the store have tried again
     assert status == 0 and "going on from step" in stderr, stderr
     assert same_end(fetched(folder, tmp_path / "run"), finished_run())
-    assert not {OWNER, "owner_renewed.json"} & names(store, folder)
+    assert not [name for name in names(store, folder) if is_own_file(name)]
 
-    status, _, stderr = run(store, "eval.py", f"--workdir={folder}", "--split=validation")
-    assert status == 0, stderr
-    model = folder.parent / "model"
-    status, _, stderr = run(
-        store, "-m", "aoe_jax.export", f"--workdir={folder}", f"--output={model}"
+
+def test_everything_in_a_store(folder, store, tmp_path):
+    """The script for users: prepare, train, stop, go on, evaluate, export, generate."""
+    fields = settings(data__name=None, data__path=None, data__cache=tmp_path, train__steps=400)
+    fields |= {"train.log_every": 20, "train.eval_every": 0, "checkpoint.every": 200}
+    changes = [f"--config.{name}={value}" for name, value in fields.items() if value is not None]
+    script = subprocess.run(
+        ["examples/object_store.sh", str(folder), f"{corpus_folder()}/*.txt", *changes],
+        cwd=ROOT,
+        env=os.environ
+        | forking.ENVIRONMENT
+        | store.variables
+        | {"XLA_FLAGS": xla_flags(), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
     )
-    assert status == 0, stderr
-    status, _, stderr = run(store, "eval.py", f"--workdir={model}", "--split=validation")
-    assert status == 0, stderr
-    reports = [json.loads((path / "eval.json").read_text()) for path in (folder, model)]
-    assert reports[0] == reports[1] and reports[0]["step"] == STEPS
+    assert script.returncode == 0, script.stderr
+    assert "preempted: saved at step" in script.stdout and "going on from step" in script.stderr
+    assert "the state" in script.stdout.splitlines()[-1]
+    reports = [json.loads((folder / name / "eval.json").read_text()) for name in ("run", "model")]
+    assert reports[0] == reports[1] and reports[0]["step"] == 400
     status, _, stderr = run(
-        store, "-m", "aoe_jax.export", f"--workdir={folder}", f"--output={model}"
+        store, "-m", "aoe_jax.export", f"--workdir={folder}/run", f"--output={folder}/model"
     )
-    assert status == 2 and f"--output={model} exists already" in last_line(stderr)
+    assert status == 2 and f"--output={folder}/model exists already" in last_line(stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"staged"}

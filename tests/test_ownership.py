@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from aoe_jax import ownership
-from aoe_jax.errors import UserError
-from aoe_jax.ownership import OWN_FILES, OWNER, RENEWED, owned
+from aoe_jax import faults, ownership
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.ownership import RENEWED, owned, read_owner
+from benchmarks.two_owners import on_a_host
 from tests.runs import ROOT
 
 
@@ -22,11 +23,11 @@ def hasty(monkeypatch):
     monkeypatch.setattr(ownership, "STALE", 0.5)
 
 
-def elsewhere(folder, **fields):
-    """Makes `owner.json` of a process on another host."""
+def elsewhere(folder, number=1, **fields):
+    """Makes the file of an owner on another host."""
     owner = {"nonce": 7, "host": "tpu-3", "pid": 11, "started": 1, "kernel": "other", "time": 0}
     folder.mkdir(exist_ok=True)
-    (folder / OWNER).write_text(json.dumps(owner | fields))
+    (folder / f"owner_{number}.json").write_text(json.dumps(owner | fields))
 
 
 def test_one_owner_of_a_folder(tmp_path):
@@ -60,7 +61,7 @@ def test_an_owner_that_has_ended_is_no_owner(tmp_path, caplog):
         f"with owned(pathlib.Path({str(tmp_path)!r}), 'x'): os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    assert (tmp_path / OWNER).exists()
+    assert read_owner(tmp_path)
     caplog.set_level("INFO")
     started = time.monotonic()
     with owned(tmp_path, "workdir"):
@@ -99,15 +100,15 @@ def test_an_owner_on_another_host_that_is_silent(tmp_path, caplog):
     started = time.monotonic()
     with owned(tmp_path, "workdir") as owner:
         assert time.monotonic() - started >= 0.5
-        elsewhere(tmp_path, nonce=9)  # it comes back, or a third takes over
+        elsewhere(tmp_path, number=3, nonce=9)  # a third takes over
         with pytest.raises(UserError, match="was taken over by process 11 on tpu-3"):
             owner.check()
     assert "belongs to process 11 on tpu-3" in caplog.text
-    assert json.loads((tmp_path / OWNER).read_text())["nonce"] == 9  # and stays
+    assert read_owner(tmp_path)["nonce"] == 9  # and stays
 
 
 def test_half_an_owner_file(tmp_path):
-    (tmp_path / OWNER).write_text('{"nonce": 1')
+    (tmp_path / "owner_1.json").write_text('{"nonce": 1')
     with owned(tmp_path, "workdir", take_over=True) as owner:
         owner.check()
 
@@ -133,7 +134,49 @@ def test_only_one_takes_over(tmp_path):
         for thread in threads:
             thread.join()
         assert len(owners) == 1
-        assert not [path for path in folder.iterdir() if path.name in OWN_FILES]
+        assert not [*folder.iterdir()]
+
+
+def test_a_process_that_stops_between_its_look_and_its_claim(tmp_path, monkeypatch):
+    """It has seen a silent owner; meanwhile another has taken over, and a third has begun anew."""
+    make, paused, goes_on = ownership.create, threading.Event(), threading.Event()
+
+    def create_late(path, content):
+        if threading.current_thread() is late:
+            paused.set()
+            goes_on.wait()
+        return make(path, content)
+
+    def claim():
+        with pytest.raises(UserError, match="is in use by"), owned(tmp_path, "w", take_over=True):
+            pass
+
+    monkeypatch.setattr(ownership, "create", create_late)
+    late = threading.Thread(target=claim)
+    elsewhere(tmp_path)
+    late.start()
+    paused.wait()
+    with owned(tmp_path, "w", take_over=True) as owner:
+        owner.check()
+    with owned(tmp_path, "w") as owner:
+        goes_on.set()
+        late.join()
+        owner.check()
+        assert [path.name for path in tmp_path.glob("owner_[0-9]*")] == ["owner_1.json"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_disk_that_is_no_longer_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "retry_seconds", 3.0)
+    folder, aside = tmp_path / "disk" / "run", tmp_path / "aside"
+    with owned(folder, "workdir") as owner:
+        folder.parent.rename(aside)
+        threading.Timer(1, lambda: aside.rename(folder.parent)).start()
+        owner.check()
+        folder.parent.rename(aside)
+        folder.mkdir(parents=True)
+        with pytest.raises(MachineFault, match=r"owner_1.json is gone; is its disk mounted\?"):
+            owner.check()
 
 
 # Owns the folder for a while, as a process on a host of its own sees it.
@@ -154,20 +197,21 @@ except UserError as e:
 """
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(6))
 def test_two_hosts_that_share_a_folder(tmp_path, seed):
-    """Two kernels, as far as processes can see, with two mounts of one folder."""
+    """Two kernels, as far as processes can see, with two mounts of one folder; in every second try
+    it belongs to a third host, which is silent.
+    """
     choice, processes = random.Random(seed), []
     (tmp_path / "disk").mkdir()
+    if seed % 2:
+        elsewhere(tmp_path / "disk" / "run")
     for host in "ab":
         mount = tmp_path / host
-        mount.mkdir()
-        inside = f'hostname {host}; mount --bind {tmp_path / "disk"} {mount}; exec "$@"'
-        command = [sys.executable, "-c", ON_A_HOST, str(mount / "run"), str(choice.random() / 2)]
-        unshare = ["unshare", "--pid", "--fork", "--uts", "--mount", "--mount-proc"]
+        command = [sys.executable, "-c", ON_A_HOST, mount / "run", choice.random() / 2]
         processes.append(
             subprocess.Popen(
-                [*unshare, "sh", "-c", inside, "sh", *command],
+                on_a_host(host, tmp_path / "disk", mount, command),
                 stdout=subprocess.PIPE,
                 cwd=ROOT,
                 text=True,

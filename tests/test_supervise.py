@@ -30,6 +30,8 @@ if status == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     (workdir / "waits").touch()
     time.sleep(60)
+if word == "gone":
+    workdir.rename(workdir.with_name("aside"))
 if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
@@ -86,6 +88,18 @@ def test_asked_to_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1
+
+
+def test_a_run_whose_disk_is_gone(tmp_path):
+    """Nothing is started before it is there again."""
+    process = supervise(tmp_path, [(5, "failed", 1), (5, "gone", 1), (0, "finished", 1)], 9)
+    wait_for(process, (tmp_path / "aside").exists)
+    time.sleep(0.5)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "aside").rename(tmp_path / "run")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run/heartbeat.json is gone; is its disk" in stderr, stderr
+    assert (tmp_path / "run" / "count").read_text() == "3"
 
 
 def test_flags_of_the_first_attempt():

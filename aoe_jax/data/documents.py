@@ -15,6 +15,7 @@ import pyarrow.parquet
 from aoe_jax.errors import UserError, shown
 from aoe_jax.faults import is_fault
 from aoe_jax.json_files import open_regular
+from aoe_jax.paths import parsed_path
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = ".parquet"
@@ -46,6 +47,7 @@ def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """
     found, left_out = set(), Path(os.path.abspath(output))
     for pattern in patterns:
+        parsed_path(pattern, "--input")  # not in an object store
         paths = glob(os.path.expanduser(pattern), recursive=True)
         matching = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
         matching = {path for path in matching if left_out not in path.parents}

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +44,8 @@ from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Failure, MachineFault, UserError
 from aoe_jax.faults import is_fault, reason
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
-from aoe_jax.ownership import OWN_FILES, owned
+from aoe_jax.ownership import is_own_file, owned
+from aoe_jax.paths import is_remote, put, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +119,12 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         plan = _claim(files, planned, output)
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
             read_manifest(output)
-            shutil.rmtree(output / "units", ignore_errors=True)
+            remove_folder(output / "units")
             logger.info(f"{output} is complete already; --check reads it whole")
             return
         tokenizer, n_units = install_tokenizer(output, plan, settings), len(plan["units"])
-        missing = [unit for unit in range(n_units) if not _is_done(output, unit)]
+        there = {path.name for path in output.iterdir()}
+        missing = [unit for unit in range(n_units) if not _is_done(output, unit, there)]
         if n_done := n_units - len(missing):
             logger.info(f"going on: {n_done} of {n_units} units of work are done")
         started = time.monotonic()
@@ -139,7 +140,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         )
         logger.info(
             f"wrote {output}; train on it with --config.data.name=prepared "
-            f"--config.data.path={output.absolute()}"
+            f"--config.data.path={_absolute(output)}"
         )
 
 
@@ -160,8 +161,8 @@ def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: lis
             )
     hashes = "".join(result["fingerprint"] for result in results)
     fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
-    write_manifest(output, Path(os.path.abspath(output)).name, fingerprint, tokenizer, splits)
-    shutil.rmtree(output / "units")
+    write_manifest(output, _absolute(output).name, fingerprint, tokenizer, splits)
+    remove_folder(output / "units")
     if n_empty := sum(result["empty"] for result in results):
         logger.warning(f"left out {n_empty} documents without text")
     for name, split in splits.items():
@@ -202,8 +203,12 @@ def repair(output: Path, processes: int) -> list[str]:
             wanted = f"{PLAN_FILE} is that of another store; prepare it again, in another folder"
             require_flag(units[-1] < len(plan["units"]), "output", output, wanted)
             _write_units(output, plan, processes, units)
-            shutil.rmtree(output / "units")
+            remove_folder(output / "units")
     return damaged
+
+
+def _absolute(path):
+    return path if is_remote(path) else Path(os.path.abspath(path))
 
 
 def make_plan(files: Sequence[Path], planned: dict) -> dict:
@@ -248,8 +253,8 @@ def _state(path: str) -> list:
 def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
     """The plan of `output`, made if there is none; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
-        ours = {f"{PLAN_FILE}.partial", *OWN_FILES}
-        is_empty = all(path.name in ours for path in output.iterdir())
+        names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
+        is_empty = all(is_own_file(name) for name in names)
         wanted = "is not empty, and holds no preparation; use another --output"
         require_flag(is_empty, "output", output, wanted)
         write_json(output / PLAN_FILE, make_plan(files, planned), indent=None)
@@ -314,9 +319,10 @@ def _sample(plan: dict) -> Iterator[str]:
 
 
 def _write_units(output: Path, plan: dict, processes: int, units: list[int]):
-    (output / "units").mkdir(exist_ok=True)
-    for killed in (output / "units").glob("*.partial-*"):
-        shutil.rmtree(killed, ignore_errors=True)
+    if not is_remote(output):
+        (output / "units").mkdir(exist_ok=True)
+        for killed in (output / "units").glob("*.partial-*"):
+            remove_folder(killed)
     sizes = [unit["size"] for unit in plan["units"]]
     total, done = sum(sizes), sum(sizes) - sum(sizes[unit] for unit in units)
     # Bytes that the processes have read of each unit.
@@ -344,7 +350,7 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
         expected = _hashes_of_shards(read_manifest(output))
 
     def write(unit: int):
-        notes, prefix = output / "units", f"{unit:05d}.partial-"
+        notes, prefix = None if is_remote(output) else output / "units", f"{unit:05d}.partial-"
         with _faults_are_named(output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
             result = _tokenise(unit, plan, tokenizer, Path(new), read)
             shards = _hashes_of_shards(result)
@@ -356,7 +362,7 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
                 first, *_ = plan["files"][files[0]]
                 raise UserError(f"{first}: the input has changed since; prepare it again")
             for shard in shards:
-                os.replace(Path(new, shard), output / shard)
+                put(Path(new, shard), output / shard)
             write_json(_done_file(output, unit), result)
 
     return write
@@ -407,11 +413,11 @@ def _done_file(output: Path, unit: int) -> Path:
     return output / "units" / f"{unit:05d}.json"
 
 
-def _is_done(output: Path, unit: int) -> bool:
+def _is_done(output: Path, unit: int, there: set[str]) -> bool:
+    """Whether a unit is noted and its shards are among the files that are `there`."""
     with contextlib.suppress(UserError):
-        shards = _hashes_of_shards(_read_unit(output, unit))
         # After a power cut, shards may be missing although they were noted.
-        return all((output / shard).is_file() for shard in shards)
+        return _hashes_of_shards(_read_unit(output, unit)).keys() <= there
     return False
 
 

@@ -28,7 +28,9 @@ _TOKENIZER = flags.DEFINE_string(
     None,
     "a Hugging Face tokenizer.json, a SentencePiece model, or bpe:N, byte-level BPE of N tokens",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "the directory of the token store")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "the directory of the token store, or gs://BUCKET/..."
+)
 _TEXT_FIELD = flags.DEFINE_string(
     "text_field", Settings.text_field, "the field of JSON or column of Parquet with the text"
 )
@@ -46,7 +48,7 @@ _REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from t
 def main():
     """Prepares, checks or repairs."""
     StopRequests("the same command goes on where it was").listen()
-    output = cli.path_of(_OUTPUT)
+    output = cli.path_of(_OUTPUT, in_store=True)
     if not (_CHECK.value or _REPAIR.value):
         cli.required(_INPUT)
         tokenizer = cli.required(_TOKENIZER)

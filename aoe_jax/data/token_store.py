@@ -18,9 +18,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from aoe_jax.data import SPLITS
-from aoe_jax.data.tokenizer import Tokenizer, pieces
+from aoe_jax.data.tokenizer import Tokenizer, pieces, saved_tokenizer
 from aoe_jax.errors import UserError
+from aoe_jax.faults import patiently
 from aoe_jax.json_files import COUNT, TEXT, matching, one_of, read_json, sync, write_json
+from aoe_jax.locking import exclusive
+from aoe_jax.paths import file_system, is_remote
 
 FORMAT_VERSION = 2
 PLAN_FILE = "plan.json"  # in a store of `aoe_jax.data.prepare`: how it follows from the input
@@ -198,7 +201,8 @@ def read_manifest(directory: Path) -> dict:
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal digits."""
-    with open(path, "rb") as file:
+    open_file = file_system(path).open if is_remote(path) else open
+    with open_file(os.fspath(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -228,9 +232,16 @@ class TokenStore:
         text_bytes: size of the split's documents in UTF-8, for bits per byte.
     """
 
-    def __init__(self, directory: str | Path, split: str):
-        """Raises `UserError` if the manifest or a shard is missing or damaged."""
-        self._directory, self.split = Path(directory), split
+    def __init__(self, directory: str | Path, split: str, origin=None):
+        """Opens a store on a disk.
+
+        With `origin`, a store in an object store, `directory` is its `staged` folder, into which a
+        shard is copied when it is read for the first time.
+
+        Raises `UserError` if the manifest or a shard is missing or damaged.
+        """
+        self._directory, self.split, self._origin = Path(directory), split, origin
+        self._fetched = set()  # shards that are in the staged folder
         self.manifest = read_manifest(self._directory)
         self.end_of_text = self.manifest["end_of_text"]
         numbers = self.manifest["splits"][split]
@@ -239,15 +250,14 @@ class TokenStore:
         self._dtype = np.dtype(self.manifest["dtype"])
         # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
-        entries = filter(os.DirEntry.is_file, os.scandir(directory))
-        sizes = {entry.name: entry.stat().st_size for entry in entries}
+        place = origin or self._directory
+        sizes = _file_sizes(place)
         for shard in self._shards:
             name, wanted = shard["name"], shard["file_bytes"]
             if name not in sizes:
-                raise _damaged(self._directory, f"{name} is missing")
+                raise _damaged(place, f"{name} is missing")
             if sizes[name] != wanted:
-                reason = f"{name} has {sizes[name]} bytes instead of {wanted}"
-                raise _damaged(self._directory, reason)
+                raise _damaged(place, f"{name} has {sizes[name]} bytes instead of {wanted}")
 
     def __len__(self) -> int:
         """Number of tokens in the stream."""
@@ -272,6 +282,9 @@ class TokenStore:
 
     def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
         path = self._directory / self._shards[shard]["name"]
+        if self._origin and shard not in self._fetched:
+            self._fetch(self._shards[shard], path)
+            self._fetched.add(shard)
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
         try:
             records = _reader(self, str(path)).read(first, last + 1)
@@ -287,6 +300,47 @@ class TokenStore:
         if len(tokens) < stop - start or tokens.max() >= self.manifest["vocab_size"]:
             raise _damaged(path.parent, f"{path.name} has other tokens than manifest.json says")
         return tokens
+
+    def _fetch(self, shard: dict, path: Path):
+        source = os.fspath(self._origin / shard["name"])
+        with exclusive(path.with_name(f".{path.name}.lock")):
+            if path.exists():
+                return
+            partial = path.with_name(f"{path.name}.partial")
+            store = file_system(source)
+            patiently(f"{source} cannot be read", lambda: store.get_file(source, str(partial)))
+            if file_sha256(partial) != shard["sha256"]:
+                raise _damaged(self._origin, f"{shard['name']} has another hash than it should")
+            os.replace(partial, path)
+
+
+def staged(origin, cache: str) -> Path:
+    """The folder in `cache` for a token store in an object store, with all but its shards.
+
+    Raises `UserError` if there is no complete store.
+    """
+    manifest = read_manifest(origin)
+    key = hashlib.sha256(repr(manifest).encode()).hexdigest()[:16]
+    folder = Path(cache, "staged", f"{origin.name}-{key}")
+    with exclusive(folder.with_name(f".{folder.name}.lock")):
+        if not (folder / "manifest.json").exists():
+            folder.mkdir(exist_ok=True)
+            tokenizer = saved_tokenizer(origin)
+            (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
+            write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+def _file_sizes(directory) -> dict[str, int]:
+    """The size of each file in a folder by its name."""
+    if not is_remote(directory):
+        entries = filter(os.DirEntry.is_file, os.scandir(directory))
+        return {entry.name: entry.stat().st_size for entry in entries}
+    files = patiently(
+        f"{directory} cannot be read",
+        lambda: file_system(directory).ls(os.fspath(directory), detail=True),
+    )
+    return {file["name"].rpartition("/")[2]: file["size"] for file in files}
 
 
 @functools.lru_cache(maxsize=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

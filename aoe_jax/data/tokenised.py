@@ -20,6 +20,7 @@ from aoe_jax.data.token_store import (
     FORMAT_VERSION,
     TokenStore,
     read_manifest,
+    staged,
     write_manifest,
     write_splits,
 )
@@ -32,6 +33,7 @@ from aoe_jax.data.tokenizer import (
 )
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
+from aoe_jax.paths import is_remote, parsed_path
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,13 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     several tokenizers, or another than `data.tokenizer`.
     """
     sources, tokenizer = data.sources, data.tokenizer
-    directories = {
-        source.label: Path(source.path) for source in sources if source.name == "prepared"
+    given = {
+        source.label: parsed_path(source.path, "data.path", in_store=True)
+        for source in sources
+        if source.name == "prepared"
     }
+    origins = {label: path for label, path in given.items() if is_remote(path)}
+    directories = given | {label: staged(path, data.cache) for label, path in origins.items()}
     if directories:
         tokenizer = _shared_tokenizer(list(directories.values()), tokenizer, vocab_size)
     corpora = {
@@ -73,7 +79,7 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
     if corpora:
         stores = cached_token_stores(list(corpora.values()), tokenizer, vocab_size, data.cache)
         directories |= dict(zip(corpora, stores, strict=True))
-    return _opened(sources, directories)
+    return _opened(sources, directories, origins)
 
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
@@ -87,7 +93,7 @@ def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | 
     if len(data.sources) != len(identities) or not found.keys() >= {*identities}:
         return None
     labels = [source.label for source in data.sources]
-    return _opened(data.sources, dict(zip(labels, map(found.get, identities), strict=True)))
+    return _opened(data.sources, dict(zip(labels, map(found.get, identities), strict=True)), {})
 
 
 def _identity(manifest: dict) -> str:
@@ -96,10 +102,15 @@ def _identity(manifest: dict) -> str:
     return f"{slug(manifest['corpus'])}-{_short_hash(content)}"
 
 
-def _opened(sources: Sequence[SourceConfig], directories: Mapping[str, Path]) -> TokenisedCorpus:
-    weights = tuple(source.weight for source in sources)
+def _opened(
+    sources: Sequence[SourceConfig], directories: Mapping[str, Path], origins: Mapping
+) -> TokenisedCorpus:
+    """The corpora in `directories`; those with an origin are staged from an object store."""
+    weights, labels = tuple(source.weight for source in sources), [s.label for s in sources]
     stores = {
-        split: {source.label: TokenStore(directories[source.label], split) for source in sources}
+        split: {
+            label: TokenStore(directories[label], split, origins.get(label)) for label in labels
+        }
         for split in SPLITS
     }
     return TokenisedCorpus(

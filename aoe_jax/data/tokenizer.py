@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_regular, replace_durably
-from aoe_jax.paths import local_file
+from aoe_jax.paths import is_remote, local_file, parsed_path
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -135,6 +135,9 @@ class Tokenizer:
 
     def save(self, folder: Path):
         """Write the tokenizer to `folder / file_name`, whole or not at all."""
+        if is_remote(folder):
+            (folder / self.file_name).write_bytes(self._content)
+            return
         partial = folder / f"{self.file_name}.partial"
         partial.write_bytes(self._content)
         replace_durably(partial, folder / self.file_name)
@@ -261,7 +264,7 @@ def load_tokenizer(
     `encode` runs on `threads`, by default one for each core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
     """
-    path = Path(path).expanduser()
+    path = local_file(parsed_path(path, setting, in_store=True))
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
     try:
         content = read_regular(path, FILE_BYTES)

@@ -234,19 +234,22 @@ class Checkpoints:
                 raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")
             self._manager.close()
 
-    def restore_newest(self, abstract_state, data_iterator):
+    def restore_newest(self, abstract_state, data_iterator, check_place=lambda: None):
         """Restores the newest checkpoint that is not damaged.
 
         Damaged ones are moved to `damaged_checkpoints`, with a warning. Each process reads its own
         part; a checkpoint that is damaged for one of them counts as damaged for all.
 
         `abstract_state` has shapes, dtypes and shardings, over any mesh and number of processes.
-        `data_iterator` is moved to its position. Returns `(step, state, progress)`.
+        `data_iterator` is moved to its position. `check_place` waits in a process where the whole
+        workdir is gone, and raises an exception if it does not come back: no checkpoint counts as
+        damaged for that. Returns `(step, state, progress)`.
 
         Raises:
           UserError: all are damaged, or the newest is of another model.
           MachineFault: the newest cannot be read, nothing is moved.
         """
+        looked_again = None  # the step that was read once more
         while True:
             # A network disk may show other processes a checkpoint that was moved.
             steps = self.steps()
@@ -254,6 +257,13 @@ class Checkpoints:
             try:
                 state, progress, position = self.restore(step, abstract_state)
             except Damaged as e:
+                looked = time.monotonic()
+                with together():
+                    check_place()
+                was_there = all_agree(time.monotonic() - looked < _SECOND_LOOK / 4)
+                if not was_there and step != looked_again:
+                    looked_again = step
+                    continue
                 if n_steps < 2:
                     raise UserError(
                         f"checkpoint {self._path(step)} is damaged ({e}), and there is no other; "

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +92,8 @@ class Heartbeat:
     """
 
     workdir: Path
-    writes: bool = False  # the first process alone writes, once it owns the workdir
+    # The first process alone writes, while it owns the workdir.
+    may_write: Callable[[], bool] = lambda: False
     step: int | None = None
     saved: int | None = None  # the step of the newest complete checkpoint
     began: float | None = None  # the time when the run began for the first time
@@ -110,10 +112,13 @@ class Heartbeat:
         now = self.moved = time.monotonic()
         before, self.status = self.status, status
         pause = 10 if is_remote(self.workdir) else 1
-        if not self.writes or (status == before and now < self._written + pause):
+        if status == before and now < self._written + pause:
             return
         self._written = now
         value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}
         value |= {"began": self.began, "host": socket.gethostname(), "pid": os.getpid()}
         with self._tolerated:
-            write_json(self.workdir / "heartbeat.json", value)
+            if self.may_write():
+                write_json(self.workdir / "heartbeat.json", value)
+            else:
+                self._written = -math.inf

@@ -134,8 +134,7 @@ class _Run:
             check_workdir(workdir, config)
             log_run(config)
             self.checkpoints = Checkpoints(workdir)
-            steps = self.checkpoints.steps()
-            check_history(workdir, steps)
+            steps = self._saved_steps()
             self.step = max(steps, default=0)
             if config.train.init_from and not self.step:
                 check_start(config)
@@ -152,6 +151,18 @@ class _Run:
             )
         profile = profile and traced_of_run(profile, self.step, steps)
         self.traced = profile if self.is_main else range(0)
+
+    def _saved_steps(self):
+        """The steps of all checkpoints; looks again before it says that the run lacks some."""
+        with contextlib.suppress(UserError):
+            return self._saved_steps_at_once()
+        return self._saved_steps_at_once()
+
+    def _saved_steps_at_once(self):
+        self.folder.check_in_place()
+        steps = self.checkpoints.steps()
+        check_history(self.workdir, steps)
+        return steps
 
     def restore(self):
         """Makes the first state: from a checkpoint, from a model, or at random."""
@@ -173,7 +184,7 @@ class _Run:
         self.progress = Progress()
         if self.step:
             self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                abstract, self.data
+                abstract, self.data, self.folder.check_in_place
             )
             log.info("going on from step %d", self.step)
         elif train.init_from:
@@ -187,11 +198,12 @@ class _Run:
         """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
         with together():
             if self.is_main:
+                self.folder.check_owner()
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 (self.workdir / "summary.json").unlink(missing_ok=True)
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
-        self.heartbeat.writes = self.is_main
+        self.heartbeat.may_write = self.folder.is_in_place
 
     def _beat(self, status, step):
         self.heartbeat.beat(status, step)
@@ -203,6 +215,7 @@ class _Run:
         # A run that lacks nothing but its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
         with together():
+            self.folder.check_owner()
             given = self.folder.figures, config, self.step, progress.validated, wandb
             self.bar = Bar(self.step, train.steps, shows=self.is_main)
             self.held.enter_context(contextlib.closing(self.bar))
@@ -280,6 +293,7 @@ class _Run:
         names = ("loss", "nll", "grad_norm", "finite")
         with self.telemetry.clock("device"):
             small = jax.device_get({name: metrics[name] for name in names})
+        self.telemetry.step(step)
         self.health.step(step, small["loss"], small["grad_norm"], small["finite"])
         self.heartbeat.saved = self.checkpoints.saved
         self._beat("training", step)
@@ -348,11 +362,7 @@ class _Run:
         self._beat("saving", self.step)
         with self.telemetry.clock("checkpoint"):
             with together():
-                try:
-                    self.folder.check_owner()
-                except UserError:
-                    self.heartbeat.writes = False  # the workdir belongs to another process
-                    raise
+                self.folder.check_owner()
                 patiently("metrics.jsonl cannot be written", self.sync)
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)

@@ -1,6 +1,7 @@
 """The directory of a run while it trains: who owns it, and where its figures are written."""
 
 import contextlib
+import errno
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class RunFolder:
         Raises:
           UserError: another process owns it, or a process does not see it.
         """
-        self.figures, self._owner, self._mirror = workdir, None, None
+        self.figures, self._workdir = workdir, workdir
+        self._owner = self._mirror = None
         is_main = jax.process_index() == 0
         with together():
             if is_main:
@@ -64,9 +66,29 @@ class RunFolder:
             (self.figures / name).write_bytes((workdir / name).read_bytes())
 
     def check_owner(self):
-        """Raises `UserError` in process 0 if another process has taken the workdir over."""
+        """Checks in process 0 that it still owns the workdir; see `Owner.check`.
+
+        It must come before files are replaced: a disk that was not mounted at the start may have
+        the run of another process.
+        """
         if self._owner:
             self._owner.check()
+
+    def check_in_place(self):
+        """Checks in every process that it sees the file of the owner.
+
+        Raises:
+          MachineFault: it is gone, as on a disk that is no longer mounted.
+        """
+        patiently(f"{self._workdir} cannot be read", self._see_owner)
+
+    def _see_owner(self):
+        if (read_owner(self._workdir) or {}).get("nonce") != self.nonce:
+            raise OSError(errno.ESTALE, "the file of its owner is gone; is its disk mounted?")
+
+    def is_in_place(self):
+        """Whether the workdir is that which this process owns, in process 0."""
+        return self._owner is not None and self._owner.is_in_place()
 
     def upload(self):
         """Copies the figures so far to an object store."""

@@ -7,7 +7,7 @@ Every `train.log_every` steps they go to the log, as one readable line, and to t
 import contextlib
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 # Ends of the names of figures that are measured: two runs of the same steps differ in these only.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
 SLOW = 0.1  # the share of the time that makes a process slow, if it is twice the median, too
+# A step is slow if it takes so many times the median of so many steps before it, and a second.
+SLOW_STEP, SLOW_STEP_WINDOW = 5, 64
 _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
 
 
@@ -102,6 +104,9 @@ class Telemetry:
         self._line_time, self._line_seconds = time.perf_counter(), Counter()
         self._waited = 0.0  # seconds of the clock `device` up to the newest line
         self._evaluated = 0.0  # seconds of evaluation that are reported
+        self._step_ended, self._step_clocks = time.perf_counter(), Counter()
+        self._steps = deque(maxlen=SLOW_STEP_WINDOW)  # seconds of each
+        self._slowest = {}  # seconds of the slowest step that was named, by its cause
 
     @contextlib.contextmanager
     def clock(self, name):
@@ -124,6 +129,32 @@ class Telemetry:
             f"and a step {_bytes(self._program['temporary_bytes'])} more"
         )
         self._line_time, self._line_seconds = time.perf_counter(), self._seconds.copy()
+        self._step_ended, self._step_clocks = self._line_time, self._line_seconds
+
+    def step(self, step):
+        """Takes in that a step has ended, and warns if it took much longer than those before.
+
+        A slow step is named again only if it is twice as slow as those that were named for the same
+        cause, so that regular saves are named once.
+        """
+        now, clocks = time.perf_counter(), self._seconds - self._step_clocks
+        total = now - self._step_ended - clocks["evaluation"] - clocks["compile"]
+        self._step_ended, self._step_clocks = now, self._seconds.copy()
+        median = np.median(self._steps) if len(self._steps) >= SLOW_STEP_WINDOW // 4 else np.inf
+        self._steps.append(total)
+        parts = {
+            "waiting for input": clocks["input"],
+            "saving": clocks["checkpoint"],
+            "waiting for the devices or for other processes": clocks["device"],
+        }
+        parts["elsewhere in this process"] = total - sum(parts.values())
+        cause = max(parts, key=parts.get)
+        if total > max(SLOW_STEP * median, 1, 2 * self._slowest.get(cause, 0)):
+            self._slowest[cause] = total
+            log.warning(
+                f"step {step} took {total:.1f} s, {parts[cause]:.1f} s of them {cause}; the median "
+                f"of the steps before is {median:.2g} s"
+            )
 
     def train(self, step, metrics):
         """Reports host metrics of training step `step`; call it every `log_every` steps."""

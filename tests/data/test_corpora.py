@@ -8,7 +8,7 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from aoe_jax.data import SPLITS
+from aoe_jax.data import SPLITS, corpora
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
 from tests.data.hub import POEMS, hub
@@ -145,6 +145,14 @@ def test_missing_tfds_splits_are_cut_from_train(tmp_path):
     again = load_corpus("only_train:1.0.0", str(tmp_path), "unused", "body")
     assert documents(again) == found
     assert again.fingerprint == corpus.fingerprint
+
+
+def test_tfds_documents_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "DOCUMENT_BYTES", 10)
+    corpus = load_corpus("only_train", str(tmp_path), "unused", "body")
+    wanted = "document .* of its split train has 11 bytes; a document has at most 10"
+    with pytest.raises(UserError, match=f"data.name='only_train': {wanted}"):
+        documents(corpus)
 
 
 def test_tfds_data_lies_in_the_cache_by_default(tmp_path):

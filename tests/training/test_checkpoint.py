@@ -362,6 +362,19 @@ def test_damaged_several_times(saved, tmp_path):
     ]
 
 
+def test_a_workdir_that_is_gone_has_no_damaged_checkpoint(saved, tmp_path):
+    workdir, aside = copy_of(saved, tmp_path), tmp_path / "aside"
+    checkpoints = Checkpoints(workdir)
+    workdir.rename(aside)
+
+    def check_place():
+        time.sleep(0.5)
+        aside.rename(workdir)
+
+    assert checkpoints.restore_newest(ABSTRACT, batches(), check_place)[0] == 5
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
 def test_the_last_checkpoint_is_not_set_aside(saved, tmp_path):
     workdir = copy_of(saved, tmp_path)
     for step in ("3", "4"):

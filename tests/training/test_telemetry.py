@@ -228,6 +228,34 @@ def test_slow_processes_are_named(telemetry, monkeypatch, caplog):
     assert "process 1 is slow" not in caplog.text
 
 
+def test_a_slow_step_is_named_with_its_cause(telemetry, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(telemetry_module.time, "perf_counter", lambda: now[0])
+    telemetry.start({}, jax.jit(lambda: 1).lower().compile())
+
+    def step(number, **clocks):
+        for name, seconds in ({"device": 0.5} | clocks).items():
+            with telemetry.clock(name):
+                now[0] += seconds
+        telemetry.step(number)
+
+    for number in range(1, 41):  # the first is slow, but there is nothing to compare it with
+        step(number, input=10.0 if number == 1 else 0.1)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    step(41, checkpoint=5.0)
+    step(42, checkpoint=6.0)
+    step(43, evaluation=60.0)
+    step(44, input=4.0)
+    step(45, device=8.0)
+    assert [text for text in caplog.messages if " took " in text] == [
+        "step 41 took 5.5 s, 5.0 s of them saving; the median of the steps before is 0.6 s",
+        "step 44 took 4.5 s, 4.0 s of them waiting for input; the median of the steps before is "
+        "0.6 s",
+        "step 45 took 8.0 s, 8.0 s of them waiting for the devices or for other processes; the "
+        "median of the steps before is 0.6 s",
+    ]
+
+
 def test_a_line_is_of_its_steps(tmp_path):
     telemetry = Telemetry(tmp_path, tiny_config(), 10)
     time.sleep(0.2)

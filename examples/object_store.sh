@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A run with everything in an object store. It prepares a corpus, trains, is stopped, goes on, is
+# evaluated and exported, and the exported model is evaluated and prints a sample:
+#
+#     examples/object_store.sh gs://BUCKET/FOLDER 'TEXTS/*.txt' [--config.GROUP.FIELD=VALUE ...]
+set -euo pipefail
+folder=$1 texts=$2
+shift 2
+python=${PYTHON:-python}
+log=$(mktemp)
+
+"$python" -m aoe_jax.data.prepare --input="$texts" --tokenizer=bpe:512 --validation=0.1 \
+  --test=0.1 --output="$folder/corpus"
+train=("$python" train.py --config=configs/tiny.py --workdir="$folder/run"
+  --config.data.name=prepared --config.data.path="$folder/corpus"
+  --config.model.vocab_size=512 "$@")
+"${train[@]}" 2> "$log" &
+until grep -q "| loss" "$log" || ! kill -0 $!; do sleep 0.1; done
+kill -TERM $!
+wait $!
+cat "$log"
+"${train[@]}"
+"$python" eval.py --workdir="$folder/run" --split=validation
+"$python" -m aoe_jax.export --workdir="$folder/run" --output="$folder/model"
+"$python" eval.py --workdir="$folder/model" --split=validation --data="prepared@$folder/corpus"
+"$python" -m aoe_jax.generate --workdir="$folder/model" --prompt="the state" --max_tokens=16

@@ -1,0 +1,18 @@
+"""A short soak of two supervised processes."""
+
+from benchmarks import pod_soak
+from tests.hasty import xla_flags
+
+
+def test_two_events(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
+    monkeypatch.setattr(pod_soak, "LONGEST", 2)
+    settings = {
+        "model.n_layers": 1,
+        "model.vocab_size": 512,
+        "train.steps": 60,
+        "train.eval_every": 0,
+        "data.seq_len": 32,
+    }
+    figures = pod_soak.soak(tmp_path / "soak", 2, events=2, seed=1, settings=settings)
+    assert sum(figures["events"].values()) == 2 and figures["runs_finished"] >= 1

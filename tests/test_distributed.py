@@ -1,0 +1,82 @@
+"""How processes meet when some of them end meanwhile."""
+
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from aoe_jax import distributed
+from aoe_jax.errors import UserError
+from tests.test_multiprocess import free_port
+
+
+@pytest.fixture
+def port(monkeypatch):
+    port = free_port()
+    for name, value in (("COORDINATOR", f"localhost:{port}"), ("PROCESSES", 3), ("PROCESS", 1)):
+        monkeypatch.setattr(distributed, f"_{name}", SimpleNamespace(value=value))
+    return port
+
+
+def ask(port, number):
+    """Asks as a process of this number does."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            connection = socket.create_connection(("localhost", port))
+        except OSError:
+            time.sleep(0.01)
+            continue
+        connection.sendall(str(number).encode())
+        return connection
+    raise TimeoutError
+
+
+def test_a_process_that_waits_may_be_killed(port):
+    """It is missed, and another of its number takes its place; a second living one is refused."""
+    missing = []
+    deadline = time.monotonic() + 30
+    waiting = threading.Thread(
+        target=lambda: missing.append(distributed._gather(port, deadline)), daemon=True
+    )
+    waiting.start()
+    ask(port, 1).close()
+    with ask(port, 2) as second:
+        time.sleep(0.2)
+        assert waiting.is_alive()
+        for number in (2, 7):
+            with ask(port, number) as refused:
+                assert refused.recv(16) == b"twice"
+        with ask(port, 1) as first:
+            assert first.recv(16) == second.recv(16) == b"go"
+    waiting.join()
+    assert missing == [""]
+
+
+def test_process_0_may_end_before_it_answers(port):
+    """So may the service of JAX from before, which answers in its own way."""
+    with socket.create_server(("localhost", port)) as server:
+
+        def serve():
+            for answer in (b"", b"\0\0\xfe", b"go"):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(16)
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert distributed._ask("localhost", port, time.monotonic() + 30) == ""
+
+
+def test_a_number_twice(port):
+    with socket.create_server(("localhost", port)) as server:
+
+        def serve():
+            with server.accept()[0] as connection:
+                connection.sendall(b"twice")
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(UserError, match="--process=1: process 0 has another process of this"):
+            distributed._ask("localhost", port, time.monotonic() + 30)
