@@ -151,10 +151,9 @@ def _gather(port, deadline):
             if len(others) == len(numbers) or time.monotonic() >= deadline:
                 break
             server.settimeout(max(deadline - time.monotonic(), 0.01))
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(OSError):
                 connection, _ = server.accept()
-                connection.settimeout(5)
-                number = int(connection.recv(16))
+                number = _read_number(connection)
                 _drop_ended(others)
                 if number in others or number not in numbers:
                     with connection:
@@ -166,6 +165,13 @@ def _gather(port, deadline):
             with connection:
                 connection.sendall(missing.encode() or b"go")
     return missing
+
+
+def _read_number(connection):
+    connection.settimeout(5)
+    with contextlib.suppress(ValueError, OSError):
+        return int(connection.recv(16))
+    return None
 
 
 def _drop_ended(others):

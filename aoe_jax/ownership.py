@@ -67,7 +67,7 @@ class Owner:
             time.sleep(_SECOND_LOOK)  # a claim that does not count is removed at once
             found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
-            raise UserError(f"{self._folder} was taken over by {_in_words(found)}")
+            raise UserError(f"{self._folder} was taken over by {in_words(found)}")
 
     def is_in_place(self):
         """Whether the folder has the file of this process; False on another disk that is mounted
@@ -96,7 +96,8 @@ class Owner:
         with contextlib.suppress(Exception):
             if self._read().get("nonce") == self.nonce:
                 (self._folder / RENEWED).unlink(missing_ok=True)
-            self._claim.unlink(missing_ok=True)
+            if self.is_in_place():  # numbers begin anew in a folder without an owner
+                self._claim.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -168,8 +169,9 @@ def _newest(folder):
     while claims := _claims(folder):
         number = max(claims)
         content = _read_object(claims[number])
-        if content is not None:  # else it was removed meanwhile
+        if content is not None:
             return number, content
+        time.sleep(0.1)  # it was removed meanwhile; a network disk may list it for a while
     return 0, None
 
 
@@ -196,7 +198,7 @@ def _acquire(folder, flag, take_over):
         claim = folder / f"owner_{number + 1}.json"
         if _write_or_refuse(folder, flag, lambda: _take(folder, claim, number, other, ours)):
             if other is not None:
-                log.info(f"{folder} was taken over from {_in_words(other)}")
+                log.info(f"{folder} was taken over from {in_words(other)}")
             return claim, nonce
 
 
@@ -204,27 +206,32 @@ def _take(folder, claim, number, other, ours):
     """Makes the file of an owner after that of `other`; returns whether it counts."""
     if not create(claim, json.dumps(ours).encode()) and _read_object(claim) != ours:
         return False  # where it is ours, the answer of a store was lost
-    claims = _claims(folder)
-    before = _read_object(claims[number]) if number in claims else None
+    claims = {n: (path, _read_object(path)) for n, path in _claims(folder).items()}
+    _, before = claims.get(number, (None, None))
     if max(claims) != number + 1 or before != other:
-        claim.unlink(missing_ok=True)
+        _remove(claim, ours)
         return False
     for older in sorted(claims.keys() - {number + 1}):
-        claims[older].unlink(missing_ok=True)
+        _remove(*claims[older])
     return True
+
+
+def _remove(path, content):
+    if _read_object(path) == content:  # else it is of another process by now
+        path.unlink(missing_ok=True)
 
 
 def _wait_until_stale(folder, flag, other, seconds):
     """Returns when the owner has not renewed for so many seconds; raises `UserError` if it has."""
     in_use = UserError(
-        f"--{flag}={folder} is in use by {_in_words(other)}; wait for it, use another --{flag}, "
+        f"--{flag}={folder} is in use by {in_words(other)}; wait for it, use another --{flag}, "
         "or end that process"
     )
     if _has_ended(other) is False:
         raise in_use
     if seconds:
         log.warning(
-            f"{folder} belongs to {_in_words(other)}; it has {seconds:g} s for a sign of life"
+            f"{folder} belongs to {in_words(other)}; it has {seconds:g} s for a sign of life"
         )
 
     def state():
@@ -275,7 +282,8 @@ def _has_ended(other):
     return _started(other.get("pid")) != other.get("started")
 
 
-def _in_words(other):
+def in_words(other: dict) -> str:
+    """The content of an owner's file as words."""
     if not other:
         return "an unknown process"
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.get("time", 0)))

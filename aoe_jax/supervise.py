@@ -2,8 +2,8 @@
 
     python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
 
-What follows `--` are arguments of Python, such as `train.py ...` or `-m aoe_jax.train ...`. It is
-started again after a preemption, a hang, a lost process, a fault of the machine and anything
+The arguments after `--` start Python, such as `train.py ...` or `-m aoe_jax.train ...`. The command
+is started again after a preemption, a hang, a lost process, a fault of the machine and anything
 unforeseen; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
 supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
 a run that has begun are gone, as on a disk that is no longer mounted, it only waits: a start would
@@ -68,16 +68,16 @@ class Supervisor:
         """Returns the exit status of the last attempt."""
         attempt = idle = 0
         if self._command == _without(_ONCE, self._command):  # else its files may be moved
-            self._has_begun = not self._is_gone()
+            self._has_begun = self._has_heartbeat() is True
         while True:
             attempt += 1
-            if self._has_begun and self._is_gone():
+            if self._has_begun and self._has_heartbeat() is False:
                 log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
                 status, steps = MachineFault.status, 0
             else:
                 status, steps = self._attempt(attempt)
                 self._command = _without(_ONCE, self._command)
-                self._has_begun = self._has_begun or not self._is_gone()
+                self._has_begun = self._has_begun or self._has_heartbeat() is True
             idle = 0 if steps > 0 else idle + 1
             if self._is_over(status) or self._asked_to_stop.is_set():
                 return status
@@ -116,10 +116,10 @@ class Supervisor:
             return json.loads(patiently(f"{path} cannot be read", path.read_text))
         return {}
 
-    def _is_gone(self):
+    def _has_heartbeat(self):
         with contextlib.suppress(Exception):
-            return not (self._workdir / "heartbeat.json").exists()
-        return False  # a disk or store that fails shows nothing
+            return (self._workdir / "heartbeat.json").exists()
+        return None  # a disk or store that fails shows nothing
 
     def _is_over(self, status):
         return status in _FINAL or (status == 0 and self._heartbeat().get("status") == "finished")

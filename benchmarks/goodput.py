@@ -1,5 +1,5 @@
-"""The goodput of a run that is preempted again and again: the share of its time in which steps were
-computed that it kept.
+"""The goodput of a run that is preempted again and again: the share of its time that computed steps
+which were not lost later.
 
 `python -m benchmarks.goodput --workdir=DIR [--minutes=10] [--preemptions=5] [--pod_size=1]
 [--json=FILE]` trains a small model under `aoe_jax.supervise`, sends SIGTERM to all training

@@ -1,12 +1,11 @@
 """Two trainers on one folder: exactly one trains, whenever they start.
 
 `python -m benchmarks.two_owners --workdir=DIR [--tries=50] [--seed=0] [--json=FILE]` starts the
-same run twice, at once or up to three seconds apart, on two hosts as far as processes can see: each
-has a name, process numbers and a mount of the folder of its own (`unshare`, which needs root). In
-every second try the folder is that of a trainer on a third host that was killed, so both wait until
-its ownership is stale, and then take it over. One of the two must be refused with exit
-status 2, and the other must train until it is asked to stop. The program fails at the first try
-with another outcome.
+same run twice, at once or up to three seconds apart, with separate host names, process numbers and
+mounts of the folder (`unshare`, which needs root). In every second try the folder is that of a
+trainer on a third host that was killed, so both wait until its ownership is stale, and then take it
+over. One of the two must be refused with exit status 2, and the other must train until it is asked
+to stop. The program fails at the first try with another outcome.
 """
 
 import json

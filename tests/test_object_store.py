@@ -133,6 +133,10 @@ def test_a_prepared_corpus(folder, store, tmp_path):
     assert (corpus.train[folder.name].read(5, 50) == tokens.read(5, 50)).all()
     (name,) = (path.name for path in tmp_path.glob("cache/staged/*/*.array_record"))
     assert name.startswith("train-")
+    (shard,) = tmp_path.glob("cache/staged/*/*.array_record")
+    shard.write_bytes(b"")  # as after a power cut
+    again = open_corpus(data, 300).train[folder.name]
+    assert (again.read(5, 50) == tokens.read(5, 50)).all()
 
     (name,) = (name for name in store.objects if name.startswith(f"{folder.name}/validation"))
     content, generation = store.objects[name]

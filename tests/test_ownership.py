@@ -166,6 +166,17 @@ def test_a_process_that_stops_between_its_look_and_its_claim(tmp_path, monkeypat
     assert not [*tmp_path.iterdir()]
 
 
+def test_an_owner_that_wakes_late_leaves_the_files_of_others(tmp_path):
+    elsewhere(tmp_path, nonce=7)
+    silent = ownership.Owner(tmp_path, tmp_path / "owner_1.json", 7)
+    with owned(tmp_path, "w", take_over=True):
+        pass
+    with owned(tmp_path, "w") as third:  # in a folder without an owner
+        silent.release()
+        third.check()
+        assert third.is_in_place() and not silent.is_in_place()
+
+
 def test_a_disk_that_is_no_longer_there(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "retry_seconds", 3.0)
     folder, aside = tmp_path / "disk" / "run", tmp_path / "aside"

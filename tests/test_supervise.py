@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from aoe_jax.supervise import _ONCE, _without
+from aoe_jax.supervise import _ONCE, Supervisor, _without
 from tests.hasty import xla_flags
 from tests.runs import ROOT, finished_run, same_end, train_command
 from tests.test_faults import heartbeat, wait_for
@@ -100,6 +100,26 @@ def test_a_run_whose_disk_is_gone(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0 and "run/heartbeat.json is gone; is its disk" in stderr, stderr
     assert (tmp_path / "run" / "count").read_text() == "3"
+
+
+def test_a_disk_that_fails_is_no_sign_of_a_run(monkeypatch):
+    """The command is started: only a heartbeat that was there can be gone."""
+    answers = [OSError(5, "I/O error"), False, False]
+
+    class Disk:
+        def __truediv__(self, name):
+            return self
+
+        def exists(self):
+            answer = answers.pop(0)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # those of the tests stay
+    supervisor, started = Supervisor(["train.py"], Disk()), []
+    monkeypatch.setattr(supervisor, "_attempt", lambda n: (started.append(n), (2, 0))[1])
+    assert supervisor.run(restarts=0, pause=0) == 2 and started == [1]
 
 
 def test_flags_of_the_first_attempt():

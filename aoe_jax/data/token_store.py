@@ -21,7 +21,16 @@ from aoe_jax.data import SPLITS
 from aoe_jax.data.tokenizer import Tokenizer, pieces, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.faults import patiently
-from aoe_jax.json_files import COUNT, TEXT, matching, one_of, read_json, sync, write_json
+from aoe_jax.json_files import (
+    COUNT,
+    TEXT,
+    matching,
+    one_of,
+    read_json,
+    replace_durably,
+    sync,
+    write_json,
+)
 from aoe_jax.locking import exclusive
 from aoe_jax.paths import file_system, is_remote
 
@@ -304,14 +313,14 @@ class TokenStore:
     def _fetch(self, shard: dict, path: Path):
         source = os.fspath(self._origin / shard["name"])
         with exclusive(path.with_name(f".{path.name}.lock")):
-            if path.exists():
+            if path.exists() and path.stat().st_size == shard["file_bytes"]:
                 return
             partial = path.with_name(f"{path.name}.partial")
             store = file_system(source)
             patiently(f"{source} cannot be read", lambda: store.get_file(source, str(partial)))
             if file_sha256(partial) != shard["sha256"]:
                 raise _damaged(self._origin, f"{shard['name']} has another hash than it should")
-            os.replace(partial, path)
+            replace_durably(partial, path)
 
 
 def staged(origin, cache: str) -> Path:
@@ -327,6 +336,7 @@ def staged(origin, cache: str) -> Path:
             folder.mkdir(exist_ok=True)
             tokenizer = saved_tokenizer(origin)
             (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
+            sync(folder / tokenizer.name)
             write_json(folder / "manifest.json", manifest)
     return folder
 

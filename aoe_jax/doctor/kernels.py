@@ -271,8 +271,6 @@ def grouped_case(config: Config, backend, shape):
 
 def has_reference(experts):
     """Whether `layer_case` takes these experts."""
-    if experts.d_shared:
-        return False
     is_plain = not (experts.factorised_gate or experts.large_router)
     return experts.kind == "aoe" or (experts.kind == "router" and is_plain)
 
@@ -281,11 +279,13 @@ def layer_case(config: Config, name):
     """The case of a layer of experts on the mesh, against Algorithm 1 or 2.
 
     Every token takes all experts, `LAYER_EXPERTS` or two a device: with fewer, rounding may change
-    the choice. The score is the norm: rounding may change which activation is the largest.
+    the choice. The score is the norm: rounding may change which activation is the largest. A shared
+    expert is left out.
     """
     c, d, axes = config.mesh, config.model.d_model, config.mesh.shape
     n = min(config.experts.n_experts, max(LAYER_EXPERTS // c.expert, 2) * c.expert)
     experts = dataclasses.replace(config.experts, n_experts=n, top_k=n, score="norm")
+    experts = dataclasses.replace(experts, d_shared=0, shared_gate=False)
     layer = ExpertsLayer(
         experts,
         dtype=config.model.dtype,

@@ -90,7 +90,9 @@ def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, 
     are those of the split by source. `progress` shows a bar if this takes seconds.
     """
     sources, total = {}, sum(len(store) - 1 for store in stores.values())
-    with tqdm(desc="evaluating", total=total, unit="token", **_BAR, disable=not progress) as bar:
+    with tqdm(
+        desc="evaluating", total=total, unit="token", **_BAR, disable=None if progress else True
+    ) as bar:
 
         def counted(batches):
             for batch in batches:

@@ -145,7 +145,7 @@ def _check_attention(values, model):
     is_usual = model.qk_norm != "all" or head_dim == width
     _require(is_usual, f"head_dim={head_dim} isn't implemented; {wanted}")
     types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
-    is_full = types is None or (isinstance(types, list) and set(types) == {"full_attention"})
+    is_full = types is None or (types and types == ["full_attention"] * model.n_layers)
     _require(is_full, f"layer_types={shown(types)} isn't implemented; {wanted}")
     if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
         return

@@ -21,7 +21,7 @@ all experts, and no two experts score with the same ones. With G = 1 and no nois
 exactly what the dense model does; with G > 1 the chosen pieces need not make up a copy.
 
 **Noise.** Every matrix of every expert gets Gaussian noise, whose standard deviation is a share of
-that of the matrix in the dense layer.
+that of the dense layer's matrix, for `w_down` of the one that is multiplied by G.
 """
 
 import dataclasses

@@ -80,7 +80,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
     n_layers = next(a.shape[0] for path, a in shapes.items() if path.startswith("layers/"))
 
     def tensors():
-        for layer in tqdm((None, *range(n_layers)), "writing", unit="layer", delay=5):
+        for layer in tqdm((None, *range(n_layers)), "writing", unit="layer", delay=5, disable=None):
             bounds = {} if layer is None else {"L": (layer, layer + 1)}
             for path, layout in stored.items():
                 if path.startswith("layers/") == bool(bounds):

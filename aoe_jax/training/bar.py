@@ -43,7 +43,7 @@ class Bar:
     """Rewrites the last line of a terminal, with the log above it.
 
     It is a writer of figures (`writers.py`), which `step` and `status` call, too, between the steps
-    that are logged. What a terminal does not take is dropped.
+    that are logged. Text that cannot be written to the terminal is dropped.
     """
 
     name = "the progress bar"
@@ -98,7 +98,7 @@ class Bar:
 
     def _can_show(self, n_experts):
         try:
-            _COLUMNS.encode(sys.stderr.encoding)
+            _COLUMNS.encode(sys.stderr.encoding or "ascii")
         except UnicodeEncodeError:
             return False
         return n_experts <= MAX_EXPERTS

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 
 from aoe_jax.distributed import see_the_same, together
+from aoe_jax.errors import UserError
 from aoe_jax.faults import patiently
-from aoe_jax.ownership import owned, read_owner
+from aoe_jax.ownership import in_words, owned, read_owner
 from aoe_jax.paths import Mirror, is_remote
 from aoe_jax.training.workdir import set_aside
 
@@ -79,12 +80,16 @@ class RunFolder:
 
         Raises:
           MachineFault: it is gone, as on a disk that is no longer mounted.
+          UserError: another process has taken the workdir over.
         """
         patiently(f"{self._workdir} cannot be read", self._see_owner)
 
     def _see_owner(self):
-        if (read_owner(self._workdir) or {}).get("nonce") != self.nonce:
+        found = read_owner(self._workdir)
+        if found is None:
             raise OSError(errno.ESTALE, "the file of its owner is gone; is its disk mounted?")
+        if found.get("nonce") != self.nonce:
+            raise UserError(f"{self._workdir} was taken over by {in_words(found)}")
 
     def is_in_place(self):
         """Whether the workdir is that which this process owns, in process 0."""

@@ -132,7 +132,7 @@ class Telemetry:
         self._step_ended, self._step_clocks = self._line_time, self._line_seconds
 
     def step(self, step):
-        """Takes in that a step has ended, and warns if it took much longer than those before.
+        """Records the end of a step, and warns if it took much longer than those before.
 
         A slow step is named again only if it is twice as slow as those that were named for the same
         cause, so that regular saves are named once.
@@ -218,7 +218,7 @@ class Telemetry:
         return n_steps, seconds
 
     def _goodput(self):
-        """The share of the time since the run began in which steps were computed that it kept."""
+        """The share of the run's time so far that computed steps which were not lost later."""
         return self._useful / max(time.time() - self._began, self._useful, 1e-9)
 
     def _speed(self, n_steps, seconds):

@@ -213,6 +213,10 @@ REFUSED = {
         QWEN3_MOE | {"layer_types": ["full_attention", "sliding_attention"]},
         ["layer_types=['full_attention', 'sliding_attention'] isn't implemented", "every layer"],
     ),
+    "layer_types that are no names": (
+        QWEN3_MOE | {"layer_types": ["full_attention", ["x"]]},
+        ["layer_types=['full_attention', ['x']] isn't implemented"],
+    ),
     "some dense layers": (
         QWEN3_MOE | {"mlp_only_layers": [0]},
         ["mlp_only_layers=[0] isn't implemented; only [] or None is"],
