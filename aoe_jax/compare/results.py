@@ -205,12 +205,10 @@ class Results:
         for arm in self.arms(size) if len(parameters) else ():
             to = self.suite.reference(arm)
             if arm != to and self.difference(size, arm).n:
-                found[arm] = (
-                    (nlls[arm] - nlls[to]).dropna(axis=1, how="all").mean(axis=1, skipna=False)
-                )
-        return pd.DataFrame(
-            {arm: gap.set_axis(gap.index / parameters.iloc[0]) for arm, gap in found.items()}
-        )
+                gaps = (nlls[arm] - nlls[to]).dropna(axis=1, how="all")
+                found[arm] = gaps.mean(axis=1, skipna=False)
+        frame = pd.DataFrame(found)
+        return frame.set_index(frame.index / parameters.mean())
 
     def differences(self):
         """Returns the frame of `differences.csv`."""
