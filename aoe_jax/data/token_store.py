@@ -316,8 +316,8 @@ class TokenStore:
             if path.exists() and path.stat().st_size == shard["file_bytes"]:
                 return
             partial = path.with_name(f"{path.name}.partial")
-            store = file_system(source)
-            patiently(f"{source} cannot be read", lambda: store.get_file(source, str(partial)))
+            copy = functools.partial(file_system(source).get_file, source, str(partial))
+            patiently(f"{source} cannot be copied to {path.parent}", copy)
             if file_sha256(partial) != shard["sha256"]:
                 raise _damaged(self._origin, f"{shard['name']} has another hash than it should")
             replace_durably(partial, path)

@@ -10,7 +10,7 @@ from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.training.workdir import read_run_config
 
-log = logging.getLogger("aoe_jax.export")
+log = logging.getLogger(__name__)
 
 
 def export(workdir: Path, output: Path, step="newest", dtype="float32"):
