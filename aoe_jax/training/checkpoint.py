@@ -81,9 +81,12 @@ class Checkpoints:
 
     def _open(self):
         """Opens Orbax's manager; all processes call it together."""
+        with together():
+            if jax.process_index() == 0:
+                problem = f"half a save in {self.directory} cannot be deleted"
+                faults.patiently(problem, self._delete_half_saves)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
-            cleanup_tmp_directories=True,  # half saves of a killed run fill the disk
             async_options=ocp.AsyncOptions(timeout_secs=int(self._config.timeout)),
         )
         if jax.process_count() > 1:  # they wait for each other in there
@@ -92,6 +95,14 @@ class Checkpoints:
         self._manager = faults.patiently(
             f"{self.directory} cannot be opened", lambda: _Manager(self.directory, options=options)
         )
+
+    def _delete_half_saves(self):
+        """Those of a killed run and of a save that failed, which would fill the disk."""
+        for half in ocp.utils.tmp_checkpoints(self.directory):
+            while half.get().exists():
+                # Threads of the failed save may be deleting files of theirs at the same time.
+                with contextlib.suppress(FileNotFoundError):
+                    half.get().rmtree()
 
     def validated(self, step, nll):
         """Notes the validation nll of a step, by which `checkpoint.keep_best` chooses."""

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import subprocess
+import threading
 import time
 
 import grain
@@ -214,6 +215,20 @@ def test_half_written_checkpoint_is_ignored_and_cleared_away(saved, tmp_path, ha
     assert Checkpoints(workdir).steps()[-1] == 5
     write(workdir, CheckpointConfig(every=1, keep=3), [6])
     assert step_folders(workdir) == ["4", "5", "6"]
+
+
+def test_half_a_save_may_vanish_while_it_is_deleted(tmp_path):
+    """Threads of a save that has failed delete files of theirs."""
+    half = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    files = [half / f"{i}" for i in range(5000)]
+    for path in files:
+        path.touch()
+    other = threading.Thread(target=lambda: [path.unlink(missing_ok=True) for path in files])
+    other.start()
+    write(tmp_path, CheckpointConfig(), [6])
+    other.join()
+    assert step_folders(tmp_path) == ["6"]
 
 
 def test_half_deleted_old_checkpoint_does_no_harm(saved, tmp_path):
