@@ -15,6 +15,7 @@ from aoe_jax.methods.erc import ERC
 from aoe_jax.methods.gshard import GShard
 from aoe_jax.methods.ranked import Ranked
 from aoe_jax.methods.routing_free import RoutingFree
+from aoe_jax.methods.sigmoid_top_k import SigmoidTopK
 from aoe_jax.methods.smear import Smear
 from aoe_jax.methods.sparsemixer import SparseMixer
 from aoe_jax.methods.thor import Thor
@@ -38,6 +39,7 @@ ROUTERS = {
         ExpertChoice,
         Ranked,
         SparseMixer,
+        SigmoidTopK,
         Threshold,
         DynMoE,
         RoutingFree,
