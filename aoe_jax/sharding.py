@@ -202,7 +202,7 @@ def state_shardings(mesh, abstract_state):
         name = re.sub(r"layer_\d+", "layers", "/".join(names))
         if name not in declared:
             raise ValueError(f"parameter {name} is not declared in aoe_jax.parameters or a method")
-        is_stacked = names[0] == "layers"
+        is_stacked = names[0] in ("layers", "dense_layers")
         split = declared[name].split[-(a.ndim - is_stacked) :] if a.ndim > is_stacked else ()
         return NamedSharding(mesh, RULES.spec(*((None,) * is_stacked), *split))
 

@@ -60,4 +60,7 @@ def declared_parameters():
     for method in (ROUTERS | LAYERS).values():
         of_layers |= method().parameters(experts)
     of_layers |= LARGE_ROUTER | ROUTER | EXPERTS | SHARED_EXPERT | SHARED_SCALE
-    return DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}
+    found = DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}
+    dense = {f"layers/experts/{name}": p for name, p in Dense().parameters(experts).items()}
+    of_dense = {path: p for path, p in (DECODER | dense).items() if path.startswith("layers/")}
+    return found | {f"dense_{path}": p for path, p in of_dense.items()}

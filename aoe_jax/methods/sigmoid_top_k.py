@@ -90,8 +90,9 @@ class SigmoidTopK(FixedK):
 
     def check(self, config):
         experts = config.experts
-        if experts.kind != "router":
-            experts.refuse("kind", "routing.name='sigmoid_top_k' is for experts.kind='router'")
+        is_plain = not experts.factorised_gate and not experts.large_router
+        if experts.kind != "router" or not is_plain:
+            self.refuse("name", "is for a plain router with whole gates (experts.kind='router')")
         wanted = "is not implemented with routing.name='sigmoid_top_k'; set it to 0"
         config.balance.refuse_losses(wanted, ("entropy_weight", "z_weight"))
         size, rest = divmod(experts.n_experts, self.n_groups)

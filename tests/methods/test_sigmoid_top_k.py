@@ -125,7 +125,8 @@ def test_the_bias_moves_by_the_rate_or_stays(rate, moved):
 @pytest.mark.parametrize(
     ("experts", "routing", "balance", "words"),
     [
-        ({"kind": "aoe"}, {}, {}, "config.experts.kind='aoe'"),
+        ({"kind": "aoe"}, {}, {}, "config.routing.name='sigmoid_top_k': is for a plain router"),
+        ({"large_router": True}, {}, {}, "is for a plain router with whole gates"),
         ({}, {"n_groups": 3}, {}, "config.routing.n_groups=3: must divide experts.n_experts=8"),
         ({}, {"n_groups": 8}, {}, "groups of at least 2"),
         ({"top_k": 3}, {"n_groups": 4}, {}, "config.routing.groups_per_token=1: leaves 2 experts"),
