@@ -147,6 +147,13 @@ def test_a_prepared_corpus(folder, store, tmp_path):
     assert store.objects[name][0] == content
     assert len(corpus.validation[folder.name].read(0, 9)) == 9
 
+    missing = open_corpus(data, 300).train[folder.name]
+    for path in [shard, *shard.parent.glob("train*")]:
+        path.unlink(missing_ok=True)
+    del store.objects[f"{folder.name}/{shard.name}"]
+    with pytest.raises(UserError, match=f"{shard.name} is missing; .* --repair --output=gs:"):
+        missing.read(5, 50)
+
 
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     """Also while the store answers 503."""
