@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from aoe_jax import faults
 from aoe_jax.config.checks import misfit, require, require_flag
 from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError, shown
-from aoe_jax.paths import parsed_path
+from aoe_jax.paths import local_file, parsed_path
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
@@ -108,8 +108,9 @@ def parsed_config(flag, default=None):
 
 def _read_config(name):
     """`{group: {field: value}}` of a configuration file, `FILE.py` or `FILE.py:VARIANT`."""
-    parsed_path(name, "--config")  # not in an object store
-    file, _, variant = name.partition(":")
+    scheme, slashes, rest = name.rpartition("://")
+    file, _, variant = rest.partition(":")
+    file = local_file(parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True))
     config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
     if not isinstance(config, ConfigDict):
         raise UserError(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from glob import glob
 from pathlib import Path
 
 from etils import epath
@@ -64,6 +65,30 @@ def file_system(path):
 
     fsspec_settings()
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
+
+
+def find(pattern: str) -> list:
+    """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store."""
+    if not is_remote(pattern):
+        paths = glob(os.path.expanduser(pattern), recursive=True)
+        return [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+    scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
+    return [
+        epath.Path(f"{scheme}://{name}") for name, file in found.items() if file["type"] == "file"
+    ]
+
+
+def size_and_version(path) -> tuple[int, int]:
+    """The size of a file in bytes, and a number that changes with its content.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    if is_remote(path):
+        file = file_system(path).info(os.fspath(path))
+        return file["size"], int(file["generation"])
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def create(path, content: bytes) -> bool:

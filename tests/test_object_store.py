@@ -1,23 +1,27 @@
 """Runs and models in an object store: a server on this machine."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from aoe_jax import faults, ownership
+from aoe_jax import cli, faults, ownership
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.ownership import is_own_file, owned, read_owner
-from aoe_jax.paths import Mirror, create, local_copy, move, parsed_path
+from aoe_jax.paths import Mirror, create, file_system, local_copy, move, parsed_path
 from tests import forking
 from tests.hasty import xla_flags
 from tests.object_store import object_store
@@ -146,6 +150,44 @@ def test_a_prepared_corpus(folder, store, tmp_path):
     assert repair(folder, 1) == [name.rpartition("/")[2]]
     assert store.objects[name][0] == content
     assert len(corpus.validation[folder.name].read(0, 9)) == 9
+
+    missing = open_corpus(data, 300).train[folder.name]
+    for path in [shard, *shard.parent.glob("train*")]:
+        path.unlink(missing_ok=True)
+    del store.objects[f"{folder.name}/{shard.name}"]
+    with pytest.raises(UserError, match=f"{shard.name} is missing; .* --repair --output=gs:"):
+        missing.read(5, 50)
+
+
+def test_a_corpus_from_texts_in_a_store(folder, store, tmp_path):
+    settings, here = Settings("bpe:300", validation=0.2, test=0.2), tmp_path / "texts"
+    shutil.copytree(corpus_folder(), here / "deep")
+    lines = [json.dumps({"text": f"line {i}"}) for i in range(100)]
+    (here / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), here / "lines.parquet")
+    file_system(folder).put(f"{here}/", f"{folder}/", recursive=True)
+    stores = [tmp_path / name for name in ("of_disk", "of_store")]
+    for place, output in zip((here, folder), stores, strict=True):
+        prepare([f"{place}/**/*.txt", f"{place}/lines.*"], settings, output, 2)
+    disk, remote = map(contents, stores)
+    assert disk.pop("plan.json") != remote.pop("plan.json")
+    assert disk.pop("manifest.json") != remote.pop("manifest.json")  # the name of the store
+    assert disk == remote and any(name.startswith("train-") for name in disk)
+    (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
+    with pytest.raises(
+        UserError, match=r"lines\.jsonl\.gz has changed since the preparation began"
+    ):
+        prepare([f"{folder}/**/*.txt", f"{folder}/lines.*"], settings, stores[1], 1)
+    with pytest.raises(UserError, match="matches no file"):
+        prepare([f"{folder}/*.md"], settings, stores[1], 1)
+
+
+def test_a_configuration_in_a_store(folder):
+    (folder / "small.py").write_text((ROOT / "configs" / "methods.py").read_text())
+    config = cli._read_config(f"{folder}/small.py:smear")
+    assert config == cli._read_config("configs/methods.py:smear")
+    with pytest.raises(UserError, match=r"nothing\.py.*no such file"):
+        cli._read_config(f"{folder}/nothing.py")
 
 
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):

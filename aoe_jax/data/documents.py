@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import pyarrow.parquet
 from aoe_jax.errors import UserError, shown
 from aoe_jax.faults import is_fault
 from aoe_jax.json_files import open_regular
-from aoe_jax.paths import parsed_path
+from aoe_jax.paths import file_system, find, is_remote, parsed_path, size_and_version
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = ".parquet"
@@ -39,43 +38,41 @@ class Piece(NamedTuple):
     stop: int
 
 
-def find_files(patterns: Sequence[str], output: Path) -> list[Path]:
+def find_files(patterns: Sequence[str], output) -> list:
     """The files that match glob patterns (`**`: folders of any depth), each once, sorted by path.
 
     Files in `output` are left out. Raises `UserError` if a pattern matches no file, a file has an
     unknown format, or a link is broken.
     """
-    found, left_out = set(), Path(os.path.abspath(output))
+    found = set()
     for pattern in patterns:
-        parsed_path(pattern, "--input")  # not in an object store
-        paths = glob(os.path.expanduser(pattern), recursive=True)
-        matching = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
-        matching = {path for path in matching if left_out not in path.parents}
+        parsed_path(pattern, "--input", in_store=True)
+        matching = {path for path in find(pattern) if output not in path.parents}
         if not matching:
             raise UserError(
                 f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.gz'"
             )
         found |= matching
-    for path in sorted(found):
-        if not path.exists():
+    for path in found:
+        if not is_remote(path) and not path.exists():
             raise UserError(f"--input: {path} is a link that leads nowhere; mend or remove it")
-        if not path.is_file():
+        if not is_remote(path) and not path.is_file():
             raise UserError(f"--input: {path} is a FIFO or a device; give regular files")
         if _format(path)[0] is None:
             raise UserError(
                 f"--input: {path} is in no known format; give files that end in .jsonl, .ndjson, "
                 ".json (JSON lines) or .txt, also with .gz or .zst, or in .parquet"
             )
-    return sorted(found)
+    return sorted(found, key=os.fspath)
 
 
-def pieces_of(path: Path, piece_bytes: int) -> list[tuple[Piece, int]]:
+def pieces_of(path, piece_bytes: int) -> list[tuple[Piece, int]]:
     """The pieces of a file, each with its size: about `piece_bytes`, but compressed files and texts
     are one piece. Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
     try:
-        size = path.stat().st_size
+        size, _ = size_and_version(path)
         if kind == _PARQUET:
             return list(_row_groups(path, piece_bytes))
     except (OSError, pyarrow.ArrowException) as error:
@@ -122,12 +119,14 @@ def _format(path: Path) -> tuple[str | None, str | None]:
     return (kind if kind in known else None), compression
 
 
-def _open(path: str | Path) -> pyarrow.NativeFile:
+def _open(path) -> pyarrow.NativeFile:
+    if is_remote(path):
+        return pyarrow.PythonFile(file_system(path).open(os.fspath(path)), "r")
     open_regular(path).close()  # pyarrow would wait for the writer of a FIFO
     return pyarrow.OSFile(os.fsencode(path))  # a name need not be UTF-8
 
 
-def _row_groups(path: Path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _row_groups(path, piece_bytes: int) -> Iterator[tuple[Piece, int]]:
     with _open(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     start = size = 0

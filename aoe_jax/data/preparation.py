@@ -45,7 +45,7 @@ from aoe_jax.errors import Failure, MachineFault, UserError
 from aoe_jax.faults import is_fault, reason
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
 from aoe_jax.ownership import is_own_file, owned
-from aoe_jax.paths import is_remote, put, remove_folder
+from aoe_jax.paths import is_remote, put, remove_folder, size_and_version
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ _PLAN = {
     "text_field": TEXT,
     "validation": NUMBER,
     "test": NUMBER,
-    "files": [Kind("a file's path, size and time", _is_state)],
+    "files": [Kind("a file's path, size and version", _is_state)],
     "units": [{"size": COUNT, "pieces": [[COUNT]]}],
 }
 _UNIT = {"splits": dict.fromkeys(SPLITS, SPLITS_SCHEMA), "fingerprint": TEXT, "empty": COUNT}
@@ -114,7 +114,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     Raises `UserError` if an input or the tokenizer can't be used, `output` belongs to another
     preparation, the disk is full, or a split would be empty.
     """
-    planned, files = settings.as_planned(), find_files(inputs, output)
+    planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
     with owned(output, "output"), _faults_are_named(output):
         plan = _claim(files, planned, output)
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
@@ -244,9 +244,9 @@ def _read_unit(output: Path, unit: int) -> dict:
 
 
 def _state(path: str) -> list:
-    """The path of a file, its size and its time of modification, if it exists."""
+    """The path of a file, its size and its version, if it exists."""
     with contextlib.suppress(FileNotFoundError):
-        return [path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+        return [path, *size_and_version(path)]
     return [path]
 
 

@@ -317,7 +317,10 @@ class TokenStore:
                 return
             partial = path.with_name(f"{path.name}.partial")
             copy = functools.partial(file_system(source).get_file, source, str(partial))
-            patiently(f"{source} cannot be copied to {path.parent}", copy)
+            try:
+                patiently(f"{source} cannot be copied to {path.parent}", copy)
+            except FileNotFoundError as e:
+                raise _damaged(self._origin, f"{shard['name']} is missing") from e
             if file_sha256(partial) != shard["sha256"]:
                 raise _damaged(self._origin, f"{shard['name']} has another hash than it should")
             replace_durably(partial, path)
