@@ -3,10 +3,11 @@
     python -m aoe_jax.export --workdir=DIR --output=DIR
 
 The result is safetensors and `config.json`: in an architecture of the hub where one can express the
-whole model (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE; for dense models Llama, Qwen3), else in our own
-format (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`; the tokenizer
-as `transformers` reads it; a model card, `README.md`; and the configuration of the run, so that
-`eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another run from it.
+whole model (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, dots.llm1, GLM-4.5; for dense models Llama,
+Qwen3), else in our own format (`aoe_jax/formats/architectures.py`), for AoE with classes for
+`transformers`; the tokenizer as `transformers` reads it; a model card, `README.md`; and the
+configuration of the run, so that `eval.py --workdir=OUTPUT` evaluates the model. `train.init_from`
+starts another run from it.
 """
 
 from functools import partial

@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.errors import UserError
+from aoe_jax.parameters import STACKS
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -202,7 +203,7 @@ def state_shardings(mesh, abstract_state):
         name = re.sub(r"layer_\d+", "layers", "/".join(names))
         if name not in declared:
             raise ValueError(f"parameter {name} is not declared in aoe_jax.parameters or a method")
-        is_stacked = names[0] in ("layers", "dense_layers")
+        is_stacked = names[0] in STACKS
         split = declared[name].split[-(a.ndim - is_stacked) :] if a.ndim > is_stacked else ()
         return NamedSharding(mesh, RULES.spec(*((None,) * is_stacked), *split))
 

@@ -41,6 +41,9 @@ OF_OTHER_TENSORS = (
     "router, large",
     "router, norms of heads",
     "router, shared expert with a gate",
+    "router, dense layers in front",
+    "router, part of the head",
+    "aoe, dense layers in front",
     "aoe, shared expert",
     "dense",
     "dense, norms of heads",
@@ -100,7 +103,8 @@ def test_there_and_back(tmp_path, variant):
     directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**WRITTEN[variant]))
     found = load_params(directory, fill_mesh(read_config(directory), 1), mesh)
     assert_same(found, (params, bias))
-    assert bool(bias) == any(word in variant for word in ("biased", "-", "dynmoe"))
+    named = ("biased", "-", "dynmoe", "router, dense layers", "part of")
+    assert bool(bias) == any(word in variant for word in named)
     model_type = json.loads((directory / "config.json").read_text())["model_type"]
     assert model_type == VARIANTS.get(variant, (None, "aoe"))[1]
 
@@ -164,8 +168,13 @@ def test_names_of_our_own_format(tmp_path):
     }
 
 
-def test_transformers_computes_the_same(tmp_path):
-    config = tiny_config(**VARIANTS["router, grouped queries"][0], experts__top_k=3)
+@pytest.mark.parametrize(
+    "variant",
+    ["router, grouped queries", "router, dense layers in front", "router, part of the head"],
+)
+def test_transformers_computes_the_same(tmp_path, variant):
+    top_k = 2 if "dense" in variant else 3
+    config = tiny_config(**VARIANTS[variant][0], experts__top_k=top_k)
     directory, *_ = written(tmp_path, config)
     tokens = np.random.default_rng(1).integers(0, 512, (4, 48))
     expected = logits_here(directory, tokens)
