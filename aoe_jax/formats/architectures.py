@@ -153,7 +153,8 @@ class Architecture(NamedTuple):
     only: dict[str, tuple] = _ONLY  # the values that are implemented, first that of a missing field
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
     rope_theta: float = 1e6  # where config.json has none
-    rope_types: tuple[str, ...] = ("default",)
+    rope_types: tuple[str, ...] = ("default", "longrope")
+    rope_scale: str = "attention_factor"  # the setting of longrope that scales
     rope_share: float = 1.0  # where config.json has no partial_rotary_factor; 1: only 1 is
     aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
     # Whether fields count dense layers and shared experts as DeepSeek-V3's do, see `configs`.
@@ -212,7 +213,7 @@ ARCHITECTURES = {
         ),
         only=_ONLY | {"num_experts_per_tok": (2,)},
         constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
-        rope_types=("default", "longrope"),
+        rope_scale="short_mscale",
     ),
     "qwen2_moe": Architecture(
         "Qwen2MoeForCausalLM",
@@ -279,7 +280,7 @@ ARCHITECTURES = {
         only=_ONLY | {"mlp_bias": (False,)},
         constants=_DENSE,
         rope_theta=1e4,
-        rope_types=("default", "llama3"),
+        rope_types=("default", "llama3", "longrope"),
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
@@ -302,8 +303,17 @@ ARCHITECTURES = {
             norm="model.norm",
             qk_norm="model.qk_norm",
             attention_bias="model.attention_bias",
+            qkv_bias="model.qkv_bias",
             lm_head_bias="model.output_bias",
+            shared_expert_intermediate_size="experts.d_shared",
+            shared_expert_gate="experts.shared_gate",
         ),
+        defaults=_DEFAULTS
+        | {
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 0,
+            "shared_expert_gate": False,
+        },
         only=_ONLY | {"score": ("norm", "max"), "clip_qkv": (None,)},
         constants={"experts.kind": "aoe"},
     ),

@@ -236,7 +236,7 @@ def _rotary_fields(values):
         return fields
     # Longer texts have the long factors and another scale, so the model is read for the length up
     # to which the short ones hold.
-    names = ("short_factor", "short_mscale", "original_max_position_embeddings")
+    names = ("short_factor", architecture.rope_scale, "original_max_position_embeddings")
     factors, scale, length = (setting(name, None) for name in names)
     for name, value in zip(names, (factors, scale, length), strict=True):
         _require(value is not None, f"{name} is missing, which rope_type 'longrope' needs")
@@ -323,11 +323,36 @@ def _hub_json(config, model_type):
             fields[theirs] = computed.get(sets, getattr(getattr(config, group), ours))
     if architecture.counts_dense_layers:
         fields |= _to_counts(config, fields)
-    return fields | {
-        "hidden_act": "silu",
-        "rope_theta": config.model.rope_base,
-        "sliding_window": None,
+    return (
+        fields
+        | {
+            "hidden_act": "silu",
+            "rope_theta": config.model.rope_base,
+            "sliding_window": None,
+        }
+        | _rope_scaling(model_type, config.model)
+    )
+
+
+def _rope_scaling(model_type, model):
+    """The rotary factors, whatever they come from, as the short ones of LongRoPE. The long ones are
+    for texts that are longer than the model can take.
+
+    Under the name that transformers 4 reads, too; but without the classes of our own format,
+    `AutoTokenizer` fails for it.
+    """
+    if not model.rope_factors:
+        return {}
+    factors = list(model.rope_factors)
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": model.rope_scale,
+        "original_max_position_embeddings": model.max_len,
     }
+    return {"rope_parameters" if model_type == OWN else "rope_scaling": scaling}
 
 
 def as_own(config: Config):
