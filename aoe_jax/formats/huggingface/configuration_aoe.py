@@ -54,11 +54,8 @@ class AoEConfig(MixtralConfig):
         self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
         self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
         self.norm, self.qk_norm = norm, qk_norm
-        self.attention_bias, self.qkv_bias, self.lm_head_bias = (
-            attention_bias,
-            qkv_bias,
-            lm_head_bias,
-        )
+        self.attention_bias, self.qkv_bias = attention_bias, qkv_bias
+        self.lm_head_bias = lm_head_bias
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.shared_expert_gate = shared_expert_gate
         super().__init__(**settings)
