@@ -132,7 +132,7 @@ def call_in_file(flag, file, function, *args):
     if not Path(file).is_file():
         example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
         wanted = f"name a Python file with {function}(), such as {example}"
-        raise UserError(f"{flag}: can't be read (no such file); {wanted}")
+        raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
     if os.getcwd() not in sys.path:  # as `python -m` has it, and console scripts do not
         sys.path.append(os.getcwd())
     try:

@@ -103,7 +103,7 @@ def _initialize():
 
 
 def _meet():
-    """Waits until all processes are there, at the port that JAX takes next: JAX can't name a
+    """Waits until all processes are there, at the port that JAX takes next: JAX cannot name a
     process that is missing.
 
     Raises:
@@ -142,7 +142,7 @@ def _gather(port, deadline):
     except OSError as e:  # what uses the port now may end
         kind = MachineFault if e.errno == errno.EADDRINUSE else UserError
         raise kind(
-            f"--coordinator={_COORDINATOR.value}: process 0 can't listen there ({e.strerror}); "
+            f"--coordinator={_COORDINATOR.value}: process 0 cannot listen there ({e.strerror}); "
             "name a free port"
         ) from e
     with server:
@@ -212,7 +212,7 @@ def _ask(host, port, deadline):
             continue
         return answer.decode().removeprefix("go")
     raise MachineFault(
-        f"process 0 at --coordinator={_COORDINATOR.value} can't be reached within "
+        f"process 0 at --coordinator={_COORDINATOR.value} cannot be reached within "
         f"--join_timeout={_JOIN_TIMEOUT.value} s"
     )
 

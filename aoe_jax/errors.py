@@ -57,7 +57,7 @@ class Stopped(BaseException):
     not catch it.
     """
 
-    others_go_on = False  # True: other processes don't stop, so this one must not wait for them
+    others_go_on = False  # True: other processes do not stop, so this one must not wait for them
 
 
 class Preempted(Stopped):

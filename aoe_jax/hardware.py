@@ -176,7 +176,7 @@ def topology_devices(topology, n_slices=1):
     of a node, such as "h100:8".
 
     Raises:
-      UserError: an unknown name or shape, or a compiler that isn't installed.
+      UserError: an unknown name or shape, or a compiler that is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"

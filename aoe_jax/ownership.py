@@ -124,7 +124,7 @@ def make_folder(folder: Path, flag: str):
     """Makes a folder if there is none.
 
     Raises:
-      UserError: it can't be made; names the `flag` that gave it.
+      UserError: it cannot be made; names the `flag` that gave it.
       MachineFault: its disk fails.
     """
     if folder.exists() and not folder.is_dir():
@@ -143,7 +143,7 @@ def _write_or_refuse(folder, flag, write):
         except OSError as e:
             if is_fault(e) and not is_forbidden(e):
                 raise
-            raise UserError(f"--{flag}={folder} can't be written: {e.strerror}") from e
+            raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
 
     return patiently(f"--{flag}={folder} cannot be written", attempt)
 

@@ -122,7 +122,7 @@ def fill_mesh(config, n_devices):
     """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results.
 
     Raises:
-      UserError: the axes don't multiply to the number of devices, or don't divide something.
+      UserError: the axes do not multiply to the number of devices, or do not divide something.
     """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
@@ -130,7 +130,7 @@ def fill_mesh(config, n_devices):
     if data * inner != n_devices:
         raise UserError(
             f"config.mesh: data={mesh.data} fsdp={mesh.fsdp} expert={mesh.expert} "
-            f"tensor={mesh.tensor} doesn't make up {n_devices} devices; their product must be the "
+            f"tensor={mesh.tensor} does not make up {n_devices} devices; their product must be the "
             "number of devices (data=-1 takes what the others leave)"
         )
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
@@ -141,7 +141,7 @@ def make_mesh(config, devices):
     `data`.
 
     Raises:
-      UserError: `mesh.data` isn't a multiple of the slices, or the network can't be cut that way.
+      UserError: `mesh.data` is not a multiple of the slices, or the network cannot be cut that way.
     """
     shape = config.mesh.shape
     n_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -156,7 +156,7 @@ def make_mesh(config, devices):
             grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
     except (NotImplementedError, ValueError, AssertionError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"config.mesh: {shape} can't be laid out on these devices: {reason}") from e
+        raise UserError(f"config.mesh: {shape} cannot be laid out on these devices: {reason}") from e
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 

@@ -29,7 +29,7 @@ class TrainConfig(Group):
     seed: int = setting(0, at_least=0)
     log_every: int = setting(20, above=0)
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
-    # The run stops after this many updates in a row were skipped because they weren't finite.
+    # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
     # Seconds without a finished step, validation batch or save after which the run ends as hanging,
     # with status 6; 0: never. Compilation does not count.

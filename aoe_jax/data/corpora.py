@@ -185,7 +185,7 @@ def _is_text(feature: tfds.features.FeatureConnector) -> bool:
 
 
 def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set in `data_dir`, which is prepared as ArrayRecord if it isn't yet."""
+    """The builder of a data set in `data_dir`, which is prepared as ArrayRecord if it is not yet."""
     doing = "load"
     try:
         builder = _find_builder(name, data_dir)

@@ -109,9 +109,9 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     """Make a token store in `output`, or continue one that the same call began.
 
     `inputs` are glob patterns, see `find_files`. `output` is a directory that is empty, new, or of
-    the same preparation. The store doesn't depend on the number of `processes`.
+    the same preparation. The store does not depend on the number of `processes`.
 
-    Raises `UserError` if an input or the tokenizer can't be used, `output` belongs to another
+    Raises `UserError` if an input or the tokenizer cannot be used, `output` belongs to another
     preparation, the disk is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
@@ -178,7 +178,7 @@ def check(output: Path) -> list[str]:
     """
     manifest, file = read_manifest(output), saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{file} isn't the tokenizer of this store; put that back")
+        raise UserError(f"{file} is not the tokenizer of this store; put that back")
     hashes, damaged = _hashes_of_shards(manifest), []
     for name in tqdm(hashes, desc=f"checking {output.name}", unit="shard", delay=1):
         found = None
@@ -193,7 +193,7 @@ def repair(output: Path, processes: int) -> list[str]:
     """Write the damaged shards of a complete store again, from its input; returns their names.
     Raises `UserError` as `check` does, and if the input is missing or has changed.
     """
-    wanted = f"has no {PLAN_FILE}, so it can't be repaired; prepare it again"
+    wanted = f"has no {PLAN_FILE}, so it cannot be repaired; prepare it again"
     require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
     with owned(output, "output"), _faults_are_named(output):
         damaged = check(output)

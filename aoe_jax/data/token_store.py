@@ -129,7 +129,7 @@ class _SplitWriter:
         if any((ids == end_of_text).any() for ids in encoded):
             raise UserError(
                 "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
-                "that doesn't"
+                "that does not"
             )
         in_order, end = iter(encoded), np.array([end_of_text], self._dtype)
         ids = [end if piece is None else next(in_order) for piece in self._pieces]
@@ -195,7 +195,7 @@ def read_manifest(directory: Path) -> dict:
             raise UserError(f"token store {str(directory)!r}: no such folder")
         if (directory / PLAN_FILE).exists():
             raise UserError(
-                f"token store {str(directory)!r}: isn't finished; the `python -m "
+                f"token store {str(directory)!r}: is not finished; the `python -m "
                 "aoe_jax.data.prepare` that began it goes on"
             )
         raise _damaged(directory, "manifest.json is missing")

@@ -144,7 +144,7 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
 def cached_token_stores(
     corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: str
 ) -> list[Path]:
-    """Directories of the corpora's token stores, which are built if they don't exist.
+    """Directories of the corpora's token stores, which are built if they do not exist.
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
     tokenizer, vocabulary size or text makes another store. Of several processes that share the

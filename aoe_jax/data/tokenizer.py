@@ -66,7 +66,7 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust panicked; the class is no `Exception`, and can't be imported."""
+    """Whether a library in Rust panicked; the class is no `Exception`, and cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -92,7 +92,7 @@ def _failures_are_named(doing: str) -> Iterator[None]:
         if type(error) not in (Exception, RuntimeError) and not _is_panic(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the tokenizer can't {doing} ({reason}); use another one") from error
+        raise UserError(f"the tokenizer cannot {doing} ({reason}); use another one") from error
 
 
 class Tokenizer:
@@ -276,7 +276,7 @@ def load_tokenizer(
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
     except OSError as error:
-        reason = f"can't be read ({error.strerror})"
+        reason = f"cannot be read ({error.strerror})"
         raise UserError(f"{setting}={str(path)!r}: {reason}; {wanted}") from error
     except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
         if not (isinstance(error, Exception) or _is_panic(error)):

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _TRIES = 3  # for each task
 _POLL_SECONDS = 0.2
 
-# Forked children would share locks with threads that they don't have.
+# Forked children would share locks with threads that they do not have.
 _spawning = multiprocessing.get_context("spawn")
 
 

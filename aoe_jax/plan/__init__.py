@@ -1,4 +1,4 @@
-"""What a run needs on machines that aren't here; the command line is `python -m aoe_jax.plan`.
+"""What a run needs on machines that are not here; the command line is `python -m aoe_jax.plan`.
 
 How the figures are computed:
 

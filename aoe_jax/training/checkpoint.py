@@ -137,7 +137,7 @@ class Checkpoints:
     def find(self, which):
         """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
 
-        Raises `UserError` if it doesn't exist.
+        Raises `UserError` if it does not exist.
         """
         steps, workdir = self.steps(), self.directory.parent
         if not steps:
@@ -344,7 +344,7 @@ class Checkpoints:
         found = fingerprints(arrays)
         differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
         if differing:
-            raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
+            raise Damaged(f"what was read of {', '.join(differing[:3])} is not what was saved")
         return arrays, run
 
 
@@ -371,7 +371,7 @@ def _read_alone(path, wanted):
     try:
         run = json.loads((path / "run" / "metadata").read_text())
         if run.pop("sha256", None) != _sha256(run):
-            raise Damaged("what was read of its position isn't what was saved")
+            raise Damaged("what was read of its position is not what was saved")
         _check_model(path, wanted, run["arrays"])
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(path / "state", args=args), run
@@ -388,7 +388,7 @@ def _check_model(path, wanted, saved):
     for name, a in by_path(wanted).items():
         here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
         if here != there:
-            what = "isn't there"
+            what = "is not there"
             if there:
                 what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
             raise UserError(

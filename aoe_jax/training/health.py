@@ -62,7 +62,7 @@ class Health:
         if self.skipped_in_row >= self.max_skipped:
             raise DivergedError(
                 f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped "
-                "because the loss or the gradient wasn't finite "
+                "because the loss or the gradient was not finite "
                 f"(train.max_skipped={self.max_skipped}). Look at the data; or, if the model "
                 "itself is broken, go on from an earlier checkpoint with --go-back=STEP, or lower "
                 "train.learning_rate in another --workdir"

@@ -21,7 +21,7 @@ _FILES = (
     "training.png",
 )
 
-# Groups and fields that may change when a run continues: they don't affect what it computes, but
+# Groups and fields that may change when a run continues: they do not affect what it computes, but
 # for how long it runs.
 FREE = {
     "checkpoint",
@@ -169,7 +169,7 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
 def read_run_config(path: Path) -> Config:
     """The configuration of a run, from its `config.json`.
 
-    Raises `UserError` if the file can't be read, is no configuration of a training run, or is one
+    Raises `UserError` if the file cannot be read, is no configuration of a training run, or is one
     of an earlier version with fields that have gone.
     """
     groups = read_json(path)

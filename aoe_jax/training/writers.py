@@ -34,7 +34,7 @@ finally:
 
 
 class JsonLines:
-    """One JSON object a line, null for numbers that aren't finite.
+    """One JSON object a line, null for numbers that are not finite.
 
     A line survives a kill of the process as soon as it is written; lines that cannot be written are
     kept for the next write. The validation of `start_step` is dropped too unless it is `validated`.
