@@ -1,4 +1,4 @@
-"""What every command line shares: flags, logging to stderr, and how a program ends."""
+"""Shared by all commands: flags, logging to stderr, and how a program ends."""
 
 import ast
 import logging
@@ -21,7 +21,9 @@ from aoe_jax.paths import local_file, parsed_path
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
 flags.DEFINE_float(
-    "retry_seconds", 60.0, "for how long reads and writes are repeated that disk or network fail"
+    "retry_seconds",
+    60.0,
+    "for how long reads and writes are repeated when the disk or network fails",
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # what functions of this module define belongs to their callers
@@ -95,7 +97,7 @@ def parsed_config(flag, default=None):
             _, group, field = name.split(".")
             values = routing if group == "routing" else groups.setdefault(group, {})
             values[field] = FLAGS[name].value
-    if routing:  # of the router in the file, or of another one that `routing.name` chooses
+    if routing:  # fields of the router in the file, or of another one that `routing.name` chooses
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
         default = kind if kind in LAYERS else "top_k"
         name = routing.get("name", kind if kind in LAYERS else of_file.get("name", default))
@@ -133,7 +135,7 @@ def call_in_file(flag, file, function, *args):
         example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
         wanted = f"name a Python file with {function}(), such as {example}"
         raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
-    if os.getcwd() not in sys.path:  # as `python -m` has it, and console scripts do not
+    if os.getcwd() not in sys.path:  # `python -m` adds it, console scripts do not
         sys.path.append(os.getcwd())
     try:
         found = runpy.run_path(str(file))
@@ -229,7 +231,7 @@ def _parse(argv):
 
 
 def _help(module):
-    """What the command in a module does, with its flags but those of single fields."""
+    """The docstring of a command and its flags, without `--config.GROUP.FIELD`."""
     of_modules = FLAGS.flags_by_module_dict()
     name = sys.argv[0] if module == "__main__" else module  # as absl names it
     groups = {"flags": of_modules.get(name, [])}

@@ -106,8 +106,8 @@ def layer_flops_per_token(config: Config):
     The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one
     only where the method sends a gradient there: for every token with `score_gradient="dense"`, for
     the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise. AoE
-    scoring counts all n experts; under top-p, `top_k` are chosen. With `kind="capacity"` it is
-    those of the router; see `Capacity.wasted_flops` for what it computes beside them.
+    scoring counts all n experts; under top-p, `top_k` are chosen. `kind="capacity"` counts like
+    `kind="router"`; `Capacity.wasted_flops` counts the rest.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -161,14 +161,14 @@ def log_run(config: Config):
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if experts_per_token(config) is None:
         log.info(
-            f"both count experts.top_k={config.experts.top_k} experts per token; {routing.name} "
-            "takes a varying number"
+            f"parameters and FLOPs count experts.top_k={config.experts.top_k} experts per token; "
+            f"{routing.name} takes a varying number"
         )
     causality = routing.causality(config.experts)
     if causality.reason and causality.until_step is None:
         log.warning(
-            f"{routing.name} is not causal: {causality.reason}, so the losses below are not those "
-            "of a causal language model and are comparable with no token-choice run"
+            f"{routing.name} is not causal: {causality.reason}, so the losses below cannot be "
+            "compared with those of a causal language model"
         )
     elif causality.reason:
         log.warning(

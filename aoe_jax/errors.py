@@ -31,7 +31,7 @@ class DivergedError(Failure):
 
 class MachineFault(Failure):
     """A disk, the network or the memory failed for longer than `--retry_seconds`; a later start
-    can succeed without any change by the user.
+    may succeed without any change by the user.
     """
 
     status = 5

@@ -21,7 +21,7 @@ _COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Array:
-    """An array of the program: a leaf of an instruction's result."""
+    """An array, a leaf of an instruction's result."""
 
     dtype: str
     dims: tuple[int, ...]

@@ -14,12 +14,12 @@ from aoe_jax.errors import UserError, shown
 from aoe_jax.faults import is_fault, patiently
 from aoe_jax.paths import is_remote
 
-_BYTES = 2**24  # of a file of JSON, unless its reader expects more; Python's values take 25x that
+_BYTES = 2**24  # of a JSON file, unless its reader allows more; parsed it takes 25x the memory
 _LINE_BYTES = 2**22  # of a line of metrics
 
 
 class Kind(NamedTuple):
-    """What a value in a file should be, in words, and whether a value is that."""
+    """A kind of value in a file: its name in error messages, and a test of a value."""
 
     words: str
     holds: Callable[[object], bool]
@@ -122,7 +122,7 @@ def _misfit(value, schema, name):
 
 
 def read_metrics(path: Path):
-    """Yields the lines of a file of metrics, if it exists, that are whole and have a step.
+    """Yields the lines of a file of metrics that are whole and have a step; none without a file.
 
     All values are numbers or null, except `layers`. Raises `UserError` if it cannot be read.
     """
@@ -147,8 +147,8 @@ def _is_metrics(line):
 
 
 def write_json(path: Path, value, indent=2):
-    """Writes JSON, null for numbers that are not finite; a kill or a power cut leaves either the old
-    file or the new one.
+    """Writes JSON, null for numbers that are not finite. A kill or a power cut leaves either the
+    old file or the new one.
     """
     text = json.dumps(finite(value), indent=indent) + "\n"
     if is_remote(path):  # it appears whole

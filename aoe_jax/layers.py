@@ -76,8 +76,8 @@ class _Experts(nn.Module, kw_only=True):
           x: `[..., d]`, tokens.
           token_weights: `[...]`, 0 for padding, which counts in no loss and no metric, else 1;
             None: all tokens count.
-          training: whether a router that differs in training does so: some have losses of their
-            own there, and some draw at random, from `rngs={"experts": key}`.
+          training: whether the router behaves as in training: some then have losses of their own,
+            and some draw at random, from `rngs={"experts": key}`.
 
         Returns:
           `(y [..., d], Aux)`, y in the dtype of computation. `Aux.loss` is also sown, as "loss" in
@@ -136,8 +136,8 @@ class AoE(_Experts, kw_only=True):
     Attributes:
       n_experts: experts of the layer.
       top_k: experts of a token.
-      d_ffn: width of a traditional expert with as many parameters; with whole gates the width
-        itself.
+      d_ffn: width of a traditional expert with as many parameters; with whole gates the width of
+        the experts.
       d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
       score_neurons: None: factorised gates. A number: whole gates, of which this many values score.
       score: "norm", the paper's, or "max": the largest of the values.

@@ -10,10 +10,10 @@ from aoe_jax.errors import UserError
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """Wait for the lock on `lock_file`, and hold it.
+    """Waits for the lock on `lock_file`, and holds it in the context.
 
     Raises:
-        UserError: the folder of `lock_file` cannot be written.
+      UserError: the folder of `lock_file` cannot be written.
     """
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)

@@ -149,9 +149,7 @@ def _write_or_refuse(folder, flag, write):
 
 
 def read_owner(folder: Path) -> dict | None:
-    """What the owner has written into its file; empty if that is not whole, None if the folder has
-    no owner.
-    """
+    """The content of the owner's file; empty if it is not whole, None if there is no owner."""
     return _newest(folder)[1]
 
 
@@ -222,7 +220,7 @@ def _remove(path, content):
 
 
 def _wait_until_stale(folder, flag, other, seconds):
-    """Returns when the owner has not renewed for so many seconds; raises `UserError` if it has."""
+    """Returns once the owner has not renewed for `seconds`; raises `UserError` if it renews."""
     in_use = UserError(
         f"--{flag}={folder} is in use by {in_words(other)}; wait for it, use another --{flag}, "
         "or end that process"
@@ -231,7 +229,8 @@ def _wait_until_stale(folder, flag, other, seconds):
         raise in_use
     if seconds:
         log.warning(
-            f"{folder} belongs to {in_words(other)}; it has {seconds:g} s for a sign of life"
+            f"{folder} belongs to {in_words(other)}; if it does not renew its ownership within "
+            f"{seconds:g} s, this process takes over"
         )
 
     def state():
@@ -267,7 +266,7 @@ def _kernel():
 
 
 def _started(pid):
-    """When a process started, in ticks since the boot; None if it does not exist."""
+    """When a process started, in clock ticks since the boot; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

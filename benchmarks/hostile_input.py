@@ -1,9 +1,9 @@
-"""Peak memory of preparations of hostile and of huge input, each beside its bar.
+"""Peak memory of preparations of hostile and of huge input, each beside its limit.
 
 `python -m benchmarks.hostile_input [--cases=NAME,...] [--json=FILE]`: each case makes its input in
 a temporary folder and prepares it in processes of their own. Memory is the largest resident set of
 one of these processes, by the kernel, and at least that of this program (0.2 GB). The exit status
-is 1 if a case uses more than its bar, or ends with another status than it should.
+is 1 if a case uses more than its limit, or ends with another status than it should.
 """
 
 import gzip
@@ -139,7 +139,7 @@ def main():
         status, peak, seconds, last_line = measure(case)
         holds = peak <= case.bar_mb and status == case.status
         print(
-            f"{case.about}: {peak:.0f} MB, bar {case.bar_mb} MB; exit status {status}, should be "
+            f"{case.about}: {peak:.0f} MB, limit {case.bar_mb} MB; exit status {status}, should be "
             f"{case.status}; {seconds:.0f} s{'' if holds else '; FAILS'}\n    {last_line}",
             flush=True,
         )

@@ -171,7 +171,7 @@ def load_there(directory, **settings):
 
 
 def logits_there(directory, tokens=TOKENS, **settings):
-    """Those of a model in a directory by transformers."""
+    """The logits of a model in a directory by transformers."""
     import torch
 
     with torch.no_grad():

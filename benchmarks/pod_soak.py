@@ -1,5 +1,5 @@
 """A soak test of several processes: whatever happens to them, their supervisors bring the run to
-the same end, without a person.
+the same end, without anybody's help.
 
 `python -m benchmarks.pod_soak --workdir=DIR [--pod_size=2] [--events=20] [--store] [--seed=0]
 [--json=FILE]`: first the processes train a small model without a disturbance. Then the same run is

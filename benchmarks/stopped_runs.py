@@ -40,7 +40,7 @@ PATIENCE = 300  # seconds of waiting for a moment, before that counts as a failu
 
 
 class Failure(Exception):
-    """The soak has found something."""
+    """The soak test has found an error."""
 
 
 class Soak:
@@ -90,7 +90,7 @@ class Soak:
             raise Failure(f"the run without a break failed:\n{stderr[-2000:]}")
         return self._root / "whole"
 
-    def life(self, workdir, moment, number, chance):
+    def attempt(self, workdir, moment, number, chance):
         """Starts the run and stops it at `moment` by a signal, unless it ends before.
 
         Returns:
@@ -211,7 +211,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
     happened, finished, run = collections.Counter(), 0, root / "run_0"
     for number in tqdm(stops, desc="stops", unit="stop"):
         moment = chance.choice(MOMENTS)
-        status, stderr = work.life(run, moment, number, chance)
+        status, stderr = work.attempt(run, moment, number, chance)
         # SIGTERM while Python is still importing ends the process like any program.
         early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"
         if status not in (0, -signal.SIGKILL) and not early:

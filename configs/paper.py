@@ -7,8 +7,8 @@ whole gates.
 
 Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its
 corpus, RedPajama, has to be named on the command line (`--config.data.name`,
-`--config.data.tokenizer` with 32,000 pieces); the default is the embedded corpus, which trains a
-vocabulary of its own.
+`--config.data.tokenizer` with 32,000 pieces). By default the embedded corpus is used, with a
+tokenizer trained on it.
 """
 
 from aoe_jax.config.run import default_config, update_groups

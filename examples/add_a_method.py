@@ -1,4 +1,4 @@
-"""A routing method of one's own, in an AoE layer and in an MoE layer.
+"""A routing method of your own, in an AoE layer and in an MoE layer.
 
     python examples/add_a_method.py
 

@@ -19,10 +19,10 @@ class ModelConfig(Group):
     # The most positions of a sequence, prompt and continuation together.
     max_len: int = setting(2048, above=0)
     tie_embeddings: bool = True  # the output projection is the embedding table
-    # Of the computation; parameters, logits and loss are float32.
+    # dtype of the computation; parameters, logits and loss are float32.
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
-    # What the backward pass computes again. experts: all that is cheap inside the experts (kept are
-    # x W_up, and of the gate x W_gate or AoE's low-rank activation); layer: all but a layer's
+    # What the backward pass computes again. experts: everything inside the experts but x W_up and
+    # x W_gate, or AoE's low-rank activation instead of the latter; layer: all but a layer's
     # input, its scores, its routing and the output of attention.
     remat: str = setting("none", choices=("none", "experts", "layer"))
     # The backend of `model/attention/`; auto: by platform.

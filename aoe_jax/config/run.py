@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.moe.routing import Method, TopK
 
-# Fields that have gone, and what stands for them.
+# Fields of older versions, and what replaces them.
 RENAMED = {
     "experts.selection": "routing.name",
     "experts.gate": "routing.norm_topk_prob (or routing.name='sparsemixer')",
@@ -115,7 +115,7 @@ def _types(group):
 def _refuse_unknown(given, known, prefix=""):
     for name in given:
         if instead := RENAMED.get(prefix + name):
-            raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
+            raise UserError(f"config.{prefix}{name} no longer exists; set config.{instead}")
         if name not in known:
             known = ", ".join(known)
             raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")

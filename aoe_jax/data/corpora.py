@@ -1,4 +1,4 @@
-"""Text corpora: the bundled addresses, a folder of text files, or a TFDS data set with a text."""
+"""Text corpora: the embedded addresses, a folder of text files, or a TFDS data set with text."""
 
 import contextlib
 import difflib
@@ -47,14 +47,14 @@ class Corpus:
 
 
 def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text") -> Corpus:
-    """Find a corpus, downloading it if necessary.
+    """Finds a corpus, and downloads it if necessary.
 
     Args:
         name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
             "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub.
         path: for "text" the folder of .txt files; else the TFDS data_dir, by default
             `<cache>/tfds`.
-        cache: the folder for everything that is prepared once.
+        cache: the folder for token stores and downloaded data sets.
         text_field: the feature of a TFDS data set that holds the text.
 
     Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
@@ -120,7 +120,7 @@ def _text_folder(path: str | None) -> Corpus:
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Cut three files or more into three non-empty splits."""
+    """Divides three files or more among three non-empty splits."""
 
     def fraction(name: str) -> float:
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
@@ -147,7 +147,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
     wanted = f"the text features of {name} are {text_fields}"
     require(text_field in text_fields, "data.text_field", text_field, wanted)
-    wanted = f"has no train split, only {sorted(info.splits)}"
+    wanted = f"it has no train split, only {sorted(info.splits)}"
     require("train" in info.splits, "data.name", name, wanted)
     sizes = {
         split: (info.splits[split].num_examples, int(info.splits[split].num_bytes))
@@ -185,7 +185,7 @@ def _is_text(feature: tfds.features.FeatureConnector) -> bool:
 
 
 def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set in `data_dir`, which is prepared as ArrayRecord if it is not yet."""
+    """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
     doing = "load"
     try:
         builder = _find_builder(name, data_dir)

@@ -25,7 +25,7 @@ _spawning = multiprocessing.get_context("spawn")
 def work_through(
     tasks: Mapping[Hashable, str], count: int, set_up: Callable, arguments: Sequence
 ) -> Iterator[tuple | None]:
-    """Yield `(task, result)` in the order in which they are done, and None every now and then.
+    """Yields `(task, result)` in the order in which they are done, and None every now and then.
 
     Each of `count` processes calls `set_up(*arguments)` once, then the result of that with every
     task. `tasks` has the name of each task for messages; they are begun in order. Closing the
@@ -100,7 +100,7 @@ def _work(connection: Connection, set_up: Callable, arguments: Sequence, retry_s
             task, name = connection.recv()
             try:
                 do = do or set_up(*arguments)
-                answer = patiently(f"{name} cannot be worked on", lambda: do(task)), None
+                answer = patiently(f"{name} cannot be processed", lambda: do(task)), None
             except Failure as error:
                 answer = None, error
             except Exception:

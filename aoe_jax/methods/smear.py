@@ -10,8 +10,8 @@ is dropped with the probability `expert_dropout`, and the rest is normalised aga
 Scores are the authors' router: LayerNorm(v) by the router's weights, which a LayerNorm over d
 normalises for each expert, with a gain that starts at 0.01, so that p starts nearly uniform. (The
 bias of the second norm would add the same to all experts and is left out.) With
-`experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||: this
-project's reading for AoE.
+`experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||, this
+project's version for AoE.
 
 In a decoder the mean over a whole sequence would depend on later tokens. There sequences are cut
 into segments of `segment` tokens, and the expert of a segment is merged by the mean of the segment
@@ -122,7 +122,7 @@ def merge(p, weights):
 
 
 def merged_experts(x, p, weights):
-    """Each sequence or segment by its own merged expert: `x [..., T, d]`, `p [..., n]`."""
+    """Applies to each sequence or segment its own merged expert: `x [..., T, d]`, `p [..., n]`."""
     return single_expert(x, merge(p, weights))
 
 
@@ -251,7 +251,7 @@ class Smear(Method):
 
     @property
     def least_seq_len(self):
-        """Two segments: the first decides for the second."""
+        """The shortest sequence with two segments; the first decides for the second."""
         return self.segment + 1
 
     def check(self, config):

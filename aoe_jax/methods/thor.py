@@ -12,8 +12,8 @@ The `nll` that is reported is the mean of both passes.
 
 At inference every token (`inference="token"`) or every sequence ("sequence") draws an expert in
 each layer, by a key made of `inference_seed`, the number of the layer and, for "token", the
-position. So all sequences draw alike on every mesh and in every batch, decoding draws as a whole
-pass does, and evaluations can be repeated. Another seed gives another draw.
+position. So all sequences, batches and meshes have the same draws, decoding has those of a whole
+pass, and evaluations can be repeated.
 
 It follows the authors' text and code, except: experts are in every layer rather than every second,
 and there is no label smoothing and no dropout. Draws do not depend on scores: with
@@ -111,7 +111,7 @@ class Thor(Method):
 
 
 def _stats_of_draws(n_experts):
-    """The statistics of the draw itself: chances as load, and no scores."""
+    """The statistics of a random draw: its probabilities as load, and no scores."""
     chance, nothing = jnp.full(n_experts, 1 / n_experts), jnp.zeros(n_experts)
     entropy = jnp.float32(np.log(n_experts))
     return LayerStats(chance, chance, entropy, nothing, jnp.zeros(()))

@@ -21,7 +21,7 @@ from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.parameters import DECODER
 
-# Computed again in the backward pass, which would else keep several float32 copies of its input.
+# Recomputed in the backward pass, which would otherwise keep several float32 copies of their input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 

@@ -50,8 +50,9 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... for "layers"; what is
-    cast wherever it is used is in the dtype of computation.
+    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers".
+
+    Parameters that are cast wherever they are used are in the dtype of computation.
     """
     dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
 
@@ -73,7 +74,7 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
     Args:
       params: `unstacked`.
       routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
-      tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
+      tokens: `[B, S]` int32; those past a sequence's length have no effect.
       length: `[B]` int32, from 1 to S.
       places: M of the cache, at least S.
 

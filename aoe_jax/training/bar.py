@@ -42,8 +42,8 @@ class _Forgiving(ObjectWrapper):
 class Bar:
     """Rewrites the last line of a terminal, with the log above it.
 
-    It is a writer of figures (`writers.py`), which `step` and `status` call, too, between the steps
-    that are logged. Text that cannot be written to the terminal is dropped.
+    It is a writer of figures (`writers.py`). `step` and `status` update it between logged steps,
+    too. Text that cannot be written to the terminal is dropped.
     """
 
     name = "the progress bar"

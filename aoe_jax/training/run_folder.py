@@ -92,7 +92,7 @@ class RunFolder:
             raise UserError(f"{self._workdir} was taken over by {in_words(found)}")
 
     def is_in_place(self):
-        """Whether the workdir is that which this process owns, in process 0."""
+        """Whether this is process 0 and the workdir is the one that it owns, not another disk."""
         return self._owner is not None and self._owner.is_in_place()
 
     def upload(self):

@@ -1,4 +1,4 @@
-"""Ends a process that cannot go on: in a hang, and after a SIGTERM that it cannot take in."""
+"""Ends a process that cannot go on: in a hang, and after a SIGTERM while it is blocked."""
 
 import contextlib
 import faulthandler
@@ -33,8 +33,8 @@ class Watchdog:
     If it does not move for `timeout` seconds (0: no limit), the process writes the stacks of its
     threads to `workdir/hang/process_N.txt`, says which processes are late, and exits with the
     status of `Hang`. If it does not move for `TERM_SECONDS` after a SIGTERM, the process saves by
-    `save()`, which returns False if there is no consistent state, and exits. `clear()` comes before
-    what it prints.
+    `save()`, which returns False if there is no consistent state, and exits. It calls `clear()`
+    before it prints.
     """
 
     def __init__(

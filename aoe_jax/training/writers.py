@@ -1,10 +1,10 @@
 """Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
 
-A writer begins with `start_step`, from which the run continues; what it has of later steps counts
-no longer. `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is
-`train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and
-`experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers,
-n experts.
+A writer begins with `start_step`, from which the run continues; its earlier figures of later steps
+are dropped or hidden. `write(step, group, scalars, layers, experts)` takes the figures of one step:
+`group` is `train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`,
+and `experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L
+layers, n experts.
 """
 
 import errno
@@ -81,7 +81,7 @@ class JsonLines:
 
 
 def _shortest(values):
-    """Numbers with just the digits that identify a float32."""
+    """Numbers with no more digits than identify a float32."""
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
     return [float(str(value)) for value in values.astype(np.float32)]
@@ -183,7 +183,7 @@ def check_wandb(workdir: Path, project):
     require_flag(project, "wandb", project, "name a project")
     identity = workdir / "wandb.json"
     found = read_json(identity).get("project") if identity.exists() else project
-    wanted = f"the run in {workdir} belongs to project {found}; give that, or no --wandb"
+    wanted = f"the run in {workdir} belongs to project {found}; name that one, or leave it out"
     require_flag(found == project, "wandb", project, wanted)
     try:
         import wandb  # noqa: F401
