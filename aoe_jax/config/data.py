@@ -119,7 +119,7 @@ def _parsed_sources(name):
         try:
             share = Fraction(weight.strip()) if equals else None
         except (ValueError, ZeroDivisionError):
-            check(False, f"the weight {weight.strip()!r} of {source.strip()} is not a number")
+            check(False, f"the weight {weight.strip()!r} of {source.strip()} is no number")
         check(share is None or share > 0, f"the weight of {source.strip()} must be greater than 0")
         path = _absolute(path, "name", in_store=corpus == "prepared") if at else None
         sources.append(SourceConfig("", corpus, path, share))

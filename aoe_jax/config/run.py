@@ -115,7 +115,7 @@ def _types(group):
 def _refuse_unknown(given, known, prefix=""):
     for name in given:
         if instead := RENAMED.get(prefix + name):
-            raise UserError(f"config.{prefix}{name} no longer exists; set config.{instead}")
+            raise UserError(f"config.{prefix}{name} is gone; set config.{instead}")
         if name not in known:
             known = ", ".join(known)
             raise UserError(f"config.{prefix}{name[:1000]} is unknown; known are {known}")

@@ -147,7 +147,7 @@ def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) 
     text_fields = [key for key, feature in info.features.items() if _is_text(feature)]
     wanted = f"the text features of {name} are {text_fields}"
     require(text_field in text_fields, "data.text_field", text_field, wanted)
-    wanted = f"it has no train split, only {sorted(info.splits)}"
+    wanted = f"has no train split, only {sorted(info.splits)}"
     require("train" in info.splits, "data.name", name, wanted)
     sizes = {
         split: (info.splits[split].num_examples, int(info.splits[split].num_bytes))

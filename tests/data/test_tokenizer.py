@@ -266,7 +266,7 @@ def test_mistakes(tmp_path):
         train_tokenizer(TEXTS, 256)
     with pytest.raises(
         UserError,
-        match=r"data.tokenizer='.*none.json': can't be read \(No such file.*; give the path",
+        match=r"data.tokenizer='.*none.json': cannot be read \(No such file.*; give the path",
     ):
         load_tokenizer(tmp_path / "none.json")
     for content in (b"{}", b"{", b"no model", b"", bytes(range(256))):
@@ -361,5 +361,5 @@ def test_hostile_tokenizers(tmp_path, capfd, change, message):
 
 def test_a_fifo_is_no_tokenizer(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"can't be read \(it is a FIFO or a device"):
+    with pytest.raises(UserError, match=r"cannot be read \(it is a FIFO or a device"):
         load_tokenizer(tmp_path / "tokenizer.json")
