@@ -98,7 +98,7 @@ class Settings:
         return self.tokenizer.removeprefix("bpe:") if made else None
 
     def as_planned(self) -> dict:
-        """The settings as `plan.json` has them, with the hash of a tokenizer's file as `tokenizer`."""
+        """The settings as `plan.json` has them; for a tokenizer's file its hash."""
         planned = dataclasses.asdict(self)
         if self.bpe_size is None:
             planned["tokenizer"] = load_tokenizer(self.tokenizer, setting="--tokenizer").sha256

@@ -56,8 +56,8 @@ def main():
         prepare(_INPUT.value, settings, output, _PROCESSES.value)
     elif _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
         raise UserError(
-            "--check or --repair takes --output alone, because the store names its input; leave out "
-            "other flags"
+            "--check or --repair takes --output alone, because the store names its input; leave "
+            "out other flags"
         )
     elif _REPAIR.value:
         damaged = repair(output, _PROCESSES.value)
