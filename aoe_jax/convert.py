@@ -8,7 +8,7 @@ The router of an MoE is dropped.
 - `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
   the router's choices best come first, and the norm (or with `--score=max` the largest) of their
   gate pre-activations is the expert's score. The order of neurons leaves the expert's function
-  unchanged. They are chosen greedily on `--tokens` tokens of `--data`, see
+  unchanged. The neurons are chosen greedily on `--tokens` tokens of `--data`, see
   `formats/scoring_neurons.py`.
 - `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition,
   `w_gate = U S V^T`, into `w_gate_down = U_r S_r` and `w_gate_up = V_r^T`: then `|x w_gate_down|`
@@ -58,7 +58,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 
 
 def main():
-    """Converts."""
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
     require_flag(

@@ -1,5 +1,5 @@
-"""What a compiled program does: memory traffic, FLOPs, cycles and collectives of each operation of
-its optimised HLO, with loops multiplied by their trip counts, and the time that this likely takes.
+"""The cost of a compiled program: memory traffic, FLOPs, cycles and collectives of each operation
+of its optimised HLO, with loops multiplied by their trip counts, and the likely time.
 
 XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pallas kernels. Here:
 
@@ -69,7 +69,7 @@ _FREE_KERNELS = {
 
 @dataclass(frozen=True)
 class Operation:
-    """What an instruction does in a run of the program."""
+    """The cost of an instruction in a run of the program."""
 
     name: str
     opcode: str
@@ -181,7 +181,7 @@ class Program:
 
     def _kernel_cost(self, i, known):
         operands = [a for name in i.operands for a in known[name].arrays]
-        is_named = i.target != "tpu_custom_call"  # which every kernel for TPU bears
+        is_named = i.target != "tpu_custom_call"  # the target of every kernel for TPU
         name = i.target if is_named else re.sub(r"[.\d]+$", "", i.name)
         costs = (cost(name, operands, i.arrays) for cost in self.kernel_costs)
         return next((cost for cost in costs if cost), None)

@@ -128,7 +128,7 @@ def _meet():
 
 
 def _interface():
-    """The address where process 0 listens: the coordinator's; "", all, if that is a host name."""
+    """The coordinator's IP address or localhost, or "" for all addresses if it is a host name."""
     host = _COORDINATOR.value.rpartition(":")[0]
     with contextlib.suppress(ValueError):
         return host if host == "localhost" else str(ipaddress.IPv4Address(host))
@@ -195,7 +195,7 @@ def _has_hung_up(connection):
 
 
 def _ask(host, port, deadline):
-    """Other processes: report to process 0, and return the numbers of those that are missing."""
+    """Other processes: reports to process 0; returns the numbers of the missing processes."""
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=1) as connection:

@@ -27,7 +27,6 @@ _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, n
 
 
 def main():
-    """Evaluates."""
     workdir, text = cli.path_of(_WORKDIR, in_store=True), _TEXT.value or ""
     for flag in (_TASKS, _TEXT):
         if flag.present and not flag.value:

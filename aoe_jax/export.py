@@ -22,7 +22,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype o
 
 
 def main():
-    """Exports."""
     workdir, output = cli.path_of(_WORKDIR, in_store=True), cli.path_of(_OUTPUT, in_store=True)
     from aoe_jax.formats.exporting import export  # starts JAX
 

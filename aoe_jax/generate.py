@@ -65,7 +65,6 @@ def _contrast():
 
 
 def main():
-    """Generates."""
     workdir = cli.path_of(_WORKDIR, in_store=True)
     require_flag(_MAX_TOKENS.value >= 1, "max_tokens", _MAX_TOKENS.value, "must be 1 or greater")
     distributed.start()

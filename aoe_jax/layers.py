@@ -27,7 +27,7 @@ AxisNames = str | tuple[str, ...] | None
 
 
 class Aux(NamedTuple):
-    """What a layer returns beside its output."""
+    """The auxiliary outputs of a layer."""
 
     loss: jax.Array  # [] float32: weighted auxiliary losses, to be added to the loss of the model
     metrics: dict[str, jax.Array]  # [] float32 each, to be logged

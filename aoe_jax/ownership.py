@@ -257,7 +257,7 @@ def _this_process():
 
 
 def _kernel():
-    """The running kernel and its space of process numbers; None where Linux does not say."""
+    """The running kernel and the PID namespace of this process; None if they are unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

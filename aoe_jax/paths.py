@@ -43,7 +43,8 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         fsspec_settings()
         __import__(STORES[scheme])
     except ImportError as e:
-        raise UserError(f"{name}={text}: pip install 'aoe_jax[gcs]'") from e
+        missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[gcs]'"
+        raise UserError(f"{name}={text}: {missing}") from e
     return epath.Path(text)
 
 

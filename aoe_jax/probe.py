@@ -32,7 +32,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: -
 
 
 def main():
-    """Probes."""
     checkpoint = cli.path_of(_CHECKPOINT)
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint

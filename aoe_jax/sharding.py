@@ -183,7 +183,7 @@ def replicated(mesh):
 
 
 def state_shardings(mesh, abstract_state):
-    """Shardings of a train state, given as shapes.
+    """The shardings of a train state, of which `abstract_state` has the shapes.
 
     Parameters are split as they are declared (`methods.declared_parameters`), and the optimiser's
     copies like them. All else, such as counters and the state of routing, is replicated.

@@ -52,7 +52,7 @@ class StopRequests:
     @contextlib.contextmanager
     def between_steps(self, several):
         """A context in which signals raise nothing, and `asked` reports them. `several` says
-        whether JAX is one of a cluster, which may have one process.
+        whether the process belongs to a cluster, even if it is the only one.
         """
         self._at_steps, self._several = True, several
         try:

@@ -146,7 +146,6 @@ def _workdir_of(command):
 
 
 def main(command):
-    """Supervises."""
     if not command:
         raise UserError("name a command after --, such as -- train.py --config=... --workdir=...")
     supervisor = Supervisor(command, _workdir_of(command))

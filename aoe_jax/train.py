@@ -38,7 +38,6 @@ _TAKE_OVER = flags.DEFINE_bool(
 
 
 def main():
-    """Trains."""
     stop = StopRequests()
     stop.listen()
     config = cli.parsed_config(_CONFIG)

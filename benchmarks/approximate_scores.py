@@ -142,9 +142,9 @@ def principal(r, s, candidates=None, use_data=True):
     """The s directions of each expert's activations that hold most of its squared norm, and the
     mean of the rest.
 
-    These are the first right singular vectors of W_gate_down_i, or with `use_data` of
-    `X W_gate_down_i` for tokens X with the given covariance. The rest is an expert's constant times
-    `||x||^2`.
+    These are the first right singular vectors of W_gate_down_i, or with `use_data` of `X
+    W_gate_down_i` for tokens X with the given covariance. The rest is estimated as an expert's
+    constant times `||x||^2`.
     """
     find = partial(_find_principal, s, use_data)
     return Approximation(

@@ -67,7 +67,6 @@ def _standard_error(values):
 
 
 def main():
-    """Trains what is missing and prints the table."""
     root = Path(cli.required(_WORKDIR)).absolute()
     root.mkdir(parents=True, exist_ok=True)
     results = {arm: [] for arm in ARMS}

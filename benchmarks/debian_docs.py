@@ -54,7 +54,6 @@ def _run(package, *command, cwd):
 
 
 def main():
-    """Collects and prints the number of documents of each package."""
     output = Path(cli.required(flags.FLAGS["output"]))
     with new_directory(output) as partial_output:
         for package in flags.FLAGS.packages:

@@ -82,7 +82,7 @@ def long_line(folder: Path):
 
 
 def small_files(folder: Path, count=100_000):
-    """So many documents of a few words, a file each."""
+    """Writes `count` documents of a few words, each in a file."""
     for number in range(count):
         (folder / f"{number:06d}.txt").write_text(f"Document {number} of the union.")
 
@@ -131,10 +131,9 @@ def measure(case: Case):
 
 
 def main():
-    """Measures and prints a case a line."""
     figures = []
     for name in flags.FLAGS.cases or CASES:
-        require_flag(name in CASES, "cases", name, f"choose of {', '.join(CASES)}")
+        require_flag(name in CASES, "cases", name, f"choose from {', '.join(CASES)}")
         case = CASES[name]
         status, peak, seconds, last_line = measure(case)
         holds = peak <= case.bar_mb and status == case.status

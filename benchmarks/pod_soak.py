@@ -60,7 +60,7 @@ class Host:
     """The supervisor of one process of a run, and its clock."""
 
     def __init__(self, command, log: Path, work: Soak, clock_library):
-        """Starts the supervisor; what it and its process say goes to the file `log`."""
+        """Starts the supervisor; its output and that of its process go to the file `log`."""
         self.log, clock = log, {}
         if clock_library:
             file = log.with_suffix(".clock")
@@ -74,7 +74,7 @@ class Host:
             )
 
     def step_clock(self, seconds):
-        """Shows another time from now on."""
+        """Steps the clock of the host."""
         self._clock.value = seconds
 
     def trainer(self):
@@ -301,7 +301,6 @@ def build_clock(folder: Path) -> str:
 
 
 def main():
-    """Soaks."""
     root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")

@@ -215,7 +215,6 @@ def large(root: Path, size, processes):
 
 
 def main():
-    """Times units of work, or prepares a lot of text."""
     if _WORKDIR.value is None:
         report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value), _JSON.value)
         return

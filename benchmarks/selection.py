@@ -131,7 +131,7 @@ class ByApproximation(Method):
         return Choice(experts.top_k, is_fixed=True, is_normalised=True)
 
     def __call__(self, scores, weights, ctx):
-        """A `Routing` of other scores than `scores`."""
+        """A `Routing` by `choice_scores`, not by `scores`."""
         prepared, bias = ctx.state["prepared"], ctx.state["selection_bias"]
         scores = choice_scores(
             self.approximation, ctx.x, weights["w_gate_down"], prepared, ctx.top_k, bias
@@ -191,7 +191,6 @@ def compare(choose, exact, inputs, w_gate_down, prepared, bias):
 
 
 def main():
-    """Trains unless that is done, and prints one method a line."""
     keep_freed_memory()
     root = Path(cli.required(_WORKDIR)).absolute()
     root.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ class Soak:
 
     @staticmethod
     def _saving(workdir, known, saves):
-        """Whether a checkpoint is being written, after so many others."""
+        """Whether a checkpoint is being written, after `saves` others."""
         new = set(_names(workdir / "checkpoints")) - known
         return sum(name.isdecimal() for name in new) >= saves and any("tmp" in name for name in new)
 
@@ -239,7 +239,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
 
 
 def compare(run, wanted):
-    """`Failure` unless the `result` of a run is the wanted one."""
+    """Raises `Failure` unless the `result` of a run is the wanted one."""
     for name, found, whole in zip(
         ("metrics", "lines of metrics.jsonl", "last checkpoint"), result(run), wanted, strict=True
     ):

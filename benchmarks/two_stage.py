@@ -282,7 +282,6 @@ def _destinations(json_flag, output_flag):
 
 
 def main():
-    """Trains all arms, prints the table, writes the requested files."""
     given = flags.FLAGS
     for name, least in (("seeds", 2), ("steps", 1), ("d_model", 2)):
         if given[name].value < least:

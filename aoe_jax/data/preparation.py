@@ -178,7 +178,7 @@ def check(output: Path) -> list[str]:
     """
     manifest, file = read_manifest(output), saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{file} is not the tokenizer of this store; put that back")
+        raise UserError(f"{file} is not the tokenizer of this store; bring that file back")
     hashes, damaged = _hashes_of_shards(manifest), []
     for name in tqdm(hashes, desc=f"checking {output.name}", unit="shard", delay=1):
         found = None

@@ -46,7 +46,6 @@ _REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from t
 
 
 def main():
-    """Prepares, checks or repairs."""
     StopRequests("the same command goes on where it was").listen()
     output = cli.path_of(_OUTPUT, in_store=True)
     if not (_CHECK.value or _REPAIR.value):

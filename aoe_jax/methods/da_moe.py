@@ -2,10 +2,10 @@
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t goes to its K[t] experts of highest score
 
-with the softmax over these scores as weights; K_max is `experts.top_k`. What is known of DA-MoE: a
-token's importance comes from attention weights without parameters of its own; it decides how many
-experts the token has, and the router's scores decide which. The formulas are this project's. There
-are two measures of importance:
+with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE a token's
+importance comes from attention weights without parameters of its own; it decides how many experts
+the token has, and the router's scores decide which. The formulas were not available; these are this
+project's. There are two measures of importance:
 
 - received (`received`), for encoders: the attention that a token receives, averaged over the
   queries that may see it, relative to the largest such value in the sequence. It depends on later

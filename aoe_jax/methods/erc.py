@@ -12,9 +12,9 @@ its expert more than other columns do. So a router learns what AoE measures by i
 activations, at a cost that does not grow with the number of tokens. The gradient flows through R
 and W_gate, not through eps.
 
-Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As there, the
-loss comes beside the ordinary balance loss, in training only, and tokens are routed by R without
-noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
+Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
+paper, the loss comes beside the ordinary balance loss, in training only, and tokens are routed by R
+without noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
 
 Costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f of a forward pass that is computed
 again in the backward pass; on every device of a mesh for its own part of W_gate, along `data` all

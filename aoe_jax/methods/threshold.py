@@ -35,9 +35,9 @@ def above_thresholds(scores, thresholds):
 
 
 def kth_largest(scores, token_weights, share):
-    """The score of each expert that a `share` of the tokens reach: `[T, n]`, `[T]` -> `[n]`.
+    """For each expert the score that a `share` of the tokens reach: `[T, n]`, `[T]` -> `[n]`.
 
-    Of t tokens that count it is that of the `ceil(share t)`-th; -inf where none counts.
+    If t tokens count, this is the `ceil(share t)`-th largest score; -inf if none counts.
     """
     n_tokens = scores.shape[0]
     real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)

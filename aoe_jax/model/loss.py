@@ -132,7 +132,7 @@ def target_log_probs(hidden, table, targets, wanted):
 
     Returns:
       `(log_prob, is_best)`: `[N]` float32, 0 where not wanted; and `[N]` bool, true where not
-      wanted. Of equally likely tokens the first is the likeliest.
+      wanted. If tokens are equally likely, the first counts as the likeliest.
     """
     cast = table.astype(hidden.dtype)
     order = jnp.argsort(~wanted)  # wanted tokens first

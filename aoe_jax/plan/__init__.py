@@ -1,4 +1,4 @@
-"""What a run needs on machines that are not here; the command line is `python -m aoe_jax.plan`.
+"""Plans of runs on absent machines; the command is `python -m aoe_jax.plan`.
 
 How the figures are computed:
 
@@ -151,7 +151,8 @@ def _bytes_per_device(abstract):
 
 
 def _activation_bytes(config, n_devices):
-    """What the backward pass of a micro-batch keeps beside parameters and batch, per device."""
+    """Bytes that the backward pass of a micro-batch keeps beside parameters and batch, per device.
+    """
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
 
@@ -171,7 +172,7 @@ def _activation_bytes(config, n_devices):
 def _compile(traced):
     """`(compiled program, bytes of memory per device, its optimised HLO)`.
 
-    Of a program that exceeds the memory there are only the bytes.
+    If the program exceeds the memory, only the bytes are known; the others are None.
     """
     try:
         compiled, text = compile_and_read(traced.lower())
@@ -189,7 +190,7 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """What a step likely takes, from its optimised HLO, the text of `hlo.compile_and_read`.
+    """Figures of a step from its optimised HLO, the text of `hlo.compile_and_read`.
 
     `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
     the slice.

@@ -33,7 +33,6 @@ _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 
 def main():
-    """Plans, prints, and exits with 3 if the run does not fit."""
     config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
     generation, devices = topology_devices(topology, _SLICES.value)
     config = fill_mesh(config, len(devices))

@@ -82,8 +82,8 @@ class Bar:
             self._draw(step)
 
     def write(self, step, group, scalars, layers, experts):
-        """Shows the speed, and the load of experts: the mean over layers of each, of the largest
-        load over the mean, and of the entropy over its maximum.
+        """Shows the speed, and means over layers: the load of each expert, the largest load over
+        the mean load, and the entropy over its maximum.
         """
         if group != "train":
             return

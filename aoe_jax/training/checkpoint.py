@@ -198,7 +198,7 @@ class Checkpoints:
         with self._problem_kept():
             self._manager.wait_until_finished()
         if self._problem and self._is_complete(self._saving):
-            log.warning(f"an old checkpoint cannot be deleted: {self._why()}")
+            log.warning(f"an old checkpoint in {self.directory} cannot be deleted: {self._why()}")
             self._problem = None
         self._failed = not all_agree(self._problem is None)
         if self._failed:
@@ -295,7 +295,7 @@ class Checkpoints:
                     target, n = aside / f"{step}-{n}", n + 1
                 move(self._path(step), target)
                 log.warning(
-                    f"checkpoint of step {step} is damaged ({problem}): set aside as {target}"
+                    f"checkpoint of step {step} is damaged ({problem}) and was moved to {target}"
                 )
 
     def restore(self, step, abstract_state):

@@ -99,7 +99,7 @@ class Telemetry:
         self._peak = peak_flops_per_device(jax.devices())
         if self._peak is None:
             kind = jax.devices()[0].device_kind
-            log.info("no MFU: the peak of %r is unknown, see hardware.PEAK_FLOPS", kind)
+            log.info("no MFU: the peak of %r is unknown, see aoe_jax.hardware.PEAK_FLOPS", kind)
         self._seconds = Counter()  # of the run by clock; `compute` up to the newest line
         self._start_step = self._line_step = start_step
         self._line_time, self._line_seconds = time.perf_counter(), Counter()

@@ -28,7 +28,7 @@ _LOOK_SECONDS = 5.0  # for the reports of other processes
 
 
 class Watchdog:
-    """Within the context, a thread watches the heartbeat of this process.
+    """A context in which a thread watches the heartbeat of this process.
 
     If it does not move for `timeout` seconds (0: no limit), the process writes the stacks of its
     threads to `workdir/hang/process_N.txt`, says which processes are late, and exits with the
@@ -63,7 +63,7 @@ class Watchdog:
 
     def _watch(self):
         while not self._ended.wait(0.2):
-            # A wait for a disk ends by itself, and compilation takes as long as it takes.
+            # A wait for a disk ends by itself, and compilation has no limit.
             now, moved = time.monotonic(), max(self._heartbeat.moved, faults.paused_at)
             hangs = self._timeout and self._heartbeat.status != "compiling"
             if hangs and now > moved + self._timeout:

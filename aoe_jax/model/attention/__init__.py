@@ -47,8 +47,8 @@ def causal_attention(
         machine gets that machine's backend.
 
     Returns:
-      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. What the backward
-      pass needs beside q, k and v is named `KEPT_ATTENTION`.
+      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Arrays
+      that the backward pass needs beside q, k and v have the checkpoint name `KEPT_ATTENTION`.
 
     Raises:
       UserError: the backend is unknown, or does not take the platform, dtype or head width.

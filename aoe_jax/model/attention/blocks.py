@@ -52,7 +52,7 @@ def product(subscripts, a, b):
 
 @jax.custom_vjp
 def _attention(q, k, v, segment_ids):
-    """`(y, peaks)` of as many keys and values as queries.
+    """`attention_and_peaks` of equally many heads of queries, keys and values.
 
     A block skips the keys after its last query, up to 44% of all products. Probabilities are
     normalised after their product with the values, where there are fewer numbers to divide. The
