@@ -26,7 +26,7 @@ flags.DEFINE_float(
     "for how long reads and writes are repeated when the disk or network fails",
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
-flags.disclaim_key_flags()  # what functions of this module define belongs to their callers
+flags.disclaim_key_flags()  # flags that functions here define belong to their callers
 
 _EXAMPLE = "configs/tiny.py of the repository"
 _NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
@@ -224,7 +224,7 @@ def _parse(argv):
     for name in FLAGS:
         value = FLAGS[name].value
         for part in value if isinstance(value, list) else [value]:
-            is_name = name == "input"  # of files, which need not be UTF-8
+            is_name = name == "input"  # file names need not be UTF-8
             require_flag(is_name or not misfit(part), name, shown(part), misfit(part))
     if arguments[1:]:
         raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
@@ -233,7 +233,7 @@ def _parse(argv):
 def _help(module):
     """The docstring of a command and its flags, without `--config.GROUP.FIELD`."""
     of_modules = FLAGS.flags_by_module_dict()
-    name = sys.argv[0] if module == "__main__" else module  # as absl names it
+    name = sys.argv[0] if module == "__main__" else module  # absl's name of the module
     groups = {"flags": of_modules.get(name, [])}
     if "distributed" in vars(sys.modules[module]):
         groups["several processes"] = of_modules["aoe_jax.distributed"]

@@ -75,13 +75,13 @@ class Operation:
     opcode: str
     op_name: str  # the path of named scopes and transformations in JAX
     times: float = 1
-    hbm_bytes: float = 0.0  # of one time, as are the fields below
+    hbm_bytes: float = 0.0  # each time, like the fields below
     flops: float = 0.0
     # FLOPs of a busy matrix unit in the same time: more where a kernel leaves parts of it idle.
     occupied_flops: float = 0.0
     cycles: float | None = None
     collective: str | None = None
-    sent_bytes: float = 0.0  # of a collective: the larger of operand and result
+    sent_bytes: float = 0.0  # the larger of a collective's operand and result
     group_size: int = 1  # devices that take part in it
     is_async: bool = False
     # The operations between the start of an asynchronous collective and its end; None: unknown.

@@ -26,7 +26,7 @@ class ParameterCounts:
     """
 
     experts: int  # experts and routers of all layers
-    active_experts: int  # those that one token uses
+    active_experts: int  # the part that one token uses
     attention: int
     norms: int  # and biases
     embedding: int  # one table
@@ -85,7 +85,7 @@ def parameter_counts(config: Config):
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
-    features = of_queries + of_keys  # of q and k; as many of v and o
+    features = of_queries + of_keys  # q and k; v and o have as many
     norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
     of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
     biases = (m.attention_bias or m.qkv_bias) * (of_queries + 2 * of_keys)

@@ -5,7 +5,7 @@ import reprlib
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 1000
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 100
-shown = _repr.repr  # of a value from a file or a flag; long and deep values are cut
+shown = _repr.repr  # repr for values from files and flags; it cuts long and deep values
 
 
 class Failure(Exception):

@@ -37,9 +37,9 @@ class Chip:
     link_bandwidth: float
     slice_bandwidth: float
     clock: float | None = None  # cycles per second of a TPU core, by its peak and its matrix units
-    n_links: int = 1  # of a chip; two in each dimension of a TPU slice
+    n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
     ring: int = 1  # chips in a dimension that closes to a ring, or a divisor of their number
-    devices: float = 1  # of a chip
+    devices: float = 1  # devices of a chip
 
     def part(self, share):
         """The figures of a device that is a share of the chip."""
@@ -184,7 +184,7 @@ def topology_devices(topology, n_slices=1):
     is_known = generation in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
     jax.config.update("jax_platforms", "cpu")  # this machine's devices may be busy
-    target = Path(__file__).parent / f"{generation}.txtpb"  # of a GPU, as XLA describes it
+    target = Path(__file__).parent / f"{generation}.txtpb"  # XLA's description of a GPU
     if target.exists():
         count = f"takes the number of GPUs of a node, as {generation}:N"
         require_flag(shape.isdecimal() and int(shape) > 0, "topology", topology, count)

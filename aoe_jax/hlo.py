@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of a type whose name does not end in its bits
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits of types whose names do not end in them
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -67,7 +67,7 @@ class Instruction:
     arrays: tuple[Array, ...]  # leaves of the result
     is_tuple: bool
     operands: tuple[str, ...]
-    literal: str  # what is between the parentheses
+    literal: str  # the text between the parentheses
     attributes: str
     is_root: bool
 

@@ -14,8 +14,8 @@ from aoe_jax.errors import UserError, shown
 from aoe_jax.faults import is_fault, patiently
 from aoe_jax.paths import is_remote
 
-_BYTES = 2**24  # of a JSON file, unless its reader allows more; parsed it takes 25x the memory
-_LINE_BYTES = 2**22  # of a line of metrics
+_BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
+_LINE_BYTES = 2**22  # the longest line of metrics
 
 
 class Kind(NamedTuple):

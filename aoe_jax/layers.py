@@ -198,7 +198,7 @@ def _aux(layer, weights, stats, token_weights):
     """The `Aux` of an `ExpertsLayer` with these parameters by name."""
     balance, losses = layer.balance, {}
     if layer.training:
-        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # as of a model of one layer
+        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # a model of one layer
         losses = layer.routing.losses(stacked[0], {}, stacked[1], token_weights)
     losses["aux_loss"] = balance.aux_weight, balance_loss(stats.load, stats.mean_probability)
     if stats.z_loss is not None:

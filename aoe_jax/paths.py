@@ -15,7 +15,7 @@ from etils import epath
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
-STORES = {"gs": "gcsfs"}  # by scheme, the package that reads it
+STORES = {"gs": "gcsfs"}  # scheme -> the package that reads it
 # Commands write these into the directory of a model, whose copies stay valid.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 

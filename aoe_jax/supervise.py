@@ -40,7 +40,7 @@ _PAUSE = flags.DEFINE_float(
 )
 _LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
-_PASSED_ON = {  # what the command receives for each signal
+_PASSED_ON = {  # signal to the supervisor -> signal to the command
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,
     signal.SIGHUP: signal.SIGTERM,
@@ -97,7 +97,7 @@ class Supervisor:
         if self._asked_to_stop.is_set():  # it came while the process was made
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
-        status = status if status >= 0 else 128 - status  # of a signal, as shells have it
+        status = status if status >= 0 else 128 - status  # like shells, if a signal ended it
         heartbeat = self._heartbeat()
         step = heartbeat.get("saved") or 0
         line = {"attempt": number, "began": began, "ended": time.time(), "exit_status": status}

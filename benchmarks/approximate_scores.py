@@ -31,7 +31,7 @@ class Approximation(NamedTuple):
     # `(w_gate_down, covariance of the tokens [d, d])` -> directions to project on, found now and
     # then; None: there are none.
     find: Callable[[jax.Array, jax.Array], Any] = lambda w_gate_down, covariance: None
-    operations: float = 1.0  # of the estimates, relative to exact scoring
+    operations: float = 1.0  # cost of the estimates, relative to exact scoring
     # Of one operation: 1/2 in 8 bits, which accelerators multiply twice as fast as bfloat16.
     operation_cost: float = 1.0
     candidates: int | None = None  # per expert chosen; None: the estimates decide

@@ -30,7 +30,7 @@ ARMS = {
     "AoE, loss-free": ("aoe", LOSS_FREE),
     "router, L_aux": ("moe", {"aux_tokens": 1.0}),
 }
-LAST_LINES = 5  # of metrics.jsonl: the load entropy is their mean
+LAST_LINES = 5  # of metrics.jsonl, whose mean is the load entropy
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm", lower_bound=2)

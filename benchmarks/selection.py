@@ -69,7 +69,7 @@ SPARSE = {
     "train": {"batch_size": 16},
 }
 AOE = {"experts": {"d_low": 64}, "balance": {"aux_weight": 0.0, "bias_rate": 0.01}}
-COVARIANCE_BATCHES = 4  # of train text
+COVARIANCE_BATCHES = 4  # batches of train text
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the run")
 _STEPS = flags.DEFINE_integer("steps", 200, "training steps", lower_bound=51)

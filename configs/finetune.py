@@ -23,7 +23,7 @@ def get_config(directory=None):
     model = read_config(directory)
     found = model.to_dict()
     routing = found["routing"]
-    if routing["name"] == "sparsemixer":  # for models that are trained already
+    if routing["name"] == "sparsemixer":  # it cannot be trained
         routing = {"name": "top_k"}
     config = default_config()
     config.model.update(found["model"])

@@ -15,9 +15,9 @@ from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.errors import UserError
 
 RANKS = (64, 128, 256, 512)
-LARGE_RANK = 400  # of the 4B model
-SCORE_NEURONS = 16  # of whole gates
-ABLATION_RANK = 256  # of rows 3 and 4 of Table 2, and of Table 3
+LARGE_RANK = 400  # r of the 4B model
+SCORE_NEURONS = 16  # S of whole gates
+ABLATION_RANK = 256  # r in rows 3 and 4 of Table 2, and in Table 3
 
 MOE = {"experts": {"kind": "router"}, "balance": {"aux_weight": 0.0}}
 AUX = {"balance": {"aux_weight": 0.01}}

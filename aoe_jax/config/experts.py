@@ -17,7 +17,7 @@ class ExpertsConfig(Group):
     group = "experts"
 
     kind: str = "aoe"  # aoe | router | a layer of `aoe_jax/methods/`, such as dense
-    n_experts: int = setting(8, above=0)  # of a layer (n)
+    n_experts: int = setting(8, above=0)  # experts of a layer (n)
     # Experts of a token (K), where the router fixes their number.
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)

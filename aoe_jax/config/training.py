@@ -23,7 +23,7 @@ class TrainConfig(Group):
     # router, AoE's W_gate_down, or the scoring columns of whole gates.
     scoring_rate: float = setting(1.0, above=0)
     weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings
-    clip_norm: float = setting(1.0, above=0)  # of the global gradient norm
+    clip_norm: float = setting(1.0, above=0)  # the largest global gradient norm
     # Micro-batches per step.
     accumulate: int = setting(1, above=0, divides="batch_size")
     seed: int = setting(0, at_least=0)

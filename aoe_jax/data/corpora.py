@@ -210,7 +210,7 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(
             f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
         ) from error
-    except Exception as error:  # from TFDS, the network, the disk or the builder's own code
+    except Exception as error:  # TFDS, the network, the disk or the builder failed
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         reason = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
         if doing == "load":

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 _UNITS = 512  # the number of units of work, if their size allows it
 _UNIT_BYTES = (2**22, 2**29)  # the smallest and largest size of a unit
 _TRAINING_BYTES = 2**26  # text that byte-level BPE is trained on
-_PLAN_BYTES = 2**28  # of plan.json, enough for two million files
+_PLAN_BYTES = 2**28  # the largest plan.json, enough for two million files
 
 
 def _is_state(value):

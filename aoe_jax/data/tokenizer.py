@@ -36,10 +36,10 @@ _END_OF_TEXT_NAMES = (
     "[SEP]",
 )
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-FILE_BYTES = 2**27  # of a tokenizer's file; the largest of the hub have 35 MB
+FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
 _MOST_TOKENS = 2**24
-PIECE_CHARACTERS = 2**21  # that a tokenizer is given at once, at most
-TRAINING_CHARACTERS = 2**24  # of a document, the first ones, that train byte-level BPE
+PIECE_CHARACTERS = 2**21  # a tokenizer is given at most this many at once
+TRAINING_CHARACTERS = 2**24  # the first ones of a document train byte-level BPE
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
 

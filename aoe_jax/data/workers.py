@@ -15,7 +15,7 @@ from aoe_jax.faults import patiently
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3  # for each task
+_TRIES = 3  # attempts at a task
 _POLL_SECONDS = 0.2
 
 # Forked children would share locks with threads that they do not have.

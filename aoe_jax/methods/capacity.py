@@ -100,7 +100,7 @@ class Capacity(FixedK):
     name = "capacity"
 
     capacity_factor: float = setting(2.0, above=0)
-    norm_topk_prob: bool = True  # as of `TopK`
+    norm_topk_prob: bool = True  # see `TopK`
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices

@@ -74,7 +74,7 @@ class DAMoE(Method):
     name = "da_moe"
     needs_attention_peaks = True
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # over heads
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # how heads are combined
 
     def __call__(self, scores, weights, ctx):
         importance = REDUCE[self.reduce](jax.lax.stop_gradient(ctx.attention_peaks), axis=1)

@@ -46,7 +46,7 @@ from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
 
-NOISE = 0.1  # of the `w_score` of a new expert, relative to its rank-one part
+NOISE = 0.1  # in the `w_score` of a new expert, relative to its rank-one part
 HIGHEST = jax.lax.Precision.HIGHEST
 
 

@@ -86,10 +86,10 @@ class ERC(FixedK):
 
     name = "erc"
 
-    weight: float = setting(1.0, above=0, training_only=True)  # of the loss
+    weight: float = setting(1.0, above=0, training_only=True)  # weight of the loss
     # An expert's activation by other columns may be this share of that by its own column.
     alpha: float = setting(1.0, at_least=0, training_only=True)
-    norm_topk_prob: bool = True  # as of `TopK`
+    norm_topk_prob: bool = True  # see `TopK`
 
     def __call__(self, scores, weights, ctx):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)

@@ -54,7 +54,7 @@ from aoe_jax.parameters import (
     zeros_init,
 )
 
-ROUTER_SCALE = 0.01  # of the router's first weights, and of the first gain of their norm
+ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5
 DROPPED = 1e-10  # left of a dropped probability: dropping all experts gives uniform weights
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -172,7 +172,8 @@ class Smear(Method):
     segment: int = setting(64, at_least=0)
     # Chance of an expert to be left out of a merged one, in training.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
-    own_share: float = setting(0.5, above=0, at_most=1, training_only=True)  # see above
+    # Share of the initial variance of an expert's matrices that is its own.
+    own_share: float = setting(0.5, above=0, at_most=1, training_only=True)
 
     def __call__(self, x, weights, layer, ctx):
         devices, causal = ctx.devices, self.segment > 0

@@ -36,7 +36,8 @@ class SparseMixer(FixedK):
 
     name = "sparsemixer"
 
-    jitter: float = setting(0.01, at_least=0)  # see above
+    # Scores are near if they differ by at most 2 jitter, relative to the larger one.
+    jitter: float = setting(0.01, at_least=0)
 
     def __call__(self, scores, weights, ctx):
         expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))

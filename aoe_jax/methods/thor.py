@@ -72,7 +72,7 @@ class Thor(Method):
     consistency_weight: float = setting(5.0, at_least=0, training_only=True)
     # What draws an expert once the model is trained.
     inference: str = setting("sequence", choices=("sequence", "token"))
-    inference_seed: int = setting(0, at_least=0)  # of these draws
+    inference_seed: int = setting(0, at_least=0)  # seed of these draws
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices

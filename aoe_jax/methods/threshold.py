@@ -54,7 +54,7 @@ class Threshold(Method):
 
     # Decay of the moving average that is an expert's threshold.
     decay: float = setting(0.999, at_least=0, below=1, training_only=True)
-    warmup_steps: int = setting(4000, at_least=0, training_only=True)  # of expert choice
+    warmup_steps: int = setting(4000, at_least=0, training_only=True)  # steps of expert choice
     # sigmoid: of the score; relative: of the score less the threshold.
     weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
 

@@ -40,7 +40,7 @@ from aoe_jax.moe.routing import Method, TopK, TopP
 from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_root
 from aoe_jax.parameters import EXPERTS
 
-SUFFIX = "_route"  # of the names of routing neurons
+SUFFIX = "_route"  # in the names of routing neurons' matrices
 
 
 def routing_neurons(layer, devices, x, weights):
@@ -83,9 +83,10 @@ class UoE(Method):
 
     name = "uoe"
 
-    routing_neurons: int | None = None  # of an expert; None: round(experts.d_ffn / experts.top_k)
+    # Routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
+    routing_neurons: int | None = None
     p: float | None = setting(None, above=0, below=1)  # experts by top-p; None: by top-k
-    norm_topk_prob: bool = True  # as of `TopK`
+    norm_topk_prob: bool = True  # see `TopK`
 
     @property
     def router(self):

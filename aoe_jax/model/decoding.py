@@ -20,7 +20,7 @@ from aoe_jax.sharding import state_shardings
 class Cache(NamedTuple):
     """Keys and values of the positions so far."""
 
-    layers: tuple  # of each layer `(keys, values)`, `[B, G, M, h]`
+    layers: tuple  # `(keys, values)` of each layer, `[B, G, M, h]`
     length: jax.Array  # [B] int32, positions that count
 
 

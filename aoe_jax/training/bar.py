@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from tqdm.utils import ObjectWrapper
 
-MAX_EXPERTS = 32  # for which the line shows a column each
+MAX_EXPERTS = 32  # with more, the line shows no columns
 _STATUS_WIDTH = len("validating")
 _COLUMNS = "▁▂▃▄▅▆▇█"
 _FORMAT = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"

@@ -31,7 +31,7 @@ _SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new 
 class Progress:
     """Figures of a run that its checkpoint keeps, beside the state and the position in the data."""
 
-    loss: float | None = None  # of the newest training step
+    loss: float | None = None  # that of the newest training step
     nll: float | None = None
     validated: bool = True  # False: the validation that is due after this step is not done
     skipped_in_row: int = 0  # number of updates skipped directly before

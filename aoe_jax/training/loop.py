@@ -124,7 +124,7 @@ class _Run:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.has_validated = False  # a batch, for which the step of evaluation is compiled
         self.at_rest = threading.Lock()
-        self.position = None  # that of the data while the loop waits for the next batch
+        self.position = None  # the position in the data while the loop waits for a batch
         self.unreported = None  # step and metrics, which are read while the next step runs
 
     def check(self, profile, wandb):
@@ -269,7 +269,7 @@ class _Run:
                         self.batch = self._next_batch()
                         with self.at_rest:  # a save from outside lasts until the end
                             self.position = None
-        except DivergedError:  # what is being saved in the background is the last good state
+        except DivergedError:  # the save in the background has the last good state
             self.checkpoints.close()
             raise
 

@@ -100,7 +100,7 @@ class Telemetry:
         if self._peak is None:
             kind = jax.devices()[0].device_kind
             log.info("no MFU: the peak of %r is unknown, see aoe_jax.hardware.PEAK_FLOPS", kind)
-        self._seconds = Counter()  # of the run by clock; `compute` up to the newest line
+        self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
         self._start_step = self._line_step = start_step
         self._line_time, self._line_seconds = time.perf_counter(), Counter()
         self._waited = 0.0  # seconds of the clock `device` up to the newest line

@@ -21,10 +21,10 @@ from aoe_jax.stopping import StopRequests
 from aoe_jax.training.health import Heartbeat
 from aoe_jax.training.run_folder import RunFolder
 
-TERM_SECONDS = 20.0  # from a SIGTERM to the end of a process that does not move
-_WRITE_SECONDS = 15.0  # for files on a disk that may hang, too
-_CLEAR_SECONDS = 1.0  # for the terminal
-_LOOK_SECONDS = 5.0  # for the reports of other processes
+TERM_SECONDS = 20.0  # between a SIGTERM and the end of a blocked process
+_WRITE_SECONDS = 15.0  # limit for writing files, because the disk may hang, too
+_CLEAR_SECONDS = 1.0  # limit for clearing the terminal
+_LOOK_SECONDS = 5.0  # limit for the reports of other processes
 
 
 class Watchdog:

@@ -53,7 +53,7 @@ class JsonLines:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         replace_durably(partial, path)
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
-        self._size = self._file.seek(0, os.SEEK_END)  # of the whole lines
+        self._size = self._file.seek(0, os.SEEK_END)  # size of the whole lines
 
     def write(self, step, group, scalars, layers, experts):
         line = {"step": step} | scalars
