@@ -28,8 +28,8 @@ class ParameterCounts:
     experts: int  # experts and routers of all layers
     active_experts: int  # the part that one token uses
     attention: int
-    norms: int  # and biases
-    embedding: int  # one table
+    norms: int  # norms and biases
+    embedding: int  # one embedding table
     n_tables: int  # tables held: 1 where input and output share one
 
     @property

@@ -86,7 +86,7 @@ def _initialize():
     timer.start()
     try:
         place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-        named = _COORDINATOR.value and _interface()  # an address, so JAX listens there only, too
+        named = _COORDINATOR.value and _interface()  # an IP address: JAX listens only there, too
         bind = _COORDINATOR.value if named else None
         jax.distributed.initialize(
             *place, initialization_timeout=timeout + 60, coordinator_bind_address=bind

@@ -232,7 +232,7 @@ def _check_tokens(x):
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}{list(x.shape)}: it must be floating-point [..., d]")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # products of rows do not say how they vary
+    if varies is not None and varies.varying:  # grouped_matmul does not say how its result varies
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 

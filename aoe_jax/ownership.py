@@ -203,7 +203,7 @@ def _acquire(folder, flag, take_over):
 def _take(folder, claim, number, other, ours):
     """Makes the file of an owner after that of `other`; returns whether it counts."""
     if not create(claim, json.dumps(ours).encode()) and _read_object(claim) != ours:
-        return False  # where it is ours, the answer of a store was lost
+        return False  # if it is ours, the store made it and its answer was lost
     claims = {n: (path, _read_object(path)) for n, path in _claims(folder).items()}
     _, before = claims.get(number, (None, None))
     if max(claims) != number + 1 or before != other:

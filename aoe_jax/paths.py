@@ -16,7 +16,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
 STORES = {"gs": "gcsfs"}  # scheme -> the package that reads it
-# Commands write these into the directory of a model, whose copies stay valid.
+# Commands write these into a model's directory; copies of the model stay valid without them.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 

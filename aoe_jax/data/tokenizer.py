@@ -54,7 +54,7 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        # Nearly always the last thousand characters have a place.
+        # Nearly always there is a place in the last thousand characters.
         for first in (max(start + size - 1000, start + 1), start + 1):
             cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
             if cuts:

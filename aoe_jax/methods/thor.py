@@ -70,7 +70,7 @@ class Thor(Method):
 
     # alpha: weight of the symmetric KL divergence between the two passes.
     consistency_weight: float = setting(5.0, at_least=0, training_only=True)
-    # What draws an expert once the model is trained.
+    # Whether each sequence or each token draws an expert at inference.
     inference: str = setting("sequence", choices=("sequence", "token"))
     inference_seed: int = setting(0, at_least=0)  # seed of these draws
 

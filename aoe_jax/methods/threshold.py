@@ -55,7 +55,7 @@ class Threshold(Method):
     # Decay of the moving average that is an expert's threshold.
     decay: float = setting(0.999, at_least=0, below=1, training_only=True)
     warmup_steps: int = setting(4000, at_least=0, training_only=True)  # steps of expert choice
-    # sigmoid: of the score; relative: of the score less the threshold.
+    # sigmoid: the sigmoid of the score; relative: that of the score minus the threshold.
     weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
 
     def __call__(self, scores, weights, ctx):

@@ -112,7 +112,7 @@ def output_logits(params, hidden):
 
 def _through_layers(d, params, routing_state, tokens, cache):
     """`[B, S, d]` after the last norm, and the `layers` of the cache with these positions in it."""
-    # With positions at the end that make S divisible by the devices that share it.
+    # Padded so that the devices along `tensor` divide S.
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
     x, layers = embed(params["embed"]["embedding"], tokens, jnp.dtype(d.model.dtype)), []
