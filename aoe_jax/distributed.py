@@ -219,7 +219,7 @@ def _ask(host, port, deadline):
 
 
 def agree(what, text):
-    """Checks that all processes have the same text; waits until every process is here.
+    """Checks that all processes have the same text; waits for all processes.
 
     Raises:
       UserError: some differ, for example because they see different disks under one name.
@@ -288,7 +288,7 @@ def together():
 
 
 def all_agree(holds):
-    """Whether `holds` is true in every process; waits until every process is here."""
+    """Whether `holds` is true in every process; waits for all processes."""
     return all(gathered(bool(holds)))
 
 

@@ -104,7 +104,7 @@ def compile_and_read(lowered):
     """`(compiled program, its text)`; the text is None except for TPU and GPU.
 
     It comes from the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX,
-    and fails on some programs. A program from the compilation cache has none.
+    and fails on some programs. A program from the compilation cache has no text.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}

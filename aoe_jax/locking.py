@@ -21,7 +21,7 @@ def exclusive(lock_file: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{lock_file.parent} cannot be written ({error.strerror}); set data.cache, or the "
-            "data.path of a TFDS data set, to a folder that can"
+            "data.path of a TFDS data set, to a writable folder"
         ) from error
     with open(lock_file, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -34,7 +34,7 @@ open_corpus(DataConfig("{name}", path="{{here}}/in", cache="{{here}}/out"), 1000
 
 
 def long_document(folder: Path):
-    """A document of 300 MB of the addresses, with numbers between them, and 30 short ones."""
+    """Writes a document of 300 MB, the addresses with numbers between them, and 30 short ones."""
     small_files(folder, 30)
     speeches = [file.read_text() for file in speech_files()]
     with open(folder / "long.txt", "w") as file:
@@ -43,7 +43,7 @@ def long_document(folder: Path):
 
 
 def tfds_data_set(folder: Path):
-    """The same documents as a TFDS data set, `long_documents`."""
+    """Writes the same documents as a TFDS data set, `long_documents`."""
     import tensorflow_datasets as tfds
 
     class LongDocuments(tfds.core.GeneratorBasedBuilder):
@@ -66,7 +66,7 @@ def tfds_data_set(folder: Path):
 
 
 def gzip_bomb(folder: Path):
-    """10 GB of lines of JSON in a file of 10 MB."""
+    """Writes 10 GB of lines of JSON into a file of 10 MB."""
     line = json.dumps({"text": "a " * 2**19}).encode() + b"\n"
     member = gzip.compress(line * 64)
     with open(folder / "bomb.jsonl.gz", "wb") as file:
@@ -75,7 +75,7 @@ def gzip_bomb(folder: Path):
 
 
 def long_line(folder: Path):
-    """A line of 10 GB, in a file with a hole."""
+    """Writes a line of 10 GB as a sparse file."""
     with open(folder / "line.jsonl", "wb") as file:
         file.write(b'{"text": "')
         file.truncate(10**10)

@@ -193,11 +193,11 @@ class Disk:
         subprocess.run(["mount", "--bind", self._disk, self.path], check=True)
 
     def unmount(self):
-        """Unmounts it, also while files on it are open."""
+        """Unmounts the disk, also while files on it are open."""
         subprocess.run(["umount", "--lazy", self.path], check=True)
 
     def vanish(self, chance):
-        """Unmounts it for a while."""
+        """Unmounts the disk for a while."""
         self.unmount()
         time.sleep(20 * chance.random())
         self._mount()

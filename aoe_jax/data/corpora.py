@@ -81,7 +81,7 @@ def _text_folder(path: str | None) -> Corpus:
     wanted = "no such folder; data.name='text' needs a folder of .txt files"
     require(path and root.is_dir(), "data.path", path, wanted)
     files = sorted(file for file in root.rglob("*.txt") if file.is_file())
-    require(files, "data.path", path, "the folder has no .txt file; put one document in each")
+    require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     names, digest = [], hashlib.sha256()
     for file in files:
         size = file.stat().st_size

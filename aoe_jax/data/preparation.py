@@ -271,7 +271,7 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
         _refuse_changed(state, advice)
     if new := sorted(found.difference(state[0] for state in plan["files"])):
         logger.warning(
-            f"{len(new)} new files, such as {new[0]}, are not in this preparation, which is older"
+            f"{len(new)} files, such as {new[0]}, are left out: this preparation began without them"
         )
     return plan
 

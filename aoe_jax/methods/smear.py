@@ -109,7 +109,7 @@ def merging_weights(scores, causal):
 
 
 def drop_experts(p, kept):
-    """`p [..., n]` of the experts `kept [..., n]` bool, normalised again."""
+    """`p [..., n]` without the experts that are not `kept [..., n]` bool, normalised again."""
     p = p * kept + DROPPED
     return p / p.sum(axis=-1, keepdims=True)
 

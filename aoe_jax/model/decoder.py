@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model.
+    """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
       training: whether layers behave as in training where that differs.

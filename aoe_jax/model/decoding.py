@@ -73,7 +73,7 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
 
     Args:
       params: `unstacked`.
-      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
+      routing_state: `Method.state` of all layers, `[L, ...]` by name; None: there is none.
       tokens: `[B, S]` int32; those past a sequence's length have no effect.
       length: `[B]` int32, from 1 to S.
       places: M of the cache, at least S.

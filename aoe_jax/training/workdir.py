@@ -119,7 +119,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
         if go_back not in steps:
             raise UserError(
                 f"--go-back={go_back}: {workdir} has checkpoints of steps "
-                f"{', '.join(map(str, steps)) or 'none'}"
+                f"{', '.join(map(str, steps)) or 'none'}; give one of these steps"
             )
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())

@@ -205,7 +205,7 @@ def test_input_that_changes_is_refused_and_what_is_new_is_said(inputs, tmp_path,
     before = contents(store)
     (folder / "new.txt").write_text("new")
     prepared(pattern, store)
-    assert "new.txt, are not in this preparation, which is older" in caplog.text
+    assert "new.txt, are left out: this preparation began without them" in caplog.text
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
     with pytest.raises(
         UserError, match=r"--input: .*a\.jsonl has changed since the preparation began\. Delete"
