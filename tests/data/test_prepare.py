@@ -98,7 +98,7 @@ def test_check_and_repair(whole, folder, tmp_path):
     status, stderr = finish("--check", f"--output={whole}")
     assert (
         status == 2
-        and "damaged are train-00001-00000.array_record; --repair writes them again" in stderr
+        and "damaged shards: train-00001-00000.array_record; --repair writes them again" in stderr
     )
     status, stderr = finish("--repair", f"--output={whole}")
     assert status == 0 and "wrote again: train-00001-00000.array_record" in stderr
