@@ -17,12 +17,12 @@ In a decoder the mean over a whole sequence would depend on later tokens. There 
 into segments of `segment` tokens, and the expert of a segment is merged by the mean of the segment
 BEFORE it, as in Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The
 first segment has uniform weights, this project's choice. With `segment=0` the mean is that of the
-sequence itself, for classifiers and encoders; a decoder is refused.
+sequence itself, for classifiers and encoders; a decoder refuses it.
 
 An average of matrices is no average of functions: (W_gate_down, W_gate_up) and (W_gate_down Q, Q^T
 W_gate_up) are one expert, and merge differently with others. So all experts start near one: a share
 `own_share` of the variance of their matrices is their own, the rest is common to all (the authors'
-code can start from equal experts; 1 is independent ones).
+code can start from equal experts; with 1 they are independent).
 
 Costs, beside one expert per token: 2 n |expert| FLOPs per segment for merging, and memory for one
 merged expert per segment, which the backward pass keeps unless `model.remat` is experts or layer.

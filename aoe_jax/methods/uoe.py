@@ -44,7 +44,7 @@ SUFFIX = "_route"  # in the names of routing neurons' matrices
 
 
 def routing_neurons(layer, devices, x, weights):
-    """What the routing neurons of all experts compute.
+    """The scores and outputs of the routing neurons of all experts.
 
     Args:
       layer: the `ExpertsLayer`.

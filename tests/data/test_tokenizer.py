@@ -346,7 +346,10 @@ def test_a_document_counts_with_its_beginning_in_training(monkeypatch):
     ("change", "message"),
     [
         ({"continuing_subword_prefix": "x" * 99}, "is no tokenizer"),  # the library panics
-        ({"vocab": {"<|endoftext|>": 0, "a": 2**31}}, "has a token 2147483648; at most 16777216 are"),
+        (
+            {"vocab": {"<|endoftext|>": 0, "a": 2**31}},
+            "has a token 2147483648; at most 16777216 are",
+        ),
     ],
 )
 def test_hostile_tokenizers(tmp_path, capfd, change, message):
