@@ -61,7 +61,6 @@ def figure(devices, chip, backend, shape):
 
 
 def main():
-    """Prints a line for each backend and shape."""
     generation, devices = topology_devices(_TOPOLOGY.value)
     chip = CHIPS[generation].part(count_chips(devices) / len(devices))
     figures = []

@@ -239,7 +239,6 @@ def model_configs():
 
 
 def main():
-    """Times and prints an arm a line."""
     keep_freed_memory()
     form = "d_model x n_experts x top_k x d_ffn, such as 128x8x2x256"
     shapes = parse_shapes(_SHAPES.value, form)

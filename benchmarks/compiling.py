@@ -36,7 +36,9 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 def tpu_devices(generation):
     """Devices of a TPU that need not be here, compiled for with `libtpu`."""
     if generation not in TOPOLOGIES:
-        raise UserError(f"--generations={generation} is unknown; choose of {', '.join(TOPOLOGIES)}")
+        raise UserError(
+            f"--generations={generation} is unknown; choose from {', '.join(TOPOLOGIES)}"
+        )
     return topology_devices(TOPOLOGIES[generation])[1]
 
 

@@ -105,7 +105,6 @@ def token_bytes(config):
 
 
 def main():
-    """Measures and prints."""
     if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
         raise UserError(
             f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0"

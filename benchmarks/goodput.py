@@ -56,7 +56,6 @@ def measure(root: Path, seconds, preemptions, processes):
 
 
 def main():
-    """Measures."""
     root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")

@@ -114,10 +114,9 @@ def _shapes():
 
 
 def main():
-    """Compiles and prints the products of one backend a line."""
     unknown = [name for name in _BACKENDS.value if name not in BACKENDS]
     if unknown:
-        raise UserError(f"--backends={unknown[0]} is unknown; choose of {', '.join(BACKENDS)}")
+        raise UserError(f"--backends={unknown[0]} is unknown; choose from {', '.join(BACKENDS)}")
     shapes, backends = _shapes(), [*_BACKENDS.value, *TOKAMAX]
     cases = itertools.product(_GENERATIONS.value, shapes, _DTYPES.value, backends)
     found, n_failed = [], 0

@@ -126,11 +126,10 @@ def overtakings(figures):
 
 
 def main():
-    """Traces, prints one arm a line, draws."""
     folder = Path(cli.required(_OUTPUT))
     if not all(n.isdecimal() and int(n) in TOPOLOGIES for n in _CHIPS.value):
         raise UserError(
-            f"--chips={','.join(_CHIPS.value)}: choose of {', '.join(map(str, TOPOLOGIES))}"
+            f"--chips={','.join(_CHIPS.value)}: choose from {', '.join(map(str, TOPOLOGIES))}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     figures = []

@@ -67,7 +67,6 @@ def waits(step, state, iterators, put, n_steps):
 
 
 def main():
-    """Times and prints one arm a line."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "descriptions")

@@ -72,7 +72,6 @@ def without_norms(config):
 
 
 def main():
-    """Times and prints each arm's cost."""
     keep_freed_memory()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(machine_in_words())

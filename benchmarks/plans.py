@@ -59,7 +59,7 @@ def configuration(module, variant, fields):
 
 
 def plans_of(name):
-    """The plans of a row, that of the router twin last, with what they are of."""
+    """Yields the plan of each configuration of a row, the router twin last."""
     (module, *variants), topology, sequences, fields = ROWS[name]
     generation, devices = topology_devices(topology)
     fields = {"train.batch_size": sequences * len(devices), **fields}
@@ -98,10 +98,9 @@ def _compared(figure):
 
 
 def main():
-    """Compiles and prints the table, in Markdown, a line a plan."""
     unknown = [name for name in _ROWS.value if name not in ROWS]
     if unknown:
-        raise UserError(f"--rows={','.join(unknown)} is unknown; choose of {', '.join(ROWS)}")
+        raise UserError(f"--rows={','.join(unknown)} is unknown; choose from {', '.join(ROWS)}")
     figures = []
     print(_line(COLUMNS), _line("---" for _ in COLUMNS), sep="\n", flush=True)
     for name in _ROWS.value:

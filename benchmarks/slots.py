@@ -45,7 +45,6 @@ def steps_of(model, kind):
 
 
 def main():
-    """Times and prints an arm a line."""
     keep_freed_memory()
     check_models(_MODELS.value, MODELS)
     print(machine_in_words())

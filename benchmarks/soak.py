@@ -28,7 +28,6 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def main():
-    """Soaks."""
     root = Path(cli.required(_WORKDIR)).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")

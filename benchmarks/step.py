@@ -67,7 +67,6 @@ def arms_of(name):
 
 
 def main():
-    """Times and prints one arm a line."""
     keep_freed_memory()
     check_models(_MODELS.value, MODELS)
     print(machine_in_words())

@@ -66,7 +66,7 @@ def check_models(names, known):
     """
     for name in names:
         if name not in known:
-            raise UserError(f"--models={name} is unknown; choose of {', '.join(known)}")
+            raise UserError(f"--models={name} is unknown; choose from {', '.join(known)}")
 
 
 def parse_shapes(shapes, form):

@@ -65,7 +65,6 @@ def forward_and_backward(model, tokens):
 
 
 def main():
-    """Times and prints one model a line."""
     keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     try:

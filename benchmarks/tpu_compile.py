@@ -33,7 +33,6 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def main():
-    """Compiles and prints one product a line."""
     m, n_experts = _ROWS.value, _EXPERTS.value
     figures = []
     devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}

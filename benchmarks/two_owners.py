@@ -61,7 +61,7 @@ class Trainer:
         return self._process.poll()
 
     def words(self):
-        """What the process has said."""
+        """The output of the process so far."""
         return self._log.read_text()[-2000:]
 
     def end(self, number):
@@ -152,7 +152,6 @@ def race(root: Path, tries, seed, settings=None):
 
 
 def main():
-    """Races."""
     root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")

@@ -93,7 +93,6 @@ def rows(of_seeds):
 
 
 def main():
-    """Trains all, and prints the table."""
     given = flags.FLAGS
     if given.seeds < 2:
         raise UserError(f"--seeds={given.seeds}: must be 2 or more, for the standard error")
