@@ -56,7 +56,7 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers", and
+    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers" and
     `dense_layer_0`, ... instead of "dense_layers".
 
     Parameters that are cast wherever they are used are in the dtype of computation.
