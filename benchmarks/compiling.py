@@ -4,13 +4,15 @@ not here.
 M rows, D contracted width, F output width, E experts.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
+from aoe_jax.doctor.kernels import with_gradients
 from aoe_jax.hardware import topology_devices
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
@@ -18,6 +20,7 @@ from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.sharding import MESH_AXES
+from benchmarks.timing import check_names
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.
@@ -35,8 +38,7 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 
 def tpu_devices(generation):
     """Devices of a TPU that need not be here, compiled for with `libtpu`."""
-    if generation not in TOPOLOGIES:
-        raise UserError(f"--generations={generation} is unknown; choose of {', '.join(TOPOLOGIES)}")
+    check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
 
 
@@ -65,14 +67,11 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
     here = SingleDeviceSharding(device)
 
     def value_and_gradients(rows, weights, group_sizes, g):
-        def forward(rows, weights):
-            return grouped_matmul(rows, weights, group_sizes, backend=backend)
-
+        forward = partial(grouped_matmul, backend=backend)
         if product == "forward":  # some backends have no gradient
-            return forward(rows, weights)
-        value, pull_back = jax.vjp(forward, rows, weights)
-        found = dict(zip(PRODUCTS, (value, *pull_back(g)), strict=True))
-        return found[product] if product else tuple(found.values())
+            return forward(rows, weights, group_sizes)
+        found = with_gradients(forward)((rows, weights), g, (group_sizes,))
+        return found[PRODUCTS.index(product)] if product else found
 
     shapes = [
         ((m, d), dtype),

@@ -16,11 +16,10 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_metrics
 from benchmarks.pod_soak import Pod
 from benchmarks.stopped_runs import Soak
-from benchmarks.timing import machine_in_words, report
+from benchmarks.timing import machine_in_words, new_workdir, report
 
 SETTINGS = {
     "train.steps": 1_000_000,
@@ -57,9 +56,7 @@ def measure(root: Path, seconds, preemptions, processes):
 
 def main():
     """Measures."""
-    root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(flags.FLAGS["workdir"])
     given = flags.FLAGS
     figures = measure(root, 60 * given.minutes, given.preemptions, given.pod_size)
     print(

@@ -30,7 +30,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import compiling_for, topology_devices
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
 from benchmarks.compiling import PRODUCTS, expert_shapes, lower_for
-from benchmarks.timing import report
+from benchmarks.timing import check_names, report
 
 _GENERATIONS = flags.DEFINE_list("generations", ["a100", "l4", "h100", "b200"], "of GPUs")
 _BACKENDS = flags.DEFINE_list("backends", ["blocked", "mosaic_gpu", "ragged"], "to compare")
@@ -115,9 +115,7 @@ def _shapes():
 
 def main():
     """Compiles and prints the products of one backend a line."""
-    unknown = [name for name in _BACKENDS.value if name not in BACKENDS]
-    if unknown:
-        raise UserError(f"--backends={unknown[0]} is unknown; choose of {', '.join(BACKENDS)}")
+    check_names("backends", _BACKENDS.value, BACKENDS)
     shapes, backends = _shapes(), [*_BACKENDS.value, *TOKAMAX]
     cases = itertools.product(_GENERATIONS.value, shapes, _DTYPES.value, backends)
     found, n_failed = [], 0

@@ -6,14 +6,21 @@ width, E experts. Group sizes are those of random choices. The dense matmul is t
 the backends; forward+backward is the value and both gradients.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.doctor.kernels import with_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from benchmarks.timing import keep_freed_memory, machine_in_words, medians, parse_shapes, report
+from benchmarks.timing import (
+    compiled,
+    keep_freed_memory,
+    machine_in_words,
+    medians,
+    parse_shapes,
+    report,
+)
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE"
@@ -36,14 +43,9 @@ def _timed(product, rows, weights, g):
     memory of the second.
     """
 
-    def with_gradients(rows, weights, g):
-        value, pull_back = jax.vjp(product, rows, weights)
-        return value, *pull_back(g)
-
-    forward = jax.jit(product).lower(rows, weights).compile()
-    both = jax.jit(with_gradients).lower(rows, weights, g).compile()
-    temp = both.memory_analysis().temp_size_in_bytes
-    return (lambda: forward(rows, weights)), (lambda: both(rows, weights, g)), temp
+    _, forward = compiled(product, rows, weights)
+    program, both = compiled(with_gradients(product), (rows, weights), g, ())
+    return forward, both, program.memory_analysis().temp_size_in_bytes
 
 
 def main():

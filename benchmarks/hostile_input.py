@@ -20,9 +20,8 @@ from typing import NamedTuple
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.config.checks import require_flag
 from aoe_jax.data.sotu import speech_files
-from benchmarks.timing import report
+from benchmarks.timing import check_names, report
 
 _PREPARE = ["-m", "aoe_jax.data.prepare", "--input={here}/in/*", "--output={here}/out"]
 _PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe:1000"]
@@ -133,8 +132,9 @@ def measure(case: Case):
 def main():
     """Measures and prints a case a line."""
     figures = []
-    for name in flags.FLAGS.cases or CASES:
-        require_flag(name in CASES, "cases", name, f"choose of {', '.join(CASES)}")
+    names = flags.FLAGS.cases
+    check_names("cases", names, CASES)
+    for name in names:
         case = CASES[name]
         status, peak, seconds, last_line = measure(case)
         holds = peak <= case.bar_mb and status == case.status
@@ -150,6 +150,6 @@ def main():
 
 
 if __name__ == "__main__":  # only here, so that tests can import this beside other commands
-    flags.DEFINE_list("cases", None, "which cases; default: all")
+    flags.DEFINE_list("cases", list(CASES), "which cases")
     flags.DEFINE_string("json", None, "a file for the figures")
     cli.run(main)

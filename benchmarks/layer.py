@@ -27,7 +27,14 @@ from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import by_token, top_k
 from aoe_jax.moe.scoring import activation_norms, sparse_scores
 from benchmarks.compiling import experts_layer, unweighted_aux_loss
-from benchmarks.timing import keep_freed_memory, machine_in_words, medians, parse_shapes, report
+from benchmarks.timing import (
+    compiled,
+    keep_freed_memory,
+    machine_in_words,
+    medians,
+    parse_shapes,
+    report,
+)
 
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens", lower_bound=1)
 _SHAPES = flags.DEFINE_list(
@@ -65,12 +72,6 @@ def _inputs(config, n_tokens):
     return layer, x, jax.jit(layer.init)(jax.random.key(1), x)["params"]
 
 
-def _compiled(function, *args):
-    """The compiled program for these arguments, and a function that calls it with them."""
-    program = jax.jit(function).lower(*args).compile()
-    return program, lambda: program(*args)
-
-
 def _gradient(config, n_tokens):
     """A function that runs forward+backward in parameters and tokens, and the program's bytes."""
     layer, x, params = _inputs(config, n_tokens)
@@ -80,7 +81,7 @@ def _gradient(config, n_tokens):
         aux_loss = unweighted_aux_loss(stats, config.balance)
         return (y.astype(jnp.float32) ** 2).mean() + config.balance.aux_weight * aux_loss
 
-    program, run = _compiled(jax.grad(loss, (0, 1)), params, x)
+    program, run = compiled(jax.grad(loss, (0, 1)), params, x)
     memory = program.memory_analysis()
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return run, size
@@ -116,11 +117,11 @@ def _phases(config, n_tokens):
         return transport.combine(rows, (routing, layout), n_tokens)
 
     phases = {
-        "score": _compiled(score, x, w["w_gate_down"]),
-        "route": _compiled(route, scores),
-        "dispatch": _compiled(dispatch, x, expert, weight),
-        "experts": _compiled(experts, rows, row_weight, w),
-        "combine": _compiled(combine, rows, layout),
+        "score": compiled(score, x, w["w_gate_down"]),
+        "route": compiled(route, scores),
+        "dispatch": compiled(dispatch, x, expert, weight),
+        "experts": compiled(experts, rows, row_weight, w),
+        "combine": compiled(combine, rows, layout),
     }
     return {name: run for name, (_, run) in phases.items()}
 

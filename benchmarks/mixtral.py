@@ -17,8 +17,14 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import (
+    configuration,
+    keep_freed_memory,
+    machine_in_words,
+    medians,
+    report,
+    torch_packages,
+)
 
 CHANGES = {
     "model": {"d_model": 256},
@@ -35,13 +41,7 @@ def mixtral_step(config):
     """A function that takes one training step of `transformers`' Mixtral in the shape of `config`,
     and the versions of the packages in words.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch, transformers, versions = torch_packages()
     m, c, t = config.model, config.experts, config.train
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
@@ -73,7 +73,7 @@ def mixtral_step(config):
         optimizer.step()
         return loss.item()
 
-    return run, f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return run, versions
 
 
 def products(config):

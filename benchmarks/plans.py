@@ -13,7 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.hardware import topology_devices
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
-from benchmarks.timing import report
+from benchmarks.timing import check_names, report
 from configs import large, paper
 
 # One micro-batch; L_aux, if any, from an eighth of the tokens.
@@ -99,9 +99,7 @@ def _compared(figure):
 
 def main():
     """Compiles and prints the table, in Markdown, a line a plan."""
-    unknown = [name for name in _ROWS.value if name not in ROWS]
-    if unknown:
-        raise UserError(f"--rows={','.join(unknown)} is unknown; choose of {', '.join(ROWS)}")
+    check_names("rows", _ROWS.value, ROWS)
     figures = []
     print(_line(COLUMNS), _line("---" for _ in COLUMNS), sep="\n", flush=True)
     for name in _ROWS.value:

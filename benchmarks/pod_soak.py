@@ -36,7 +36,6 @@ from absl import flags
 from tqdm import tqdm
 
 from aoe_jax import cli
-from aoe_jax.errors import UserError
 from aoe_jax.paths import is_remote, parsed_path
 from benchmarks.stopped_runs import (
     Failure,
@@ -46,7 +45,7 @@ from benchmarks.stopped_runs import (
     read_heartbeat,
     result,
 )
-from benchmarks.timing import report
+from benchmarks.timing import new_workdir, report
 from tests.hasty import xla_flags
 from tests.object_store import object_store
 
@@ -302,9 +301,7 @@ def build_clock(folder: Path) -> str:
 
 def main():
     """Soaks."""
-    root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(flags.FLAGS["workdir"])
     given = flags.FLAGS
     figures = soak(root, given.pod_size, given.events, given.seed, in_store=given.store)
     print(

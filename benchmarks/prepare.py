@@ -40,7 +40,7 @@ from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
-from benchmarks.timing import report
+from benchmarks.timing import new_workdir, report
 
 DOCUMENT_CHARACTERS = 4000
 KILLS = 2  # of the large preparation
@@ -219,10 +219,7 @@ def main():
     if _WORKDIR.value is None:
         report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value), _JSON.value)
         return
-    root = Path(_WORKDIR.value).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
-    report(large(root, _SIZE.value, _PROCESSES.value), _JSON.value)
+    report(large(new_workdir(_WORKDIR), _SIZE.value, _PROCESSES.value), _JSON.value)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from benchmarks.all_slots import AllSlots
 from benchmarks.timing import (
-    check_models,
+    check_names,
     configuration,
     keep_freed_memory,
     machine_in_words,
@@ -47,7 +47,7 @@ def steps_of(model, kind):
 def main():
     """Times and prints an arm a line."""
     keep_freed_memory()
-    check_models(_MODELS.value, MODELS)
+    check_names("models", _MODELS.value, MODELS)
     print(machine_in_words())
     figures = []
     for model in _MODELS.value:

@@ -11,14 +11,11 @@ complete checkpoint is read whole. The program fails at the first difference, un
 or wrong exit status.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.errors import UserError
 from benchmarks.stopped_runs import soak
-from benchmarks.timing import report
+from benchmarks.timing import new_workdir, report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
 _KILLS = flags.DEFINE_integer("kills", 50, "how often a process is killed", lower_bound=0)
@@ -29,9 +26,7 @@ _JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 def main():
     """Soaks."""
-    root = Path(cli.required(_WORKDIR)).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(_WORKDIR)
     figures = soak(root, _KILLS.value, _TERMS.value, _SEED.value)
     print(
         f"{figures['kills']} kills and {figures['terms']} requests to stop over "

@@ -13,7 +13,7 @@ from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
 from benchmarks.timing import (
-    check_models,
+    check_names,
     configuration,
     keep_freed_memory,
     machine_in_words,
@@ -69,7 +69,7 @@ def arms_of(name):
 def main():
     """Times and prints one arm a line."""
     keep_freed_memory()
-    check_models(_MODELS.value, MODELS)
+    check_names("models", _MODELS.value, MODELS)
     print(machine_in_words())
     figures = []
     for name in _MODELS.value:

@@ -82,13 +82,14 @@ class Soak:
             text=True,
         )
 
-    def whole(self):
-        """Trains the run without a break; returns its workdir."""
-        process = self.start(self._root / "whole")
+    def finish(self, workdir):
+        """Trains a run to its end; returns its workdir."""
+        process = self.start(workdir)
         _, stderr = process.communicate()
         if process.returncode:
-            raise Failure(f"the run without a break failed:\n{stderr[-2000:]}")
-        return self._root / "whole"
+            status = process.returncode
+            raise Failure(f"{workdir} ended with exit status {status}:\n{stderr[-2000:]}")
+        return workdir
 
     def life(self, workdir, moment, number, chance):
         """Starts the run and stops it at `moment` by a signal, unless it ends before.
@@ -157,21 +158,20 @@ def check_checkpoints(workdir):
         return
     import jax
 
+    from aoe_jax.sharding import with_shardings
     from aoe_jax.training.checkpoint import Checkpoints
     from aoe_jax.training.step import init_state
     from aoe_jax.training.workdir import read_run_config
 
     config = read_run_config(workdir / "config.json")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(lambda: init_state(config, 0))
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), abstract
-    )
+    state = jax.eval_shape(lambda: init_state(config, 0))
+    state = with_shardings(state, jax.tree.map(lambda a: here, state))
     checkpoints = Checkpoints(workdir)
     # A kill while an older checkpoint is being deleted leaves a part of it.
     for step in checkpoints.steps()[-config.checkpoint.keep :]:
         try:
-            checkpoints.restore(step, abstract)
+            checkpoints.restore(step, state)
         except Exception as e:
             raise Failure(f"checkpoint of step {step} of {workdir} cannot be read: {e}") from e
 
@@ -205,7 +205,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
       Failure: at the first difference, unreadable checkpoint or wrong exit status.
     """
     chance, work = random.Random(seed), Soak(root, settings or {})
-    wanted = result(work.whole())
+    wanted = result(work.finish(root / "whole"))
     stops = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     chance.shuffle(stops)
     happened, finished, run = collections.Counter(), 0, root / "run_0"
@@ -224,11 +224,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
         if (run / "summary.json").exists():
             compare(run, wanted)
             finished, run = finished + 1, root / f"run_{finished + 1}"
-    process = work.start(run)
-    _, stderr = process.communicate()
-    if process.returncode:
-        raise Failure(f"exit status {process.returncode}:\n{stderr[-2000:]}")
-    compare(run, wanted)
+    compare(work.finish(run), wanted)
     check_checkpoints(run)
     return {
         "kills": kills,

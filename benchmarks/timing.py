@@ -1,4 +1,4 @@
-"""Shared by the timed benchmarks: interleaved medians, configurations, the machine in words."""
+"""Shared by the benchmarks: interleaved medians, configurations, flags, the machine in words."""
 
 import os
 import statistics
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from aoe_jax import cli
 from aoe_jax.compare.jobs import ALLOCATOR
 from aoe_jax.config.run import Config, update_groups
 from aoe_jax.errors import UserError
@@ -25,6 +26,12 @@ def keep_freed_memory():
     if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, sys.orig_argv)
+
+
+def compiled(function, *args):
+    """The compiled program for these arguments, and a function that calls it with them."""
+    program = jax.jit(function).lower(*args).compile()
+    return program, lambda: program(*args)
 
 
 def medians(functions, repeats):
@@ -58,15 +65,44 @@ def configuration(variant, *changes):
     return Config.from_config_dict(config)
 
 
-def check_models(names, known):
-    """Refuses names of `--models` that are not known.
+def torch_packages():
+    """The modules torch, on one thread, and transformers, and their versions in words.
+
+    Raises:
+      UserError: one of them is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return torch, transformers, versions
+
+
+def new_workdir(flag):
+    """The path of the flag `--workdir`.
+
+    Raises:
+      UserError: the flag is missing, or the path exists.
+    """
+    root = Path(cli.required(flag)).absolute()
+    if root.exists():
+        raise UserError(f"--workdir={root} exists already; name a new directory")
+    return root
+
+
+def check_names(flag, names, known):
+    """Refuses names in the value of a flag that are not known.
 
     Raises:
       UserError: names one that is not, and those that are.
     """
     for name in names:
         if name not in known:
-            raise UserError(f"--models={name} is unknown; choose of {', '.join(known)}")
+            raise UserError(f"--{flag}={name} is unknown; choose of {', '.join(known)}")
 
 
 def parse_shapes(shapes, form):

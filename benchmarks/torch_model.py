@@ -14,8 +14,13 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.config.experts import matched_width
-from aoe_jax.errors import UserError
-from benchmarks.timing import keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import (
+    keep_freed_memory,
+    machine_in_words,
+    medians,
+    report,
+    torch_packages,
+)
 
 LENGTH, WIDTH, RANK = 256, 512, 85
 SHAPE = {
@@ -68,17 +73,10 @@ def main():
     """Times and prints one model a line."""
     keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch, _, versions = torch_packages()
     tokens = torch.randint(SHAPE["vocab_size"], (_BATCH.value, LENGTH))
     steps = {name: forward_and_backward(model, tokens) for name, model in models().items()}
     seconds, figures = medians(steps, _REPEATS.value), []
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{machine_in_words()}, {versions}")
     for name, time in seconds.items():
         rate, ratio = tokens.numel() / time, seconds["Mixtral"] / time

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from aoe_jax import cli
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_metrics
 from aoe_jax.ownership import read_owner
 from benchmarks.stopped_runs import Failure, Soak, read_heartbeat
-from benchmarks.timing import report
+from benchmarks.timing import new_workdir, report
 from tests.hasty import xla_flags
 
 LONGEST_OFFSET = 3.0  # seconds
@@ -125,7 +126,7 @@ def attempt(work, disk: Path, offset):
         for trainer in trainers.values():
             if trainer.status() is None:
                 trainer.end(signal.SIGKILL)
-    lines = map(json.loads, (disk / "run" / "metrics.jsonl").read_text().splitlines())
+    lines = read_metrics(disk / "run" / "metrics.jsonl")
     steps = [line["step"] for line in lines if "loss" in line]
     if read_owner(disk / "run") is not None or steps != sorted({*steps}):
         raise Failure(f"{disk} has an owner, or lines of two runs:\n{words()}")
@@ -153,9 +154,7 @@ def race(root: Path, tries, seed, settings=None):
 
 def main():
     """Races."""
-    root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(flags.FLAGS["workdir"])
     if os.geteuid() != 0 or not shutil.which("unshare"):
         raise UserError("two hosts on one machine need root and the program unshare")
     figures = race(root, flags.FLAGS.tries, flags.FLAGS.seed)

@@ -10,8 +10,6 @@ over seeds, and the mean difference to the dense model with its standard error. 
 `top_k` times what the dense layer does.
 """
 
-import math
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from absl import flags
 from tabulate import tabulate
 
 from aoe_jax import cli
+from aoe_jax.compare.statistics import mean
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.formats.exporting import export
 from aoe_jax.formats.upcycling import Upcycling, upcycle
@@ -84,19 +82,16 @@ def rows(of_seeds):
     """The rows of the table: steps, mean nll by arm, and differences to the dense model."""
     for step in of_seeds[0]["dense"]:
         values = {arm: [curves[arm][step] for curves in of_seeds] for arm in ARMS}
-        row = {"steps": step} | {arm: f"{statistics.mean(values[arm]):.4f}" for arm in ARMS}
+        row = {"steps": step} | {arm: f"{mean(values[arm]).value:.4f}" for arm in ARMS}
         for arm in ARMS[1:]:
-            differences = [a - b for a, b in zip(values[arm], values["dense"], strict=True)]
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            row[f"{arm} - dense"] = f"{statistics.mean(differences):+.4f} ± {error:.4f}"
+            found = mean([a - b for a, b in zip(values[arm], values["dense"], strict=True)])
+            row[f"{arm} - dense"] = f"{found.value:+.4f} ± {found.error:.4f}"
         yield row
 
 
 def main():
     """Trains all, and prints the table."""
     given = flags.FLAGS
-    if given.seeds < 2:
-        raise UserError(f"--seeds={given.seeds}: must be 2 or more, for the standard error")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(given.output or scratch)
         of_seeds = [curves(folder / f"seed_{seed}", seed) for seed in range(given.seeds)]
@@ -111,7 +106,7 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("seeds", 3, "how often all is trained")
+    flags.DEFINE_integer("seeds", 3, "how often all is trained", lower_bound=2)
     flags.DEFINE_integer("dense_steps", 700, "steps of the dense model before it is upcycled", 1)
     flags.DEFINE_integer("steps", 400, "steps of every arm after that", 1)
     flags.DEFINE_integer("every", 100, "steps between two validations", 1)
