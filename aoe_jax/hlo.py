@@ -89,6 +89,11 @@ class Instruction:
         return found and found.group(1)
 
     @property
+    def op_name(self):
+        """The path of named scopes and transformations in JAX, which may be empty."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+    @property
     def target(self):
         """The target of a custom call, else None."""
         return self.attribute(r'custom_call_target="([^"]*)"')
@@ -115,7 +120,7 @@ def compile_and_read(lowered):
 
 
 def parse(text):
-    """`({computation: [Instruction]}, name of the entry)`."""
+    """`({computation: {name: Instruction}}, name of the entry)`."""
     text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
     text = re.sub(r"/\*index=\d+\*/", "", text)
     computations, entry, current = {}, None, None
@@ -128,17 +133,16 @@ def parse(text):
                 entry = header.group(2) if header.group(1) else entry
         elif current is not None and (instruction := _parse_instruction(line)):
             current.append(instruction)
-    for name, instructions in computations.items():
-        computations[name] = _with_elements(instructions)
-    return computations, entry
+    return {name: _with_elements(found) for name, found in computations.items()}, entry
 
 
 def _with_elements(instructions):
-    """Adds a `get-tuple-element` for each operand of the short form `%tuple#index`.
+    """The instructions by name, with a `get-tuple-element` before the user of each operand of the
+    short form `%tuple#index`.
 
     The tuple may hold arrays only.
     """
-    found, known = [], {}
+    known = {}
     for i in instructions:
         for operand in i.operands:
             if "#" in operand and operand not in known:
@@ -147,10 +151,8 @@ def _with_elements(instructions):
                 known[operand] = Instruction(
                     operand, "get-tuple-element", (array,), False, (whole,), whole, "", False
                 )
-                found.append(known[operand])
         known[i.name] = i
-        found.append(i)
-    return found
+    return known
 
 
 def _parse_instruction(line):

@@ -18,7 +18,7 @@ from aoe_jax import cli
 from aoe_jax.compare.statistics import mean
 from aoe_jax.json_files import read_json, read_metrics
 from aoe_jax.training.workdir import check_workdir
-from benchmarks.timing import configuration, report
+from benchmarks.timing import configuration, report, run_benchmark
 
 # arm -> (variant of configs/tiny.py, fields of the group `balance`)
 LOSS_FREE = {"aux_weight": 0.0, "bias_rate": 0.01}
@@ -33,7 +33,6 @@ LAST_LINES = 5  # of metrics.jsonl: the load entropy is their mean
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 350, "training steps of each run", lower_bound=100)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def _run(workdir, variant, balance, seed):
@@ -95,8 +94,8 @@ def main():
             f"{figure['difference_error']:.4f} to the first; "
             f"load entropy {figure['load_entropy']:.3f} +- {figure['load_entropy_error']:.3f}"
         )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.data import DataConfig
@@ -45,11 +44,11 @@ from benchmarks.compiling import experts_layer
 from benchmarks.timing import (
     compiled,
     configuration,
-    keep_freed_memory,
     machine_in_words,
     medians,
     parse_shapes,
     report,
+    run_benchmark,
 )
 
 _BATCH = flags.DEFINE_integer("batch", 8, "sequences, of the layers", lower_bound=1)
@@ -64,7 +63,6 @@ _DTYPE = flags.DEFINE_enum(
 _TUNIX = flags.DEFINE_bool("tunix", False, "layers of google-tunix too")
 _MODEL = flags.DEFINE_bool("model", True, "a training step of configs/tiny.py too")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 ROUTER = "router, dropless"
 
@@ -236,7 +234,6 @@ def model_configs():
 
 def main():
     """Times and prints an arm a line."""
-    keep_freed_memory()
     form = "d_model x n_experts x top_k x d_ffn, such as 128x8x2x256"
     shapes = parse_shapes(_SHAPES.value, form)
     if _TUNIX.value:
@@ -267,8 +264,8 @@ def main():
             {name: step.program for name, step in steps.items()},
             figures,
         )
-    report(found, _JSON.value)
+    report(found)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -15,11 +15,11 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.data.corpora import load_corpus
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import read_json
 from aoe_jax.training.workdir import read_run_config
+from benchmarks.timing import run_benchmark, save
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def xz_size(text: bytes):
@@ -53,9 +53,8 @@ def main():
         f"xz -9e with the train text {figures['xz_bits_per_byte']:.4f}, "
         f"ratio {figures['ratio']:.3f}"
     )
-    if _JSON.value:
-        write_json(Path(_JSON.value), figures)
+    save(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

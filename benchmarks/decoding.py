@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import Decoder, cli
+from aoe_jax import Decoder
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
 from aoe_jax.evaluation.generation import next_logits
 from aoe_jax.model.decoding import Cache, unstacked
 from aoe_jax.sharding import make_mesh
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 
 _LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
@@ -30,7 +30,6 @@ _D_MODEL = flags.DEFINE_integer(
 )
 _LAYERS = flags.DEFINE_integer("layers", 4, "of the models", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 STEPS = 8  # tokens of a timed call
 CONTRAST = Contrast(beta=0.5)
@@ -158,9 +157,8 @@ def main():
                 + (f"; contrasted {figure['contrasting']:.2f} times as long" if cached else "")
                 + f"; {figure['bytes'] / 1e6:.1f} MB of weights a token"
             )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.doctor.kernels import with_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from benchmarks.timing import (
     compiled,
-    keep_freed_memory,
     machine_in_words,
     medians,
     parse_shapes,
     report,
+    run_benchmark,
 )
 
 _SHAPES = flags.DEFINE_list(
@@ -28,7 +27,6 @@ _SHAPES = flags.DEFINE_list(
 _BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def _inputs(m, d, f, n_experts, dtype):
@@ -50,7 +48,6 @@ def _timed(product, rows, weights, g):
 
 def main():
     """Times and prints one backend and shape a line."""
-    keep_freed_memory()
     form = "four numbers MxDxFxE, such as 4096x512x1024x8"
     shapes = parse_shapes(_SHAPES.value, form)
     print(machine_in_words())
@@ -88,8 +85,8 @@ def main():
                 f"temporary memory {figure['temp_megabytes']:.0f} MB",
                 flush=True,
             )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -22,9 +22,10 @@ from matplotlib.ticker import LogLocator
 from aoe_jax import cli
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.hardware import topology_devices
+from aoe_jax.hardware import machine, topology_devices
+from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan
-from benchmarks.timing import check_names, report
+from benchmarks.timing import check_names
 from configs import large
 
 TOPOLOGIES = {"16": "2x2x4", "32": "2x4x4", "64": "4x4x4", "128": "4x4x8", "256": "4x8x8"}
@@ -140,7 +141,7 @@ def main():
     for sentence in overtakings(figures):
         print(sentence)
     draw(figures, folder)
-    report(figures, folder / "growth.json")
+    write_json(folder / "growth.json", {"machine": machine(), "figures": figures})
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.data.sotu import speech_files
-from benchmarks.timing import check_names, report
+from benchmarks.timing import check_names, report, run_benchmark
 
 _PREPARE = ["-m", "aoe_jax.data.prepare", "--input={here}/in/*", "--output={here}/out"]
 _PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe:1000"]
@@ -145,11 +144,10 @@ def main():
         )
         figures.append({"case": name, "peak_mb": peak, "bar_mb": case.bar_mb, "status": status})
         figures[-1] |= {"seconds": seconds, "holds": holds, "last_line": last_line}
-    report(figures, flags.FLAGS.json)
+    report(figures)
     return int(not all(figure["holds"] for figure in figures))
 
 
 if __name__ == "__main__":  # only here, so that tests can import this beside other commands
     flags.DEFINE_list("cases", list(CASES), "which cases")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

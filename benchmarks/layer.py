@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
@@ -29,11 +28,11 @@ from aoe_jax.moe.scoring import activation_norms, sparse_scores
 from benchmarks.compiling import experts_layer, unweighted_aux_loss
 from benchmarks.timing import (
     compiled,
-    keep_freed_memory,
     machine_in_words,
     medians,
     parse_shapes,
     report,
+    run_benchmark,
 )
 
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens", lower_bound=1)
@@ -42,7 +41,6 @@ _SHAPES = flags.DEFINE_list(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def configurations(d, n_experts, top_k, d_ffn):
@@ -128,7 +126,6 @@ def _phases(config, n_tokens):
 
 def main():
     """Times and prints one layer a line, then the phases."""
-    keep_freed_memory()
     form = "d_model x n_experts x top_k x d_ffn, such as 256x8x2x512"
     shapes, n_tokens = parse_shapes(_SHAPES.value, form), _TOKENS.value
     print(machine_in_words())
@@ -162,8 +159,8 @@ def main():
         figures.append({"shape": list(shape), "phases_ms": ms})
         words = ", ".join(f"{name} {value:.2f} ms" for name, value in ms.items())
         print(f"  phases, forward: {words}", flush=True)
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

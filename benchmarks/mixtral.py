@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
 from benchmarks.timing import (
     configuration,
-    keep_freed_memory,
     machine_in_words,
     medians,
     report,
+    run_benchmark,
     torch_packages,
 )
 
@@ -34,7 +33,6 @@ CHANGES = {
 }
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each model", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def mixtral_step(config):
@@ -98,7 +96,6 @@ def products(config):
 
 def main():
     """Times and prints one model a line."""
-    keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
     router = configuration("moe", CHANGES)
     low = {"experts": {"d_low": 85}}
@@ -138,8 +135,8 @@ def main():
             f"with {flops:.2f}x the useful FLOPs"
         )
     figures.append({"model": "one product", "speed_ratio": rate})
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -27,7 +27,6 @@ import psutil
 import tokenizers
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.data.preparation import (
     Settings,
     check,
@@ -40,7 +39,7 @@ from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
-from benchmarks.timing import new_workdir, report
+from benchmarks.timing import new_workdir, report, run_benchmark
 
 DOCUMENT_CHARACTERS = 4000
 KILLS = 2  # of the large preparation
@@ -55,7 +54,6 @@ _SIZE = flags.DEFINE_float("size", 2e9, "bytes of its text", lower_bound=1e7)
 _PROCESSES = flags.DEFINE_integer(
     "processes", len(os.sched_getaffinity(0)), "of the large preparation", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def texts():
@@ -217,10 +215,10 @@ def large(root: Path, size, processes):
 def main():
     """Times units of work, or prepares a lot of text."""
     if _WORKDIR.value is None:
-        report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value), _JSON.value)
+        report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value))
         return
-    report(large(new_workdir(_WORKDIR), _SIZE.value, _PROCESSES.value), _JSON.value)
+    report(large(new_workdir(_WORKDIR), _SIZE.value, _PROCESSES.value))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -14,15 +14,14 @@ import sys
 
 from absl import flags
 
-from aoe_jax import cli, distributed
+from aoe_jax import distributed
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, medians, report
+from benchmarks.timing import configuration, medians, report, run_benchmark
 
 _DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "virtual devices of one process")
 _PROCESS_COUNTS = flags.DEFINE_list("process_counts", ["1", "2"], "processes of one device each")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 _WORKER = flags.DEFINE_string("worker", None, "internal: the mesh to time, as JSON")
 
 MESHES = {
@@ -100,8 +99,8 @@ def main():
             f"{1e3 * seconds:7.0f} ms, {seconds / alone:.2f}x one device",
             flush=True,
         )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

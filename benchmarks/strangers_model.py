@@ -12,10 +12,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from aoe_jax import MoE, cli
+from aoe_jax import MoE
 from aoe_jax.compare.statistics import mean
 from aoe_jax.data.sotu import speech_files, split_of
-from benchmarks.timing import report
+from benchmarks.timing import report, run_benchmark
 from examples.nnx_model import GPT, aoe, batch_of, losses, train
 
 D_MODEL, N_LAYERS, LENGTH, BATCH = 64, 2, 64, 32
@@ -99,11 +99,10 @@ def main():
             f"{figure['difference']:+.3f} +- {figure['difference_error']:.3f} to AoE",
             flush=True,
         )
-    report(figures, flags.FLAGS.json)
+    report(figures)
 
 
 if __name__ == "__main__":  # only here, so that tests can import this beside other commands
     flags.DEFINE_integer("seeds", 3, "runs of each model", lower_bound=2)
     flags.DEFINE_integer("steps", 600, "training steps of each run", lower_bound=1)
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

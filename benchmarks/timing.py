@@ -7,25 +7,18 @@ import time
 from pathlib import Path
 
 import jax
+from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.jobs import ALLOCATOR
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config, update_groups
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import machine
 from aoe_jax.json_files import write_json
 from configs import tiny
 
-
-def keep_freed_memory():
-    """Starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set; call it first.
-
-    Otherwise page faults would dominate all times, those of the baseline too. `GLIBC_TUNABLES=
-    python -m benchmarks...` measures without it.
-    """
-    if "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
-        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, sys.orig_argv)
+flags.disclaim_key_flags()  # what functions of this module define belongs to their callers
 
 
 def compiled(function, *args):
@@ -105,25 +98,42 @@ def check_names(flag, names, known):
             raise UserError(f"--{flag}={name} is unknown; choose of {', '.join(known)}")
 
 
-def parse_shapes(shapes, form):
-    """Shapes of four sizes, such as `4096x512x1024x8`, as tuples.
+def parse_shapes(shapes, form, n_sizes=4):
+    """Shapes, such as `4096x512x1024x8`, as tuples.
 
     Raises:
       UserError: a shape is not of this `form`, words that say what the sizes are.
     """
-    return [_parse_shape(shape, form) for shape in shapes]
+    found = []
+    for shape in shapes:
+        sizes = shape.split("x")
+        is_form = len(sizes) == n_sizes and all(size.isdecimal() for size in sizes)
+        require_flag(is_form, "shapes", shape, form)
+        found.append(tuple(map(int, sizes)))
+        require_flag(all(found[-1]), "shapes", shape, "every size must be greater than 0")
+    return found
 
 
-def _parse_shape(shape, form):
-    sizes = shape.split("x")
-    if len(sizes) != 4 or not all(size.isdecimal() for size in sizes):
-        raise UserError(f"--shapes={shape}: {form}")
-    if not all(map(int, sizes)):
-        raise UserError(f"--shapes={shape}: every size must be greater than 0")
-    return tuple(map(int, sizes))
+def run_benchmark(main, timed=False):
+    """Runs a benchmark as a command with the flag `--json`.
+
+    A timed one starts this process again with `ALLOCATOR`, unless GLIBC_TUNABLES is set. Else page
+    faults would dominate all times, those of the baseline too. `GLIBC_TUNABLES= python -m
+    benchmarks...` measures without it.
+    """
+    if timed and "GLIBC_TUNABLES" not in os.environ and sys.platform == "linux":
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
+        os.execv(sys.executable, sys.orig_argv)
+    flags.DEFINE_string("json", None, "a file for the figures")
+    cli.run(main)
 
 
-def report(figures, json_file):
-    """Writes the figures, a list of dicts, and the machine to `json_file`, if there is one."""
-    if json_file:
-        write_json(Path(json_file), {"machine": machine(), "figures": figures})
+def save(value):
+    """Writes a value to the file of `--json`, if there is one."""
+    if flags.FLAGS.json:
+        write_json(Path(flags.FLAGS.json), value)
+
+
+def report(figures):
+    """Writes the figures, a list of dicts, and the machine to the file of `--json`."""
+    save({"machine": machine(), "figures": figures})

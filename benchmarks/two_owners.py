@@ -22,12 +22,11 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
-from aoe_jax import cli
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.ownership import read_owner
-from benchmarks.stopped_runs import Failure, Soak, read_heartbeat
-from benchmarks.timing import new_workdir, report
+from benchmarks.soak import Failure, Soak, read_heartbeat
+from benchmarks.timing import new_workdir, report, run_benchmark
 from tests.hasty import xla_flags
 
 LONGEST_OFFSET = 3.0  # seconds
@@ -133,9 +132,9 @@ def attempt(work, disk: Path, offset):
     return winner
 
 
-def race(root: Path, tries, seed, settings=None):
+def race(root: Path, tries, seed):
     """Lets two trainers start in one folder so many times; returns how often each was the owner."""
-    chance, work = random.Random(seed), Soak(root, SETTINGS | (settings or {}))
+    chance, work = random.Random(seed), Soak(root, SETTINGS)
     left = left_behind(work, root / "left") if tries > 1 else None
     winners = {"fresh": [], "taken over": []}
     for number in tqdm(range(tries), desc="tries", unit="try"):
@@ -161,7 +160,7 @@ def main():
     for kind, counts in figures.items():
         total = sum(counts.values())
         print(f"{total} tries, folder {kind}: exactly one trained, the first {counts['a']} times")
-    report(figures, flags.FLAGS.json)
+    report(figures)
 
 
 if __name__ == "__main__":
@@ -169,5 +168,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("tries", 50, "how often two trainers start", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the moments of their starts")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

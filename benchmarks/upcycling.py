@@ -16,7 +16,6 @@ from pathlib import Path
 from absl import flags
 from tabulate import tabulate
 
-from aoe_jax import cli
 from aoe_jax.compare.statistics import mean
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.run import evaluate_workdir
@@ -24,7 +23,7 @@ from aoe_jax.formats.exporting import export
 from aoe_jax.formats.upcycling import Upcycling, upcycle
 from aoe_jax.json_files import read_metrics
 from aoe_jax.training.loop import train
-from benchmarks.timing import configuration, report
+from benchmarks.timing import configuration, report, run_benchmark
 from configs import finetune
 
 ARMS = ("dense", "MoE", "AoE")
@@ -102,7 +101,7 @@ def main():
         for arm, values in found.items()
         for step, nll in values.items()
     ]
-    report(figures, given.json)
+    report(figures)
 
 
 if __name__ == "__main__":
@@ -115,5 +114,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("score_neurons", 16, "neurons of an AoE expert that score", 1)
     flags.DEFINE_float("noise", 0.0, "relative standard deviation of the noise in experts", 0.0)
     flags.DEFINE_string("output", None, "a folder for runs and models; default: none are kept")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

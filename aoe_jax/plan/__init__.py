@@ -35,7 +35,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, compiling_for, count_chips, slice_shape
+from aoe_jax.hardware import chip_part, compiling_for, slice_shape
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.training.step import init_state, train_step_on, training_loss
 
@@ -77,7 +77,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
       optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
-    chip = chip or CHIPS[generation].part(count_chips(devices) / n_devices)
+    chip = chip or chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
     compiled = likely = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
