@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from aoe_jax.config.run import Config
-from aoe_jax.doctor.kernels import with_gradients
+from aoe_jax.doctor import kernels
 from aoe_jax.hardware import topology_devices
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
@@ -48,12 +48,7 @@ def expert_shapes():
     for module in (tiny, paper):
         for variant in module.VARIANTS:
             config = Config.from_config_dict(module.get_config(variant))
-            experts, d = config.experts, config.model.d_model
-            if experts.kind != "dense":
-                width = experts.width(d)
-                shapes |= {(d, width), (width, d)}
-                if experts.low_rank:
-                    shapes |= {(d, experts.d_low), (experts.d_low, width)}
+            shapes |= {shape[1:] for shape in kernels.expert_shapes(config).values()}
     return sorted(shapes)
 
 
@@ -70,7 +65,7 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
         forward = partial(grouped_matmul, backend=backend)
         if product == "forward":  # some backends have no gradient
             return forward(rows, weights, group_sizes)
-        found = with_gradients(forward)((rows, weights), g, (group_sizes,))
+        found = kernels.with_gradients(forward)((rows, weights), g, (group_sizes,))
         return found[PRODUCTS.index(product)] if product else found
 
     shapes = [

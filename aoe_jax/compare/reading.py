@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.jobs import beside, last_line
+from aoe_jax.compare.jobs import beside, last_line, read_outcome
 from aoe_jax.compare.measure import measured_points, step_seconds
 from aoe_jax.compare.results import (
     CURVE_COLUMNS,
@@ -44,11 +44,8 @@ def make_results(suite, rows, curves):
 
 def _read_run(run, folder, seconds):
     """Returns a row of `Results.runs` and a list of frames of `curves`."""
-    finished, outcome = is_finished(folder, run), beside(folder, ".outcome.json")
-    ended = read_json(outcome) if outcome.exists() else None
-    summary = {"metrics": {}, "memory": {}}
-    if finished:
-        summary = read_summary(folder / "summary.json")
+    finished, ended = is_finished(folder, run), read_outcome(folder)
+    summary = read_summary(folder / "summary.json") if finished else {}
     metrics, memory = (
         pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
     )

@@ -79,7 +79,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     n_devices = len(devices)
     chip = chip or chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
-    compiled = likely = None
+    fits = likely = text = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
@@ -88,13 +88,13 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         started = time.perf_counter()
         if compiles:
             log.info("compiling the training step for %d devices", n_devices)
-            compiled, memory["total"], text = _compile(traced)
+            memory["total"], memory["temp"], text = _compile(traced)
+            fits = memory["temp"] is not None and memory["total"] <= chip.hbm_bytes
         compile_seconds = time.perf_counter() - started
-        if compiled:
-            memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
-            likely = read_program(text, chip, slice_shape(devices)) if text else None
-            if not text:
-                log.warning("the compiler wrote no program: no FLOPs and no likely step time")
+        if text:
+            likely = read_program(text, chip, slice_shape(devices))
+        elif memory["temp"] is not None:
+            log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()
@@ -120,7 +120,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     }
     bound_by, counts = max(seconds, key=seconds.get), parameter_counts(config)
     return {
-        "fits": bool(compiled) and memory["total"] <= chip.hbm_bytes if compiles else None,
+        "fits": fits,
         "generation": generation,
         "devices": n_devices,
         "mesh": {**mesh.shape, "transport": config.mesh.transport},
@@ -169,9 +169,9 @@ def _activation_bytes(config, n_devices):
 
 
 def _compile(traced):
-    """`(compiled program, bytes of memory per device, its optimised HLO)`.
+    """`(bytes of memory per device, temporary bytes among them, optimised HLO)`.
 
-    Of a program that exceeds the memory there are only the bytes.
+    A program that exceeds the memory has only the first.
     """
     try:
         compiled, text = compile_and_read(traced.lower())
@@ -181,11 +181,11 @@ def _compile(traced):
         if not found:
             raise
         number, unit = filter(None, found.groups())
-        return None, float(number) * 1024 ** ("KMGT".index(unit) + 1), None
+        return float(number) * 1024 ** ("KMGT".index(unit) + 1), None, None
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     used = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-    return compiled, used, text
+    return used, memory.temp_size_in_bytes, text
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
