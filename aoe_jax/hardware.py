@@ -133,6 +133,11 @@ def count_chips(devices):
     return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
 
 
+def count_slices(devices):
+    """The number of slices that devices belong to; 1 where they name none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def chip_part(generation, devices):
     """The `Chip` figures of one of the devices of a generation, a name of `CHIPS`."""
     return CHIPS[generation].part(count_chips(devices) / len(devices))

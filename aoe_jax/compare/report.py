@@ -441,9 +441,9 @@ def _fields(config):
     for name, value in config.to_dict()["routing"].items():
         yield f"routing.{name}={_plain(value)}"
     balance = dataclasses.asdict(config.balance)
-    aux_losses = ("aux_weight", "entropy_weight", "z_weight")
-    shown = [name for name in (*aux_losses, "bias_rate") if balance[name]]
-    if any(name in aux_losses for name in shown):
+    weights = ("aux_weight", "entropy_weight", "z_weight", "bias_rate")
+    shown = [name for name in weights if balance[name]]
+    if config.balance.has_loss:
         shown += ["aux_tokens", "aux_batch"]
     for name in shown:
         yield f"{name}={_plain(balance[name])}"

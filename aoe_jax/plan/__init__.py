@@ -35,7 +35,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import chip_part, compiling_for, slice_shape
+from aoe_jax.hardware import chip_part, compiling_for, count_slices, slice_shape
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.training.step import init_state, train_step_on, training_loss
 
@@ -103,7 +103,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
     across = 0.0  # slices are along the outermost axis, data
-    if len({getattr(d, "slice_index", 0) or 0 for d in devices}) > 1:
+    if count_slices(devices) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
     if likely and across:  # which the program counts at the speed within a slice
