@@ -8,8 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels
@@ -19,7 +18,7 @@ from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.scoring import KEPT_ROUTING
-from aoe_jax.sharding import MESH_AXES
+from aoe_jax.sharding import fill_mesh, make_mesh, replicated
 from benchmarks.timing import check_names
 from configs import paper, tiny
 
@@ -128,8 +127,8 @@ def lower_layers(device, config: Config, n_tokens):
         y, aux_losses = jax.lax.scan(block, x, params)
         return (y.astype(jnp.float32) ** 2).mean() + jnp.sum(aux_losses)
 
-    mesh = Mesh(np.full((1, 1, 1, 1), device), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    here = NamedSharding(mesh, PartitionSpec())
+    mesh = make_mesh(fill_mesh(config, 1), [device])
+    here = replicated(mesh)
     x = jax.ShapeDtypeStruct((n_tokens, m.d_model), dtype, sharding=here)
     params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((8, m.d_model)))["params"]
     params = jax.tree.map(

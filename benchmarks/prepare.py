@@ -39,7 +39,7 @@ from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
-from benchmarks.timing import new_workdir, report, run_benchmark
+from benchmarks.timing import new_workdir, report, run_benchmark, times
 
 DOCUMENT_CHARACTERS = 4000
 KILLS = 2  # of the large preparation
@@ -106,18 +106,12 @@ def rates(repeats, vocab_size, count):
                 library = tokenizers.Tokenizer.from_file(str(saved_tokenizer(output)))
                 library.encode_special_tokens = True
                 arms["tokenizers"] = lambda library=library: library.encode_batch_fast(documents)
-            seconds = {arm: [] for arm in arms}
-            for repeat in range(repeats + 1):  # the first fills caches
-                for arm, function in arms.items():
-                    started = time.perf_counter()
-                    function()
-                    if repeat:
-                        seconds[arm].append(time.perf_counter() - started)
+            seconds = times(arms, repeats)
             ratio = statistics.median(
                 library / prepare
                 for library, prepare in zip(seconds["library"], seconds["prepare"], strict=True)
             )
-            figure = {arm: size / statistics.median(times) / 1e6 for arm, times in seconds.items()}
+            figure = {arm: size / statistics.median(found) / 1e6 for arm, found in seconds.items()}
             figures.append(
                 {"tokenizer": name, "mb_per_second": figure, "prepare_to_library": ratio}
             )

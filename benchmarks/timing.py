@@ -27,22 +27,25 @@ def compiled(function, *args):
     return program, lambda: program(*args)
 
 
-def medians(functions, repeats):
-    """The median seconds of each function, by name, over calls in turn after a first call.
+def times(functions, repeats):
+    """The seconds of each function, `{name: [seconds]}`, of calls in turn after a first call.
 
     Args:
-      functions: name -> a function without arguments that returns arrays.
+      functions: name -> a function without arguments.
       repeats: timed calls of each.
     """
-    for function in functions.values():
-        jax.block_until_ready(function())
     seconds = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         for name, function in functions.items():
             start = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def medians(functions, repeats):
+    """The median of the `times` of each function."""
+    return {name: statistics.median(found) for name, found in times(functions, repeats).items()}
 
 
 def machine_in_words():
