@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from aoe_jax.compare.jobs import beside, last_line, read_outcome
-from aoe_jax.compare.measure import measured_points, step_seconds
+from aoe_jax.compare.measure import measured_points, step_seconds, sweep_file
 from aoe_jax.compare.results import (
     CURVE_COLUMNS,
     KEYS,
@@ -143,7 +143,8 @@ def read_costs(suite: Suite, workdir: Path):
     """
     found = {}
     for name, sweep in suite.throughput.items():
-        points = [point for point in measured_points(suite, workdir, name) if point[2]]
+        points = measured_points(sweep_file(workdir, name), suite.swept(name))
+        points = [point for point in points if point[2]]
         rows = [
             _cost(name, sweep, arm, suite.baseline, configs, figures)
             for arm in suite.arms
