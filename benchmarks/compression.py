@@ -13,8 +13,8 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json
 from aoe_jax.training.workdir import read_run_config
 from benchmarks.timing import run_benchmark, save
@@ -33,11 +33,9 @@ def main():
     data = read_run_config(workdir / "config.json").data
     evaluation = read_json(workdir / "eval.json")
     source = data.sources[0]
-    if len(data.sources) > 1 or source.name == "prepared":
-        raise UserError(
-            f"--workdir={workdir} was trained on data.name={data.name!r}; name a run on the text "
-            "of one corpus"
-        )
+    is_text = len(data.sources) == 1 and source.name != "prepared"
+    wanted = f"was trained on data.name={data.name!r}; name a run on the text of one corpus"
+    require_flag(is_text, "workdir", workdir, wanted)
     corpus = load_corpus(source.name, source.path, data.cache, data.text_field)
     train = "".join(corpus.documents("train")).encode()
     held_out = "".join(corpus.documents(evaluation["split"])).encode()

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from aoe_jax import Decoder
+from aoe_jax.config.checks import require_flag
 from aoe_jax.counts import parameter_counts
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
 from aoe_jax.evaluation.generation import next_logits
 from aoe_jax.model.decoding import Cache, unstacked
@@ -105,14 +105,11 @@ def token_bytes(config):
 
 def main():
     """Measures and prints."""
-    if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
-        raise UserError(
-            f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0"
-        )
-    length, figures = _LENGTH.value, []
-    d_model = _D_MODEL.value
-    if d_model % 16:
-        raise UserError(f"--d_model={d_model}: must be a multiple of 16")
+    are_counts = all(batch.isdecimal() and int(batch) for batch in _BATCHES.value)
+    wanted = "must be whole numbers greater than 0"
+    require_flag(are_counts, "batches", ",".join(_BATCHES.value), wanted)
+    length, d_model, figures = _LENGTH.value, _D_MODEL.value, []
+    require_flag(d_model % 16 == 0, "d_model", d_model, "must be a multiple of 16")
     models = {
         name: model_of(*settings, d_model, _LAYERS.value)
         for name, settings in variants(d_model).items()

@@ -16,6 +16,7 @@ from absl import flags
 
 from aoe_jax import distributed
 from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from benchmarks.timing import configuration, medians, report, run_benchmark
 
@@ -75,10 +76,8 @@ def main():
         print(time_steps(json.loads(_WORKER.value), _REPEATS.value))
         return
     for name, values in (("devices", _DEVICES.value), ("process_counts", _PROCESS_COUNTS.value)):
-        if not all(value.isdecimal() and int(value) in (1, 2, 4, 8) for value in values):
-            raise UserError(
-                f"--{name}={','.join(values)}: numbers of 1, 2, 4 and 8, which divide the batch"
-            )
+        wanted = "numbers of 1, 2, 4 and 8, which divide the batch"
+        require_flag({*values} <= {"1", "2", "4", "8"}, name, ",".join(values), wanted)
     cases = [(name, int(n), 1) for n in _DEVICES.value for name in MESHES if int(n) > 1]
     cases += [("data", 1, int(n)) for n in _PROCESS_COUNTS.value if int(n) > 1]
     figures = []
