@@ -78,10 +78,7 @@ class Instruction:
 
     def called(self, *keys):
         """The name of the computation that an attribute such as `calls` names, or None."""
-        for key in keys:
-            if found := re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes):
-                return found.group(1)
-        return None
+        return self.attribute(rf"\b(?:{'|'.join(keys)})=\{{?%?([\w.\-]+)")
 
     def attribute(self, pattern):
         """The first group of a pattern in the attributes, or None."""
