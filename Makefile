@@ -5,7 +5,8 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The compiler for TPUs that aren't here. It lies apart: where JAX finds it, it looks for a TPU at every start.
+# The compiler for TPUs that are not here, outside the environment: if JAX found it, JAX would look
+# for a TPU at every start.
 LIBTPU := $(VENV)/libtpu
 
 .PHONY: setup train multiprocess soak test smoke lint docs
@@ -43,8 +44,8 @@ multiprocess: setup
 	done; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
 
 # Kills training processes fifty times and asks them to stop twenty times, then disturbs two and four
-# supervised processes a hundred times each, and two in an object store; all must end as if nothing
-# had been. Then two trainers start in one folder fifty times.
+# supervised processes a hundred times each, and two in an object store; every run must end as without
+# a disturbance. Then two trainers start in one folder fifty times.
 SOAK ?= runs/soak
 soak: setup
 	$(BIN)/python -m benchmarks.soak --workdir=$(SOAK) $(ARGS)

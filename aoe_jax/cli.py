@@ -1,4 +1,4 @@
-"""What every command line shares: flags, logging to stderr, and how a program ends."""
+"""Shared by all commands: flags, logging to stderr, and how a program ends."""
 
 import ast
 import logging
@@ -21,10 +21,12 @@ from aoe_jax.paths import local_file, parsed_path
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
 flags.DEFINE_float(
-    "retry_seconds", 60.0, "for how long reads and writes are repeated that disk or network fail"
+    "retry_seconds",
+    60.0,
+    "for how long reads and writes are repeated when the disk or network fails",
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
-flags.disclaim_key_flags()  # what functions of this module define belongs to their callers
+flags.disclaim_key_flags()  # flags that functions here define belong to their callers
 
 _EXAMPLE = "configs/tiny.py of the repository"
 _NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
@@ -95,7 +97,7 @@ def parsed_config(flag, default=None):
             _, group, field = name.split(".")
             values = routing if group == "routing" else groups.setdefault(group, {})
             values[field] = FLAGS[name].value
-    if routing:  # of the router in the file, or of another one that `routing.name` chooses
+    if routing:  # fields of the router in the file, or of another one that `routing.name` chooses
         kind, of_file = groups.get("experts", {}).get("kind"), groups.get("routing", {})
         default = kind if kind in LAYERS else "top_k"
         name = routing.get("name", kind if kind in LAYERS else of_file.get("name", default))
@@ -132,8 +134,8 @@ def call_in_file(flag, file, function, *args):
     if not Path(file).is_file():
         example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"
         wanted = f"name a Python file with {function}(), such as {example}"
-        raise UserError(f"{flag}: can't be read (no such file); {wanted}")
-    if os.getcwd() not in sys.path:  # as `python -m` has it, and console scripts do not
+        raise UserError(f"{flag}: cannot be read (no such file); {wanted}")
+    if os.getcwd() not in sys.path:  # `python -m` adds it, console scripts do not
         sys.path.append(os.getcwd())
     try:
         found = runpy.run_path(str(file))
@@ -222,16 +224,16 @@ def _parse(argv):
     for name in FLAGS:
         value = FLAGS[name].value
         for part in value if isinstance(value, list) else [value]:
-            is_name = name == "input"  # of files, which need not be UTF-8
+            is_name = name == "input"  # file names need not be UTF-8
             require_flag(is_name or not misfit(part), name, shown(part), misfit(part))
     if arguments[1:]:
         raise UserError(f"unexpected argument {arguments[1]!r}; flags look like --name=value")
 
 
 def _help(module):
-    """What the command in a module does, with its flags but those of single fields."""
+    """The docstring of a command and its flags, without `--config.GROUP.FIELD`."""
     of_modules = FLAGS.flags_by_module_dict()
-    name = sys.argv[0] if module == "__main__" else module  # as absl names it
+    name = sys.argv[0] if module == "__main__" else module  # absl's name of the module
     groups = {"flags": of_modules.get(name, [])}
     if "distributed" in vars(sys.modules[module]):
         groups["several processes"] = of_modules["aoe_jax.distributed"]

@@ -67,7 +67,7 @@ def _parts(eqn):
 
 
 def _inside(eqn, inputs):
-    """The arguments of a part, as the part has them."""
+    """The objects that stand for the arguments of a part; None: new ones."""
     if eqn.primitive.name == "shard_map":  # the same array may be split in several ways
         specs = eqn.params["in_specs"]
         return [(value, str(spec)) for value, spec in zip(inputs, specs, strict=True)]
@@ -79,7 +79,7 @@ def _inside(eqn, inputs):
 def collectives(jaxpr, sizes):
     """`{(kind, mesh axes): [count, bytes received by a device]}` of the collectives of a program.
 
-    Those in loops of unknown length are left out; `sizes` are those of the mesh axes.
+    Loops of unknown length are left out. `sizes` has the size of each mesh axis.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

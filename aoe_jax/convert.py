@@ -8,23 +8,24 @@ The router of an MoE is dropped.
 - `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
   the router's choices best come first, and the norm (or with `--score=max` the largest) of their
   gate pre-activations is the expert's score. The order of neurons leaves the expert's function
-  unchanged. They are chosen greedily on `--tokens` tokens of `--data`, see
+  unchanged. The neurons are chosen greedily on `--tokens` tokens of `--data`, see
   `formats/scoring_neurons.py`.
 - `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition,
   `w_gate = U S V^T`, into `w_gate_down = U_r S_r` and `w_gate_up = V_r^T`: then `|x w_gate_down|`
   is the norm of the part of `x w_gate` that is kept.
 
-Every layer of a dense model, which may be a training run, becomes a layer of `--experts=N` experts,
-`--top_k=K` for each token: copies of the feed-forward layer, or with `--granularity=G` copies of
-its G pieces. `--noise` adds Gaussian noise to them. See `formats/upcycling.py`.
+Every feed-forward layer of a dense model, which may be a training run, becomes a layer of
+`--experts=N` experts, `--top_k=K` for each token. The experts are copies of the layer, or with
+`--granularity=G` of its G pieces. `--noise` adds Gaussian noise to them. See
+`formats/upcycling.py`.
 
 - `--upcycle=moe` draws a router.
 - `--upcycle=aoe --score_neurons=S` keeps gates whole and gives each expert other neurons to score.
 
-All else stays, and training continues with `train.py --config=configs/finetune.py:OUTPUT`. With
-`--score_neurons` of an MoE, with a model of a run in `--upcycle`, or if `--data` is given, the
-command reports on held-out text the nll before and after; of an MoE also how far the scores agree
-with the router.
+All other parameters stay. Train the result with `train.py --config=configs/finetune.py:OUTPUT`.
+With `--score_neurons`, with `--upcycle` of a model of a run, or if `--data` is given, the command
+reports the nll on held-out text before and after; for an MoE also how often the scores choose the
+router's experts.
 """
 
 from functools import partial
@@ -43,7 +44,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "the directory to write, which mus
 _D_LOW = flags.DEFINE_integer("d_low", None, "the rank of every expert's factorised gate", 1)
 _NEURONS = flags.DEFINE_integer("score_neurons", None, "neurons of a whole gate that score", 1)
 _SCORE = flags.DEFINE_enum("score", "norm", ["norm", "max"], "score of these neurons")
-_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "makes this of a dense model")
+_UPCYCLE = flags.DEFINE_enum("upcycle", None, ["moe", "aoe"], "what to make of a dense model")
 _EXPERTS = flags.DEFINE_integer("experts", None, "experts of an upcycled layer", 2)
 _TOP_K = flags.DEFINE_integer("top_k", None, "experts of a token in an upcycled model", 1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 1, "pieces of the dense layer", 1)
@@ -57,7 +58,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 
 
 def main():
-    """Converts."""
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
     require_flag(
@@ -73,7 +73,7 @@ def main():
 def _convert(checkpoint, output):
     is_whole = _NEURONS.value is not None
     if is_whole == (_D_LOW.value is not None):
-        raise UserError("--score_neurons and --d_low: give one of them; or --upcycle")
+        raise UserError("--score_neurons and --d_low: give one of them, or --upcycle")
     for flag in (_EXPERTS, _TOP_K, _GRANULARITY, _NOISE):
         require_flag(not flag.present, flag.name, flag.value, "belongs to --upcycle")
     for flag in (_MESH, _TOKENS, _SEED):

@@ -1,5 +1,5 @@
-"""What a compiled program does: memory traffic, FLOPs, cycles and collectives of each operation of
-its optimised HLO, with loops multiplied by their trip counts, and the time that this likely takes.
+"""The cost of a compiled program: memory traffic, FLOPs, cycles and collectives of each operation
+of its optimised HLO, with loops multiplied by their trip counts, and the likely time.
 
 XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pallas kernels. Here:
 
@@ -9,8 +9,7 @@ XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pall
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
   states of itself.
 - Cycles are the compiler's estimate, on TPU, where it has one.
-- What an operation on a GPU reads twice is in the cache the second time. Starting a kernel takes no
-  time.
+- An array that an operation reads twice counts once. Starting a kernel takes no time.
 - A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism,
   which balanced loads do not need. A condition counts as its branch with the most traffic.
 """
@@ -42,7 +41,7 @@ SCOPES = (
     "loss",
     "update",
 )
-# Operations without work of their own. What has a `-start` counts there.
+# Operations without work of their own. The work of a `-done` counts in its `-start`.
 _FREE = {
     "add-dependency",
     "after-all",
@@ -70,19 +69,19 @@ _FREE_KERNELS = {
 
 @dataclass(frozen=True)
 class Operation:
-    """What an instruction does in a run of the program."""
+    """The cost of an instruction in a run of the program."""
 
     name: str
     opcode: str
     op_name: str  # the path of named scopes and transformations in JAX
     times: float = 1
-    hbm_bytes: float = 0.0  # of one time, as are the others
+    hbm_bytes: float = 0.0  # each time, like the fields below
     flops: float = 0.0
     # FLOPs of a busy matrix unit in the same time: more where a kernel leaves parts of it idle.
     occupied_flops: float = 0.0
     cycles: float | None = None
     collective: str | None = None
-    sent_bytes: float = 0.0  # of a collective: the larger of operand and result
+    sent_bytes: float = 0.0  # the larger of a collective's operand and result
     group_size: int = 1  # devices that take part in it
     is_async: bool = False
     # The operations between the start of an asynchronous collective and its end; None: unknown.
@@ -187,7 +186,7 @@ class Program:
 
     def _kernel_cost(self, i, known):
         operands = [a for name in i.operands for a in known[name].arrays]
-        is_named = i.target != "tpu_custom_call"  # which every kernel for TPU bears
+        is_named = i.target != "tpu_custom_call"  # the target of every kernel for TPU
         name = i.target if is_named else re.sub(r"[.\d]+$", "", i.name)
         costs = (cost(name, operands, i.arrays) for cost in self.kernel_costs)
         return next((cost for cost in costs if cost), None)
@@ -274,7 +273,7 @@ class Program:
         return reads + self._written(i, known)
 
     def _read(self, user, index, whole):
-        """What an instruction reads of its operand `index`, of which `whole` is in main memory."""
+        """Bytes that an instruction reads of its operand `index`, of which `whole` are in HBM."""
         if not whole:
             return 0.0
         if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
@@ -291,7 +290,7 @@ class Program:
         return min(whole, self._read_inside(inside, parameter.name, whole))
 
     def _read_inside(self, inside, name, whole):
-        """What a fusion reads of a parameter, by all of its uses."""
+        """Bytes that a fusion reads of a parameter, by all of its uses."""
         total = 0.0
         for user in inside.values():
             for k, operand in enumerate(user.operands):
@@ -316,7 +315,7 @@ class Program:
         )
 
     def _written_by(self, part, inside, whole):
-        """What a result of a fusion writes; what passes through or is updated in place is less."""
+        """Bytes that a result writes; 0 if it passes through, less if it is updated in place."""
         while part.opcode == "bitcast" and part.operands[0] in inside:
             part = inside[part.operands[0]]
         if part.opcode == "parameter" or part.collective or part.target in _ASYNC:

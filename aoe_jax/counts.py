@@ -26,10 +26,10 @@ class ParameterCounts:
     """
 
     experts: int  # experts and routers of all layers
-    active_experts: int  # those that one token uses
+    active_experts: int  # the part that one token uses
     attention: int
-    norms: int  # and biases
-    embedding: int  # one table
+    norms: int  # norms and biases
+    embedding: int  # one embedding table
     n_tables: int  # tables held: 1 where input and output share one
 
     @property
@@ -85,7 +85,7 @@ def parameter_counts(config: Config):
     declared, active = _layer_parameters(config)
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
-    features = of_queries + of_keys  # of q and k; as many of v and o
+    features = of_queries + of_keys  # q and k; v and o have as many
     norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
     of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
     biases = (m.attention_bias or m.qkv_bias) * (of_queries + 2 * of_keys)
@@ -106,8 +106,8 @@ def layer_flops_per_token(config: Config):
     The backward pass takes twice the forward pass, but scoring an expert that is not chosen has one
     only where the method sends a gradient there: for every token with `score_gradient="dense"`, for
     the fraction `balance.aux_tokens` where a balance loss asks for it, for none otherwise. AoE
-    scoring counts all n experts; under top-p, `top_k` are chosen. With `kind="capacity"` it is
-    those of the router; see `Capacity.wasted_flops` for what it computes beside them.
+    scoring counts all n experts; under top-p, `top_k` are chosen. `kind="capacity"` counts like
+    `kind="router"`; `Capacity.wasted_flops` counts the rest.
     """
     c = config.experts
     declared, active = _layer_parameters(config)
@@ -161,14 +161,14 @@ def log_run(config: Config):
     log.info("%.1f MFLOPs per token in a training step", training_flops_per_token(config) / 1e6)
     if experts_per_token(config) is None:
         log.info(
-            f"both count experts.top_k={config.experts.top_k} experts per token; {routing.name} "
-            "takes a varying number"
+            f"parameters and FLOPs count experts.top_k={config.experts.top_k} experts per token; "
+            f"{routing.name} takes a varying number"
         )
     causality = routing.causality(config.experts)
     if causality.reason and causality.until_step is None:
         log.warning(
-            f"{routing.name} is not causal: {causality.reason}, so the losses below are not those "
-            "of a causal language model and are comparable with no token-choice run"
+            f"{routing.name} is not causal: {causality.reason}, so the losses below cannot be "
+            "compared with those of a causal language model"
         )
     elif causality.reason:
         log.warning(

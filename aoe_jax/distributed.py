@@ -40,8 +40,8 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-_TWICE = b"twice"  # what process 0 answers to a number that it has already or does not expect
-_LAST_WORDS = 1.0  # seconds between the agreement to end and the end
+_TWICE = b"twice"  # the answer of process 0 to a number that it has already or does not expect
+_END_DELAY = 1.0  # seconds between the agreement to end and the end
 
 
 def start():
@@ -86,7 +86,7 @@ def _initialize():
     timer.start()
     try:
         place = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-        named = _COORDINATOR.value and _interface()  # an address, so JAX listens there only, too
+        named = _COORDINATOR.value and _interface()  # an IP address: JAX listens only there, too
         bind = _COORDINATOR.value if named else None
         jax.distributed.initialize(
             *place, initialization_timeout=timeout + 60, coordinator_bind_address=bind
@@ -103,12 +103,13 @@ def _initialize():
 
 
 def _meet():
-    """Waits until all processes are there, at the port that JAX takes next: JAX can't name a
-    process that is missing.
+    """Waits until all processes have reported to process 0, because JAX cannot name a missing one.
+
+    It uses the port that JAX takes next.
 
     Raises:
       UserError: a bad address or number.
-      MachineFault: processes are missing; it has their numbers.
+      MachineFault: names the missing processes.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
@@ -127,7 +128,7 @@ def _meet():
 
 
 def _interface():
-    """The address that process 0 listens at: that of the coordinator, all if that is a name."""
+    """The coordinator's IP address or localhost, or "" for all addresses if it is a host name."""
     host = _COORDINATOR.value.rpartition(":")[0]
     with contextlib.suppress(ValueError):
         return host if host == "localhost" else str(ipaddress.IPv4Address(host))
@@ -139,10 +140,10 @@ def _gather(port, deadline):
     others, numbers = {}, range(1, _PROCESSES.value)
     try:
         server = socket.create_server((_interface(), port))
-    except OSError as e:  # what uses the port now may end
+    except OSError as e:  # the program that uses the port now may end
         kind = MachineFault if e.errno == errno.EADDRINUSE else UserError
         raise kind(
-            f"--coordinator={_COORDINATOR.value}: process 0 can't listen there ({e.strerror}); "
+            f"--coordinator={_COORDINATOR.value}: process 0 cannot listen there ({e.strerror}); "
             "name a free port"
         ) from e
     with server:
@@ -194,7 +195,7 @@ def _has_hung_up(connection):
 
 
 def _ask(host, port, deadline):
-    """Other processes: report to process 0, and return the numbers that it misses."""
+    """Other processes: reports to process 0; returns the numbers of the missing processes."""
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=1) as connection:
@@ -205,20 +206,20 @@ def _ask(host, port, deadline):
             answer = None
         twice = "process 0 has another process of this number, or other --processes"
         require_flag(answer != _TWICE, "process", _PROCESS.value, twice)
-        # Process 0 may end before it answers; and while the processes from before end, JAX's
-        # service answers there.
+        # Process 0 may end before it answers. While the processes of an earlier start end, JAX's
+        # service may answer instead.
         if answer is None or not re.fullmatch(rb"go|[\d, ]+", answer):
             time.sleep(0.2)
             continue
         return answer.decode().removeprefix("go")
     raise MachineFault(
-        f"process 0 at --coordinator={_COORDINATOR.value} can't be reached within "
+        f"process 0 at --coordinator={_COORDINATOR.value} cannot be reached within "
         f"--join_timeout={_JOIN_TIMEOUT.value} s"
     )
 
 
 def agree(what, text):
-    """Checks that all processes have the same text; waits until every process is here.
+    """Checks that all processes have the same text; waits for all processes.
 
     Raises:
       UserError: some differ, for example because they see different disks under one name.
@@ -233,14 +234,14 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that every process can read what process 0 has just written to a disk; returns that.
+    """Checks that every process can read an int that process 0 has just written to a disk.
 
-    `value` is an int in process 0 and None in the others; `read()` reads it, and returns None where
-    there is none.
+    `value` is that int in process 0 and None in the others; `read()` reads it, or returns None.
+    Returns the int in every process.
 
     Raises:
-      UserError: a process does not see it within a minute, or `--join_timeout`; names `what` was
-        written.
+      UserError: a process does not see it within a minute, or `--join_timeout`. The message names
+        `what`, the place.
       MachineFault: process 0 does not see it either.
     """
     if jax.process_count() == 1:
@@ -264,10 +265,10 @@ def see_the_same(value, read, what):
 
 @contextlib.contextmanager
 def together():
-    """Ends all processes if what is done within fails in one; waits until every process is here.
+    """A context that fails in all processes if its body fails in one; waits for all of them.
 
-    Nothing within may wait for other processes. Processes whose own status is not the highest
-    raise `FailedElsewhere`.
+    The body may not wait for other processes. The processes with the highest exit status raise
+    their own exception, the others raise `FailedElsewhere`.
     """
     problem = None
     try:
@@ -278,7 +279,7 @@ def together():
     statuses = gathered(getattr(problem, "status", unforeseen) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
-        time.sleep(_LAST_WORDS)  # else the end of one may break the exchange for another
+        time.sleep(_END_DELAY)  # if one ends at once, the exchange may fail in another
     if worst and statuses[jax.process_index()] == worst:
         raise problem
     if worst:
@@ -287,7 +288,7 @@ def together():
 
 
 def all_agree(holds):
-    """Whether `holds` is true in every process; waits until every process is here."""
+    """Whether `holds` is true in every process; waits for all processes."""
     return all(gathered(bool(holds)))
 
 

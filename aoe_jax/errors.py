@@ -5,7 +5,7 @@ import reprlib
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 1000
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 100
-shown = _repr.repr  # of a value from a file or a flag; long and deep values are cut
+shown = _repr.repr  # repr for values from files and flags; it cuts long and deep values
 
 
 class Failure(Exception):
@@ -31,7 +31,7 @@ class DivergedError(Failure):
 
 class MachineFault(Failure):
     """A disk, the network or the memory failed for longer than `--retry_seconds`; a later start
-    can succeed without any change by the user.
+    may succeed without any change by the user.
     """
 
     status = 5
@@ -57,7 +57,7 @@ class Stopped(BaseException):
     not catch it.
     """
 
-    others_go_on = False  # True: other processes don't stop, so this one must not wait for them
+    others_go_on = False  # True: other processes do not stop, so this one must not wait for them
 
 
 class Preempted(Stopped):

@@ -2,8 +2,8 @@
 
     python eval.py --workdir=DIR [--tasks=NAME,... | --text=FILE]
 
-By default it is scored on a held-out split, with `--tasks` on tasks of lm-eval. `--text=FILE` shows
-the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
+By default the model is scored on a held-out split, with `--tasks` on tasks of lm-eval.
+`--text=FILE` shows the load of its experts on a text, `--text=task:NAME` on the prompts of a task.
 """
 
 from functools import partial
@@ -27,7 +27,6 @@ _DATA = flags.DEFINE_string("tasks-data", None, "a folder of TASK/SPLIT.jsonl, n
 
 
 def main():
-    """Evaluates."""
     workdir, text = cli.path_of(_WORKDIR, in_store=True), _TEXT.value or ""
     for flag in (_TASKS, _TEXT):
         if flag.present and not flag.value:

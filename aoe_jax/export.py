@@ -2,11 +2,11 @@
 
     python -m aoe_jax.export --workdir=DIR --output=DIR
 
-The result is safetensors and `config.json`: in an architecture of the hub where one can express the
-whole model (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE; for dense models Llama, Qwen3), else in our own
-format (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`; the tokenizer
-as `transformers` reads it; a model card, `README.md`; and the configuration of the run, so that
-`eval.py --workdir=OUTPUT` evaluates the model. `train.init_from` starts another run from it.
+The directory has `config.json` and safetensors, the tokenizer as `transformers` reads it, a model
+card (`README.md`), and the configuration of the run, so that `eval.py --workdir=OUTPUT` evaluates
+the model and `train.init_from` starts another run from it. The architecture is Mixtral, OLMoE,
+Qwen2-MoE or Qwen3-MoE (for dense models Llama or Qwen3) if one of these can express the whole
+model, else our own (`aoe_jax/formats/architectures.py`), for AoE with classes for `transformers`.
 """
 
 from functools import partial
@@ -22,7 +22,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype o
 
 
 def main():
-    """Exports."""
     workdir, output = cli.path_of(_WORKDIR, in_store=True), cli.path_of(_OUTPUT, in_store=True)
     from aoe_jax.formats.exporting import export  # starts JAX
 

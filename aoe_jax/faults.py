@@ -1,4 +1,4 @@
-"""Faults of disks, networks and memory, which pass, and their difference from damaged files."""
+"""Temporary faults of disks, networks and memory: how they are recognised, and retries."""
 
 import errno
 import logging
@@ -59,16 +59,16 @@ def is_fault(error: BaseException) -> bool:
             return True
         code = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
         if code is not None:
-            is_one = code not in _LASTING
+            passes = code not in _LASTING
         else:
-            is_one = isinstance(cause, TimeoutError | ConnectionError) or _is_of_network(cause)
-        if is_one or (code is None and _AS_TEXT.search(str(cause))):
+            passes = isinstance(cause, TimeoutError | ConnectionError) or _is_of_network(cause)
+        if passes or (code is None and _AS_TEXT.search(str(cause))):
             return True
     return False
 
 
 def _is_of_network(error):
-    """Whether a client of an object store says that it could not be reached or is overloaded."""
+    """Whether an object store could not be reached or was overloaded, by its client's exception."""
     status = str(getattr(error, "code", None) or getattr(error, "status", ""))
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
     overloaded = status in ("408", "429") or re.fullmatch(r"5\d\d", status)
@@ -125,13 +125,13 @@ def patiently(what, call):
 
 
 class Tolerated:
-    """A context in which an exception ends nothing: the first in a row is logged, all are counted.
+    """A context that suppresses exceptions: it counts them, and logs the first in a row.
 
-    It serves files that a run can do without.
+    It is for files that a run can do without.
     """
 
     def __init__(self, name):
-        """`name` is that of what is written."""
+        """`name` is the file's name in the log."""
         self.failures, self._name, self._failing = 0, name, False
 
     def __enter__(self):

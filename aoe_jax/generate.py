@@ -20,8 +20,10 @@ _MESH = cli.define_mesh_flag()
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "a text to continue; empty: begins a new text")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "how many tokens to add at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of the softmax; 0: the likeliest token")
-_TOP_K = flags.DEFINE_integer("top_k", None, "draw among so many of the likeliest tokens")
-_TOP_P = flags.DEFINE_float("top_p", None, "draw among the fewest tokens of this probability")
+_TOP_K = flags.DEFINE_integer("top_k", None, "draw among this many likeliest tokens")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "draw among the likeliest tokens of this total probability"
+)
 _CONTRAST = flags.DEFINE_float("contrast", None, "beta of self-contrast, such as 0.5")
 _ALPHA = flags.DEFINE_float("alpha", 0.1, "with --contrast: a token's least relative probability")
 _STRONG_K = flags.DEFINE_integer("strong_k", None, "with --contrast: K of the strong pass")
@@ -63,7 +65,6 @@ def _contrast():
 
 
 def main():
-    """Generates."""
     workdir = cli.path_of(_WORKDIR, in_store=True)
     require_flag(_MAX_TOKENS.value >= 1, "max_tokens", _MAX_TOKENS.value, "must be 1 or greater")
     distributed.start()

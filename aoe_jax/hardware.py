@@ -1,5 +1,5 @@
-"""Accelerators by name: public peak figures, for bounds and utilisation, and devices of machines
-that are not here, to compile for: TPU slices, and GPUs of one node.
+"""Published peak figures of accelerators, and the devices of absent machines to compile for: TPU
+slices and the GPUs of one node.
 
 Sources: the system architecture pages of v4, v5e, v5p, v6e and Ironwood, cloud.google.com/tpu/docs
 (peak compute, HBM, and one direction of the inter-chip bandwidth); the Google Cloud machine types
@@ -27,7 +27,7 @@ from aoe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip that programs can be compiled for without it; a v4 or v7x chip may be two devices."""
+    """Figures of a chip that need not be present; a v4 or tpu7x chip may be two devices."""
 
     flops: float  # per second, bfloat16, dense
     hbm_bytes: float
@@ -37,9 +37,9 @@ class Chip:
     link_bandwidth: float
     slice_bandwidth: float
     clock: float | None = None  # cycles per second of a TPU core, by its peak and its matrix units
-    n_links: int = 1  # of a chip; two in each dimension of a TPU slice
+    n_links: int = 1  # links of a chip; two in each dimension of a TPU slice
     ring: int = 1  # chips in a dimension that closes to a ring, or a divisor of their number
-    devices: float = 1  # of a chip
+    devices: float = 1  # devices of a chip
 
     def part(self, share):
         """The figures of a device that is a share of the chip."""
@@ -50,13 +50,14 @@ class Chip:
     def group_bandwidth(self, shape, n_devices):
         """Bytes per second into a device from the others of a group, in a ring algorithm.
 
-        The group spans whole dimensions of the slice where it can, as the meshes of JAX do, and
-        else in the way that gives it most links. A dimension that it spans whole, and that closes
-        to a ring, gives two links to every chip; another one only one, since a line has ends.
+        The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
+        otherwise it is placed where it has most links. A whole dimension that closes to a ring
+        gives every chip two links. Other dimensions that it spans give one, because a line has
+        ends.
 
         Args:
           shape: chips along each dimension of the slice; () is a machine where all links serve.
-          n_devices: of the group. Devices of one chip are taken to send each other as fast as over
+          n_devices: of the group. Devices of one chip are assumed to exchange data at the rate of
             all its links.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
@@ -86,8 +87,8 @@ CHIPS = {
     "b200": Chip(2250e12, 180e9, 7.7e12, 900e9, 50e9),
 }
 
-# Generations by `jax.Device.device_kind`. Other forms and parts of a GPU have other names and other
-# peaks, so names must match whole.
+# Generations by `jax.Device.device_kind`. Names must match whole, because other forms of a GPU have
+# other peaks.
 GENERATIONS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -116,12 +117,19 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
 }
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    *_PLUGINS,
+)  # packages on which figures depend
 
 
 def target_device():
-    """The device that programs are traced for here: that of the mesh in context, else the first of
-    this process; a `Device`, or an `AbstractDevice`, which has a platform and a name only.
+    """The device that programs are traced for: that of the mesh in context, else the first of this
+    process. It is a `Device`, or an `AbstractDevice`, which has a platform and a name only.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
@@ -165,7 +173,7 @@ def published_figures(devices):
 
 
 def machine():
-    """The devices, and the versions and settings that figures depend on, by name."""
+    """What figures depend on, by name: devices, cores, versions, the allocator's settings."""
     installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,
@@ -186,14 +194,14 @@ def topology_devices(topology, n_slices=1):
     of a node, such as "h100:8".
 
     Raises:
-      UserError: an unknown name or shape, or a compiler that isn't installed.
+      UserError: an unknown name or shape, or a compiler that is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"
     is_known = generation in CHIPS and re.fullmatch(r"\d+(x\d+)*", shape)
     require_flag(is_known, "topology", topology, f"is unknown; name one of {known}")
-    jax.config.update("jax_platforms", "cpu")  # devices that are here may be busy
-    target = Path(__file__).parent / f"{generation}.txtpb"  # of a GPU, as XLA describes it
+    jax.config.update("jax_platforms", "cpu")  # this machine's devices may be busy
+    target = Path(__file__).parent / f"{generation}.txtpb"  # XLA's description of a GPU
     if target.exists():
         count = f"takes the number of GPUs of a node, as {generation}:N"
         require_flag(shape.isdecimal() and int(shape) > 0, "topology", topology, count)
@@ -233,8 +241,8 @@ def _gpu_options(target, topology):
 
 
 def compiling_for(devices):
-    """Within, `jax.devices()` returns these devices: Pallas kernels for GPUs ask the first one for
-    its number of cores.
+    """A context in which `jax.devices()` returns these devices, because Pallas kernels for GPUs ask
+    the first one for its number of cores.
     """
     real = jax.devices
 

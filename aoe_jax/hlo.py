@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # of a type whose name does not end in its bits
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # bits of types whose names do not end in them
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -21,7 +21,7 @@ _COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Array:
-    """An array of the program: a leaf of an instruction's result."""
+    """An array, a leaf of an instruction's result."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -67,7 +67,7 @@ class Instruction:
     arrays: tuple[Array, ...]  # leaves of the result
     is_tuple: bool
     operands: tuple[str, ...]
-    literal: str  # what is between the parentheses
+    literal: str  # the text between the parentheses
     attributes: str
     is_root: bool
 
@@ -106,7 +106,7 @@ def compile_and_read(lowered):
     """`(compiled program, its text)`; the text is None except for TPU and GPU.
 
     It comes from the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX,
-    and fails on some programs. A program from the compilation cache has none.
+    and fails on some programs. A program from the compilation cache has no text.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}

@@ -14,12 +14,12 @@ from aoe_jax.errors import UserError, shown
 from aoe_jax.faults import is_fault, patiently
 from aoe_jax.paths import is_remote
 
-_BYTES = 2**24  # of a file of JSON, unless its reader expects more; Python's values take 25x that
-_LINE_BYTES = 2**22  # of a line of metrics
+_BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
+_LINE_BYTES = 2**22  # the longest line of metrics
 
 
 class Kind(NamedTuple):
-    """What a value in a file should be, in words, and whether a value is that."""
+    """A kind of value in a file: its name in error messages, and a test of a value."""
 
     words: str
     holds: Callable[[object], bool]
@@ -80,32 +80,32 @@ def read_json(
       at_most: the bytes that the file may have.
 
     Raises:
-      UserError: the file can't be read, is too large, or doesn't have the schema.
+      UserError: the file cannot be read, is too large, or does not have the schema.
     """
 
     def read():
         try:
             return read_regular(path, at_most)
         except PermissionError as e:  # waiting does not help
-            raise UserError(f"{path} can't be read ({e.strerror}); {wanted}") from e
+            raise UserError(f"{path} cannot be read ({e.strerror}); {wanted}") from e
 
     try:
         value = json.loads(patiently(f"{path} cannot be read", read))
     except OSError as e:
-        raise UserError(f"{path} can't be read ({e.strerror}); {wanted}") from e
+        raise UserError(f"{path} cannot be read ({e.strerror}); {wanted}") from e
     except RecursionError as e:
-        raise UserError(f"{path} can't be read (it is nested too deeply); {wanted}") from e
+        raise UserError(f"{path} cannot be read (it is nested too deeply); {wanted}") from e
     except ValueError as e:
-        raise UserError(f"{path} can't be read ({e}); {wanted}") from e
+        raise UserError(f"{path} cannot be read ({e}); {wanted}") from e
     if not isinstance(value, dict):
-        raise UserError(f"{path} can't be read: it holds no JSON object; {wanted}")
+        raise UserError(f"{path} cannot be read: it holds no JSON object; {wanted}")
     if misfit := _misfit(value, schema or {}, ""):
-        raise UserError(f"{path} can't be read: {misfit}; {wanted}")
+        raise UserError(f"{path} cannot be read: {misfit}; {wanted}")
     return value
 
 
 def _misfit(value, schema, name):
-    """What is wrong with the first part of a value that doesn't have the schema, or None."""
+    """What is wrong with the first part of a value that does not have the schema, or None."""
     if isinstance(schema, Kind):
         return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
     if not isinstance(value, type(schema)):
@@ -122,9 +122,9 @@ def _misfit(value, schema, name):
 
 
 def read_metrics(path: Path):
-    """Yields the lines of a file of metrics, if it exists, that are whole and have a step.
+    """Yields the lines of a file of metrics that are whole and have a step; none without a file.
 
-    All values are numbers or null, except `layers`. Raises `UserError` if it can't be read.
+    All values are numbers or null, except `layers`. Raises `UserError` if it cannot be read.
     """
     if not path.exists():
         return
@@ -138,7 +138,7 @@ def read_metrics(path: Path):
     except OSError as e:
         if is_fault(e):
             raise
-        raise UserError(f"{path} can't be read ({e.strerror}); move it away") from e
+        raise UserError(f"{path} cannot be read ({e.strerror}); move it away") from e
 
 
 def _is_metrics(line):
@@ -147,8 +147,8 @@ def _is_metrics(line):
 
 
 def write_json(path: Path, value, indent=2):
-    """Writes JSON, null for numbers that aren't finite; a kill or a power cut leaves either the old
-    file or the new one.
+    """Writes JSON, null for numbers that are not finite. A kill or a power cut leaves either the
+    old file or the new one.
     """
     text = json.dumps(finite(value), indent=indent) + "\n"
     if is_remote(path):  # it appears whole
@@ -160,7 +160,7 @@ def write_json(path: Path, value, indent=2):
 
 
 def finite(value):
-    """The value as JSON gives it back, with None for numbers that aren't finite."""
+    """The value as JSON gives it back, with None for numbers that are not finite."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
@@ -177,7 +177,7 @@ def sync(path: Path):
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno != errno.EINVAL:  # some network disks can't do that for folders
+        if e.errno != errno.EINVAL:  # some network disks cannot do that for folders
             raise
     finally:
         os.close(descriptor)

@@ -27,7 +27,7 @@ AxisNames = str | tuple[str, ...] | None
 
 
 class Aux(NamedTuple):
-    """What a layer returns beside its output."""
+    """The auxiliary outputs of a layer."""
 
     loss: jax.Array  # [] float32: weighted auxiliary losses, to be added to the loss of the model
     metrics: dict[str, jax.Array]  # [] float32 each, to be logged
@@ -76,8 +76,8 @@ class _Experts(nn.Module, kw_only=True):
           x: `[..., d]`, tokens.
           token_weights: `[...]`, 0 for padding, which counts in no loss and no metric, else 1;
             None: all tokens count.
-          training: whether a router that differs in training does so: some have losses of their
-            own there, and some draw at random, from `rngs={"experts": key}`.
+          training: whether the router behaves as in training: some then have losses of their own,
+            and some draw at random, from `rngs={"experts": key}`.
 
         Returns:
           `(y [..., d], Aux)`, y in the dtype of computation. `Aux.loss` is also sown, as "loss" in
@@ -136,8 +136,8 @@ class AoE(_Experts, kw_only=True):
     Attributes:
       n_experts: experts of the layer.
       top_k: experts of a token.
-      d_ffn: width of a traditional expert with as many parameters; with whole gates the width
-        itself.
+      d_ffn: width of a traditional expert with as many parameters; with whole gates the width of
+        the experts.
       d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
       score_neurons: None: factorised gates. A number: whole gates, of which this many values score.
       score: "norm", the paper's, or "max": the largest of the values.
@@ -198,7 +198,7 @@ def _aux(layer, weights, stats, token_weights):
     """The `Aux` of an `ExpertsLayer` with these parameters by name."""
     balance, losses = layer.balance, {}
     if layer.training:
-        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # as of a model of one layer
+        stacked = jax.tree.map(lambda a: a[None], (stats, weights))  # a model of one layer
         losses = layer.routing.losses(stacked[0], {}, stacked[1], token_weights)
     losses["aux_loss"] = balance.aux_weight, balance_loss(stats.load, stats.mean_probability)
     if stats.z_loss is not None:
@@ -232,7 +232,7 @@ def _check_tokens(x):
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}{list(x.shape)}: it must be floating-point [..., d]")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
-    if varies is not None and varies.varying:  # products of rows do not say how they vary
+    if varies is not None and varies.varying:  # grouped_matmul does not say how its result varies
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")
 
 

@@ -10,10 +10,10 @@ from aoe_jax.errors import UserError
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """Wait for the lock on `lock_file`, and hold it.
+    """Waits for the lock on `lock_file`, and holds it in the context.
 
     Raises:
-        UserError: the folder of `lock_file` cannot be written.
+      UserError: the folder of `lock_file` cannot be written.
     """
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def exclusive(lock_file: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{lock_file.parent} cannot be written ({error.strerror}); set data.cache, or the "
-            "data.path of a TFDS data set, to a folder that can"
+            "data.path of a TFDS data set, to a writable folder"
         ) from error
     with open(lock_file, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

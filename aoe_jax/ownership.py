@@ -124,7 +124,7 @@ def make_folder(folder: Path, flag: str):
     """Makes a folder if there is none.
 
     Raises:
-      UserError: it can't be made; names the `flag` that gave it.
+      UserError: it cannot be made; names the `flag` that gave it.
       MachineFault: its disk fails.
     """
     if folder.exists() and not folder.is_dir():
@@ -143,15 +143,13 @@ def _write_or_refuse(folder, flag, write):
         except OSError as e:
             if is_fault(e) and not is_forbidden(e):
                 raise
-            raise UserError(f"--{flag}={folder} can't be written: {e.strerror}") from e
+            raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
 
     return patiently(f"--{flag}={folder} cannot be written", attempt)
 
 
 def read_owner(folder: Path) -> dict | None:
-    """What the owner has written into its file; empty if that is not whole, None if the folder has
-    no owner.
-    """
+    """The content of the owner's file; empty if it is not whole, None if there is no owner."""
     return _newest(folder)[1]
 
 
@@ -205,7 +203,7 @@ def _acquire(folder, flag, take_over):
 def _take(folder, claim, number, other, ours):
     """Makes the file of an owner after that of `other`; returns whether it counts."""
     if not create(claim, json.dumps(ours).encode()) and _read_object(claim) != ours:
-        return False  # where it is ours, the answer of a store was lost
+        return False  # if it is ours, the store made it and its answer was lost
     claims = {n: (path, _read_object(path)) for n, path in _claims(folder).items()}
     _, before = claims.get(number, (None, None))
     if max(claims) != number + 1 or before != other:
@@ -222,7 +220,7 @@ def _remove(path, content):
 
 
 def _wait_until_stale(folder, flag, other, seconds):
-    """Returns when the owner has not renewed for so many seconds; raises `UserError` if it has."""
+    """Returns once the owner has not renewed for `seconds`; raises `UserError` if it renews."""
     in_use = UserError(
         f"--{flag}={folder} is in use by {in_words(other)}; wait for it, use another --{flag}, "
         "or end that process"
@@ -231,7 +229,8 @@ def _wait_until_stale(folder, flag, other, seconds):
         raise in_use
     if seconds:
         log.warning(
-            f"{folder} belongs to {in_words(other)}; it has {seconds:g} s for a sign of life"
+            f"{folder} belongs to {in_words(other)}; if it does not renew its ownership within "
+            f"{seconds:g} s, this process takes over"
         )
 
     def state():
@@ -258,7 +257,7 @@ def _this_process():
 
 
 def _kernel():
-    """The running kernel and its space of process numbers; None where Linux does not say."""
+    """The running kernel and the PID namespace of this process; None if they are unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -267,7 +266,7 @@ def _kernel():
 
 
 def _started(pid):
-    """When a process started, in ticks since the boot; None if it does not exist."""
+    """When a process started, in clock ticks since the boot; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

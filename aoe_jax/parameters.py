@@ -1,4 +1,4 @@
-"""What a parameter is: one declaration that layers, sharding, optimiser, decoding, formats and
+"""The declaration of every parameter, which layers, sharding, optimiser, decoding, formats and
 counts read.
 """
 
@@ -112,12 +112,12 @@ DECODER = {
 
 
 def shared_expert(experts):
-    """The parameters of the expert that all tokens use, by the `ExpertsConfig`; maybe none."""
+    """The parameters of the expert that all tokens use, by `ExpertsConfig`; {} without one."""
     if not experts.d_shared:
         return {}
     return SHARED_EXPERT | (SHARED_SCALE if experts.shared_gate else {})
 
 
 def experts_with(gate):
-    """The matrices of SwiGLU experts with a gate of these parameters, in the order of drawing."""
+    """The matrices of SwiGLU experts whose gate has these parameters, in the order of drawing."""
     return {name: EXPERTS[name] for name in (*gate, "w_up", "w_down")}

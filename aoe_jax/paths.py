@@ -15,8 +15,8 @@ from etils import epath
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
-STORES = {"gs": "gcsfs"}  # by scheme, the package that reads it
-# Commands write these into the directory of a model, whose copies stay valid.
+STORES = {"gs": "gcsfs"}  # scheme -> the package that reads it
+# Commands write these into a model's directory; copies of the model stay valid without them.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
 
@@ -43,12 +43,13 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         fsspec_settings()
         __import__(STORES[scheme])
     except ImportError as e:
-        raise UserError(f"{name}={text}: pip install 'aoe_jax[gcs]'") from e
+        missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[gcs]'"
+        raise UserError(f"{name}={text}: {missing}") from e
     return epath.Path(text)
 
 
 def fsspec_settings():
-    """Makes fsspec ask the store each time: other hosts write there, too."""
+    """Makes fsspec list the store each time, because other hosts also write there."""
     import fsspec
 
     fsspec.config.conf["gcs"] = {"use_listings_cache": False}
@@ -176,7 +177,7 @@ class Mirror:
     """Files on a disk that are copied to a folder in an object store when they have changed."""
 
     def __init__(self, local: Path, remote):
-        """Takes the files in `local` as they are for those in `remote`."""
+        """Assumes that the files now in `local` are equal to those in `remote`."""
         self._local, self._remote = local, remote
         self._known = self._states()
 
@@ -185,8 +186,8 @@ class Mirror:
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
     def upload(self, last=""):
-        """Copies all files that are new or have changed; each appears whole, that of the name
-        `last` after all others.
+        """Copies all files that are new or have changed; each appears whole. The file of the name
+        `last` is copied after all others.
         """
         for path, state in sorted(self._states().items(), key=lambda file: file[0].name == last):
             if self._known.get(path) != state:

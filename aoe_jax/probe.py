@@ -2,9 +2,9 @@
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
-Drops the router of a model and lets each expert choose by a norm of what it has computed at a node.
-The report has nll, accuracy on tasks, agreement with the router and time, beside the router and a
-random choice: the paper's Tables 1, 6 and 7. Prints a table, writes `probe.json`.
+The experts are ranked by a norm of what each has computed at a node, such as `x W_gate`. The table
+has nll, accuracy on tasks, agreement with the router and time, beside the router and a random
+choice, like the paper's Tables 1, 6 and 7. The command also writes `probe.json`.
 """
 
 from functools import partial
@@ -32,7 +32,6 @@ _OUTPUT = flags.DEFINE_string("output", None, "where probe.json goes; default: -
 
 
 def main():
-    """Probes."""
     checkpoint = cli.path_of(_CHECKPOINT)
     distributed.start()
     from aoe_jax.evaluation.probing import probe_checkpoint

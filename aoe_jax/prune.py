@@ -31,7 +31,6 @@ _BASELINES = flags.DEFINE_bool("baselines", True, "score the other methods, too"
 
 
 def main():
-    """Prunes."""
     workdir, n_experts = cli.path_of(_WORKDIR, in_store=True), cli.required(_EXPERTS)
     output = cli.path_of(_OUTPUT, in_store=True)
     from aoe_jax.pruning.run import prune  # starts JAX

@@ -1,12 +1,12 @@
-"""Where arrays lie on the mesh: its axes, the rules from logical axes to them, and shardings of a
-train state.
+"""How arrays are split over the mesh: its axes, the rules from logical axes to mesh axes, and the
+shardings of a train state.
 
     data    copies of the model; batches are split over it
     fsdp    batches, parameters and optimiser state are split over it
     expert  batches and experts are split over it
     tensor  positions between layers, attention heads and the width of experts are split over it
 
-One device is the mesh (1, 1, 1, 1). `MeshAxes` says which axes of another mesh are meant.
+One device is the mesh (1, 1, 1, 1). `MeshAxes` names the axes of another mesh.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class ShardingRules:
     embed: str | None = "fsdp"  # d_model, of weights
     experts: str | None = "expert"
     mlp: str | None = "tensor"  # width of experts
-    # d_low, of w_gate_up; that of w_gate_down stays whole, its d_model is split
+    # d_low of w_gate_up; w_gate_down is split along d_model instead
     rank: str | None = "fsdp"
     heads: str | None = "tensor"
     vocab: str | None = None
@@ -65,8 +65,8 @@ RULES = ShardingRules()
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """Which axes of the mesh in context each of `MESH_AXES` is: a name, several names, outermost
-    first, or None. Along axes of the mesh that are not named here, every device does the same.
+    """The axes of the mesh in context that each of `MESH_AXES` stands for: a name, several names,
+    outermost first, or None. Along mesh axes that are not named here, all devices do the same.
     """
 
     data: str | tuple[str, ...] | None = "data"
@@ -80,18 +80,18 @@ class MeshAxes:
         return (named,) if isinstance(named, str) else named or ()
 
     def collective(self, axis):
-        """The name by which collectives know one of `MESH_AXES`, or several."""
+        """The axis name, or tuple of names, that collectives take for one of `MESH_AXES`."""
         names = self.names(axis)
         return names[0] if len(names) == 1 else names
 
     def spec(self, spec):
-        """A `PartitionSpec` over `MESH_AXES` by the names of this mesh."""
+        """Translates a `PartitionSpec` over `MESH_AXES` to the names of this mesh."""
         entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
         named = (sum(map(self.names, entry), ()) for entry in entries)
         return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in named))
 
     def sizes(self, mesh):
-        """Devices along each of `MESH_AXES`; without a mesh, one.
+        """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
         Raises:
           ValueError: the mesh lacks a name, or a name stands for two axes; or, inside a
@@ -123,7 +123,7 @@ def fill_mesh(config, n_devices):
     """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results.
 
     Raises:
-      UserError: the axes don't multiply to the number of devices, or don't divide something.
+      UserError: the axes do not multiply to the number of devices, or do not divide something.
     """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
@@ -131,18 +131,18 @@ def fill_mesh(config, n_devices):
     if data * inner != n_devices:
         raise UserError(
             f"config.mesh: data={mesh.data} fsdp={mesh.fsdp} expert={mesh.expert} "
-            f"tensor={mesh.tensor} doesn't make up {n_devices} devices; their product must be the "
-            "number of devices (data=-1 takes what the others leave)"
+            f"tensor={mesh.tensor}: the product must be the number of devices, {n_devices} "
+            "(data=-1 takes what the others leave)"
         )
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
 
 
 def make_mesh(config, devices):
-    """The mesh of `config.mesh`, without -1, laid out along the devices' network; slices along
-    `data`.
+    """The mesh of `config.mesh`, which has no -1, in the order of the devices' network. Slices are
+    along `data`.
 
     Raises:
-      UserError: `mesh.data` isn't a multiple of the slices, or the network can't be cut that way.
+      UserError: `mesh.data` is not a multiple of the slices, or the network cannot be cut that way.
     """
     shape = config.mesh.shape
     n_slices = count_slices(devices)
@@ -157,7 +157,7 @@ def make_mesh(config, devices):
             grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
     except (NotImplementedError, ValueError, AssertionError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"config.mesh: {shape} can't be laid out on these devices: {reason}") from e
+        raise UserError(f"config.mesh: {shape} does not fit these devices: {reason}") from e
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
@@ -174,17 +174,17 @@ def rows_of_process(sharding, n_rows, process):
 
 
 def batch_sharding(mesh):
-    """Of an array `[B, S]`: sequences over the batch axes; positions are split inside the model."""
+    """The sharding of an array `[B, S]`: sequences are split over the batch axes, positions not."""
     return NamedSharding(mesh, RULES.spec("batch", None))
 
 
 def replicated(mesh):
-    """Every device holds all of it."""
+    """The sharding of an array that every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def state_shardings(mesh, abstract_state):
-    """Shardings of a train state, given as shapes.
+    """The shardings of a train state, of which `abstract_state` has the shapes.
 
     Parameters are split as they are declared (`methods.declared_parameters`), and the optimiser's
     copies like them. All else, such as counters and the state of routing, is replicated.
@@ -218,9 +218,11 @@ def with_shardings(abstract, shardings):
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """A global batch from host arrays: of all its rows or, with `n_rows` of all processes together,
-    of the `rows_of_process`.
+    """A global batch from the arrays of this host, by name.
+
+    They have all rows of the batch; or, if `n_rows` is given, the number of rows of the batch, the
+    `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
-    with jax.transfer_guard("allow"):  # these are meant
+    with jax.transfer_guard("allow"):  # these transfers are intended
         return jax.make_array_from_process_local_data(sharding, batch, shapes)

@@ -14,7 +14,7 @@ class StopRequests:
     A second SIGINT kills. Further SIGTERMs do nothing, because a process often receives one from
     its supervisor and one from the system.
 
-    With several processes, JAX's preemption service takes a SIGTERM to any of them, and has all
+    With several processes, JAX's preemption service handles a SIGTERM to any of them and makes all
     stop at the same step. `advice` says how to go on after a stop outside of training.
     """
 
@@ -24,7 +24,7 @@ class StopRequests:
         """Handles no signal before `listen`."""
         self._advice = advice
         self._signal, self._at_steps, self._several, self._questions = None, False, False, 0
-        self._interrupted = False  # SIGINT came to this one of several processes
+        self._interrupted = False  # whether this one of several processes received SIGINT
         self._arrivals = None  # the end of a pipe that gets the number of each signal at once
         self._terminated, self._answered = None, False
 
@@ -37,9 +37,9 @@ class StopRequests:
 
     @property
     def terminated(self):
-        """The time of the first SIGTERM on the monotonic clock while the main thread is blocked and
-        does not learn of it; None before, and once `asked` has answered. JAX takes the signal if
-        there are several processes.
+        """The time of the first SIGTERM, on the monotonic clock; None if there was none, or once
+        `asked` has reported it. It is known even while the main thread is blocked. With several
+        processes it is None, because JAX handles the signal.
         """
         if self._answered:
             return None
@@ -51,8 +51,8 @@ class StopRequests:
 
     @contextlib.contextmanager
     def between_steps(self, several):
-        """Within, `asked` answers for signals; `several` says whether JAX was told of a cluster,
-        even of one process.
+        """A context in which signals raise nothing, and `asked` reports them. `several` says
+        whether the process belongs to a cluster, even if it is the only one.
         """
         self._at_steps, self._several = True, several
         try:

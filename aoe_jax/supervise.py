@@ -2,15 +2,15 @@
 
     python -m aoe_jax.supervise [--restarts=5] -- train.py --config=FILE --workdir=DIR ...
 
-The arguments after `--` start Python, such as `train.py ...` or `-m aoe_jax.train ...`. The command
-is started again after a preemption, a hang, a lost process, a fault of the machine and anything
-unforeseen; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
+The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
+command is started again after a preemption, a hang, a lost process, a fault of the machine or an
+unforeseen error; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
 supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
 a run that has begun are gone, as on a disk that is no longer mounted, it only waits: a start would
-begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end it. `--start-over`,
-`--go-back` and `--take-over` hold for the first attempt. `WORKDIR/attempts/HOST.jsonl` has a line
-for every attempt, unless the workdir is in an object store. The exit status is that of the last
-attempt, 128 + N if signal N ended it.
+begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end the supervisor.
+`--start-over`, `--go-back` and `--take-over` are given to the first attempt only.
+`WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in an object
+store. The exit status is that of the last attempt, 128 + N if signal N ended it.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _PAUSE = flags.DEFINE_float(
 )
 _LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
-_PASSED_ON = {  # what the command receives for each signal
+_PASSED_ON = {  # signal to the supervisor -> signal to the command
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,
     signal.SIGHUP: signal.SIGTERM,
@@ -92,12 +92,12 @@ class Supervisor:
     def _attempt(self, number):
         """Runs the command once; returns its exit status and the number of steps it added."""
         first_step, began = self._heartbeat().get("saved") or 0, time.time()
-        # A Ctrl-C in the terminal must reach it once, through this process.
+        # Its own session: a Ctrl-C in the terminal must reach it only once, through this process.
         self._process = subprocess.Popen(self._command, start_new_session=True)
         if self._asked_to_stop.is_set():  # it came while the process was made
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()
-        status = status if status >= 0 else 128 - status  # of a signal, as shells have it
+        status = status if status >= 0 else 128 - status  # like shells, if a signal ended it
         heartbeat = self._heartbeat()
         step = heartbeat.get("saved") or 0
         line = {"attempt": number, "began": began, "ended": time.time(), "exit_status": status}
@@ -146,7 +146,6 @@ def _workdir_of(command):
 
 
 def main(command):
-    """Supervises."""
     if not command:
         raise UserError("name a command after --, such as -- train.py --config=... --workdir=...")
     supervisor = Supervisor(command, _workdir_of(command))

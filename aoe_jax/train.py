@@ -30,15 +30,14 @@ _START_OVER = flags.DEFINE_bool(
     "start-over", False, "begin anew; the files of the run in WORKDIR are moved to its set_aside/"
 )
 _GO_BACK = flags.DEFINE_integer(
-    "go-back", None, "continue from the checkpoint of this step; newer files are moved too", 1
+    "go-back", None, "continue from the checkpoint of this step; newer files are moved likewise", 1
 )
 _TAKE_OVER = flags.DEFINE_bool(
-    "take-over", False, "do not wait for a sign of life from a process that owns WORKDIR"
+    "take-over", False, "take WORKDIR over without waiting whether its owner still runs"
 )
 
 
 def main():
-    """Trains."""
     stop = StopRequests()
     stop.listen()
     config = cli.parsed_config(_CONFIG)

@@ -31,7 +31,7 @@ class Approximation(NamedTuple):
     # `(w_gate_down, covariance of the tokens [d, d])` -> directions to project on, found now and
     # then; None: there are none.
     find: Callable[[jax.Array, jax.Array], Any] = lambda w_gate_down, covariance: None
-    operations: float = 1.0  # of the estimates, relative to exact scoring
+    operations: float = 1.0  # cost of the estimates, relative to exact scoring
     # Of one operation: 1/2 in 8 bits, which accelerators multiply twice as fast as bfloat16.
     operation_cost: float = 1.0
     candidates: int | None = None  # per expert chosen; None: the estimates decide
@@ -142,9 +142,9 @@ def principal(r, s, candidates=None, use_data=True):
     """The s directions of each expert's activations that hold most of its squared norm, and the
     mean of the rest.
 
-    These are the first right singular vectors of W_gate_down_i, or with `use_data` of
-    `X W_gate_down_i` for tokens X with the given covariance. The rest is an expert's constant times
-    `||x||^2`.
+    These are the first right singular vectors of W_gate_down_i, or with `use_data` of `X
+    W_gate_down_i` for tokens X with the given covariance. The rest is estimated as an expert's
+    constant times `||x||^2`.
     """
     find = partial(_find_principal, s, use_data)
     return Approximation(

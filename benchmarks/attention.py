@@ -49,7 +49,6 @@ def figure(devices, chip, backend, shape):
 
 
 def main():
-    """Prints a line for each backend and shape."""
     generation, devices = topology_devices(_TOPOLOGY.value)
     chip = chip_part(generation, devices)
     figures = []

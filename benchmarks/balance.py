@@ -28,7 +28,7 @@ ARMS = {
     "AoE, loss-free": ("aoe", LOSS_FREE),
     "router, L_aux": ("moe", {"aux_tokens": 1.0}),
 }
-LAST_LINES = 5  # of metrics.jsonl: the load entropy is their mean
+LAST_LINES = 5  # of metrics.jsonl, whose mean is the load entropy
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm", lower_bound=2)
@@ -60,7 +60,6 @@ def _run(workdir, variant, balance, seed):
 
 
 def main():
-    """Trains what is missing and prints the table."""
     root = Path(cli.required(_WORKDIR)).absolute()
     root.mkdir(parents=True, exist_ok=True)
     results = {arm: [] for arm in ARMS}

@@ -233,7 +233,6 @@ def model_configs():
 
 
 def main():
-    """Times and prints an arm a line."""
     form = "d_model x n_experts x top_k x d_ffn, such as 128x8x2x256"
     shapes = parse_shapes(_SHAPES.value, form)
     if _TUNIX.value:

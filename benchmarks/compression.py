@@ -28,7 +28,6 @@ def xz_size(text: bytes):
 
 
 def main():
-    """Prints the comparison."""
     workdir = Path(cli.required(_WORKDIR))
     data = read_run_config(workdir / "config.json").data
     evaluation = read_json(workdir / "eval.json")

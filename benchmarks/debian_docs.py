@@ -24,7 +24,7 @@ def collect(package, output: Path):
     """Writes the documents of a package, by name or as a `.deb` file, and returns their number.
 
     Raises:
-      UserError: the package can't be downloaded or unpacked, or has no text sources.
+      UserError: the package cannot be downloaded or unpacked, or has no text sources.
     """
     with tempfile.TemporaryDirectory() as folder:
         file, folder = Path(package).absolute(), Path(folder)
@@ -54,7 +54,6 @@ def _run(package, *command, cwd):
 
 
 def main():
-    """Collects and prints the number of documents of each package."""
     output = Path(cli.required(flags.FLAGS["output"]))
     with new_directory(output) as partial_output:
         for package in flags.FLAGS.packages:

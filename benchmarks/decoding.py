@@ -104,7 +104,6 @@ def token_bytes(config):
 
 
 def main():
-    """Measures and prints."""
     are_counts = all(batch.isdecimal() and int(batch) for batch in _BATCHES.value)
     wanted = "must be whole numbers greater than 0"
     require_flag(are_counts, "batches", ",".join(_BATCHES.value), wanted)

@@ -54,7 +54,6 @@ def measure(root: Path, seconds, preemptions, processes):
 
 
 def main():
-    """Measures."""
     root = new_workdir(flags.FLAGS["workdir"])
     given = flags.FLAGS
     figures = measure(root, 60 * given.minutes, given.preemptions, given.pod_size)

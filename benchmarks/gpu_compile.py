@@ -108,7 +108,6 @@ def _shapes():
 
 
 def main():
-    """Compiles and prints the products of one backend a line."""
     check_names("backends", _BACKENDS.value, BACKENDS)
     shapes, backends = _shapes(), [*_BACKENDS.value, *TOKAMAX]
     cases = itertools.product(_GENERATIONS.value, shapes, _DTYPES.value, backends)

@@ -47,7 +47,6 @@ def _timed(product, rows, weights, g):
 
 
 def main():
-    """Times and prints one backend and shape a line."""
     form = "four numbers MxDxFxE, such as 4096x512x1024x8"
     shapes = parse_shapes(_SHAPES.value, form)
     print(machine_in_words())

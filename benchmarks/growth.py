@@ -121,7 +121,6 @@ def overtakings(figures):
 
 
 def main():
-    """Traces, prints one arm a line, draws."""
     folder = Path(cli.required(_OUTPUT))
     check_names("chips", _CHIPS.value, TOPOLOGIES)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Peak memory of preparations of hostile and of huge input, each beside its bar.
+"""Peak memory of preparations of hostile and of huge input, each beside its limit.
 
 `python -m benchmarks.hostile_input [--cases=NAME,...] [--json=FILE]`: each case makes its input in
 a temporary folder and prepares it in processes of their own. Memory is the largest resident set of
 one of these processes, by the kernel, and at least that of this program (0.2 GB). The exit status
-is 1 if a case uses more than its bar, or ends with another status than it should.
+is 1 if a case uses more than its limit, or ends with another status than it should.
 """
 
 import gzip
@@ -32,7 +32,7 @@ open_corpus(DataConfig("{name}", path="{{here}}/in", cache="{{here}}/out"), 1000
 
 
 def long_document(folder: Path):
-    """A document of 300 MB of the addresses, with numbers between them, and 30 short ones."""
+    """Writes a document of 300 MB, the addresses with numbers between them, and 30 short ones."""
     small_files(folder, 30)
     speeches = [file.read_text() for file in speech_files()]
     with open(folder / "long.txt", "w") as file:
@@ -41,7 +41,7 @@ def long_document(folder: Path):
 
 
 def tfds_data_set(folder: Path):
-    """The same documents as a TFDS data set, `long_documents`."""
+    """Writes the same documents as a TFDS data set, `long_documents`."""
     import tensorflow_datasets as tfds
 
     class LongDocuments(tfds.core.GeneratorBasedBuilder):
@@ -64,7 +64,7 @@ def tfds_data_set(folder: Path):
 
 
 def gzip_bomb(folder: Path):
-    """10 GB of lines of JSON in a file of 10 MB."""
+    """Writes 10 GB of lines of JSON into a file of 10 MB."""
     line = json.dumps({"text": "a " * 2**19}).encode() + b"\n"
     member = gzip.compress(line * 64)
     with open(folder / "bomb.jsonl.gz", "wb") as file:
@@ -73,14 +73,14 @@ def gzip_bomb(folder: Path):
 
 
 def long_line(folder: Path):
-    """A line of 10 GB, in a file with a hole."""
+    """Writes a line of 10 GB as a sparse file."""
     with open(folder / "line.jsonl", "wb") as file:
         file.write(b'{"text": "')
         file.truncate(10**10)
 
 
 def small_files(folder: Path, count=100_000):
-    """So many documents of a few words, a file each."""
+    """Writes `count` documents of a few words, each in a file."""
     for number in range(count):
         (folder / f"{number:06d}.txt").write_text(f"Document {number} of the union.")
 
@@ -129,7 +129,6 @@ def measure(case: Case):
 
 
 def main():
-    """Measures and prints a case a line."""
     figures = []
     names = flags.FLAGS.cases
     check_names("cases", names, CASES)
@@ -138,7 +137,7 @@ def main():
         status, peak, seconds, last_line = measure(case)
         holds = peak <= case.bar_mb and status == case.status
         print(
-            f"{case.about}: {peak:.0f} MB, bar {case.bar_mb} MB; exit status {status}, should be "
+            f"{case.about}: {peak:.0f} MB, limit {case.bar_mb} MB; exit status {status}, should be "
             f"{case.status}; {seconds:.0f} s{'' if holds else '; FAILS'}\n    {last_line}",
             flush=True,
         )

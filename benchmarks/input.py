@@ -65,7 +65,6 @@ def waits(step, state, iterators, put, n_steps):
 
 
 def main():
-    """Times and prints one arm a line."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "descriptions")
         folder.mkdir()

@@ -6,7 +6,7 @@ and AoE beside the router MoE.
 parameters (Eq. 5) and d_low = d_model / 3. `useful` is the ratio of analytic FLOPs; `peak memory`
 is the arguments, results and temporaries of the compiled program, over those of the baseline.
 
-Then the phases of the AoE layer, each alone, forward.
+It also times each phase of the AoE layer alone, forward.
 """
 
 import dataclasses
@@ -125,7 +125,6 @@ def _phases(config, n_tokens):
 
 
 def main():
-    """Times and prints one layer a line, then the phases."""
     form = "d_model x n_experts x top_k x d_ffn, such as 256x8x2x512"
     shapes, n_tokens = parse_shapes(_SHAPES.value, form), _TOKENS.value
     print(machine_in_words())

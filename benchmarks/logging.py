@@ -70,7 +70,6 @@ def without_norms(config):
 
 
 def main():
-    """Times and prints each arm's cost."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(machine_in_words())
     config = configuration("aoe")

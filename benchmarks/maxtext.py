@@ -299,7 +299,7 @@ def row(name, temp_bytes, report):
 
 
 def table(figures):
-    """Lines of text; the first figure is what the others are divided by."""
+    """The figures as lines of text, also relative to the first."""
     base, lines = figures[0], []
     for f in figures:
         traffic, step, at_peaks = (
@@ -362,7 +362,6 @@ def calibrate(python, name):
 
 
 def main():
-    """Compares models, or calibrates by a recipe."""
     given = flags.FLAGS
     python = cli.required(given["python"])
     if given.recipe:

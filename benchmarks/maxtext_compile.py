@@ -31,7 +31,6 @@ FIELDS = {
 
 
 def main(folder, *arguments):
-    """Compiles, and writes the figures."""
     folder = Path(folder)
     jit_and_compile = train_compile.jit_and_compile
 

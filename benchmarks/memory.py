@@ -48,7 +48,6 @@ _SHAPES = flags.DEFINE_list(
 
 
 def main():
-    """Compiles and prints one arm and setting a line, then AoE over router, each at its best."""
     form = "n_experts x top_k x d_ffn x d_low, such as 8x2x3072x256"
     shapes, figures = parse_shapes(_SHAPES.value, form), []
     devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}

@@ -95,7 +95,6 @@ def products(config):
 
 
 def main():
-    """Times and prints one model a line."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
     router = configuration("moe", CHANGES)
     low = {"experts": {"d_low": 85}}

@@ -38,7 +38,7 @@ _SHAPE = {
     "pad_token_id": None,
 }
 _MOE = {**_SHAPE, "num_experts_per_tok": 2}
-_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not what a configuration without has
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}  # not the default
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -169,7 +169,7 @@ def load_there(directory, **settings):
 
 
 def logits_there(directory, tokens=TOKENS, **settings):
-    """Those of a model in a directory by transformers."""
+    """The logits of a model in a directory by transformers."""
     import torch
 
     with torch.no_grad():
@@ -177,7 +177,6 @@ def logits_there(directory, tokens=TOKENS, **settings):
 
 
 def main():
-    """Prints a Markdown table."""
     import torch
     import transformers
 

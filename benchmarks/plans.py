@@ -57,7 +57,7 @@ def configuration(module, variant, fields):
 
 
 def plans_of(name):
-    """The plans of a row, that of the router twin last, with what they are of."""
+    """Yields the plan of each configuration of a row, the router twin last."""
     (module, *variants), topology, sequences, fields = ROWS[name]
     generation, devices = topology_devices(topology)
     fields = {"train.batch_size": sequences * len(devices), **fields}
@@ -96,7 +96,6 @@ def _compared(figure):
 
 
 def main():
-    """Compiles and prints the table, in Markdown, a line a plan."""
     check_names("rows", _ROWS.value, ROWS)
     figures = []
     print(_line(COLUMNS), _line("---" for _ in COLUMNS), sep="\n", flush=True)

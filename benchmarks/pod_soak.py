@@ -1,5 +1,5 @@
 """A soak test of several processes: whatever happens to them, their supervisors bring the run to
-the same end, without a person.
+the same end, without anybody's help.
 
 `python -m benchmarks.pod_soak --workdir=DIR [--pod_size=2] [--events=20] [--store] [--seed=0]
 [--json=FILE]`: first the processes train a small model without a disturbance. Then the same run is
@@ -58,7 +58,7 @@ class Host:
     """The supervisor of one process of a run, and its clock."""
 
     def __init__(self, command, log: Path, work: Soak, clock_library):
-        """Starts the supervisor; what it and its process say goes to the file `log`."""
+        """Starts the supervisor; its output and that of its process go to the file `log`."""
         self.log, clock = log, {}
         if clock_library:
             file = log.with_suffix(".clock")
@@ -72,7 +72,7 @@ class Host:
             )
 
     def step_clock(self, seconds):
-        """Shows another time from now on."""
+        """Steps the clock of the host."""
         self._clock.value = seconds
 
     def trainer(self):
@@ -191,11 +191,11 @@ class Disk:
         subprocess.run(["mount", "--bind", self._disk, self.path], check=True)
 
     def unmount(self):
-        """Unmounts it, also while files on it are open."""
+        """Unmounts the disk, also while files on it are open."""
         subprocess.run(["umount", "--lazy", self.path], check=True)
 
     def vanish(self, chance):
-        """Unmounts it for a while."""
+        """Unmounts the disk for a while."""
         self.unmount()
         time.sleep(20 * chance.random())
         self._mount()
@@ -299,7 +299,6 @@ def build_clock(folder: Path) -> str:
 
 
 def main():
-    """Soaks."""
     root = new_workdir(flags.FLAGS["workdir"])
     given = flags.FLAGS
     figures = soak(root, given.pod_size, given.events, given.seed, in_store=given.store)

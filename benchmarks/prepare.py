@@ -42,7 +42,7 @@ from aoe_jax.json_files import write_json
 from benchmarks.timing import new_workdir, report, run_benchmark, times
 
 DOCUMENT_CHARACTERS = 4000
-KILLS = 2  # of the large preparation
+KILLS = 2  # during the large preparation
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "times that each is timed", lower_bound=1)
 _DOCUMENTS = flags.DEFINE_integer(
@@ -207,7 +207,6 @@ def large(root: Path, size, processes):
 
 
 def main():
-    """Times units of work, or prepares a lot of text."""
     if _WORKDIR.value is None:
         report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value))
         return

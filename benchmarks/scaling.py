@@ -70,7 +70,6 @@ def run_workers(mesh, n_devices, n_processes):
 
 
 def main():
-    """Times and prints one mesh a line."""
     if _WORKER.value:
         distributed.start()
         print(time_steps(json.loads(_WORKER.value), _REPEATS.value))

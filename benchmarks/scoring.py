@@ -52,7 +52,6 @@ def random_choices(n_contexts, shape, vocab_size):
 
 
 def main():
-    """Times both ways for each shape."""
     layers = {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}
     model, figures = random_model(configuration("aoe", {"model": layers})), []
     scorer = Scorer(model)

@@ -63,7 +63,7 @@ from benchmarks.timing import configuration, machine_in_words, medians, report, 
 
 SPARSE = MODELS["sparse"]  # d_low = d / 3
 AOE = {"experts": {"d_low": 64}, "balance": {"aux_weight": 0.0, "bias_rate": 0.01}}
-COVARIANCE_BATCHES = 4  # of train text
+COVARIANCE_BATCHES = 4  # batches of train text
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the run")
 _STEPS = flags.DEFINE_integer("steps", 200, "training steps", lower_bound=51)
@@ -120,7 +120,7 @@ class ByApproximation(Method):
         return Choice(experts.top_k, is_fixed=True, is_normalised=True)
 
     def __call__(self, scores, weights, ctx):
-        """A `Routing` of other scores than `scores`."""
+        """A `Routing` by `choice_scores`, not by `scores`."""
         prepared, bias = ctx.state["prepared"], ctx.state["selection_bias"]
         scores = choice_scores(
             self.approximation, ctx.x, weights["w_gate_down"], prepared, ctx.top_k, bias
@@ -180,7 +180,6 @@ def compare(choose, exact, inputs, w_gate_down, prepared, bias):
 
 
 def main():
-    """Trains unless that is done, and prints one method a line."""
     root = Path(cli.required(_WORKDIR)).absolute()
     root.mkdir(parents=True, exist_ok=True)
     config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})

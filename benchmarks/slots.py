@@ -56,7 +56,6 @@ def steps_of(model, kind):
 
 
 def main():
-    """Times and prints an arm a line."""
     check_names("models", flags.FLAGS.models, MODELS)
     print(machine_in_words())
     figures = []

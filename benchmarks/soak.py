@@ -101,7 +101,7 @@ class Soak:
             raise Failure(f"{workdir} ended with exit status {status}:\n{stderr[-2000:]}")
         return workdir
 
-    def life(self, workdir, moment, number, chance):
+    def attempt(self, workdir, moment, number, chance):
         """Starts the run and stops it at `moment` by a signal, unless it ends before.
 
         Returns:
@@ -137,7 +137,7 @@ class Soak:
 
     @staticmethod
     def _saving(workdir, known, saves):
-        """Whether a checkpoint is being written, after so many others."""
+        """Whether a checkpoint is being written, after `saves` others."""
         new = set(_names(workdir / "checkpoints")) - known
         return sum(name.isdecimal() for name in new) >= saves and any("tmp" in name for name in new)
 
@@ -221,7 +221,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
     happened, finished, run = collections.Counter(), 0, root / "run_0"
     for number in tqdm(stops, desc="stops", unit="stop"):
         moment = chance.choice(MOMENTS)
-        status, stderr = work.life(run, moment, number, chance)
+        status, stderr = work.attempt(run, moment, number, chance)
         # SIGTERM while Python is still importing ends the process like any program.
         early = number == signal.SIGTERM and status == -signal.SIGTERM and moment == "start"
         if status not in (0, -signal.SIGKILL) and not early:
@@ -245,7 +245,7 @@ def soak(root: Path, kills, terms, seed, settings=None):
 
 
 def compare(run, wanted):
-    """`Failure` unless the `result` of a run is the wanted one."""
+    """Raises `Failure` unless the `result` of a run is the wanted one."""
     for name, found, whole in zip(
         ("metrics", "lines of metrics.jsonl", "last checkpoint"), result(run), wanted, strict=True
     ):
@@ -254,7 +254,6 @@ def compare(run, wanted):
 
 
 def main():
-    """Soaks."""
     root = new_workdir(flags.FLAGS["workdir"])
     figures = soak(root, flags.FLAGS.kills, flags.FLAGS.terms, flags.FLAGS.seed)
     print(

@@ -62,7 +62,6 @@ def arms_of(name):
 
 
 def main():
-    """Times and prints one arm a line."""
     check_names("models", flags.FLAGS.models, MODELS)
     print(machine_in_words())
     figures = []

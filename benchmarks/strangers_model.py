@@ -28,7 +28,7 @@ def moe(d_model, rngs):
 
 
 class SwiGLU(nnx.Module):
-    """As wide as the two experts that process a token."""
+    """A SwiGLU as wide as the two experts that process a token."""
 
     def __init__(self, d_model, rngs):
         """Makes the matrices."""
@@ -71,7 +71,6 @@ def validation_nll(model, text, n_batches=16):
 
 
 def main():
-    """Trains all models and prints the table."""
     (text, held_out), steps, figures = corpus(), flags.FLAGS.steps, []
     size = {"batch": BATCH, "length": LENGTH}
     for name, feed_forward in MODELS.items():

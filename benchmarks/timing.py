@@ -98,7 +98,7 @@ def check_names(flag, names, known):
     """
     for name in names:
         if name not in known:
-            raise UserError(f"--{flag}={name} is unknown; choose of {', '.join(known)}")
+            raise UserError(f"--{flag}={name} is unknown; choose from {', '.join(known)}")
 
 
 def parse_shapes(shapes, form, n_sizes=4):

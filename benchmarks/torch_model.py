@@ -62,7 +62,6 @@ def forward_and_backward(model, tokens):
 
 
 def main():
-    """Times and prints one model a line."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch, _, versions = torch_packages()
     tokens = torch.randint(SHAPE["vocab_size"], (_BATCH.value, LENGTH))

@@ -29,7 +29,6 @@ _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
 
 
 def main():
-    """Compiles and prints one product a line."""
     m, n_experts = _ROWS.value, _EXPERTS.value
     figures = []
     devices = {generation: tpu_devices(generation)[0] for generation in _GENERATIONS.value}

@@ -61,7 +61,7 @@ class Trainer:
         return self._process.poll()
 
     def words(self):
-        """What the process has said."""
+        """The output of the process so far."""
         return self._log.read_text()[-2000:]
 
     def end(self, number):
@@ -152,7 +152,6 @@ def race(root: Path, tries, seed):
 
 
 def main():
-    """Races."""
     root = new_workdir(flags.FLAGS["workdir"])
     if os.geteuid() != 0 or not shutil.which("unshare"):
         raise UserError("two hosts on one machine need root and the program unshare")

@@ -74,9 +74,9 @@ class Setting:
     Experts of both kinds have equally many parameters (Eq. 5, rounded).
     """
 
-    steps: int = 1000  # of each stage
+    steps: int = 1000  # steps of each stage
     d_model: int = 32
-    distance: float = 8.0  # from the mean of class 3 to the other means, in standard deviations
+    distance: float = 8.0  # between the mean of class 3 and the others, in standard deviations
     batch: int = 64
     learning_rate: float = 1e-2
     held_out: int = 1000  # inputs of each class to measure on
@@ -277,7 +277,6 @@ def _destinations(given):
 
 
 def main():
-    """Trains all arms, prints the table, writes the requested files."""
     given = flags.FLAGS
     for name, least in (("seeds", 2), ("steps", 1), ("d_model", 2)):
         value = given[name].value

@@ -89,7 +89,6 @@ def rows(of_seeds):
 
 
 def main():
-    """Trains all, and prints the table."""
     given = flags.FLAGS
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(given.output or scratch)

@@ -1,9 +1,9 @@
-"""Goes on training a model: `--config=configs/finetune.py:DIR`, the directory of a model as
-safetensors.
+"""Continues the training of a model: `--config=configs/finetune.py:DIR`, the directory of a model
+as safetensors.
 
-Model, experts and routing are the model's, and so is the tokenizer; `balance`
-is that of its run, if it was exported from one. Corpus, steps, learning rate, and the balance of a
-model of the hub are for you to set.
+The groups `model`, `experts` and `routing` and the tokenizer are the model's, and `balance` is that
+of its run, if it was exported from one. Set corpus, steps and learning rate, and `balance` for a
+model of the hub.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def get_config(directory=None):
     model = read_config(directory)
     found = model.to_dict()
     routing = found["routing"]
-    if routing["name"] == "sparsemixer":  # for models that are trained already
+    if routing["name"] == "sparsemixer":  # it cannot be trained
         routing = {"name": "top_k"}
     config = default_config()
     config.model.update(found["model"])

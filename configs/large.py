@@ -5,7 +5,7 @@ expert axis.
 16 layers, d=2048, 8 of 64 experts of width 1024. `aoe_256`, `aoe_whole_256`, `moe_256`: 8 of 256
 experts of width 512. AoE has the total parameters of its twin, with r = d / 4, or with whole gates
 of which 16 neurons score. All are balanced without a loss. 4.2M tokens a step in micro-batches;
-corpus and tokenizer have to be named on the command line.
+name corpus and tokenizer on the command line.
 """
 
 from aoe_jax.config.run import default_config

@@ -1,5 +1,5 @@
-"""Methods of the literature around AoE: `--config=configs/methods.py:NAME` on AoE's norms (or AoE's
-experts), `NAME_router` on a router's logits (or traditional experts), where there is such a thing.
+"""Other methods of the field: `--config=configs/methods.py:NAME` on AoE's norms (or AoE's experts),
+`NAME_router` on a router's logits (or traditional experts), if the method has both.
 
 Sizes and data are those of `tiny.py`. docs/methods.md says what each method does.
 """
@@ -21,7 +21,7 @@ def _variants(name, routing, balance, aoe=None, router=None, **experts):
 
 
 def _layer_variants(kind, **settings):
-    """The same of a layer with AoE's experts, and with traditional ones."""
+    """The variants of a layer, with AoE's experts and with traditional ones."""
     routing, factorised = {"name": kind} | settings, {"kind": kind, "factorised_gate": True}
     return {
         kind: (factorised, routing, NO_LOSS),
@@ -44,7 +44,7 @@ VARIANTS = {
     "erc_router": ({"kind": "router"}, {"name": "erc"}, AUX),
     "uoe": ({"kind": "uoe"}, {"name": "uoe"}, NO_LOSS),
     **_variants("dynmoe", _DYNMOE, NO_LOSS),
-    # Logits lie around 0, and an expert without tokens never comes back: let most start active.
+    # Logits are around 0, and an expert without tokens stays inactive: let most start active.
     **_variants("routing_free", _ROUTING_FREE, NO_LOSS, router={"bias": -2.0}),
     **_variants("switch", _SWITCH, AUX, top_k=1),
     **_variants("gshard", {"name": "gshard"}, NO_LOSS),

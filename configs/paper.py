@@ -7,17 +7,17 @@ whole gates.
 
 Optimiser and schedule are the paper's: 100B tokens in batches of 2048 sequences of 2048. Its
 corpus, RedPajama, has to be named on the command line (`--config.data.name`,
-`--config.data.tokenizer` with 32,000 pieces); the default is the embedded corpus, which trains a
-vocabulary of its own.
+`--config.data.tokenizer` with 32,000 pieces). By default the embedded corpus is used, with a
+tokenizer trained on it.
 """
 
 from aoe_jax.config.run import default_config, update_groups
 from aoe_jax.errors import UserError
 
 RANKS = (64, 128, 256, 512)
-LARGE_RANK = 400  # of the 4B model
-SCORE_NEURONS = 16  # of whole gates
-ABLATION_RANK = 256  # of rows 3 and 4 of Table 2, and of Table 3
+LARGE_RANK = 400  # r of the 4B model
+SCORE_NEURONS = 16  # S of whole gates
+ABLATION_RANK = 256  # r in rows 3 and 4 of Table 2, and in Table 3
 
 MOE = {"experts": {"kind": "router"}, "balance": {"aux_weight": 0.0}}
 AUX = {"balance": {"aux_weight": 0.01}}

@@ -30,7 +30,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Leads links to code to the pages of the code."""
+    """Points links to code at the pages of that code."""
     return _CODE_LINK.sub(r"\1.md)", markdown)
 
 

@@ -1,13 +1,8 @@
-"""A routing method of one's own, in an AoE layer and in an MoE layer.
+"""A routing method of your own, in an AoE layer and in an MoE layer.
 
     python examples/add_a_method.py
 
-A router is a frozen dataclass of its settings; from scores `[T, n]` it returns a `Routing`. It
-works on norms and on logits, on one device and on meshes. `Method` in `aoe_jax/moe/routing.py`
-lists what else it may have: parameters, state, losses, causality.
-
-For `train.py`, save the class as a file of `aoe_jax/methods/`, add it to `ROUTERS` in
-`aoe_jax/methods/__init__.py`, and add a variant to `configs/methods.py`.
+docs/add_a_method.md explains it, and how `train.py` can use the method.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run with everything in an object store. It prepares a corpus, trains, is stopped, goes on, is
-# evaluated and exported, and the exported model is evaluated and prints a sample:
+# A run with everything in an object store: prepares a corpus, trains, stops and continues the run,
+# evaluates and exports the model, evaluates the exported model and prints a sample:
 #
 #     examples/object_store.sh gs://BUCKET/FOLDER 'TEXTS/*.txt' [--config.GROUP.FIELD=VALUE ...]
 set -euo pipefail

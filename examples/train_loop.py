@@ -1,4 +1,4 @@
-"""A training loop of one's own: a byte-level language model in Linen whose feed-forward layers are
+"""A training loop of your own: a byte-level language model in Linen whose feed-forward layers are
 `AoE`, trained with optax on the text of this project's licence.
 
     python examples/train_loop.py

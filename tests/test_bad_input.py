@@ -88,7 +88,7 @@ COMMAND_LINE = {
         ["eval.py", "--workdir={workdir}", "--config.routing.p=0.5"], ["--config is missing"]
     ),
     "router's field of a missing file": Mistake(
-        wrong_config("routing.p=0.5", config="--config=nope.py"), ["--config=nope.py", "can't be"]
+        wrong_config("routing.p=0.5", config="--config=nope.py"), ["--config=nope.py", "cannot be"]
     ),
     "warm-up in steps": Mistake(
         wrong_config("train.warmup_steps=50"),
@@ -120,7 +120,7 @@ COMMAND_LINE = {
     "stray word": Mistake(flags(CONFIG, "extra"), ["'extra'", "--name=value"]),
     "mesh of other devices": Mistake(
         wrong_config("mesh.expert=2"),
-        ["config.mesh", "expert=2", "make up 1 devices", "number of devices"],
+        ["config.mesh", "expert=2", "product must be the number of devices, 1 "],
     ),
     "mesh that doesn't divide": Mistake(
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
@@ -295,7 +295,7 @@ RUNS = {
     ),
     "config.json isn't JSON": Mistake(
         TRAIN,
-        ["{workdir}/config.json", "can't be read"],
+        ["{workdir}/config.json", "cannot be read"],
         finished_with("config.json", "{"),
         {"train__steps": STEPS + 1},
     ),
@@ -315,11 +315,11 @@ RUNS = {
     ),
     "workdir lies in a file": Mistake(
         ["train.py", CONFIG, "--workdir={here}/file/run"],
-        ["--workdir={here}/file/run", "can't be written"],
+        ["--workdir={here}/file/run", "cannot be written"],
         with_file("file", "mine"),
         {"train__steps": 6},
     ),
-    "eval: no workdir": Mistake(EVAL, ["{workdir}/config.json", "can't be read"]),
+    "eval: no workdir": Mistake(EVAL, ["{workdir}/config.json", "cannot be read"]),
     "eval: no checkpoint": Mistake(
         EVAL,
         ["{workdir}", "no complete checkpoint"],

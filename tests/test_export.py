@@ -162,11 +162,11 @@ MISTAKES = {
     ),
     "no run": (
         [*MODULE, "--workdir={here}", "--output={here}/model"],
-        ["config.json can't be read"],
+        ["config.json cannot be read"],
     ),
     "a model for a run": (
         [*MODULE, "--workdir={aoe}", "--output={here}/model"],
-        ["is that of a model, not of a training"],
+        ["belongs to a model, not to a training"],
     ),
     "step of a model": (
         ["eval.py", "--workdir={aoe}", "--step=7"],
@@ -178,11 +178,11 @@ MISTAKES = {
     ),
     "no rank": (
         CONVERT,
-        ["--score_neurons and --d_low: give one of them; or --upcycle"],
+        ["--score_neurons and --d_low: give one of them, or --upcycle"],
     ),
     "neurons and a rank": (
         [*CONVERT, "--score_neurons=4", "--d_low=8"],
-        ["--score_neurons and --d_low: give one of them; or --upcycle"],
+        ["--score_neurons and --d_low: give one of them, or --upcycle"],
     ),
     "score of a rank": ([*CONVERT, "--d_low=8", "--score=max"], ["--score=max", "--score_neurons"]),
     "tokens of a rank": ([*CONVERT, "--d_low=8", "--tokens=9"], ["--tokens=9", "belongs to"]),
@@ -217,7 +217,7 @@ MISTAKES = {
     ),
     "no model to go on from": (
         ["train.py", "--config=configs/finetune.py:{here}/none", "--workdir={here}/run"],
-        ["none/config.json can't be read"],
+        ["none/config.json cannot be read"],
     ),
     "model of another shape": (
         train_command("{here}/run", train__init_from="{aoe}", experts__n_experts=8),

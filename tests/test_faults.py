@@ -393,5 +393,5 @@ def test_exported_model_scores_as_its_run(tmp_path):
     status, _, stderr = run(train_command(tmp_path / "model"))
     assert (
         status == 2
-        and "is that of a model, not of a training run; train.init_from starts" in stderr
+        and "belongs to a model, not to a training run; train.init_from starts" in stderr
     )

@@ -30,7 +30,7 @@ def test_mistakes(tmp_path, content, message):
     path = tmp_path / "value.json"
     if content:
         path.write_text(content)
-    with pytest.raises(UserError, match=rf"value\.json can't be read.*{message}.*; name another"):
+    with pytest.raises(UserError, match=rf"value\.json cannot be read.*{message}.*; name another"):
         read_json(path, "name another")
 
 
@@ -57,7 +57,7 @@ def test_schema(tmp_path, changes, message):
     write_json(path, value | changes)
     with pytest.raises(UserError) as error:
         read_json(path, "name another", SCHEMA)
-    assert f"value.json can't be read: {message}" in str(error.value)
+    assert f"value.json cannot be read: {message}" in str(error.value)
 
 
 def test_fifos_are_refused_at_once(tmp_path):

@@ -50,7 +50,7 @@ def test_collisions_are_refused():
 def test_the_rest_of_the_devices():
     assert fill_mesh(configuration(fsdp=2), 8).mesh.data == 4
     assert fill_mesh(configuration(), 1).mesh == MeshConfig(data=1)
-    with pytest.raises(UserError, match="doesn't make up 8 devices"):
+    with pytest.raises(UserError, match="must be the number of devices, 8"):
         fill_mesh(configuration(data=2, fsdp=2), 8)
     with pytest.raises(UserError, match=r"train\.batch_size=16"):
         fill_mesh(configuration(), 32)

@@ -20,8 +20,9 @@ class BalanceConfig(Group):
     entropy_weight: float = setting(0.0, at_least=0)
     # Share of the tokens, 1 / a whole number, over which the losses average the softmax.
     aux_tokens: float = setting(1.0, above=0, at_most=1)
-    # What f and P of L_aux are means over. global: the batch on all devices; with train.accumulate,
-    # P is of each micro-batch and f of all so far. sequence: each sequence by itself.
+    # The tokens over which f and P of L_aux are means. global: the batch on all devices; with
+    # train.accumulate, P is that of each micro-batch and f that of all so far. sequence: each
+    # sequence by itself.
     aux_batch: str = setting("global", choices=("global", "sequence"))
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.
     z_weight: float = setting(0.0, at_least=0)
@@ -32,7 +33,7 @@ class BalanceConfig(Group):
     def __post_init__(self):
         super().__post_init__()
         if self.aux_batch == "sequence" and self.aux_weight == 0:
-            wanted = "is a choice of L_aux, which balance.aux_weight=0 leaves out"
+            wanted = "is a setting of L_aux, which balance.aux_weight=0 leaves out"
             self.refuse("aux_batch", f"{wanted}; leave it at 'global'")
         if abs(1 / self.aux_tokens - self.aux_stride) > 1e-6:
             self.refuse("aux_tokens", "must be 1 / a whole number, such as 0.5 or 0.125")
@@ -55,7 +56,7 @@ class BalanceConfig(Group):
 
     @property
     def aux_stride(self):
-        """Every how many tokens one takes part in the balance losses."""
+        """The balance losses use one of this many tokens."""
         return round(1 / self.aux_tokens)
 
     @property

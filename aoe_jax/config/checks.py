@@ -73,7 +73,7 @@ def require(condition, name, value, wanted):
 
 
 def misfit(value):
-    """What a number or text that somebody gave should be, or None if every library can take it."""
+    """What a user's number or text must be instead; None if every library accepts it."""
     if type(value) is int and abs(value) >= 2**31:
         return "must be smaller than 2**31"
     if type(value) is float and not math.isfinite(value):
@@ -84,7 +84,7 @@ def misfit(value):
 
 
 def require_choice(name, value, choices):
-    """Refuses a value that is none of the choices."""
+    """Refuses a value that is not one of the choices."""
     require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
 
 

@@ -16,7 +16,7 @@ _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store
 class SourceConfig:
     """One corpus of `data.name`."""
 
-    label: str  # what metrics call it; no two of a run have the same
+    label: str  # the name in metrics, different for each source of a run
     name: str  # sotu | text | prepared | any TFDS name
     path: str | None
     # Share of the tokens seen in training, in proportion to those of the others.
@@ -47,14 +47,14 @@ class DataConfig(Group):
     # text: a folder of .txt files; prepared: a token store, also in an object store; TFDS: its
     # data_dir. In a mixture each names its own with @PATH.
     path: str | None = None
-    cache: str = "~/.cache/aoe_jax"  # everything that is prepared once lies here
+    cache: str = "~/.cache/aoe_jax"  # a folder for token stores and downloaded data sets
     # A Hugging Face tokenizer.json or a SentencePiece model; None: that of the prepared stores, or
     # byte-level BPE trained on the train splits.
     tokenizer: str | None = None
     text_field: str = "text"  # the feature of a TFDS data set that holds the text
     seq_len: int = setting(256, above=0)  # tokens of a sequence in training and validation
     document_mask: bool = False  # attend within a document only
-    # No training loss on the first token of a document, which nothing foretells.
+    # No training loss on the first token of a document, which nothing predicts.
     loss_mask: bool = False
 
     def __post_init__(self):
@@ -97,7 +97,7 @@ class DataConfig(Group):
 
     @property
     def name_without_paths(self):
-        """`name` as a corpus keeps it when it moves."""
+        """`name` without paths, which stays the same when a corpus moves."""
         sources = _parsed_sources(self.name)
         return ", ".join(str(dataclasses.replace(source, path=None)) for source in sources)
 
@@ -126,14 +126,11 @@ def _parsed_sources(name):
     has_weight = {source.weight is not None for source in sources}
     check(len(has_weight) == 1, "give every corpus a weight, or none of them")
     twice, count = Counter((source.name, source.path) for source in sources).most_common(1)[0]
-    check(count == 1, f"{twice[0]} is named twice; name it once, with one weight")
+    check(count == 1, f"{twice[0]} is named twice; name it once")
     return sources
 
 
 def _absolute(path, name, in_store=False):
-    """A path on a disk from the root, with `~` as the home, or in an object store.
-
-    `name` is that of its field.
-    """
+    """An absolute path on a disk, or a path in an object store; `name` is that of its field."""
     parsed = parsed_path(path, f"config.data.{name}", in_store)
     return os.fspath(parsed) if is_remote(parsed) else os.path.abspath(parsed)

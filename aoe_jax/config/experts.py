@@ -17,26 +17,26 @@ class ExpertsConfig(Group):
     group = "experts"
 
     kind: str = "aoe"  # aoe | router | a layer of `aoe_jax/methods/`, such as dense
-    n_experts: int = setting(8, above=0)  # of a layer (n)
+    n_experts: int = setting(8, above=0)  # experts of a layer (n)
     # Experts of a token (K), where the router fixes their number.
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
-    # aoe: None: gates are factorised, and their low-rank activations score (the paper). A number:
-    # gates are whole, and this many of their first pre-activations score.
+    # aoe: None: gates are factorised, and their low-rank activations give the score (the paper). A
+    # number: gates are whole, and this many of their first pre-activations give the score.
     score_neurons: int | None = setting(None, above=0, at_most="d_ffn")
     score: str = setting("norm", choices=SCORES)  # aoe: how the activations become a score
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
-    # aoe: sparse: only the chosen norms have a gradient, and those of balance.aux_tokens for a
-    # balance loss; only the chosen activations are kept. It is exact where weights are the softmax
-    # over the chosen scores. dense: the activations of all experts are kept, as published. None:
-    # sparse where it is exact.
+    # aoe. sparse: only the chosen norms have a gradient (with a balance loss also all norms of a
+    # share balance.aux_tokens of the tokens), and only the chosen activations are kept. This is
+    # exact where weights are the softmax over the chosen scores. dense: the activations of all
+    # experts are kept, as published. None: sparse where it is exact.
     score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"))
-    # router: W_gate = W_gate_down W_gate_up inside each expert (Table 2, row 3). smear, thor: AoE's
-    # experts.
+    # router: W_gate = W_gate_down W_gate_up inside each expert (Table 2, row 3). smear, thor: the
+    # experts of AoE.
     factorised_gate: bool = False
-    # In which the gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
+    # dtype in which the gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
     gradient_sums: str = setting("float32", choices=("float32", "bfloat16"))
     # aoe, router: width of a further expert that every token uses beside the chosen ones; 0: none.
     d_shared: int = setting(0, at_least=0)

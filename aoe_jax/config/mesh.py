@@ -7,8 +7,8 @@ from aoe_jax.config.checks import Group, setting
 
 @dataclass(frozen=True)
 class MeshConfig(Group):
-    """How many devices lie along each axis of the mesh, and how tokens reach their experts; see
-    `aoe_jax/sharding.py`.
+    """The number of devices along each axis of the mesh (see `aoe_jax/sharding.py`), and how tokens
+    reach their experts.
     """
 
     group = "mesh"

@@ -13,16 +13,16 @@ class ModelConfig(Group):
     group = "model"
 
     n_layers: int = setting(4, above=0)
-    n_heads: int = setting(4, above=0)  # of attention
+    n_heads: int = setting(4, above=0)  # attention heads
     d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
     vocab_size: int = setting(4096, above=0)
     # The most positions of a sequence, prompt and continuation together.
     max_len: int = setting(2048, above=0)
     tie_embeddings: bool = True  # the output projection is the embedding table
-    # Of the computation; parameters, logits and loss are float32.
+    # dtype of the computation; parameters, logits and loss are float32.
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16"))
-    # What the backward pass computes again. experts: all that is cheap inside the experts (kept are
-    # x W_up, and of the gate x W_gate or AoE's low-rank activation); layer: all but a layer's
+    # What the backward pass computes again. experts: everything inside the experts but x W_up and
+    # x W_gate, or AoE's low-rank activation instead of the latter; layer: all but a layer's
     # input, its scores, its routing and the output of attention.
     remat: str = setting("none", choices=("none", "experts", "layer"))
     # The backend of `model/attention/`; auto: by platform.
@@ -35,17 +35,17 @@ class ModelConfig(Group):
     head_dim: int | None = setting(None, above=0)  # width of a head; None: d_model / n_heads
     # Heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
-    rope_base: float = setting(10_000.0, above=0)  # of the rotary frequencies
+    rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies
     rope_factors: tuple = ()  # one divisor per rotary frequency; (): none (LongRoPE, 2402.13753)
-    rope_scale: float = setting(1.0, above=0)  # of rotated queries and keys (LongRoPE)
+    rope_scale: float = setting(1.0, above=0)  # scale of rotated queries and keys (LongRoPE)
     norm: str = setting("rms", choices=("rms", "layer"))  # layer: LayerNorm with a bias
     norm_eps: float = setting(1e-6, above=0)
     # An RMSNorm of queries and of keys: over all heads together (OLMoE), or over each head by
     # itself, with one scale for all heads (Qwen3).
     qk_norm: str = setting("none", choices=("none", "all", "head"))
-    attention_bias: bool = False  # of q, k, v and o
-    qkv_bias: bool = False  # of q, k and v alone
-    output_bias: bool = False  # of the output projection
+    attention_bias: bool = False  # whether q, k, v and o have biases
+    qkv_bias: bool = False  # whether q, k and v alone have biases
+    output_bias: bool = False  # whether the output projection has a bias
 
     def __post_init__(self):
         super().__post_init__()

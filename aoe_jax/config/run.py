@@ -18,7 +18,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.methods import LAYERS, ROUTERS
 from aoe_jax.moe.routing import Method, TopK
 
-# Fields that have gone, and what stands for them.
+# Fields of older versions, and what replaces them.
 RENAMED = {
     "experts.selection": "routing.name",
     "experts.gate": "routing.norm_topk_prob (or routing.name='sparsemixer')",
@@ -127,7 +127,7 @@ def _build(group, values):
     _refuse_unknown(values, known, f"{group.group}.")
     for name, value in values.items():
         kinds, field = known[name], f"{group.group}.{name}"
-        if tuple in kinds and type(value) is list:  # as JSON gives it back
+        if tuple in kinds and type(value) is list:  # JSON has no tuples
             value = tuple(value)
         for part in value if type(value) is tuple else (value,):
             require(not misfit(part), field, value, misfit(part))

@@ -19,17 +19,17 @@ class TrainConfig(Group):
     # Linear warm-up of the learning rate, as a share of the steps.
     warmup: float = setting(0.1, at_least=0, below=1)
     final_learning_rate: float = setting(3e-4, at_least=0, at_most="learning_rate")
-    # Multiplies the learning rate, and with it the weight decay, of a router, or of AoE's
-    # W_gate_down, or of the columns of whole gates that score.
+    # Multiplies the learning rate, and with it the weight decay, of the parameters that score: a
+    # router, AoE's W_gate_down, or the scoring columns of whole gates.
     scoring_rate: float = setting(1.0, above=0)
     weight_decay: float = setting(0.1, at_least=0)  # on matrices; not on norm scales and embeddings
-    clip_norm: float = setting(1.0, above=0)  # of the global gradient norm
+    clip_norm: float = setting(1.0, above=0)  # the largest global gradient norm
     # Micro-batches per step.
     accumulate: int = setting(1, above=0, divides="batch_size")
     seed: int = setting(0, at_least=0)
     log_every: int = setting(20, above=0)
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
-    # The run stops after this many updates in a row were skipped because they weren't finite.
+    # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
     # Seconds without a finished step, validation batch or save after which the run ends as hanging,
     # with status 6; 0: never. Compilation does not count.
@@ -39,8 +39,8 @@ class TrainConfig(Group):
     repeat_every: int = setting(0, at_least=0)
     # Directory of a model whose parameters the run starts from; None: they are drawn at random.
     init_from: str | None = None
-    # The number of first steps in which routers alone are updated, for a router that is drawn anew
-    # beside trained experts, as aoe_jax.prune leaves it.
+    # The number of first steps that update routers alone, for a new router beside trained experts,
+    # such as aoe_jax.prune draws.
     router_steps: int = setting(0, at_least=0)
 
     def __post_init__(self):
@@ -65,18 +65,18 @@ class TrainConfig(Group):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """When to save checkpoints and which to keep: one stays if any `keep` field asks for it."""
+    """When to save checkpoints, and which to keep: those that any `keep` field asks for."""
 
     group = "checkpoint"
 
-    # Steps between two; a run also saves at its end, and when it is stopped.
+    # Steps between two checkpoints; a run also saves at its end, and when it is stopped.
     every: int = setting(500, above=0)
-    # Minutes after which a step that is logged saves one too; 0: never.
+    # Minutes after the newest checkpoint after which the next logged step saves one; 0: never.
     every_minutes: float = setting(0.0, at_least=0)
     # Seconds after which a save in the background counts as failed.
     timeout: float = setting(1200.0, above=0)
     keep: int = setting(2, above=0)  # number of newest checkpoints
-    # Checkpoints of multiples of this number of steps; 0: none.
+    # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")
     keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll
 

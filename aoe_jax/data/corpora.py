@@ -1,4 +1,4 @@
-"""Text corpora: the bundled addresses, a folder of text files, or a TFDS data set with a text."""
+"""Text corpora: the embedded addresses, a folder of text files, or a TFDS data set with text."""
 
 import contextlib
 import difflib
@@ -47,14 +47,14 @@ class Corpus:
 
 
 def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text") -> Corpus:
-    """Find a corpus, downloading it if necessary.
+    """Finds a corpus, and downloads it if necessary.
 
     Args:
         name: "sotu", "text", a TFDS name such as "lm1b" or "wiki40b/en", or
             "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub.
         path: for "text" the folder of .txt files; else the TFDS data_dir, by default
             `<cache>/tfds`.
-        cache: the folder for everything that is prepared once.
+        cache: the folder for token stores and downloaded data sets.
         text_field: the feature of a TFDS data set that holds the text.
 
     Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
@@ -81,7 +81,7 @@ def _text_folder(path: str | None) -> Corpus:
     wanted = "no such folder; data.name='text' needs a folder of .txt files"
     require(path and root.is_dir(), "data.path", path, wanted)
     files = sorted(file for file in root.rglob("*.txt") if file.is_file())
-    require(files, "data.path", path, "the folder has no .txt file; put one document in each")
+    require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     names, digest = [], hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -120,7 +120,7 @@ def _text_folder(path: str | None) -> Corpus:
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
-    """Cut three files or more into three non-empty splits."""
+    """Divides three files or more among three non-empty splits."""
 
     def fraction(name: str) -> float:
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
@@ -185,7 +185,7 @@ def _is_text(feature: tfds.features.FeatureConnector) -> bool:
 
 
 def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set in `data_dir`, which is prepared as ArrayRecord if it isn't yet."""
+    """The builder of a data set in `data_dir`; prepares it as ArrayRecord if necessary."""
     doing = "load"
     try:
         builder = _find_builder(name, data_dir)
@@ -210,7 +210,7 @@ def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(
             f"data.name={name!r}: needs a package that is not installed ({error}); {how}"
         ) from error
-    except Exception as error:  # from TFDS, the network, the disk or the builder's own code
+    except Exception as error:  # TFDS, the network, the disk or the builder failed
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         reason = f"TFDS cannot {doing} it: {type(error).__name__}: {first_line}"
         if doing == "load":

@@ -21,8 +21,8 @@ _PARQUET = ".parquet"
 _TEXT = ".txt"
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
-DOCUMENT_BYTES = 2**29  # the most of a document, and of a line of JSON
-# Text is seldom compressed more than tenfold. A bomb shows itself after the first bytes.
+DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
+# Text is seldom compressed more than tenfold. Files are checked from 64 MiB on.
 _RATIO, _RATIO_FROM = 256, 2**26
 
 
@@ -55,7 +55,7 @@ def find_files(patterns: Sequence[str], output) -> list:
         found |= matching
     for path in found:
         if not is_remote(path) and not path.exists():
-            raise UserError(f"--input: {path} is a link that leads nowhere; mend or remove it")
+            raise UserError(f"--input: {path} is a broken link; mend or remove it")
         if not is_remote(path) and not path.is_file():
             raise UserError(f"--input: {path} is a FIFO or a device; give regular files")
         if _format(path)[0] is None:
@@ -181,17 +181,17 @@ def _text(piece: Piece, raw: pyarrow.NativeFile, compression: str | None) -> str
 
 def _too_long(where: str) -> UserError:
     return UserError(
-        f"--input: {where} is longer than {DOCUMENT_BYTES >> 20} MiB, the most of a document; "
-        "split or remove it"
+        f"--input: {where} is longer than {DOCUMENT_BYTES >> 20} MiB, the longest document that "
+        "is read; split or remove it"
     )
 
 
 def _refuse_bomb(n_bytes: int, n_compressed: int, path: str):
-    """Refuses a file that is decompressed to far more bytes than a text would be."""
+    """Refuses a file that expands to far more bytes than a text would."""
     if n_bytes > _RATIO_FROM and n_bytes > _RATIO * n_compressed:
         raise UserError(
-            f"--input: {path}: {n_compressed} bytes of it are decompressed to more than {_RATIO} "
-            "times as many; no text is compressed so well: remove it, or decompress it yourself"
+            f"--input: {path}: its first {n_compressed} bytes expand to more than {_RATIO} times "
+            "that size, which no text does; remove it, or decompress it yourself"
         )
 
 
@@ -202,8 +202,8 @@ def _json_lines(
     stream = io.BufferedReader(stream, _READ_BYTES)
     position = piece.start
     if piece.start > 0:
-        # The line that begins before the piece belongs to the piece before. It may end behind this
-        # one, which then has no line.
+        # A line that begins before the piece belongs to the piece before. If it ends after this
+        # piece, this piece has no line.
         position = stream.seek(piece.start - 1)
         while position < piece.stop and (part := stream.readline(_READ_BYTES)):
             position += len(part)

@@ -54,9 +54,10 @@ class PackedWindows:
 class Mixture:
     """The order in which an endless mixture takes windows from its sources.
 
-    After any number of windows each source has had its share of them, but for a few, and exactly
-    its share after a multiple of the sum of the whole weights. The time to find a position depends
-    on the number of sources only, so a run continues anywhere without a replay.
+    After any number of windows each source has had its share of them within a few windows, and
+    exactly its share after each multiple of the sum of the weights as whole numbers. The time to
+    find a position depends on the number of sources only, so a run continues anywhere without a
+    replay.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
@@ -95,7 +96,7 @@ class Mixture:
 
 
 class _TrainIterator(grain.DatasetIterator):
-    """Batches whose position has the number of windows that were read of each source, too."""
+    """Batches whose saved position also has the number of windows read from each source."""
 
     def __init__(self, batches: grain.DatasetIterator, windows_read: Callable[[int], dict]):
         super().__init__(batches)
@@ -113,8 +114,8 @@ class _TrainIterator(grain.DatasetIterator):
         if state.get("sources") != expected:
             raise UserError(
                 f"data.name: the checkpoint had read {state.get('sources')} windows after "
-                f"{state['next_index']} batches, these corpora would give {expected}; name those "
-                "of the run as they were"
+                f"{state['next_index']} batches, these corpora would give {expected}; name the "
+                "corpora and weights that the run began with"
             )
         self._parent.set_state({"next_index": state["next_index"]})
 
@@ -140,8 +141,8 @@ def train_batches(
     `weights` are the sources' shares of the windows, in proportion to each other; None: the numbers
     of their windows, so that one pass over the mixture is one over every source.
 
-    Raises `UserError` if a stream is shorter than one window; on `set_state`, if the position is
-    one in other sources; on `next`, as `TokenStore.read` does.
+    Raises `UserError` if a stream is shorter than one window; on `set_state`, if the position
+    belongs to other sources; on `next`, as `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]

@@ -1,4 +1,4 @@
-"""Makes a token store from files of any size, in parallel; a kill loses little and changes nothing.
+"""Makes a token store from files of any size, in parallel; after a kill it continues.
 
 `plan.json` cuts the input into units of work, independently of the number of processes. The shards
 of a unit are moved into the store when they are complete, then a file in `units/` notes it; a
@@ -49,10 +49,10 @@ from aoe_jax.paths import is_remote, put, remove_folder, size_and_version
 
 logger = logging.getLogger(__name__)
 
-_UNITS = 512  # the number of units of work to aim at, within
+_UNITS = 512  # the number of units of work, if their size allows it
 _UNIT_BYTES = (2**22, 2**29)  # the smallest and largest size of a unit
 _TRAINING_BYTES = 2**26  # text that byte-level BPE is trained on
-_PLAN_BYTES = 2**28  # two million files
+_PLAN_BYTES = 2**28  # the largest plan.json, enough for two million files
 
 
 def _is_state(value):
@@ -98,7 +98,7 @@ class Settings:
         return self.tokenizer.removeprefix("bpe:") if made else None
 
     def as_planned(self) -> dict:
-        """The settings as `plan.json` has them, with the hash of a tokenizer for its path."""
+        """The settings as `plan.json` has them; for a tokenizer's file its hash."""
         planned = dataclasses.asdict(self)
         if self.bpe_size is None:
             planned["tokenizer"] = load_tokenizer(self.tokenizer, setting="--tokenizer").sha256
@@ -106,12 +106,12 @@ class Settings:
 
 
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
-    """Make a token store in `output`, or continue one that the same call began.
+    """Makes a token store in `output`, or continues one that the same call began.
 
     `inputs` are glob patterns, see `find_files`. `output` is a directory that is empty, new, or of
-    the same preparation. The store doesn't depend on the number of `processes`.
+    the same preparation. The store does not depend on the number of `processes`.
 
-    Raises `UserError` if an input or the tokenizer can't be used, `output` belongs to another
+    Raises `UserError` if an input or the tokenizer cannot be used, `output` belongs to another
     preparation, the disk is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
@@ -145,7 +145,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
 
 
 def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: list[dict]):
-    """Write the manifest, from the results of all units."""
+    """Writes the manifest, from the results of all units."""
     splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for name in SPLITS}
     for result in results:
         for name, part in result["splits"].items():
@@ -178,7 +178,7 @@ def check(output: Path) -> list[str]:
     """
     manifest, file = read_manifest(output), saved_tokenizer(output)
     if load_tokenizer(file, setting="tokenizer").sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{file} isn't the tokenizer of this store; put that back")
+        raise UserError(f"{file} is not the tokenizer of this store; bring that file back")
     hashes, damaged = _hashes_of_shards(manifest), []
     for name in tqdm(hashes, desc=f"checking {output.name}", unit="shard", delay=1):
         found = None
@@ -190,10 +190,10 @@ def check(output: Path) -> list[str]:
 
 
 def repair(output: Path, processes: int) -> list[str]:
-    """Write the damaged shards of a complete store again, from its input; returns their names.
+    """Writes the damaged shards of a complete store again, from its input; returns their names.
     Raises `UserError` as `check` does, and if the input is missing or has changed.
     """
-    wanted = f"has no {PLAN_FILE}, so it can't be repaired; prepare it again"
+    wanted = f"has no {PLAN_FILE}, so it cannot be repaired; prepare it again"
     require_flag((output / PLAN_FILE).exists(), "output", output, wanted)
     with owned(output, "output"), _faults_are_named(output):
         damaged = check(output)
@@ -266,12 +266,12 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
         require_flag(there == here, "output", output, other)
     found = {str(file) for file in files}
     for state in plan["files"]:
-        more = f"{holds} more: {state[0]} is gone, or not named here. {advice}"
+        more = f"{holds} more files: {state[0]} is gone, or not named here. {advice}"
         require_flag(state[0] in found, "output", output, more)
         _refuse_changed(state, advice)
     if new := sorted(found.difference(state[0] for state in plan["files"])):
         logger.warning(
-            f"{len(new)} new files, such as {new[0]}, are not in this preparation, which is older"
+            f"{len(new)} files, such as {new[0]}, are left out: this preparation began without them"
         )
     return plan
 
@@ -360,7 +360,7 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
                     _refuse_changed(plan["files"][file], f"Delete {output}, and prepare it again")
             elif not shards.items() <= expected.items():
                 first, *_ = plan["files"][files[0]]
-                raise UserError(f"{first}: the input has changed since; prepare it again")
+                raise UserError(f"{first} has changed since the store was made; prepare it again")
             for shard in shards:
                 put(Path(new, shard), output / shard)
             write_json(_done_file(output, unit), result)
@@ -394,7 +394,7 @@ def _pieces(plan: dict, unit: int) -> list[Piece]:
 
 
 def _documents(plan: dict, unit: int) -> Iterator[tuple[str, str, bytes, int]]:
-    """Yield `(split, text, hash of the text, bytes read of the unit so far)` of each document."""
+    """Yields `(split, text, hash of the text, bytes read of the unit so far)` of each document."""
     before = 0
     for piece in _pieces(plan, unit):
         read = 0

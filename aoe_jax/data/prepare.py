@@ -1,4 +1,4 @@
-"""Makes a token store of texts.
+"""Makes a token store from texts.
 
     python -m aoe_jax.data.prepare --input=GLOB --tokenizer=T --output=DIR
 
@@ -46,7 +46,6 @@ _REPAIR = flags.DEFINE_bool("repair", False, "write damaged shards again, from t
 
 
 def main():
-    """Prepares, checks or repairs."""
     StopRequests("the same command goes on where it was").listen()
     output = cli.path_of(_OUTPUT, in_store=True)
     if not (_CHECK.value or _REPAIR.value):
@@ -56,7 +55,8 @@ def main():
         prepare(_INPUT.value, settings, output, _PROCESSES.value)
     elif _INPUT.value or _TOKENIZER.value or (_CHECK.value and _REPAIR.value):
         raise UserError(
-            "--check and --repair, one at a time, take --output alone; the store has its input"
+            "--check or --repair takes --output alone, because the store names its input; leave "
+            "out other flags"
         )
     elif _REPAIR.value:
         damaged = repair(output, _PROCESSES.value)
@@ -64,7 +64,7 @@ def main():
         log.info(f"wrote again: {names}")
     elif damaged := check(output):
         raise UserError(
-            f"--output={output}: damaged are {', '.join(damaged)}; --repair writes them again"
+            f"--output={output}: damaged shards: {', '.join(damaged)}; --repair writes them again"
         )
     else:
         log.info("all shards are as they were written")

@@ -1,4 +1,4 @@
-"""The bundled corpus: every annual message and State of the Union address, as a TFDS data set."""
+"""The embedded corpus: every annual message and State of the Union address, as a TFDS data set."""
 
 import importlib.util
 from collections.abc import Iterator

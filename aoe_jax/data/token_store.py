@@ -41,7 +41,7 @@ RECORDS_PER_SHARD = 32768  # 256 MiB of uint16 tokens before compression
 _BATCH_CHARACTERS = 2**21
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})(-[0-9]{{5,}}){{1,2}}\.array_record", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
-# Of what a manifest and the notes of a preparation have in common.
+# The part that a manifest and the notes of a preparation have in common.
 SPLITS_SCHEMA = {
     "tokens": COUNT,
     "documents": COUNT,
@@ -71,16 +71,15 @@ _MANIFEST_BYTES = 2**26
 def write_splits(
     folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, suffix: str = ""
 ) -> dict[str, dict]:
-    """Tokenise documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
+    """Tokenises documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
     A few million characters are tokenised at a time, long documents in `tokenizer.pieces`.
     `documents` are pairs of a split and a text that is not empty. Raises `UserError` if the
-    tokenizer finds its end-of-text token in one.
+    tokenizer encodes a part of a text as its end-of-text token.
 
     Returns:
         For each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`,
-        which are on the disk then: of each its `name`, its `tokens`, and `file_bytes` and `sha256`
-        of its file.
+        which are then safely on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each.
     """
     with contextlib.ExitStack() as files:
         writers = {}
@@ -128,8 +127,8 @@ class _SplitWriter:
         encoded = self._tokenizer.encode(texts)
         if any((ids == end_of_text).any() for ids in encoded):
             raise UserError(
-                "data.tokenizer: it gives its end-of-text token for text too; name a tokenizer "
-                "that doesn't"
+                "data.tokenizer: it encodes some text as its end-of-text token; name another "
+                "tokenizer"
             )
         in_order, end = iter(encoded), np.array([end_of_text], self._dtype)
         ids = [end if piece is None else next(in_order) for piece in self._pieces]
@@ -166,7 +165,7 @@ class _SplitWriter:
 def write_manifest(
     directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]
 ):
-    """Write `manifest.json`, which turns the shards in `directory` into a store.
+    """Writes `manifest.json`, which turns the shards in `directory` into a store.
 
     `fingerprint` is a text that changes when the corpus does, `splits` the result of
     `write_splits`.
@@ -195,8 +194,8 @@ def read_manifest(directory: Path) -> dict:
             raise UserError(f"token store {str(directory)!r}: no such folder")
         if (directory / PLAN_FILE).exists():
             raise UserError(
-                f"token store {str(directory)!r}: isn't finished; the `python -m "
-                "aoe_jax.data.prepare` that began it goes on"
+                f"token store {str(directory)!r}: it is not finished; give the `python -m "
+                "aoe_jax.data.prepare` command that began it again"
             )
         raise _damaged(directory, "manifest.json is missing")
     manifest = read_json(path, _cure(directory), _MANIFEST, _MANIFEST_BYTES)

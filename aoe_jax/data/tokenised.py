@@ -55,7 +55,7 @@ class TokenisedCorpus:
 
 
 def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
-    """Open the corpora of a `DataConfig`; those that have no token store yet are tokenised first.
+    """Opens the corpora of a `DataConfig`; those that have no token store yet are tokenised first.
 
     Without `data.tokenizer`, all corpora use the tokenizer of the prepared stores. Raises
     `UserError` as `cached_token_stores` and `TokenStore` do, and if the prepared stores have
@@ -83,8 +83,9 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
-    """The corpora with the identities of those of a `DataConfig`, if the cache has all of them; no
-    path in the configuration is opened.
+    """The corpora of a `DataConfig` by their `identities`, from the cache, or None if it lacks one.
+
+    No path of the configuration is opened.
     """
     found = {}
     for manifest in Path(data.cache, "tokens").glob("*/manifest.json"):
@@ -121,7 +122,7 @@ def _opened(
 
 
 def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: int) -> str:
-    """The file of the tokenizer of all prepared stores, which must be `given` if that is named."""
+    """The tokenizer's file of all prepared stores, which must be `given` if that is not None."""
     hashes = {f"data.tokenizer={given!r}": load_tokenizer(given).sha256} if given else {}
     for directory in directories:
         if not (directory / "manifest.json").is_file():
@@ -133,8 +134,8 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
     if len(set(hashes.values())) > 1:
         named = "; ".join(f"{name} has {sha256[:12]}" for name, sha256 in hashes.items())
         raise UserError(
-            f"data.name: all corpora must be of one tokenizer, but {named}. Prepare them again "
-            "with the same tokenizer"
+            f"data.name: all corpora must have the same tokenizer, but {named}. Prepare them again "
+            "with one tokenizer"
         )
     path = given or str(saved_tokenizer(directories[0]))
     check_vocab_size(load_tokenizer(path), vocab_size)
@@ -144,11 +145,11 @@ def _shared_tokenizer(directories: list[Path], given: str | None, vocab_size: in
 def cached_token_stores(
     corpora: list[Corpus], tokenizer: str | None, vocab_size: int, cache: str
 ) -> list[Path]:
-    """Directories of the corpora's token stores, which are built if they don't exist.
+    """Directories of the corpora's token stores, which are built if they do not exist.
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
-    tokenizer, vocabulary size or text makes another store. Of several processes that share the
-    cache one builds a store, the others wait. `tokenizer` is the path of a file; if it is None,
+    tokenizer, vocabulary size or text makes another store. If several processes share the
+    cache, one builds a store and the others wait. `tokenizer` is the path of a file; if it is None,
     byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
 
     Raises `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
@@ -185,7 +186,7 @@ def _short_hash(value: list) -> str:
 
 
 def build_token_store(corpus: Corpus, tokenizer: Tokenizer, directory: Path):
-    """Tokenise a corpus into `directory`, which is created only when it is complete.
+    """Tokenises a corpus into `directory`, which is created only when it is complete.
 
     One process at a time may do this. Memory is bounded by a batch of documents or the longest
     document. Raises `UserError` as `write_splits` does, and if a split has no documents.

@@ -36,16 +36,16 @@ _END_OF_TEXT_NAMES = (
     "[SEP]",
 )
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-FILE_BYTES = 2**27  # of a tokenizer's file; the largest of the hub have 35 MB
+FILE_BYTES = 2**27  # the largest tokenizer's file; the largest on the hub have 35 MB
 _MOST_TOKENS = 2**24
-PIECE_CHARACTERS = 2**21  # what a tokenizer is given at once
-TRAINING_CHARACTERS = 2**24  # of a document that byte-level BPE is trained on, the first ones
+PIECE_CHARACTERS = 2**21  # a tokenizer is given at most this many at once
+TRAINING_CHARACTERS = 2**24  # the first ones of a document train byte-level BPE
 _TRAINING_PIECE = 2**16
 _AFTER_A_WORD = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text into pieces of at most `size` characters, before a blank or a line break that
+    """Cuts a text into pieces of at most `size` characters, before a blank or a line break that
     follows a word, if there is one.
 
     Libraries need up to a hundred times the memory of what they are given at once. Byte-level BPE
@@ -54,7 +54,7 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > size:
-        # Nearly always the last thousand characters have a place.
+        # Nearly always there is a place in the last thousand characters.
         for first in (max(start + size - 1000, start + 1), start + 1):
             cuts = [m.start() for m in _AFTER_A_WORD.finditer(text, first, start + size)]
             if cuts:
@@ -66,7 +66,7 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust panicked; the class is no `Exception`, and can't be imported."""
+    """Whether a library in Rust panicked; the class is no `Exception`, and cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -92,7 +92,7 @@ def _failures_are_named(doing: str) -> Iterator[None]:
         if type(error) not in (Exception, RuntimeError) and not _is_panic(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the tokenizer can't {doing} ({reason}); use another one") from error
+        raise UserError(f"the tokenizer cannot {doing} ({reason}); use another one") from error
 
 
 class Tokenizer:
@@ -134,7 +134,7 @@ class Tokenizer:
             return self._decode(tokens)
 
     def save(self, folder: Path):
-        """Write the tokenizer to `folder / file_name`, whole or not at all."""
+        """Writes the tokenizer to `folder / file_name`, whole or not at all."""
         if is_remote(folder):
             (folder / self.file_name).write_bytes(self._content)
             return
@@ -160,7 +160,9 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.token_count = max(vocabulary.values(), default=-1) + 1
         if self.token_count > _MOST_TOKENS:  # the library would count up to the highest
-            raise UserError(f"has a token {self.token_count - 1}; {_MOST_TOKENS} are the most")
+            raise UserError(
+                f"has a token {self.token_count - 1}; at most {_MOST_TOKENS} are possible"
+            )
         self._tiktoken = _as_tiktoken(tokenizer)
         self.end_name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
         if self.end_name is None:
@@ -219,7 +221,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.end_of_text = self._processor.eos_id()
         if self.end_of_text < 0:
-            raise UserError("has no end-of-sentence piece; give a model that has")
+            raise UserError("has no end-of-sentence piece; give a model that has one")
         self.end_name = self._processor.id_to_piece(self.end_of_text)
         self.token_count = self._processor.get_piece_size()
         self.prefix = []
@@ -234,11 +236,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE; token 0 is `<|endoftext|>`, and every byte has a token.
+    """Trains byte-level BPE; token 0 is `<|endoftext|>`, and every byte has a token.
 
-    A document counts with its first 16,777,216 characters.
-    The vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge. Raises
-    `UserError` if `vocab_size` is below 257.
+    Only the first `TRAINING_CHARACTERS` of a document count. The vocabulary is smaller than
+    `vocab_size` if the documents have too few pairs to merge. Raises `UserError` if `vocab_size` is
+    below 257.
     """
     wanted = f"must be at least 257 (256 bytes and {END_OF_TEXT})"
     require(vocab_size >= 257, "model.vocab_size", vocab_size, wanted)
@@ -259,7 +261,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(
     path: str | Path, threads: int | None = None, setting: str = "data.tokenizer"
 ) -> Tokenizer:
-    """Load a Hugging Face `tokenizer.json` or a SentencePiece model of any file name.
+    """Loads a Hugging Face `tokenizer.json` or a SentencePiece model of any file name.
 
     `encode` runs on `threads`, by default one for each core. Raises `UserError`, which names the
     `setting`, if the file is missing, is no tokenizer, or has no end-of-text token.
@@ -276,7 +278,7 @@ def load_tokenizer(
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
     except OSError as error:
-        reason = f"can't be read ({error.strerror})"
+        reason = f"cannot be read ({error.strerror})"
         raise UserError(f"{setting}={str(path)!r}: {reason}; {wanted}") from error
     except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
         if not (isinstance(error, Exception) or _is_panic(error)):
@@ -292,7 +294,7 @@ def saved_tokenizer(folder: Path) -> Path:
 
 
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise `UserError` if a model with `vocab_size` lacks an embedding for some token."""
+    """Raises `UserError` if a model with `vocab_size` lacks an embedding for some token."""
     wanted = f"the tokenizer has {tokenizer.token_count} tokens; set it to at least that"
     require(vocab_size >= tokenizer.token_count, "model.vocab_size", vocab_size, wanted)
 
@@ -304,8 +306,9 @@ def _as_tiktoken(tokenizer: tokenizers.Tokenizer) -> tiktoken.Encoding | None:
     tiktoken joins the neighbours whose union has the lowest id, the tokenizers library those that
     come first in its list of merges. These are the same if the merges are in the order of the ids
     of their unions, no two of which are equal, and the text of every token is encoded as that
-    token. For suppose that x, y are neighbours that are no merge although their union z is a token:
-    up to here the text of z has been joined as it would be alone, and alone it would end as x, y.
+    token. Proof of the last part: let x, y be neighbours that are no merge although their union z
+    is a token. Up to here the text of z has been joined as it would be alone. So alone it would end
+    as x, y, and not as z.
     """
     spec = json.loads(tokenizer.to_str())
     model, split = spec["model"], spec["pre_tokenizer"] or {}

@@ -15,17 +15,17 @@ from aoe_jax.faults import patiently
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3  # for each task
+_TRIES = 3  # attempts at a task
 _POLL_SECONDS = 0.2
 
-# Forked children would share locks with threads that they don't have.
+# Forked children would share locks with threads that they do not have.
 _spawning = multiprocessing.get_context("spawn")
 
 
 def work_through(
     tasks: Mapping[Hashable, str], count: int, set_up: Callable, arguments: Sequence
 ) -> Iterator[tuple | None]:
-    """Yield `(task, result)` in the order in which they are done, and None every now and then.
+    """Yields `(task, result)` in the order in which they are done, and None every now and then.
 
     Each of `count` processes calls `set_up(*arguments)` once, then the result of that with every
     task. `tasks` has the name of each task for messages; they are begun in order. Closing the
@@ -100,7 +100,7 @@ def _work(connection: Connection, set_up: Callable, arguments: Sequence, retry_s
             task, name = connection.recv()
             try:
                 do = do or set_up(*arguments)
-                answer = patiently(f"{name} cannot be worked on", lambda: do(task)), None
+                answer = patiently(f"{name} cannot be processed", lambda: do(task)), None
             except Failure as error:
                 answer = None, error
             except Exception:

@@ -1,8 +1,8 @@
 """The methods of the field beside AoE and the top-k router, one per file: settings, code, formula.
 
 Each is a frozen dataclass that is registered here: a router, `(scores, weights, ctx) -> Routing`,
-or a layer of its own, `(x, weights, layer, ctx) -> (y, LayerStats)`. `moe/routing.py` has what both
-may bring along (`Method`). A run holds one of them as `config.routing`.
+or a layer of its own, `(x, weights, layer, ctx) -> (y, LayerStats)`. Both inherit from `Method`
+(`moe/routing.py`). A run has one of them as `config.routing`.
 """
 
 from functools import cache

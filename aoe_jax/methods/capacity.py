@@ -1,5 +1,5 @@
-"""`experts.kind="capacity"`: a router MoE whose experts have room for a fixed number of tokens, as
-MoE in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
+"""`experts.kind="capacity"`: a router MoE whose experts take a fixed number of tokens at most, as
+in Flax since GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961).
 
 Tokens form groups, one per sequence. In each group an expert has C places. All first choices are
 placed before any second choice, in the order of the tokens. A choice that finds its expert full is
@@ -93,14 +93,14 @@ def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concat
 class Capacity(FixedK):
     """A top-k router whose experts have C = capacity_factor K S / n places in a sequence.
 
-    Statistics, balance losses and the selection bias are of the router's choices, before any is
-    dropped; only `dropped_share` says what is.
+    Statistics, balance losses and the selection bias count the router's choices before any is
+    dropped; `dropped_share` is the share of the choices that are dropped.
     """
 
     name = "capacity"
 
     capacity_factor: float = setting(2.0, above=0)
-    norm_topk_prob: bool = True  # as of `TopK`
+    norm_topk_prob: bool = True  # see `TopK`
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices
@@ -142,8 +142,8 @@ class Capacity(FixedK):
             "of earlier tokens' other choices"
         )
         no_decoding = (
-            "whether an expert has room for a token depends on the other tokens of the text and on "
-            "its length"
+            "whether a token gets a place of an expert depends on the other tokens of the text and "
+            "on its length"
         )
         reason = reason if experts.top_k > 1 else ""
         return Causality(reason, no_decoding=no_decoding, padding_counts=True)

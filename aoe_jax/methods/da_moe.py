@@ -2,19 +2,19 @@
 
     K[t] = ceil(importance[t] K_max), at least 1;  token t goes to its K[t] experts of highest score
 
-with the softmax over these scores as weights; K_max is `experts.top_k`. What is known of DA-MoE: a
-token's importance comes from attention weights without parameters of its own, it decides how many
-experts the token has, and the router's scores decide which. The formulas are this project's. Two
-measures of importance:
+with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE a token's
+importance comes from attention weights without parameters of its own; it decides how many experts
+the token has, and the router's scores decide which. The formulas were not available; these are this
+project's. There are two measures of importance:
 
 - received (`received`), for encoders: the attention that a token receives, averaged over the
-  queries that may see it, as a share of the most that a token of the sequence receives. It depends
-  on later tokens; no decoder can have it, and all models here are decoders.
+  queries that may see it, relative to the largest such value in the sequence. It depends on later
+  tokens, so no decoder can use it, and all models here are decoders.
 - paid, for decoders: the largest attention probability p of the token over the N tokens that it
   sees, as `(N p - 1) / (N - 1)`: 0 where it attends to all alike, 1 where it attends to one alone;
   0 for the first token of a document. `model/attention/` gives it for each head.
 
-K has no gradient. K_max slots are laid out per token, and those in use are computed. L_aux counts
+K has no gradient. A layer reserves K_max slots per token and computes those in use. L_aux counts
 the experts in use. Causal.
 """
 
@@ -69,12 +69,12 @@ def best(scores, count, k_max):
 
 @dataclass(frozen=True)
 class DAMoE(Method):
-    """At most `experts.top_k` experts per token, the more the more it attends to one token."""
+    """At most `experts.top_k` experts per token: more if its attention is on a single token."""
 
     name = "da_moe"
     needs_attention_peaks = True
 
-    reduce: str = setting("mean", choices=tuple(REDUCE))  # over heads
+    reduce: str = setting("mean", choices=tuple(REDUCE))  # how heads are combined
 
     def __call__(self, scores, weights, ctx):
         importance = REDUCE[self.reduce](jax.lax.stop_gradient(ctx.attention_peaks), axis=1)

@@ -56,5 +56,5 @@ class Dense(Method):
 
 
 def DenseLayer(experts: ExpertsConfig | None = None, **settings: Any) -> ExpertsLayer:
-    """An `ExpertsLayer` without experts."""
+    """An `ExpertsLayer` that is one SwiGLU, without experts."""
     return ExpertsLayer(config_of_kind("dense", experts), Dense(), **settings)

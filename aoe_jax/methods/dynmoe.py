@@ -24,11 +24,11 @@ authors' code. Their code has two more terms, off by default here: `balance_weig
 `efficiency_weight`, of the mean of all gates. Their learned temperature is left out. Columns start
 nearly orthogonal, where the paper's are orthogonal.
 
-The paper does not know AoE. This project's reading: the score is the norm relative to that for a
-random direction (`relative_scores`), which lies around 0 like a cosine. There is no loss of
-columns. The W_gate_down of a new expert, or the scoring columns of its whole gate, has rank one,
-from R_S / ||R_S|| to the image of R_S under the place's old matrix, plus a tenth of that as noise;
-its length is the median of live experts.
+The paper does not cover AoE. In this project's version the score is the norm relative to that for a
+random direction (`relative_scores`), which is around 0 like a cosine. There is no loss of columns.
+The W_gate_down of a new expert, or the scoring columns of its whole gate, is a matrix of rank one,
+which maps R_S / ||R_S|| to the direction of the image of R_S under the place's old matrix, plus a
+tenth of the old matrix as noise. It is scaled to the median length of live experts.
 
 Causal: each token is routed by itself. Costs n slots per token.
 """
@@ -46,7 +46,7 @@ from aoe_jax.moe.routing import Method, by_mask
 from aoe_jax.moe.scoring import KEPT_ROUTING, activation_norms
 from aoe_jax.parameters import vector, zeros_init
 
-NOISE = 0.1  # of the `w_score` of a new expert, relative to its rank-one part
+NOISE = 0.1  # in the `w_score` of a new expert, relative to its rank-one part
 HIGHEST = jax.lax.Precision.HIGHEST
 
 

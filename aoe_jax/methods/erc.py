@@ -6,15 +6,15 @@ a router's columns to its experts.
     M_ij = ||R~_i W_gate_j||
     L    = 1/n^2 sum over i and j != i of  max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)
 
-Column R_i of the router stands for the tokens that it sends to expert i. With noise that leaves it
-nearer to R_i than to any other column, it has to excite its own expert more than the others, and
-its expert more than other columns do. So a router learns what AoE reads off its experts'
-activations, at a cost that does not grow with the tokens. The gradient flows through R and W_gate,
-not through eps.
+Column R_i of the router represents the tokens that go to expert i. R~_i, with noise that leaves it
+nearer to R_i than to any other column, must activate its own expert more than other experts, and
+its expert more than other columns do. So a router learns what AoE measures by its experts'
+activations, at a cost that does not grow with the number of tokens. The gradient flows through R
+and W_gate, not through eps.
 
-Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As there, the
-loss comes beside the ordinary balance loss, in training only, and tokens are routed by R without
-noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
+Formula, noise and weight 1 are the paper's; its alpha is 1, or 0.5 with 256 experts. As in the
+paper, the loss comes beside the ordinary balance loss, in training only, and tokens are routed by R
+without noise. This project draws noise for each layer and micro-batch, and sums in float32. Causal.
 
 Costs 6 n^2 d f FLOPs per layer and micro-batch, plus 2 n^2 d f of a forward pass that is computed
 again in the backward pass; on every device of a mesh for its own part of W_gate, along `data` all
@@ -86,10 +86,10 @@ class ERC(FixedK):
 
     name = "erc"
 
-    weight: float = setting(1.0, above=0, training_only=True)  # of the loss
-    # The share of its own excitation that an expert may have from other columns.
+    weight: float = setting(1.0, above=0, training_only=True)  # weight of the loss
+    # An expert's activation by other columns may be this share of that by its own column.
     alpha: float = setting(1.0, at_least=0, training_only=True)
-    norm_topk_prob: bool = True  # as of `TopK`
+    norm_topk_prob: bool = True  # see `TopK`
 
     def __call__(self, scores, weights, ctx):
         routing = TopK(self.norm_topk_prob)(scores, weights, ctx)

@@ -31,9 +31,7 @@ def ranked(scores, ranks, bias=None):
 
 
 def ranked_weights(p, ranks):
-    """Weights `[T, n]` of the experts whose scores have these ranks, from 0 for the highest: the
-    softmax over them.
-    """
+    """The weights of `ranked` as `[T, n]`, 0 for the other experts; `p [T, n]` are the scores."""
 
     def weights_of_token(p):
         chosen = jnp.argsort(-p, stable=True)[jnp.array(ranks)]

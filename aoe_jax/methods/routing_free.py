@@ -15,9 +15,9 @@ experts and tokens.
 It follows the paper; as in the authors' code, what is below theta counts as 0 in the losses, and
 lambda is at most 1. Their code also learns a factor of each score, which the paper does not have.
 With AoE this is the published method without their initialisation: norms start near sqrt(r) here.
-With micro-batches, G is of each. A router's logits in place of norms are this project's. They lie
-around 0, so few pairs are active from b = 0, and an expert that is never active has no gradient to
-come back by: let b start below 0.
+With micro-batches, mean_t(G) is that of each. Using a router's logits in place of norms is this
+project's addition. Logits are around 0, so few pairs are active at b = 0, and an expert that is
+never active has no gradient and stays inactive: let b start below 0.
 
 Causal: each token is routed by itself, and lambda does not affect it. Costs n slots per token.
 """

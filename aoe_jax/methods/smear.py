@@ -10,19 +10,19 @@ is dropped with the probability `expert_dropout`, and the rest is normalised aga
 Scores are the authors' router: LayerNorm(v) by the router's weights, which a LayerNorm over d
 normalises for each expert, with a gain that starts at 0.01, so that p starts nearly uniform. (The
 bias of the second norm would add the same to all experts and is left out.) With
-`experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||: this
-project's reading for AoE.
+`experts.factorised_gate` experts are AoE's, and scores are the norms ||v W_gate_down_i||, this
+project's version for AoE.
 
 In a decoder the mean over a whole sequence would depend on later tokens. There sequences are cut
 into segments of `segment` tokens, and the expert of a segment is merged by the mean of the segment
 BEFORE it, as in Lory (Zhong et al., arXiv 2405.03133): causal, in training and at inference. The
 first segment has uniform weights, this project's choice. With `segment=0` the mean is that of the
-sequence itself, for classifiers and encoders; a decoder is refused.
+sequence itself, for classifiers and encoders; a decoder refuses it.
 
 An average of matrices is no average of functions: (W_gate_down, W_gate_up) and (W_gate_down Q, Q^T
 W_gate_up) are one expert, and merge differently with others. So all experts start near one: a share
 `own_share` of the variance of their matrices is their own, the rest is common to all (the authors'
-code can start from equal experts; 1 is independent ones).
+code can start from equal experts; with 1 they are independent).
 
 Costs, beside one expert per token: 2 n |expert| FLOPs per segment for merging, and memory for one
 merged expert per segment, which the backward pass keeps unless `model.remat` is experts or layer.
@@ -54,7 +54,7 @@ from aoe_jax.parameters import (
     zeros_init,
 )
 
-ROUTER_SCALE = 0.01  # of the router's first weights, and of the first gain of their norm
+ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5
 DROPPED = 1e-10  # left of a dropped probability: dropping all experts gives uniform weights
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -109,7 +109,7 @@ def merging_weights(scores, causal):
 
 
 def drop_experts(p, kept):
-    """`p [..., n]` of the experts `kept [..., n]` bool, normalised again."""
+    """`p [..., n]` without the experts that are not `kept [..., n]` bool, normalised again."""
     p = p * kept + DROPPED
     return p / p.sum(axis=-1, keepdims=True)
 
@@ -122,7 +122,7 @@ def merge(p, weights):
 
 
 def merged_experts(x, p, weights):
-    """Each sequence or segment by its own merged expert: `x [..., T, d]`, `p [..., n]`."""
+    """Applies to each sequence or segment its own merged expert: `x [..., T, d]`, `p [..., n]`."""
     return single_expert(x, merge(p, weights))
 
 
@@ -172,7 +172,8 @@ class Smear(Method):
     segment: int = setting(64, at_least=0)
     # Chance of an expert to be left out of a merged one, in training.
     expert_dropout: float = setting(0.1, at_least=0, below=1, training_only=True)
-    own_share: float = setting(0.5, above=0, at_most=1, training_only=True)  # see above
+    # Share of the initial variance of an expert's matrices that is its own.
+    own_share: float = setting(0.5, above=0, at_most=1, training_only=True)
 
     def __call__(self, x, weights, layer, ctx):
         devices, causal = ctx.devices, self.segment > 0
@@ -251,7 +252,7 @@ class Smear(Method):
 
     @property
     def least_seq_len(self):
-        """Two segments: the first decides for the second."""
+        """The shortest sequence with two segments; the first decides for the second."""
         return self.segment + 1
 
     def check(self, config):

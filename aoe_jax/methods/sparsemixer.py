@@ -1,8 +1,8 @@
 """SparseMixer-v2 as Phi-3.5-MoE uses it once trained (GRIN, arXiv 2409.12136).
 
-The experts are those of top-k. The i-th is weighed by the softmax over the scores that were left
-when it was chosen and that lie near its own: below it by at most `2 jitter` of the larger of the
-two in size. Its training, which samples experts, is not implemented.
+The experts are those of top-k. The weight of the i-th is its softmax over the scores that are left
+after the first i - 1 choices and are near its own: smaller by at most `2 jitter` times the larger
+of both absolute values. Its training, which samples experts, is not implemented.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class SparseMixer(FixedK):
 
     name = "sparsemixer"
 
-    jitter: float = setting(0.01, at_least=0)  # see above
+    # Scores are near if they differ by at most 2 jitter, relative to the larger one.
+    jitter: float = setting(0.01, at_least=0)
 
     def __call__(self, scores, weights, ctx):
         expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))

@@ -12,8 +12,8 @@ The `nll` that is reported is the mean of both passes.
 
 At inference every token (`inference="token"`) or every sequence ("sequence") draws an expert in
 each layer, by a key made of `inference_seed`, the number of the layer and, for "token", the
-position. So all sequences draw alike on every mesh and in every batch, decoding draws as a whole
-pass does, and evaluations can be repeated. Another seed gives another draw.
+position. So all sequences, batches and meshes have the same draws, decoding has those of a whole
+pass, and evaluations can be repeated.
 
 It follows the authors' text and code, except: experts are in every layer rather than every second,
 and there is no label smoothing and no dropout. Draws do not depend on scores: with
@@ -70,9 +70,9 @@ class Thor(Method):
 
     # alpha: weight of the symmetric KL divergence between the two passes.
     consistency_weight: float = setting(5.0, at_least=0, training_only=True)
-    # What draws an expert once the model is trained.
+    # Whether each sequence or each token draws an expert at inference.
     inference: str = setting("sequence", choices=("sequence", "token"))
-    inference_seed: int = setting(0, at_least=0)  # of these draws
+    inference_seed: int = setting(0, at_least=0)  # seed of these draws
 
     def __call__(self, x, weights, layer, ctx):
         n, devices = layer.experts.n_experts, ctx.devices
@@ -111,7 +111,7 @@ class Thor(Method):
 
 
 def _stats_of_draws(n_experts):
-    """The statistics of the draw itself: chances as load, and no scores."""
+    """The statistics of a random draw: its probabilities as load, and no scores."""
     chance, nothing = jnp.full(n_experts, 1 / n_experts), jnp.zeros(n_experts)
     entropy = jnp.float32(np.log(n_experts))
     return LayerStats(chance, chance, entropy, nothing, jnp.zeros(()))

@@ -35,9 +35,9 @@ def above_thresholds(scores, thresholds):
 
 
 def kth_largest(scores, token_weights, share):
-    """The score of each expert that a `share` of the tokens reach: `[T, n]`, `[T]` -> `[n]`.
+    """For each expert the score that a `share` of the tokens reach: `[T, n]`, `[T]` -> `[n]`.
 
-    Of t tokens that count it is that of the `ceil(share t)`-th; -inf where none counts.
+    If t tokens count, this is the `ceil(share t)`-th largest score; -inf if none counts.
     """
     n_tokens = scores.shape[0]
     real = jnp.where(token_weights[:, None] > 0, scores, -jnp.inf)
@@ -54,8 +54,8 @@ class Threshold(Method):
 
     # Decay of the moving average that is an expert's threshold.
     decay: float = setting(0.999, at_least=0, below=1, training_only=True)
-    warmup_steps: int = setting(4000, at_least=0, training_only=True)  # of expert choice
-    # sigmoid: of the score; relative: of the score less the threshold.
+    warmup_steps: int = setting(4000, at_least=0, training_only=True)  # steps of expert choice
+    # sigmoid: the sigmoid of the score; relative: that of the score minus the threshold.
     weights: str = setting("sigmoid", choices=("sigmoid", "relative"))
 
     def __call__(self, scores, weights, ctx):

@@ -7,12 +7,12 @@ token:
     a_i = SiLU(x W_gate_i[:, :s]) * (x W_up_i[:, :s]),   score_i = ||a_i||
     y   = sum over all i of a_i W_down_i[:s]  +  sum over the chosen i of w_i (the rest of expert i)
 
-The outputs of the routing neurons are not lost: their sum is a virtual shared expert. There is no
+The sum of the routing neurons' outputs is a virtual shared expert. There is no
 router and no factorised gate; an expert has the parameters of a traditional one. Causal.
 
-Only abstracts and reviews of the paper were at hand. From these: routing neurons, the L2 norm of
-their activation (a review speaks of SiLU in it), top-K, the virtual shared expert, and
-s = round(f / K), which a review quotes without saying what K is. This project's reading: K is the
+Only abstracts and reviews of the paper were available. They describe routing neurons, the L2 norm
+of their activation (a review mentions SiLU), top-K, the virtual shared expert, and
+s = round(f / K), which a review quotes without saying what K is. This project assumes: K is the
 number of chosen experts; the activation is that of the whole SwiGLU; chosen experts add the rest of
 their neurons only, so that no neuron counts twice; weights are the softmax over the chosen norms.
 No balance loss is needed; the reviews say that balance is better without.
@@ -40,11 +40,11 @@ from aoe_jax.moe.routing import Method, TopK, TopP
 from aoe_jax.moe.scoring import Scores, activation_norms, codes_of_all, safe_root
 from aoe_jax.parameters import EXPERTS
 
-SUFFIX = "_route"  # of the names of routing neurons
+SUFFIX = "_route"  # in the names of routing neurons' matrices
 
 
 def routing_neurons(layer, devices, x, weights):
-    """What the routing neurons of all experts compute.
+    """The scores and outputs of the routing neurons of all experts.
 
     Args:
       layer: the `ExpertsLayer`.
@@ -83,9 +83,10 @@ class UoE(Method):
 
     name = "uoe"
 
-    routing_neurons: int | None = None  # of an expert; None: round(experts.d_ffn / experts.top_k)
+    # Routing neurons of an expert; None: round(experts.d_ffn / experts.top_k).
+    routing_neurons: int | None = None
     p: float | None = setting(None, above=0, below=1)  # experts by top-p; None: by top-k
-    norm_topk_prob: bool = True  # as of `TopK`
+    norm_topk_prob: bool = True  # see `TopK`
 
     @property
     def router(self):

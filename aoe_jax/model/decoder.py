@@ -21,7 +21,7 @@ from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.moe.scoring import KEPT_ROUTING
 from aoe_jax.parameters import DECODER
 
-# Computed again in the backward pass, which would else keep several float32 copies of its input.
+# Recomputed in the backward pass, which would otherwise keep several float32 copies of their input.
 RMSNorm = nn.remat(nn.RMSNorm, prevent_cse=False)
 LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 
@@ -87,7 +87,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model.
+    """The language model: embedding, layers of attention and experts, output projection.
 
     Attributes:
       training: whether layers behave as in training where that differs.

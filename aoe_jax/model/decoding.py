@@ -20,7 +20,7 @@ from aoe_jax.sharding import state_shardings
 class Cache(NamedTuple):
     """Keys and values of the positions so far."""
 
-    layers: tuple  # of each layer `(keys, values)`, `[B, G, M, h]`
+    layers: tuple  # `(keys, values)` of each layer, `[B, G, M, h]`
     length: jax.Array  # [B] int32, positions that count
 
 
@@ -50,8 +50,9 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... for "layers"; what is
-    cast wherever it is used is in the dtype of computation.
+    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers".
+
+    Parameters that are cast wherever they are used are in the dtype of computation.
     """
     dtype, declared = jnp.dtype(decoder.model.dtype), declared_parameters()
 
@@ -72,8 +73,8 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
 
     Args:
       params: `unstacked`.
-      routing_state: of the selection method, arrays `[L, ...]` by name; None: nothing.
-      tokens: `[B, S]` int32; what is past a sequence's length counts for nothing.
+      routing_state: `Method.state` of all layers, `[L, ...]` by name; None: there is none.
+      tokens: `[B, S]` int32; those past a sequence's length have no effect.
       length: `[B]` int32, from 1 to S.
       places: M of the cache, at least S.
 
@@ -111,7 +112,7 @@ def output_logits(params, hidden):
 
 def _through_layers(d, params, routing_state, tokens, cache):
     """`[B, S, d]` after the last norm, and the `layers` of the cache with these positions in it."""
-    # With positions at the end that make S divisible by the devices that share it.
+    # Padded so that the devices along `tensor` divide S.
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
     x, layers = embed(params["embed"]["embedding"], tokens, jnp.dtype(d.model.dtype)), []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from aoe_jax.model.vocabulary import logits
 
 CHUNK_TOKENS = 1024
-SCORED_CHUNK_TOKENS = 256  # smaller, for scoring often wants only a few tokens of a sequence
+SCORED_CHUNK_TOKENS = 256  # smaller, because scoring often needs few tokens of a sequence
 
 
 def _chunks(*arrays, size=CHUNK_TOKENS):
@@ -31,8 +31,8 @@ def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
     """Sums over tokens; the first one is the loss, and only it has a gradient.
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
-    computed twice. It is written by hand, for autodiff keeps more of a chunk and is slower. Where
-    nothing uses it, XLA drops it from the compiled loop.
+    computed twice. It is written by hand, because autodiff keeps more of a chunk and is slower. XLA
+    removes it from programs that do not use it.
 
     Args:
       of_chunk: `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the
@@ -132,7 +132,7 @@ def target_log_probs(hidden, table, targets, wanted):
 
     Returns:
       `(log_prob, is_best)`: `[N]` float32, 0 where not wanted; and `[N]` bool, true where not
-      wanted. Of equally likely tokens the first is the likeliest.
+      wanted. If tokens are equally likely, the first counts as the likeliest.
     """
     cast = table.astype(hidden.dtype)
     order = jnp.argsort(~wanted)  # wanted tokens first

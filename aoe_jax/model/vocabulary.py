@@ -43,8 +43,8 @@ def sum_over_tokens(function, hidden, table, bias, targets, weights):
         `hidden`.
       targets, weights: `[B, S]`.
     """
-    # Summed out here: the derivative of a `psum` inside is another `psum`, of what all devices have
-    # alike, which XLA:CPU can start beside the collectives of the layers' loop: a deadlock.
+    # The sum over devices is here, because a `psum` inside has a `psum` as its derivative, which
+    # XLA:CPU may run beside the collectives of the layers' loop, and deadlock.
     values, out_spec = (targets, weights), PartitionSpec(MESH_AXES)
     sums = _over_tokens(function, hidden, table, bias, values, out_spec, lambda a, _: a[None])
     return jax.tree.map(jnp.sum, sums)

@@ -1,4 +1,4 @@
-"""What a run needs on machines that aren't here; the command line is `python -m aoe_jax.plan`.
+"""Plans of runs on absent machines; the command is `python -m aoe_jax.plan`.
 
 How the figures are computed:
 
@@ -106,7 +106,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     if count_slices(devices) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
-    if likely and across:  # which the program counts at the speed within a slice
+    if likely and across:  # the program counts it at the speed within a slice
         likely["likely_step_seconds"] += across / chip.slice_bandwidth
         by_scope = likely["seconds_by_scope"]
         by_scope["network"] = by_scope.get("network", 0) + across / chip.slice_bandwidth
@@ -151,7 +151,7 @@ def _bytes_per_device(abstract):
 
 
 def _activation_bytes(config, n_devices):
-    """What the backward pass of a micro-batch keeps beside parameters and batch, per device."""
+    """Bytes that the backward pass of a micro-batch keeps beside parameters and batch, a device."""
     state = jax.eval_shape(lambda: init_state(config, 0))
     batch = abstract_batch(config, config.train.batch_size // config.train.accumulate)
 
@@ -189,7 +189,7 @@ def _compile(traced):
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
-    """What a step likely takes, from its optimised HLO, the text of `hlo.compile_and_read`.
+    """Figures of a step from its optimised HLO, the text of `hlo.compile_and_read`.
 
     `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
     the slice.

@@ -6,8 +6,8 @@ The real train step is compiled for TPU slices, `--topology=GENERATION:SHAPE [--
 `libtpu` from its wheel, or for the GPUs of a node, `--topology=h100:8`, with JAX's CUDA wheels. The
 report has parameters, memory per device, FLOPs, communication, and from public peak figures bounds
 on step time and model FLOPs utilisation (MFU). `--config.GROUP.FIELD=VALUE` works like in training;
-`--json=FILE` writes the report. Exit status 3: it doesn't fit. `--suggest` then tries other meshes,
-the nearest first.
+`--json=FILE` writes the report. Exit status 3: it does not fit. `--suggest` then tries other
+meshes, the nearest first.
 
 `aoe_jax/plan/__init__.py` says how the figures are computed.
 """
@@ -26,12 +26,13 @@ from aoe_jax.sharding import fill_mesh
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:16x16 or h100:8")
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that shape", lower_bound=1)
-_SUGGEST = flags.DEFINE_bool("suggest", False, "if it doesn't fit, find the nearest mesh that does")
+_SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "if it does not fit, find the nearest mesh that fits"
+)
 _JSON = flags.DEFINE_string("json", None, "a file for the report")
 
 
 def main():
-    """Plans, prints, and exits with 3 if the run doesn't fit."""
     config, topology = cli.parsed_config(_CONFIG), cli.required(_TOPOLOGY)
     generation, devices = topology_devices(topology, _SLICES.value)
     config = fill_mesh(config, len(devices))

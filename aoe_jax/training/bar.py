@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from tqdm.utils import ObjectWrapper
 
-MAX_EXPERTS = 32  # for which the line shows a column each
+MAX_EXPERTS = 32  # with more, the line shows no columns
 _STATUS_WIDTH = len("validating")
 _COLUMNS = "▁▂▃▄▅▆▇█"
 _FORMAT = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
@@ -42,8 +42,8 @@ class _Forgiving(ObjectWrapper):
 class Bar:
     """Rewrites the last line of a terminal, with the log above it.
 
-    It is a writer of figures (`writers.py`), which `step` and `status` call, too, between the steps
-    that are logged. Text that cannot be written to the terminal is dropped.
+    It is a writer of figures (`writers.py`). `step` and `status` update it between logged steps,
+    too. Text that cannot be written to the terminal is dropped.
     """
 
     name = "the progress bar"
@@ -82,8 +82,8 @@ class Bar:
             self._draw(step)
 
     def write(self, step, group, scalars, layers, experts):
-        """Shows the speed, and the load of experts: the mean over layers of each, of the largest
-        load over the mean, and of the entropy over its maximum.
+        """Shows the speed, and means over layers: the load of each expert, the largest load over
+        the mean load, and the entropy over its maximum.
         """
         if group != "train":
             return

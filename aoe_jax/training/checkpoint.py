@@ -24,14 +24,14 @@ from aoe_jax.training.fingerprints import by_path, fingerprints
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
-_SECOND_LOOK = 1.0  # seconds after which a file may show that a network disk did not show before
+_SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new file late
 
 
 @dataclass
 class Progress:
     """Figures of a run that its checkpoint keeps, beside the state and the position in the data."""
 
-    loss: float | None = None  # of the newest training step
+    loss: float | None = None  # that of the newest training step
     nll: float | None = None
     validated: bool = True  # False: the validation that is due after this step is not done
     skipped_in_row: int = 0  # number of updates skipped directly before
@@ -44,8 +44,8 @@ class Damaged(Failure):
 class _Manager(ocp.CheckpointManager):
     """Leaves JAX's preemption service to the training loop.
 
-    The service expects rising numbers, and Orbax asks in the background with numbers of its own: a
-    request to stop could come at a number that the loop has passed.
+    The service expects rising step numbers. Orbax would ask it in the background with other
+    numbers, so that a request to stop could come at a number that the loop has passed.
     """
 
     def reached_preemption(self, step):
@@ -97,7 +97,7 @@ class Checkpoints:
         )
 
     def _delete_half_saves(self):
-        """Those of a killed run and of a save that failed, which would fill the disk."""
+        """Deletes the unfinished saves of killed runs and of failed saves, which fill the disk."""
         for half in ocp.utils.tmp_checkpoints(self.directory):
             while half.get().exists():
                 # Threads of the failed save may be deleting files of theirs at the same time.
@@ -113,7 +113,7 @@ class Checkpoints:
         return sorted((step for step in steps if step in self._nlls), key=self._nlls.get)
 
     def should_preserve(self, checkpoints, *, context):
-        """Which checkpoints to keep, as a preservation policy of Orbax."""
+        """Whether to keep each checkpoint, as a preservation policy of Orbax."""
         config, steps = self._config, [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-config.keep :], *self._best_first(steps)[: config.keep_best]}
         if config.keep_every:
@@ -137,7 +137,7 @@ class Checkpoints:
     def find(self, which):
         """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
 
-        Raises `UserError` if it doesn't exist.
+        Raises `UserError` if it does not exist.
         """
         steps, workdir = self.steps(), self.directory.parent
         if not steps:
@@ -198,7 +198,7 @@ class Checkpoints:
         with self._problem_kept():
             self._manager.wait_until_finished()
         if self._problem and self._is_complete(self._saving):
-            log.warning(f"an old checkpoint cannot be deleted: {self._why()}")
+            log.warning(f"an old checkpoint in {self.directory} cannot be deleted: {self._why()}")
             self._problem = None
         self._failed = not all_agree(self._problem is None)
         if self._failed:
@@ -224,7 +224,7 @@ class Checkpoints:
             self._problem = self._problem or e
 
     def _why(self):
-        return faults.reason(self._problem) if self._problem else "by another process"
+        return faults.reason(self._problem) if self._problem else "another process failed"
 
     def has_failed(self):
         """Whether the save in the background has failed, for a run of one process; several
@@ -252,13 +252,13 @@ class Checkpoints:
         part; a checkpoint that is damaged for one of them counts as damaged for all.
 
         `abstract_state` has shapes, dtypes and shardings, over any mesh and number of processes.
-        `data_iterator` is moved to its position. `check_place` waits in a process where the whole
-        workdir is gone, and raises an exception if it does not come back: no checkpoint counts as
-        damaged for that. Returns `(step, state, progress)`.
+        `data_iterator` is moved to its position. `check_place` waits while the whole workdir is
+        gone, and raises an exception if it does not come back, so that no checkpoint counts as
+        damaged for that reason. Returns `(step, state, progress)`.
 
         Raises:
           UserError: all are damaged, or the newest is of another model.
-          MachineFault: the newest cannot be read, nothing is moved.
+          MachineFault: the newest cannot be read; nothing is moved.
         """
         looked_again = None  # the step that was read once more
         while True:
@@ -295,7 +295,7 @@ class Checkpoints:
                     target, n = aside / f"{step}-{n}", n + 1
                 move(self._path(step), target)
                 log.warning(
-                    f"checkpoint of step {step} is damaged ({problem}): set aside as {target}"
+                    f"checkpoint of step {step} is damaged ({problem}) and was moved to {target}"
                 )
 
     def restore(self, step, abstract_state):
@@ -344,7 +344,7 @@ class Checkpoints:
         found = fingerprints(arrays)
         differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
         if differing:
-            raise Damaged(f"what was read of {', '.join(differing[:3])} isn't what was saved")
+            raise Damaged(f"{', '.join(differing[:3])}: the values are not those that were saved")
         return arrays, run
 
 
@@ -371,7 +371,7 @@ def _read_alone(path, wanted):
     try:
         run = json.loads((path / "run" / "metadata").read_text())
         if run.pop("sha256", None) != _sha256(run):
-            raise Damaged("what was read of its position isn't what was saved")
+            raise Damaged("its position in the data is not what was saved")
         _check_model(path, wanted, run["arrays"])
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(path / "state", args=args), run
@@ -388,7 +388,7 @@ def _check_model(path, wanted, saved):
     for name, a in by_path(wanted).items():
         here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
         if here != there:
-            what = "isn't there"
+            what = "is not there"
             if there:
                 what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
             raise UserError(

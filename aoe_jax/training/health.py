@@ -26,7 +26,7 @@ DEAD_AFTER = 3  # logged steps
 
 @dataclass
 class Health:
-    """Looks at the metrics of every step."""
+    """Checks the metrics of every step, and warns."""
 
     max_skipped: int  # `train.max_skipped`
     batch_size: int
@@ -35,7 +35,7 @@ class Health:
     _idle_for: np.ndarray | int = 0  # logged steps in a row that gave an expert no token, [L, n]
 
     def step(self, step, loss, grad_norm, finite):
-        """Takes in the loss (nats), the gradient norm before clipping and whether both are finite.
+        """Takes the loss (nats), the gradient norm before clipping and whether both are finite.
 
         Raises `DivergedError` if the last `max_skipped` steps were all skipped.
         """
@@ -62,15 +62,15 @@ class Health:
         if self.skipped_in_row >= self.max_skipped:
             raise DivergedError(
                 f"stopped at step {step}: the last {self.skipped_in_row} updates were skipped "
-                "because the loss or the gradient wasn't finite "
+                "because the loss or the gradient was not finite "
                 f"(train.max_skipped={self.max_skipped}). Look at the data; or, if the model "
                 "itself is broken, go on from an earlier checkpoint with --go-back=STEP, or lower "
                 "train.learning_rate in another --workdir"
             )
 
     def load(self, step, load, live=None):
-        """Takes in the `LayerStats.load` and `live`, `[L, n]`, of a logged step; warns of experts
-        without a token in `DEAD_AFTER` logged steps, but for free places.
+        """Takes the `LayerStats.load` and `live`, `[L, n]`, of a logged step, and warns of experts
+        without a token in `DEAD_AFTER` logged steps in a row. Free places do not count.
         """
         if load.shape[-1] == 1:
             return

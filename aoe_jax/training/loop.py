@@ -1,4 +1,4 @@
-"""Training from start to end: `train` lists what happens, `_Run` does it."""
+"""Training from start to end: `train` lists the phases, `_Run` implements them."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def train(
       MachineFault: a disk failed for longer than `faults.retry_seconds`.
       DivergedError: `train.max_skipped` updates in a row were skipped.
       FailedElsewhere: another process failed.
-      Stopped: `stop` was asked; the state is saved.
+      Stopped: a stop was requested; the state is saved.
     """
     if config.routing.name == "sparsemixer":
         raise UserError(
@@ -124,11 +124,11 @@ class _Run:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.has_validated = False  # a batch, for which the step of evaluation is compiled
         self.at_rest = threading.Lock()
-        self.position = None  # that of the data while the loop waits for the next batch
+        self.position = None  # the position in the data while the loop waits for a batch
         self.unreported = None  # step and metrics, which are read while the next step runs
 
     def check(self, profile, wandb):
-        """Checks all that a user may have got wrong; writes nothing but token stores."""
+        """Checks for mistakes of the user; writes nothing but token stores."""
         config, workdir = self.config, self.workdir
         with together():
             check_workdir(workdir, config)
@@ -212,7 +212,7 @@ class _Run:
     def open(self, wandb):
         """Opens what the run writes: figures and checkpoints."""
         config, train, progress = self.config, self.config.train, self.progress
-        # A run that lacks nothing but its summary validates its last step again.
+        # A run that lacks only its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
         with together():
             self.folder.check_owner()
@@ -269,7 +269,7 @@ class _Run:
                         self.batch = self._next_batch()
                         with self.at_rest:  # a save from outside lasts until the end
                             self.position = None
-        except DivergedError:  # what is being saved in the background is the last good state
+        except DivergedError:  # the save in the background has the last good state
             self.checkpoints.close()
             raise
 
@@ -286,7 +286,7 @@ class _Run:
         return sharding.put_batch(self.batch_sharding, next(self.data), n_rows)
 
     def _report(self):
-        """Waits for the step that is not reported yet, and takes in its metrics."""
+        """Waits for the step that is not reported yet, and reports its metrics."""
         if self.unreported is None:
             return
         (step, metrics), self.unreported = self.unreported, None
@@ -306,7 +306,7 @@ class _Run:
         self.progress.skipped_in_row = self.health.skipped_in_row
 
     def _validate_and_save(self):
-        """Does what is due after a step; saves and raises `Stopped` if that was asked for."""
+        """Validates and saves if it is due; saves and raises `Stopped` if a stop was requested."""
         every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
         saving = not last and self._save_is_due()
@@ -371,7 +371,7 @@ class _Run:
         self._beat("training", self.step)
 
     def sync(self):
-        """Waits until the figures so far are safe in the workdir; no checkpoint may be ahead."""
+        """Waits until the figures so far are safe in the workdir, before a checkpoint is saved."""
         self.telemetry.sync()
         self.folder.upload()
 

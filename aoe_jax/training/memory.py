@@ -19,7 +19,7 @@ def host_memory():
 
 def device_memory():
     """Memory in use, now and at its peak, of the fullest device of this process; {} if the backend
-    doesn't count it, as on CPU.
+    does not count it, as on CPU.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}

@@ -16,7 +16,7 @@ def learning_rate_schedule(config: TrainConfig):
 
 
 def decayed(params):
-    """Which parameters decay, as they are declared: not norm scales, biases, embedding tables."""
+    """A tree of bools: which parameters decay, as they are declared in `aoe_jax.parameters`."""
     declared = declared_parameters()
 
     def decays(path, _):
@@ -26,14 +26,14 @@ def decayed(params):
 
 
 def no_routers(params):
-    """Which parameters are not those of a router."""
+    """A tree of bools: which parameters do not belong to a router."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path[-1].key.startswith("w_router"), params
     )
 
 
 def scale_scoring(experts: ExpertsConfig, rate):
-    """The optax transformation that multiplies the updates of what scores experts by `rate`."""
+    """The optax transformation that multiplies the updates of the scoring parameters by `rate`."""
     columns = {"w_router": None, "w_router_hidden": None}  # all
     if experts.kind == "aoe":
         columns = {"w_gate_down" if experts.low_rank else "w_gate": experts.score_neurons}
@@ -59,7 +59,7 @@ def make_optimizer(config: TrainConfig, experts: ExpertsConfig):
     if config.router_steps:
         zero = optax.masked(optax.set_to_zero(), no_routers)
         frozen = optax.conditionally_transform(zero, lambda step: step < config.router_steps)
-        # Gradients, which neither the norm nor the moments then know of; and updates, for weights
-        # decay without a gradient.
+        # First the gradients, so that norm and moments exclude them; last the updates, because
+        # weights decay without a gradient.
         steps = [frozen, *steps, frozen]
     return optax.chain(*steps)

@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from aoe_jax.json_files import read_metrics
 
-_LATE = 0.05  # share of the steps after which losses must fit: the steep beginning need not
+_LATE = 0.05  # the panel shows all losses after this share of the steps, not the steep beginning
 _MAX_LEGEND = 8  # layers that a legend names; for more, a bar shows the colours
-_TRAIN, _VALIDATION = "#0072B2", "#D55E00"  # of Okabe and Ito
+_TRAIN, _VALIDATION = "#0072B2", "#D55E00"  # colours of Okabe and Ito
 
 
 def draw_run(lines, title):

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def steps_to_trace(text):
-    """The `range` of steps that a flag's value `STEP:N` means; raises `UserError` for others."""
+    """The `range` of steps of a flag's value `STEP:N`; raises `UserError` for other values."""
     numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
     wanted = "must be STEP:N, N steps beginning with step STEP, such as 20:3; both from 1"
     require_flag(numbers, "profile", text, wanted)

@@ -20,9 +20,9 @@ from aoe_jax.training.workdir import set_aside
 class Start:
     """How a run begins in a workdir that has files of a run or of another process."""
 
-    over: bool = False  # from nothing; the files of the run before are set aside
-    go_back: int | None = None  # from the checkpoint of this step; newer files are set aside
-    take_over: bool = False  # from an owner that cannot be seen to have ended, without waiting
+    over: bool = False  # begin anew; the files of the run before are set aside
+    go_back: int | None = None  # begin from the checkpoint of this step; newer files are set aside
+    take_over: bool = False  # do not wait for an owner that may still run
 
 
 class RunFolder:
@@ -92,7 +92,7 @@ class RunFolder:
             raise UserError(f"{self._workdir} was taken over by {in_words(found)}")
 
     def is_in_place(self):
-        """Whether the workdir is that which this process owns, in process 0."""
+        """Whether this is process 0 and the workdir is the one that it owns, not another disk."""
         return self._owner is not None and self._owner.is_in_place()
 
     def upload(self):

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def check_start(config: Config):
-    """Raises `UserError` if the model can't be read or has another architecture; writes nothing."""
+    """Raises `UserError` if the model cannot be read or has another architecture."""
     try:
         directory = _directory(config)
         there, here = computed_fields(read_config(directory)), computed_fields(config)
@@ -52,8 +52,8 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
     `tokenizer` is the file of the corpora's tokenizer.
 
     Raises:
-      UserError: the model can't be read, has another tokenizer, or has a routing state that the run
-        doesn't use.
+      UserError: the model cannot be read, has another tokenizer, or has a routing state that the
+        run does not use.
       FailedElsewhere: that happened in another process.
     """
     with together():

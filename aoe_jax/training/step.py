@@ -29,7 +29,7 @@ class TrainState:
 
 def init_state(config: Config, seed):
     """The state before the first step; jit it with output shardings: it may not fit one device."""
-    # A shape that the mesh divides.
+    # A shape that the mesh divides evenly.
     shape = (config.train.batch_size // config.train.accumulate, config.data.seq_len)
     decoder = Decoder.from_config(config)
     params = decoder.init(jax.random.key(seed), jnp.zeros(shape, jnp.int32))["params"]
@@ -99,8 +99,8 @@ def training_loss(
 ):
     """`(loss, metrics)`: the mean nll plus the balance losses and those of the method.
 
-    The mean is over the weight of the batch; for one of several micro-batches over `total_weight`,
-    and `so_far` is then what the metrics of the micro-batch before have under that name.
+    The mean is over the weight of the batch. For one of several micro-batches it is over
+    `total_weight`, and `so_far` is the entry of that name in the metrics of the micro-batch before.
     """
     decoder, method = Decoder.from_config(config, training=True), config.routing
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
@@ -138,7 +138,7 @@ def training_loss(
 def _with_shares_so_far(stats, before):
     """The statistics with load and shares averaged over the micro-batches so far, and their sums.
 
-    Neither has a gradient. Qiu et al. 2025 (arXiv 2501.11873) so balance the global batch.
+    Neither has a gradient. Qiu et al. 2025 (arXiv 2501.11873) balance the global batch in this way.
     """
     so_far = jnp.ones(()), {"load": stats.load, "shares": stats.shares}
     if before is None:
@@ -203,7 +203,7 @@ def _mean_gradient(config, params, routing_state, batch, key):
         return grads, metrics
     # Every n-th sequence, so that each device has its share of each micro-batch.
     micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
-    # So that a target counts the same in whichever micro-batch it is.
+    # One mean weight, so that a target counts the same in every micro-batch.
     mean_weight = batch["weights"].sum() / n_micro
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), micro)
     so_far = jax.eval_shape(loss, params, routing_state, first, key)[1]["so_far"]

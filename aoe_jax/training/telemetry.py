@@ -26,10 +26,11 @@ from aoe_jax.training.writers import JsonLines, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
 
-# Ends of the names of figures that are measured: two runs of the same steps differ in these only.
+# Suffixes of the names of measured figures. Two runs of the same steps differ only in these.
 MEASURED = ("seconds", "bytes", "per_second", "per_device", "mfu", "goodput")
-SLOW = 0.1  # the share of the time that makes a process slow, if it is twice the median, too
-# A step is slow if it takes so many times the median of so many steps before it, and a second.
+# A process is slow if it is busy for this share of the time, and for twice the median.
+SLOW = 0.1
+# A step is slow if it takes a second and 5 times the median of the 64 steps before it.
 SLOW_STEP, SLOW_STEP_WINDOW = 5, 64
 _IN_SPEED = ("input", "checkpoint")  # the clocks whose time counts in the speed, beside computing
 
@@ -54,8 +55,8 @@ class Telemetry:
     """Measures a run and, in the first process, writes its figures.
 
     Time counts from `start` on and is split into `input` (the loop waits for the next batch),
-    `checkpoint` (a save holds the loop up) and `compute` (the rest). Devices compute while the loop
-    waits, so waiting costs at most its seconds. Evaluation counts in no speed.
+    `checkpoint` (the loop waits for a save) and `compute` (the rest). Devices compute while the
+    loop waits, so waiting costs at most its seconds. Evaluation counts in no speed.
 
     MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
     computes in float32. It is left out, with a note in the log, if the chip is unknown.
@@ -98,15 +99,15 @@ class Telemetry:
         self._peak = peak_flops_per_device(jax.devices())
         if self._peak is None:
             kind = jax.devices()[0].device_kind
-            log.info("no MFU: the peak of %r is unknown, see hardware.PEAK_FLOPS", kind)
-        self._seconds = Counter()  # of the run by clock; `compute` up to the newest line
+            log.info("no MFU: the peak of %r is unknown, see aoe_jax.hardware.PEAK_FLOPS", kind)
+        self._seconds = Counter()  # seconds of the run by clock; `compute` up to the newest line
         self._start_step = self._line_step = start_step
         self._line_time, self._line_seconds = time.perf_counter(), Counter()
         self._waited = 0.0  # seconds of the clock `device` up to the newest line
         self._evaluated = 0.0  # seconds of evaluation that are reported
         self._step_ended, self._step_clocks = time.perf_counter(), Counter()
         self._steps = deque(maxlen=SLOW_STEP_WINDOW)  # seconds of each
-        self._slowest = {}  # seconds of the slowest step that was named, by its cause
+        self._slowest = {}  # seconds of the slowest step that was logged, by its cause
 
     @contextlib.contextmanager
     def clock(self, name):
@@ -134,8 +135,8 @@ class Telemetry:
     def step(self, step):
         """Records the end of a step, and warns if it took much longer than those before.
 
-        A slow step is named again only if it is twice as slow as those that were named for the same
-        cause, so that regular saves are named once.
+        It warns again only if a step is twice as slow as the slowest one with the same cause, so
+        that regular saves are logged once.
         """
         now, clocks = time.perf_counter(), self._seconds - self._step_clocks
         total = now - self._step_ended - clocks["evaluation"] - clocks["compile"]
@@ -191,7 +192,7 @@ class Telemetry:
         )
 
     def _name_slow_processes(self, step, seconds):
-        """Warns of processes that the others wait for; all processes call it."""
+        """Warns of processes for which the others wait; all processes call it together."""
         if jax.process_count() == 1:
             return
         total, waited = sum(seconds.values()), self._seconds["device"] - self._waited
@@ -262,7 +263,7 @@ class Telemetry:
                 writer.write(*figures)
 
     def sync(self):
-        """Waits until `metrics.jsonl` is on the disk, of which no checkpoint may be ahead."""
+        """Waits until `metrics.jsonl` is on the disk; a checkpoint must be saved after that."""
         if self._writers:
             self._lines.sync()
 

@@ -1,4 +1,4 @@
-"""Ends a process that cannot go on: in a hang, and after a SIGTERM that it cannot take in."""
+"""Ends a process that cannot go on: in a hang, and after a SIGTERM while it is blocked."""
 
 import contextlib
 import faulthandler
@@ -21,20 +21,20 @@ from aoe_jax.stopping import StopRequests
 from aoe_jax.training.health import Heartbeat
 from aoe_jax.training.run_folder import RunFolder
 
-TERM_SECONDS = 20.0  # from a SIGTERM to the end of a process that does not move
-_WRITE_SECONDS = 15.0  # for files on a disk that may hang, too
-_CLEAR_SECONDS = 1.0  # for the terminal
-_LOOK_SECONDS = 5.0  # for the reports of other processes
+TERM_SECONDS = 20.0  # between a SIGTERM and the end of a blocked process
+_WRITE_SECONDS = 15.0  # limit for writing files, because the disk may hang, too
+_CLEAR_SECONDS = 1.0  # limit for clearing the terminal
+_LOOK_SECONDS = 5.0  # limit for the reports of other processes
 
 
 class Watchdog:
-    """Within the context, a thread watches the heartbeat of this process.
+    """A context in which a thread watches the heartbeat of this process.
 
     If it does not move for `timeout` seconds (0: no limit), the process writes the stacks of its
     threads to `workdir/hang/process_N.txt`, says which processes are late, and exits with the
     status of `Hang`. If it does not move for `TERM_SECONDS` after a SIGTERM, the process saves by
-    `save()`, which returns False if there is no consistent state, and exits. `clear()` comes before
-    what it prints.
+    `save()`, which returns False if there is no consistent state, and exits. It calls `clear()`
+    before it prints.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Watchdog:
 
     def _watch(self):
         while not self._ended.wait(0.2):
-            # A wait for a disk ends by itself, and compilation takes as long as it takes.
+            # A wait for a disk ends by itself, and compilation has no limit.
             now, moved = time.monotonic(), max(self._heartbeat.moved, faults.paused_at)
             hangs = self._timeout and self._heartbeat.status != "compiling"
             if hangs and now > moved + self._timeout:

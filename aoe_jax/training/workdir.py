@@ -21,8 +21,7 @@ _FILES = (
     "training.png",
 )
 
-# Groups and fields that may change when a run continues: they don't affect what it computes, but
-# for how long it runs.
+# Groups and fields that may change when a run continues: they do not affect what a step computes.
 FREE = {
     "checkpoint",
     "mesh",
@@ -40,7 +39,7 @@ FREE = {
 
 
 def _fixed(config):
-    """The values by field that a run keeps; corpora without their paths, for a corpus may move."""
+    """The values by field that a run keeps; without the paths of corpora, which may move."""
     groups = config.to_dict()
     groups["data"] |= {"name": config.data.name_without_paths}
     return {
@@ -120,7 +119,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
         if go_back not in steps:
             raise UserError(
                 f"--go-back={go_back}: {workdir} has checkpoints of steps "
-                f"{', '.join(map(str, steps)) or 'none'}"
+                f"{', '.join(map(str, steps)) or 'none'}; give one of these steps"
             )
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
@@ -169,13 +168,13 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
 def read_run_config(path: Path) -> Config:
     """The configuration of a run, from its `config.json`.
 
-    Raises `UserError` if the file can't be read, is no configuration of a training run, or is one
-    of an earlier version with fields that have gone.
+    Raises `UserError` if the file cannot be read, is no configuration of a training run, or has
+    fields of an earlier version.
     """
     groups = read_json(path)
     if "model_type" in groups:
         raise UserError(
-            f"{path} is that of a model, not of a training run; train.init_from starts a run from "
+            f"{path} belongs to a model, not to a training run; train.init_from starts a run from "
             "a model"
         )
     for name, values in groups.items():

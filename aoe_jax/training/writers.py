@@ -1,10 +1,10 @@
 """Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
 
-A writer begins with `start_step`, from which the run continues; what it has of later steps counts
-no longer. `write(step, group, scalars, layers, experts)` takes the figures of one step: `group` is
-`train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`, and
-`experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L layers,
-n experts.
+A writer begins with `start_step`, from which the run continues; its earlier figures of later steps
+are dropped or hidden. `write(step, group, scalars, layers, experts)` takes the figures of one step:
+`group` is `train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`,
+and `experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L
+layers, n experts.
 """
 
 import errno
@@ -34,7 +34,7 @@ finally:
 
 
 class JsonLines:
-    """One JSON object a line, null for numbers that aren't finite.
+    """One JSON object a line, null for numbers that are not finite.
 
     A line survives a kill of the process as soon as it is written; lines that cannot be written are
     kept for the next write. The validation of `start_step` is dropped too unless it is `validated`.
@@ -53,7 +53,7 @@ class JsonLines:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         replace_durably(partial, path)
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
-        self._size = self._file.seek(0, os.SEEK_END)  # of the whole lines
+        self._size = self._file.seek(0, os.SEEK_END)  # size of the whole lines
 
     def write(self, step, group, scalars, layers, experts):
         line = {"step": step} | scalars
@@ -81,7 +81,7 @@ class JsonLines:
 
 
 def _shortest(values):
-    """Numbers with just the digits that identify a float32."""
+    """Numbers with no more digits than identify a float32."""
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
     return [float(str(value)) for value in values.astype(np.float32)]
@@ -183,7 +183,7 @@ def check_wandb(workdir: Path, project):
     require_flag(project, "wandb", project, "name a project")
     identity = workdir / "wandb.json"
     found = read_json(identity).get("project") if identity.exists() else project
-    wanted = f"the run in {workdir} belongs to project {found}; give that, or no --wandb"
+    wanted = f"the run in {workdir} belongs to project {found}; name that one, or leave it out"
     require_flag(found == project, "wandb", project, wanted)
     try:
         import wandb  # noqa: F401

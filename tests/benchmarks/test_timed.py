@@ -196,11 +196,11 @@ def test_prepare(tmp_path):
         ),
         (
             ["-m", "benchmarks.step", "--models=huge"],
-            "--models=huge is unknown; choose of tiny, deep, sparse",
+            "--models=huge is unknown; choose from tiny, deep, sparse",
         ),
         (
             ["-m", "benchmarks.tpu_compile", "--generations=v1"],
-            "--generations=v1 is unknown; choose of v4, v5e",
+            "--generations=v1 is unknown; choose from v4, v5e",
         ),
         (
             ["-m", "benchmarks.gpu_compile"],
@@ -208,7 +208,7 @@ def test_prepare(tmp_path):
         ),
         (
             ["-m", "benchmarks.plans", "--rows=big"],
-            "--rows=big is unknown; choose of 732M@v5e, 732M@v5p",
+            "--rows=big is unknown; choose from 732M@v5e, 732M@v5p",
         ),
         (["-m", "benchmarks.input", "--steps=0"], "--steps=0"),
         (

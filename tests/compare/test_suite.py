@@ -143,7 +143,7 @@ def test_an_arm_that_says_so_need_not_match():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, ["can't be read (no such file)", "configs/compare/tiny.py"]),
+        (None, ["cannot be read (no such file)", "configs/compare/tiny.py"]),
         ("x = 1\n", ["has no function get_suite()"]),
         ("def get_suite():\n    return 3\n", ["get_suite() must return", "Suite"]),
         ("def get_suite():\n    return 1 / 0\n", ["ZeroDivisionError", "line 2"]),

@@ -204,7 +204,7 @@ def test_output_is_no_input_and_links_lead_somewhere(tmp_path):
         (tmp_path / name).touch()
     assert find_files([str(tmp_path / "**")], tmp_path / "store") == [tmp_path / "a.jsonl"]
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"b\.jsonl is a link that leads nowhere"):
+    with pytest.raises(UserError, match=r"b\.jsonl is a broken link"):
         find_files([str(tmp_path / "*.jsonl")], tmp_path / "store")
 
 
@@ -254,7 +254,7 @@ def test_bombs(tmp_path, monkeypatch, name):
     monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
     compress = gzip.compress if name.endswith("gz") else zstd
     (tmp_path / name).write_bytes(compress(json_lines(["a" * 10**5] * 20)))
-    with pytest.raises(UserError, match=r"decompressed to more than 256 times as many"):
+    with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
         read(tmp_path / name)
 
 

@@ -215,7 +215,8 @@ def test_prepared_stores_that_do_not_fit(folders):
         ("prepared@{mine}", {"tokenizer": str(other / "tokenizer.json")}),
     ):
         with pytest.raises(
-            UserError, match=r"all corpora must be of one tokenizer, but .*mine has [0-9a-f]{12}"
+            UserError,
+            match=r"all corpora must have the same tokenizer, but .*mine has [0-9a-f]{12}",
         ):
             corpus_of(here, name, vocab_size=512, **settings)
     with pytest.raises(UserError, match=r"model\.vocab_size=280: the tokenizer has 300 tokens"):

@@ -205,7 +205,7 @@ def test_input_that_changes_is_refused_and_what_is_new_is_said(inputs, tmp_path,
     before = contents(store)
     (folder / "new.txt").write_text("new")
     prepared(pattern, store)
-    assert "new.txt, are not in this preparation, which is older" in caplog.text
+    assert "new.txt, are left out: this preparation began without them" in caplog.text
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b'{"text": "more"}\n')
     with pytest.raises(
         UserError, match=r"--input: .*a\.jsonl has changed since the preparation began\. Delete"
@@ -213,7 +213,7 @@ def test_input_that_changes_is_refused_and_what_is_new_is_said(inputs, tmp_path,
         prepared(pattern, store)
     (folder / "a.jsonl").unlink()
     with pytest.raises(
-        UserError, match=r"holds a preparation of more: .*a\.jsonl is gone, or not named here"
+        UserError, match=r"holds a preparation of more files: .*a\.jsonl is gone, or not named here"
     ):
         prepared(pattern, store)
     assert contents(store) == before
@@ -257,14 +257,14 @@ def test_repair_refuses_what_would_come_out_otherwise(inputs, tmp_path):
     (store / "train-00000-00000.array_record").unlink()
     before = contents(store)
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes().replace(b"Union", b"union"))
-    with pytest.raises(UserError, match=r"a\.jsonl: the input has changed since"):
+    with pytest.raises(UserError, match=r"a\.jsonl has changed since the store was made"):
         repair(store, 1)
     (folder / "a.jsonl").unlink()
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read"):
         repair(store, 1)
     assert contents(store) == before
     (store / "plan.json").unlink()
-    with pytest.raises(UserError, match=r"has no plan\.json, so it can't be repaired"):
+    with pytest.raises(UserError, match=r"has no plan\.json, so it cannot be repaired"):
         repair(store, 1)
 
 
@@ -272,7 +272,7 @@ def test_check_notices_another_tokenizer(whole, tmp_path):
     store = shutil.copytree(whole, tmp_path / "store")
     shutil.copyfile(LLAMA, store / "tokenizer.model")
     (store / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.model isn't the tokenizer of this store"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer of this store"):
         check(store)
 
 
@@ -303,7 +303,7 @@ def test_mistakes(inputs, tmp_path):
     for tokenizer in ("bpe:256", "bpe:", "bpe:many", "bpe:-5"):
         with pytest.raises(UserError, match=rf"--tokenizer='{tokenizer}': give bpe:N"):
             Settings(tokenizer)
-    with pytest.raises(UserError, match=r"--tokenizer='none.json': can't be read"):
+    with pytest.raises(UserError, match=r"--tokenizer='none.json': cannot be read"):
         prepared(inputs, tmp_path / "store", Settings("none.json"))
     assert not (tmp_path / "store").exists()
     (tmp_path / "a.jsonl").write_bytes(json_lines([*texts(30), ""]))
@@ -410,6 +410,6 @@ def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
     ):
         with pytest.raises(
             UserError,
-            match=r"store': isn't finished; the `python -m aoe_jax.data.prepare` that began it",
+            match=r"store': it is not finished; give the `python -m aoe_jax.data.prepare` command",
         ):
             use(tmp_path / "store")

@@ -98,7 +98,7 @@ def test_check_and_repair(whole, folder, tmp_path):
     status, stderr = finish("--check", f"--output={whole}")
     assert (
         status == 2
-        and "damaged are train-00001-00000.array_record; --repair writes them again" in stderr
+        and "damaged shards: train-00001-00000.array_record; --repair writes them again" in stderr
     )
     status, stderr = finish("--repair", f"--output={whole}")
     assert status == 0 and "wrote again: train-00001-00000.array_record" in stderr
@@ -164,14 +164,14 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
         ),
         (["--output=x", "--processes=0"], "--processes=0"),
         (["--output=x", "--check"], "token store 'x': no such folder"),
-        (["--output=x", "--repair"], "--output=x: has no plan.json, so it can't be repaired"),
+        (["--output=x", "--repair"], "--output=x: has no plan.json, so it cannot be repaired"),
         (
             ["--output=x", "--repair", "--check"],
-            "--check and --repair, one at a time, take --output alone",
+            "--check or --repair takes --output alone",
         ),
         (
             ["--output=x", "--repair", "--input=y"],
-            "--check and --repair, one at a time, take --output alone",
+            "--check or --repair takes --output alone",
         ),
     ],
 )

@@ -188,8 +188,8 @@ def test_damaged_stores(text_folder, tmp_path):
     refuses("test-00000.array_record is missing")
     values = json.loads(whole_manifest)
     for field, (value, message) in {
-        "format_version": (0, r"can't be read: format_version is 0, not one of \[2\]"),
-        "dtype": ("O", "manifest.json can't be read: dtype is 'O', not one of"),
+        "format_version": (0, r"cannot be read: format_version is 0, not one of \[2\]"),
+        "dtype": ("O", "manifest.json cannot be read: dtype is 'O', not one of"),
         "end_of_text": (10**6, "manifest.json has an end-of-text token outside its vocabulary"),
         "vocab_size": (2, "has other tokens than manifest.json says"),
     }.items():
@@ -200,7 +200,7 @@ def test_damaged_stores(text_folder, tmp_path):
     manifest.write_text(json.dumps(values))
     refuses(r"shards\[0\].name is '../test-00000.array_record', not the name of a shard")
     manifest.write_text(whole_manifest[:50])
-    refuses("manifest.json can't be read")
+    refuses("manifest.json cannot be read")
     manifest.unlink()
     refuses("manifest.json is missing")
 
@@ -237,7 +237,7 @@ def test_setting_mistakes(text_folder, tmp_path):
     with pytest.raises(UserError, match=r"model.vocab_size=300: the tokenizer has 3\d\d tokens"):
         prepare_text(text_folder, tmp_path, tmp_path / "tokenizer.json")
     with pytest.raises(
-        UserError, match=r"data.tokenizer='.*none.json': can't be read \(No such file"
+        UserError, match=r"data.tokenizer='.*none.json': cannot be read \(No such file"
     ):
         prepare_text(text_folder, tmp_path, tmp_path / "none.json")
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "no-eot.json"))

@@ -47,7 +47,7 @@ def test_mistakes_in_writing(text):
 
 
 def test_what_does_not_divide():
-    with pytest.raises(UserError, match=r"config\.mesh: .*doesn't make up 8 devices"):
+    with pytest.raises(UserError, match=r"config\.mesh: .*must be the number of devices, 8"):
         on_devices_here(tiny_config(), {"fsdp": 4, "expert": 4})
     with pytest.raises(
         UserError, match=r"config\.mesh\.expert=8: must divide experts\.n_experts=4"

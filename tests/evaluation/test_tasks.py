@@ -208,7 +208,7 @@ def test_bad_command_lines(arguments, message, tmp_path):
 def test_a_damaged_file_of_results(data, tmp_path):
     (tmp_path / "tasks.json").write_text("[]")
     with pytest.raises(
-        UserError, match=r"tasks\.json can't be read: it holds no JSON object; move it away"
+        UserError, match=r"tasks\.json cannot be read: it holds no JSON object; move it away"
     ):
         tasks.evaluate_tasks(tmp_path, ["piqa"], data=data)
 

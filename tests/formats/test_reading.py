@@ -174,12 +174,12 @@ DAMAGE = {
     "no config.json": (
         "fused",
         lambda d: (d / "config.json").unlink(),
-        ["config.json can't be read (No such file"],
+        ["config.json cannot be read (No such file"],
     ),
     "config.json that is no JSON": (
         "fused",
         lambda d: (d / "config.json").write_text("{"),
-        ["config.json can't be read (Expecting"],
+        ["config.json cannot be read (Expecting"],
     ),
     "config.json that is a list": (
         "fused",
@@ -234,7 +234,7 @@ DAMAGE = {
     "index that is no JSON": (
         "per expert",
         lambda d: (d / INDEX).write_text("{"),
-        [INDEX, "can't be read (Expecting"],
+        [INDEX, "cannot be read (Expecting"],
     ),
     "index without a map": (
         "per expert",

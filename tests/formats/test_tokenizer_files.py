@@ -110,5 +110,5 @@ def test_the_token_before_a_text_is_that_of_transformers(tmp_path, adds):
     assert theirs(STRANGE)["input_ids"] == prefix + ours.encode([STRANGE])[0].tolist()
     assert prefix == ([1] if adds else [])
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json can't be read"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read"):
         read_prefix(tmp_path, ours, 1)

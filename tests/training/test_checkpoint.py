@@ -421,7 +421,7 @@ def test_another_model_is_refused_not_set_aside(saved, tmp_path):
     ):
         Checkpoints(workdir).restore_newest(wider, batches())
     other = dataclasses.replace(ABSTRACT, opt_state={"nu": ABSTRACT.opt_state["mu"]})
-    with pytest.raises(UserError, match=r"\['opt_state'\]\['nu'\] isn't there"):
+    with pytest.raises(UserError, match=r"\['opt_state'\]\['nu'\] is not there"):
         Checkpoints(workdir).restore_newest(other, batches())
     assert contents(workdir) == before
 

@@ -43,12 +43,12 @@ def causal_attention(
       k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
       segment_ids: `[B, S]` int32, the document that each position attends within, or None.
       backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), else by those of this process. A program that is compiled ahead of time
-        for another machine gets that machine's backend from its mesh.
+        `jax.shard_map`), else by those of this process. So a program that is compiled for another
+        machine gets that machine's backend.
 
     Returns:
-      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. What the backward
-      pass needs beside q, k and v is named `KEPT_ATTENTION`.
+      `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Arrays
+      that the backward pass needs beside q, k and v have the checkpoint name `KEPT_ATTENTION`.
 
     Raises:
       UserError: the backend is unknown, or does not take the platform, dtype or head width.

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-MIN_BLOCK, MAX_BLOCKS = 64, 8  # of queries
-# What bears this name is all that the backward pass needs beside q, k and v. All backends but
-# cuDNN's, whose kernel JAX hides, name it.
+MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries of a block, blocks of a sequence
+# The name of all arrays that the backward pass needs beside q, k and v. All backends set it but
+# cuDNN's, whose kernel JAX hides.
 KEPT_ATTENTION = "attention"
 
 
@@ -17,11 +17,11 @@ def blocks_attention(q, k, v, segment_ids=None):
 
 
 def attention_and_peaks(q, k, v, segment_ids=None):
-    """Causal attention, and how much of it each query pays to one key.
+    """Causal attention, and the largest attention probability of each query.
 
     Returns:
-      `(y, peaks)`: the result of `causal_attention`, and the largest probability of each query,
-      `[B, H, S]` float32 or wider, without a gradient.
+      `(y, peaks)`: the result of `causal_attention`, and the probabilities `[B, H, S]`, float32 or
+      wider, without a gradient.
     """
     share = q.shape[1] // k.shape[1]
     if share > 1:
@@ -52,7 +52,7 @@ def product(subscripts, a, b):
 
 @jax.custom_vjp
 def _attention(q, k, v, segment_ids):
-    """`(y, peaks)` of as many keys and values as queries.
+    """`attention_and_peaks` of equally many heads of queries, keys and values.
 
     A block skips the keys after its last query, up to 44% of all products. Probabilities are
     normalised after their product with the values, where there are fewer numbers to divide. The

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from aoe_jax.errors import UserError
 
 DTYPES = ("bfloat16", "float16")
-MAX_WIDTH = 128  # of a head on every generation; Hopper and later take 256
+MAX_WIDTH = 128  # the widest head on every generation; Hopper and later take 256
 
 
 def check(dtype, head_width):

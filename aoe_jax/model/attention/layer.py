@@ -243,7 +243,7 @@ class Attention(nn.Module):
         x = devices.gather(x.astype(self.config.dtype), "tensor", 1)
         w = _gathered(devices, weights, x.dtype)
         position = n_past[:, None] + jnp.arange(x.shape[1])
-        # Exact sines of large angles need float64, so numpy: of all places of the cache.
+        # For all places of the cache, by numpy in float64: sines of large angles need it.
         tables = rotary_tables(keys.shape[2], self.config)
         tables = (jnp.asarray(a, jnp.float32)[position][:, None] for a in tables)
         q, k, v = self._queries_keys_values(x, w, tables)

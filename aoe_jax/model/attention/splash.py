@@ -52,10 +52,10 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 def kernel_cost(name, operands, results):
     """The cost of a kernel, as `aoe_jax.costs.Program` takes it; None for other kernels.
 
-    Each block of queries meets the blocks of keys that are not all in its future, and so reads only
-    a part of the keys (for `dkv`: each block of keys, queries). The mask, which is the first
-    operand, has a number for each pair of blocks. Heads narrower than `LANES` leave a part of the
-    matrix unit idle.
+    A block of queries meets the blocks of keys that are not entirely in its future, so it reads
+    only a part of the keys; in `dkv` a block of keys reads a part of the queries. The mask, which
+    is the first operand, has a number for each pair of blocks. Heads narrower than `LANES` leave a
+    part of the matrix unit idle.
     """
     kind = name.removeprefix("splash_mha_").split("_")[0]
     if not name.startswith("splash_mha_") or kind not in _PRODUCTS:
