@@ -105,19 +105,24 @@ class Program:
         counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
         self.n_devices = math.prod(map(int, counts))
         self.computations, self.entry = parse(text)
-        self._by_name = {
-            name: {i.name: i for i in instructions}
-            for name, instructions in self.computations.items()
-        }
 
     @cached_property
     def operations(self):
         """All `Operation`s of a run."""
-        return self._walk(self.entry, 1.0)
+        return self._walk(self.computations[self.entry], 1.0)
 
-    def _walk(self, computation, times):
+    def _called(self, i, *keys):
+        """The instructions, by name, of the computation that an attribute names; {} for none."""
+        name = i.called(*keys)
+        return self.computations[name] if name else {}
+
+    def _fused(self, i):
+        """The instructions in a fusion by name; {} for other instructions."""
+        return self._called(i, "calls") if i.opcode == "fusion" else {}
+
+    def _walk(self, instructions, times):
         found, started, hides = [], {}, set()
-        for i in self.computations[computation]:
+        for i in instructions.values():
             if i.opcode.endswith("-done"):
                 if (k := started.get(i.operands[0])) is not None:
                     # The same work hides one collective only: they share the links.
@@ -130,16 +135,17 @@ class Program:
             if i.opcode in _FREE or i.target in _FREE_KERNELS:
                 continue
             if i.opcode == "fusion-start":  # its result: operands, results, a context
-                n = sum(len(self._by_name[computation][name].arrays) for name in i.operands)
+                n = sum(len(instructions[name].arrays) for name in i.operands)
                 i = replace(i, opcode="fusion", arrays=i.arrays[n:-1])
             if i.opcode == "while":
                 if n_trips := self._trips(i):
-                    found += self._walk(i.called("body"), times * n_trips)
+                    found += self._walk(self._called(i, "body"), times * n_trips)
             elif i.opcode == "conditional":
-                branches = [self._walk(name, times) for name in _branches(i)]
+                branches = [self._walk(self.computations[name], times) for name in _branches(i)]
                 found += max(branches, key=lambda ops: sum(o.times * o.hbm_bytes for o in ops))
             elif i.opcode in ("call", "async-start") or self._wraps_collective(i):
-                inner = self._walk(i.called("to_apply", "calls", "called_computations"), times)
+                called = self._called(i, "to_apply", "calls", "called_computations")
+                inner = self._walk(called, times)
                 is_async = i.opcode == "async-start"
                 if is_async and inner:
                     started[i.name] = len(found)
@@ -147,26 +153,25 @@ class Program:
             else:
                 if i.collective:
                     started[i.name] = len(found)
-                found.append(self._operation(computation, i, times))
+                found.append(self._operation(i, instructions, times))
                 found += self._collectives_of_fusion(i, times)
         return found
 
     def _wraps_collective(self, i):
         """Whether this is a custom call around a collective, which runs on SparseCores of tpu7x."""
-        name = i.called("called_computations") if i.opcode == "custom-call" else None
-        return name is not None and any(x.collective for x in self.computations[name])
+        inside = self._called(i, "called_computations").values()
+        return i.opcode == "custom-call" and any(x.collective for x in inside)
 
-    def _operation(self, computation, i, times):
-        known = self._by_name[computation]
+    def _operation(self, i, known, times):
         cycles = i.attribute(r'"estimated_cycles":"?(\d+)')
-        op_name = i.attribute(r'op_name="([^"]*)"')
+        op_name = i.op_name
         if not op_name and i.opcode == "fusion":
-            op_name = self._root(i.called("calls")).attribute(r'op_name="([^"]*)"')
+            op_name = _root(self._fused(i)).op_name
         flops = self._flops(i, known)
         operation = Operation(
             i.name,
             i.target or i.opcode,
-            op_name or "",
+            op_name,
             times,
             self._traffic(i, known),
             flops,
@@ -205,17 +210,13 @@ class Program:
         """Collectives in a fusion: one that it starts, or a reduce-scatter as an all-reduce and a
         slice. Fusions that run beside a started one name it, too.
         """
-        name = i.called("calls") if i.opcode == "fusion" else None
-        if not name:
-            return []
-        inside, known = self.computations[name], self._by_name[name]
-        is_async = any(x.target == "AsyncCollectiveStart" for x in inside)
-        found = []
-        for x in inside:
+        inside, found = self._fused(i), []
+        is_async = any(x.target == "AsyncCollectiveStart" for x in inside.values())
+        for x in inside.values():
             if x.collective and (is_async or "chain_id" not in x.attributes):
-                op = Operation(x.name, x.opcode, x.attribute(r'op_name="([^"]*)"') or "", times)
-                op = replace(self._as_collective(op, x, known), is_async=is_async)
-                if name.startswith("all-reduce-scatter"):
+                op = Operation(x.name, x.opcode, x.op_name, times)
+                op = replace(self._as_collective(op, x, inside), is_async=is_async)
+                if i.called("calls").startswith("all-reduce-scatter"):
                     op = replace(op, collective="reduce-scatter")
                 found.append(op)
         return found
@@ -235,21 +236,18 @@ class Program:
             return self.n_devices
         raise ValueError(f"collective {i.name} names its devices in an unknown way: {i.attributes}")
 
-    def _root(self, computation):
-        return next(i for i in self.computations[computation] if i.is_root)
-
     def _trips(self, loop):
         """How often the body of a loop runs; 0 where only the run decides it."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        condition = self.computations[loop.called("condition")]
+        condition = self._called(loop, "condition").values()
         constants = {
             i.name: int(i.literal)
             for i in condition
             if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.literal)
         }
         for i in condition:
-            inside = self.computations[i.called("calls")] if i.opcode == "fusion" else [i]
+            inside = self._fused(i).values() or [i]
             counts_up = any("direction=LT" in x.attributes for x in inside)
             for name in i.operands if counts_up else ():
                 if name in constants:
@@ -284,35 +282,30 @@ class Program:
             return 0.0
         if user.opcode in ("bitcast", "tuple") or user.collective or user.target in _ASYNC:
             return 0.0
-        computation = user.called("calls") if user.opcode == "fusion" else None
-        if not computation:
+        inside = self._fused(user)
+        if not inside:
             return whole
-        parameter = next(
-            i
-            for i in self.computations[computation]
-            if i.opcode == "parameter" and int(i.literal) == index
-        )
-        return min(whole, self._read_inside(computation, parameter.name, whole))
+        parameters = (i for i in inside.values() if i.opcode == "parameter")
+        parameter = next(i for i in parameters if int(i.literal) == index)
+        return min(whole, self._read_inside(inside, parameter.name, whole))
 
-    def _read_inside(self, computation, name, whole):
+    def _read_inside(self, inside, name, whole):
         """Bytes that a fusion reads of a parameter, by all of its uses."""
         total = 0.0
-        for user in self.computations[computation]:
+        for user in inside.values():
             for k, operand in enumerate(user.operands):
-                if operand != name:
-                    continue
-                if user.opcode == "bitcast":
-                    total += self._read_inside(computation, user.name, whole)
-                else:
+                if operand == name and user.opcode == "bitcast":
+                    total += self._read_inside(inside, user.name, whole)
+                elif operand == name:
                     total += self._read(user, k, whole)
         return total
 
     def _written(self, i, known):
         """Bytes that an instruction writes to main memory."""
-        if i.opcode != "fusion":
+        inside = self._fused(i)
+        if not inside:
             return min(i.hbm_bytes, self._written_by(i, known, i.hbm_bytes))
-        computation = i.called("calls")
-        inside, root = self._by_name[computation], self._root(computation)
+        root = _root(inside)
         parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
         if len(parts) != len(i.arrays):
             return i.hbm_bytes
@@ -332,8 +325,8 @@ class Program:
         if part.opcode == "scatter":
             return 2 * inside[part.operands[-1]].arrays[0].bytes
         if part.opcode == "fusion" and not part.is_tuple:
-            computation = part.called("calls")
-            return self._written_by(self._root(computation), self._by_name[computation], whole)
+            fused = self._fused(part)
+            return self._written_by(_root(fused), fused, whole)
         return whole
 
     # FLOPs
@@ -348,11 +341,8 @@ class Program:
             return _convolution_flops(i, known)
         if i.opcode == "custom-call":
             return float(i.attribute(r'"flops":"(\d+)"') or 0)
-        name = i.called("calls") if i.opcode == "fusion" else None
-        if not name:
-            return 0.0
-        inside = self._by_name[name]
-        return sum(self._flops(x, inside) for x in self.computations[name])
+        inside = self._fused(i)
+        return sum((self._flops(x, inside) for x in inside.values()), 0.0)
 
 
 def likely_seconds(operation, chip, shape=()):
@@ -394,6 +384,10 @@ def scope(operation):
     return "copies" if "copy" in operation.opcode else "other"
 
 
+def _root(instructions):
+    return next(i for i in instructions.values() if i.is_root)
+
+
 def _branches(conditional):
     listed = conditional.attribute(r"branch_computations=\{([^}]*)\}")
     if listed:
@@ -413,7 +407,7 @@ def _convolution_flops(i, known):
     for axis in range(len(of_lhs) - 2):
         label = str(axis)
 
-        def setting(name, default, axis=axis):
+        def setting(name, default):
             return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
 
         products *= _valid_products(

@@ -141,6 +141,16 @@ def count_chips(devices):
     return len({(getattr(d, "slice_index", None), *d.coords) for d in devices})
 
 
+def count_slices(devices):
+    """The number of slices that devices belong to; 1 where they name none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def chip_part(generation, devices):
+    """The `Chip` figures of one of the devices of a generation, a name of `CHIPS`."""
+    return CHIPS[generation].part(count_chips(devices) / len(devices))
+
+
 def slice_shape(devices):
     """Chips along each dimension of a TPU slice; () for other devices."""
     if devices[0].platform != "tpu":
@@ -159,7 +169,7 @@ def peak_flops_per_device(devices):
 def published_figures(devices):
     """The `Chip` figures of a device, for devices of one kind; None if they are unknown."""
     generation = GENERATIONS.get(devices[0].device_kind)
-    return generation and CHIPS[generation].part(count_chips(devices) / len(devices))
+    return generation and chip_part(generation, devices)
 
 
 def machine():

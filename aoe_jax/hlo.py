@@ -78,15 +78,17 @@ class Instruction:
 
     def called(self, *keys):
         """The name of the computation that an attribute such as `calls` names, or None."""
-        for key in keys:
-            if found := re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes):
-                return found.group(1)
-        return None
+        return self.attribute(rf"\b(?:{'|'.join(keys)})=\{{?%?([\w.\-]+)")
 
     def attribute(self, pattern):
         """The first group of a pattern in the attributes, or None."""
         found = re.search(pattern, self.attributes)
         return found and found.group(1)
+
+    @property
+    def op_name(self):
+        """The path of named scopes and transformations in JAX, which may be empty."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
 
     @property
     def target(self):
@@ -115,7 +117,7 @@ def compile_and_read(lowered):
 
 
 def parse(text):
-    """`({computation: [Instruction]}, name of the entry)`."""
+    """`({computation: {name: Instruction}}, name of the entry)`."""
     text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
     text = re.sub(r"/\*index=\d+\*/", "", text)
     computations, entry, current = {}, None, None
@@ -128,17 +130,16 @@ def parse(text):
                 entry = header.group(2) if header.group(1) else entry
         elif current is not None and (instruction := _parse_instruction(line)):
             current.append(instruction)
-    for name, instructions in computations.items():
-        computations[name] = _with_elements(instructions)
-    return computations, entry
+    return {name: _with_elements(found) for name, found in computations.items()}, entry
 
 
 def _with_elements(instructions):
-    """Adds a `get-tuple-element` for each operand of the short form `%tuple#index`.
+    """The instructions by name, with a `get-tuple-element` before the user of each operand of the
+    short form `%tuple#index`.
 
     The tuple may hold arrays only.
     """
-    found, known = [], {}
+    known = {}
     for i in instructions:
         for operand in i.operands:
             if "#" in operand and operand not in known:
@@ -147,10 +148,8 @@ def _with_elements(instructions):
                 known[operand] = Instruction(
                     operand, "get-tuple-element", (array,), False, (whole,), whole, "", False
                 )
-                found.append(known[operand])
         known[i.name] = i
-        found.append(i)
-    return found
+    return known
 
 
 def _parse_instruction(line):

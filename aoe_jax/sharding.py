@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.errors import UserError
+from aoe_jax.hardware import count_slices
 from aoe_jax.parameters import STACKS
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -145,7 +146,7 @@ def make_mesh(config, devices):
       UserError: `mesh.data` is not a multiple of the slices, or the network cannot be cut that way.
     """
     shape = config.mesh.shape
-    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    n_slices = count_slices(devices)
     if config.mesh.data % n_slices:
         config.mesh.refuse("data", f"must be a multiple of the {n_slices} slices, which it spans")
     split = {"allow_split_physical_axes": True}

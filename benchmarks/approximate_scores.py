@@ -126,11 +126,11 @@ def _scaled(rounded, largest, accumulator):
     )
 
 
-def random_projection(r, s, candidates=None, seed=0):
+def random_projection(r, s, candidates=None):
     """`||x W_gate_down_i R||` with random orthonormal columns `R [r, s]`, scaled so that the square
     has the right mean.
     """
-    matrix = jnp.linalg.qr(jax.random.normal(jax.random.key(seed), (r, s)))[0] * (r / s) ** 0.5
+    matrix = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (r, s)))[0] * (r / s) ** 0.5
 
     def project(w_gate_down, _):
         return w_gate_down @ matrix

@@ -7,10 +7,7 @@ run continues. The seed sets parameters and the order of the data, so runs of on
 differences are to the first arm, seed by seed, with their standard error.
 """
 
-import json
-import math
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +15,10 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
-from aoe_jax.json_files import read_json
+from aoe_jax.compare.statistics import mean
+from aoe_jax.json_files import read_json, read_metrics
 from aoe_jax.training.workdir import check_workdir
-from benchmarks.timing import configuration, report
+from benchmarks.timing import configuration, report, run_benchmark
 
 # arm -> (variant of configs/tiny.py, fields of the group `balance`)
 LOSS_FREE = {"aux_weight": 0.0, "bias_rate": 0.01}
@@ -35,7 +33,6 @@ LAST_LINES = 5  # of metrics.jsonl, whose mean is the load entropy
 _WORKDIR = flags.DEFINE_string("workdir", None, "a directory for the runs")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 350, "training steps of each run", lower_bound=100)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def _run(workdir, variant, balance, seed):
@@ -56,14 +53,10 @@ def _run(workdir, variant, balance, seed):
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(workdir / "metrics.jsonl")
     entropies = [line["load_entropy"] for line in lines if "load_entropy" in line][-LAST_LINES:]
     nll = read_json(workdir / "summary.json")["metrics"]["validation_nll"]
-    return nll, statistics.mean(entropies)
-
-
-def _standard_error(values):
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return nll, mean(entropies).value
 
 
 def main():
@@ -83,16 +76,16 @@ def main():
     figures, first = [], results[next(iter(ARMS))]
     for arm, runs in results.items():
         nll, entropy = zip(*runs, strict=True)
-        difference = [a - b[0] for a, b in zip(nll, first, strict=True)]
+        difference = mean([a - b[0] for a, b in zip(nll, first, strict=True)])
         figure = {
             "arm": arm,
             "steps": _STEPS.value,
             "nll": list(nll),
-            "mean_nll": statistics.mean(nll),
-            "difference": statistics.mean(difference),
-            "difference_error": _standard_error(difference),
-            "load_entropy": statistics.mean(entropy),
-            "load_entropy_error": _standard_error(entropy),
+            "mean_nll": mean(nll).value,
+            "difference": difference.value,
+            "difference_error": difference.error,
+            "load_entropy": mean(entropy).value,
+            "load_entropy_error": mean(entropy).error,
         }
         figures.append(figure)
         print(
@@ -100,8 +93,8 @@ def main():
             f"{figure['difference_error']:.4f} to the first; "
             f"load entropy {figure['load_entropy']:.3f} +- {figure['load_entropy_error']:.3f}"
         )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.data import DataConfig
@@ -43,12 +42,13 @@ from aoe_jax.methods.capacity import Capacity
 from aoe_jax.moe.routing import TopK
 from benchmarks.compiling import experts_layer
 from benchmarks.timing import (
+    compiled,
     configuration,
-    keep_freed_memory,
     machine_in_words,
     medians,
     parse_shapes,
     report,
+    run_benchmark,
 )
 
 _BATCH = flags.DEFINE_integer("batch", 8, "sequences, of the layers", lower_bound=1)
@@ -63,7 +63,6 @@ _DTYPE = flags.DEFINE_enum(
 _TUNIX = flags.DEFINE_bool("tunix", False, "layers of google-tunix too")
 _MODEL = flags.DEFINE_bool("model", True, "a training step of configs/tiny.py too")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 ROUTER = "router, dropless"
 
@@ -105,12 +104,9 @@ def _computed(config, useful, layers=1):
     return 1 + layers * surplus / useful
 
 
-def _compiled(apply, params, x):
-    """`apply(params, x)`, forward+backward in both, compiled."""
-    gradient = jax.grad(
-        lambda params, x: (apply(params, x).astype(jnp.float32) ** 2).mean(), (0, 1)
-    )
-    return jax.jit(gradient).lower(params, x).compile()
+def _gradient(apply):
+    """Forward+backward of `apply(params, x)` in both."""
+    return jax.grad(lambda params, x: (apply(params, x).astype(jnp.float32) ** 2).mean(), (0, 1))
 
 
 def _import_tunix():
@@ -171,7 +167,7 @@ def _tunix_layers(shape, params, dtype):
 
 
 def layers(shape):
-    """name -> `(compiled gradient, its arguments, figures)` of one layer of each arm."""
+    """name -> `(compiled gradient, a function that calls it, figures)` of one layer of each arm."""
     dtype = jnp.dtype(_DTYPE.value)
     x = jax.random.normal(jax.random.key(0), (_BATCH.value, _LENGTH.value, shape[0]), dtype)
     arms, params, outputs = {}, None, {}
@@ -184,10 +180,8 @@ def layers(shape):
         figures = {"computed": _computed(config, layer_flops_per_token(config)[1])}
         if stats.dropped_share is not None:
             figures["dropped"] = float(stats.dropped_share)
-        program = _compiled(
-            lambda params, x, layer=layer: layer.apply({"params": params}, x)[0], params, x
-        )
-        arms[name] = program, (params, x), figures
+        gradient = _gradient(lambda w, x, layer=layer: layer.apply({"params": w}, x)[0])
+        arms[name] = *compiled(gradient, params, x), figures
     others = _tunix_layers(shape, params, dtype) if _TUNIX.value else {}
     for name, (apply, state) in others.items():
         figures = {}
@@ -195,7 +189,7 @@ def layers(shape):
             wanted = outputs[ROUTER]
             difference = jnp.abs(jax.jit(apply)(state, x) - wanted).max() / jnp.abs(wanted).max()
             figures["differs"] = float(difference)
-        arms[name] = _compiled(apply, state, x), (state, x), figures
+        arms[name] = *compiled(_gradient(apply), state, x), figures
     return arms
 
 
@@ -239,7 +233,6 @@ def model_configs():
 
 
 def main():
-    keep_freed_memory()
     form = "d_model x n_experts x top_k x d_ffn, such as 128x8x2x256"
     shapes = parse_shapes(_SHAPES.value, form)
     if _TUNIX.value:
@@ -248,13 +241,9 @@ def main():
     found = []
     for shape in shapes:
         arms = layers(shape)
-        calls = {
-            name: lambda program=program, args=args: program(*args)
-            for name, (program, args, _) in arms.items()
-        }
+        programs, calls, figures = ({name: arm[i] for name, arm in arms.items()} for i in range(3))
         seconds = medians(calls, _REPEATS.value)
         title = f"layer d={shape[0]} {shape[2]} of {shape[1]} f={shape[3]}"
-        programs, figures = ({name: arm[i] for name, arm in arms.items()} for i in (0, 2))
         found += _report_arms(title, seconds, programs, figures)
     if _MODEL.value:
         configs = model_configs()
@@ -274,8 +263,8 @@ def main():
             {name: step.program for name, step in steps.items()},
             figures,
         )
-    report(found, _JSON.value)
+    report(found)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -4,20 +4,22 @@ not here.
 M rows, D contracted width, F output width, E experts.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
+from aoe_jax.doctor import kernels
 from aoe_jax.hardware import topology_devices
 from aoe_jax.model.decoder import RMSNorm
 from aoe_jax.moe.grouped_matmul import grouped_matmul
 from aoe_jax.moe.grouped_matmul.megablox import tiles
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.scoring import KEPT_ROUTING
-from aoe_jax.sharding import MESH_AXES
+from aoe_jax.sharding import fill_mesh, make_mesh, replicated
+from benchmarks.timing import check_names
 from configs import paper, tiny
 
 # The smallest topology of each TPU generation that the compiler knows.
@@ -35,10 +37,7 @@ PRODUCTS = ("forward", "d_rows", "d_weights")
 
 def tpu_devices(generation):
     """Devices of a TPU that need not be here, compiled for with `libtpu`."""
-    if generation not in TOPOLOGIES:
-        raise UserError(
-            f"--generations={generation} is unknown; choose from {', '.join(TOPOLOGIES)}"
-        )
+    check_names("generations", [generation], TOPOLOGIES)
     return topology_devices(TOPOLOGIES[generation])[1]
 
 
@@ -48,12 +47,7 @@ def expert_shapes():
     for module in (tiny, paper):
         for variant in module.VARIANTS:
             config = Config.from_config_dict(module.get_config(variant))
-            experts, d = config.experts, config.model.d_model
-            if experts.kind != "dense":
-                width = experts.width(d)
-                shapes |= {(d, width), (width, d)}
-                if experts.low_rank:
-                    shapes |= {(d, experts.d_low), (experts.d_low, width)}
+            shapes |= {shape[1:] for shape in kernels.expert_shapes(config).values()}
     return sorted(shapes)
 
 
@@ -67,14 +61,11 @@ def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
     here = SingleDeviceSharding(device)
 
     def value_and_gradients(rows, weights, group_sizes, g):
-        def forward(rows, weights):
-            return grouped_matmul(rows, weights, group_sizes, backend=backend)
-
+        forward = partial(grouped_matmul, backend=backend)
         if product == "forward":  # some backends have no gradient
-            return forward(rows, weights)
-        value, pull_back = jax.vjp(forward, rows, weights)
-        found = dict(zip(PRODUCTS, (value, *pull_back(g)), strict=True))
-        return found[product] if product else tuple(found.values())
+            return forward(rows, weights, group_sizes)
+        found = kernels.with_gradients(forward)((rows, weights), g, (group_sizes,))
+        return found[PRODUCTS.index(product)] if product else found
 
     shapes = [
         ((m, d), dtype),
@@ -136,8 +127,8 @@ def lower_layers(device, config: Config, n_tokens):
         y, aux_losses = jax.lax.scan(block, x, params)
         return (y.astype(jnp.float32) ** 2).mean() + jnp.sum(aux_losses)
 
-    mesh = Mesh(np.full((1, 1, 1, 1), device), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    here = NamedSharding(mesh, PartitionSpec())
+    mesh = make_mesh(fill_mesh(config, 1), [device])
+    here = replicated(mesh)
     x = jax.ShapeDtypeStruct((n_tokens, m.d_model), dtype, sharding=here)
     params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((8, m.d_model)))["params"]
     params = jax.tree.map(

@@ -13,13 +13,13 @@ from pathlib import Path
 from absl import flags
 
 from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
 from aoe_jax.data.corpora import load_corpus
-from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import read_json
 from aoe_jax.training.workdir import read_run_config
+from benchmarks.timing import run_benchmark, save
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the directory of an evaluated run")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def xz_size(text: bytes):
@@ -32,11 +32,9 @@ def main():
     data = read_run_config(workdir / "config.json").data
     evaluation = read_json(workdir / "eval.json")
     source = data.sources[0]
-    if len(data.sources) > 1 or source.name == "prepared":
-        raise UserError(
-            f"--workdir={workdir} was trained on data.name={data.name!r}; name a run on the text "
-            "of one corpus"
-        )
+    is_text = len(data.sources) == 1 and source.name != "prepared"
+    wanted = f"was trained on data.name={data.name!r}; name a run on the text of one corpus"
+    require_flag(is_text, "workdir", workdir, wanted)
     corpus = load_corpus(source.name, source.path, data.cache, data.text_field)
     train = "".join(corpus.documents("train")).encode()
     held_out = "".join(corpus.documents(evaluation["split"])).encode()
@@ -52,9 +50,8 @@ def main():
         f"xz -9e with the train text {figures['xz_bits_per_byte']:.4f}, "
         f"ratio {figures['ratio']:.3f}"
     )
-    if _JSON.value:
-        write_json(Path(_JSON.value), figures)
+    save(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import Decoder, cli
+from aoe_jax import Decoder
+from aoe_jax.config.checks import require_flag
 from aoe_jax.counts import parameter_counts
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, strong_and_weak
 from aoe_jax.evaluation.generation import next_logits
 from aoe_jax.model.decoding import Cache, unstacked
 from aoe_jax.sharding import make_mesh
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 
 _LENGTH = flags.DEFINE_integer("length", 512, "positions before the token", lower_bound=1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "sequences that are continued together")
@@ -30,7 +30,6 @@ _D_MODEL = flags.DEFINE_integer(
 )
 _LAYERS = flags.DEFINE_integer("layers", 4, "of the models", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 STEPS = 8  # tokens of a timed call
 CONTRAST = Contrast(beta=0.5)
@@ -105,14 +104,11 @@ def token_bytes(config):
 
 
 def main():
-    if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value):
-        raise UserError(
-            f"--batches={','.join(_BATCHES.value)}: must be whole numbers greater than 0"
-        )
-    length, figures = _LENGTH.value, []
-    d_model = _D_MODEL.value
-    if d_model % 16:
-        raise UserError(f"--d_model={d_model}: must be a multiple of 16")
+    are_counts = all(batch.isdecimal() and int(batch) for batch in _BATCHES.value)
+    wanted = "must be whole numbers greater than 0"
+    require_flag(are_counts, "batches", ",".join(_BATCHES.value), wanted)
+    length, d_model, figures = _LENGTH.value, _D_MODEL.value, []
+    require_flag(d_model % 16 == 0, "d_model", d_model, "must be a multiple of 16")
     models = {
         name: model_of(*settings, d_model, _LAYERS.value)
         for name, settings in variants(d_model).items()
@@ -157,9 +153,8 @@ def main():
                 + (f"; contrasted {figure['contrasting']:.2f} times as long" if cached else "")
                 + f"; {figure['bytes'] / 1e6:.1f} MB of weights a token"
             )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -15,12 +15,10 @@ from pathlib import Path
 
 from absl import flags
 
-from aoe_jax import cli
-from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_metrics
 from benchmarks.pod_soak import Pod
-from benchmarks.stopped_runs import Soak
-from benchmarks.timing import machine_in_words, report
+from benchmarks.soak import Soak
+from benchmarks.timing import machine_in_words, new_workdir, report, run_benchmark
 
 SETTINGS = {
     "train.steps": 1_000_000,
@@ -56,9 +54,7 @@ def measure(root: Path, seconds, preemptions, processes):
 
 
 def main():
-    root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(flags.FLAGS["workdir"])
     given = flags.FLAGS
     figures = measure(root, 60 * given.minutes, given.preemptions, given.pod_size)
     print(
@@ -66,7 +62,7 @@ def main():
         f"{figures['preemptions']} preemptions of {figures['processes']} process(es), "
         f"{figures['steps']} steps ({machine_in_words()})"
     )
-    report(figures, given.json)
+    report(figures)
 
 
 if __name__ == "__main__":
@@ -75,5 +71,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("minutes", 10.0, "how long the run lasts", lower_bound=0.1)
     flags.DEFINE_integer("preemptions", 5, "how often it is preempted", lower_bound=0)
     flags.DEFINE_integer("pod_size", 1, "processes of the run", lower_bound=1)
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

@@ -15,7 +15,6 @@ and write every array once.
 import importlib.util
 import itertools
 import math
-import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -25,12 +24,11 @@ from unittest import mock
 from absl import flags
 from jax.extend import backend as jax_backend
 
-from aoe_jax import cli, costs, hlo
-from aoe_jax.errors import UserError
+from aoe_jax import costs, hlo
 from aoe_jax.hardware import compiling_for, topology_devices
 from aoe_jax.moe.grouped_matmul import BACKENDS, backend_for, mosaic_gpu
 from benchmarks.compiling import PRODUCTS, expert_shapes, lower_for
-from benchmarks.timing import report
+from benchmarks.timing import check_names, parse_shapes, report, run_benchmark
 
 _GENERATIONS = flags.DEFINE_list("generations", ["a100", "l4", "h100", "b200"], "of GPUs")
 _BACKENDS = flags.DEFINE_list("backends", ["blocked", "mosaic_gpu", "ragged"], "to compare")
@@ -38,7 +36,6 @@ _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of rows and weig
 _SHAPES = flags.DEFINE_list("shapes", ["768x3072"], "DxF of an expert's weights, or all")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 TOKAMAX = ("tokamax_mosaic", "tokamax_triton") if importlib.util.find_spec("tokamax") else ()
@@ -107,16 +104,11 @@ def _shapes():
     """The shapes of `--shapes`, `(D, F)`."""
     if _SHAPES.value == ["all"]:
         return expert_shapes()
-    for shape in _SHAPES.value:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
-            raise UserError(f"--shapes={shape}: give two sizes, such as 768x3072, or all")
-    return [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
+    return parse_shapes(_SHAPES.value, "give two sizes, such as 768x3072, or all", n_sizes=2)
 
 
 def main():
-    unknown = [name for name in _BACKENDS.value if name not in BACKENDS]
-    if unknown:
-        raise UserError(f"--backends={unknown[0]} is unknown; choose from {', '.join(BACKENDS)}")
+    check_names("backends", _BACKENDS.value, BACKENDS)
     shapes, backends = _shapes(), [*_BACKENDS.value, *TOKAMAX]
     cases = itertools.product(_GENERATIONS.value, shapes, _DTYPES.value, backends)
     found, n_failed = [], 0
@@ -133,10 +125,10 @@ def main():
         star = "*" if about["is_default"] else ""
         d, f = shape
         print(f"{generation} {dtype} {d}x{f} {backend}{star}: {words}", flush=True)
-    report(found, _JSON.value)
+    report(found)
     if n_failed:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -6,14 +6,20 @@ width, E experts. Group sizes are those of random choices. The dense matmul is t
 the backends; forward+backward is the value and both gradients.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from aoe_jax import cli
+from aoe_jax.doctor.kernels import with_gradients
 from aoe_jax.moe.grouped_matmul import grouped_matmul
-from benchmarks.timing import keep_freed_memory, machine_in_words, medians, parse_shapes, report
+from benchmarks.timing import (
+    compiled,
+    machine_in_words,
+    medians,
+    parse_shapes,
+    report,
+    run_benchmark,
+)
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x512x1024x8", "4096x512x256x64", "16384x512x256x64"], "MxDxFxE"
@@ -21,7 +27,6 @@ _SHAPES = flags.DEFINE_list(
 _BACKENDS = flags.DEFINE_list("backends", ["auto"], "of grouped_matmul; ragged is slow on CPU")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of rows and weights")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def _inputs(m, d, f, n_experts, dtype):
@@ -36,18 +41,12 @@ def _timed(product, rows, weights, g):
     memory of the second.
     """
 
-    def with_gradients(rows, weights, g):
-        value, pull_back = jax.vjp(product, rows, weights)
-        return value, *pull_back(g)
-
-    forward = jax.jit(product).lower(rows, weights).compile()
-    both = jax.jit(with_gradients).lower(rows, weights, g).compile()
-    temp = both.memory_analysis().temp_size_in_bytes
-    return (lambda: forward(rows, weights)), (lambda: both(rows, weights, g)), temp
+    _, forward = compiled(product, rows, weights)
+    program, both = compiled(with_gradients(product), (rows, weights), g, ())
+    return forward, both, program.memory_analysis().temp_size_in_bytes
 
 
 def main():
-    keep_freed_memory()
     form = "four numbers MxDxFxE, such as 4096x512x1024x8"
     shapes = parse_shapes(_SHAPES.value, form)
     print(machine_in_words())
@@ -85,8 +84,8 @@ def main():
                 f"temporary memory {figure['temp_megabytes']:.0f} MB",
                 flush=True,
             )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

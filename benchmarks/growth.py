@@ -15,23 +15,20 @@ FSDP. The last lines say from which number of chips on which arm receives least.
 import dataclasses
 from pathlib import Path
 
-import matplotlib
-import matplotlib.ticker
 from absl import flags
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from aoe_jax import cli
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
-from aoe_jax.hardware import topology_devices
+from aoe_jax.hardware import machine, topology_devices
+from aoe_jax.json_files import write_json
 from aoe_jax.plan import plan
-from benchmarks.timing import report
+from benchmarks.timing import check_names
 from configs import large
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-TOPOLOGIES = {16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+TOPOLOGIES = {"16": "2x2x4", "32": "2x4x4", "64": "4x4x4", "128": "4x4x8", "256": "4x8x8"}
 EXPERT_SHARDS = 16
 ARMS = {
     "AoE, FSDP": ("aoe_64", None),
@@ -44,9 +41,7 @@ ARMS = {
 COLOURS = {"FSDP": "tab:gray", "ring": "tab:blue", "all_to_all": "tab:orange"}
 
 _OUTPUT = flags.DEFINE_string("output", None, "a folder for the figures")
-_CHIPS = flags.DEFINE_list(
-    "chips", [str(n) for n in TOPOLOGIES], f"of {', '.join(map(str, TOPOLOGIES))}"
-)
+_CHIPS = flags.DEFINE_list("chips", list(TOPOLOGIES), f"of {', '.join(TOPOLOGIES)}")
 _TOKENS = flags.DEFINE_integer(
     "tokens_per_chip", 16384, "of weak scaling, in sequences of 4096", lower_bound=4096
 )
@@ -68,7 +63,8 @@ def configuration(arm, n_chips, sequences):
 
 def draw(figures, folder):
     """Received bytes and predicted step time against chips, weak and strong."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, constrained_layout=True)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     for row, scaling in zip(axes, ("weak", "strong"), strict=True):
         for arm in ARMS:
             points = [f for f in figures if f["arm"] == arm and f["scaling"] == scaling]
@@ -88,7 +84,7 @@ def draw(figures, folder):
             ax.set_xscale("log", base=2)
             if scaling == "strong":
                 ax.set_yscale("log")
-                ax.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))
+                ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_formatter("{x:g}")
             else:
@@ -100,7 +96,6 @@ def draw(figures, folder):
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     for kind in ("png", "svg"):
         figure.savefig(folder / f"growth.{kind}", dpi=120)
-    plt.close(figure)
 
 
 def overtakings(figures):
@@ -127,14 +122,11 @@ def overtakings(figures):
 
 def main():
     folder = Path(cli.required(_OUTPUT))
-    if not all(n.isdecimal() and int(n) in TOPOLOGIES for n in _CHIPS.value):
-        raise UserError(
-            f"--chips={','.join(_CHIPS.value)}: choose from {', '.join(map(str, TOPOLOGIES))}"
-        )
+    check_names("chips", _CHIPS.value, TOPOLOGIES)
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
-    for n in map(int, _CHIPS.value):
-        generation, devices = topology_devices(f"v5p:{TOPOLOGIES[n]}")
+    for chips in _CHIPS.value:
+        n, (generation, devices) = int(chips), topology_devices(f"v5p:{TOPOLOGIES[chips]}")
         for scaling, sequences in (("weak", n * (_TOKENS.value // 4096)), ("strong", _BATCH.value)):
             for arm in ARMS:
                 result = plan(configuration(arm, n, sequences), generation, devices, compiles=False)
@@ -148,7 +140,7 @@ def main():
     for sentence in overtakings(figures):
         print(sentence)
     draw(figures, folder)
-    report(figures, folder / "growth.json")
+    write_json(folder / "growth.json", {"machine": machine(), "figures": figures})
 
 
 if __name__ == "__main__":

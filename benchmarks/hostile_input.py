@@ -19,10 +19,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from aoe_jax import cli
-from aoe_jax.config.checks import require_flag
 from aoe_jax.data.sotu import speech_files
-from benchmarks.timing import report
+from benchmarks.timing import check_names, report, run_benchmark
 
 _PREPARE = ["-m", "aoe_jax.data.prepare", "--input={here}/in/*", "--output={here}/out"]
 _PREPARE += ["--validation=0.2", "--test=0.2", "--processes=2", "--tokenizer=bpe:1000"]
@@ -132,8 +130,9 @@ def measure(case: Case):
 
 def main():
     figures = []
-    for name in flags.FLAGS.cases or CASES:
-        require_flag(name in CASES, "cases", name, f"choose from {', '.join(CASES)}")
+    names = flags.FLAGS.cases
+    check_names("cases", names, CASES)
+    for name in names:
         case = CASES[name]
         status, peak, seconds, last_line = measure(case)
         holds = peak <= case.bar_mb and status == case.status
@@ -144,11 +143,10 @@ def main():
         )
         figures.append({"case": name, "peak_mb": peak, "bar_mb": case.bar_mb, "status": status})
         figures[-1] |= {"seconds": seconds, "holds": holds, "last_line": last_line}
-    report(figures, flags.FLAGS.json)
+    report(figures)
     return int(not all(figure["holds"] for figure in figures))
 
 
 if __name__ == "__main__":  # only here, so that tests can import this beside other commands
-    flags.DEFINE_list("cases", None, "which cases; default: all")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    flags.DEFINE_list("cases", list(CASES), "which cases")
+    run_benchmark(main)

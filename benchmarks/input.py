@@ -22,13 +22,12 @@ import grain
 import jax
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.data import DataConfig
 from aoe_jax.data.pipeline import READ_OPTIONS, train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.sharding import batch_sharding, fill_mesh, make_mesh, put_batch
 from aoe_jax.training.step import init_state, make_train_step
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, report
+from benchmarks.timing import configuration, machine_in_words, report, run_benchmark
 
 ARMS = {
     "reading ahead": READ_OPTIONS,
@@ -39,7 +38,6 @@ WARM_UP = 2  # steps of each arm that are not counted
 _DATA = flags.DEFINE_string("data", None, "other corpora, as data.name")
 _STEPS = flags.DEFINE_integer("steps", 60, "timed steps of each arm", lower_bound=1)
 _CACHE = flags.DEFINE_string("cache", DataConfig.cache, "a folder for the token stores")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def write_descriptions(folder: Path):
@@ -67,7 +65,6 @@ def waits(step, state, iterators, put, n_steps):
 
 
 def main():
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "descriptions")
         folder.mkdir()
@@ -114,8 +111,8 @@ def main():
             f"next batch: {100 * figure['share']:.2f}% of the time, "
             f"at most {100 * figure['largest_share']:.2f}%"
         )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
@@ -27,7 +26,14 @@ from aoe_jax.moe.parallel.collectives import Devices
 from aoe_jax.moe.routing import by_token, top_k
 from aoe_jax.moe.scoring import activation_norms, sparse_scores
 from benchmarks.compiling import experts_layer, unweighted_aux_loss
-from benchmarks.timing import keep_freed_memory, machine_in_words, medians, parse_shapes, report
+from benchmarks.timing import (
+    compiled,
+    machine_in_words,
+    medians,
+    parse_shapes,
+    report,
+    run_benchmark,
+)
 
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens", lower_bound=1)
 _SHAPES = flags.DEFINE_list(
@@ -35,7 +41,6 @@ _SHAPES = flags.DEFINE_list(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def configurations(d, n_experts, top_k, d_ffn):
@@ -65,12 +70,6 @@ def _inputs(config, n_tokens):
     return layer, x, jax.jit(layer.init)(jax.random.key(1), x)["params"]
 
 
-def _compiled(function, *args):
-    """The compiled program for these arguments, and a function that calls it with them."""
-    program = jax.jit(function).lower(*args).compile()
-    return program, lambda: program(*args)
-
-
 def _gradient(config, n_tokens):
     """A function that runs forward+backward in parameters and tokens, and the program's bytes."""
     layer, x, params = _inputs(config, n_tokens)
@@ -80,7 +79,7 @@ def _gradient(config, n_tokens):
         aux_loss = unweighted_aux_loss(stats, config.balance)
         return (y.astype(jnp.float32) ** 2).mean() + config.balance.aux_weight * aux_loss
 
-    program, run = _compiled(jax.grad(loss, (0, 1)), params, x)
+    program, run = compiled(jax.grad(loss, (0, 1)), params, x)
     memory = program.memory_analysis()
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return run, size
@@ -116,17 +115,16 @@ def _phases(config, n_tokens):
         return transport.combine(rows, (routing, layout), n_tokens)
 
     phases = {
-        "score": _compiled(score, x, w["w_gate_down"]),
-        "route": _compiled(route, scores),
-        "dispatch": _compiled(dispatch, x, expert, weight),
-        "experts": _compiled(experts, rows, row_weight, w),
-        "combine": _compiled(combine, rows, layout),
+        "score": compiled(score, x, w["w_gate_down"]),
+        "route": compiled(route, scores),
+        "dispatch": compiled(dispatch, x, expert, weight),
+        "experts": compiled(experts, rows, row_weight, w),
+        "combine": compiled(combine, rows, layout),
     }
     return {name: run for name, (_, run) in phases.items()}
 
 
 def main():
-    keep_freed_memory()
     form = "d_model x n_experts x top_k x d_ffn, such as 256x8x2x512"
     shapes, n_tokens = parse_shapes(_SHAPES.value, form), _TOKENS.value
     print(machine_in_words())
@@ -160,8 +158,8 @@ def main():
         figures.append({"shape": list(shape), "phases_ms": ms})
         words = ", ".join(f"{name} {value:.2f} ms" for name, value in ms.items())
         print(f"  phases, forward: {words}", flush=True)
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -20,14 +20,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import random_batch
 from aoe_jax.training.step import init_state, make_train_step
 from aoe_jax.training.telemetry import Telemetry
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, report
+from benchmarks.timing import configuration, machine_in_words, report, run_benchmark
 
 _REPEATS = flags.DEFINE_integer("repeats", 40, "timed steps of each arm", lower_bound=3)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 SMALL = ("loss", "grad_norm")  # fetched of every step
 
@@ -72,7 +70,6 @@ def without_norms(config):
 
 
 def main():
-    keep_freed_memory()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(machine_in_words())
     config = configuration("aoe")
@@ -115,8 +112,8 @@ def main():
         {"arm": name, "ms": 1e3 * cost, "step_ms": 1e3 * step, "share": cost / step}
         for name, cost in costs.items()
     ]
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

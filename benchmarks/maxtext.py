@@ -39,12 +39,12 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS
 from aoe_jax.counts import parameter_counts
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, count_chips, slice_shape, topology_devices
-from aoe_jax.json_files import write_json
+from aoe_jax.hardware import CHIPS, chip_part, slice_shape, topology_devices
 from aoe_jax.moe.grouped_matmul import megablox
 from aoe_jax.plan import plan, read_program
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.training.step import init_state
+from benchmarks.timing import run_benchmark, save
 from configs import paper
 
 VARIANTS = ("moe_aux", "aoe_r256_aux")
@@ -323,7 +323,7 @@ def in_words(versions):
 def compare(python, topology):
     """Compiles MaxText and ours for a topology, prints the table, and returns its figures."""
     generation, devices = topology_devices(topology)
-    chip = CHIPS[generation].part(count_chips(devices) / len(devices))
+    chip = chip_part(generation, devices)
     target = {
         "internal_compile": True,
         "compile_topology": topology,
@@ -372,13 +372,11 @@ def main():
         report = calibrate(python, given.recipe)
     else:
         report = compare(python, cli.required(given["topology"]))
-    if given.json:
-        write_json(Path(given.json), report)
+    save(report)
 
 
 if __name__ == "__main__":  # only here, so that tests can import this beside other commands
     flags.DEFINE_string("python", None, "the Python of an environment with MaxText")
     flags.DEFINE_string("topology", None, "GENERATION:SHAPE, such as v5e:4x4")
     flags.DEFINE_string("recipe", None, f"of {', '.join(RECIPES)}")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

@@ -12,14 +12,13 @@ the compiler's, over the useful ones.
 
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
 from aoe_jax.counts import layer_flops_per_token
 from benchmarks.compiling import TOPOLOGIES, lower_layers, tpu_devices
-from benchmarks.timing import parse_shapes, report
+from benchmarks.timing import parse_shapes, report, run_benchmark
 
 NO_LOSS, EIGHTH = BalanceConfig(aux_weight=0.0), BalanceConfig(aux_tokens=0.125)
 
@@ -46,7 +45,6 @@ _D_MODEL = flags.DEFINE_integer("d_model", 768, "model width", lower_bound=2)
 _SHAPES = flags.DEFINE_list(
     "shapes", ["8x2x3072x256", "64x8x768x512"], "n_experts x top_k x d_ffn x d_low"
 )
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def main():
@@ -91,8 +89,8 @@ def main():
                     f"  {arm:>18} / router: {best[0] / best[1]:.2f} at best without layer, "
                     f"{whole:.2f} under layer"
                 )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -14,11 +14,16 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import (
+    configuration,
+    machine_in_words,
+    medians,
+    report,
+    run_benchmark,
+    torch_packages,
+)
 
 CHANGES = {
     "model": {"d_model": 256},
@@ -28,20 +33,13 @@ CHANGES = {
 }
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each model", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def mixtral_step(config):
     """A function that takes one training step of `transformers`' Mixtral in the shape of `config`,
     and the versions of the packages in words.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch, transformers, versions = torch_packages()
     m, c, t = config.model, config.experts, config.train
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
@@ -73,7 +71,7 @@ def mixtral_step(config):
         optimizer.step()
         return loss.item()
 
-    return run, f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return run, versions
 
 
 def products(config):
@@ -97,7 +95,6 @@ def products(config):
 
 
 def main():
-    keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
     router = configuration("moe", CHANGES)
     low = {"experts": {"d_low": 85}}
@@ -137,8 +134,8 @@ def main():
             f"with {flops:.2f}x the useful FLOPs"
         )
     figures.append({"model": "one product", "speed_ratio": rate})
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -14,15 +14,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from tabulate import tabulate
 
-from aoe_jax import cli
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
-from benchmarks.timing import report
+from benchmarks.timing import report, run_benchmark
 
 VOCABULARY, EXPERTS = 96, 4
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 32))
@@ -229,9 +227,8 @@ def main():
             figure[f"{layout}, {dtype}"] = float(difference)
         figures.append(figure)
     print(tabulate(figures, "keys", "github", floatfmt=("", ".1f", *(".1e",) * 4)))
-    report(figures, flags.FLAGS.json)
+    report(figures)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

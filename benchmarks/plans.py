@@ -7,13 +7,12 @@ wheels for GPUs; minutes a row, of two cores. Each row is `python -m aoe_jax.pla
 
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import topology_devices
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
-from benchmarks.timing import report
+from benchmarks.timing import check_names, report, run_benchmark
 from configs import large, paper
 
 # One micro-batch; L_aux, if any, from an eighth of the tokens.
@@ -48,7 +47,6 @@ COLUMNS = (
 )
 
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "names of rows")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def configuration(module, variant, fields):
@@ -98,16 +96,14 @@ def _compared(figure):
 
 
 def main():
-    unknown = [name for name in _ROWS.value if name not in ROWS]
-    if unknown:
-        raise UserError(f"--rows={','.join(unknown)} is unknown; choose from {', '.join(ROWS)}")
+    check_names("rows", _ROWS.value, ROWS)
     figures = []
     print(_line(COLUMNS), _line("---" for _ in COLUMNS), sep="\n", flush=True)
     for name in _ROWS.value:
         *of_aoe, moe = plans_of(name)
         print(*(_line(cells(aoe, moe)) for aoe in of_aoe), _line(cells(moe)), sep="\n", flush=True)
         figures += [*of_aoe, moe]
-    report(figures, _JSON.value)
+    report(figures)
 
 
 def _line(cells):
@@ -115,4 +111,4 @@ def _line(cells):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -35,10 +35,8 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
-from aoe_jax import cli
-from aoe_jax.errors import UserError
 from aoe_jax.paths import is_remote, parsed_path
-from benchmarks.stopped_runs import (
+from benchmarks.soak import (
     Failure,
     Soak,
     check_checkpoints,
@@ -46,7 +44,7 @@ from benchmarks.stopped_runs import (
     read_heartbeat,
     result,
 )
-from benchmarks.timing import report
+from benchmarks.timing import new_workdir, report, run_benchmark
 from tests.hasty import xla_flags
 from tests.object_store import object_store
 
@@ -301,9 +299,7 @@ def build_clock(folder: Path) -> str:
 
 
 def main():
-    root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(flags.FLAGS["workdir"])
     given = flags.FLAGS
     figures = soak(root, given.pod_size, given.events, given.seed, in_store=given.store)
     print(
@@ -313,7 +309,7 @@ def main():
     )
     for what, count in figures["events"].items():
         print(f"{count:4d}  {what}")
-    report(figures, given.json)
+    report(figures)
 
 
 if __name__ == "__main__":
@@ -323,5 +319,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("events", 20, "how often something happens to a run", lower_bound=1)
     flags.DEFINE_bool("store", False, "keep the runs in an object store of this program")
     flags.DEFINE_integer("seed", 0, "of the events and their moments")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

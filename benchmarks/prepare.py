@@ -27,7 +27,6 @@ import psutil
 import tokenizers
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.data.preparation import (
     Settings,
     check,
@@ -40,7 +39,7 @@ from aoe_jax.data.token_store import read_manifest
 from aoe_jax.data.tokenizer import load_tokenizer, saved_tokenizer
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
-from benchmarks.timing import report
+from benchmarks.timing import new_workdir, report, run_benchmark, times
 
 DOCUMENT_CHARACTERS = 4000
 KILLS = 2  # during the large preparation
@@ -55,7 +54,6 @@ _SIZE = flags.DEFINE_float("size", 2e9, "bytes of its text", lower_bound=1e7)
 _PROCESSES = flags.DEFINE_integer(
     "processes", len(os.sched_getaffinity(0)), "of the large preparation", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def texts():
@@ -108,18 +106,12 @@ def rates(repeats, vocab_size, count):
                 library = tokenizers.Tokenizer.from_file(str(saved_tokenizer(output)))
                 library.encode_special_tokens = True
                 arms["tokenizers"] = lambda library=library: library.encode_batch_fast(documents)
-            seconds = {arm: [] for arm in arms}
-            for repeat in range(repeats + 1):  # the first fills caches
-                for arm, function in arms.items():
-                    started = time.perf_counter()
-                    function()
-                    if repeat:
-                        seconds[arm].append(time.perf_counter() - started)
+            seconds = times(arms, repeats)
             ratio = statistics.median(
                 library / prepare
                 for library, prepare in zip(seconds["library"], seconds["prepare"], strict=True)
             )
-            figure = {arm: size / statistics.median(times) / 1e6 for arm, times in seconds.items()}
+            figure = {arm: size / statistics.median(found) / 1e6 for arm, found in seconds.items()}
             figures.append(
                 {"tokenizer": name, "mb_per_second": figure, "prepare_to_library": ratio}
             )
@@ -216,13 +208,10 @@ def large(root: Path, size, processes):
 
 def main():
     if _WORKDIR.value is None:
-        report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value), _JSON.value)
+        report(rates(_REPEATS.value, _VOCAB_SIZE.value, _DOCUMENTS.value))
         return
-    root = Path(_WORKDIR.value).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
-    report(large(root, _SIZE.value, _PROCESSES.value), _JSON.value)
+    report(large(new_workdir(_WORKDIR), _SIZE.value, _PROCESSES.value))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -14,15 +14,15 @@ import sys
 
 from absl import flags
 
-from aoe_jax import cli, distributed
+from aoe_jax import distributed
 from aoe_jax.compare.step_times import RepeatedStep
+from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from benchmarks.timing import configuration, medians, report
+from benchmarks.timing import configuration, medians, report, run_benchmark
 
 _DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "virtual devices of one process")
 _PROCESS_COUNTS = flags.DEFINE_list("process_counts", ["1", "2"], "processes of one device each")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 _WORKER = flags.DEFINE_string("worker", None, "internal: the mesh to time, as JSON")
 
 MESHES = {
@@ -75,10 +75,8 @@ def main():
         print(time_steps(json.loads(_WORKER.value), _REPEATS.value))
         return
     for name, values in (("devices", _DEVICES.value), ("process_counts", _PROCESS_COUNTS.value)):
-        if not all(value.isdecimal() and int(value) in (1, 2, 4, 8) for value in values):
-            raise UserError(
-                f"--{name}={','.join(values)}: numbers of 1, 2, 4 and 8, which divide the batch"
-            )
+        wanted = "numbers of 1, 2, 4 and 8, which divide the batch"
+        require_flag({*values} <= {"1", "2", "4", "8"}, name, ",".join(values), wanted)
     cases = [(name, int(n), 1) for n in _DEVICES.value for name in MESHES if int(n) > 1]
     cases += [("data", 1, int(n)) for n in _PROCESS_COUNTS.value if int(n) > 1]
     figures = []
@@ -99,8 +97,8 @@ def main():
             f"{1e3 * seconds:7.0f} ms, {seconds / alone:.2f}x one device",
             flush=True,
         )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.run import Config
 from aoe_jax.evaluation.models import Model
 from aoe_jax.evaluation.scoring import Scorer
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import fill_mesh, make_mesh
 from aoe_jax.training.step import init_state
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 
 # name: (tokens of a context, continuations, tokens of a continuation); numbers of tokens from, to.
 SHAPES = {
@@ -29,7 +28,6 @@ SHAPES = {
 _CONTEXTS = flags.DEFINE_integer("contexts", 128, "of each shape", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 4, "of the model", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def random_model(config: Config):
@@ -54,7 +52,6 @@ def random_choices(n_contexts, shape, vocab_size):
 
 
 def main():
-    keep_freed_memory()
     layers = {"n_layers": _LAYERS.value, "unroll": _LAYERS.value}
     model, figures = random_model(configuration("aoe", {"model": layers})), []
     scorer = Scorer(model)
@@ -77,8 +74,8 @@ def main():
             f"ratio {ratio:.2f}",
             flush=True,
         )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -36,21 +36,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import SingleDeviceSharding
 
 from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import forward_flops_per_token, training_flops_per_token
 from aoe_jax.data.pipeline import eval_batches
-from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import Choice, Method, best_experts
 from aoe_jax.moe.routing import top_k as choose_top_k
-from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.loop import train
-from aoe_jax.training.step import init_state, sequence_nll
-from aoe_jax.training.workdir import check_data, check_workdir
+from aoe_jax.training.step import sequence_nll
+from aoe_jax.training.workdir import check_workdir
 from benchmarks.approximate_scores import (
     Approximation,
     agreement,
@@ -60,14 +58,10 @@ from benchmarks.approximate_scores import (
     relative_cost,
     second_moments,
 )
-from benchmarks.timing import configuration, keep_freed_memory, machine_in_words, medians, report
+from benchmarks.step import MODELS
+from benchmarks.timing import configuration, machine_in_words, medians, report, run_benchmark
 
-# "sparse" of benchmarks/step.py, d_low = d / 3.
-SPARSE = {
-    "model": {"d_model": 192},
-    "experts": {"n_experts": 64, "top_k": 8, "d_ffn": 96},
-    "train": {"batch_size": 16},
-}
+SPARSE = MODELS["sparse"]  # d_low = d / 3
 AOE = {"experts": {"d_low": 64}, "balance": {"aux_weight": 0.0, "bias_rate": 0.01}}
 COVARIANCE_BATCHES = 4  # batches of train text
 
@@ -77,20 +71,15 @@ _TOKENS = flags.DEFINE_integer(
     "tokens", 16384, "validation tokens, rounded up to whole batches", lower_bound=1
 )
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed calls of each function", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def trained_model(config, workdir):
-    """Trains unless that is done; returns `(params, routing state, corpus)`."""
+    """Trains unless that is done; returns the `Model` and its corpus."""
     check_workdir(workdir, config)
     if not (workdir / "summary.json").exists():
         train(config, workdir)
-    corpus = open_corpus(config.data, config.model.vocab_size)
-    check_data(workdir, corpus)
-    here = SingleDeviceSharding(jax.devices()[0])
-    state = jax.eval_shape(lambda: init_state(config, config.train.seed))
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), state)
-    return *Checkpoints(workdir).restore_model(config.train.steps, state), corpus
+    model = load_model(workdir)
+    return model, corpus_of(model, workdir)
 
 
 def first_batches(store, config, count):
@@ -148,7 +137,7 @@ def nll_with(method, config, params, bias, prepared, batches):
     return total / sum(float(batch["weights"].sum()) for batch in batches)
 
 
-def executed_flops(config, scoring_cost, useful_flops=training_flops_per_token):
+def executed_flops(config, scoring_cost, useful_flops):
     """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost`
     times exact scoring.
 
@@ -191,14 +180,14 @@ def compare(choose, exact, inputs, w_gate_down, prepared, bias):
 
 
 def main():
-    keep_freed_memory()
     root = Path(cli.required(_WORKDIR)).absolute()
     root.mkdir(parents=True, exist_ok=True)
     config = configuration("aoe", SPARSE, AOE, {"train": {"steps": _STEPS.value}})
     router = configuration("moe", SPARSE, {"balance": {"aux_tokens": 1.0}})
     n_layers = config.model.n_layers
     n_experts, top_k = config.experts.n_experts, config.experts.top_k
-    params, routing_state, corpus = trained_model(config, root / f"steps{_STEPS.value}")
+    model, corpus = trained_model(config, root / f"steps{_STEPS.value}")
+    params, routing_state = model.params, model.routing_state
     bias = routing_state["selection_bias"]
     print(machine_in_words(), flush=True)
 
@@ -317,8 +306,8 @@ def main():
     figures.append(
         {"method": "scoring for nothing", **bound, "step_ms": step_ms, "effective_rank": ranks}
     )
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

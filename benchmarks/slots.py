@@ -7,20 +7,20 @@ with `score_gradient="dense"`, and with n slots. Tokens are random; the arms of 
 turn.
 """
 
-import dataclasses
+from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
-from benchmarks.all_slots import AllSlots
+from aoe_jax.moe.routing import Choice, TopK, by_mask
 from benchmarks.timing import (
-    check_models,
+    check_names,
     configuration,
-    keep_freed_memory,
     machine_in_words,
     medians,
     report,
+    run_benchmark,
 )
 from configs.compare.small import SMALLEST
 
@@ -28,9 +28,20 @@ from configs.compare.small import SMALLEST
 MODELS = {"tiny": {}, "small": SMALLEST | {"model": SMALLEST["model"] | {"vocab_size": 1024}}}
 DENSE = {"experts": {"score_gradient": "dense"}}
 
-_MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
-_REPEATS = flags.DEFINE_integer("repeats", 15, "timed steps of each arm", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
+
+@dataclass(frozen=True)
+class AllSlots(TopK):
+    """`TopK` in the layout of routers that give a token any number of experts."""
+
+    def choice(self, experts):
+        return Choice()
+
+    def __call__(self, scores, weights, ctx):
+        """The experts and weights of `TopK`, with n slots per token."""
+        routing = super().__call__(scores, weights, ctx)
+        expert, weight = (a.reshape(-1, ctx.top_k, 1) for a in (routing.expert, routing.weight))
+        is_expert = expert == jnp.arange(scores.shape[1])
+        return by_mask(is_expert.any(axis=1), jnp.where(is_expert, weight, 0).sum(axis=1))
 
 
 def steps_of(model, kind):
@@ -40,19 +51,18 @@ def steps_of(model, kind):
     config = configuration(variant, MODELS[model], changes)
     if changes:
         steps["K slots, all norms' gradients"] = RepeatedStep(config)
-    steps["n slots"] = RepeatedStep(dataclasses.replace(config, routing=AllSlots()))
+    steps["n slots"] = RepeatedStep(replace(config, routing=AllSlots()))
     return steps
 
 
 def main():
-    keep_freed_memory()
-    check_models(_MODELS.value, MODELS)
+    check_names("models", flags.FLAGS.models, MODELS)
     print(machine_in_words())
     figures = []
-    for model in _MODELS.value:
+    for model in flags.FLAGS.models:
         for kind in ("router", "aoe"):
             steps = steps_of(model, kind)
-            seconds = medians(steps, _REPEATS.value)
+            seconds = medians(steps, flags.FLAGS.repeats)
             for arm, step in steps.items():
                 memory = step.memory["temporary_bytes"] / steps["K slots"].memory["temporary_bytes"]
                 figure = {"model": model, "kind": kind, "arm": arm, "ms": 1e3 * seconds[arm]}
@@ -63,8 +73,10 @@ def main():
                     f"{figure['ratio']:.2f}x, temporary memory {memory:.2f}x",
                     flush=True,
                 )
-    report(figures, _JSON.value)
+    report(figures)
 
 
-if __name__ == "__main__":
-    cli.run(main)
+if __name__ == "__main__":  # only here, so that tests can import this beside other commands
+    flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
+    flags.DEFINE_integer("repeats", 15, "timed steps of each arm", lower_bound=1)
+    run_benchmark(main, timed=True)

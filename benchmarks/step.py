@@ -9,16 +9,15 @@ import dataclasses
 
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.compare.step_times import RepeatedStep
 from aoe_jax.counts import training_flops_per_token
 from benchmarks.timing import (
-    check_models,
+    check_names,
     configuration,
-    keep_freed_memory,
     machine_in_words,
     medians,
     report,
+    run_benchmark,
 )
 
 # Changes to configs/tiny.py; d_low is set by the ranks below, as a fraction of d_model.
@@ -48,10 +47,6 @@ FACTORISED = {
     "as published": {"experts": {"score_gradient": "dense"}, "balance": {"aux_tokens": 1.0}},
 }
 
-_MODELS = flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
-
 
 def arms_of(name):
     """Returns the configurations of the arms of a model by label, the router's first."""
@@ -67,14 +62,13 @@ def arms_of(name):
 
 
 def main():
-    keep_freed_memory()
-    check_models(_MODELS.value, MODELS)
+    check_names("models", flags.FLAGS.models, MODELS)
     print(machine_in_words())
     figures = []
-    for name in _MODELS.value:
+    for name in flags.FLAGS.models:
         configs = arms_of(name)
         steps = {arm: RepeatedStep(config) for arm, config in configs.items()}
-        seconds, router = medians(steps, _REPEATS.value), configs["router"]
+        seconds, router = medians(steps, flags.FLAGS.repeats), configs["router"]
         for arm, config in configs.items():
             figure = {
                 "model": name,
@@ -96,8 +90,10 @@ def main():
                 f"temporary memory {figure['temp_ratio']:.2f}x",
                 flush=True,
             )
-    report(figures, _JSON.value)
+    report(figures)
 
 
-if __name__ == "__main__":
-    cli.run(main)
+if __name__ == "__main__":  # only here, so that others can import this
+    flags.DEFINE_list("models", list(MODELS), f"of {', '.join(MODELS)}")
+    flags.DEFINE_integer("repeats", 7, "timed steps of each model", lower_bound=1)
+    run_benchmark(main, timed=True)

@@ -6,18 +6,16 @@ and without any feed-forward layer. A seed sets parameters and the order of the 
 seed are pairs: differences are to AoE, seed by seed, with their standard error.
 """
 
-import math
-import statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
 
-from aoe_jax import MoE, cli
+from aoe_jax import MoE
+from aoe_jax.compare.statistics import mean
 from aoe_jax.data.sotu import speech_files, split_of
-from benchmarks.timing import report
+from benchmarks.timing import report, run_benchmark
 from examples.nnx_model import GPT, aoe, batch_of, losses, train
 
 D_MODEL, N_LAYERS, LENGTH, BATCH = 64, 2, 64, 32
@@ -69,7 +67,7 @@ def validation_nll(model, text, n_batches=16):
     """The mean negative log-likelihood over pieces of the text, the same for all models."""
     rng, score = np.random.default_rng(0), nnx.jit(losses)
     batches = (batch_of(text, rng, BATCH, LENGTH) for _ in range(n_batches))
-    return statistics.mean(float(score(model, batch)[1]) for batch in batches)
+    return mean([float(score(model, batch)[1]) for batch in batches]).value
 
 
 def main():
@@ -84,15 +82,15 @@ def main():
             found.append(validation_nll(model, held_out))
         n_parameters = sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
         first = figures[0]["nll"] if figures else found
-        differences = [nll - of_aoe for nll, of_aoe in zip(found, first, strict=True)]
+        difference = mean([nll - of_aoe for nll, of_aoe in zip(found, first, strict=True)])
         figure = {
             "model": name,
             "parameters": n_parameters,
             "steps": steps,
             "nll": found,
-            "mean_nll": statistics.mean(found),
-            "difference": statistics.mean(differences),
-            "difference_error": statistics.stdev(differences) / math.sqrt(len(found)),
+            "mean_nll": mean(found).value,
+            "difference": difference.value,
+            "difference_error": difference.error,
         }
         figures.append(figure)
         print(
@@ -100,11 +98,10 @@ def main():
             f"{figure['difference']:+.3f} +- {figure['difference_error']:.3f} to AoE",
             flush=True,
         )
-    report(figures, flags.FLAGS.json)
+    report(figures)
 
 
 if __name__ == "__main__":  # only here, so that tests can import this beside other commands
     flags.DEFINE_integer("seeds", 3, "runs of each model", lower_bound=2)
     flags.DEFINE_integer("steps", 600, "training steps of each run", lower_bound=1)
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

@@ -12,10 +12,8 @@ import os
 
 from absl import flags
 
-from aoe_jax import cli
 from aoe_jax.config.experts import matched_width
-from aoe_jax.errors import UserError
-from benchmarks.timing import keep_freed_memory, machine_in_words, medians, report
+from benchmarks.timing import machine_in_words, medians, report, run_benchmark, torch_packages
 
 LENGTH, WIDTH, RANK = 256, 512, 85
 SHAPE = {
@@ -33,7 +31,6 @@ SHAPE = {
 
 _BATCH = flags.DEFINE_integer("batch", 16, "sequences", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 9, "timed steps of each model", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def models():
@@ -65,26 +62,18 @@ def forward_and_backward(model, tokens):
 
 
 def main():
-    keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing; pip install torch transformers") from e
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch, _, versions = torch_packages()
     tokens = torch.randint(SHAPE["vocab_size"], (_BATCH.value, LENGTH))
     steps = {name: forward_and_backward(model, tokens) for name, model in models().items()}
     seconds, figures = medians(steps, _REPEATS.value), []
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{machine_in_words()}, {versions}")
     for name, time in seconds.items():
         rate, ratio = tokens.numel() / time, seconds["Mixtral"] / time
         figures.append({"model": name, "tokens_per_second": rate, "speed_ratio": ratio})
         print(f"{name:>16}: {rate:7,.0f} tokens/s, {ratio:.2f}x Mixtral's speed")
-    report(figures, _JSON.value)
+    report(figures)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main, timed=True)

@@ -10,14 +10,10 @@ counts with the useful FLOPs that it declares; `tile_flops` counts whole tiles a
 sizes.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aoe_jax import cli
-from aoe_jax.json_files import write_json
 from benchmarks.compiling import (
     TOPOLOGIES,
     expert_shapes,
@@ -25,11 +21,11 @@ from benchmarks.compiling import (
     megablox_tile_flops,
     tpu_devices,
 )
+from benchmarks.timing import run_benchmark, save
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGIES), f"of {', '.join(TOPOLOGIES)}")
 _ROWS = flags.DEFINE_integer("rows", 2 * 16384, "tokens times experts per token")
 _EXPERTS = flags.DEFINE_integer("experts", 8, "number of experts")
-_JSON = flags.DEFINE_string("json", None, "a file for the figures")
 
 
 def main():
@@ -58,11 +54,10 @@ def main():
                 print(*figure.values(), flush=True)
     failed = sum("error" in figure for figure in figures)
     print(f"{len(figures) - failed} of {len(figures)} compile")
-    if _JSON.value:
-        write_json(Path(_JSON.value), figures)
+    save(figures)
     if failed:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_benchmark(main)

@@ -22,11 +22,11 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
-from aoe_jax import cli
 from aoe_jax.errors import UserError
+from aoe_jax.json_files import read_metrics
 from aoe_jax.ownership import read_owner
-from benchmarks.stopped_runs import Failure, Soak, read_heartbeat
-from benchmarks.timing import report
+from benchmarks.soak import Failure, Soak, read_heartbeat
+from benchmarks.timing import new_workdir, report, run_benchmark
 from tests.hasty import xla_flags
 
 LONGEST_OFFSET = 3.0  # seconds
@@ -125,16 +125,16 @@ def attempt(work, disk: Path, offset):
         for trainer in trainers.values():
             if trainer.status() is None:
                 trainer.end(signal.SIGKILL)
-    lines = map(json.loads, (disk / "run" / "metrics.jsonl").read_text().splitlines())
+    lines = read_metrics(disk / "run" / "metrics.jsonl")
     steps = [line["step"] for line in lines if "loss" in line]
     if read_owner(disk / "run") is not None or steps != sorted({*steps}):
         raise Failure(f"{disk} has an owner, or lines of two runs:\n{words()}")
     return winner
 
 
-def race(root: Path, tries, seed, settings=None):
+def race(root: Path, tries, seed):
     """Lets two trainers start in one folder so many times; returns how often each was the owner."""
-    chance, work = random.Random(seed), Soak(root, SETTINGS | (settings or {}))
+    chance, work = random.Random(seed), Soak(root, SETTINGS)
     left = left_behind(work, root / "left") if tries > 1 else None
     winners = {"fresh": [], "taken over": []}
     for number in tqdm(range(tries), desc="tries", unit="try"):
@@ -152,16 +152,14 @@ def race(root: Path, tries, seed, settings=None):
 
 
 def main():
-    root = Path(cli.required(flags.FLAGS["workdir"])).absolute()
-    if root.exists():
-        raise UserError(f"--workdir={root} exists already; name a new directory")
+    root = new_workdir(flags.FLAGS["workdir"])
     if os.geteuid() != 0 or not shutil.which("unshare"):
         raise UserError("two hosts on one machine need root and the program unshare")
     figures = race(root, flags.FLAGS.tries, flags.FLAGS.seed)
     for kind, counts in figures.items():
         total = sum(counts.values())
         print(f"{total} tries, folder {kind}: exactly one trained, the first {counts['a']} times")
-    report(figures, flags.FLAGS.json)
+    report(figures)
 
 
 if __name__ == "__main__":
@@ -169,5 +167,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "a directory for the runs")
     flags.DEFINE_integer("tries", 50, "how often two trainers start", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the moments of their starts")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

@@ -42,6 +42,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from aoe_jax import cli
+from aoe_jax.config.checks import require_flag
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import write_json
@@ -260,33 +261,27 @@ def draw(figures, setting):
     return figure
 
 
-def _make_folder(folder, flag):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        given, reason = f"--{flag.name}={flag.value}", e.strerror
-        raise UserError(f"{given}: {folder} cannot be made ({reason}); name another place") from e
-
-
-def _destinations(json_flag, output_flag):
+def _destinations(given):
     """Returns the file and the folder to write to, or None; raises `UserError` before training."""
-    file = Path(json_flag.value).expanduser() if json_flag.value else None
-    folder = Path(output_flag.value).expanduser() if output_flag.value else None
-    if file:
-        _make_folder(file.parent, json_flag)
-        if file.is_dir():
-            raise UserError(f"--json={json_flag.value}: is a folder; name a file")
-    if folder:
-        _make_folder(folder, output_flag)
+    file = Path(given.json).expanduser() if given.json else None
+    folder = Path(given.output).expanduser() if given.output else None
+    for name, path in (("json", file and file.parent), ("output", folder)):
+        try:
+            if path:
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            wanted = f"{path} cannot be made ({e.strerror}); name another place"
+            raise UserError(f"--{name}={given[name].value}: {wanted}") from e
+    require_flag(not (file and file.is_dir()), "json", given.json, "is a folder; name a file")
     return file, folder
 
 
 def main():
     given = flags.FLAGS
     for name, least in (("seeds", 2), ("steps", 1), ("d_model", 2)):
-        if given[name].value < least:
-            raise UserError(f"--{name}={given[name].value}: must be {least} or more")
-    file, folder = _destinations(given["json"], given["output"])
+        value = given[name].value
+        require_flag(value >= least, name, value, f"must be {least} or more")
+    file, folder = _destinations(given)
     setting = Setting(steps=given.steps, d_model=given.d_model)
     figures = [
         summary(arm, train_seeds(*layer, setting, given.seeds)) for arm, layer in ARMS.items()

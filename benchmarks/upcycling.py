@@ -10,23 +10,20 @@ over seeds, and the mean difference to the dense model with its standard error. 
 `top_k` times what the dense layer does.
 """
 
-import math
-import statistics
 import tempfile
 from pathlib import Path
 
 from absl import flags
 from tabulate import tabulate
 
-from aoe_jax import cli
+from aoe_jax.compare.statistics import mean
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError
 from aoe_jax.evaluation.run import evaluate_workdir
 from aoe_jax.formats.exporting import export
 from aoe_jax.formats.upcycling import Upcycling, upcycle
 from aoe_jax.json_files import read_metrics
 from aoe_jax.training.loop import train
-from benchmarks.timing import configuration, report
+from benchmarks.timing import configuration, report, run_benchmark
 from configs import finetune
 
 ARMS = ("dense", "MoE", "AoE")
@@ -84,18 +81,15 @@ def rows(of_seeds):
     """The rows of the table: steps, mean nll by arm, and differences to the dense model."""
     for step in of_seeds[0]["dense"]:
         values = {arm: [curves[arm][step] for curves in of_seeds] for arm in ARMS}
-        row = {"steps": step} | {arm: f"{statistics.mean(values[arm]):.4f}" for arm in ARMS}
+        row = {"steps": step} | {arm: f"{mean(values[arm]).value:.4f}" for arm in ARMS}
         for arm in ARMS[1:]:
-            differences = [a - b for a, b in zip(values[arm], values["dense"], strict=True)]
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            row[f"{arm} - dense"] = f"{statistics.mean(differences):+.4f} ± {error:.4f}"
+            found = mean([a - b for a, b in zip(values[arm], values["dense"], strict=True)])
+            row[f"{arm} - dense"] = f"{found.value:+.4f} ± {found.error:.4f}"
         yield row
 
 
 def main():
     given = flags.FLAGS
-    if given.seeds < 2:
-        raise UserError(f"--seeds={given.seeds}: must be 2 or more, for the standard error")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(given.output or scratch)
         of_seeds = [curves(folder / f"seed_{seed}", seed) for seed in range(given.seeds)]
@@ -106,11 +100,11 @@ def main():
         for arm, values in found.items()
         for step, nll in values.items()
     ]
-    report(figures, given.json)
+    report(figures)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("seeds", 3, "how often all is trained")
+    flags.DEFINE_integer("seeds", 3, "how often all is trained", lower_bound=2)
     flags.DEFINE_integer("dense_steps", 700, "steps of the dense model before it is upcycled", 1)
     flags.DEFINE_integer("steps", 400, "steps of every arm after that", 1)
     flags.DEFINE_integer("every", 100, "steps between two validations", 1)
@@ -119,5 +113,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("score_neurons", 16, "neurons of an AoE expert that score", 1)
     flags.DEFINE_float("noise", 0.0, "relative standard deviation of the noise in experts", 0.0)
     flags.DEFINE_string("output", None, "a folder for runs and models; default: none are kept")
-    flags.DEFINE_string("json", None, "a file for the figures")
-    cli.run(main)
+    run_benchmark(main)

@@ -129,11 +129,9 @@ def loss_curves(curves, styles, axis):
 
     `curves` are `Results.curves` of the finished runs of a size, `axis` is a key of AXES.
     """
-    arms = curves["arm"].unique()
-    figure, axes = _new_of_arms(len(arms), 3.5)
+    figure, axes = _new_of_arms(curves["arm"].nunique(), 3.5)
     late, lowest, first_x = [], [], []
-    for arm in arms:
-        of_arm = curves[curves["arm"] == arm]
+    for arm, of_arm in curves.groupby("arm", sort=False):
         train = _over_seeds(of_arm[of_arm["split"] == "train"], [axis, "nll"])
         window = max(1, round(len(train) * SMOOTHING))
         nll = train["nll"].rolling(window, min_periods=1).mean().to_numpy()
@@ -274,22 +272,29 @@ def scores_through_training(report, name, title):
     return figure
 
 
+def _lines(found, styles, **labels):
+    """Draws the values of each arm, `{arm: Series}`, with a legend; returns figure and axes."""
+    figure, axes = _new_of_arms(len(found), 2.8)
+    for arm, values in found.items():
+        axes.plot(values.index, values, marker="o", markersize=3, **styles[arm])
+    axes.set(**labels)
+    _legend(figure, axes)
+    return figure, axes
+
+
 @drawn
 def through_training(routing, styles, name, ylabel):
     """Draws a column of `Results.routing`, mean over layers and seeds, against training's progress.
 
     The rows are of the finished runs of a size.
     """
-    arms = [arm for arm in styles if (routing["arm"] == arm).any()]
-    figure, axes = _new_of_arms(len(arms), 2.8)
-    for arm in arms:
-        values = _over_seeds(routing[routing["arm"] == arm], name)
-        progress = 100 * values.index / values.index[-1]
-        axes.plot(progress, values, marker="o", markersize=3, **styles[arm])
-    axes.set(xlabel="share of the training, %", ylabel=ylabel)
-    if not any(line.get_ydata().any() for line in axes.lines):  # such as no dead experts at all
+    found = {}
+    for arm, rows in routing.groupby("arm", sort=False):
+        values = _over_seeds(rows, name)
+        found[arm] = values.set_axis(100 * values.index / values.index[-1])
+    figure, axes = _lines(found, styles, xlabel="share of the training, %", ylabel=ylabel)
+    if not any(values.any() for values in found.values()):  # such as no dead experts at all
         axes.set_ylim(0, 1)
-    _legend(figure, axes)
     return figure
 
 
@@ -300,14 +305,10 @@ def by_layer(routing, styles, name, ylabel):
     The rows are of the finished runs of a size.
     """
     at_the_end = routing[routing["step"] == routing["step"].max()]
-    arms = [arm for arm in styles if (at_the_end["arm"] == arm).any()]
-    figure, axes = _new_of_arms(len(arms), 2.8)
-    for arm in arms:
-        values = at_the_end[at_the_end["arm"] == arm].groupby("layer")[name].mean()
-        axes.plot(values.index, values, marker="o", markersize=3, **styles[arm])
+    by_arm = at_the_end.groupby("arm", sort=False)
+    found = {arm: rows.groupby("layer")[name].mean() for arm, rows in by_arm}
+    figure, axes = _lines(found, styles, xlabel="layer", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="layer", ylabel=ylabel)
-    _legend(figure, axes)
     return figure
 
 

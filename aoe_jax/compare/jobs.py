@@ -73,6 +73,12 @@ def last_line(path: Path):
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
+def read_outcome(output: Path):
+    """Returns `status` and `last_line` of the job that wrote an output; None if none ended."""
+    file = beside(output, ".outcome.json")
+    return read_json(file) if file.exists() else None
+
+
 @dataclass(frozen=True)
 class Machine:
     """This machine as a place for jobs of a suite."""

@@ -140,7 +140,7 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
     The result is None where the finished arms were not timed, or with other configurations.
     """
     configs = {arm: run.config for arm, (_, run) in _first_by_arm(workdir, runs, size).items()}
-    ((_, _, figures),) = _points(measured_file(workdir, size), {size: configs})
+    ((_, _, figures),) = measured_points(measured_file(workdir, size), {size: configs})
     return figures and {arm: of_arm["seconds"] for arm, of_arm in figures.items()}
 
 
@@ -155,16 +155,12 @@ def _configs(by_arm):
         return None
 
 
-def measured_points(suite: Suite, workdir: Path, name):
-    """Yields `(value, {arm: Config}, {arm: figures} or None)` for each value of a sweep.
+def measured_points(file: Path, wanted):
+    """Yields `(value, {arm: Config}, {arm: figures} or None)` for each item of `wanted`.
 
-    The figures are None where these configurations have not been measured; an arm that has failed
-    has none.
+    The figures are None where the file has no measurement of these configurations; an arm that has
+    failed has none.
     """
-    return _points(sweep_file(workdir, name), suite.swept(name))
-
-
-def _points(file, wanted):
     done = {}
     for point in _done(file):
         done[point["value"]] = _configs(point["configs"]), point["figures"]
@@ -185,7 +181,7 @@ def missing_points(suite: Suite, workdir: Path, name):
 def _missing(file, wanted):
     return [
         {"value": value, "configs": {arm: config.to_dict() for arm, config in configs.items()}}
-        for value, configs, figures in _points(file, wanted)
+        for value, configs, figures in measured_points(file, wanted)
         if figures is None or figures.keys() != configs.keys()  # all in turn, if one has failed
     ]
 

@@ -96,18 +96,16 @@ def pairs(runs: pd.DataFrame, arms):
 
 def table(found: pd.DataFrame, arms):
     """Formats the frame of `pairs` as text for each cell."""
-    columns = {"size": found["size"]}
-    for i, arm in enumerate(arms):
-        columns[arm] = [nlls[i].text() for nlls in found["nlls"]]
-    differences = found["difference"]
-    columns[f"{arms[0]} minus {arms[1]} [95% interval]"] = [d.as_difference() for d in differences]
-    columns["seeds"] = [difference.n for difference in differences]
-    for i, arm in enumerate(arms):
-        exponents = [pair[i] for pair in found["exponents"]]
-        columns[f"exponent from the previous size, {arm}"] = [
-            "-" if np.isnan(a) else f"{a:.3f}" for a in exponents
-        ]
-    return pd.DataFrame(columns)
+    rows = []
+    for size, nlls, difference, exponents in found.itertuples(index=False):
+        row = {"size": size} | {arm: nll.text() for arm, nll in zip(arms, nlls, strict=True)}
+        row[f"{arms[0]} minus {arms[1]} [95% interval]"] = difference.as_difference()
+        row["seeds"] = difference.n
+        for arm, a in zip(arms, exponents, strict=True):
+            text = "-" if np.isnan(a) else f"{a:.3f}"
+            row[f"exponent from the previous size, {arm}"] = text
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def main():

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aoe_jax.compare.jobs import beside, last_line
-from aoe_jax.compare.measure import measured_points, step_seconds
+from aoe_jax.compare.jobs import beside, last_line, read_outcome
+from aoe_jax.compare.measure import measured_points, step_seconds, sweep_file
 from aoe_jax.compare.results import (
     CURVE_COLUMNS,
     KEYS,
@@ -44,11 +44,8 @@ def make_results(suite, rows, curves):
 
 def _read_run(run, folder, seconds):
     """Returns a row of `Results.runs` and a list of frames of `curves`."""
-    finished, outcome = is_finished(folder, run), beside(folder, ".outcome.json")
-    ended = read_json(outcome) if outcome.exists() else None
-    summary = {"metrics": {}, "memory": {}}
-    if finished:
-        summary = read_summary(folder / "summary.json")
+    finished, ended = is_finished(folder, run), read_outcome(folder)
+    summary = read_summary(folder / "summary.json") if finished else {}
     metrics, memory = (
         pd.Series(summary.get(name) or {}, dtype=float) for name in ("metrics", "memory")
     )
@@ -146,7 +143,8 @@ def read_costs(suite: Suite, workdir: Path):
     """
     found = {}
     for name, sweep in suite.throughput.items():
-        points = [point for point in measured_points(suite, workdir, name) if point[2]]
+        points = measured_points(sweep_file(workdir, name), suite.swept(name))
+        points = [point for point in points if point[2]]
         rows = [
             _cost(name, sweep, arm, suite.baseline, configs, figures)
             for arm in suite.arms

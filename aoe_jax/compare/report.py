@@ -15,7 +15,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
-from aoe_jax.compare.jobs import beside
+from aoe_jax.compare.jobs import beside, read_outcome
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import read_costs, read_results
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
@@ -217,9 +217,8 @@ def failed(r: Results, workdir: Path):
     measured = [(f"{size}: routing and step times", measured_file(workdir, size)) for size in sizes]
     measured += [(f"throughput {name}", sweep_file(workdir, name)) for name in names]
     for name, file in measured:
-        outcome = beside(file, ".outcome.json")
-        ended = read_json(outcome) if outcome.exists() else {"status": 0}
-        if ended["status"]:
+        ended = read_outcome(file)
+        if ended and ended["status"]:
             log = str(beside(file, ".log").relative_to(workdir))
             rows.append({"run": name, "last line": _as_code(ended["last_line"]), "log": log})
     return rows
@@ -306,8 +305,8 @@ def routed_sizes(r: Results):
 
 def sweeps(r: Results, costs):
     """Shows costs along sweeps: `name`, `figure`, `caption` and the `rows` of a table of each."""
-    has_baseline = {name: (frame["arm"] == r.suite.baseline).any() for name, frame in costs.items()}
-    return [_sweep(r, name, frame) for name, frame in costs.items() if has_baseline[name]]
+    base = r.suite.baseline
+    return [_sweep(r, name, frame) for name, frame in costs.items() if (frame["arm"] == base).any()]
 
 
 def _sweep(r, name, frame):
@@ -442,9 +441,9 @@ def _fields(config):
     for name, value in config.to_dict()["routing"].items():
         yield f"routing.{name}={_plain(value)}"
     balance = dataclasses.asdict(config.balance)
-    aux_losses = ("aux_weight", "entropy_weight", "z_weight")
-    shown = [name for name in (*aux_losses, "bias_rate") if balance[name]]
-    if any(name in aux_losses for name in shown):
+    weights = ("aux_weight", "entropy_weight", "z_weight", "bias_rate")
+    shown = [name for name in weights if balance[name]]
+    if config.balance.has_loss:
         shown += ["aux_tokens", "aux_batch"]
     for name in shown:
         yield f"{name}={_plain(balance[name])}"

@@ -242,6 +242,7 @@ class Suite:
             groups = self._groups(arm, self.sizes[size].changes)
             train = {"seed": seed}
             if rate is not None:
+                rate *= self.sizes[size].rate_factor
                 final = groups["train"]["final_learning_rate"]
                 final *= rate / groups["train"]["learning_rate"]
                 train |= {"learning_rate": rate, "final_learning_rate": final}
@@ -259,11 +260,10 @@ class Suite:
         learning_rates, runs = learning_rates or {}, []
         for name, size in self.sizes.items():
             for seed in range(size.seeds):
-                configs = {}
-                for arm in self.arms_of(name):
-                    rate = learning_rates.get(arm)
-                    rate = None if rate is None else rate * size.rate_factor
-                    configs[arm] = self._config(name, arm, seed, rate)
+                configs = {
+                    arm: self._config(name, arm, seed, learning_rates.get(arm))
+                    for arm in self.arms_of(name)
+                }
                 self._check_matched(f"size {name}", configs)
                 runs += [Run(name, arm, seed, config) for arm, config in configs.items()]
         return runs

@@ -14,6 +14,7 @@ from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import (
     Chip,
+    count_slices,
     machine,
     peak_flops_per_device,
     published_figures,
@@ -197,13 +198,12 @@ def _measured(work, mesh, found):
     """
     seconds, devices = speed.seconds_of(work, mesh), list(mesh.devices.flat)
     rate, peak, of = work.amount / seconds, None, "published"
-    is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
     if work.peak == "matmul":
         peak, of = found["matmul"].get("per_second"), "matmul"
     elif published := published_figures(devices):
         if work.peak != "link_bandwidth":
             peak = getattr(published, work.peak)
-        elif is_one_slice:
+        elif count_slices(devices) == 1:
             peak = published.group_bandwidth(slice_shape(devices), len(devices))
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}

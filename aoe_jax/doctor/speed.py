@@ -119,25 +119,13 @@ def collectives(mesh):
     n, on_cpu = mesh.size, mesh.devices.flat[0].platform == "cpu"
     rows = max((2**10 if on_cpu else 2**17) // n**2, 1) * n**2  # of 1,024 numbers of 2 bytes
 
-    def all_gather(x):
-        return jax.lax.all_gather(x, "all", tiled=True)
-
-    def reduce_scatter(x):
-        return sum_gradients(x, "all", 0)
-
-    def all_to_all(x):
-        return jax.lax.all_to_all(x, "all", split_axis=0, concat_axis=0, tiled=True)
-
-    received = 2048 * rows * (n - 1) / n
+    share, whole, received = [(rows // n, 1024)], [(rows, 1024)], 2048 * rows * (n - 1) / n
+    functions = {
+        "all_gather": (share, lambda x: jax.lax.all_gather(x, "all", tiled=True)),
+        "reduce_scatter": (whole, lambda x: sum_gradients(x, "all", 0)),
+        "all_to_all": (whole, lambda x: jax.lax.all_to_all(x, "all", 0, 0, tiled=True)),
+    }
     return [
-        Work(
-            function.__name__,
-            function,
-            [(rows // n if function is all_gather else rows, 1024)],
-            "bfloat16",
-            (),
-            received,
-            "link_bandwidth",
-        )
-        for function in (all_gather, reduce_scatter, all_to_all)
+        Work(name, function, shapes, "bfloat16", (), received, "link_bandwidth")
+        for name, (shapes, function) in functions.items()
     ]

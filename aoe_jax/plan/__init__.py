@@ -35,7 +35,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.costs import KERNEL_COSTS, Program, likely_seconds, scope
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import CHIPS, compiling_for, count_chips, slice_shape
+from aoe_jax.hardware import chip_part, compiling_for, count_slices, slice_shape
 from aoe_jax.hlo import compile_and_read
 from aoe_jax.training.step import init_state, train_step_on, training_loss
 
@@ -77,9 +77,9 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
       optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
-    chip = chip or CHIPS[generation].part(count_chips(devices) / n_devices)
+    chip = chip or chip_part(generation, devices)
     mesh = sharding.make_mesh(config, devices)
-    compiled = likely = None
+    fits = likely = text = None
     memory = dict.fromkeys(("state", "activations", "temp", "total"))
     with jax.set_mesh(mesh), compiling_for(devices):
         step, state = train_step_on(mesh, config)
@@ -88,13 +88,13 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
         started = time.perf_counter()
         if compiles:
             log.info("compiling the training step for %d devices", n_devices)
-            compiled, memory["total"], text = _compile(traced)
+            memory["total"], memory["temp"], text = _compile(traced)
+            fits = memory["temp"] is not None and memory["total"] <= chip.hbm_bytes
         compile_seconds = time.perf_counter() - started
-        if compiled:
-            memory["temp"] = compiled.memory_analysis().temp_size_in_bytes
-            likely = read_program(text, chip, slice_shape(devices)) if text else None
-            if not text:
-                log.warning("the compiler wrote no program: no FLOPs and no likely step time")
+        if text:
+            likely = read_program(text, chip, slice_shape(devices))
+        elif memory["temp"] is not None:
+            log.warning("the compiler wrote no program: no FLOPs and no likely step time")
         memory["state"] = _bytes_per_device(state)
         memory["activations"] = _activation_bytes(config, n_devices)
     found, received = [], Counter()
@@ -103,7 +103,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
             found.append({"kind": kind, "axes": list(axes), "count": count, "bytes": size})
             received[kind] += size
     across = 0.0  # slices are along the outermost axis, data
-    if len({getattr(d, "slice_index", 0) or 0 for d in devices}) > 1:
+    if count_slices(devices) > 1:
         across = sum(entry["bytes"] for entry in found if "data" in entry["axes"])
     within = received.total() - across
     if likely and across:  # the program counts it at the speed within a slice
@@ -120,7 +120,7 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     }
     bound_by, counts = max(seconds, key=seconds.get), parameter_counts(config)
     return {
-        "fits": bool(compiled) and memory["total"] <= chip.hbm_bytes if compiles else None,
+        "fits": fits,
         "generation": generation,
         "devices": n_devices,
         "mesh": {**mesh.shape, "transport": config.mesh.transport},
@@ -169,9 +169,9 @@ def _activation_bytes(config, n_devices):
 
 
 def _compile(traced):
-    """`(compiled program, bytes of memory per device, its optimised HLO)`.
+    """`(bytes of memory per device, temporary bytes among them, optimised HLO)`.
 
-    If the program exceeds the memory, only the bytes are known; the others are None.
+    A program that exceeds the memory has only the first.
     """
     try:
         compiled, text = compile_and_read(traced.lower())
@@ -181,11 +181,11 @@ def _compile(traced):
         if not found:
             raise
         number, unit = filter(None, found.groups())
-        return None, float(number) * 1024 ** ("KMGT".index(unit) + 1), None
+        return float(number) * 1024 ** ("KMGT".index(unit) + 1), None, None
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     used = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-    return compiled, used, text
+    return used, memory.temp_size_in_bytes, text
 
 
 def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):

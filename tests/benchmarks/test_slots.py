@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from aoe_jax.moe.routing import TopK
-from benchmarks.all_slots import AllSlots
+from benchmarks.slots import AllSlots
 from tests.moe.contexts import context
 from tests.moe.test_routing import dense_weights
 
