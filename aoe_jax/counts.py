@@ -25,7 +25,7 @@ class ParameterCounts:
     twice, as input table and as output projection, among the active parameters (247M).
     """
 
-    experts: int  # experts and routers of all layers
+    experts: int  # experts and routers of all layers, and the matrices of dense layers
     active_experts: int  # the part that one token uses
     attention: int
     norms: int  # norms and biases
@@ -86,18 +86,24 @@ def parameter_counts(config: Config):
     shared = sum(size for parameter, size in declared if not parameter.per_expert)
     of_queries, of_keys = m.n_heads * m.head_width, m.kv_heads * m.head_width
     features = of_queries + of_keys  # q and k; v and o have as many
-    norms = (2 * m.n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
+    n_layers, of_dense = m.n_layers + m.n_dense_layers, _dense_layers(m)
+    norms = (2 * n_layers + 1) * m.d_model * (2 if m.norm == "layer" else 1)
     of_qk_norm = {"none": 0, "all": features, "head": 2 * m.head_width}[m.qk_norm]
     biases = (m.attention_bias or m.qkv_bias) * (of_queries + 2 * of_keys)
     biases += m.attention_bias * m.d_model
     return ParameterCounts(
-        experts=m.n_layers * sum(size for _, size in declared),
-        active_experts=m.n_layers * (shared + active),
-        attention=m.n_layers * 2 * m.d_model * features,
-        norms=norms + m.n_layers * (of_qk_norm + biases) + m.output_bias * m.vocab_size,
+        experts=m.n_layers * sum(size for _, size in declared) + of_dense,
+        active_experts=m.n_layers * (shared + active) + of_dense,
+        attention=n_layers * 2 * m.d_model * features,
+        norms=norms + n_layers * (of_qk_norm + biases) + m.output_bias * m.vocab_size,
         embedding=m.vocab_size * m.d_model,
         n_tables=1 if m.tie_embeddings else 2,
     )
+
+
+def _dense_layers(model):
+    """The matrices of the dense layers before those of experts."""
+    return model.n_dense_layers * 3 * model.d_model * (model.d_dense or 0)
 
 
 def layer_flops_per_token(config: Config):
@@ -144,11 +150,11 @@ def training_flops_per_token(config: Config):
 
 
 def _other_flops(config):
-    """Forward FLOPs per token of attention and output projection."""
+    """Forward FLOPs per token of attention, dense layers and output projection."""
     m, counts = config.model, parameter_counts(config)
     # Scores and values over half the positions on average.
-    of_scores = m.n_layers * m.n_heads * m.head_width * config.data.seq_len
-    return 2 * (counts.attention + counts.embedding + of_scores)
+    of_scores = (m.n_layers + m.n_dense_layers) * m.n_heads * m.head_width * config.data.seq_len
+    return 2 * (counts.attention + counts.embedding + of_scores + _dense_layers(m))
 
 
 def log_run(config: Config):

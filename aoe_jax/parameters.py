@@ -96,6 +96,7 @@ ATTENTION = {
     "q_head_norm": vector("h", ones_init),
     "k_head_norm": vector("h", ones_init),
 }
+STACKS = ("dense_layers", "layers")  # the first parts of paths of stacked parameters
 EMBEDDING = Parameter("V d", ("vocab", "embed"), cast=True)
 DECODER = {
     "embed/embedding": EMBEDDING,

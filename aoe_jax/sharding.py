@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import count_slices
+from aoe_jax.parameters import STACKS
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -203,7 +204,7 @@ def state_shardings(mesh, abstract_state):
         name = re.sub(r"layer_\d+", "layers", "/".join(names))
         if name not in declared:
             raise ValueError(f"parameter {name} is not declared in aoe_jax.parameters or a method")
-        is_stacked = names[0] == "layers"
+        is_stacked = names[0] in STACKS
         split = declared[name].split[-(a.ndim - is_stacked) :] if a.ndim > is_stacked else ()
         return NamedSharding(mesh, RULES.spec(*((None,) * is_stacked), *split))
 

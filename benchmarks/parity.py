@@ -65,6 +65,14 @@ _QWEN3_MOE = {
     "head_dim": 12,
     "rope_parameters": _ROPE,
 }
+_DEEPSEEK = {  # with its router
+    **_SHAPE,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 2.5,
+}
 MODELS = {
     "mixtral": {
         "model_type": "mixtral",
@@ -104,6 +112,27 @@ MODELS = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "dots1": {
+        "model_type": "dots1",
+        **_DEEPSEEK,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "rope_parameters": _ROPE,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        **_DEEPSEEK,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+        "norm_topk_prob": False,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "head_dim": 12,
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5},
+    },
     "llama": {
         "model_type": "llama",
         **_SHAPE,
@@ -121,7 +150,9 @@ MODELS = {
 
 
 def random_model(name, **changes):
-    """A model of `MODELS`, every parameter drawn with the standard deviation 0.3, norms too."""
+    """A model of `MODELS`; every parameter and selection bias is drawn with the standard deviation
+    0.3, norms too.
+    """
     import torch
     import transformers
 
@@ -132,6 +163,9 @@ def random_model(name, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.3)
     return model
 
 

@@ -33,6 +33,7 @@ _TOP_K = {"name": "top_k"}
 _THRESHOLD = {"name": "threshold", "decay": 0.99, "warmup_steps": 100}
 _DYNMOE = {"name": "dynmoe", "period_steps": 90, "idle_steps": 30, "record_steps": 30}
 _ROUTING_FREE = {"name": "routing_free", "rate": 0.1, "multiplier": 1e-5}
+_SIGMOID = {"name": "sigmoid_top_k", "scale": 2.5, "n_groups": 2}
 _SWITCH = _TOP_K | {"norm_topk_prob": False}  # without its capacity, which kind="capacity" has
 
 VARIANTS = {
@@ -54,6 +55,7 @@ VARIANTS = {
     **_layer_variants("smear", segment=32),
     **_layer_variants("thor", inference="token"),
     **_variants("da_moe", {"name": "da_moe"}, AUX, top_k=3),
+    "sigmoid_top_k_router": ({"kind": "router"}, _SIGMOID, NO_LOSS | {"bias_rate": 1e-3}),
 }
 
 

@@ -75,6 +75,21 @@ def test_a_shared_expert_is_active():
     assert flops == 6 * added
 
 
+def test_dense_layers_in_front_are_active():
+    config = config_of("tiny:moe")
+    model = dataclasses.replace(config.model, n_dense_layers=2, d_dense=48)
+    longer = dataclasses.replace(config, model=model)
+    init = Decoder.from_config(longer).init
+    shapes = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    counts, without = parameter_counts(longer), parameter_counts(config)
+    assert sum(a.size for a in jax.tree.leaves(shapes)) == counts.total
+    matrices = 2 * (4 * 128 * 128 + 3 * 128 * 48)
+    added = matrices + 2 * 2 * 128  # norms
+    assert counts.total - without.total == counts.active - without.active == added
+    flops = training_flops_per_token(longer) - training_flops_per_token(config)
+    assert flops == 6 * (matrices + 2 * 128 * config.data.seq_len)
+
+
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [

@@ -10,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 from aoe_jax.config.data import DataConfig
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import corpus_of, load_model
+from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.reading import read_config, read_step
+from aoe_jax.json_files import write_json
 from tests.runs import (
     STEPS,
     as_read_from,
@@ -71,7 +73,7 @@ def test_files():
     others = {
         "aoe": classes | {"README.md"},
         "router": {"README.md"},
-        "converted": classes | {"convert.json"},
+        "converted": classes | {"README.md", "convert.json"},
     }
     for kind, architecture in {"aoe": "aoe", "router": "mixtral", "converted": "aoe"}.items():
         directory = exported()[kind]
@@ -81,7 +83,7 @@ def test_files():
 
 
 def test_model_cards():
-    """The figures of the run, and how to load the model."""
+    """The figures of the run, or what was converted, and how to load the model."""
     metrics = json.loads((finished_run() / "summary.json").read_text())["metrics"]
     card = (exported()["aoe"] / "README.md").read_text()
     assert f"{metrics['validation_nll']:.4f}" in card and "trust_remote_code=True" in card
@@ -89,6 +91,12 @@ def test_model_cards():
     assert str(scratch("texts")) not in card
     of_router = (exported()["router"] / "README.md").read_text()
     assert "from_pretrained(DIR)" in of_router and "library_name: transformers" in of_router
+    of_converted = (exported()["converted"] / "README.md").read_text()
+    step = read_step(exported()["router"])
+    made = f"`python -m aoe_jax.convert` made this model of `router` (step {step})"
+    assert f"{made}: the router is gone, and gates factorised with rank 16 score" in of_converted
+    assert "energy kept: 0." in of_converted and "trust_remote_code=True" in of_converted
+    assert "## Training" not in of_converted and "experts.kind='aoe'" in of_converted
 
 
 def test_a_model_is_that_of_its_run():
@@ -151,6 +159,8 @@ def test_training_starts_from_a_model(tmp_path):
 
 
 CONVERT = ["-m", "aoe_jax.convert", "--checkpoint={router}", "--output={here}/model"]
+UPCYCLE = ["-m", "aoe_jax.convert", "--checkpoint={dense}", "--output={here}/model"]
+UPCYCLE += ["--upcycle=moe", "--experts=4", "--top_k=2"]
 MISTAKES = {
     "step": (
         [*MODULE, "--workdir={run}", "--output={here}/model", "--step=7"],
@@ -215,6 +225,13 @@ MISTAKES = {
         [*CONVERT, "--upcycle=moe", "--experts=4", "--top_k=2"],
         ["has experts.kind='router'; only a dense model can be upcycled"],
     ),
+    **{
+        f"{flag} of an upcycled model without a corpus": (
+            [*UPCYCLE, f"--{flag}={value}"],
+            [f"--{flag}={value}: belongs to --data or to a model of a run"],
+        )
+        for flag, value in {"mesh": "fsdp=2", "tokens": 9}.items()
+    },
     "no model to go on from": (
         ["train.py", "--config=configs/finetune.py:{here}/none", "--workdir={here}/run"],
         ["none/config.json cannot be read"],
@@ -226,10 +243,18 @@ MISTAKES = {
 }
 
 
+@shared
+def dense_model():
+    """A directory with the `config.json` of a Llama."""
+    folder = scratch("llama")
+    write_json(folder / "config.json", to_json(kind_config("dense")))
+    return folder
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(tmp_path, mistake):
     command, words = MISTAKES[mistake]
-    places = {"run": finished_run(), "here": tmp_path, **exported()}
+    places = {"run": finished_run(), "here": tmp_path, "dense": dense_model(), **exported()}
     status, _, stderr = run([word.format(**places) for word in command])
     assert status == 2 and "Traceback" not in stderr, stderr
     for word in words:

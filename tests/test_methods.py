@@ -214,7 +214,7 @@ SAME_IN_TRAINING = {
         "switch",
         "da_moe",
     ),
-    *("z_loss", "sequence_balance", "loss_free"),
+    *("z_loss", "sequence_balance", "loss_free", "sigmoid_top_k"),
 }
 
 

@@ -57,6 +57,7 @@ def test_files():
         "generation_config.json",
         "model.safetensors",
         "prune.json",
+        "README.md",
         "configuration_aoe.py",
         "modeling_aoe.py",
     }
@@ -67,6 +68,10 @@ def test_files():
         and report["method"] == "uncurl"
     )
     assert f"uncurl {report['nll']['uncurl']:.4f}" in stdout.splitlines()[-1]
+    card = (directory / "README.md").read_text()
+    assert f"made this model of `{finished_run().name}` (step {STEPS})" in card
+    assert "4 experts of a layer became 3 by `uncurl`; validation nll: before" in card
+    assert "trust_remote_code=True" in card
     for layer in report["layers"]:
         assert len(layer["clusters"]) == 3 and len(layer["load"]) == 4
         assert sorted(

@@ -27,7 +27,8 @@ class BalanceConfig(Group):
     # Weight of the z-loss, the mean square of log sum exp of the scores; 1e-3 is usual for logits.
     z_weight: float = setting(0.0, at_least=0)
     # Loss-free balancing (Wang et al. 2024): how much a step changes an expert's selection bias, as
-    # a share of the standard deviation of a token's scores over experts; 0: none.
+    # a share of the standard deviation of a token's scores over experts (with
+    # routing.name="sigmoid_top_k" as a number itself); 0: none.
     bias_rate: float = setting(0.0, at_least=0)
 
     def __post_init__(self):

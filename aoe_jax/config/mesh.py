@@ -55,6 +55,7 @@ class MeshConfig(Group):
             ("tensor", "data.seq_len", config.data.seq_len),
             ("tensor", "experts.d_wide" if e.low_rank else "experts.d_ffn", e.width(d)),
             ("tensor", "experts.d_shared", e.d_shared),
+            ("tensor", "model.d_dense", m.d_dense or 0),
             ("fsdp", "model.d_model", d),
         ]
         if e.score_neurons is not None and e.score_neurons > e.d_ffn // self.tensor:

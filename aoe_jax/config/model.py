@@ -12,7 +12,7 @@ class ModelConfig(Group):
 
     group = "model"
 
-    n_layers: int = setting(4, above=0)
+    n_layers: int = setting(4, above=0)  # layers of experts; all layers of a dense model
     n_heads: int = setting(4, above=0)  # attention heads
     d_model: int = setting(128, above=0, at_most=2**20)  # width of the residual stream (d)
     vocab_size: int = setting(4096, above=0)
@@ -36,6 +36,7 @@ class ModelConfig(Group):
     # Heads of keys and values; None: n_heads.
     n_kv_heads: int | None = setting(None, above=0, divides="n_heads")
     rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies
+    rope_share: float = setting(1.0, above=0, at_most=1)  # share of a head's features that rotate
     rope_factors: tuple = ()  # one divisor per rotary frequency; (): none (LongRoPE, 2402.13753)
     rope_scale: float = setting(1.0, above=0)  # scale of rotated queries and keys (LongRoPE)
     norm: str = setting("rms", choices=("rms", "layer"))  # layer: LayerNorm with a bias
@@ -46,6 +47,9 @@ class ModelConfig(Group):
     attention_bias: bool = False  # whether q, k, v and o have biases
     qkv_bias: bool = False  # whether q, k and v alone have biases
     output_bias: bool = False  # whether the output projection has a bias
+    # Further layers before those of experts, with a dense SwiGLU of width d_dense (DeepSeek-V3).
+    n_dense_layers: int = setting(0, at_least=0)
+    d_dense: int | None = setting(None, above=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,7 +58,10 @@ class ModelConfig(Group):
             self.refuse("n_heads", f"{wanted}, whose pairs rotate; or set model.head_dim")
         if self.head_width % 2:
             self.refuse("head_dim", "must be even, because pairs of features rotate")
-        frequencies = self.head_width // 2
+        if self.rope_width % 2 or not self.rope_width:
+            wanted = f"must make an even number of the {self.head_width} features of a head"
+            self.refuse("rope_share", wanted)
+        frequencies = self.rope_width // 2
         are_factors = all(
             isinstance(factor, int | float) and 0 < factor < math.inf
             for factor in self.rope_factors
@@ -64,11 +71,18 @@ class ModelConfig(Group):
             self.refuse("rope_factors", f"{wanted}, or ()")
         if self.qkv_bias and self.attention_bias:
             self.refuse("qkv_bias", "is part of model.attention_bias=True; set one of them")
+        if (self.d_dense is None) != (self.n_dense_layers == 0):
+            wanted = f"is the width of model.n_dense_layers={self.n_dense_layers} layers"
+            self.refuse("d_dense", f"{wanted}; set both, or leave them at None and 0")
         if self.unroll > 1 and self.remat == "layer":
             wanted = "unrolled layers would keep what is to be computed again; set 1"
             self.refuse("unroll", f"with remat='layer', {wanted}")
 
     def check(self, config):
+        kind = config.experts.kind
+        if self.n_dense_layers and kind not in ("aoe", "router"):
+            wanted = "is for experts.kind='aoe' or 'router'; set it to 0"
+            self.refuse("n_dense_layers", f"{wanted} with experts.kind={kind!r}")
         if self.attention not in ("auto", "blocks") and config.routing.needs_attention_peaks:
             why = f"has no attention peaks, which routing.name={config.routing.name!r} needs"
             self.refuse("attention", f"{why}; use 'auto'")
@@ -77,6 +91,11 @@ class ModelConfig(Group):
     def head_width(self):
         """Width of an attention head."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rope_width(self):
+        """How many features of an attention head rotate."""
+        return int(self.head_width * self.rope_share)
 
     @property
     def kv_heads(self):

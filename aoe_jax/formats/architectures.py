@@ -3,10 +3,10 @@
 **Tensors.** A row has the path of a parameter of the decoder, the name of the tensor, and the
 tensor's axes where they differ from the parameter's (`aoe_jax/parameters.py` declares these, with
 the letters of `aoe_jax/moe/__init__.py`). Parameters under `layers/` have a tensor for each layer,
-with `model.layers.N.` before the name. With `{n}` in its name, each expert has a tensor. `Hh d`
-flattens H and h into one axis, H outermost. `f/0` and `f/1` are the first and the second half of an
-axis that holds two parameters. Where a parameter has several rows, a file may have any of them; the
-first is the one we write.
+with `model.layers.N.` before the name; the layers under `dense_layers/` have the first numbers.
+With `{n}` in its name, each expert has a tensor. `Hh d` flattens H and h into one axis, H
+outermost. `f/0` and `f/1` are the first and the second half of an axis that holds two parameters.
+Where a parameter has several rows, a file may have any of them; the first is the one we write.
 
 **The format `aoe`** stores what no architecture of the Hugging Face hub can express. Its
 `config.json` has `model_type: "aoe"`. Where the classes in `huggingface/` compute the model, it has
@@ -96,6 +96,19 @@ _DENSE_LAYER = _table("""
     layers/experts/w_down            mlp.down_proj.weight                      d f
 """)
 
+_DEEPSEEK_EXPERTS = _OLMOE_EXPERTS | _table("""
+    layers/selection_bias            mlp.gate.e_score_correction_bias
+    layers/experts/w_shared_gate     mlp.shared_experts.gate_proj.weight       u d
+    layers/experts/w_shared_up       mlp.shared_experts.up_proj.weight         u d
+    layers/experts/w_shared_down     mlp.shared_experts.down_proj.weight       d u
+""")
+
+
+def _in_front(tensors):
+    """The tensors of dense layers before those of experts."""
+    return {f"dense_{path}": rows for path, rows in tensors.items() if path.startswith("layers/")}
+
+
 _FIELDS = {
     "vocab_size": "model.vocab_size",
     "hidden_size": "model.d_model",
@@ -140,9 +153,35 @@ class Architecture(NamedTuple):
     only: dict[str, tuple] = _ONLY  # the values that are implemented, first that of a missing field
     constants: dict[str, Any] = _ROUTER  # fields of `Config` common to all
     rope_theta: float = 1e6  # where config.json has none
-    rope_types: tuple[str, ...] = ("default",)
+    rope_types: tuple[str, ...] = ("default", "longrope")
+    rope_scale: str = "attention_factor"  # the setting of longrope that scales
+    rope_share: float = 1.0  # where config.json has no partial_rotary_factor; 1: only 1 is
     aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
+    # Whether fields count dense layers and shared experts as DeepSeek-V3's do, see `configs`.
+    counts_dense_layers: bool = False
 
+
+_DEEPSEEK = Architecture(  # DeepSeek-V3 with usual attention
+    "",
+    tensors=_DECODER | _in_front(_DECODER | _DENSE_LAYER) | _DEEPSEEK_EXPERTS,
+    fields=_fields_with(
+        intermediate_size="model.d_dense",
+        first_k_dense_replace="model.n_dense_layers",
+        moe_intermediate_size="experts.d_ffn",
+        n_routed_experts="experts.n_experts",
+        n_shared_experts="experts.d_shared",
+        n_group="routing.n_groups",
+        topk_group="routing.groups_per_token",
+        norm_topk_prob="routing.norm_topk_prob",
+        routed_scaling_factor="routing.scale",
+    ),
+    defaults=_DEFAULTS | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    only=_ONLY | {"moe_layer_freq": (1,)},
+    constants=_ROUTER | {"routing.name": "sigmoid_top_k"},
+    rope_theta=1e4,
+    aliases=(("num_local_experts", "n_routed_experts"),),
+    counts_dense_layers=True,
+)
 
 ARCHITECTURES = {
     "mixtral": Architecture(
@@ -174,7 +213,7 @@ ARCHITECTURES = {
         ),
         only=_ONLY | {"num_experts_per_tok": (2,)},
         constants=_ROUTER | {"routing.name": "sparsemixer", "model.norm": "layer"},
-        rope_types=("default", "longrope"),
+        rope_scale="short_mscale",
     ),
     "qwen2_moe": Architecture(
         "Qwen2MoeForCausalLM",
@@ -208,6 +247,31 @@ ARCHITECTURES = {
         rope_theta=1e4,
         aliases=(("num_local_experts", "num_experts"),),
     ),
+    "dots1": _DEEPSEEK._replace(
+        class_name="Dots1ForCausalLM",
+        fields=_DEEPSEEK.fields | {"attention_bias": "model.attention_bias"},
+        defaults=_DEEPSEEK.defaults
+        | {"rms_norm_eps": 1e-6, "num_key_value_heads": None, "first_k_dense_replace": 0},
+        constants=_DEEPSEEK.constants | {"model.qk_norm": "head"},
+    ),
+    "glm4_moe": _DEEPSEEK._replace(
+        class_name="Glm4MoeForCausalLM",
+        fields=_DEEPSEEK.fields
+        | {
+            "attention_bias": "model.qkv_bias",
+            "use_qk_norm": "model.qk_norm",
+            "partial_rotary_factor": "model.rope_share",
+        },
+        defaults=_DEEPSEEK.defaults
+        | {
+            "norm_topk_prob": True,
+            "use_qk_norm": False,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "partial_rotary_factor": 0.5,
+        },
+        rope_share=0.5,
+    ),
     "llama": Architecture(
         "LlamaForCausalLM",
         tensors=_DECODER | _DENSE_LAYER,
@@ -216,7 +280,7 @@ ARCHITECTURES = {
         only=_ONLY | {"mlp_bias": (False,)},
         constants=_DENSE,
         rope_theta=1e4,
-        rope_types=("default", "llama3"),
+        rope_types=("default", "llama3", "longrope"),
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
@@ -229,7 +293,7 @@ ARCHITECTURES = {
     ),
     OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
         "AoEForCausalLM",
-        tensors=_DECODER,
+        tensors=_DECODER | _in_front(_DECODER),
         fields=_fields_with(
             num_local_experts="experts.n_experts",
             score_neurons="experts.score_neurons",
@@ -239,8 +303,17 @@ ARCHITECTURES = {
             norm="model.norm",
             qk_norm="model.qk_norm",
             attention_bias="model.attention_bias",
+            qkv_bias="model.qkv_bias",
             lm_head_bias="model.output_bias",
+            shared_expert_intermediate_size="experts.d_shared",
+            shared_expert_gate="experts.shared_gate",
         ),
+        defaults=_DEFAULTS
+        | {
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 0,
+            "shared_expert_gate": False,
+        },
         only=_ONLY | {"score": ("norm", "max"), "clip_qkv": (None,)},
         constants={"experts.kind": "aoe"},
     ),
@@ -256,7 +329,6 @@ NOT_IMPLEMENTED = {
     ),
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "dots1": "its router has sigmoid scores, groups of experts and a scale",
 }
 
 
@@ -267,11 +339,15 @@ class Layout:
     `first` the name of the first one.
     """
 
-    def __init__(self, axes: str, shape: tuple[int, ...], name: str, stored: str = ""):
-        """Takes the parameter's declared axes, its shape with the axis of layers, and the row.
+    def __init__(
+        self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
+    ):
+        """Takes the parameter's declared axes, its shape with the axis of layers, the row, and the
+        number in files of the first of its layers.
 
         The first declared axes may be missing: a dense layer has no axis of experts.
         """
+        self._first_layer = first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
         axes = layers + axes[len(layers) + len(axes) - len(shape) :]
         self._name, self.sizes = name, dict(zip(axes, shape, strict=True))
@@ -297,7 +373,10 @@ class Layout:
         bounds = {axis: (0, size) for axis, size in self.sizes.items()} | (bounds or {})
         for numbers in _product([range(*bounds[axis]) for axis in self._named]):
             at = dict(zip(self._named, numbers, strict=True))
-            yield self._name.format(**at), tuple(at[axis] - bounds[axis][0] for axis in at)
+            index = tuple(at[axis] - bounds[axis][0] for axis in at)
+            if "L" in at:
+                at["L"] += self._first_layer
+            yield self._name.format(**at), index
 
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
         """What a tensor holds of the part of the parameter between `bounds`."""
@@ -324,8 +403,30 @@ def _product(ranges: list[range]) -> Iterator[tuple[int, ...]]:
             yield number, *others
 
 
-def find_layout(model_type: str, path: str, shape: tuple[int, ...], names=()) -> Layout:
-    """How files with tensors of these names store a parameter or a routing state; else how we do.
+def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:
+    """How files with tensors of these names store parameters and routing states, by path.
+
+    Args:
+      model_type: of `config.json`.
+      shapes: of all of a model by path, with the axis of layers; arrays will do.
+      names: of the tensors in the files; where they do not have a parameter, it is as we write it.
+
+    Raises:
+      UserError: the architecture has no such parameter.
+    """
+    n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
+    return {
+        path: find_layout(
+            model_type, path, a.shape, names, n_dense if path.startswith("layers/") else 0
+        )
+        for path, a in shapes.items()
+    }
+
+
+def find_layout(
+    model_type: str, path: str, shape: tuple[int, ...], names=(), first_layer: int = 0
+) -> Layout:
+    """The `Layout` of one parameter or routing state, see `find_layouts`.
 
     Raises:
       UserError: the architecture has no such parameter.
@@ -338,5 +439,5 @@ def find_layout(model_type: str, path: str, shape: tuple[int, ...], names=()) ->
         rows = [(f"{_LAYER}mlp.{group}{path.rpartition('/')[2]}",)]
     if not rows:
         raise UserError(f"a model of model_type {model_type!r} has no parameter {path}")
-    known = [Layout(axes, shape, *row) for row in rows]
+    known = [Layout(axes, shape, *row, first_layer=first_layer) for row in rows]
     return next((one for one in known if one.first in names), known[0])

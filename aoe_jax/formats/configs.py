@@ -11,7 +11,7 @@ import numpy as np
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
-from aoe_jax.json_files import NUMBER
+from aoe_jax.json_files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,16 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
 # Architectures of the hub in which models are written, in the order of trial.
-_EXPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "llama", "qwen3")
+_EXPORTED = (
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "dots1",
+    "glm4_moe",
+    "llama",
+    "qwen3",
+)
 # Routers beside which L_aux is the usual loss.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -136,7 +145,42 @@ def _hub_fields(values):
         fields[sets] = given[field]
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
+    if architecture.counts_dense_layers:
+        fields |= _from_counts(fields)
     return fields | _rotary_fields(values)
+
+
+def _from_counts(fields):
+    """The fields of which DeepSeek-V3's config.json has something else: all layers, with the dense
+    ones at the front; shared experts of the width of the others; whether there is a norm.
+    """
+    n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
+    are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
+    wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
+    is_right = are_counts and n_dense < n_layers
+    _require(is_right, f"first_k_dense_replace={shown(n_dense)}: {wanted}")
+    n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
+    is_right = COUNT.holds(n_shared) and n_shared > 0
+    _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
+    _require(COUNT.holds(width), f"moe_intermediate_size={shown(width)}: must be a number")
+    found = {"model.n_layers": n_layers - n_dense, "experts.d_shared": n_shared * width}
+    if n_dense == 0:
+        found["model.d_dense"] = None
+    if type(fields["model.qk_norm"]) is bool:
+        found["model.qk_norm"] = "head" if fields["model.qk_norm"] else "none"
+    return found
+
+
+def _to_counts(config, fields):
+    """The inverse of `_from_counts`: of the fields of config.json those that change."""
+    model, experts = config.model, config.experts
+    counts = {
+        "num_hidden_layers": model.n_dense_layers + model.n_layers,
+        "intermediate_size": model.d_dense or experts.d_ffn,
+        "n_shared_experts": experts.d_shared // experts.d_ffn,
+    }
+    has_norm = {"use_qk_norm": model.qk_norm == "head"} if "use_qk_norm" in fields else {}
+    return counts | has_norm
 
 
 def _check_attention(values, model):
@@ -145,7 +189,8 @@ def _check_attention(values, model):
     is_usual = model.qk_norm != "all" or head_dim == width
     _require(is_usual, f"head_dim={head_dim} isn't implemented; {wanted}")
     types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
-    is_full = types is None or (types and types == ["full_attention"] * model.n_layers)
+    n_layers = model.n_dense_layers + model.n_layers
+    is_full = types is None or (types and types == ["full_attention"] * n_layers)
     _require(is_full, f"layer_types={shown(types)} isn't implemented; {wanted}")
     if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
         return
@@ -182,14 +227,16 @@ def _rotary_fields(values):
     kinds = architecture.rope_types
     wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
     _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
-    share = setting("partial_rotary_factor", 1)
-    _require(share == 1, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
+    share = setting("partial_rotary_factor", architecture.rope_share)
+    is_known = architecture.rope_share != 1 or share == 1
+    _require(is_known, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
+    fields["model.rope_share"] = share
     if kind != "longrope":
         return fields
     # Longer texts have the long factors and another scale, so the model is read for the length up
     # to which the short ones hold.
-    names = ("short_factor", "short_mscale", "original_max_position_embeddings")
+    names = ("short_factor", architecture.rope_scale, "original_max_position_embeddings")
     factors, scale, length = (setting(name, None) for name in names)
     for name, value in zip(names, (factors, scale, length), strict=True):
         _require(value is not None, f"{name} is missing, which rope_type 'longrope' needs")
@@ -238,14 +285,17 @@ def to_json(config: Config, routing_state=()):
       routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
-    for name in () if routing_state else _EXPORTED:
+    has_bias = "selection_bias" in routing_state
+    for name in _EXPORTED:
+        if has_bias != ("layers/selection_bias" in ARCHITECTURES[name].tensors):
+            continue
         values = _hub_json(config, name)
         with contextlib.suppress(UserError):
             if computed_fields(from_json(Path(), values)) == wanted:
                 return values
     own = as_own(config)
     aoe = _hub_json(config, OWN) | {"auto_map": _AUTO_MAP}
-    aoe["selection_bias"] = "selection_bias" in routing_state
+    aoe["selection_bias"] = has_bias
     try:
         found = computed_fields(from_json(Path("config.json"), aoe))
     except UserError as e:
@@ -271,11 +321,38 @@ def _hub_json(config, model_type):
             fields[theirs] = computed["experts.d_wide"]
         elif hasattr(getattr(config, group), ours):
             fields[theirs] = computed.get(sets, getattr(getattr(config, group), ours))
-    return fields | {
-        "hidden_act": "silu",
-        "rope_theta": config.model.rope_base,
-        "sliding_window": None,
+    if architecture.counts_dense_layers:
+        fields |= _to_counts(config, fields)
+    return (
+        fields
+        | {
+            "hidden_act": "silu",
+            "rope_theta": config.model.rope_base,
+            "sliding_window": None,
+        }
+        | _rope_scaling(model_type, config.model)
+    )
+
+
+def _rope_scaling(model_type, model):
+    """The rotary factors, whatever they come from, as the short ones of LongRoPE. The long ones are
+    for texts that are longer than the model can take.
+
+    Under the name that transformers 4 reads, too; but without the classes of our own format,
+    `AutoTokenizer` fails for it.
+    """
+    if not model.rope_factors:
+        return {}
+    factors = list(model.rope_factors)
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": model.rope_scale,
+        "original_max_position_embeddings": model.max_len,
     }
+    return {"rope_parameters" if model_type == OWN else "rope_scaling": scaling}
 
 
 def as_own(config: Config):

@@ -15,6 +15,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
 from aoe_jax.formats.scoring_neurons import (
     agreement,
@@ -101,6 +102,13 @@ def convert(
             after = mean_nll(load_model(partial_output, mesh=mesh), held_out)
             report["nll"] = {"before": before, "after": after}
         write_json(partial_output / "convert.json", report)
+        form = f"gates factorised with rank {d_low} score"
+        if is_whole:
+            form = f"the first {score_neurons} neurons of its experts score"
+        result = f"the router is gone, and {form}; {convert_summary(report)}"
+        of_step = checkpoint, read_step(checkpoint)
+        origin = made_of(*of_step, "python -m aoe_jax.convert", result, "convert.json")
+        write_card(partial_output, output.name, values, converted, origin)
     return report
 
 

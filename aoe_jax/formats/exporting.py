@@ -5,7 +5,7 @@ from pathlib import Path
 
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
-from aoe_jax.formats.model_card import write_card
+from aoe_jax.formats.model_card import training, write_card
 from aoe_jax.formats.tokenizer_files import write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.training.workdir import read_run_config
@@ -28,5 +28,6 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
         values |= write_tokenizer(workdir, partial_output, config.model.max_len)
         write_arrays(partial_output, values, model.params, model.routing_state, dtype)
         write_run(partial_output, workdir, model.step, config)
-        write_card(partial_output, output.name, values, config, workdir, model.step)
+        origin = training(config, workdir, model.step)
+        write_card(partial_output, output.name, values, config, origin)
     log.info("wrote the model of step %d to %s, as %s", model.step, output, values["model_type"])

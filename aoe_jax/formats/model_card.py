@@ -1,4 +1,4 @@
-"""The `README.md` of an exported model, as the Hugging Face hub shows it."""
+"""The `README.md` of an exported, converted or pruned model, as the Hugging Face hub shows it."""
 
 from pathlib import Path
 
@@ -27,17 +27,13 @@ tags: [mixture-of-experts]
 ---
 # {name}
 
-A decoder-only language model, trained with `aoe_jax` (experts.kind={kind!r}). It has {counts}.
+A decoder-only language model of `aoe_jax` (experts.kind={kind!r}). It has {counts}.
 
 ## Configuration
 
 {fields}
 
-## Training
-
-{tokens:,} tokens in {step:,} steps, sequences of {seq_len} tokens, from: {sources}.
-
-{figures}
+{origin}
 
 ## Use
 
@@ -51,15 +47,51 @@ With `aoe_jax`:
 """
 
 
-def write_card(directory: Path, name: str, values: dict, config: Config, workdir: Path, step: int):
+_TRAINING = """\
+## Training
+
+{tokens:,} tokens in {step:,} steps, sequences of {seq_len} tokens, from: {sources}.
+
+{figures}"""
+
+
+def training(config: Config, workdir: Path, step: int) -> str:
+    """The section of a card about a run; figures in its `workdir` are shown if they are of this
+    step.
+    """
+    return _TRAINING.format(
+        step=step,
+        tokens=step * config.tokens_per_step,
+        seq_len=config.data.seq_len,
+        sources=", ".join(source.label for source in config.data.sources),
+        figures=_figures(workdir, step),
+    )
+
+
+def made_of(source: Path, step: int | None, command: str, result: str, report: str) -> str:
+    """The section of a card about a command that made the model of another one.
+
+    Args:
+      source: the directory of that model, of which the card has the last name only.
+      step: its checkpoint; None: unknown.
+      command: the command.
+      result: what it made.
+      report: the name of the file in which it reports figures.
+    """
+    of_step = "" if step is None else f" (step {step:,})"
+    made = f"`{command}` made this model of `{source.absolute().name}`{of_step}"
+    return f"## Origin\n\n{made}: {result}. `{report}` has all figures."
+
+
+def write_card(directory: Path, name: str, values: dict, config: Config, origin: str):
     """Writes the model card.
 
     Args:
       directory: of the model.
       name: its title.
       values: of `config.json`.
-      config: of the run in `workdir`, whose figures are shown if they are of this step.
-      step: the checkpoint.
+      config: of the model.
+      origin: the section about its origin, `training` or `made_of`.
     """
     fields = {"model.max_len": config.model.max_len} | computed_fields(config)
     is_own, is_loaded = values["model_type"] == OWN, "auto_map" in values
@@ -75,11 +107,7 @@ def write_card(directory: Path, name: str, values: dict, config: Config, workdir
         kind=config.experts.kind,
         counts=parameter_counts(config),
         fields=tabulate(fields.items(), ("field", "value"), "github", missingval="None"),
-        step=step,
-        tokens=step * config.tokens_per_step,
-        seq_len=config.data.seq_len,
-        sources=", ".join(source.label for source in config.data.sources),
-        figures=_figures(workdir, step),
+        origin=origin,
         classes=classes,
         loaded="" if is_own and not is_loaded else _LOADED.format(trust=trust),
     )

@@ -1,6 +1,7 @@
 """Reads models from safetensors: the configuration, and the parameters directly into a mesh."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from aoe_jax.config.data import DataConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError, shown
-from aoe_jax.formats.architectures import find_layout
+from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
 from aoe_jax.json_files import COUNT, or_none, read_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.sharding import replicated, state_shardings
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": that of its run}
 _RUN = {"step": or_none(COUNT), "config": {str: {}}}
@@ -114,7 +117,8 @@ class ModelReader:
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)
-        has_bias = "model.layers.0.mlp.selection_bias" in self._stored
+        first_layer = config.model.n_dense_layers
+        has_bias = f"model.layers.{first_layer}.mlp.selection_bias" in self._stored
         balance = BalanceConfig(bias_rate=1.0) if has_bias else own.balance
         state = own.routing.state_shapes(own.experts, balance, own.model.d_model)
         self.routing_state = {
@@ -123,12 +127,22 @@ class ModelReader:
         }
         values = read_json(directory / "config.json", _WANTED)
         shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
-        self._layouts = {
-            path: find_layout(values["model_type"], path, a.shape, self._stored)
-            for path, a in shapes.items()
-        }
+        self._layouts = find_layouts(values["model_type"], shapes, self._stored)
         # transformers ignores the output table of a file, too, if the input's takes its place.
-        self._check_tensors({"lm_head.weight"} if config.model.tie_embeddings else set())
+        known = {"lm_head.weight"} if config.model.tie_embeddings else set()
+        self._check_tensors(known | self._of_extra_layers(config, values))
+
+    def _of_extra_layers(self, config, values):
+        """The tensors of layers behind the last one that predict further tokens, which only
+        training and speculative decoding use.
+        """
+        if not values.get("num_nextn_predict_layers"):
+            return set()
+        end = config.model.n_dense_layers + config.model.n_layers
+        extra = {name for name in self._stored if name.startswith(f"model.layers.{end}.")}
+        if extra:
+            log.info("left out: layer %d, which predicts a further token", end)
+        return extra
 
     def _check_tensors(self, known):
         for layout in self._layouts.values():

@@ -39,6 +39,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model, source_config
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.reading import RUN_FILE, ModelReader, is_model, parameter_shapes, read_step
 from aoe_jax.formats.scoring_neurons import in_front
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
@@ -181,6 +182,10 @@ def upcycle(
             after = mean_nll(load_model(partial_output, mesh=mesh), held_out)
             report["nll"] = {"before": before, "after": after}
         write_json(partial_output / "convert.json", report)
+        command = f"python -m aoe_jax.convert --upcycle={form.kind}"
+        result = f"dense layers became experts; {upcycle_summary(report)}"
+        origin = made_of(checkpoint, step, command, result, "convert.json")
+        write_card(partial_output, output.name, values, config, origin)
     return report
 
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from aoe_jax.config.run import Config
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.faults import is_fault, is_forbidden, patiently, reason
-from aoe_jax.formats.architectures import find_layout
+from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.reading import RUN_FILE
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.json_files import sync, write_json
+from aoe_jax.parameters import STACKS
 from aoe_jax.paths import Mirror, is_remote
 
 _CLASSES = Path(__file__).with_name("huggingface")  # of transformers, for our own format
@@ -70,20 +71,23 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
       values: of `config.json`; their `model_type` decides the names of the tensors. With an
         `auto_map` the classes that it names are copied, too.
       shapes: of every parameter by its path, with the axis of layers; arrays will do.
-      parameter: `(path, layer)` -> the whole parameter of a layer; layer is None for a parameter
-        outside the layers. The calls for a layer come together, in the order of `shapes`.
+      parameter: `(path, layer)` -> the whole parameter of a layer, by its number in its stack;
+        None outside the layers. The calls for a layer come together, in the order of `shapes`.
 
     Raises:
       OSError, SafetensorError: a file can't be written.
     """
-    stored = {path: find_layout(values["model_type"], path, a.shape) for path, a in shapes.items()}
-    n_layers = next(a.shape[0] for path, a in shapes.items() if path.startswith("layers/"))
+    stored = find_layouts(values["model_type"], shapes)
+    parts = [(None, None)]  # a stack of layers, and the number in it
+    for stack in STACKS:
+        n_layers = next((a.shape[0] for path, a in shapes.items() if _stack(path) == stack), 0)
+        parts += [(stack, layer) for layer in range(n_layers)]
 
     def tensors():
-        for layer in tqdm((None, *range(n_layers)), "writing", unit="layer", delay=5, disable=None):
+        for stack, layer in tqdm(parts, "writing", unit="layer", delay=5, disable=None):
             bounds = {} if layer is None else {"L": (layer, layer + 1)}
             for path, layout in stored.items():
-                if path.startswith("layers/") == bool(bounds):
+                if _stack(path) == stack:
                     part = parameter(path, layer)
                     part = part[None] if bounds else part
                     for name, index in layout.tensors(bounds):
@@ -94,6 +98,12 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
         for file in _CLASSES.glob("*.py"):
             shutil.copyfile(file, directory / file.name)
     write_tensors(directory, tensors())
+
+
+def _stack(path):
+    """The stack of layers that a parameter is in, or None."""
+    first = path.partition("/")[0]
+    return first if first in STACKS else None
 
 
 def write_arrays(

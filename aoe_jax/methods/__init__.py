@@ -15,6 +15,7 @@ from aoe_jax.methods.erc import ERC
 from aoe_jax.methods.gshard import GShard
 from aoe_jax.methods.ranked import Ranked
 from aoe_jax.methods.routing_free import RoutingFree
+from aoe_jax.methods.sigmoid_top_k import SigmoidTopK
 from aoe_jax.methods.smear import Smear
 from aoe_jax.methods.sparsemixer import SparseMixer
 from aoe_jax.methods.thor import Thor
@@ -38,6 +39,7 @@ ROUTERS = {
         ExpertChoice,
         Ranked,
         SparseMixer,
+        SigmoidTopK,
         Threshold,
         DynMoE,
         RoutingFree,
@@ -58,4 +60,7 @@ def declared_parameters():
     for method in (ROUTERS | LAYERS).values():
         of_layers |= method().parameters(experts)
     of_layers |= LARGE_ROUTER | ROUTER | EXPERTS | SHARED_EXPERT | SHARED_SCALE
-    return DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}
+    found = DECODER | {f"layers/experts/{name}": p for name, p in of_layers.items()}
+    dense = {f"layers/experts/{name}": p for name, p in Dense().parameters(experts).items()}
+    of_dense = {path: p for path, p in (DECODER | dense).items() if path.startswith("layers/")}
+    return found | {f"dense_{path}": p for path, p in of_dense.items()}

@@ -1,4 +1,6 @@
-"""Llama-style decoder: pre-norm, rotary causal attention, experts in every layer, in a scan."""
+"""Llama-style decoder: pre-norm, rotary causal attention, and experts in every layer but maybe the
+first ones, in a scan.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +13,7 @@ from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.config.model import ModelConfig
 from aoe_jax.config.run import Config
+from aoe_jax.methods.dense import Dense
 from aoe_jax.model.attention.blocks import KEPT_ATTENTION
 from aoe_jax.model.attention.cudnn import is_cudnn_forward
 from aoe_jax.model.attention.layer import Attention
@@ -30,6 +33,12 @@ def make_norm(c: ModelConfig):
     """The norm before attention, experts and output projection, as a module."""
     norm = RMSNorm if c.norm == "rms" else partial(LayerNorm, use_fast_variance=False)
     return norm(epsilon=c.norm_eps, dtype=jnp.dtype(c.dtype))
+
+
+def dense_layer(c: ModelConfig):
+    """`(experts, routing, balance)` of the dense layers before those of experts."""
+    experts = ExpertsConfig(kind="dense", d_ffn=c.d_dense)
+    return experts, Dense(), BalanceConfig(aux_weight=0.0)
 
 
 class DecoderLayer(nn.Module):
@@ -120,14 +129,22 @@ class Decoder(nn.Module):
             kept = policies.save_only_these_names(KEPT_ROUTING, KEPT_ATTENTION)
             policy = policies.save_from_both_policies(kept, is_cudnn_forward)
             layer = nn.remat(layer, policy=policy, prevent_cse=False)
-        self.layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "experts": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-            length=c.n_layers,
-            unroll=c.unroll,
-        )(c, self.experts, self.routing, self.balance, self.transport, self.training, self.observe)
+
+        def stack(length, *kind, observe=None):
+            scan = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "experts": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+                length=length,
+                unroll=min(c.unroll, length),
+            )
+            return scan(c, *kind, self.transport, self.training, observe)
+
+        if c.n_dense_layers:
+            self.dense_layers = stack(c.n_dense_layers, *dense_layer(c))
+        kind = self.experts, self.routing, self.balance
+        self.layers = stack(c.n_layers, *kind, observe=self.observe)
         self.final_norm = make_norm(c)
         if c.output_bias:
             init = DECODER["output_bias"].init
@@ -153,6 +170,8 @@ class Decoder(nn.Module):
         """
         with jax.named_scope("embed"):
             x = embed(self.embed.embedding, tokens, jnp.dtype(self.model.dtype))
+        if n_dense := self.model.n_dense_layers:
+            x, _ = self.dense_layers(x, segment_ids, token_weights, {}, jnp.arange(n_dense))
         numbers = jnp.arange(self.model.n_layers)
         x, stats = self.layers(x, segment_ids, token_weights, routing_state, numbers)
         return self.final_norm(x), stats

@@ -12,7 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.errors import UserError
 from aoe_jax.methods import declared_parameters
-from aoe_jax.model.decoder import Decoder, DecoderLayer, make_norm, output_projection
+from aoe_jax.model.decoder import (
+    Decoder,
+    DecoderLayer,
+    dense_layer,
+    make_norm,
+    output_projection,
+)
 from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.sharding import state_shardings
 
@@ -50,7 +56,8 @@ def check_decodes(decoder: Decoder, by_token=True):
 
 
 def unstacked(decoder: Decoder, params, mesh):
-    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers".
+    """A copy of the parameters for decoding, with `layer_0`, `layer_1`, ... instead of "layers" and
+    `dense_layer_0`, ... instead of "dense_layers".
 
     Parameters that are cast wherever they are used are in the dtype of computation.
     """
@@ -60,12 +67,20 @@ def unstacked(decoder: Decoder, params, mesh):
         flat = flatten_dict(params, sep="/")
         flat = {path: a.astype(dtype) if declared[path].cast else a for path, a in flat.items()}
         params = unflatten_dict(flat, sep="/")
-        layers = params.pop("layers")
-        numbers = range(decoder.model.n_layers)
-        return params | {f"layer_{i}": jax.tree.map(lambda a: a[i], layers) for i in numbers}
+        for name, n_layers in _stacks(decoder.model):
+            layers = params.pop(f"{name}s")
+            of_layer = [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(n_layers)]
+            params |= {f"{name}_{i}": of_layer[i] for i in range(n_layers)}
+        return params
 
     shardings = state_shardings(mesh, jax.eval_shape(split, params))
     return jax.jit(split, out_shardings=shardings)(params)
+
+
+def _stacks(model):
+    """Names of layers and how many have each, in the order in which tokens pass them."""
+    dense = [("dense_layer", model.n_dense_layers)] if model.n_dense_layers else []
+    return [*dense, ("layer", model.n_layers)]
 
 
 def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
@@ -116,11 +131,15 @@ def _through_layers(d, params, routing_state, tokens, cache):
     devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % devices)))
     x, layers = embed(params["embed"]["embedding"], tokens, jnp.dtype(d.model.dtype)), []
-    layer = DecoderLayer(d.model, d.experts, d.routing, d.balance, d.transport, training=False)
-    for i in range(d.model.n_layers):
-        state = jax.tree.map(lambda a: a[i], routing_state)
-        past = None if cache is None else (cache.layers[i], cache.length)
-        variables = {"params": params[f"layer_{i}"]}
-        x, kept = layer.apply(variables, x, past, state, i, method="decode")
-        layers.append(kept)
+    kinds = {"layer": (d.experts, d.routing, d.balance)}
+    if d.model.n_dense_layers:
+        kinds["dense_layer"] = dense_layer(d.model)
+    for name, n_layers in _stacks(d.model):
+        layer = DecoderLayer(d.model, *kinds[name], d.transport, training=False)
+        for i in range(n_layers):
+            state = jax.tree.map(lambda a: a[i], routing_state if name == "layer" else {})
+            past = None if cache is None else (cache.layers[len(layers)], cache.length)
+            variables = {"params": params[f"{name}_{i}"]}
+            x, kept = layer.apply(variables, x, past, state, i, method="decode")
+            layers.append(kept)
     return make_norm(d.model).apply({"params": params["final_norm"]}, x), tuple(layers)

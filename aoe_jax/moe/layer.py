@@ -289,6 +289,8 @@ class ExpertsLayer(nn.Module):
 
     def statistics(self, scores, routing, weights, ctx):
         """The `LayerStats` of `Scores` and a `Routing`, with what is observed."""
+        for_balance = self.routing.balance_logits(scores.for_balance)
+        scores = scores._replace(for_balance=for_balance)
         stats = balance.statistics(scores, routing, self.balance, ctx)
         if self.observe is None:
             return stats

@@ -107,6 +107,10 @@ class Method(Group):
         choice = self.choice(experts)
         return choice.per_token if choice else 1
 
+    def balance_logits(self, scores):
+        """The logits whose softmax is the probability of an expert in balance losses: `[T, n]`."""
+        return scores
+
     def parameters(self, experts) -> dict:
         """Its parameters in one layer by name, in the order in which they are drawn."""
         return {}

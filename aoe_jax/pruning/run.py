@@ -13,6 +13,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.calibration import calibration_batches, evaluator
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.configs import to_json
+from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.reading import RUN_FILE, is_model
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
@@ -85,8 +86,13 @@ def prune(
         report |= {"nll": nll, "layers": layers}
         # The mesh of the run may not divide D.
         config = dataclasses.replace(_pruned(source_config(workdir), n_experts), mesh=MeshConfig())
-        _write(workdir, partial_output, model.step, config, params)
+        values = _write(workdir, partial_output, model.step, config, params)
         write_json(partial_output / "prune.json", report)
+        counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
+        result = f"{counts} by `{method}`; validation nll: {_nll(report)}"
+        of_step = workdir, model.step
+        origin = made_of(*of_step, "python -m aoe_jax.prune", result, "prune.json")
+        write_card(partial_output, output.name, values, config, origin)
     print(prune_table(report))
     if "selection_bias" in model.routing_state:
         log.warning(
@@ -158,6 +164,7 @@ def _write(workdir, directory, step, config, params):
     write_arrays(directory, values, params, {}, None)
     if not is_model(workdir) or (workdir / RUN_FILE).exists():
         write_run(directory, workdir, step, config)
+    return values
 
 
 def prune_table(report):
@@ -171,6 +178,9 @@ def prune_table(report):
     head = "experts merged into one, and their share of the load"
     table = tabulate(rows, ["layer", "Ent_load", "after", head], "plain", ".3f", showindex=True)
     n, n_after = len(share), len(clusters)
-    nll = ", ".join(f"{name} {value:.4f}" for name, value in report["nll"].items())
     most = f"Ent_load is at most {np.log(n):.3f}, then {np.log(n_after):.3f}"
-    return f"{table}\n{most}; validation nll: {nll}"
+    return f"{table}\n{most}; validation nll: {_nll(report)}"
+
+
+def _nll(report):
+    return ", ".join(f"{name} {value:.4f}" for name, value in report["nll"].items())

@@ -40,7 +40,7 @@ def scale_scoring(experts: ExpertsConfig, rate):
 
     def scaled(path, update):
         name = path[-1].key
-        if name not in columns:
+        if path[0].key != "layers" or name not in columns:
             return update
         return update.at[..., : columns[name]].multiply(rate)
 

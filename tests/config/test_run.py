@@ -164,6 +164,9 @@ BAD = {
         {"name": "text@/a, sotu, text@/a/"},
         "text is named twice",
     ),
+    "model.rope_share=0.1": ("model", {"rope_share": 0.1}, "an even number of the 32 features"),
+    "model.d_dense=64": ("model", {"d_dense": 64}, "n_dense_layers=0 layers; set both"),
+    "model.d_dense=None": ("model", {"n_dense_layers": 1}, "n_dense_layers=1 layers; set both"),
     "data.loss_mask=1": ("data", {"loss_mask": 1}, "bool"),
     "data.seq_len=4096": ("data", {"seq_len": 4096}, "max_len=2048"),
     "train.warmup=1.0": ("train", {"warmup": 1.0}, "at least 0 and below 1"),
@@ -250,6 +253,10 @@ BAD_ROUTING = {
         "the router's columns",
     ),
     "experts.top_k=3": (router("gshard") | {"experts": {"top_k": 3}}, "set 2"),
+    "model.n_dense_layers=1": (
+        {"model": {"n_dense_layers": 1, "d_dense": 64}, "experts": {"kind": "dense"}},
+        "set it to 0 with experts.kind='dense'",
+    ),
     "routing.name='erc'": (router("erc"), "experts.kind='router'"),
     # Fields that have gone say what stands for them.
     "experts.selection is gone": ({"experts": {"selection": "top_p"}}, "set config.routing.name"),

@@ -42,6 +42,14 @@ KINDS = {
         "experts__d_shared": 16,
         "experts__shared_gate": True,
     },
+    "router, dense layers": {
+        "experts__kind": "router",
+        "routing__name": "sigmoid_top_k",
+        "routing__n_groups": 2,
+        "model__n_dense_layers": 2,
+        "model__d_dense": 32,
+        "model__rope_share": 0.5,
+    },
     "uoe": {"experts__kind": "uoe"},
     "thor, by token": {"experts__kind": "thor", "routing__inference": "token"},
     "thor, by sequence": {"experts__kind": "thor"},
@@ -74,7 +82,7 @@ def model(kind, mesh=(1, 1, 1, 1), **experts):
     config = make_config(**SETTINGS | KINDS[kind] | experts)
     made = make_model(dataclasses.replace(config, mesh=MeshConfig(*mesh)), change)
     bias = {"selection_bias": jax.random.normal(jax.random.key(5), (2, 8))}
-    state = bias if kind == "aoe" else {}
+    state = bias if kind in ("aoe", "router, dense layers") else {}
     return dataclasses.replace(made, tokenizer=Tokenizer(), start=END, routing_state=state)
 
 
@@ -106,6 +114,7 @@ CASES = [
     ("aoe by attention", "expert and tensor"),
     ("thor, by token", "expert and tensor"),
     ("router, grouped queries", "data and fsdp"),
+    ("router, dense layers", "expert and tensor"),
 ]
 
 

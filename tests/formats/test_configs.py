@@ -15,6 +15,7 @@ from tests.runs import tiny_config
 PATH = Path("DIR/config.json")
 MIXTRAL = to_json(tiny_config(experts__kind="router"))
 
+SIGMOID = {"experts__kind": "router", "routing__name": "sigmoid_top_k"}
 # Of an experiment here: the model_type in which it is written.
 VARIANTS = {
     "aoe": ({}, "aoe"),
@@ -70,6 +71,26 @@ VARIANTS = {
         {"experts__kind": "router", "model__qk_norm": "head", "model__head_dim": 20},
         "qwen3_moe",
     ),
+    "router, dense layers in front": (
+        SIGMOID
+        | {"model__n_dense_layers": 1, "model__d_dense": 24, "model__qk_norm": "head"}
+        | {"routing__n_groups": 2, "routing__scale": 2.5, "experts__d_shared": 64},
+        "dots1",
+    ),
+    "router, part of the head": (
+        SIGMOID
+        | {"model__rope_share": 0.5, "model__qkv_bias": True, "experts__d_shared": 32}
+        | {"routing__norm_topk_prob": False, "model__tie_embeddings": False}
+        | {"model__rope_factors": (1.0, 1.5, 2.0, 4.0)},
+        "glm4_moe",
+    ),
+    "router, sigmoid without a shared expert": (SIGMOID, "aoe"),
+    "aoe, dense layers in front": ({"model__n_dense_layers": 1, "model__d_dense": 24}, "aoe"),
+    "router, rotary factors": (
+        {"experts__kind": "router", "model__rope_scale": 1.2}
+        | {"model__rope_factors": (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)},
+        "mixtral",
+    ),
     "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, "aoe"),
     "dense": ({"experts__kind": "dense"}, "llama"),
     "dense, norms of heads": ({"experts__kind": "dense", "model__qk_norm": "head"}, "qwen3"),
@@ -102,21 +123,13 @@ VARIANTS = {
 def test_there_and_back(variant):
     changes, model_type = VARIANTS[variant]
     config = tiny_config(**changes)
-    values = json.loads(json.dumps(to_json(config)))
+    state = config.routing.state_shapes(config.experts, config.balance, config.model.d_model)
+    values = json.loads(json.dumps(to_json(config, state)))
     assert values["model_type"] == model_type
     for form in (values, json.loads(json.dumps(as_own(config)))):
         found = from_json(PATH, form)
         assert computed_fields(found) == computed_fields(config)
         assert found.model.max_len == config.model.max_len
-
-
-def test_rotary_factors_there_and_back():
-    config = tiny_config(experts__kind="router")
-    model = dataclasses.replace(config.model, rope_factors=(1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5))
-    config = dataclasses.replace(config, model=model)
-    values = json.loads(json.dumps(to_json(config)))
-    assert values["model_type"] == "aoe"
-    assert computed_fields(from_json(PATH, values)) == computed_fields(config)
 
 
 def test_what_does_not_matter_does_not_count():
@@ -179,6 +192,7 @@ def changed(**changes):
 
 OLMOE = changed(model_type="olmoe", num_experts=4)
 QWEN3_MOE = changed(model_type="qwen3_moe", num_experts=4, moe_intermediate_size=32)
+DOTS = changed(model_type="dots1", n_routed_experts=4, moe_intermediate_size=32, n_shared_experts=1)
 PHI = changed(model_type="phimoe")
 LLAMA = changed(model_type="llama")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -188,7 +202,7 @@ REFUSED = {
         changed(model_type="gpt2"),
         [
             "model_type='gpt2' is unknown",
-            "mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, llama, qwen3, aoe",
+            "mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, dots1, glm4_moe, llama, qwen3, aoe",
         ],
     ),
     "gpt-oss": (
@@ -198,6 +212,25 @@ REFUSED = {
     "DeepSeek-V3": (
         {"model_type": "deepseek_v3"},
         ["model_type='deepseek_v3' isn't implemented: its attention is multi-head latent"],
+    ),
+    "DeepSeek-V2": (
+        {"model_type": "deepseek_v2"},
+        ["model_type='deepseek_v2' isn't implemented: its attention is multi-head latent"],
+    ),
+    "dense layers alone": (
+        DOTS | {"first_k_dense_replace": 2},
+        ["first_k_dense_replace=2: must be a whole number below num_hidden_layers=2"],
+    ),
+    "dense layers in words": (DOTS | {"first_k_dense_replace": "one"}, ["replace='one': must be"]),
+    "no shared expert": (DOTS | {"n_shared_experts": None}, ["n_shared_experts=None: must be"]),
+    "groups of one": (DOTS | {"n_group": 4}, ["config.routing.n_groups=4: must divide"]),
+    "every second layer of experts": (
+        DOTS | {"moe_layer_freq": 2},
+        ["moe_layer_freq=2 isn't implemented; only 1 is"],
+    ),
+    "use_qk_norm": (
+        DOTS | {"model_type": "glm4_moe", "use_qk_norm": 3},
+        ["config.model.qk_norm=3: choose one of none, all, head"],
     ),
     "no architecture": (changed(model_type="removed"), ["has no model_type", "aoe_jax.export"]),
     "architecture that is no word": (
@@ -264,7 +297,7 @@ REFUSED = {
     "mlp_bias": (LLAMA | {"mlp_bias": True}, ["mlp_bias=True isn't implemented", "only False"]),
     "longrope elsewhere": (
         changed(rope_parameters=LONGROPE),
-        ["rope_type='longrope' isn't implemented"],
+        ["attention_factor is missing, which rope_type 'longrope' needs"],
     ),
     "longrope without length": (
         PHI | {"rope_parameters": LONGROPE},

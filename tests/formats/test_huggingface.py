@@ -25,6 +25,7 @@ from tests.formats.test_writing import EVERYTHING, written
 from tests.runs import scratch, shared, tiny_config
 
 WHOLE = {"experts__score_neurons": 4}
+FACTORS = (1.0, 1.0, 1.2, 1.5, 2.0, 4.0, 8.0, 8.0)
 BIASED = {"balance__bias_rate": 0.01}
 FORMS = {
     "factorised": {},
@@ -34,6 +35,11 @@ FORMS = {
     "wide heads with a norm each": WHOLE
     | {"model__head_dim": 12, "model__qk_norm": "head", "model__n_kv_heads": 1},
     "whole": WHOLE | {"model__n_kv_heads": 1, "model__tie_embeddings": False},
+    "shared expert": {"experts__d_shared": 24, "model__qkv_bias": True}
+    | {"model__rope_factors": FACTORS},
+    "whole, shared expert with a gate": WHOLE
+    | {"experts__d_shared": 24, "experts__shared_gate": True, "model__qk_norm": "head"}
+    | {"model__qkv_bias": True, "model__rope_scale": 1.2, "model__rope_factors": FACTORS},
     "whole, max": WHOLE | {"experts__score": "max", "experts__top_k": 3},
     "whole, over all": WHOLE | {"routing__norm_topk_prob": False},
 }
@@ -56,7 +62,9 @@ def test_logits(tmp_path, form):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["factorised, biased", "factorised, everything", "whole"])
+@pytest.mark.parametrize(
+    "form", ["factorised, biased", "factorised, everything", "whole", "shared expert"]
+)
 def test_there_and_back(tmp_path, form):
     """A model that transformers has saved is read here, bit by bit the same."""
     directory, *_ = written(tmp_path, tiny_config(**FORMS[form]))
@@ -112,7 +120,9 @@ def test_models_without_a_class(caplog, named):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("form", ["factorised", "whole", "whole, over all"])
+@pytest.mark.parametrize(
+    "form", ["factorised", "whole, shared expert with a gate", "whole, over all"]
+)
 def test_gradients(tmp_path, form):
     """Those of the loss here, of all parameters, with and without gradient checkpointing."""
     import torch
@@ -190,7 +200,7 @@ def with_tokenizer(form):
     return directory
 
 
-@pytest.mark.parametrize("form", ["factorised", "whole"])
+@pytest.mark.parametrize("form", ["shared expert", "whole"])
 def test_generation(form):
     """Greedy tokens with a cache are those without, and those of this project."""
     import torch

@@ -20,7 +20,7 @@ from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.moe.routing import TopK
 from aoe_jax.sharding import fill_mesh, make_mesh
-from benchmarks.parity import LAYOUTS, logits_here, random_model, save
+from benchmarks.parity import LAYOUTS, logits_here, logits_there, random_model, save
 from configs import finetune
 from tests.formats.hub import ARCHITECTURES, hub_models
 from tests.runs import ROOT
@@ -38,7 +38,12 @@ def test_logits_are_those_of_transformers(architecture, layout):
 
 @pytest.mark.parametrize(
     ("architecture", "layout"),
-    [("mixtral", "per expert"), ("mixtral", "fused"), ("qwen3_moe", "fused")],
+    [
+        ("mixtral", "per expert"),
+        ("mixtral", "fused"),
+        ("qwen3_moe", "fused"),
+        ("dots1", "per expert"),
+    ],
 )
 def test_straight_into_a_mesh(architecture, layout):
     folders, logits = hub_models()[architecture]
@@ -83,6 +88,29 @@ def test_an_output_table_beside_a_tied_one_is_ignored(tmp_path):
     edit(directory, **{"lm_head.weight": table})
     logits = hub_models()["qwen3"][1]
     np.testing.assert_allclose(logits_here(directory), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["dots1", "glm4_moe"])
+def test_bfloat16_of_deepseeks_router(tmp_path, architecture):
+    import torch
+
+    save(random_model(architecture).to(torch.bfloat16), tmp_path, "per expert")
+    there = logits_there(tmp_path)
+    np.testing.assert_allclose(logits_here(tmp_path), there, rtol=0, atol=1e-4)
+    assert read_config(tmp_path).model.dtype == "bfloat16"
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, caplog):
+    """GLM-4.5 has one, behind the last layer."""
+    directory = copy(tmp_path, "glm4_moe", "fused")
+    edit(directory, **{"model.layers.3.eh_proj.weight": np.ones((32, 64), np.float32)})
+    with caplog.at_level("INFO"):
+        logits = logits_here(directory)
+    np.testing.assert_allclose(logits, hub_models()["glm4_moe"][1], rtol=0, atol=1e-4)
+    assert "left out: layer 3, which predicts a further token" in caplog.text
+    change_config(directory, num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match="model.layers.3.eh_proj.weight is unknown"):
+        load(directory)
 
 
 def test_code_in_the_directory_is_not_run(tmp_path):

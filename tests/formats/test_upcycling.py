@@ -116,6 +116,9 @@ def test_a_run_by_the_command_line(tmp_path):
     assert report["nll"]["after"] == pytest.approx(report["nll"]["before"], abs=1e-5)
     nll = f"{report['nll']['before']:.4f}"
     assert f"nll: {nll} before, {report['nll']['after']:.4f} after; wrote {aoe}" in stdout
+    card = (aoe / "README.md").read_text()
+    assert f"`python -m aoe_jax.convert --upcycle=aoe` made this model of `{workdir.name}`" in card
+    assert f"2 of 4 experts of granularity 1; nll: {nll} before" in card
     of_run = json.loads((workdir / "summary.json").read_text())["metrics"]["validation_nll"]
     assert report["nll"]["before"] == pytest.approx(of_run, abs=0.2)
 

@@ -20,7 +20,9 @@ from aoe_jax.formats.reading import load_params, read_config
 from aoe_jax.formats.writing import new_directory, write_arrays, write_model
 from aoe_jax.sharding import fill_mesh, make_mesh, state_shardings
 from aoe_jax.training.step import init_state
+from benchmarks.parity import TOKENS as HUB_TOKENS
 from benchmarks.parity import logits_here, logits_there
+from tests.formats.hub import hub_models
 from tests.formats.test_configs import VARIANTS
 from tests.runs import disk, tiny_config
 
@@ -41,6 +43,9 @@ OF_OTHER_TENSORS = (
     "router, large",
     "router, norms of heads",
     "router, shared expert with a gate",
+    "router, dense layers in front",
+    "router, part of the head",
+    "aoe, dense layers in front",
     "aoe, shared expert",
     "dense",
     "dense, norms of heads",
@@ -100,7 +105,8 @@ def test_there_and_back(tmp_path, variant):
     directory, params, bias, mesh, _ = written(tmp_path, tiny_config(**WRITTEN[variant]))
     found = load_params(directory, fill_mesh(read_config(directory), 1), mesh)
     assert_same(found, (params, bias))
-    assert bool(bias) == any(word in variant for word in ("biased", "-", "dynmoe"))
+    named = ("biased", "-", "dynmoe", "router, dense layers", "part of")
+    assert bool(bias) == any(word in variant for word in named)
     model_type = json.loads((directory / "config.json").read_text())["model_type"]
     assert model_type == VARIANTS.get(variant, (None, "aoe"))[1]
 
@@ -164,13 +170,34 @@ def test_names_of_our_own_format(tmp_path):
     }
 
 
-def test_transformers_computes_the_same(tmp_path):
-    config = tiny_config(**VARIANTS["router, grouped queries"][0], experts__top_k=3)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "router, grouped queries",
+        "router, rotary factors",
+        "router, dense layers in front",
+        "router, part of the head",
+    ],
+)
+def test_transformers_computes_the_same(tmp_path, variant):
+    top_k = 2 if "dense" in variant else 3
+    config = tiny_config(**VARIANTS[variant][0], experts__top_k=top_k)
     directory, *_ = written(tmp_path, config)
     tokens = np.random.default_rng(1).integers(0, 512, (4, 48))
     expected = logits_here(directory, tokens)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits_there(directory, tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_a_llama_with_the_factors_of_llama_3(tmp_path):
+    folders, logits = hub_models()["llama"]
+    config = fill_mesh(read_config(folders["fused"]), 1)
+    values = to_json(config)
+    assert values["model_type"] == "llama"
+    params, _ = load_params(folders["fused"], config, make_mesh(config, jax.devices()[:1]))
+    write_arrays(tmp_path, values, params, {}, "float32")
+    for found in (logits_here(tmp_path), logits_there(tmp_path, HUB_TOKENS)):
+        np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
 
 
 def test_one_parameter_of_one_layer_at_a_time(tmp_path, monkeypatch):

@@ -15,7 +15,11 @@ from aoe_jax.training.step import init_state, make_train_step
 
 STEPS = 20
 KINDS = {"aoe": {"d_shared": 16}, "router": {"kind": "router", "d_shared": 24, "shared_gate": True}}
-ATTENTION = {"aoe": {}, "router": {"head_dim": 6, "qk_norm": "head"}}
+MODEL = {
+    "aoe": {},
+    "router": {"head_dim": 6, "qk_norm": "head", "rope_share": 2 / 3}
+    | {"n_dense_layers": 1, "d_dense": 40},
+}
 
 
 def configuration(kind):
@@ -23,7 +27,7 @@ def configuration(kind):
     config.model.update(
         n_layers=2, n_heads=8, d_model=32, vocab_size=64, max_len=32, dtype="float32"
     )
-    config.model.update(**ATTENTION[kind])
+    config.model.update(**MODEL[kind])
     config.experts.update(n_experts=8, top_k=2, d_ffn=32, d_low=8, **KINDS[kind])
     if kind == "aoe":
         config.experts.d_wide = 32

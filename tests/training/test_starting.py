@@ -55,7 +55,9 @@ def test_parameters_of_the_model_and_the_rest_anew(tmp_path, tokenizer, mesh):
     assert int(state.step) == 0 and all(not np.any(a) for a in jax.tree.leaves(state.opt_state))
 
 
-@pytest.mark.parametrize("architecture", ["olmoe", "qwen2_moe", "qwen3_moe", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture", ["olmoe", "qwen2_moe", "qwen3_moe", "dots1", "llama", "qwen3"]
+)
 def test_models_of_the_hub_train_on(architecture, tokenizer):
     """A step lowers the loss of its batch, which is that of the model."""
     folders, logits = hub_models()[architecture]

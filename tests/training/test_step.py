@@ -430,15 +430,17 @@ def test_what_scores_has_a_learning_rate_of_its_own(variant):
     scored = {"aoe": "w_gate_down", "whole": "w_gate", "moe": "w_router"}[variant]
     names = ("w_gate_down", "w_gate", "w_router", "w_up")
     params = of_experts(**{name: jnp.arange(1.0, 7).reshape(1, 2, 3) for name in names})
+    params["dense_layers"] = {"experts": {"w_gate": jnp.ones((1, 2, 3))}}
     config = TrainConfig(warmup=0.0, weight_decay=0.5)
     faster = dataclasses.replace(config, scoring_rate=3.0)
 
     def updates_of(config):
         optimizer = make_optimizer(config, experts)
         updates = optimizer.update(params, optimizer.init(params), params)[0]
-        return updates["layers"]["experts"]
+        return updates["layers"]["experts"], updates["dense_layers"]
 
-    usual, got = updates_of(config), updates_of(faster)
+    (usual, usual_dense), (got, got_dense) = updates_of(config), updates_of(faster)
+    jax.tree.map(np.testing.assert_array_equal, got_dense, usual_dense)
     for name in names:
         factor = np.ones(3)
         if name == scored:

@@ -21,7 +21,10 @@ class AoEConfig(MixtralConfig):
       qk_norm: the RMSNorm of queries and keys: "none", "all" (over all heads together, as in OLMoE)
         or "head" (over each head by itself, as in Qwen3).
       attention_bias: whether the projections of attention have biases.
+      qkv_bias: whether those of queries, keys and values alone have biases.
       lm_head_bias: whether the output projection has a bias.
+      shared_expert_intermediate_size: the width of an expert that every token uses; 0: none.
+      shared_expert_gate: whether the sigmoid of a projection scales its output.
     """
 
     model_type = "aoe"
@@ -40,7 +43,10 @@ class AoEConfig(MixtralConfig):
         norm="rms",
         qk_norm="none",
         attention_bias=False,
+        qkv_bias=False,
         lm_head_bias=False,
+        shared_expert_intermediate_size=0,
+        shared_expert_gate=False,
         **settings,
     ):
         if score not in SCORES:
@@ -48,7 +54,10 @@ class AoEConfig(MixtralConfig):
         self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
         self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
         self.norm, self.qk_norm = norm, qk_norm
-        self.attention_bias, self.lm_head_bias = attention_bias, lm_head_bias
+        self.attention_bias, self.qkv_bias = attention_bias, qkv_bias
+        self.lm_head_bias = lm_head_bias
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
         super().__init__(**settings)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads

@@ -105,17 +105,40 @@ class AoEExperts(nn.Module):
 
 
 class AoEBlock(nn.Module):
-    """The layer of experts; a bias may balance their load."""
+    """The layer of experts; a bias may balance their load, and one more may see all tokens."""
 
     def __init__(self, config: AoEConfig):
         super().__init__()
         self.experts = AoEExperts(config)
         bias = torch.zeros(config.num_local_experts) if config.selection_bias else None
         self.register_buffer("selection_bias", bias)
+        d, u = config.hidden_size, config.shared_expert_intermediate_size
+        self.has_shared, self.has_scale = u > 0, config.shared_expert_gate
+        shapes = {"w_shared_gate": (d, u), "w_shared_up": (d, u), "w_shared_down": (u, d)}
+        shapes |= {"w_shared_scale": (d, 1)} if self.has_scale else {}
+        for name, shape in shapes.items() if self.has_shared else ():
+            self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
 
     def forward(self, x):
         """`[..., d]` -> `[..., d]`."""
-        return self.experts(x.flatten(0, -2), self.selection_bias)[0].view_as(x)
+        y = self.experts(x.flatten(0, -2), self.selection_bias)[0].view_as(x)
+        return y + self.shared_expert(x) if self.has_shared else y
+
+    def shared_expert(self, x):
+        """The expert that every token uses: `[..., d]` -> `[..., d]`."""
+        y = (F.silu(x @ self.w_shared_gate) * (x @ self.w_shared_up)) @ self.w_shared_down
+        if not self.has_scale:
+            return y
+        return (torch.sigmoid(x.float() @ self.w_shared_scale.float()) * y).to(x.dtype)
+
+
+def make_attention(config: AoEConfig, layer_idx: int):
+    """The attention of a layer."""
+    attention = ATTENTION[config.qk_norm](config, layer_idx)
+    if config.qkv_bias:
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.bias = nn.Parameter(torch.zeros(projection.out_features))
+    return attention
 
 
 def make_norm(config: AoEConfig):
@@ -129,7 +152,7 @@ class AoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: AoEConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = ATTENTION[config.qk_norm](config, layer_idx)
+        self.self_attn = make_attention(config, layer_idx)
         self.mlp = AoEBlock(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
@@ -161,8 +184,11 @@ class AoEPreTrainedModel(MixtralPreTrainedModel):
         if isinstance(module, AoEExperts):
             for w in module.parameters():
                 init.normal_(w, std=w.shape[1] ** -0.5)
-        if isinstance(module, AoEBlock) and module.selection_bias is not None:
-            init.zeros_(module.selection_bias)
+        if isinstance(module, AoEBlock):
+            for w in module.parameters(recurse=False):
+                init.normal_(w, std=w.shape[0] ** -0.5)
+            if module.selection_bias is not None:
+                init.zeros_(module.selection_bias)
 
 
 class AoEModel(AoEPreTrainedModel, MixtralModel):

@@ -28,9 +28,9 @@ def rotary_tables(length, config: ModelConfig):
     sequence and head.
 
     Returns:
-      Two arrays `[length, h / 2]` float64.
+      Two arrays `[length, m]` float64; m is half of `ModelConfig.rope_width`.
     """
-    half = config.head_width // 2
+    half = config.rope_width // 2
     frequencies = config.rope_base ** (-np.arange(half) / half)
     if config.rope_factors:
         frequencies /= np.asarray(config.rope_factors)
@@ -42,12 +42,16 @@ def rotary(x, cos, sin):
     """Rotates pairs of features by the angle of their position (Su et al. 2021, arXiv 2104.09864).
 
     Args:
-      x: `[..., S, h]`, h even; feature i is paired with feature i + h / 2.
-      cos: `[..., S, h / 2]`, of `rotary_tables`, and so is `sin`.
+      x: `[..., S, h]`; feature i below m is paired with feature i + m. Those from 2 m stay.
+      cos: `[..., S, m]`, of `rotary_tables`, and so is `sin`.
 
     Returns:
       An array of the shape and dtype of `x`, computed in float32 or wider.
     """
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        rotated = rotary(x[..., :width], cos, sin)
+        return jnp.concatenate([rotated, x[..., width:]], axis=-1)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = cos.astype(dtype), sin.astype(dtype)
     if target_device().platform == "tpu":

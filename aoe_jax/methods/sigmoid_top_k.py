@@ -1,0 +1,105 @@
+"""The router of DeepSeek-V3 (arXiv 2412.19437, Sec. 2.1.2), which dots.llm1 and GLM-4.5 have too.
+
+    s[t, i] = sigmoid(logit[t, i]);  ranked[t, i] = s[t, i] + b[i]
+    token t goes to the K experts of highest ranked[t, i] in its G best groups
+    weight of a chosen expert = scale s[t, i] / (sum of s[t, j] over the chosen j)
+
+Groups are of equal size, of neighbouring experts; a group ranks by the sum of its two highest
+`ranked`. With `norm_topk_prob=False` the weight is `scale s[t, i]`. The selection bias b has no
+gradient. It stays as it is, or with `balance.bias_rate` a step adds `bias_rate` for experts below
+the mean load and subtracts it for those above (loss-free balancing; scores are in (0, 1), so the
+rate is as published). In L_aux, P is the mean of `s[t, i] / sum_j s[t, j]`, as in the sequence-wise
+loss of the paper, which is L_aux with `balance.aux_batch="sequence"`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aoe_jax.config.checks import setting
+from aoe_jax.moe.balance import updated_bias
+from aoe_jax.moe.routing import Choice, FixedK, best_experts, by_token
+from aoe_jax.moe.scoring import KEPT_ROUTING
+
+
+def in_best_groups(ranked, n_groups, groups_per_token):
+    """`ranked [T, n]`, with -inf for experts outside the best groups of their token."""
+    by_group = ranked.reshape(ranked.shape[0], n_groups, -1)
+    of_groups = jax.lax.top_k(by_group, 2)[0].sum(axis=2)
+    best = jax.lax.top_k(of_groups, groups_per_token)[1]
+    is_best = (best[:, :, None] == jnp.arange(n_groups)).any(axis=1)
+    return jnp.where(is_best[:, :, None], by_group, -jnp.inf).reshape(ranked.shape)
+
+
+def sigmoid_top_k_weights(p, bias, top_k, n_groups, groups_per_token, norm_topk_prob, scale):
+    """The formula by loops: weights `[T, n]` of logits `p [T, n]` and the bias `[n]`."""
+    n_experts, rows = p.shape[1], []
+    for logits in p:
+        scores = jax.nn.sigmoid(logits)
+        ranked = [float(s) for s in jax.lax.stop_gradient(scores) + bias]
+        size = n_experts // n_groups
+        groups = [range(g * size, (g + 1) * size) for g in range(n_groups)]
+        groups.sort(key=lambda group: -sum(sorted(ranked[i] for i in group)[-2:]))
+        allowed = [i for group in groups[:groups_per_token] for i in group]
+        chosen = sorted(allowed, key=lambda i: -ranked[i])[:top_k]
+        total = sum(scores[i] for i in chosen) if norm_topk_prob else 1.0
+        row = jnp.zeros_like(scores)
+        for i in chosen:
+            row = row.at[i].set(scale * scores[i] / total)
+        rows.append(row)
+    return jnp.stack(rows)
+
+
+@dataclass(frozen=True)
+class SigmoidTopK(FixedK):
+    """Top-k of sigmoid scores, in groups; state `selection_bias [n]`."""
+
+    name = "sigmoid_top_k"
+
+    norm_topk_prob: bool = True  # weights of a token sum to `scale`
+    scale: float = setting(1.0, above=0)  # of weights (routed_scaling_factor)
+    n_groups: int = setting(1, above=0)  # of experts
+    groups_per_token: int = setting(1, above=0, at_most="n_groups")  # in which a token has experts
+
+    def __call__(self, scores, weights, ctx):
+        probability = jax.nn.sigmoid(scores)
+        ranked = jax.lax.stop_gradient(probability) + ctx.state["selection_bias"]
+        if self.groups_per_token < self.n_groups:
+            ranked = in_best_groups(ranked, self.n_groups, self.groups_per_token)
+        expert = checkpoint_name(best_experts(ranked, ctx.top_k), KEPT_ROUTING)
+        weight = jnp.take_along_axis(probability, expert, axis=1)
+        if self.norm_topk_prob:
+            weight = weight / (weight.sum(axis=1, keepdims=True) + 1e-20)
+        return by_token(expert, self.scale * weight)
+
+    def choice(self, experts):
+        return Choice(experts.top_k, is_fixed=True)
+
+    def balance_logits(self, scores):
+        return jax.nn.log_sigmoid(scores)
+
+    def state(self, experts, balance, d):
+        return {"selection_bias": jnp.zeros(experts.n_experts)}
+
+    def update(self, config, state, stats, weights):
+        unit, rate = jnp.ones(stats.load.shape[0]), config.balance.bias_rate
+        bias = updated_bias(state["selection_bias"], stats.load, unit, rate)
+        return {"selection_bias": bias}, {}
+
+    def check(self, config):
+        experts = config.experts
+        is_plain = not experts.factorised_gate and not experts.large_router
+        if experts.kind != "router" or not is_plain:
+            self.refuse("name", "is for a plain router with whole gates (experts.kind='router')")
+        wanted = "is not implemented with routing.name='sigmoid_top_k'; set it to 0"
+        config.balance.refuse_losses(wanted, ("entropy_weight", "z_weight"))
+        size, rest = divmod(experts.n_experts, self.n_groups)
+        if rest or size < 2:
+            wanted = f"must divide experts.n_experts={experts.n_experts} into groups of at least 2"
+            self.refuse("n_groups", wanted)
+        n_allowed = size * self.groups_per_token
+        if experts.top_k > n_allowed:
+            wanted = f"leaves {n_allowed} experts to a token; experts.top_k={experts.top_k}"
+            self.refuse("groups_per_token", f"{wanted} needs more groups")
