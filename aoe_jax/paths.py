@@ -68,15 +68,20 @@ def file_system(path):
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
-def find(pattern: str) -> list:
-    """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store."""
+def find(pattern: str) -> dict:
+    """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store,
+    each with its `size_and_version`; None for a broken link.
+    """
     if not is_remote(pattern):
         paths = glob(os.path.expanduser(pattern), recursive=True)
-        return [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+        found = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+        return {path: size_and_version(path) if path.exists() else None for path in found}
     scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
-    return [
-        epath.Path(f"{scheme}://{name}") for name, file in found.items() if file["type"] == "file"
-    ]
+    return {
+        epath.Path(f"{scheme}://{name}"): _of_store(file)
+        for name, file in found.items()
+        if file["type"] == "file"
+    }
 
 
 def size_and_version(path) -> tuple[int, int]:
@@ -86,10 +91,13 @@ def size_and_version(path) -> tuple[int, int]:
       FileNotFoundError: there is no such file.
     """
     if is_remote(path):
-        file = file_system(path).info(os.fspath(path))
-        return file["size"], int(file["generation"])
+        return _of_store(file_system(path).info(os.fspath(path)))
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
+
+
+def _of_store(file):
+    return file["size"], int(file["generation"])
 
 
 def create(path, content: bytes) -> bool:

@@ -27,6 +27,7 @@ import psutil
 import tokenizers
 from absl import flags
 
+from aoe_jax.data.documents import find_files
 from aoe_jax.data.preparation import (
     Settings,
     check,
@@ -92,7 +93,7 @@ def rates(repeats, vocab_size, count):
             output = Path(root, name.replace(":", "-"))
             (output / "units").mkdir(parents=True)
             settings = Settings(tokenizer)
-            plan = make_plan([file], settings.as_planned())
+            plan = make_plan(find_files([str(file)], output), settings.as_planned())
             units = range(len(plan["units"]))
             write_json(output / "plan.json", plan)
             install_tokenizer(output, plan, settings)

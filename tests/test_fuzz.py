@@ -137,7 +137,7 @@ def read_lines(workdir: Path):
 
 
 def read_documents(file: Path):
-    for piece, _ in pieces_of(file, 3000):
+    for piece, _ in pieces_of(file, file.stat().st_size, 3000):
         for _ in documents(piece, "text"):
             pass
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from aoe_jax.errors import UserError, shown
 from aoe_jax.faults import is_fault
 from aoe_jax.json_files import open_regular
-from aoe_jax.paths import file_system, find, is_remote, parsed_path, size_and_version
+from aoe_jax.paths import file_system, find, is_remote, parsed_path
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = ".parquet"
@@ -38,23 +38,25 @@ class Piece(NamedTuple):
     stop: int
 
 
-def find_files(patterns: Sequence[str], output) -> list:
-    """The files that match glob patterns (`**`: folders of any depth), each once, sorted by path.
+def find_files(patterns: Sequence[str], output) -> dict:
+    """The files that match glob patterns (`**`: folders of any depth), sorted by path, each with
+    its `size_and_version`.
 
     Files in `output` are left out. Raises `UserError` if a pattern matches no file, a file has an
     unknown format, or a link is broken.
     """
-    found = set()
+    found = {}
     for pattern in patterns:
         parsed_path(pattern, "--input", in_store=True)
-        matching = {path for path in find(pattern) if output not in path.parents}
+        matching = find(pattern)
+        matching = {path: matching[path] for path in matching if output not in path.parents}
         if not matching:
             raise UserError(
                 f"--input={pattern!r}: matches no file; give a pattern such as 'data/**/*.jsonl.gz'"
             )
         found |= matching
-    for path in found:
-        if not is_remote(path) and not path.exists():
+    for path, state in found.items():
+        if state is None:
             raise UserError(f"--input: {path} is a broken link; mend or remove it")
         if not is_remote(path) and not path.is_file():
             raise UserError(f"--input: {path} is a FIFO or a device; give regular files")
@@ -63,22 +65,21 @@ def find_files(patterns: Sequence[str], output) -> list:
                 f"--input: {path} is in no known format; give files that end in .jsonl, .ndjson, "
                 ".json (JSON lines) or .txt, also with .gz or .zst, or in .parquet"
             )
-    return sorted(found, key=os.fspath)
+    return {path: found[path] for path in sorted(found, key=os.fspath)}
 
 
-def pieces_of(path, piece_bytes: int) -> list[tuple[Piece, int]]:
-    """The pieces of a file, each with its size: about `piece_bytes`, but compressed files and texts
-    are one piece. Raises `UserError` if the file cannot be read.
+def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
+    """The pieces of a file of `size` bytes, each with its size: about `piece_bytes`, but compressed
+    files and texts are one piece. Raises `UserError` if the file cannot be read.
     """
     kind, compression = _format(path)
-    try:
-        size, _ = size_and_version(path)
-        if kind == _PARQUET:
+    if kind == _PARQUET:
+        try:
             return list(_row_groups(path, piece_bytes))
-    except (OSError, pyarrow.ArrowException) as error:
-        if is_fault(error):
-            raise
-        raise UserError(f"--input: {path} cannot be read ({_reason(error)})") from error
+        except (OSError, pyarrow.ArrowException) as error:
+            if is_fault(error):
+                raise
+            raise UserError(f"--input: {path} cannot be read ({_reason(error)})") from error
     cuts = [*range(0, size, piece_bytes), size]
     if kind == _TEXT or compression or size == 0:
         cuts = [0, size]

@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,16 +211,17 @@ def _absolute(path):
     return path if is_remote(path) else Path(os.path.abspath(path))
 
 
-def make_plan(files: Sequence[Path], planned: dict) -> dict:
+def make_plan(files: Mapping, planned: dict) -> dict:
     """The content of `plan.json`, from which the store follows: the settings as `planned`, the
-    `files` with their states, and the `units`, lists of pieces `[number of the file, start, stop]`.
+    `files` of `find_files`, and the `units`, lists of pieces `[number of the file, start, stop]`.
     """
-    states = [_state(str(file)) for file in files]
+    states = [[str(path), *state] for path, state in files.items()]
     smallest, largest = _UNIT_BYTES
     unit_bytes = min(max(sum(size for _, size, _ in states) // _UNITS, smallest), largest)
     units = []
     with ThreadPoolExecutor() as pool:  # reads the metadata of Parquet files
-        for number, parts in enumerate(pool.map(lambda file: pieces_of(file, unit_bytes), files)):
+        pieces = pool.map(lambda path: pieces_of(path, files[path][0], unit_bytes), files)
+        for number, parts in enumerate(pieces):
             for piece, size in parts:
                 if not units or units[-1]["size"] >= unit_bytes:
                     units.append({"size": 0, "pieces": []})
@@ -243,14 +244,7 @@ def _read_unit(output: Path, unit: int) -> dict:
     return read_json(_done_file(output, unit), "delete the folder", _UNIT)
 
 
-def _state(path: str) -> list:
-    """The path of a file, its size and its version, if it exists."""
-    with contextlib.suppress(FileNotFoundError):
-        return [path, *size_and_version(path)]
-    return [path]
-
-
-def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
+def _claim(files: Mapping, planned: dict, output: Path) -> dict:
     """The plan of `output`, made if there is none; refuses one of other settings or files."""
     if not (output / PLAN_FILE).exists():
         names = {path.name for path in output.iterdir()} - {f"{PLAN_FILE}.partial"}
@@ -264,21 +258,21 @@ def _claim(files: Sequence[Path], planned: dict, output: Path) -> dict:
         there = plan.get(name)
         other = f"{holds} something else: {name} is {there!r} there, {here!r} here. {advice}"
         require_flag(there == here, "output", output, other)
-    found = {str(file) for file in files}
-    for state in plan["files"]:
-        more = f"{holds} more files: {state[0]} is gone, or not named here. {advice}"
-        require_flag(state[0] in found, "output", output, more)
-        _refuse_changed(state, advice)
-    if new := sorted(found.difference(state[0] for state in plan["files"])):
+    found = {str(path): state for path, state in files.items()}
+    for path, *state in plan["files"]:
+        more = f"{holds} more files: {path} is gone, or not named here. {advice}"
+        require_flag(path in found, "output", output, more)
+        _refuse_change(path, state, found.pop(path), advice)
+    if new := list(found):
         logger.warning(
             f"{len(new)} files, such as {new[0]}, are left out: this preparation began without them"
         )
     return plan
 
 
-def _refuse_changed(state: list, advice: str):
-    if _state(state[0]) != state:
-        raise UserError(f"--input: {state[0]} has changed since the preparation began. {advice}")
+def _refuse_change(path: str, before: list, now: Sequence[int], advice: str):
+    if before != [*now]:
+        raise UserError(f"--input: {path} has changed since the preparation began. {advice}")
 
 
 @contextlib.contextmanager
@@ -356,8 +350,11 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
             shards = _hashes_of_shards(result)
             files = sorted({file for file, _, _ in plan["units"][unit]["pieces"]})
             if expected is None:
-                for file in files:
-                    _refuse_changed(plan["files"][file], f"Delete {output}, and prepare it again")
+                for path, *state in (plan["files"][file] for file in files):
+                    advice, now = f"Delete {output}, and prepare it again", ()
+                    with contextlib.suppress(FileNotFoundError):
+                        now = size_and_version(path)
+                    _refuse_change(path, state, now, advice)
             elif not shards.items() <= expected.items():
                 first, *_ = plan["files"][files[0]]
                 raise UserError(f"{first} has changed since the store was made; prepare it again")

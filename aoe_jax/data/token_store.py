@@ -194,8 +194,8 @@ def read_manifest(directory: Path) -> dict:
             raise UserError(f"token store {str(directory)!r}: no such folder")
         if (directory / PLAN_FILE).exists():
             raise UserError(
-                f"token store {str(directory)!r}: it is not finished; give the `python -m "
-                "aoe_jax.data.prepare` command that began it again"
+                f"token store {str(directory)!r}: it is not finished; repeat the command `python "
+                "-m aoe_jax.data.prepare` that began it"
             )
         raise _damaged(directory, "manifest.json is missing")
     manifest = read_json(path, _cure(directory), _MANIFEST, _MANIFEST_BYTES)

@@ -22,7 +22,7 @@ from tests.data.texts import (
 
 def read(path, piece_bytes=2**30, field="text"):
     """The documents of a file piece by piece."""
-    pieces = [piece for piece, _ in pieces_of(path, piece_bytes)]
+    pieces = [piece for piece, _ in pieces_of(path, path.stat().st_size, piece_bytes)]
     return [[text for text, _ in documents(piece, field)] for piece in pieces]
 
 
@@ -82,8 +82,8 @@ def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
 
 def test_progress_reaches_the_size(tmp_path):
     write_everything(tmp_path / "in")
-    for path in find_files([str(tmp_path / "in" / "**")], tmp_path / "out"):
-        for piece, size in pieces_of(path, 5000):
+    for path, (n_bytes, _) in find_files([str(tmp_path / "in" / "**")], tmp_path / "out").items():
+        for piece, size in pieces_of(path, n_bytes, 5000):
             told = [read for _, read in documents(piece, "text")]
             assert told == sorted(told) and told[-1] == size, path
 
@@ -102,7 +102,7 @@ def test_files_are_found_once_and_sorted(tmp_path):
     found = find_files(
         [str(tmp_path / "sub" / "*.txt"), str(tmp_path / "sub" / ".." / "**")], tmp_path / "out"
     )
-    assert found == [tmp_path / name for name in names]
+    assert [*found] == [tmp_path / name for name in names]
 
 
 def damaged(content):
@@ -202,7 +202,7 @@ def test_output_is_no_input_and_links_lead_somewhere(tmp_path):
     (tmp_path / "store" / "units").mkdir(parents=True)
     for name in ("a.jsonl", "store/plan.json", "store/units/00000.json"):
         (tmp_path / name).touch()
-    assert find_files([str(tmp_path / "**")], tmp_path / "store") == [tmp_path / "a.jsonl"]
+    assert [*find_files([str(tmp_path / "**")], tmp_path / "store")] == [tmp_path / "a.jsonl"]
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match=r"b\.jsonl is a broken link"):
         find_files([str(tmp_path / "*.jsonl")], tmp_path / "store")
@@ -232,7 +232,7 @@ def test_a_line_is_read_once_and_has_a_longest_length(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'{"text": "b"}')
     assert joined(read(tmp_path / "a.jsonl", 100)) == ["a", "x" * 900, "b"]
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + bytes(10**5))
-    first, *others = [piece for piece, _ in pieces_of(tmp_path / "b.jsonl", 1000)]
+    first, *others = [piece for piece, _ in pieces_of(tmp_path / "b.jsonl", 10 + 10**5, 1000)]
     assert [list(documents(piece, "text")) for piece in others] == [[]] * 100
     with pytest.raises(UserError, match=r"the line at byte 0 of .*b\.jsonl is longer than 0 MiB"):
         list(documents(first, "text"))
@@ -273,5 +273,5 @@ def test_names_that_are_not_utf8(tmp_path):
         write(tmp_path / "new", texts(20))  # pyarrow can't write to such a name
         (tmp_path / "new").rename(path)
     paths[-1].write_text("text")
-    assert find_files([str(tmp_path / "*")], tmp_path / "out") == paths
+    assert [*find_files([str(tmp_path / "*")], tmp_path / "out")] == paths
     assert [joined(read(path)) for path in paths] == [texts(20)] * 3 + [["text"]]

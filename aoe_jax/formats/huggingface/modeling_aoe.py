@@ -114,10 +114,12 @@ class AoEBlock(nn.Module):
         self.register_buffer("selection_bias", bias)
         d, u = config.hidden_size, config.shared_expert_intermediate_size
         self.has_shared, self.has_scale = u > 0, config.shared_expert_gate
-        shapes = {"w_shared_gate": (d, u), "w_shared_up": (d, u), "w_shared_down": (u, d)}
-        shapes |= {"w_shared_scale": (d, 1)} if self.has_scale else {}
-        for name, shape in shapes.items() if self.has_shared else ():
-            self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+        if self.has_shared:
+            self.w_shared_gate = nn.Parameter(torch.empty(d, u))
+            self.w_shared_up = nn.Parameter(torch.empty(d, u))
+            self.w_shared_down = nn.Parameter(torch.empty(u, d))
+        if self.has_shared and self.has_scale:
+            self.w_shared_scale = nn.Parameter(torch.empty(d, 1))
 
     def forward(self, x):
         """`[..., d]` -> `[..., d]`."""
