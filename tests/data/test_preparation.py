@@ -410,6 +410,6 @@ def test_unfinished_stores_say_so(inputs, tmp_path, monkeypatch):
     ):
         with pytest.raises(
             UserError,
-            match=r"store': it is not finished; repeat the command `python -m aoe_jax.data.prepare`",
+            match=r"store': it is not finished; repeat the command `python -m aoe_jax.data.pre",
         ):
             use(tmp_path / "store")
