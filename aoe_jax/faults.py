@@ -43,6 +43,15 @@ _AS_TEXT = re.compile(
 )
 
 
+# Exceptions of clients of object stores, by package and name.
+_UNREACHABLE = {
+    "aiohttp.ClientError",
+    "botocore.ConnectionError",
+    "botocore.HTTPClientError",
+    "google.TransportError",
+}
+
+
 def _causes(error):
     """An exception and all its causes, the first one last."""
     return [error, *_causes(error.__cause__)] if error else []
@@ -72,7 +81,7 @@ def _is_of_network(error):
     status = str(getattr(error, "code", None) or getattr(error, "status", ""))
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
     overloaded = status in ("408", "429") or re.fullmatch(r"5\d\d", status)
-    return bool(overloaded or names & {"aiohttp.ClientError", "google.TransportError"})
+    return bool(overloaded or names & _UNREACHABLE)
 
 
 def is_forbidden(error: BaseException) -> bool:

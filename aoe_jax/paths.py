@@ -15,7 +15,7 @@ from etils import epath
 from aoe_jax.errors import UserError
 from aoe_jax.locking import exclusive
 
-STORES = {"gs": "gcsfs"}  # scheme -> the package that reads it
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 # Commands write these into a model's directory; copies of the model stay valid without them.
 _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "probe.json"}
 
@@ -24,7 +24,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     """Returns the path that a user wrote; `~` stands for the home directory.
 
     Args:
-      text: such as runs/tiny or gs://BUCKET/runs/tiny.
+      text: such as runs/tiny, gs://BUCKET/runs/tiny or s3://BUCKET/models/tiny.
       name: of the flag or field, for messages.
       in_store: whether it may be in an object store.
 
@@ -43,16 +43,17 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         fsspec_settings()
         __import__(STORES[scheme])
     except ImportError as e:
-        missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[gcs]'"
+        missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[{scheme}]'"
         raise UserError(f"{name}={text}: {missing}") from e
     return epath.Path(text)
 
 
 def fsspec_settings():
-    """Makes fsspec list the store each time, because other hosts also write there."""
+    """Makes fsspec list the stores each time, because other hosts also write there."""
     import fsspec
 
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False}
+    for scheme in STORES:
+        fsspec.config.conf[scheme] = {"use_listings_cache": False}
 
 
 def is_remote(path) -> bool:
@@ -97,7 +98,8 @@ def size_and_version(path) -> tuple[int, int]:
 
 
 def _of_store(file):
-    return file["size"], int(file["generation"])
+    version = str(file.get("generation") or file["ETag"])
+    return file["size"], int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)
 
 
 def create(path, content: bytes) -> bool:
@@ -155,8 +157,7 @@ def local_copy(folder, cache="~/.cache/aoe_jax"):
         return folder
     root, store = os.fspath(folder).rstrip("/"), file_system(folder)
     files = sorted(store.find(root, detail=True).items())
-    files = [(name, file) for name, file in files if Path(name).name not in _REPORTS]
-    state = [(name, file["size"], file.get("md5Hash"), file.get("etag")) for name, file in files]
+    state = [(name, _of_store(file)) for name, file in files if Path(name).name not in _REPORTS]
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     target = Path(cache).expanduser() / "copies" / f"{folder.name}-{key}"
     with exclusive(target.with_name(f".{target.name}.lock")):

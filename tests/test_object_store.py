@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from moto.server import ThreadedMotoServer
 
 from aoe_jax import cli, faults, ownership
 from aoe_jax.config.data import DataConfig
@@ -20,8 +22,11 @@ from aoe_jax.data.preparation import Settings, check, prepare, repair
 from aoe_jax.data.token_store import TokenStore
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
+from aoe_jax.evaluation.models import load_model
+from aoe_jax.formats.exporting import export
 from aoe_jax.ownership import is_own_file, owned, read_owner
 from aoe_jax.paths import Mirror, create, file_system, local_copy, move, parsed_path
+from aoe_jax.training.checkpoint import Checkpoints
 from tests import forking
 from tests.hasty import xla_flags
 from tests.object_store import object_store
@@ -48,30 +53,58 @@ def store():
         yield store
 
 
+@pytest.fixture(scope="module")
+def s3():
+    """A server of moto with an empty bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="localhost", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
 @pytest.fixture
-def folder(store, request):
-    """A folder in the store for each test."""
-    fsspec.filesystem("gs").clear_instance_cache()
-    return parsed_path(f"gs://bucket/{request.node.name}", "--workdir", in_store=True)
+def folder(request):
+    """A folder for each test, in the store of the name that `in_both` gives."""
+    scheme = getattr(request, "param", "gs")
+    request.getfixturevalue({"gs": "store", "s3": "s3"}[scheme])
+    fsspec.filesystem(scheme).clear_instance_cache()
+    url = f"{scheme}://bucket/{request.node.originalname}"
+    return parsed_path(url, "--workdir", in_store=True)
+
+
+in_both = pytest.mark.parametrize("folder", ["gs", "s3"], indirect=True)
 
 
 def run(store, *command):
     return finish(start([*map(str, command)], forked=False, **store.variables))
 
 
-def names(store, folder):
-    prefix = str(folder).removeprefix("gs://bucket/").rstrip("/") + "/"
-    return {name.removeprefix(prefix) for name in store.objects if name.startswith(prefix)}
+def names(folder):
+    prefix = str(folder).partition("://")[2].rstrip("/") + "/"
+    return {name.removeprefix(prefix) for name in file_system(folder).find(str(folder))}
 
 
 def fetched(folder, target):
-    fsspec.filesystem("gs").get(f"{folder}/", f"{target}/", recursive=True)
+    file_system(folder).get(f"{folder}/", f"{target}/", recursive=True)
     return target
 
 
 def test_what_is_a_path():
     for text, words in (
-        ("s3://b/x", r"--workdir=s3://b/x: name a folder, or gs://BUCKET/\.\.\."),
+        ("az://b/x", r"--workdir=az://b/x: name a folder, or gs://BUCKET/\.\.\. or s3://BUCKET"),
         ("gs:/b/x", "name a folder, or gs://"),
     ):
         with pytest.raises(UserError, match=words):
@@ -81,7 +114,8 @@ def test_what_is_a_path():
     assert "~" not in str(parsed_path("~/runs", "--workdir"))
 
 
-def test_files(folder, tmp_path, store):
+@in_both
+def test_files(folder, tmp_path):
     assert create(folder / "a", b"1") and not create(folder / "a", b"2")
     move(folder / "a", folder / "deep" / "b")
     (tmp_path / "old").write_text("old")
@@ -89,7 +123,7 @@ def test_files(folder, tmp_path, store):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "new").write_text("new")
     mirror.upload()
-    assert names(store, folder) == {"deep/b", "sub/new"}
+    assert names(folder) == {"deep/b", "sub/new"}
     copy = local_copy(folder, tmp_path / "cache")
     assert (copy / "sub" / "new").read_text() == "new" and local_copy(copy) == copy
     assert local_copy(folder, tmp_path / "cache") == copy
@@ -99,6 +133,7 @@ def test_files(folder, tmp_path, store):
     assert local_copy(folder, tmp_path / "cache") != copy
 
 
+@in_both
 def test_one_owner(folder, monkeypatch):
     monkeypatch.setattr(ownership, "STALE", 1.0)
     with owned(folder, "workdir") as owner:
@@ -119,7 +154,17 @@ def test_a_store_that_fails_for_a_while(folder, store, monkeypatch):
     assert store.failed
 
 
-def test_a_prepared_corpus(folder, store, tmp_path):
+def test_a_server_that_cannot_be_reached(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(Exception, match="connect") as caught:
+        create(parsed_path("s3://bucket/a", "--workdir", in_store=True), b"1")
+    assert faults.is_fault(caught.value)
+
+
+@in_both
+def test_a_prepared_corpus(folder, tmp_path):
     """The same shards as on a disk; each is copied when it is read, and checked."""
     settings = Settings("bpe:300", validation=0.2, test=0.2)
     texts, local = [f"{corpus_folder()}/*.txt"], tmp_path / folder.name
@@ -142,24 +187,26 @@ def test_a_prepared_corpus(folder, store, tmp_path):
     again = open_corpus(data, 300).train[folder.name]
     assert (again.read(5, 50) == tokens.read(5, 50)).all()
 
-    (name,) = (name for name in store.objects if name.startswith(f"{folder.name}/validation"))
-    content, generation = store.objects[name]
-    store.objects[name] = content[:-1] + b"x", generation
-    with pytest.raises(UserError, match=r"validation.* has another hash .* --repair --output=gs:"):
+    (damaged,) = (path for path in folder.iterdir() if path.name.startswith("validation"))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"x")
+    wanted = r"validation.* has another hash .* --repair --output=\w\w:"
+    with pytest.raises(UserError, match=wanted):
         corpus.validation[folder.name].read(0, 9)
-    assert repair(folder, 1) == [name.rpartition("/")[2]]
-    assert store.objects[name][0] == content
+    assert repair(folder, 1) == [damaged.name]
+    assert damaged.read_bytes() == content
     assert len(corpus.validation[folder.name].read(0, 9)) == 9
 
     missing = open_corpus(data, 300).train[folder.name]
     for path in [shard, *shard.parent.glob("train*")]:
         path.unlink(missing_ok=True)
-    del store.objects[f"{folder.name}/{shard.name}"]
-    with pytest.raises(UserError, match=f"{shard.name} is missing; .* --repair --output=gs:"):
+    (folder / shard.name).unlink()
+    with pytest.raises(UserError, match=rf"{shard.name} is missing; .* --repair --output=\w\w:"):
         missing.read(5, 50)
 
 
-def test_a_corpus_from_texts_in_a_store(folder, store, tmp_path):
+@in_both
+def test_a_corpus_from_texts_in_a_store(folder, tmp_path):
     settings, here = Settings("bpe:300", validation=0.2, test=0.2), tmp_path / "texts"
     shutil.copytree(corpus_folder(), here / "deep")
     lines = [json.dumps({"text": f"line {i}"}) for i in range(100)]
@@ -182,12 +229,23 @@ def test_a_corpus_from_texts_in_a_store(folder, store, tmp_path):
         prepare([f"{folder}/*.md"], settings, stores[1], 1)
 
 
+@in_both
 def test_a_configuration_in_a_store(folder):
     (folder / "small.py").write_text((ROOT / "configs" / "methods.py").read_text())
     config = cli._read_config(f"{folder}/small.py:smear")
     assert config == cli._read_config("configs/methods.py:smear")
     with pytest.raises(UserError, match=r"nothing\.py.*no such file"):
         cli._read_config(f"{folder}/nothing.py")
+
+
+def test_a_model_in_s3(s3):
+    """A training run cannot be there."""
+    folder = parsed_path("s3://bucket/model", "--output", in_store=True)
+    export(finished_run(), folder)
+    model = load_model(folder)
+    assert model.step == load_model(finished_run()).step
+    with pytest.raises(UserError, match="--workdir=s3://bucket/run: checkpoints can be on a disk"):
+        Checkpoints(folder.parent / "run")
 
 
 def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
@@ -211,7 +269,7 @@ def test_a_run_that_is_killed_and_goes_on(folder, store, tmp_path):
     assert store.failed > failed  # the clients of the store have tried again
     assert status == 0 and "going on from step" in stderr, stderr
     assert same_end(fetched(folder, tmp_path / "run"), finished_run())
-    assert not [name for name in names(store, folder) if is_own_file(name)]
+    assert not [name for name in names(folder) if is_own_file(name)]
 
 
 def test_everything_in_a_store(folder, store, tmp_path):

@@ -29,7 +29,7 @@ _TOKENIZER = flags.DEFINE_string(
     "a Hugging Face tokenizer.json, a SentencePiece model, or bpe:N, byte-level BPE of N tokens",
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "the directory of the token store, or gs://BUCKET/..."
+    "output", None, "the directory of the token store, also gs://... or s3://..."
 )
 _TEXT_FIELD = flags.DEFINE_string(
     "text_field", Settings.text_field, "the field of JSON or column of Parquet with the text"

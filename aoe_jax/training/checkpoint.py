@@ -63,7 +63,13 @@ class Checkpoints:
         """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`.
 
         `saved` is the step of the checkpoint that the run continues from, 0 for none.
+
+        Raises:
+          UserError: `workdir` is in a store to which Orbax does not write.
         """
+        if is_remote(workdir) and not str(workdir).startswith("gs://"):
+            wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
+            raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._config = config
         self._manager = None
