@@ -60,7 +60,9 @@ class _FieldParser(flags.ArgumentParser):
 
 
 def define_config_flag():
-    """Defines `--config=FILE.py[:VARIANT]`, and `--config.GROUP.FIELD=VALUE` of every field."""
+    """Defines `--config`, a Python file or the `config.json` of a run, and
+    `--config.GROUP.FIELD=VALUE` of every field.
+    """
     from aoe_jax.config.run import field_types  # imports JAX
 
     for group, fields in field_types().items():
@@ -71,8 +73,8 @@ def define_config_flag():
             else:
                 flags.DEFINE(_FieldParser(kind, type(None) in others), name, None, "")
     about = (
-        "FILE.py or FILE.py:VARIANT; --config.GROUP.FIELD=VALUE changes a field, such as "
-        f"--config.train.steps=2000; the groups are {', '.join(field_types())}"
+        "FILE.py, FILE.py:VARIANT or the config.json of a run; --config.GROUP.FIELD=VALUE changes "
+        f"a field, such as --config.train.steps=2000; the groups are {', '.join(field_types())}"
     )
     return flags.DEFINE_string("config", None, about)
 
@@ -109,10 +111,14 @@ def parsed_config(flag, default=None):
 
 
 def _read_config(name):
-    """`{group: {field: value}}` of a configuration file, `FILE.py` or `FILE.py:VARIANT`."""
+    """`{group: {field: value}}` of `FILE.py`, `FILE.py:VARIANT` or the `config.json` of a run."""
     scheme, slashes, rest = name.rpartition("://")
     file, _, variant = rest.partition(":")
     file = local_file(parsed_path(f"{scheme}{slashes}{file}", "--config", in_store=True))
+    if file.suffix == ".json" and not variant:
+        from aoe_jax.training.workdir import read_run_config  # imports JAX
+
+        return read_run_config(file).to_dict()
     config = call_in_file(f"--config={name}", file, "get_config", *filter(None, [variant]))
     if not isinstance(config, ConfigDict):
         raise UserError(

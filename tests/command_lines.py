@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from aoe_jax import cli
 
 _COMMAND = re.compile(r"\bpython (?:-m )?([\w.]+|\w+/\w+\.py)(?= |$|\")([^#|;\"]*)")
-_MADE_FROM_FILES = ("configs/finetune.py", "configs/saved.py")  # of a user
+_MADE_FROM_FILES = re.compile(r"configs/finetune\.py.*|.*\.json")  # of a user
 
 
 def code_of(page):
@@ -52,7 +52,7 @@ def _parse(lines):
     for line in lines:
         cli._parse([sys.argv[0], *_values(line)])
         config = "config" in flags.FLAGS and flags.FLAGS.config
-        if config and not config.startswith(_MADE_FROM_FILES):
+        if config and not _MADE_FROM_FILES.fullmatch(config):
             cli.parsed_config(flags.FLAGS["config"])
         for flag in flags.FLAGS:
             flags.FLAGS[flag].unparse()

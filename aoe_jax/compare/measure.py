@@ -221,7 +221,8 @@ def measure_points(points, is_topology, output: Path, failed):
         with _noting(point["value"], failed):
             figures = measure(point, _configs(point["configs"]), failed)
             others = [other for other in _done(output) if other["value"] != point["value"]]
-            write_json(output, {"points": [*others, point | {"figures": figures}]})
+            done = {name: point[name] for name in ("value", "configs")} | {"figures": figures}
+            write_json(output, {"points": [*others, done]})
             seconds = [f"{arm} {of_arm['seconds']:.4g} s" for arm, of_arm in figures.items()]
             log.info("%s: %s", point["value"], ", ".join(seconds))
 

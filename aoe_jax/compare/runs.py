@@ -1,4 +1,4 @@
-"""Trains the runs of a suite, each by `train.py` in a process of its own.
+"""Trains the runs of a suite, each by `aoe_jax.train` in a process of its own.
 
 A run is in `WORKDIR/runs/SIZE/ARM/seed_N`. A finished run is not repeated, an interrupted run goes
 on, and a failed run is tried again.
@@ -9,7 +9,7 @@ import math
 import sys
 from pathlib import Path
 
-from aoe_jax.compare.jobs import ROOT, Job, Machine, beside
+from aoe_jax.compare.jobs import Job, Machine, beside
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
@@ -66,12 +66,9 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     The caller has made and locked `workdir`.
 
     Raises:
-      UserError: a run in `workdir` is of another configuration, or `train.py` is missing.
+      UserError: a run in `workdir` is of another configuration.
       Stopped: the machine's `stop` was asked.
     """
-    if not (ROOT / "train.py").exists():
-        advice = "comparisons run it, so install the package with --editable"
-        raise UserError(f"{ROOT / 'train.py'} is missing: {advice}")
     _train(suite.tuning_runs().values(), workdir, machine)
     rates = tuned_rates(suite, workdir)
     for arm, rate in rates.items():
@@ -94,8 +91,8 @@ def _job(run, folder):
     configuration = beside(folder, ".config.json")
     configuration.parent.mkdir(parents=True, exist_ok=True)
     write_json(configuration, run.config.to_dict())
-    given = f"--config={ROOT}/configs/saved.py:{configuration}"
-    command = (sys.executable, str(ROOT / "train.py"), given, f"--workdir={folder}")
+    given = f"--config={configuration}"
+    command = (sys.executable, "-m", "aoe_jax.train", given, f"--workdir={folder}")
 
     def progress():
         heartbeat = folder / "heartbeat.json"

@@ -13,10 +13,9 @@ A run keeps a checkpoint every 2000 steps, for the analysis of routing, and the 
 the end, of 9 GB each, or 48 GB at 4B.
 
 The corpus and the mesh must be given: `--set=data.name=... --set=data.tokenizer=...
---set=mesh.fsdp=16`. On several hosts train each run by itself, `train.py
---config=configs/saved.py:FILE --workdir=DIR/runs/SIZE/ARM/seed_0 --distributed`, with the
-`DIR/runs/SIZE/ARM/seed_0.config.json` that this command writes. Then the same command finds them
-trained, analyses their routing and reports.
+--set=mesh.fsdp=16`. On several hosts train each run by itself, `train.py --config=RUN.config.json
+--workdir=RUN --distributed`, where RUN is `DIR/runs/SIZE/ARM/seed_0`: this command writes the file.
+Then the same command finds the runs trained, analyses their routing and reports.
 """
 
 from aoe_jax.compare.suite import Arm, Size, Suite
