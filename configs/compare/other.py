@@ -1,8 +1,8 @@
-"""The arms of `confirm.py` on other data and with other settings, seven core-hours:
+"""The arms that `confirm.py` has at all sizes, on other data and with other settings:
 `--suite=configs/compare/other.py`, after `python -m benchmarks.debian_docs --output=runs/manuals`.
 
-At the middle size of `small.py`: another corpus, batches four times as large, 2 of 16 experts, and
-8 of 64 and of 256 experts of a quarter of the width. AoE lacks the parameters of the router, 1.2%
+Five core-hours, at the middle size of `small.py`: another corpus, batches four times as large,
+2 of 16 experts, and 8 of 64 and of 256 experts of a quarter of the width. AoE lacks the parameters of the router, 1.2%
 of all with 64 experts and 1.4% with 256.
 """
 
