@@ -99,12 +99,12 @@ def read_json(
         raise UserError(f"{path} cannot be read ({e}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object; {wanted}")
-    if misfit := _misfit(value, schema or {}, ""):
-        raise UserError(f"{path} cannot be read: {misfit}; {wanted}")
+    if problem := misfit(value, schema or {}):
+        raise UserError(f"{path} cannot be read: {problem}; {wanted}")
     return value
 
 
-def _misfit(value, schema, name):
+def misfit(value, schema, name=""):
     """What is wrong with the first part of a value that does not have the schema, or None."""
     if isinstance(schema, Kind):
         return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
@@ -118,7 +118,7 @@ def _misfit(value, schema, name):
     else:
         dot = f"{name}." if name else ""
         parts = ((f"{dot}{key}", value.get(key), of_key) for key, of_key in schema.items())
-    return next(filter(None, (_misfit(part, of_part, name) for name, part, of_part in parts)), None)
+    return next(filter(None, (misfit(part, of_part, name) for name, part, of_part in parts)), None)
 
 
 def read_metrics(path: Path):

@@ -1,6 +1,7 @@
 """Folders on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
 
 import atexit
+import errno
 import functools
 import hashlib
 import os
@@ -33,7 +34,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     """
     match = re.match(r"([\w+.-]+):/", str(text))
     if not match:
-        return Path(text).expanduser()
+        return _path_on_disk(text, name)
     scheme = match[1]
     known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
     wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
@@ -46,6 +47,18 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[gcs]'"
         raise UserError(f"{name}={text}: {missing}") from e
     return epath.Path(text)
+
+
+def _path_on_disk(text, name):
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except RuntimeError as e:
+        raise UserError(f"{name}={text}: there is no such home directory; name it in full") from e
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{name}={text}: {e.strerror}; name another path") from e
+    return path
 
 
 def fsspec_settings():

@@ -313,6 +313,14 @@ RUNS = {
     "workdir is a file": Mistake(
         TRAIN, ["--workdir={workdir}", "file"], lambda workdir, here: workdir.write_text("mine")
     ),
+    "workdir in the home of nobody": Mistake(
+        ["train.py", CONFIG, "--workdir=~nobody.here/run"],
+        ["--workdir=~nobody.here/run", "no such home directory"],
+    ),
+    "workdir with a long name": Mistake(
+        ["train.py", CONFIG, f"--workdir={{here}}/{'x' * 300}"],
+        ["--workdir={here}/xxx", "File name too long"],
+    ),
     "workdir lies in a file": Mistake(
         ["train.py", CONFIG, "--workdir={here}/file/run"],
         ["--workdir={here}/file/run", "cannot be written"],
