@@ -150,12 +150,16 @@ def write_json(path: Path, value, indent=2):
     """Writes JSON, null for numbers that are not finite. A kill or a power cut leaves either the
     old file or the new one.
     """
-    text = json.dumps(finite(value), indent=indent) + "\n"
+    write_whole(path, (json.dumps(finite(value), indent=indent) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes):
+    """Writes a file. A kill or a power cut leaves either the old file or the new one."""
     if is_remote(path):  # it appears whole
-        path.write_text(text)
+        path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     replace_durably(partial, path)
 
 
