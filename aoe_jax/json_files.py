@@ -62,7 +62,7 @@ def read_regular(path: Path | str, at_most: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
-        raise OSError(errno.EFBIG, f"it has more than {at_most} bytes", str(path))
+        raise OSError(errno.EINVAL, f"it has more than {at_most} bytes", str(path))
     return content
 
 

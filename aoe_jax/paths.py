@@ -2,13 +2,14 @@
 
 import atexit
 import errno
+import fnmatch
 import functools
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from glob import glob
+from glob import has_magic
 from pathlib import Path
 
 from etils import epath
@@ -83,11 +84,16 @@ def file_system(path):
 
 def find(pattern: str) -> dict:
     """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store,
-    each with its `size_and_version`; None for a broken link.
+    each with its `size_and_version`; None for a broken link. Names that begin with a dot must be
+    named, and a link to a folder above itself is not followed.
+
+    Raises:
+      OSError: a folder cannot be listed.
     """
     if not is_remote(pattern):
-        paths = glob(os.path.expanduser(pattern), recursive=True)
-        found = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+        first, *parts = Path(os.path.abspath(os.path.expanduser(pattern))).parts
+        found = [path for path in _matching(Path(first), parts) if not os.path.isdir(path)]
+        found = [] if pattern.endswith("/") else found
         return {path: size_and_version(path) if path.exists() else None for path in found}
     scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
     return {
@@ -95,6 +101,41 @@ def find(pattern: str) -> dict:
         for name, file in found.items()
         if file["type"] == "file"
     }
+
+
+def _matching(folder, parts):
+    """The paths below a folder that match the parts of a pattern. `glob` hides errors."""
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if part == "**":
+        yield from _matching(folder, rest)
+    elif not has_magic(part):
+        if os.path.lexists(folder / part):
+            yield from _matching(folder / part, rest)
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        path, is_hidden = folder / entry.name, entry.name.startswith(".")
+        if part == "**":
+            if is_hidden or _is_cycle(path):
+                continue
+            if entry.is_dir():
+                yield from _matching(path, parts)
+            elif not rest:
+                yield path
+        elif fnmatch.fnmatchcase(entry.name, part) and is_hidden <= part.startswith("."):
+            yield from _matching(path, rest)
+
+
+def _is_cycle(folder):
+    return folder.is_symlink() and Path(os.path.realpath(folder)) in (
+        Path(os.path.realpath(above)) for above in folder.parents
+    )
 
 
 def size_and_version(path) -> tuple[int, int]:

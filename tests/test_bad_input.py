@@ -252,6 +252,11 @@ RUNS = {
         empty_texts,
         {"data__name": "lm1bb, sotu", "data__path": None},
     ),
+    "texts in the home of nobody": Mistake(
+        TRAIN,
+        ["config.data.path=~nobody.here/texts", "no such home directory"],
+        changes={"data__path": "~nobody.here/texts"},
+    ),
     "empty folder of texts": Mistake(
         TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS
     ),

@@ -355,7 +355,13 @@ class Checkpoints:
         try:
             model, _ = self._read(step, wanted)
         except Damaged as e:
-            others = [other for other in self.steps() if other != step]
+            steps = self.steps()
+            if step not in steps:  # by the training, which keeps the newest ones
+                raise UserError(
+                    f"checkpoint {self._path(step)} was deleted while it was read; try again, or "
+                    "train with a larger checkpoint.keep"
+                ) from e
+            others = [other for other in steps if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
             raise UserError(f"checkpoint {self._path(step)} is damaged ({e}); {hint}") from e
         return model["params"], model["routing_state"]

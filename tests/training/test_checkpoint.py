@@ -461,6 +461,14 @@ def test_evaluation_of_a_damaged_checkpoint_touches_nothing(saved, tmp_path):
     assert contents(workdir) == before
 
 
+@unread
+def test_a_checkpoint_that_is_deleted_while_it_is_evaluated(saved, tmp_path):
+    workdir = copy_of(saved, tmp_path)
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    with pytest.raises(UserError, match="3 was deleted while it was read; try again"):
+        Checkpoints(workdir).restore_model(3, ABSTRACT)
+
+
 def test_another_model_is_refused_not_set_aside(saved, tmp_path):
     workdir = copy_of(saved, tmp_path)
     before = contents(workdir)
