@@ -1,9 +1,11 @@
 """Shared by all commands: flags, logging to stderr, and how a program ends."""
 
 import ast
+import contextlib
 import logging
 import os
 import runpy
+import signal
 import sys
 import textwrap
 import traceback
@@ -18,6 +20,8 @@ from aoe_jax.config.checks import misfit, require, require_flag
 from aoe_jax.errors import Failure, Interrupted, MachineFault, Stopped, UserError, shown
 from aoe_jax.paths import local_file, parsed_path
 
+log = logging.getLogger(__name__)
+
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
 flags.DEFINE_float(
@@ -31,6 +35,7 @@ flags.disclaim_key_flags()  # flags that functions here define belong to their c
 _EXAMPLE = "configs/tiny.py of the repository"
 _NO_CONFIG = f"--config is missing; name a Python file with get_config(), such as {_EXAMPLE}"
 _HELP_WIDTH = 100  # columns, like those of the docstrings
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # like programs that the signal ends
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -175,9 +180,10 @@ def run(main):
     """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
 
     The last line on stderr says why the program ended early: a `Failure` with its exit status, a
-    fault of a disk or of the network (5), a request to stop (`Stopped`), or any other exception
-    (1), whose traceback comes before.
+    fault of a disk or of the network (5), a request to stop (`Stopped`), a pipe that nobody reads
+    (141), or any other exception (1), whose traceback comes before.
     """
+    _open_standard_files()
     # A mistake on the command line itself leaves FLAGS.debug unparsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
@@ -190,6 +196,8 @@ def run(main):
         if not debug:
             _hide_background_errors()
         status = main()
+        if problem := _flush(sys.stdout):
+            raise problem
     except Failure as e:
         if debug:
             traceback.print_exc()
@@ -201,13 +209,46 @@ def run(main):
         status = e.status
     except KeyboardInterrupt:
         _end_at_once(Interrupted.status, "interrupted")
+    except BrokenPipeError:
+        _end_at_once(_BROKEN_PIPE, "error: nobody reads the output any more")
     except Exception as e:
         if isinstance(e, OSError) and faults.is_fault(e) and not debug:
             _end_at_once(MachineFault.status, f"error: {e}{_notes(e)}")
         traceback.print_exc()
         first_line = (str(e).strip().splitlines() or [""])[0][:300]
         _end_at_once(1, f"failed: {type(e).__name__}: {first_line}{_notes(e)}")
+    _flush(sys.stderr)
     sys.exit(status)
+
+
+def print_if_possible(text):
+    """Prints a text without which the command has done its work, too."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        _flush(sys.stdout)
+        log.warning(f"the result cannot be printed ({faults.reason(e)})")
+
+
+def _open_standard_files():
+    """Opens those that are closed, whose numbers other files would get; prints every character."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush(file):
+    """Flushes stdout or stderr; returns the error if it cannot be written, and drops the rest."""
+    try:
+        file.flush()
+    except OSError as e:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())
+        return e
+    return None
 
 
 def _notes(error):
@@ -216,8 +257,9 @@ def _notes(error):
 
 def _end_at_once(status, last_line):
     # Unlike sys.exit, this gives threads in the background no time to print tracebacks.
-    print(last_line, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(last_line, file=sys.stderr, flush=True)
+    _flush(sys.stdout)
     os._exit(status)
 
 

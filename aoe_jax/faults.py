@@ -26,7 +26,6 @@ _LASTING = {
     errno.ERANGE,
     errno.EDOM,
     errno.ENAMETOOLONG,
-    errno.EFBIG,
     errno.EXDEV,
     errno.EPIPE,
     errno.ENOSYS,

@@ -62,7 +62,7 @@ def read_regular(path: Path | str, at_most: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
-        raise OSError(errno.EFBIG, f"it has more than {at_most} bytes", str(path))
+        raise OSError(errno.EINVAL, f"it has more than {at_most} bytes", str(path))
     return content
 
 
@@ -99,12 +99,12 @@ def read_json(
         raise UserError(f"{path} cannot be read ({e}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object; {wanted}")
-    if misfit := _misfit(value, schema or {}, ""):
-        raise UserError(f"{path} cannot be read: {misfit}; {wanted}")
+    if problem := misfit(value, schema or {}):
+        raise UserError(f"{path} cannot be read: {problem}; {wanted}")
     return value
 
 
-def _misfit(value, schema, name):
+def misfit(value, schema, name=""):
     """What is wrong with the first part of a value that does not have the schema, or None."""
     if isinstance(schema, Kind):
         return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
@@ -118,7 +118,7 @@ def _misfit(value, schema, name):
     else:
         dot = f"{name}." if name else ""
         parts = ((f"{dot}{key}", value.get(key), of_key) for key, of_key in schema.items())
-    return next(filter(None, (_misfit(part, of_part, name) for name, part, of_part in parts)), None)
+    return next(filter(None, (misfit(part, of_part, name) for name, part, of_part in parts)), None)
 
 
 def read_metrics(path: Path):
@@ -150,12 +150,16 @@ def write_json(path: Path, value, indent=2):
     """Writes JSON, null for numbers that are not finite. A kill or a power cut leaves either the
     old file or the new one.
     """
-    text = json.dumps(finite(value), indent=indent) + "\n"
+    write_whole(path, (json.dumps(finite(value), indent=indent) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes):
+    """Writes a file. A kill or a power cut leaves either the old file or the new one."""
     if is_remote(path):  # it appears whole
-        path.write_text(text)
+        path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     replace_durably(partial, path)
 
 

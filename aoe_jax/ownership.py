@@ -28,7 +28,7 @@ from pathlib import Path
 
 from aoe_jax.errors import UserError
 from aoe_jax.faults import is_fault, is_forbidden, patiently
-from aoe_jax.json_files import write_json
+from aoe_jax.json_files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
 from aoe_jax.paths import create, is_remote
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,12 @@ RENEW, STALE = 10.0, 60.0  # seconds
 _SECOND_LOOK = 1.0  # seconds
 RENEWED = "owner_renewed.json"
 _CLAIM = re.compile(r"owner_(\d+)\.json")
+_FILE_BYTES = 2**12
+_LATE_LOOKS = 50  # a tenth of a second apart, at a file that is listed but gone
+_WORD = matching(re.compile("[ -~]{1,255}"), "a line of text")
+_TIME = Kind("a time", lambda value: type(value) in (int, float) and 0 <= value < 2**33)
+_OWNER = {"nonce": COUNT, "host": _WORD, "pid": COUNT, "time": _TIME}
+_OWNER |= {"started": or_none(COUNT), "kernel": or_none(_WORD)}
 
 
 def is_own_file(name: str) -> bool:
@@ -108,8 +114,7 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
       UserError: the folder cannot be made, or another process owns it. It names the `flag` that
         gave the folder.
     """
-    is_new = not is_remote(folder) and not folder.exists()
-    make_folder(folder, flag)
+    is_new = make_folder(folder, flag) and not is_remote(folder)
     owner = Owner(folder, *_acquire(folder, flag, take_over))
     try:
         yield owner
@@ -121,15 +126,17 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
 
 
 def make_folder(folder: Path, flag: str):
-    """Makes a folder if there is none.
+    """Makes a folder if there is none; returns whether there was none.
 
     Raises:
       UserError: it cannot be made; names the `flag` that gave it.
       MachineFault: its disk fails.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--{flag}={folder} is a file; name a folder")
+    is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
+    if is_there and not folder.is_dir():
+        raise UserError(f"--{flag}={folder} is a file or a broken link; name a folder")
     _write_or_refuse(folder, flag, lambda: folder.mkdir(parents=True, exist_ok=True))
+    return not is_there
 
 
 def _write_or_refuse(folder, flag, write):
@@ -164,23 +171,40 @@ def _claims(folder):
 
 def _newest(folder):
     """The number of the owner and the content of its file; `(0, None)` if there is none."""
-    while claims := _claims(folder):
+    for _ in range(_LATE_LOOKS):
+        claims = _claims(folder)
+        if not claims:
+            return 0, None
         number = max(claims)
         content = _read_object(claims[number])
         if content is not None:
             return number, content
         time.sleep(0.1)  # it was removed meanwhile; a network disk may list it for a while
-    return 0, None
+    raise OSError(errno.ESTALE, f"{claims[number].name} is listed, but it is gone")
 
 
 def _read_object(path):
+    """The content of an owner's file; empty if it is of no owner, None if there is no file."""
+    content = _bytes_of(path)
+    if content is None:
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(content)
+        if not misfit(found, _OWNER):
+            return found
+    return {}
+
+
+def _bytes_of(path):
+    """The content of a small file, or None if there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        return read_regular(path, _FILE_BYTES)
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    except OSError as e:
+        if is_fault(e):
+            raise
+        raise UserError(f"{path} cannot be read ({e.strerror}); remove it") from e
 
 
 def _acquire(folder, flag, take_over):
@@ -235,7 +259,7 @@ def _wait_until_stale(folder, flag, other, seconds):
 
     def state():
         return patiently(
-            f"{folder} cannot be read", lambda: (read_owner(folder), _read_object(folder / RENEWED))
+            f"{folder} cannot be read", lambda: (read_owner(folder), _bytes_of(folder / RENEWED))
         )
 
     before, deadline = state(), time.monotonic() + seconds

@@ -1,13 +1,15 @@
 """Folders on a disk, as `pathlib.Path`, or in an object store, as `epath.Path`."""
 
 import atexit
+import errno
+import fnmatch
 import functools
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from glob import glob
+from glob import has_magic
 from pathlib import Path
 
 from etils import epath
@@ -33,7 +35,7 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     """
     match = re.match(r"([\w+.-]+):/", str(text))
     if not match:
-        return Path(text).expanduser()
+        return _path_on_disk(text, name)
     scheme = match[1]
     known = " or ".join(f"{scheme}://BUCKET/..." for scheme in STORES)
     wanted = f"name a folder, or {known}" if in_store else "it must be on a disk"
@@ -46,6 +48,18 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
         missing = f"the package {STORES[scheme]} is missing; pip install 'aoe_jax[{scheme}]'"
         raise UserError(f"{name}={text}: {missing}") from e
     return epath.Path(text)
+
+
+def _path_on_disk(text, name):
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except RuntimeError as e:
+        raise UserError(f"{name}={text}: there is no such home directory; name it in full") from e
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{name}={text}: {e.strerror}; name another path") from e
+    return path
 
 
 def fsspec_settings():
@@ -71,11 +85,16 @@ def file_system(path):
 
 def find(pattern: str) -> dict:
     """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store,
-    each with its `size_and_version`; None for a broken link.
+    each with its `size_and_version`; None for a broken link. Names that begin with a dot must be
+    named, and a link to a folder above itself is not followed.
+
+    Raises:
+      OSError: a folder cannot be listed.
     """
     if not is_remote(pattern):
-        paths = glob(os.path.expanduser(pattern), recursive=True)
-        found = [Path(os.path.abspath(path)) for path in paths if not os.path.isdir(path)]
+        first, *parts = Path(os.path.abspath(os.path.expanduser(pattern))).parts
+        found = [path for path in _matching(Path(first), parts) if not os.path.isdir(path)]
+        found = [] if pattern.endswith("/") else found
         return {path: size_and_version(path) if path.exists() else None for path in found}
     scheme, found = pattern.partition("://")[0], file_system(pattern).glob(pattern, detail=True)
     return {
@@ -83,6 +102,41 @@ def find(pattern: str) -> dict:
         for name, file in found.items()
         if file["type"] == "file"
     }
+
+
+def _matching(folder, parts):
+    """The paths below a folder that match the parts of a pattern. `glob` hides errors."""
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if part == "**":
+        yield from _matching(folder, rest)
+    elif not has_magic(part):
+        if os.path.lexists(folder / part):
+            yield from _matching(folder / part, rest)
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        path, is_hidden = folder / entry.name, entry.name.startswith(".")
+        if part == "**":
+            if is_hidden or _is_cycle(path):
+                continue
+            if entry.is_dir():
+                yield from _matching(path, parts)
+            elif not rest:
+                yield path
+        elif fnmatch.fnmatchcase(entry.name, part) and (part[0] == "." or not is_hidden):
+            yield from _matching(path, rest)
+
+
+def _is_cycle(folder):
+    return folder.is_symlink() and Path(os.path.realpath(folder)) in (
+        Path(os.path.realpath(above)) for above in folder.parents
+    )
 
 
 def size_and_version(path) -> tuple[int, int]:

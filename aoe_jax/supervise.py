@@ -27,7 +27,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Interrupted, MachineFault, UserError
-from aoe_jax.faults import patiently
+from aoe_jax.json_files import COUNT, TEXT, or_none, read_json
 from aoe_jax.paths import is_remote, parsed_path
 
 log = logging.getLogger("aoe_jax.supervise")  # not __name__, which is __main__
@@ -113,7 +113,7 @@ class Supervisor:
     def _heartbeat(self):
         path = self._workdir / "heartbeat.json"
         with contextlib.suppress(Exception):  # the next attempt says why it cannot be read
-            return json.loads(patiently(f"{path} cannot be read", path.read_text))
+            return read_json(path, schema={"saved": or_none(COUNT), "status": or_none(TEXT)})
         return {}
 
     def _has_heartbeat(self):
@@ -138,11 +138,14 @@ def _without(names, command):
 
 
 def _workdir_of(command):
+    workdir = ""
     for name, following in zip(command, [*command[1:], ""], strict=True):
-        flag, _, value = name.partition("=")
-        if flag.lstrip("-") == "workdir" and flag.startswith("-"):
-            return parsed_path(value or following, "--workdir", in_store=True)
-    raise UserError("the command after -- has no --workdir; name the directory of the run")
+        flag, equals, value = name.partition("=")
+        if flag in ("-workdir", "--workdir"):
+            workdir = value if equals else following  # the last one counts
+    if not workdir:
+        raise UserError("the command after -- has no --workdir; name the directory of the run")
+    return parsed_path(workdir, "--workdir", in_store=True)
 
 
 def main(command):

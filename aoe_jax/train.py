@@ -54,7 +54,7 @@ def main():
     import jax
 
     if jax.process_index() == 0:
-        print(_closing_words(workdir, summary))
+        cli.print_if_possible(_closing_words(workdir, summary))
 
 
 def _closing_words(workdir, summary):

@@ -252,6 +252,11 @@ RUNS = {
         empty_texts,
         {"data__name": "lm1bb, sotu", "data__path": None},
     ),
+    "texts in the home of nobody": Mistake(
+        TRAIN,
+        ["config.data.path=~nobody.here/texts", "no such home directory"],
+        changes={"data__path": "~nobody.here/texts"},
+    ),
     "empty folder of texts": Mistake(
         TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS
     ),
@@ -312,6 +317,14 @@ RUNS = {
     ),
     "workdir is a file": Mistake(
         TRAIN, ["--workdir={workdir}", "file"], lambda workdir, here: workdir.write_text("mine")
+    ),
+    "workdir in the home of nobody": Mistake(
+        ["train.py", CONFIG, "--workdir=~nobody.here/run"],
+        ["--workdir=~nobody.here/run", "no such home directory"],
+    ),
+    "workdir with a long name": Mistake(
+        ["train.py", CONFIG, f"--workdir={{here}}/{'x' * 300}"],
+        ["--workdir={here}/xxx", "File name too long"],
     ),
     "workdir lies in a file": Mistake(
         ["train.py", CONFIG, "--workdir={here}/file/run"],

@@ -23,7 +23,8 @@ def caused_by(cause):
 
 
 FAULTS = [
-    *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.ESTALE, errno.EDQUOT)),
+    *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.EFBIG, errno.EDQUOT)),
+    OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
     *(OSError(code, os.strerror(code)) for code in (errno.ENOTCONN, errno.EBUSY, errno.EROFS)),
     ConnectionResetError(),
     TimeoutError(),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -51,7 +52,16 @@ def test_a_folder_that_stays_empty_goes(tmp_path):
         raise UserError("a mistake")
     assert not (tmp_path / "a" / "b").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file; name a folder"), owned(tmp_path / "file", "o"):
+    with (
+        pytest.raises(UserError, match="is a file or a broken link; name"),
+        owned(tmp_path / "file", "o"),
+    ):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(UserError, match="is a file or a broken link; name"),
+        owned(tmp_path / "link", "o"),
+    ):
         pass
 
 
@@ -107,10 +117,57 @@ def test_an_owner_on_another_host_that_is_silent(tmp_path, caplog):
     assert read_owner(tmp_path)["nonce"] == 9  # and stays
 
 
-def test_half_an_owner_file(tmp_path):
-    (tmp_path / "owner_1.json").write_text('{"nonce": 1')
+@pytest.mark.parametrize(
+    "content", ['{"nonce": 1', "", "\0", "[" * 4000, "[1]", "9" * 4000], ids=lambda text: text[:9]
+)
+def test_half_an_owner_file(tmp_path, content):
+    (tmp_path / "owner_1.json").write_text(content)
     with owned(tmp_path, "workdir", take_over=True) as owner:
         owner.check()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"time": "today"},
+        {"time": 1e300},
+        {"time": float("nan")},
+        {"kernel": ownership._kernel(), "pid": "\0"},
+        {"host": "tpu-3\x1b[2J"},
+        {"started": []},
+    ],
+    ids=str,
+)
+def test_an_owner_file_of_somebody_else(tmp_path, fields, caplog):
+    """Nothing in it is used, and its owner counts as silent."""
+    elsewhere(tmp_path, **fields)
+    with owned(tmp_path, "workdir") as owner:
+        owner.check()
+    assert "belongs to an unknown process; if it does not renew" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["owner_1.json", RENEWED])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.write_bytes(bytes(5000))])
+def test_owner_files_that_are_no_small_files(tmp_path, name, make):
+    elsewhere(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with (
+        pytest.raises(UserError, match=f"{name} cannot be read .*; remove it"),
+        owned(tmp_path, "w"),
+    ):
+        pass
+
+
+def test_an_owner_file_that_is_listed_but_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "retry_seconds", 0.1)
+    monkeypatch.setattr(ownership, "_LATE_LOOKS", 2)
+    (tmp_path / "owner_1.json").symlink_to(tmp_path / "gone")
+    with (
+        pytest.raises(MachineFault, match=r"owner_1.json is listed, but it is gone"),
+        owned(tmp_path, "w"),
+    ):
+        pass
 
 
 def test_only_one_takes_over(tmp_path):

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from aoe_jax.supervise import _ONCE, Supervisor, _without
+from aoe_jax.errors import UserError
+from aoe_jax.supervise import _ONCE, Supervisor, _without, _workdir_of
 from tests.hasty import xla_flags
 from tests.runs import ROOT, finished_run, same_end, train_command
 from tests.test_faults import heartbeat, wait_for
@@ -120,6 +122,26 @@ def test_a_disk_that_fails_is_no_sign_of_a_run(monkeypatch):
     supervisor, started = Supervisor(["train.py"], Disk()), []
     monkeypatch.setattr(supervisor, "_attempt", lambda n: (started.append(n), (2, 0))[1])
     assert supervisor.run(restarts=0, pause=0) == 2 and started == [1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", '{"saved": "x"}', '{"saved": 1e400}', '{"saved": true}', "[" * 10**5, None],
+)
+def test_a_heartbeat_of_somebody_else_counts_as_none(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    if content is None:
+        os.mkfifo(tmp_path / "heartbeat.json")
+    else:
+        (tmp_path / "heartbeat.json").write_text(content)
+    assert Supervisor(["-c", "raise SystemExit(2)"], tmp_path).run(restarts=0, pause=0) == 2
+
+
+def test_the_last_workdir_counts(tmp_path):
+    command = ["train.py", "--workdir=a", "--workdir", "b", "-workdir=c"]
+    assert _workdir_of(command) == Path("c") and _workdir_of(command[:-1]) == Path("b")
+    with pytest.raises(UserError, match="no --workdir"):
+        _workdir_of(["train.py", "--workdir=", "--config=x"])
 
 
 def test_flags_of_the_first_attempt():

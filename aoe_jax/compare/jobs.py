@@ -15,7 +15,7 @@ from pathlib import Path
 import aoe_jax
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import NUMBER, TEXT, read_json, write_json
 from aoe_jax.ownership import owned
 from aoe_jax.stopping import StopRequests
 
@@ -76,7 +76,14 @@ def last_line(path: Path):
 def read_outcome(output: Path):
     """Returns `status` and `last_line` of the job that wrote an output; None if none ended."""
     file = beside(output, ".outcome.json")
-    return read_json(file) if file.exists() else None
+    schema = {"status": NUMBER, "last_line": TEXT}
+    return read_json(file, "remove it", schema) if file.exists() else None
+
+
+def read_machines(workdir: Path):
+    """Returns the machines of a suite so far, as `Machine.here` describes them; the newest last."""
+    schema = {"machines": [{"backend": TEXT}]}
+    return read_json(workdir / "machine.json", "remove it", schema)["machines"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class Machine:
         """
         description = _describe()
         file = workdir / "machine.json"
-        earlier = read_json(file)["machines"] if file.exists() else []
+        earlier = read_machines(workdir) if file.exists() else []
         machines = [*(m for m in earlier if m != description), description]
         write_json(file, {"machines": machines})
         # Runs that differ in their seed alone are one program.

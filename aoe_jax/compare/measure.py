@@ -29,12 +29,16 @@ from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import topology_devices
-from aoe_jax.json_files import read_json, write_json
+from aoe_jax.json_files import Kind, read_json, write_json
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
 
 log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on the command line
+
+# A measurement: the value of a setting, and configurations and figures by arm.
+_VALUE = Kind("a number or a text", lambda value: isinstance(value, int | float | str))
+_POINT = {"value": _VALUE, "configs": {str: {str: {}}}, "figures": {str: {}}}
 
 
 def measured_file(workdir: Path, name):
@@ -170,7 +174,7 @@ def measured_points(file: Path, wanted):
 
 
 def _done(file):
-    return read_json(file).get("points", []) if file.exists() else []
+    return read_json(file, "remove it", {"points": [_POINT]})["points"] if file.exists() else []
 
 
 def missing_points(suite: Suite, workdir: Path, name):

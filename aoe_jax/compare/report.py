@@ -15,7 +15,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from aoe_jax.compare import figures
-from aoe_jax.compare.jobs import beside, read_outcome
+from aoe_jax.compare.jobs import beside, read_machines, read_outcome
 from aoe_jax.compare.measure import measured_file, sweep_file
 from aoe_jax.compare.reading import read_costs, read_results
 from aoe_jax.compare.results import ROUTING_DIGITS, RUN_COLUMNS, SCALES, Results
@@ -25,7 +25,6 @@ from aoe_jax.compare.suite import SWEPT, Suite
 from aoe_jax.counts import experts_per_token
 from aoe_jax.formats.configs import computed_fields
 from aoe_jax.hardware import PACKAGES
-from aoe_jax.json_files import read_json
 
 BALANCED_BY = {  # methods that balance load, or couple router and experts, by themselves
     "expert_choice": "expert choice",
@@ -59,7 +58,7 @@ def write_report(suite: Suite, workdir: Path, command):
     markdown, pictures = to_markdown(
         results,
         costs,
-        machines=read_json(workdir / "machine.json")["machines"],
+        machines=read_machines(workdir),
         failed=failed(results, workdir),
         tuning=tuning(results, workdir),
         command=command,

@@ -5,10 +5,12 @@ import difflib
 import hashlib
 import importlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,10 @@ from aoe_jax.data import SPLITS, sotu
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import UserError
+from aoe_jax.faults import patiently
 from aoe_jax.json_files import read_regular
 from aoe_jax.locking import exclusive
+from aoe_jax.paths import parsed_path
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +81,10 @@ def _text_folder(path: str | None) -> Corpus:
     twenty for test, at least one each. In all but small folders, files that are added leave the
     others in their splits.
     """
-    root = Path(path or "").expanduser()
+    root = parsed_path(path or "", "config.data.path")
     wanted = "no such folder; data.name='text' needs a folder of .txt files"
-    require(path and root.is_dir(), "data.path", path, wanted)
-    files = sorted(file for file in root.rglob("*.txt") if file.is_file())
+    require(path and os.path.isdir(root), "data.path", path, wanted)
+    files = patiently(f"data.path={path!r} cannot be read", partial(_texts_below, root))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     names, digest = [], hashlib.sha256()
     for file in files:
@@ -117,6 +121,20 @@ def _text_folder(path: str | None) -> Corpus:
                 ) from error
 
     return Corpus("text", digest.hexdigest(), documents)
+
+
+def _texts_below(root: Path) -> list[Path]:
+    def refuse(error):
+        if isinstance(error, PermissionError):  # waiting does not help
+            raise UserError(
+                f"data.path: {error.filename} cannot be read ({error.strerror})"
+            ) from error
+        raise error
+
+    found = []
+    for folder, _, names in os.walk(root, onerror=refuse):
+        found += [Path(folder, name) for name in names if name.endswith(".txt")]
+    return sorted(file for file in found if file.is_file())
 
 
 def _split_by_hash(names: list[str]) -> dict[str, list[str]]:

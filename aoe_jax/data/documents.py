@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault
+from aoe_jax.faults import is_fault, patiently
 from aoe_jax.json_files import open_regular
 from aoe_jax.paths import file_system, find, is_remote, parsed_path
 
@@ -43,12 +44,12 @@ def find_files(patterns: Sequence[str], output) -> dict:
     its `size_and_version`.
 
     Files in `output` are left out. Raises `UserError` if a pattern matches no file, a file has an
-    unknown format, or a link is broken.
+    unknown format, a folder cannot be read, or a link is broken.
     """
     found = {}
     for pattern in patterns:
         parsed_path(pattern, "--input", in_store=True)
-        matching = find(pattern)
+        matching = patiently(f"--input={pattern!r} cannot be read", partial(_listed, pattern))
         matching = {path: matching[path] for path in matching if output not in path.parents}
         if not matching:
             raise UserError(
@@ -66,6 +67,13 @@ def find_files(patterns: Sequence[str], output) -> dict:
                 ".json (JSON lines) or .txt, also with .gz or .zst, or in .parquet"
             )
     return {path: found[path] for path in sorted(found, key=os.fspath)}
+
+
+def _listed(pattern):
+    try:
+        return find(pattern)
+    except PermissionError as error:  # waiting does not help
+        raise UserError(f"--input: {error.filename} cannot be read ({error.strerror})") from error
 
 
 def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:

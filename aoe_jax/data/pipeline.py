@@ -10,7 +10,8 @@ import numpy as np
 
 from aoe_jax.config.checks import require
 from aoe_jax.data.token_store import TokenStore
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
+from aoe_jax.json_files import COUNT
 
 # Grain's defaults, 16 threads and 500 elements, are meant for slow disks and single examples.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -110,14 +111,15 @@ class _TrainIterator(grain.DatasetIterator):
         return state | {"sources": self._windows_read(state["next_index"])}
 
     def set_state(self, state: dict) -> None:
-        expected = self._windows_read(state["next_index"])
-        if state.get("sources") != expected:
+        n_batches, read = state.get("next_index"), state.get("sources")
+        expected = self._windows_read(n_batches) if COUNT.holds(n_batches) else None
+        if expected is None or read != expected:
             raise UserError(
-                f"data.name: the checkpoint had read {state.get('sources')} windows after "
-                f"{state['next_index']} batches, these corpora would give {expected}; name the "
+                f"data.name: the checkpoint had read {shown(read)} windows after "
+                f"{shown(n_batches)} batches, these corpora would give {expected}; name the "
                 "corpora and weights that the run began with"
             )
-        self._parent.set_state({"next_index": state["next_index"]})
+        self._parent.set_state({"next_index": n_batches})
 
 
 def train_batches(

@@ -21,8 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import read_regular, replace_durably
-from aoe_jax.paths import is_remote, local_file, parsed_path
+from aoe_jax.json_files import read_regular, write_whole
+from aoe_jax.paths import local_file, parsed_path
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (
@@ -135,12 +135,7 @@ class Tokenizer:
 
     def save(self, folder: Path):
         """Writes the tokenizer to `folder / file_name`, whole or not at all."""
-        if is_remote(folder):
-            (folder / self.file_name).write_bytes(self._content)
-            return
-        partial = folder / f"{self.file_name}.partial"
-        partial.write_bytes(self._content)
-        replace_durably(partial, folder / self.file_name)
+        write_whole(folder / self.file_name, self._content)
 
 
 class HuggingFaceTokenizer(Tokenizer):

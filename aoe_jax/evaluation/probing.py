@@ -29,6 +29,7 @@ from aoe_jax.moe.routing import Choice, Method, best_experts, by_token
 from aoe_jax.moe.scoring import SCORES
 from aoe_jax.ownership import make_folder
 from aoe_jax.parameters import EXPERTS
+from aoe_jax.paths import parsed_path
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def _batches(model, checkpoint, text, corpora, split, n_tokens):
     if text is None:
         stores = getattr(corpus_of(model, checkpoint, corpora), split).values()
     else:
-        stores = [TextTokens([read_text(Path(text).expanduser())], model.tokenizer)]
+        stores = [TextTokens([read_text(parsed_path(text, "--text"))], model.tokenizer)]
     train, seq_len = model.config.train, model.config.data.seq_len
     size = train.batch_size // train.accumulate
     batches = itertools.chain.from_iterable(eval_batches(s, seq_len, size) for s in stores)

@@ -1,5 +1,6 @@
 """Evaluates a trained model on a held-out split, or on any text."""
 
+import io
 import logging
 import math
 from functools import partial
@@ -16,7 +17,9 @@ from aoe_jax.errors import DivergedError, UserError
 from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
-from aoe_jax.json_files import read_regular, write_json
+from aoe_jax.faults import Tolerated
+from aoe_jax.json_files import read_regular, write_json, write_whole
+from aoe_jax.paths import parsed_path
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 
         texts = prompts(load_tasks([text.removeprefix("task:")], **settings), limit)
     else:
-        texts = [read_text(Path(text).expanduser())]
+        texts = [read_text(parsed_path(text, "--text"))]
     return load_on_texts(load_model(workdir, step, mesh), texts, text, workdir)
 
 
@@ -107,9 +110,11 @@ def _report(model, stores, document_mask, name, about, file, picture):
         if statistics:
             print(load_table(statistics))
             title = f"{config.experts.kind}, {name}, step {model.step}"
-            with file.with_name(picture).open("wb") as drawn:
-                draw_loads({title: statistics}).savefig(drawn, dpi=150)
-            log.info("wrote %s", file.with_name(picture))
+            with Tolerated(picture):
+                content = io.BytesIO()
+                draw_loads({title: statistics}).savefig(content, dpi=150)
+                write_whole(file.with_name(picture), content.getvalue())
+                log.info("wrote %s", file.with_name(picture))
     return report
 
 

@@ -8,9 +8,13 @@ from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts
 from aoe_jax.formats.architectures import OWN
 from aoe_jax.formats.configs import computed_fields
-from aoe_jax.json_files import read_json
+from aoe_jax.json_files import COUNT, TEXT, or_none, read_json
 
 _FIGURES = ("nll", "perplexity", "bits_per_byte")
+_REPORTS = {
+    "summary.json": {"metrics": {"step": COUNT}},
+    "eval.json": {"split": TEXT, "step": or_none(COUNT)},
+}
 _LOADED = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,8 +121,10 @@ def write_card(directory: Path, name: str, values: dict, config: Config, origin:
 def _figures(workdir, step):
     """A table of the figures of `summary.json` and `eval.json` that are of this step."""
     found = {}
-    for file in ("summary.json", "eval.json"):
-        report = read_json(workdir / file) if (workdir / file).exists() else {}
+    for file, schema in _REPORTS.items():
+        report = {}
+        if (workdir / file).exists():
+            report = read_json(workdir / file, "remove it to do without", schema)
         metrics, split = report.get("metrics", report), report.get("split", "validation")
         prefix = "validation_" if "metrics" in report else ""
         if metrics.get("step") == step:

@@ -10,13 +10,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 from aoe_jax.json_files import matching, open_regular, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
 _INDEX_BYTES = 2**26  # of the index of the largest models of the hub: 20 MB
-_FILE = matching(re.compile(r"[^/\0]+\.safetensors"), "the name of a safetensors file")
+_FILE = matching(re.compile(r"[^/\0-\x1f]+\.safetensors"), "the name of a safetensors file")
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -87,6 +87,8 @@ def _read_header(path):
             for name in file.keys():  # noqa: SIM118  it is no dict
                 tensor = file.get_slice(name)
                 shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                if not name.isprintable():
+                    raise UserError(f"{path}: tensor {shown(name)}: no model has such a name")
                 if dtype not in _DTYPES:
                     what = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
                     raise UserError(f"{path}: tensor {name[:1000]} {what}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,16 @@ from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import FailedElsewhere, Failure, MachineFault, UserError
-from aoe_jax.json_files import read_metrics
+from aoe_jax.json_files import (
+    COUNT,
+    NUMBER,
+    TEXT,
+    Kind,
+    misfit,
+    or_none,
+    read_metrics,
+    read_regular,
+)
 from aoe_jax.paths import is_remote, move
 from aoe_jax.training.fingerprints import by_path, fingerprints
 
@@ -25,6 +35,21 @@ log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
 _SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new file late
+_RUN_BYTES = 2**24  # the largest file of what is saved beside the state
+_ARRAY = Kind(
+    "a shape, a dtype and a fingerprint", lambda value: isinstance(value, list) and len(value) == 3
+)
+_RUN = {
+    "data": {},
+    "progress": {
+        "loss": or_none(NUMBER),
+        "nll": or_none(NUMBER),
+        "validated": Kind("true or false", lambda value: isinstance(value, bool)),
+        "skipped_in_row": COUNT,
+    },
+    "arrays": {str: _ARRAY},
+    "sha256": TEXT,
+}
 
 
 @dataclass
@@ -127,15 +152,23 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def steps(self):
-        """The steps of all complete checkpoints, the oldest first."""
+        """The steps of all complete checkpoints, the oldest first.
+
+        Raises `UserError` if their folder is a file.
+        """
         if not self.directory.exists():
             return []
-        return sorted(
-            faults.patiently(
-                f"{self.directory} cannot be read",
-                lambda: ocp.utils.checkpoint_steps(self.directory),
-            )
-        )
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file; move it away, and bring the folder back")
+        return sorted(faults.patiently(f"{self.directory} cannot be read", self._complete_steps))
+
+    def _complete_steps(self):
+        # Orbax reads other names as numbers, too, such as 007.
+        return [
+            step
+            for step in ocp.utils.checkpoint_steps(self.directory)
+            if step < 2**31 and self._path(step).exists()
+        ]
 
     def _path(self, step):
         return self.directory / str(step)
@@ -314,7 +347,8 @@ class Checkpoints:
         """
         state, run = self._read(step, vars(abstract_state))
         state = dataclasses.replace(abstract_state, **state)
-        return state, Progress(**run["progress"]), run["data"]
+        progress = {name: run["progress"][name] for name in _RUN["progress"]}
+        return state, Progress(**progress), run["data"]
 
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
@@ -327,7 +361,13 @@ class Checkpoints:
         try:
             model, _ = self._read(step, wanted)
         except Damaged as e:
-            others = [other for other in self.steps() if other != step]
+            steps = self.steps()
+            if step not in steps:  # by the training, which keeps the newest ones
+                raise UserError(
+                    f"checkpoint {self._path(step)} was deleted while it was read; try again, or "
+                    "train with a larger checkpoint.keep"
+                ) from e
+            others = [other for other in steps if other != step]
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
             raise UserError(f"checkpoint {self._path(step)} is damaged ({e}); {hint}") from e
         return model["params"], model["routing_state"]
@@ -375,8 +415,12 @@ def _read_alone(path, wanted):
     )
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     try:
-        run = json.loads((path / "run" / "metadata").read_text())
-        if run.pop("sha256", None) != _sha256(run):
+        if file := next(_irregular(path), None):  # reading a FIFO would never end
+            raise Damaged(f"{file} is no file")
+        run = json.loads(read_regular(path / "run" / "metadata", _RUN_BYTES))
+        if problem := misfit(run, _RUN):
+            raise Damaged(problem)
+        if run.pop("sha256") != _sha256(run):
             raise Damaged("its position in the data is not what was saved")
         _check_model(path, wanted, run["arrays"])
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
@@ -388,6 +432,15 @@ def _read_alone(path, wanted):
         if faults.is_fault(e) or is_of_program:
             raise
         raise Damaged(faults.reason(e)) from e
+
+
+def _irregular(folder):
+    """The FIFOs, devices and broken links below a folder on a disk."""
+    for entry in [] if is_remote(folder) else os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _irregular(entry.path)
+        elif not entry.is_file() and not entry.is_dir():
+            yield entry.path
 
 
 def _check_model(path, wanted, saved):

@@ -8,17 +8,28 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
 from aoe_jax.errors import UserError
 from aoe_jax.formats.configs import differences
-from aoe_jax.json_files import COUNT, NUMBER, TEXT, or_none, read_json, read_metrics, write_json
+from aoe_jax.json_files import (
+    COUNT,
+    NUMBER,
+    TEXT,
+    or_none,
+    read_json,
+    read_metrics,
+    write_json,
+    write_whole,
+)
 from aoe_jax.paths import move
 from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)
 
-# What a run writes into its directory, beside its tokenizer.
+_IDENTITY = ("config.json", "data.json")  # which run it is
+# What a run writes into its directory, beside its tokenizer. The files that show which checkpoints
+# there were come after these: a move that was interrupted leaves no run that seems whole.
 _FILES = (
-    *("config.json", "data.json", "heartbeat.json", "metrics.jsonl", "summary.json", "wandb.json"),
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
-    "training.png",
+    *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
+    *_IDENTITY,
 )
 
 # Groups and fields that may change when a run continues: they do not affect what a step computes.
@@ -69,8 +80,14 @@ def check_history(workdir: Path, steps):
     missing.
 
     Raises:
-      UserError: a later checkpoint was complete, or there are figures and nothing else.
+      UserError: a later checkpoint was complete, there are figures and nothing else, or nothing
+        says of which run the checkpoints are.
     """
+    if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
+        raise UserError(
+            f"--workdir={workdir} has checkpoints but no {missing[0]}, so they may be of another "
+            "run. Bring it back; or --start-over begins anew, and moves them to set_aside/"
+        )
     newest, saved, problem = max(steps, default=0), read_heartbeat(workdir)["saved"], None
     damaged = workdir / DAMAGED
     names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.exists() else []
@@ -126,7 +143,10 @@ def set_aside(workdir: Path, go_back: int | None = None):
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
-    folder = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    first, n = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"), 1
+    folder = first
+    while folder.exists():  # clocks are set back
+        folder, n = first.with_name(f"{first.name}-{n}"), n + 1
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
@@ -160,7 +180,7 @@ def read_identities(workdir: Path) -> list[str]:
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
     """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks."""
-    (workdir / corpus.tokenizer.name).write_bytes(corpus.tokenizer.read_bytes())
+    write_whole(workdir / corpus.tokenizer.name, corpus.tokenizer.read_bytes())
     write_json(workdir / "data.json", {"token_stores": corpus.identities})
     write_json(workdir / "config.json", config.to_dict())
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import finite, read_json, read_metrics, replace_durably, write_json
+from aoe_jax.json_files import TEXT, finite, read_json, read_metrics, replace_durably, write_json
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -31,6 +31,8 @@ try:
 finally:
     if not _has_torch:
         del sys.modules["torch"]
+
+_IDENTITY = {"project": TEXT, "id": TEXT}  # of a run at Weights & Biases
 
 
 class JsonLines:
@@ -150,12 +152,14 @@ class Wandb:
     def __init__(self, workdir: Path, project, config):
         import wandb  # an optional dependency
 
-        identity = workdir / "wandb.json"
-        if not identity.exists():
-            write_json(identity, {"project": project, "id": secrets.token_hex(4)})
+        file = workdir / "wandb.json"
+        if not file.exists():
+            write_json(file, {"project": project, "id": secrets.token_hex(4)})
+        identity = read_json(file, schema=_IDENTITY)
         try:
             self._run = wandb.init(
-                **read_json(identity),
+                project=identity["project"],
+                id=identity["id"],
                 resume="allow",
                 name=workdir.absolute().name,
                 dir=str(workdir),
@@ -182,7 +186,7 @@ def check_wandb(workdir: Path, project):
     """
     require_flag(project, "wandb", project, "name a project")
     identity = workdir / "wandb.json"
-    found = read_json(identity).get("project") if identity.exists() else project
+    found = read_json(identity, schema=_IDENTITY)["project"] if identity.exists() else project
     wanted = f"the run in {workdir} belongs to project {found}; name that one, or leave it out"
     require_flag(found == project, "wandb", project, wanted)
     try:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from aoe_jax.compare.jobs import Job, Machine, Slot, slots_of
+from aoe_jax.compare.jobs import Job, Machine, Slot, read_machines, read_outcome, slots_of
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import read_json
 from aoe_jax.stopping import StopRequests
@@ -112,3 +112,17 @@ def test_a_slot_says_which_device(tmp_path):
     program = "import os; print(os.environ['PATH'], os.environ['CUDA_VISIBLE_DEVICES'])"
     Machine("gpu", [slot], {}, StopRequests()).run([job(tmp_path, "one", program)])
     assert read_json(tmp_path / "one.outcome.json") == {"status": 0, "last_line": "/nowhere 3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("machine.json", lambda folder: read_machines(folder)),
+        ("run.outcome.json", lambda folder: read_outcome(folder / "run")),
+    ],
+)
+@pytest.mark.parametrize("content", ["{}", '{"machines": [7]}', '{"status": 0, "last_line": []}'])
+def test_files_of_another_kind(tmp_path, name, read, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} cannot be read: .*; remove it"):
+        read(tmp_path)

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -122,6 +123,21 @@ def test_text_folder_mistakes(tmp_path):
         (folder / f"{name}.txt").write_text(content)
     with pytest.raises(UserError, match=r"2 non-empty .txt file.*at least 3"):
         load_corpus("text", str(folder), str(tmp_path))
+
+
+def test_text_folder_with_a_folder_that_cannot_be_listed(text_folder, tmp_path, monkeypatch):
+    """It is no empty folder: its texts would be missing, and nobody would know."""
+    (text_folder / "denied").mkdir()
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("denied"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(UserError, match=r"/denied cannot be read \(Permission denied\)"):
+        load_corpus("text", str(text_folder), str(tmp_path / "cache"))
 
 
 def test_file_that_is_not_utf8_is_named(text_folder, tmp_path):

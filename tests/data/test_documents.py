@@ -1,13 +1,18 @@
+import errno
 import gzip
 import os
+from glob import glob
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from aoe_jax import faults
 from aoe_jax.data import documents as data_documents
 from aoe_jax.data.documents import Piece, documents, find_files, pieces_of
 from aoe_jax.errors import UserError
+from aoe_jax.paths import find
 from tests.data.texts import (
     json_lines,
     texts,
@@ -275,3 +280,47 @@ def test_names_that_are_not_utf8(tmp_path):
     paths[-1].write_text("text")
     assert [*find_files([str(tmp_path / "*")], tmp_path / "out")] == paths
     assert [joined(read(path)) for path in paths] == [texts(20)] * 3 + [["text"]]
+
+
+def test_folders_that_cannot_be_listed_are_no_empty_folders(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for file in (tmp_path / "x.txt", tmp_path / "a" / "b" / "y.txt"):
+        file.write_text("text")
+    scandir, errors = os.scandir, [errno.ESTALE]
+
+    def failing(folder):
+        if str(folder).endswith("/a") and errors:
+            code = errors.pop()
+            raise OSError(code, os.strerror(code), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.01)
+    pattern = str(tmp_path / "**" / "*.txt")
+    assert len(find_files([pattern], tmp_path / "out")) == 2  # after another try
+    errors.append(errno.EACCES)
+    with pytest.raises(UserError, match=r"/a cannot be read \(Permission denied\)"):
+        find_files([pattern], tmp_path / "out")
+
+
+def test_links_to_folders_above_themselves(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("text")
+    for name in ("a/up", "a/top", "a/self"):
+        (tmp_path / name).symlink_to(tmp_path if name == "a/top" else tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    found = find_files([str(tmp_path / "**" / "*.txt")], tmp_path / "out")
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/x.txt", "link/x.txt"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.txt", "**", "**/*.txt", "d/**", "*/*/", "./d/../d/*", "x[[]1].txt", "d/.*/*", "d/b.txt/*"],
+)
+def test_patterns_are_those_of_glob(tmp_path, monkeypatch, pattern):
+    for name in ("a.txt", ".h.txt", "d/b.txt", "d/.h/c.txt", "d/e/f.txt", "d/e/g.TXT", "x[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    wanted = {Path(os.path.abspath(path)) for path in glob(pattern, recursive=True)}
+    assert find(pattern).keys() == {path for path in wanted if path.is_file()}

@@ -224,7 +224,7 @@ def test_other_folders_are_refused(inputs, tmp_path):
     (tmp_path / "other" / "mine").touch()
     with pytest.raises(UserError, match=r"other: is not empty, and holds no preparation"):
         prepared(inputs, tmp_path / "other")
-    with pytest.raises(UserError, match=r"mine is a file; name a folder"):
+    with pytest.raises(UserError, match=r"mine is a file or a broken link; name"):
         prepared(inputs, tmp_path / "other" / "mine")
     assert os.listdir(tmp_path / "other") == ["mine"]
 

@@ -1,6 +1,7 @@
 """The load of experts on any text."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def load_of(model, inputs):
 def test_texts_are_seen_each_by_itself(tmp_path, capsys):
     """Nll and loads are those of passes over single texts."""
     model = make_model(make_config(data__seq_len=64))
+    os.mkfifo(tmp_path / "text.png")  # writing into it would wait for a reader
     report = load_on_texts(model, WORDS, "words", tmp_path)
     assert json.loads((tmp_path / "text.json").read_text()) == report
     assert (tmp_path / "text.png").stat().st_size > 1000

@@ -258,3 +258,22 @@ def test_a_full_disk(tmp_path):
         ):
             write_arrays(partial, as_own(config), params, bias, "float32")
         assert list(folder.iterdir()) == []
+
+
+def test_no_model_among_checkpoints(tmp_path, monkeypatch):
+    """There it would count as a checkpoint, and be deleted like one."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "3").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    monkeypatch.chdir(checkpoints)
+    for output in (checkpoints / "99", checkpoints / "3" / "model", type(tmp_path)("99")):
+        with (
+            pytest.raises(UserError, match="lies among the checkpoints of a run"),
+            new_directory(output),
+        ):
+            pass
+    with new_directory(tmp_path / "checkpoints" / "99"):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="exists already"), new_directory(tmp_path / "link"):
+        pass

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import gc
+import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import threading
@@ -303,6 +305,55 @@ def test_damaged_checkpoint_is_set_aside(saved, tmp_path, damage, caplog):
     assert aside >= 3  # of some files, such as the names of processes, nothing is needed
 
 
+def signed(run):
+    """The content of `run/metadata` with its right hash, as somebody else can make it."""
+    return json.dumps(
+        run | {"sha256": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()}
+    )
+
+
+FOREIGN = {
+    "arrays of another kind": lambda run: run | {"arrays": {"params": 7}},
+    "no arrays": lambda run: run | {"arrays": []},
+    "progress of another kind": lambda run: run | {"progress": {"loss": "low"}},
+    "no progress": lambda run: {"data": run["data"], "arrays": run["arrays"]},
+    "no position": lambda run: run | {"data": None},
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_what_somebody_else_wrote_beside_the_state_is_damage(saved, tmp_path, change):
+    workdir = copy_of(saved, tmp_path)
+    file = workdir / "checkpoints" / "5" / "run" / "metadata"
+    run = json.loads(file.read_text())
+    file.write_text(signed(change({name: run[name] for name in ("data", "progress", "arrays")})))
+    assert Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0] == 4
+    assert (workdir / "damaged_checkpoints" / "5").is_dir()
+
+
+@unread
+@pytest.mark.parametrize("name", ["run/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)])
+def test_files_that_never_end_are_damage(saved, tmp_path, name, make):
+    workdir = copy_of(saved, tmp_path)
+    file = workdir / "checkpoints" / "5" / name
+    file.unlink()
+    make(file)
+    assert Checkpoints(workdir).restore_newest(ABSTRACT, batches())[0] == 4
+
+
+def test_folders_that_are_no_checkpoints(saved, tmp_path):
+    workdir = copy_of(saved, tmp_path)
+    for name in ("007", "\N{ARABIC-INDIC DIGIT NINE}", "9" * 30, "5_copy", "lost+found"):
+        (workdir / "checkpoints" / name).mkdir()
+    (workdir / "checkpoints" / "8").touch()
+    assert Checkpoints(workdir).steps() == [3, 4, 5]
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "checkpoints").touch()
+    with pytest.raises(UserError, match="/checkpoints is a file; move it away"):
+        Checkpoints(workdir).steps()
+
+
 def noise(step):
     """A state of random numbers, which don't compress: 0.8 MB a checkpoint."""
     kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
@@ -408,6 +459,14 @@ def test_evaluation_of_a_damaged_checkpoint_touches_nothing(saved, tmp_path):
     with pytest.raises(UserError, match=r"checkpoints/5 is damaged .*--step=4 evaluates another"):
         Checkpoints(workdir).restore_model(5, ABSTRACT)
     assert contents(workdir) == before
+
+
+@unread
+def test_a_checkpoint_that_is_deleted_while_it_is_evaluated(saved, tmp_path):
+    workdir = copy_of(saved, tmp_path)
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    with pytest.raises(UserError, match="3 was deleted while it was read; try again"):
+        Checkpoints(workdir).restore_model(3, ABSTRACT)
 
 
 def test_another_model_is_refused_not_set_aside(saved, tmp_path):

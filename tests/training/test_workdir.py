@@ -1,6 +1,8 @@
 """The configuration and data that a workdir belongs to."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -8,11 +10,14 @@ from aoe_jax.config.data import DataConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
+from aoe_jax.paths import move
 from aoe_jax.training.workdir import (
     check_data,
+    check_history,
     check_workdir,
     claim_workdir,
     read_run_config,
+    set_aside,
 )
 from tests.runs import contents
 
@@ -49,6 +54,64 @@ def test_claimed_workdir(claimed):
     assert contents(workdir).keys() == {"config.json", "data.json", "tokenizer.json"}
     check_workdir(workdir, Config())
     check_data(workdir, corpus)
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_checkpoints_without_the_files_of_their_run(claimed, name):
+    check_history(claimed[0], [3])
+    (claimed[0] / name).unlink()
+    with pytest.raises(
+        UserError, match=f"has checkpoints but no {name}, so they may be of another"
+    ):
+        check_history(claimed[0], [3])
+
+
+def test_a_move_that_was_interrupted(claimed, monkeypatch):
+    """What is left is refused or a new run, never one of the same checkpoints without its files."""
+    workdir, _ = claimed
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    for name, content in (("heartbeat", {"saved": 3}), ("summary", {"metrics": {"step": 3}})):
+        (workdir / f"{name}.json").write_text(json.dumps(content))
+    n_files = len([*workdir.iterdir()])
+
+    def move_one(source, target, move=move):
+        move(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aoe_jax.training.workdir.move", move_one)
+    for _ in range(n_files - 1):
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(workdir)
+        assert not (workdir / "checkpoints").exists()
+        if (workdir / "heartbeat.json").exists():
+            with pytest.raises(UserError, match="a checkpoint of step 3 was complete"):
+                check_history(workdir, [])
+    assert {path.name for path in workdir.iterdir()} == {"set_aside", "tokenizer.json"}
+
+
+def test_files_set_aside_are_kept_if_the_clock_is_set_back(claimed, monkeypatch):
+    workdir, _ = claimed
+    monkeypatch.setattr("time.strftime", lambda form: "2026-10-25_02-30-00")
+    for number in range(3):
+        (workdir / "metrics.jsonl").write_text(str(number))
+        set_aside(workdir)
+    found = [path.read_text() for path in sorted((workdir / "set_aside").rglob("metrics.jsonl"))]
+    assert sorted(found) == ["0", "1", "2"]
+
+
+def test_a_full_disk_leaves_the_tokenizer(claimed, monkeypatch):
+    workdir, corpus = claimed
+    whole, write = (workdir / "tokenizer.json").read_bytes(), type(workdir).write_bytes
+
+    def write_half(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(workdir), "write_bytes", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        claim_workdir(workdir, Config(), corpus)
+    assert (workdir / "tokenizer.json").read_bytes() == whole
 
 
 def test_config_of_an_earlier_version_is_refused(claimed):
