@@ -90,7 +90,9 @@ def test_model_cards():
     assert f"{STEPS:,} steps" in card and "| experts.d_low" in card and "from: texts." in card
     assert str(scratch("texts")) not in card
     of_router = (exported()["router"] / "README.md").read_text()
-    assert of_router.count("from_pretrained(DIR)") == 2 and "library_name: transformers" in of_router
+    assert (
+        of_router.count("from_pretrained(DIR)") == 2 and "library_name: transformers" in of_router
+    )
     of_converted = (exported()["converted"] / "README.md").read_text()
     step = read_step(exported()["router"])
     made = f"`python -m aoe_jax.convert` made this model of `router` (step {step})"
