@@ -181,6 +181,21 @@ def test_scan_over_layers():
     assert_close(got, want)
 
 
+def test_scan_over_split_layers():
+    stack = nn.scan(
+        Residual,
+        variable_axes={"params": 0, "losses": 0},
+        split_rngs={"params": True},
+        metadata_params={nn.PARTITION_NAME: None},
+        length=3,
+    )(LAYERS["aoe"].clone(fsdp="a", expert="b"))
+    with jax.set_mesh(mesh_of((2, 4))):
+        variables = jax.eval_shape(stack.init, jax.random.key(1), X, None)
+        spec = nn.get_partition_spec(variables)["params"]["layer"]["w_up"]
+        assert spec == P(None, "b", "a", None)
+        assert jax.eval_shape(stack.apply, variables, X, None)[1].shape == (3,)
+
+
 class Model(nnx.Module):
     def __init__(self, rngs):
         self.layer = nnx.bridge.ToNNX(LAYERS["aoe"].clone(), rngs=rngs).lazy_init(X)
