@@ -277,28 +277,23 @@ def to_json(config: Config, routing_state=()):
     """
     wanted = computed_fields(config)
     has_bias = "selection_bias" in routing_state
-    for name in _EXPORTED:
-        if has_bias != ("layers/selection_bias" in ARCHITECTURES[name].tensors):
+    lacking = {}  # the names of fields, by the class of transformers
+    for name in (*_EXPORTED, OWN):
+        architecture, values = ARCHITECTURES[name], _hub_json(config, name)
+        if name == OWN:
+            values |= {"auto_map": _AUTO_MAP, "selection_bias": has_bias}
+        elif has_bias != ("layers/selection_bias" in architecture.tensors):
             continue
-        values = _hub_json(config, name)
         with contextlib.suppress(UserError):
-            if computed_fields(from_json(Path(), values)) == wanted:
+            names = differences(computed_fields(from_json(Path(), values)), wanted)
+            if not names:
                 return values
-    own = as_own(config)
-    aoe = _hub_json(config, OWN) | {"auto_map": _AUTO_MAP}
-    aoe["selection_bias"] = has_bias
-    try:
-        found = computed_fields(from_json(Path("config.json"), aoe))
-    except UserError as e:
-        reason = str(e)
-    else:
-        if found == wanted:
-            return aoe
-        names = [name for name in wanted if found.get(name) != wanted[name]]
-        given = ", ".join(f"{name}={wanted[name]!r}" for name in names)
-        reason = f"AoEForCausalLM has no {given}"
-    log.info("transformers cannot load the model, only aoe_jax can: %s", reason)
-    return own
+            lacking[architecture.class_name] = names
+    nearest = min(lacking, key=lambda name: len(lacking[name]))
+    given = ", ".join(f"{name}={wanted[name]!r}" for name in lacking[nearest] if name in wanted)
+    message = "transformers cannot load the model, only aoe_jax can: %s has no %s"
+    log.info(message, nearest, given)
+    return as_own(config)
 
 
 def _hub_json(config, model_type):

@@ -52,7 +52,14 @@ FORMS = {
 # By the fields that the log must name.
 WITHOUT_CLASS = {
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "experts.kind='dense'": {"experts__kind": "dense", "model__norm": "layer"},
+    "LlamaForCausalLM has no model.norm='layer'": {
+        "experts__kind": "dense",
+        "model__norm": "layer",
+    },
+    "MixtralForCausalLM has no model.attention_bias=True": {
+        "experts__kind": "router",
+        "model__attention_bias": True,
+    },
     "model.rope_scale=1.5": {"model__rope_scale": 1.5},
 }
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
