@@ -3,9 +3,10 @@
 `[..., d]` below is `[B, S, d]`, `[T, d]` or any other shape whose last axis is the model width.
 """
 
+import dataclasses
 import re
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +25,15 @@ from aoe_jax.moe.routing import Method, TopK
 from aoe_jax.sharding import MESH_AXES, MeshAxes
 
 AxisNames = str | tuple[str, ...] | None
+# The values that an argument takes, by its type.
+_ANY = object, ""
+_KINDS = {
+    int: (Integral, "a whole number"),
+    int | None: (Integral | None, "a whole number, or None"),
+    float: (Real, "a number"),
+    Method: (Method, "a router, such as TopP() of aoe_jax.moe.routing"),
+    AxisNames: (str | tuple | None, "the name of an axis of the mesh, a tuple of names, or None"),
+}
 
 
 class Aux(NamedTuple):
@@ -56,19 +66,19 @@ class _Experts(nn.Module, kw_only=True):
         """Refuses values that are wrong whatever the model width."""
         super().__post_init__()
         with _naming_arguments(self):
-            for name in ("n_experts", "top_k", "d_ffn"):
-                if not isinstance(getattr(self, name), Integral):
-                    raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
-            if not isinstance(self.routing, Method):
-                wanted = "must be a router, such as aoe_jax.moe.routing.TopP()"
-                raise ValueError(f"routing={self.routing!r}: {wanted}")
+            for field in dataclasses.fields(self):
+                value, (kind, wanted) = getattr(self, field.name), _KINDS.get(field.type, _ANY)
+                if not isinstance(value, kind):
+                    raise ValueError(f"{field.name}={value!r}: must be {wanted}")
+            if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+                raise ValueError(f"dtype={self.dtype!r}: must be a floating-point type, or None")
             self._config()
             BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
             MeshConfig(expert=2, transport=self.transport)
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, token_weights: jax.Array | None = None, *, training: bool = False
+        self, x: jax.Array, token_weights: jax.Array | None = None, training: bool = False
     ) -> tuple[jax.Array, Aux]:
         """Applies the layer.
 
@@ -86,11 +96,12 @@ class _Experts(nn.Module, kw_only=True):
         Raises:
           ValueError: an argument does not fit the shape of x or the mesh.
         """
+        x = jnp.asarray(x)
         axes = MeshAxes(*(getattr(self, axis) for axis in MESH_AXES))
         mesh = jax.sharding.get_abstract_mesh()
         balance = BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
         with _naming_arguments(self):
-            _check_tokens(x)
+            _check_tokens(x, token_weights)
             experts = self._config(x.shape[-1])
             sizes = dict(zip(MESH_AXES, axes.sizes(mesh), strict=True))
             _check_routing(self.routing, experts, balance, sizes, x.shape[-1])
@@ -116,6 +127,7 @@ class _Experts(nn.Module, kw_only=True):
             self.sow("losses", "loss", aux.loss)
         return y, aux
 
+    @nn.nowrap  # it is called before the module has a scope
     def _config(self, d_model=None):
         return ExpertsConfig(
             kind=self.kind, n_experts=self.n_experts, top_k=self.top_k, d_ffn=self.d_ffn
@@ -166,6 +178,7 @@ class AoE(_Experts, kw_only=True):
     d_wide: int | None = None
     round_to: int = 1
 
+    @nn.nowrap
     def _config(self, d_model=None):
         if None not in (self.d_low, self.score_neurons):
             wanted = f"is for factorised gates; set None with score_neurons={self.score_neurons}"
@@ -223,14 +236,18 @@ def _naming_arguments(layer):
     try:
         yield
     except (UserError, ValueError) as error:
-        groups = r"(config\.)?\b(experts|balance|routing|mesh|model)\."
-        message = re.sub(groups, "", str(error))
+        message = str(error).replace("routing.name=", "routing=")
+        message = re.sub(r"(config\.)?\b(experts|balance|routing|mesh|model)\.", "", message)
         raise ValueError(f"{type(layer).__name__}: {message}") from None
 
 
-def _check_tokens(x):
-    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype}{list(x.shape)}: it must be floating-point [..., d]")
+def _check_tokens(x, token_weights):
+    if x.ndim < 2 or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
+        wanted = "must be floating-point [..., d] with one token at least"
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}: it {wanted}")
+    if token_weights is not None and jnp.shape(token_weights) != x.shape[:-1]:
+        wanted = f"must be that of the tokens, {x.shape[:-1]}"
+        raise ValueError(f"token_weights has the shape {jnp.shape(token_weights)}: it {wanted}")
     varies = getattr(jax.typeof(x), "manual_axis_type", None)
     if varies is not None and varies.varying:  # grouped_matmul does not say how its result varies
         raise ValueError("the jax.shard_map around the layer needs check_vma=False")

@@ -1,8 +1,8 @@
-"""Scores a model whose experts choose by themselves, without its router.
+"""Scores a router MoE whose experts are ranked by their own activations, not by the router.
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 
-The experts are ranked by a norm of what each has computed at a node, such as `x W_gate`. The table
+The rank of an expert is by the norm of its activations at one node, such as `x W_gate`. The table
 has nll, accuracy on tasks, agreement with the router and time, beside the router and a random
 choice, like the paper's Tables 1, 6 and 7. The command also writes `probe.json`.
 """

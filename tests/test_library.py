@@ -181,6 +181,21 @@ def test_scan_over_layers():
     assert_close(got, want)
 
 
+def test_scan_over_split_layers():
+    stack = nn.scan(
+        Residual,
+        variable_axes={"params": 0, "losses": 0},
+        split_rngs={"params": True},
+        metadata_params={nn.PARTITION_NAME: None},
+        length=3,
+    )(LAYERS["aoe"].clone(fsdp="a", expert="b"))
+    with jax.set_mesh(mesh_of((2, 4))):
+        variables = jax.eval_shape(stack.init, jax.random.key(1), X, None)
+        spec = nn.get_partition_spec(variables)["params"]["layer"]["w_up"]
+        assert spec == P(None, "b", "a", None)
+        assert jax.eval_shape(stack.apply, variables, X, None)[1].shape == (3,)
+
+
 class Model(nnx.Module):
     def __init__(self, rngs):
         self.layer = nnx.bridge.ToNNX(LAYERS["aoe"].clone(), rngs=rngs).lazy_init(X)
@@ -308,7 +323,11 @@ def test_inside_shard_map():
         ({"aux_weight": -1.0}, "AoE: aux_weight=-1.0: must be at least 0"),
         ({"d_low": D}, f"AoE: d_low={D}: must be smaller than d_model={D}"),
         ({"d_ffn": "16"}, "AoE: d_ffn='16': must be a whole number"),
-        ({"routing": "top_p"}, r"AoE: routing='top_p': must be a router, such as .*TopP\(\)"),
+        ({"d_low": 2.5}, "AoE: d_low=2.5: must be a whole number, or None"),
+        ({"aux_weight": None}, "AoE: aux_weight=None: must be a number"),
+        ({"expert": 3}, "AoE: expert=3: must be the name of an axis of the mesh, a tuple"),
+        ({"dtype": "int32"}, "AoE: dtype='int32': must be a floating-point type, or None"),
+        ({"routing": "top_p"}, r"AoE: routing='top_p': .* TopP\(\) of aoe_jax.moe.routing"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
         ({"routing": WithState()}, r"AoE: routing=WithState\(.*\): it has a state"),
     ],
@@ -337,9 +356,37 @@ def test_refused_on_a_mesh(axes, shape, message):
 
 
 def test_refused_tokens():
-    for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32)):
+    for x in (jnp.ones(D), jnp.ones((4, D), jnp.int32), jnp.ones((0, D))):
         with pytest.raises(ValueError, match=r"MoE: x is .* must be floating-point \[\.\.\., d\]"):
             jax.eval_shape(LAYERS["moe"].init, jax.random.key(0), x)
+    wanted = r"MoE: token_weights has the shape \(8,\): it must be that of the tokens, \(8, 4\)"
+    with pytest.raises(ValueError, match=wanted):
+        jax.eval_shape(LAYERS["moe"].init, jax.random.key(0), X, jnp.ones(8))
+
+
+def test_remat():
+    """`training` may be static, as the last positional argument; gradients stay the same."""
+    variables = drawn(LAYERS["aoe"])
+    remat = nn.remat(AoE, static_argnums=(3,))(**SIZES, d_wide=16)
+
+    def loss(layer):
+        return lambda variables: (layer.apply(variables, X, None, True)[0] ** 2).sum()
+
+    got, want = (jax.jit(jax.grad(loss(layer)))(variables) for layer in (remat, LAYERS["aoe"]))
+    assert_close(got, want)
+
+
+def test_table_of_parameters():
+    table = LAYERS["aoe"].tabulate(jax.random.key(0), X)
+    assert "w_gate_down" in table and "AoE" in table
+
+
+def test_numpy_tokens():
+    layer = LAYERS["aoe"]
+    variables = drawn(layer)
+    np.testing.assert_allclose(
+        layer.apply(variables, np.asarray(X))[0], layer.apply(variables, X)[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ Where a parameter has several rows, a file may have any of them; the first is th
 their fields, and they are copied beside it. Otherwise it has the groups `model`, `experts` and
 `routing`: the fields of `Config` that decide what the model computes. Tensors have the names and
 axes that `aoe_jax.parameters` and the methods give them, and so has the state of routing, which is
-float32 in every model. A dense layer has the tensors of experts without the axis n.
+float32 in every model. A layer of a dense model has the tensors of experts without the axis n, and
+the dense layers before those of experts have the tensors of a Llama.
 """
 
 import math
@@ -155,10 +156,8 @@ class Architecture(NamedTuple):
     rope_theta: float = 1e6  # where config.json has none
     rope_types: tuple[str, ...] = ("default", "longrope")
     rope_scale: str = "attention_factor"  # the setting of longrope that scales
-    rope_share: float = 1.0  # where config.json has no partial_rotary_factor; 1: only 1 is
+    rope_share: float = 1.0  # where config.json has no partial_rotary_factor
     aliases: tuple[tuple[str, str], ...] = ()  # other names of fields, and the names here
-    # Whether fields count dense layers and shared experts as DeepSeek-V3's do, see `configs`.
-    counts_dense_layers: bool = False
 
 
 _DEEPSEEK = Architecture(  # DeepSeek-V3 with usual attention
@@ -180,7 +179,6 @@ _DEEPSEEK = Architecture(  # DeepSeek-V3 with usual attention
     constants=_ROUTER | {"routing.name": "sigmoid_top_k"},
     rope_theta=1e4,
     aliases=(("num_local_experts", "n_routed_experts"),),
-    counts_dense_layers=True,
 )
 
 ARCHITECTURES = {
@@ -293,7 +291,7 @@ ARCHITECTURES = {
     ),
     OWN: Architecture(  # as `AoEConfig` in huggingface/ has it
         "AoEForCausalLM",
-        tensors=_DECODER | _in_front(_DECODER),
+        tensors=_DECODER | _in_front(_DECODER | _DENSE_LAYER),
         fields=_fields_with(
             num_local_experts="experts.n_experts",
             score_neurons="experts.score_neurons",
@@ -307,14 +305,20 @@ ARCHITECTURES = {
             lm_head_bias="model.output_bias",
             shared_expert_intermediate_size="experts.d_shared",
             shared_expert_gate="experts.shared_gate",
+            first_k_dense_replace="model.n_dense_layers",
+            dense_intermediate_size="model.d_dense",
+            partial_rotary_factor="model.rope_share",
         ),
         defaults=_DEFAULTS
         | {
             "qkv_bias": False,
             "shared_expert_intermediate_size": 0,
             "shared_expert_gate": False,
+            "first_k_dense_replace": 0,
+            "dense_intermediate_size": None,
+            "partial_rotary_factor": 1.0,
         },
-        only=_ONLY | {"score": ("norm", "max"), "clip_qkv": (None,)},
+        only=_ONLY | {"score": ("norm", "max")},
         constants={"experts.kind": "aoe"},
     ),
 }

@@ -145,42 +145,33 @@ def _hub_fields(values):
         fields[sets] = given[field]
     if name == OWN and fields["experts.score_neurons"] is None:
         fields["experts.d_wide"] = fields.pop("experts.d_ffn")
-    if architecture.counts_dense_layers:
-        fields |= _from_counts(fields)
+    if "first_k_dense_replace" in architecture.fields:
+        fields |= _from_number_of_layers(fields)
+    if "n_shared_experts" in architecture.fields:
+        fields |= _from_shared_experts(fields)
+    if type(fields.get("model.qk_norm")) is bool:
+        fields["model.qk_norm"] = "head" if fields["model.qk_norm"] else "none"
     return fields | _rotary_fields(values)
 
 
-def _from_counts(fields):
-    """The fields of which DeepSeek-V3's config.json has something else: all layers, with the dense
-    ones at the front; shared experts of the width of the others; whether there is a norm.
-    """
+def _from_number_of_layers(fields):
+    """Both numbers of layers, where config.json counts all, with the dense ones at the front."""
     n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
     are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
     wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
     is_right = are_counts and n_dense < n_layers
     _require(is_right, f"first_k_dense_replace={shown(n_dense)}: {wanted}")
+    found = {"model.n_layers": n_layers - n_dense}
+    return found if n_dense else found | {"model.d_dense": None}
+
+
+def _from_shared_experts(fields):
+    """The width of the shared expert, where config.json has a number of experts."""
     n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
     is_right = COUNT.holds(n_shared) and n_shared > 0
     _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
     _require(COUNT.holds(width), f"moe_intermediate_size={shown(width)}: must be a number")
-    found = {"model.n_layers": n_layers - n_dense, "experts.d_shared": n_shared * width}
-    if n_dense == 0:
-        found["model.d_dense"] = None
-    if type(fields["model.qk_norm"]) is bool:
-        found["model.qk_norm"] = "head" if fields["model.qk_norm"] else "none"
-    return found
-
-
-def _to_counts(config, fields):
-    """The inverse of `_from_counts`: of the fields of config.json those that change."""
-    model, experts = config.model, config.experts
-    counts = {
-        "num_hidden_layers": model.n_dense_layers + model.n_layers,
-        "intermediate_size": model.d_dense or experts.d_ffn,
-        "n_shared_experts": experts.d_shared // experts.d_ffn,
-    }
-    has_norm = {"use_qk_norm": model.qk_norm == "head"} if "use_qk_norm" in fields else {}
-    return counts | has_norm
+    return {"experts.d_shared": n_shared * width}
 
 
 def _check_attention(values, model):
@@ -228,7 +219,7 @@ def _rotary_fields(values):
     wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
     _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
     share = setting("partial_rotary_factor", architecture.rope_share)
-    is_known = architecture.rope_share != 1 or share == 1
+    is_known = "partial_rotary_factor" in architecture.fields or share == 1
     _require(is_known, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
     fields["model.rope_share"] = share
@@ -286,28 +277,23 @@ def to_json(config: Config, routing_state=()):
     """
     wanted = computed_fields(config)
     has_bias = "selection_bias" in routing_state
-    for name in _EXPORTED:
-        if has_bias != ("layers/selection_bias" in ARCHITECTURES[name].tensors):
+    lacking = {}  # the names of fields, by the class of transformers
+    for name in (*_EXPORTED, OWN):
+        architecture, values = ARCHITECTURES[name], _hub_json(config, name)
+        if name == OWN:
+            values |= {"auto_map": _AUTO_MAP, "selection_bias": has_bias}
+        elif has_bias != ("layers/selection_bias" in architecture.tensors):
             continue
-        values = _hub_json(config, name)
         with contextlib.suppress(UserError):
-            if computed_fields(from_json(Path(), values)) == wanted:
+            names = differences(computed_fields(from_json(Path(), values)), wanted)
+            if not names:
                 return values
-    own = as_own(config)
-    aoe = _hub_json(config, OWN) | {"auto_map": _AUTO_MAP}
-    aoe["selection_bias"] = has_bias
-    try:
-        found = computed_fields(from_json(Path("config.json"), aoe))
-    except UserError as e:
-        reason = str(e)
-    else:
-        if found == wanted:
-            return aoe
-        names = [name for name in wanted if found.get(name) != wanted[name]]
-        given = ", ".join(f"{name}={wanted[name]!r}" for name in names)
-        reason = f"AoEForCausalLM has no {given}"
-    log.info("transformers cannot load the model, only aoe_jax can: %s", reason)
-    return own
+            lacking[architecture.class_name] = names
+    nearest = min(lacking, key=lambda name: len(lacking[name]))
+    given = ", ".join(f"{name}={wanted[name]!r}" for name in lacking[nearest] if name in wanted)
+    message = "transformers cannot load the model, only aoe_jax can: %s has no %s"
+    log.info(message, nearest, given)
+    return as_own(config)
 
 
 def _hub_json(config, model_type):
@@ -321,8 +307,14 @@ def _hub_json(config, model_type):
             fields[theirs] = computed["experts.d_wide"]
         elif hasattr(getattr(config, group), ours):
             fields[theirs] = computed.get(sets, getattr(getattr(config, group), ours))
-    if architecture.counts_dense_layers:
-        fields |= _to_counts(config, fields)
+    model, experts = config.model, config.experts
+    if "first_k_dense_replace" in fields:
+        fields["num_hidden_layers"] = model.n_dense_layers + model.n_layers
+    if "n_shared_experts" in fields:  # as in DeepSeek-V3
+        fields["intermediate_size"] = model.d_dense or experts.d_ffn
+        fields["n_shared_experts"] = experts.d_shared // experts.d_ffn
+    if "use_qk_norm" in fields:
+        fields["use_qk_norm"] = model.qk_norm == "head"
     return (
         fields
         | {

@@ -71,5 +71,5 @@ class GShard(Method):
     def check(self, config):
         if config.experts.top_k != 2:
             config.experts.refuse("top_k", "routing.name='gshard' takes two experts; set 2")
-        why = "counts both choices; routing.aux_weight is gshard's own, of the first; set it to 0"
+        why = "is the balance loss of both choices, and gshard has its own; set 0"
         config.balance.refuse_losses(why, ("aux_weight",))

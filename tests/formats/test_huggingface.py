@@ -42,11 +42,24 @@ FORMS = {
     | {"model__qkv_bias": True, "model__rope_scale": 1.2, "model__rope_factors": FACTORS},
     "whole, max": WHOLE | {"experts__score": "max", "experts__top_k": 3},
     "whole, over all": WHOLE | {"routing__norm_topk_prob": False},
+    "dense in front": BIASED
+    | {"model__n_dense_layers": 2, "model__d_dense": 24, "model__tie_embeddings": False},
+    "partial": EVERYTHING | {"model__rope_share": 0.5},
+    "partial, dense in front": WHOLE
+    | {"model__n_dense_layers": 1, "model__d_dense": 40, "model__qk_norm": "head"}
+    | {"model__rope_share": 0.25, "model__rope_factors": (1.0, 2.0), "model__rope_scale": 1.2},
 }
 # By the fields that the log must name.
 WITHOUT_CLASS = {
     "routing.name='top_p'": {"routing__name": "top_p"},
-    "experts.kind='dense'": {"experts__kind": "dense", "model__norm": "layer"},
+    "LlamaForCausalLM has no model.norm='layer'": {
+        "experts__kind": "dense",
+        "model__norm": "layer",
+    },
+    "MixtralForCausalLM has no model.attention_bias=True": {
+        "experts__kind": "router",
+        "model__attention_bias": True,
+    },
     "model.rope_scale=1.5": {"model__rope_scale": 1.5},
 }
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
@@ -63,7 +76,16 @@ def test_logits(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    "form", ["factorised, biased", "factorised, everything", "whole", "shared expert"]
+    "form",
+    [
+        "factorised, biased",
+        "factorised, everything",
+        "whole",
+        "shared expert",
+        "dense in front",
+        "partial",
+        "partial, dense in front",
+    ],
 )
 def test_there_and_back(tmp_path, form):
     """A model that transformers has saved is read here, bit by bit the same."""
@@ -121,7 +143,13 @@ def test_models_without_a_class(caplog, named):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize(
-    "form", ["factorised", "whole, shared expert with a gate", "whole, over all"]
+    "form",
+    [
+        "factorised",
+        "whole, shared expert with a gate",
+        "whole, over all",
+        "partial, dense in front",
+    ],
 )
 def test_gradients(tmp_path, form):
     """Those of the loss here, of all parameters, with and without gradient checkpointing."""
@@ -147,8 +175,9 @@ def test_gradients(tmp_path, form):
         assert found.item() == pytest.approx(float(value), rel=1e-5)
         of_torch = {name: p.grad.numpy() for name, p in model.named_parameters()}
         for path, expected in flatten_dict(gradients, sep="/").items():
-            layout = find_layout("aoe", path, expected.shape)
-            bounds = {"L": (0, 1)} if path.startswith("layers/") else {}
+            first = config.model.n_dense_layers if path.startswith("layers/") else 0
+            layout = find_layout("aoe", path, expected.shape, first_layer=first)
+            bounds = {"L": (0, 1)} if "layers/" in path else {}
             ((name, index),) = layout.tensors(bounds)
             expected = layout.to_file(np.asarray(expected)[*index, ...])
             np.testing.assert_allclose(
@@ -200,7 +229,7 @@ def with_tokenizer(form):
     return directory
 
 
-@pytest.mark.parametrize("form", ["shared expert", "whole"])
+@pytest.mark.parametrize("form", ["shared expert", "whole", "partial, dense in front"])
 def test_generation(form):
     """Greedy tokens with a cache are those without, and those of this project."""
     import torch

@@ -11,7 +11,7 @@ from aoe_jax.formats.reading import ModelReader, read_config
 from aoe_jax.formats.upcycling import Upcycling, upcycle
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import TopK
-from benchmarks.parity import logits_here, random_model, save
+from benchmarks.parity import logits_here, logits_there, random_model, save
 from tests.formats.hub import hub_models
 from tests.runs import kind_run, run
 
@@ -153,3 +153,12 @@ def test_refused_by_name(tmp_path, mistake):
     with pytest.raises(UserError, match=words):
         upcycle(hub_models()["llama"][0]["fused"], tmp_path / "model", form)
     assert not (tmp_path / "model").exists()
+
+
+def test_transformers_computes_a_mixtral_with_the_factors_of_llama_3(tmp_path):
+    save(random_model("llama", attention_bias=False), tmp_path / "dense", "fused")
+    upcycle(tmp_path / "dense", tmp_path / "model", EXACT["copies"])
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["model_type"] == "mixtral" and config["rope_scaling"]["rope_type"] == "longrope"
+    expected = logits_there(tmp_path / "dense")
+    np.testing.assert_allclose(logits_there(tmp_path / "model"), expected, rtol=0, atol=1e-4)

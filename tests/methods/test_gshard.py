@@ -101,6 +101,6 @@ def test_it_is_for_two():
 
 
 def test_it_has_its_own_loss():
-    message = r"config\.balance\.aux_weight=0\.01: counts both choices; .*set it to 0$"
+    message = r"config\.balance\.aux_weight=0\.01: is the balance loss of both .* own; set 0$"
     with pytest.raises(UserError, match=message):
         Config.from_config_dict({"routing": {"name": "gshard"}, "balance": {"aux_weight": 0.01}})

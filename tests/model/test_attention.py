@@ -313,7 +313,11 @@ def test_attention_peaks_need_blocks():
 
 def test_shapes_that_do_not_fit():
     (q, k, v), _, _ = arrays(4, jnp.float32)
-    with pytest.raises(ValueError, match="G a divisor of H"):
-        causal_attention(q, k[:, :2], v[:, :2])
-    with pytest.raises(ValueError, match="one dtype"):
-        causal_attention(q, k.astype("bfloat16"), v)
+    for wrong in ((q, k[:, :2], v[:, :2]), (q, k[:, :0], v[:, :0]), (q[0], k[0], v[0])):
+        with pytest.raises(ValueError, match="G a divisor of H"):
+            causal_attention(*wrong)
+    with pytest.raises(ValueError, match=r"wants segment_ids \(\d+, \d+\); got \(1,\)"):
+        causal_attention(q, k, v, jnp.zeros(1, jnp.int32))
+    for wrong in ((q, k.astype("bfloat16"), v), [a.astype("int32") for a in (q, k, v)]):
+        with pytest.raises(ValueError, match="one floating-point dtype"):
+            causal_attention(*wrong)

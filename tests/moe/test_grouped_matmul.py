@@ -137,13 +137,22 @@ def test_both_ways_of_blocked_are_tested():
     assert {case for case, batched in ways.items() if batched} == set(BATCHED)
 
 
+def test_no_rows():
+    weights, sizes = jnp.ones((3, 4, 5)), jnp.zeros(3, jnp.int32)
+    rows = jnp.ones((0, 4))
+    assert grouped_matmul(rows, weights, sizes).shape == (0, 5)
+    gradient = jax.grad(lambda w: grouped_matmul(rows, w, sizes).sum())(weights)
+    assert gradient.shape == weights.shape and not gradient.any()
+
+
 def test_bad_arguments_are_named():
     rows, weights, group_sizes, _ = inputs(GROUP_SIZES["random"], "float32")
     with pytest.raises(UserError, match="backend='dense' is unknown; use auto, blocked"):
         grouped_matmul(rows, weights, group_sizes, backend="dense")
     with pytest.raises(ValueError, match="rows \\[M, D\\]"):
         grouped_matmul(rows[:, :-1], weights, group_sizes)
-    with pytest.raises(ValueError, match="group sizes \\[6\\]"):
-        grouped_matmul(rows, weights, group_sizes[:-1])
-    with pytest.raises(ValueError, match="one dtype"):
+    for sizes in (group_sizes[:-1], group_sizes.astype(jnp.float32)):
+        with pytest.raises(ValueError, match="group sizes int32\\[6\\]; got"):
+            grouped_matmul(rows, weights, sizes)
+    with pytest.raises(ValueError, match="one floating-point dtype"):
         grouped_matmul(rows, weights.astype(jnp.bfloat16), group_sizes)

@@ -8,7 +8,8 @@ SCORES = ("norm", "max")
 class AoEConfig(MixtralConfig):
     """A decoder with the attention of Llama and Autonomy-of-Experts layers (arXiv 2501.13074).
 
-    Fields that Mixtral has too mean the same; `intermediate_size` is the width of an expert.
+    Fields that Mixtral has too mean the same; `intermediate_size` is the width of an expert. A
+    `partial_rotary_factor` is the share of the features of a head that rotate.
 
     Attributes:
       score_neurons: None: gates are factorised, and their low-rank activations score. A number:
@@ -25,13 +26,14 @@ class AoEConfig(MixtralConfig):
       lm_head_bias: whether the output projection has a bias.
       shared_expert_intermediate_size: the width of an expert that every token uses; 0: none.
       shared_expert_gate: whether the sigmoid of a projection scales its output.
+      first_k_dense_replace: how many layers at the front have a dense SwiGLU instead of experts;
+        `num_hidden_layers` counts them, too.
+      dense_intermediate_size: the width of their SwiGLU.
     """
 
     model_type = "aoe"
     base_model_tp_plan = None
     base_model_ep_plan = None
-
-    clip_qkv = None  # a setting of OLMoE's attention
 
     def __init__(
         self,
@@ -47,6 +49,8 @@ class AoEConfig(MixtralConfig):
         lm_head_bias=False,
         shared_expert_intermediate_size=0,
         shared_expert_gate=False,
+        first_k_dense_replace=0,
+        dense_intermediate_size=None,
         **settings,
     ):
         if score not in SCORES:
@@ -58,9 +62,16 @@ class AoEConfig(MixtralConfig):
         self.lm_head_bias = lm_head_bias
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.shared_expert_gate = shared_expert_gate
+        self.first_k_dense_replace = first_k_dense_replace
+        self.dense_intermediate_size = dense_intermediate_size
         super().__init__(**settings)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+
+    @property
+    def use_qk_norm(self):
+        """Whether queries and keys have a norm, for the attention of GLM-4.5."""
+        return self.qk_norm != "none"
 
 
 __all__ = ["AoEConfig"]

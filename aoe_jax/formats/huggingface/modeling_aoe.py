@@ -1,9 +1,9 @@
 """Autonomy-of-Experts (AoE, arXiv 2501.13074) language models in PyTorch, for `transformers`.
 
 There is no router: an expert scores a token by its own activations, and the top K experts process
-it. All but the layer of experts is as in Mixtral, and so are the arguments and results. With
-`output_router_logits=True` the results have the scores as `router_logits`, and their auxiliary
-loss.
+it. Arguments and results are those of Mixtral. With `output_router_logits=True` the results have
+the scores as `router_logits`, and their auxiliary loss. Attention and dense layers are those of
+GLM-4.5.
 """
 
 from functools import partial
@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    Glm4MoeAttention,
+    Glm4MoeMLP,
+    Glm4MoeRotaryEmbedding,
+)
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralForCausalLM,
     MixtralModel,
     MixtralPreTrainedModel,
     MixtralRMSNorm,
-    MixtralRotaryEmbedding,
 )
-from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from .configuration_aoe import AoEConfig
 
-ATTENTION = {"none": LlamaAttention, "all": OlmoeAttention, "head": Qwen3MoeAttention}
 SCORES = {"norm": partial(torch.linalg.vector_norm, dim=-1), "max": partial(torch.amax, dim=-1)}
 
 
@@ -134,12 +134,26 @@ class AoEBlock(nn.Module):
         return (torch.sigmoid(x.float() @ self.w_shared_scale.float()) * y).to(x.dtype)
 
 
+class NormOverHeads(MixtralRMSNorm):
+    """An RMSNorm over all heads together."""
+
+    def forward(self, x):
+        """`[B, S, H, h]` -> `[B, S, H, h]`."""
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 def make_attention(config: AoEConfig, layer_idx: int):
-    """The attention of a layer."""
-    attention = ATTENTION[config.qk_norm](config, layer_idx)
-    if config.qkv_bias:
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            projection.bias = nn.Parameter(torch.zeros(projection.out_features))
+    """The attention of a layer, where a part of each head may rotate."""
+    attention = Glm4MoeAttention(config, layer_idx)
+    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+    if config.qk_norm == "all":
+        attention.q_norm = NormOverHeads(q.out_features, config.rms_norm_eps)
+        attention.k_norm = NormOverHeads(k.out_features, config.rms_norm_eps)
+    biased = [q, k, v] if config.qkv_bias else []
+    if config.attention_bias:  # of q, k and v it has them
+        biased.append(o)
+    for projection in biased:
+        projection.bias = nn.Parameter(torch.zeros(projection.out_features))
     return attention
 
 
@@ -150,12 +164,14 @@ def make_norm(config: AoEConfig):
 
 
 class AoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention and experts, each behind a norm and added to the residual stream."""
+    """Attention, and experts or a dense SwiGLU, behind a norm and added to the residual stream."""
 
     def __init__(self, config: AoEConfig, layer_idx: int):
         super().__init__()
         self.self_attn = make_attention(config, layer_idx)
-        self.mlp = AoEBlock(config)
+        is_dense = layer_idx < config.first_k_dense_replace
+        dense_size = config.dense_intermediate_size
+        self.mlp = Glm4MoeMLP(config, dense_size) if is_dense else AoEBlock(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
 
@@ -177,7 +193,7 @@ class AoEPreTrainedModel(MixtralPreTrainedModel):
     _can_record_outputs = {
         "router_logits": AoEExperts,
         "hidden_states": AoEDecoderLayer,
-        "attentions": list(ATTENTION.values()),
+        "attentions": Glm4MoeAttention,
     }
 
     @torch.no_grad()
@@ -203,7 +219,7 @@ class AoEModel(AoEPreTrainedModel, MixtralModel):
         layers = [AoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = make_norm(config)
-        self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.rotary_emb = Glm4MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 

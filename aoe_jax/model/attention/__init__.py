@@ -13,6 +13,7 @@ import re
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import target_device
@@ -54,16 +55,19 @@ def causal_attention(
       UserError: the backend is unknown, or does not take the platform, dtype or head width.
       ValueError: shapes or dtypes do not fit together.
     """
-    b, n_heads, s, h = q.shape
-    n_kv = k.shape[1]
-    if k.shape != (b, n_kv, s, h) or v.shape != k.shape or n_heads % n_kv:
+    n_kv = k.shape[1] if q.ndim == k.ndim == 4 else 0
+    if not n_kv or not k.shape == v.shape == (q.shape[0], n_kv, *q.shape[2:]) or q.shape[1] % n_kv:
         raise ValueError(
             "causal_attention wants q [B, H, S, h] and k, v [B, G, S, h], G a divisor of H; "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
-    if not q.dtype == k.dtype == v.dtype:
+    b, _, s, h = q.shape
+    if segment_ids is not None and segment_ids.shape != (b, s):
+        raise ValueError(f"causal_attention wants segment_ids {(b, s)}; got {segment_ids.shape}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(
-            f"causal_attention wants one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}"
+            "causal_attention wants one floating-point dtype; got "
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
         )
     if backend == "auto":
         backend = backend_for(target_device(), q.dtype, h)

@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import target_device
@@ -67,13 +68,18 @@ def grouped_matmul(
         )
     if isinstance(groups, Places):
         return placed_matmul(rows, weights, groups)
-    if group_sizes_of(groups).shape != weights.shape[:1]:
-        shape = group_sizes_of(groups).shape
-        raise ValueError(f"grouped_matmul wants group sizes [{weights.shape[0]}]; got {shape}")
-    if rows.dtype != weights.dtype:
+    sizes = group_sizes_of(groups)
+    if sizes.shape != weights.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.signedinteger):
+        wanted = f"int32[{weights.shape[0]}]"
+        got = f"{sizes.dtype}{list(sizes.shape)}"
+        raise ValueError(f"grouped_matmul wants group sizes {wanted}; got {got}")
+    if rows.dtype != weights.dtype or not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(
-            f"grouped_matmul wants one dtype; rows are {rows.dtype}, weights {weights.dtype}"
+            "grouped_matmul wants one floating-point dtype; rows are "
+            f"{rows.dtype}, weights {weights.dtype}"
         )
+    if not rows.size or not weights.size:
+        return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
     if backend == "auto":
         backend = backend_for(target_device(), rows.dtype, rows.shape[0], weights.shape)
     if backend not in BACKENDS:
