@@ -13,9 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from aoe_jax import cli
 from aoe_jax.counts import parameter_counts
-from aoe_jax.errors import UserError
 from aoe_jax.training.telemetry import MEASURED
 from tests.runs import (
     EVERY,
@@ -240,13 +238,6 @@ def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
     assert status == 0 and f"going on from step {STEPS}" in stderr and "done: " in stderr, stderr
     assert same_end(workdir, finished_run())
     assert run(train_command(workdir))[0] == 2
-
-
-def test_the_configuration_of_a_run_starts_another():
-    file = finished_run() / "config.json"
-    assert cli._read_config(str(file)) == json.loads(json.dumps(tiny_config().to_dict()))
-    with pytest.raises(UserError, match=r"nothing\.json cannot be read"):
-        cli._read_config("nothing.json")
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path):
