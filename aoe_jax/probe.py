@@ -1,4 +1,4 @@
-"""Scores a router MoE whose experts are ranked by their own activations, not by the router.
+"""Scores a router MoE with experts ranked by their own activations instead.
 
     python -m aoe_jax.probe --checkpoint=DIR [--text=FILE]
 

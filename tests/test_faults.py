@@ -22,6 +22,7 @@ from tests.runs import (
     run,
     same_end,
     start,
+    tiny_config,
     train_command,
     truncate_state,
     untimed,
@@ -382,8 +383,12 @@ def test_exported_model_scores_as_its_run(tmp_path):
     command = ["-m", "aoe_jax.export", f"--workdir={whole}", model]
     status, _, stderr = run(command)
     assert status == 0, stderr
+    cache = tmp_path / ".cache" / "aoe_jax"  # where a model finds what was tokenised before
+    cache.parent.mkdir()
+    cache.symlink_to(tiny_config().data.cache)
     for workdir in (whole, tmp_path / "model"):
-        status, _, stderr = run(["eval.py", f"--workdir={workdir}", "--split=validation"])
+        evaluation = ["eval.py", f"--workdir={workdir}", "--split=validation"]
+        status, _, stderr = finish(start(evaluation, forked=False, HOME=str(tmp_path)))
         assert status == 0, stderr
     reports = [json.loads((path / "eval.json").read_text()) for path in (whole, tmp_path / "model")]
     assert reports[0] == reports[1]
