@@ -5,6 +5,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -177,6 +178,12 @@ def create(path, content: bytes) -> bool:
         path.unlink(missing_ok=True)
         raise
     return True
+
+
+def unused(path):
+    """Returns the path, or the first of PATH-1, PATH-2, ... that does not exist."""
+    names = itertools.chain([path.name], (f"{path.name}-{n}" for n in itertools.count(1)))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
 def move(source, target):

@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,39 +14,19 @@ import orbax.checkpoint as ocp
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
 from aoe_jax.distributed import all_agree, gathered, together
-from aoe_jax.errors import FailedElsewhere, Failure, MachineFault, UserError
-from aoe_jax.json_files import (
-    COUNT,
-    NUMBER,
-    TEXT,
-    Kind,
-    misfit,
-    or_none,
-    read_metrics,
-    read_regular,
+from aoe_jax.errors import MachineFault, UserError
+from aoe_jax.json_files import read_metrics
+from aoe_jax.paths import is_remote, move, unused
+from aoe_jax.training.checkpoint_content import (
+    SECOND_LOOK,
+    Damaged,
+    beside_arrays,
+    read_checkpoint,
 )
-from aoe_jax.paths import is_remote, move
-from aoe_jax.training.fingerprints import by_path, fingerprints
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
-_SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new file late
-_RUN_BYTES = 2**24  # the largest file of what is saved beside the state
-_ARRAY = Kind(
-    "a shape, a dtype and a fingerprint", lambda value: isinstance(value, list) and len(value) == 3
-)
-_RUN = {
-    "data": {},
-    "progress": {
-        "loss": or_none(NUMBER),
-        "nll": or_none(NUMBER),
-        "validated": Kind("true or false", lambda value: isinstance(value, bool)),
-        "skipped_in_row": COUNT,
-    },
-    "arrays": {str: _ARRAY},
-    "sha256": TEXT,
-}
 
 
 @dataclass
@@ -60,10 +37,6 @@ class Progress:
     nll: float | None = None
     validated: bool = True  # False: the validation that is due after this step is not done
     skipped_in_row: int = 0  # number of updates skipped directly before
-
-
-class Damaged(Failure):
-    """A checkpoint lacks files or differs from what was saved; the message says how."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -209,12 +182,7 @@ class Checkpoints:
         """
         wait = not self._finish() or wait
         state = vars(state)
-        found = fingerprints(state)
-        run = {"data": data_state, "progress": dataclasses.asdict(progress)}
-        run["arrays"] = {
-            name: [list(a.shape), a.dtype.name, found[name]] for name, a in by_path(state).items()
-        }
-        run["sha256"] = _sha256(run)
+        run = beside_arrays(state, data_state, dataclasses.asdict(progress))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         for pause in faults.pauses():
             self._saving, self._problem = step, None
@@ -250,7 +218,7 @@ class Checkpoints:
 
     def _is_complete(self, step):
         with contextlib.suppress(OSError):
-            return step in ocp.utils.checkpoint_steps(self.directory)
+            return step in self._complete_steps()
         return False
 
     @contextlib.contextmanager
@@ -310,7 +278,7 @@ class Checkpoints:
                 looked = time.monotonic()
                 with together():
                     check_place()
-                was_there = all_agree(time.monotonic() - looked < _SECOND_LOOK / 4)
+                was_there = all_agree(time.monotonic() - looked < SECOND_LOOK / 4)
                 if not was_there and step != looked_again:
                     looked_again = step
                     continue
@@ -328,10 +296,7 @@ class Checkpoints:
     def _set_aside(self, step, problem):
         with together():
             if jax.process_index() == 0:
-                aside = self.directory.with_name(DAMAGED)
-                target, n = aside / str(step), 1
-                while target.exists():
-                    target, n = aside / f"{step}-{n}", n + 1
+                target = unused(self.directory.with_name(DAMAGED) / str(step))
                 move(self._path(step), target)
                 log.warning(
                     f"checkpoint of step {step} is damaged ({problem}) and was moved to {target}"
@@ -345,10 +310,11 @@ class Checkpoints:
           UserError: it is of another model.
           MachineFault: it cannot be read.
         """
-        state, run = self._read(step, vars(abstract_state))
+        state, run = read_checkpoint(self._path(step), vars(abstract_state))
         state = dataclasses.replace(abstract_state, **state)
-        progress = {name: run["progress"][name] for name in _RUN["progress"]}
-        return state, Progress(**progress), run["data"]
+        names = [field.name for field in dataclasses.fields(Progress)]
+        progress = Progress(**{name: run["progress"].get(name) for name in names})
+        return state, progress, run["data"]
 
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
@@ -359,7 +325,7 @@ class Checkpoints:
         """
         wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
         try:
-            model, _ = self._read(step, wanted)
+            model, _ = read_checkpoint(self._path(step), wanted)
         except Damaged as e:
             steps = self.steps()
             if step not in steps:  # by the training, which keeps the newest ones
@@ -371,90 +337,3 @@ class Checkpoints:
             hint = f"--step={others[-1]} evaluates another" if others else "there is no other"
             raise UserError(f"checkpoint {self._path(step)} is damaged ({e}); {hint}") from e
         return model["params"], model["routing_state"]
-
-    def _read(self, step, wanted):
-        """The arrays that `wanted` describes, and what was saved beside them.
-
-        Raises in every process or in none; see `restore`.
-        """
-        path = self._path(step)
-        try:
-            with together():
-                arrays, run = faults.patiently(
-                    f"checkpoint {path} cannot be read", lambda: _read_twice(path, wanted)
-                )
-        except FailedElsewhere as e:
-            if e.status == Damaged.status:
-                raise Damaged("another process cannot read it") from e
-            raise
-        found = fingerprints(arrays)
-        differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
-        if differing:
-            raise Damaged(f"{', '.join(differing[:3])}: the values are not those that were saved")
-        return arrays, run
-
-
-def _read_twice(path, wanted):
-    try:
-        return _read_alone(path, wanted)
-    except Damaged:
-        time.sleep(_SECOND_LOOK)
-        return _read_alone(path, wanted)
-
-
-def _read_alone(path, wanted):
-    # By itself, Orbax would wait for the other processes, which may have failed.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f"process_{jax.process_index()}",
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    restore_args = jax.tree.map(
-        lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
-    )
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    try:
-        if file := next(_irregular(path), None):  # reading a FIFO would never end
-            raise Damaged(f"{file} is no file")
-        run = json.loads(read_regular(path / "run" / "metadata", _RUN_BYTES))
-        if problem := misfit(run, _RUN):
-            raise Damaged(problem)
-        if run.pop("sha256") != _sha256(run):
-            raise Damaged("its position in the data is not what was saved")
-        _check_model(path, wanted, run["arrays"])
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return checkpointer.restore(path / "state", args=args), run
-    except Failure:
-        raise
-    except Exception as e:  # Orbax, tensorstore and the file system each have their own
-        is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
-        if faults.is_fault(e) or is_of_program:
-            raise
-        raise Damaged(faults.reason(e)) from e
-
-
-def _irregular(folder):
-    """The FIFOs, devices and broken links below a folder on a disk."""
-    for entry in [] if is_remote(folder) else os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _irregular(entry.path)
-        elif not entry.is_file() and not entry.is_dir():
-            yield entry.path
-
-
-def _check_model(path, wanted, saved):
-    for name, a in by_path(wanted).items():
-        here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
-        if here != there:
-            what = "is not there"
-            if there:
-                what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
-            raise UserError(
-                f"checkpoint {path}: {name} {what}; it is of another model or of another version "
-                "of this program"
-            )
-
-
-def _sha256(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

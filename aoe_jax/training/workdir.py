@@ -18,7 +18,7 @@ from aoe_jax.json_files import (
     write_json,
     write_whole,
 )
-from aoe_jax.paths import move
+from aoe_jax.paths import move, unused
 from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 
 log = logging.getLogger(__name__)
@@ -143,10 +143,8 @@ def set_aside(workdir: Path, go_back: int | None = None):
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
-    first, n = workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"), 1
-    folder = first
-    while folder.exists():  # clocks are set back
-        folder, n = first.with_name(f"{first.name}-{n}"), n + 1
+    # Clocks are set back.
+    folder = unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)

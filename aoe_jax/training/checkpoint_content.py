@@ -1,0 +1,149 @@
+"""The content of one checkpoint: what is beside the arrays, and how all is read and checked."""
+
+import hashlib
+import json
+import os
+import time
+
+import jax
+import orbax.checkpoint as ocp
+
+from aoe_jax import faults
+from aoe_jax.distributed import together
+from aoe_jax.errors import FailedElsewhere, Failure, UserError
+from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
+from aoe_jax.paths import is_remote
+from aoe_jax.training.fingerprints import by_path, fingerprints
+
+SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new file late
+_RUN_BYTES = 2**24  # the largest file of what is saved beside the state
+_ARRAY = Kind(
+    "a shape, a dtype and a fingerprint", lambda value: isinstance(value, list) and len(value) == 3
+)
+_RUN = {
+    "data": {},
+    "progress": {
+        "loss": or_none(NUMBER),
+        "nll": or_none(NUMBER),
+        "validated": Kind("true or false", lambda value: isinstance(value, bool)),
+        "skipped_in_row": COUNT,
+    },
+    "arrays": {str: _ARRAY},
+    "sha256": TEXT,
+}
+
+
+class Damaged(Failure):
+    """A checkpoint lacks files or differs from what was saved; the message says how."""
+
+
+def beside_arrays(arrays, data_state, progress: dict) -> dict:
+    """What a checkpoint holds beside its arrays, ready for JSON.
+
+    Args:
+      arrays: of the state, a tree.
+      data_state: the position in the data, the same in every process.
+      progress: the fields of `Progress`.
+    """
+    found = fingerprints(arrays)
+    run = {"data": data_state, "progress": progress}
+    run["arrays"] = {
+        name: [list(a.shape), a.dtype.name, found[name]] for name, a in by_path(arrays).items()
+    }
+    return run | {"sha256": _sha256(run)}
+
+
+def read_checkpoint(path, wanted):
+    """The arrays that `wanted` describes, and what `beside_arrays` has saved with them.
+
+    Each process reads its own part. Raises in every process or in none.
+
+    Args:
+      path: of the checkpoint.
+      wanted: a tree of shapes, dtypes and shardings, over any mesh and number of processes.
+
+    Raises:
+      Damaged: the checkpoint lacks files or differs from what was saved.
+      UserError: it is of another model.
+      MachineFault: it cannot be read.
+    """
+    try:
+        with together():
+            arrays, run = faults.patiently(
+                f"checkpoint {path} cannot be read", lambda: _read_twice(path, wanted)
+            )
+    except FailedElsewhere as e:
+        if e.status == Damaged.status:
+            raise Damaged("another process cannot read it") from e
+        raise
+    found = fingerprints(arrays)
+    differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
+    if differing:
+        raise Damaged(f"{', '.join(differing[:3])}: the values are not those that were saved")
+    return arrays, run
+
+
+def _read_twice(path, wanted):
+    try:
+        return _read_alone(path, wanted)
+    except Damaged:
+        time.sleep(SECOND_LOOK)
+        return _read_alone(path, wanted)
+
+
+def _read_alone(path, wanted):
+    # By itself, Orbax would wait for the other processes, which may have failed.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    restore_args = jax.tree.map(
+        lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, dtype=a.dtype), wanted
+    )
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    try:
+        if file := next(_irregular(path), None):  # reading a FIFO would never end
+            raise Damaged(f"{file} is no file")
+        run = json.loads(read_regular(path / "run" / "metadata", _RUN_BYTES))
+        if problem := misfit(run, _RUN):
+            raise Damaged(problem)
+        if run.pop("sha256") != _sha256(run):
+            raise Damaged("its position in the data is not what was saved")
+        _check_model(path, wanted, run["arrays"])
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            return checkpointer.restore(path / "state", args=args), run
+    except Failure:
+        raise
+    except Exception as e:  # Orbax, tensorstore and the file system each have their own
+        is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
+        if faults.is_fault(e) or is_of_program:
+            raise
+        raise Damaged(faults.reason(e)) from e
+
+
+def _irregular(folder):
+    """The FIFOs, devices and broken links below a folder on a disk."""
+    for entry in [] if is_remote(folder) else os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _irregular(entry.path)
+        elif not entry.is_file() and not entry.is_dir():
+            yield entry.path
+
+
+def _check_model(path, wanted, saved):
+    for name, a in by_path(wanted).items():
+        here, there = [list(a.shape), a.dtype.name], saved.get(name, [])[:2]
+        if here != there:
+            what = "is not there"
+            if there:
+                what = f"is {there[1]}{there[0]} there, {here[1]}{here[0]} here"
+            raise UserError(
+                f"checkpoint {path}: {name} {what}; it is of another model or of another version "
+                "of this program"
+            )
+
+
+def _sha256(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
