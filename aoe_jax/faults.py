@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 
-from aoe_jax.errors import Failure, MachineFault
+from aoe_jax.errors import Failure, MachineFault, UserError
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,19 @@ def patiently(what, call):
                 ) from e
             log.warning(f"{what} ({reason(e)}); next try in {pause:g} s")
         time.sleep(pause)
+
+
+def patiently_if_allowed(what, call):
+    """The same, but without permission, which waiting does not bring, it raises `UserError`."""
+
+    def attempt():
+        try:
+            return call()
+        except PermissionError as e:
+            where = f": {e.filename}" if e.filename else ""
+            raise UserError(f"{what} ({e.strerror}{where})") from e
+
+    return patiently(what, attempt)
 
 
 class Tolerated:

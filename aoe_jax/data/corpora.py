@@ -27,7 +27,7 @@ from aoe_jax.data import SPLITS, sotu
 from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently
+from aoe_jax.faults import patiently_if_allowed
 from aoe_jax.json_files import read_regular
 from aoe_jax.locking import exclusive
 from aoe_jax.paths import parsed_path
@@ -84,7 +84,8 @@ def _text_folder(path: str | None) -> Corpus:
     root = parsed_path(path or "", "config.data.path")
     wanted = "no such folder; data.name='text' needs a folder of .txt files"
     require(path and os.path.isdir(root), "data.path", path, wanted)
-    files = patiently(f"data.path={path!r} cannot be read", partial(_texts_below, root))
+    what = f"data.path={path!r} cannot be read"
+    files = patiently_if_allowed(what, partial(_texts_below, root))
     require(files, "data.path", path, "the folder has no .txt files; make one for each document")
     names, digest = [], hashlib.sha256()
     for file in files:
@@ -124,15 +125,11 @@ def _text_folder(path: str | None) -> Corpus:
 
 
 def _texts_below(root: Path) -> list[Path]:
-    def refuse(error):
-        if isinstance(error, PermissionError):  # waiting does not help
-            raise UserError(
-                f"data.path: {error.filename} cannot be read ({error.strerror})"
-            ) from error
+    def fail(error):
         raise error
 
     found = []
-    for folder, _, names in os.walk(root, onerror=refuse):
+    for folder, _, names in os.walk(root, onerror=fail):
         found += [Path(folder, name) for name in names if name.endswith(".txt")]
     return sorted(file for file in found if file.is_file())
 

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault, patiently
+from aoe_jax.faults import is_fault, patiently_if_allowed
 from aoe_jax.json_files import open_regular
 from aoe_jax.paths import file_system, find, is_remote, parsed_path
 
@@ -49,7 +49,8 @@ def find_files(patterns: Sequence[str], output) -> dict:
     found = {}
     for pattern in patterns:
         parsed_path(pattern, "--input", in_store=True)
-        matching = patiently(f"--input={pattern!r} cannot be read", partial(_listed, pattern))
+        what = f"--input={pattern!r} cannot be read"
+        matching = patiently_if_allowed(what, partial(find, pattern))
         matching = {path: matching[path] for path in matching if output not in path.parents}
         if not matching:
             raise UserError(
@@ -67,13 +68,6 @@ def find_files(patterns: Sequence[str], output) -> dict:
                 ".json (JSON lines) or .txt, also with .gz or .zst, or in .parquet"
             )
     return {path: found[path] for path in sorted(found, key=os.fspath)}
-
-
-def _listed(pattern):
-    try:
-        return find(pattern)
-    except PermissionError as error:  # waiting does not help
-        raise UserError(f"--input: {error.filename} cannot be read ({error.strerror})") from error
 
 
 def pieces_of(path, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:

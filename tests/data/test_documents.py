@@ -299,7 +299,7 @@ def test_folders_that_cannot_be_listed_are_no_empty_folders(tmp_path, monkeypatc
     pattern = str(tmp_path / "**" / "*.txt")
     assert len(find_files([pattern], tmp_path / "out")) == 2  # after another try
     errors.append(errno.EACCES)
-    with pytest.raises(UserError, match=r"/a cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied: .*/a\)"):
         find_files([pattern], tmp_path / "out")
 
 
