@@ -313,7 +313,9 @@ def test_attention_peaks_need_blocks():
 
 def test_shapes_that_do_not_fit():
     (q, k, v), _, _ = arrays(4, jnp.float32)
-    for wrong in ((q, k[:, :2], v[:, :2]), (q, k[:, :0], v[:, :0]), (q[0], k[0], v[0])):
+    no_positions = [a[:, :, :0] for a in (q, k, v)]
+    no_heads = q, k[:, :0], v[:, :0]
+    for wrong in ((q, k[:, :2], v[:, :2]), no_heads, no_positions, (q[0], k[0], v[0])):
         with pytest.raises(ValueError, match="G a divisor of H"):
             causal_attention(*wrong)
     with pytest.raises(ValueError, match=r"wants segment_ids \(\d+, \d+\); got \(1,\)"):

@@ -55,11 +55,11 @@ def causal_attention(
       UserError: the backend is unknown, or does not take the platform, dtype or head width.
       ValueError: shapes or dtypes do not fit together.
     """
-    n_kv = k.shape[1] if q.ndim == k.ndim == 4 else 0
+    n_kv = k.shape[1] if q.ndim == k.ndim == 4 and q.size else 0
     if not n_kv or not k.shape == v.shape == (q.shape[0], n_kv, *q.shape[2:]) or q.shape[1] % n_kv:
         raise ValueError(
-            "causal_attention wants q [B, H, S, h] and k, v [B, G, S, h], G a divisor of H; "
-            f"got {q.shape}, {k.shape}, {v.shape}"
+            "causal_attention wants q [B, H, S, h] and k, v [B, G, S, h], G a divisor of H, and no "
+            f"axis empty; got {q.shape}, {k.shape}, {v.shape}"
         )
     b, _, s, h = q.shape
     if segment_ids is not None and segment_ids.shape != (b, s):
