@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
-from aoe_jax.faults import is_fault
+from aoe_jax.faults import status_of
 
 log = logging.getLogger(__name__)
 
@@ -275,8 +275,7 @@ def together():
         yield
     except Exception as e:  # raised below, after the other processes know
         problem = e
-    unforeseen = MachineFault.status if problem and is_fault(problem) else 1
-    statuses = gathered(getattr(problem, "status", unforeseen) if problem else 0)
+    statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
         time.sleep(_END_DELAY)  # if one ends at once, the exchange may fail in another
