@@ -86,7 +86,7 @@ def define_config_flag():
 
 def define_mesh_flag():
     """Defines `--mesh` for commands that use a trained model; see `evaluation.models.mesh_axes`."""
-    about = "such as fsdp=4,expert=2; default: as in training, or the whole model on each device"
+    about = "such as fsdp=4,expert=2; default: that of the run, else the whole model on each device"
     return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
