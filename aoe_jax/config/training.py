@@ -31,8 +31,8 @@ class TrainConfig(Group):
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
     # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
-    # Seconds without a finished step, validation batch or save after which the run ends as hanging,
-    # with status 6; 0: never. Compilation does not count.
+    # Seconds without a finished step, validation batch, save or restore after which the run ends as
+    # hanging, with status 6; 0: never. Compilation does not count.
     hang_timeout: float = setting(1800.0, at_least=0)
     # Every so many steps, one is computed twice and compared bit for bit, which needs memory for a
     # second state; 0: never.
