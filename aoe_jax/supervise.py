@@ -38,7 +38,10 @@ _RESTARTS = flags.DEFINE_integer(
     "restarts", 5, "restarts in a row without a new step before it gives up", lower_bound=0
 )
 _PAUSE = flags.DEFINE_float(
-    "pause", 5.0, "seconds before the first restart, doubled for each attempt without a new step"
+    "pause",
+    5.0,
+    "seconds before the first restart, doubled for each attempt without a new step",
+    lower_bound=0,
 )
 _LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}

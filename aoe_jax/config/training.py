@@ -56,6 +56,10 @@ class TrainConfig(Group):
 
     def check(self, config):
         kind, has_router = config.experts.kind, config.experts.has_router
+        tokens = self.batch_size // self.accumulate * config.data.seq_len
+        if tokens >= 2**31:
+            why = f"makes micro-batches of {tokens} tokens; they must be fewer than 2**31"
+            self.refuse("batch_size", f"{why}, so raise train.accumulate")
         if self.scoring_rate != 1 and not (kind == "aoe" or has_router):
             self.refuse("scoring_rate", f"is not for experts.kind={kind!r}; leave it at 1")
         if self.router_steps and not has_router:
