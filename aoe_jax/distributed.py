@@ -49,7 +49,7 @@ def start():
 
     Raises:
       UserError: the flags contradict each other, or there is no cluster.
-      MachineFault: a process does not join.
+      MachineFault: a process does not join, or JAX finds no device.
     """
     flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag.name for flag in flags_of_one if flag.value is not None]
@@ -66,11 +66,23 @@ def start():
         _meet()
     if given or _DISTRIBUTED.value:
         _initialize()
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    if _backend() == "cpu" and jax.device_count() > 1:
         # Programs from the cache have lost the order of their collectives, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
             log.warning("no compilation cache: on several CPU devices its programs deadlock")
+
+
+def _backend():
+    try:
+        return jax.default_backend()
+    except (AssertionError, RuntimeError) as e:  # another process may use the devices for a while
+        why = (
+            str(e).splitlines()[0] if str(e) else "there is none, or JAX's plugin for it is missing"
+        )
+        raise MachineFault(
+            f"JAX finds no device (JAX_PLATFORMS={jax.config.jax_platforms or ''}): {why}"
+        ) from e
 
 
 def _initialize():
@@ -97,6 +109,7 @@ def _initialize():
             "--process"
         ) from e
     timer.cancel()
+    _backend()
     if jax.process_index() > 0:
         logging.getLogger("aoe_jax").setLevel(logging.WARNING)
     log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
