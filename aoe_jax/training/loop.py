@@ -187,7 +187,7 @@ class _Run:
             self.heartbeat.beat("restoring", self.step)
             with self.watched(lambda: None):
                 self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                    abstract, self.data, self.folder.check_in_place
+                    abstract, self.data, self._look_before_next_restore
                 )
             log.info("going on from step %d", self.step)
         elif train.init_from:
@@ -196,6 +196,10 @@ class _Run:
             self.state = new_state(config, abstract)
         self.first_step, self.saved_at = self.step, time.monotonic()
         self.checkpoints.close()
+
+    def _look_before_next_restore(self):
+        self.heartbeat.beat("restoring", self.step)  # each checkpoint has the time of hang_timeout
+        self.folder.check_in_place()
 
     def claim_workdir(self, given):
         """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
