@@ -86,7 +86,7 @@ def define_config_flag():
 
 def define_mesh_flag():
     """Defines `--mesh` for commands that use a trained model; see `evaluation.models.mesh_axes`."""
-    about = "such as fsdp=4,expert=2; default: as in training, or the whole model on each device"
+    about = "such as fsdp=4,expert=2; default: that of the run, else the whole model on each device"
     return flags.DEFINE_string("mesh", None, f"devices along axes of the mesh, {about}")
 
 
@@ -180,8 +180,9 @@ def run(main):
     """Parses the command line, sets up logging, calls `main()` and exits with what it returns.
 
     The last line on stderr says why the program ended early: a `Failure` with its exit status, a
-    fault of a disk or of the network (5), a request to stop (`Stopped`), a pipe that nobody reads
-    (141), or any other exception (1), whose traceback comes before.
+    device without enough memory (2), a fault of a disk or of the network (5), a request to stop
+    (`Stopped`), a pipe that nobody reads (141), or any other exception (1), whose traceback comes
+    before.
     """
     _open_standard_files()
     # A mistake on the command line itself leaves FLAGS.debug unparsed.
@@ -212,6 +213,10 @@ def run(main):
     except BrokenPipeError:
         _end_at_once(_BROKEN_PIPE, "error: nobody reads the output any more")
     except Exception as e:
+        if faults.fills_device(e):
+            if debug:
+                traceback.print_exc()
+            _end_at_once(UserError.status, f"error: {_device_is_full(e)}")
         if isinstance(e, OSError) and faults.is_fault(e) and not debug:
             _end_at_once(MachineFault.status, f"error: {e}{_notes(e)}")
         traceback.print_exc()
@@ -253,6 +258,18 @@ def _flush(file):
 
 def _notes(error):
     return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+
+
+def _device_is_full(error):
+    """Says which fields or flags of this command need less memory."""
+    if "config" in FLAGS:
+        cure = (
+            "raise train.accumulate, lower train.batch_size, set model.remat='layer', or split the "
+            "model by mesh.fsdp; python -m aoe_jax.plan computes what fits"
+        )
+    else:
+        cure = "split the model over more devices, such as --mesh=fsdp=4, or give it less at a time"
+    return f"the memory of a device is exhausted ({faults.reason(error)}); {cure}"
 
 
 def _end_at_once(status, last_line):

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import FailedElsewhere, MachineFault, UserError
-from aoe_jax.faults import is_fault
+from aoe_jax.faults import status_of
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def start():
 
     Raises:
       UserError: the flags contradict each other, or there is no cluster.
-      MachineFault: a process does not join.
+      MachineFault: a process does not join, or JAX finds no device.
     """
     flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag.name for flag in flags_of_one if flag.value is not None]
@@ -66,11 +66,23 @@ def start():
         _meet()
     if given or _DISTRIBUTED.value:
         _initialize()
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    if _backend() == "cpu" and jax.device_count() > 1:
         # Programs from the cache have lost the order of their collectives, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
             log.warning("no compilation cache: on several CPU devices its programs deadlock")
+
+
+def _backend():
+    try:
+        return jax.default_backend()
+    except (AssertionError, RuntimeError) as e:  # another process may use the devices for a while
+        why = (
+            str(e).splitlines()[0] if str(e) else "there is none, or JAX's plugin for it is missing"
+        )
+        raise MachineFault(
+            f"JAX finds no device (JAX_PLATFORMS={jax.config.jax_platforms or ''}): {why}"
+        ) from e
 
 
 def _initialize():
@@ -97,6 +109,7 @@ def _initialize():
             "--process"
         ) from e
     timer.cancel()
+    _backend()
     if jax.process_index() > 0:
         logging.getLogger("aoe_jax").setLevel(logging.WARNING)
     log.info(f"{jax.process_count()} processes, {jax.device_count()} devices")
@@ -275,8 +288,7 @@ def together():
         yield
     except Exception as e:  # raised below, after the other processes know
         problem = e
-    unforeseen = MachineFault.status if problem and is_fault(problem) else 1
-    statuses = gathered(getattr(problem, "status", unforeseen) if problem else 0)
+    statuses = gathered(status_of(problem) if problem else 0)
     worst = max(statuses)
     if worst and len(statuses) > 1:
         time.sleep(_END_DELAY)  # if one ends at once, the exchange may fail in another

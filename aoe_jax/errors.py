@@ -38,7 +38,7 @@ class MachineFault(Failure):
 
 
 class Hang(Failure):
-    """No step finished within `train.hang_timeout`."""
+    """Nothing moved for `train.hang_timeout`."""
 
     status = 6
 

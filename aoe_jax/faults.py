@@ -40,7 +40,8 @@ _AS_TEXT = re.compile(
         + [_STATUSES, "ABORTED|CANCELLED", "Out of memory", r"HTTP response code: (429|5\d\d)"]
     )
 )
-
+# CPU reports what is allocated within a program as INTERNAL.
+_FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
 
 # Exceptions of clients of object stores, by package and name.
 _UNREACHABLE = {
@@ -60,8 +61,10 @@ def is_fault(error: BaseException) -> bool:
     """Whether the machine, a disk or a network caused an exception.
 
     Every error of the operating system is a fault, except those that say that a file is missing or
-    is of another kind.
+    is of another kind. A device without enough memory is none: a later try would fail too.
     """
+    if fills_device(error):
+        return False
     for cause in _causes(error):
         if isinstance(cause, MemoryError):
             return True
@@ -73,6 +76,23 @@ def is_fault(error: BaseException) -> bool:
         if passes or (code is None and _AS_TEXT.search(str(cause))):
             return True
     return False
+
+
+def fills_device(error: BaseException) -> bool:
+    """Whether a program needed more memory than its device has, an exception of JAX."""
+    return any(
+        type(cause).__name__ == "JaxRuntimeError" and _FILLED.match(str(cause))
+        for cause in _causes(error)
+    )
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a program that an exception ends."""
+    if isinstance(error, Failure):
+        return error.status
+    if fills_device(error):
+        return UserError.status
+    return MachineFault.status if is_fault(error) else 1
 
 
 def _is_of_network(error):

@@ -147,20 +147,28 @@ def _is_metrics(line):
 
 
 def write_json(path: Path, value, indent=2):
-    """Writes JSON, null for numbers that are not finite. A kill or a power cut leaves either the
-    old file or the new one.
-    """
+    """`write_whole` for JSON, null for numbers that are not finite."""
     write_whole(path, (json.dumps(finite(value), indent=indent) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes):
-    """Writes a file. A kill or a power cut leaves either the old file or the new one."""
+    """Writes a file. A kill or a power cut leaves either the old file or the new one.
+
+    Raises `UserError` if there is a folder of its name, or of the name with `.partial`.
+    """
     if is_remote(path):  # it appears whole
         path.write_bytes(content)
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    replace_durably(partial, path)
+    try:
+        partial.unlink(missing_ok=True)  # writing to a FIFO would wait, a link leads elsewhere
+        partial.write_bytes(content)
+        replace_durably(partial, path)
+    except OSError as e:
+        for folder in (partial, path):
+            if folder.is_dir():
+                raise UserError(f"{folder} is a folder; move it away") from e
+        raise
 
 
 def finite(value):

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aoe_jax.errors import UserError
-from aoe_jax.faults import is_fault, is_forbidden, patiently
+from aoe_jax.faults import Tolerated, is_fault, is_forbidden, patiently
 from aoe_jax.json_files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
 from aoe_jax.paths import create, is_remote
 
@@ -88,9 +88,9 @@ class Owner:
         return found
 
     def _renew(self):
-        count = 0
+        count, tolerated = 0, Tolerated(RENEWED)
         while not self._ended.wait(RENEW):
-            with contextlib.suppress(Exception):  # the next try may succeed
+            with tolerated:  # the next try may succeed
                 if self._read().get("nonce") == self.nonce:
                     count += 1
                     write_json(self._folder / RENEWED, {"nonce": self.nonce, "count": count})

@@ -187,11 +187,18 @@ def unused(path):
 
 
 def move(source, target):
-    """Moves a file or folder; makes the folders above `target`. In a store, file by file."""
+    """Moves a file or folder; makes the folders above `target`. In a store, file by file.
+
+    Raises `UserError` if there is a file in the place of one of these folders.
+    """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        what = "cannot be made: it, or a folder above it, is a file; move that away"
+        raise UserError(f"{target.parent} {what}") from e
     os.replace(source, target)
 
 

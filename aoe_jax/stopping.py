@@ -3,9 +3,33 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 
 from aoe_jax.errors import Interrupted, Preempted
+
+# Becomes a command after PR_SET_PDEATHSIG (1), which sends SIGTERM (15) when the parent dies.
+_BOUND = """
+import ctypes, os, sys
+_, parent, core, *command = sys.argv
+if core:
+    os.sched_setaffinity(0, {int(core)})
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 15)
+    if os.getppid() != int(parent):
+        sys.exit(143)
+os.execv(command[0], command)
+"""
+
+
+def bound(command, core=None):
+    """The command line of a child that becomes `command`, which begins with the path of a program.
+
+    On Linux the child gets SIGTERM when the thread that has started it ends, also by SIGKILL.
+    `core` is the only one that it may use; None: any.
+    """
+    core = "" if core is None else str(core)
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), core, *command]
 
 
 class StopRequests:

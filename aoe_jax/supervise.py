@@ -7,8 +7,9 @@ command is started again after a preemption, a hang, a lost process, a fault of 
 unforeseen error; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
 supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
 a run that has begun are gone, as on a disk that is no longer mounted, it only waits: a start would
-begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end the supervisor.
-`--start-over`, `--go-back` and `--take-over` are given to the first attempt only.
+begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end the supervisor. If it
+is killed, the command gets SIGTERM (on Linux). `--start-over`, `--go-back` and `--take-over` are
+given to the first attempt only.
 `WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in an object
 store. The exit status is that of the last attempt, 128 + N if signal N ended it.
 """
@@ -29,6 +30,7 @@ from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Interrupted, MachineFault, UserError
 from aoe_jax.json_files import COUNT, TEXT, or_none, read_json
 from aoe_jax.paths import is_remote, parsed_path
+from aoe_jax.stopping import bound
 
 log = logging.getLogger("aoe_jax.supervise")  # not __name__, which is __main__
 
@@ -36,7 +38,10 @@ _RESTARTS = flags.DEFINE_integer(
     "restarts", 5, "restarts in a row without a new step before it gives up", lower_bound=0
 )
 _PAUSE = flags.DEFINE_float(
-    "pause", 5.0, "seconds before the first restart, doubled for each attempt without a new step"
+    "pause",
+    5.0,
+    "seconds before the first restart, doubled for each attempt without a new step",
+    lower_bound=0,
 )
 _LONGEST_PAUSE = 60.0  # seconds; several supervisors must meet within --join_timeout
 _FINAL = {UserError.status, DivergedError.status, Interrupted.status}
@@ -93,7 +98,7 @@ class Supervisor:
         """Runs the command once; returns its exit status and the number of steps it added."""
         first_step, began = self._heartbeat().get("saved") or 0, time.time()
         # Its own session: a Ctrl-C in the terminal must reach it only once, through this process.
-        self._process = subprocess.Popen(self._command, start_new_session=True)
+        self._process = subprocess.Popen(bound(self._command), start_new_session=True)
         if self._asked_to_stop.is_set():  # it came while the process was made
             self._process.send_signal(signal.SIGTERM)
         status = self._process.wait()

@@ -1,6 +1,7 @@
 // A disk that fails, for programs that are started with LD_PRELOAD=faulty_disk.so and
 // FAULT=ERRNO:OPERATIONS:PART:FILE. While FILE exists, each of the operations (letters below) on a
-// path that contains PART fails with the error; with ERRNO 0 a read is short, as if the file ended.
+// path that contains PART fails with the error; with ERRNO 0 a read is short, as if the file ended,
+// and with -1 the operation never returns.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,6 +22,7 @@ static int fails(char operation, const char *path) {
   if (!fault || !path) return 0;
   if (sscanf(fault, "%d:%31[^:]:%255[^:]:%511s", &code, operations, part, file) != 4) abort();
   if (!strchr(operations, operation) || !strstr(path, part) || access(file, F_OK)) return 0;
+  while (code < 0) pause();
   errno = code;
   return 1;
 }

@@ -20,6 +20,7 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event
 
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.locking import exclusive
 from aoe_jax.training.telemetry import MEASURED
@@ -215,10 +216,12 @@ def corpus_store():
 
 def as_read_from(directory, config):
     """The configuration of a model that was exported with this one: it keeps no paths but its own
-    tokenizer, and names of corpora for messages alone.
+    tokenizer, names of corpora for messages alone, and of the training only the size of a batch.
     """
     own = {"cache": DataConfig.cache, "tokenizer": str(directory / "tokenizer.json")}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
+    data = dataclasses.replace(config.data, **own)
+    train = TrainConfig(batch_size=config.train.batch_size)
+    return dataclasses.replace(config, data=data, train=train)
 
 
 @shared

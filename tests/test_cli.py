@@ -46,3 +46,32 @@ def test_characters_that_the_encoding_lacks():
     environment = {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout == "r\\xe9sum\\xe9 \\U0001f680\n", done.stderr
+
+
+FILLED = """
+import jax, jax.numpy as jnp
+from aoe_jax import cli
+cli.define_{flag}_flag()
+def main():
+    jax.block_until_ready({compute})
+main.__module__ = "aoe_jax.cli"
+cli.run(main)
+"""
+ALLOCATIONS = {
+    "an array": "jnp.ones(2**45)",
+    "arrays of a program": "jax.jit(lambda: jnp.sort(jnp.arange(2**45, dtype=jnp.int8)))()",
+}
+
+
+@pytest.mark.parametrize("compute", ALLOCATIONS.values(), ids=ALLOCATIONS.keys())
+@pytest.mark.parametrize(
+    ("flag", "words"), [("config", "raise train.accumulate"), ("mesh", "such as --mesh=fsdp=4")]
+)
+def test_device_without_enough_memory(flag, words, compute):
+    program = [sys.executable, "-c", FILLED.format(flag=flag, compute=compute)]
+    for more in ([], ["--debug"]):
+        done = subprocess.run([*program, *more], cwd=ROOT, capture_output=True, text=True)
+        *before, last = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and ("Traceback" in done.stderr) == bool(more), done.stderr
+        assert last.startswith("error: the memory of a device is exhausted (") and words in last
+        assert before == [] or more

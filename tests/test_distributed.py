@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from aoe_jax import distributed
-from aoe_jax.errors import UserError
+from aoe_jax.errors import MachineFault, UserError
+from tests.runs import finish, start, train_command
 from tests.test_multiprocess import free_port
 
 
@@ -80,3 +81,12 @@ def test_a_number_twice(port):
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(UserError, match="--process=1: process 0 has another process of this"):
             distributed._ask("localhost", port, time.monotonic() + 30)
+
+
+@pytest.mark.parametrize(("platform", "why"), [("cuda", "there is none"), ("pigeon", "Unable to")])
+def test_without_a_device(tmp_path, platform, why):
+    command = train_command(tmp_path / "run")
+    status, _, stderr = finish(start(command, forked=False, JAX_PLATFORMS=platform))
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: JAX finds no device (JAX_PLATFORMS={platform}): {why}")

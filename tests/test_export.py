@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.training import TrainConfig
 from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import corpus_of, load_model
 from aoe_jax.formats.configs import to_json
@@ -108,6 +109,22 @@ def test_a_model_is_that_of_its_run():
     for name in ("w_gate_down", "w_down"):
         a, b = (np.asarray(found.params["layers"]["experts"][name]) for found in (model, of_run))
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_model_does_not_choose_the_size_of_a_batch(tmp_path):
+    """Nor the mesh: its run was that of a pod, or somebody else wrote the file."""
+    directory = shutil.copytree(exported()["aoe"], tmp_path / "model")
+    values = json.loads((directory / "aoe_jax.json").read_text())
+    values["config"]["train"] |= {"batch_size": 2**25, "accumulate": 1}
+    values["config"]["mesh"] |= {"data": 4, "fsdp": 2}
+    write_json(directory / "aoe_jax.json", values)
+    assert read_config(directory).train == TrainConfig()
+    command = ["eval.py", f"--workdir={directory}", f"--data=prepared@{corpus_store()}"]
+    status, _, stderr = run([*command, "--split=validation"])
+    assert status == 0, stderr
+    nll = json.loads((directory / "eval.json").read_text())["nll"]
+    of_run = read_metrics(finished_run())[1][-1]["validation_nll"]
+    assert nll == pytest.approx(of_run, rel=1e-4)
 
 
 def test_converted_models_are_evaluated(tmp_path):

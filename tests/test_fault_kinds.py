@@ -10,7 +10,7 @@ from gcsfs.retry import HttpError
 from jax.errors import JaxRuntimeError
 
 from aoe_jax import faults
-from aoe_jax.errors import MachineFault
+from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.faults import Tolerated, is_fault, patiently, reason
 
 
@@ -32,11 +32,16 @@ FAULTS = [
     HttpError({"code": 503, "message": "try later"}),
     HttpError({"code": 429, "message": "too many"}),
     ServerDisconnectedError(),
-    JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+    ValueError("RESOURCE_EXHAUSTED: quota exceeded"),  # of a store
     ValueError("Error reading local file: Input/output error"),
     pyarrow.ArrowIOError("Error reading bytes from file. Detail: [errno 5] Input/output error"),
 ]
+FILLED = [
+    JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+    JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+]
 OTHERS = [
+    *FILLED,
     FileNotFoundError(errno.ENOENT, "No such file or directory"),
     OSError("Truncated compressed stream"),  # of pyarrow, without an errno
     OSError("zlib inflate failed: incorrect data check"),
@@ -55,6 +60,15 @@ def test_faults(error):
 @pytest.mark.parametrize("error", OTHERS, ids=repr)
 def test_no_faults(error):
     assert not is_fault(error) and not is_fault(caused_by(error))
+
+
+def test_statuses():
+    for error in FILLED:
+        assert faults.status_of(error) == faults.status_of(caused_by(error)) == UserError.status
+    assert faults.status_of(HttpError({"code": 503, "message": "x"})) == MachineFault.status
+    assert faults.status_of(ServerDisconnectedError()) == MachineFault.status
+    assert faults.status_of(MachineFault("x")) == MachineFault.status
+    assert faults.status_of(KeyError("x")) == 1
 
 
 def test_reason_is_that_of_the_first_cause():

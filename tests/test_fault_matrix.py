@@ -43,7 +43,7 @@ class Fault:
 
     def __init__(self, tmp_path, code, operations, part):
         self._flag = tmp_path / "fails"
-        number = getattr(errno, code, 0)
+        number = -1 if code == "HANG" else getattr(errno, code, 0)
         fault = f"{number}:{operations}:{part}:{self._flag}"
         self.variables = {"LD_PRELOAD": faulty_disk(), "FAULT": fault}
         self.begin()

@@ -1,10 +1,12 @@
 """Hangs in real runs: every process ends, says where it hangs, and the run goes on later."""
 
 import re
+import shutil
 import signal
 
 from aoe_jax.errors import Hang
-from tests.runs import EVERY, finish, finished_run, run, same_end, start, train_command
+from tests.runs import EVERY, STEPS, finish, finished_run, run, same_end, start, train_command
+from tests.test_fault_matrix import STATE, Fault
 from tests.test_faults import SLOW_SAVES, heartbeat, last_line, patched, wait_for
 from tests.test_multiprocess import MESH, start_on
 
@@ -55,6 +57,24 @@ def test_a_hang_ends(tmp_path):
     )
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
     assert goes_on(workdir, 6)
+
+
+def test_a_restore_that_hangs(tmp_path):
+    """The disk does not answer a read of the newest checkpoint."""
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    fault = Fault(tmp_path, "HANG", "r", STATE + "state")
+    process = start(train_command(workdir, train__hang_timeout=3), **fault.variables)
+    status, _, stderr = finish(process)
+    assert status == Hang.status, stderr
+    assert last_line(stderr) == (
+        f"error: process 0, restoring, after step {STEPS} did not move for 3 s "
+        f"(train.hang_timeout=3): its stacks are in {workdir}/hang"
+    )
+    assert "read_checkpoint" in (workdir / "hang" / "process_0.txt").read_text()
+    assert not [*workdir.glob("owner_*.json")]
+    fault.end()
+    assert goes_on(workdir, STEPS)
 
 
 def test_sigterm_in_a_hang(tmp_path):

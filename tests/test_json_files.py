@@ -73,3 +73,21 @@ def test_metrics_that_are_no_metrics_are_left_out(tmp_path):
     lines += [b'{"step": 2, "nll": "x"}', b"[" * 99999, b'{"step": 3, "layers": {"a": [1]}}', b""]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'{"step": 4, "n')
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["value.json", "value.json.partial"])
+def test_a_folder_in_the_place_of_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"/{name} is a folder; move it away"):
+        write_json(tmp_path / "value.json", {"a": 1})
+
+
+def test_what_waits_in_the_place_of_a_partial_file(tmp_path):
+    """A FIFO has no reader, and a link leads to a file of somebody else."""
+    (tmp_path / "other").write_text("theirs")
+    partial = tmp_path / "value.json.partial"
+    for make in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "other")):
+        make(partial)
+        write_json(tmp_path / "value.json", {"a": 1})
+        assert read_json(tmp_path / "value.json") == {"a": 1} and not partial.exists()
+    assert (tmp_path / "other").read_text() == "theirs"

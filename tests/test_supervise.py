@@ -177,3 +177,18 @@ def test_a_run_that_is_killed_twice(tmp_path):
     assert process.returncode == 0, stderr
     assert same_end(workdir, finished_run())
     assert [line["exit_status"] for line in attempts(workdir)] == [137, 137, 0]
+
+
+def test_a_supervisor_that_is_killed(tmp_path):
+    """Its run saves and ends too, so that another supervisor can go on at once."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "aoe_jax.supervise", "--", *train_command(workdir)]
+    options = {"cwd": ROOT, "env": os.environ | {"XLA_FLAGS": xla_flags()}}
+    process = subprocess.Popen(command, **options, stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: heartbeat(workdir)["status"] == "training")
+    process.kill()
+    _, stderr = process.communicate(timeout=60)  # until the run has closed stderr, too
+    assert "preempted: saved at step" in stderr, stderr
+    done = subprocess.run(command, **options, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
+    assert same_end(workdir, finished_run())

@@ -17,7 +17,7 @@ from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
 from aoe_jax.json_files import NUMBER, TEXT, read_json, write_json
 from aoe_jax.ownership import owned
-from aoe_jax.stopping import StopRequests
+from aoe_jax.stopping import StopRequests, bound
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,6 @@ ALLOCATOR = (
     "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 )
 POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
-# Becomes the command, on the core of the first argument if it names one. The command gets SIGTERM
-# (15) if this process dies, by PR_SET_PDEATHSIG (1).
-_ON_CORE = """
-import ctypes, os, sys
-if sys.argv[1]:
-    os.sched_setaffinity(0, {int(sys.argv[1])})
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 15)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def beside(path: Path, suffix):
@@ -166,12 +156,11 @@ class Machine:
 
 def _start(job, slot, environment):
     beside(job.output, ".outcome.json").unlink(missing_ok=True)
-    core = "" if slot.core is None else str(slot.core)
     with beside(job.output, ".log").open("a") as file:
         file.write(f"$ {' '.join(job.command)}\n")
         file.flush()
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _ON_CORE, core, *job.command],
+            bound(job.command, slot.core),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -23,13 +23,13 @@ from absl import flags
 from aoe_jax import cli
 from aoe_jax.compare.jobs import Job, Machine, beside
 from aoe_jax.compare.routing import analyse
-from aoe_jax.compare.runs import ROUTING_BYTES, folder_of, is_finished, tuned_rates
+from aoe_jax.compare.runs import folder_of, is_finished, read_routing, tuned_rates
 from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config
 from aoe_jax.errors import UserError
 from aoe_jax.hardware import topology_devices
-from aoe_jax.json_files import Kind, read_json, write_json
+from aoe_jax.json_files import NUMBER, Kind, read_json, write_json
 from aoe_jax.plan import plan
 from aoe_jax.sharding import fill_mesh
 from aoe_jax.stopping import StopRequests
@@ -38,7 +38,7 @@ log = logging.getLogger("aoe_jax.compare.measure")  # __name__ is __main__ on th
 
 # A measurement: the value of a setting, and configurations and figures by arm.
 _VALUE = Kind("a number or a text", lambda value: isinstance(value, int | float | str))
-_POINT = {"value": _VALUE, "configs": {str: {str: {}}}, "figures": {str: {}}}
+_POINT = {"value": _VALUE, "configs": {str: {str: {}}}, "figures": {str: {"seconds": NUMBER}}}
 
 
 def measured_file(workdir: Path, name):
@@ -133,7 +133,7 @@ def _is_routed(folder, run, tokens):
     chooses = run.config.routing.choice(run.config.experts)
     if not chooses or not file.exists():
         return not chooses
-    found = read_json(file, at_most=ROUTING_BYTES)
+    found = read_routing(file)
     analysed = found["checkpoints"][-1]["step"], found.get("wanted_tokens")
     return analysed == (run.config.train.steps, tokens)
 

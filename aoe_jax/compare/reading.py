@@ -17,10 +17,10 @@ from aoe_jax.compare.results import (
     RUN_COLUMNS,
     Results,
 )
-from aoe_jax.compare.runs import ROUTING_BYTES, folder_of, is_finished, read_summary
+from aoe_jax.compare.runs import folder_of, is_finished, read_routing, read_summary
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.json_files import read_json, read_metrics
+from aoe_jax.json_files import read_metrics
 
 
 def read_results(suite: Suite, runs: Sequence[Run], workdir: Path):
@@ -64,7 +64,7 @@ def _read_run(run, folder, seconds):
     row = row_of(
         run,
         seconds or own_seconds,
-        read_json(file, at_most=ROUTING_BYTES) if finished and file.exists() else None,
+        read_routing(file) if finished and file.exists() else None,
         state=state,
         last_line=ended["last_line"] if ended else last_line(log) if log.exists() else "",
         validation_nll=nll,

@@ -31,8 +31,8 @@ class TrainConfig(Group):
     eval_every: int = setting(0, at_least=0)  # 0: at the end only
     # The run stops after this many updates in a row were skipped because they were not finite.
     max_skipped: int = setting(10, above=0)
-    # Seconds without a finished step, validation batch or save after which the run ends as hanging,
-    # with status 6; 0: never. Compilation does not count.
+    # Seconds without a finished step, validation batch, save or restore after which the run ends as
+    # hanging, with status 6; 0: never. Compilation does not count.
     hang_timeout: float = setting(1800.0, at_least=0)
     # Every so many steps, one is computed twice and compared bit for bit, which needs memory for a
     # second state; 0: never.
@@ -56,6 +56,10 @@ class TrainConfig(Group):
 
     def check(self, config):
         kind, has_router = config.experts.kind, config.experts.has_router
+        tokens = self.batch_size // self.accumulate * config.data.seq_len
+        if tokens >= 2**31:
+            why = f"makes micro-batches of {tokens} tokens; they must be fewer than 2**31"
+            self.refuse("batch_size", f"{why}, so raise train.accumulate")
         if self.scoring_rate != 1 and not (kind == "aoe" or has_router):
             self.refuse("scoring_rate", f"is not for experts.kind={kind!r}; leave it at 1")
         if self.router_steps and not has_router:

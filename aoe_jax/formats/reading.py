@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from aoe_jax.config.balance import BalanceConfig
 from aoe_jax.config.data import DataConfig
+from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
+from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import saved_tokenizer
 from aoe_jax.errors import UserError, shown
 from aoe_jax.formats.architectures import find_layouts
@@ -40,9 +42,10 @@ def read_config(directory: Path) -> Config:
     """The configuration of a model in a directory.
 
     A model that `aoe_jax.export` wrote has the configuration of its run, without its cache and
-    `train.init_from`. For another, the groups `model` and `experts` come from `config.json`, and
-    other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
-    float16. `data.tokenizer` is always the directory's own.
+    without the groups `train` and `mesh`, except that `train.batch_size` is its number of sequences
+    at a time, if that is smaller than the default. For another, the groups `model` and `experts`
+    come from `config.json`, and other groups have their defaults; `model.dtype` is that of the
+    embedding table, float32 for float16. `data.tokenizer` is always the directory's own.
 
     Raises:
       UserError: a file can't be read, the architecture is unknown, or something in it isn't
@@ -61,9 +64,10 @@ def read_config(directory: Path) -> Config:
     # messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
-    return dataclasses.replace(
-        config, data=data, train=dataclasses.replace(config.train, init_from=None)
-    )
+    # A batch of its run may be that of a pod, or of any size if somebody else wrote the file.
+    rows = config.train.batch_size // config.train.accumulate
+    train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
+    return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
 
 
 def _config_of_run(path, config):

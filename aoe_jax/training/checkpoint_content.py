@@ -118,7 +118,7 @@ def _read_alone(path, wanted):
         raise
     except Exception as e:  # Orbax, tensorstore and the file system each have their own
         is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
-        if faults.is_fault(e) or is_of_program:
+        if faults.is_fault(e) or faults.fills_device(e) or is_of_program:
             raise
         raise Damaged(faults.reason(e)) from e
 

@@ -105,8 +105,8 @@ class Heartbeat:
     def beat(self, status, step=None):
         """Notes a status and, if it has changed, the step.
 
-        Statuses are compiling, training, validating, saving; at the end finished, preempted,
-        interrupted, diverged or failed.
+        Statuses are restoring, compiling, training, validating, saving; at the end finished,
+        preempted, interrupted, diverged or failed.
         """
         self.step = self.step if step is None else step
         now = self.moved = time.monotonic()

@@ -84,7 +84,8 @@ def train(
         run.claim_workdir(config)
         run.open(wandb)
         run.compile()
-        with run.stop.between_steps(several=jax.distributed.is_initialized()), run.watched():
+        several = jax.distributed.is_initialized()
+        with run.stop.between_steps(several), run.watched(run.bar.close):
             with jax.transfer_guard("disallow"):
                 run.take_steps()
             return run.finish()
@@ -183,9 +184,11 @@ class _Run:
         self.jitted_step, abstract = train_step_on(self.mesh, config)
         self.progress = Progress()
         if self.step:
-            self.step, self.state, self.progress = self.checkpoints.restore_newest(
-                abstract, self.data, self.folder.check_in_place
-            )
+            self.heartbeat.beat("restoring", self.step)
+            with self.watched(lambda: None):
+                self.step, self.state, self.progress = self.checkpoints.restore_newest(
+                    abstract, self.data, self._look_before_next_restore
+                )
             log.info("going on from step %d", self.step)
         elif train.init_from:
             self.state = state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
@@ -193,6 +196,10 @@ class _Run:
             self.state = new_state(config, abstract)
         self.first_step, self.saved_at = self.step, time.monotonic()
         self.checkpoints.close()
+
+    def _look_before_next_restore(self):
+        self.heartbeat.beat("restoring", self.step)  # each checkpoint has the time of hang_timeout
+        self.folder.check_in_place()
 
     def claim_workdir(self, given):
         """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
@@ -241,11 +248,11 @@ class _Run:
         self.telemetry.start(self.state, self.train_step)
         self.bar.status("training")
 
-    def watched(self):
-        """A context that ends a process that hangs."""
+    def watched(self, clear):
+        """A context that ends a process that hangs; it calls `clear()` before it prints."""
         timeout, save = self.config.train.hang_timeout, self.save_from_outside
         given = self.workdir, self.folder, self.heartbeat, self.stop, timeout, save
-        return Watchdog(*given, self.bar.close)
+        return Watchdog(*given, clear)
 
     def take_steps(self):
         steps, folder = self.config.train.steps, self.folder.figures / "profile"

@@ -90,7 +90,7 @@ def check_history(workdir: Path, steps):
         )
     newest, saved, problem = max(steps, default=0), read_heartbeat(workdir)["saved"], None
     damaged = workdir / DAMAGED
-    names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.exists() else []
+    names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.is_dir() else []
     is_aside = str(saved) in names and steps  # the newest was damaged, and an older one is there
     if saved is not None and saved > newest and not is_aside:
         problem = f"heartbeat.json shows that a checkpoint of step {saved} was complete"

@@ -19,7 +19,7 @@ import numpy as np
 
 from aoe_jax.config.checks import require_flag
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import TEXT, finite, read_json, read_metrics, replace_durably, write_json
+from aoe_jax.json_files import TEXT, finite, read_json, read_metrics, write_json, write_whole
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and is not needed here.
 _has_torch = sys.modules.setdefault("torch", None)
@@ -51,9 +51,7 @@ class JsonLines:
             if line["step"] < start_step + (validated or "validation_nll" not in line)
         ]
         self.compute_seconds = sum(line.get("compute_seconds") or 0 for line in kept)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        replace_durably(partial, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file, self._unwritten = path.open("r+b", buffering=0), b""
         self._size = self._file.seek(0, os.SEEK_END)  # size of the whole lines
 

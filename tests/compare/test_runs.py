@@ -20,6 +20,7 @@ from aoe_jax.compare.report import write_report
 from aoe_jax.compare.runs import (
     check_run,
     folder_of,
+    read_routing,
     train_suite,
     tuned_rates,
     tuning_nlls,
@@ -201,7 +202,7 @@ def test_tables_hold_the_numbers_of_the_runs():
 
 
 def test_routing_is_looked_at():
-    routing = read_json(ended()[0] / "work/runs/a/aoe/seed_0/routing.json")
+    routing = read_routing(ended()[0] / "work/runs/a/aoe/seed_0/routing.json")
     last = routing["checkpoints"][-1]
     assert last["step"] == 6 and last["overlap_with_final"] == [1.0, 1.0]
     for layer, load in enumerate(last["load"]):
@@ -215,6 +216,52 @@ def test_routing_is_looked_at():
         *(oracle[f"distance_{of}"] for of in ("chosen", "oracle", "any")), strict=True
     ):
         assert best <= chosen + 1e-6 and best < any_
+
+
+LAYER_OF = ("load_entropy", "confidence_entropy", "max_violation", "dead_experts")
+CHECKPOINT = {name: [0.5, None] for name in (*LAYER_OF, "overlap_with_final")}
+CHECKPOINT |= {"step": 6, "load": [[1, 1], [2, 0]], "mean_score": [[0.1, None], [1, 2]]}
+ROUTING = {
+    "tokens": 8,
+    "kind": "aoe",
+    "checkpoints": [CHECKPOINT],
+    "coactivation": [[[1, 0], [0, 1]]],
+    "oracle": {"agreement": [0.5, 0.5]},
+    "experts_per_token": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"checkpoints": []}, "it has no checkpoints"),
+        ({"checkpoints": None}, "checkpoints is None, not a list"),
+        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"checkpoints\[0\].load is "),
+        ({"checkpoints": [CHECKPOINT | {"load": [["1"]]}]}, r"not an array of numbers with 2 axes"),
+        ({"checkpoints": [{"step": 6}]}, r"checkpoints\[0\].load is None, not an array"),
+        ({"coactivation": [[1]]}, "coactivation is .* not an array of numbers with 3 axes"),
+        ({"oracle": {"agreement": "x"}}, "oracle is .* not an array with one axis for each name"),
+        ({"tokens": True}, "tokens is True, not a whole number"),
+    ],
+)
+def test_routing_of_another_program(tmp_path, change, words):
+    file = tmp_path / "routing.json"
+    write_json(file, ROUTING | change)
+    if words is None:
+        assert read_routing(file) == ROUTING
+        return
+    with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it, "):
+        read_routing(file)
+
+
+def test_a_damaged_routing_json_ends_the_command(tmp_path):
+    folder = shutil.copytree(ended()[0], tmp_path / "suite")
+    file = folder / "work/runs/a/aoe/seed_0/routing.json"
+    file.write_text('{"checkpoints": [{"step": 6}]}')
+    status, _, stderr = finish(start(command(folder), XLA_FLAGS=xla_flags()))
+    assert status == 2 and "Traceback" not in stderr, stderr
+    assert stderr.strip().splitlines()[-1].startswith(f"error: {file} cannot be read: tokens is ")
 
 
 def test_the_page_needs_nothing_else():

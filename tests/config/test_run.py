@@ -172,6 +172,7 @@ BAD = {
     "train.warmup=1.0": ("train", {"warmup": 1.0}, "at least 0 and below 1"),
     "train.warmup=-0.1": ("train", {"warmup": -0.1}, "at least 0 and below 1"),
     "train.accumulate=3": ("train", {"accumulate": 3}, "batch_size=16"),
+    "train.batch_size=33554432": ("train", {"batch_size": 2**25}, "raise train.accumulate"),
     "train.router_steps=5": ("train", {"router_steps": 5}, "experts.kind='aoe' has none"),
     "train.router_steps=-1": ("train", {"router_steps": -1}, "at least 0"),
     "train.steps=0": ("train", {"steps": 0}, "greater than 0"),
