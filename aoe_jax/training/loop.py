@@ -20,7 +20,7 @@ from aoe_jax.distributed import agree, all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated, patiently
-from aoe_jax.json_files import write_json
+from aoe_jax.json_files import read_metrics, write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.bar import Bar
@@ -132,15 +132,18 @@ class _Run:
         """Checks for mistakes of the user; writes nothing but token stores."""
         config, workdir = self.config, self.workdir
         with together():
-            check_workdir(workdir, config)
             log_run(config)
             self.checkpoints = Checkpoints(workdir)
             steps = self._saved_steps()
             self.step = max(steps, default=0)
+            has_begun = bool(steps) or any(read_metrics(workdir / "metrics.jsonl"))
+            if has_begun:
+                check_workdir(workdir, config)
             if config.train.init_from and not self.step:
                 check_start(config)
             self.corpus = open_corpus(config.data, config.model.vocab_size)
-            check_data(workdir, self.corpus)
+            if has_begun:
+                check_data(workdir, self.corpus)
             if wandb is not None:
                 check_wandb(workdir, wandb)
         agree("the step, configuration or data", f"{self.step} {config} {self.corpus.identities}")

@@ -150,7 +150,7 @@ def test_input(tmp_path):
         write_texts(tmp_path / name, seed=seed)
     data, file = f"text@{tmp_path / 'a'}, text@{tmp_path / 'b'}", tmp_path / "figures.json"
     command = ["-m", "benchmarks.input", f"--data={data}", f"--cache={tmp_path / 'cache'}"]
-    status, stdout, stderr = run([*command, "--steps=2", f"--json={file}"])
+    status, stdout, stderr = run([*command, "--steps=1", f"--json={file}"])
     assert status == 0, stderr
     figures = json.loads(file.read_text())["figures"]
     assert [figure["arm"] for figure in figures] == ["reading ahead", "without"]
@@ -170,11 +170,11 @@ def test_prepare(tmp_path):
     for figure in figures:
         assert figure["prepare_to_library"] > 0 and min(figure["mb_per_second"].values()) > 0
     status, stdout, stderr = run(
-        [*command, f"--workdir={tmp_path / 'large'}", "--size=2.4e7", "--processes=1"]
+        [*command, f"--workdir={tmp_path / 'large'}", "--size=1.3e7", "--processes=1"]
     )
     assert status == 0, stderr
     (figure,) = json.loads(file.read_text())["figures"]
-    assert 2.4e7 <= figure["text_bytes"] < 2.5e7 and figure["largest_memory_bytes"] > 5e7
+    assert 1.3e7 <= figure["text_bytes"] < 1.4e7 and figure["largest_memory_bytes"] > 5e7
     assert "Killed 2 times, it ended with the same shards" in stdout
 
 
