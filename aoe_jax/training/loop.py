@@ -137,8 +137,7 @@ class _Run:
             steps = self._saved_steps()
             self.step = max(steps, default=0)
             has_begun = bool(steps) or any(read_metrics(workdir / "metrics.jsonl"))
-            if has_begun:
-                check_workdir(workdir, config)
+            check_workdir(workdir, config, has_begun)
             if config.train.init_from and not self.step:
                 check_start(config)
             self.corpus = open_corpus(config.data, config.model.vocab_size)

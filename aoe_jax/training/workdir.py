@@ -61,12 +61,15 @@ def _fixed(config):
     }
 
 
-def check_workdir(workdir: Path, config: Config):
-    """Raises `UserError` if `workdir` holds a run of another configuration."""
+def check_workdir(workdir: Path, config: Config, has_begun=True):
+    """Raises `UserError` if `workdir` holds a model, or a run of another configuration that
+    `has_begun`: one that has computed nothing may change its configuration.
+    """
     path = workdir / "config.json"
     if not path.exists():
         return
-    if differing := differences(_fixed(read_run_config(path)), _fixed(config)).values():
+    differing = differences(_fixed(read_run_config(path)), _fixed(config)).values()
+    if has_begun and differing:
         raise UserError(
             f"workdir {workdir} holds another configuration: {'; '.join(differing)}. Use another "
             "--workdir, or --start-over"

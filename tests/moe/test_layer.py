@@ -23,8 +23,6 @@ from aoe_jax.moe.layer import ExpertsLayer
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP, expert_capacity
 from tests.moe.drawn import parameters_of
 
-pytestmark = pytest.mark.smoke
-
 TOP_K = TopK()
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
 WEIGHTS = {
@@ -150,6 +148,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
@@ -164,6 +163,7 @@ def test_scoring_as_published_agrees_with_the_reference(x64, kind):
     assert_agree(*make(kind, score_gradient="dense"), TOLERANCE["float64"])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["aoe", "whole"])
 def test_the_largest_activation_as_score_agrees_with_the_reference(x64, ragged, kind):
     assert_agree(*make(kind, score="max"), TOLERANCE["float64"])
@@ -280,6 +280,7 @@ def test_selection_bias_chooses_and_does_not_weigh(x64, kind, norm_topk_prob):
     np.testing.assert_allclose(y, want, atol=1e-10)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("kind", "shared_gate", "recompute"),
     [("aoe", False, False), ("whole", True, True), ("router", True, False)],
@@ -294,6 +295,7 @@ def test_ablations_agree_with_the_reference(x64, ablation):
     assert_agree(*make("router", **{ablation: True}), TOLERANCE["float64"])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_shapes_in_float32(kind, seed):
@@ -312,6 +314,7 @@ def test_random_shapes_in_float32(kind, seed):
     assert_agree(layer, params, x, TOLERANCE["float32"])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", FORMS)
 def test_bfloat16(kind):
     """Rounded inputs, exact reference: outputs and gradients within 5% of the largest. Ties of
