@@ -31,7 +31,7 @@ class RunFolder:
     Attributes:
       figures: the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
         itself or, if that is in an object store, a temporary folder that `upload` copies there.
-      nonce: that of the owner, the same in all processes.
+      nonce: the nonce of the owner, the same in all processes.
     """
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
