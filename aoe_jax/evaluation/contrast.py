@@ -64,7 +64,7 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
     name = decoder.routing.name
     wanted = "--contrast is not tested with this router; use a model with top_k or top_p"
     require(name in ("top_k", "top_p"), "routing.name", name, wanted)
-    wanted = f"can't be greater than the model's experts.n_experts={experts.n_experts}"
+    wanted = f"cannot be greater than the model's experts.n_experts={experts.n_experts}"
     require_flag(k is None or k <= experts.n_experts, "strong_k", k, wanted)
     require_flag(rank <= experts.n_experts, "weak_rank", rank, wanted)
     wanted = f"the model's routing.name={name!r} has no K; leave it out, for the model's own choice"

@@ -72,7 +72,7 @@ class Generator:
         """Takes a model, and the settings of self-contrast.
 
         Raises:
-          UserError: the model can't be decoded token by token, or can't be contrasted.
+          UserError: the model cannot be decoded token by token, or cannot be contrasted.
         """
         check_decodes(model.decoder)
         self._model = model

@@ -85,7 +85,7 @@ def from_json(path: Path, values: dict):
 
     Raises:
       UserError: the architecture is unknown, a field is missing or has an invalid value, or
-        something isn't implemented here.
+        something is not implemented here.
     """
     try:
         return _from_json(values)
@@ -100,7 +100,7 @@ def _from_json(values):
     known = ", ".join(ARCHITECTURES)
     _require(isinstance(name, str), f"model_type={shown(name)} is no text; known are {known}")
     reason = NOT_IMPLEMENTED.get(name)
-    _require(reason is None, f"model_type={shown(name)} isn't implemented: {reason}")
+    _require(reason is None, f"model_type={shown(name)} is not implemented: {reason}")
     _require(name in ARCHITECTURES, f"model_type={shown(name)} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
@@ -137,7 +137,7 @@ def _hub_fields(values):
     architecture = ARCHITECTURES[name]
     for field, known in architecture.only.items():
         value, names = values.get(field, known[0]), " or ".join(map(repr, known))
-        _require(value in known, f"{field}={shown(value)} isn't implemented; only {names} is")
+        _require(value in known, f"{field}={shown(value)} is not implemented; only {names} is")
     also = {name: values[other] for other, name in architecture.aliases if other in values}
     fields, given = dict(architecture.constants), architecture.defaults | values | also
     for field, sets in architecture.fields.items():
@@ -178,16 +178,16 @@ def _check_attention(values, model):
     width, head_dim = model.d_model / model.n_heads, model.head_width
     wanted = f"with a norm over all heads only hidden_size / num_attention_heads = {width:g} is"
     is_usual = model.qk_norm != "all" or head_dim == width
-    _require(is_usual, f"head_dim={head_dim} isn't implemented; {wanted}")
+    _require(is_usual, f"head_dim={head_dim} is not implemented; {wanted}")
     types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
     n_layers = model.n_dense_layers + model.n_layers
     is_full = types is None or (types and types == ["full_attention"] * n_layers)
-    _require(is_full, f"layer_types={shown(types)} isn't implemented; {wanted}")
+    _require(is_full, f"layer_types={shown(types)} is not implemented; {wanted}")
     if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
         return
     window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
     is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
-    _require(is_longer, f"sliding_window={shown(window)} isn't implemented; {wanted}")
+    _require(is_longer, f"sliding_window={shown(window)} is not implemented; {wanted}")
 
 
 def _rotary_settings(values):
@@ -202,7 +202,7 @@ def _rotary_settings(values):
     rope = rope or scaling
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     wanted = "only one setting for all layers is"
-    _require(is_one, f"rotary positions {shown(rope)} aren't implemented; {wanted}")
+    _require(is_one, f"rotary positions {shown(rope)} are not implemented; {wanted}")
 
     def setting(name, default):
         given = [where[name] for where in (rope, values) if where.get(name) is not None]
@@ -216,11 +216,11 @@ def _rotary_settings(values):
 def _rotary_fields(values):
     architecture, (kind, setting) = ARCHITECTURES[values["model_type"]], _rotary_settings(values)
     kinds = architecture.rope_types
-    wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
+    wanted = f"is not implemented for this architecture; known are {', '.join(kinds)}"
     _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
     share = setting("partial_rotary_factor", architecture.rope_share)
     is_known = "partial_rotary_factor" in architecture.fields or share == 1
-    _require(is_known, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
+    _require(is_known, f"partial_rotary_factor={shown(share)} is not implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
     fields["model.rope_share"] = share
     if kind != "longrope":

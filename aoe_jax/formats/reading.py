@@ -48,7 +48,7 @@ def read_config(directory: Path) -> Config:
     embedding table, float32 for float16. `data.tokenizer` is always the directory's own.
 
     Raises:
-      UserError: a file can't be read, the architecture is unknown, or something in it isn't
+      UserError: a file cannot be read, the architecture is unknown, or something in it is not
         implemented here.
     """
     path = directory / "config.json"
@@ -183,7 +183,7 @@ class ModelReader:
     def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
         """The part of a parameter between `bounds`, `(first, end)` of every axis.
 
-        It is in `dtype`, or in that of the file. Raises `UserError` if a file can't be read.
+        It is in `dtype`, or in that of the file. Raises `UserError` if a file cannot be read.
         """
         layout = self._layouts[path]
         out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))

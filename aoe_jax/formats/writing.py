@@ -62,7 +62,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as e:
         where = f" ({e.filename})" if getattr(e, "filename", None) else ""
         kind = MachineFault if is_fault(e) and not is_forbidden(e) else UserError
-        raise kind(f"--output={output} can't be written: {reason(e)}{where}") from e
+        raise kind(f"--output={output} cannot be written: {reason(e)}{where}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -79,7 +79,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
         None outside the layers. The calls for a layer come together, in the order of `shapes`.
 
     Raises:
-      OSError, SafetensorError: a file can't be written.
+      OSError, SafetensorError: a file cannot be written.
     """
     stored = find_layouts(values["model_type"], shapes)
     parts = [(None, None)]  # a stack of layers, and the number in it

@@ -243,7 +243,7 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match=r"--output=.*model exists already"), new_directory(output):
         pass
     with (
-        pytest.raises(UserError, match=r"--output=.* can't be written"),
+        pytest.raises(UserError, match=r"--output=.* cannot be written"),
         new_directory(output / "whole" / "x"),
     ):
         pass
