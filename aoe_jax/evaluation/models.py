@@ -161,7 +161,7 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
             return corpus
         sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)
         raise UserError(
-            f"{directory} is a model, which cannot choose what is read here; its run had the corpora "
+            f"{directory} is a model, which cannot choose what is read here; its run read "
             f"{shown(sources)}. Name corpora with --data, such as --data=sotu"
         )
     corpus = open_corpus(data, vocab_size)

@@ -1,4 +1,4 @@
-"""`config.json` of a model to `aoe_jax.config.Config`, and back."""
+"""Converts the `config.json` of a model to `aoe_jax.config.Config`, and back."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from aoe_jax.json_files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1024  # tokens of a window in scoring and training, where the model takes as many
+WINDOW = 1024  # tokens of a window in scoring and training, if the model takes that many
 _AUTO_MAP = {
     "AutoConfig": "configuration_aoe.AoEConfig",
     "AutoModel": "modeling_aoe.AoEModel",
@@ -32,7 +32,7 @@ _EXPORTED = (
     "llama",
     "qwen3",
 )
-# Routers beside which L_aux is the usual loss.
+# Routers that are usually trained with L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
@@ -121,7 +121,7 @@ def _from_json(values):
     if not has_groups:
         _check_attention(values, config.model)
         config = _with_llama3_factors(values, config)
-    with contextlib.suppress(UserError):  # of a method that needs longer sequences
+    with contextlib.suppress(UserError):  # the method may need longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
     return config
@@ -155,7 +155,7 @@ def _hub_fields(values):
 
 
 def _from_number_of_layers(fields):
-    """Both numbers of layers, where config.json counts all, with the dense ones at the front."""
+    """Numbers of layers with and without experts, from a config.json that counts all layers."""
     n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
     are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
     wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
@@ -166,7 +166,7 @@ def _from_number_of_layers(fields):
 
 
 def _from_shared_experts(fields):
-    """The width of the shared expert, where config.json has a number of experts."""
+    """The width of the shared expert, from a config.json that has a number of shared experts."""
     n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
     is_right = COUNT.holds(n_shared) and n_shared > 0
     _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
@@ -225,8 +225,7 @@ def _rotary_fields(values):
     fields["model.rope_share"] = share
     if kind != "longrope":
         return fields
-    # Longer texts have the long factors and another scale, so the model is read for the length up
-    # to which the short ones hold.
+    # Only the short factors are read, so `model.max_len` is the length up to which they hold.
     names = ("short_factor", architecture.rope_scale, "original_max_position_embeddings")
     factors, scale, length = (setting(name, None) for name in names)
     for name, value in zip(names, (factors, scale, length), strict=True):
@@ -243,7 +242,7 @@ def _with_llama3_factors(values, config):
 
     A frequency that turns fewer than `low_freq_factor` times in the length of pretraining is
     divided by `factor`, one that turns more than `high_freq_factor` times by 1; between them
-    `1 / divisor` is linear in the number of turns.
+    the reciprocal of the divisor is linear in the number of turns.
     """
     kind, setting = _rotary_settings(values)
     if kind != "llama3":
@@ -267,12 +266,11 @@ def _with_llama3_factors(values, config):
 def to_json(config: Config, routing_state=()):
     """`config.json` of a model, without its dtype and its special tokens.
 
-    It is of the first architecture of the hub in `_EXPORTED` that can express the whole model, else
-    an `aoe` that `transformers` loads, else an `aoe` that it cannot load; then a line of the log
-    says why.
+    The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
+    that `transformers` loads, else an `aoe` that it cannot load; the log then says why.
 
     Args:
-      config: of the model.
+      config: the model's.
       routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
@@ -297,7 +295,7 @@ def to_json(config: Config, routing_state=()):
 
 
 def _hub_json(config, model_type):
-    """`config.json` of an architecture, with those of its fields that the configuration has."""
+    """The `config.json` of an architecture; fields that the configuration lacks are left out."""
     architecture = ARCHITECTURES[model_type]
     fields = {"model_type": model_type, "architectures": [architecture.class_name]}
     computed = computed_fields(config)
@@ -327,11 +325,10 @@ def _hub_json(config, model_type):
 
 
 def _rope_scaling(model_type, model):
-    """The rotary factors, whatever they come from, as the short ones of LongRoPE. The long ones are
-    for texts that are longer than the model can take.
+    """The rotary factors of any origin, as the short and the long factors of LongRoPE.
 
-    Under the name that transformers 4 reads, too; but without the classes of our own format,
-    `AutoTokenizer` fails for it.
+    Transformers 4 reads them as `rope_scaling` only. Our own format has `rope_parameters`, because
+    with `rope_scaling` `AutoTokenizer` fails without our classes.
     """
     if not model.rope_factors:
         return {}
