@@ -22,16 +22,7 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
 # Architectures of the hub in which models are written, in the order of trial.
-_EXPORTED = (
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "dots1",
-    "glm4_moe",
-    "llama",
-    "qwen3",
-)
+_EXPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "dots1", "glm4_moe", "llama", "qwen3")
 # Routers that are usually trained with L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
@@ -50,8 +41,8 @@ def computed_fields(config: Config):
     fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
-    unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
-    unused.add("experts.gradient_sums")
+    unused |= {"experts.score_gradient", "experts.gradient_sums"}
+    unused |= {"experts.d_ffn", "experts.round_to"}
     settings = dataclasses.fields(routing)
     unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
     if not experts.low_rank and not experts.large_router:
@@ -313,15 +304,8 @@ def _hub_json(config, model_type):
         fields["n_shared_experts"] = experts.d_shared // experts.d_ffn
     if "use_qk_norm" in fields:
         fields["use_qk_norm"] = model.qk_norm == "head"
-    return (
-        fields
-        | {
-            "hidden_act": "silu",
-            "rope_theta": config.model.rope_base,
-            "sliding_window": None,
-        }
-        | _rope_scaling(model_type, config.model)
-    )
+    fields |= {"hidden_act": "silu", "rope_theta": model.rope_base, "sliding_window": None}
+    return fields | _rope_scaling(model_type, model)
 
 
 def _rope_scaling(model_type, model):
