@@ -41,7 +41,7 @@ class Contrast:
         k, rank = self.strong_k, self.weak_rank
         wanted = "must be 0 (no contrast) or greater, such as 0.5"
         require_flag(0 <= self.beta < math.inf, "contrast", self.beta, wanted)
-        wanted = "must lie between 0 (any token) and 1 (the likeliest only)"
+        wanted = "must be between 0 (any token) and 1 (the likeliest only)"
         require_flag(0 <= self.alpha <= 1, "alpha", self.alpha, wanted)
         require_flag(k is None or k >= 1, "strong_k", k, "must be 1 or greater")
         wanted = "must be 1 (the expert of highest score) or greater"

@@ -35,14 +35,14 @@ def new_directory(output: Path) -> Iterator[Path]:
     a disk, whose files are copied at the end, `config.json` as the last.
 
     Raises:
-      UserError: `output` exists, lies among checkpoints, or must not be written.
+      UserError: `output` exists, is among checkpoints, or must not be written.
       MachineFault: its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
     for folder in (output if is_remote(output) else output.absolute()).parents:
         if folder.name == "checkpoints" and (folder.parent / "config.json").exists():
-            wanted = "lies among the checkpoints of a run; name a directory elsewhere"
+            wanted = "is among the checkpoints of a run; name a directory elsewhere"
             raise UserError(f"--output={output} {wanted}")
     if is_remote(output):
         with tempfile.TemporaryDirectory() as folder:

@@ -185,7 +185,7 @@ def test_contrasted_logits():
     [
         ({"beta": -0.1}, r"--contrast=-0\.1: must be 0"),
         ({"beta": float("nan")}, "--contrast=nan"),
-        ({"beta": 0.5, "alpha": 1.5}, r"--alpha=1\.5: must lie between 0"),
+        ({"beta": 0.5, "alpha": 1.5}, r"--alpha=1\.5: must be between 0"),
         ({"beta": 0.5, "strong_k": 0}, "--strong_k=0: must be 1"),
         ({"beta": 0.5, "weak_rank": 0}, "--weak_rank=0: must be 1 .the expert of highest score"),
     ],
