@@ -268,7 +268,7 @@ def test_no_model_among_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoints)
     for output in (checkpoints / "99", checkpoints / "3" / "model", type(tmp_path)("99")):
         with (
-            pytest.raises(UserError, match="lies among the checkpoints of a run"),
+            pytest.raises(UserError, match="is among the checkpoints of a run"),
             new_directory(output),
         ):
             pass
