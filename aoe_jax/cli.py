@@ -27,7 +27,7 @@ flags.DEFINE_bool("debug", False, "show the traceback of a user's mistake")
 flags.DEFINE_float(
     "retry_seconds",
     60.0,
-    "for how long reads and writes are repeated when the disk or network fails",
+    "seconds for which reads and writes are repeated when a disk or the network fails",
 )
 flags.DEFINE_bool("help", False, "show this help", short_name="h")
 flags.disclaim_key_flags()  # flags that functions here define belong to their callers
@@ -185,7 +185,7 @@ def run(main):
     before.
     """
     _open_standard_files()
-    # A mistake on the command line itself leaves FLAGS.debug unparsed.
+    # After a mistake on the command line, FLAGS.debug is not parsed.
     debug = not {"--debug", "--debug=true", "-debug", "-debug=true"}.isdisjoint(sys.argv[1:])
     try:
         _parse(sys.argv)
@@ -227,7 +227,7 @@ def run(main):
 
 
 def print_if_possible(text):
-    """Prints a text without which the command has done its work, too."""
+    """Prints a text; only logs a warning if that fails, because the command has done its work."""
     try:
         print(text, flush=True)
     except OSError as e:
@@ -236,7 +236,7 @@ def print_if_possible(text):
 
 
 def _open_standard_files():
-    """Opens those that are closed, whose numbers other files would get; prints every character."""
+    """Opens standard files that are closed, because other files would get their numbers."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

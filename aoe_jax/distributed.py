@@ -40,7 +40,7 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-_TWICE = b"twice"  # the answer of process 0 to a number that it has already or does not expect
+_TWICE = b"twice"  # process 0's answer to a number that another process has or that is too large
 _END_DELAY = 1.0  # seconds between the agreement to end and the end
 
 
@@ -70,13 +70,15 @@ def start():
         # Programs from the cache have lost the order of their collectives, and deadlock.
         jax.config.update("jax_enable_compilation_cache", False)
         if jax.config.jax_compilation_cache_dir:
-            log.warning("no compilation cache: on several CPU devices its programs deadlock")
+            log.warning(
+                "the compilation cache is off: its programs deadlock on several CPU devices"
+            )
 
 
 def _backend():
     try:
         return jax.default_backend()
-    except (AssertionError, RuntimeError) as e:  # another process may use the devices for a while
+    except (AssertionError, RuntimeError) as e:  # another process may be using the devices
         why = (
             str(e).splitlines()[0] if str(e) else "there is none, or JAX's plugin for it is missing"
         )
@@ -121,8 +123,8 @@ def _meet():
     It uses the port that JAX takes next.
 
     Raises:
-      UserError: a bad address or number.
-      MachineFault: names the missing processes.
+      UserError: the address or a number is wrong.
+      MachineFault: processes are missing; the message has their numbers.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
@@ -149,7 +151,7 @@ def _interface():
 
 
 def _gather(port, deadline):
-    """Process 0: waits for the others and tells each the numbers of those that are missing."""
+    """In process 0: waits for the others, and tells each of them which are missing."""
     others, numbers = {}, range(1, _PROCESSES.value)
     try:
         server = socket.create_server((_interface(), port))
@@ -208,7 +210,7 @@ def _has_hung_up(connection):
 
 
 def _ask(host, port, deadline):
-    """Other processes: reports to process 0; returns the numbers of the missing processes."""
+    """In other processes: reports to process 0; returns the numbers of the missing processes."""
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=1) as connection:
@@ -217,7 +219,7 @@ def _ask(host, port, deadline):
                 answer = connection.recv(4096)
         except OSError:
             answer = None
-        twice = "process 0 has another process of this number, or other --processes"
+        twice = "another process has this number, or process 0 has other --processes"
         require_flag(answer != _TWICE, "process", _PROCESS.value, twice)
         # Process 0 may end before it answers. While the processes of an earlier start end, JAX's
         # service may answer instead.
@@ -253,8 +255,8 @@ def see_the_same(value, read, what):
     Returns the int in every process.
 
     Raises:
-      UserError: a process does not see it within a minute, or `--join_timeout`. The message names
-        `what`, the place.
+      UserError: a process does not see it within a minute, or within a shorter `--join_timeout`.
+        The message begins with `what`, the place.
       MachineFault: process 0 does not see it either.
     """
     if jax.process_count() == 1:

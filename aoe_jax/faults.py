@@ -1,4 +1,4 @@
-"""Temporary faults of disks, networks and memory: how they are recognised, and retries."""
+"""Recognises temporary faults of disks, networks and memory, and tries again after them."""
 
 import errno
 import logging
@@ -40,7 +40,7 @@ _AS_TEXT = re.compile(
         + [_STATUSES, "ABORTED|CANCELLED", "Out of memory", r"HTTP response code: (429|5\d\d)"]
     )
 )
-# CPU reports what is allocated within a program as INTERNAL.
+# On CPU, allocations within a program fail with INTERNAL.
 _FILLED = re.compile("RESOURCE_EXHAUSTED|INTERNAL: .*Out of memory")
 
 # Exceptions of clients of object stores, by package and name.
@@ -61,7 +61,7 @@ def is_fault(error: BaseException) -> bool:
     """Whether the machine, a disk or a network caused an exception.
 
     Every error of the operating system is a fault, except those that say that a file is missing or
-    is of another kind. A device without enough memory is none: a later try would fail too.
+    is of another kind. A lack of device memory is no fault: a later try would fail too.
     """
     if fills_device(error):
         return False
@@ -79,7 +79,7 @@ def is_fault(error: BaseException) -> bool:
 
 
 def fills_device(error: BaseException) -> bool:
-    """Whether a program needed more memory than its device has, an exception of JAX."""
+    """Whether an exception of JAX says that a program needs more memory than its device has."""
     return any(
         type(cause).__name__ == "JaxRuntimeError" and _FILLED.match(str(cause))
         for cause in _causes(error)
@@ -153,7 +153,7 @@ def patiently(what, call):
 
 
 def patiently_if_allowed(what, call):
-    """The same, but without permission, which waiting does not bring, it raises `UserError`."""
+    """Like `patiently`, but raises `UserError` at once for a missing permission."""
 
     def attempt():
         try:
@@ -166,9 +166,9 @@ def patiently_if_allowed(what, call):
 
 
 class Tolerated:
-    """A context that suppresses exceptions: it counts them, and logs the first in a row.
+    """A context for writing files that a run can do without.
 
-    It is for files that a run can do without.
+    It suppresses and counts exceptions, and logs the first in a row.
     """
 
     def __init__(self, name):

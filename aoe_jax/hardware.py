@@ -173,7 +173,7 @@ def published_figures(devices):
 
 
 def machine():
-    """What figures depend on, by name: devices, cores, versions, the allocator's settings."""
+    """The conditions of a measurement by name: devices, cores, versions, allocator settings."""
     installed = {package.name: package.version for package in metadata.distributions()}
     return {
         "device": jax.devices()[0].device_kind,

@@ -72,12 +72,12 @@ def read_json(
     """The JSON object in a file.
 
     Args:
-      path: of the file.
+      path: the file.
       wanted: what would be right, the end of error messages.
-      schema: of the object: a `Kind`; `[schema]`, a list of values of a schema; `{name: schema}`,
-        an object with at least these fields, where null stands for a missing one; or
-        `{str: schema}`, an object with any fields of a schema.
-      at_most: the bytes that the file may have.
+      schema: the object's schema. It is a `Kind`; `[schema]`, a list of values of a schema;
+        `{name: schema}`, an object with at least these fields, where null stands for a missing one;
+        or `{str: schema}`, an object with any fields of a schema.
+      at_most: the largest size of the file in bytes.
 
     Raises:
       UserError: the file cannot be read, is too large, or does not have the schema.
@@ -105,7 +105,7 @@ def read_json(
 
 
 def misfit(value, schema, name=""):
-    """What is wrong with the first part of a value that does not have the schema, or None."""
+    """Says how the first part that does not fit the schema is wrong; None if all parts fit."""
     if isinstance(schema, Kind):
         return None if schema.holds(value) else f"{name} is {shown(value)}, not {schema.words}"
     if not isinstance(value, type(schema)):
@@ -154,7 +154,7 @@ def write_json(path: Path, value, indent=2):
 def write_whole(path: Path, content: bytes):
     """Writes a file. A kill or a power cut leaves either the old file or the new one.
 
-    Raises `UserError` if there is a folder of its name, or of the name with `.partial`.
+    Raises `UserError` if a folder has its name, or its name with `.partial`.
     """
     if is_remote(path):  # it appears whole
         path.write_bytes(content)
@@ -172,7 +172,7 @@ def write_whole(path: Path, content: bytes):
 
 
 def finite(value):
-    """The value as JSON gives it back, with None for numbers that are not finite."""
+    """The value after conversion to JSON and back, with None for numbers that are not finite."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 

@@ -63,7 +63,7 @@ class _Experts(nn.Module, kw_only=True):
     transport: str = "ring"
 
     def __post_init__(self):
-        """Refuses values that are wrong whatever the model width."""
+        """Refuses values that are wrong for every model width."""
         super().__post_init__()
         with _naming_arguments(self):
             for field in dataclasses.fields(self):
@@ -160,7 +160,7 @@ class AoE(_Experts, kw_only=True):
         over their scores. `aoe_jax.methods` has others.
       aux_weight: weight of the load balance loss (Eq. 2) in `Aux.loss`.
       z_weight: weight of the z-loss in `Aux.loss`.
-      dtype: of computation; None: that of the tokens. Parameters are float32.
+      dtype: the dtype of computation; None: that of the tokens. Parameters are float32.
       data: names of the mesh axes that tokens are split over, along their first axis.
       fsdp: the same; these split parameters, too.
       expert: the same; these split the experts.
@@ -232,7 +232,7 @@ def _aux(layer, weights, stats, token_weights):
 
 @contextmanager
 def _naming_arguments(layer):
-    """Errors of the configuration as ValueErrors that name the arguments of a layer."""
+    """Turns errors of the configuration into ValueErrors that name the arguments of a layer."""
     try:
         yield
     except (UserError, ValueError) as error:
@@ -269,7 +269,7 @@ def _check_routing(routing, experts, balance, sizes, d_model):
 
 
 def _check_sizes(layer, experts, sizes, shape):
-    """Refuses what the mesh would split unevenly."""
+    """Refuses sizes that the mesh would split unevenly."""
     batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     if len(shape) == 2:
         batch *= sizes["tensor"]

@@ -17,7 +17,7 @@ def load_spread(load, live=None):
 
 
 def dead_experts(load, live=None):
-    """Which experts have no token, `[..., n]` bool; a free place is not a dead expert."""
+    """Whether each expert has no token, `[..., n]` bool; False for removed experts."""
     return load == 0 if live is None else (load == 0) & (live > 0)
 
 

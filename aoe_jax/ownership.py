@@ -108,11 +108,11 @@ class Owner:
 
 @contextlib.contextmanager
 def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
-    """Owns a folder, which is made if there is none; one that stays empty is removed at the end.
+    """Owns a folder. A missing one is made, and removed at the end if it is empty.
 
     Raises:
-      UserError: the folder cannot be made, or another process owns it. It names the `flag` that
-        gave the folder.
+      UserError: the folder cannot be made, or another process owns it. The message names the
+        `flag` that gave the folder.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
     owner = Owner(folder, *_acquire(folder, flag, take_over))
@@ -129,7 +129,7 @@ def make_folder(folder: Path, flag: str):
     """Makes a folder if there is none; returns whether there was none.
 
     Raises:
-      UserError: it cannot be made; names the `flag` that gave it.
+      UserError: it cannot be made. The message names the `flag` that gave it.
       MachineFault: its disk fails.
     """
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
@@ -140,7 +140,7 @@ def make_folder(folder: Path, flag: str):
 
 
 def _write_or_refuse(folder, flag, write):
-    """Returns `write()`; what only the user can change is refused at once."""
+    """Returns `write()`; raises `UserError` at once for what only the user can change."""
 
     def attempt():
         try:
@@ -184,7 +184,7 @@ def _newest(folder):
 
 
 def _read_object(path):
-    """The content of an owner's file; empty if it is of no owner, None if there is no file."""
+    """The content of an owner's file; empty if it is not valid, None if there is no file."""
     content = _bytes_of(path)
     if content is None:
         return None
@@ -299,14 +299,14 @@ def _started(pid):
 
 
 def _has_ended(other):
-    """Whether an owner has ended; None if this cannot be seen from here."""
+    """Whether an owner has ended; None if it runs under another kernel."""
     if not _kernel() or other.get("kernel") != _kernel():
         return None
     return _started(other.get("pid")) != other.get("started")
 
 
 def in_words(other: dict) -> str:
-    """The content of an owner's file as words."""
+    """Describes an owner, given the content of its file, for messages."""
     if not other:
         return "an unknown process"
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.get("time", 0)))

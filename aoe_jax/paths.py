@@ -27,9 +27,9 @@ def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     """Returns the path that a user wrote; `~` stands for the home directory.
 
     Args:
-      text: such as runs/tiny, gs://BUCKET/runs/tiny or s3://BUCKET/models/tiny.
-      name: of the flag or field, for messages.
-      in_store: whether it may be in an object store.
+      text: a path such as runs/tiny, gs://BUCKET/runs/tiny or s3://BUCKET/models/tiny.
+      name: the flag or field, for messages.
+      in_store: whether the path may be in an object store.
 
     Raises:
       UserError: the scheme is unknown, or its package is missing.
@@ -203,7 +203,7 @@ def move(source, target):
 
 
 def put(source: Path, target):
-    """Moves a file on a disk to its place, also in an object store; it appears there whole."""
+    """Moves a file on a disk to `target`, on a disk or in a store, where it appears whole."""
     if is_remote(target):
         file_system(target).put_file(os.fspath(source), os.fspath(target))
         source.unlink()
@@ -263,9 +263,7 @@ class Mirror:
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
     def upload(self, last=""):
-        """Copies all files that are new or have changed; each appears whole. The file of the name
-        `last` is copied after all others.
-        """
+        """Copies new and changed files, those named `last` after the others; each appears whole."""
         for path, state in sorted(self._states().items(), key=lambda file: file[0].name == last):
             if self._known.get(path) != state:
                 target = self._remote / path.relative_to(self._local).as_posix()

@@ -26,7 +26,7 @@ def bound(command, core=None):
     """The command line of a child that becomes `command`, which begins with the path of a program.
 
     On Linux the child gets SIGTERM when the thread that has started it ends, also by SIGKILL.
-    `core` is the only one that it may use; None: any.
+    `core` is the only CPU core that it may use; None: any.
     """
     core = "" if core is None else str(core)
     return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), core, *command]
@@ -38,8 +38,8 @@ class StopRequests:
     A second SIGINT kills. Further SIGTERMs do nothing, because a process often receives one from
     its supervisor and one from the system.
 
-    With several processes, JAX's preemption service handles a SIGTERM to any of them and makes all
-    stop at the same step. `advice` says how to go on after a stop outside of training.
+    With several processes, JAX's preemption service handles a SIGTERM to any of them and stops all
+    at the same step. `advice` says how to go on after a stop outside of training.
     """
 
     def __init__(

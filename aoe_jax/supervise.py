@@ -6,12 +6,12 @@ The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_
 command is started again after a preemption, a hang, a lost process, a fault of the machine or an
 unforeseen error; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
 supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
-a run that has begun are gone, as on a disk that is no longer mounted, it only waits: a start would
-begin a new run. SIGTERM, SIGINT and SIGHUP (as SIGTERM) are passed on and end the supervisor. If it
-is killed, the command gets SIGTERM (on Linux). `--start-over`, `--go-back` and `--take-over` are
-given to the first attempt only.
-`WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in an object
-store. The exit status is that of the last attempt, 128 + N if signal N ended it.
+a run that has begun are gone, as on a disk that is no longer mounted, it only waits, because a
+start would begin a new run. It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the
+command. If it is killed, the command gets SIGTERM (on Linux). Only the first attempt gets
+`--start-over`, `--go-back` and `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every
+attempt, unless the workdir is in an object store. The exit status is that of the last attempt, 128
++ N if signal N ended it.
 """
 
 import contextlib
@@ -87,10 +87,12 @@ class Supervisor:
             if self._is_over(status) or self._asked_to_stop.is_set():
                 return status
             if idle > restarts:
-                log.error(f"gave up: {idle} attempts in a row added no step")
+                log.error(f"gave up: {idle} attempts in a row saved no new step")
                 return status
             seconds = min(pause * 2 ** max(idle - 1, 0), _LONGEST_PAUSE)
-            log.warning(f"attempt {attempt} ended with status {status}; next in {seconds:g} s")
+            log.warning(
+                f"attempt {attempt} ended with status {status}; the next starts in {seconds:g} s"
+            )
             if self._asked_to_stop.wait(seconds):
                 return status
 
@@ -124,7 +126,7 @@ class Supervisor:
     def _has_heartbeat(self):
         with contextlib.suppress(Exception):
             return (self._workdir / "heartbeat.json").exists()
-        return None  # a disk or store that fails shows nothing
+        return None  # unknown: the disk or store fails
 
     def _is_over(self, status):
         return status in _FINAL or (status == 0 and self._heartbeat().get("status") == "finished")

@@ -122,7 +122,7 @@ COMMAND_LINE = {
         wrong_config("mesh.expert=2"),
         ["config.mesh", "expert=2", "product must be the number of devices, 1 "],
     ),
-    "mesh that doesn't divide": Mistake(
+    "mesh that does not divide": Mistake(
         wrong_config("mesh.expert=3"), ["config.mesh.expert=3", "must divide experts.n_experts=8"]
     ),
     "too few processes": Mistake(
@@ -136,7 +136,7 @@ COMMAND_LINE = {
     "size out of range": Mistake(
         wrong_config("model.d_model=4294967296"), ["--config.model.d_model=4294967296", "2**31"]
     ),
-    "name that isn't UTF-8": Mistake(
+    "name that is not UTF-8": Mistake(
         flags(CONFIG, "--wandb=\udcff"), ["--wandb=", "must be UTF-8"]
     ),
     "no cluster": Mistake(
@@ -260,7 +260,7 @@ RUNS = {
     "empty folder of texts": Mistake(
         TRAIN, ["data.path='{here}/texts'", "no .txt file"], empty_texts, TEXTS
     ),
-    "text that isn't UTF-8": Mistake(
+    "text that is not UTF-8": Mistake(
         TRAIN, ["data.path='{here}/texts'", ".txt is not UTF-8"], latin_1_texts, TEXTS
     ),
     "steps reached": Mistake(TRAIN, [f"train.steps={STEPS}", f"already at step {STEPS}"], finished),
@@ -298,7 +298,7 @@ RUNS = {
         finished_and_truncated_alone,
         {"train__steps": STEPS + 1},
     ),
-    "config.json isn't JSON": Mistake(
+    "config.json is not JSON": Mistake(
         TRAIN,
         ["{workdir}/config.json", "cannot be read"],
         finished_with("config.json", "{"),
@@ -394,7 +394,7 @@ def test_mistake(name, tmp_path):
 
 
 def test_no_half_token_store_is_left(tmp_path):
-    outcome("text that isn't UTF-8", tmp_path)
+    outcome("text that is not UTF-8", tmp_path)
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
 
 

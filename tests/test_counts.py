@@ -185,9 +185,7 @@ def test_flops_against_the_compiler():
 
 
 def test_aoe_scores_every_expert():
-    """Scoring costs 2 d r for each expert a token doesn't choose; the rest is what equal parameters
-    cost.
-    """
+    """Scoring costs 2 d r per expert that a token does not choose; the rest is equal parameters."""
     moe, aoe = config_of("paper:moe"), config_of("paper:aoe_r256")
     extra = forward_flops_per_token(aoe) - forward_flops_per_token(moe)
     scoring = 2 * 12 * (8 - 2) * 768 * 256

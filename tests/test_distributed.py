@@ -79,7 +79,7 @@ def test_a_number_twice(port):
                 connection.sendall(b"twice")
 
         threading.Thread(target=serve, daemon=True).start()
-        with pytest.raises(UserError, match="--process=1: process 0 has another process of this"):
+        with pytest.raises(UserError, match="--process=1: another process has this number"):
             distributed._ask("localhost", port, time.monotonic() + 30)
 
 

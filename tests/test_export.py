@@ -148,7 +148,7 @@ def test_a_corpus_that_was_tokenised_here_is_found(monkeypatch, tmp_path):
     assert found.identities == json.loads((directory / "data.json").read_text())["token_stores"]
     assert found.tokenizer.parent == corpus_store()
     (directory / "data.json").write_text('{"token_stores": ["text-0123456789abcdef"]}')
-    with pytest.raises(UserError, match="which can't choose what is read here"):
+    with pytest.raises(UserError, match="which cannot choose what is read here"):
         corpus_of(model, directory)
 
 
@@ -160,7 +160,7 @@ def test_parameters_that_are_not_finite(tmp_path, command):
     save_file(tensors, directory / "model.safetensors")
     status, stdout, stderr = run([*command, f"--workdir={directory}"])
     assert (status, stdout) == (4, "") and "Traceback" not in stderr
-    wanted = f"error: {directory}: the parameter layers/attention/v has values that aren't finite"
+    wanted = f"error: {directory}: the parameter layers/attention/v has values that are not finite"
     assert stderr.splitlines()[-1].startswith(wanted)
 
 

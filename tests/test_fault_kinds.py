@@ -17,7 +17,7 @@ from aoe_jax.faults import Tolerated, is_fault, patiently, reason
 def caused_by(cause):
     """A library's own exception with a cause."""
     try:
-        raise ValueError("can't read") from cause
+        raise ValueError("cannot read") from cause
     except ValueError as e:
         return e
 

@@ -1,4 +1,4 @@
-"""Faults in real runs: signals, batches that aren't finite, damaged checkpoints, a full disk."""
+"""Faults in real runs: signals, batches that are not finite, damaged checkpoints, a full disk."""
 
 import contextlib
 import json
@@ -171,7 +171,7 @@ def test_batch_that_is_not_finite(tmp_path):
     assert same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-# A save lasts longer than the steps after it, until training can't get on.
+# A save lasts longer than the steps after it, until training cannot get on.
 SLOW_SAVES = """
 import os, time
 def slowly(move):
@@ -224,7 +224,7 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(small_disk):
-    """One checkpoint of 1.3 MB fits, many don't; the run goes on once there is space."""
+    """One checkpoint of 1.3 MB fits, many do not; the run goes on once there is space."""
     changes = {"model__vocab_size": 2000, "checkpoint__keep": 9}
     workdir = small_disk / "run"
     status, _, stderr = run([*train_command(workdir, **changes), "--retry_seconds=1"])
@@ -242,7 +242,7 @@ def test_full_disk(small_disk):
 
 
 def test_disk_that_is_full_to_the_last_byte(small_disk):
-    """Metrics and heartbeat can't be written either."""
+    """Metrics and heartbeat cannot be written either."""
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     workdir, changes = (
         small_disk / "run",

@@ -336,7 +336,7 @@ def test_readers_succeed_or_name_the_mistake(targets, name):
     by_name, watch = targets
     assert by_name.keys() == {*NAMES}
     refused = try_mutations(by_name[name], watch, random.Random(name), COUNT)
-    # Lines of metrics that can't be read are left out.
+    # Lines of metrics that cannot be read are left out.
     assert (refused > 0) == (name != "metrics.jsonl")
 
 

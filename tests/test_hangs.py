@@ -52,7 +52,7 @@ def test_a_hang_ends(tmp_path):
     status, _, stderr = run(patched(without_data(tmp_path, 0), workdir, train__hang_timeout=3))
     assert status == Hang.status, stderr
     assert last_line(stderr) == (
-        "error: process 0, training, after step 6 did not move for 3 s (train.hang_timeout=3): "
+        "error: process 0, training, after step 6 made no progress for 3 s (train.hang_timeout=3): "
         f"its stacks are in {workdir}/hang"
     )
     assert "read_that_hangs" in (workdir / "hang" / "process_0.txt").read_text()
@@ -68,7 +68,7 @@ def test_a_restore_that_hangs(tmp_path):
     status, _, stderr = finish(process)
     assert status == Hang.status, stderr
     assert last_line(stderr) == (
-        f"error: process 0, restoring, after step {STEPS} did not move for 3 s "
+        f"error: process 0, restoring, after step {STEPS} made no progress for 3 s "
         f"(train.hang_timeout=3): its stacks are in {workdir}/hang"
     )
     assert "read_checkpoint" in (workdir / "hang" / "process_0.txt").read_text()
@@ -86,8 +86,8 @@ def test_sigterm_in_a_hang(tmp_path):
     status, _, stderr = finish(process)
     assert status == 0, stderr
     assert last_line(stderr) == (
-        "preempted: process 0, training, after step 7 did not move for 1 s after SIGTERM; saved; "
-        "the same command goes on from the newest checkpoint"
+        "preempted: process 0, training, after step 7 made no progress for 1 s after SIGTERM; "
+        "saved; the same command goes on from the newest checkpoint"
     )
     assert goes_on(workdir, 7)
 

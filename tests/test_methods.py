@@ -201,7 +201,7 @@ def test_resumed_bit_for_bit(ragged, tmp_path, variant):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(want))
 
 
-# Their logits are those of evaluation; the others, and those that aren't known yet, are tried both
+# Their logits are those of evaluation; the others, and those that are not known yet, are tried both
 # ways.
 SAME_IN_TRAINING = {
     *(
@@ -222,7 +222,7 @@ def test_no_token_depends_on_later_ones(ragged, variant):
     """Neither by value nor by gradient: every position has a token of its own, whose embedding is
     nowhere else.
 
-    A method that isn't causal at the beginning of training is tried as it is after that; one that
+    A method that is not causal at the beginning of training is tried as it is after that; one that
     never is, is found out.
     """
     config = configuration(variant, tied=False)

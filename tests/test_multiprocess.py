@@ -89,7 +89,7 @@ def test_two_processes_train_as_one_does():
 
 
 def test_evaluation_on_other_devices_than_training(tmp_path):
-    """A run of four devices on one, and a run of one on eight, whose batches they don't divide;
+    """A run of four devices on one, and a run of one on eight, whose batches they do not divide;
     these without a cache.
     """
     workdir = shutil.copytree(two_processes()[0], tmp_path / "run")

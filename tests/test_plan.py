@@ -1,4 +1,4 @@
-"""Plans for machines that aren't here: what they count, what they refuse, and what the programs
+"""Plans for machines that are not here: what they count, what they refuse, and what the programs
 communicate.
 """
 
@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_status_3_and_a_mesh_that_does_is_suggested():
 
 
 def test_without_the_compiler_for_tpus():
-    """A user who hasn't installed it; here it lies in a folder of its own, so that Python need not
+    """A user who has not installed it; here it lies in a folder of its own, so that Python need not
     find it.
     """
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)

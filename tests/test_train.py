@@ -1,4 +1,4 @@
-"""Whole training runs: what they leave behind, and that a killed one ends as if it hadn't been
+"""Whole training runs: what they leave behind, and that a killed one ends as if it had not been
 killed.
 """
 

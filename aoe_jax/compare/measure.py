@@ -2,8 +2,8 @@
 
 Each size and each sweep is measured by a process of its own, `python -m aoe_jax.compare.measure
 --todo=FILE`. The JSON file has `points`, whose steps are timed (`step_times.py`): the values of a
-sweep, which may be topologies, or a size alone, with the `folders` of its trained runs. For a size
-it has `routing`, too: directories of runs whose routing is analysed (`routing.py`) on `tokens`
+sweep, which may be topologies, or a single size with the `folders` of its trained runs. For a size
+it also has `routing`, the directories of runs whose routing is analysed (`routing.py`) on `tokens`
 tokens. `output` is the file of the results.
 
 A sweep on this machine has the seconds of a step of random tokens, all arms in turn, and the memory
@@ -149,9 +149,9 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
 
 
 def _configs(by_arm):
-    """Reads configurations, in which files of earlier versions may lack fields that are new.
+    """Reads `{arm: Config}`; fields that files of earlier versions lack have their defaults.
 
-    None if they have fields that have gone: then nothing is measured yet.
+    None if fields are unknown: then the point counts as not measured.
     """
     try:
         return {arm: Config.from_config_dict(groups) for arm, groups in by_arm.items()}
@@ -186,12 +186,13 @@ def _missing(file, wanted):
     return [
         {"value": value, "configs": {arm: config.to_dict() for arm, config in configs.items()}}
         for value, configs, figures in measured_points(file, wanted)
-        if figures is None or figures.keys() != configs.keys()  # all in turn, if one has failed
+        # After one arm has failed, all arms are timed again in turn.
+        if figures is None or figures.keys() != configs.keys()
     ]
 
 
 def main():
-    """Measures; exit status 1 if something failed, which stops nothing else."""
+    """Measures what `--todo` lists; returns 1 if a part failed, after all others are done."""
     StopRequests("the same command does what is left").listen()
     todo = read_json(Path(cli.required(flags.FLAGS["todo"])))
     output, failed = Path(todo["output"]), {}

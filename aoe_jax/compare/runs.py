@@ -115,8 +115,8 @@ def train_suite(suite: Suite, workdir: Path, machine: Machine):
     _train(suite.tuning_runs().values(), workdir, machine)
     rates = tuned_rates(suite, workdir)
     for arm, rate in rates.items():
-        own = "its configured one, because no run of its tuning has finished"
-        log.info("%s has the learning rate %s", arm, own if rate is None else rate)
+        configured = "as configured, because none of its tuning runs has finished"
+        log.info("learning rate of %s: %s", arm, configured if rate is None else rate)
     _train(suite.runs(rates), workdir, machine)
 
 

@@ -1,4 +1,4 @@
-"""What is compared: a suite of arms x sizes x seeds, each a `Config`, and sweeps of step costs.
+"""Suites: arms x sizes x seeds, each a `Config`, and sweeps of step costs.
 
 A suite file has a function `get_suite()` that returns a `Suite`; see `configs/compare/`.
 """

@@ -73,7 +73,7 @@ def require(condition, name, value, wanted):
 
 
 def misfit(value):
-    """What a user's number or text must be instead; None if every library accepts it."""
+    """Says what a user's number or text must be instead; None if every library accepts it."""
     if type(value) is int and abs(value) >= 2**31:
         return "must be smaller than 2**31"
     if type(value) is float and not math.isfinite(value):

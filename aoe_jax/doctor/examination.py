@@ -157,7 +157,6 @@ def check_kernels(config, models, mesh, backends, say):
 
 
 def _in_words(result):
-    """What a check found."""
     if "error" in result:
         return result["error"]
     name = max(result["errors"], key=result["errors"].get)

@@ -93,7 +93,7 @@ def run_steps(config: Config, peak):
 
 
 def planned(config: Config, chip):
-    """What `aoe_jax.plan` says of a step on these devices, from the `hardware.Chip` figures of one.
+    """Plans a step on these devices by `aoe_jax.plan`, from the `hardware.Chip` figures of one.
 
     Returns:
       `{"seconds", "kind"}`: The likely time on TPU and GPU, where the step is compiled once more;

@@ -25,7 +25,7 @@ def calibration_batches(model: Model, directory: Path, data: str | None, n_token
       seed: of the random batches.
 
     Raises:
-      UserError: the corpora can't be read.
+      UserError: the corpora cannot be read.
     """
     corpus = corpus_of(model, directory, data)
     size, seq_len = model.config.train.batch_size, model.config.data.seq_len

@@ -41,7 +41,7 @@ class Contrast:
         k, rank = self.strong_k, self.weak_rank
         wanted = "must be 0 (no contrast) or greater, such as 0.5"
         require_flag(0 <= self.beta < math.inf, "contrast", self.beta, wanted)
-        wanted = "must lie between 0 (any token) and 1 (the likeliest only)"
+        wanted = "must be between 0 (any token) and 1 (the likeliest only)"
         require_flag(0 <= self.alpha <= 1, "alpha", self.alpha, wanted)
         require_flag(k is None or k >= 1, "strong_k", k, "must be 1 or greater")
         wanted = "must be 1 (the expert of highest score) or greater"
@@ -64,7 +64,7 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
     name = decoder.routing.name
     wanted = "--contrast is not tested with this router; use a model with top_k or top_p"
     require(name in ("top_k", "top_p"), "routing.name", name, wanted)
-    wanted = f"can't be greater than the model's experts.n_experts={experts.n_experts}"
+    wanted = f"cannot be greater than the model's experts.n_experts={experts.n_experts}"
     require_flag(k is None or k <= experts.n_experts, "strong_k", k, wanted)
     require_flag(rank <= experts.n_experts, "weak_rank", rank, wanted)
     wanted = f"the model's routing.name={name!r} has no K; leave it out, for the model's own choice"

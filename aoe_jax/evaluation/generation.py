@@ -37,7 +37,7 @@ class Sampling:
         wanted = "must be 0 (the likeliest token) or greater"
         require_flag(0 <= t < math.inf, "temperature", t, wanted)
         require_flag(k is None or k >= 1, "top_k", k, "must be 1 or greater")
-        require_flag(p is None or 0 < p <= 1, "top_p", p, "must lie between 0 and 1")
+        require_flag(p is None or 0 < p <= 1, "top_p", p, "must be between 0 and 1")
         if t == 0 and (k or p):
             wanted = "takes the likeliest token: leave --top_k and --top_p out"
             raise UserError(f"--temperature=0 {wanted}")
@@ -72,7 +72,7 @@ class Generator:
         """Takes a model, and the settings of self-contrast.
 
         Raises:
-          UserError: the model can't be decoded token by token, or can't be contrasted.
+          UserError: the model cannot be decoded token by token, or cannot be contrasted.
         """
         check_decodes(model.decoder)
         self._model = model

@@ -94,8 +94,8 @@ def load_model(directory: Path, step="newest", mesh=None):
       mesh: how the devices share the model, such as "fsdp=4"; None: see `on_devices_here`.
 
     Raises:
-      UserError: there is no such model, it can't be read, or the mesh doesn't fit.
-      DivergedError: a parameter isn't finite.
+      UserError: there is no such model, it cannot be read, or the mesh does not fit.
+      DivergedError: a parameter is not finite.
     """
     if is_remote(directory) and is_model(directory):
         directory = local_copy(directory)
@@ -133,7 +133,7 @@ def _refuse_nan(directory, params, mesh):
     for path, is_finite in flatten_dict(jax.device_get(finite), sep="/").items():
         if not is_finite:
             raise DivergedError(
-                f"{directory}: the parameter {path} has values that aren't finite; the model has "
+                f"{directory}: the parameter {path} has values that are not finite; the model has "
                 "diverged or is damaged. Use another one, or another --step"
             )
 
@@ -142,12 +142,12 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
     """The `TokenisedCorpus` of a model in `directory`.
 
     It is that of corpora that the user has `named`, written like `data.name`; else of the model's
-    run. A model, unlike a run, may come from anywhere, so it can't choose a file to be read or a
+    run. A model, unlike a run, may come from anywhere, so it cannot choose a file to be read or a
     data set to be downloaded: without names, only the bundled corpus is opened, or corpora that the
     user has tokenised here before.
 
     Raises:
-      UserError: it can't be read, has changed since the run, or must be named.
+      UserError: it cannot be read, has changed since the run, or must be named.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -161,8 +161,8 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
             return corpus
         sources = ", ".join(f"{s.name}@{s.path}" if s.path else s.name for s in data.sources)
         raise UserError(
-            f"{directory} is a model, which can't choose what is read here; the corpora of its run "
-            f"were {shown(sources)}. Name corpora with --data, such as --data=sotu"
+            f"{directory} is a model, which cannot choose what is read here; its run read "
+            f"{shown(sources)}. Name corpora with --data, such as --data=sotu"
         )
     corpus = open_corpus(data, vocab_size)
     check_data(directory, corpus)
@@ -174,10 +174,10 @@ def on_devices_here(config, axes=None):
 
     Batches may become larger, so that the devices divide them; only expert choice depends on that.
     `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
-    mesh of training or, where it doesn't fit, all devices along `data`.
+    mesh of training or, where it does not fit, all devices along `data`.
 
     Raises:
-      UserError: the axes don't make up the devices, or don't divide the model.
+      UserError: the axes do not make up the devices, or do not divide the model.
     """
     n = jax.device_count()
     if axes is None:
@@ -187,7 +187,7 @@ def on_devices_here(config, axes=None):
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
             log.warning(
-                f"the mesh of training doesn't fit {n} devices: each holds the whole model; see "
+                f"the mesh of training does not fit {n} devices: each holds the whole model; see "
                 "--mesh"
             )
             axes = {}

@@ -138,7 +138,7 @@ def check_probes(model: Model):
     """Checks that a model has a router that can be dropped.
 
     Raises:
-      UserError: its kind, its selection, its mesh or a selection bias isn't supported.
+      UserError: its kind, its selection, its mesh or a selection bias is not supported.
     """
     config, e = model.config, model.config.experts
     settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)

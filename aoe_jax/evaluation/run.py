@@ -43,8 +43,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
       several its tokens, nll, perplexity and bits per byte.
 
     Raises:
-      UserError: the split is unknown, or there is no such run or checkpoint, or it can't be read.
-      DivergedError: the model's parameters or its nll aren't finite.
+      UserError: the split is unknown, or there is no such run or checkpoint, or it cannot be read.
+      DivergedError: the model's parameters or its nll are not finite.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
@@ -61,7 +61,7 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
     The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`.
 
     Raises:
-      UserError: the file can't be read; or what `tasks.load_tasks` and `models.load_model` raise.
+      UserError: the file cannot be read; or what `tasks.load_tasks` and `models.load_model` raise.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
@@ -73,7 +73,7 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 
 
 def load_on_texts(model: Model, texts, name, workdir: Path):
-    """Load statistics on one or more texts: attention doesn't cross from one to another.
+    """Load statistics on one or more texts: attention does not cross from one to another.
 
     It prints a table, and writes `text.json` and, for models with experts, `text.png`.
 
@@ -150,14 +150,14 @@ def read_text(path: Path):
     """The text of a file.
 
     Raises:
-      UserError: it can't be read, isn't UTF-8, or is empty.
+      UserError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
         text = read_regular(path, DOCUMENT_BYTES).decode("utf-8")
     except OSError as e:
-        raise UserError(f"--text={path}: can't be read ({e.strerror}); name a text file") from e
+        raise UserError(f"--text={path}: cannot be read ({e.strerror}); name a text file") from e
     except UnicodeDecodeError as e:
-        raise UserError(f"--text={path}: isn't UTF-8 at byte {e.start}; convert it") from e
+        raise UserError(f"--text={path}: is not UTF-8 at byte {e.start}; convert it") from e
     if not text.strip():
         raise UserError(f"--text={path}: is empty; name a file with text")
     return text

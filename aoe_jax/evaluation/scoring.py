@@ -35,7 +35,7 @@ class Scorer:
         check_decodes(model.decoder, by_token=False)
         self._shares_contexts = decodes(model.decoder)
         self._model, self._batch_tokens = model, batch_tokens
-        # A text's length needn't be such that every device has the same share of its tokens.
+        # A text's length need not be such that every device has the same share of its tokens.
         balance = dataclasses.replace(model.decoder.balance, aux_tokens=1.0)
         decoder = model.decoder.clone(balance=balance)
         compiled = partial(jax.jit, out_shardings=replicated(model.mesh))
@@ -57,7 +57,7 @@ class Scorer:
           request, in their order.
 
         Raises:
-          UserError: a continuation alone exceeds the model's length, or a log-likelihood isn't
+          UserError: a continuation alone exceeds the model's length, or a log-likelihood is not
             finite.
         """
         texts, results = [self._cut(*request) for request in requests], {}
@@ -135,7 +135,7 @@ class Scorer:
         if not np.isfinite(log_likelihood).all():
             raise UserError(
                 "the model gives log-likelihoods that are not finite; its weights are damaged, or "
-                f"model.dtype={model.config.model.dtype} can't hold its activations"
+                f"model.dtype={model.config.model.dtype} cannot hold its activations"
             )
         return list(zip(log_likelihood.tolist(), greedy.tolist(), strict=True))
 

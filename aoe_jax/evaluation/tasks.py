@@ -36,7 +36,7 @@ from aoe_jax.model.decoding import check_decodes
 
 log = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
-os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which isn't safe with JAX's threads
+os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval must not fork, which is not safe with JAX's threads
 
 # The paper's tasks: the folder of lm-eval that defines each, for its index of all tasks takes half
 # a minute to read; and the number of shots.
@@ -67,7 +67,7 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
       split: of the speeches.
 
     Raises:
-      UserError: a task is unknown, or its data set can't be loaded or has other fields.
+      UserError: a task is unknown, or its data set cannot be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
     index = _index([name for name in names if name not in SPEECH_TASKS])
@@ -141,15 +141,15 @@ def _check_shots(config, name, data, shots):
 
 
 def _cause(error, data):
-    """What is wrong with a data set, in a line."""
+    """Says in one line why a data set cannot be used."""
     while error.__cause__ and type(error).__name__ == "DatasetGenerationError":
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if data:
         wanted = "each line is a JSON object with the fields of the hub's"
-        return f"the examples in {data} can't be used ({reason}); {wanted}"
+        return f"the examples in {data} cannot be used ({reason}); {wanted}"
     wanted = "give --tasks-data=DIR, see docs/evaluation.md"
-    return f"the data set can't be had from the hub ({reason}); {wanted}"
+    return f"the data set cannot be loaded from the hub ({reason}); {wanted}"
 
 
 @contextmanager

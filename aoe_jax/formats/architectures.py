@@ -383,7 +383,7 @@ class Layout:
             yield self._name.format(**at), index
 
     def read(self, tensor: Stored, bounds: dict[str, tuple[int, int]]) -> np.ndarray:
-        """What a tensor holds of the part of the parameter between `bounds`."""
+        """The share of a tensor in the part of the parameter between `bounds`."""
         slices = []
         for (outer, *inner), piece, _ in self._groups:
             offset, unit = piece * self.sizes[outer], self._size(inner)
@@ -398,7 +398,7 @@ class Layout:
 
 
 def _product(ranges: list[range]) -> Iterator[tuple[int, ...]]:
-    """As `itertools.product`, which would first list ranges as long as a config.json says."""
+    """Like `itertools.product`, without listing the ranges, which can be long."""
     if not ranges:
         yield ()
         return

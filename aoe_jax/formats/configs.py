@@ -1,4 +1,4 @@
-"""`config.json` of a model to `aoe_jax.config.Config`, and back."""
+"""Converts the `config.json` of a model to `aoe_jax.config.Config`, and back."""
 
 import contextlib
 import dataclasses
@@ -15,24 +15,15 @@ from aoe_jax.json_files import COUNT, NUMBER
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1024  # tokens of a window in scoring and training, where the model takes as many
+WINDOW = 1024  # tokens of a window in scoring and training, if the model takes that many
 _AUTO_MAP = {
     "AutoConfig": "configuration_aoe.AoEConfig",
     "AutoModel": "modeling_aoe.AoEModel",
     "AutoModelForCausalLM": "modeling_aoe.AoEForCausalLM",
 }
 # Architectures of the hub in which models are written, in the order of trial.
-_EXPORTED = (
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "dots1",
-    "glm4_moe",
-    "llama",
-    "qwen3",
-)
-# Routers beside which L_aux is the usual loss.
+_EXPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "dots1", "glm4_moe", "llama", "qwen3")
+# Routers that are usually trained with L_aux.
 _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
@@ -50,8 +41,8 @@ def computed_fields(config: Config):
     fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
-    unused |= {"experts.score_gradient", "experts.d_ffn", "experts.round_to"}
-    unused.add("experts.gradient_sums")
+    unused |= {"experts.score_gradient", "experts.gradient_sums"}
+    unused |= {"experts.d_ffn", "experts.round_to"}
     settings = dataclasses.fields(routing)
     unused |= {f"routing.{f.name}" for f in settings if f.metadata.get("training_only")}
     if not experts.low_rank and not experts.large_router:
@@ -85,7 +76,7 @@ def from_json(path: Path, values: dict):
 
     Raises:
       UserError: the architecture is unknown, a field is missing or has an invalid value, or
-        something isn't implemented here.
+        something is not implemented here.
     """
     try:
         return _from_json(values)
@@ -100,7 +91,7 @@ def _from_json(values):
     known = ", ".join(ARCHITECTURES)
     _require(isinstance(name, str), f"model_type={shown(name)} is no text; known are {known}")
     reason = NOT_IMPLEMENTED.get(name)
-    _require(reason is None, f"model_type={shown(name)} isn't implemented: {reason}")
+    _require(reason is None, f"model_type={shown(name)} is not implemented: {reason}")
     _require(name in ARCHITECTURES, f"model_type={shown(name)} is unknown; known are {known}")
     groups = Config().to_dict() | {"routing": {}}
     has_groups = name == OWN and "hidden_size" not in values
@@ -121,7 +112,7 @@ def _from_json(values):
     if not has_groups:
         _check_attention(values, config.model)
         config = _with_llama3_factors(values, config)
-    with contextlib.suppress(UserError):  # of a method that needs longer sequences
+    with contextlib.suppress(UserError):  # the method may need longer sequences
         window = dataclasses.replace(config.data, seq_len=min(WINDOW, config.model.max_len))
         return dataclasses.replace(config, data=window)
     return config
@@ -137,7 +128,7 @@ def _hub_fields(values):
     architecture = ARCHITECTURES[name]
     for field, known in architecture.only.items():
         value, names = values.get(field, known[0]), " or ".join(map(repr, known))
-        _require(value in known, f"{field}={shown(value)} isn't implemented; only {names} is")
+        _require(value in known, f"{field}={shown(value)} is not implemented; only {names} is")
     also = {name: values[other] for other, name in architecture.aliases if other in values}
     fields, given = dict(architecture.constants), architecture.defaults | values | also
     for field, sets in architecture.fields.items():
@@ -155,7 +146,7 @@ def _hub_fields(values):
 
 
 def _from_number_of_layers(fields):
-    """Both numbers of layers, where config.json counts all, with the dense ones at the front."""
+    """Numbers of layers with and without experts, from a config.json that counts all layers."""
     n_layers, n_dense = fields["model.n_layers"], fields["model.n_dense_layers"]
     are_counts = COUNT.holds(n_layers) and COUNT.holds(n_dense)
     wanted = f"must be a whole number below num_hidden_layers={shown(n_layers)}"
@@ -166,7 +157,7 @@ def _from_number_of_layers(fields):
 
 
 def _from_shared_experts(fields):
-    """The width of the shared expert, where config.json has a number of experts."""
+    """The width of the shared expert, from a config.json that has a number of shared experts."""
     n_shared, width = fields["experts.d_shared"], fields["experts.d_ffn"]
     is_right = COUNT.holds(n_shared) and n_shared > 0
     _require(is_right, f"n_shared_experts={shown(n_shared)}: must be a number from 1")
@@ -178,16 +169,16 @@ def _check_attention(values, model):
     width, head_dim = model.d_model / model.n_heads, model.head_width
     wanted = f"with a norm over all heads only hidden_size / num_attention_heads = {width:g} is"
     is_usual = model.qk_norm != "all" or head_dim == width
-    _require(is_usual, f"head_dim={head_dim} isn't implemented; {wanted}")
+    _require(is_usual, f"head_dim={head_dim} is not implemented; {wanted}")
     types, wanted = values.get("layer_types"), "only 'full_attention' in every layer is"
     n_layers = model.n_dense_layers + model.n_layers
     is_full = types is None or (types and types == ["full_attention"] * n_layers)
-    _require(is_full, f"layer_types={shown(types)} isn't implemented; {wanted}")
+    _require(is_full, f"layer_types={shown(types)} is not implemented; {wanted}")
     if "use_sliding_window" in ARCHITECTURES[values["model_type"]].only:
         return
     window, wanted = values.get("sliding_window"), f"only one of at least {model.max_len} is"
     is_longer = window is None or (isinstance(window, int) and window >= model.max_len)
-    _require(is_longer, f"sliding_window={shown(window)} isn't implemented; {wanted}")
+    _require(is_longer, f"sliding_window={shown(window)} is not implemented; {wanted}")
 
 
 def _rotary_settings(values):
@@ -202,7 +193,7 @@ def _rotary_settings(values):
     rope = rope or scaling
     is_one = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     wanted = "only one setting for all layers is"
-    _require(is_one, f"rotary positions {shown(rope)} aren't implemented; {wanted}")
+    _require(is_one, f"rotary positions {shown(rope)} are not implemented; {wanted}")
 
     def setting(name, default):
         given = [where[name] for where in (rope, values) if where.get(name) is not None]
@@ -216,17 +207,16 @@ def _rotary_settings(values):
 def _rotary_fields(values):
     architecture, (kind, setting) = ARCHITECTURES[values["model_type"]], _rotary_settings(values)
     kinds = architecture.rope_types
-    wanted = f"isn't implemented for this architecture; known are {', '.join(kinds)}"
+    wanted = f"is not implemented for this architecture; known are {', '.join(kinds)}"
     _require(kind in kinds, f"rope_type={shown(kind)} {wanted}")
     share = setting("partial_rotary_factor", architecture.rope_share)
     is_known = "partial_rotary_factor" in architecture.fields or share == 1
-    _require(is_known, f"partial_rotary_factor={shown(share)} isn't implemented; only 1 is")
+    _require(is_known, f"partial_rotary_factor={shown(share)} is not implemented; only 1 is")
     fields = {"model.rope_base": setting("rope_theta", architecture.rope_theta)}
     fields["model.rope_share"] = share
     if kind != "longrope":
         return fields
-    # Longer texts have the long factors and another scale, so the model is read for the length up
-    # to which the short ones hold.
+    # Only the short factors are read, so `model.max_len` is the length up to which they hold.
     names = ("short_factor", architecture.rope_scale, "original_max_position_embeddings")
     factors, scale, length = (setting(name, None) for name in names)
     for name, value in zip(names, (factors, scale, length), strict=True):
@@ -243,7 +233,7 @@ def _with_llama3_factors(values, config):
 
     A frequency that turns fewer than `low_freq_factor` times in the length of pretraining is
     divided by `factor`, one that turns more than `high_freq_factor` times by 1; between them
-    `1 / divisor` is linear in the number of turns.
+    the reciprocal of the divisor is linear in the number of turns.
     """
     kind, setting = _rotary_settings(values)
     if kind != "llama3":
@@ -267,12 +257,11 @@ def _with_llama3_factors(values, config):
 def to_json(config: Config, routing_state=()):
     """`config.json` of a model, without its dtype and its special tokens.
 
-    It is of the first architecture of the hub in `_EXPORTED` that can express the whole model, else
-    an `aoe` that `transformers` loads, else an `aoe` that it cannot load; then a line of the log
-    says why.
+    The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
+    that `transformers` loads, else an `aoe` that it cannot load; the log then says why.
 
     Args:
-      config: of the model.
+      config: the model's.
       routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
@@ -297,7 +286,7 @@ def to_json(config: Config, routing_state=()):
 
 
 def _hub_json(config, model_type):
-    """`config.json` of an architecture, with those of its fields that the configuration has."""
+    """The `config.json` of an architecture; fields that the configuration lacks are left out."""
     architecture = ARCHITECTURES[model_type]
     fields = {"model_type": model_type, "architectures": [architecture.class_name]}
     computed = computed_fields(config)
@@ -315,23 +304,15 @@ def _hub_json(config, model_type):
         fields["n_shared_experts"] = experts.d_shared // experts.d_ffn
     if "use_qk_norm" in fields:
         fields["use_qk_norm"] = model.qk_norm == "head"
-    return (
-        fields
-        | {
-            "hidden_act": "silu",
-            "rope_theta": config.model.rope_base,
-            "sliding_window": None,
-        }
-        | _rope_scaling(model_type, config.model)
-    )
+    fields |= {"hidden_act": "silu", "rope_theta": model.rope_base, "sliding_window": None}
+    return fields | _rope_scaling(model_type, model)
 
 
 def _rope_scaling(model_type, model):
-    """The rotary factors, whatever they come from, as the short ones of LongRoPE. The long ones are
-    for texts that are longer than the model can take.
+    """The rotary factors of any origin, as the short and the long factors of LongRoPE.
 
-    Under the name that transformers 4 reads, too; but without the classes of our own format,
-    `AutoTokenizer` fails for it.
+    Transformers 4 reads them as `rope_scaling` only. Our own format has `rope_parameters`, because
+    with `rope_scaling` `AutoTokenizer` fails without our classes.
     """
     if not model.rope_factors:
         return {}

@@ -63,8 +63,8 @@ def convert(
       scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
 
     Raises:
-      UserError: the checkpoint can't be read or has no whole gates, a number is too large, the
-        calibration text can't be read, or `output` exists or can't be written.
+      UserError: the checkpoint cannot be read or has no whole gates, a number is too large, the
+        calibration text cannot be read, or `output` exists or cannot be written.
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)
@@ -215,12 +215,12 @@ def _converted(config: Config, checkpoint, d_low, score_neurons, score):
 
 
 def _gate(reader, layer):
-    """The gates of a layer, `[n, d, f]`; raises `UserError` if they aren't finite."""
+    """The gates of a layer, `[n, d, f]`; raises `UserError` if they are not finite."""
     w_gate = reader.layer(_GATE, layer)
     for expert, w in enumerate(w_gate):
         if not np.isfinite(w.astype(np.float32)).all():
             where = f"the gate of expert {expert} in layer {layer}"
-            raise UserError(f"--checkpoint: {where} isn't finite; it is damaged")
+            raise UserError(f"--checkpoint: {where} is not finite; it is damaged")
     return w_gate
 
 

@@ -19,7 +19,7 @@ def export(workdir: Path, output: Path, step="newest", dtype="float32"):
     `step` is "newest", "best" or a number of steps; `dtype` is that of the tensors.
 
     Raises:
-      UserError: the run can't be read, has no such step, or `output` exists or can't be written.
+      UserError: the run cannot be read, has no such step, or `output` exists or cannot be written.
     """
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as partial_output:

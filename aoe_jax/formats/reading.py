@@ -27,9 +27,10 @@ from aoe_jax.sharding import replicated, state_shardings
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": that of its run}
+RUN_FILE = "aoe_jax.json"  # of an exported model: {"step": number, "config": its run's}
 _RUN = {"step": or_none(COUNT), "config": {str: {}}}
 _WANTED = "name a directory with a model's config.json and safetensors files"
+_WITHOUT = "remove the file to load the model without it"
 
 
 def is_model(directory: Path) -> bool:
@@ -41,14 +42,14 @@ def is_model(directory: Path) -> bool:
 def read_config(directory: Path) -> Config:
     """The configuration of a model in a directory.
 
-    A model that `aoe_jax.export` wrote has the configuration of its run, without its cache and
-    without the groups `train` and `mesh`, except that `train.batch_size` is its number of sequences
-    at a time, if that is smaller than the default. For another, the groups `model` and `experts`
-    come from `config.json`, and other groups have their defaults; `model.dtype` is that of the
-    embedding table, float32 for float16. `data.tokenizer` is always the directory's own.
+    A model that `aoe_jax.export` wrote has the configuration of its run without `data.cache` and
+    the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
+    most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
+    and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
+    float16. `data.tokenizer` is always the directory's own.
 
     Raises:
-      UserError: a file can't be read, the architecture is unknown, or something in it isn't
+      UserError: a file cannot be read, the architecture is unknown, or something in it is not
         implemented here.
     """
     path = directory / "config.json"
@@ -60,18 +61,18 @@ def read_config(directory: Path) -> Config:
     if (directory / RUN_FILE).exists():
         config = _config_of_run(directory / RUN_FILE, config)
     tokenizer = saved_tokenizer(directory)
-    # Somebody else may have written the paths of a run's configuration. Those of corpora are for
+    # Somebody else may have written the paths in the configuration. Those of corpora appear in
     # messages only, see `evaluation.models.corpus_of`.
     own = {"tokenizer": str(tokenizer) if tokenizer.exists() else None, "cache": DataConfig.cache}
     data = dataclasses.replace(config.data, **own)
-    # A batch of its run may be that of a pod, or of any size if somebody else wrote the file.
+    # The batch of the run may be that of a pod, or of any size if somebody else wrote the file.
     rows = config.train.batch_size // config.train.accumulate
     train = TrainConfig(batch_size=min(rows, TrainConfig.batch_size))
     return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig())
 
 
 def _config_of_run(path, config):
-    groups = read_json(path, "remove it to do without", _RUN)["config"]
+    groups = read_json(path, _WITHOUT, _RUN)["config"]
     try:
         of_run = Config.from_config_dict(groups)
     except UserError as e:
@@ -84,7 +85,7 @@ def _config_of_run(path, config):
 def read_step(directory: Path) -> int | None:
     """The step of the run that a model was exported from, or None."""
     path = directory / RUN_FILE
-    return read_json(path, "remove it to do without", _RUN).get("step") if path.exists() else None
+    return read_json(path, _WITHOUT, _RUN).get("step") if path.exists() else None
 
 
 def read_begin_token(directory: Path, vocab_size: int) -> int | None:
@@ -132,13 +133,13 @@ class ModelReader:
         values = read_json(directory / "config.json", _WANTED)
         shapes = self.parameters | {f"layers/{name}": a for name, a in self.routing_state.items()}
         self._layouts = find_layouts(values["model_type"], shapes, self._stored)
-        # transformers ignores the output table of a file, too, if the input's takes its place.
+        # Like transformers, ignores an output table if the embeddings are tied.
         known = {"lm_head.weight"} if config.model.tie_embeddings else set()
         self._check_tensors(known | self._of_extra_layers(config, values))
 
     def _of_extra_layers(self, config, values):
-        """The tensors of layers behind the last one that predict further tokens, which only
-        training and speculative decoding use.
+        """The tensors of the layer after the last one that predicts a further token, for training
+        and speculative decoding only.
         """
         if not values.get("num_nextn_predict_layers"):
             return set()
@@ -153,7 +154,7 @@ class ModelReader:
             dtypes = {}
             for name, _ in layout.tensors():
                 if name not in self._stored:
-                    what = f"tensor {name} is missing, by config.json the model has it"
+                    what = f"tensor {name} is missing; a model of this config.json has it"
                     raise UserError(f"{self._directory}: {what}")
                 stored = self._stored[name]
                 if stored.shape != layout.shape:
@@ -165,8 +166,8 @@ class ModelReader:
                 names = " and ".join(f"{name} of {dtype}" for dtype, name in dtypes.items())
                 raise UserError(f"{self._directory}: tensors {names} must be of the same type")
         for name in sorted(self._stored.keys() - known):
-            if not name.endswith(".rotary_emb.inv_freq"):  # old files have it, and nothing needs it
-                what = f"tensor {name} is unknown, by config.json the model has no such"
+            if not name.endswith(".rotary_emb.inv_freq"):  # in old files, unused
+                what = f"tensor {name} is unknown; a model of this config.json has no such tensor"
                 raise UserError(f"{self._stored[name].file}: {what}")
 
     def dtype(self, path: str) -> np.dtype:
@@ -183,7 +184,7 @@ class ModelReader:
     def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
         """The part of a parameter between `bounds`, `(first, end)` of every axis.
 
-        It is in `dtype`, or in that of the file. Raises `UserError` if a file can't be read.
+        It is in `dtype`, or in that of the file. Raises `UserError` if a file cannot be read.
         """
         layout = self._layouts[path]
         out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))

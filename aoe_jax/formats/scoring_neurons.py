@@ -1,4 +1,4 @@
-"""Which neurons of a router's experts score a token as the router does, and how well they agree.
+"""Finds neurons of a router's experts that score a token like the router, and their agreement.
 
 L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a column of
 w_gate and w_up and a row of w_down.
@@ -23,7 +23,7 @@ _GROWING = {
 
 
 def observed_choices(model: Model, batches: Iterable[dict]):
-    """What the router of each layer sees and does, over host batches.
+    """The inputs and outputs of the router of each layer, over host batches.
 
     Returns:
       `(x [L, T, d], logits [L, T, n], chosen [L, T, n])` on the host: tokens, the router's logits,

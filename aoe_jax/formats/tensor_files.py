@@ -35,7 +35,7 @@ class Stored:
         The file is closed again: the pages of an open file count as memory of the process.
 
         Raises:
-          UserError: the file can't be read.
+          UserError: the file cannot be read.
         """
         try:
             with safe_open(self.file, framework="numpy") as file:
@@ -43,7 +43,7 @@ class Stored:
                     return file.get_tensor(self.name)
                 return file.get_slice(self.name)[tuple(slices)]
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.file}: tensor {self.name} can't be read ({e})") from e
+            raise UserError(f"{self.file}: tensor {self.name} cannot be read ({e})") from e
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
@@ -74,7 +74,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
         if missing := sorted(names - found.keys()):
             raise UserError(f"{path} has no tensor {missing[0]}, which {INDEX} says is there")
         if extra := sorted(found.keys() - names):
-            raise UserError(f"{path} has a tensor {extra[0]}, which {INDEX} doesn't say is there")
+            raise UserError(f"{path} has a tensor {extra[0]}, which {INDEX} does not list")
         stored |= found
     return stored
 
@@ -95,7 +95,7 @@ def _read_header(path):
                 stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
     except (SafetensorError, OSError) as e:
         what = "it is no safetensors file, or damaged"
-        raise UserError(f"{path} can't be read ({e}); {what}") from e
+        raise UserError(f"{path} cannot be read ({e}); {what}") from e
     return stored
 
 
@@ -105,7 +105,7 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own.
 
     Raises:
-      OSError, SafetensorError: a file can't be written.
+      OSError, SafetensorError: a file cannot be written.
     """
     shards, total = [], 0  # the names of the tensors in each file
     for shard in _shards(tensors):

@@ -68,7 +68,7 @@ class Upcycling:
         """The configuration of the result, with the default balance losses.
 
         Raises:
-          UserError: the model isn't dense, or a number doesn't fit it or another number.
+          UserError: the model is not dense, or a number does not fit it or another number.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         if kind != "dense":
@@ -154,8 +154,8 @@ def upcycle(
       of the dense model, and `after`.
 
     Raises:
-      UserError: the checkpoint can't be read or isn't dense, a number doesn't fit, the text can't
-        be read, or `output` exists or can't be written.
+      UserError: the checkpoint cannot be read or is not dense, a number does not fit, the text
+        cannot be read, or `output` exists or cannot be written.
     """
     dense, is_run = source_config(checkpoint), not is_model(checkpoint)
     config = form.config(dense, checkpoint)

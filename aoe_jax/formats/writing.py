@@ -35,14 +35,14 @@ def new_directory(output: Path) -> Iterator[Path]:
     a disk, whose files are copied at the end, `config.json` as the last.
 
     Raises:
-      UserError: `output` exists, lies among checkpoints, or must not be written.
+      UserError: `output` exists, is among checkpoints, or must not be written.
       MachineFault: its disk fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
     for folder in (output if is_remote(output) else output.absolute()).parents:
         if folder.name == "checkpoints" and (folder.parent / "config.json").exists():
-            wanted = "lies among the checkpoints of a run; name a directory elsewhere"
+            wanted = "is among the checkpoints of a run; name a directory elsewhere"
             raise UserError(f"--output={output} {wanted}")
     if is_remote(output):
         with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as e:
         where = f" ({e.filename})" if getattr(e, "filename", None) else ""
         kind = MachineFault if is_fault(e) and not is_forbidden(e) else UserError
-        raise kind(f"--output={output} can't be written: {reason(e)}{where}") from e
+        raise kind(f"--output={output} cannot be written: {reason(e)}{where}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -79,7 +79,7 @@ def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter
         None outside the layers. The calls for a layer come together, in the order of `shapes`.
 
     Raises:
-      OSError, SafetensorError: a file can't be written.
+      OSError, SafetensorError: a file cannot be written.
     """
     stored = find_layouts(values["model_type"], shapes)
     parts = [(None, None)]  # a stack of layers, and the number in it

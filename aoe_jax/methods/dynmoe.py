@@ -115,7 +115,7 @@ def simplicity(w_router):
 
 
 def updated_pool(live, fired, unclaimed):
-    """Which places hold an expert after an update. Where nothing was recorded, nothing changes.
+    """The places that hold an expert after an update. Without records nothing changes.
 
     Args:
       live: `[L, n]` bool.

@@ -214,7 +214,7 @@ class Smear(Method):
         return y, merging_stats(scores, p, token_weights.sum(axis=-1), devices.total)
 
     def _kept(self, ctx, shape, n_experts):
-        """Which experts are kept for each segment of this device, `[B, J, n]`; None: all."""
+        """Whether a segment of this device keeps each expert, `[B, J, n]`; None: all are kept."""
         if not ctx.training:
             return None
         n_sequences, n_segments = shape

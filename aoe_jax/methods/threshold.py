@@ -30,7 +30,7 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def above_thresholds(scores, thresholds):
-    """Which tokens go to which experts: `scores [T, n]`, `thresholds [n]` -> `[T, n]` bool."""
+    """Whether a token goes to an expert: `scores [T, n]`, `thresholds [n]` -> `[T, n]` bool."""
     return jax.lax.stop_gradient(scores) > thresholds
 
 

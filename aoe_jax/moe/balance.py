@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class LayerStats(NamedTuple):
-    """What a layer reports of a batch. Only balance losses and records have gradients."""
+    """Statistics of a layer over a batch. Only balance losses and records have gradients."""
 
     load: jax.Array  # [n], f of Eq. 2: share of the tokens that choose each expert; its sum is K
     mean_probability: jax.Array  # [n], P of Eq. 2: mean over tokens of the softmax over all scores

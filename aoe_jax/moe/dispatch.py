@@ -94,7 +94,7 @@ class Local:
         return Routing(token, expert, weight, k)
 
     def plan(self, routing):
-        """What the rounds are cut from; arrays without a gradient."""
+        """The routing and the layout of its rows, which the rounds divide; without a gradient."""
         return routing, lay_out(routing, self.n_experts, self.all_used)
 
     def round(self, plan, number):

@@ -20,7 +20,7 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer of experts knows beside its tokens' scores and its weights."""
+    """The inputs of a method beside the scores and the weights of the layer."""
 
     devices: Any  # `parallel.collectives.Devices`: reaches the tokens of other devices
     x: jax.Array  # [T, d], the tokens

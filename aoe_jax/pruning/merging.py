@@ -14,9 +14,9 @@ paper:
 
 The scores of a router MoE are its logits, and its router is drawn anew, to be trained alone first
 (`train.router_steps`). Only `greedy` keeps the router's columns of its experts, which the paper
-doesn't mention.
+does not mention.
 
-AoE isn't in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The low
+AoE is not in the paper. Its scores are norms, far from 0, so cosines are of centred norms. The low
 rank of w_gate_down and w_gate_up is aligned too, by a rotation (Procrustes) in turn with the
 permutation, twice. An average has smaller norms than its members, so w_gate_down of a merged expert
 is scaled, and w_gate_up by the inverse, which keeps its output: its mean score over the tokens that
@@ -24,7 +24,7 @@ chose a member becomes the mean of their scores. There is no router to draw anew
 
 Differences from the paper: all layers get D experts, for layers are scanned and have equal shapes,
 where the paper leaves out the first layer. Signs that w_up and w_down of a hidden unit could share
-aren't aligned. MC-SMoE, another baseline, is left out.
+are not aligned. MC-SMoE, another baseline, is left out.
 
 Cost: a forward pass over the tokens, and another for the norms of merged AoE experts; memory holds
 moments `[Z, Z]`, not scores. Merging an expert takes `O(f^2 d)`, and up to `O(f^3)` to assign its f

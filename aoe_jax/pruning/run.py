@@ -53,8 +53,8 @@ def prune(
       `clusters` with `reference`, `members` and `weights`.
 
     Raises:
-      UserError: the model, the data or the number of experts isn't supported, or `output` exists
-        or can't be written.
+      UserError: the model, the data or the number of experts is not supported, or `output` exists
+        or cannot be written.
     """
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
@@ -62,7 +62,7 @@ def prune(
         train, validation = calibration_batches(model, workdir, data, n_tokens, seed)
         moments = score_moments(model, train)
         for layer, scatter in enumerate(moments.scatter):
-            wanted = f"scores of layer {layer} aren't finite; the model is damaged"
+            wanted = f"scores of layer {layer} are not finite; the model is damaged"
             require_flag(np.isfinite(scatter).all(), "workdir", workdir, wanted)
         before = evaluator(model, model.decoder, validation)(model.params, model.routing_state)
         nll, merged = {"before": before.nll}, merged_scores(model, train)
@@ -111,7 +111,7 @@ def check_prunes(model: Model, n_experts, workdir):
     """Checks that a model can be pruned to this number of experts.
 
     Raises:
-      UserError: it is dense, its kind or selection isn't supported, it has a large router, or
+      UserError: it is dense, its kind or selection is not supported, it has a large router, or
         `n_experts` is out of range.
     """
     e, router, reason = model.config.experts, model.config.routing.name, None

@@ -71,7 +71,7 @@ class Bar:
         """Shows what the run does, such as `training`."""
         if self.shows and status != self._status:
             if self._status == "compiling":
-                self._bar.unpause()  # compilation counts in no speed
+                self._bar.unpause()  # compilation does not count in the speed
             self._status = status
             self._bar.set_description_str(f"{status:<{_STATUS_WIDTH}}")
 

@@ -33,7 +33,7 @@ DAMAGED = "damaged_checkpoints"
 class Progress:
     """Figures of a run that its checkpoint keeps, beside the state and the position in the data."""
 
-    loss: float | None = None  # that of the newest training step
+    loss: float | None = None  # of the newest training step
     nll: float | None = None
     validated: bool = True  # False: the validation that is due after this step is not done
     skipped_in_row: int = 0  # number of updates skipped directly before
@@ -47,7 +47,7 @@ class _Manager(ocp.CheckpointManager):
     """
 
     def reached_preemption(self, step):
-        """Asks nothing."""
+        """Returns False without asking the service."""
         return False
 
 
@@ -87,7 +87,7 @@ class Checkpoints:
         """Opens Orbax's manager; all processes call it together."""
         with together():
             if jax.process_index() == 0:
-                problem = f"half a save in {self.directory} cannot be deleted"
+                problem = f"an unfinished save in {self.directory} cannot be deleted"
                 faults.patiently(problem, self._delete_half_saves)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
@@ -210,7 +210,7 @@ class Checkpoints:
         self._failed = not all_agree(self._problem is None)
         if self._failed:
             log.warning(f"checkpoint {self._path(self._saving)} cannot be saved: {self._why()}")
-            self._open()  # without the half save
+            self._open()  # deletes the unfinished save
         else:
             self.saved = self._saving
         self._saving = None

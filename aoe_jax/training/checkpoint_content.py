@@ -1,4 +1,4 @@
-"""The content of one checkpoint: what is beside the arrays, and how all is read and checked."""
+"""The content of a checkpoint beside its arrays, and reading and checking of both."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from aoe_jax.paths import is_remote
 from aoe_jax.training.fingerprints import by_path, fingerprints
 
 SECOND_LOOK = 1.0  # seconds before another try: a network disk may show a new file late
-_RUN_BYTES = 2**24  # the largest file of what is saved beside the state
+_RUN_BYTES = 2**24  # the largest file beside the state
 _ARRAY = Kind(
     "a shape, a dtype and a fingerprint", lambda value: isinstance(value, list) and len(value) == 3
 )
@@ -38,10 +38,10 @@ class Damaged(Failure):
 
 
 def beside_arrays(arrays, data_state, progress: dict) -> dict:
-    """What a checkpoint holds beside its arrays, ready for JSON.
+    """The content of a checkpoint beside its arrays, ready for JSON.
 
     Args:
-      arrays: of the state, a tree.
+      arrays: the state, a tree of arrays.
       data_state: the position in the data, the same in every process.
       progress: the fields of `Progress`.
     """
@@ -59,7 +59,7 @@ def read_checkpoint(path, wanted):
     Each process reads its own part. Raises in every process or in none.
 
     Args:
-      path: of the checkpoint.
+      path: the folder of the checkpoint.
       wanted: a tree of shapes, dtypes and shardings, over any mesh and number of processes.
 
     Raises:
@@ -92,7 +92,7 @@ def _read_twice(path, wanted):
 
 
 def _read_alone(path, wanted):
-    # By itself, Orbax would wait for the other processes, which may have failed.
+    # Without this, Orbax would wait for the other processes, which may have failed.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -105,7 +105,7 @@ def _read_alone(path, wanted):
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     try:
         if file := next(_irregular(path), None):  # reading a FIFO would never end
-            raise Damaged(f"{file} is no file")
+            raise Damaged(f"{file} is a FIFO, a device or a broken link")
         run = json.loads(read_regular(path / "run" / "metadata", _RUN_BYTES))
         if problem := misfit(run, _RUN):
             raise Damaged(problem)
@@ -116,7 +116,7 @@ def _read_alone(path, wanted):
             return checkpointer.restore(path / "state", args=args), run
     except Failure:
         raise
-    except Exception as e:  # Orbax, tensorstore and the file system each have their own
+    except Exception as e:  # Orbax, tensorstore and the file system raise exceptions of their own
         is_of_program = isinstance(e, TypeError | AttributeError | jax.errors.JaxRuntimeError)
         if faults.is_fault(e) or faults.fills_device(e) or is_of_program:
             raise

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays, which show damage on a disk and computations that went wrong."""
+"""Fingerprints of arrays, to detect damage on a disk and wrong computations."""
 
 from functools import cache
 
@@ -67,7 +67,7 @@ def check_repetition(step, first, state):
     """Compares the state after a step with the `local_fingerprints` of its first computation.
 
     Raises:
-      MachineFault: in every process if they differ in one; it has the numbers of those that differ.
+      MachineFault: in every process if the two differ in one; it names the processes that differ.
     """
     differs = first != local_fingerprints(state)
     if differing := [process for process, value in enumerate(gathered(differs)) if value]:

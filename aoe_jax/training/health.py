@@ -70,7 +70,7 @@ class Health:
 
     def load(self, step, load, live=None):
         """Takes the `LayerStats.load` and `live`, `[L, n]`, of a logged step, and warns of experts
-        without a token in `DEAD_AFTER` logged steps in a row. Free places do not count.
+        without a token in `DEAD_AFTER` logged steps in a row. Removed experts do not count.
         """
         if load.shape[-1] == 1:
             return
@@ -87,12 +87,12 @@ class Health:
 
 @dataclass
 class Heartbeat:
-    """Writes status and step to `heartbeat.json`: at each change, else at most once a second, in an
-    object store every ten seconds.
+    """Writes status and step to `heartbeat.json`: when the status changes, else at most once a
+    second, or every ten seconds in an object store.
     """
 
     workdir: Path
-    # The first process alone writes, while it owns the workdir.
+    # Only the first process writes, while it owns the workdir.
     may_write: Callable[[], bool] = lambda: False
     step: int | None = None
     saved: int | None = None  # the step of the newest complete checkpoint

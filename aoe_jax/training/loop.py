@@ -71,8 +71,8 @@ def train(
     """
     if config.routing.name == "sparsemixer":
         raise UserError(
-            "config.routing.name='sparsemixer': can be evaluated but not trained, since the "
-            "sampling of its own training is not implemented; train with 'top_k'"
+            "config.routing.name='sparsemixer': can be evaluated but not trained, because its "
+            "sampling in training is not implemented; train with 'top_k'"
         )
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
@@ -123,7 +123,7 @@ class _Run:
         self.heartbeat, self.stop, self.held = heartbeat, stop, held
         self.started, self.is_main = time.perf_counter(), jax.process_index() == 0
         self.batch_sharding = sharding.batch_sharding(mesh)
-        self.has_validated = False  # a batch, for which the step of evaluation is compiled
+        self.has_validated = False  # whether a batch was scored, which compiles the evaluation step
         self.at_rest = threading.Lock()
         self.position = None  # the position in the data while the loop waits for a batch
         self.unreported = None  # step and metrics, which are read while the next step runs
@@ -156,7 +156,7 @@ class _Run:
         self.traced = profile if self.is_main else range(0)
 
     def _saved_steps(self):
-        """The steps of all checkpoints; looks again before it says that the run lacks some."""
+        """The steps of all checkpoints; looks twice before it reports that some are missing."""
         with contextlib.suppress(UserError):
             return self._saved_steps_at_once()
         return self._saved_steps_at_once()

@@ -1,4 +1,4 @@
-"""`--profile=STEP:N` of `train.py`: a trace of N training steps, for TensorBoard or XProf."""
+"""`--profile=STEP:N` of `train.py` writes a trace of N steps, for TensorBoard or XProf."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 def steps_to_trace(text):
     """The `range` of steps of a flag's value `STEP:N`; raises `UserError` for other values."""
     numbers = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", text, re.ASCII)
-    wanted = "must be STEP:N, N steps beginning with step STEP, such as 20:3; both from 1"
+    wanted = "must be STEP:N, such as 20:3 for 3 steps from step 20 on; both at least 1"
     require_flag(numbers, "profile", text, wanted)
     first, n_steps = map(int, numbers.groups())
     return range(first, first + n_steps)
@@ -29,7 +29,7 @@ def traced_of_run(steps: range, start_step, total_steps):
     wanted = f"this run takes the steps {start_step + 1} to {total_steps}; choose some of these"
     require_flag(steps[-1] <= total_steps, "profile", value, wanted)
     if steps[0] <= start_step:
-        log.warning(f"--profile={value}: step {steps[0]} is past; nothing is traced")
+        log.warning(f"--profile={value}: the run is past step {steps[0]}; nothing is traced")
         return range(0)
     return steps
 

@@ -31,7 +31,7 @@ class RunFolder:
     Attributes:
       figures: the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
         itself or, if that is in an object store, a temporary folder that `upload` copies there.
-      nonce: that of the owner, the same in all processes.
+      nonce: the nonce of the owner, the same in all processes.
     """
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
@@ -57,14 +57,12 @@ class RunFolder:
             if is_main and is_remote(workdir):
                 self.figures = Path(held.enter_context(tempfile.TemporaryDirectory()))
                 for name in ("metrics.jsonl", "wandb.json"):
-                    patiently(
-                        f"{workdir / name} cannot be read", lambda: self._fetch(workdir, name)
-                    )
+                    patiently(f"{workdir / name} cannot be read", lambda: self._fetch(name))
                 self._mirror = Mirror(self.figures, workdir)
 
-    def _fetch(self, workdir, name):
-        if (workdir / name).exists():
-            (self.figures / name).write_bytes((workdir / name).read_bytes())
+    def _fetch(self, name):
+        if (file := self._workdir / name).exists():
+            (self.figures / name).write_bytes(file.read_bytes())
 
     def check_owner(self):
         """Checks in process 0 that it still owns the workdir; see `Owner.check`.

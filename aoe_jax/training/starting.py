@@ -34,7 +34,7 @@ def check_start(config: Config):
         raise _refused(config, f"it is another model: {'; '.join(others)}")
     if differing:
         how = "; ".join(f"config.{text}" for text in differing.values())
-        log.warning(f"experts are chosen in another way than in {directory}: {how}")
+        log.warning(f"this run chooses experts in another way than {directory}: {how}")
 
 
 def _directory(config):
@@ -86,7 +86,7 @@ def _loaded(config, mesh, tokenizer):
 
 
 def _vocabulary(file):
-    """The parts of a tokenizer's file that decide on tokens, without those added around a text."""
+    """The parts of a tokenizer's file that decide the tokens of a text."""
     if file.suffix != ".json":
         return file.read_bytes()
     spec = read_json(file, "it is no tokenizer", at_most=FILE_BYTES)

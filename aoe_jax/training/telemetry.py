@@ -1,7 +1,7 @@
-"""The figures of a run: speed, utilisation, memory, where time goes, and the state of the experts.
+"""The figures of a run: speed, utilisation, memory, time by activity, and the load of experts.
 
 Every `train.log_every` steps they go to the log, as one readable line, and to the writers of
-`writers.py`. L layers, n experts.
+`writers.py`. Below, L is the number of layers and n that of experts.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Telemetry:
 
     Time counts from `start` on and is split into `input` (the loop waits for the next batch),
     `checkpoint` (the loop waits for a save) and `compute` (the rest). Devices compute while the
-    loop waits, so waiting costs at most its seconds. Evaluation counts in no speed.
+    loop waits, so waiting costs at most its seconds. Evaluation does not count in the speed.
 
     MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
     computes in float32. It is left out, with a note in the log, if the chip is unknown.

@@ -1,4 +1,4 @@
-"""Ends a process that cannot go on: in a hang, and after a SIGTERM while it is blocked."""
+"""Ends a process that hangs, or that is blocked after a SIGTERM."""
 
 import contextlib
 import faulthandler
@@ -32,9 +32,9 @@ class Watchdog:
 
     If it does not move for `timeout` seconds (0: no limit), the process writes the stacks of its
     threads to `workdir/hang/process_N.txt`, says which processes are late, and exits with the
-    status of `Hang`. If it does not move for `TERM_SECONDS` after a SIGTERM, the process saves by
-    `save()`, which returns False if there is no consistent state, and exits. It calls `clear()`
-    before it prints.
+    status of `Hang`. If the heartbeat does not move for `TERM_SECONDS` after a SIGTERM, the process
+    calls `save()`, which returns False if there is no consistent state, and exits. It calls
+    `clear()` before it prints.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Watchdog:
             late = f"its report cannot be written to {self._folder}"
         self._exit(
             Hang.status,
-            f"error: {self._where()} did not move for {seconds:.0f} s (train.hang_timeout="
+            f"error: {self._where()} made no progress for {seconds:.0f} s (train.hang_timeout="
             f"{self._timeout:g}): {late}",
         )
 
     def _report(self, seconds):
-        """Writes the report of this process; returns what the reports of all of them say."""
+        """Writes the report of this process; returns a summary of the reports of all processes."""
         process, heartbeat = jax.process_index(), self._heartbeat
         self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile("w+") as file:
@@ -128,7 +128,7 @@ class Watchdog:
         what = "saved" if saved else "nothing new could be saved"
         self._exit(
             Preempted.status,
-            f"preempted: {self._where()} did not move for {TERM_SECONDS:g} s after SIGTERM; "
+            f"preempted: {self._where()} made no progress for {TERM_SECONDS:g} s after SIGTERM; "
             f"{what}; the same command goes on from the newest checkpoint",
         )
 

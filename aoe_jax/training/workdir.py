@@ -1,4 +1,4 @@
-"""The directory of a run: which configuration and data it belongs to."""
+"""The directory of a run: checks of its configuration, data and checkpoints."""
 
 import logging
 import time
@@ -24,8 +24,8 @@ from aoe_jax.training.checkpoint import DAMAGED, Checkpoints
 log = logging.getLogger(__name__)
 
 _IDENTITY = ("config.json", "data.json")  # which run it is
-# What a run writes into its directory, beside its tokenizer. The files that show which checkpoints
-# there were come after these: a move that was interrupted leaves no run that seems whole.
+# The files of a run, except its tokenizer. Checkpoints come before the files that record them, so
+# that a move that was interrupted never leaves a run that seems whole.
 _FILES = (
     *("checkpoints", DAMAGED, "tensorboard", "profile", "wandb", "hang", "eval.json", "load.png"),
     *("training.png", "wandb.json", "summary.json", "metrics.jsonl", "heartbeat.json"),
@@ -105,11 +105,7 @@ def check_history(workdir: Path, steps):
     if not steps and saved is None and (line := next(lines, None)):
         problem = f"metrics.jsonl begins with step {line['step']}"
     if problem:
-        there = (
-            f"the newest in checkpoints/ is that of step {newest}"
-            if newest
-            else ("checkpoints/ has none")
-        )
+        there = f"the newest checkpoint is of step {newest}" if newest else "checkpoints/ has none"
         goes_back = f"--go-back={newest} continues from that, and " if newest else ""
         raise UserError(
             f"--workdir={workdir}: {problem}, but {there}. Bring the missing ones back; or "
@@ -128,7 +124,7 @@ def read_heartbeat(workdir: Path):
 def set_aside(workdir: Path, go_back: int | None = None):
     """Moves the files of a run to a new folder in `workdir/set_aside`.
 
-    With `go_back`, a step, only what is newer than the checkpoint of that step is moved.
+    With `go_back`, only what is newer than the checkpoint of that step is moved.
 
     Raises:
       UserError: there is no complete checkpoint of that step.
@@ -146,7 +142,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
         write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
-    # Clocks are set back.
+    # A clock that was set back gives the same name twice.
     folder = unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:

@@ -1,10 +1,10 @@
 """Writers of a run's figures: `metrics.jsonl`, TensorBoard files and, on request, Weights & Biases.
 
-A writer begins with `start_step`, from which the run continues; its earlier figures of later steps
-are dropped or hidden. `write(step, group, scalars, layers, experts)` takes the figures of one step:
-`group` is `train` or `validation`, `scalars` maps names to numbers, `layers` names to arrays `[L]`,
-and `experts` names to arrays `[L, n]`, whose histograms over experts only TensorBoard keeps. L
-layers, n experts.
+A writer begins at `start_step`, from which the run continues. It drops or hides the figures of
+later steps, which an earlier attempt wrote. `write(step, group, scalars, layers, experts)` takes
+the figures of one step: `group` is `train` or `validation`, `scalars` maps names to numbers,
+`layers` names to arrays `[L]`, and `experts` names to arrays `[L, n]` (L layers, n experts). Only
+TensorBoard keeps the last, as histograms over experts.
 """
 
 import errno
@@ -39,7 +39,7 @@ class JsonLines:
     """One JSON object a line, null for numbers that are not finite.
 
     A line survives a kill of the process as soon as it is written; lines that cannot be written are
-    kept for the next write. The validation of `start_step` is dropped too unless it is `validated`.
+    kept for the next write. Unless `validated`, the validation of `start_step` is dropped too.
     """
 
     name = "metrics.jsonl"
@@ -81,7 +81,7 @@ class JsonLines:
 
 
 def _shortest(values):
-    """Numbers with no more digits than identify a float32."""
+    """Numbers with only the digits that identify a float32."""
     if np.issubdtype(values.dtype, np.integer):
         return values.tolist()
     return [float(str(value)) for value in values.astype(np.float32)]

@@ -6,7 +6,7 @@ from benchmarks.upcycling import rows
 
 
 def test_differences_are_of_pairs():
-    """Seeds that differ as a whole don't add to the error of a difference."""
+    """Seeds that differ as a whole do not add to the error of a difference."""
     of_seeds = [
         {"dense": {0: 5.0, 9: 4.0}, "MoE": {0: 5.0, 9: 3.9}, "AoE": {0: 5.0, 9: 3.8}},
         {"dense": {0: 7.0, 9: 6.0}, "MoE": {0: 7.0, 9: 5.9}, "AoE": {0: 7.0, 9: 5.6}},

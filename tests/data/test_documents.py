@@ -275,7 +275,7 @@ def test_names_that_are_not_utf8(tmp_path):
     names = [b"\xff.jsonl", b"\xff.jsonl.gz", b"\xff.parquet", b"\xff.txt"]
     paths = [tmp_path / os.fsdecode(name) for name in names]
     for path, write in zip(paths, (write_json_lines, write_gzip, write_parquet), strict=False):
-        write(tmp_path / "new", texts(20))  # pyarrow can't write to such a name
+        write(tmp_path / "new", texts(20))  # pyarrow cannot write to such a name
         (tmp_path / "new").rename(path)
     paths[-1].write_text("text")
     assert [*find_files([str(tmp_path / "*")], tmp_path / "out")] == paths

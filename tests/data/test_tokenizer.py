@@ -136,7 +136,7 @@ def merge_twice(spec):
 
 
 def add_unreachable(spec):
-    """A token that tiktoken finds in its own text and the tokenizers library doesn't."""
+    """A token that tiktoken finds in its own text and the tokenizers library does not."""
     vocabulary = spec["model"]["vocab"]
     vocabulary |= {"ax": 5000, "xa": 5001, "axa": 5002, "xax": 5003, "axax": 5004}
     spec["model"]["merges"] += [["a", "x"], ["x", "a"], ["a", "xa"], ["xa", "x"], ["axa", "x"]]
@@ -279,7 +279,7 @@ def test_mistakes(tmp_path):
 
 
 def test_special_tokens_before_each_text(tmp_path):
-    """The tokenizer knows them, but texts don't get them."""
+    """The tokenizer knows them, but texts do not get them."""
     template = (
         {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
         {"Sequence": {"id": "A", "type_id": 0}},

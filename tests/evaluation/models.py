@@ -67,7 +67,7 @@ def make_model(config, change=lambda params: params):
 def plain_scores(model, context, continuation):
     """By the definition: one pass over one text, whole, in float64; `(log-likelihood, greedy)`.
 
-    Zeros follow the text, which a causal model doesn't see, so that one length is compiled.
+    Zeros follow the text, which a causal model does not see, so that one length is compiled.
     """
     row = [*context, *continuation][-model.config.model.max_len - 1 : -1]
     config = dataclasses.replace(model.config, mesh=MeshConfig())

@@ -1,4 +1,4 @@
-"""Self-contrast: its formula, the two passes with caches of their own, and what can't be
+"""Self-contrast: its formula, the two passes with caches of their own, and what cannot be
 contrasted.
 """
 
@@ -63,7 +63,7 @@ def full_pass(kind, experts, routing):
     params, state = jax.device_get((there.params, there.routing_state))
 
     def logits(texts):
-        # What comes after doesn't matter.
+        # What comes after does not matter.
         padded = np.array([text + [0] * (32 - len(text)) for text in texts], np.int32)
         return np.asarray(apply({"params": params}, padded, None, None, state)[0])
 
@@ -127,7 +127,7 @@ def test_what_comes_to_greedy_decoding(case):
 @pytest.mark.parametrize("kind", ["aoe", "router"])
 def test_ranks_of_the_best_are_the_normal_pass(kind):
     """Bit for bit, in the whole decoder; so the weak pass of rank 1 is the strong one of K = 1, and
-    that of rank 2 isn't.
+    that of rank 2 is not.
     """
     plain = model(kind).decoder.clone(routing=TopK())
     strong, weak = strong_and_weak(plain, Contrast(0.5, strong_k=1, weak_rank=1))
@@ -185,7 +185,7 @@ def test_contrasted_logits():
     [
         ({"beta": -0.1}, r"--contrast=-0\.1: must be 0"),
         ({"beta": float("nan")}, "--contrast=nan"),
-        ({"beta": 0.5, "alpha": 1.5}, r"--alpha=1\.5: must lie between 0"),
+        ({"beta": 0.5, "alpha": 1.5}, r"--alpha=1\.5: must be between 0"),
         ({"beta": 0.5, "strong_k": 0}, "--strong_k=0: must be 1"),
         ({"beta": 0.5, "weak_rank": 0}, "--weak_rank=0: must be 1 .the expert of highest score"),
     ],
@@ -198,8 +198,8 @@ def test_mistakes_in_settings(settings, message):
 @pytest.mark.parametrize(
     ("experts", "settings", "message"),
     [
-        ({}, {"weak_rank": 5}, r"--weak_rank=5: can't be greater than .*n_experts=4"),
-        ({}, {"strong_k": 5}, r"--strong_k=5: can't be greater than .*n_experts=4"),
+        ({}, {"weak_rank": 5}, r"--weak_rank=5: cannot be greater than .*n_experts=4"),
+        ({}, {"strong_k": 5}, r"--strong_k=5: cannot be greater than .*n_experts=4"),
         (
             {"routing__name": "top_p"},
             {"strong_k": 2},

@@ -72,7 +72,7 @@ class Tokenizer:
 
 @cache
 def model(kind, mesh=(1, 1, 1, 1), **experts):
-    """A model of sharp logits, so that ties are improbable, and of biases that aren't zero."""
+    """A model of sharp logits, so that ties are improbable, and of biases that are not zero."""
 
     def change(params):
         return jax.tree.map(
@@ -98,7 +98,7 @@ def by_full_passes(kind, n_tokens):
     apply = jax.jit(there.decoder.apply)
     tokens = [list(prompt) for prompt in prompts()]
     for _ in range(n_tokens):
-        # What comes after a position doesn't matter: one shape for all.
+        # What comes after a position does not matter: one shape for all.
         padded = np.array([row + [0] * (96 - len(row)) for row in tokens], np.int32)
         logits = apply({"params": there.params}, padded, None, None, there.routing_state)[0]
         for row, row_logits in zip(tokens, logits, strict=True):
@@ -208,7 +208,7 @@ def test_draws_have_the_probabilities_asked_for():
     [
         ({"temperature": -1.0}, r"--temperature=-1\.0: must be 0"),
         ({"top_k": 0}, "--top_k=0: must be 1"),
-        ({"top_p": 1.5}, r"--top_p=1\.5: must lie between"),
+        ({"top_p": 1.5}, r"--top_p=1\.5: must be between"),
         ({"temperature": 0.0, "top_k": 3}, "--temperature=0 takes the likeliest token"),
     ],
 )

@@ -86,10 +86,10 @@ def test_missing_and_bad_data(data):
     ):
         tasks.load_tasks(["mnli"], data=data)
     (data / "piqa/validation.jsonl").write_text('{"goal": "g", "sol1": "a"}\n')
-    with pytest.raises(UserError, match=r"--tasks=piqa: .*can't be used \(ValueError: "):
+    with pytest.raises(UserError, match=r"--tasks=piqa: .*cannot be used \(ValueError: "):
         tasks.load_tasks(["piqa"], data=data)
     (data / "qqp/validation.jsonl").write_text("{oh\n")
-    with pytest.raises(UserError, match=r"--tasks=qqp: the examples in .* can't be used"):
+    with pytest.raises(UserError, match=r"--tasks=qqp: the examples in .* cannot be used"):
         tasks.load_tasks(["qqp"], data=data)
 
 
@@ -140,7 +140,7 @@ def test_speeches_follow_each_other():
         ]
 
 
-# Hides torch as if it weren't installed.
+# Hides torch as if it were not installed.
 _WITHOUT = """
 import runpy, sys
 class Hiding:

@@ -73,7 +73,7 @@ def test_a_text_is_a_stream_of_tokens():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "can't be read"), (b"\xff", "isn't UTF-8 at byte 0"), (b" \n", "is empty")],
+    [(None, "cannot be read"), (b"\xff", "is not UTF-8 at byte 0"), (b" \n", "is empty")],
 )
 def test_bad_files(tmp_path, content, message):
     file = tmp_path / "a.txt"

@@ -1,4 +1,4 @@
-"""Configurations from one form to the other, and what isn't implemented."""
+"""Configurations from one form to the other, and what is not implemented."""
 
 import dataclasses
 import json
@@ -207,15 +207,18 @@ REFUSED = {
     ),
     "gpt-oss": (
         {"model_type": "gpt_oss"},
-        ["model_type='gpt_oss' isn't implemented: its experts and its router have biases", "sinks"],
+        [
+            "model_type='gpt_oss' is not implemented: its experts and its router have biases",
+            "sinks",
+        ],
     ),
     "DeepSeek-V3": (
         {"model_type": "deepseek_v3"},
-        ["model_type='deepseek_v3' isn't implemented: its attention is multi-head latent"],
+        ["model_type='deepseek_v3' is not implemented: its attention is multi-head latent"],
     ),
     "DeepSeek-V2": (
         {"model_type": "deepseek_v2"},
-        ["model_type='deepseek_v2' isn't implemented: its attention is multi-head latent"],
+        ["model_type='deepseek_v2' is not implemented: its attention is multi-head latent"],
     ),
     "dense layers alone": (
         DOTS | {"first_k_dense_replace": 2},
@@ -226,7 +229,7 @@ REFUSED = {
     "groups of one": (DOTS | {"n_group": 4}, ["config.routing.n_groups=4: must divide"]),
     "every second layer of experts": (
         DOTS | {"moe_layer_freq": 2},
-        ["moe_layer_freq=2 isn't implemented; only 1 is"],
+        ["moe_layer_freq=2 is not implemented; only 1 is"],
     ),
     "use_qk_norm": (
         DOTS | {"model_type": "glm4_moe", "use_qk_norm": 3},
@@ -240,47 +243,47 @@ REFUSED = {
     "missing field": (changed(hidden_size="removed"), ["hidden_size is missing", "'mixtral'"]),
     "word for a number": (changed(hidden_size="wide"), ["config.model.d_model='wide'"]),
     "heads": (changed(num_key_value_heads=3), ["n_kv_heads=3", "n_heads"]),
-    "head_dim": (OLMOE | {"head_dim": 64}, ["head_dim=64 isn't implemented", "16"]),
+    "head_dim": (OLMOE | {"head_dim": 64}, ["head_dim=64 is not implemented", "16"]),
     "odd head_dim": (changed(head_dim=15), ["config.model.head_dim=15: must be even"]),
     "layer_types": (
         QWEN3_MOE | {"layer_types": ["full_attention", "sliding_attention"]},
-        ["layer_types=['full_attention', 'sliding_attention'] isn't implemented", "every layer"],
+        ["layer_types=['full_attention', 'sliding_attention'] is not implemented", "every layer"],
     ),
     "layer_types that are no names": (
         QWEN3_MOE | {"layer_types": ["full_attention", ["x"]]},
-        ["layer_types=['full_attention', ['x']] isn't implemented"],
+        ["layer_types=['full_attention', ['x']] is not implemented"],
     ),
     "some dense layers": (
         QWEN3_MOE | {"mlp_only_layers": [0]},
-        ["mlp_only_layers=[0] isn't implemented; only [] or None is"],
+        ["mlp_only_layers=[0] is not implemented; only [] or None is"],
     ),
     "every second layer dense": (
         QWEN3_MOE | {"decoder_sparse_step": 2},
-        ["decoder_sparse_step=2 isn't implemented; only 1 is"],
+        ["decoder_sparse_step=2 is not implemented; only 1 is"],
     ),
     "window of Qwen3": (
         QWEN3_MOE | {"use_sliding_window": True},
-        ["use_sliding_window=True isn't implemented; only False is"],
+        ["use_sliding_window=True is not implemented; only False is"],
     ),
-    "activation": (changed(hidden_act="gelu"), ["hidden_act='gelu' isn't implemented", "'silu'"]),
-    "window": (changed(sliding_window=63), ["sliding_window=63 isn't implemented", "64"]),
+    "activation": (changed(hidden_act="gelu"), ["hidden_act='gelu' is not implemented", "'silu'"]),
+    "window": (changed(sliding_window=63), ["sliding_window=63 is not implemented", "64"]),
     "quantised": (
         changed(quantization_config={"bits": 4}),
-        ["quantization_config=", "isn't implemented"],
+        ["quantization_config=", "is not implemented"],
     ),
-    "clip_qkv": (OLMOE | {"clip_qkv": 8.0}, ["clip_qkv=8.0 isn't implemented", "None"]),
+    "clip_qkv": (OLMOE | {"clip_qkv": 8.0}, ["clip_qkv=8.0 is not implemented", "None"]),
     "norm_topk_prob": (OLMOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob='yes'", "bool"]),
     "top_k of SparseMixer": (
         PHI | {"num_experts_per_tok": 3},
-        ["num_experts_per_tok=3 isn't implemented", "only 2"],
+        ["num_experts_per_tok=3 is not implemented", "only 2"],
     ),
     "yarn": (
         changed(rope_scaling={"type": "yarn", "factor": 4.0}),
-        ["rope_type='yarn' isn't implemented", "default"],
+        ["rope_type='yarn' is not implemented", "default"],
     ),
     "llama3 elsewhere": (
         changed(rope_parameters=LLAMA3),
-        ["rope_type='llama3' isn't implemented"],
+        ["rope_type='llama3' is not implemented"],
     ),
     "llama3 without a length": (
         LLAMA | {"rope_parameters": LLAMA3},
@@ -294,7 +297,7 @@ REFUSED = {
         },
         ["low_freq_factor=1.0 must be below high_freq_factor=1.0"],
     ),
-    "mlp_bias": (LLAMA | {"mlp_bias": True}, ["mlp_bias=True isn't implemented", "only False"]),
+    "mlp_bias": (LLAMA | {"mlp_bias": True}, ["mlp_bias=True is not implemented", "only False"]),
     "longrope elsewhere": (
         changed(rope_parameters=LONGROPE),
         ["attention_factor is missing, which rope_type 'longrope' needs"],
@@ -329,7 +332,7 @@ REFUSED = {
     ),
     "rope by kinds of layers": (
         changed(rope_parameters={"full": {"rope_theta": 5.0}}),
-        ["aren't implemented"],
+        ["are not implemented"],
     ),
     "part of the head": (changed(partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "own without groups": ({"model_type": "aoe", "model": {}}, ["no group 'experts'"]),

@@ -218,7 +218,7 @@ DAMAGE = {
     "missing expert": (
         "fused",
         lambda d: edit(d, **{"model.layers.0.mlp.experts.down_proj": None}),
-        # of a layout that isn't there at all, the hub's names
+        # of a layout that is not there at all, the hub's names
         ["model.layers.0.block_sparse_moe.experts.0.w2.weight", "is missing"],
     ),
     "extra tensor": (
@@ -248,11 +248,11 @@ DAMAGE = {
         lambda d: edit(d, **{NORM: np.ones(32, np.int8)}),
         [f"model.safetensors: tensor {NORM} is of type I8; only F32, F16, BF16"],
     ),
-    "truncated": ("per expert", truncate, ["model-0000", ".safetensors can't be read", "damaged"]),
+    "truncated": ("per expert", truncate, ["model-0000", ".safetensors cannot be read", "damaged"]),
     "no safetensors file": (
         "fused",
         lambda d: (d / "model.safetensors").write_text("hello"),
-        ["can't be read"],
+        ["cannot be read"],
     ),
     "missing shard": (
         "per expert",
@@ -282,7 +282,7 @@ DAMAGE = {
     "index that lacks a tensor": (
         "per expert",
         forget,
-        [f"has a tensor {SHARDED}, which", "doesn't say"],
+        [f"has a tensor {SHARDED}, which", "does not list"],
     ),
 }
 

@@ -243,7 +243,7 @@ def test_a_directory_comes_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match=r"--output=.*model exists already"), new_directory(output):
         pass
     with (
-        pytest.raises(UserError, match=r"--output=.* can't be written"),
+        pytest.raises(UserError, match=r"--output=.* cannot be written"),
         new_directory(output / "whole" / "x"),
     ):
         pass
@@ -268,7 +268,7 @@ def test_no_model_among_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoints)
     for output in (checkpoints / "99", checkpoints / "3" / "model", type(tmp_path)("99")):
         with (
-            pytest.raises(UserError, match="lies among the checkpoints of a run"),
+            pytest.raises(UserError, match="is among the checkpoints of a run"),
             new_directory(output),
         ):
             pass

@@ -146,7 +146,7 @@ def test_remat_changes_memory_but_no_gradient(kind):
 
 @pytest.mark.parametrize("remat", ["none", "experts"])
 def test_several_layers_at_once_compute_the_same(remat):
-    """Also where they don't divide the number of layers."""
+    """Also where they do not divide the number of layers."""
     got, (decoder, variables) = {}, build(dataclasses.replace(MODEL, n_layers=3))
     for unroll in (1, 2, 3):
         decoder = decoder.clone(

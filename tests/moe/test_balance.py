@@ -128,7 +128,7 @@ def test_sequences_by_themselves(stride):
 
 
 def test_z_loss():
-    """The square of log n for equal logits of 0; padding doesn't count."""
+    """The square of log n for equal logits of 0; padding does not count."""
     np.testing.assert_allclose(z_loss(jnp.zeros((3, 8)), jnp.ones(3)), np.log(8) ** 2, rtol=1e-6)
     scores = jax.random.normal(jax.random.key(0), (20, 6))
     want = np.mean(np.log(np.exp(np.asarray(scores[:15])).sum(axis=1)) ** 2)

@@ -19,7 +19,7 @@ from aoe_jax.moe.grouped_matmul.megablox import MAX_ROWS, MAX_WIDTH, row_tile, t
         (32768, 8, 256),
         (32768, 64, 128),
         (131072, 1, 512),
-        (8192 + 256, 1, 256),  # 512 doesn't divide it
+        (8192 + 256, 1, 256),  # 512 does not divide it
         (32768 + 8, 1, 128),  # nothing divides it: padded
         (100, 8, 112),
         (1, 8, 16),

@@ -1,4 +1,4 @@
-"""Grouped products compiled for TPUs that aren't here, forward and backward, with `libtpu` from its
+"""Grouped products compiled for TPUs that are absent, forward and backward, with `libtpu` from its
 wheel.
 
 `python -m benchmarks.tpu_compile` compiles every shape for every generation; here every shape is
@@ -38,7 +38,7 @@ from configs import paper
 
 
 def kernels_and_dense_products(lowered):
-    # Of the program as lowered: jaxlib can't always print what a newer libtpu has compiled.
+    # Of the program as lowered: jaxlib cannot always print what a newer libtpu has compiled.
     text = lowered.as_text()
     return text.count("@tpu_custom_call"), text.count("stablehlo.dot_general")
 

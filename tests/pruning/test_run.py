@@ -1,4 +1,4 @@
-"""A model pruned as a whole: what is refused, and what is done with models that aren't of a run."""
+"""A model pruned as a whole: what is refused, and what is done with models without a run."""
 
 import dataclasses
 

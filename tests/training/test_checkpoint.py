@@ -355,7 +355,7 @@ def test_folders_that_are_no_checkpoints(saved, tmp_path):
 
 
 def noise(step):
-    """A state of random numbers, which don't compress: 0.8 MB a checkpoint."""
+    """A state of random numbers, which do not compress: 0.8 MB a checkpoint."""
     kernel = jax.random.uniform(jax.random.key(step), (SIZE,))
     return dataclasses.replace(
         state_of(step), params={"kernel": kernel, "scale": jnp.ones(3, jnp.bfloat16)}
@@ -401,7 +401,7 @@ def test_fault_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch, fault):
 def test_device_that_is_full_is_no_damage(saved, tmp_path, monkeypatch):
     """It is not tried again."""
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
-    check_unreadable(saved, tmp_path, monkeypatch, full, ValueError, "can't read")
+    check_unreadable(saved, tmp_path, monkeypatch, full, ValueError, "cannot read")
 
 
 def check_unreadable(saved, tmp_path, monkeypatch, fault, kind, words):
@@ -409,7 +409,7 @@ def check_unreadable(saved, tmp_path, monkeypatch, fault, kind, words):
     before = contents(workdir)
 
     def fail(*_, **__):
-        raise ValueError("can't read") from fault
+        raise ValueError("cannot read") from fault
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)

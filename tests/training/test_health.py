@@ -96,7 +96,7 @@ def test_dense_model_has_no_dead_expert(caplog):
 def test_heartbeat(tmp_path):
     heartbeat, path = Heartbeat(tmp_path), tmp_path / "heartbeat.json"
     heartbeat.beat("training", 3)
-    assert not path.exists()  # the folder isn't ours yet
+    assert not path.exists()  # the folder is not ours yet
     heartbeat.may_write = lambda: True
     heartbeat.beat("training", 4)
     first = json.loads(path.read_text())

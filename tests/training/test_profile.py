@@ -43,7 +43,7 @@ def test_windows_outside_the_run():
 def test_run_that_goes_on_behind_its_window(caplog):
     """The same command continues a run that was stopped."""
     assert not traced_of_run(steps_to_trace("6:3"), 6, 10)
-    assert "--profile=6:3: step 6 is past; nothing is traced" in caplog.text
+    assert "--profile=6:3: the run is past step 6; nothing is traced" in caplog.text
 
 
 def test_trace_of_a_run(tmp_path):

@@ -94,7 +94,7 @@ def test_every_program_of_the_paper_trains(variant):
         stacked = moment.reshape(
             *moment.shape[: 2 if "experts']['w_" in name and "router" not in name else 1], -1
         )
-        # Tokens that don't occur in the batch have output gradients only.
+        # Tokens that do not occur in the batch have output gradients only.
         if "embedding" not in name:
             assert (np.abs(stacked).max(axis=-1) > 0).all(), name
     assert np.isfinite(losses).all() and losses[2] < losses[0]
@@ -233,7 +233,7 @@ def test_step_that_is_not_finite_updates_nothing(accumulate):
 
 
 def test_gradient_that_overflows_updates_nothing():
-    """Where the loss is finite: the norm of a gradient of 1e20 in float32 isn't."""
+    """Where the loss is finite: the norm of a gradient of 1e20 in float32 is not."""
     _, step, state = loss_free("aoe_r64")
     huge = batch_of() | {"weights": jnp.full((4, 24), 1.0)}
     scaled = jax.tree_util.tree_map_with_path(

@@ -119,7 +119,7 @@ def test_speed_utilisation_and_memory_of_a_line(telemetry, tmp_path, caplog):
     assert line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"] / n)
     flops = training_flops_per_token(tiny_config()) * line["tokens_per_second_per_device"]
     assert line["flops_per_second_per_device"] == pytest.approx(flops)
-    assert "mfu" not in line  # of a CPU, whose peak isn't known
+    assert "mfu" not in line  # of a CPU, whose peak is not known
     assert 1e7 < line["host_memory_bytes"] <= line["host_memory_peak_bytes"]
     assert {key for key in line if key.endswith(MEASURED)} == {
         *("tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"),

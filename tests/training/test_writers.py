@@ -83,7 +83,7 @@ def test_wandb_is_asked_for(tmp_path, monkeypatch):
     assert "wandb" not in sys.modules  # whatever this process has done so far
     with pytest.raises(UserError, match="name a project"):
         check_wandb(tmp_path, "")
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it weren't installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(
         UserError,
         match=r"--wandb=mine: the package wandb is missing; pip install 'aoe_jax\[wandb\]'",

@@ -183,7 +183,7 @@ class AoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class AoEPreTrainedModel(MixtralPreTrainedModel):
-    """What `transformers` needs to know of the model."""
+    """The class attributes that `transformers` reads."""
 
     config_class = AoEConfig
     config: AoEConfig

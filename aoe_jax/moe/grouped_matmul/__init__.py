@@ -58,8 +58,8 @@ def grouped_matmul(
       zero. Differentiable in `rows` and `weights`.
 
     Raises:
-      UserError: unknown backend, or a dtype or width that the named backend doesn't take.
-      ValueError: shapes or dtypes that don't fit together.
+      UserError: unknown backend, or a dtype or width that the named backend does not take.
+      ValueError: shapes or dtypes that do not fit together.
     """
     if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[1]:
         raise ValueError(

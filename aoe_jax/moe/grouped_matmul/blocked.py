@@ -122,8 +122,8 @@ def place_rows(group_sizes, m):
 
 
 def _find(ends, index):
-    """Which of consecutive stretches that end at `ends [E]` holds each index: `[M] -> [M]`; the
-    last for those past it.
+    """The number of the stretch, of those that end at `ends [E]`, that holds each index: `[M] ->
+    [M]`; the last one for indices past it.
     """
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)

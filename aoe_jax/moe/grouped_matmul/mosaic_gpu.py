@@ -37,7 +37,7 @@ def mosaic_gpu_matmul(rows, weights, groups):
     64. Hopper only.
 
     Raises:
-      UserError: a dtype or a width that the kernels don't take.
+      UserError: a dtype or a width that the kernels do not take.
     """
     check(rows.dtype, *weights.shape[1:])
     if 0 in rows.shape or 0 in weights.shape:
@@ -49,10 +49,10 @@ def mosaic_gpu_matmul(rows, weights, groups):
 
 
 def check(dtype, d, f):
-    """Refuses what the kernels don't take.
+    """Refuses what the kernels do not take.
 
     Raises:
-      UserError: `dtype` isn't bfloat16 or float16; `d` or `f` isn't a multiple of 64.
+      UserError: `dtype` is not bfloat16 or float16; `d` or `f` is not a multiple of 64.
     """
     if dtype not in DTYPES:
         raise UserError(

@@ -1,1 +1,1 @@
-"""What a mesh of devices adds to the layer: collectives, and how rows travel."""
+"""The layer on a mesh of devices: collectives, and the transports of rows."""

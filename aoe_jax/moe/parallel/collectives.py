@@ -1,9 +1,9 @@
-"""What the devices of a mesh do together. All collectives are in this file.
+"""All collectives between the devices of a mesh.
 
 A layer runs inside one `jax.shard_map`. Every device owns T tokens: sequences are split over (data,
 fsdp, expert), positions over tensor. Expert weights are split over expert (which experts), tensor
 (their width) and fsdp (d_model, or the rank of W_gate_up), and are gathered over fsdp where they
-are used. `transports.py` has the ways of rows to their experts.
+are used. `transports.py` takes rows to their experts.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Devices:
     axes: MeshAxes = AXES
 
     def with_tokens(self, shape):
-        """The same for tokens of this shape."""
+        """A copy for tokens of this shape."""
         return dataclasses.replace(self, shape=shape)
 
     def size(self, axis):
@@ -111,7 +111,7 @@ class Devices:
         return jax.lax.pmax(x, names) if names else x
 
     def _names(self, axes):
-        """What collectives call the axes of more than one device."""
+        """The axes of more than one device, by their names in collectives."""
         return tuple(name for axis in axes if self.size(axis) > 1 for name in self.axes.names(axis))
 
     def piece(self, x, axis, dimension=0):
@@ -143,7 +143,7 @@ class Devices:
         return checkpoint_name(gathered, GATHERED_WEIGHT)
 
     def gather_experts(self, parameter: Parameter, w, dtype):
-        """As `gather_weight`, of the experts of all devices along the expert axis."""
+        """Like `gather_weight`, for the experts of all devices along the expert axis."""
         if self.size("expert") == 1:
             return self.gather_weight(parameter, w, dtype)
         whole = self.gather_weight(parameter, w)
@@ -242,7 +242,7 @@ class Devices:
         )
 
     def own_sequences(self, values):
-        """Of values of all sequences `[B, ...]` those of this device's sequences."""
+        """The values of this device's sequences, from those of all sequences, `[B, ...]`."""
         if self.batch_pieces == 1:
             return values
         b = values.shape[0] // self.batch_pieces
@@ -371,8 +371,8 @@ def _is_spec(value):
 
 
 def _name_idle_axes(idle, spec):
-    """The same split with axes of one device named in it: gradients would be summed over axes that
-    are not named.
+    """A spec that also names the axes of one device, because gradients are summed over axes that a
+    spec does not name.
     """
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     named = {axis for entry in entries for axis in entry}

@@ -86,7 +86,7 @@ _add_rows.defvjp(
 
 
 class _Rounds(Local):
-    """What transports with rounds share; `slots_per_token` slots lie token by token."""
+    """The common part of transports with rounds; `slots_per_token` slots in the order of tokens."""
 
     def further_rounds(self, first, function, plan, args):
         return _sum_over_rounds(function, first, plan.n_rounds, plan, args)
@@ -117,7 +117,7 @@ class Ring(_Rounds):
         return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
 
     def gather_routing(self, routing):
-        """As `Local`, with experts numbered from the first of this device; those of other devices
+        """Like `Local`, with experts numbered from the first of this device; those of other devices
         have number n.
         """
         gathered = super().gather_routing(routing)
