@@ -153,4 +153,4 @@ def test_a_run_that_hangs_leaves_a_clean_terminal(tmp_path):
     terminal = Terminal()
     process = start(command, stderr=terminal.file)
     assert finish(process)[0] == Hang.status
-    assert lines_of_log(terminal)[-1].startswith("error: process 0, training, after step 6 did not")
+    assert lines_of_log(terminal)[-1].startswith("error: process 0, training, after step 6 made no")
