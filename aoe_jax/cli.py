@@ -214,14 +214,15 @@ def run(main):
         _end_at_once(_BROKEN_PIPE, "error: nobody reads the output any more")
     except Exception as e:
         if faults.fills_device(e):
-            if debug:
-                traceback.print_exc()
-            _end_at_once(UserError.status, f"error: {_device_is_full(e)}")
-        if isinstance(e, OSError) and faults.is_fault(e) and not debug:
-            _end_at_once(MachineFault.status, f"error: {e}{_notes(e)}")
-        traceback.print_exc()
-        first_line = (str(e).strip().splitlines() or [""])[0][:300]
-        _end_at_once(1, f"failed: {type(e).__name__}: {first_line}{_notes(e)}")
+            status, last_line = UserError.status, f"error: {_device_is_full(e)}"
+        elif isinstance(e, OSError) and faults.is_fault(e):
+            status, last_line = MachineFault.status, f"error: {e}{_notes(e)}"
+        else:
+            first_line = (str(e).strip().splitlines() or [""])[0][:300]
+            status, last_line = 1, f"failed: {type(e).__name__}: {first_line}{_notes(e)}"
+        if debug or status == 1:
+            traceback.print_exc()
+        _end_at_once(status, last_line)
     _flush(sys.stderr)
     sys.exit(status)
 

@@ -38,6 +38,14 @@ def test_output_that_cannot_be_written(name, buffered):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_debug_changes_no_exit_status():
+    program = [sys.executable, "-c", PROGRAM.format(call=NEEDED), "--debug"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Exception ignored" not in done.stderr
 
 
