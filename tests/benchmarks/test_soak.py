@@ -9,7 +9,7 @@ from benchmarks import soak
 from tests.runs import start
 
 
-def test_kills_and_a_request_to_stop(tmp_path, monkeypatch):
+def test_three_kills(tmp_path, monkeypatch):
     forking = SimpleNamespace(PIPE=None, Popen=lambda command, **options: start(command[1:]))
     monkeypatch.setattr(soak, "subprocess", forking)
     settings = {
@@ -18,8 +18,8 @@ def test_kills_and_a_request_to_stop(tmp_path, monkeypatch):
         "model.vocab_size": 512,
         "data.seq_len": 32,
     }
-    figures = soak.soak(tmp_path / "soak", kills=2, terms=1, seed=1, settings=settings)
-    assert sum(figures["stops"].values()) == 3
+    figures = soak.soak(tmp_path / "soak", kills=3, terms=1, seed=1, settings=settings)
+    assert sum(figures["stops"].values()) == 4
     whole = tmp_path / "soak" / "whole"
     wanted = soak.result(whole)
     soak.compare(tmp_path / "soak" / "run_0", wanted)
