@@ -22,8 +22,8 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.compare.jobs import Job, Machine, beside
-from aoe_jax.compare.routing import analyse
-from aoe_jax.compare.runs import folder_of, is_finished, read_routing, tuned_rates
+from aoe_jax.compare.routing import analyse, read_routing
+from aoe_jax.compare.runs import folder_of, is_finished, tuned_rates
 from aoe_jax.compare.step_times import RepeatedStep, seconds_in_turn
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.config.run import Config

@@ -17,7 +17,8 @@ from aoe_jax.compare.results import (
     RUN_COLUMNS,
     Results,
 )
-from aoe_jax.compare.runs import folder_of, is_finished, read_routing, read_summary
+from aoe_jax.compare.routing import read_routing
+from aoe_jax.compare.runs import folder_of, is_finished, read_summary
 from aoe_jax.compare.suite import Run, Suite
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.json_files import read_metrics

@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoe_jax.compare.results import LAYER_FIGURES
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
+from aoe_jax.errors import UserError
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step
-from aoe_jax.json_files import write_json
+from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, or_none, read_json, write_json
 from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.experts import single_expert
@@ -35,6 +37,38 @@ from aoe_jax.training.workdir import check_data
 
 ORACLE_TOKENS = 64  # of each batch
 MAX_SETS = 1000  # of experts that the oracle tries
+_MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
+
+
+def _array(n_axes):
+    def holds(value):
+        try:
+            found = np.array(value)
+        except ValueError:  # rows of different lengths
+            return False
+        is_full = found.ndim == n_axes and found.size > 0
+        return is_full and (
+            found.dtype.kind in "iuf" or all(map(or_none(NUMBER).holds, found.flat))
+        )
+
+    return Kind(f"an array of numbers with {n_axes} axes", holds)
+
+
+_LAYERS, _EXPERTS = _array(1), _array(2)  # [L], [L, n]
+_CHECKPOINT = {"step": COUNT, "load": _EXPERTS, "mean_score": _EXPERTS}
+_CHECKPOINT |= dict.fromkeys(LAYER_FIGURES, _LAYERS)
+_ROUTING = {
+    "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
+    "tokens": COUNT,
+    "kind": TEXT,
+    "checkpoints": [_CHECKPOINT],
+    "coactivation": _array(3),  # [L, n, n]
+    "oracle": Kind(
+        "an array with one axis for each name, or null",
+        lambda v: v is None or (isinstance(v, dict) and all(map(_LAYERS.holds, v.values()))),
+    ),
+    "experts_per_token": or_none(COUNT),
+}
 
 
 class Observation(NamedTuple):
@@ -153,6 +187,15 @@ def analyse(folder: Path, n_tokens: int):
         "experts_per_token": config.experts.top_k if choice.is_fixed else None,
     }
     write_json(folder / "routing.json", report, indent=None)
+
+
+def read_routing(file: Path):
+    """Returns the content of the `routing.json` of a run, which `analyse` has written."""
+    wanted = "remove it, and run the command again"
+    report = read_json(file, wanted, _ROUTING, _MOST_BYTES)
+    if not report["checkpoints"]:
+        raise UserError(f"{file} cannot be read: it has no checkpoints; {wanted}")
+    return report
 
 
 def validation_batches(folder, config, size):

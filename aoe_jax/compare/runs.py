@@ -9,16 +9,11 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from aoe_jax.compare.jobs import Job, Machine, beside
-from aoe_jax.compare.results import LAYER_FIGURES
 from aoe_jax.compare.suite import TUNING_SEED, Run, Suite
 from aoe_jax.errors import UserError
-from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, or_none, read_json, write_json
+from aoe_jax.json_files import COUNT, NUMBER, Kind, or_none, read_json, write_json
 from aoe_jax.training.workdir import check_workdir, read_run_config
-
-_ROUTING_BYTES = 2**28  # of a run's routing.json: a hundred layers of 256 experts
 
 _NUMBERS = Kind(
     "numbers by name",
@@ -26,37 +21,6 @@ _NUMBERS = Kind(
 )
 
 log = logging.getLogger(__name__)
-
-
-def _array(n_axes):
-    def holds(value):
-        try:
-            found = np.array(value)
-        except ValueError:  # rows of different lengths
-            return False
-        is_full = found.ndim == n_axes and found.size > 0
-        return is_full and (
-            found.dtype.kind in "iuf" or all(map(or_none(NUMBER).holds, found.flat))
-        )
-
-    return Kind(f"an array of numbers with {n_axes} axes", holds)
-
-
-_LAYERS, _EXPERTS = _array(1), _array(2)  # [L], [L, n]
-_CHECKPOINT = {"step": COUNT, "load": _EXPERTS, "mean_score": _EXPERTS}
-_CHECKPOINT |= dict.fromkeys(LAYER_FIGURES, _LAYERS)
-_ROUTING = {
-    "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
-    "tokens": COUNT,
-    "kind": TEXT,
-    "checkpoints": [_CHECKPOINT],
-    "coactivation": _array(3),  # [L, n, n]
-    "oracle": Kind(
-        "an array with one axis for each name, or null",
-        lambda v: v is None or (isinstance(v, dict) and all(map(_LAYERS.holds, v.values()))),
-    ),
-    "experts_per_token": or_none(COUNT),
-}
 
 
 def folder_of(workdir: Path, run: Run):
@@ -92,15 +56,6 @@ def is_finished(folder: Path, run: Run):
 def read_summary(file: Path):
     """Returns the content of the `summary.json` of a run: `metrics` and `memory`, by name."""
     return read_json(file, schema={"metrics": _NUMBERS, "memory": or_none(_NUMBERS)})
-
-
-def read_routing(file: Path):
-    """Returns the content of the `routing.json` of a run, which `routing.analyse` has written."""
-    wanted = "remove it, and run the command again"
-    report = read_json(file, wanted, _ROUTING, _ROUTING_BYTES)
-    if not report["checkpoints"]:
-        raise UserError(f"{file} cannot be read: it has no checkpoints; {wanted}")
-    return report
 
 
 def train_suite(suite: Suite, workdir: Path, machine: Machine):

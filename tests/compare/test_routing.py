@@ -1,4 +1,4 @@
-"""Observations of the layers' choices; test_runs.py tests `routing.json` of real runs."""
+"""Observations of the layers' choices, and files of them; test_runs.py tests those of real runs."""
 
 import itertools
 
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from aoe_jax.compare.figures import coactivation
-from aoe_jax.compare.routing import observing, oracle_figures, overlap
+from aoe_jax.compare.routing import observing, oracle_figures, overlap, read_routing
 from aoe_jax.compare.step_times import random_batch
+from aoe_jax.errors import UserError
+from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.training.step import init_state, sequence_nll
@@ -95,3 +97,40 @@ def test_coactivation_of_selections_without_a_fixed_number_of_experts():
     for axes, n in zip(figure.axes, (3, 4), strict=False):
         ratio = axes.images[0].get_array().filled(np.nan)
         np.testing.assert_allclose(ratio[~np.eye(n, dtype=bool)], 1)
+
+
+LAYER_OF = ("load_entropy", "confidence_entropy", "max_violation", "dead_experts")
+CHECKPOINT = {name: [0.5, None] for name in (*LAYER_OF, "overlap_with_final")}
+CHECKPOINT |= {"step": 6, "load": [[1, 1], [2, 0]], "mean_score": [[0.1, None], [1, 2]]}
+ROUTING = {
+    "tokens": 8,
+    "kind": "aoe",
+    "checkpoints": [CHECKPOINT],
+    "coactivation": [[[1, 0], [0, 1]]],
+    "oracle": {"agreement": [0.5, 0.5]},
+    "experts_per_token": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"checkpoints": []}, "it has no checkpoints"),
+        ({"checkpoints": None}, "checkpoints is None, not a list"),
+        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"checkpoints\[0\].load is "),
+        ({"checkpoints": [CHECKPOINT | {"load": [["1"]]}]}, r"not an array of numbers with 2 axes"),
+        ({"checkpoints": [{"step": 6}]}, r"checkpoints\[0\].load is None, not an array"),
+        ({"coactivation": [[1]]}, "coactivation is .* not an array of numbers with 3 axes"),
+        ({"oracle": {"agreement": "x"}}, "oracle is .* not an array with one axis for each name"),
+        ({"tokens": True}, "tokens is True, not a whole number"),
+    ],
+)
+def test_routing_of_another_program(tmp_path, change, words):
+    file = tmp_path / "routing.json"
+    write_json(file, ROUTING | change)
+    if words is None:
+        assert read_routing(file) == ROUTING
+        return
+    with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it, "):
+        read_routing(file)

@@ -17,10 +17,10 @@ from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.compare.measure import missing_points, step_seconds, sweep_file
 from aoe_jax.compare.reading import read_results
 from aoe_jax.compare.report import write_report
+from aoe_jax.compare.routing import read_routing
 from aoe_jax.compare.runs import (
     check_run,
     folder_of,
-    read_routing,
     train_suite,
     tuned_rates,
     tuning_nlls,
@@ -216,43 +216,6 @@ def test_routing_is_looked_at():
         *(oracle[f"distance_{of}"] for of in ("chosen", "oracle", "any")), strict=True
     ):
         assert best <= chosen + 1e-6 and best < any_
-
-
-LAYER_OF = ("load_entropy", "confidence_entropy", "max_violation", "dead_experts")
-CHECKPOINT = {name: [0.5, None] for name in (*LAYER_OF, "overlap_with_final")}
-CHECKPOINT |= {"step": 6, "load": [[1, 1], [2, 0]], "mean_score": [[0.1, None], [1, 2]]}
-ROUTING = {
-    "tokens": 8,
-    "kind": "aoe",
-    "checkpoints": [CHECKPOINT],
-    "coactivation": [[[1, 0], [0, 1]]],
-    "oracle": {"agreement": [0.5, 0.5]},
-    "experts_per_token": 1,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({}, None),
-        ({"checkpoints": []}, "it has no checkpoints"),
-        ({"checkpoints": None}, "checkpoints is None, not a list"),
-        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"checkpoints\[0\].load is "),
-        ({"checkpoints": [CHECKPOINT | {"load": [["1"]]}]}, r"not an array of numbers with 2 axes"),
-        ({"checkpoints": [{"step": 6}]}, r"checkpoints\[0\].load is None, not an array"),
-        ({"coactivation": [[1]]}, "coactivation is .* not an array of numbers with 3 axes"),
-        ({"oracle": {"agreement": "x"}}, "oracle is .* not an array with one axis for each name"),
-        ({"tokens": True}, "tokens is True, not a whole number"),
-    ],
-)
-def test_routing_of_another_program(tmp_path, change, words):
-    file = tmp_path / "routing.json"
-    write_json(file, ROUTING | change)
-    if words is None:
-        assert read_routing(file) == ROUTING
-        return
-    with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it, "):
-        read_routing(file)
 
 
 def test_a_damaged_routing_json_ends_the_command(tmp_path):
