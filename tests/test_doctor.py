@@ -44,10 +44,10 @@ def test_all_parts_on_a_mesh(tmp_path):
     file = tmp_path / "report.json"
     mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=2"]
     command = ["-m", "aoe_jax.doctor", *COMMAND, *mesh, f"--json={file}"]
-    status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags(4)))
+    status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags(8)))
     assert status == 0, stdout + stderr
     report = json.loads(file.read_text())
-    assert report["passed"] and report["machine"]["devices"] == 4
+    assert report["passed"] and report["machine"]["devices"] == 8
     assert {backend["backend"] for backend in report["backends"]} == {"blocks", "blocked"}
     assert all(check["passed"] for check in report["checks"])
     found = report["measurements"]
