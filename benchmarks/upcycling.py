@@ -5,9 +5,9 @@
 dense model of the size of `configs/tiny.py` (d_ffn = 256, as wide as one of its experts) on the
 embedded corpus, upcycles it as `python -m aoe_jax.convert --upcycle` does, and continues all three
 with a new warm-up. A seed sets the dense model, the router, and the order of the data, so runs of a
-seed are pairs. The table has the validation nll after so many steps of the second part, its mean
-over seeds, and the mean difference to the dense model with its standard error. Experts compute
-`top_k` times what the dense layer does.
+seed are pairs. With `--output`, the same command goes on after a stop. The table has the validation
+nll after so many steps of the second part, its mean over seeds, and the mean difference to the
+dense model with its standard error. Experts compute `top_k` times what the dense layer does.
 """
 
 import tempfile
@@ -48,12 +48,20 @@ def curves(folder, seed):
         "experts": {"d_ffn": D_FFN},
         "train": {"steps": given.dense_steps, "seed": seed},
     }
-    train(configuration("dense", changes), folder / "run")
+    train_to_end(configuration("dense", changes), folder / "run")
     models = {arm: folder / arm for arm in ARMS}
-    export(folder / "run", models["dense"])
+    if not models["dense"].exists():
+        export(folder / "run", models["dense"])
     for arm, form in upcyclings(seed).items():
-        upcycle(models["dense"], models[arm], form)
+        if not models[arm].exists():
+            upcycle(models["dense"], models[arm], form)
     return {arm: curve(model, folder / f"{arm}_run", seed) for arm, model in models.items()}
+
+
+def train_to_end(config, workdir):
+    """Trains, unless an earlier start of this command has done it."""
+    if not (workdir / "summary.json").exists():
+        train(config, workdir)
 
 
 def curve(model, workdir, seed):
@@ -70,7 +78,7 @@ def curve(model, workdir, seed):
         seed=1000 + seed,  # another order of the data than in the first part
     )
     found = {0: evaluate_workdir(model, "validation")["nll"]}
-    train(Config.from_config_dict(config), workdir)
+    train_to_end(Config.from_config_dict(config), workdir)
     lines = read_metrics(workdir / "metrics.jsonl")
     return found | {
         line["step"]: line["validation_nll"] for line in lines if "validation_nll" in line
