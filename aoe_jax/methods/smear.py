@@ -250,11 +250,6 @@ class Smear(Method):
         forward = round(2 * (merging + scoring) / self.segment)
         return forward, 3 * forward
 
-    @property
-    def least_seq_len(self):
-        """The shortest sequence with two segments; the first decides for the second."""
-        return self.segment + 1
-
     def check(self, config):
         config.balance.refuse_losses("a smear layer has no load to balance; set it to 0")
         config.mesh.refuse_all_to_all(self.name)
@@ -262,12 +257,9 @@ class Smear(Method):
         if self.segment < 2:
             why = "0 would merge by the mean of a whole sequence, which depends on later tokens"
             self.refuse("segment", f"must be at least 2 in a decoder: {why}")
-        if self.least_seq_len > length:
-            wanted = (
-                f"must be below data.seq_len={length}: the first segment decides for the second"
-            )
-            self.refuse("segment", wanted)
+        if self.segment >= length:
+            why = "the first segment decides for the second"
+            self.refuse("segment", f"must be below data.seq_len={length}: {why}")
         if config.data.document_mask:
-            why = "a segment can hold several documents"
-            wanted = f"is not implemented for experts.kind='smear': {why}"
-            config.data.refuse("document_mask", wanted)
+            wanted = "is not implemented for experts.kind='smear'"
+            config.data.refuse("document_mask", f"{wanted}: a segment can hold several documents")
