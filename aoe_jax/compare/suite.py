@@ -3,7 +3,6 @@
 A suite file has a function `get_suite()` that returns a `Suite`; see `configs/compare/`.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, naming
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
 TUNING_SEED = 1_000_000  # of tuning runs only
@@ -230,15 +229,8 @@ class Suite:
         groups = _changed(self.base.to_dict(), *changes)
         return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
 
-    @contextlib.contextmanager
-    def _naming(self, place, arm):
-        try:
-            yield
-        except UserError as e:
-            raise UserError(f"suite {self.name}, {place}, arm {arm}: {e}") from e
-
     def _config(self, size, arm, seed, rate):
-        with self._naming(f"size {size}", arm):
+        with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
             train = {"seed": seed}
             if rate is not None:
@@ -294,7 +286,7 @@ class Suite:
         for value in sweep.values:
             place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
             for arm in self._arms(sweep):
-                with self._naming(place, arm):
+                with naming(f"suite {self.name}, {place}, arm {arm}"):
                     batch_size = self._groups(arm, sweep.changes)["train"]["batch_size"]
                     at_value = sweep.changes_at(value, batch_size)
                     groups = self._groups(arm, sweep.changes, at_value)

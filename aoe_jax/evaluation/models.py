@@ -20,7 +20,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
-from aoe_jax.errors import DivergedError, UserError, shown
+from aoe_jax.errors import DivergedError, UserError, naming, shown
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
@@ -151,11 +151,9 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
-        try:
+        with naming(f"--data={named}"):
             own = {"path": None, "tokenizer": str(saved_tokenizer(directory))}
             return open_corpus(dataclasses.replace(data, name=named, **own), vocab_size)
-        except UserError as e:
-            raise UserError(f"--data={named}: {e}") from e
     if is_model(directory) and (data.name != "sotu" or data.path is not None):
         if corpus := opened_before(data, read_identities(directory)):
             return corpus

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, shown
+from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
 from aoe_jax.json_files import COUNT, NUMBER
 
@@ -78,10 +78,8 @@ def from_json(path: Path, values: dict):
       UserError: the architecture is unknown, a field is missing or has an invalid value, or
         something is not implemented here.
     """
-    try:
+    with naming(path):
         return _from_json(values)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
 
 
 def _from_json(values):
@@ -255,14 +253,11 @@ def _with_llama3_factors(values, config):
 
 
 def to_json(config: Config, routing_state=()):
-    """`config.json` of a model, without its dtype and its special tokens.
+    """`config.json` of a model with these names of its routing state, without its dtype and its
+    special tokens.
 
     The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
     that `transformers` loads, else an `aoe` that it cannot load; the log then says why.
-
-    Args:
-      config: the model's.
-      routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
     has_bias = "selection_bias" in routing_state

@@ -16,7 +16,7 @@ from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
+from aoe_jax.formats.reading import ModelReader, parameter_shapes, read_config, read_step
 from aoe_jax.formats.scoring_neurons import (
     agreement,
     in_front,
@@ -91,8 +91,7 @@ def convert(
         values = to_json(converted) | copy_tokenizer(checkpoint, partial_output)
         values["torch_dtype"] = reader.dtype("embed/embedding").name
         write_model(partial_output, values, parameter_shapes(converted), parameter)
-        if (checkpoint / RUN_FILE).exists():
-            write_run(partial_output, checkpoint, read_step(checkpoint), converted)
+        write_run(partial_output, checkpoint, read_step(checkpoint), converted)
         if not is_whole:
             mean = sum(layer["mean"] for layer in energy) / len(energy)
             report["energy_kept"] = {"mean": mean, "layers": energy}
@@ -106,8 +105,8 @@ def convert(
         if is_whole:
             form = f"the first {score_neurons} neurons of its experts score"
         result = f"the router is gone, and {form}; {convert_summary(report)}"
-        of_step = checkpoint, read_step(checkpoint)
-        origin = made_of(*of_step, "python -m aoe_jax.convert", result, "convert.json")
+        command = "python -m aoe_jax.convert"
+        origin = made_of(checkpoint, read_step(checkpoint), command, result, "convert.json")
         write_card(partial_output, output.name, values, converted, origin)
     return report
 

@@ -17,7 +17,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import saved_tokenizer
-from aoe_jax.errors import UserError, shown
+from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
@@ -37,6 +37,11 @@ def is_model(directory: Path) -> bool:
     """Whether a directory holds a model, whose `config.json` has a `model_type`, not a run."""
     path = directory / "config.json"
     return path.exists() and "model_type" in read_json(path, _WANTED)
+
+
+def is_of_run(directory: Path) -> bool:
+    """Whether a directory holds a run, or a model that says of which run it is."""
+    return not is_model(directory) or (directory / RUN_FILE).exists()
 
 
 def read_config(directory: Path) -> Config:
@@ -73,10 +78,8 @@ def read_config(directory: Path) -> Config:
 
 def _config_of_run(path, config):
     groups = read_json(path, _WITHOUT, _RUN)["config"]
-    try:
+    with naming(path):
         of_run = Config.from_config_dict(groups)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
     for text in differences(computed_fields(of_run), computed_fields(config)).values():
         raise UserError(f"{path}: config.{text} in config.json; they must agree")
     return of_run

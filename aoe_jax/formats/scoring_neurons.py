@@ -99,14 +99,8 @@ def agreement(model: Model, batches: Iterable[dict], w_score, score):
     Both see the tokens of the model with its router. A token takes as many experts by score as the
     router gives it.
 
-    Args:
-      model: with its router.
-      batches: on the host.
-      w_score: `[L, n, d, r]`, see `moe.scoring`.
-      score: of `SCORES`.
-
-    Returns:
-      `(shares [L], the share of a random choice)`.
+    It takes host batches, and `w_score [L, n, d, r]` and a name of `SCORES`, see `moe.scoring`.
+    Returns `(shares [L], the share of a random choice)`.
     """
 
     def observe(ctx, chosen, scores, w_score):

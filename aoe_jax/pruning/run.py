@@ -14,7 +14,7 @@ from aoe_jax.evaluation.calibration import calibration_batches, evaluator
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import RUN_FILE, is_model
+from aoe_jax.formats.reading import is_model
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.json_files import write_json
@@ -90,8 +90,8 @@ def prune(
         write_json(partial_output / "prune.json", report)
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation nll: {_nll(report)}"
-        of_step = workdir, model.step
-        origin = made_of(*of_step, "python -m aoe_jax.prune", result, "prune.json")
+        command = "python -m aoe_jax.prune"
+        origin = made_of(workdir, model.step, command, result, "prune.json")
         write_card(partial_output, output.name, values, config, origin)
     print(prune_table(report))
     if "selection_bias" in model.routing_state:
@@ -162,8 +162,7 @@ def _write(workdir, directory, step, config, params):
     else:
         values |= write_tokenizer(workdir, directory, config.model.max_len)
     write_arrays(directory, values, params, {}, None)
-    if not is_model(workdir) or (workdir / RUN_FILE).exists():
-        write_run(directory, workdir, step, config)
+    write_run(directory, workdir, step, config)
     return values
 
 

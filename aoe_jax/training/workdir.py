@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import differences
 from aoe_jax.json_files import (
     COUNT,
@@ -198,7 +198,5 @@ def read_run_config(path: Path) -> Config:
         if not isinstance(values, dict):
             wanted = "is no group of fields; name a training run's workdir"
             raise UserError(f"{path}: {name[:100]} {wanted}")
-    try:
+    with naming(path):
         return Config.from_config_dict(groups)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
