@@ -234,10 +234,8 @@ def _ask(host, port, deadline):
 
 
 def agree(what, text):
-    """Checks that all processes have the same text; waits for all processes.
-
-    Raises:
-      UserError: some differ, for example because they see different disks under one name.
+    """Checks that all processes have the same text; waits for all processes. Raises `UserError` if
+    some differ, for example because they see different disks under one name.
     """
     digests = gathered(int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big"))
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]

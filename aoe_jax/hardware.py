@@ -191,10 +191,8 @@ def topology_devices(topology, n_slices=1):
     from then on.
 
     `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
-    of a node, such as "h100:8".
-
-    Raises:
-      UserError: an unknown name or shape, or a compiler that is not installed.
+    of a node, such as "h100:8". Raises `UserError` for an unknown name or shape, or a compiler that
+    is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"

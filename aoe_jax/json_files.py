@@ -71,6 +71,8 @@ def read_json(
 ):
     """The JSON object in a file.
 
+    Raises `UserError` if the file cannot be read, is too large, or does not have the schema.
+
     Args:
       path: the file.
       wanted: what would be right, the end of error messages.
@@ -78,9 +80,6 @@ def read_json(
         `{name: schema}`, an object with at least these fields, where null stands for a missing one;
         or `{str: schema}`, an object with any fields of a schema.
       at_most: the largest size of the file in bytes.
-
-    Raises:
-      UserError: the file cannot be read, is too large, or does not have the schema.
     """
 
     def read():

@@ -26,13 +26,12 @@ _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "pro
 def parsed_path(text: str | os.PathLike, name: str, in_store=False):
     """Returns the path that a user wrote; `~` stands for the home directory.
 
+    Raises `UserError` if the scheme is unknown, or its package is missing.
+
     Args:
       text: a path such as runs/tiny, gs://BUCKET/runs/tiny or s3://BUCKET/models/tiny.
       name: the flag or field, for messages.
       in_store: whether the path may be in an object store.
-
-    Raises:
-      UserError: the scheme is unknown, or its package is missing.
     """
     match = re.match(r"([\w+.-]+):/", str(text))
     if not match:
@@ -87,10 +86,8 @@ def file_system(path):
 def find(pattern: str) -> dict:
     """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store,
     each with its `size_and_version`; None for a broken link. Names that begin with a dot must be
-    named, and a link to a folder above itself is not followed.
-
-    Raises:
-      OSError: a folder cannot be listed.
+    named, and a link to a folder above itself is not followed. Raises `OSError` if a folder cannot
+    be listed.
     """
     if not is_remote(pattern):
         first, *parts = Path(os.path.abspath(os.path.expanduser(pattern))).parts
@@ -141,10 +138,8 @@ def _is_cycle(folder):
 
 
 def size_and_version(path) -> tuple[int, int]:
-    """The size of a file in bytes, and a number that changes with its content.
-
-    Raises:
-      FileNotFoundError: there is no such file.
+    """The size of a file in bytes, and a number that changes with its content. Raises
+    `FileNotFoundError` if there is no such file.
     """
     if is_remote(path):
         return _of_store(file_system(path).info(os.fspath(path)))

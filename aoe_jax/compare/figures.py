@@ -62,10 +62,8 @@ drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
 
 
 def styles_of(labels):
-    """Returns options of lines by arm, from labels by arm; the first seven differ in colour.
-
-    Raises:
-      ValueError: there are more arms than styles.
+    """Returns options of lines by arm, from labels by arm; the first seven differ in colour. Raises
+    `ValueError` if there are more arms than styles.
     """
     if len(labels) > len(COLOURS) * len(DASHES):
         raise ValueError(f"{len(labels)} arms, but only {len(COLOURS) * len(DASHES)} line styles")

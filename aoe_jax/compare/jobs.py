@@ -91,10 +91,7 @@ class Machine:
 
         A machine whose package versions or commit have changed counts as another one. Jobs at a
         time are `n_jobs`; None means one for each core on CPU, one elsewhere. Several jobs on GPUs
-        share them out.
-
-        Raises:
-          UserError: JAX does not start, or `n_jobs` is impossible here.
+        share them out. Raises `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
         file = workdir / "machine.json"
@@ -234,10 +231,8 @@ def _output_of(*command):
 
 
 def slots_of(machine, n_jobs):
-    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them.
-
-    Raises:
-      UserError: the machine has no `n_jobs` such slots.
+    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them. Raises
+    `UserError` if the machine has no `n_jobs` such slots.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))

@@ -90,10 +90,8 @@ class Sweep:
     def changes_at(self, value, batch_size):
         """Returns the changes, group -> field -> value, for one value of the setting.
 
-        `batch_size` is that of one chip, used for topologies only.
-
-        Raises:
-          UserError: the value is not a topology.
+        `batch_size` is that of one chip, used for topologies only. Raises `UserError` if the value
+        is not a topology.
         """
         if not self.is_topology:
             group, _, name = self.setting.partition(".")
@@ -156,10 +154,8 @@ class Suite:
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
-        """Checks names and values; configurations are checked by `runs` and `swept`.
-
-        Raises:
-          UserError: a field is invalid.
+        """Checks names and values; configurations are checked by `runs` and `swept`. Raises
+        `UserError` if a field is invalid.
         """
         self._check_names("arms", Arm, needed=True)
         self._check_names("sizes", Size, needed=self.tuning or not self.throughput)
@@ -243,11 +239,9 @@ class Suite:
     def runs(self, learning_rates=None):
         """Returns all runs, size by size and seed by seed.
 
-        `learning_rates` are tuned peaks by arm; None keeps the configured rate.
-
-        Raises:
-          UserError: a configuration is invalid, or the arms of a size differ in their recipe, or
-            matched arms differ in total parameters.
+        `learning_rates` are tuned peaks by arm; None keeps the configured rate. Raises `UserError`
+        if a configuration is invalid, or the arms of a size differ in their recipe, or matched arms
+        differ in total parameters.
         """
         learning_rates, runs = learning_rates or {}, []
         for name, size in self.sizes.items():
@@ -346,10 +340,8 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word.
-
-    Raises:
-      UserError: the file cannot be read, has no suite, or the suite or a setting is invalid.
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word. Raises `UserError` if
+    the file cannot be read, has no suite, or the suite or a setting is invalid.
     """
     suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"

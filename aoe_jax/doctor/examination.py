@@ -40,6 +40,8 @@ MODELS = {"aoe": "AoE", "router": "MoE"}
 def examine(config: Config, show=print):
     """Examines all devices of all processes, part after part.
 
+    Raises `UserError` for a setting that these devices do not allow.
+
     Args:
       config: its mesh is filled in, and its batch is made to fit (`steps.fitted`).
       show: is called with each line of text as soon as a part is done.
@@ -49,9 +51,6 @@ def examine(config: Config, show=print):
       `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
       `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
       `seconds`. A part that raised an exception has `error` instead of figures.
-
-    Raises:
-      UserError: a setting that these devices do not allow.
     """
     started = time.perf_counter()
 
@@ -131,11 +130,10 @@ def _why_plain(device, has_kernels, check):
 def check_kernels(config, models, mesh, backends, say):
     """Checks attention, the grouped products and the layers of all models on the mesh in context.
 
+    Raises `UserError` if a backend does not take the platform, a dtype or a width.
+
     Returns:
       A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
-
-    Raises:
-      UserError: a backend does not take the platform, a dtype or a width.
     """
     attention, *grouped = backends
     cases = kernels.attention_cases(config, attention["backend"])

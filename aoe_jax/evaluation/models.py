@@ -144,10 +144,8 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
     It is that of corpora that the user has `named`, written like `data.name`; else of the model's
     run. A model, unlike a run, may come from anywhere, so it cannot choose a file to be read or a
     data set to be downloaded: without names, only the bundled corpus is opened, or corpora that the
-    user has tokenised here before.
-
-    Raises:
-      UserError: it cannot be read, has changed since the run, or must be named.
+    user has tokenised here before. Raises `UserError` if it cannot be read, has changed since the
+    run, or must be named.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
@@ -172,10 +170,8 @@ def on_devices_here(config, axes=None):
 
     Batches may become larger, so that the devices divide them; only expert choice depends on that.
     `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
-    mesh of training or, where it does not fit, all devices along `data`.
-
-    Raises:
-      UserError: the axes do not make up the devices, or do not divide the model.
+    mesh of training or, where it does not fit, all devices along `data`. Raises `UserError` if the
+    axes do not make up the devices, or do not divide the model.
     """
     n = jax.device_count()
     if axes is None:

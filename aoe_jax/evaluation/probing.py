@@ -135,10 +135,8 @@ ROUNDS = 2  # in which the passes of all probes are timed in turn
 
 
 def check_probes(model: Model):
-    """Checks that a model has a router that can be dropped.
-
-    Raises:
-      UserError: its kind, its selection, its mesh or a selection bias is not supported.
+    """Checks that a model has a router that can be dropped. Raises `UserError` if its kind, its
+    selection, its mesh or a selection bias is not supported.
     """
     config, e = model.config, model.config.experts
     settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)

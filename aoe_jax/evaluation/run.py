@@ -147,11 +147,7 @@ class TextTokens:
 
 
 def read_text(path: Path):
-    """The text of a file.
-
-    Raises:
-      UserError: it cannot be read, is not UTF-8, or is empty.
-    """
+    """The text of a file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
     try:
         text = read_regular(path, DOCUMENT_BYTES).decode("utf-8")
     except OSError as e:

@@ -46,6 +46,8 @@ class Scorer:
         """Scores continuations.
 
         A long context of several requests is read once, if the model can be decoded by token.
+        Raises `UserError` if a continuation alone exceeds the model's length, or a log-likelihood
+        is not finite.
 
         Args:
           requests: `(context, continuation)`, token ids; a context has at least one. The first
@@ -55,10 +57,6 @@ class Scorer:
         Returns:
           `(log-likelihood in nats, whether greedy decoding would give the continuation)` of each
           request, in their order.
-
-        Raises:
-          UserError: a continuation alone exceeds the model's length, or a log-likelihood is not
-            finite.
         """
         texts, results = [self._cut(*request) for request in requests], {}
         hidden = not progress or not texts

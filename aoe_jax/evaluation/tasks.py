@@ -57,6 +57,8 @@ _SHOTS_SEED = 1234  # lm-eval's own
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     """Loads tasks of lm-eval and their data sets, as `lm_eval.evaluator.evaluate` takes them.
 
+    Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
+
     Args:
       names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
       fewshot: examples with answers in each prompt; None: as in the paper for its tasks, for others
@@ -65,9 +67,6 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
         `sst2/train.jsonl` and `mnli/validation_matched.jsonl`: JSON lines with the fields of the
         hub's data set. None: from the hub.
       split: of the speeches.
-
-    Raises:
-      UserError: a task is unknown, or its data set cannot be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
     index = _index([name for name in names if name not in SPEECH_TASKS])

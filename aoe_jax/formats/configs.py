@@ -72,11 +72,8 @@ def from_json(path: Path, values: dict):
     """The configuration of a model, from the content of its `config.json`; errors name the path.
 
     `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
-    groups have their defaults.
-
-    Raises:
-      UserError: the architecture is unknown, a field is missing or has an invalid value, or
-        something is not implemented here.
+    groups have their defaults. Raises `UserError` if the architecture is unknown, a field is
+    missing or has an invalid value, or something is not implemented here.
     """
     with naming(path):
         return _from_json(values)

@@ -53,7 +53,9 @@ def convert(
     `checkpoint` is a model of the hub or of `aoe_jax.export`. Either gates are factorised with rank
     `d_low`, or they stay whole, and `score_neurons` of their neurons score. The other arguments are
     the flags of `aoe_jax.convert`. Parameters keep their dtypes. Writing holds the experts of one
-    layer and one file in memory; calibration holds the model.
+    layer and one file in memory; calibration holds the model. Raises `UserError` if the checkpoint
+    cannot be read or has no whole gates, a number is too large, the calibration text cannot be
+    read, or `output` exists or cannot be written.
 
     Returns:
       The content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the share of
@@ -61,10 +63,6 @@ def convert(
       or `score_neurons` and `score`. With whole gates, or if `data` is given, also on held-out text
       `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the
       scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
-
-    Raises:
-      UserError: the checkpoint cannot be read or has no whole gates, a number is too large, the
-        calibration text cannot be read, or `output` exists or cannot be written.
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)

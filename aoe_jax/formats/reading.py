@@ -51,11 +51,8 @@ def read_config(directory: Path) -> Config:
     the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
     most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
     and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
-    float16. `data.tokenizer` is always the directory's own.
-
-    Raises:
-      UserError: a file cannot be read, the architecture is unknown, or something in it is not
-        implemented here.
+    float16. `data.tokenizer` is always the directory's own. Raises `UserError` if a file cannot be
+    read, the architecture is unknown, or something in it is not implemented here.
     """
     path = directory / "config.json"
     config = from_json(path, read_json(path, _WANTED))
@@ -202,12 +199,10 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
 
     The host holds one piece at a time: one parameter of all layers on one device. `config` is the
     model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
+    Raises `UserError`, see `ModelReader`.
 
     Returns:
       `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.
-
-    Raises:
-      UserError: see `ModelReader`.
     """
     reader = ModelReader(directory, config)
 

@@ -19,13 +19,11 @@ _FILES = ("*token*.json", "tokenizer.model", "generation_config.json", "chat_tem
 def write_tokenizer(folder: Path, output: Path, max_len: int):
     """Writes the tokenizer of a run, with settings that add no special tokens to a text.
 
-    Many a `tokenizer.json` of the hub adds tokens by itself; the copy does not.
+    Many a `tokenizer.json` of the hub adds tokens by itself; the copy does not. Raises `UserError`
+    if the tokenizer in `folder` cannot be read.
 
     Returns:
       The special tokens for `config.json`: texts end with a token, and begin with none.
-
-    Raises:
-      UserError: the tokenizer in `folder` cannot be read.
     """
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
     source, kind = saved_tokenizer(folder), "LlamaTokenizer"

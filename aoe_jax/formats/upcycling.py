@@ -65,10 +65,8 @@ class Upcycling:
     seed: int = 0  # of the router and the noise
 
     def config(self, dense: Config, checkpoint: Path) -> Config:
-        """The configuration of the result, with the default balance losses.
-
-        Raises:
-          UserError: the model is not dense, or a number does not fit it or another number.
+        """The configuration of the result, with the default balance losses. Raises `UserError` if
+        the model is not dense, or a number does not fit it or another number.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         if kind != "dense":
@@ -143,16 +141,13 @@ def upcycle(
 
     `checkpoint` is the workdir of a run, whose newest step is taken, or a model of the hub or of
     `aoe_jax.export`. Parameters keep their dtypes. Writing holds one layer; measuring, or reading a
-    run, holds the dense model.
+    run, holds the dense model. Raises `UserError` if the checkpoint cannot be read or is not dense,
+    a number does not fit, the text cannot be read, or `output` exists or cannot be written.
 
     Returns:
       The content of `convert.json` in `output`: the fields of `form`, and, if `data` is given or
       the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that
       of the dense model, and `after`.
-
-    Raises:
-      UserError: the checkpoint cannot be read or is not dense, a number does not fit, the text
-        cannot be read, or `output` exists or cannot be written.
     """
     dense, is_run = source_config(checkpoint), not is_model(checkpoint)
     config = form.config(dense, checkpoint)

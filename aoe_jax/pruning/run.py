@@ -44,17 +44,14 @@ def prune(
 
     It prints a table. The arguments are the flags of `aoe_jax.prune`. Tokens of the train split are
     drawn at random, and those of each source's validation split are the first ones; both are
-    rounded up to whole batches.
+    rounded up to whole batches. Raises `UserError` if the model, the data or the number of experts
+    is not supported, or `output` exists or cannot be written.
 
     Returns:
       The content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that scores
       are from, validation `nll` `before` and after each method, and `layers`, for each its `load`
       on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
       `clusters` with `reference`, `members` and `weights`.
-
-    Raises:
-      UserError: the model, the data or the number of experts is not supported, or `output` exists
-        or cannot be written.
     """
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
@@ -110,9 +107,8 @@ def prune(
 def check_prunes(model: Model, n_experts, workdir):
     """Checks that a model can be pruned to this number of experts.
 
-    Raises:
-      UserError: it is dense, its kind or selection is not supported, it has a large router, or
-        `n_experts` is out of range.
+    Raises `UserError` if it is dense, its kind or selection is not supported, it has a large
+    router, or `n_experts` is out of range.
     """
     e, router, reason = model.config.experts, model.config.routing.name, None
     if e.kind == "dense":

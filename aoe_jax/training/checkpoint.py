@@ -60,10 +60,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None, saved: int = 0):
         """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`.
 
-        `saved` is the step of the checkpoint that the run continues from, 0 for none.
-
-        Raises:
-          UserError: `workdir` is in a store to which Orbax does not write.
+        `saved` is the step of the checkpoint that the run continues from, 0 for none. Raises
+        `UserError` if `workdir` is in a store to which Orbax does not write.
         """
         if is_remote(workdir) and not str(workdir).startswith("gs://"):
             wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
@@ -175,10 +173,8 @@ class Checkpoints:
         may be donated.
 
         `data_state` is the JSON-ready position in the data, the same in every process. With `wait`,
-        or if the save before this one failed, it returns when this one has succeeded.
-
-        Raises:
-          MachineFault: nothing could be saved for `faults.retry_seconds`.
+        or if the save before this one failed, it returns when this one has succeeded. Raises
+        `MachineFault` if nothing could be saved for `faults.retry_seconds`.
         """
         wait = not self._finish() or wait
         state = vars(state)
@@ -242,11 +238,7 @@ class Checkpoints:
         return self._failed
 
     def close(self):
-        """Waits for the save in the background.
-
-        Raises:
-          MachineFault: it failed.
-        """
+        """Waits for the save in the background. Raises `MachineFault` if it failed."""
         if self._manager:
             if not self._finish():
                 raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")

@@ -80,11 +80,8 @@ def check_history(workdir: Path, steps):
     """Checks that the files of a run show no checkpoint beyond those that exist.
 
     `steps` are those of all complete checkpoints. A checkpoint that was set aside as damaged is not
-    missing.
-
-    Raises:
-      UserError: a later checkpoint was complete, there are figures and nothing else, or nothing
-        says of which run the checkpoints are.
+    missing. Raises `UserError` if a later checkpoint was complete, there are figures and nothing
+    else, or nothing says of which run the checkpoints are.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
@@ -124,10 +121,8 @@ def read_heartbeat(workdir: Path):
 def set_aside(workdir: Path, go_back: int | None = None):
     """Moves the files of a run to a new folder in `workdir/set_aside`.
 
-    With `go_back`, only what is newer than the checkpoint of that step is moved.
-
-    Raises:
-      UserError: there is no complete checkpoint of that step.
+    With `go_back`, only what is newer than the checkpoint of that step is moved. Raises `UserError`
+    if there is no complete checkpoint of that step.
     """
     names, metrics = list(_FILES), workdir / "metrics.jsonl"
     if go_back is not None:
