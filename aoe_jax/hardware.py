@@ -53,12 +53,10 @@ class Chip:
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
         otherwise it is placed where it has most links. A whole dimension that closes to a ring
         gives every chip two links. Other dimensions that it spans give one, because a line has
-        ends.
+        ends. Devices of one chip are assumed to exchange data at the rate of all its links.
 
-        Args:
-          shape: chips along each dimension of the slice; () is a machine where all links serve.
-          n_devices: of the group. Devices of one chip are assumed to exchange data at the rate of
-            all its links.
+        `shape` are the chips along each dimension of the slice; () is a machine where all links
+        serve.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):

@@ -24,14 +24,11 @@ _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "pro
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False):
-    """Returns the path that a user wrote; `~` stands for the home directory.
+    """Returns the path that a user wrote, such as runs/tiny, ~/runs, gs://BUCKET/runs/tiny or
+    s3://BUCKET/models/tiny.
 
-    Raises `UserError` if the scheme is unknown, or its package is missing.
-
-    Args:
-      text: a path such as runs/tiny, gs://BUCKET/runs/tiny or s3://BUCKET/models/tiny.
-      name: the flag or field, for messages.
-      in_store: whether the path may be in an object store.
+    `name` is the flag or field, for messages, and `in_store` says whether the path may be in an
+    object store. Raises `UserError` if the scheme is unknown, or its package is missing.
     """
     match = re.match(r"([\w+.-]+):/", str(text))
     if not match:

@@ -58,10 +58,9 @@ def pairs(runs: pd.DataFrame, arms):
 
     Raises `UserError` if these are not two arms, or they have no run in common.
 
-    Returns:
-      A frame with a row for each size, in the order of the runs: `size`; `nlls`, a pair of
-      `Estimate`s; `difference`, an `Estimate`; `exponents`, a pair of floats. An exponent is NaN at
-      the first size, and between sizes of equal parameters or equal training FLOPs.
+    Returns a frame with a row for each size, in the order of the runs: `size`; `nlls`, a pair of
+    `Estimate`s; `difference`, an `Estimate`; `exponents`, a pair of floats. An exponent is NaN at
+    the first size, and between sizes of equal parameters or equal training FLOPs.
     """
     given = ",".join(arms)
     are_two = len(arms) == len({*arms}) == 2

@@ -130,10 +130,8 @@ def _why_plain(device, has_kernels, check):
 def check_kernels(config, models, mesh, backends, say):
     """Checks attention, the grouped products and the layers of all models on the mesh in context.
 
-    Raises `UserError` if a backend does not take the platform, a dtype or a width.
-
-    Returns:
-      A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
+    Raises `UserError` if a backend does not take the platform, a dtype or a width. Returns a list
+    of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
     """
     attention, *grouped = backends
     cases = kernels.attention_cases(config, attention["backend"])
@@ -168,9 +166,8 @@ def _in_words(result):
 def measure(config, mesh, backends, say):
     """Measures what `speed` has, on a mesh in no context.
 
-    Returns:
-      Figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of the
-      measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
+    Returns figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of
+    the measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
     """
     attention, *grouped = backends
     row, found = Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1]), {}

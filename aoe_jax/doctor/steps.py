@@ -61,9 +61,8 @@ def twins(config: Config):
 def run_steps(config: Config, peak):
     """Takes `STEPS` steps; `peak` are FLOPs per second of a device.
 
-    Returns:
-      Figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where
-      the backend counts it, the peak of this process; `finite` is whether every step was.
+    Returns figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and,
+    where the backend counts it, the peak of this process; `finite` is whether every step was.
     """
     started = time.perf_counter()
     step = RepeatedStep(config)
@@ -92,9 +91,8 @@ def run_steps(config: Config, peak):
 def planned(config: Config, chip):
     """Plans a step on these devices by `aoe_jax.plan`, from the `hardware.Chip` figures of one.
 
-    Returns:
-      `{"seconds", "kind"}`: The likely time on TPU and GPU, where the step is compiled once more;
-      on CPU the bound and what it is bound by.
+    Returns `{"seconds", "kind"}`: the likely time on TPU and GPU, where the step is compiled once
+    more; on CPU the bound and what it is bound by.
     """
     devices = jax.devices()
     kind, compiles = devices[0].device_kind, devices[0].platform in ("tpu", "gpu")

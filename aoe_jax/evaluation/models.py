@@ -88,10 +88,9 @@ def source_config(directory: Path) -> Config:
 def load_model(directory: Path, step="newest", mesh=None):
     """Loads the `Model` of a training run, of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
 
-    Args:
-      directory: the workdir of a run, or the directory of a model.
-      step: which checkpoint of a run: "newest", "best" or a number of steps.
-      mesh: how the devices share the model, such as "fsdp=4"; None: see `on_devices_here`.
+    `directory` is the workdir of a run, or the directory of a model. `step` is a checkpoint of a
+    run: "newest", "best" or a number of steps. `mesh` says how the devices share the model, such as
+    "fsdp=4"; None: see `on_devices_here`.
 
     Raises:
       UserError: there is no such model, it cannot be read, or the mesh does not fit.

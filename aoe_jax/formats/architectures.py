@@ -346,10 +346,9 @@ class Layout:
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """Takes the parameter's declared axes, its shape with the axis of layers, the row, and the
-        number in files of the first of its layers.
-
-        The first declared axes may be missing: a dense layer has no axis of experts.
+        """Takes the parameter's declared axes, of which the first may be missing, as in a dense
+        layer; its shape with the axis of layers; the row; and the number in files of its first
+        layer.
         """
         self._first_layer = first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []

@@ -177,10 +177,8 @@ def _check_attention(values, model):
 
 
 def _rotary_settings(values):
-    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it.
-
-    Returns:
-      `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
+    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it. Returns
+    `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
     """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"

@@ -57,12 +57,11 @@ def convert(
     cannot be read or has no whole gates, a number is too large, the calibration text cannot be
     read, or `output` exists or cannot be written.
 
-    Returns:
-      The content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the share of
-      the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by layer;
-      or `score_neurons` and `score`. With whole gates, or if `data` is given, also on held-out text
-      `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the
-      scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
+    Returns the content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the
+    share of the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by
+    layer; or `score_neurons` and `score`. With whole gates, or if `data` is given, also on held-out
+    text `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the
+    scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)
@@ -224,9 +223,8 @@ def _gate(reader, layer):
 def _factorise(w_gate, rank):
     """Truncated singular value decompositions of `w_gate [n, d, f]`, in float32.
 
-    Returns:
-      `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that each
-      expert keeps.
+    Returns `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that
+    each expert keeps.
     """
     n, d, f = w_gate.shape
     w_gate_down, w_gate_up = np.empty((n, d, rank), np.float32), np.empty((n, rank, f), np.float32)

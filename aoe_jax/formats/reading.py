@@ -199,10 +199,8 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
 
     The host holds one piece at a time: one parameter of all layers on one device. `config` is the
     model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
-    Raises `UserError`, see `ModelReader`.
-
-    Returns:
-      `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.
+    Raises `UserError`, see `ModelReader`. Returns `(params, routing_state)`: the decoder's
+    parameters, and float32 `[L, ...]` by name.
     """
     reader = ModelReader(directory, config)
 

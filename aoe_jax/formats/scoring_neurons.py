@@ -25,9 +25,8 @@ _GROWING = {
 def observed_choices(model: Model, batches: Iterable[dict]):
     """The inputs and outputs of the router of each layer, over host batches.
 
-    Returns:
-      `(x [L, T, d], logits [L, T, n], chosen [L, T, n])` on the host: tokens, the router's logits,
-      and its choices, 1 or 0, and 0 for padding.
+    Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])` on the host: tokens, the router's
+    logits, and its choices, 1 or 0, and 0 for padding.
     """
 
     def observe(ctx, chosen, scores, given):

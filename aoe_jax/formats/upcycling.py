@@ -144,10 +144,9 @@ def upcycle(
     run, holds the dense model. Raises `UserError` if the checkpoint cannot be read or is not dense,
     a number does not fit, the text cannot be read, or `output` exists or cannot be written.
 
-    Returns:
-      The content of `convert.json` in `output`: the fields of `form`, and, if `data` is given or
-      the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that
-      of the dense model, and `after`.
+    Returns the content of `convert.json` in `output`: the fields of `form`, and, if `data` is given
+    or the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that
+    of the dense model, and `after`.
     """
     dense, is_run = source_config(checkpoint), not is_model(checkpoint)
     config = form.config(dense, checkpoint)

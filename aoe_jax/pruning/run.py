@@ -47,11 +47,10 @@ def prune(
     rounded up to whole batches. Raises `UserError` if the model, the data or the number of experts
     is not supported, or `output` exists or cannot be written.
 
-    Returns:
-      The content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that scores
-      are from, validation `nll` `before` and after each method, and `layers`, for each its `load`
-      on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
-      `clusters` with `reference`, `members` and `weights`.
+    Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
+    scores are from, validation `nll` `before` and after each method, and `layers`, for each its
+    `load` on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
+    `clusters` with `reference`, `members` and `weights`.
     """
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
