@@ -38,8 +38,8 @@ class Damaged(Failure):
 
 
 def beside_arrays(arrays, data_state, progress: dict) -> dict:
-    """The content of a checkpoint beside its arrays, ready for JSON: fingerprints of the `arrays` of
-    the state, a tree; the position in the data, the same in every process; and the fields of
+    """The content of a checkpoint beside its arrays, ready for JSON: fingerprints of the `arrays`
+    of the state, a tree; the position in the data, the same in every process; and the fields of
     `Progress`.
     """
     found = fingerprints(arrays)
