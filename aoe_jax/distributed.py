@@ -197,7 +197,6 @@ def _drop_ended(others):
 
 
 def _has_hung_up(connection):
-    """Whether the process at the other end of a connection has ended."""
     connection.settimeout(0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)

@@ -167,7 +167,6 @@ def _start(job, slot, environment):
 
 
 def _succeeded(job, status):
-    """Writes the outcome of a job."""
     log_file = beside(job.output, ".log")
     line = last_line(log_file)
     if status < 0:  # it had no chance to say why, as where memory ran out

@@ -145,7 +145,6 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
 
 
 def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: list[dict]):
-    """Writes the manifest, from the results of all units."""
     splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for name in SPLITS}
     for result in results:
         for name, part in result["splits"].items():

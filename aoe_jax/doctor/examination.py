@@ -8,18 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from aoe_jax import hardware
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels, speed
 from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import (
-    Chip,
-    count_slices,
-    machine,
-    peak_flops_per_device,
-    published_figures,
-    slice_shape,
-)
 from aoe_jax.model.attention import backend_for as attention_backend
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.moe.grouped_matmul import backend_for as grouped_backend
@@ -59,7 +52,7 @@ def examine(config: Config, show=print):
 
     config = fitted(config, jax.device_count())
     mesh, models = make_mesh(config, jax.devices()), twins(config)
-    report = {"machine": machine(), "configuration": config.to_dict()}
+    report = {"machine": hardware.machine(), "configuration": config.to_dict()}
     say(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     sequences = f"{kernels.sequences_per_device(config)} x {config.data.seq_len}"
@@ -194,11 +187,11 @@ def _measured(work, mesh, found):
     rate, peak, of = work.amount / seconds, None, "published"
     if work.peak == "matmul":
         peak, of = found["matmul"].get("per_second"), "matmul"
-    elif published := published_figures(devices):
+    elif published := hardware.published_figures(devices):
         if work.peak != "link_bandwidth":
             peak = getattr(published, work.peak)
-        elif count_slices(devices) == 1:
-            peak = published.group_bandwidth(slice_shape(devices), len(devices))
+        elif hardware.count_slices(devices) == 1:
+            peak = published.group_bandwidth(hardware.slice_shape(devices), len(devices))
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}
 
@@ -220,12 +213,12 @@ def take_steps(name, config, measurements, say):
 
     Figures that are not published for a device are measured.
     """
-    published = published_figures(jax.devices())
-    peak = peak_flops_per_device(jax.devices())
+    published = hardware.published_figures(jax.devices())
+    peak = hardware.peak_flops_per_device(jax.devices())
     by = "published" if peak else "measured"
     rate = {work: figures.get("per_second", math.nan) for work, figures in measurements.items()}
     peak, link = peak or rate["matmul"], rate.get("all_gather", math.inf)
-    chip = published or Chip(peak, math.inf, rate["HBM"], link, link)
+    chip = published or hardware.Chip(peak, math.inf, rate["HBM"], link, link)
     figures = _attempt(run_steps, config, peak) | {"peak": by}
     if "error" in figures:
         say(f"steps of {name}: {figures['error']}")

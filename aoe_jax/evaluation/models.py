@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from aoe_jax import sharding
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
@@ -26,14 +27,6 @@ from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
 from aoe_jax.paths import is_remote, local_copy
-from aoe_jax.sharding import (
-    MESH_AXES,
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    replicated,
-)
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import train_step_on
 from aoe_jax.training.workdir import check_data, read_identities, read_run_config
@@ -64,7 +57,7 @@ class Model:
         """Puts windows of a corpus on the devices, with `start` in place of end-of-text tokens."""
         is_end = batch["inputs"] == self.tokenizer.end_of_text
         inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
-        return put_batch(batch_sharding(self.mesh), batch | {"inputs": inputs})
+        return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     @functools.cached_property
     def by_layer(self):
@@ -99,7 +92,7 @@ def load_model(directory: Path, step="newest", mesh=None):
     if is_remote(directory) and is_model(directory):
         directory = local_copy(directory)
     config = on_devices_here(source_config(directory), mesh_axes(mesh))
-    devices, has_run = make_mesh(config, jax.devices()), not is_model(directory)
+    devices, has_run = sharding.make_mesh(config, jax.devices()), not is_model(directory)
     setting = f"the tokenizer of the {'run' if has_run else 'model'}"
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
     start, prefix = tokenizer.end_of_text, []
@@ -125,10 +118,9 @@ def load_model(directory: Path, step="newest", mesh=None):
 
 
 def _refuse_nan(directory, params, mesh):
+    are_finite = partial(jax.tree.map, lambda a: jnp.isfinite(a).all())
     with jax.set_mesh(mesh):
-        finite = jax.jit(
-            partial(jax.tree.map, lambda a: jnp.isfinite(a).all()), out_shardings=replicated(mesh)
-        )(params)
+        finite = jax.jit(are_finite, out_shardings=sharding.replicated(mesh))(params)
     for path, is_finite in flatten_dict(jax.device_get(finite), sep="/").items():
         if not is_finite:
             raise DivergedError(
@@ -175,7 +167,7 @@ def on_devices_here(config, axes=None):
     n = jax.device_count()
     if axes is None:
         try:
-            return fill_mesh(config, n)
+            return sharding.fill_mesh(config, n)
         except UserError:
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
@@ -192,16 +184,16 @@ def on_devices_here(config, axes=None):
         mesh=MeshConfig(**axes),
         train=dataclasses.replace(config.train, batch_size=batch_size, accumulate=1),
     )
-    return fill_mesh(config, n)
+    return sharding.fill_mesh(config, n)
 
 
 def mesh_axes(text):
     """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
     if text is None:
         return None
-    form = re.compile(rf"({'|'.join(MESH_AXES)})=([1-9][0-9]*)")
+    form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]*)")
     parts = [form.fullmatch(part) for part in text.split(",")]
     axes = {part[1]: int(part[2]) for part in parts if part}
-    wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
+    wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(sharding.MESH_AXES)}"
     require_flag(len(axes) == len(parts), "mesh", text, wanted)
     return axes

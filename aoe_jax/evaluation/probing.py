@@ -210,7 +210,6 @@ def probe_checkpoint(
 
 
 def _task_scorer(names, limit, **settings):
-    """A function that scores a model on tasks."""
     if not names:
         return lambda model: {}
     from aoe_jax.evaluation.harness import HarnessModel

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from aoe_jax import json_files
 from aoe_jax.config.checks import require_flag
 from aoe_jax.counts import log_run
 from aoe_jax.data.documents import DOCUMENT_BYTES
@@ -18,7 +19,6 @@ from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated
-from aoe_jax.json_files import read_regular, write_json, write_whole
 from aoe_jax.paths import parsed_path
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _report(model, stores, document_mask, name, about, file, picture):
         print(f"{name}: {n_texts}{result.tokens} tokens, step {model.step}\n{result.in_words()}")
         for source, own in result.sources.items():
             print(f"{source}: {own.tokens} tokens | {own.in_words()}")
-        write_json(file, report)
+        json_files.write_json(file, report)
         log.info("wrote %s", file)
         if statistics:
             print(load_table(statistics))
@@ -112,7 +112,7 @@ def _report(model, stores, document_mask, name, about, file, picture):
             with Tolerated(picture):
                 content = io.BytesIO()
                 draw_loads({title: statistics}).savefig(content, dpi=150)
-                write_whole(file.with_name(picture), content.getvalue())
+                json_files.write_whole(file.with_name(picture), content.getvalue())
                 log.info("wrote %s", file.with_name(picture))
     return report
 
@@ -147,12 +147,7 @@ class TextTokens:
 
 def read_text(path: Path):
     """The text of a file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
-    try:
-        text = read_regular(path, DOCUMENT_BYTES).decode("utf-8")
-    except OSError as e:
-        raise UserError(f"--text={path}: cannot be read ({e.strerror}); name a text file") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--text={path}: is not UTF-8 at byte {e.start}; convert it") from e
+    text = json_files.read_text(path, f"--text={path}:", DOCUMENT_BYTES)
     if not text.strip():
         raise UserError(f"--text={path}: is empty; name a file with text")
     return text

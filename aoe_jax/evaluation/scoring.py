@@ -78,7 +78,6 @@ class Scorer:
         return tuple(context[-room:]), tuple(continuation)
 
     def _scored(self, texts):
-        """Yields the numbers of texts and their scores, batch by batch."""
         by_context = {}
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
@@ -125,7 +124,6 @@ class Scorer:
         return multiple(padded, self._model.mesh.shape["tensor"])
 
     def _run(self, program, params, arrays):
-        """`(log-likelihood, greedy)` of each row."""
         model = self._model
         with jax.set_mesh(model.mesh):
             batch = put_batch(batch_sharding(model.mesh), arrays)

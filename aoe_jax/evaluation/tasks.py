@@ -140,7 +140,6 @@ def _check_shots(config, name, data, shots):
 
 
 def _cause(error, data):
-    """Says in one line why a data set cannot be used."""
     while error.__cause__ and type(error).__name__ == "DatasetGenerationError":
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
