@@ -47,9 +47,8 @@ _END_DELAY = 1.0  # seconds between the agreement to end and the end
 def start():
     """Joins the other processes if the command line names any; call it before JAX is used.
 
-    Raises:
-      UserError: the flags contradict each other, or there is no cluster.
-      MachineFault: a process does not join, or JAX finds no device.
+    Raises `UserError` if the flags contradict each other, or there is no cluster, and
+    `MachineFault` if a process does not join, or JAX finds no device.
     """
     flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag.name for flag in flags_of_one if flag.value is not None]

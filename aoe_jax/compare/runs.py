@@ -59,11 +59,8 @@ def read_summary(file: Path):
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Tunes learning rates where the suite says so, and trains the missing runs.
 
-    The caller has made and locked `workdir`.
-
-    Raises:
-      UserError: a run in `workdir` is of another configuration.
-      Stopped: the machine's `stop` was asked.
+    The caller has made and locked `workdir`. Raises `UserError` if a run in `workdir` is of another
+    configuration, and `Stopped` if the machine's `stop` was asked.
     """
     _train(suite.tuning_runs().values(), workdir, machine)
     rates = tuned_rates(suite, workdir)

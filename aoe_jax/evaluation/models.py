@@ -83,11 +83,8 @@ def load_model(directory: Path, step="newest", mesh=None):
 
     `directory` is the workdir of a run, or the directory of a model. `step` is a checkpoint of a
     run: "newest", "best" or a number of steps. `mesh` says how the devices share the model, such as
-    "fsdp=4"; None: see `on_devices_here`.
-
-    Raises:
-      UserError: there is no such model, it cannot be read, or the mesh does not fit.
-      DivergedError: a parameter is not finite.
+    "fsdp=4"; None: see `on_devices_here`. Raises `UserError` if there is no such model, it cannot
+    be read, or the mesh does not fit, and `DivergedError` if a parameter is not finite.
     """
     if is_remote(directory) and is_model(directory):
         directory = local_copy(directory)

@@ -35,16 +35,14 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
     """Scores a checkpoint on a held-out split.
 
     It prints a table, and writes `eval.json` and, for models with experts, `load.png`. The
-    arguments are the flags of `eval.py`.
+    arguments are the flags of `eval.py`. Raises `UserError` if the split is unknown, or there is no
+    such run or checkpoint, or it cannot be read, and `DivergedError` if the model's parameters or
+    its nll are not finite.
 
     Returns:
       The content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`
       and `load_statistics` (None for a dense model) over all sources, and `sources`: for each of
       several its tokens, nll, perplexity and bits per byte.
-
-    Raises:
-      UserError: the split is unknown, or there is no such run or checkpoint, or it cannot be read.
-      DivergedError: the model's parameters or its nll are not finite.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)

@@ -311,9 +311,8 @@ class Checkpoints:
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
 
-        Raises:
-          UserError: the checkpoint is damaged or of another model.
-          MachineFault: it cannot be read.
+        Raises `UserError` if the checkpoint is damaged or of another model, and `MachineFault` if
+        it cannot be read.
         """
         wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
         try:

@@ -74,9 +74,8 @@ class RunFolder:
     def check_in_place(self):
         """Checks in every process that it sees the file of the owner.
 
-        Raises:
-          MachineFault: it is gone, as on a disk that is no longer mounted.
-          UserError: another process has taken the workdir over.
+        Raises `MachineFault` if it is gone, as on a disk that is no longer mounted, and `UserError`
+        if another process has taken the workdir over.
         """
         patiently(f"{self._workdir} cannot be read", self._see_owner)
 
