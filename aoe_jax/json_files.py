@@ -79,9 +79,8 @@ def read_text(path: Path, name: str, at_most: int) -> str:
 def read_json(
     path: Path, wanted="name the workdir of a training run", schema=None, at_most: int = _BYTES
 ):
-    """The JSON object in a file.
-
-    Raises `UserError` if the file cannot be read, is too large, or does not have the schema.
+    """The JSON object in a file. Raises `UserError` if the file cannot be read, is too large, or
+    does not have the schema.
 
     Args:
       path: the file.
@@ -158,9 +157,8 @@ def write_json(path: Path, value, indent=2):
 
 
 def write_whole(path: Path, content: bytes):
-    """Writes a file. A kill or a power cut leaves either the old file or the new one.
-
-    Raises `UserError` if a folder has its name, or its name with `.partial`.
+    """Writes a file. A kill or a power cut leaves either the old file or the new one. Raises
+    `UserError` if a folder has its name, or its name with `.partial`.
     """
     if is_remote(path):  # it appears whole
         path.write_bytes(content)

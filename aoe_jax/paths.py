@@ -179,9 +179,8 @@ def unused(path):
 
 
 def move(source, target):
-    """Moves a file or folder; makes the folders above `target`. In a store, file by file.
-
-    Raises `UserError` if there is a file in the place of one of these folders.
+    """Moves a file or folder; makes the folders above `target`. In a store, file by file. Raises
+    `UserError` if there is a file in the place of one of these folders.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)

@@ -54,9 +54,8 @@ def finished_runs(folder: Path):
 
 
 def pairs(runs: pd.DataFrame, arms):
-    """Compares two arms at every size that both have.
-
-    Raises `UserError` if these are not two arms, or they have no run in common.
+    """Compares two arms at every size that both have. Raises `UserError` if these are not two arms,
+    or they have no run in common.
 
     Returns a frame with a row for each size, in the order of the runs: `size`; `nlls`, a pair of
     `Estimate`s; `difference`, an `Estimate`; `exponents`, a pair of floats. An exponent is NaN at

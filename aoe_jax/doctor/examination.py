@@ -31,9 +31,8 @@ MODELS = {"aoe": "AoE", "router": "MoE"}
 
 
 def examine(config: Config, show=print):
-    """Examines all devices of all processes, part after part.
-
-    Raises `UserError` for a setting that these devices do not allow.
+    """Examines all devices of all processes, part after part. Raises `UserError` for a setting that
+    these devices do not allow.
 
     Args:
       config: its mesh is filled in, and its batch is made to fit (`steps.fitted`).

@@ -73,10 +73,9 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 def load_on_texts(model: Model, texts, name, workdir: Path):
     """Load statistics on one or more texts: attention does not cross from one to another.
 
-    It prints a table, and writes `text.json` and, for models with experts, `text.png`.
-
-    Returns the content of `text.json`: that of `evaluate_workdir`, with the name `text` and the
-    number `texts` in place of the split. The ends of texts count as tokens.
+    It prints a table, and writes `text.json` and, for models with experts, `text.png`. Returns the
+    content of `text.json`: that of `evaluate_workdir`, with the name `text` and the number `texts`
+    in place of the split. The ends of texts count as tokens.
     """
     stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
     return _report(model, stores, True, name, about, workdir / "text.json", "text.png")

@@ -56,7 +56,6 @@ _SHOTS_SEED = 1234  # lm-eval's own
 
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     """Loads tasks of lm-eval and their data sets, as `lm_eval.evaluator.evaluate` takes them.
-
     Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
 
     Args:

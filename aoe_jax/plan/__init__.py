@@ -192,10 +192,8 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     """Figures of a step from its optimised HLO, the text of `hlo.compile_and_read`.
 
     `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
-    the slice.
-
-    Returns a dictionary of `flops` and the keys `LIKELY`; FLOPs and bytes are per device.
-    `seconds_at_peaks` is the sum over operations without the compiler's cycles.
+    the slice. Returns a dictionary of `flops` and the keys `LIKELY`; FLOPs and bytes are per
+    device. `seconds_at_peaks` is the sum over operations without the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
     seconds, at_peaks = Counter(), 0.0

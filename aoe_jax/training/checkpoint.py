@@ -123,9 +123,8 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def steps(self):
-        """The steps of all complete checkpoints, the oldest first.
-
-        Raises `UserError` if their folder is a file.
+        """The steps of all complete checkpoints, the oldest first. Raises `UserError` if their
+        folder is a file.
         """
         if not self.directory.exists():
             return []
@@ -146,7 +145,6 @@ class Checkpoints:
 
     def find(self, which):
         """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
-
         Raises `UserError` if it does not exist.
         """
         steps, workdir = self.steps(), self.directory.parent

@@ -178,10 +178,8 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
 
 
 def read_run_config(path: Path) -> Config:
-    """The configuration of a run, from its `config.json`.
-
-    Raises `UserError` if the file cannot be read, is no configuration of a training run, or has
-    fields of an earlier version.
+    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
+    read, is no configuration of a training run, or has fields of an earlier version.
     """
     groups = read_json(path)
     if "model_type" in groups:
