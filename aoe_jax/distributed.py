@@ -119,11 +119,8 @@ def _initialize():
 def _meet():
     """Waits until all processes have reported to process 0, because JAX cannot name a missing one.
 
-    It uses the port that JAX takes next.
-
-    Raises:
-      UserError: the address or a number is wrong.
-      MachineFault: processes are missing; the message has their numbers.
+    It uses the port that JAX takes next. Raises `UserError` if the address or a number is wrong,
+    and `MachineFault` with the numbers of missing processes.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"

@@ -92,9 +92,8 @@ class MeshAxes:
     def sizes(self, mesh):
         """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
-        Raises:
-          ValueError: the mesh lacks a name, or a name stands for two axes; or, inside a
-            `jax.shard_map`, where parameters are whole, an axis splits them.
+        Raises `ValueError` if the mesh lacks a name, or a name stands for two axes; or, inside a
+        `jax.shard_map`, where parameters are whole, if an axis splits them.
         """
         if mesh.empty:
             return (1,) * len(MESH_AXES)

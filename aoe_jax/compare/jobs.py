@@ -109,10 +109,8 @@ class Machine:
     def run(self, jobs: list[Job], together=True):
         """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
 
-        A job that fails stops no other.
-
-        Raises:
-          Stopped: `stop` was asked; the running jobs were asked too and have ended.
+        A job that fails stops no other. Raises `Stopped` if `stop` was asked; the running jobs were
+        asked too and have ended.
         """
         waiting, free, failed = list(jobs), self.slots[: None if together else 1], 0
         running = {}  # Job -> (its slot, Popen)

@@ -271,10 +271,8 @@ class Suite:
         return found
 
     def swept(self, name):
-        """Returns `{value: {arm: Config}}` of a sweep.
-
-        Raises:
-          UserError: see `runs`; the message names sweep, value and arm.
+        """Returns `{value: {arm: Config}}` of a sweep. Raises `UserError` as `runs` does; the
+        message names sweep, value and arm.
         """
         sweep, found = self.throughput[name], {}
         for value in sweep.values:

@@ -77,9 +77,9 @@ def write_splits(
     `documents` are pairs of a split and a text that is not empty. Raises `UserError` if the
     tokenizer encodes a part of a text as its end-of-text token.
 
-    Returns:
-        For each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`,
-        which are then safely on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each.
+    Returns for each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the
+    `shards`, which are then safely on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of
+    each.
     """
     with contextlib.ExitStack() as files:
         writers = {}

@@ -31,18 +31,16 @@ MODELS = {"aoe": "AoE", "router": "MoE"}
 
 
 def examine(config: Config, show=print):
-    """Examines all devices of all processes, part after part. Raises `UserError` for a setting that
-    these devices do not allow.
+    """Examines all devices of all processes, part after part.
 
-    Args:
-      config: its mesh is filled in, and its batch is made to fit (`steps.fitted`).
-      show: is called with each line of text as soon as a part is done.
+    The mesh of the configuration is filled in, and its batch is made to fit (`steps.fitted`).
+    `show` is called with each line of text as soon as a part is done. Raises `UserError` for a
+    setting that these devices do not allow.
 
-    Returns:
-      `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
-      `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
-      `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
-      `seconds`. A part that raised an exception has `error` instead of figures.
+    Returns `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
+    `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
+    `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
+    `seconds`. A part that raised an exception has `error` instead of figures.
     """
     started = time.perf_counter()
 

@@ -166,16 +166,13 @@ def probe_checkpoint(
     """Probes a model: prints a table, writes `probe.json`.
 
     The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
+    Raises `UserError` if the model has no router that can be dropped, or as `models.load_model`,
+    `run.read_text` and `tasks.load_tasks` do.
 
-    Returns:
-      The content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe `node`,
-      `norm`, `agreement` (the share of the chosen experts that the router would have chosen),
-      `seconds_per_token`, `time` (relative to the router's), and `nll` and `tasks` for each of
-      `WEIGHTS`; a random choice has equal weights only.
-
-    Raises:
-      UserError: the model has no router that can be dropped; or what `models.load_model`,
-        `run.read_text` and `tasks.load_tasks` raise.
+    Returns the content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe
+    `node`, `norm`, `agreement` (the share of the chosen experts that the router would have chosen),
+    `seconds_per_token`, `time` (relative to the router's), and `nll` and `tasks` for each of
+    `WEIGHTS`; a random choice has equal weights only.
     """
     check_split(split)
     make_folder(output, "output")

@@ -39,10 +39,9 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
     such run or checkpoint, or it cannot be read, and `DivergedError` if the model's parameters or
     its nll are not finite.
 
-    Returns:
-      The content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`
-      and `load_statistics` (None for a dense model) over all sources, and `sources`: for each of
-      several its tokens, nll, perplexity and bits per byte.
+    Returns the content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`,
+    `bits_per_byte` and `load_statistics` (None for a dense model) over all sources, and `sources`:
+    for each of several its tokens, nll, perplexity and bits per byte.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
@@ -56,10 +55,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
     """`load_on_texts` for a checkpoint and a text file, or the prompts of a task.
 
-    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`.
-
-    Raises:
-      UserError: the file cannot be read; or what `tasks.load_tasks` and `models.load_model` raise.
+    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`. Raises
+    `UserError` if the file cannot be read, or as `tasks.load_tasks` and `models.load_model` do.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts

@@ -170,11 +170,9 @@ def prompts(tasks, limit=None):
 def score_tasks(harness_model, tasks, limit=None):
     """Scores a `HarnessModel`, or another model of lm-eval, on the first examples of loaded tasks.
 
-    `limit` is how many examples of each task; None: all.
-
-    Returns:
-      `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error
-      is None where it is undefined, as for a single example; shots and examples of groups are None.
+    `limit` is how many examples of each task; None: all. Returns `{task: {"fewshot", "examples",
+    "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is undefined, as
+    for a single example; shots and examples of groups are None.
     """
     with _quiet():
         results = evaluate(
@@ -230,14 +228,9 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     """Scores a checkpoint on tasks.
 
     It prints a table, and enters each task in `tasks.json`, which keeps the results of others. The
-    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`.
-
-    Returns:
-      What `score_tasks` returns.
-
-    Raises:
-      UserError: what `load_tasks`, `models.load_model` and `scoring.Scorer` raise; and for tasks
-        that generate text what `check_decodes` raises.
+    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`. Returns what
+    `score_tasks` returns. Raises `UserError` as `load_tasks`, `models.load_model`, `scoring.Scorer`
+    and, for tasks that generate text, `check_decodes` do.
     """
     wanted = "no such directory; name the workdir of a training run"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)

@@ -116,9 +116,8 @@ class ModelReader:
     def __init__(self, directory: Path, config: Config):
         """Checks that the files have every tensor of the model and no other; reads no tensor.
 
-        Raises:
-          UserError: see `stored_tensors`; or a tensor is missing, unknown, or has another shape or
-            dtype than it should.
+        Raises `UserError` as `stored_tensors` does, and if a tensor is missing, unknown, or has
+        another shape or dtype than it should.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)

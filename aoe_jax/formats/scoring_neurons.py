@@ -47,14 +47,9 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores across experts. Memory holds
     all gate pre-activations, `[n, T, f]` float32.
 
-    Args:
-      x, logits, chosen: of a layer, see `observed_choices`.
-      w_gate: `[n, d, f]`.
-      count: how many neurons score, at most f.
-      score: "norm" or "max".
-
-    Returns:
-      `[n, count]` int32, the neurons in the order of their choice.
+    `x`, `logits` and `chosen` are those of a layer, see `observed_choices`, and `w_gate` is `[n, d,
+    f]`. `count`, at most f, neurons score by the `score` "norm" or "max". Returns `[n, count]`
+    int32, the neurons in the order of their choice.
     """
     gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))
     (n, n_tokens, f), n_chosen = gate.shape, chosen.sum(axis=1)

@@ -59,22 +59,18 @@ def abstract_batch(config, n_rows, split=None):
 
 
 def plan(config: Config, generation, devices, compiles=True, chip=None):
-    """Compiles the train step for devices of a topology.
+    """Compiles the train step of a configuration, whose mesh is filled in, for the devices of a
+    topology.
 
-    Args:
-      config: of the run, with its mesh filled in.
-      generation: a name of `hardware.CHIPS`.
-      devices: of the topology.
-      compiles: False: the step is only traced, in seconds. Memory, compiled FLOPs and whether it
-        fits are then None.
-      chip: the figures of a device as a `hardware.Chip`; None: those of the generation.
+    `generation` is a name of `hardware.CHIPS`, and `chip` the figures of a device as a
+    `hardware.Chip`; None: those of the generation. Unless it `compiles`, the step is only traced,
+    in seconds. Memory, compiled FLOPs and whether it fits are then None.
 
-    Returns:
-      The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
-      `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
-      `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
-      optimised program. Bytes and FLOPs are per device and step.
+    Returns the content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
+    `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
+    `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
+    `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
+    optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
     chip = chip or chip_part(generation, devices)
