@@ -60,12 +60,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 def main():
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
-    require_flag(
-        _NEURONS.value is not None or not _SCORE.present,
-        "score",
-        _SCORE.value,
-        "belongs to --score_neurons",
-    )
+    is_used = _NEURONS.value is not None or not _SCORE.present
+    require_flag(is_used, "score", _SCORE.value, "belongs to --score_neurons")
     summary = _upcycle(checkpoint, output) if _UPCYCLE.value else _convert(checkpoint, output)
     print(f"{summary}; wrote {output}")
 

@@ -78,12 +78,10 @@ def _backend():
     try:
         return jax.default_backend()
     except (AssertionError, RuntimeError) as e:  # another process may be using the devices
-        why = (
-            str(e).splitlines()[0] if str(e) else "there is none, or JAX's plugin for it is missing"
-        )
-        raise MachineFault(
-            f"JAX finds no device (JAX_PLATFORMS={jax.config.jax_platforms or ''}): {why}"
-        ) from e
+        first_line = str(e).partition("\n")[0]
+        why = first_line or "there is none, or JAX's plugin for it is missing"
+        platforms = f"JAX_PLATFORMS={jax.config.jax_platforms or ''}"
+        raise MachineFault(f"JAX finds no device ({platforms}): {why}") from e
 
 
 def _initialize():

@@ -70,10 +70,8 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
     require_flag(k is None or name == "top_k", "strong_k", k, wanted)
     strong = dataclasses.replace(experts, top_k=k or experts.top_k)
     weak = dataclasses.replace(experts, top_k=1)
-    return (
-        decoder.clone(experts=strong),
-        decoder.clone(experts=weak, routing=Ranked((rank - 1,))),
-    )
+    routing = Ranked((rank - 1,))
+    return decoder.clone(experts=strong), decoder.clone(experts=weak, routing=routing)
 
 
 def contrasted(strong, weak, contrast: Contrast):

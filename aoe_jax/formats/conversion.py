@@ -17,12 +17,7 @@ from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
 from aoe_jax.formats.reading import ModelReader, parameter_shapes, read_config, read_step
-from aoe_jax.formats.scoring_neurons import (
-    agreement,
-    in_front,
-    observed_choices,
-    telling_neurons,
-)
+from aoe_jax.formats.scoring_neurons import agreement, in_front, observed_choices, telling_neurons
 from aoe_jax.formats.tokenizer_files import copy_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.json_files import write_json

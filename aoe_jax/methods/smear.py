@@ -45,14 +45,7 @@ from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
 from aoe_jax.moe.routing import Causality, Method
 from aoe_jax.moe.scoring import norms
-from aoe_jax.parameters import (
-    Parameter,
-    expert_init,
-    experts_with,
-    ones_init,
-    vector,
-    zeros_init,
-)
+from aoe_jax.parameters import Parameter, expert_init, experts_with, ones_init, vector, zeros_init
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5

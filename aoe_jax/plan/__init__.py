@@ -41,12 +41,7 @@ from aoe_jax.training.step import init_state, train_step_on, training_loss
 
 log = logging.getLogger(__name__)
 
-LIKELY = (
-    "hbm_traffic_bytes",
-    "likely_step_seconds",
-    "seconds_by_scope",
-    "seconds_at_peaks",
-)
+LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "seconds_at_peaks")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 

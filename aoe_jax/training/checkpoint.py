@@ -17,12 +17,7 @@ from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.paths import is_remote, move, unused
-from aoe_jax.training.checkpoint_content import (
-    SECOND_LOOK,
-    Damaged,
-    beside_arrays,
-    read_checkpoint,
-)
+from aoe_jax.training.checkpoint_content import SECOND_LOOK, Damaged, beside_arrays, read_checkpoint
 
 log = logging.getLogger(__name__)
 
