@@ -115,14 +115,7 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
 }
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "numpy",
-    *_PLUGINS,
-)  # packages on which figures depend
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
 
 def target_device():
