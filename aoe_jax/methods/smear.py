@@ -43,7 +43,7 @@ from jax.ad_checkpoint import checkpoint_name
 from aoe_jax.config.checks import setting
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
-from aoe_jax.moe.routing import Causality, Method
+from aoe_jax.moe.routing import Causality, Unchosen
 from aoe_jax.moe.scoring import norms
 from aoe_jax.parameters import Parameter, expert_init, experts_with, ones_init, vector, zeros_init
 
@@ -155,7 +155,7 @@ def near_copies(own_share):
 
 
 @dataclass(frozen=True)
-class Smear(Method):
+class Smear(Unchosen):
     """SMEAR. A sequence is the tokens along the axis before the last."""
 
     name = "smear"
@@ -222,9 +222,6 @@ class Smear(Method):
             "which no cache of a text keeps",
         )
 
-    def choice(self, experts):
-        return None
-
     def parameters(self, experts):
         gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)
         init = near_copies(self.own_share)
@@ -244,8 +241,7 @@ class Smear(Method):
         return forward, 3 * forward
 
     def check(self, config):
-        config.balance.refuse_losses("a smear layer has no load to balance; set it to 0")
-        config.mesh.refuse_all_to_all(self.name)
+        super().check(config)
         length = config.data.seq_len
         if self.segment < 2:
             why = "0 would merge by the mean of a whole sequence, which depends on later tokens"

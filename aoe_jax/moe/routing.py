@@ -209,6 +209,19 @@ def top_k(scores, k, norm_topk_prob=True, bias=None):
     return by_token(expert, jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1))
 
 
+class Unchosen(Method):
+    """The base of layers whose tokens choose no experts."""
+
+    def choice(self, experts):
+        return None
+
+    def check(self, config):
+        config.balance.refuse_losses(f"a {self.name} layer has no load to balance; set it to 0")
+        if config.mesh.transport == "all_to_all":
+            wanted = f"is not implemented for experts.kind={self.name!r}; leave it at 'ring'"
+            config.mesh.refuse("transport", wanted)
+
+
 class FixedK(Method):
     """The base of routers that give every token `experts.top_k` experts.
 
