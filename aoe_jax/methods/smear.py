@@ -45,7 +45,7 @@ from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
 from aoe_jax.moe.routing import Causality, Unchosen
 from aoe_jax.moe.scoring import norms
-from aoe_jax.parameters import Parameter, expert_init, experts_with, ones_init, vector, zeros_init
+from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5
@@ -223,11 +223,10 @@ class Smear(Unchosen):
         )
 
     def parameters(self, experts):
-        gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)
         init = near_copies(self.own_share)
         matrices = {
             name: dataclasses.replace(matrix, init=init)
-            for name, matrix in experts_with(gate).items()
+            for name, matrix in matrices_of(experts).items()
         }
         return matrices if experts.low_rank else ROUTER | matrices
 

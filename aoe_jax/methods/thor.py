@@ -34,7 +34,7 @@ from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import apply_experts
 from aoe_jax.moe.routing import Unchosen, by_token
-from aoe_jax.parameters import experts_with
+from aoe_jax.parameters import matrices_of
 
 
 def draw_expert(key, n_experts):
@@ -100,7 +100,7 @@ class Thor(Unchosen):
         return loss, nll / self.passes, {"divergence": divergence}, stats
 
     def parameters(self, experts):
-        return experts_with(("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",))
+        return matrices_of(experts)
 
 
 def _stats_of_draws(n_experts):
