@@ -9,7 +9,6 @@ import time
 import jax
 
 from aoe_jax.compare.step_times import RepeatedStep
-from aoe_jax.config.experts import AOE_ONLY_DEFAULTS
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
@@ -46,7 +45,8 @@ def twins(config: Config):
     e, balance, replace = config.experts, config.balance, dataclasses.replace
     try:
         if e.kind == "aoe":
-            router = replace(e, kind="router", d_wide=None, round_to=1, **AOE_ONLY_DEFAULTS)
+            of_aoe = {"score_gradient": None, "score_neurons": None, "score": "norm"}
+            router = replace(e, kind="router", d_wide=None, round_to=1, **of_aoe)
             balance = replace(balance, aux_tokens=1.0)
             return {"aoe": config, "moe": replace(config, experts=router, balance=balance)}
         if e.kind == "router" and not (e.factorised_gate or e.large_router):
