@@ -26,12 +26,8 @@ def each_collective(jaxpr, arguments=None, known=None):
     """Yields `(equation, how many times it runs)`; 0 times within loops of unknown length.
 
     If a body gathers the same array twice with no barrier between, it counts once: the compiler
-    merges it.
-
-    Args:
-      jaxpr: the program, or a part of it.
-      arguments: an object for each argument of a part, the same one for the same array.
-      known: results of the equations of `_MERGED` in the body around a part.
+    merges it. For a part of a program, `arguments` has an object for each argument, the same one
+    for the same array, and `known` the results of the equations of `_MERGED` in the body around it.
     """
     known = {} if known is None else known
     values = dict(zip(jaxpr.invars, arguments or [object() for _ in jaxpr.invars], strict=True))

@@ -60,12 +60,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of tokens, of noise and of a drawn
 def main():
     checkpoint = local_copy(cli.path_of(_CHECKPOINT, in_store=True))
     output = cli.path_of(_OUTPUT, in_store=True)
-    require_flag(
-        _NEURONS.value is not None or not _SCORE.present,
-        "score",
-        _SCORE.value,
-        "belongs to --score_neurons",
-    )
+    is_used = _NEURONS.value is not None or not _SCORE.present
+    require_flag(is_used, "score", _SCORE.value, "belongs to --score_neurons")
     summary = _upcycle(checkpoint, output) if _UPCYCLE.value else _convert(checkpoint, output)
     print(f"{summary}; wrote {output}")
 
@@ -103,12 +99,11 @@ def _upcycle(checkpoint, output):
     wanted = "--upcycle=aoe needs it" if is_aoe else "belongs to --upcycle=aoe"
     is_right = (_NEURONS.value is not None) == is_aoe
     require_flag(is_right, "score_neurons", _NEURONS.value, wanted)
-    from aoe_jax.formats.reading import RUN_FILE, is_model  # starts JAX
+    from aoe_jax.formats.reading import is_of_run  # starts JAX
     from aoe_jax.formats.upcycling import Upcycling, upcycle, upcycle_summary
 
-    is_of_run = not is_model(checkpoint) or (checkpoint / RUN_FILE).exists()
     for flag in (_MESH, _TOKENS):
-        is_used = is_of_run or _DATA.present or not flag.present
+        is_used = is_of_run(checkpoint) or _DATA.present or not flag.present
         require_flag(is_used, flag.name, flag.value, "belongs to --data or to a model of a run")
     form = Upcycling(
         kind=_UPCYCLE.value,

@@ -222,7 +222,6 @@ class Program:
         return found
 
     def _group_size(self, i):
-        """Devices of one group of a collective."""
         if i.collective == "collective-permute":
             return math.inf  # a device receives all that another sends
         if sizes := i.attribute(r"replica_groups=\[([\d,]+)\]"):  # [groups, devices of a group]
@@ -257,7 +256,6 @@ class Program:
     # Memory traffic
 
     def _traffic(self, i, known):
-        """Bytes that an instruction reads from main memory and writes there."""
         if i.opcode == "copy-start":
             return known[i.operands[0]].hbm_bytes + i.arrays[0].hbm_bytes  # destination first
         if i.opcode in ("slice-start", "dynamic-slice-start"):
@@ -301,7 +299,6 @@ class Program:
         return total
 
     def _written(self, i, known):
-        """Bytes that an instruction writes to main memory."""
         inside = self._fused(i)
         if not inside:
             return min(i.hbm_bytes, self._written_by(i, known, i.hbm_bytes))

@@ -47,9 +47,8 @@ _END_DELAY = 1.0  # seconds between the agreement to end and the end
 def start():
     """Joins the other processes if the command line names any; call it before JAX is used.
 
-    Raises:
-      UserError: the flags contradict each other, or there is no cluster.
-      MachineFault: a process does not join, or JAX finds no device.
+    Raises `UserError` if the flags contradict each other, or there is no cluster, and
+    `MachineFault` if a process does not join, or JAX finds no device.
     """
     flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag.name for flag in flags_of_one if flag.value is not None]
@@ -79,12 +78,10 @@ def _backend():
     try:
         return jax.default_backend()
     except (AssertionError, RuntimeError) as e:  # another process may be using the devices
-        why = (
-            str(e).splitlines()[0] if str(e) else "there is none, or JAX's plugin for it is missing"
-        )
-        raise MachineFault(
-            f"JAX finds no device (JAX_PLATFORMS={jax.config.jax_platforms or ''}): {why}"
-        ) from e
+        first_line = str(e).partition("\n")[0]
+        why = first_line or "there is none, or JAX's plugin for it is missing"
+        platforms = f"JAX_PLATFORMS={jax.config.jax_platforms or ''}"
+        raise MachineFault(f"JAX finds no device ({platforms}): {why}") from e
 
 
 def _initialize():
@@ -120,11 +117,8 @@ def _initialize():
 def _meet():
     """Waits until all processes have reported to process 0, because JAX cannot name a missing one.
 
-    It uses the port that JAX takes next.
-
-    Raises:
-      UserError: the address or a number is wrong.
-      MachineFault: processes are missing; the message has their numbers.
+    It uses the port that JAX takes next. Raises `UserError` if the address or a number is wrong,
+    and `MachineFault` with the numbers of missing processes.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
@@ -197,7 +191,6 @@ def _drop_ended(others):
 
 
 def _has_hung_up(connection):
-    """Whether the process at the other end of a connection has ended."""
     connection.settimeout(0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
@@ -234,10 +227,8 @@ def _ask(host, port, deadline):
 
 
 def agree(what, text):
-    """Checks that all processes have the same text; waits for all processes.
-
-    Raises:
-      UserError: some differ, for example because they see different disks under one name.
+    """Checks that all processes have the same text; waits for all processes. Raises `UserError` if
+    some differ, for example because they see different disks under one name.
     """
     digests = gathered(int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big"))
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]

@@ -1,5 +1,6 @@
 """Exceptions that end a program; the command line prints a last line and sets an exit status."""
 
+import contextlib
 import reprlib
 
 _repr = reprlib.Repr()
@@ -21,6 +22,15 @@ class UserError(Failure):
     """
 
     status = 2
+
+
+@contextlib.contextmanager
+def naming(place):
+    """Puts `place`, such as a file, before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{place}: {e}") from e
 
 
 class DivergedError(Failure):

@@ -133,10 +133,8 @@ def pauses() -> Iterator[float | None]:
 def patiently(what, call):
     """Returns `call()`, which is repeated while faults prevent it.
 
-    `what` begins the messages, such as "checkpoint 5 cannot be read".
-
-    Raises:
-      MachineFault: a fault lasted for `retry_seconds`.
+    `what` begins the messages, such as "checkpoint 5 cannot be read". Raises `MachineFault` if a
+    fault lasted for `retry_seconds`.
     """
     for pause in pauses():
         try:

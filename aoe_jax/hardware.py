@@ -53,12 +53,10 @@ class Chip:
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
         otherwise it is placed where it has most links. A whole dimension that closes to a ring
         gives every chip two links. Other dimensions that it spans give one, because a line has
-        ends.
+        ends. Devices of one chip are assumed to exchange data at the rate of all its links.
 
-        Args:
-          shape: chips along each dimension of the slice; () is a machine where all links serve.
-          n_devices: of the group. Devices of one chip are assumed to exchange data at the rate of
-            all its links.
+        `shape` are the chips along each dimension of the slice; () is a machine where all links
+        serve.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
@@ -117,14 +115,7 @@ PEAK_FLOPS = {kind: CHIPS[generation].flops for kind, generation in GENERATIONS.
 }
 
 _PLUGINS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "numpy",
-    *_PLUGINS,
-)  # packages on which figures depend
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", *_PLUGINS)  # on which figures depend
 
 
 def target_device():
@@ -191,10 +182,8 @@ def topology_devices(topology, n_slices=1):
     from then on.
 
     `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
-    of a node, such as "h100:8".
-
-    Raises:
-      UserError: an unknown name or shape, or a compiler that is not installed.
+    of a node, such as "h100:8". Raises `UserError` for an unknown name or shape, or a compiler that
+    is not installed.
     """
     generation, _, shape = topology.partition(":")
     known = f"{', '.join(CHIPS)} and a shape, such as v5e:16x16, v5p:4x4x4 or h100:8"

@@ -66,10 +66,21 @@ def read_regular(path: Path | str, at_most: int) -> bytes:
     return content
 
 
+def read_text(path: Path, name: str, at_most: int) -> str:
+    """The text of a regular file in UTF-8. Raises `UserError`, whose message begins with `name`."""
+    try:
+        return read_regular(path, at_most).decode("utf-8")
+    except OSError as e:
+        raise UserError(f"{name} cannot be read ({e.strerror}); name a text file") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{name} is not UTF-8 at byte {e.start}; convert or remove it") from e
+
+
 def read_json(
     path: Path, wanted="name the workdir of a training run", schema=None, at_most: int = _BYTES
 ):
-    """The JSON object in a file.
+    """The JSON object in a file. Raises `UserError` if the file cannot be read, is too large, or
+    does not have the schema.
 
     Args:
       path: the file.
@@ -78,9 +89,6 @@ def read_json(
         `{name: schema}`, an object with at least these fields, where null stands for a missing one;
         or `{str: schema}`, an object with any fields of a schema.
       at_most: the largest size of the file in bytes.
-
-    Raises:
-      UserError: the file cannot be read, is too large, or does not have the schema.
     """
 
     def read():
@@ -91,12 +99,9 @@ def read_json(
 
     try:
         value = json.loads(patiently(f"{path} cannot be read", read))
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); {wanted}") from e
-    except RecursionError as e:
-        raise UserError(f"{path} cannot be read (it is nested too deeply); {wanted}") from e
-    except ValueError as e:
-        raise UserError(f"{path} cannot be read ({e}); {wanted}") from e
+    except (OSError, ValueError, RecursionError) as e:
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else e
+        raise UserError(f"{path} cannot be read ({getattr(e, 'strerror', why)}); {wanted}") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object; {wanted}")
     if problem := misfit(value, schema or {}):
@@ -152,9 +157,8 @@ def write_json(path: Path, value, indent=2):
 
 
 def write_whole(path: Path, content: bytes):
-    """Writes a file. A kill or a power cut leaves either the old file or the new one.
-
-    Raises `UserError` if a folder has its name, or its name with `.partial`.
+    """Writes a file. A kill or a power cut leaves either the old file or the new one. Raises
+    `UserError` if a folder has its name, or its name with `.partial`.
     """
     if is_remote(path):  # it appears whole
         path.write_bytes(content)

@@ -119,6 +119,7 @@ def shared_expert(experts):
     return SHARED_EXPERT | (SHARED_SCALE if experts.shared_gate else {})
 
 
-def experts_with(gate):
-    """The matrices of SwiGLU experts whose gate has these parameters, in the order of drawing."""
+def matrices_of(experts):
+    """The matrices of SwiGLU experts, by `ExpertsConfig`, in the order of drawing."""
+    gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)
     return {name: EXPERTS[name] for name in (*gate, "w_up", "w_down")}

@@ -24,15 +24,11 @@ _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "pro
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False):
-    """Returns the path that a user wrote; `~` stands for the home directory.
+    """Returns the path that a user wrote, such as runs/tiny, ~/runs, gs://BUCKET/runs/tiny or
+    s3://BUCKET/models/tiny.
 
-    Args:
-      text: a path such as runs/tiny, gs://BUCKET/runs/tiny or s3://BUCKET/models/tiny.
-      name: the flag or field, for messages.
-      in_store: whether the path may be in an object store.
-
-    Raises:
-      UserError: the scheme is unknown, or its package is missing.
+    `name` is the flag or field, for messages, and `in_store` says whether the path may be in an
+    object store. Raises `UserError` if the scheme is unknown, or its package is missing.
     """
     match = re.match(r"([\w+.-]+):/", str(text))
     if not match:
@@ -87,10 +83,8 @@ def file_system(path):
 def find(pattern: str) -> dict:
     """The files that match a glob pattern (`**`: folders of any depth), on a disk or in a store,
     each with its `size_and_version`; None for a broken link. Names that begin with a dot must be
-    named, and a link to a folder above itself is not followed.
-
-    Raises:
-      OSError: a folder cannot be listed.
+    named, and a link to a folder above itself is not followed. Raises `OSError` if a folder cannot
+    be listed.
     """
     if not is_remote(pattern):
         first, *parts = Path(os.path.abspath(os.path.expanduser(pattern))).parts
@@ -141,10 +135,8 @@ def _is_cycle(folder):
 
 
 def size_and_version(path) -> tuple[int, int]:
-    """The size of a file in bytes, and a number that changes with its content.
-
-    Raises:
-      FileNotFoundError: there is no such file.
+    """The size of a file in bytes, and a number that changes with its content. Raises
+    `FileNotFoundError` if there is no such file.
     """
     if is_remote(path):
         return _of_store(file_system(path).info(os.fspath(path)))
@@ -187,9 +179,8 @@ def unused(path):
 
 
 def move(source, target):
-    """Moves a file or folder; makes the folders above `target`. In a store, file by file.
-
-    Raises `UserError` if there is a file in the place of one of these folders.
+    """Moves a file or folder; makes the folders above `target`. In a store, file by file. Raises
+    `UserError` if there is a file in the place of one of these folders.
     """
     if is_remote(source):
         file_system(source).mv(os.fspath(source), os.fspath(target), recursive=True)

@@ -41,10 +41,8 @@ class ShardingRules:
 
     def spec(self, *axes):
         """The `PartitionSpec` of an array with these logical axes, None for one that is never
-        split.
-
-        Raises:
-          ValueError: an unknown logical axis, or two that are split over the same mesh axis.
+        split. Raises `ValueError` for an unknown logical axis, or two that are split over the same
+        mesh axis.
         """
         known = dataclasses.asdict(self) | {None: None}
         for axis in axes:
@@ -94,9 +92,8 @@ class MeshAxes:
     def sizes(self, mesh):
         """The number of devices along each of `MESH_AXES`; 1 without a mesh.
 
-        Raises:
-          ValueError: the mesh lacks a name, or a name stands for two axes; or, inside a
-            `jax.shard_map`, where parameters are whole, an axis splits them.
+        Raises `ValueError` if the mesh lacks a name, or a name stands for two axes; or, inside a
+        `jax.shard_map`, where parameters are whole, if an axis splits them.
         """
         if mesh.empty:
             return (1,) * len(MESH_AXES)
@@ -121,10 +118,8 @@ AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):
-    """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results.
-
-    Raises:
-      UserError: the axes do not multiply to the number of devices, or do not divide something.
+    """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results. Raises
+    `UserError` if the axes do not multiply to the number of devices, or do not divide something.
     """
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
@@ -140,10 +135,8 @@ def fill_mesh(config, n_devices):
 
 def make_mesh(config, devices):
     """The mesh of `config.mesh`, which has no -1, in the order of the devices' network. Slices are
-    along `data`.
-
-    Raises:
-      UserError: `mesh.data` is not a multiple of the slices, or the network cannot be cut that way.
+    along `data`. Raises `UserError` if `mesh.data` is not a multiple of the slices, or the network
+    cannot be cut that way.
     """
     shape = config.mesh.shape
     n_slices = count_slices(devices)
@@ -188,10 +181,8 @@ def state_shardings(mesh, abstract_state):
     """The shardings of a train state, of which `abstract_state` has the shapes.
 
     Parameters are split as they are declared (`methods.declared_parameters`), and the optimiser's
-    copies like them. All else, such as counters and the state of routing, is replicated.
-
-    Raises:
-      ValueError: a parameter that is not declared.
+    copies like them. All else, such as counters and the state of routing, is replicated. Raises
+    `ValueError` for a parameter that is not declared.
     """
     from aoe_jax.methods import declared_parameters  # which imports this module
 

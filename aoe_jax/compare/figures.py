@@ -62,14 +62,10 @@ drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
 
 
 def styles_of(labels):
-    """Returns options of lines by arm, from labels by arm; the first seven differ in colour.
-
-    Raises:
-      ValueError: there are more arms than styles.
+    """Returns options of lines by arm, from labels by arm; the first seven differ in colour, and
+    styles repeat after 42.
     """
-    if len(labels) > len(COLOURS) * len(DASHES):
-        raise ValueError(f"{len(labels)} arms, but only {len(COLOURS) * len(DASHES)} line styles")
-    styles = zip(itertools.product(DASHES, COLOURS), labels.items(), strict=False)
+    styles = zip(itertools.cycle(itertools.product(DASHES, COLOURS)), labels.items(), strict=False)
     return {
         arm: {"color": colour, "linestyle": dashes, "label": label}
         for (dashes, colour), (arm, label) in styles
@@ -255,13 +251,12 @@ def scores_through_training(report, name, title):
     steps = [checkpoint["step"] for checkpoint in checkpoints]
     scores = np.array([checkpoint["mean_score"] for checkpoint in checkpoints])  # [., L, n]
     layers, n = some_layers(scores.shape[1]), scores.shape[2]
-    experts = styles_of({i: i for i in range(min(n, len(COLOURS) * len(DASHES)))})
+    experts = styles_of({i: i for i in range(n)})
     figure, panels = _new(0.6 + 1.35 * len(layers), len(layers), 1, sharex=True)
     for axes, layer in zip(panels[:, 0], layers, strict=True):
         for expert in range(n):
-            style = experts[expert % len(experts)]
             values = scores[:, layer, expert]
-            axes.plot(steps, values, linewidth=1.1, marker=".", markersize=3, **style)
+            axes.plot(steps, values, linewidth=1.1, marker=".", markersize=3, **experts[expert])
         axes.set_title(f"layer {layer}", loc="left", fontsize=8)
         axes.set_ylabel(f"mean {name}")
     panels[-1, 0].set_xlabel("step")

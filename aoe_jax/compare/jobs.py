@@ -91,10 +91,7 @@ class Machine:
 
         A machine whose package versions or commit have changed counts as another one. Jobs at a
         time are `n_jobs`; None means one for each core on CPU, one elsewhere. Several jobs on GPUs
-        share them out.
-
-        Raises:
-          UserError: JAX does not start, or `n_jobs` is impossible here.
+        share them out. Raises `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
         file = workdir / "machine.json"
@@ -112,10 +109,8 @@ class Machine:
     def run(self, jobs: list[Job], together=True):
         """Runs jobs in order, one at a time in each slot, or in one slot if not `together`.
 
-        A job that fails stops no other.
-
-        Raises:
-          Stopped: `stop` was asked; the running jobs were asked too and have ended.
+        A job that fails stops no other. Raises `Stopped` if `stop` was asked; the running jobs were
+        asked too and have ended.
         """
         waiting, free, failed = list(jobs), self.slots[: None if together else 1], 0
         running = {}  # Job -> (its slot, Popen)
@@ -170,7 +165,6 @@ def _start(job, slot, environment):
 
 
 def _succeeded(job, status):
-    """Writes the outcome of a job."""
     log_file = beside(job.output, ".log")
     line = last_line(log_file)
     if status < 0:  # it had no chance to say why, as where memory ran out
@@ -234,10 +228,8 @@ def _output_of(*command):
 
 
 def slots_of(machine, n_jobs):
-    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them.
-
-    Raises:
-      UserError: the machine has no `n_jobs` such slots.
+    """Returns the slots of a machine: on CPU a core each, on GPUs an equal share of them. Raises
+    `UserError` if the machine has no `n_jobs` such slots.
     """
     if machine["backend"] == "cpu":
         cores = sorted(os.sched_getaffinity(0))

@@ -55,10 +55,8 @@ def measure_suite(suite: Suite, workdir: Path, machine: Machine):
     """Measures the sizes and sweeps that are not measured yet.
 
     One process runs at a time, so that they do not slow each other. Steps are timed in turn on CPU
-    only: elsewhere each run has the devices to itself, and all arms of a size may not fit.
-
-    Raises:
-      Stopped: the machine's `stop` was asked.
+    only: elsewhere each run has the devices to itself, and all arms of a size may not fit. Raises
+    `Stopped` if the machine's `stop` was asked.
     """
     runs = suite.runs(tuned_rates(suite, workdir))
     machine.run(measure_jobs(suite, runs, workdir, machine.backend == "cpu"), together=False)

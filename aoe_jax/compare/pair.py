@@ -33,10 +33,8 @@ NUMBERS = ["active_non_embedding", "flops", "validation_nll"]
 
 
 def finished_runs(folder: Path):
-    """Returns the rows of `runs.csv` of finished runs, with floats in the columns NUMBERS.
-
-    Raises:
-      UserError: the file is missing, damaged or not of a report, or no run has finished.
+    """Returns the rows of `runs.csv` of finished runs, with floats in the columns NUMBERS. Raises
+    `UserError` if the file is missing, damaged or not of a report, or no run has finished.
     """
     file = folder / "runs.csv"
     advice = "name the folder of a report"
@@ -56,15 +54,12 @@ def finished_runs(folder: Path):
 
 
 def pairs(runs: pd.DataFrame, arms):
-    """Compares two arms at every size that both have.
+    """Compares two arms at every size that both have. Raises `UserError` if these are not two arms,
+    or they have no run in common.
 
-    Returns:
-      A frame with a row for each size, in the order of the runs: `size`; `nlls`, a pair of
-      `Estimate`s; `difference`, an `Estimate`; `exponents`, a pair of floats. An exponent is NaN at
-      the first size, and between sizes of equal parameters or equal training FLOPs.
-
-    Raises:
-      UserError: these are not two arms, or they have no run in common.
+    Returns a frame with a row for each size, in the order of the runs: `size`; `nlls`, a pair of
+    `Estimate`s; `difference`, an `Estimate`; `exponents`, a pair of floats. An exponent is NaN at
+    the first size, and between sizes of equal parameters or equal training FLOPs.
     """
     given = ",".join(arms)
     are_two = len(arms) == len({*arms}) == 2

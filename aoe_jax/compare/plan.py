@@ -34,10 +34,8 @@ _SET = flags.DEFINE_multi_string("set", [], "GROUP.FIELD=VALUE for all runs, suc
 
 
 def first_runs(suite: Suite, sizes):
-    """Returns the run of the first seed of each arm at some sizes; no sizes means all.
-
-    Raises:
-      UserError: a size is unknown.
+    """Returns the run of the first seed of each arm at some sizes; no sizes means all. Raises
+    `UserError` if a size is unknown.
     """
     for size in sizes:
         wanted = f"{size} is unknown; {one_of(suite.sizes)}"

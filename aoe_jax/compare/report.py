@@ -44,12 +44,8 @@ TEMPLATES.filters |= {
 
 
 def write_report(suite: Suite, workdir: Path, command):
-    """Writes the report of the results so far, which `command` makes again.
-
-    Returns the path of `report.html`.
-
-    Raises:
-      UserError: a run there is of another configuration.
+    """Writes the report of the results so far, which `command` makes again. Returns the path of
+    `report.html`. Raises `UserError` if a run there is of another configuration.
     """
     runs = suite.runs(tuned_rates(suite, workdir))
     for run in runs:

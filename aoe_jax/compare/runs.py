@@ -31,10 +31,8 @@ def folder_of(workdir: Path, run: Run):
 def check_run(folder: Path, run: Run):
     """Checks that a directory is free or holds this very run with the same number of steps.
 
-    The number of steps matters because it decides the learning rate at each step.
-
-    Raises:
-      UserError: the directory holds another run.
+    The number of steps matters because it decides the learning rate at each step. Raises
+    `UserError` if the directory holds another run.
     """
     check_workdir(folder, run.config)
     file, steps = folder / "config.json", run.config.train.steps
@@ -61,11 +59,8 @@ def read_summary(file: Path):
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Tunes learning rates where the suite says so, and trains the missing runs.
 
-    The caller has made and locked `workdir`.
-
-    Raises:
-      UserError: a run in `workdir` is of another configuration.
-      Stopped: the machine's `stop` was asked.
+    The caller has made and locked `workdir`. Raises `UserError` if a run in `workdir` is of another
+    configuration, and `Stopped` if the machine's `stop` was asked.
     """
     _train(suite.tuning_runs().values(), workdir, machine)
     rates = tuned_rates(suite, workdir)
@@ -106,10 +101,8 @@ def _job(run, folder):
 def tuning_nlls(suite: Suite, workdir: Path):
     """Returns `{arm: {learning rate: validation nll}}` of the tuning.
 
-    The nll is None for a run that is not finished and inf for one that diverged.
-
-    Raises:
-      UserError: a run is of another configuration.
+    The nll is None for a run that is not finished and inf for one that diverged. Raises `UserError`
+    if a run is of another configuration.
     """
     found = {}
     for (arm, rate), run in suite.tuning_runs().items():
@@ -127,9 +120,7 @@ def tuned_rates(suite: Suite, workdir: Path):
 
     It is None, the configured rate, for an arm none of whose tuning runs has finished. An arm with
     runs in `workdir` keeps the rate that they began with, even if the tuning has changed since.
-
-    Raises:
-      UserError: a run is of another configuration.
+    Raises `UserError` if a run is of another configuration.
     """
     found, begun = {}, {}
     for run in suite.runs() if suite.tuning else ():

@@ -46,10 +46,7 @@ class RepeatedStep:
 
         With the `folder` of a run of this configuration, steps start from its newest checkpoint,
         with its last learning rate, on its first validation batch. Else parameters and tokens are
-        random.
-
-        Raises:
-          UserError: the run cannot be read.
+        random. Raises `UserError` if the run cannot be read.
         """
         config = fill_mesh(config, jax.device_count())
         batch = random_batch(config)

@@ -3,7 +3,6 @@
 A suite file has a function `get_suite()` that returns a `Suite`; see `configs/compare/`.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ from aoe_jax import cli
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, naming
 
 TOLERANCE = 0.01  # by which the total parameters of matched arms may differ
 TUNING_SEED = 1_000_000  # of tuning runs only
@@ -91,10 +90,8 @@ class Sweep:
     def changes_at(self, value, batch_size):
         """Returns the changes, group -> field -> value, for one value of the setting.
 
-        `batch_size` is that of one chip, used for topologies only.
-
-        Raises:
-          UserError: the value is not a topology.
+        `batch_size` is that of one chip, used for topologies only. Raises `UserError` if the value
+        is not a topology.
         """
         if not self.is_topology:
             group, _, name = self.setting.partition(".")
@@ -157,10 +154,8 @@ class Suite:
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
-        """Checks names and values; configurations are checked by `runs` and `swept`.
-
-        Raises:
-          UserError: a field is invalid.
+        """Checks names and values; configurations are checked by `runs` and `swept`. Raises
+        `UserError` if a field is invalid.
         """
         self._check_names("arms", Arm, needed=True)
         self._check_names("sizes", Size, needed=self.tuning or not self.throughput)
@@ -230,15 +225,8 @@ class Suite:
         groups = _changed(self.base.to_dict(), *changes)
         return _changed(groups, self.arms[arm].changes_of(ConfigDict(groups)), self.settings)
 
-    @contextlib.contextmanager
-    def _naming(self, place, arm):
-        try:
-            yield
-        except UserError as e:
-            raise UserError(f"suite {self.name}, {place}, arm {arm}: {e}") from e
-
     def _config(self, size, arm, seed, rate):
-        with self._naming(f"size {size}", arm):
+        with naming(f"suite {self.name}, size {size}, arm {arm}"):
             groups = self._groups(arm, self.sizes[size].changes)
             train = {"seed": seed}
             if rate is not None:
@@ -251,11 +239,9 @@ class Suite:
     def runs(self, learning_rates=None):
         """Returns all runs, size by size and seed by seed.
 
-        `learning_rates` are tuned peaks by arm; None keeps the configured rate.
-
-        Raises:
-          UserError: a configuration is invalid, or the arms of a size differ in their recipe, or
-            matched arms differ in total parameters.
+        `learning_rates` are tuned peaks by arm; None keeps the configured rate. Raises `UserError`
+        if a configuration is invalid, or the arms of a size differ in their recipe, or matched arms
+        differ in total parameters.
         """
         learning_rates, runs = learning_rates or {}, []
         for name, size in self.sizes.items():
@@ -285,16 +271,14 @@ class Suite:
         return found
 
     def swept(self, name):
-        """Returns `{value: {arm: Config}}` of a sweep.
-
-        Raises:
-          UserError: see `runs`; the message names sweep, value and arm.
+        """Returns `{value: {arm: Config}}` of a sweep. Raises `UserError` as `runs` does; the
+        message names sweep, value and arm.
         """
         sweep, found = self.throughput[name], {}
         for value in sweep.values:
             place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
             for arm in self._arms(sweep):
-                with self._naming(place, arm):
+                with naming(f"suite {self.name}, {place}, arm {arm}"):
                     batch_size = self._groups(arm, sweep.changes)["train"]["batch_size"]
                     at_value = sweep.changes_at(value, batch_size)
                     groups = self._groups(arm, sweep.changes, at_value)
@@ -354,10 +338,8 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word.
-
-    Raises:
-      UserError: the file cannot be read, has no suite, or the suite or a setting is invalid.
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word. Raises `UserError` if
+    the file cannot be read, has no suite, or the suite or a setting is invalid.
     """
     suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"

@@ -19,19 +19,20 @@ _BOUNDS = {
 }
 
 
-def setting(default, *, choices=None, training_only=False, **bounds):
+def setting(default, *, choices=None, kinds=None, training_only=False, **bounds):
     """A dataclass field with the values that it may have.
 
     Args:
       default: the default; None is always allowed where it is the default.
       choices: the values that are allowed.
+      kinds: the values of `experts.kind` that the field is for; others have the default.
       training_only: whether the field only matters for training, not for what a trained model
         computes.
       **bounds: of a number, checked in order. A key is a name in `_BOUNDS`; a value is a number, or
         the name of another field of the group.
     """
-    metadata = {"choices": choices, "training_only": training_only, "bounds": bounds}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"choices": choices, "kinds": kinds, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata | {"training_only": training_only})
 
 
 class Group:

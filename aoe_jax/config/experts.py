@@ -1,13 +1,13 @@
 """The group `experts`: kind, number and size of the experts of a layer; Eq. 5."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from aoe_jax.config.checks import Group, setting
 
 SCORES = ("norm", "max")
-# Fields of kind="aoe" alone, and their value for other kinds.
-AOE_ONLY_DEFAULTS = {"score_gradient": None, "score_neurons": None, "score": "norm"}
+_USUAL = ("aoe", "router")
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,28 @@ class ExpertsConfig(Group):
     top_k: int = setting(2, above=0, at_most="n_experts")
     d_ffn: int = setting(512, above=0)  # width of a traditional expert or of the dense layer (f)
     d_low: int = setting(32, above=0)  # rank of a factorised gate (r)
-    # aoe: None: gates are factorised, and their low-rank activations give the score (the paper). A
+    # None: gates are factorised, and their low-rank activations give the score (the paper). A
     # number: gates are whole, and this many of their first pre-activations give the score.
-    score_neurons: int | None = setting(None, above=0, at_most="d_ffn")
-    score: str = setting("norm", choices=SCORES)  # aoe: how the activations become a score
+    score_neurons: int | None = setting(None, kinds=("aoe",), above=0, at_most="d_ffn")
+    # How the activations become a score.
+    score: str = setting("norm", choices=SCORES, kinds=("aoe",))
     d_wide: int | None = setting(None, above=0)  # width with a factorised gate; None: Eq. 5
     round_to: int = setting(1, above=0)  # Eq. 5's width is rounded to the nearest multiple of it
-    # aoe. sparse: only the chosen norms have a gradient (with a balance loss also all norms of a
+    # sparse: only the chosen norms have a gradient (with a balance loss also all norms of a
     # share balance.aux_tokens of the tokens), and only the chosen activations are kept. This is
     # exact where weights are the softmax over the chosen scores. dense: the activations of all
     # experts are kept, as published. None: sparse where it is exact.
-    score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"))
+    score_gradient: str | None = setting(None, choices=(None, "sparse", "dense"), kinds=("aoe",))
     # router: W_gate = W_gate_down W_gate_up inside each expert (Table 2, row 3). smear, thor: the
     # experts of AoE.
-    factorised_gate: bool = False
+    factorised_gate: bool = setting(False, kinds=("router", "smear", "thor"))
     # dtype in which the gradients of experts are summed over fsdp; bfloat16 sends half the bytes.
-    gradient_sums: str = setting("float32", choices=("float32", "bfloat16"))
-    # aoe, router: width of a further expert that every token uses beside the chosen ones; 0: none.
-    d_shared: int = setting(0, at_least=0)
+    gradient_sums: str = setting("float32", choices=("float32", "bfloat16"), kinds=_USUAL)
+    # Width of a further expert that every token uses beside the chosen ones; 0: none.
+    d_shared: int = setting(0, kinds=_USUAL, at_least=0)
     shared_gate: bool = False  # sigmoid(x w) scales the output of that expert (Qwen2-MoE)
-    large_router: bool = False  # router: about n r d parameters in the router (Table 2, row 4)
+    # About n r d parameters in the router (Table 2, row 4).
+    large_router: bool = setting(False, kinds=("router",))
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,22 +55,16 @@ class ExpertsConfig(Group):
                 self.refuse("round_to", only)
         if self.round_to > 1 and self.d_wide is not None:
             self.refuse("round_to", "rounds the width of Eq. 5; leave experts.d_wide at None")
-        if self.factorised_gate and self.kind not in ("router", "smear", "thor"):
-            self.refuse("factorised_gate", "is for experts.kind='router', 'smear' or 'thor'")
-        if self.gradient_sums == "bfloat16" and self.kind not in ("aoe", "router"):
-            self.refuse("gradient_sums", "is for experts.kind='aoe' or 'router'")
-        if self.d_shared and self.kind not in ("aoe", "router"):
-            self.refuse("d_shared", "is for experts.kind='aoe' or 'router'; set it to 0")
         if self.shared_gate and not self.d_shared:
             self.refuse("shared_gate", "scales a shared expert; set its width, experts.d_shared")
-        if self.large_router and self.kind != "router":
-            self.refuse("large_router", "is for experts.kind='router'")
         if self.large_router and self.factorised_gate:
             wanted = "is an ablation of its own; set experts.factorised_gate=False"
             self.refuse("large_router", wanted)
-        for field, default in AOE_ONLY_DEFAULTS.items():
-            if self.kind != "aoe" and getattr(self, field) != default:
-                self.refuse(field, f"is for experts.kind='aoe'; leave it at {default}")
+        for field in dataclasses.fields(self):
+            kinds = field.metadata.get("kinds")
+            if kinds and self.kind not in kinds and getattr(self, field.name) != field.default:
+                only = f"is for experts.kind={' or '.join(map(repr, kinds))}"
+                self.refuse(field.name, f"{only}; leave it at {field.default}")
 
     def check(self, config):
         d_model = config.model.d_model

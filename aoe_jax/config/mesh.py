@@ -34,12 +34,6 @@ class MeshConfig(Group):
         """The sizes of `sharding.MESH_AXES`."""
         return self.data, self.fsdp, self.expert, self.tensor
 
-    def refuse_all_to_all(self, kind):
-        """Raises a `UserError` for `all_to_all` with a kind of layer whose rows do not travel."""
-        if self.transport == "all_to_all":
-            wanted = f"is not implemented for experts.kind={kind!r}; leave it at 'ring'"
-            self.refuse("transport", wanted)
-
     def check(self, config):
         """Refuses what the mesh would split unevenly and what no test covers."""
         m, e, d = config.model, config.experts, config.model.d_model

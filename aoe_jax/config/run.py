@@ -72,11 +72,8 @@ class Config:
 
     @classmethod
     def from_config_dict(cls, config):
-        """Checks a `ConfigDict` (or nested dict) field by field.
-
-        Raises:
-          UserError: an unknown group or field, a value of the wrong type, or one that is not
-            allowed.
+        """Checks a `ConfigDict` (or nested dict) field by field. Raises `UserError` for an unknown
+        group or field, a value of the wrong type, or one that is not allowed.
         """
         classes = {f.name: f.type for f in dataclasses.fields(cls)}
         _refuse_unknown(config, classes)

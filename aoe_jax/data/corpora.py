@@ -28,7 +28,7 @@ from aoe_jax.data.documents import DOCUMENT_BYTES
 from aoe_jax.data.token_store import file_sha256
 from aoe_jax.errors import UserError
 from aoe_jax.faults import patiently_if_allowed
-from aoe_jax.json_files import read_regular
+from aoe_jax.json_files import read_text
 from aoe_jax.locking import exclusive
 from aoe_jax.paths import parsed_path
 
@@ -109,17 +109,7 @@ def _text_folder(path: str | None) -> Corpus:
 
     def documents(split: str) -> Iterator[str]:
         for name in splits[split]:
-            try:
-                yield read_regular(root / name, DOCUMENT_BYTES).decode("utf-8")
-            except OSError as error:
-                raise UserError(
-                    f"data.path={path!r}: {root / name} cannot be read ({error.strerror})"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"data.path={path!r}: {root / name} is not UTF-8 at byte {error.start}; "
-                    "convert or remove it"
-                ) from error
+            yield read_text(root / name, f"data.path={path!r}: {root / name}", DOCUMENT_BYTES)
 
     return Corpus("text", digest.hexdigest(), documents)
 

@@ -141,10 +141,9 @@ def train_batches(
     process.
 
     `weights` are the sources' shares of the windows, in proportion to each other; None: the numbers
-    of their windows, so that one pass over the mixture is one over every source.
-
-    Raises `UserError` if a stream is shorter than one window; on `set_state`, if the position
-    belongs to other sources; on `next`, as `TokenStore.read` does.
+    of their windows, so that one pass over the mixture is one over every source. Raises `UserError`
+    if a stream is shorter than one window; on `set_state`, if the position belongs to other
+    sources; on `next`, as `TokenStore.read` does.
     """
     rows = range(batch_size) if rows is None else rows
     windows = [PackedWindows(store, seq_len, loss_mask) for store in stores.values()]

@@ -109,10 +109,9 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     """Makes a token store in `output`, or continues one that the same call began.
 
     `inputs` are glob patterns, see `find_files`. `output` is a directory that is empty, new, or of
-    the same preparation. The store does not depend on the number of `processes`.
-
-    Raises `UserError` if an input or the tokenizer cannot be used, `output` belongs to another
-    preparation, the disk is full, or a split would be empty.
+    the same preparation. The store does not depend on the number of `processes`. Raises `UserError`
+    if an input or the tokenizer cannot be used, `output` belongs to another preparation, the disk
+    is full, or a split would be empty.
     """
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
     with owned(output, "output"), _faults_are_named(output):
@@ -145,7 +144,6 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
 
 
 def _finish(output: Path, settings: Settings, tokenizer: Tokenizer, results: list[dict]):
-    """Writes the manifest, from the results of all units."""
     splits = {name: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for name in SPLITS}
     for result in results:
         for name, part in result["splits"].items():

@@ -77,9 +77,9 @@ def write_splits(
     `documents` are pairs of a split and a text that is not empty. Raises `UserError` if the
     tokenizer encodes a part of a text as its end-of-text token.
 
-    Returns:
-        For each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`,
-        which are then safely on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each.
+    Returns for each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the
+    `shards`, which are then safely on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of
+    each.
     """
     with contextlib.ExitStack() as files:
         writers = {}
@@ -244,9 +244,8 @@ class TokenStore:
         """Opens a store on a disk.
 
         With `origin`, a store in an object store, `directory` is its `staged` folder, into which a
-        shard is copied when it is read for the first time.
-
-        Raises `UserError` if the manifest or a shard is missing or damaged.
+        shard is copied when it is read for the first time. Raises `UserError` if the manifest or a
+        shard is missing or damaged.
         """
         self._directory, self.split, self._origin = Path(directory), split, origin
         self._fetched = set()  # shards that are in the staged folder
@@ -272,10 +271,8 @@ class TokenStore:
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `[start, stop)` of the stream, int32 `[stop - start]`.
-
-        Raises `IndexError` if the range is empty or reaches beyond the stream, `UserError` if a
-        shard is damaged there.
+        """Tokens `[start, stop)` of the stream, int32 `[stop - start]`. Raises `IndexError` if the
+        range is empty or reaches beyond the stream, `UserError` if a shard is damaged there.
         """
         if not 0 <= start < stop <= self._tokens:
             raise IndexError(f"tokens {start}:{stop} of a stream of {self._tokens}")
@@ -326,9 +323,8 @@ class TokenStore:
 
 
 def staged(origin, cache: str) -> Path:
-    """The folder in `cache` for a token store in an object store, with all but its shards.
-
-    Raises `UserError` if there is no complete store.
+    """The folder in `cache` for a token store in an object store, with all but its shards. Raises
+    `UserError` if there is no complete store.
     """
     manifest = read_manifest(origin)
     key = hashlib.sha256(repr(manifest).encode()).hexdigest()[:16]

@@ -148,11 +148,10 @@ def cached_token_stores(
     """Directories of the corpora's token stores, which are built if they do not exist.
 
     A store is `<cache>/tokens/<corpus name>-<hash of the corpus and the tokenizer>`, so another
-    tokenizer, vocabulary size or text makes another store. If several processes share the
-    cache, one builds a store and the others wait. `tokenizer` is the path of a file; if it is None,
-    byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora.
-
-    Raises `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
+    tokenizer, vocabulary size or text makes another store. If several processes share the cache,
+    one builds a store and the others wait. `tokenizer` is the path of a file; if it is None,
+    byte-level BPE of `vocab_size` tokens is trained on the train splits of all corpora. Raises
+    `UserError` if the tokenizer or a text cannot be used, or `vocab_size` is too small.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given:

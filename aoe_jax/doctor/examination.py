@@ -8,18 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from aoe_jax import hardware
 from aoe_jax.config.run import Config
 from aoe_jax.doctor import kernels, speed
 from aoe_jax.doctor.steps import fitted, planned, run_steps, twins
 from aoe_jax.errors import UserError
-from aoe_jax.hardware import (
-    Chip,
-    count_slices,
-    machine,
-    peak_flops_per_device,
-    published_figures,
-    slice_shape,
-)
 from aoe_jax.model.attention import backend_for as attention_backend
 from aoe_jax.model.attention.cudnn import check as check_cudnn
 from aoe_jax.moe.grouped_matmul import backend_for as grouped_backend
@@ -40,18 +33,14 @@ MODELS = {"aoe": "AoE", "router": "MoE"}
 def examine(config: Config, show=print):
     """Examines all devices of all processes, part after part.
 
-    Args:
-      config: its mesh is filled in, and its batch is made to fit (`steps.fitted`).
-      show: is called with each line of text as soon as a part is done.
+    The mesh of the configuration is filled in, and its batch is made to fit (`steps.fitted`).
+    `show` is called with each line of text as soon as a part is done. Raises `UserError` for a
+    setting that these devices do not allow.
 
-    Returns:
-      `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
-      `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
-      `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
-      `seconds`. A part that raised an exception has `error` instead of figures.
-
-    Raises:
-      UserError: a setting that these devices do not allow.
+    Returns `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
+    `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
+    `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
+    `seconds`. A part that raised an exception has `error` instead of figures.
     """
     started = time.perf_counter()
 
@@ -60,7 +49,7 @@ def examine(config: Config, show=print):
 
     config = fitted(config, jax.device_count())
     mesh, models = make_mesh(config, jax.devices()), twins(config)
-    report = {"machine": machine(), "configuration": config.to_dict()}
+    report = {"machine": hardware.machine(), "configuration": config.to_dict()}
     say(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     sequences = f"{kernels.sequences_per_device(config)} x {config.data.seq_len}"
@@ -131,11 +120,8 @@ def _why_plain(device, has_kernels, check):
 def check_kernels(config, models, mesh, backends, say):
     """Checks attention, the grouped products and the layers of all models on the mesh in context.
 
-    Returns:
-      A list of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
-
-    Raises:
-      UserError: a backend does not take the platform, a dtype or a width.
+    Raises `UserError` if a backend does not take the platform, a dtype or a width. Returns a list
+    of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
     """
     attention, *grouped = backends
     cases = kernels.attention_cases(config, attention["backend"])
@@ -170,9 +156,8 @@ def _in_words(result):
 def measure(config, mesh, backends, say):
     """Measures what `speed` has, on a mesh in no context.
 
-    Returns:
-      Figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of the
-      measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
+    Returns figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of
+    the measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
     """
     attention, *grouped = backends
     row, found = Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1]), {}
@@ -199,11 +184,11 @@ def _measured(work, mesh, found):
     rate, peak, of = work.amount / seconds, None, "published"
     if work.peak == "matmul":
         peak, of = found["matmul"].get("per_second"), "matmul"
-    elif published := published_figures(devices):
+    elif published := hardware.published_figures(devices):
         if work.peak != "link_bandwidth":
             peak = getattr(published, work.peak)
-        elif count_slices(devices) == 1:
-            peak = published.group_bandwidth(slice_shape(devices), len(devices))
+        elif hardware.count_slices(devices) == 1:
+            peak = published.group_bandwidth(hardware.slice_shape(devices), len(devices))
     share = rate / peak if peak else None
     return {"seconds": seconds, "per_second": rate, "unit": work.unit, "share": share, "of": of}
 
@@ -225,12 +210,12 @@ def take_steps(name, config, measurements, say):
 
     Figures that are not published for a device are measured.
     """
-    published = published_figures(jax.devices())
-    peak = peak_flops_per_device(jax.devices())
+    published = hardware.published_figures(jax.devices())
+    peak = hardware.peak_flops_per_device(jax.devices())
     by = "published" if peak else "measured"
     rate = {work: figures.get("per_second", math.nan) for work, figures in measurements.items()}
     peak, link = peak or rate["matmul"], rate.get("all_gather", math.inf)
-    chip = published or Chip(peak, math.inf, rate["HBM"], link, link)
+    chip = published or hardware.Chip(peak, math.inf, rate["HBM"], link, link)
     figures = _attempt(run_steps, config, peak) | {"peak": by}
     if "error" in figures:
         say(f"steps of {name}: {figures['error']}")

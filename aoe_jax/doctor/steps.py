@@ -9,7 +9,6 @@ import time
 import jax
 
 from aoe_jax.compare.step_times import RepeatedStep
-from aoe_jax.config.experts import AOE_ONLY_DEFAULTS
 from aoe_jax.config.run import Config
 from aoe_jax.counts import parameter_counts, training_flops_per_token
 from aoe_jax.errors import UserError
@@ -26,10 +25,7 @@ MAX_TOKENS = 16_384  # of a device in a step
 
 def fitted(config: Config, n_devices):
     """The configuration on a mesh of all devices, in one micro-batch of at most `MAX_TOKENS` tokens
-    a device.
-
-    Raises:
-      UserError: see `sharding.fill_mesh`.
+    a device. Raises `UserError`, see `sharding.fill_mesh`.
     """
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
@@ -49,7 +45,8 @@ def twins(config: Config):
     e, balance, replace = config.experts, config.balance, dataclasses.replace
     try:
         if e.kind == "aoe":
-            router = replace(e, kind="router", d_wide=None, round_to=1, **AOE_ONLY_DEFAULTS)
+            of_aoe = {"score_gradient": None, "score_neurons": None, "score": "norm"}
+            router = replace(e, kind="router", d_wide=None, round_to=1, **of_aoe)
             balance = replace(balance, aux_tokens=1.0)
             return {"aoe": config, "moe": replace(config, experts=router, balance=balance)}
         if e.kind == "router" and not (e.factorised_gate or e.large_router):
@@ -64,9 +61,8 @@ def twins(config: Config):
 def run_steps(config: Config, peak):
     """Takes `STEPS` steps; `peak` are FLOPs per second of a device.
 
-    Returns:
-      Figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and, where
-      the backend counts it, the peak of this process; `finite` is whether every step was.
+    Returns figures: `step_seconds` is the median; `memory_bytes` are `memory.program_memory` and,
+    where the backend counts it, the peak of this process; `finite` is whether every step was.
     """
     started = time.perf_counter()
     step = RepeatedStep(config)
@@ -95,9 +91,8 @@ def run_steps(config: Config, peak):
 def planned(config: Config, chip):
     """Plans a step on these devices by `aoe_jax.plan`, from the `hardware.Chip` figures of one.
 
-    Returns:
-      `{"seconds", "kind"}`: The likely time on TPU and GPU, where the step is compiled once more;
-      on CPU the bound and what it is bound by.
+    Returns `{"seconds", "kind"}`: the likely time on TPU and GPU, where the step is compiled once
+    more; on CPU the bound and what it is bound by.
     """
     devices = jax.devices()
     kind, compiles = devices[0].device_kind, devices[0].platform in ("tpu", "gpu")

@@ -17,15 +17,9 @@ from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
     """Lists of host batches: random ones of the train split, the first of each validation split.
 
-    Args:
-      model: that of `directory`, a training run or a model.
-      directory: see `model`.
-      data: corpora, written like `data.name`; None: those of the model's run.
-      n_tokens: of each split, rounded up to whole batches.
-      seed: of the random batches.
-
-    Raises:
-      UserError: the corpora cannot be read.
+    Each split has `n_tokens`, rounded up to whole batches. `data` names corpora, written like
+    `data.name`; None: those of the run of `model`, which is in `directory`. `seed` draws the random
+    batches. Raises `UserError` if the corpora cannot be read.
     """
     corpus = corpus_of(model, directory, data)
     size, seq_len = model.config.train.batch_size, model.config.data.seq_len

@@ -51,9 +51,8 @@ class Contrast:
 def strong_and_weak(decoder: Decoder, contrast: Contrast):
     """The decoders of the two passes; both take the parameters of `decoder`.
 
-    Raises:
-      UserError: the model's kind or selection has no ranks, it has too few experts, or K of the
-        strong pass is set for a selection without K.
+    Raises `UserError` if the model's kind or selection has no ranks, it has too few experts, or K
+    of the strong pass is set for a selection without K.
     """
     experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
     wanted = (
@@ -71,10 +70,8 @@ def strong_and_weak(decoder: Decoder, contrast: Contrast):
     require_flag(k is None or name == "top_k", "strong_k", k, wanted)
     strong = dataclasses.replace(experts, top_k=k or experts.top_k)
     weak = dataclasses.replace(experts, top_k=1)
-    return (
-        decoder.clone(experts=strong),
-        decoder.clone(experts=weak, routing=Ranked((rank - 1,))),
-    )
+    routing = Ranked((rank - 1,))
+    return decoder.clone(experts=strong), decoder.clone(experts=weak, routing=routing)
 
 
 def contrasted(strong, weak, contrast: Contrast):

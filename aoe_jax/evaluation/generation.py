@@ -69,10 +69,8 @@ class Generator:
     """Continues texts."""
 
     def __init__(self, model: Model, contrast: Contrast | None = None):
-        """Takes a model, and the settings of self-contrast.
-
-        Raises:
-          UserError: the model cannot be decoded token by token, or cannot be contrasted.
+        """Takes a model, and the settings of self-contrast. Raises `UserError` if the model cannot
+        be decoded token by token, or cannot be contrasted.
         """
         check_decodes(model.decoder)
         self._model = model
@@ -111,7 +109,8 @@ class Generator:
 
         A continuation ends before the end-of-text token, after `max_tokens`, or where `is_done`
         says so. Draws depend on the seed, the prompt and its place among the prompts, not on the
-        other prompts.
+        other prompts. Raises `UserError` if a prompt is empty, or it and its tokens exceed the
+        model's length.
 
         Args:
           prompts: token ids of each, at least one.
@@ -122,9 +121,6 @@ class Generator:
 
         Yields:
           The next tokens of each prompt; none for those that have ended.
-
-        Raises:
-          UserError: a prompt is empty, or it and its tokens exceed the model's length.
         """
         if not len(prompts):
             return

@@ -71,10 +71,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests, disable_tqdm=False):
         """The continuation of each context, which ends before one of its `until` strings.
 
-        A context that is too long loses its first tokens. Draws are the same in every run.
-
-        Raises:
-          UserError: a task asks for more tokens than the model takes, or for unknown settings.
+        A context that is too long loses its first tokens. Draws are the same in every run. Raises
+        `UserError` if a task asks for more tokens than the model takes, or for unknown settings.
         """
         arguments = [request.args for request in requests]
         ordered = Collator(

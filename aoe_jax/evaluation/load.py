@@ -17,12 +17,11 @@ MAX_NUMBERS = 16  # experts whose shares a picture writes as numbers
 def load_statistics(stats: LayerStats):
     """The statistics of every layer as JSON values; `stats` are stacked over layers.
 
-    Returns:
-      A dictionary: `load` `[L][n]` (fraction of the tokens that choose each expert),
-      `load_entropy` and `confidence_entropy` `[L]` in nats, `mean_score` `[L][n]` (norms or
-      logits), and over all layers `load_spread`, `experts_per_token` and `dead_experts` (chosen by
-      no token). Experts with a capacity also have `dropped_share` `[L]`, the share of the choices
-      beyond it; experts that are added and removed have `live_experts` `[L]`.
+    Returns a dictionary: `load` `[L][n]` (fraction of the tokens that choose each expert),
+    `load_entropy` and `confidence_entropy` `[L]` in nats, `mean_score` `[L][n]` (norms or logits),
+    and over all layers `load_spread`, `experts_per_token` and `dead_experts` (chosen by no token).
+    Experts with a capacity also have `dropped_share` `[L]`, the share of the choices beyond it;
+    experts that are added and removed have `live_experts` `[L]`.
     """
     load, live = np.asarray(stats.load), stats.live
     figures = figures_of_layers(load, live)

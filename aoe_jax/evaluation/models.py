@@ -15,25 +15,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from aoe_jax import sharding
 from aoe_jax.config.checks import require_flag
 from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus, opened_before
 from aoe_jax.data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
-from aoe_jax.errors import DivergedError, UserError, shown
+from aoe_jax.errors import DivergedError, UserError, naming, shown
 from aoe_jax.formats.reading import is_model, load_params, read_begin_token, read_config, read_step
 from aoe_jax.formats.tokenizer_files import read_prefix
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.model.decoding import unstacked
 from aoe_jax.paths import is_remote, local_copy
-from aoe_jax.sharding import (
-    MESH_AXES,
-    batch_sharding,
-    fill_mesh,
-    make_mesh,
-    put_batch,
-    replicated,
-)
 from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.step import train_step_on
 from aoe_jax.training.workdir import check_data, read_identities, read_run_config
@@ -64,7 +57,7 @@ class Model:
         """Puts windows of a corpus on the devices, with `start` in place of end-of-text tokens."""
         is_end = batch["inputs"] == self.tokenizer.end_of_text
         inputs = np.where(is_end, np.int32(self.start), batch["inputs"])
-        return put_batch(batch_sharding(self.mesh), batch | {"inputs": inputs})
+        return sharding.put_batch(sharding.batch_sharding(self.mesh), batch | {"inputs": inputs})
 
     @functools.cached_property
     def by_layer(self):
@@ -88,19 +81,15 @@ def source_config(directory: Path) -> Config:
 def load_model(directory: Path, step="newest", mesh=None):
     """Loads the `Model` of a training run, of the hub, of `aoe_jax.export` or `aoe_jax.convert`.
 
-    Args:
-      directory: the workdir of a run, or the directory of a model.
-      step: which checkpoint of a run: "newest", "best" or a number of steps.
-      mesh: how the devices share the model, such as "fsdp=4"; None: see `on_devices_here`.
-
-    Raises:
-      UserError: there is no such model, it cannot be read, or the mesh does not fit.
-      DivergedError: a parameter is not finite.
+    `directory` is the workdir of a run, or the directory of a model. `step` is a checkpoint of a
+    run: "newest", "best" or a number of steps. `mesh` says how the devices share the model, such as
+    "fsdp=4"; None: see `on_devices_here`. Raises `UserError` if there is no such model, it cannot
+    be read, or the mesh does not fit, and `DivergedError` if a parameter is not finite.
     """
     if is_remote(directory) and is_model(directory):
         directory = local_copy(directory)
     config = on_devices_here(source_config(directory), mesh_axes(mesh))
-    devices, has_run = make_mesh(config, jax.devices()), not is_model(directory)
+    devices, has_run = sharding.make_mesh(config, jax.devices()), not is_model(directory)
     setting = f"the tokenizer of the {'run' if has_run else 'model'}"
     tokenizer = load_tokenizer(saved_tokenizer(directory), setting=setting)
     start, prefix = tokenizer.end_of_text, []
@@ -126,10 +115,9 @@ def load_model(directory: Path, step="newest", mesh=None):
 
 
 def _refuse_nan(directory, params, mesh):
+    are_finite = partial(jax.tree.map, lambda a: jnp.isfinite(a).all())
     with jax.set_mesh(mesh):
-        finite = jax.jit(
-            partial(jax.tree.map, lambda a: jnp.isfinite(a).all()), out_shardings=replicated(mesh)
-        )(params)
+        finite = jax.jit(are_finite, out_shardings=sharding.replicated(mesh))(params)
     for path, is_finite in flatten_dict(jax.device_get(finite), sep="/").items():
         if not is_finite:
             raise DivergedError(
@@ -144,18 +132,14 @@ def corpus_of(model: Model, directory: Path, named: str | None = None):
     It is that of corpora that the user has `named`, written like `data.name`; else of the model's
     run. A model, unlike a run, may come from anywhere, so it cannot choose a file to be read or a
     data set to be downloaded: without names, only the bundled corpus is opened, or corpora that the
-    user has tokenised here before.
-
-    Raises:
-      UserError: it cannot be read, has changed since the run, or must be named.
+    user has tokenised here before. Raises `UserError` if it cannot be read, has changed since the
+    run, or must be named.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:
-        try:
+        with naming(f"--data={named}"):
             own = {"path": None, "tokenizer": str(saved_tokenizer(directory))}
             return open_corpus(dataclasses.replace(data, name=named, **own), vocab_size)
-        except UserError as e:
-            raise UserError(f"--data={named}: {e}") from e
     if is_model(directory) and (data.name != "sotu" or data.path is not None):
         if corpus := opened_before(data, read_identities(directory)):
             return corpus
@@ -174,15 +158,13 @@ def on_devices_here(config, axes=None):
 
     Batches may become larger, so that the devices divide them; only expert choice depends on that.
     `axes` are the devices along some axes, such as `{"fsdp": 4}`, the rest along `data`; None: the
-    mesh of training or, where it does not fit, all devices along `data`.
-
-    Raises:
-      UserError: the axes do not make up the devices, or do not divide the model.
+    mesh of training or, where it does not fit, all devices along `data`. Raises `UserError` if the
+    axes do not make up the devices, or do not divide the model.
     """
     n = jax.device_count()
     if axes is None:
         try:
-            return fill_mesh(config, n)
+            return sharding.fill_mesh(config, n)
         except UserError:
             axes = {name: getattr(config.mesh, name) for name in ("fsdp", "expert", "tensor")}
         if n % math.prod(axes.values()):
@@ -199,16 +181,16 @@ def on_devices_here(config, axes=None):
         mesh=MeshConfig(**axes),
         train=dataclasses.replace(config.train, batch_size=batch_size, accumulate=1),
     )
-    return fill_mesh(config, n)
+    return sharding.fill_mesh(config, n)
 
 
 def mesh_axes(text):
     """Parses `--mesh`, such as `fsdp=4,expert=2`; None for None. Raises `UserError`."""
     if text is None:
         return None
-    form = re.compile(rf"({'|'.join(MESH_AXES)})=([1-9][0-9]*)")
+    form = re.compile(rf"({'|'.join(sharding.MESH_AXES)})=([1-9][0-9]*)")
     parts = [form.fullmatch(part) for part in text.split(",")]
     axes = {part[1]: int(part[2]) for part in parts if part}
-    wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(MESH_AXES)}"
+    wanted = f"write it as fsdp=4,expert=2; the axes are {', '.join(sharding.MESH_AXES)}"
     require_flag(len(axes) == len(parts), "mesh", text, wanted)
     return axes

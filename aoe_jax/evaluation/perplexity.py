@@ -68,10 +68,8 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)`.
-
-    The results are on every device, and the statistics over all tokens. `document_mask` is that of
-    `DataConfig`.
+    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)`, on every device; the
+    statistics are over all tokens. `document_mask` is that of `DataConfig`.
     """
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 

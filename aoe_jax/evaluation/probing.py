@@ -135,10 +135,8 @@ ROUNDS = 2  # in which the passes of all probes are timed in turn
 
 
 def check_probes(model: Model):
-    """Checks that a model has a router that can be dropped.
-
-    Raises:
-      UserError: its kind, its selection, its mesh or a selection bias is not supported.
+    """Checks that a model has a router that can be dropped. Raises `UserError` if its kind, its
+    selection, its mesh or a selection bias is not supported.
     """
     config, e = model.config, model.config.experts
     settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)
@@ -168,16 +166,13 @@ def probe_checkpoint(
     """Probes a model: prints a table, writes `probe.json`.
 
     The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
+    Raises `UserError` if the model has no router that can be dropped, or as `models.load_model`,
+    `run.read_text` and `tasks.load_tasks` do.
 
-    Returns:
-      The content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe `node`,
-      `norm`, `agreement` (the share of the chosen experts that the router would have chosen),
-      `seconds_per_token`, `time` (relative to the router's), and `nll` and `tasks` for each of
-      `WEIGHTS`; a random choice has equal weights only.
-
-    Raises:
-      UserError: the model has no router that can be dropped; or what `models.load_model`,
-        `run.read_text` and `tasks.load_tasks` raise.
+    Returns the content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe
+    `node`, `norm`, `agreement` (the share of the chosen experts that the router would have chosen),
+    `seconds_per_token`, `time` (relative to the router's), and `nll` and `tasks` for each of
+    `WEIGHTS`; a random choice has equal weights only.
     """
     check_split(split)
     make_folder(output, "output")
@@ -212,7 +207,6 @@ def probe_checkpoint(
 
 
 def _task_scorer(names, limit, **settings):
-    """A function that scores a model on tasks."""
     if not names:
         return lambda model: {}
     from aoe_jax.evaluation.harness import HarnessModel

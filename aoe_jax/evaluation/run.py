@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from aoe_jax import json_files
 from aoe_jax.config.checks import require_flag
 from aoe_jax.counts import log_run
 from aoe_jax.data.documents import DOCUMENT_BYTES
@@ -18,7 +19,6 @@ from aoe_jax.evaluation.load import draw_loads, load_statistics, load_table
 from aoe_jax.evaluation.models import Model, corpus_of, load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated
-from aoe_jax.json_files import read_regular, write_json, write_whole
 from aoe_jax.paths import parsed_path
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,13 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
     """Scores a checkpoint on a held-out split.
 
     It prints a table, and writes `eval.json` and, for models with experts, `load.png`. The
-    arguments are the flags of `eval.py`.
+    arguments are the flags of `eval.py`. Raises `UserError` if the split is unknown, or there is no
+    such run or checkpoint, or it cannot be read, and `DivergedError` if the model's parameters or
+    its nll are not finite.
 
-    Returns:
-      The content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`, `bits_per_byte`
-      and `load_statistics` (None for a dense model) over all sources, and `sources`: for each of
-      several its tokens, nll, perplexity and bits per byte.
-
-    Raises:
-      UserError: the split is unknown, or there is no such run or checkpoint, or it cannot be read.
-      DivergedError: the model's parameters or its nll are not finite.
+    Returns the content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`,
+    `bits_per_byte` and `load_statistics` (None for a dense model) over all sources, and `sources`:
+    for each of several its tokens, nll, perplexity and bits per byte.
     """
     check_split(split)
     model = load_model(workdir, step, mesh)
@@ -58,10 +55,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
     """`load_on_texts` for a checkpoint and a text file, or the prompts of a task.
 
-    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`.
-
-    Raises:
-      UserError: the file cannot be read; or what `tasks.load_tasks` and `models.load_model` raise.
+    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`. Raises
+    `UserError` if the file cannot be read, or as `tasks.load_tasks` and `models.load_model` do.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
@@ -75,11 +70,9 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 def load_on_texts(model: Model, texts, name, workdir: Path):
     """Load statistics on one or more texts: attention does not cross from one to another.
 
-    It prints a table, and writes `text.json` and, for models with experts, `text.png`.
-
-    Returns:
-      The content of `text.json`: that of `evaluate_workdir`, with the name `text` and the number
-      `texts` in place of the split. The ends of texts count as tokens.
+    It prints a table, and writes `text.json` and, for models with experts, `text.png`. Returns the
+    content of `text.json`: that of `evaluate_workdir`, with the name `text` and the number `texts`
+    in place of the split. The ends of texts count as tokens.
     """
     stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
     return _report(model, stores, True, name, about, workdir / "text.json", "text.png")
@@ -105,7 +98,7 @@ def _report(model, stores, document_mask, name, about, file, picture):
         print(f"{name}: {n_texts}{result.tokens} tokens, step {model.step}\n{result.in_words()}")
         for source, own in result.sources.items():
             print(f"{source}: {own.tokens} tokens | {own.in_words()}")
-        write_json(file, report)
+        json_files.write_json(file, report)
         log.info("wrote %s", file)
         if statistics:
             print(load_table(statistics))
@@ -113,7 +106,7 @@ def _report(model, stores, document_mask, name, about, file, picture):
             with Tolerated(picture):
                 content = io.BytesIO()
                 draw_loads({title: statistics}).savefig(content, dpi=150)
-                write_whole(file.with_name(picture), content.getvalue())
+                json_files.write_whole(file.with_name(picture), content.getvalue())
                 log.info("wrote %s", file.with_name(picture))
     return report
 
@@ -147,17 +140,8 @@ class TextTokens:
 
 
 def read_text(path: Path):
-    """The text of a file.
-
-    Raises:
-      UserError: it cannot be read, is not UTF-8, or is empty.
-    """
-    try:
-        text = read_regular(path, DOCUMENT_BYTES).decode("utf-8")
-    except OSError as e:
-        raise UserError(f"--text={path}: cannot be read ({e.strerror}); name a text file") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--text={path}: is not UTF-8 at byte {e.start}; convert it") from e
+    """The text of a file. Raises `UserError` if it cannot be read, is not UTF-8, or is empty."""
+    text = json_files.read_text(path, f"--text={path}:", DOCUMENT_BYTES)
     if not text.strip():
         raise UserError(f"--text={path}: is empty; name a file with text")
     return text

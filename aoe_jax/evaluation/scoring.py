@@ -46,6 +46,8 @@ class Scorer:
         """Scores continuations.
 
         A long context of several requests is read once, if the model can be decoded by token.
+        Raises `UserError` if a continuation alone exceeds the model's length, or a log-likelihood
+        is not finite.
 
         Args:
           requests: `(context, continuation)`, token ids; a context has at least one. The first
@@ -55,10 +57,6 @@ class Scorer:
         Returns:
           `(log-likelihood in nats, whether greedy decoding would give the continuation)` of each
           request, in their order.
-
-        Raises:
-          UserError: a continuation alone exceeds the model's length, or a log-likelihood is not
-            finite.
         """
         texts, results = [self._cut(*request) for request in requests], {}
         hidden = not progress or not texts
@@ -80,7 +78,6 @@ class Scorer:
         return tuple(context[-room:]), tuple(continuation)
 
     def _scored(self, texts):
-        """Yields the numbers of texts and their scores, batch by batch."""
         by_context = {}
         for number, (context, _) in enumerate(texts):
             by_context.setdefault(context, []).append(number)
@@ -127,7 +124,6 @@ class Scorer:
         return multiple(padded, self._model.mesh.shape["tensor"])
 
     def _run(self, program, params, arrays):
-        """`(log-likelihood, greedy)` of each row."""
         model = self._model
         with jax.set_mesh(model.mesh):
             batch = put_batch(batch_sharding(model.mesh), arrays)

@@ -55,7 +55,6 @@ def choice_examples(split):
 
 
 def _speeches(split):
-    """The words of each speech."""
     files = [file for i, file in enumerate(speech_files()) if split_of(i) == split]
     return [file.read_text(encoding="utf-8").split() for file in files]
 

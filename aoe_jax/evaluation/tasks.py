@@ -56,6 +56,7 @@ _SHOTS_SEED = 1234  # lm-eval's own
 
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
     """Loads tasks of lm-eval and their data sets, as `lm_eval.evaluator.evaluate` takes them.
+    Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
 
     Args:
       names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
@@ -65,9 +66,6 @@ def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
         `sst2/train.jsonl` and `mnli/validation_matched.jsonl`: JSON lines with the fields of the
         hub's data set. None: from the hub.
       split: of the speeches.
-
-    Raises:
-      UserError: a task is unknown, or its data set cannot be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
     index = _index([name for name in names if name not in SPEECH_TASKS])
@@ -141,7 +139,6 @@ def _check_shots(config, name, data, shots):
 
 
 def _cause(error, data):
-    """Says in one line why a data set cannot be used."""
     while error.__cause__ and type(error).__name__ == "DatasetGenerationError":
         error = error.__cause__
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -173,11 +170,9 @@ def prompts(tasks, limit=None):
 def score_tasks(harness_model, tasks, limit=None):
     """Scores a `HarnessModel`, or another model of lm-eval, on the first examples of loaded tasks.
 
-    `limit` is how many examples of each task; None: all.
-
-    Returns:
-      `{task: {"fewshot", "examples", "metrics": {metric: {"value", "stderr"}}}}`; a standard error
-      is None where it is undefined, as for a single example; shots and examples of groups are None.
+    `limit` is how many examples of each task; None: all. Returns `{task: {"fewshot", "examples",
+    "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is undefined, as
+    for a single example; shots and examples of groups are None.
     """
     with _quiet():
         results = evaluate(
@@ -233,14 +228,9 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     """Scores a checkpoint on tasks.
 
     It prints a table, and enters each task in `tasks.json`, which keeps the results of others. The
-    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`.
-
-    Returns:
-      What `score_tasks` returns.
-
-    Raises:
-      UserError: what `load_tasks`, `models.load_model` and `scoring.Scorer` raise; and for tasks
-        that generate text what `check_decodes` raises.
+    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`. Returns what
+    `score_tasks` returns. Raises `UserError` as `load_tasks`, `models.load_model`, `scoring.Scorer`
+    and, for tasks that generate text, `check_decodes` do.
     """
     wanted = "no such directory; name the workdir of a training run"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)

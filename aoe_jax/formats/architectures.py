@@ -346,10 +346,9 @@ class Layout:
     def __init__(
         self, axes: str, shape: tuple[int, ...], name: str, stored: str = "", first_layer: int = 0
     ):
-        """Takes the parameter's declared axes, its shape with the axis of layers, the row, and the
-        number in files of the first of its layers.
-
-        The first declared axes may be missing: a dense layer has no axis of experts.
+        """Takes the parameter's declared axes, of which the first may be missing, as in a dense
+        layer; its shape with the axis of layers; the row; and the number in files of its first
+        layer.
         """
         self._first_layer = first_layer
         axes, layers = axes.split(), ["L"] if "{L}" in name else []
@@ -408,15 +407,11 @@ def _product(ranges: list[range]) -> Iterator[tuple[int, ...]]:
 
 
 def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str, Layout]:
-    """How files with tensors of these names store parameters and routing states, by path.
+    """How files with tensors of these `names` store parameters and routing states, by path.
 
-    Args:
-      model_type: of `config.json`.
-      shapes: of all of a model by path, with the axis of layers; arrays will do.
-      names: of the tensors in the files; where they do not have a parameter, it is as we write it.
-
-    Raises:
-      UserError: the architecture has no such parameter.
+    `shapes` has all of a model by path, with the axis of layers; arrays will do. Where the names
+    have no tensor of a parameter, it is as we write it. Raises `UserError` if the architecture has
+    no such parameter.
     """
     n_dense = next((a.shape[0] for path, a in shapes.items() if path.startswith("dense_")), 0)
     return {
@@ -430,11 +425,7 @@ def find_layouts(model_type: str, shapes: dict[str, Any], names=()) -> dict[str,
 def find_layout(
     model_type: str, path: str, shape: tuple[int, ...], names=(), first_layer: int = 0
 ) -> Layout:
-    """The `Layout` of one parameter or routing state, see `find_layouts`.
-
-    Raises:
-      UserError: the architecture has no such parameter.
-    """
+    """The `Layout` of one parameter or routing state, see `find_layouts`."""
     parameter = declared_parameters().get(path)
     axes = parameter.axes if parameter else "n"  # a state of routing has one axis at most
     rows = ARCHITECTURES[model_type].tensors.get(path)

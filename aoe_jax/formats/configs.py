@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.config.run import Config
-from aoe_jax.errors import UserError, shown
+from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import ARCHITECTURES, NOT_IMPLEMENTED, OWN
 from aoe_jax.json_files import COUNT, NUMBER
 
@@ -72,16 +72,11 @@ def from_json(path: Path, values: dict):
     """The configuration of a model, from the content of its `config.json`; errors name the path.
 
     `model.dtype` is float32, `data.seq_len` is `WINDOW` or what the model can take, and other
-    groups have their defaults.
-
-    Raises:
-      UserError: the architecture is unknown, a field is missing or has an invalid value, or
-        something is not implemented here.
+    groups have their defaults. Raises `UserError` if the architecture is unknown, a field is
+    missing or has an invalid value, or something is not implemented here.
     """
-    try:
+    with naming(path):
         return _from_json(values)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
 
 
 def _from_json(values):
@@ -182,10 +177,8 @@ def _check_attention(values, model):
 
 
 def _rotary_settings(values):
-    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it.
-
-    Returns:
-      `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
+    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it. Returns
+    `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
     """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"
@@ -255,14 +248,11 @@ def _with_llama3_factors(values, config):
 
 
 def to_json(config: Config, routing_state=()):
-    """`config.json` of a model, without its dtype and its special tokens.
+    """`config.json` of a model with these names of its routing state, without its dtype and its
+    special tokens.
 
     The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
     that `transformers` loads, else an `aoe` that it cannot load; the log then says why.
-
-    Args:
-      config: the model's.
-      routing_state: the names of its routing state.
     """
     wanted = computed_fields(config)
     has_bias = "selection_bias" in routing_state

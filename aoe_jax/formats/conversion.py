@@ -16,13 +16,8 @@ from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import RUN_FILE, ModelReader, parameter_shapes, read_config, read_step
-from aoe_jax.formats.scoring_neurons import (
-    agreement,
-    in_front,
-    observed_choices,
-    telling_neurons,
-)
+from aoe_jax.formats.reading import ModelReader, parameter_shapes, read_config, read_step
+from aoe_jax.formats.scoring_neurons import agreement, in_front, observed_choices, telling_neurons
 from aoe_jax.formats.tokenizer_files import copy_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
 from aoe_jax.json_files import write_json
@@ -53,18 +48,15 @@ def convert(
     `checkpoint` is a model of the hub or of `aoe_jax.export`. Either gates are factorised with rank
     `d_low`, or they stay whole, and `score_neurons` of their neurons score. The other arguments are
     the flags of `aoe_jax.convert`. Parameters keep their dtypes. Writing holds the experts of one
-    layer and one file in memory; calibration holds the model.
+    layer and one file in memory; calibration holds the model. Raises `UserError` if the checkpoint
+    cannot be read or has no whole gates, a number is too large, the calibration text cannot be
+    read, or `output` exists or cannot be written.
 
-    Returns:
-      The content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the share of
-      the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by layer;
-      or `score_neurons` and `score`. With whole gates, or if `data` is given, also on held-out text
-      `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the
-      scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
-
-    Raises:
-      UserError: the checkpoint cannot be read or has no whole gates, a number is too large, the
-        calibration text cannot be read, or `output` exists or cannot be written.
+    Returns the content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the
+    share of the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by
+    layer; or `score_neurons` and `score`. With whole gates, or if `data` is given, also on held-out
+    text `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the
+    scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)
@@ -91,8 +83,7 @@ def convert(
         values = to_json(converted) | copy_tokenizer(checkpoint, partial_output)
         values["torch_dtype"] = reader.dtype("embed/embedding").name
         write_model(partial_output, values, parameter_shapes(converted), parameter)
-        if (checkpoint / RUN_FILE).exists():
-            write_run(partial_output, checkpoint, read_step(checkpoint), converted)
+        write_run(partial_output, checkpoint, read_step(checkpoint), converted)
         if not is_whole:
             mean = sum(layer["mean"] for layer in energy) / len(energy)
             report["energy_kept"] = {"mean": mean, "layers": energy}
@@ -106,8 +97,8 @@ def convert(
         if is_whole:
             form = f"the first {score_neurons} neurons of its experts score"
         result = f"the router is gone, and {form}; {convert_summary(report)}"
-        of_step = checkpoint, read_step(checkpoint)
-        origin = made_of(*of_step, "python -m aoe_jax.convert", result, "convert.json")
+        command = "python -m aoe_jax.convert"
+        origin = made_of(checkpoint, read_step(checkpoint), command, result, "convert.json")
         write_card(partial_output, output.name, values, converted, origin)
     return report
 
@@ -227,9 +218,8 @@ def _gate(reader, layer):
 def _factorise(w_gate, rank):
     """Truncated singular value decompositions of `w_gate [n, d, f]`, in float32.
 
-    Returns:
-      `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that each
-      expert keeps.
+    Returns `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that
+    each expert keeps.
     """
     n, d, f = w_gate.shape
     w_gate_down, w_gate_up = np.empty((n, d, rank), np.float32), np.empty((n, rank, f), np.float32)

@@ -73,14 +73,8 @@ def training(config: Config, workdir: Path, step: int) -> str:
 
 
 def made_of(source: Path, step: int | None, command: str, result: str, report: str) -> str:
-    """The section of a card about a command that made the model of another one.
-
-    Args:
-      source: the directory of that model, of which the card has the last name only.
-      step: its checkpoint; None: unknown.
-      command: the command.
-      result: what it made.
-      report: the name of the file in which it reports figures.
+    """The section of a card about a command that made the model of the one in `source`, whose
+    checkpoint is that of `step`; None: unknown. `report` is the name of the file of its figures.
     """
     of_step = "" if step is None else f" (step {step:,})"
     made = f"`{command}` made this model of `{source.absolute().name}`{of_step}"
@@ -88,14 +82,8 @@ def made_of(source: Path, step: int | None, command: str, result: str, report: s
 
 
 def write_card(directory: Path, name: str, values: dict, config: Config, origin: str):
-    """Writes the model card.
-
-    Args:
-      directory: of the model.
-      name: its title.
-      values: of `config.json`.
-      config: of the model.
-      origin: the section about its origin, `training` or `made_of`.
+    """Writes the card of a model with the title `name`. `values` is the content of `config.json`,
+    and `origin` the section about its origin, `training` or `made_of`.
     """
     fields = {"model.max_len": config.model.max_len} | computed_fields(config)
     is_own, is_loaded = values["model_type"] == OWN, "auto_map" in values

@@ -17,7 +17,7 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config
 from aoe_jax.config.training import TrainConfig
 from aoe_jax.data.tokenizer import saved_tokenizer
-from aoe_jax.errors import UserError, shown
+from aoe_jax.errors import UserError, naming, shown
 from aoe_jax.formats.architectures import find_layouts
 from aoe_jax.formats.configs import computed_fields, differences, from_json
 from aoe_jax.formats.tensor_files import stored_tensors
@@ -39,6 +39,11 @@ def is_model(directory: Path) -> bool:
     return path.exists() and "model_type" in read_json(path, _WANTED)
 
 
+def is_of_run(directory: Path) -> bool:
+    """Whether a directory holds a run, or a model that says of which run it is."""
+    return not is_model(directory) or (directory / RUN_FILE).exists()
+
+
 def read_config(directory: Path) -> Config:
     """The configuration of a model in a directory.
 
@@ -46,11 +51,8 @@ def read_config(directory: Path) -> Config:
     the groups `train` and `mesh`; `train.batch_size` is the size of the run's micro-batches, at
     most the default. For other models, `model`, `experts` and `routing` come from `config.json`,
     and other groups have their defaults; `model.dtype` is that of the embedding table, float32 for
-    float16. `data.tokenizer` is always the directory's own.
-
-    Raises:
-      UserError: a file cannot be read, the architecture is unknown, or something in it is not
-        implemented here.
+    float16. `data.tokenizer` is always the directory's own. Raises `UserError` if a file cannot be
+    read, the architecture is unknown, or something in it is not implemented here.
     """
     path = directory / "config.json"
     config = from_json(path, read_json(path, _WANTED))
@@ -73,10 +75,8 @@ def read_config(directory: Path) -> Config:
 
 def _config_of_run(path, config):
     groups = read_json(path, _WITHOUT, _RUN)["config"]
-    try:
+    with naming(path):
         of_run = Config.from_config_dict(groups)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
     for text in differences(computed_fields(of_run), computed_fields(config)).values():
         raise UserError(f"{path}: config.{text} in config.json; they must agree")
     return of_run
@@ -116,9 +116,8 @@ class ModelReader:
     def __init__(self, directory: Path, config: Config):
         """Checks that the files have every tensor of the model and no other; reads no tensor.
 
-        Raises:
-          UserError: see `stored_tensors`; or a tensor is missing, unknown, or has another shape or
-            dtype than it should.
+        Raises `UserError` as `stored_tensors` does, and if a tensor is missing, unknown, or has
+        another shape or dtype than it should.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)
@@ -199,12 +198,8 @@ def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
 
     The host holds one piece at a time: one parameter of all layers on one device. `config` is the
     model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
-
-    Returns:
-      `(params, routing_state)`: the decoder's parameters, and float32 `[L, ...]` by name.
-
-    Raises:
-      UserError: see `ModelReader`.
+    Raises `UserError`, see `ModelReader`. Returns `(params, routing_state)`: the decoder's
+    parameters, and float32 `[L, ...]` by name.
     """
     reader = ModelReader(directory, config)
 

@@ -25,9 +25,8 @@ _GROWING = {
 def observed_choices(model: Model, batches: Iterable[dict]):
     """The inputs and outputs of the router of each layer, over host batches.
 
-    Returns:
-      `(x [L, T, d], logits [L, T, n], chosen [L, T, n])` on the host: tokens, the router's logits,
-      and its choices, 1 or 0, and 0 for padding.
+    Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])` on the host: tokens, the router's
+    logits, and its choices, 1 or 0, and 0 for padding.
     """
 
     def observe(ctx, chosen, scores, given):
@@ -48,14 +47,9 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores across experts. Memory holds
     all gate pre-activations, `[n, T, f]` float32.
 
-    Args:
-      x, logits, chosen: of a layer, see `observed_choices`.
-      w_gate: `[n, d, f]`.
-      count: how many neurons score, at most f.
-      score: "norm" or "max".
-
-    Returns:
-      `[n, count]` int32, the neurons in the order of their choice.
+    `x`, `logits` and `chosen` are those of a layer, see `observed_choices`, and `w_gate` is `[n, d,
+    f]`. `count`, at most f, neurons score by the `score` "norm" or "max". Returns `[n, count]`
+    int32, the neurons in the order of their choice.
     """
     gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))
     (n, n_tokens, f), n_chosen = gate.shape, chosen.sum(axis=1)
@@ -99,14 +93,8 @@ def agreement(model: Model, batches: Iterable[dict], w_score, score):
     Both see the tokens of the model with its router. A token takes as many experts by score as the
     router gives it.
 
-    Args:
-      model: with its router.
-      batches: on the host.
-      w_score: `[L, n, d, r]`, see `moe.scoring`.
-      score: of `SCORES`.
-
-    Returns:
-      `(shares [L], the share of a random choice)`.
+    It takes host batches, and `w_score [L, n, d, r]` and a name of `SCORES`, see `moe.scoring`.
+    Returns `(shares [L], the share of a random choice)`.
     """
 
     def observe(ctx, chosen, scores, w_score):

@@ -32,10 +32,8 @@ class Stored:
     def read(self, slices: Iterable[slice] | None = None) -> np.ndarray:
         """The tensor, or the part that one slice per axis selects, in the tensor's dtype.
 
-        The file is closed again: the pages of an open file count as memory of the process.
-
-        Raises:
-          UserError: the file cannot be read.
+        The file is closed again: the pages of an open file count as memory of the process. Raises
+        `UserError` if the file cannot be read.
         """
         try:
             with safe_open(self.file, framework="numpy") as file:
@@ -49,11 +47,8 @@ class Stored:
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """The tensors of a directory by name: of `model.safetensors`, or the shards of its index.
 
-    Reads the headers of all files, and no tensor.
-
-    Raises:
-      UserError: a file is missing, damaged or differs from the index, or a tensor is not float32,
-        float16 or bfloat16.
+    Reads the headers of all files, and no tensor. Raises `UserError` if a file is missing, damaged
+    or differs from the index, or a tensor is not float32, float16 or bfloat16.
     """
     if (directory / SINGLE).exists():  # transformers too ignores an index beside it
         return _read_header(directory / SINGLE)
@@ -102,10 +97,8 @@ def _read_header(path):
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
     """Writes named tensors to one file, or to shards and their index; memory holds one file.
 
-    A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own.
-
-    Raises:
-      OSError, SafetensorError: a file cannot be written.
+    A shard has at most `SHARD_BYTES`; a larger tensor has a file of its own. Raises `OSError` or
+    `SafetensorError` if a file cannot be written.
     """
     shards, total = [], 0  # the names of the tensors in each file
     for shard in _shards(tensors):

@@ -40,7 +40,7 @@ from aoe_jax.evaluation.calibration import calibration_batches, mean_nll
 from aoe_jax.evaluation.models import load_model, source_config
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import RUN_FILE, ModelReader, is_model, parameter_shapes, read_step
+from aoe_jax.formats.reading import ModelReader, is_model, is_of_run, parameter_shapes, read_step
 from aoe_jax.formats.scoring_neurons import in_front
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_model, write_run
@@ -65,10 +65,8 @@ class Upcycling:
     seed: int = 0  # of the router and the noise
 
     def config(self, dense: Config, checkpoint: Path) -> Config:
-        """The configuration of the result, with the default balance losses.
-
-        Raises:
-          UserError: the model is not dense, or a number does not fit it or another number.
+        """The configuration of the result, with the default balance losses. Raises `UserError` if
+        the model is not dense, or a number does not fit it or another number.
         """
         width, kind = dense.experts.d_ffn, dense.experts.kind
         if kind != "dense":
@@ -98,11 +96,8 @@ class Upcycling:
         )
 
     def experts(self, layer: int, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The parameters of a layer of experts by name, in the dtypes of the dense ones.
-
-        Args:
-          layer: its number, which decides on noise and router.
-          dense: `w_gate [d, f]`, `w_up [d, f]` and `w_down [f, d]`.
+        """The parameters of a layer of experts by name, in the dtypes of the `dense` ones: `w_gate
+        [d, f]`, `w_up [d, f]` and `w_down [f, d]`. The number `layer` decides on noise and router.
         """
         order = self._order(dense["w_gate"])
         found = {}
@@ -146,20 +141,16 @@ def upcycle(
 
     `checkpoint` is the workdir of a run, whose newest step is taken, or a model of the hub or of
     `aoe_jax.export`. Parameters keep their dtypes. Writing holds one layer; measuring, or reading a
-    run, holds the dense model.
+    run, holds the dense model. Raises `UserError` if the checkpoint cannot be read or is not dense,
+    a number does not fit, the text cannot be read, or `output` exists or cannot be written.
 
-    Returns:
-      The content of `convert.json` in `output`: the fields of `form`, and, if `data` is given or
-      the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that
-      of the dense model, and `after`.
-
-    Raises:
-      UserError: the checkpoint cannot be read or is not dense, a number does not fit, the text
-        cannot be read, or `output` exists or cannot be written.
+    Returns the content of `convert.json` in `output`: the fields of `form`, and, if `data` is given
+    or the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that
+    of the dense model, and `after`.
     """
     dense, is_run = source_config(checkpoint), not is_model(checkpoint)
     config = form.config(dense, checkpoint)
-    is_measured = is_run or data is not None or (checkpoint / RUN_FILE).exists()
+    is_measured = is_of_run(checkpoint) or data is not None
     report = {name: value for name, value in dataclasses.asdict(form).items() if value is not None}
     with new_directory(output) as partial_output:
         if is_measured:
@@ -175,8 +166,7 @@ def upcycle(
         dtype = read("embed/embedding", None).dtype.name
         values = to_json(config) | special | {"torch_dtype": dtype}
         write_model(partial_output, values, parameter_shapes(config), _upcycled(read, form))
-        if is_run or (checkpoint / RUN_FILE).exists():
-            write_run(partial_output, checkpoint, step, config)
+        write_run(partial_output, checkpoint, step, config)
         if is_measured:
             del model, read  # before another one is loaded
             after = mean_nll(load_model(partial_output, mesh=mesh), held_out)

@@ -18,7 +18,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.faults import is_fault, is_forbidden, patiently, reason
 from aoe_jax.formats.architectures import find_layouts
-from aoe_jax.formats.reading import RUN_FILE
+from aoe_jax.formats.reading import RUN_FILE, is_of_run
 from aoe_jax.formats.tensor_files import write_tensors
 from aoe_jax.json_files import sync, write_json
 from aoe_jax.parameters import STACKS
@@ -32,11 +32,9 @@ def new_directory(output: Path) -> Iterator[Path]:
     """A directory to write, renamed to `output` at the end, and removed after an exception.
 
     A killed process leaves it, hidden beside `output`. For an object store it is a temporary one on
-    a disk, whose files are copied at the end, `config.json` as the last.
-
-    Raises:
-      UserError: `output` exists, is among checkpoints, or must not be written.
-      MachineFault: its disk fails.
+    a disk, whose files are copied at the end, `config.json` as the last. Raises `UserError` if
+    `output` exists, is among checkpoints, or must not be written, and `MachineFault` if its disk
+    fails.
     """
     if output.exists() if is_remote(output) else os.path.lexists(output):
         raise UserError(f"--output={output} exists already; name a new directory")
@@ -70,16 +68,12 @@ def new_directory(output: Path) -> Iterator[Path]:
 def write_model(directory: Path, values: dict, shapes: dict[str, Any], parameter: Callable):
     """Writes `config.json` and the tensors; memory holds one file and one parameter of a layer.
 
-    Args:
-      directory: exists.
-      values: of `config.json`; their `model_type` decides the names of the tensors. With an
-        `auto_map` the classes that it names are copied, too.
-      shapes: of every parameter by its path, with the axis of layers; arrays will do.
-      parameter: `(path, layer)` -> the whole parameter of a layer, by its number in its stack;
-        None outside the layers. The calls for a layer come together, in the order of `shapes`.
-
-    Raises:
-      OSError, SafetensorError: a file cannot be written.
+    The `model_type` of `values`, the content of `config.json`, decides the names of the tensors.
+    The classes that its `auto_map` names are copied, too. `shapes` has every parameter by its path,
+    with the axis of layers; arrays will do. `parameter(path, layer)` returns the whole parameter of
+    a layer, by its number in its stack, or one outside the layers (None). The calls for a layer
+    come together, in the order of `shapes`. Raises OSError or SafetensorError if a file cannot be
+    written.
     """
     stored = find_layouts(values["model_type"], shapes)
     parts = [(None, None)]  # a stack of layers, and the number in it
@@ -131,7 +125,11 @@ def write_arrays(
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes which run and step a model is from, and which data the run in `source` read."""
+    """Writes which run and step a model is from, and which data that run read; nothing if `source`
+    is a model of no run.
+    """
+    if not is_of_run(source):
+        return
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})
     if (source / "data.json").exists():
         (directory / "data.json").write_bytes((source / "data.json").read_bytes())

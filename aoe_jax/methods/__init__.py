@@ -22,14 +22,7 @@ from aoe_jax.methods.thor import Thor
 from aoe_jax.methods.threshold import Threshold
 from aoe_jax.methods.uoe import UoE
 from aoe_jax.moe.routing import ExpertChoice, TopK, TopP
-from aoe_jax.parameters import (
-    DECODER,
-    EXPERTS,
-    LARGE_ROUTER,
-    ROUTER,
-    SHARED_EXPERT,
-    SHARED_SCALE,
-)
+from aoe_jax.parameters import DECODER, EXPERTS, LARGE_ROUTER, ROUTER, SHARED_EXPERT, SHARED_SCALE
 
 ROUTERS = {
     method.name: method

@@ -22,7 +22,7 @@ from aoe_jax.config.checks import setting
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.routing import Causality, FixedK, expert_capacity, top_k
 from aoe_jax.moe.scoring import router_scores
-from aoe_jax.parameters import ROUTER, experts_with
+from aoe_jax.parameters import EXPERTS, ROUTER
 
 
 class Places(NamedTuple):
@@ -149,9 +149,7 @@ class Capacity(FixedK):
         return Causality(reason, no_decoding=no_decoding, padding_counts=True)
 
     def parameters(self, experts):
-        return ROUTER | {
-            name: experts_with(("w_gate",))[name] for name in ("w_up", "w_down", "w_gate")
-        }
+        return ROUTER | {name: EXPERTS[name] for name in ("w_up", "w_down", "w_gate")}
 
     def wasted_flops(self, config):
         """`(forward, training)`: FLOPs per token and layer beyond the useful ones.

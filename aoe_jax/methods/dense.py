@@ -11,7 +11,7 @@ from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import ExpertsLayer, config_of_kind
-from aoe_jax.moe.routing import Method
+from aoe_jax.moe.routing import Unchosen
 from aoe_jax.parameters import EXPERTS, matrix_init
 
 
@@ -22,7 +22,7 @@ def _without_experts(parameter):
 
 
 @dataclass(frozen=True)
-class Dense(Method):
+class Dense(Unchosen):
     """The layer without experts. Its statistics are those of a single expert."""
 
     name = "dense"
@@ -42,12 +42,8 @@ class Dense(Method):
         names = ("w_gate", "w_up", "w_down")
         return {name: _without_experts(EXPERTS[name]) for name in names}
 
-    def choice(self, experts):
-        return None
-
     def check(self, config):
-        config.balance.refuse_losses("a dense layer has no load to balance; set it to 0")
-        config.mesh.refuse_all_to_all(self.name)
+        super().check(config)
         if config.mesh.expert > 1:
             config.mesh.refuse("expert", "a dense model has no experts to split; use fsdp")
         if config.model.remat == "experts":

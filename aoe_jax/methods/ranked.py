@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.moe.routing import FixedK, best_experts, by_token
-from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def ranked(scores, ranks, bias=None):
@@ -26,7 +24,6 @@ def ranked(scores, ranks, bias=None):
     """
     by_rank = best_experts(scores, max(ranks) + 1, bias)
     expert = jnp.stack([by_rank[:, rank] for rank in ranks], axis=1)
-    expert = checkpoint_name(expert, KEPT_ROUTING)
     return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
 
 

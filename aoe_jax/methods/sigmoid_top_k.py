@@ -16,12 +16,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
 from aoe_jax.moe.balance import updated_bias
 from aoe_jax.moe.routing import Choice, FixedK, best_experts, by_token
-from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def in_best_groups(ranked, n_groups, groups_per_token):
@@ -68,7 +66,7 @@ class SigmoidTopK(FixedK):
         ranked = jax.lax.stop_gradient(probability) + ctx.state["selection_bias"]
         if self.groups_per_token < self.n_groups:
             ranked = in_best_groups(ranked, self.n_groups, self.groups_per_token)
-        expert = checkpoint_name(best_experts(ranked, ctx.top_k), KEPT_ROUTING)
+        expert = best_experts(ranked, ctx.top_k)
         weight = jnp.take_along_axis(probability, expert, axis=1)
         if self.norm_topk_prob:
             weight = weight / (weight.sum(axis=1, keepdims=True) + 1e-20)

@@ -43,16 +43,9 @@ from jax.ad_checkpoint import checkpoint_name
 from aoe_jax.config.checks import setting
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import KEPT_EXPERTS, single_expert
-from aoe_jax.moe.routing import Causality, Method
+from aoe_jax.moe.routing import Causality, Unchosen
 from aoe_jax.moe.scoring import norms
-from aoe_jax.parameters import (
-    Parameter,
-    expert_init,
-    experts_with,
-    ones_init,
-    vector,
-    zeros_init,
-)
+from aoe_jax.parameters import Parameter, expert_init, matrices_of, ones_init, vector, zeros_init
 
 ROUTER_SCALE = 0.01  # initial scale of the router's weights, and gain of their norm
 NORM_EPS = 1e-5
@@ -162,7 +155,7 @@ def near_copies(own_share):
 
 
 @dataclass(frozen=True)
-class Smear(Method):
+class Smear(Unchosen):
     """SMEAR. A sequence is the tokens along the axis before the last."""
 
     name = "smear"
@@ -229,15 +222,11 @@ class Smear(Method):
             "which no cache of a text keeps",
         )
 
-    def choice(self, experts):
-        return None
-
     def parameters(self, experts):
-        gate = ("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",)
         init = near_copies(self.own_share)
         matrices = {
             name: dataclasses.replace(matrix, init=init)
-            for name, matrix in experts_with(gate).items()
+            for name, matrix in matrices_of(experts).items()
         }
         return matrices if experts.low_rank else ROUTER | matrices
 
@@ -250,24 +239,15 @@ class Smear(Method):
         forward = round(2 * (merging + scoring) / self.segment)
         return forward, 3 * forward
 
-    @property
-    def least_seq_len(self):
-        """The shortest sequence with two segments; the first decides for the second."""
-        return self.segment + 1
-
     def check(self, config):
-        config.balance.refuse_losses("a smear layer has no load to balance; set it to 0")
-        config.mesh.refuse_all_to_all(self.name)
+        super().check(config)
         length = config.data.seq_len
         if self.segment < 2:
             why = "0 would merge by the mean of a whole sequence, which depends on later tokens"
             self.refuse("segment", f"must be at least 2 in a decoder: {why}")
-        if self.least_seq_len > length:
-            wanted = (
-                f"must be below data.seq_len={length}: the first segment decides for the second"
-            )
-            self.refuse("segment", wanted)
+        if self.segment >= length:
+            why = "the first segment decides for the second"
+            self.refuse("segment", f"must be below data.seq_len={length}: {why}")
         if config.data.document_mask:
-            why = "a segment can hold several documents"
-            wanted = f"is not implemented for experts.kind='smear': {why}"
-            config.data.refuse("document_mask", wanted)
+            wanted = "is not implemented for experts.kind='smear'"
+            config.data.refuse("document_mask", f"{wanted}: a segment can hold several documents")

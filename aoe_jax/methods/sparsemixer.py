@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from aoe_jax.config.checks import setting
 from aoe_jax.moe.routing import FixedK, best_experts, by_token
-from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def sparsemixer_weights(scores, expert, jitter):
@@ -41,5 +39,4 @@ class SparseMixer(FixedK):
 
     def __call__(self, scores, weights, ctx):
         expert = best_experts(scores, ctx.top_k, ctx.state.get("selection_bias"))
-        expert = checkpoint_name(expert, KEPT_ROUTING)
         return by_token(expert, sparsemixer_weights(scores, expert, self.jitter))

@@ -33,8 +33,8 @@ from aoe_jax.model.loss import consistent_cross_entropy
 from aoe_jax.moe.balance import LayerStats
 from aoe_jax.moe.experts import single_expert
 from aoe_jax.moe.layer import apply_experts
-from aoe_jax.moe.routing import Method, by_token
-from aoe_jax.parameters import experts_with
+from aoe_jax.moe.routing import Unchosen, by_token
+from aoe_jax.parameters import matrices_of
 
 
 def draw_expert(key, n_experts):
@@ -62,7 +62,7 @@ def drawn(devices, w, expert):
 
 
 @dataclass(frozen=True)
-class Thor(Method):
+class Thor(Unchosen):
     """THOR. A sequence is the tokens along the axis before the last."""
 
     name = "thor"
@@ -99,15 +99,8 @@ class Thor(Method):
         stats = jax.tree.map(lambda a: a.mean(axis=0), stats)
         return loss, nll / self.passes, {"divergence": divergence}, stats
 
-    def choice(self, experts):
-        return None
-
     def parameters(self, experts):
-        return experts_with(("w_gate_down", "w_gate_up") if experts.low_rank else ("w_gate",))
-
-    def check(self, config):
-        config.balance.refuse_losses("a thor layer has no load to balance; set it to 0")
-        config.mesh.refuse_all_to_all(self.name)
+        return matrices_of(experts)
 
 
 def _stats_of_draws(n_experts):

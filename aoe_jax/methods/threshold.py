@@ -63,10 +63,8 @@ class Threshold(Method):
         chosen, records = above_thresholds(scores, thresholds), None
         if ctx.training:
             everywhere = devices.all_tokens(jax.lax.stop_gradient(scores))
-            token_weights, share = (
-                devices.all_tokens(ctx.token_weights),
-                ctx.top_k / scores.shape[1],
-            )
+            token_weights = devices.all_tokens(ctx.token_weights)
+            share = ctx.top_k / scores.shape[1]
             records = {"kth_largest": kth_largest(everywhere, token_weights, share)}
             by_experts = jax.lax.stop_gradient(scores) >= records["kth_largest"]
             chosen = jnp.where(ctx.state["updates"] < self.warmup_steps, by_experts, chosen)

@@ -12,13 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aoe_jax.errors import UserError
 from aoe_jax.methods import declared_parameters
-from aoe_jax.model.decoder import (
-    Decoder,
-    DecoderLayer,
-    dense_layer,
-    make_norm,
-    output_projection,
-)
+from aoe_jax.model.decoder import Decoder, DecoderLayer, dense_layer, make_norm, output_projection
 from aoe_jax.model.vocabulary import embed, logits
 from aoe_jax.sharding import state_shardings
 

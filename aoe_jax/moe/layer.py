@@ -26,7 +26,7 @@ from aoe_jax.moe.parallel import collectives
 from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
 from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
-from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, experts_with, shared_expert
+from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, matrices_of, shared_expert
 from aoe_jax.sharding import AXES, RULES, MeshAxes
 
 
@@ -271,16 +271,15 @@ class ExpertsLayer(nn.Module):
     @property
     def parameters(self):
         """The parameters by name, `Parameter`s, in the order in which they are drawn."""
-        e, own = self.experts, self.routing.parameters(self.experts)
-        gate = ("w_gate_down", "w_gate_up") if e.low_rank else ("w_gate",)
-        matrices = experts_with(gate)
-        own = own | shared_expert(e)
+        e = self.experts
+        matrices, own = matrices_of(e), self.routing.parameters(e) | shared_expert(e)
         if e.kind == "aoe":
             return matrices | own
         if e.kind != "router":
             return own
         router = LARGE_ROUTER if e.large_router else ROUTER
-        return router | {name: matrices[name] for name in ("w_up", "w_down", *gate)} | own
+        # Here the gates are drawn last.
+        return router | {name: matrices[name] for name in ("w_up", "w_down")} | matrices | own
 
     @property
     def sparse_scoring(self):

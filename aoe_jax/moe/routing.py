@@ -182,9 +182,12 @@ def softmax_over_chosen(values, slots_per_token):
 
 
 def best_experts(scores, k, bias=None):
-    """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`."""
+    """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`.
+
+    The backward pass keeps them.
+    """
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    return jax.lax.top_k(ranked, k)[1]
+    return checkpoint_name(jax.lax.top_k(ranked, k)[1], KEPT_ROUTING)
 
 
 def top_k(scores, k, norm_topk_prob=True, bias=None):
@@ -200,10 +203,23 @@ def top_k(scores, k, norm_topk_prob=True, bias=None):
     Returns:
       A `Routing` with `P = T k`.
     """
-    expert = checkpoint_name(best_experts(scores, k, bias), KEPT_ROUTING)
+    expert = best_experts(scores, k, bias)
     if norm_topk_prob:
         return by_token(expert, jax.nn.softmax(jnp.take_along_axis(scores, expert, axis=1)))
     return by_token(expert, jnp.take_along_axis(jax.nn.softmax(scores), expert, axis=1))
+
+
+class Unchosen(Method):
+    """The base of layers whose tokens choose no experts."""
+
+    def choice(self, experts):
+        return None
+
+    def check(self, config):
+        config.balance.refuse_losses(f"a {self.name} layer has no load to balance; set it to 0")
+        if config.mesh.transport == "all_to_all":
+            wanted = f"is not implemented for experts.kind={self.name!r}; leave it at 'ring'"
+            config.mesh.refuse("transport", wanted)
 
 
 class FixedK(Method):

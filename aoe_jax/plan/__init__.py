@@ -41,12 +41,7 @@ from aoe_jax.training.step import init_state, train_step_on, training_loss
 
 log = logging.getLogger(__name__)
 
-LIKELY = (
-    "hbm_traffic_bytes",
-    "likely_step_seconds",
-    "seconds_by_scope",
-    "seconds_at_peaks",
-)
+LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "seconds_at_peaks")
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
@@ -59,22 +54,18 @@ def abstract_batch(config, n_rows, split=None):
 
 
 def plan(config: Config, generation, devices, compiles=True, chip=None):
-    """Compiles the train step for devices of a topology.
+    """Compiles the train step of a configuration, whose mesh is filled in, for the devices of a
+    topology.
 
-    Args:
-      config: of the run, with its mesh filled in.
-      generation: a name of `hardware.CHIPS`.
-      devices: of the topology.
-      compiles: False: the step is only traced, in seconds. Memory, compiled FLOPs and whether it
-        fits are then None.
-      chip: the figures of a device as a `hardware.Chip`; None: those of the generation.
+    `generation` is a name of `hardware.CHIPS`, and `chip` the figures of a device as a
+    `hardware.Chip`; None: those of the generation. Unless it `compiles`, the step is only traced,
+    in seconds. Memory, compiled FLOPs and whether it fits are then None.
 
-    Returns:
-      The content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
-      `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
-      `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-      `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
-      optimised program. Bytes and FLOPs are per device and step.
+    Returns the content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
+    `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
+    `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
+    `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
+    optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
     chip = chip or chip_part(generation, devices)
@@ -192,11 +183,8 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     """Figures of a step from its optimised HLO, the text of `hlo.compile_and_read`.
 
     `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
-    the slice.
-
-    Returns:
-      dict of `flops` and the keys `LIKELY`; FLOPs and bytes are per device. `seconds_at_peaks` is
-      the sum over operations without the compiler's cycles.
+    the slice. Returns a dictionary of `flops` and the keys `LIKELY`; FLOPs and bytes are per
+    device. `seconds_at_peaks` is the sum over operations without the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
     seconds, at_peaks = Counter(), 0.0

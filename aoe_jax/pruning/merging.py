@@ -205,18 +205,11 @@ def score_targets(clusters: Sequence[Cluster], mean, chosen, chosen_score) -> np
 def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, method, seed=0):
     """The parameters of a model with D experts.
 
-    The host holds the experts of one layer, and the merged experts of all layers.
-
-    Args:
-      model: the model before pruning.
-      moments: of its scores.
-      merged_scores: `moments.merged_scores` of the model over the same batches.
-      n_experts: D, at most Z.
-      method: a name of `METHODS`.
-      seed: of k-means and of a new router.
-
-    Returns:
-      The parameters on the model's mesh, and a list of `Cluster`s for every layer.
+    The host holds the experts of one layer, and the merged experts of all layers. `moments` are of
+    the scores of the model before pruning, and `merged_scores` is the function of that name in
+    `moments`, over the same batches. `n_experts` is D, at most Z, `method` a name of `METHODS`, and
+    `seed` that of k-means and of a new router. Returns the parameters on the model's mesh, and a
+    list of `Cluster`s for every layer.
     """
     experts, is_aoe = model.params["layers"]["experts"], model.config.experts.kind == "aoe"
     weights = {name: a for name, a in experts.items() if name in EXPERT_WEIGHTS}

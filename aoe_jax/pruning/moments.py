@@ -14,6 +14,7 @@ from tqdm import tqdm
 from aoe_jax.evaluation.models import Model
 from aoe_jax.moe import scoring
 from aoe_jax.sharding import replicated
+from aoe_jax.training.step import features
 
 _GIVEN = "given"  # the key in a layer's routing state of what its `observe` is given
 
@@ -109,17 +110,10 @@ def observing_step(model, observe):
         return observe(ctx, chosen, scores, ctx.state.get(_GIVEN))
 
     decoder = model.decoder.clone(observe=of_layer)
-    document_mask = model.config.data.document_mask
 
     def observed(params, routing_state, batch, given):
-        _, stats = decoder.apply(
-            {"params": params},
-            batch["inputs"],
-            batch["segment_ids"] if document_mask else None,
-            (batch["segment_ids"] > 0).astype(jnp.float32),
-            routing_state if given is None else routing_state | {_GIVEN: given},
-            method="features",
-        )
+        state = routing_state if given is None else routing_state | {_GIVEN: given}
+        _, stats = features(decoder, params, state, batch, model.config.data.document_mask)
         return stats.records["observed"]
 
     compiled = jax.jit(observed, out_shardings=replicated(model.mesh))

@@ -14,7 +14,7 @@ from aoe_jax.evaluation.calibration import calibration_batches, evaluator
 from aoe_jax.evaluation.models import Model, load_model, source_config
 from aoe_jax.formats.configs import to_json
 from aoe_jax.formats.model_card import made_of, write_card
-from aoe_jax.formats.reading import RUN_FILE, is_model
+from aoe_jax.formats.reading import is_model
 from aoe_jax.formats.tokenizer_files import copy_tokenizer, write_tokenizer
 from aoe_jax.formats.writing import new_directory, write_arrays, write_run
 from aoe_jax.json_files import write_json
@@ -44,17 +44,13 @@ def prune(
 
     It prints a table. The arguments are the flags of `aoe_jax.prune`. Tokens of the train split are
     drawn at random, and those of each source's validation split are the first ones; both are
-    rounded up to whole batches.
+    rounded up to whole batches. Raises `UserError` if the model, the data or the number of experts
+    is not supported, or `output` exists or cannot be written.
 
-    Returns:
-      The content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that scores
-      are from, validation `nll` `before` and after each method, and `layers`, for each its `load`
-      on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
-      `clusters` with `reference`, `members` and `weights`.
-
-    Raises:
-      UserError: the model, the data or the number of experts is not supported, or `output` exists
-        or cannot be written.
+    Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
+    scores are from, validation `nll` `before` and after each method, and `layers`, for each its
+    `load` on these tokens, its `load_entropy` and `load_entropy_after` in validation, and its
+    `clusters` with `reference`, `members` and `weights`.
     """
     with new_directory(output) as partial_output:
         model = load_model(workdir, step, mesh)
@@ -90,8 +86,8 @@ def prune(
         write_json(partial_output / "prune.json", report)
         counts = f"{model.config.experts.n_experts} experts of a layer became {n_experts}"
         result = f"{counts} by `{method}`; validation nll: {_nll(report)}"
-        of_step = workdir, model.step
-        origin = made_of(*of_step, "python -m aoe_jax.prune", result, "prune.json")
+        command = "python -m aoe_jax.prune"
+        origin = made_of(workdir, model.step, command, result, "prune.json")
         write_card(partial_output, output.name, values, config, origin)
     print(prune_table(report))
     if "selection_bias" in model.routing_state:
@@ -110,9 +106,8 @@ def prune(
 def check_prunes(model: Model, n_experts, workdir):
     """Checks that a model can be pruned to this number of experts.
 
-    Raises:
-      UserError: it is dense, its kind or selection is not supported, it has a large router, or
-        `n_experts` is out of range.
+    Raises `UserError` if it is dense, its kind or selection is not supported, it has a large
+    router, or `n_experts` is out of range.
     """
     e, router, reason = model.config.experts, model.config.routing.name, None
     if e.kind == "dense":
@@ -162,8 +157,7 @@ def _write(workdir, directory, step, config, params):
     else:
         values |= write_tokenizer(workdir, directory, config.model.max_len)
     write_arrays(directory, values, params, {}, None)
-    if not is_model(workdir) or (workdir / RUN_FILE).exists():
-        write_run(directory, workdir, step, config)
+    write_run(directory, workdir, step, config)
     return values
 
 

@@ -17,12 +17,7 @@ from aoe_jax.distributed import all_agree, gathered, together
 from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.paths import is_remote, move, unused
-from aoe_jax.training.checkpoint_content import (
-    SECOND_LOOK,
-    Damaged,
-    beside_arrays,
-    read_checkpoint,
-)
+from aoe_jax.training.checkpoint_content import SECOND_LOOK, Damaged, beside_arrays, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +55,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None, saved: int = 0):
         """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`.
 
-        `saved` is the step of the checkpoint that the run continues from, 0 for none.
-
-        Raises:
-          UserError: `workdir` is in a store to which Orbax does not write.
+        `saved` is the step of the checkpoint that the run continues from, 0 for none. Raises
+        `UserError` if `workdir` is in a store to which Orbax does not write.
         """
         if is_remote(workdir) and not str(workdir).startswith("gs://"):
             wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
@@ -125,9 +118,8 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def steps(self):
-        """The steps of all complete checkpoints, the oldest first.
-
-        Raises `UserError` if their folder is a file.
+        """The steps of all complete checkpoints, the oldest first. Raises `UserError` if their
+        folder is a file.
         """
         if not self.directory.exists():
             return []
@@ -148,7 +140,6 @@ class Checkpoints:
 
     def find(self, which):
         """The step of the checkpoint "newest", "best" (lowest validation nll) or of that number.
-
         Raises `UserError` if it does not exist.
         """
         steps, workdir = self.steps(), self.directory.parent
@@ -175,10 +166,8 @@ class Checkpoints:
         may be donated.
 
         `data_state` is the JSON-ready position in the data, the same in every process. With `wait`,
-        or if the save before this one failed, it returns when this one has succeeded.
-
-        Raises:
-          MachineFault: nothing could be saved for `faults.retry_seconds`.
+        or if the save before this one failed, it returns when this one has succeeded. Raises
+        `MachineFault` if nothing could be saved for `faults.retry_seconds`.
         """
         wait = not self._finish() or wait
         state = vars(state)
@@ -242,11 +231,7 @@ class Checkpoints:
         return self._failed
 
     def close(self):
-        """Waits for the save in the background.
-
-        Raises:
-          MachineFault: it failed.
-        """
+        """Waits for the save in the background. Raises `MachineFault` if it failed."""
         if self._manager:
             if not self._finish():
                 raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")
@@ -319,9 +304,8 @@ class Checkpoints:
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
 
-        Raises:
-          UserError: the checkpoint is damaged or of another model.
-          MachineFault: it cannot be read.
+        Raises `UserError` if the checkpoint is damaged or of another model, and `MachineFault` if
+        it cannot be read.
         """
         wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
         try:

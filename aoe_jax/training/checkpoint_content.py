@@ -38,12 +38,9 @@ class Damaged(Failure):
 
 
 def beside_arrays(arrays, data_state, progress: dict) -> dict:
-    """The content of a checkpoint beside its arrays, ready for JSON.
-
-    Args:
-      arrays: the state, a tree of arrays.
-      data_state: the position in the data, the same in every process.
-      progress: the fields of `Progress`.
+    """The content of a checkpoint beside its arrays, ready for JSON: fingerprints of the `arrays`
+    of the state, a tree; the position in the data, the same in every process; and the fields of
+    `Progress`.
     """
     found = fingerprints(arrays)
     run = {"data": data_state, "progress": progress}
@@ -56,11 +53,9 @@ def beside_arrays(arrays, data_state, progress: dict) -> dict:
 def read_checkpoint(path, wanted):
     """The arrays that `wanted` describes, and what `beside_arrays` has saved with them.
 
-    Each process reads its own part. Raises in every process or in none.
-
-    Args:
-      path: the folder of the checkpoint.
-      wanted: a tree of shapes, dtypes and shardings, over any mesh and number of processes.
+    Each process reads its own part of the checkpoint in the folder `path`. `wanted` is a tree of
+    shapes, dtypes and shardings, over any mesh and number of processes. Raises in every process or
+    in none.
 
     Raises:
       Damaged: the checkpoint lacks files or differs from what was saved.

@@ -64,10 +64,8 @@ _sum_of_one = jax.jit(_sum)
 
 
 def check_repetition(step, first, state):
-    """Compares the state after a step with the `local_fingerprints` of its first computation.
-
-    Raises:
-      MachineFault: in every process if the two differ in one; it names the processes that differ.
+    """Compares the state after a step with the `local_fingerprints` of its first computation. If
+    the two differ in some processes, every process raises `MachineFault`, which names them.
     """
     differs = first != local_fingerprints(state)
     if differing := [process for process, value in enumerate(gathered(differs)) if value]:

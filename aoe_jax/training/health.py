@@ -36,7 +36,6 @@ class Health:
 
     def step(self, step, loss, grad_norm, finite):
         """Takes the loss (nats), the gradient norm before clipping and whether both are finite.
-
         Raises `DivergedError` if the last `max_skipped` steps were all skipped.
         """
         if not finite:

@@ -33,9 +33,8 @@ def device_memory():
 def program_memory(state, step):
     """Memory that training needs on each device, for an evenly split state and a compiled step.
 
-    Returns:
-      `{name: bytes}`: `state_bytes`; and by the compiler's count `argument_bytes`, the state with a
-      batch, and `temporary_bytes`.
+    Returns `{name: bytes}`: `state_bytes`; and by the compiler's count `argument_bytes`, the state
+    with a batch, and `temporary_bytes`.
     """
     analysis = step.memory_analysis()
     return {

@@ -21,10 +21,7 @@ def draw_run(lines, title):
 
     The left panel has the nll of training batches and of the validation split over steps. The right
     one has the largest load of an expert over the mean load, for each layer over steps; a dense
-    model has none.
-
-    Returns:
-      A matplotlib `Figure`.
+    model has none. Returns a matplotlib `Figure`.
     """
     train = [line for line in lines if line.get("nll") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]

@@ -21,9 +21,8 @@ def steps_to_trace(text):
 
 
 def traced_of_run(steps: range, start_step, total_steps):
-    """Returns `steps`, or no steps, with a warning, if the run has passed the first.
-
-    Raises `UserError` if the run ends before they do.
+    """Returns `steps`, or no steps, with a warning, if the run has passed the first. Raises
+    `UserError` if the run ends before they do.
     """
     value = f"{steps[0]}:{steps.stop - steps.start}"
     wanted = f"this run takes the steps {start_step + 1} to {total_steps}; choose some of these"

@@ -36,9 +36,7 @@ class RunFolder:
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
         """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
-
-        Raises:
-          UserError: another process owns it, or a process does not see it.
+        Raises `UserError` if another process owns it, or a process does not see it.
         """
         self.figures, self._workdir = workdir, workdir
         self._owner = self._mirror = None
@@ -76,9 +74,8 @@ class RunFolder:
     def check_in_place(self):
         """Checks in every process that it sees the file of the owner.
 
-        Raises:
-          MachineFault: it is gone, as on a disk that is no longer mounted.
-          UserError: another process has taken the workdir over.
+        Raises `MachineFault` if it is gone, as on a disk that is no longer mounted, and `UserError`
+        if another process has taken the workdir over.
         """
         patiently(f"{self._workdir} cannot be read", self._see_owner)
 

@@ -49,12 +49,9 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
     """The first state: float32 parameters and routing state of a model, the rest new.
 
     `config` has passed `check_start`, `like` has the shapes of the state with their shardings, and
-    `tokenizer` is the file of the corpora's tokenizer.
-
-    Raises:
-      UserError: the model cannot be read, has another tokenizer, or has a routing state that the
-        run does not use.
-      FailedElsewhere: that happened in another process.
+    `tokenizer` is the file of the corpora's tokenizer. Raises `UserError` if the model cannot be
+    read, has another tokenizer, or has a routing state that the run does not use, and
+    `FailedElsewhere` if that happened in another process.
     """
     with together():
         try:

@@ -72,11 +72,11 @@ def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
     Returns:
       `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
     """
-    hidden, stats = _features(decoder, params, routing_state, batch, document_mask)
+    hidden, stats = features(decoder, params, routing_state, batch, document_mask)
     return _sum_over_targets(params, batch, cross_entropy, hidden), stats
 
 
-def _features(decoder, params, routing_state, batch, document_mask, key=None):
+def features(decoder, params, routing_state, batch, document_mask, key=None):
     """`(hidden [B, S, d], LayerStats)`; what layers draw at random in training comes from `key`."""
     documents = batch["segment_ids"] if document_mask else None
     inputs = batch["inputs"], documents, _token_weights(batch), routing_state
@@ -105,14 +105,14 @@ def training_loss(
     decoder, method = Decoder.from_config(config, training=True), config.routing
     total_weight = jnp.maximum(batch["weights"].sum() if total_weight is None else total_weight, 1)
     document_mask = config.data.document_mask
-    features = partial(_features, decoder, params, routing_state, batch, document_mask)
+    one_pass = partial(features, decoder, params, routing_state, batch, document_mask)
     sum_over_targets = partial(_sum_over_targets, params, batch)
     reported = {}
     if method.passes == 1:
-        hidden, stats = features(key)
+        hidden, stats = one_pass(key)
         loss = nll = sum_over_targets(cross_entropy, hidden)
     else:
-        loss, nll, reported, stats = method.training_sums(features, key, sum_over_targets)
+        loss, nll, reported, stats = method.training_sums(one_pass, key, sum_over_targets)
     loss, nll, reported = jax.tree.map(lambda value: value / total_weight, (loss, nll, reported))
     with jax.named_scope("balance"):
         for_losses, so_far = _with_shares_so_far(stats, so_far)

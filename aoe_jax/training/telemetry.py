@@ -174,8 +174,7 @@ class Telemetry:
             names = ("load_entropy", "confidence_entropy", "dropped_share")
             scalars |= {name: float(layers[name].mean()) for name in names if name in layers}
             experts = {name: metrics[name] for name in ("load", "mean_score")}
-            n_live = load.shape[-1] if live is None else (live > 0).sum(axis=-1)
-            best = np.log(n_live).mean()
+            best = np.log(layers.get("live_experts", load.shape[-1])).mean()
             balance = f" | load entropy {scalars['load_entropy']:.3f} of {best:.3f}"
         measured = speed | {f"{name}_seconds": s for name, s in seconds.items()}
         self._useful += seconds["compute"]

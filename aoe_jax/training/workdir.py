@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import TokenisedCorpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, naming
 from aoe_jax.formats.configs import differences
 from aoe_jax.json_files import (
     COUNT,
@@ -80,11 +80,8 @@ def check_history(workdir: Path, steps):
     """Checks that the files of a run show no checkpoint beyond those that exist.
 
     `steps` are those of all complete checkpoints. A checkpoint that was set aside as damaged is not
-    missing.
-
-    Raises:
-      UserError: a later checkpoint was complete, there are figures and nothing else, or nothing
-        says of which run the checkpoints are.
+    missing. Raises `UserError` if a later checkpoint was complete, there are figures and nothing
+    else, or nothing says of which run the checkpoints are.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
@@ -124,10 +121,8 @@ def read_heartbeat(workdir: Path):
 def set_aside(workdir: Path, go_back: int | None = None):
     """Moves the files of a run to a new folder in `workdir/set_aside`.
 
-    With `go_back`, only what is newer than the checkpoint of that step is moved.
-
-    Raises:
-      UserError: there is no complete checkpoint of that step.
+    With `go_back`, only what is newer than the checkpoint of that step is moved. Raises `UserError`
+    if there is no complete checkpoint of that step.
     """
     names, metrics = list(_FILES), workdir / "metrics.jsonl"
     if go_back is not None:
@@ -183,10 +178,8 @@ def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
 
 
 def read_run_config(path: Path) -> Config:
-    """The configuration of a run, from its `config.json`.
-
-    Raises `UserError` if the file cannot be read, is no configuration of a training run, or has
-    fields of an earlier version.
+    """The configuration of a run, from its `config.json`. Raises `UserError` if the file cannot be
+    read, is no configuration of a training run, or has fields of an earlier version.
     """
     groups = read_json(path)
     if "model_type" in groups:
@@ -198,7 +191,5 @@ def read_run_config(path: Path) -> Config:
         if not isinstance(values, dict):
             wanted = "is no group of fields; name a training run's workdir"
             raise UserError(f"{path}: {name[:100]} {wanted}")
-    try:
+    with naming(path):
         return Config.from_config_dict(groups)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
