@@ -327,6 +327,7 @@ def test_inside_shard_map():
         ({"aux_weight": None}, "AoE: aux_weight=None: must be a number"),
         ({"expert": 3}, "AoE: expert=3: must be the name of an axis of the mesh, a tuple"),
         ({"dtype": "int32"}, "AoE: dtype='int32': must be a floating-point type, or None"),
+        ({"dtype": "bf16"}, "AoE: dtype='bf16': must be a floating-point type, or None"),
         ({"routing": "top_p"}, r"AoE: routing='top_p': .* TopP\(\) of aoe_jax.moe.routing"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
         ({"routing": WithState()}, r"AoE: routing=WithState\(.*\): it has a state"),

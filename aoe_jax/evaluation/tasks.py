@@ -242,7 +242,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
       UserError: what `load_tasks`, `models.load_model` and `scoring.Scorer` raise; and for tasks
         that generate text what `check_decodes` raises.
     """
-    wanted = "no such directory; name the workdir of a training run"
+    wanted = "no such directory; name that of a training run or of a model"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"
     known = read_json(file, "move it away") if file.exists() else {}
