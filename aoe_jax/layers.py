@@ -236,7 +236,7 @@ def _naming_arguments(layer):
     try:
         yield
     except (UserError, ValueError) as error:
-        message = str(error).replace("routing.name=", "routing=")
+        message = re.sub(r"(config\.)?routing\.name=", "routing=", str(error))
         message = re.sub(r"(config\.)?\b(experts|balance|routing|mesh|model)\.", "", message)
         raise ValueError(f"{type(layer).__name__}: {message}") from None
 
