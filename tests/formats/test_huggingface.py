@@ -212,6 +212,8 @@ def test_a_model_from_a_configuration(tmp_path):
     model = type(there)(there.config)
     with pytest.raises(ValueError, match="score='median': choose one of norm, max"):
         type(there.config)(score="median")
+    with pytest.raises(ValueError, match="qk_norm='heads': choose one of none, all, head"):
+        type(there.config)(qk_norm="heads")
     experts = model.model.layers[0].mlp.experts
     _, scores = experts(torch.randn(500, 32))
     assert scores.mean().item() == pytest.approx(8**0.5, rel=0.1)
