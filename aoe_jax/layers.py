@@ -70,7 +70,7 @@ class _Experts(nn.Module, kw_only=True):
                 value, (kind, wanted) = getattr(self, field.name), _KINDS.get(field.type, _ANY)
                 if not isinstance(value, kind):
                     raise ValueError(f"{field.name}={value!r}: must be {wanted}")
-            if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            if self.dtype is not None and not _is_floating(self.dtype):
                 raise ValueError(f"dtype={self.dtype!r}: must be a floating-point type, or None")
             self._config()
             BalanceConfig(aux_weight=self.aux_weight, z_weight=self.z_weight)
@@ -236,9 +236,16 @@ def _naming_arguments(layer):
     try:
         yield
     except (UserError, ValueError) as error:
-        message = str(error).replace("routing.name=", "routing=")
+        message = re.sub(r"(config\.)?routing\.name=", "routing=", str(error))
         message = re.sub(r"(config\.)?\b(experts|balance|routing|mesh|model)\.", "", message)
         raise ValueError(f"{type(layer).__name__}: {message}") from None
+
+
+def _is_floating(dtype):
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # it is no dtype
+        return False
 
 
 def _check_tokens(x, token_weights):

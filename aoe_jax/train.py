@@ -8,6 +8,7 @@ The same command continues after whatever stopped it. `--workdir` receives check
 
 import shlex
 from functools import partial
+from pathlib import Path
 
 from absl import flags
 
@@ -68,8 +69,10 @@ def _closing_words(workdir, summary):
         "files": f"{folder}: summary.json, metrics.jsonl, checkpoints, tensorboard",
         "evaluate": f"python -m aoe_jax.eval --workdir={folder}",
         "generate": f"python -m aoe_jax.generate --workdir={folder} --prompt='We the people'",
-        "compare": f"python -m aoe_jax.compare --suite={suite} --workdir=runs/compare_tiny",
     }
+    if Path(suite).exists():  # the command runs in the repository
+        command = f"python -m aoe_jax.compare --suite={suite} --workdir=runs/compare_tiny"
+        lines["compare"] = command
     return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 
 

@@ -332,7 +332,9 @@ RUNS = {
         with_file("file", "mine"),
         {"train__steps": 6},
     ),
-    "eval: no workdir": Mistake(EVAL, ["{workdir}/config.json", "cannot be read"]),
+    "eval: no workdir": Mistake(
+        EVAL, ["{workdir}/config.json cannot be read", "a training run or of a model"]
+    ),
     "eval: no checkpoint": Mistake(
         EVAL,
         ["{workdir}", "no complete checkpoint"],

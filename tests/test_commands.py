@@ -104,6 +104,7 @@ def test_a_wheel_trains_in_any_folder(tmp_path):
     status, stdout, stderr = run_installed(installed, own, *command)
     assert status == 0, stderr
     assert stdout.startswith("result    step 2, 128 tokens, validation nll ")
+    assert "aoe_jax.eval" in stdout and "configs/" not in stdout  # a wheel has no configs
     assert (own / "run" / "training.png").exists()
 
 

@@ -19,6 +19,7 @@ import aoe_jax
 from aoe_jax import AoE, AoELayer, DenseLayer, MoE, RouterLayer
 from aoe_jax.config.experts import ExpertsConfig
 from aoe_jax.methods.dense import Dense
+from aoe_jax.methods.erc import ERC
 from aoe_jax.moe import reference
 from aoe_jax.moe.routing import TopK
 
@@ -327,8 +328,10 @@ def test_inside_shard_map():
         ({"aux_weight": None}, "AoE: aux_weight=None: must be a number"),
         ({"expert": 3}, "AoE: expert=3: must be the name of an axis of the mesh, a tuple"),
         ({"dtype": "int32"}, "AoE: dtype='int32': must be a floating-point type, or None"),
+        ({"dtype": "bf16"}, "AoE: dtype='bf16': must be a floating-point type, or None"),
         ({"routing": "top_p"}, r"AoE: routing='top_p': .* TopP\(\) of aoe_jax.moe.routing"),
         ({"routing": Dense()}, r"AoE: routing=Dense\(\): it is a whole layer; take a router"),
+        ({"routing": ERC()}, r"AoE: routing='erc': couples the columns of a plain router"),
         ({"routing": WithState()}, r"AoE: routing=WithState\(.*\): it has a state"),
     ],
 )
@@ -408,7 +411,7 @@ def test_public_names():
         for alias in node.names
     }
     assert typed == {name: f"aoe_jax.{module}" for name, module in aoe_jax._HOMES.items()}
-    assert sorted(typed) == aoe_jax.__all__ and (root / "py.typed").exists()
+    assert sorted(typed) == aoe_jax.__all__ == dir(aoe_jax) and (root / "py.typed").exists()
     assert all(callable(getattr(aoe_jax, name)) for name in typed)
     page = (root.parent / "docs/library.md").read_text()
     assert set(typed) <= set(re.findall(r"`(\w+)", page))

@@ -232,7 +232,7 @@ def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, *
     `score_tasks` returns. Raises `UserError` as `load_tasks`, `models.load_model`, `scoring.Scorer`
     and, for tasks that generate text, `check_decodes` do.
     """
-    wanted = "no such directory; name the workdir of a training run"
+    wanted = "no such directory; name that of a training run or of a model"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)
     file = workdir / "tasks.json"
     known = read_json(file, "move it away") if file.exists() else {}

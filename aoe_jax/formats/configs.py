@@ -38,6 +38,8 @@ def computed_fields(config: Config):
         for name, value in groups[group].items()
     }
     fields |= {"model.n_kv_heads": model.kv_heads, "model.head_dim": model.head_width}
+    if set(model.rope_factors) == {1}:  # as `_rope_scaling` writes a scale alone
+        fields["model.rope_factors"] = []
     fields["experts.d_wide"] = experts.width(model.d_model)
     # These decide how a model is computed, but not its results; d_wide follows from the last two.
     unused = {"model.dtype", "model.remat", "model.unroll", "model.attention", "model.max_len"}
@@ -254,17 +256,18 @@ def to_json(config: Config, routing_state=()):
     The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
     that `transformers` loads, else an `aoe` that it cannot load; the log then says why.
     """
-    wanted = computed_fields(config)
     has_bias = "selection_bias" in routing_state
+    wanted = computed_fields(config) | {"selection_bias": has_bias}
     lacking = {}  # the names of fields, by the class of transformers
     for name in (*_EXPORTED, OWN):
         architecture, values = ARCHITECTURES[name], _hub_json(config, name)
+        takes_bias = "layers/selection_bias" in architecture.tensors
         if name == OWN:
             values |= {"auto_map": _AUTO_MAP, "selection_bias": has_bias}
-        elif has_bias != ("layers/selection_bias" in architecture.tensors):
-            continue
+            takes_bias = has_bias
         with contextlib.suppress(UserError):
-            names = differences(computed_fields(from_json(Path(), values)), wanted)
+            found = computed_fields(from_json(Path(), values)) | {"selection_bias": takes_bias}
+            names = differences(found, wanted)
             if not names:
                 return values
             lacking[architecture.class_name] = names
@@ -299,14 +302,14 @@ def _hub_json(config, model_type):
 
 
 def _rope_scaling(model_type, model):
-    """The rotary factors of any origin, as the short and the long factors of LongRoPE.
+    """The rotary factors and scale of any origin, as those of LongRoPE.
 
     Transformers 4 reads them as `rope_scaling` only. Our own format has `rope_parameters`, because
     with `rope_scaling` `AutoTokenizer` fails without our classes.
     """
-    if not model.rope_factors:
+    if not model.rope_factors and model.rope_scale == 1:
         return {}
-    factors = list(model.rope_factors)
+    factors = list(model.rope_factors) or [1.0] * (model.rope_width // 2)
     scaling = {
         "rope_type": "longrope",
         "short_factor": factors,

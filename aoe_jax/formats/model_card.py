@@ -43,10 +43,10 @@ A decoder-only language model of `aoe_jax` (experts.kind={kind!r}). It has {coun
 
 In the commands and the code, DIR is this directory. {classes}
 {loaded}
-With `aoe_jax`:
+With `aoe_jax` (the last command in the root of its repository):
 
     python -m aoe_jax.generate --workdir=DIR --prompt='...'
-    python eval.py --workdir=DIR --tasks=piqa
+    python -m aoe_jax.eval --workdir=DIR --tasks=piqa
     python train.py --config=configs/finetune.py:DIR --workdir=runs/new
 """
 

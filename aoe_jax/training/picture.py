@@ -39,7 +39,8 @@ def draw_run(lines, title):
 
 def _draw_loss(axes, train, validation):
     steps, nll = _column(train, "step"), _column(train, "nll")
-    axes.plot(steps, nll, color=_TRAIN, linewidth=1.2, label="training batches")
+    style = {"color": _TRAIN, "linewidth": 1.2, "label": "training batches"}
+    axes.plot(steps, nll, **style, **_marker(steps))
     points = _column(validation, "step"), _column(validation, "validation_nll")
     axes.plot(*points, "o-", color=_VALIDATION, markersize=3.5, label="validation split")
     if len(train) > 1:
@@ -57,7 +58,7 @@ def _draw_load(figure, axes, lines):
     colours = ScalarMappable(Normalize(0, 1.1 * max(n_layers - 1, 1)), "viridis")
     for layer, ratio in enumerate(ratios.T):
         style = {"color": colours.to_rgba(layer), "linewidth": 1.2, "label": f"layer {layer}"}
-        axes.plot(steps, ratio, **style)
+        axes.plot(steps, ratio, **style, **_marker(steps))
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     _finish(axes, "load of experts", "largest over mean (1: balanced)")
     if n_layers > _MAX_LEGEND:
@@ -66,6 +67,11 @@ def _draw_load(figure, axes, lines):
         shades.set_ylabel("layer", fontsize=8)
     else:
         axes.legend(fontsize=8, frameon=False)
+
+
+def _marker(steps):
+    """The style of a point, if it is the only one: a line through it would not be seen."""
+    return {"marker": "o", "markersize": 3.5} if len(steps) == 1 else {}
 
 
 def _finish(axes, title, ylabel):

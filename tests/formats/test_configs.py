@@ -91,7 +91,7 @@ VARIANTS = {
         | {"model__rope_factors": (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)},
         "mixtral",
     ),
-    "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, "aoe"),
+    "router, rope_scale": ({"experts__kind": "router", "model__rope_scale": 1.5}, "mixtral"),
     "dense": ({"experts__kind": "dense"}, "llama"),
     "dense, norms of heads": ({"experts__kind": "dense", "model__qk_norm": "head"}, "qwen3"),
     "dense, LayerNorm": ({"experts__kind": "dense", "model__norm": "layer"}, "aoe"),

@@ -48,6 +48,7 @@ FORMS = {
     "partial, dense in front": WHOLE
     | {"model__n_dense_layers": 1, "model__d_dense": 40, "model__qk_norm": "head"}
     | {"model__rope_share": 0.25, "model__rope_factors": (1.0, 2.0), "model__rope_scale": 1.2},
+    "scaled": WHOLE | {"model__rope_share": 0.5, "model__rope_scale": 1.5},
 }
 # By the fields that the log must name.
 WITHOUT_CLASS = {
@@ -60,7 +61,7 @@ WITHOUT_CLASS = {
         "experts__kind": "router",
         "model__attention_bias": True,
     },
-    "model.rope_scale=1.5": {"model__rope_scale": 1.5},
+    "MixtralForCausalLM has no selection_bias=True": BIASED | {"experts__kind": "router"},
 }
 TOKENS = np.random.default_rng(1).integers(0, 512, (4, 48))
 
@@ -85,6 +86,7 @@ def test_logits(tmp_path, form):
         "dense in front",
         "partial",
         "partial, dense in front",
+        "scaled",
     ],
 )
 def test_there_and_back(tmp_path, form):
@@ -136,7 +138,9 @@ def test_bfloat16(tmp_path):
 @pytest.mark.parametrize("named", WITHOUT_CLASS)
 def test_models_without_a_class(caplog, named):
     with caplog.at_level(logging.INFO):
-        values = to_json(tiny_config(**WITHOUT_CLASS[named]))
+        config = tiny_config(**WITHOUT_CLASS[named])
+        state = config.routing.state_shapes(config.experts, config.balance, config.model.d_model)
+        values = to_json(config, state)
     assert "auto_map" not in values and values["model"]["d_model"] == 32
     assert named in caplog.text and "transformers cannot load the model" in caplog.text
 
@@ -208,6 +212,8 @@ def test_a_model_from_a_configuration(tmp_path):
     model = type(there)(there.config)
     with pytest.raises(ValueError, match="score='median': choose one of norm, max"):
         type(there.config)(score="median")
+    with pytest.raises(ValueError, match="qk_norm='heads': choose one of none, all, head"):
+        type(there.config)(qk_norm="heads")
     experts = model.model.layers[0].mlp.experts
     _, scores = experts(torch.randn(500, 32))
     assert scores.mean().item() == pytest.approx(8**0.5, rel=0.1)

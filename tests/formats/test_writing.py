@@ -175,6 +175,7 @@ def test_names_of_our_own_format(tmp_path):
     [
         "router, grouped queries",
         "router, rotary factors",
+        "router, rope_scale",
         "router, dense layers in front",
         "router, part of the head",
     ],

@@ -48,6 +48,15 @@ def test_any_number_of_layers(n_layers):
     assert len(draw_run(lines, "title").axes[1].lines) == n_layers + 1  # and that of balance
 
 
+@pytest.mark.parametrize("n_lines,marker", [(1, "o"), (2, "None")])
+def test_a_single_step_is_a_point(n_lines, marker):
+    layers = {"load_max_over_mean": [1.5, 2.0]}
+    lines = [{"step": 3 + i, "nll": 3.0, "layers": layers} for i in range(n_lines)]
+    loss, load = draw_run(lines, "title").axes
+    drawn = {line.get_label(): line.get_marker() for line in (*loss.lines, *load.lines)}
+    assert {drawn[name] for name in ("training batches", "layer 0", "layer 1")} == {marker}
+
+
 def test_losses_that_are_missing(tmp_path):
     """A run whose only loss is not finite, and one that has logged nothing."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "nll": null}\n')

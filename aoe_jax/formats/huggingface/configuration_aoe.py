@@ -2,7 +2,11 @@
 
 from transformers import MixtralConfig
 
-SCORES = ("norm", "max")
+CHOICES = {
+    "score": ("norm", "max"),
+    "norm": ("rms", "layer"),
+    "qk_norm": ("none", "all", "head"),
+}
 
 
 class AoEConfig(MixtralConfig):
@@ -15,7 +19,7 @@ class AoEConfig(MixtralConfig):
       score_neurons: None: gates are factorised, and their low-rank activations score. A number:
         gates are whole, and this many of their first pre-activations score.
       gate_rank: the rank of a factorised gate.
-      score: one of `SCORES`: how the activations become a score.
+      score: "norm": an expert is scored by the L2 norm of its activations; "max": by the largest.
       norm_topk_prob: whether weights are the softmax over the chosen scores, or over all.
       selection_bias: whether a bias is added to the scores for the choice of experts.
       norm: "rms", or "layer" for LayerNorm with a bias.
@@ -53,8 +57,9 @@ class AoEConfig(MixtralConfig):
         dense_intermediate_size=None,
         **settings,
     ):
-        if score not in SCORES:
-            raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
+        for name, value in {"score": score, "norm": norm, "qk_norm": qk_norm}.items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(CHOICES[name])}")
         self.score_neurons, self.gate_rank, self.score = score_neurons, gate_rank, score
         self.norm_topk_prob, self.selection_bias = norm_topk_prob, selection_bias
         self.norm, self.qk_norm = norm, qk_norm
