@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from aoe_jax import cli
+
 _FOLDER = Path(__file__).parent
 
 
@@ -22,6 +24,11 @@ def commands():
     return found
 
 
-if __name__ == "__main__":
+def main():
+    """Prints the list."""
     print(tabulate(commands(), ["command", "or python -m", ""], "plain"))
     print("\nThe --help of a command shows its flags.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -91,12 +91,14 @@ def define_mesh_flag():
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of `--config`, or of the file `default`, and `--config.GROUP.FIELD`."""
+    """The checked `Config` of `--config`, or of the file `default` of the repository, and
+    `--config.GROUP.FIELD`.
+    """
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
 
     file = flag.value or default
-    if not file:
+    if not file or (not flag.value and not Path(default).exists()):
         raise UserError(_NO_CONFIG)
     groups, routing = _read_config(file), {}
     for name in FLAGS:

@@ -47,6 +47,11 @@ def test_the_list_has_every_command_with_one_line():
     assert found == set(MODULES)
 
 
+def test_the_list_takes_no_arguments():
+    status, stdout, stderr = finish(start(["-m", "aoe_jax", "train"]))
+    assert (status, stdout) == (2, "") and "unexpected argument 'train'" in stderr
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_help_is_short(module):
     status, stdout, stderr = finish(start(["-m", module, "--help"]))
@@ -106,6 +111,8 @@ def test_a_wheel_trains_in_any_folder(tmp_path):
     assert stdout.startswith("result    step 2, 128 tokens, validation nll ")
     assert "aoe_jax.eval" in stdout and "configs/" not in stdout  # a wheel has no configs
     assert (own / "run" / "training.png").exists()
+    status, stdout, stderr = run_installed(installed, own, "aoe-doctor")
+    assert (status, stdout) == (2, "") and stderr.startswith("error: --config is missing")
 
 
 def run_installed(installed: Path, folder, name, *arguments):
