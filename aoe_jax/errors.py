@@ -15,12 +15,18 @@ class Failure(Exception):
 
 
 class UserError(Failure):
-    """A mistake that the user can correct: a bad value, a missing file, a workdir in use.
+    """A mistake that the user can correct: a bad value, a missing file.
 
     The message names the field or file, its value and what would be right.
     """
 
     status = 2
+
+
+class InUse(UserError):
+    """Another process owns the folder. It may be about to end, so a later start may succeed."""
+
+    status = 5
 
 
 class DivergedError(Failure):

@@ -4,7 +4,8 @@
 
 The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
 command is started again after a preemption, a hang, a lost process, a fault of the machine or an
-unforeseen error; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
+unforeseen error, and while another process owns the workdir, such as one that still saves; not
+after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
 supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
 a run that has begun are gone, as on a disk that is no longer mounted, it only waits, because a
 start would begin a new run. It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the

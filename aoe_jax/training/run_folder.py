@@ -38,7 +38,8 @@ class RunFolder:
         """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
 
         Raises:
-          UserError: another process owns it, or a process does not see it.
+          InUse: another process owns it.
+          UserError: a process does not see it.
         """
         self.figures, self._workdir = workdir, workdir
         self._owner = self._mirror = None
