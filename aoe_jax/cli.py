@@ -194,6 +194,7 @@ def run(main):
             sys.exit(0)
         _set_up_logging()
         faults.retry_seconds = FLAGS.retry_seconds
+        _check_working_directory()
         if not debug:
             _hide_background_errors()
         status = main()
@@ -244,6 +245,13 @@ def _open_standard_files():
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _check_working_directory():
+    try:
+        os.getcwd()
+    except FileNotFoundError as e:
+        raise UserError("the working directory has been deleted; change to another one") from e
 
 
 def _flush(file):
