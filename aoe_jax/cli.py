@@ -216,6 +216,9 @@ def run(main):
     except Exception as e:
         if faults.fills_device(e):
             status, last_line = UserError.status, f"error: {_device_is_full(e)}"
+        elif faults.lacks_credentials(e):
+            status, wanted = UserError.status, "log in to the object store on this machine"
+            last_line = f"error: {faults.reason(e)}; {wanted}"
         elif isinstance(e, OSError) and faults.is_fault(e):
             status, last_line = MachineFault.status, f"error: {e}{_notes(e)}"
         else:
