@@ -196,6 +196,7 @@ def run(main):
             sys.exit(0)
         _set_up_logging()
         faults.retry_seconds = FLAGS.retry_seconds
+        _check_working_directory()
         if not debug:
             _hide_background_errors()
         status = main()
@@ -217,6 +218,9 @@ def run(main):
     except Exception as e:
         if faults.fills_device(e):
             status, last_line = UserError.status, f"error: {_device_is_full(e)}"
+        elif faults.lacks_credentials(e):
+            status, wanted = UserError.status, "log in to the object store on this machine"
+            last_line = f"error: {faults.reason(e)}; {wanted}"
         elif isinstance(e, OSError) and faults.is_fault(e):
             status, last_line = MachineFault.status, f"error: {e}{_notes(e)}"
         else:
@@ -246,6 +250,13 @@ def _open_standard_files():
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _check_working_directory():
+    try:
+        os.getcwd()
+    except FileNotFoundError as e:
+        raise UserError("the working directory has been deleted; change to another one") from e
 
 
 def _flush(file):

@@ -16,7 +16,7 @@ class Failure(Exception):
 
 
 class UserError(Failure):
-    """A mistake that the user can correct: a bad value, a missing file, a workdir in use.
+    """A mistake that the user can correct: a bad value, a missing file.
 
     The message names the field or file, its value and what would be right.
     """
@@ -31,6 +31,12 @@ def naming(place):
         yield
     except UserError as e:
         raise UserError(f"{place}: {e}") from e
+
+
+class InUse(UserError):
+    """Another process owns the folder. It may be about to end, so a later start may succeed."""
+
+    status = 5
 
 
 class DivergedError(Failure):

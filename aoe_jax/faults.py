@@ -50,6 +50,7 @@ _UNREACHABLE = {
     "botocore.HTTPClientError",
     "google.TransportError",
 }
+_NO_CREDENTIALS = {"botocore.NoCredentialsError", "google.DefaultCredentialsError"}
 
 
 def _causes(error):
@@ -90,17 +91,25 @@ def status_of(error: BaseException) -> int:
     """The exit status of a program that an exception ends."""
     if isinstance(error, Failure):
         return error.status
-    if fills_device(error):
+    if fills_device(error) or lacks_credentials(error):
         return UserError.status
     return MachineFault.status if is_fault(error) else 1
+
+
+def _names(error):
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
 
 
 def _is_of_network(error):
     """Whether an object store could not be reached or was overloaded, by its client's exception."""
     status = str(getattr(error, "code", None) or getattr(error, "status", ""))
-    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
     overloaded = status in ("408", "429") or re.fullmatch(r"5\d\d", status)
-    return bool(overloaded or names & _UNREACHABLE)
+    return bool(overloaded or _names(error) & _UNREACHABLE)
+
+
+def lacks_credentials(error: BaseException) -> bool:
+    """Whether a client of an object store does not know who the user is."""
+    return any(_names(cause) & _NO_CREDENTIALS for cause in _causes(error))
 
 
 def is_forbidden(error: BaseException) -> bool:

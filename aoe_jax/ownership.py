@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import InUse, UserError
 from aoe_jax.faults import Tolerated, is_fault, is_forbidden, patiently
 from aoe_jax.json_files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
 from aoe_jax.paths import create, is_remote
@@ -111,8 +111,8 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
     """Owns a folder. A missing one is made, and removed at the end if it is empty.
 
     Raises:
-      UserError: the folder cannot be made, or another process owns it. The message names the
-        `flag` that gave the folder.
+      UserError: the folder cannot be made. The message names the `flag` that gave it.
+      InUse: another process owns it.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
     owner = Owner(folder, *_acquire(folder, flag, take_over))
@@ -244,10 +244,10 @@ def _remove(path, content):
 
 
 def _wait_until_stale(folder, flag, other, seconds):
-    """Returns once the owner has not renewed for `seconds`; raises `UserError` if it renews."""
-    in_use = UserError(
-        f"--{flag}={folder} is in use by {in_words(other)}; wait for it, use another --{flag}, "
-        "or end that process"
+    """Returns once the owner has not renewed for `seconds`; raises `InUse` if it renews."""
+    in_use = InUse(
+        f"--{flag}={folder} is in use by {in_words(other)}. It may still be saving after a request "
+        f"to stop: start again once it has ended, use another --{flag}, or end it"
     )
     if _has_ended(other) is False:
         raise in_use

@@ -4,14 +4,14 @@
 
 The arguments after `--` are those of Python, such as `train.py ...` or `-m aoe_jax.train ...`. The
 command is started again after a preemption, a hang, a lost process, a fault of the machine or an
-unforeseen error; not after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The
-supervisor gives up after `--restarts` restarts in a row that saved no new step. While the files of
-a run that has begun are gone, as on a disk that is no longer mounted, it only waits, because a
-start would begin a new run. It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the
-command. If it is killed, the command gets SIGTERM (on Linux). Only the first attempt gets
-`--start-over`, `--go-back` and `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every
-attempt, unless the workdir is in an object store. The exit status is that of the last attempt, 128
-+ N if signal N ended it.
+unforeseen error, and while another process owns the workdir, such as one that still saves; not
+after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The supervisor gives up after
+`--restarts` restarts in a row that saved no new step. While the files of a run that has begun are
+gone, as on a disk that is no longer mounted, it only waits, because a start would begin a new run.
+It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
+the command gets SIGTERM (on Linux). Only the first attempt gets `--start-over`, `--go-back` and
+`--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in
+an object store. The exit status is that of the last attempt, 128 + N if signal N ended it.
 """
 
 import contextlib

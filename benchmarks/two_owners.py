@@ -22,7 +22,7 @@ import psutil
 from absl import flags
 from tqdm import tqdm
 
-from aoe_jax.errors import UserError
+from aoe_jax.errors import InUse, UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.ownership import read_owner
 from benchmarks.soak import Failure, Soak, read_heartbeat
@@ -113,7 +113,7 @@ def attempt(work, disk: Path, offset):
         _wait("the end of one", lambda: any(t.status() is not None for t in trainers.values()))
         (refused,) = (host for host, t in trainers.items() if t.status() is not None)
         (winner,) = trainers.keys() - {refused}
-        if trainers[refused].status() != UserError.status or (
+        if trainers[refused].status() != InUse.status or (
             f"is in use by process 1 on {winner}" not in trainers[refused].words()
         ):
             raise Failure(f"{refused} was not refused:\n{words()}")

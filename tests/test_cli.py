@@ -1,5 +1,6 @@
 """How commands end if what they print cannot be written, in processes of their own."""
 
+import os
 import subprocess
 import sys
 
@@ -54,6 +55,17 @@ def test_characters_that_the_encoding_lacks():
     environment = {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout == "r\\xe9sum\\xe9 \\U0001f680\n", done.stderr
+
+
+def test_a_working_directory_that_was_deleted(tmp_path):
+    script = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    command = ["bash", "-c", script, "bash", tmp_path, sys.executable, "-m", "aoe_jax.train"]
+    command += [f"--config={ROOT}/configs/tiny.py", "--workdir=run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    last = "error: the working directory has been deleted; change to another one"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == last, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 FILLED = """

@@ -267,7 +267,7 @@ def test_two_runs_begin_in_one_workdir(tmp_path):
         start(train_command(tmp_path / "run", train__learning_rate=rate)) for rate in (0.003, 0.01)
     ]
     outcomes = [finish(process) for process in processes]
-    assert sorted(status for status, _, _ in outcomes) == [0, 2], outcomes
+    assert sorted(status for status, _, _ in outcomes) == [0, 5], outcomes
     winner = [status for status, _, _ in outcomes].index(0)
     assert (
         json.loads((tmp_path / "run" / "config.json").read_text())["train"]["learning_rate"]
@@ -283,7 +283,7 @@ def test_two_processes_in_one_workdir(tmp_path):
     wait_for(first, lambda: heartbeat(tmp_path / "run")["status"] == "training")
     first.send_signal(signal.SIGSTOP)
     status, _, stderr = run(train_command(tmp_path / "run"))
-    assert status == 2 and "is in use by process" in stderr, stderr
+    assert status == 5 and "is in use by process" in stderr, stderr
     first.send_signal(signal.SIGCONT)
     status, _, stderr = finish(first)
     assert status == 0, stderr

@@ -4,6 +4,8 @@ import re
 import shutil
 import signal
 
+import pytest
+
 from aoe_jax.errors import Hang
 from tests.runs import EVERY, STEPS, finish, finished_run, run, same_end, start, train_command
 from tests.test_fault_matrix import STATE, Fault
@@ -75,6 +77,27 @@ def test_a_restore_that_hangs(tmp_path):
     assert not [*workdir.glob("owner_*.json")]
     fault.end()
     assert goes_on(workdir, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("file", "reader"), [("config.json", "check_start"), ("tokenizer.json", "state_from_model")]
+)
+def test_a_first_model_that_hangs(tmp_path, file, reader):
+    """The disk does not answer when `train.init_from` is opened."""
+    workdir, model = tmp_path / "run", tmp_path / "model"
+    status, _, stderr = run(
+        ["-m", "aoe_jax.export", f"--workdir={finished_run()}", f"--output={model}"]
+    )
+    assert status == 0, stderr
+    fault = Fault(tmp_path, "HANG", "o", f"model/{file}")
+    command = train_command(workdir, train__init_from=model, train__hang_timeout=3)
+    status, _, stderr = finish(start(command, **fault.variables))
+    assert status == Hang.status, stderr
+    assert last_line(stderr) == (
+        "error: process 0, restoring, after step 0 made no progress for 3 s "
+        f"(train.hang_timeout=3): its stacks are in {workdir}/hang"
+    )
+    assert reader in (workdir / "hang" / "process_0.txt").read_text()
 
 
 def test_sigterm_in_a_hang(tmp_path):

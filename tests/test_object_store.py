@@ -40,6 +40,7 @@ from tests.runs import (
     same_end,
     settings,
     start,
+    tiny_config,
     train_command,
 )
 from tests.test_faults import last_line
@@ -112,6 +113,31 @@ def test_what_is_a_path():
     with pytest.raises(UserError, match="--output=gs://b/x: it must be on a disk"):
         parsed_path("gs://b/x", "--output")
     assert "~" not in str(parsed_path("~/runs", "--workdir"))
+
+
+def test_what_must_be_on_a_disk():
+    prepare = "it must be on a disk; aoe_jax.data.prepare reads texts in a store"
+    for changes, words in (
+        ({"data__path": "gs://b/x"}, rf"config\.data\.path=gs://b/x: {prepare}"),
+        ({"data__name": "text@gs://b/x", "data__path": None}, rf"name=gs://b/x: {prepare}"),
+        ({"data__cache": "gs://b/x"}, r"config\.data\.cache=gs://b/x: it must be on a disk$"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny_config(**changes)
+    command = ["-m", "aoe_jax.compare", "--suite=gs://b/x.py", "--workdir=x"]
+    status, _, stderr = finish(start(command))
+    assert status == 2 and "error: --suite=gs://b/x.py: it must be on a disk" in stderr, stderr
+
+
+def test_s3_without_credentials(tmp_path):
+    """A run is refused before the store is asked; a model cannot be read."""
+    wanted = "checkpoints can be on a disk or in gs://BUCKET/"
+    nothing = {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    evaluate = ["-m", "aoe_jax.eval", "--workdir=s3://b/x"]
+    for command, words in ((train_command("s3://b/x"), wanted), (evaluate, "log in to the object")):
+        status, _, stderr = finish(start(command, **nothing))
+        assert status == 2 and words in stderr.splitlines()[-1], stderr
+        assert "Traceback" not in stderr
 
 
 @in_both

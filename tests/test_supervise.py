@@ -180,15 +180,25 @@ def test_a_run_that_is_killed_twice(tmp_path):
 
 
 def test_a_supervisor_that_is_killed(tmp_path):
-    """Its run saves and ends too, so that another supervisor can go on at once."""
+    """Its run saves and ends too; another supervisor, started at once, waits for that."""
     workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "aoe_jax.supervise", "--", *train_command(workdir)]
+    command = [sys.executable, "-m", "aoe_jax.supervise", "--pause=1", "--restarts=99"]
+    command += ["--", *train_command(workdir)]
     options = {"cwd": ROOT, "env": os.environ | {"XLA_FLAGS": xla_flags()}}
-    process = subprocess.Popen(command, **options, stderr=subprocess.PIPE, text=True)
+    first, second = (tmp_path / name for name in ("first", "second"))
+    with first.open("w") as file:
+        process = subprocess.Popen(command, **options, stderr=file)
     wait_for(process, lambda: heartbeat(workdir)["status"] == "training")
+    pid = heartbeat(workdir)["pid"]
+    os.kill(pid, signal.SIGSTOP)  # as slow as a large save
     process.kill()
-    _, stderr = process.communicate(timeout=60)  # until the run has closed stderr, too
-    assert "preempted: saved at step" in stderr, stderr
-    done = subprocess.run(command, **options, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
+    process.wait()
+    with second.open("w") as file:
+        successor = subprocess.Popen(command, **options, stderr=file)
+    wait_for(successor, lambda: "attempt 1 ended with status 5" in second.read_text())
+    assert f"is in use by process {pid}" in second.read_text()
+    os.kill(pid, signal.SIGCONT)
+    assert successor.wait(timeout=300) == 0, second.read_text()
+    assert "preempted: saved at step" in first.read_text(), first.read_text()
+    assert "going on from step" in second.read_text()
     assert same_end(workdir, finished_run())

@@ -12,7 +12,6 @@ plans the runs for an absent machine.
 """
 
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 
@@ -44,7 +43,7 @@ def main():
     """Trains and measures what is missing, and reports."""
     stop = StopRequests("the same command goes on from there")
     stop.listen()
-    suite = load_suite(Path(cli.required(_SUITE)), _SET.value)
+    suite = load_suite(cli.path_of(_SUITE), _SET.value)
     workdir = cli.path_of(_WORKDIR).absolute()
     has_runs = (workdir / "machine.json").exists() or not _REPORT.value
     wanted = "has no runs to report; leave out --report to train them"

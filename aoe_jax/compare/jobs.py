@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aoe_jax
 from aoe_jax.config.checks import require_flag
-from aoe_jax.errors import UserError
+from aoe_jax.errors import InUse, UserError
 from aoe_jax.json_files import NUMBER, TEXT, read_json, write_json
 from aoe_jax.ownership import owned
 from aoe_jax.stopping import StopRequests, bound
@@ -183,7 +183,7 @@ def _is_free(job):
     try:
         with owned(job.output, "workdir"):
             return True
-    except UserError:
+    except InUse:
         return False
 
 

@@ -131,7 +131,7 @@ def _is_routed(folder, run, tokens):
     chooses = run.config.routing.choice(run.config.experts)
     if not chooses or not file.exists():
         return not chooses
-    found = read_routing(file)
+    found = read_routing(file, run.config)
     analysed = found["checkpoints"][-1]["step"], found.get("wanted_tokens")
     return analysed == (run.config.train.steps, tokens)
 

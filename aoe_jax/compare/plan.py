@@ -62,7 +62,7 @@ def row(name, figure):
 
 def main():
     """Plans, prints, and returns 3 if an arm does not fit."""
-    suite = load_suite(Path(cli.required(_SUITE)), _SET.value)
+    suite = load_suite(cli.path_of(_SUITE), _SET.value)
     runs = first_runs(suite, _SIZES.value)
     topology = cli.required(_TOPOLOGY)
     generation, devices = topology_devices(topology, _SLICES.value)

@@ -65,7 +65,7 @@ def _read_run(run, folder, seconds):
     row = row_of(
         run,
         seconds or own_seconds,
-        read_routing(file) if finished and file.exists() else None,
+        read_routing(file, run.config) if finished and file.exists() else None,
         state=state,
         last_line=ended["last_line"] if ended else last_line(log) if log.exists() else "",
         validation_nll=nll,

@@ -23,12 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoe_jax.compare.results import LAYER_FIGURES
+from aoe_jax.config.run import Config
 from aoe_jax.data.pipeline import eval_batches
 from aoe_jax.data.tokenised import open_corpus
-from aoe_jax.errors import UserError
+from aoe_jax.errors import UserError, shown
 from aoe_jax.evaluation.models import load_model
 from aoe_jax.evaluation.perplexity import compile_eval_step
-from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, or_none, read_json, write_json
+from aoe_jax.json_files import (
+    COUNT,
+    NUMBER,
+    Kind,
+    misfit,
+    one_of,
+    or_none,
+    read_json,
+    write_json,
+)
 from aoe_jax.load_figures import figures_of_layers
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.moe.experts import single_expert
@@ -40,35 +50,46 @@ MAX_SETS = 1000  # of experts that the oracle tries
 _MOST_BYTES = 2**28  # of routing.json: a hundred layers of 256 experts
 
 
-def _array(n_axes):
+_ORACLE = ("agreement", "distance_chosen", "distance_oracle", "distance_any")
+
+
+def _array(*shape):
     def holds(value):
         try:
             found = np.array(value)
         except ValueError:  # rows of different lengths
             return False
-        is_full = found.ndim == n_axes and found.size > 0
-        return is_full and (
+        return found.shape == shape and (
             found.dtype.kind in "iuf" or all(map(or_none(NUMBER).holds, found.flat))
         )
 
-    return Kind(f"an array of numbers with {n_axes} axes", holds)
+    return Kind(f"numbers of shape {list(shape)}", holds)
 
 
-_LAYERS, _EXPERTS = _array(1), _array(2)  # [L], [L, n]
-_CHECKPOINT = {"step": COUNT, "load": _EXPERTS, "mean_score": _EXPERTS}
-_CHECKPOINT |= dict.fromkeys(LAYER_FIGURES, _LAYERS)
-_ROUTING = {
-    "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
-    "tokens": COUNT,
-    "kind": TEXT,
-    "checkpoints": [_CHECKPOINT],
-    "coactivation": _array(3),  # [L, n, n]
-    "oracle": Kind(
-        "an array with one axis for each name, or null",
-        lambda v: v is None or (isinstance(v, dict) and all(map(_LAYERS.holds, v.values()))),
-    ),
-    "experts_per_token": or_none(COUNT),
-}
+def _schema(config):
+    """The schema of the routing.json of a run with this configuration."""
+    n_layers, n = config.model.n_layers, config.experts.n_experts
+    of_layers, of_experts = _array(n_layers), _array(n_layers, n)
+    checkpoint = {"step": COUNT, "load": of_experts, "mean_score": of_experts}
+    oracle, k = dict.fromkeys(_ORACLE, of_layers), _experts_per_token(config)
+    return {
+        "wanted_tokens": or_none(COUNT),  # files of earlier versions have none
+        "tokens": COUNT,
+        "kind": one_of(config.experts.kind),
+        "checkpoints": [checkpoint | dict.fromkeys(LAYER_FIGURES, of_layers)],
+        "coactivation": _array(n_layers, n, n),
+        "oracle": Kind(
+            f"{', '.join(_ORACLE)} with a number for each of {n_layers} layers, or null",
+            lambda value: value is None or (k is not None and not misfit(value, oracle)),
+        ),
+        "experts_per_token": one_of(k),
+    }
+
+
+def _experts_per_token(config):
+    """K of a run, None where it depends on the token."""
+    choice = config.routing.choice(config.experts)
+    return config.experts.top_k if choice and choice.is_fixed else None
 
 
 class Observation(NamedTuple):
@@ -175,7 +196,7 @@ def analyse(folder: Path, n_tokens: int):
             of_step = model if step == model.step else load_model(folder, str(step))
             run = partial(eval_step, of_step.params, of_step.routing_state)
             found[step] = _gathered([jax.device_get(run(batch)) for batch in batches], is_real)
-    final, choice = found[steps[-1]], config.routing.choice(config.experts)
+    final = found[steps[-1]]
     report = {
         "wanted_tokens": n_tokens,
         "tokens": final["chosen"].shape[1],
@@ -183,19 +204,30 @@ def analyse(folder: Path, n_tokens: int):
         "checkpoints": [_figures(step, figures, final) for step, figures in found.items()],
         "coactivation": coactivation(final["chosen"]).tolist(),
         "oracle": final["oracle"],
-        # None where it depends on the token
-        "experts_per_token": config.experts.top_k if choice.is_fixed else None,
+        "experts_per_token": _experts_per_token(config),
     }
     write_json(folder / "routing.json", report, indent=None)
 
 
-def read_routing(file: Path):
-    """Returns the content of the `routing.json` of a run, which `analyse` has written."""
+def read_routing(file: Path, config: Config):
+    """Returns the content of the `routing.json` of a run, which `analyse` has written.
+
+    Lists of numbers become float64 arrays, with NaN for numbers that were not finite.
+
+    Raises:
+      UserError: it cannot be read, or it is of a run with another configuration.
+    """
     wanted = "remove it, and run the command again"
-    report = read_json(file, wanted, _ROUTING, _MOST_BYTES)
-    if not report["checkpoints"]:
-        raise UserError(f"{file} cannot be read: it has no checkpoints; {wanted}")
-    return report
+    report = read_json(file, wanted, _schema(config), _MOST_BYTES)
+    steps = [checkpoint["step"] for checkpoint in report["checkpoints"]]
+    if not steps or steps != sorted({*steps}):
+        raise UserError(
+            f"{file} cannot be read: the steps of its checkpoints, {shown(steps)}, do not rise; "
+            f"{wanted}"
+        )
+    for part in (*report["checkpoints"], report["oracle"] or {}):
+        part |= {name: np.array(part[name], np.float64) for name in part.keys() - {"step"}}
+    return report | {"coactivation": np.array(report["coactivation"], np.float64)}
 
 
 def validation_batches(folder, config, size):
@@ -226,8 +258,7 @@ def _gathered(results, is_real):
     oracle = None
     if observations[0].oracle is not None:
         means = np.mean([o.oracle.mean(axis=1) for o in observations], axis=0)  # [L, 4]
-        names = ("agreement", "distance_chosen", "distance_oracle", "distance_any")
-        oracle = {name: means[:, i].tolist() for i, name in enumerate(names)}
+        oracle = {name: means[:, i].tolist() for i, name in enumerate(_ORACLE)}
     return {"stats": stats, "chosen": chosen, "oracle": oracle}
 
 

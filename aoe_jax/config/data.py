@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from aoe_jax.config.checks import Group, require, setting
+from aoe_jax.errors import UserError
 from aoe_jax.paths import is_remote, parsed_path
 
 _FOLDERS = {"text": "folder of .txt files", "prepared": "folder of a token store"}
@@ -132,5 +133,11 @@ def _parsed_sources(name):
 
 def _absolute(path, name, in_store=False):
     """An absolute path on a disk, or a path in an object store; `name` is that of its field."""
-    parsed = parsed_path(path, f"config.data.{name}", in_store)
+    try:
+        parsed = parsed_path(path, f"config.data.{name}", in_store)
+    except UserError as e:
+        if in_store or name == "cache" or "://" not in path:
+            raise
+        wanted = "aoe_jax.data.prepare reads texts in a store, and data.name=prepared its output"
+        raise UserError(f"{e}; {wanted}") from e
     return os.fspath(parsed) if is_remote(parsed) else os.path.abspath(parsed)

@@ -46,6 +46,13 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+def check_store(workdir: Path):
+    """Raises `UserError` if `workdir` is in a store to which Orbax does not write."""
+    if is_remote(workdir) and not str(workdir).startswith("gs://"):
+        wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
+        raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
+
+
 class Checkpoints:
     """The checkpoints of one workdir, `workdir/checkpoints/STEP`.
 
@@ -58,9 +65,7 @@ class Checkpoints:
         `saved` is the step of the checkpoint that the run continues from, 0 for none. Raises
         `UserError` if `workdir` is in a store to which Orbax does not write.
         """
-        if is_remote(workdir) and not str(workdir).startswith("gs://"):
-            wanted = "checkpoints can be on a disk or in gs://BUCKET/..."
-            raise UserError(f"--workdir={workdir}: {wanted}; a store of this kind can hold models")
+        check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._config = config
         self._manager = None

@@ -24,7 +24,7 @@ from aoe_jax.json_files import read_metrics, write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.bar import Bar
-from aoe_jax.training.checkpoint import Checkpoints, Progress
+from aoe_jax.training.checkpoint import Checkpoints, Progress, check_store
 from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
 from aoe_jax.training.health import Health, Heartbeat
 from aoe_jax.training.profile import run_traced, traced_of_run
@@ -74,6 +74,7 @@ def train(
             "config.routing.name='sparsemixer': can be evaluated but not trained, because its "
             "sampling in training is not implemented; train with 'top_k'"
         )
+    check_store(workdir)  # before anything is written there
     filled = sharding.fill_mesh(config, jax.device_count())
     mesh, heartbeat = sharding.make_mesh(filled, jax.devices()), Heartbeat(workdir)
     with contextlib.ExitStack() as held, _end_is_reported(heartbeat), jax.set_mesh(mesh):
@@ -139,7 +140,9 @@ class _Run:
             has_begun = bool(steps) or any(read_metrics(workdir / "metrics.jsonl"))
             check_workdir(workdir, config, has_begun)
             if config.train.init_from and not self.step:
-                check_start(config)
+                self.heartbeat.beat("restoring", self.step)
+                with self.watched(lambda: None):  # a model in a store is copied here
+                    check_start(config)
             self.corpus = open_corpus(config.data, config.model.vocab_size)
             if has_begun:
                 check_data(workdir, self.corpus)
@@ -193,7 +196,9 @@ class _Run:
                 )
             log.info("going on from step %d", self.step)
         elif train.init_from:
-            self.state = state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
+            self.heartbeat.beat("restoring", self.step)
+            with self.watched(lambda: None):
+                self.state = state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
         else:
             self.state = new_state(config, abstract)
         self.first_step, self.saved_at = self.step, time.monotonic()

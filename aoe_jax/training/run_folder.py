@@ -36,7 +36,7 @@ class RunFolder:
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
         """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
-        Raises `UserError` if another process owns it, or a process does not see it.
+        Raises `InUse` if another process owns it, and `UserError` if a process does not see it.
         """
         self.figures, self._workdir = workdir, workdir
         self._owner = self._mirror = None

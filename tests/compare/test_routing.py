@@ -102,12 +102,14 @@ def test_coactivation_of_selections_without_a_fixed_number_of_experts():
 LAYER_OF = ("load_entropy", "confidence_entropy", "max_violation", "dead_experts")
 CHECKPOINT = {name: [0.5, None] for name in (*LAYER_OF, "overlap_with_final")}
 CHECKPOINT |= {"step": 6, "load": [[1, 1], [2, 0]], "mean_score": [[0.1, None], [1, 2]]}
+DISTANCES = ("distance_chosen", "distance_oracle", "distance_any")
+ORACLE = {name: [0.5, 0.5] for name in ("agreement", *DISTANCES)}
 ROUTING = {
     "tokens": 8,
     "kind": "aoe",
     "checkpoints": [CHECKPOINT],
-    "coactivation": [[[1, 0], [0, 1]]],
-    "oracle": {"agreement": [0.5, 0.5]},
+    "coactivation": [[[1, 0], [0, 1]]] * 2,
+    "oracle": ORACLE,
     "experts_per_token": 1,
 }
 
@@ -116,21 +118,30 @@ ROUTING = {
     ("change", "words"),
     [
         ({}, None),
-        ({"checkpoints": []}, "it has no checkpoints"),
+        ({"oracle": None}, None),
+        ({"checkpoints": []}, r"the steps of its checkpoints, \[\], do not rise"),
+        ({"checkpoints": [CHECKPOINT] * 2}, r"its checkpoints, \[6, 6\], do not rise"),
         ({"checkpoints": None}, "checkpoints is None, not a list"),
         ({"checkpoints": [CHECKPOINT | {"load": [[1, 1], [2]]}]}, r"checkpoints\[0\].load is "),
-        ({"checkpoints": [CHECKPOINT | {"load": [["1"]]}]}, r"not an array of numbers with 2 axes"),
-        ({"checkpoints": [{"step": 6}]}, r"checkpoints\[0\].load is None, not an array"),
-        ({"coactivation": [[1]]}, "coactivation is .* not an array of numbers with 3 axes"),
-        ({"oracle": {"agreement": "x"}}, "oracle is .* not an array with one axis for each name"),
+        ({"checkpoints": [CHECKPOINT | {"load": [["1"]]}]}, r"not numbers of shape \[2, 2\]"),
+        ({"checkpoints": [CHECKPOINT | {"load": [[1, 1]]}]}, r"not numbers of shape \[2, 2\]"),
+        ({"checkpoints": [CHECKPOINT | {"load_entropy": [1]}]}, r"not numbers of shape \[2\]"),
+        ({"checkpoints": [{"step": 6}]}, r"checkpoints\[0\].load is None, not numbers"),
+        ({"coactivation": [[[1]]]}, r"coactivation is .* not numbers of shape \[2, 2, 2\]"),
+        ({"oracle": {"agreement": "x"}}, "oracle is .* not agreement, distance_chosen, "),
+        ({"oracle": ORACLE | {"distance_any": [1]}}, "with a number for each of 2 layers, or null"),
         ({"tokens": True}, "tokens is True, not a whole number"),
+        ({"kind": "router"}, r"kind is 'router', not one of \['aoe'\]"),
+        ({"experts_per_token": None}, r"experts_per_token is None, not one of \[1\]"),
     ],
 )
-def test_routing_of_another_program(tmp_path, change, words):
+def test_routing_of_another_run(tmp_path, change, words):
     file = tmp_path / "routing.json"
+    config = tiny_config(experts__n_experts=2, experts__top_k=1)
     write_json(file, ROUTING | change)
     if words is None:
-        assert read_routing(file) == ROUTING
+        (last,) = read_routing(file, config)["checkpoints"]
+        np.testing.assert_array_equal(last["mean_score"], [[0.1, np.nan], [1, 2]])
         return
     with pytest.raises(UserError, match=f"routing.json cannot be read: .*{words}.*; remove it, "):
-        read_routing(file)
+        read_routing(file, config)

@@ -1,5 +1,6 @@
 """A small suite from end to end: interrupted and begun again, an arm that fails, and its report."""
 
+import json
 import math
 import re
 import shutil
@@ -17,7 +18,6 @@ from aoe_jax.compare.jobs import Machine, Slot
 from aoe_jax.compare.measure import missing_points, step_seconds, sweep_file
 from aoe_jax.compare.reading import read_results
 from aoe_jax.compare.report import write_report
-from aoe_jax.compare.routing import read_routing
 from aoe_jax.compare.runs import (
     check_run,
     folder_of,
@@ -202,7 +202,7 @@ def test_tables_hold_the_numbers_of_the_runs():
 
 
 def test_routing_is_looked_at():
-    routing = read_routing(ended()[0] / "work/runs/a/aoe/seed_0/routing.json")
+    routing = json.loads((ended()[0] / "work/runs/a/aoe/seed_0/routing.json").read_text())
     last = routing["checkpoints"][-1]
     assert last["step"] == 6 and last["overlap_with_final"] == [1.0, 1.0]
     for layer, load in enumerate(last["load"]):
