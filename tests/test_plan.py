@@ -262,6 +262,13 @@ def test_a_plan_for_four_chips():
     assert (
         report["step_seconds"] == max(report["seconds"].values()) and 0 < report["mfu_bound"] <= 1
     )
+    compiled = report["compiled_collectives"]
+    assert {entry["kind"] for entry in compiled} == {"all-gather", "all-reduce", "reduce-scatter"}
+    gathers = [entry for entry in compiled if entry["kind"] == "all-gather"]
+    (traced,) = (entry for entry in report["collectives"] if entry["kind"] == "all_gather")
+    assert sum(entry["count"] for entry in gathers) == traced["count"]
+    # Of two devices, each receives half of the result.
+    assert sum(entry["bytes"] for entry in gathers) >= 2 * traced["bytes"]
 
 
 def test_nearest_meshes_come_first():

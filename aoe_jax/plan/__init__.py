@@ -8,7 +8,9 @@ How the figures are computed:
   need.
 - Collectives are those of the program before compilation, where all are explicit except sums of a
   few scalars and of the gradients of norm scales. An array that the body of a loop gathers twice
-  counts once. Bytes are what a device receives in a step, by the usual ring algorithms.
+  counts once. Bytes are what a device receives in a step, by the usual ring algorithms. Those of
+  the optimised program are listed, too: by the kind that the compiler made of them, started early
+  or not, with the larger of operand and result as bytes.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
   once) and network, each at its peak and perfectly overlapped: no run is faster.
 - The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
@@ -41,7 +43,13 @@ from aoe_jax.training.step import init_state, train_step_on, training_loss
 
 log = logging.getLogger(__name__)
 
-LIKELY = ("hbm_traffic_bytes", "likely_step_seconds", "seconds_by_scope", "seconds_at_peaks")
+LIKELY = (
+    "hbm_traffic_bytes",
+    "likely_step_seconds",
+    "seconds_by_scope",
+    "seconds_at_peaks",
+    "compiled_collectives",
+)
 SUGGESTIONS = 6  # meshes that --suggest compiles at most
 
 
@@ -187,8 +195,11 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     device. `seconds_at_peaks` is the sum over operations without the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
-    seconds, at_peaks = Counter(), 0.0
+    seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
     for o in operations:
+        if o.collective:
+            counts[o.collective, o.is_async] += o.times
+            sent[o.collective, o.is_async] += o.times * o.sent_bytes
         seconds[scope(o)] += o.times * likely_seconds(o, chip, shape)
         without_cycles = dataclasses.replace(o, cycles=None)
         at_peaks += o.times * likely_seconds(without_cycles, chip, shape)
@@ -198,6 +209,10 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
         "likely_step_seconds": seconds.total(),
         "seconds_by_scope": dict(seconds.most_common()),
         "seconds_at_peaks": at_peaks,
+        "compiled_collectives": [
+            {"kind": kind, "is_async": is_async, "count": count, "bytes": sent[kind, is_async]}
+            for (kind, is_async), count in sorted(counts.items())
+        ],
     }
 
 
@@ -276,4 +291,7 @@ def table(report):
     for entry in report["collectives"]:
         what = f"{entry['count']:6} over {'+'.join(entry['axes'])}"
         rows.append(f"{entry['kind']:<15} {what}: {gigabytes(entry['bytes'])} received")
+    for entry in report["compiled_collectives"] or ():
+        name = entry["kind"] + (" (async)" if entry["is_async"] else "")
+        rows.append(f"compiled: {name} {entry['count']:.0f}: {gigabytes(entry['bytes'])}")
     return "\n".join([*rows, "fits" if report["fits"] else "DOES NOT FIT"])
