@@ -24,15 +24,6 @@ class UserError(Failure):
     status = 2
 
 
-@contextlib.contextmanager
-def naming(place):
-    """Puts `place`, such as a file, before the message of a `UserError`."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f"{place}: {e}") from e
-
-
 class InUse(UserError):
     """Another process owns the folder. It may be about to end, so a later start may succeed."""
 
@@ -86,3 +77,12 @@ class Interrupted(Stopped):
     """SIGINT (Ctrl-C), with the exit status of shells."""
 
     status = 130
+
+
+@contextlib.contextmanager
+def naming(place):
+    """Puts `place`, such as a file, before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{place}: {e}") from e

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from aoe_jax.errors import MachineFault
+from aoe_jax.formats.exporting import export
 from tests.runs import (
     EVERY,
     ROOT,
@@ -173,6 +174,15 @@ def test_evaluation(tmp_path, case):
     status, _, stderr = Fault(tmp_path, *case).lasting(["eval.py", f"--workdir={workdir}"])
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
     assert contents(workdir) == before
+
+
+def test_evaluation_of_a_model(tmp_path):
+    """A disk that fails is not taken for a damaged model."""
+    export(finished_run(), tmp_path / "model")
+    command = ["eval.py", f"--workdir={tmp_path / 'model'}"]
+    status, _, stderr = Fault(tmp_path, "EIO", "o", "model.safetensors").lasting(command)
+    assert status == MachineFault.status and "Traceback" not in stderr, stderr
+    assert "model.safetensors cannot be read" in stderr and "damaged" not in stderr
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EIO"])

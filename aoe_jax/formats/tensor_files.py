@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from aoe_jax.errors import UserError, shown
+from aoe_jax.faults import patiently_if_allowed
 from aoe_jax.json_files import matching, open_regular, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,22 +34,27 @@ class Stored:
         """The tensor, or the part that one slice per axis selects, in the tensor's dtype.
 
         The file is closed again: the pages of an open file count as memory of the process. Raises
-        `UserError` if the file cannot be read.
+        `UserError` if the file cannot be read, and `MachineFault` if its disk fails.
         """
+        what = f"{self.file}: tensor {self.name} cannot be read"
         try:
-            with safe_open(self.file, framework="numpy") as file:
-                if slices is None:
-                    return file.get_tensor(self.name)
-                return file.get_slice(self.name)[tuple(slices)]
+            return patiently_if_allowed(what, lambda: self._read(slices))
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{self.file}: tensor {self.name} cannot be read ({e})") from e
+            raise UserError(f"{what} ({e})") from e
+
+    def _read(self, slices):
+        with safe_open(self.file, framework="numpy") as file:
+            if slices is None:
+                return file.get_tensor(self.name)
+            return file.get_slice(self.name)[tuple(slices)]
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """The tensors of a directory by name: of `model.safetensors`, or the shards of its index.
 
     Reads the headers of all files, and no tensor. Raises `UserError` if a file is missing, damaged
-    or differs from the index, or a tensor is not float32, float16 or bfloat16.
+    or differs from the index, or a tensor is not float32, float16 or bfloat16; `MachineFault` if a
+    disk fails.
     """
     if (directory / SINGLE).exists():  # transformers too ignores an index beside it
         return _read_header(directory / SINGLE)
@@ -75,23 +81,27 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
 
 def _read_header(path):
-    stored = {}
+    what = f"{path} cannot be read"
     try:
-        open_regular(path).close()  # the library would wait for the writer of a FIFO
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  it is no dict
-                tensor = file.get_slice(name)
-                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-                if not name.isprintable():
-                    raise UserError(f"{path}: tensor {shown(name)}: no model has such a name")
-                if dtype not in _DTYPES:
-                    what = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
-                    raise UserError(f"{path}: tensor {name[:1000]} {what}")
-                stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
+        tensors = patiently_if_allowed(what, lambda: _shapes_and_dtypes(path))
     except (SafetensorError, OSError) as e:
-        what = "it is no safetensors file, or damaged"
-        raise UserError(f"{path} cannot be read ({e}); {what}") from e
+        raise UserError(f"{what} ({e}); it is no safetensors file, or damaged") from e
+    stored = {}
+    for name, (shape, dtype) in tensors.items():
+        if not name.isprintable():
+            raise UserError(f"{path}: tensor {shown(name)}: no model has such a name")
+        if dtype not in _DTYPES:
+            wanted = f"is of type {dtype}; only {', '.join(_DTYPES)} can be read"
+            raise UserError(f"{path}: tensor {name[:1000]} {wanted}")
+        stored[name] = Stored(path, name, shape, np.dtype(_DTYPES[dtype]))
     return stored
+
+
+def _shapes_and_dtypes(path):
+    open_regular(path).close()  # the library would wait for the writer of a FIFO
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no dict
+        return {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
 
 
 def write_tensors(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]):
