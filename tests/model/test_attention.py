@@ -1,12 +1,12 @@
 """Causal attention in blocks of queries, against the attention of JAX: values and gradients."""
 
+import json
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, Mesh
 
 from aoe_jax.config.model import ModelConfig
@@ -32,6 +32,7 @@ from aoe_jax.model.attention.layer import (
 from aoe_jax.model.attention.reference import reference_attention
 from aoe_jax.model.attention.splash import LANES, MAX_BLOCK, block_size
 from aoe_jax.sharding import MESH_AXES
+from tests.runs import finish, start
 
 
 def arrays(length, dtype, n_heads=3, n_kv=3, width=10):
@@ -282,24 +283,37 @@ def test_what_cudnn_does_not_take():
     check_cudnn("bfloat16", 128)
 
 
-def cudnn_calls(length, masked, policy=None):
-    """How often a program with gradients runs the forward kernel; the kernels cannot run here."""
+# JAX traces cuDNN's kernels only where it finds cuDNN, through the plugin for CUDA.
+WITH_CUDNN = """
+import json, sys, types
+versions = types.ModuleType("versions")
+versions.cudnn_get_version = lambda: 90000
+sys.modules["jaxlib.cuda._versions"] = versions  # before JAX looks for it
+from tests.model.test_attention import cudnn_calls
+print(json.dumps([cudnn_calls(64, masked=False), cudnn_calls(63, masked=True)]))
+"""
+
+
+def cudnn_calls(length, masked):
+    """How often a program with gradients runs the forward kernel, which cannot run here: without
+    rematerialisation, with `is_cudnn_forward` kept, and with nothing kept.
+    """
     args, _, documents = arrays(length, jnp.bfloat16, 4, 2, 64)
     attention = partial(cudnn_attention, segment_ids=documents if masked else None)
-    if policy:
-        attention = jax.checkpoint(attention, policy=policy)
-    jaxpr = jax.make_jaxpr(lambda *a: jax.vjp(attention, *a)[1](attention(*a)))(*args)
-    return str(jaxpr).count("dot_product_attention_fwd_wrapper[")
+    policies = is_cudnn_forward, jax.checkpoint_policies.nothing_saveable
+    found = []
+    for form in (attention, *(jax.checkpoint(attention, policy=policy) for policy in policies)):
+        jaxpr = jax.make_jaxpr(lambda *a, form=form: jax.vjp(form, *a)[1](form(*a)))(*args)
+        found.append(str(jaxpr).count("dot_product_attention_fwd_wrapper["))
+    return found
 
 
-@pytest.mark.parametrize(("length", "masked"), [(64, False), (63, True)])
-def test_rematerialisation_keeps_what_cudnn_needs(monkeypatch, length, masked):
-    """Else its forward kernel would run once more. Without cuDNN, JAX traces it only if told so."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90000)
-    once = cudnn_calls(length, masked)
-    assert cudnn_calls(length, masked, is_cudnn_forward) == once
-    nothing = jax.checkpoint_policies.nothing_saveable
-    assert cudnn_calls(length, masked, nothing) == once + 1
+def test_rematerialisation_keeps_what_cudnn_needs():
+    """Else its forward kernel would run once more."""
+    status, stdout, stderr = finish(start(["-c", WITH_CUDNN], forked=False))
+    assert status == 0, stderr
+    for once, kept, nothing in json.loads(stdout.splitlines()[-1]):
+        assert once > 0 and kept == once and nothing == once + 1
 
 
 def test_attention_peaks_need_blocks():
