@@ -97,10 +97,10 @@ def parsed_config(flag, default=None):
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
 
-    file = flag.value or default
-    if not file or (not flag.value and not Path(default).exists()):
+    has_default = default and Path(default).exists()
+    if not flag.value and not has_default:
         raise UserError(_NO_CONFIG)
-    groups, routing = _read_config(file), {}
+    groups, routing = _read_config(flag.value or default), {}
     for name in FLAGS:
         if name.startswith("config.") and FLAGS[name].present:
             _, group, field = name.split(".")

@@ -21,17 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 CHEAP = (
     "eval.py",
-    "aoe_jax",
     "aoe_jax.compare.pair",
     "aoe_jax.convert",
     "aoe_jax.export",
     "aoe_jax.generate",
     "aoe_jax.prune",
 )
-TRIAL = "--config=configs/tiny.py --workdir=runs/trial --config.train.steps=20"
 # A placeholder, data that is elsewhere, or flags without the command that they belong to.
 ELSEWHERE = re.compile(r"=[A-Z]+\b|/my/|=arc_easy|task:|gs://|\.\.\.")
-ALONE = ("aoe_jax", "")
+AS_THEY_ARE = (
+    ("aoe_jax", ""),
+    ("train.py", "--config=configs/tiny.py --workdir=runs/trial --config.train.steps=20"),
+)
 PREPARATION = [
     ("train.py", "--config=configs/tiny.py --workdir=runs/tiny --config.train.steps=20"),
     ("train.py", "--config=configs/tiny.py:moe --workdir=runs/moe --config.train.steps=20"),
@@ -42,9 +43,8 @@ PREPARATION = [
 
 def is_cheap(program, arguments):
     """Whether a command runs here in about a minute; programs are also named without a command."""
-    if (program, arguments) in (ALONE, ("train.py", TRIAL)):
-        return True
-    return program in CHEAP and "--" in arguments and not ELSEWHERE.search(arguments)
+    is_whole = "--" in arguments and not ELSEWHERE.search(arguments)
+    return (program, arguments) in AS_THEY_ARE or (program in CHEAP and is_whole)
 
 
 def commands():

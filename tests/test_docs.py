@@ -1,4 +1,7 @@
-"""What the documentation names exists, its commands parse, and its Python code runs."""
+"""What the documentation names exists, its commands parse, and its Python code runs.
+
+`python -m tests.run_commands` runs the cheap ones of its commands.
+"""
 
 import importlib.util
 import re
