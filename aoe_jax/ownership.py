@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from aoe_jax.errors import InUse, UserError
+from aoe_jax.errors import Failure, InUse, MachineFault, UserError
 from aoe_jax.faults import Tolerated, is_fault, is_forbidden, patiently
 from aoe_jax.json_files import COUNT, Kind, matching, misfit, or_none, read_regular, write_json
 from aoe_jax.paths import create, is_remote
@@ -45,6 +45,27 @@ _OWNER = {"nonce": COUNT, "host": _WORD, "pid": COUNT, "time": _TIME}
 _OWNER |= {"started": or_none(COUNT), "kernel": or_none(_WORD)}
 
 
+def place(folder: Path) -> tuple[int, int] | None:
+    """The disk and the number of a folder there; None in an object store."""
+    if is_remote(folder):
+        return None
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def lost(folder: Path, place_before, found: dict) -> Failure:
+    """The exception for a process that owned a folder, which now has the owner `found`; at the
+    start it was at `place_before`.
+    """
+    if place(folder) != place_before:
+        # A start before the disk was mounted; the next one finds the run.
+        return MachineFault(
+            f"{folder} is not the folder that it was at the start: its disk was mounted, or "
+            f"replaced, meanwhile, and has files of {in_words(found)}"
+        )
+    return UserError(f"{folder} was taken over by {in_words(found)}")
+
+
 def is_own_file(name: str) -> bool:
     """Whether a file in a folder belongs to its ownership, by its name."""
     return bool(_CLAIM.fullmatch(name)) or name in (RENEWED, f"{RENEWED}.partial")
@@ -55,7 +76,7 @@ class Owner:
 
     def __init__(self, folder: Path, claim: Path, nonce: int):
         """Begins to renew the ownership, which the file `claim` with this `nonce` shows."""
-        self.nonce = nonce
+        self.nonce, self._place = nonce, place(folder)
         self._folder, self._claim, self._ended = folder, claim, threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="renews ownership")
         self._thread.start()
@@ -65,15 +86,15 @@ class Owner:
 
         Raises:
           UserError: another process has taken it over.
-          MachineFault: the folder cannot be read, or its files are gone, as on a disk that is no
-            longer mounted.
+          MachineFault: the folder cannot be read, its files are gone, as on a disk that is no
+            longer mounted, or it is on another disk than at the start.
         """
         found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
             time.sleep(_SECOND_LOOK)  # a claim that does not count is removed at once
             found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
-            raise UserError(f"{self._folder} was taken over by {in_words(found)}")
+            raise lost(self._folder, self._place, found)
 
     def is_in_place(self):
         """Whether the folder has the file of this process; False on another disk that is mounted

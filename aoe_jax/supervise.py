@@ -98,7 +98,7 @@ class Supervisor:
 
     def _attempt(self, number):
         """Runs the command once; returns its exit status and the number of steps it added."""
-        first_step, began = self._heartbeat().get("saved") or 0, time.time()
+        first_step, began = _saved(self._heartbeat()), time.time()
         # Its own session: a Ctrl-C in the terminal must reach it only once, through this process.
         self._process = subprocess.Popen(bound(self._command), start_new_session=True)
         if self._asked_to_stop.is_set():  # it came while the process was made
@@ -106,7 +106,7 @@ class Supervisor:
         status = self._process.wait()
         status = status if status >= 0 else 128 - status  # like shells, if a signal ended it
         heartbeat = self._heartbeat()
-        step = heartbeat.get("saved") or 0
+        step = _saved(heartbeat)
         line = {"attempt": number, "began": began, "ended": time.time(), "exit_status": status}
         line |= {"first_saved": first_step, "saved": step, "status": heartbeat.get("status")}
         with contextlib.suppress(OSError):
@@ -119,8 +119,10 @@ class Supervisor:
 
     def _heartbeat(self):
         path = self._workdir / "heartbeat.json"
+        step = or_none(COUNT)
+        schema = {"saved": step, "copied": step, "status": or_none(TEXT)}
         with contextlib.suppress(Exception):  # the next attempt says why it cannot be read
-            return read_json(path, schema={"saved": or_none(COUNT), "status": or_none(TEXT)})
+            return read_json(path, schema=schema)
         return {}
 
     def _has_heartbeat(self):
@@ -130,6 +132,11 @@ class Supervisor:
 
     def _is_over(self, status):
         return status in _FINAL or (status == 0 and self._heartbeat().get("status") == "finished")
+
+
+def _saved(heartbeat):
+    """The newest step that a run can continue from, by its heartbeat."""
+    return max(heartbeat.get("saved") or 0, heartbeat.get("copied") or 0)
 
 
 def _without(names, command):

@@ -8,6 +8,7 @@ random moments:
 
 - SIGKILL or SIGTERM to one training process or to all of them, or SIGSTOP to one for longer than
   `train.hang_timeout`;
+- the local copies of one process are lost (`checkpoint.local_path`);
 - the clock of one host is stepped by up to two hours, forward or back (`tests/stepped_clock.c`);
 - the disk of the run is unmounted for up to 20 s, if this program may mount; with `--store` the run
   is in an object store instead (`tests/object_store.py`), which answers 503 for up to a minute.
@@ -233,9 +234,17 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
       Failure: a run ends in another state, or does not end.
     """
     chance, began = random.Random(seed), time.monotonic()
-    work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | (settings or {}))
+    copies = root / "copies"
+    settings = {"checkpoint.local_path": copies, "checkpoint.local_every": 2} | (settings or {})
+    work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | settings)
     clock_library = build_clock(root)
-    with _place(root, in_store, chance) as (folder, of_place):
+
+    def lose_copies():
+        for copy in copies.glob(f"*/process_{chance.randrange(processes)}/*/*"):
+            shutil.rmtree(copy, ignore_errors=True)
+
+    with _place(root, in_store, chance) as (folder, more_events):
+        more_events["copies are lost"] = lose_copies
 
         def start(name):
             return Pod(work, folder / name, processes, root, clock_library)
@@ -255,7 +264,7 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
                     runs += 1
                     pod = start(f"run_{runs}")
                     time.sleep(LONGEST * chance.random())
-                name = _disturb(pod, of_place, chance)
+                name = _disturb(pod, more_events, chance)
                 tqdm.write(f"{time.strftime('%H:%M:%S')} {pod.workdir.name}: {name}", sys.stderr)
                 happened[name] += 1
             pod.wait()
@@ -271,7 +280,7 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
     }
 
 
-def _disturb(pod, of_place, chance):
+def _disturb(pod, more_events, chance):
     """Lets one thing happen; returns its name."""
     events = {
         f"{number.name} to {'all' if everyone else 'one'}": functools.partial(
@@ -285,7 +294,7 @@ def _disturb(pod, of_place, chance):
             (signal.SIGSTOP, False),
         )
     }
-    events |= {"clock is stepped": functools.partial(pod.step_clock, chance)} | of_place
+    events |= {"clock is stepped": functools.partial(pod.step_clock, chance)} | more_events
     name = chance.choice([*events])
     events[name]()
     return name

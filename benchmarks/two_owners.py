@@ -4,7 +4,7 @@
 same run twice, at once or up to three seconds apart, with separate host names, process numbers and
 mounts of the folder (`unshare`, which needs root). In every second try the folder is that of a
 trainer on a third host that was killed, so both wait until its ownership is stale, and then take it
-over. One of the two must be refused with exit status 2, and the other must train until it is asked
+over. One of the two must be refused with exit status 5, and the other must train until it is asked
 to stop. The program fails at the first try with another outcome.
 """
 

@@ -169,6 +169,33 @@ def test_one_process_of_two_is_stopped():
     np.testing.assert_allclose(losses(workdir), losses(finished_run()), rtol=1e-5)
 
 
+def test_two_processes_go_on_from_local_copies(tmp_path):
+    """From the newest that both have, and on the same curve."""
+    local = tmp_path / "local"
+    settings = {"checkpoint__every": 100, "checkpoint__local_every": 2}
+    settings |= {"checkpoint__local_path": str(local), "mesh__fsdp": 2}
+
+    def copies(process):
+        folders = local.glob(f"*/process_{process}/*/*")
+        return sorted(
+            (path for path in folders if path.name.isdecimal()), key=lambda path: int(path.name)
+        )
+
+    processes = start_on(tmp_path / "run", 2, 2, **settings)
+    deadline = time.monotonic() + 120
+    while min(len(copies(0)), len(copies(1))) < 2:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.005)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [finish(process)[0] for process in processes] == [-signal.SIGKILL] * 2
+    shutil.rmtree(copies(1)[-1])
+    common = {path.name for path in copies(0)} & {path.name for path in copies(1)}
+    stderr = train_on(tmp_path / "run", 2, 2, **settings)
+    assert f"going on from the local copies of step {max(common, key=int)}" in stderr[0]
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished_run()), rtol=1e-5)
+
+
 def test_ctrl_c_in_one_process_of_two_stops_both():
     workdir = scratch("multiprocess") / "interrupted"
     statuses, stderr = stop_one(workdir, signal.SIGINT, after=EVERY)

@@ -117,6 +117,18 @@ def test_an_owner_on_another_host_that_is_silent(tmp_path, caplog):
     assert read_owner(tmp_path)["nonce"] == 9  # and stays
 
 
+def test_a_disk_that_is_mounted_after_the_start(tmp_path):
+    """The run on it has an owner, too, but nobody took this folder over."""
+    folder, on_disk = tmp_path / "run", tmp_path / "disk"
+    elsewhere(on_disk)
+    with owned(folder, "workdir") as owner:
+        folder.rename(tmp_path / "below")
+        on_disk.rename(folder)
+        with pytest.raises(MachineFault, match="is not the folder that it was at the start: its"):
+            owner.check()
+    assert read_owner(folder)["host"] == "tpu-3"  # and stays
+
+
 @pytest.mark.parametrize(
     "content", ['{"nonce": 1', "", "\0", "[" * 4000, "[1]", "9" * 4000], ids=lambda text: text[:9]
 )

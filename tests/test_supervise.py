@@ -26,8 +26,9 @@ path, count = workdir / "heartbeat.json", workdir / "count"
 number = int(count.read_text()) if count.exists() else 0
 count.write_text(str(number + 1))
 status, word, steps = plan[min(number, len(plan) - 1)]
-saved = json.loads(path.read_text())["saved"] if path.exists() else 0
-path.write_text(json.dumps({"status": word, "saved": saved + steps}))
+name = "copied" if word == "copied" else "saved"
+saved = json.loads(path.read_text())[name] if path.exists() else 0
+path.write_text(json.dumps({"status": word, name: saved + steps}))
 if status == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     (workdir / "waits").touch()
@@ -70,6 +71,7 @@ def attempts(workdir):
         ([(130, "interrupted", 3)], 130, 1),
         ([(5, "failed", 0)], 5, 3),
         ([(5, "failed", 1), (5, "failed", 0), (5, "failed", 0), (5, "failed", 0)], 5, 4),
+        ([(5, "copied", 1), (5, "copied", 0), (5, "copied", 0), (5, "copied", 0)], 5, 4),
     ],
 )
 def test_what_is_started_again(tmp_path, plan, status, count):

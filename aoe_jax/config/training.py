@@ -83,6 +83,17 @@ class CheckpointConfig(Group):
     # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")
     keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll
+    # A folder on a disk of each host, for copies of the state between two checkpoints; None: none.
+    local_path: str | None = None
+    local_every: int = setting(50, above=0)  # steps between two such copies
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.local_path is not None:
+            path = parsed_path(self.local_path, "config.checkpoint.local_path")
+            object.__setattr__(self, "local_path", str(path.absolute()))
+            if self.local_every >= self.every:
+                self.refuse("local_every", f"must be below checkpoint.every={self.every}")
 
     def check(self, config):
         eval_every = config.train.eval_every

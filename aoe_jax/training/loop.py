@@ -17,7 +17,7 @@ from aoe_jax.counts import log_run, parameter_counts
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, all_agree, together
-from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
+from aoe_jax.errors import DivergedError, Failure, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated, patiently
 from aoe_jax.json_files import read_metrics, write_json
@@ -27,6 +27,7 @@ from aoe_jax.training.bar import Bar
 from aoe_jax.training.checkpoint import Checkpoints, Progress, check_store
 from aoe_jax.training.fingerprints import check_repetition, local_fingerprints
 from aoe_jax.training.health import Health, Heartbeat
+from aoe_jax.training.local_copies import LocalCopies
 from aoe_jax.training.profile import run_traced, traced_of_run
 from aoe_jax.training.run_folder import RunFolder, Start
 from aoe_jax.training.starting import check_start, state_from_model
@@ -126,6 +127,7 @@ class _Run:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.has_validated = False  # whether a batch was scored, which compiles the evaluation step
         self.at_rest = threading.Lock()
+        self.local = None  # the copies on the disks of the hosts
         self.position = None  # the position in the data while the loop waits for a batch
         self.unreported = None  # step and metrics, which are read while the next step runs
 
@@ -146,9 +148,14 @@ class _Run:
             self.corpus = open_corpus(config.data, config.model.vocab_size)
             if has_begun:
                 check_data(workdir, self.corpus)
+            began = read_heartbeat(workdir)["began"] if self.is_main else None
             if wandb is not None:
                 check_wandb(workdir, wandb)
         agree("the step, configuration or data", f"{self.step} {config} {self.corpus.identities}")
+        self.saved_step = self.step
+        if config.checkpoint.local_path:
+            self.local = LocalCopies(workdir, config, began, self.folder.begins_anew)
+            self.step = max(self.step, self.local.newest())
         steps, finished = config.train.steps, (workdir / "summary.json").exists()
         if self.step > steps or (self.step == steps and finished):
             raise UserError(
@@ -171,7 +178,7 @@ class _Run:
         return steps
 
     def restore(self):
-        """Makes the first state: from a checkpoint, from a model, or at random."""
+        """Makes the first state: from local copies, a checkpoint, a model, or at random."""
         config, train = self.config, self.config.train
         process = jax.process_index()
         self.rows = sharding.rows_of_process(self.batch_sharding, train.batch_size, process)
@@ -188,21 +195,46 @@ class _Run:
         )
         self.jitted_step, abstract = train_step_on(self.mesh, config)
         self.progress = Progress()
+        self.state = self._from_copies(abstract) or self._from_disk(abstract)
+        self.first_step, self.saved_at = self.step, time.monotonic()
+        self.checkpoints.close()
+
+    def _from_copies(self, abstract):
+        """The state in the local copies; None if there are none that are newer and whole."""
+        if self.step == self.saved_step:
+            return None
+        self.heartbeat.beat("restoring", self.step)
+        try:
+            with self.watched(lambda: None):
+                state, self.progress, position = self.local.restore(self.step, abstract)
+        except Failure as e:
+            log.warning(
+                f"the local copies of step {self.step} cannot be used ({e}); going back to the "
+                f"checkpoint of step {self.saved_step}"
+            )
+            self.step = self.saved_step
+            return None
+        self.data.set_state(position)
+        self.data.start_prefetch()
+        log.info("going on from the local copies of step %d", self.step)
+        return state
+
+    def _from_disk(self, abstract):
+        config = self.config
         if self.step:
             self.heartbeat.beat("restoring", self.step)
             with self.watched(lambda: None):
-                self.step, self.state, self.progress = self.checkpoints.restore_newest(
+                self.step, state, self.progress = self.checkpoints.restore_newest(
                     abstract, self.data, self._look_before_next_restore
                 )
+            self.saved_step = self.step
             log.info("going on from step %d", self.step)
-        elif train.init_from:
+            return state
+        if config.train.init_from:
             self.heartbeat.beat("restoring", self.step)
             with self.watched(lambda: None):
-                self.state = state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
-        else:
-            self.state = new_state(config, abstract)
-        self.first_step, self.saved_at = self.step, time.monotonic()
-        self.checkpoints.close()
+                return state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
+        return new_state(config, abstract)
 
     def _look_before_next_restore(self):
         self.heartbeat.beat("restoring", self.step)  # each checkpoint has the time of hang_timeout
@@ -240,8 +272,11 @@ class _Run:
             )
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
-        self.checkpoints = Checkpoints(self.workdir, config.checkpoint, self.step)
-        self.heartbeat.saved = self.step
+        self.checkpoints = Checkpoints(self.workdir, config.checkpoint, self.saved_step)
+        self.heartbeat.saved = self.saved_step
+        if self.local:
+            self.local.open(self.heartbeat.began, self.step)
+            self.held.callback(self.local.wait)
 
     def compile(self):
         """Compiles the training step; time counts as training from the end of this on."""
@@ -324,8 +359,9 @@ class _Run:
         every, last = self.config.train.eval_every, self.step == self.config.train.steps
         validating = last or (every > 0 and self.step % every == 0)
         saving = not last and self._save_is_due()
+        copying = not last and self.local and self.step % self.config.checkpoint.local_every == 0
         self.progress.validated = not validating
-        if validating or saving:
+        if validating or saving or copying:
             self._report()
         try:
             self._stop_if_asked()
@@ -335,8 +371,12 @@ class _Run:
             self.save(wait=True)
             self.checkpoints.close()
             raise
-        if saving and not self.progress.skipped_in_row:
+        if self.progress.skipped_in_row:
+            return
+        if saving:
             self.save()
+        elif copying:
+            self._save_copy()
 
     def _save_is_due(self):
         settings = self.config.checkpoint
@@ -372,17 +412,31 @@ class _Run:
         self.progress.validated = True
 
     def save(self, wait=False):
-        self._report()  # before, so that a kill loses no line of metrics.jsonl
-        self._beat("saving", self.step)
-        with self.telemetry.clock("checkpoint"):
-            with together():
-                self.folder.check_owner()
-                patiently("metrics.jsonl cannot be written", self.sync)
+        """Saves a checkpoint."""
+        with self._saving():
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
         self.saved_at = time.monotonic()
         self.heartbeat.saved = self.checkpoints.saved
         self._beat("training", self.step)
+
+    def _save_copy(self):
+        self.local.wait()
+        with self._saving():
+            self.local.save(self.step, self.state, self.data.get_state(), self.progress)
+        self.heartbeat.copied = self.step
+        self._beat("training", self.step)
+
+    @contextlib.contextmanager
+    def _saving(self):
+        """Puts the figures so far into the workdir first, so that a kill loses none of them."""
+        self._report()
+        self._beat("saving", self.step)
+        with self.telemetry.clock("checkpoint"):
+            with together():
+                self.folder.check_owner()
+                patiently("metrics.jsonl cannot be written", self.sync)
+            yield
 
     def sync(self):
         """Waits until the figures so far are safe in the workdir, before a checkpoint is saved."""
@@ -433,6 +487,8 @@ class _Run:
             patiently("the figures cannot be written", self.sync)
             patiently(f"{path} cannot be written", lambda: write_json(path, summary))
             self._draw(summary)
+        if self.local:
+            self.local.delete()
         self._beat("finished", self.step)
         log.info("done: %s", json.dumps(metrics))
         return summary

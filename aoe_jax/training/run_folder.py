@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 
 from aoe_jax.distributed import see_the_same, together
-from aoe_jax.errors import UserError
 from aoe_jax.faults import patiently
-from aoe_jax.ownership import in_words, owned, read_owner
+from aoe_jax.ownership import lost, owned, place, read_owner
 from aoe_jax.paths import Mirror, is_remote
 from aoe_jax.training.workdir import set_aside
 
@@ -32,6 +31,7 @@ class RunFolder:
       figures: the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
         itself or, if that is in an object store, a temporary folder that `upload` copies there.
       nonce: the nonce of the owner, the same in all processes.
+      begins_anew: whether newer files of the run, or all, were set aside.
     """
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
@@ -39,6 +39,7 @@ class RunFolder:
         Raises `InUse` if another process owns it, and `UserError` if a process does not see it.
         """
         self.figures, self._workdir = workdir, workdir
+        self.begins_anew = start.over or start.go_back is not None
         self._owner = self._mirror = None
         is_main = jax.process_index() == 0
         with together():
@@ -49,6 +50,7 @@ class RunFolder:
             lambda: (read_owner(workdir) or {}).get("nonce"),
             f"--workdir={workdir}",
         )
+        self._place = place(workdir)
         with together():
             if is_main and (start.over or start.go_back is not None):
                 set_aside(workdir, start.go_back)
@@ -74,8 +76,8 @@ class RunFolder:
     def check_in_place(self):
         """Checks in every process that it sees the file of the owner.
 
-        Raises `MachineFault` if it is gone, as on a disk that is no longer mounted, and `UserError`
-        if another process has taken the workdir over.
+        Raises `MachineFault` if it is gone, as on a disk that is no longer mounted, or on another
+        disk than at the start, and `UserError` if another process has taken the workdir over.
         """
         patiently(f"{self._workdir} cannot be read", self._see_owner)
 
@@ -84,7 +86,7 @@ class RunFolder:
         if found is None:
             raise OSError(errno.ESTALE, "the file of its owner is gone; is its disk mounted?")
         if found.get("nonce") != self.nonce:
-            raise UserError(f"{self._workdir} was taken over by {in_words(found)}")
+            raise lost(self._workdir, self._place, found)
 
     def is_in_place(self):
         """Whether this is process 0 and the workdir is the one that it owns, not another disk."""
