@@ -46,18 +46,18 @@ _OWNER |= {"started": or_none(COUNT), "kernel": or_none(_WORD)}
 
 
 def place(folder: Path) -> tuple[int, int] | None:
-    """The disk and the number of a folder there; None in an object store."""
+    """The device and the inode of a folder, None in an object store; repeated after faults."""
     if is_remote(folder):
         return None
-    found = os.stat(folder)
+    found = patiently(f"{folder} cannot be read", lambda: os.stat(folder))
     return found.st_dev, found.st_ino
 
 
-def lost(folder: Path, place_before, found: dict) -> Failure:
+def lost(folder: Path, at, found: dict) -> Failure:
     """The exception for a process that owned a folder, which now has the owner `found`; at the
-    start it was at `place_before`.
+    start, the folder's `place` was `at`.
     """
-    if place(folder) != place_before:
+    if place(folder) != at:
         # A start before the disk was mounted; the next one finds the run.
         return MachineFault(
             f"{folder} is not the folder that it was at the start: its disk was mounted, or "
@@ -74,9 +74,11 @@ def is_own_file(name: str) -> bool:
 class Owner:
     """The ownership of a folder by this process, from `owned`."""
 
-    def __init__(self, folder: Path, claim: Path, nonce: int):
-        """Begins to renew the ownership, which the file `claim` with this `nonce` shows."""
-        self.nonce, self._place = nonce, place(folder)
+    def __init__(self, folder: Path, at, claim: Path, nonce: int):
+        """Begins to renew the ownership, which the file `claim` with this `nonce` shows; `at` is
+        the `place` of the folder.
+        """
+        self.nonce, self._place = nonce, at
         self._folder, self._claim, self._ended = folder, claim, threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="renews ownership")
         self._thread.start()
@@ -136,7 +138,7 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
       InUse: another process owns it.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
-    owner = Owner(folder, *_acquire(folder, flag, take_over))
+    owner = Owner(folder, place(folder), *_acquire(folder, flag, take_over))
     try:
         yield owner
     finally:

@@ -11,7 +11,8 @@ gone, as on a disk that is no longer mounted, it only waits, because a start wou
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
 the command gets SIGTERM (on Linux). Only the first attempt gets `--start-over`, `--go-back` and
 `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in
-an object store. The exit status is that of the last attempt, 128 + N if signal N ended it.
+an object store. The exit status is 0 if the run has finished, else that of the last attempt, where
+signal N counts as 128 + N.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from absl import flags
 
 from aoe_jax import cli
 from aoe_jax.errors import DivergedError, Interrupted, MachineFault, UserError
-from aoe_jax.json_files import COUNT, TEXT, or_none, read_json
+from aoe_jax.json_files import COUNT, NUMBER, TEXT, or_none, read_json
 from aoe_jax.paths import is_remote, parsed_path
 from aoe_jax.stopping import bound
 
@@ -71,7 +72,7 @@ class Supervisor:
 
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
-        attempt = idle = 0
+        attempt, idle, before = 0, 0, self._heartbeat()
         if self._command == _without(_ONCE, self._command):  # else its files may be moved
             self._has_begun = self._has_heartbeat() is True
         while True:
@@ -84,7 +85,10 @@ class Supervisor:
                 self._command = _without(_ONCE, self._command)
                 self._has_begun = self._has_begun or self._has_heartbeat() is True
             idle = 0 if steps > 0 else idle + 1
-            if self._is_over(status) or self._asked_to_stop.is_set():
+            now = self._heartbeat()
+            if now.get("status") == "finished" and now != before:
+                return 0  # also if the process was killed after that
+            if status in _FINAL or self._asked_to_stop.is_set():
                 return status
             if idle > restarts:
                 log.error(f"gave up: {idle} attempts in a row saved no new step")
@@ -120,7 +124,7 @@ class Supervisor:
     def _heartbeat(self):
         path = self._workdir / "heartbeat.json"
         step = or_none(COUNT)
-        schema = {"saved": step, "copied": step, "status": or_none(TEXT)}
+        schema = {"saved": step, "copied": step, "status": or_none(TEXT), "time": or_none(NUMBER)}
         with contextlib.suppress(Exception):  # the next attempt says why it cannot be read
             return read_json(path, schema=schema)
         return {}
@@ -129,9 +133,6 @@ class Supervisor:
         with contextlib.suppress(Exception):
             return (self._workdir / "heartbeat.json").exists()
         return None  # unknown: the disk or store fails
-
-    def _is_over(self, status):
-        return status in _FINAL or (status == 0 and self._heartbeat().get("status") == "finished")
 
 
 def _saved(heartbeat):

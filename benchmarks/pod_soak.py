@@ -235,13 +235,14 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
     """
     chance, began = random.Random(seed), time.monotonic()
     copies = root / "copies"
+    copies.mkdir(parents=True)
     settings = {"checkpoint.local_path": copies, "checkpoint.local_every": 2} | (settings or {})
     work = Soak(root, {"train.hang_timeout": HANG_TIMEOUT} | settings)
     clock_library = build_clock(root)
 
     def lose_copies():
-        for copy in copies.glob(f"*/process_{chance.randrange(processes)}/*/*"):
-            shutil.rmtree(copy, ignore_errors=True)
+        for copy in copies.glob(f"*/process_{chance.randrange(processes)}/*.npz"):
+            copy.unlink(missing_ok=True)
 
     with _place(root, in_store, chance) as (folder, more_events):
         more_events["copies are lost"] = lose_copies
@@ -272,9 +273,12 @@ def soak(root: Path, processes, events, seed, settings=None, in_store=False):
             pod.end()
         compare(pod.workdir, wanted)
         check_checkpoints(pod.workdir)
+    logs = [log.read_text() for log in root.glob("run_*_0.log")]
     return {
         "processes": processes,
         "runs_finished": runs + 1,
+        "starts": sum(log.count("processes,") for log in logs),
+        "starts_from_local_copies": sum(log.count("from the local copies of") for log in logs),
         "events": dict(sorted(happened.items())),
         "seconds": time.monotonic() - began,
     }
@@ -314,7 +318,8 @@ def main():
     print(
         f"{sum(figures['events'].values())} events in {figures['runs_finished']} run(s) of "
         f"{figures['processes']} processes, {figures['seconds']:.0f} s: all ended bit for bit as "
-        "the run without events"
+        f"the run without events. {figures['starts_from_local_copies']} of {figures['starts']} "
+        "starts went on from local copies"
     )
     for what, count in figures["events"].items():
         print(f"{count:4d}  {what}")

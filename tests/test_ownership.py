@@ -237,7 +237,7 @@ def test_a_process_that_stops_between_its_look_and_its_claim(tmp_path, monkeypat
 
 def test_an_owner_that_wakes_late_leaves_the_files_of_others(tmp_path):
     elsewhere(tmp_path, nonce=7)
-    silent = ownership.Owner(tmp_path, tmp_path / "owner_1.json", 7)
+    silent = ownership.Owner(tmp_path, None, tmp_path / "owner_1.json", 7)
     with owned(tmp_path, "w", take_over=True):
         pass
     with owned(tmp_path, "w") as third:  # in a folder without an owner

@@ -28,7 +28,8 @@ count.write_text(str(number + 1))
 status, word, steps = plan[min(number, len(plan) - 1)]
 name = "copied" if word == "copied" else "saved"
 saved = json.loads(path.read_text())[name] if path.exists() else 0
-path.write_text(json.dumps({"status": word, name: saved + steps}))
+if word != "silent":
+    path.write_text(json.dumps({"status": word, name: saved + steps, "time": time.time()}))
 if status == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     (workdir / "waits").touch()
@@ -84,6 +85,21 @@ def test_what_is_started_again(tmp_path, plan, status, count):
     assert [line["exit_status"] for line in lines] == codes
     assert lines[-1]["saved"] == sum(steps for _, _, steps in done)
     assert ("gave up: 3 attempts in a row" in stderr) == (status == 5)
+
+
+def test_killed_after_the_end_of_the_run(tmp_path):
+    process = supervise(tmp_path, [(-signal.SIGKILL, "finished", 3)])
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 1, stderr
+
+
+def test_a_finished_run_that_gets_more_steps_has_not_finished_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    heartbeat = {"status": "finished", "saved": 3, "time": 1.5}
+    (tmp_path / "run" / "heartbeat.json").write_text(json.dumps(heartbeat))
+    process = supervise(tmp_path, [(-signal.SIGKILL, "silent", 0), (0, "finished", 1)])
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(attempts(tmp_path / "run")) == 2, stderr
 
 
 def test_asked_to_stop(tmp_path):

@@ -34,19 +34,8 @@ class Progress:
     skipped_in_row: int = 0  # number of updates skipped directly before
 
 
-def restored(path, abstract_state):
-    """`(state, progress, position in the data)` of the checkpoint in the folder `path`; see
-    `Checkpoints.restore`.
-    """
-    state, run = read_checkpoint(path, vars(abstract_state))
-    state = dataclasses.replace(abstract_state, **state)
-    names = [field.name for field in dataclasses.fields(Progress)]
-    progress = Progress(**{name: run["progress"].get(name) for name in names})
-    return state, progress, run["data"]
-
-
-class Manager(ocp.CheckpointManager):
-    """Orbax's manager; it leaves JAX's preemption service to the training loop.
+class _Manager(ocp.CheckpointManager):
+    """Leaves JAX's preemption service to the training loop.
 
     The service expects rising step numbers. Orbax would ask it in the background with other
     numbers, so that a request to stop could come at a number that the loop has passed.
@@ -100,17 +89,13 @@ class Checkpoints:
                 faults.patiently(problem, self._delete_half_saves)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
-            async_options=ocp.AsyncOptions(
-                timeout_secs=int(self._config.timeout),
-                # Orbax numbers saves, also those of local copies, and then waits for that number.
-                create_directories_asynchronously=self._config.local_path is None,
-            ),
+            async_options=ocp.AsyncOptions(timeout_secs=int(self._config.timeout)),
         )
         if jax.process_count() > 1:  # they wait for each other in there
-            self._manager = Manager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
             return
         self._manager = faults.patiently(
-            f"{self.directory} cannot be opened", lambda: Manager(self.directory, options=options)
+            f"{self.directory} cannot be opened", lambda: _Manager(self.directory, options=options)
         )
 
     def _delete_half_saves(self):
@@ -315,7 +300,11 @@ class Checkpoints:
           UserError: it is of another model.
           MachineFault: it cannot be read.
         """
-        return restored(self._path(step), abstract_state)
+        state, run = read_checkpoint(self._path(step), vars(abstract_state))
+        state = dataclasses.replace(abstract_state, **state)
+        names = [field.name for field in dataclasses.fields(Progress)]
+        progress = Progress(**{name: run["progress"].get(name) for name in names})
+        return state, progress, run["data"]
 
     def restore_model(self, step, abstract_state):
         """`(params, routing_state)` of a step, the parts of a state that evaluation needs.

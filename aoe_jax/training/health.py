@@ -95,7 +95,8 @@ class Heartbeat:
     may_write: Callable[[], bool] = lambda: False
     step: int | None = None
     saved: int | None = None  # the step of the newest complete checkpoint
-    copied: int | None = None  # the step of the newest local copies
+    copied: int | None = None  # the step of the newest local copy of process 0
+    history: int | None = None  # a number that changes when the run goes back
     began: float | None = None  # the time when the run began for the first time
     status: str | None = None
     moved: float = -math.inf  # the time of the newest call, on the monotonic clock
@@ -116,12 +117,8 @@ class Heartbeat:
             return
         self._written = now
         value = {"status": status, "step": self.step, "saved": self.saved, "time": time.time()}
-        value |= {
-            "copied": self.copied,
-            "began": self.began,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        value |= {"copied": self.copied, "began": self.began, "history": self.history}
+        value |= {"host": socket.gethostname(), "pid": os.getpid()}
         with self._tolerated:
             if self.may_write():
                 write_json(self.workdir / "heartbeat.json", value)

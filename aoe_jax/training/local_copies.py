@@ -5,143 +5,210 @@ Orbax's emergency checkpoints would also survive the loss of a host, but they ne
 state on every slice, and keep neither the position in the data nor the figures of the run.
 """
 
-import contextlib
 import dataclasses
+import errno
 import hashlib
+import json
+import logging
+import os
+import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
 
 from aoe_jax.config.run import Config
-from aoe_jax.distributed import gathered
-from aoe_jax.faults import Tolerated
+from aoe_jax.distributed import gathered, together
+from aoe_jax.faults import reason
+from aoe_jax.json_files import COUNT, misfit
 from aoe_jax.paths import is_remote
-from aoe_jax.training.checkpoint import Manager, Progress, restored
-from aoe_jax.training.checkpoint_content import beside_arrays
+from aoe_jax.training.checkpoint import Progress
+from aoe_jax.training.checkpoint_content import PROGRESS
+from aoe_jax.training.fingerprints import by_path
 
-_KEEP = 2  # copies; processes may be one save apart when they end
+log = logging.getLogger(__name__)
+
+_KEEP = 2  # copies; processes may be one copy apart when they end
+_RUN = {"nonce": COUNT, "data": {}, "progress": PROGRESS}
 
 
 class LocalCopies:
-    """The copies that this process writes: its own part of the state, without waiting for others.
+    """The copies of one process: the pieces of the state that are on its devices.
 
-    They are in `checkpoint.local_path/WORKDIR-HASH/process_N/RUN/STEP`. RUN is a hash of the time
-    when the run began, its configuration and its number of processes; a run that differs in one of
-    them does not find the copies. A copy that cannot be written is left out, with a warning. All
-    processes call each method together.
+    They are the files `checkpoint.local_path/WORKDIR-HASH/process_N/STEP-RUN.npz`. RUN is a hash of
+    the history of the run, its configuration, its data and its number of processes: a run that
+    differs in one of them does not find the copies. Processes neither wait for each other nor fail
+    where a copy cannot be written, which leaves a warning.
+
+    Attributes:
+      saved: the step of the newest copy that this process has written or read, 0 if there is none.
     """
 
-    def __init__(self, workdir: Path, config: Config, began: float | None, anew: bool):
-        """Finds copies of the run that `began` at this time; None: it begins now.
+    def __init__(self, workdir: Path, config: Config, history: int, data: list, nonce: int):
+        """Finds the copies; all processes call it together.
 
-        With `anew`, they are deleted: the run goes back, or begins again.
+        Args:
+          workdir: the directory of the run.
+          config: its configuration, with the mesh.
+          history: the number in `heartbeat.json` that changes when the run goes back. That of
+            process 0 counts.
+          data: the identities of the token stores.
+          nonce: a number of this start of the run, the same in all processes.
         """
-        whole = workdir if is_remote(workdir) else workdir.absolute()
-        place = f"{workdir.name}-{_hash(str(whole))}"
-        here = f"process_{jax.process_index()}"
-        self._own = Path(config.checkpoint.local_path) / place / here
-        self._config, self._manager = config, None
-        self._saving, self._problem = False, None
-        self._tolerated = Tolerated(f"a local copy in {self._own}")
-        self._name_after(began)
-        if anew:
-            shutil.rmtree(self._own, ignore_errors=True)
+        self._root, self._nonce, self.saved = Path(config.checkpoint.local_path), nonce, 0
+        name = workdir if is_remote(workdir) else workdir.absolute()
+        place = f"{workdir.name}-{_hash(name):07x}"
+        self._folder = self._root / place / f"process_{jax.process_index()}"
+        run = gathered(_hash(f"{history} {config} {data} {jax.process_count()}"))[0]
+        self._run = f"{run:07x}"
+        self._writer, self._writing, self._failing = ThreadPoolExecutor(1), None, False
 
-    def _name_after(self, began):
-        # All use the time that process 0 has read.
-        began = gathered(int(began or 0) % 2**31)[0]
-        run = _hash(f"{began} {self._config} {jax.process_count()}")
-        self.directory = self._own / run
+    def _file(self, step):
+        return self._folder / f"{step}-{self._run}.npz"
+
+    def _steps(self):
+        """The steps of the newest copies of this run, the oldest first."""
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            return []
+        found = (re.fullmatch(rf"(\d{{1,9}})-{self._run}\.npz", name) for name in names)
+        return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> int:
-        """The newest step of which every process has a copy; 0 if there is none."""
-        steps = []
-        with contextlib.suppress(OSError):
-            steps = sorted(ocp.utils.checkpoint_steps(self.directory))[-_KEEP:]
+        """The newest step of which every process has a copy, 0 if there is none; all processes call
+        it together.
+        """
+        steps = self._steps()[-_KEEP:]
         steps = [0] * (_KEEP - len(steps)) + steps
         of_processes = zip(*[gathered(step) for step in steps], strict=True)
         return max(set(steps).intersection(*of_processes), default=0)
 
     def restore(self, step: int, abstract_state):
-        """`(state, progress, position in the data)` of a step, like `Checkpoints.restore`."""
-        return restored(self.directory / str(step), abstract_state)
-
-    def open(self, began: float, step: int):
-        """Begins to write, in a run that `began` at this time and goes on from a step. All copies
-        but those of this step are deleted.
+        """`(state, progress, position in the data)` of a step, or None if a process cannot read its
+        copy; all processes call it together. `abstract_state` has shapes, dtypes and shardings.
         """
-        self._name_after(began)
-        kept = self.directory / str(step)
-        with self._tolerated:
-            for other in [*self._own.glob("*"), *self.directory.glob("*")]:
-                if other not in (self.directory, kept):
-                    shutil.rmtree(other)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = self._new_manager()
+        with together():  # the device may lack memory
+            nonce, found = self._read(step, abstract_state)
+        nonces = {*gathered(nonce)}
+        # If hosts have swapped their process numbers and back, copies may be of several starts.
+        if found is None or len(nonces) > 1:
+            return None
+        self.saved = step
+        return found
 
-    def _new_manager(self):
-        """Orbax's manager of the copies; the unfinished copies of another are deleted."""
-        for half in ocp.utils.tmp_checkpoints(self.directory):
-            shutil.rmtree(half.get())
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=None,
-            active_processes={jax.process_index()},
-            barrier_sync_key_prefix=f"local_{jax.process_index()}",
-        )
-        # Every process writes all pieces on its devices, also those that others have.
-        pieces = ocp.type_handlers.ArrayHandler(
-            primary_host=None, replica_id=None, use_replica_parallel=False
-        )
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, pieces))
-        state = ocp.PyTreeCheckpointHandler(
-            multiprocessing_options=alone, type_handler_registry=registry
-        )
-        run = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            max_to_keep=_KEEP,
-            multiprocessing_options=alone,
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        handlers = {"state": state, "run": run}
-        return Manager(self.directory, item_handlers=handlers, options=options)
-
-    def save(self, step: int, state, data_state, progress: Progress):
-        """Writes a copy in the background; returns as soon as `state` may be donated. Call `wait`
-        first.
-        """
-        arrays = vars(state)
-        run = beside_arrays(arrays, data_state, dataclasses.asdict(progress))
-        if self._manager is None:
-            return
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(run))
-        self._saving, self._problem = True, None
+    def _read(self, step, abstract_state):
         try:
-            self._manager.save(step, args=args, force=True)
-        except Exception as e:  # `wait` reports it
-            self._problem = e
+            # numpy checks the sum of each piece that it reads.
+            with self._file(step).open("rb") as file, np.load(file) as pieces:
+                run = json.loads(pieces["run"].tobytes())
+                if problem := misfit(run, _RUN):
+                    raise ValueError(problem)
+                state = jax.tree_util.tree_map_with_path(
+                    lambda path, a: _array(pieces, jax.tree_util.keystr(path), a),
+                    vars(abstract_state),
+                )
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as e:  # numpy and zipfile raise exceptions of many kinds
+            log.warning(f"the local copy {self._file(step)} cannot be read ({reason(e)})")
+            return 0, None
+        state = dataclasses.replace(abstract_state, **state)
+        return run["nonce"], (state, Progress(**run["progress"]), run["data"])
+
+    def begin(self, step: int):
+        """Begins to write in a run that goes on from `step`: all copies but that are deleted."""
+        try:
+            for path in self._folder.glob("*"):
+                if path != self._file(step):
+                    path.unlink(missing_ok=True)
+        except OSError as e:
+            self._warn(e)
+
+    def save(self, step: int, state, data_state, progress: Progress, sync: Callable):
+        """Writes a copy in the background, after the one before; returns as soon as `state` may be
+        donated. `sync()` must put the figures of the run so far into its workdir, because a copy
+        must not be ahead of them.
+        """
+        self.wait()
+        run = {"nonce": self._nonce, "data": data_state, "progress": dataclasses.asdict(progress)}
+        try:
+            sync()
+            pieces = {"run": np.frombuffer(json.dumps(run).encode(), np.uint8)} | _pieces(state)
+            self._writing = self._writer.submit(self._write, step, pieces)
+        except Exception as e:
+            self._warn(e)
+
+    def _write(self, step, pieces):
+        if not self._root.is_dir():  # its disk may not be mounted
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {self._root}")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        target, partial = self._file(step), self._file(step).with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **pieces)
+            os.replace(partial, target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        for older in self._steps()[:-_KEEP]:
+            self._file(older).unlink(missing_ok=True)
+        return step
 
     def wait(self):
-        """Waits for the copy in the background, so that no process is ahead by two copies."""
-        if not self._saving:
+        """Waits for the copy in the background."""
+        if self._writing is None:
             return
-        self._saving = False
-        with self._tolerated:
-            try:
-                if self._problem:
-                    raise self._problem
-                self._manager.wait_until_finished()
-            except Exception:
-                self._manager = self._new_manager()
-                raise
+        try:
+            self.saved, self._failing = self._writing.result(), False
+        except Exception as e:
+            self._warn(e)
+        self._writing = None
+
+    def _warn(self, error):
+        if not self._failing:
+            what = f"a local copy in {self._folder} cannot be written ({reason(error)})"
+            log.warning(f"{what}; the run goes on")
+        self._failing = True
 
     def delete(self):
-        """Deletes the copies of a finished run."""
+        """Deletes the copies of a run that has finished."""
         self.wait()
-        shutil.rmtree(self._own, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _hash(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return int(hashlib.sha256(str(text).encode()).hexdigest()[:7], 16)
+
+
+def _name(path, index, shape):
+    """The name of a piece: the path of its array in the state, and where the piece begins."""
+    return f"{path}{[part.indices(n)[0] for part, n in zip(index, shape, strict=True)]}"
+
+
+def _bits(dtype):
+    """The type as which numpy stores elements; it does not know bfloat16."""
+    return np.dtype(f"uint{8 * dtype.itemsize}")
+
+
+def _pieces(state):
+    """The pieces of the state on this process's devices, each once, by name, as numpy arrays."""
+    found = {}
+    for path, array in by_path(vars(state)).items():
+        for shard in array.addressable_shards:
+            found[_name(path, shard.index, array.shape)] = shard.data
+    for piece in found.values():
+        piece.copy_to_host_async()
+    # On CPU, device_get returns the memory of the device, which may be donated.
+    host = {name: np.array(jax.device_get(piece)) for name, piece in found.items()}
+    return {name: piece.view(_bits(piece.dtype)) for name, piece in host.items()}
+
+
+def _array(pieces, path, wanted):
+    def piece(index):
+        return pieces[_name(path, index, wanted.shape)].view(wanted.dtype)
+
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, piece)

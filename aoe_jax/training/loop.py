@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import secrets
 import threading
 import time
 from functools import partial
@@ -17,7 +18,7 @@ from aoe_jax.counts import log_run, parameter_counts
 from aoe_jax.data.pipeline import train_batches
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.distributed import agree, all_agree, together
-from aoe_jax.errors import DivergedError, Failure, Interrupted, Preempted, Stopped, UserError
+from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated, patiently
 from aoe_jax.json_files import read_metrics, write_json
@@ -148,13 +149,14 @@ class _Run:
             self.corpus = open_corpus(config.data, config.model.vocab_size)
             if has_begun:
                 check_data(workdir, self.corpus)
-            began = read_heartbeat(workdir)["began"] if self.is_main else None
+            self.heartbeat.history = read_heartbeat(workdir)["history"] or secrets.randbits(31)
             if wandb is not None:
                 check_wandb(workdir, wandb)
         agree("the step, configuration or data", f"{self.step} {config} {self.corpus.identities}")
         self.saved_step = self.step
         if config.checkpoint.local_path:
-            self.local = LocalCopies(workdir, config, began, self.folder.begins_anew)
+            given = self.heartbeat.history, self.corpus.identities, self.folder.nonce
+            self.local = LocalCopies(workdir, config, *given)
             self.step = max(self.step, self.local.newest())
         steps, finished = config.train.steps, (workdir / "summary.json").exists()
         if self.step > steps or (self.step == steps and finished):
@@ -204,16 +206,16 @@ class _Run:
         if self.step == self.saved_step:
             return None
         self.heartbeat.beat("restoring", self.step)
-        try:
-            with self.watched(lambda: None):
-                state, self.progress, position = self.local.restore(self.step, abstract)
-        except Failure as e:
+        with self.watched(lambda: None):
+            found = self.local.restore(self.step, abstract)
+        if found is None:
             log.warning(
-                f"the local copies of step {self.step} cannot be used ({e}); going back to the "
+                f"the local copies of step {self.step} cannot be used; going back to the "
                 f"checkpoint of step {self.saved_step}"
             )
             self.step = self.saved_step
             return None
+        state, self.progress, position = found
         self.data.set_state(position)
         self.data.start_prefetch()
         log.info("going on from the local copies of step %d", self.step)
@@ -275,8 +277,8 @@ class _Run:
         self.checkpoints = Checkpoints(self.workdir, config.checkpoint, self.saved_step)
         self.heartbeat.saved = self.saved_step
         if self.local:
-            self.local.open(self.heartbeat.began, self.step)
-            self.held.callback(self.local.wait)
+            self.local.begin(self.step)
+            self.heartbeat.copied = self.local.saved
 
     def compile(self):
         """Compiles the training step; time counts as training from the end of this on."""
@@ -412,8 +414,12 @@ class _Run:
         self.progress.validated = True
 
     def save(self, wait=False):
-        """Saves a checkpoint."""
-        with self._saving():
+        self._report()  # before, so that a kill loses no line of metrics.jsonl
+        self._beat("saving", self.step)
+        with self.telemetry.clock("checkpoint"):
+            with together():
+                self.folder.check_owner()
+                patiently("metrics.jsonl cannot be written", self.sync)
             position = self.data.get_state()
             self.checkpoints.save(self.step, self.state, position, self.progress, wait)
         self.saved_at = time.monotonic()
@@ -421,22 +427,11 @@ class _Run:
         self._beat("training", self.step)
 
     def _save_copy(self):
-        self.local.wait()
-        with self._saving():
-            self.local.save(self.step, self.state, self.data.get_state(), self.progress)
-        self.heartbeat.copied = self.step
-        self._beat("training", self.step)
-
-    @contextlib.contextmanager
-    def _saving(self):
-        """Puts the figures so far into the workdir first, so that a kill loses none of them."""
-        self._report()
-        self._beat("saving", self.step)
+        """Writes a local copy, after `_report`."""
+        position = self.data.get_state()
         with self.telemetry.clock("checkpoint"):
-            with together():
-                self.folder.check_owner()
-                patiently("metrics.jsonl cannot be written", self.sync)
-            yield
+            self.local.save(self.step, self.state, position, self.progress, self.sync)
+        self.heartbeat.copied = self.local.saved
 
     def sync(self):
         """Waits until the figures so far are safe in the workdir, before a checkpoint is saved."""

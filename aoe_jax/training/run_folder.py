@@ -31,7 +31,6 @@ class RunFolder:
       figures: the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
         itself or, if that is in an object store, a temporary folder that `upload` copies there.
       nonce: the nonce of the owner, the same in all processes.
-      begins_anew: whether newer files of the run, or all, were set aside.
     """
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
@@ -39,7 +38,6 @@ class RunFolder:
         Raises `InUse` if another process owns it, and `UserError` if a process does not see it.
         """
         self.figures, self._workdir = workdir, workdir
-        self.begins_anew = start.over or start.go_back is not None
         self._owner = self._mirror = None
         is_main = jax.process_index() == 0
         with together():
@@ -50,8 +48,8 @@ class RunFolder:
             lambda: (read_owner(workdir) or {}).get("nonce"),
             f"--workdir={workdir}",
         )
-        self._place = place(workdir)
         with together():
+            self._place = place(workdir)
             if is_main and (start.over or start.go_back is not None):
                 set_aside(workdir, start.go_back)
             if is_main and is_remote(workdir):

@@ -111,9 +111,9 @@ def check_history(workdir: Path, steps):
 
 
 def read_heartbeat(workdir: Path):
-    """`saved` and `began` of the heartbeat of a run, None where it has no such file."""
+    """`saved`, `began` and `history` of a run's heartbeat, None where it has no such file."""
     path = workdir / "heartbeat.json"
-    schema = {"saved": or_none(COUNT), "began": or_none(NUMBER)}
+    schema = {"saved": or_none(COUNT), "began": or_none(NUMBER), "history": or_none(COUNT)}
     content = read_json(path, schema=schema) if path.exists() else {}
     return {name: content.get(name) for name in schema}
 
@@ -134,7 +134,8 @@ def set_aside(workdir: Path, go_back: int | None = None):
             )
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
-        write_json(workdir / "heartbeat.json", read_heartbeat(workdir) | {"saved": go_back})
+        heartbeat = read_heartbeat(workdir) | {"saved": go_back, "history": None}
+        write_json(workdir / "heartbeat.json", heartbeat)
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
     # A clock that was set back gives the same name twice.

@@ -101,7 +101,7 @@ def test_heartbeat(tmp_path):
     heartbeat.beat("training", 4)
     first = json.loads(path.read_text())
     assert (first["status"], first["step"]) == ("training", 4) and first.keys() == {
-        *("status", "step", "saved", "time", "copied", "began", "host", "pid")
+        *("status", "step", "saved", "time", "copied", "began", "history", "host", "pid")
     }
     heartbeat.beat("training", 5)  # within a second
     assert json.loads(path.read_text()) == first

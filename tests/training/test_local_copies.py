@@ -1,115 +1,197 @@
 """Copies of the state on the disk of a host."""
 
+import dataclasses
+import errno
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from aoe_jax.errors import UserError
-from aoe_jax.training.checkpoint import Progress
-from aoe_jax.training.checkpoint_content import Damaged
+from aoe_jax.training import local_copies
+from aoe_jax.training.checkpoint import Checkpoints, Progress
 from aoe_jax.training.local_copies import LocalCopies
+from aoe_jax.training.step import TrainState
 from tests.runs import disk, finish, finished_run, same_end, start, tiny_config, train_command
-from tests.training.test_checkpoint import ABSTRACT, files_of, flip_bit, state_of
+from tests.training.test_checkpoint import ABSTRACT, flip_bit, state_of
 
-BEGAN = 1_700_000_000.5
 DATA = {"position": 4}
 
 
-def copies(tmp_path, began=BEGAN, anew=False, path="local", **changes):
-    config = tiny_config(
-        checkpoint__local_path=str(tmp_path / path), checkpoint__every=10, **changes
-    )
-    return LocalCopies(tmp_path / "run", config, began, anew)
+def copies(tmp_path, history=1, data=("speeches",), nonce=5, path="local", **changes):
+    settings = {"checkpoint__every": 10, "checkpoint__local_every": 3}
+    settings |= {"checkpoint__local_path": str(tmp_path / path)}
+    (tmp_path / path).mkdir(exist_ok=True)
+    config = tiny_config(**settings | changes)
+    return LocalCopies(tmp_path / "run", config, history, data, nonce)
 
 
-def with_copies(tmp_path, steps, went_on_from=0, **options):
-    """Copies of these steps, of a run that went on from another."""
-    local = copies(tmp_path, checkpoint__local_every=3, **options)
-    local.open(BEGAN, went_on_from)
+def save(local, *steps, sync=lambda: None):
     for step in steps:
-        local.wait()
-        local.save(step, state_of(step), DATA, Progress(loss=float(step)))
+        state = state_of(step)
+        local.save(step, state, DATA, Progress(loss=float(step)), sync)
+        jax.tree.map(lambda a: a.delete(), state)
     local.wait()
     return local
 
 
+def files(tmp_path):
+    return sorted(path.name.partition("-")[0] for path in (tmp_path / "local").rglob("*.*"))
+
+
+def equal(state, step):
+    jax.tree.map(np.testing.assert_array_equal, vars(state), vars(state_of(step)))
+    return True
+
+
 def test_the_newest_copies_are_kept_and_read_back(tmp_path):
-    with_copies(tmp_path, [3, 6, 9])
-    local = copies(tmp_path, checkpoint__local_every=3)
-    assert sorted(path.name for path in local.directory.iterdir()) == ["6", "9"]
-    assert local.newest() == 9
+    assert save(copies(tmp_path), 3, 6, 9).saved == 9
+    local = copies(tmp_path)
+    assert files(tmp_path) == ["6", "9"] and local.newest() == 9 and local.saved == 0
     state, progress, position = local.restore(9, ABSTRACT)
-    jax.tree.map(np.testing.assert_array_equal, vars(state), vars(state_of(9)))
-    assert progress == Progress(loss=9.0) and position == DATA
+    assert equal(state, 9) and progress == Progress(loss=9.0) and position == DATA
+    assert local.saved == 9
+
+
+def test_pieces_of_sharded_arrays(tmp_path):
+    """Each distinct piece is saved once, also where devices have two pieces in other replicas."""
+    mesh = jax.make_mesh((2, 3), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shardings = {"kernel": P("fsdp"), "scale": P("fsdp"), "selection_bias": P(), "mu": P("data")}
+    values = {
+        "kernel": np.arange(24, dtype=np.float32).reshape(6, 4),
+        "scale": np.arange(6).astype(jnp.bfloat16),
+        "selection_bias": np.float32(3),
+        "mu": np.arange(8, dtype=np.int32).reshape(2, 4),
+    }
+    arrays = {
+        name: jax.device_put(value, NamedSharding(mesh, shardings[name]))
+        for name, value in values.items()
+    }
+    params = {name: arrays[name] for name in ("kernel", "scale")}
+    step = jax.device_put(jnp.int32(1), NamedSharding(mesh, P()))
+    state = TrainState(step, step, params, {"b": arrays["selection_bias"]}, {"m": arrays["mu"]})
+    local = copies(tmp_path)
+    local.save(3, state, DATA, Progress(), lambda: None)
+    local.wait()
+    (file,) = (tmp_path / "local").rglob("*.npz")
+    with np.load(file) as saved:
+        assert len(saved.files) == 1 + 3 + 3 + 1 + 2 + 2
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
+    found = copies(tmp_path).restore(3, like)[0]
+    jax.tree.map(np.testing.assert_array_equal, vars(found), vars(state))
+    assert found.params["kernel"].sharding == arrays["kernel"].sharding
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"began": BEGAN + 1}, {"began": None}, {"train__steps": 30}, {"anew": True}],
-    ids=["run", "new run", "steps", "anew"],
+    "other", [{"history": 2}, {"data": ()}, {"train__steps": 30}], ids=["history", "data", "steps"]
 )
 def test_copies_of_another_run_do_not_count(tmp_path, other):
-    with_copies(tmp_path, [3])
-    assert copies(tmp_path, **{"checkpoint__local_every": 3} | other).newest() == 0
-    assert copies(tmp_path, checkpoint__local_every=3).newest() == (0 if "anew" in other else 3)
+    save(copies(tmp_path), 3)
+    assert copies(tmp_path).newest() == 3
+    assert copies(tmp_path, **other).newest() == 0
+    copies(tmp_path, **other).begin(0)
+    assert files(tmp_path) == []
 
 
-def test_older_copies_are_deleted_when_a_run_goes_on(tmp_path):
-    with_copies(tmp_path, [3, 6])
-    local = with_copies(tmp_path, [], went_on_from=6)
-    assert [path.name for path in local.directory.iterdir()] == ["6"]
-    local = with_copies(tmp_path, [6], went_on_from=0)  # it went back to another step
-    np.testing.assert_array_equal(local.restore(6, ABSTRACT)[0].step, 6)
+def test_other_copies_are_deleted_when_a_run_goes_on(tmp_path):
+    save(copies(tmp_path), 3, 6)
+    local = copies(tmp_path)
+    local.begin(3)  # as if another process had lost the newest
+    assert files(tmp_path) == ["3"]
+    save(local, 6)
+    assert files(tmp_path) == ["3", "6"]
     local.delete()
-    assert not any((tmp_path / "local").rglob("process_0"))
+    assert files(tmp_path) == []
 
 
-def test_a_damaged_copy_is_noticed(tmp_path):
-    local = with_copies(tmp_path, [3])
-    largest = max(files_of(local.directory / "3" / "state"), key=lambda path: path.stat().st_size)
-    flip_bit(largest, largest.stat().st_size // 2)
-    with pytest.raises(Damaged):
-        local.restore(3, ABSTRACT)
+@pytest.mark.parametrize("damage", ["bit", "cut", "text", "gone", "piece"])
+def test_a_damaged_copy_is_not_used(tmp_path, damage, caplog):
+    save(copies(tmp_path), 3)
+    (file,) = (tmp_path / "local").rglob("*.npz")
+    content, wanted = file.read_bytes(), ABSTRACT
+    if damage == "bit":
+        flip_bit(file, len(content) // 2)
+    elif damage == "cut":
+        file.write_bytes(content[:-100])
+    elif damage == "text":
+        file.write_text("{}")
+    elif damage == "gone":
+        file.unlink()
+    else:
+        wanted = dataclasses.replace(ABSTRACT, params=ABSTRACT.params | {"more": ABSTRACT.step})
+    assert copies(tmp_path).restore(3, wanted) is None
+    assert "cannot be read" in caplog.text
 
 
-def test_a_full_disk_ends_no_run(tmp_path, caplog):
-    with disk(tmp_path / "small", "100k"):
-        local = with_copies(tmp_path, [3, 6, 9], path="small")
-        assert [path.name for path in local.directory.iterdir()] == ["3"] == [str(local.newest())]
-        local.restore(3, ABSTRACT)
-    assert caplog.text.count("a local copy in") == 1 and "the run goes on" in caplog.text
+def test_copies_of_two_starts_do_not_mix(tmp_path, monkeypatch):
+    save(copies(tmp_path), 3)
+    local = copies(tmp_path)
+    monkeypatch.setattr(local_copies, "gathered", lambda nonce: [nonce, 7])
+    assert local.restore(3, ABSTRACT) is None
+
+
+def test_a_disk_that_fails_ends_no_run(tmp_path, caplog):
+    """Later copies are written again once there is room."""
+    with disk(tmp_path / "small", "1m"):
+        local = save(copies(tmp_path, path="small"), 3, 6)
+        assert local.newest() == local.saved == 3
+        assert not [*(tmp_path / "small").rglob("*.partial")]
+        assert caplog.text.count("No space left on device); the run goes on") == 1
+        local.begin(0)
+        assert save(local, 9).newest() == 9 and equal(local.restore(9, ABSTRACT)[0], 9)
+    caplog.clear()
+    (tmp_path / "small").rmdir()
+    save(local, 12)  # the disk is not mounted
+    assert "cannot be written" in caplog.text and not (tmp_path / "small").exists()
+
+
+def test_a_copy_is_not_ahead_of_the_metrics(tmp_path, caplog):
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    local = save(copies(tmp_path), 3, sync=fail)
+    assert local.newest() == 0 and "cannot be written (Input/output error)" in caplog.text
 
 
 def test_settings_that_make_no_sense(tmp_path):
-    with pytest.raises(UserError, match="local_every=50: must be below checkpoint.every=10"):
-        copies(tmp_path)
+    with pytest.raises(UserError, match="local_every=10: must be below checkpoint.every=10"):
+        copies(tmp_path, checkpoint__local_every=10)
     with pytest.raises(UserError, match="local_path=gs://b/c: it must be on a disk"):
         tiny_config(checkpoint__local_path="gs://b/c")
     path = tiny_config(checkpoint__local_path="x", checkpoint__local_every=2).checkpoint.local_path
     assert path.startswith("/")
 
 
-def killed_after_a_copy(workdir, local, settings):
+def step_of(path):
+    return int(path.name.partition("-")[0])
+
+
+@pytest.mark.parametrize("flags", [[], ["--go-back=8"]], ids=lambda flags: "".join(flags))
+def test_a_killed_run_goes_on_from_its_copies(tmp_path, flags):
+    """It ends bit for bit as one without a stop; a run that goes back does not use them."""
+    workdir, local = tmp_path / "run", tmp_path / "local"
+    local.mkdir()
+    settings = {"checkpoint__every": 8, "checkpoint__local_every": 2}
+    settings |= {"checkpoint__local_path": str(local), "checkpoint__keep_every": 8}
     process = start(train_command(workdir, **settings))
     deadline = time.monotonic() + 120
-    while not any(path.name.isdecimal() for path in local.glob("*/process_0/*/*")):
+    while not any(step_of(path) > 8 for path in local.rglob("*.npz")):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
-
-
-def test_a_killed_run_goes_on_from_its_copies(tmp_path):
-    """It ends bit for bit as one without a stop, also if the copies are lost."""
-    workdir, local = tmp_path / "run", tmp_path / "local"
-    settings = {"checkpoint__every": 100, "checkpoint__local_every": 2}
-    settings |= {"checkpoint__local_path": str(local)}
-    killed_after_a_copy(workdir, local, settings)
-    step = max(int(path.name) for path in local.glob("*/process_0/*/*") if path.name.isdecimal())
-    status, _, stderr = finish(start(train_command(workdir, **settings)))
-    assert status == 0 and f"going on from the local copies of step {step}" in stderr, stderr
-    assert same_end(workdir, finished_run())
-    assert not any(local.rglob("process_0"))
+    saved = max(Checkpoints(workdir).steps())
+    copied = max(step_of(path) for path in local.rglob("*.npz"))
+    words = f"going on from the local copies of step {copied}"
+    if flags or copied < saved:
+        words = f"going on from step {8 if flags else saved}"
+    status, _, stderr = finish(start([*train_command(workdir, **settings), *flags]))
+    assert status == 0 and words in stderr, stderr
+    assert same_end(workdir, finished_run()) and files(tmp_path) == []
