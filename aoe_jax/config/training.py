@@ -83,7 +83,7 @@ class CheckpointConfig(Group):
     # Keep checkpoints whose step is a multiple of this; 0: none.
     keep_every: int = setting(0, at_least=0, multiple_of="every")
     keep_best: int = setting(0, at_least=0)  # number of checkpoints with the lowest validation nll
-    # A folder on a disk of each host, for copies of the state between two checkpoints; None: none.
+    # A folder on a disk of each host for copies of the state between two checkpoints; None: none.
     local_path: str | None = None
     local_every: int = setting(50, above=0)  # steps between two such copies
 
