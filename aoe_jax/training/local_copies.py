@@ -31,7 +31,7 @@ from aoe_jax.training.fingerprints import by_path
 
 log = logging.getLogger(__name__)
 
-_KEEP = 2  # copies; processes may be one copy apart when they end
+_KEEP = 3  # copies; a process with a slow disk may be two behind when the processes end
 _RUN = {"nonce": COUNT, "data": {}, "progress": PROGRESS}
 
 
