@@ -5,6 +5,7 @@ Orbax's emergency checkpoints would also survive the loss of a host, but they ne
 state on every slice, and keep neither the position in the data nor the figures of the run.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -178,6 +179,8 @@ class LocalCopies:
         """Deletes the copies of a run that has finished."""
         self.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other processes of this host may have copies there
+            self._folder.parent.rmdir()
 
 
 def _hash(text):

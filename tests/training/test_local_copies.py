@@ -108,7 +108,7 @@ def test_other_copies_are_deleted_when_a_run_goes_on(tmp_path):
     save(local, 6)
     assert files(tmp_path) == ["3", "6"]
     local.delete()
-    assert files(tmp_path) == []
+    assert not any((tmp_path / "local").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "text", "gone", "piece"])
