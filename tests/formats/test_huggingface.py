@@ -189,33 +189,6 @@ def test_gradients(tmp_path, form):
             )
 
 
-def test_codes_have_the_gradients_of_their_product():
-    """Also of experts without a gradient, and under autocast."""
-    import torch
-
-    from aoe_jax.formats.huggingface.modeling_aoe import SparseCodes
-
-    torch.manual_seed(0)
-    x = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(4, 6, 3, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(10, 4, 3, dtype=torch.float64)
-    upstream[torch.rand(10, 4) < 0.6] = 0
-    upstream[:, 2] = 0
-    codes, plain = SparseCodes.apply(x, w), torch.einsum("td,ndr->tnr", x, w)
-    found = torch.autograd.grad(codes, (x, w), upstream)
-    expected = torch.autograd.grad(plain, (x, w), upstream)
-    for a, b in zip((codes, *found), (plain, *expected), strict=True):
-        torch.testing.assert_close(a, b)
-
-    narrow = [a.detach().float().requires_grad_() for a in (x, w)]
-    with torch.autocast("cpu", torch.bfloat16):
-        codes = SparseCodes.apply(*narrow)
-    assert codes.dtype == torch.bfloat16
-    found = torch.autograd.grad(codes, narrow, upstream.bfloat16())
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b.float(), rtol=0.02, atol=0.05)
-
-
 def test_balance_loss(tmp_path):
     """The scores of all layers, and a loss that reaches them."""
     import torch

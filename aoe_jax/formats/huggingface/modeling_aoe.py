@@ -11,7 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.glm4_moe.modeling_glm4_moe import (
@@ -54,33 +53,6 @@ def _has_kernel(rows, weights):
     is_supported = torch.cuda.get_device_capability(rows.device) >= (8, 0)
     both = (rows, weights)  # each row of a matrix must be a whole number of 16 bytes
     return is_supported and all(a.dtype == torch.bfloat16 and a.shape[-1] % 8 == 0 for a in both)
-
-
-class SparseCodes(torch.autograd.Function):
-    """The product of every token with the scoring matrix of every expert, for CPUs.
-
-    The derivative leaves out the experts that a token did not choose: their codes have gradients
-    only in a balance loss, or where weights depend on all scores.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w):
-        """`x [T, d]`, `w [n, d, r]` -> `[T, n, r]`."""
-        ctx.save_for_backward(x, w)
-        return torch.einsum("td,ndr->tnr", x, w)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        """The gradients of x and w."""
-        x, w = ctx.saved_tensors
-        dx, dw = torch.zeros_like(x), torch.empty_like(w)
-        for i, of_expert in enumerate(gradient.unbind(1)):
-            token = of_expert.any(1).nonzero().squeeze(1)
-            rows = of_expert[token].to(w.dtype)  # autocast may have made it narrower
-            dx.index_add_(0, token, rows @ w[i].T)
-            dw[i] = x[token].T @ rows
-        return dx, dw
 
 
 class AoEExperts(nn.Module):
@@ -128,9 +100,7 @@ class AoEExperts(nn.Module):
         w = self.w_gate_down if count is None else self.w_gate[..., :count]
         # In a narrow dtype, the largest activations of two experts often tie.
         dtype = torch.float32 if self.score == "max" else x.dtype
-        x_and_w = x.to(dtype), w.to(dtype)
-        is_sparse = not x.is_cuda  # there, the loop over experts would wait for each
-        code = SparseCodes.apply(*x_and_w) if is_sparse else torch.einsum("td,ndr->tnr", *x_and_w)
+        code = torch.einsum("td,ndr->tnr", x.to(dtype), w.to(dtype))
         return code.to(x.dtype), SCORES[self.score](code.float())
 
 
