@@ -84,10 +84,6 @@ class Forked:
             file.seek(0)
             return file.read()
 
-    def stderr_so_far(self):
-        """What the process has written to stderr."""
-        return os.pread(self._stderr.fileno(), 1 << 20, 0).decode()
-
     def send_signal(self, number):
         """Sends a signal if the process still runs."""
         if self.poll() is None:

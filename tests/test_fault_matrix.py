@@ -61,14 +61,17 @@ class Fault:
 
     def passing(self, command, seen):
         """Runs a command; the fault ends some time after the command has logged `seen`."""
-        process = start([*command, "--retry_seconds=60"], **self.variables)
-        deadline = time.monotonic() + 60
-        while seen not in process.stderr_so_far() and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
-        time.sleep(LASTS)
-        self.end()
-        return finish(process)
+        path = self._flag.with_name("stderr")
+        with path.open("w") as stderr:
+            process = start([*command, "--retry_seconds=60"], stderr=stderr, **self.variables)
+            deadline = time.monotonic() + 60
+            while seen not in path.read_text() and time.monotonic() < deadline:
+                assert process.poll() is None, path.read_text()
+                time.sleep(0.05)
+            time.sleep(LASTS)
+            self.end()
+            status, stdout, _ = finish(process)
+        return status, stdout, path.read_text()
 
 
 def stopped_run(folder):
