@@ -197,45 +197,37 @@ class _Run:
         )
         self.jitted_step, abstract = train_step_on(self.mesh, config)
         self.progress = Progress()
-        self.state = self._from_copies(abstract) or self._from_disk(abstract)
+        if self.step or train.init_from:
+            self.heartbeat.beat("restoring", self.step)
+            with self.watched(lambda: None):
+                self.state = self._from_disk(abstract)
+        else:
+            self.state = new_state(config, abstract)
         self.first_step, self.saved_at = self.step, time.monotonic()
         self.checkpoints.close()
 
-    def _from_copies(self, abstract):
-        """The state in the local copies; None if there are none that are newer and whole."""
-        if self.step == self.saved_step:
-            return None
-        self.heartbeat.beat("restoring", self.step)
-        with self.watched(lambda: None):
-            found = self.local.restore(self.step, abstract)
-        if found is None:
-            log.warning(
-                f"the local copies of step {self.step} cannot be used; going back to the "
-                f"checkpoint of step {self.saved_step}"
-            )
-            self.step = self.saved_step
-            return None
-        state, self.progress, position = found
-        self.data.set_state(position)
-        self.data.start_prefetch()
-        log.info("going on from the local copies of step %d", self.step)
-        return state
-
     def _from_disk(self, abstract):
-        config = self.config
-        if self.step:
+        """The state in the newest local copies or checkpoint, else that of `train.init_from`."""
+        config, copied = self.config, self.step
+        if copied > self.saved_step:
+            if found := self.local.restore(copied, abstract):
+                state, self.progress, position = found
+                self.data.set_state(position)
+                self.data.start_prefetch()
+                log.info(f"going on from the local copies of step {copied}")
+                return state
+            self.step = self.saved_step
+            log.warning(f"the local copies of step {copied} cannot be used; back to {self.step}")
             self.heartbeat.beat("restoring", self.step)
-            with self.watched(lambda: None):
-                self.step, state, self.progress = self.checkpoints.restore_newest(
-                    abstract, self.data, self._look_before_next_restore
-                )
+        if self.step:
+            self.step, state, self.progress = self.checkpoints.restore_newest(
+                abstract, self.data, self._look_before_next_restore
+            )
             self.saved_step = self.step
             log.info("going on from step %d", self.step)
             return state
         if config.train.init_from:
-            self.heartbeat.beat("restoring", self.step)
-            with self.watched(lambda: None):
-                return state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
+            return state_from_model(config, self.mesh, abstract, self.corpus.tokenizer)
         return new_state(config, abstract)
 
     def _look_before_next_restore(self):

@@ -173,9 +173,11 @@ def step_of(path):
     return int(path.name.partition("-")[0])
 
 
-@pytest.mark.parametrize("flags", [[], ["--go-back=8"]], ids=lambda flags: "".join(flags))
-def test_a_killed_run_goes_on_from_its_copies(tmp_path, flags):
-    """It ends bit for bit as one without a stop; a run that goes back does not use them."""
+@pytest.mark.parametrize("case", ["whole", "damaged", "goes back"])
+def test_a_killed_run_goes_on_from_its_copies(tmp_path, case):
+    """It ends bit for bit as one without a stop, also without its copies; a run that goes back does
+    not use them.
+    """
     workdir, local = tmp_path / "run", tmp_path / "local"
     local.mkdir()
     settings = {"checkpoint__every": 8, "checkpoint__local_every": 2}
@@ -189,9 +191,15 @@ def test_a_killed_run_goes_on_from_its_copies(tmp_path, flags):
     assert finish(process)[0] == -signal.SIGKILL
     saved = max(Checkpoints(workdir).steps())
     copied = max(step_of(path) for path in local.rglob("*.npz"))
-    words = f"going on from the local copies of step {copied}"
-    if flags or copied < saved:
-        words = f"going on from step {8 if flags else saved}"
+    words, flags = f"going on from step {saved}\n", []
+    if case == "goes back":
+        words, flags = "going on from step 8\n", ["--go-back=8"]
+    elif case == "damaged":
+        for path in local.rglob("*.npz"):
+            path.write_bytes(b"damaged")
+    elif copied > saved:
+        words = f"going on from the local copies of step {copied}\n"
     status, _, stderr = finish(start([*train_command(workdir, **settings), *flags]))
     assert status == 0 and words in stderr, stderr
+    assert ("cannot be used; back to" in stderr) == (case == "damaged" and copied > saved)
     assert same_end(workdir, finished_run()) and files(tmp_path) == []
