@@ -4,10 +4,9 @@
 used, because preparing data needs no JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+from etils import epy
 
-if TYPE_CHECKING:
+with epy.lazy_api_imports(globals()):
     from aoe_jax.layers import AoE, Aux, MoE
     from aoe_jax.methods.dense import DenseLayer
     from aoe_jax.model.attention import causal_attention
@@ -27,25 +26,3 @@ __all__ = [
     "causal_attention",
     "grouped_matmul",
 ]
-_HOMES = {
-    "AoE": "layers",
-    "AoELayer": "moe.layer",
-    "Aux": "layers",
-    "Decoder": "model.decoder",
-    "DenseLayer": "methods.dense",
-    "ExpertsLayer": "moe.layer",
-    "MoE": "layers",
-    "RouterLayer": "moe.layer",
-    "causal_attention": "model.attention",
-    "grouped_matmul": "moe.grouped_matmul",
-}
-
-
-def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__():
-    return __all__

@@ -5,14 +5,9 @@
 with the softmax over these scores as weights; K_max is `experts.top_k`. In DA-MoE a token's
 importance comes from attention weights without parameters of its own; it decides how many experts
 the token has, and the router's scores decide which. The formulas were not available; these are this
-project's. There are two measures of importance:
-
-- received (`received`), for encoders: the attention that a token receives, averaged over the
-  queries that may see it, relative to the largest such value in the sequence. It depends on later
-  tokens, so no decoder can use it, and all models here are decoders.
-- paid, for decoders: the largest attention probability p of the token over the N tokens that it
-  sees, as `(N p - 1) / (N - 1)`: 0 where it attends to all alike, 1 where it attends to one alone;
-  0 for the first token of a document. `model/attention/` gives it for each head.
+project's. The importance of a token is `(N p - 1) / (N - 1)`, with p the largest of its attention
+probabilities over the N tokens that it sees: 0 where it attends to all alike, 1 where it attends to
+one alone; 0 for the first token of a document. `model/attention/` gives it for each head.
 
 K has no gradient. A layer reserves K_max slots per token and computes those in use. L_aux counts
 the experts in use. Causal.
@@ -29,24 +24,6 @@ from aoe_jax.moe.routing import Method, by_token
 from aoe_jax.moe.scoring import KEPT_ROUTING
 
 REDUCE = {"mean": jnp.mean, "max": jnp.max}
-
-
-def received(probabilities, visible, reduce="mean"):
-    """The importance of tokens by the attention that they receive. NOT CAUSAL.
-
-    Args:
-      probabilities: `[B, H, S, S]` float32, of queries and keys.
-      visible: bool, which keys a query may see; broadcasts to `[B, H, S, S]`; at least one query
-        sees each key.
-      reduce: of `REDUCE`, over heads.
-
-    Returns:
-      `[B, S]`, above 0 and at most 1.
-    """
-    n_queries = jnp.broadcast_to(visible, probabilities.shape).sum(axis=2)
-    mean = jnp.where(visible, probabilities, 0).sum(axis=2) / n_queries
-    importance = REDUCE[reduce](mean, axis=1)
-    return importance / importance.max(axis=1, keepdims=True)
 
 
 def experts_of(importance, k_max):
