@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aoe_jax.errors import UserError, shown
-from aoe_jax.faults import is_fault, patiently
-from aoe_jax.paths import is_remote
+from aoe_jax.faults import is_fault, patiently, patiently_if_allowed
+from aoe_jax.paths import file_system, is_remote
 
 _BYTES = 2**24  # the largest JSON file, by default; parsed it takes 25x the memory
 _LINE_BYTES = 2**22  # the longest line of metrics
@@ -48,7 +48,7 @@ def matching(pattern, words):
 def open_regular(path: Path | str):
     """Opens a regular file for reading bytes; raises OSError for a FIFO or a device, at once."""
     if is_remote(path):
-        return io.BytesIO(path.read_bytes())
+        return io.BufferedReader(file_system(path).open(os.fspath(path), "rb"))
     # Without O_NONBLOCK, opening a FIFO waits for a writer.
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -68,10 +68,11 @@ def read_regular(path: Path | str, at_most: int) -> bytes:
 
 def read_text(path: Path, name: str, at_most: int) -> str:
     """The text of a regular file in UTF-8. Raises `UserError`, whose message begins with `name`."""
+    what = f"{name} cannot be read"
     try:
-        return read_regular(path, at_most).decode("utf-8")
+        return patiently_if_allowed(what, lambda: read_regular(path, at_most)).decode("utf-8")
     except OSError as e:
-        raise UserError(f"{name} cannot be read ({e.strerror}); name a text file") from e
+        raise UserError(f"{what} ({e.strerror}); name a text file") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{name} is not UTF-8 at byte {e.start}; convert or remove it") from e
 

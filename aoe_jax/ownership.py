@@ -313,19 +313,28 @@ def _kernel():
 
 
 def _started(pid):
-    """When a process started, in clock ticks since the boot; None if it has ended."""
+    """When a process started, in clock ticks since the boot; None if that cannot be read, 0 if it
+    has ended.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except OSError:  # a system may hide the processes of other users
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return 0
+        except OSError:
+            return None
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+    return 0 if fields[0] == "Z" else int(fields[19])
 
 
 def _has_ended(other):
-    """Whether an owner has ended; None if it runs under another kernel."""
+    """Whether an owner has ended; None if that is unknown, as under another kernel."""
     if not _kernel() or other.get("kernel") != _kernel():
         return None
-    return _started(other.get("pid")) != other.get("started")
+    now, then = _started(other["pid"]), other.get("started")
+    return None if now is None or then is None else now != then
 
 
 def in_words(other: dict) -> str:

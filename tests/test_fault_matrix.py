@@ -80,6 +80,7 @@ def stopped_run(folder):
 
 
 STATE = f"checkpoints/{STEPS}/"
+SHARD = "-00000.array_record"
 READS = [  # error, operations, part of the path
     ("EIO", "o", "run/config.json"),
     ("ESTALE", "o", "run/heartbeat.json"),
@@ -88,7 +89,8 @@ READS = [  # error, operations, part of the path
     ("EBUSY", "o", STATE),
     ("EIO", "r", STATE + "state"),
     ("ECONNRESET", "o", STATE + "run"),
-    ("ESTALE", "o", "array_record"),
+    ("ESTALE", "o", SHARD),
+    ("EIO", "r", SHARD),
     ("EIO", "o", "run/metrics.jsonl"),
 ]
 WRITES = [
@@ -133,6 +135,14 @@ def test_a_read_that_fails_for_a_while(tmp_path):
     assert not (workdir / "damaged_checkpoints").exists()
 
 
+@pytest.mark.parametrize("operation", ["o", "r"])
+def test_data_that_fails_for_a_while(tmp_path, operation):
+    """In the steps of a run; one that has begun goes on when its disk does."""
+    fault = Fault(tmp_path, "EIO", operation, SHARD)
+    status, _, stderr = fault.passing(train_command(tmp_path / "run"), "cannot be read")
+    assert status == 0 and same_end(tmp_path / "run", finished_run()), stderr
+
+
 def test_reads_that_are_short(tmp_path):
     """They look like a file that was cut, which is damage."""
     workdir, command = stopped_run(tmp_path / "run")
@@ -170,7 +180,7 @@ def test_files_that_a_run_can_do_without(tmp_path, case):
     assert same_end(tmp_path / "run", finished_run())
 
 
-@pytest.mark.parametrize("case", **ids([("EIO", "o", STATE), ("ESTALE", "o", "array_record")]))
+@pytest.mark.parametrize("case", **ids([("EIO", "o", STATE), ("EIO", "r", SHARD)]))
 def test_evaluation(tmp_path, case):
     workdir, _ = stopped_run(tmp_path / "run")
     before = contents(workdir)

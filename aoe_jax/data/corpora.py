@@ -96,12 +96,9 @@ def _text_folder(path: str | None) -> Corpus:
             logger.warning(f"data.path: skipped the empty file {file}")
             continue
         names.append(file.relative_to(root).as_posix())
-        try:
-            digest.update(f"{names[-1]!r} {file_sha256(file)}\n".encode())
-        except OSError as error:
-            raise UserError(
-                f"data.path={path!r}: {file} cannot be read ({error.strerror})"
-            ) from error
+        what = f"data.path={path!r}: {file} cannot be read"
+        found = patiently_if_allowed(what, partial(file_sha256, file))
+        digest.update(f"{names[-1]!r} {found}\n".encode())
     wanted = "train, validation and test need at least 3 documents, one a file"
     found = f"{len(names)} non-empty .txt file(s); {wanted}"
     require(len(names) >= len(SPLITS), "data.path", path, found)

@@ -25,6 +25,7 @@ _READ_BYTES = 2**20
 DOCUMENT_BYTES = 2**29  # the largest document, and the longest line of JSON
 # Text is seldom compressed more than tenfold. Files are checked from 64 MiB on.
 _RATIO, _RATIO_FROM = 256, 2**26
+_BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # of Parquet that are in memory at a time, on average
 
 
 class Piece(NamedTuple):
@@ -153,7 +154,8 @@ def _parquet(piece: Piece, raw: pyarrow.NativeFile, text_field: str) -> Iterator
         for group in range(piece.start, piece.stop):
             where, seen = f"row group {group} of {piece.path}", 0
             metadata = file.metadata.row_group(group)
-            for batch in file.iter_batches(256, row_groups=[group], columns=[text_field]):
+            rows = _batch_rows(metadata, text_field, piece.path)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[text_field]):
                 seen += len(batch)
                 read = done + metadata.total_byte_size * seen // max(metadata.num_rows, 1)
                 for value in batch.column(0):
@@ -165,6 +167,15 @@ def _parquet(piece: Piece, raw: pyarrow.NativeFile, text_field: str) -> Iterator
                         ) from error
                     yield _checked(text, where, text_field), read
             done += metadata.total_byte_size
+
+
+def _batch_rows(group: pyarrow.parquet.RowGroupMetaData, text_field: str, path: str) -> int:
+    """How many rows of a row group to read at a time."""
+    columns = map(group.column, range(group.num_columns))
+    texts = [column for column in columns if column.path_in_schema == text_field]
+    n_bytes = sum(column.total_uncompressed_size for column in texts)
+    _refuse_bomb(n_bytes, sum(column.total_compressed_size for column in texts), path)
+    return min(max(group.num_rows * _BATCH_BYTES // max(n_bytes, 1), 1), _BATCH_ROWS)
 
 
 def _text(piece: Piece, raw: pyarrow.NativeFile, compression: str | None) -> str:
@@ -193,8 +204,8 @@ def _refuse_bomb(n_bytes: int, n_compressed: int, path: str):
     """Refuses a file that expands to far more bytes than a text would."""
     if n_bytes > _RATIO_FROM and n_bytes > _RATIO * n_compressed:
         raise UserError(
-            f"--input: {path}: its first {n_compressed} bytes expand to more than {_RATIO} times "
-            "that size, which no text does; remove it, or decompress it yourself"
+            f"--input: {path}: {n_compressed} bytes of it expand to more than {_RATIO} times that "
+            "size, which no text does; remove it, or decompress it yourself"
         )
 
 

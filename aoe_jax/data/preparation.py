@@ -343,7 +343,7 @@ def unit_writer(output: Path, read: MutableSequence[int]) -> Callable[[int], Non
 
     def write(unit: int):
         notes, prefix = None if is_remote(output) else output / "units", f"{unit:05d}.partial-"
-        with _faults_are_named(output), TemporaryDirectory(dir=notes, prefix=prefix) as new:
+        with TemporaryDirectory(dir=notes, prefix=prefix) as new:
             result = _tokenise(unit, plan, tokenizer, Path(new), read)
             shards = _hashes_of_shards(result)
             files = sorted({file for file, _, _ in plan["units"][unit]["pieces"]})

@@ -6,6 +6,7 @@ last one of a shard may be shorter. Beside them are the tokenizer's file and `ma
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -20,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from aoe_jax.data import SPLITS
 from aoe_jax.data.tokenizer import Tokenizer, pieces, saved_tokenizer
 from aoe_jax.errors import UserError
-from aoe_jax.faults import patiently
+from aoe_jax.faults import is_fault, patiently, patiently_if_allowed
 from aoe_jax.json_files import (
     COUNT,
     TEXT,
@@ -258,7 +259,7 @@ class TokenStore:
         # Index in the stream at which each shard begins, and at which the last one ends.
         self._starts = np.cumsum([1, *(shard["tokens"] for shard in self._shards)])
         place = origin or self._directory
-        sizes = _file_sizes(place)
+        sizes = patiently_if_allowed(f"{place} cannot be read", lambda: _file_sizes(place))
         for shard in self._shards:
             name, wanted = shard["name"], shard["file_bytes"]
             if name not in sizes:
@@ -291,20 +292,35 @@ class TokenStore:
             self._fetch(self._shards[shard], path)
             self._fetched.add(shard)
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
-        try:
-            records = _reader(self, str(path)).read(first, last + 1)
-        except Exception as error:  # array_record raises RuntimeError and others
-            if "Too many open files" in str(error):
-                raise UserError(
-                    f"{path}: too many files are open; raise the limit (ulimit -n)"
-                ) from error
-            raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-        content = b"".join(records)
+        read = functools.partial(self._records, path, self._shards[shard], first, last + 1)
+        content = b"".join(patiently_if_allowed(f"{path} cannot be read", read))
         tokens = np.frombuffer(content, self._dtype, len(content) // self._dtype.itemsize)
         tokens = tokens[start - first * RECORD_TOKENS : stop - first * RECORD_TOKENS]
         if len(tokens) < stop - start or tokens.max() >= self.manifest["vocab_size"]:
             raise _damaged(path.parent, f"{path.name} has other tokens than manifest.json says")
         return tokens
+
+    def _records(self, path: Path, shard: dict, first: int, stop: int) -> list[bytes]:
+        """Records of a shard. Raises `UserError` if its hash shows that it is damaged, else the
+        fault that prevents reading.
+        """
+        try:
+            return _reader(self, str(path)).read(first, stop)
+        except Exception as error:  # array_record raises RuntimeError and others
+            _reader.cache_clear()  # a reader that failed once may go on failing
+            if "Too many open files" in str(error):
+                raise UserError(
+                    f"{path}: too many files are open; raise the limit (ulimit -n)"
+                ) from error
+            if is_fault(error):
+                raise
+            try:
+                is_whole = file_sha256(path) == shard["sha256"]
+            except FileNotFoundError:
+                is_whole = False
+            if not is_whole:
+                raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
+            raise OSError(errno.EIO, f"reading failed once: {error}") from error
 
     def _fetch(self, shard: dict, path: Path):
         source = os.fspath(self._origin / shard["name"])
@@ -344,10 +360,7 @@ def _file_sizes(directory) -> dict[str, int]:
     if not is_remote(directory):
         entries = filter(os.DirEntry.is_file, os.scandir(directory))
         return {entry.name: entry.stat().st_size for entry in entries}
-    files = patiently(
-        f"{directory} cannot be read",
-        lambda: file_system(directory).ls(os.fspath(directory), detail=True),
-    )
+    files = file_system(directory).ls(os.fspath(directory), detail=True)
     return {file["name"].rpartition("/")[2]: file["size"] for file in files}
 
 

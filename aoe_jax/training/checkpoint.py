@@ -67,22 +67,30 @@ class Checkpoints:
         """
         check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
-        self._config = config
         self._manager = None
         self._saving = None  # the step that is being saved in the background
         self._problem = None  # the fault of the newest save in this process, if there was one
         self._failed = False  # whether the newest save has failed, in any process
-        self.saved = saved  # the step of the newest checkpoint that is known to be complete
         self._nlls = {}  # finite validation nlls by step
         path = workdir / "metrics.jsonl"
-        for line in faults.patiently(f"{path} cannot be read", lambda: [*read_metrics(path)]):
+        lines = faults.patiently(f"{path} cannot be read", lambda: [*read_metrics(path)])
+        self.has_figures = bool(lines)
+        for line in lines:
             if line.get("validation_nll") is not None:
                 self.validated(line["step"], line["validation_nll"])
         if config is not None:
-            self._open()
+            self.open(config, saved)
+
+    def open(self, config: CheckpointConfig, saved: int):
+        """Begins to save, as the constructor does with a `config`; all processes call it together.
+        Validation nlls of later steps than `saved` are forgotten.
+        """
+        self._config = config
+        self.saved = saved  # the step of the newest checkpoint that is known to be complete
+        self._nlls = {step: nll for step, nll in self._nlls.items() if step <= saved}
+        self._open()
 
     def _open(self):
-        """Opens Orbax's manager; all processes call it together."""
         with together():
             if jax.process_index() == 0:
                 problem = f"an unfinished save in {self.directory} cannot be deleted"
@@ -126,13 +134,13 @@ class Checkpoints:
         """The steps of all complete checkpoints, the oldest first. Raises `UserError` if their
         folder is a file.
         """
+        return sorted(faults.patiently(f"{self.directory} cannot be read", self._complete_steps))
+
+    def _complete_steps(self):
         if not self.directory.exists():
             return []
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file; move it away, and bring the folder back")
-        return sorted(faults.patiently(f"{self.directory} cannot be read", self._complete_steps))
-
-    def _complete_steps(self):
         # Orbax reads other names as numbers, too, such as 007.
         return [
             step
@@ -179,6 +187,8 @@ class Checkpoints:
         run = beside_arrays(state, data_state, dataclasses.asdict(progress))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         for pause in faults.pauses():
+            if self._failed:
+                self._open()  # deletes the unfinished save
             self._saving, self._problem = step, None
             with self._problem_kept():
                 self._manager.save(step, args=args, force=True)  # at any step
@@ -204,7 +214,6 @@ class Checkpoints:
         self._failed = not all_agree(self._problem is None)
         if self._failed:
             log.warning(f"checkpoint {self._path(self._saving)} cannot be saved: {self._why()}")
-            self._open()  # deletes the unfinished save
         else:
             self.saved = self._saving
         self._saving = None
@@ -259,8 +268,9 @@ class Checkpoints:
         """
         looked_again = None  # the step that was read once more
         while True:
+            with together():
+                steps = self.steps()
             # A network disk may show other processes a checkpoint that was moved.
-            steps = self.steps()
             step, n_steps = gathered(max(steps, default=0))[0], gathered(len(steps))[0]
             try:
                 state, progress, position = self.restore(step, abstract_state)

@@ -6,7 +6,6 @@ import logging
 import secrets
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from aoe_jax.distributed import agree, all_agree, together
 from aoe_jax.errors import DivergedError, Interrupted, Preempted, Stopped, UserError
 from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate
 from aoe_jax.faults import Tolerated, patiently
-from aoe_jax.json_files import read_metrics, write_json
+from aoe_jax.json_files import write_json
 from aoe_jax.model.decoder import Decoder
 from aoe_jax.stopping import StopRequests
 from aoe_jax.training.bar import Bar
@@ -83,15 +82,15 @@ def train(
         folder = RunFolder(workdir, start or Start(), held)
         run = _Run(filled, workdir, folder, mesh, heartbeat, stop or StopRequests(), held)
         run.check(profile, wandb)
-        run.restore()
-        run.claim_workdir(config)
-        run.open(wandb)
-        run.compile()
-        several = jax.distributed.is_initialized()
-        with run.stop.between_steps(several), run.watched(run.bar.close):
-            with jax.transfer_guard("disallow"):
-                run.take_steps()
-            return run.finish()
+        with run.watched():
+            run.restore()
+            run.claim_workdir(config)
+            run.open(wandb)
+            run.compile()
+            with run.stop.between_steps(jax.distributed.is_initialized()):
+                with jax.transfer_guard("disallow"):
+                    run.take_steps()
+                return run.finish()
 
 
 def result(summary):
@@ -128,23 +127,24 @@ class _Run:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.has_validated = False  # whether a batch was scored, which compiles the evaluation step
         self.at_rest = threading.Lock()
+        self.bar = None
         self.local = None  # the copies on the disks of the hosts
         self.position = None  # the position in the data while the loop waits for a batch
         self.unreported = None  # step and metrics, which are read while the next step runs
 
     def check(self, profile, wandb):
         """Checks for mistakes of the user; writes nothing but token stores."""
-        config, workdir = self.config, self.workdir
+        config, workdir, steps = self.config, self.workdir, self.config.train.steps
         with together():
             log_run(config)
             self.checkpoints = Checkpoints(workdir)
-            steps = self._saved_steps()
-            self.step = max(steps, default=0)
-            has_begun = bool(steps) or any(read_metrics(workdir / "metrics.jsonl"))
+            saved = self._saved_steps()
+            self.step = max(saved, default=0)
+            has_begun = bool(saved) or self.checkpoints.has_figures
             check_workdir(workdir, config, has_begun)
             if config.train.init_from and not self.step:
                 self.heartbeat.beat("restoring", self.step)
-                with self.watched(lambda: None):  # a model in a store is copied here
+                with self.watched():  # a model in a store is copied here
                     check_start(config)
             self.corpus = open_corpus(config.data, config.model.vocab_size)
             if has_begun:
@@ -158,12 +158,15 @@ class _Run:
             given = self.heartbeat.history, self.corpus.identities, self.folder.nonce
             self.local = LocalCopies(workdir, config, *given)
             self.step = max(self.step, self.local.newest())
-        steps, finished = config.train.steps, (workdir / "summary.json").exists()
-        if self.step > steps or (self.step == steps and finished):
-            raise UserError(
-                f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise it "
-                "to go on, or use another --workdir"
+        with together():
+            is_finished = patiently(
+                f"{workdir} cannot be read", lambda: (workdir / "summary.json").exists()
             )
+            if self.step > steps or (self.step == steps and is_finished):
+                raise UserError(
+                    f"config.train.steps={steps}: {workdir} is already at step {self.step}; raise "
+                    "it to go on, or use another --workdir"
+                )
         profile = profile and traced_of_run(profile, self.step, steps)
         self.traced = profile if self.is_main else range(0)
 
@@ -176,7 +179,8 @@ class _Run:
     def _saved_steps_at_once(self):
         self.folder.check_in_place()
         steps = self.checkpoints.steps()
-        check_history(self.workdir, steps)
+        what = f"the files of {self.workdir} cannot be read"
+        patiently(what, lambda: check_history(self.workdir, steps))
         return steps
 
     def restore(self):
@@ -199,12 +203,13 @@ class _Run:
         self.progress = Progress()
         if self.step or train.init_from:
             self.heartbeat.beat("restoring", self.step)
-            with self.watched(lambda: None):
-                self.state = self._from_disk(abstract)
+            self.state = self._from_disk(abstract)
         else:
+            self.heartbeat.beat("compiling", self.step)
             self.state = new_state(config, abstract)
         self.first_step, self.saved_at = self.step, time.monotonic()
-        self.checkpoints.close()
+        self.heartbeat.beat("restoring", self.step)
+        self.batch = self._next_batch()  # before anything is written
 
     def _from_disk(self, abstract):
         """The state in the newest local copies or checkpoint, else that of `train.init_from`."""
@@ -241,7 +246,6 @@ class _Run:
                 self.folder.check_owner()
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
-                (self.workdir / "summary.json").unlink(missing_ok=True)
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
         self.heartbeat.may_write = self.folder.is_in_place
 
@@ -266,7 +270,7 @@ class _Run:
             )
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
-        self.checkpoints = Checkpoints(self.workdir, config.checkpoint, self.saved_step)
+        self.checkpoints.open(config.checkpoint, self.saved_step)
         self.heartbeat.saved = self.saved_step
         if self.local:
             self.local.begin(self.step)
@@ -275,20 +279,19 @@ class _Run:
     def compile(self):
         """Compiles the training step; time counts as training from the end of this on."""
         config = self.config
-        self.batch = self._next_batch()
         self._beat("compiling", self.step)
         with self.telemetry.clock("compile"):
             self.train_step = self.jitted_step.lower(self.state, self.batch).compile()
         decoder = Decoder.from_config(config)
         self.eval_step = compile_eval_step(decoder, config.data.document_mask, self.mesh)
         self.telemetry.start(self.state, self.train_step)
-        self.bar.status("training")
+        self._beat("training", self.step)
 
-    def watched(self, clear):
-        """A context that ends a process that hangs; it calls `clear()` before it prints."""
+    def watched(self):
+        """A context that ends a process that hangs."""
         timeout, save = self.config.train.hang_timeout, self.save_from_outside
         given = self.workdir, self.folder, self.heartbeat, self.stop, timeout, save
-        return Watchdog(*given, clear)
+        return Watchdog(*given, clear=lambda: self.bar and self.bar.close())
 
     def take_steps(self):
         steps, folder = self.config.train.steps, self.folder.figures / "profile"
@@ -394,10 +397,14 @@ class _Run:
         def put(batch):
             self._beat("validating" if self.has_validated else "compiling", self.step)
             self._stop_if_asked()
-            self.has_validated = True
             return sharding.put_batch(self.batch_sharding, batch)
 
-        score = partial(self.eval_step, self.state.params, self.state.routing_state)
+        def score(batch):
+            sums = self.eval_step(self.state.params, self.state.routing_state, batch)
+            self.has_validated = True
+            self._beat("validating", self.step)
+            return sums
+
         batch_size, seq_len = train.batch_size // train.accumulate, self.config.data.seq_len
         with self.telemetry.clock("evaluation"):
             self.validation = evaluate(score, self.corpus.validation, seq_len, batch_size, put)
@@ -435,6 +442,7 @@ class _Run:
         self.at_rest.acquire()  # for good: the process ends afterwards
         if self.position is None or jax.process_count() > 1:
             return False
+        self.folder.check_owner()
         self._report()
         self.sync()
         self.checkpoints.save(self.step, self.state, self.position, self.progress, wait=True)
@@ -471,11 +479,13 @@ class _Run:
         self.heartbeat.saved = self.step
         if self.is_main:
             path = self.workdir / "summary.json"
+            self.folder.check_owner()
             patiently("the figures cannot be written", self.sync)
             patiently(f"{path} cannot be written", lambda: write_json(path, summary))
             self._draw(summary)
         if self.local:
             self.local.delete()
-        self._beat("finished", self.step)
+        self.heartbeat.finish(self.step)
+        self.bar.status("finished")
         log.info("done: %s", json.dumps(metrics))
         return summary

@@ -28,6 +28,8 @@ def check_start(config: Config):
         directory = _directory(config)
         there, here = computed_fields(read_config(directory)), computed_fields(config)
     except (UserError, OSError) as e:
+        if is_fault(e):
+            raise
         raise _refused(config, e) from e
     differing = differences(there, here)
     if others := [f"config.{text}" for name, text in differing.items() if not is_choice(name)]:

@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.faults import Tolerated
+from aoe_jax.errors import UserError
+from aoe_jax.faults import Tolerated, reason
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.training.bar import Bar
@@ -89,7 +90,7 @@ class Telemetry:
                 self._tensorboard = TensorBoard(workdir / "tensorboard", start_step)
                 self._writers.append(self._tensorboard)
             if wandb is not None:
-                self._writers.append(Wandb(workdir, wandb, config.to_dict()))
+                self._open_wandb(workdir, wandb, config)
         self._has_bar = bar is not None and bar.shows
         if self._has_bar:
             self._writers.append(bar)
@@ -108,6 +109,14 @@ class Telemetry:
         self._step_ended, self._step_clocks = time.perf_counter(), Counter()
         self._steps = deque(maxlen=SLOW_STEP_WINDOW)  # seconds of each
         self._slowest = {}  # seconds of the slowest step that was logged, by its cause
+
+    def _open_wandb(self, workdir, project, config):
+        try:
+            self._writers.append(Wandb(workdir, project, config.to_dict()))
+        except UserError:
+            raise
+        except Exception as e:
+            log.warning(f"Weights & Biases cannot be opened ({reason(e)}); the run goes on")
 
     @contextlib.contextmanager
     def clock(self, name):
@@ -248,11 +257,11 @@ class Telemetry:
         self._evaluated = self._seconds["evaluation"]
 
     def _draw_load(self, step, result):
-        # matplotlib takes half a second to import.
-        from aoe_jax.evaluation.load import draw_loads, load_statistics
-
         title = f"{self._config.experts.kind}, validation, step {step}"
         with self._tolerated[self._tensorboard]:
+            # matplotlib takes half a second to import.
+            from aoe_jax.evaluation.load import draw_loads, load_statistics
+
             figure = draw_loads({title: load_statistics(result.stats)})
             self._tensorboard.draw(step, "experts/load", figure)
 

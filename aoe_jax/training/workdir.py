@@ -91,12 +91,15 @@ def check_history(workdir: Path, steps):
     newest, saved, problem = max(steps, default=0), read_heartbeat(workdir)["saved"], None
     damaged = workdir / DAMAGED
     names = [path.name.partition("-")[0] for path in damaged.iterdir()] if damaged.is_dir() else []
-    is_aside = str(saved) in names and steps  # the newest was damaged, and an older one is there
-    if saved is not None and saved > newest and not is_aside:
+
+    def is_missing(step):  # and not because it was damaged, while an older one is there
+        return step > newest and not (steps and str(step) in names)
+
+    if saved is not None and is_missing(saved):
         problem = f"heartbeat.json shows that a checkpoint of step {saved} was complete"
     if (summary := workdir / "summary.json").exists():
         step = read_json(summary, schema={"metrics": {"step": COUNT}})["metrics"]["step"]
-        if step > newest:
+        if is_missing(step):
             problem = f"summary.json shows that a checkpoint of step {step} was complete"
     lines = read_metrics(workdir / "metrics.jsonl")
     if not steps and saved is None and (line := next(lines, None)):
@@ -134,8 +137,6 @@ def set_aside(workdir: Path, go_back: int | None = None):
             )
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
-        heartbeat = read_heartbeat(workdir) | {"saved": go_back, "history": None}
-        write_json(workdir / "heartbeat.json", heartbeat)
         names = [f"checkpoints/{step}" for step in steps if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
     # A clock that was set back gives the same name twice.
@@ -143,6 +144,9 @@ def set_aside(workdir: Path, go_back: int | None = None):
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
+    if go_back is not None:  # after the moves, so that a run cannot go on if they are interrupted
+        heartbeat = read_heartbeat(workdir) | {"saved": go_back, "history": None}
+        write_json(workdir / "heartbeat.json", heartbeat)
     if moved:
         log.info(f"moved {', '.join(sorted(moved))} to {folder}")
 
@@ -172,10 +176,13 @@ def read_identities(workdir: Path) -> list[str]:
 
 
 def claim_workdir(workdir: Path, config: Config, corpus: TokenisedCorpus):
-    """Writes `config.json`, `data.json` and a copy of the tokenizer; call it after all checks."""
+    """Writes `config.json`, `data.json` and a copy of the tokenizer, and removes `summary.json`;
+    call it after all checks.
+    """
     write_whole(workdir / corpus.tokenizer.name, corpus.tokenizer.read_bytes())
     write_json(workdir / "data.json", {"token_stores": corpus.identities})
     write_json(workdir / "config.json", config.to_dict())
+    (workdir / "summary.json").unlink(missing_ok=True)
 
 
 def read_run_config(path: Path) -> Config:

@@ -33,6 +33,7 @@ finally:
         del sys.modules["torch"]
 
 _IDENTITY = {"project": TEXT, "id": TEXT}  # of a run at Weights & Biases
+_UPLOAD_SECONDS = 60.0  # at the end of a run; `wandb sync` uploads the rest
 
 
 class JsonLines:
@@ -142,7 +143,8 @@ class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
     Points are placed by their `step`; a run that was killed sends later steps again. Raises
-    `UserError` if Weights & Biases refuses, for example without a login.
+    `UserError` if Weights & Biases refuses, for example without a login, and `wandb.Error` if it
+    cannot be reached.
     """
 
     name = "wandb"
@@ -162,9 +164,10 @@ class Wandb:
                 name=workdir.absolute().name,
                 dir=str(workdir),
                 config=config,
-                settings=wandb.Settings(console="off"),  # stdout and stderr stay as they are
+                # stdout and stderr stay as they are
+                settings=wandb.Settings(console="off", finish_timeout=_UPLOAD_SECONDS),
             )
-        except wandb.Error as e:
+        except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e:
             reason = " ".join(str(e).split())[:200]
             raise UserError(
                 f"--wandb={project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
