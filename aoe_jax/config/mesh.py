@@ -35,7 +35,6 @@ class MeshConfig(Group):
         return self.data, self.fsdp, self.expert, self.tensor
 
     def check(self, config):
-        """Refuses what the mesh would split unevenly and what no test covers."""
         m, e, d = config.model, config.experts, config.model.d_model
         if m.unroll > 1 and self.fsdp > 1:
             wanted = "unrolled layers would keep gathered weights; set 1"

@@ -72,9 +72,7 @@ class Config:
 
     @classmethod
     def from_config_dict(cls, config):
-        """Checks a `ConfigDict` (or nested dict) field by field. Raises `UserError` for an unknown
-        group or field, a value of the wrong type, or one that is not allowed.
-        """
+        """A `Config` of a `ConfigDict` or nested dict. Raises `UserError` for any wrong field."""
         classes = {f.name: f.type for f in dataclasses.fields(cls)}
         _refuse_unknown(config, classes)
         groups = {name: dict(values) for name, values in config.items()}

@@ -34,16 +34,10 @@ class Places(NamedTuple):
 
 
 def assign_places(expert, weight, n_experts, capacity):
-    """Places for the choices of each group, first choices first, then in the order of tokens.
+    """`Places` for the choices of each group, first choices first, then in the order of tokens.
 
-    Args:
-      expert: `[B, S, K]` int32, the first choice first; n: none, as for padding.
-      weight: `[B, S, K]` float32.
-      n_experts: n.
-      capacity: C.
-
-    Returns:
-      `Places`.
+    `expert [B, S, K]` int32 has the first choice first, and n for none, as for padding; `weight
+    [B, S, K]` float32.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)
@@ -68,16 +62,9 @@ def combine_tensor(places, dispatch):
 def capacity_experts(x, places, capacity, w, exchange=lambda rows, split, concatenate: rows):
     """SwiGLU experts on the tokens that have a place, weighted and summed by token.
 
-    Args:
-      x: `[B, S, d]`.
-      places: `Places`.
-      capacity: C.
-      w: the matrices of experts, in the dtype of `x`.
-      exchange: `(rows, split, concatenate)`: splits rows along one axis over the devices that share
-        the experts, and concatenates what they send along another.
-
-    Returns:
-      `[B, S, d]`; zero for a token none of whose choices found a place.
+    `[B, S, d]` -> `[B, S, d]`, zero for a token none of whose choices found a place. `w` are the
+    matrices of experts in the dtype of `x`. `exchange(rows, split, concatenate)` splits rows along
+    one axis over the devices that share the experts, and concatenates what they send along another.
     """
     with jax.named_scope("dispatch"):
         dispatch = dispatch_tensor(places, capacity, x.dtype)

@@ -57,13 +57,8 @@ def relative_scores(scores, weights, ctx):
     `||x W_i|| sqrt(d) / (||x|| ||W_i||) - 1`, W_i the expert's `w_score`: the norm relative to that
     of a random direction. They start with a standard deviation of `1 / sqrt(2 r)`.
 
-    Args:
-      scores: logits or norms `[T, n]`.
-      weights: of the layer, with `w_router [d, n]` or `w_score [n, d, r]`.
-      ctx: `Context`.
-
-    Returns:
-      `[T, n]` float32; a cosine is 0 and a relative norm -1 where the token or the weights are 0.
+    `scores [T, n]` are logits or norms; `weights` have `w_router [d, n]` or `w_score [n, d, r]`. A
+    cosine is 0 and a relative norm -1 where the token or the weights are 0.
     """
     if "w_router" in weights:
         return _by_lengths(scores, ctx.x, activation_norms(weights["w_router"].T))
@@ -117,13 +112,7 @@ def simplicity(w_router):
 def updated_pool(live, fired, unclaimed):
     """The places that hold an expert after an update. Without records nothing changes.
 
-    Args:
-      live: `[L, n]` bool.
-      fired: `[L, n]`, R_E.
-      unclaimed: `[L, d]`, R_S.
-
-    Returns:
-      `(live, added)`, `[L, n]` bool.
+    `live [L, n]` bool, `fired [L, n]` (R_E), `unclaimed [L, d]` (R_S) -> `(live, added)`.
     """
     wanted = (unclaimed != 0).any(axis=1, keepdims=True)
     recorded = wanted | (fired > 0).any(axis=1, keepdims=True)
@@ -244,11 +233,8 @@ class DynMoE(Method):
         return {name: (weight, value.sum()) for name, (weight, value) in terms.items()}
 
     def update(self, config, state, stats, weights):
-        """As `Method.update`.
-
-        The optimiser's moments of a new expert are what they were. Tokens have sent it no gradient
-        for at least `record_steps` steps; a router's column still has that of its length.
-        """
+        # A new expert keeps the optimiser's moments of its place. Tokens have sent it no gradient
+        # for at least `record_steps` steps; a router's column still has that of its length.
         step = state["updates"][0] % self.period_steps - self.idle_steps
         is_recorded = (step >= 0) & (step < self.record_steps)
         is_due = is_recorded & (step == self.record_steps - 1)

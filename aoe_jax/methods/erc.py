@@ -58,12 +58,8 @@ def loss_of_norms(norms, alpha):
 def coupling_loss(devices, w_router, w_gate, alpha, key):
     """The loss of one layer, `[]` float32, the same on all devices.
 
-    Args:
-      devices: `Devices`.
-      w_router: `[d, n]` float32, the same on all devices.
-      w_gate: `[n, d, f]` float32, of this device's experts, its piece of d and f.
-      alpha: see above.
-      key: for the noise, the same on all devices.
+    `w_router [d, n]` and the `key` of the noise are the same on all devices; `w_gate [n, d, f]` is
+    this device's piece. Both matrices are float32.
     """
     norms = jax.checkpoint(partial(_norms, devices), prevent_cse=False)
     return loss_of_norms(norms(with_noise(w_router.T, key), w_gate), alpha)

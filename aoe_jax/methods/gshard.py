@@ -25,15 +25,10 @@ from aoe_jax.moe.scoring import KEPT_ROUTING
 
 
 def top_two(scores, uniform=None):
-    """The two experts of highest score, the second where it is drawn.
+    """A `Routing` with the two experts of highest score; `scores [T, n]` float32, `P = 2 T`.
 
-    Args:
-      scores: `[T, n]` float32.
-      uniform: `[T]` in [0, 1): the second expert is dropped where it is above twice its weight;
-        None: it never is.
-
-    Returns:
-      A `Routing` with `P = 2 T`.
+    The second expert is dropped where `uniform [T]`, in [0, 1), is at least twice its weight; never
+    if `uniform` is None.
     """
     n_experts = scores.shape[1]
     expert = jax.lax.top_k(jax.lax.stop_gradient(scores), 2)[1]

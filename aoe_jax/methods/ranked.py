@@ -9,18 +9,11 @@ from aoe_jax.moe.routing import FixedK, best_experts, by_token
 
 
 def ranked(scores, ranks, bias=None):
-    """Each token goes to the experts whose scores have these ranks.
+    """Each token goes to the experts whose `scores [T, n]` have these ranks; `P = T len(ranks)`.
 
-    The weights are the softmax over their scores; a single expert has weight 1.
-
-    Args:
-      scores: `[T, n]` float32.
-      ranks: different numbers from 0, the highest score, to n - 1; of equal scores the lower expert
-        number comes first.
-      bias: `[n]`, added to the scores for the choice; None: no bias.
-
-    Returns:
-      A `Routing` with `P = T len(ranks)`.
+    `ranks` are different numbers from 0, the highest score, to n - 1; of equal scores the lower
+    expert number comes first. Weights are the softmax over the chosen scores, so a single expert
+    has weight 1. A `bias [n]` is added to the scores for the choice only.
     """
     by_rank = best_experts(scores, max(ranks) + 1, bias)
     expert = jnp.stack([by_rank[:, rank] for rank in ranks], axis=1)

@@ -122,10 +122,7 @@ def merged_experts(x, p, weights):
 def merging_stats(scores, p, counts, total):
     """The statistics of a layer; an expert's load is its mean share in the merged experts.
 
-    Args:
-      scores: `[B, J, n]`. p: `[B, J, n]`.
-      counts: `[B, J]`, tokens of the segments that count.
-      total: adds up sums from all devices.
+    `scores` and `p` are `[B, J, n]`, and `counts [B, J]` are the real tokens of the segments.
     """
     scores, p = jax.lax.stop_gradient((scores, p))
     entropy = jax.scipy.special.entr(p).sum(axis=-1)
@@ -231,7 +228,6 @@ class Smear(Unchosen):
         return matrices if experts.low_rank else ROUTER | matrices
 
     def flops(self, config):
-        """Merging and scoring, once per segment."""
         e, d = config.experts, config.model.d_model
         sizes, declared = e.sizes(d), self.parameters(e).values()
         merging = sum(math.prod(p.shape(sizes)) for p in declared if p.per_expert)

@@ -46,16 +46,9 @@ SUFFIX = "_route"  # in the names of routing neurons' matrices
 def routing_neurons(layer, devices, x, weights):
     """The scores and outputs of the routing neurons of all experts.
 
-    Args:
-      layer: the `ExpertsLayer`.
-      devices: `Devices`.
-      x: `[T, d]`.
-      weights: `w_gate_route`, `w_up_route` `[n, d, s]` and `w_down_route` `[n, s, d]`, this
-        device's pieces.
-
-    Returns:
-      `(scores, y)`: the norms `[T, n]`, float32 at least, and the output of the virtual shared
-      expert `[T, d]`.
+    `x [T, d]` -> the norms `[T, n]`, float32 at least, and the virtual shared expert's output
+    `[T, d]`. `weights` are this device's pieces of `w_gate_route` and `w_up_route`, `[n, d, s]`,
+    and of `w_down_route [n, s, d]`.
     """
     with jax.named_scope("score"):
         w = layer.gathered(weights, devices)

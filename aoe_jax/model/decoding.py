@@ -30,11 +30,8 @@ def decodes(decoder: Decoder):
 
 
 def check_decodes(decoder: Decoder, by_token=True):
-    """Checks that a token depends neither on later tokens nor on other sequences nor on padding,
-    and with `by_token` that texts can go through the model token by token.
-
-    Raises:
-      UserError: it does, or they cannot.
+    """Raises `UserError` if a token depends on later tokens, on other sequences or on padding, or
+    with `by_token` if texts cannot go through the model token by token.
     """
     causality = decoder.routing.causality(decoder.experts)
     padding_counts = causality.padding_counts
@@ -101,13 +98,10 @@ def prefill(decoder: Decoder, params, routing_state, tokens, length, places):
 
 
 def extend(decoder: Decoder, params, routing_state, tokens, cache):
-    """Reads more of sequences whose beginnings are in a cache.
+    """Reads more of sequences whose beginnings are in a `Cache` with S free places.
 
-    `tokens` are `[B, S]` int32, and `cache` a `Cache` with S free places; for others see `prefill`.
-
-    Returns:
-      `(hidden, cache)`: `[B, S, d]` after the last norm, for `output_logits`, and the cache with
-        these positions in it.
+    `tokens [B, S]` int32 -> `(hidden, cache)`: `[B, S, d]` after the last norm (`output_logits`
+    takes them), and the cache with these positions in it. For other arguments see `prefill`.
     """
     n_tokens = tokens.shape[1]
     x, layers = _through_layers(decoder, params, routing_state, tokens, cache)

@@ -28,21 +28,14 @@ def _chunks(*arrays, size=CHUNK_TOKENS):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _over_chunks(of_chunk, n_sums, hidden, table, targets, weights):
-    """Sums over tokens; the first one is the loss, and only it has a gradient.
+    """Sums over tokens, `[n_sums]` float32; the first one is the loss, and only it has a gradient.
 
     The gradient is computed together with the loss, chunk by chunk, so that no logits are kept or
     computed twice. It is written by hand, because autodiff keeps more of a chunk and is slower. XLA
     removes it from programs that do not use it.
 
-    Args:
-      of_chunk: `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the
-        logits)`.
-      n_sums: how many sums `of_chunk` returns.
-      hidden: `[N, d]` of each pass.
-      table, targets, weights: those of `cross_entropy`.
-
-    Returns:
-      `[n_sums]` float32.
+    `hidden` is `[N, d]` of each pass, and `of_chunk` is
+    `(logits of each pass, targets, weights) -> (sums, gradients of the loss by the logits)`.
     """
     return _forward(of_chunk, n_sums, hidden, table, targets, weights)[0]
 
@@ -73,16 +66,10 @@ _over_chunks.defvjp(_forward, _backward)
 
 
 def cross_entropy(hidden, table, targets, weights):
-    """Sum over tokens of `weight * -log softmax(hidden table^T)[target]`, float32, in nats.
+    """Sum over tokens of `weight * -log softmax(hidden table^T)[target]`, `[]` float32, in nats.
 
-    Args:
-      hidden: `[N, d]`.
-      table: `[V, d]` float32 parameters, cast to the dtype of `hidden` for the product.
-      targets: `[N]` int32.
-      weights: `[N]` float32; no gradient.
-
-    Returns:
-      A scalar.
+    `hidden [N, d]`; `table [V, d]` float32, cast to the dtype of `hidden` for the product; `targets
+    [N]` int32; `weights [N]` float32, without a gradient.
     """
     return _over_chunks(_of_one_pass, 1, (hidden,), table, targets, weights)[0]
 
@@ -99,8 +86,7 @@ def _of_one_pass(logits, targets, weights):
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
-    `consistency` is the weight of the divergence in the loss, a number, and `hidden` are `[N, d]`
-    of the first pass and of the second; for others see `cross_entropy`.
+    `hidden` are `[N, d]` of the first pass and of the second; for others see `cross_entropy`.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,

@@ -38,7 +38,6 @@ def sum_over_tokens(function, hidden, table, bias, targets, weights):
     Args:
       function: `(hidden [N, d], table [V, d], targets [N], weights [N]) -> []`, or several sums.
       hidden: `[B, S, d]`, or a tuple of such arrays, which the function then takes.
-      table: `[V, d]`.
       bias: `[V]` or None. The function gets it as one more column of the table, with ones in
         `hidden`.
       targets, weights: `[B, S]`.

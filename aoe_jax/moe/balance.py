@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class LayerStats(NamedTuple):
-    """Statistics of a layer over a batch. Only balance losses and records have gradients."""
+    """Statistics of a layer over a batch. Only inputs of losses have gradients."""
 
     load: jax.Array  # [n], f of Eq. 2: share of the tokens that choose each expert; its sum is K
     mean_probability: jax.Array  # [n], P of Eq. 2: mean over tokens of the softmax over all scores
@@ -29,10 +29,7 @@ class LayerStats(NamedTuple):
 
 
 def statistics(scores, routing, balance, ctx):
-    """The `LayerStats` of `Scores` and a `Routing`; `balance` is a `BalanceConfig`.
-
-    All means are over the tokens of all devices that count.
-    """
+    """The `LayerStats` of `Scores` and a `Routing`, means over the real tokens of all devices."""
     values, for_balance = jax.lax.stop_gradient(scores.values), scores.for_balance
     weights, n_experts = ctx.token_weights.astype(values.dtype), values.shape[1]
     chosen = routing.expert[:, None] == jnp.arange(n_experts)
@@ -63,7 +60,6 @@ def statistics(scores, routing, balance, ctx):
 
 
 def _token_sum(values, weights):
-    """The weighted sum over tokens: `[T, ...]`, `[T]` -> `[...]`."""
     return jnp.einsum("t,t...->...", weights, values, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -75,11 +71,7 @@ def balance_loss(load, mean_probability):
 def z_loss(scores, token_weights, total):
     """The mean over tokens of `(log sum_i exp(score_i))^2` (ST-MoE, Zoph et al. 2022, arXiv
     2202.08906), which keeps router logits small. It shrinks norms, which are positive, as a whole.
-
-    Args:
-      scores: `[T, n]`, with a gradient.
-      token_weights: `[T]`.
-      total: adds up sums over tokens from all devices.
+    `scores [T, n]`, `token_weights [T]` -> `[]`; `total` adds up sums from all devices.
     """
     square = jnp.square(jax.nn.logsumexp(scores, axis=1))
     loss, n_tokens = total((jnp.sum(square * token_weights), token_weights.sum()))
@@ -90,16 +82,8 @@ def sequence_balance_loss(scores, routing, ctx, stride):
     """The mean of `balance_loss` over sequences, each by itself, `[]`.
 
     It is the micro-batch balance of Qiu et al. 2025 (arXiv 2501.11873) with one sequence per
-    micro-batch, so it is the same on every mesh.
-
-    Args:
-      scores: `Scores`; `for_balance` has the gradient. `stride` divides the sequence length.
-      routing: `Routing` of all T tokens, which lie sequence by sequence.
-      ctx: `Context`.
-      stride: `BalanceConfig.aux_stride`.
-
-    Raises:
-      ValueError: tokens `[T, d]` on a mesh, whose sequences are unknown.
+    micro-batch, so it is the same on every mesh. `stride` (`BalanceConfig.aux_stride`) divides the
+    sequence length. Raises ValueError for tokens `[T, d]` on a mesh, whose sequences are unknown.
     """
     devices = ctx.devices
     devices.check_sequences()
@@ -134,10 +118,7 @@ def updated_bias(bias, load, score_spread, rate):
 
     The published rate, 0.001, is meant for scores in (0, 1). Norms and logits have a scale of their
     own that training changes, so here the rate is relative to the spread of a token's scores.
-
-    Args:
-      bias: `[L, n]`. load: `[L, n]`. score_spread: `[L]`.
-      rate: `BalanceConfig.bias_rate`.
+    `bias [L, n]`, `load [L, n]`, `score_spread [L]` -> `[L, n]`.
     """
     direction = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
     return bias + rate * score_spread[:, None] * direction

@@ -31,15 +31,10 @@ class Rows(NamedTuple):
 
 
 def sort_slots(expert, n_experts):
-    """Slots in expert order, by one stable sort.
+    """Sorts slots by expert, stably. `expert [P]` int32 is n for an unused slot.
 
-    Args:
-      expert: `[P]` int32, the expert of each slot; n for an unused slot.
-      n_experts: n.
-
-    Returns:
-      `(slot [P], row [P], group_sizes [n])`: the slot of each row, the row of each slot, and the
-      rows of each expert.
+    Returns `(slot [P], row [P], group_sizes [n])`: the slot of each row, the row of each slot, and
+    the number of rows of each expert.
     """
     slots = jnp.arange(expert.shape[0], dtype=jnp.int32)
     _, slot = jax.lax.sort((expert, slots), num_keys=1, is_stable=True)
@@ -65,23 +60,23 @@ class Local:
     transport, in the order of their use:
 
         gather, gather_routing   tokens and routing of the devices that share experts
-        plan, round              the slots of each round, and its rows
-        dispatch, groups         the rows, and how many each expert has
-        row_values, slot_values  numbers from slots to rows and back
-        combine, further_rounds  sums by token; the rounds after the first
-        scatter                  outputs back to the devices that own the tokens
+        plan, round              the slots of each round, and its rows; without a gradient
+        dispatch, groups         `[T, d]` -> rows `[R, d]`, and the rows of each expert
+        row_values               from slots to rows, `[P]` -> `[R]`
+        slot_values              from rows to slots, `[R]` -> `[P]`; 0 for slots without a row here
+        complete                 values of slots, `[P]`, with those of other devices added
+        combine                  each token's rows, summed in float32 at least: `[R, d]` -> `[T, d]`
+        further_rounds           adds the results of the rounds after the first
+        scatter                  the transpose of `gather`: outputs to the owners of the tokens
     """
 
     def __init__(self, devices, n_experts, all_used=False):
-        """`all_used`: whether every slot has an expert, as where each token has K of them."""
         self.devices, self.n_experts, self.all_used = devices, n_experts, all_used
 
     def gather(self, x):
-        """Tokens of the devices along the tensor axis: `[t, ...]` -> `[T, ...]`."""
         return self.devices.gather(x, "tensor")
 
     def scatter(self, y):
-        """The transpose of `gather`: sums, and keeps what this device owns."""
         return self.devices.sum_scatter(y, "tensor")
 
     def gather_routing(self, routing):
@@ -94,7 +89,6 @@ class Local:
         return Routing(token, expert, weight, k)
 
     def plan(self, routing):
-        """The routing and the layout of its rows, which the rounds divide; without a gradient."""
         return routing, lay_out(routing, self.n_experts, self.all_used)
 
     def round(self, plan, number):
@@ -104,29 +98,21 @@ class Local:
         return round[1].groups
 
     def dispatch(self, x, round):
-        """`[T, d]` -> `[R, d]`."""
         routing, rows = round
         if routing.slots_per_token is None:
             return _take(x, rows.token)
         return _gather_tokens(x, rows, routing.slots_per_token)
 
     def row_values(self, values, round):
-        """From slots to rows: `[P]` -> `[R]`."""
         return permute(values, round[1].slot, round[1].row)
 
     def slot_values(self, values, round, n_slots):
-        """From rows to slots: `[R]` -> `[n_slots]`; 0 for slots that have no row here."""
         return permute(values, round[1].row, round[1].slot)
 
     def complete(self, values):
-        """The values of all slots, `[P]`, once those of other devices are added."""
         return values
 
     def combine(self, y, round, n_tokens):
-        """The sum of each token's rows: `[R, d]` -> `[T, d]`, in the dtype of `y`.
-
-        The sum itself is in float32 at least.
-        """
         routing, rows = round
         if routing.slots_per_token is None:
             dtype = jnp.promote_types(y.dtype, jnp.float32)
@@ -134,7 +120,7 @@ class Local:
         return _sum_by_token(y, rows, routing.slots_per_token)
 
     def further_rounds(self, first, function, plan, args):
-        """`first`, of the first round, plus `function(plan, number, args)` of the others."""
+        """`first`, the result of round 0, plus `function(plan, number, args)` of the others."""
         return first
 
 
@@ -146,7 +132,6 @@ def take_code(code, round):
 
 
 def _take(values, index, fill=0):
-    """`values[index]` along the first axis, `fill` where the index is out of range."""
     return values.at[index].get(mode="fill", fill_value=fill)
 
 

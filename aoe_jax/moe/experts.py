@@ -20,17 +20,11 @@ KEPT_EXPERTS = "experts"
 
 
 def gate_pre_activations(rows, groups, w, code=None):
-    """The gate before its SiLU.
+    """The gate before its SiLU: rows `[R, d]` -> `(gate [R, f], code [R, r])`.
 
-    Args:
-      rows: `[R, d]`, by expert.
-      groups: the rows of each expert, as `grouped_matmul` takes them.
-      w: `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
-      code: of a factorised gate, the low-rank activations `[R, r]` of the rows, where they are
-        known; None: computed.
-
-    Returns:
-      `(gate [R, f], code [R, r])`, the latter None for a whole gate.
+    The code is the low-rank activation of a factorised gate (computed if it is not given), or None
+    for a whole gate. `groups` are the rows of each expert, as `grouped_matmul` takes them. `w` has
+    `w_gate [n, d, f]`, or AoE's `w_gate_down [n, d, r]` and `w_gate_up [n, r, f]`.
     """
     if "w_gate" in w:
         return checkpoint_name(grouped_matmul(rows, w["w_gate"], groups), KEPT_EXPERTS), None
@@ -41,9 +35,7 @@ def gate_pre_activations(rows, groups, w, code=None):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def first_neurons(gate, count):
-    """`(gate, gate[:, :count])`. The derivative adds to the first columns alone; autodiff would pad
-    them and add whole arrays.
-    """
+    """`(gate, gate[:, :count])`; autodiff would pad the second's gradient to the whole width."""
     return gate, gate[:, :count]
 
 
@@ -56,28 +48,17 @@ first_neurons.defvjp(
 def swiglu(rows, gate, row_weight, groups, w):
     """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
 
-    The weight is applied before `W_down`, so its gradient needs no expert's output.
-
-    Args:
-      rows: `[R, d]`.
-      gate: `[R, f]`, see `gate_pre_activations`.
-      row_weight: `[R]` float32, the expert's weight in the token's output.
-      groups: see `gate_pre_activations`.
-      w: `w_up [n, d, f]` and `w_down [n, f, d]`.
+    The weight is applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]`,
+    `gate [R, f]`, `row_weight [R]` float32, and `w` has `w_up [n, d, f]` and `w_down [n, f, d]`.
     """
     up = checkpoint_name(grouped_matmul(rows, w["w_up"], groups), KEPT_EXPERTS)
     return grouped_matmul(weighted_product(gate, up, row_weight), w["w_down"], groups)
 
 
 def single_expert(x, w):
-    """One expert on all tokens; or several experts, each on tokens of its own.
+    """One expert on all tokens, or several, each on its own: `x [..., T, d]` -> `[..., T, d]`.
 
-    Args:
-      x: `[..., T, d]`.
-      w: the matrices of an expert in the dtype of `x`, with the leading axes of `x`.
-
-    Returns:
-      `[..., T, d]`.
+    The matrices `w` have the dtype and the leading axes of `x`.
     """
     if "w_gate" in w:
         gate = checkpoint_name(x @ w["w_gate"], KEPT_EXPERTS)
@@ -92,12 +73,12 @@ def single_expert(x, w):
 
 @jax.custom_vjp
 def weighted_product(gate, up, weight):
-    """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]`, dtype of `up`, computed in
-    float32 at least; on GPUs the sigmoid in its derivative has the dtype of the gate.
+    """`weight SiLU(gate) * up`: `[R, f]`, `[R, f]`, `[R]` -> `[R, f]` in the dtype of `up`; it is
+    computed in float32 at least.
 
-    The custom derivative keeps the three arguments for the backward pass; autodiff would keep every
-    elementwise step. In float32 throughout and with the barrier, XLA for TPU makes one loop of the
-    derivative and of the product that is computed again, else two that each read all arrays.
+    The derivative keeps only the arguments; autodiff would keep every elementwise step. In float32
+    throughout and with the barrier, XLA for TPU makes one loop of the derivative and the recomputed
+    product; otherwise it makes two loops that each read all arrays.
     """
     gate, wide_up, weight = _widened(gate, up, weight)
     return (jax.nn.silu(gate) * wide_up * weight).astype(up.dtype)

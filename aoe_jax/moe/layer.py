@@ -33,14 +33,8 @@ from aoe_jax.sharding import AXES, RULES, MeshAxes
 def moe_block(x, weights, layer, ctx):
     """A layer of experts on one device, or inside `jax.shard_map` on each device of a mesh.
 
-    Args:
-      x: `[T, d]`, in the dtype of computation.
-      weights: float32 parameters by name; on a mesh this device's pieces.
-      layer: the `ExpertsLayer`, for its settings.
-      ctx: `routing.Context`.
-
-    Returns:
-      `(y [T, d], LayerStats)`.
+    `x [T, d]` in the dtype of computation -> `(y [T, d], LayerStats)`. `weights` are float32
+    parameters by name, on a mesh this device's pieces.
     """
     with jax.named_scope("score"):
         if layer.experts.kind == "aoe":
@@ -62,9 +56,8 @@ def moe_block(x, weights, layer, ctx):
 
 @jax.named_scope("experts")
 def apply_shared_expert(x, weights, layer, devices):
-    """The expert that every token uses: `x [T, d]` -> `[T, d]`.
-
-    It is `E(x)`, or with `experts.shared_gate` `sigmoid(x w_shared_scale) E(x)` (Qwen2-MoE).
+    """The expert that every token uses, `E(x)`: `[T, d]` -> `[T, d]`. With `experts.shared_gate` it
+    is `sigmoid(x w_shared_scale) E(x)` (Qwen2-MoE).
     """
 
     def expert(x, weights):
@@ -83,12 +76,7 @@ def apply_shared_expert(x, weights, layer, devices):
 def apply_experts(x, routing, weights, layer, ctx, code=None):
     """Dispatch, experts, combine: `[T, d]`, the sum over each token's experts of weight * output.
 
-    Args:
-      x: `[T, d]`.
-      routing: `Routing`.
-      weights: the matrices of experts, as `experts.gate_pre_activations` and `swiglu` name them.
-      layer, ctx: as in `moe_block`.
-      code: AoE's codes `[T, n, r]`, where scoring keeps them.
+    `weights` are the matrices of experts by name; `code [T, n, r]` are AoE's codes, if kept.
     """
     with jax.named_scope("plan"):
         n_tokens = x.shape[0]
@@ -149,29 +137,19 @@ class ExpertsLayer(nn.Module):
     """A layer of experts of any kind: AoE, router, or a method of `aoe_jax/methods/`.
 
     Tokens have any leading shape. Parameters are float32; computation is in `dtype`.
-
-    Attributes:
-      experts: kind and sizes.
-      routing: the router; for other kinds the layer of `aoe_jax/methods/` itself.
-      balance: balance losses.
-      dtype: of computation.
-      remat: `model.remat`; for "layer" the caller wraps the layer into `jax.checkpoint`.
-      transport: `mesh.transport`.
-      training: whether methods behave as in training where that differs.
-      observe: a function `(scores [T, n], routing, weights, ctx)` whose result, arrays, is the
-        record "observed" of the statistics; None: nothing is observed.
-      axes: how the mesh calls its axes; None: as `sharding.MESH_AXES`. Where they are given,
-        parameters that are split are drawn as `nn.Partitioned`, for `nn.get_partition_spec`.
     """
 
     experts: ExpertsConfig = ExpertsConfig()
-    routing: Method = TopK()
+    routing: Method = TopK()  # the router; for other kinds the layer of `aoe_jax/methods/` itself
     balance: BalanceConfig = BalanceConfig()
     dtype: Any = jnp.float32
-    remat: str = "none"
-    transport: str = "ring"
-    training: bool = False
+    remat: str = "none"  # `model.remat`; for "layer" the caller wraps the layer in `jax.checkpoint`
+    transport: str = "ring"  # `mesh.transport`
+    training: bool = False  # whether methods behave as in training where that differs
+    # `(scores [T, n], routing, weights, ctx) -> arrays`, the record "observed" of the statistics.
     observe: Callable | None = None
+    # Names of the axes of the mesh; None: `sharding.MESH_AXES`. Where they are given, parameters
+    # that are split are drawn as `nn.Partitioned`, for `nn.get_partition_spec`.
     axes: MeshAxes | None = None
 
     @nn.compact
@@ -190,18 +168,15 @@ class ExpertsLayer(nn.Module):
           x: tokens `[..., d]`; on a mesh `[B, S, d]` or `[T, d]`.
           token_weights: `[...]`, 1 for a token that counts in statistics and balance losses, 0 for
             padding; None: all count.
-          routing_state: of this layer, `Method.state`; None: that before training.
-          attention_peaks: `[..., H]`, see `routing.Context`.
+          routing_state: `Method.state` of this layer; None: that before training.
+          attention_peaks: `[..., H]`, see `routing.Context`; a method that needs them and gets none
+            raises a ValueError.
           layer_index: the number of the layer in its model.
-          positions: `[...]` int32, of tokens in their sequences; None: counted along the last axis
-            but d.
+          positions: `[...]` int32, in the sequences; None: counted along the last axis but d.
 
         Returns:
           `(y [..., d], LayerStats)`, y in the dtype of computation. With sparse scoring the
           statistics have a gradient only where `balance` has a loss.
-
-        Raises:
-          ValueError: the method needs `attention_peaks` and gets none.
         """
         method, d = self.routing, x.shape[-1]
         if method.needs_attention_peaks and attention_peaks is None:
@@ -283,11 +258,9 @@ class ExpertsLayer(nn.Module):
 
     @property
     def sparse_scoring(self):
-        """Whether AoE's scores have no gradient and the chosen ones are computed again."""
         return self.experts.sparse_scoring(self.routing)
 
     def statistics(self, scores, routing, weights, ctx):
-        """The `LayerStats` of `Scores` and a `Routing`, with what is observed."""
         for_balance = self.routing.balance_logits(scores.for_balance)
         scores = scores._replace(for_balance=for_balance)
         stats = balance.statistics(scores, routing, self.balance, ctx)
@@ -302,9 +275,7 @@ class ExpertsLayer(nn.Module):
         return local and devices.size("tensor") == 1 and self.experts.low_rank
 
     def row_scores(self, gate, code, devices):
-        """AoE's score of each row by its expert: `gate [R, f]`, `code [R, r]` or None -> `(gate,
-        scores [R])`.
-        """
+        """AoE's score of each row: `gate [R, f]`, `code [R, r]` or None -> `(gate, scores [R])`."""
         score = SCORES[self.experts.score]
         if code is not None:
             return gate, score(code)
@@ -328,11 +299,7 @@ class ExpertsLayer(nn.Module):
 
 
 def config_of_kind(kind, experts):
-    """`experts`, or the default `ExpertsConfig` of a kind.
-
-    Raises:
-      ValueError: `experts` are of another kind.
-    """
+    """`experts`, or by default those of a kind. Raises ValueError if they are of another kind."""
     experts = ExpertsConfig(kind=kind) if experts is None else experts
     if experts.kind != kind:
         raise ValueError(f"ExpertsConfig(kind={experts.kind!r}): this layer needs kind={kind!r}")

@@ -36,11 +36,7 @@ class Context:
     layer_index: jax.Array | int = 0
 
     def key(self):
-        """The random key of this layer and step.
-
-        Raises:
-          ValueError: there is none; pass `rngs={"experts": key}` to a layer in training.
-        """
+        """The random key of this layer and step. Raises ValueError if the layer got none."""
         if self.rng is None:
             raise ValueError("this layer draws at random in training: pass rngs={'experts': key}")
         return self.rng
@@ -126,24 +122,17 @@ class Method(Group):
     def losses(self, stats, state, weights, token_weights) -> dict[str, tuple]:
         """Further losses of the whole model, name -> `(weight, value)`; the value is reported.
 
-        Args:
-          stats: `balance.LayerStats`, stacked over layers, as are `state` and `weights`.
-          state: before the step.
-          weights: the parameters of the layers of experts by name.
-          token_weights: `[B, S]`, 0 for padding.
+        `stats` (`LayerStats`), `state` (before the step) and `weights` (the layers' parameters by
+        name) are stacked over layers. `token_weights [B, S]` are 0 for padding.
         """
         return {}
 
     def training_sums(self, features, key, sum_over_targets):
-        """Computes the loss of a batch by several `passes`.
+        """The loss of a batch by several `passes`, as sums over targets.
 
-        Args:
-          features: `key -> (hidden [B, S, d], LayerStats)`, one pass.
-          key: a random key.
-          sum_over_targets: `(function of hidden, table, targets, weights; hidden) -> sums`.
-
-        Returns:
-          `(loss, nll, further sums by name, LayerStats)`, sums over targets.
+        `features` is `key -> (hidden [B, S, d], LayerStats)`, one pass, and `sum_over_targets` is
+        `(function of hidden, table, targets, weights; hidden) -> sums`. Returns
+        `(loss, nll, further sums by name, LayerStats)`.
         """
         raise NotImplementedError
 
@@ -182,26 +171,17 @@ def softmax_over_chosen(values, slots_per_token):
 
 
 def best_experts(scores, k, bias=None):
-    """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`.
-
-    The backward pass keeps them.
-    """
+    """The k experts of highest score plus bias, the lower number first in ties: `[T, k]`."""
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     return checkpoint_name(jax.lax.top_k(ranked, k)[1], KEPT_ROUTING)
 
 
 def top_k(scores, k, norm_topk_prob=True, bias=None):
-    """Token choice of the k best experts (Algorithms 1 and 2).
+    """Token choice of the k best experts by `scores [T, n]` (Algorithms 1 and 2), with `P = T k`.
 
-    Args:
-      scores: `[T, n]` float32.
-      k: experts per token.
-      norm_topk_prob: weights are the softmax over the k chosen scores (the paper); otherwise the
-        softmax over all n scores, not normalised again (the authors' released code).
-      bias: `[n]`, added to the scores for the choice and not for the weights; None: no bias.
-
-    Returns:
-      A `Routing` with `P = T k`.
+    Weights are the softmax over the k chosen scores (the paper). Without `norm_topk_prob` they are
+    the softmax over all n scores, not normalised again (the authors' released code). A `bias [n]`
+    is added to the scores for the choice only.
     """
     expert = best_experts(scores, k, bias)
     if norm_topk_prob:
@@ -223,10 +203,7 @@ class Unchosen(Method):
 
 
 class FixedK(Method):
-    """The base of routers that give every token `experts.top_k` experts.
-
-    With `balance.bias_rate` a bias balances their load (state `selection_bias [n]`).
-    """
+    """The base of routers with K experts per token; `balance.bias_rate` balances their load."""
 
     norm_topk_prob = False
 
@@ -285,8 +262,7 @@ class ExpertChoice(Method):
     C is the number of tokens of the batch times `capacity_factor / n`, rounded up. Weights are the
     softmax over experts, not normalised again. Padding is never taken and does not count for C.
 
-    Not causal: whether an expert takes a token depends on every other token of the batch. Its
-    training loss cannot be compared with that of token choice.
+    Not causal, so its training loss cannot be compared with that of token choice.
     """
 
     name = "expert_choice"

@@ -64,10 +64,8 @@ def aoe_scores(x, weights, layer, ctx):
 
 
 def score_columns(weights, experts, devices):
-    """`w_score [n, d, r]` of this device's experts, of `weights` by name.
-
-    Over the tensor axis a whole gate is split by columns, and the first device has those that
-    score.
+    """`w_score [n, d, r]` of this device's experts. Over the tensor axis a whole gate is split by
+    columns, and the first device has those that score.
     """
     if experts.low_rank:
         return weights["w_gate_down"]
@@ -84,18 +82,11 @@ def router_scores(x, weights, layer, ctx):
 
 
 def codes_of_all(x, w_score, dtype=None):
-    """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul.
+    """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul: `x [T, d]`, `w_score
+    [n, d, r]` in the dtype of `x` -> `[T, n, r]` in `dtype` (None: that of `x`).
 
     For the one matmul XLA copies `w_score` with d in front. That copy costs more than it saves for
     fewer than `FEW_TOKENS` tokens, so these take one matmul per expert.
-
-    Args:
-      x: `[T, d]`.
-      w_score: `[n, d, r]`, same dtype as `x`.
-      dtype: of the result; None: that of `x`.
-
-    Returns:
-      `[T, n, r]`.
     """
     product = partial(jnp.einsum, preferred_element_type=dtype)
     if x.shape[0] < FEW_TOKENS:
@@ -106,11 +97,9 @@ def codes_of_all(x, w_score, dtype=None):
 
 @jax.custom_vjp
 def activation_norms(c):
-    """L2 norms over the last axis, float32 at least: `[..., r]` -> `[...]`; the gradient at a zero
-    vector is zero.
+    """L2 norms, float32 at least: `[..., r]` -> `[...]`; the gradient at a zero vector is zero.
 
-    The custom derivative keeps `c` in its own dtype for the backward pass; autodiff would keep a
-    float32 copy.
+    The derivative keeps `c` in its own dtype; autodiff would keep a float32 copy.
     """
     c = c.astype(jnp.promote_types(c.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(c * c, axis=-1))
@@ -162,17 +151,9 @@ def norms(x, w_score):
 def sparse_scores(x, w_score, score, stride):
     """The scores of all experts without a gradient, and of every `stride`-th token with one.
 
-    No code is kept: what the balance losses need of them is computed again in the backward pass.
-
-    Args:
-      x: `[T, d]`.
-      w_score: `[n, d, r]`, cast to the dtype of `x`.
-      score: of `SCORES`.
-      stride: a whole number from 1, over the flattened batch. Where it divides the sequence length,
-        the same positions of every sequence take part.
-
-    Returns:
-      `(values [T, n], for_balance [ceil(T / stride), n])`, float32 at least.
+    `x [T, d]`, `w_score [n, d, r]` -> `(values [T, n], for_balance [ceil(T / stride), n])`, float32
+    at least. No code is kept; the backward pass computes again what the balance losses need. If
+    `stride` divides the sequence length, the same positions of every sequence have a gradient.
     """
     values, for_balance = _sparse_scores(x, w_score, score, stride)
     return jax.lax.stop_gradient(values), for_balance

@@ -44,8 +44,7 @@ def causal_attention(
       k: `[B, G, S, h]` in the dtype of `q`, and so is `v`; G divides H.
       segment_ids: `[B, S]` int32, the document that each position attends within, or None.
       backend: of `BACKENDS`, or "auto": by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), else by those of this process. So a program that is compiled for another
-        machine gets that machine's backend.
+        `jax.shard_map`), which may be another machine's; without a mesh by those of this process.
 
     Returns:
       `[B, H, S, h]`, dtype of `q`. Differentiable in q, k and v in reverse mode. Arrays

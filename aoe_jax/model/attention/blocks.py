@@ -17,11 +17,8 @@ def blocks_attention(q, k, v, segment_ids=None):
 
 
 def attention_and_peaks(q, k, v, segment_ids=None):
-    """Causal attention, and the largest attention probability of each query.
-
-    Returns:
-      `(y, peaks)`: the result of `causal_attention`, and the probabilities `[B, H, S]`, float32 or
-      wider, without a gradient.
+    """`(y, peaks)`: the result of `causal_attention`, and the largest attention probability of each
+    query, `[B, H, S]`, float32 or wider, without a gradient.
     """
     share = q.shape[1] // k.shape[1]
     if share > 1:

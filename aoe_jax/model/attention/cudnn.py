@@ -12,11 +12,7 @@ MAX_WIDTH = 128  # the widest head on every generation; Hopper and later take 25
 
 
 def check(dtype, head_width):
-    """Refuses what cuDNN's kernels do not take.
-
-    Raises:
-      UserError: the dtype or the width of heads.
-    """
+    """Raises `UserError` for a dtype or a width of heads that cuDNN's kernels do not take."""
     if jnp.dtype(dtype) not in DTYPES:
         raise UserError(
             f"attention backend='cudnn' with {jnp.dtype(dtype)}: use {' or '.join(DTYPES)}"
@@ -50,9 +46,7 @@ def cudnn_attention(q, k, v, segment_ids=None):
     """`causal_attention` by cuDNN; shapes as there.
 
     Documents are a mask of `[B, 1, S, S]`, which costs time and memory beside the causal kernel.
-
-    Raises:
-      UserError: a dtype or width that cuDNN does not take.
+    Raises the `UserError` of `check`.
     """
     check(q.dtype, q.shape[-1])
     length = q.shape[2]

@@ -24,11 +24,8 @@ _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output and concentration
 def rotary_tables(length, config: ModelConfig):
     """Cosines and sines of the rotary angles of positions 0, 1, ...
 
-    They are numpy arrays, so constants of a program; XLA would compute them again for every
-    sequence and head.
-
-    Returns:
-      Two arrays `[length, m]` float64; m is half of `ModelConfig.rope_width`.
+    They are numpy arrays `[length, m]` float64; m is half of `ModelConfig.rope_width`. So they are
+    constants of a program; XLA would compute them again for every sequence and head.
     """
     half = config.rope_width // 2
     frequencies = config.rope_base ** (-np.arange(half) / half)
@@ -41,12 +38,8 @@ def rotary_tables(length, config: ModelConfig):
 def rotary(x, cos, sin):
     """Rotates pairs of features by the angle of their position (Su et al. 2021, arXiv 2104.09864).
 
-    Args:
-      x: `[..., S, h]`; feature i below m is paired with feature i + m. Those from 2 m stay.
-      cos: `[..., S, m]`, of `rotary_tables`, and so is `sin`.
-
-    Returns:
-      An array of the shape and dtype of `x`, computed in float32 or wider.
+    `x [..., S, h]`, `cos` and `sin` `[..., S, m]` -> `[..., S, h]` in the dtype of `x`, computed in
+    float32 or wider. Feature i below m is paired with feature i + m. Features from 2 m on stay.
     """
     width = 2 * cos.shape[-1]
     if width < x.shape[-1]:
@@ -162,39 +155,23 @@ class Attention(nn.Module):
         }
 
     def __call__(self, x, segment_ids=None):
-        """Attends to earlier positions.
+        """Attends to earlier positions: `x [B, S, d]` -> `(y [B, S, d], concentration)`.
 
-        Args:
-          x: `[B, S, d]`.
-          segment_ids: `[B, S]` int32, the document that each position attends within, or None.
-
-        Returns:
-          `(y, concentration)`: `[B, S, d]`, and `[B, S, H]` float32 or, unless `watched`, None.
+        `segment_ids [B, S]` int32 is the document that each position attends within, or None. The
+        concentration is `[B, S, H]` float32 or, unless `watched`, None.
         """
         return self._over_mesh(self._attend, _OUTPUT, (token_spec(2),), x, segment_ids)
 
     def prefill(self, x):
-        """Attends to earlier positions, and returns the keys and values for a cache.
-
-        Args:
-          x: `[B, S, d]`.
-
-        Returns:
-          `(y, concentration, (keys, values))`: the results of `__call__`, and `[B, G, S, h]` each.
-        """
+        """The results of `__call__`, and the `(keys, values)` for a cache, `[B, G, S, h]` each."""
         return self._over_mesh(self._prefill, (*_OUTPUT, (_CACHE, _CACHE)), (), x)
 
     def extend(self, x, cache, n_past):
         """Attends to the positions of a cache and to earlier positions of `x`, which follow them.
 
-        Args:
-          x: `[B, S, d]`.
-          cache: `(keys, values)`, `[B, G, M, h]` each.
-          n_past: `[B]` int32, how many places of the cache are filled; S more must be free.
-
-        Returns:
-          `(y, concentration, cache)`: the results of `__call__`, and the cache with the keys and
-          values of `x`.
+        `cache` is `(keys, values)`, `[B, G, M, h]` each, and `n_past [B]` int32 how many of its
+        places are filled; S more must be free. Returns the results of `__call__`, and the cache
+        with the keys and values of `x`.
         """
         keys, values = cache
         in_specs = (_CACHE, _CACHE, RULES.spec("batch"))

@@ -17,11 +17,7 @@ MAX_BLOCK = 512  # positions of a block of queries or keys
 
 
 def splash_attention(q, k, v, segment_ids=None):
-    """`causal_attention` by the splash kernels; shapes as there.
-
-    Raises:
-      UserError: a dtype other than bfloat16 and float32.
-    """
+    """`causal_attention` by the splash kernels. Raises `UserError` for dtypes not in `DTYPES`."""
     if q.dtype not in DTYPES:
         raise UserError(f"attention backend='splash' with {q.dtype}: use {' or '.join(DTYPES)}")
     length = q.shape[2]

@@ -1,7 +1,7 @@
 """Grouped matmul: rows in expert order, each group times its own expert's weights. One signature,
 one backend a file.
 
-M rows, D contracted width, F output width, E experts.
+Letters of shapes in this package: M rows, D contracted width, F output width, E experts.
 """
 
 import logging
@@ -44,14 +44,13 @@ def grouped_matmul(
       rows: `[M, D]`, floating-point; the first `groups[0]` rows belong to expert 0, and so on.
       weights: `[E, D, F]`, same dtype as `rows`.
       groups: `[E]` int32, the rows of each expert, with a sum of at most M; or `WholeGroups`,
-        whose sum is M. Or the `Places` of `place_rows`: then the rows lie there, M is their number
-        of places, places without a row hold zeros, and the result lies and is zero likewise.
+        whose sum is M; or the `Places` of `place_rows`: then rows and result are in that layout,
+        with zeros in places without a row, and M is the number of places.
       backend: `"blocked"` (plain JAX, a batched product and blocks of rows), `"rowwise"` (plain
         JAX, for fewer rows than experts), `"megablox"` (TPU; interpreted on CPU), `"mosaic_gpu"`
         (Hopper), `"ragged"` (`jax.lax.ragged_dot`, dense on most platforms: a baseline) or
         `"auto"`: by the number of rows and by the devices of the mesh in context (`jax.set_mesh`,
-        `jax.shard_map`), else by those of this process. So a program that is compiled ahead of time
-        for another machine gets that machine's kernel from its mesh.
+        `jax.shard_map`), which may be another machine's; without a mesh by those of this process.
 
     Returns:
       `[M, F]`, dtype of `rows`, accumulated in float32 at least; rows past the last group are
@@ -90,9 +89,7 @@ def grouped_matmul(
 
 
 def backend_for(device, dtype, m, shape):
-    """The backend that `"auto"` means on a `Device`, or on the `AbstractDevice` of a mesh, for m
-    rows and weights of `shape` `(E, D, F)`.
-    """
+    """The backend that `"auto"` means on a device, for m rows and weights `[E, D, F]` (`shape`)."""
     backend = _that_takes(_default_backend(device), dtype, *shape[1:])
     if backend == "blocked" and _are_few(m, shape[0]):
         backend = "rowwise"
@@ -100,10 +97,9 @@ def backend_for(device, dtype, m, shape):
 
 
 def place_rows(group_sizes, m):
-    """Where the backend that `"auto"` means here wants m rows to lie; None: in expert order.
+    """Row layout that the default backend wants for m rows; None means sorted by expert.
 
-    Products of rows that lie there need not move them, so what is between a gather of rows and the
-    way back saves that.
+    Products of rows in this layout do not move them first.
     """
     if _are_few(m, group_sizes.shape[0]) or _default_backend(target_device()) != "blocked":
         return None
@@ -117,7 +113,6 @@ def _are_few(m, n_experts):
 
 @lru_cache
 def _default_backend(device):
-    """For a `Device`, or the `AbstractDevice` of a mesh."""
     backend = (
         "megablox"
         if device.platform == "tpu"

@@ -9,8 +9,7 @@ each block one dense matmul, puts it right; its trip count is dynamic. Where gro
 or so many rows unused, that less than half of the batched product would be useful, all rows go
 through the loop: never more is done than about twice the useful work and two blocks a group.
 
-M rows, D contracted width, F output width, E experts, B rows of a group's head, N = E B places, S
-rows of a block.
+B rows of a group's head, N = E B places, S rows of a block; other letters: see `__init__.py`.
 """
 
 import math
@@ -36,9 +35,7 @@ def blocked_matmul(rows, weights, groups):
 
 
 def _head_and_block(m, n_experts):
-    """`(B, S)`: the mean group and 1.5 standard deviations of a group of random choices; a quarter
-    of it, a power of two.
-    """
+    """`(B, S)`: the mean group and 1.5 standard deviations of random choices; about B / 4."""
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
     block = ROW_MULTIPLE
@@ -122,17 +119,13 @@ def place_rows(group_sizes, m):
 
 
 def _find(ends, index):
-    """The number of the stretch, of those that end at `ends [E]`, that holds each index: `[M] ->
-    [M]`; the last one for indices past it.
-    """
+    """Which stretch, by their `ends [E]`, holds each index: `[M] -> [M]`; the last if past all."""
     found = jnp.searchsorted(ends, index, side="right", method="compare_all")
     return jnp.minimum(found, ends.shape[0] - 1).astype(jnp.int32)
 
 
 def _batched_product(rows, weights, contracted):
-    """`[E, B, D] x [E, D, F] -> [E, B, F]`, or over the last axis of the weights where `contracted`
-    is 2.
-    """
+    """`[E, B, D] x [E, D, F] -> [E, B, F]`; `contracted=2`: over the last axis of the weights."""
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     dimensions = (((2,), (contracted,)), ((0,), (0,)))
     return jax.lax.dot_general(
@@ -225,7 +218,6 @@ def _gradient(rows, g, places, n_experts):
 
 
 def _stretches(rows, n_experts):
-    """`[N, D] -> [E, B, D]`."""
     return rows.reshape(n_experts, -1, rows.shape[1])
 
 

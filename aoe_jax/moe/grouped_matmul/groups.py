@@ -1,7 +1,4 @@
-"""Group sizes, and the rows that no group reaches.
-
-M rows, F width, E experts.
-"""
+"""Group sizes, and the rows that no group reaches."""
 
 from typing import NamedTuple
 

@@ -10,8 +10,7 @@ not fit; so only the kernels are taken from there, and the derivative is written
 
 On CPU the kernels run in Pallas's interpreter: slow, for tests.
 
-M rows, D contracted width, F output width, E experts; tiles: tm of rows, tk and tn of the two
-widths.
+Tiles: tm of rows, tk and tn of the contracted and the output width.
 """
 
 import importlib
@@ -37,10 +36,7 @@ def megablox_matmul(rows, weights, groups):
     """`grouped_matmul` by Megablox; shapes as there. TPU v4 and later; interpreted on CPU.
 
     Any M, D, F and E will do. Rows are padded to whole tiles where no tile of at least `MIN_ROWS`
-    divides M.
-
-    Raises:
-      UserError: a dtype other than bfloat16 and float32.
+    divides M. Raises `UserError` for a dtype other than bfloat16 and float32.
     """
     if rows.dtype not in DTYPES:
         raise UserError(
@@ -78,14 +74,9 @@ def width_tile(width, limit):
 
 
 def tiles(m, d, f, n_experts, itemsize):
-    """`(tm, tk, tn)` for each of the three products, as the kernels want them.
+    """`(tm, tk, tn)` of each product, by name: `"forward"`, `"d_rows"`, `"d_weights"`.
 
-    Args:
-      m: rows. d: contracted width of the forward product. f: its output width.
-      n_experts: E. itemsize: bytes of an element, 2 or 4.
-
-    Returns:
-      dict of `"forward"`, `"d_rows"`, `"d_weights"`.
+    `d` and `f` are the contracted and the output width of the forward product.
     """
     tm, limit = row_tile(m, n_experts), MAX_WIDTH[itemsize]
     return {

@@ -11,8 +11,6 @@ They are made of `wgmma` instructions, which Hopper (compute capability 9.0) alo
 A100 nor a B200 runs them. `transposed_ragged_dot` asks the first device of the process for its
 number of cores: where no GPU is, the derivative compiles within `topology.compiling_for`, the
 forward product anywhere.
-
-M rows, D contracted width, F output width, E experts.
 """
 
 import math
@@ -33,12 +31,7 @@ CONCURRENT_STEPS = 4  # of the pipeline: with blocks of 128, 160 of the 227 KiB 
 
 
 def mosaic_gpu_matmul(rows, weights, groups):
-    """`grouped_matmul` by Mosaic GPU; shapes as there, bfloat16 or float16, D and F multiples of
-    64. Hopper only.
-
-    Raises:
-      UserError: a dtype or a width that the kernels do not take.
-    """
+    """`grouped_matmul` by Mosaic GPU, on Hopper only; see `check` for dtypes and widths."""
     check(rows.dtype, *weights.shape[1:])
     if 0 in rows.shape or 0 in weights.shape:
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
@@ -49,11 +42,7 @@ def mosaic_gpu_matmul(rows, weights, groups):
 
 
 def check(dtype, d, f):
-    """Refuses what the kernels do not take.
-
-    Raises:
-      UserError: `dtype` is not bfloat16 or float16; `d` or `f` is not a multiple of 64.
-    """
+    """Raises `UserError` unless `dtype` is bfloat16 or float16, and `d` and `f` multiples of 64."""
     if dtype not in DTYPES:
         raise UserError(
             f"grouped_matmul backend='mosaic_gpu' with {dtype}: use {' or '.join(DTYPES)}, "

@@ -10,14 +10,10 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # an index that is out of range of every arr
 # twice, the inverse index gathers instead.
 @jax.custom_vjp
 def permute(values, index, inverse):
-    """`values[index]` along the first axis, zeros where the index is out of range: `[M, ...]` ->
-    `[N, ...]`.
+    """`values[index]` along the first axis, `[M, ...] -> [N, ...]`; zero for an index out of range.
 
-    Args:
-      values: `[M, ...]`.
-      index: `[N]` int32, each number below M at most once.
-      inverse: `[M]` int32, where in the result each element of `values` lies; out of range where it
-        is left out.
+    `index [N]` int32 has each number below M at most once. `inverse [M]` int32 is the place of each
+    element of `values` in the result, or out of range if it has none.
     """
     return values.at[index].get(mode="fill", fill_value=0)
 

@@ -1,7 +1,5 @@
 """Plain JAX for very few rows, as in decoding: row by row, so that only the weights of experts with
 a row are read.
-
-M rows, D contracted width, F output width, E experts.
 """
 
 import jax
@@ -21,9 +19,6 @@ def _rowwise(rows, weights, group_sizes):
 
 
 def _product(rows, weights, group_sizes, contracted):
-    """Each row times its expert's weights, over their axis `contracted`; as many products as there
-    are rows in groups.
-    """
     accumulator = jnp.promote_types(rows.dtype, jnp.float32)
     expert = _experts(rows, group_sizes)
 

@@ -37,11 +37,9 @@ class Devices:
     axes: MeshAxes = AXES
 
     def with_tokens(self, shape):
-        """A copy for tokens of this shape."""
         return dataclasses.replace(self, shape=shape)
 
     def size(self, axis):
-        """Devices along a mesh axis."""
         return self.sizes[MESH_AXES.index(axis)]
 
     def rank(self, axis):
@@ -62,7 +60,6 @@ class Devices:
         return jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
 
     def exchange(self, x, split, concatenate, axis="expert"):
-        """`all_to_all` over a mesh axis."""
         if self.size(axis) == 1:
             return x
         name = self.axes.collective(axis)
@@ -71,14 +68,9 @@ class Devices:
     def exchange_rows(self, rows, sent, received):
         """Sends `sent[e]` rows to device e of the expert axis and returns the rows received.
 
-        Args:
-          rows: `[E B, d]`: a buffer of B rows for each device, of which the first are in use.
-          sent: `[E]` int32, rows in use of each buffer.
-          received: `[E]` int32, `sent` of the other devices for this one.
-
-        Returns:
-          `[E B, d]`, by sender. Where the platform has `ragged_all_to_all`, only rows in use
-          travel; elsewhere whole buffers do.
+        `rows [E B, d]` has a buffer of B rows for each device, and the result one from each device.
+        Only the first rows of a buffer are in use: `sent [E]` and `received [E]` int32. Where the
+        platform has `ragged_all_to_all`, only these travel; elsewhere whole buffers do.
         """
         if self.has_ragged:
             return _ragged_exchange(rows, sent, received, self.axes.collective("expert"))
@@ -106,25 +98,20 @@ class Devices:
         return self.total(jnp.where(self.rank("tensor") == 0, x, 0), ("tensor",))
 
     def largest(self, x):
-        """The maximum over all devices."""
         names = self._names(MESH_AXES)
         return jax.lax.pmax(x, names) if names else x
 
     def _names(self, axes):
-        """The axes of more than one device, by their names in collectives."""
         return tuple(name for axis in axes if self.size(axis) > 1 for name in self.axes.names(axis))
 
     def piece(self, x, axis, dimension=0):
-        """This device's piece of an array that all devices of a mesh axis hold whole: the inverse
-        of `gather`.
-        """
+        """The inverse of `gather`: this device's piece of a whole array."""
         if self.size(axis) == 1:
             return x
         size = x.shape[dimension] // self.size(axis)
         return jax.lax.dynamic_slice_in_dim(x, self.rank(axis) * size, size, dimension)
 
     def expert_rank(self):
-        """The number of this device on the expert axis."""
         return self.rank("expert")
 
     def gather_weight(self, parameter: Parameter, w, dtype=None, sum_dtype=None):
@@ -164,19 +151,12 @@ class Devices:
         return jax.checkpoint(function, policy=_all_but_gathered_weights, prevent_cse=False)
 
     def score(self, function, x, w_score):
-        """AoE's scores of this device's tokens by all experts.
+        """AoE's scores of this device's tokens by all experts: the arrays that `function` computes.
 
         Tokens are gathered over the expert axis, each device scores them for its own experts, and
         the scores return. With `all_to_all`, the `w_score` of all experts are gathered instead if
-        they are smaller than the tokens.
-
-        Args:
-          function: `(x [T, d], w_score [n, d, r]) -> arrays [T or fewer, n]`, as a tuple.
-          x: `[T, d]`.
-          w_score: of this device's experts, its piece of d.
-
-        Returns:
-          The arrays of `function`, for the tokens of this device and all experts.
+        they are smaller than the tokens. `w_score` is this device's piece, and `function` is
+        `(x [T, d], w_score [n, d, r]) -> arrays [T or fewer, n]`, as a tuple.
         """
 
         def scores_by_all(x, w):
@@ -191,9 +171,7 @@ class Devices:
         return self.without_whole_weights(scores_by_all)(x, w_score)
 
     def matrix_norms(self, w):
-        """The Frobenius norms of all experts' matrices: `w [n, d, r]`, this device's experts and
-        piece of d, -> `[n]` of all experts.
-        """
+        """Frobenius norms: this device's piece of `w [n, d, r]` -> `[n]` of all experts."""
         w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         squares = self.total(jnp.sum(w * w, axis=(1, 2)), ("fsdp",))
         return self.gather(safe_root(squares), "expert")
@@ -207,16 +185,12 @@ class Devices:
             )
 
     def whole_sequences(self, values):
-        """The whole sequences that this device shares along the tensor axis: `[T, ...]` of its own
-        tokens -> `[B, S, ...]`.
-        """
+        """The whole sequences of this device's tokens: `[T, ...]` -> `[B, S, ...]`."""
         self.check_sequences()
         return self.gather(values.reshape(-1, self.shape[-1], *values.shape[1:]), "tensor", 1)
 
     def all_tokens(self, values):
-        """The values of all devices' tokens in the order of the batch `[B, S]`, flattened:
-        `[T, ...]` of this device -> `[B S, ...]`.
-        """
+        """All devices' tokens in the order of the batch, flattened: `[T, ...]` -> `[B S, ...]`."""
         if self.total_size == 1:
             return values
         trailing = values.shape[1:]
@@ -254,13 +228,11 @@ class Devices:
         return math.prod(self.sizes[:3])
 
     def _batch_rank(self):
-        """The number of this device among them."""
         data, fsdp, expert = map(self.rank, MESH_AXES[:3])
         return (data * self.size("fsdp") + fsdp) * self.size("expert") + expert
 
     @property
     def total_size(self):
-        """All devices."""
         return math.prod(self.sizes)
 
 
@@ -280,19 +252,15 @@ _gather_cast.defvjp(
 
 
 def sum_gradients(g, axis, dimension, in_stages=None):
-    """Sums gradients over a mesh axis of several devices and keeps this device's piece.
+    """Sums `g` over a mesh axis of several devices and keeps this device's piece of `dimension`.
 
     The TPU compiler makes an all-reduce of a `psum_scatter` over an axis that spans a slice of 16
     chips or more, and a native reduce-scatter over a part of one. Two stages over groups of about
     the square root of the axis send half the bytes of the former: for all but small gradients each
     is a native reduce-scatter.
 
-    Args:
-      g: gradients, alike on all devices in shape.
-      axis: a mesh axis.
-      dimension: of `g`, which the devices divide among them.
-      in_stages: whether to sum in two stages; None: on TPU, where the axis is the whole mesh, of 16
-        devices or more.
+    `in_stages=None` sums in two stages on TPU, where the axis is the whole mesh, of 16 devices or
+    more.
     """
     n = jax.lax.axis_size(axis)
     scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
@@ -307,11 +275,8 @@ def sum_gradients(g, axis, dimension, in_stages=None):
 
 
 def ragged_offsets(rank, n_devices, n_rows):
-    """`(input offsets, output offsets)`, `[E]` each, of `ragged_all_to_all` between buffers of
-    equal size.
-
-    Buffers are ordered by receiver before and by sender after: what device `rank` sends arrives in
-    buffer `rank` of each receiver.
+    """`(input offsets, output offsets)` `[E]` of `ragged_all_to_all` between buffers of equal size,
+    ordered by receiver before and by sender after.
     """
     size = n_rows // n_devices
     starts = jnp.arange(n_devices, dtype=jnp.int32) * size
@@ -333,19 +298,11 @@ _ragged_exchange.defvjp(
 
 
 def over_mesh(function, in_specs, out_specs, transport="ring", remat="none", axes=AXES):
-    """`function(devices, *args)` on every device of the mesh in context; without a mesh, on whole
-    arrays.
+    """`function(devices, *args)` on every device of the mesh in context, with its pieces of `args`;
+    without a mesh, on whole arrays. Raises the ValueError of `MeshAxes.sizes`.
 
-    Args:
-      function: takes this device's pieces. A result that is not split must be equal on all devices.
-      in_specs: a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`.
-      out_specs: the same for the result.
-      transport: `MeshConfig.transport`.
-      remat: `ModelConfig.remat`.
-      axes: how the mesh calls the axes `MESH_AXES`.
-
-    Raises:
-      ValueError: see `MeshAxes.sizes`.
+    `in_specs` has a tree of `PartitionSpec` for each argument, see `token_spec` and `weight_specs`,
+    and `out_specs` is that of the result. A result that is not split must be equal on all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = Devices(axes.sizes(mesh), transport, remat, axes=axes)

@@ -35,15 +35,7 @@ def is_local(devices, fixed_k):
 
 
 def make_transport(devices, routing, experts, method, n_tokens):
-    """The transport of a layer.
-
-    Args:
-      devices: `collectives.Devices`.
-      routing: `Routing` of this device's tokens.
-      experts: `ExpertsConfig`.
-      method: `routing.Method`.
-      n_tokens: T.
-    """
+    """The transport of a layer for the `Routing` of this device's `n_tokens` tokens."""
     choice = method.choice(experts)
     per_token = method.experts_per_token(experts) or experts.top_k
     if is_local(devices, routing.slots_per_token == per_token):
@@ -58,7 +50,7 @@ def _with_buffer(rows):
 
 
 def _take_rows(x, token):
-    """The rows of the tokens `token [R]` of `x [T, d]`: `[R, d]`; zeros where a token is T."""
+    """`x [T, d]`, `token [R]` -> `[R, d]`; zeros where a token is T."""
     return _take_rows_of(x, token, x.shape[0])
 
 
@@ -86,7 +78,7 @@ _add_rows.defvjp(
 
 
 class _Rounds(Local):
-    """The common part of transports with rounds; `slots_per_token` slots in the order of tokens."""
+    """Transports with rounds. `share` is the number of a device's rows under perfect balance."""
 
     def further_rounds(self, first, function, plan, args):
         return _sum_over_rounds(function, first, plan.n_rounds, plan, args)
@@ -99,27 +91,20 @@ class _RingPlan(NamedTuple):
 
 
 class Ring(_Rounds):
-    """Every device of the expert axis gets all tokens of its row of the mesh, and computes the rows
-    of its own experts.
-    """
+    """Every device gets all tokens of its row of the mesh and computes its own experts' rows."""
 
     def __init__(self, devices, n_experts, slots_per_token, share):
-        """`share`: rows of a device under perfect balance."""
         super().__init__(devices, n_experts // devices.size("expert"))
         self.slots_per_token, self.size = slots_per_token, _with_buffer(share)
 
     def gather(self, x):
-        """Over expert, then over tensor."""
         return self.devices.gather(self.devices.gather(x, "expert"), "tensor")
 
     def scatter(self, y):
-        """The transpose."""
         return self.devices.sum_scatter(self.devices.sum_scatter(y, "tensor"), "expert")
 
     def gather_routing(self, routing):
-        """Like `Local`, with experts numbered from the first of this device; those of other devices
-        have number n.
-        """
+        """Numbers experts from the first of this device; those of other devices are n."""
         gathered = super().gather_routing(routing)
         expert = gathered.expert - self.devices.expert_rank() * self.n_experts
         return gathered._replace(
@@ -180,12 +165,9 @@ class _AllToAllRound(NamedTuple):
 
 
 class AllToAll(_Rounds):
-    """Each row goes to the device of its expert, in buffers of equal size for every pair of
-    devices.
-    """
+    """Each row goes to its expert's device, in buffers of equal size for every pair of devices."""
 
     def __init__(self, devices, n_experts, slots_per_token, share):
-        """`share`: rows of a device under perfect balance."""
         super().__init__(devices, n_experts // devices.size("expert"))
         self.slots_per_token = slots_per_token
         self.n_devices = devices.size("expert")
@@ -242,14 +224,8 @@ def _sum_over_rounds(function, first, count, plan, args):
     """`first` plus `function(plan, number, args)` of rounds 1 to `count - 1`.
 
     The number of rounds is known only at run time. So they are a loop with a derivative of its own:
-    the backward pass computes each round again and keeps nothing of it.
-
-    Args:
-      function: closes over no arrays.
-      first: the result of round 0.
-      count: `[]` int32.
-      plan: arrays without a gradient.
-      args: arrays with a gradient.
+    the backward pass computes each round again and keeps nothing of it. `function` closes over no
+    arrays; the arrays of `plan` have no gradient, those of `args` have one.
     """
     return (first + _further_rounds(function, plan, count, args)).astype(first.dtype)
 
