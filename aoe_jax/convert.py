@@ -7,12 +7,9 @@ The router of an MoE is dropped.
 
 - `--score_neurons=S` keeps every matrix of the experts. In each expert the S neurons that predict
   the router's choices best come first, and the norm (or with `--score=max` the largest) of their
-  gate pre-activations is the expert's score. The order of neurons leaves the expert's function
-  unchanged. The neurons are chosen greedily on `--tokens` tokens of `--data`, see
+  gate pre-activations is the expert's score. They are chosen on `--tokens` tokens of `--data`, see
   `formats/scoring_neurons.py`.
-- `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition,
-  `w_gate = U S V^T`, into `w_gate_down = U_r S_r` and `w_gate_up = V_r^T`: then `|x w_gate_down|`
-  is the norm of the part of `x w_gate` that is kept.
+- `--d_low=R` factorises the gate of every expert by a truncated singular value decomposition.
 
 Every feed-forward layer of a dense model, which may be a training run, becomes a layer of
 `--experts=N` experts, `--top_k=K` for each token. The experts are copies of the layer, or with

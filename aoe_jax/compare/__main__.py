@@ -40,7 +40,6 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main():
-    """Trains and measures what is missing, and reports."""
     stop = StopRequests("the same command goes on from there")
     stop.listen()
     suite = load_suite(cli.path_of(_SUITE), _SET.value)

@@ -62,9 +62,7 @@ drawn = matplotlib.rc_context(SETTINGS)  # decorates a function that draws
 
 
 def styles_of(labels):
-    """Returns options of lines by arm, from labels by arm; the first seven differ in colour, and
-    styles repeat after 42.
-    """
+    """Returns options of lines by arm; the first seven arms differ in colour."""
     styles = zip(itertools.cycle(itertools.product(DASHES, COLOURS)), labels.items(), strict=False)
     return {
         arm: {"color": colour, "linestyle": dashes, "label": label}
@@ -73,18 +71,16 @@ def styles_of(labels):
 
 
 def _new(height, rows=1, columns=1, **options):
-    """Returns a `Figure` and its axes, an array `[rows, columns]`."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _height(n_arms, least):
-    """Returns a height that has space for a legend of the arms."""
     return max(least, 0.7 + 0.17 * n_arms)
 
 
 def _new_of_arms(n_arms, least_height):
-    """Returns a `Figure` with space for a legend of the arms, and its axes."""
+    """Returns a figure with space for a legend of the arms, and its axes."""
     figure, ((axes,),) = _new(_height(n_arms, least_height))
     return figure, axes
 
@@ -121,9 +117,9 @@ def _over_seeds(rows, columns):
 
 @drawn
 def loss_curves(curves, styles, axis):
-    """Draws loss against a cost: training batches as lines, the validation split as points.
+    """Draws training losses as lines and validation losses as points, against a key of AXES.
 
-    `curves` are `Results.curves` of the finished runs of a size, `axis` is a key of AXES.
+    `curves` are `Results.curves` of the finished runs of a size.
     """
     figure, axes = _new_of_arms(curves["arm"].nunique(), 3.5)
     late, lowest, first_x = [], [], []
@@ -165,10 +161,7 @@ def gaps(panels, styles):
 
 @drawn
 def scaling(fitted, styles, xlabel):
-    """Draws final losses over sizes: means with standard errors, fits, and their bands.
-
-    `fitted` is `{arm: ({x: [loss of each seed]}, Fit)}`.
-    """
+    """Draws `{arm: ({x: [loss of each seed]}, Fit)}`: means, standard errors, fits and bands."""
     figure, axes = _new_of_arms(len(fitted), 3.8)
     for arm, (groups, fit) in fitted.items():
         colour, means = styles[arm]["color"], [mean(losses) for losses in groups.values()]
@@ -203,10 +196,9 @@ def differences(rows, styles):
 
 @drawn
 def against_setting(panels, styles, xlabel):
-    """Draws quantities against a setting, a panel for each, over one logarithmic axis.
+    """Draws a panel for each frame, by name; its rows are by setting and its columns by arm.
 
-    `panels` are frames by name, with rows by setting and columns by arm. The axis of the first one
-    is logarithmic too.
+    The axes of the setting and of the first frame are logarithmic.
     """
     figure, rows = _new(0.6 + 1.9 * len(panels), len(panels), 1, sharex=True)
     for axes, (name, frame) in zip(rows[:, 0], panels.items(), strict=True):
@@ -232,12 +224,11 @@ def against_setting(panels, styles, xlabel):
 
 @drawn
 def load_heatmaps(entries):
-    """Draws the loads at the end of runs, a panel for each of `[(title, routing.json)]`."""
+    """Draws the final loads, a panel for each of `[(title, routing.json)]`."""
     return draw_loads({title: report["checkpoints"][-1] for title, report in entries}, WIDTH)
 
 
 def some_layers(n_layers):
-    """Returns the layers that `scores_through_training` draws."""
     return np.unique(np.linspace(0, n_layers - 1, min(n_layers, MAX_LAYERS)).round().astype(int))
 
 
@@ -245,7 +236,7 @@ def some_layers(n_layers):
 def scores_through_training(report, name, title):
     """Draws the mean norm or logit of every expert at each checkpoint (the paper's Fig. 4).
 
-    `report` is routing.json of a run, `name` is that of the score.
+    `report` is a run's routing.json, and `name` that of the score.
     """
     checkpoints = report["checkpoints"]
     steps = [checkpoint["step"] for checkpoint in checkpoints]
@@ -268,7 +259,6 @@ def scores_through_training(report, name, title):
 
 
 def _lines(found, styles, **labels):
-    """Draws the values of each arm, `{arm: Series}`, with a legend; returns figure and axes."""
     figure, axes = _new_of_arms(len(found), 2.8)
     for arm, values in found.items():
         axes.plot(values.index, values, marker="o", markersize=3, **styles[arm])
@@ -279,10 +269,7 @@ def _lines(found, styles, **labels):
 
 @drawn
 def through_training(routing, styles, name, ylabel):
-    """Draws a column of `Results.routing`, mean over layers and seeds, against training's progress.
-
-    The rows are of the finished runs of a size.
-    """
+    """Draws a column of `Results.routing` of a size over training, mean over layers and seeds."""
     found = {}
     for arm, rows in routing.groupby("arm", sort=False):
         values = _over_seeds(rows, name)
@@ -295,10 +282,7 @@ def through_training(routing, styles, name, ylabel):
 
 @drawn
 def by_layer(routing, styles, name, ylabel):
-    """Draws a column of `Results.routing` at the end of training, mean over seeds, by layer.
-
-    The rows are of the finished runs of a size.
-    """
+    """Draws a column of `Results.routing` of a size by layer, at the end, mean over seeds."""
     at_the_end = routing[routing["step"] == routing["step"].max()]
     by_arm = at_the_end.groupby("arm", sort=False)
     found = {arm: rows.groupby("layer")[name].mean() for arm, rows in by_arm}
@@ -311,9 +295,8 @@ def by_layer(routing, styles, name, ylabel):
 def coactivation(entries):
     """Draws how often two experts of the last layer are chosen together, relative to chance.
 
-    `entries` are `[(title, routing.json)]`, a panel for each. Chance has the same loads. Where
-    every token has k > 1 experts, it draws k different ones; else it draws each expert
-    independently.
+    `entries` are `[(title, routing.json)]`. Chance has the same loads: every token draws k
+    different experts or, where k depends on the token or is 1, each expert independently.
     """
     n_rows = -(-len(entries) // 2)
     figure, panels = _new(1.1 + 1.9 * n_rows, n_rows, 2)
@@ -340,10 +323,10 @@ def coactivation(entries):
 
 
 def save(figure, path):
-    """Saves a figure as PATH.png, with a palette of colours, and PATH.svg, both on white.
+    """Saves a figure on white as PATH.png, with a palette of colours, and PATH.svg.
 
-    Returns an SVG for an HTML page: without a background, with text in the page's colour, without
-    numbered ids, and with a flexible width.
+    Returns an SVG for an HTML page: transparent, with text in the page's colour, without numbered
+    ids, and with a flexible width.
     """
     for_page, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(SETTINGS):

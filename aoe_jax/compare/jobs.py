@@ -32,7 +32,6 @@ POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
 
 
 def beside(path: Path, suffix):
-    """Returns a file beside a file or directory, such as its log."""
     return path.with_name(path.name + suffix)
 
 
@@ -87,10 +86,10 @@ class Machine:
 
     @classmethod
     def here(cls, workdir: Path, n_jobs: int | None, stop: StopRequests):
-        """Finds out what is here, and adds it to `machine.json` of the directory of a suite.
+        """Describes this machine, and adds it to `machine.json` in the directory of a suite.
 
-        A machine whose package versions or commit have changed counts as another one. Jobs at a
-        time are `n_jobs`; None means one for each core on CPU, one elsewhere. Several jobs on GPUs
+        A machine whose package versions or commit have changed counts as another one. There are
+        `n_jobs` jobs at a time; None: one for each core on CPU, else one. Several jobs on GPUs
         share them out. Raises `UserError` if JAX does not start, or `n_jobs` is impossible here.
         """
         description = _describe()
@@ -177,7 +176,7 @@ def _succeeded(job, status):
 
 
 def _is_free(job):
-    """Whether no earlier process, which may still be ending, has locked the output."""
+    """Whether the output is unlocked: an earlier process may still be ending."""
     if not job.output.is_dir():
         return True
     try:
@@ -188,7 +187,6 @@ def _is_free(job):
 
 
 def _progress(before, left, failed, seconds):
-    """Says how many jobs have ended, and estimates the remaining time from `seconds` of work."""
     text = f"{len(before) - len(left)} of {len(before)} ended"
     if failed:
         text += f", {failed} of them failed"

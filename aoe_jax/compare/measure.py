@@ -1,10 +1,9 @@
 """Measures trained runs and sweeps: routing, the times of steps, and the costs of steps.
 
-Each size and each sweep is measured by a process of its own, `python -m aoe_jax.compare.measure
---todo=FILE`. The JSON file has `points`, whose steps are timed (`step_times.py`): the values of a
-sweep, which may be topologies, or a single size with the `folders` of its trained runs. For a size
-it also has `routing`, the directories of runs whose routing is analysed (`routing.py`) on `tokens`
-tokens. `output` is the file of the results.
+Each size and each sweep has a process of its own, `python -m aoe_jax.compare.measure --todo=FILE`.
+The JSON file has `points`, whose steps are timed: the values of a sweep, or a single size with the
+`folders` of its runs. For a size it also has `routing`, the directories of runs whose routing is
+analysed on `tokens` tokens. `output` is the file of the results.
 
 A sweep on this machine has the seconds of a step of random tokens, all arms in turn, and the memory
 that the compiler plans. For topologies it has the bounds of `aoe_jax.plan`: the least seconds that
@@ -42,30 +41,26 @@ _POINT = {"value": _VALUE, "configs": {str: {str: {}}}, "figures": {str: {"secon
 
 
 def measured_file(workdir: Path, name):
-    """Returns the file of the measurements of a size, or of a sweep as `throughput_SWEEP`."""
     return workdir / "measured" / f"{name}.json"
 
 
 def sweep_file(workdir: Path, name):
-    """Returns the file of the measurements of a sweep."""
     return measured_file(workdir, f"throughput_{name}")
 
 
 def measure_suite(suite: Suite, workdir: Path, machine: Machine):
-    """Measures the sizes and sweeps that are not measured yet.
+    """Measures the sizes and sweeps that are not measured yet; raises `Stopped` if asked to stop.
 
     One process runs at a time, so that they do not slow each other. Steps are timed in turn on CPU
-    only: elsewhere each run has the devices to itself, and all arms of a size may not fit. Raises
-    `Stopped` if the machine's `stop` was asked.
+    only: elsewhere each run has the devices to itself, and all arms of a size may not fit.
     """
     runs = suite.runs(tuned_rates(suite, workdir))
     machine.run(measure_jobs(suite, runs, workdir, machine.backend == "cpu"), together=False)
 
 
 def measure_jobs(suite: Suite, runs: Sequence[Run], workdir: Path, in_turn):
-    """Returns a `Job` for each size and sweep that is not measured yet.
-
-    `in_turn` says whether to time the steps of the arms of each size.
+    """Returns a `Job` for each size and sweep that is not measured yet. `in_turn` says whether to
+    time the arms of each size.
     """
     jobs = [_size_job(size, runs, workdir, suite.routing_tokens, in_turn) for size in suite.sizes]
     jobs += [_sweep_job(name, suite, workdir) for name in suite.throughput]
@@ -137,9 +132,8 @@ def _is_routed(folder, run, tokens):
 
 
 def step_seconds(workdir: Path, runs: Sequence[Run], size):
-    """Returns the seconds of a training step by arm, timed in turn.
-
-    The result is None where the finished arms were not timed, or with other configurations.
+    """Returns the seconds of a training step by arm, timed in turn; None if the finished arms were
+    not timed with their present configurations.
     """
     configs = {arm: run.config for arm, (_, run) in _first_by_arm(workdir, runs, size).items()}
     ((_, _, figures),) = measured_points(measured_file(workdir, size), {size: configs})
@@ -147,10 +141,7 @@ def step_seconds(workdir: Path, runs: Sequence[Run], size):
 
 
 def _configs(by_arm):
-    """Reads `{arm: Config}`; fields that files of earlier versions lack have their defaults.
-
-    None if fields are unknown: then the point counts as not measured.
-    """
+    """Reads `{arm: Config}`; None for unknown fields, so that the point counts as not measured."""
     try:
         return {arm: Config.from_config_dict(groups) for arm, groups in by_arm.items()}
     except UserError:
@@ -158,10 +149,10 @@ def _configs(by_arm):
 
 
 def measured_points(file: Path, wanted):
-    """Yields `(value, {arm: Config}, {arm: figures} or None)` for each item of `wanted`.
+    """Yields `(value, {arm: Config}, {arm: figures})` for each item of `wanted`.
 
-    The figures are None where the file has no measurement of these configurations; an arm that has
-    failed has none.
+    Figures are None where the file has no measurement of these configurations; an arm that failed
+    is missing from them.
     """
     done = {}
     for point in _done(file):
@@ -176,7 +167,6 @@ def _done(file):
 
 
 def missing_points(suite: Suite, workdir: Path, name):
-    """Returns the points of a sweep that are not measured yet, ready for JSON."""
     return _missing(sweep_file(workdir, name), suite.swept(name))
 
 
@@ -215,9 +205,8 @@ def _noting(name, failed):
 
 
 def measure_points(points, is_topology, output: Path, failed):
-    """Measures points, as `missing_points` returns them, and adds each to the JSON file `output`.
-
-    A point or an arm that fails is added to `failed`, `{name: reason}`.
+    """Measures points of `missing_points` and adds each to the JSON file `output`; failures of
+    points and arms go to `failed`, `{name: reason}`.
     """
     measure = _traced if is_topology else _timed
     for point in points:

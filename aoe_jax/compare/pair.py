@@ -6,11 +6,10 @@ DIR has the `runs.csv` of a report, such as `results/small` or the working direc
 table has, for each size, the final validation nll of both arms (nats a token; means and standard
 errors over the seeds that both have finished), and the first minus the second with its 95% interval
 (Student's t). The last columns are the exponents of a power law in active parameters without
-embeddings from the previous size to this one, without an interval. They are a dash between sizes
-of equal training FLOPs, which spend them on parameters or on tokens.
+embeddings from the previous size to this one, without an interval. They are a dash between sizes of
+equal training FLOPs, which spend them on parameters or on tokens.
 
-Losses of arms that are not causal compare only with each other; the report of the suite names these
-arms.
+Losses of arms that are not causal compare only with each other; the report names these arms.
 """
 
 from pathlib import Path
@@ -54,12 +53,11 @@ def finished_runs(folder: Path):
 
 
 def pairs(runs: pd.DataFrame, arms):
-    """Compares two arms at every size that both have. Raises `UserError` if these are not two arms,
-    or they have no run in common.
+    """Compares two arms at every size that both have; raises `UserError` if there is none.
 
-    Returns a frame with a row for each size, in the order of the runs: `size`; `nlls`, a pair of
-    `Estimate`s; `difference`, an `Estimate`; `exponents`, a pair of floats. An exponent is NaN at
-    the first size, and between sizes of equal parameters or equal training FLOPs.
+    Returns a frame with a row for each size: `size`; `nlls`, a pair of `Estimate`s; `difference`,
+    an `Estimate`; `exponents`, a pair of floats, NaN at the first size and between sizes of equal
+    parameters or equal training FLOPs.
     """
     given = ",".join(arms)
     are_two = len(arms) == len({*arms}) == 2
@@ -90,7 +88,6 @@ def pairs(runs: pd.DataFrame, arms):
 
 
 def table(found: pd.DataFrame, arms):
-    """Formats the frame of `pairs` as text for each cell."""
     rows = []
     for size, nlls, difference, exponents in found.itertuples(index=False):
         row = {"size": size} | {arm: nll.text() for arm, nll in zip(arms, nlls, strict=True)}
@@ -104,7 +101,6 @@ def table(found: pd.DataFrame, arms):
 
 
 def main():
-    """Prints the table."""
     folder, arms = cli.path_of(_RESULTS), cli.required(_ARMS)
     print(markdown_table(table(pairs(finished_runs(folder), arms), arms)))
 

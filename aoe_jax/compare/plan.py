@@ -44,7 +44,6 @@ def first_runs(suite: Suite, sizes):
 
 
 def row(name, figure):
-    """Returns the cells of an arm by column; `figure` is the result of `aoe_jax.plan.plan`."""
     memory, flops = figure["memory_bytes"], figure["flops"]
     compiled = f"{flops['compiled'] / flops['useful']:.3f}" if flops["compiled"] else "not counted"
     likely = figure["likely_step_seconds"]
@@ -61,7 +60,6 @@ def row(name, figure):
 
 
 def main():
-    """Plans, prints, and returns 3 if an arm does not fit."""
     suite = load_suite(cli.path_of(_SUITE), _SET.value)
     runs = first_runs(suite, _SIZES.value)
     topology = cli.required(_TOPOLOGY)

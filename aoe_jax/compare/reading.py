@@ -81,7 +81,6 @@ def _read_run(run, folder, seconds):
 
 
 def row_of(run: Run, seconds_per_step, report, **columns):
-    """Returns a row of `Results.runs` with what follows from the run and its routing.json."""
     config, counts = run.config, parameter_counts(run.config)
     return {
         "size": run.size,
@@ -118,8 +117,7 @@ def _routing_figures(report):
     """Summarises a run's routing.json by columns of `runs`: means over layers at the end.
 
     `dead_experts` is a sum over layers. `settled_first` and `settled_half` are the overlaps with
-    the final choices at the first checkpoint and at half of the training. Missing figures are left
-    out.
+    the final choices at the first checkpoint and at half of the training.
     """
     if report is None:
         return {}
@@ -138,9 +136,8 @@ def _routing_figures(report):
 def read_costs(suite: Suite, workdir: Path):
     """Returns a frame of each measured sweep by name, with a row for each arm and value.
 
-    The columns are those of `throughput.csv`, and `config`. Arms are in the order of the suite.
-    `memory_bytes` of a device, state and temporaries, is None for absent machines, and
-    `received_bytes` of a chip is None for this machine.
+    The columns are those of `throughput.csv`, and `config`. `memory_bytes` of a device, state and
+    temporaries, is None for absent machines, and `received_bytes` of a chip for this machine.
     """
     found = {}
     for name, sweep in suite.throughput.items():

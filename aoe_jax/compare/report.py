@@ -1,8 +1,7 @@
 """The report of a suite: `report.md`, `report.html`, CSV files and figures.
 
-The prose and most tables are in `templates/report.md.j2`, which reads `Results`. The functions here
-add the figures and what takes more than a few lines to compute. The HTML page is made from the
-Markdown.
+The prose and most tables are in `templates/report.md.j2`, which reads `Results`; the HTML page is
+made from the Markdown. The functions here compute what takes the template more than a few lines.
 """
 
 import dataclasses
@@ -44,8 +43,8 @@ TEMPLATES.filters |= {
 
 
 def write_report(suite: Suite, workdir: Path, command):
-    """Writes the report of the results so far, which `command` makes again. Returns the path of
-    `report.html`. Raises `UserError` if a run there is of another configuration.
+    """Writes the report of the results so far, with the `command` that makes it again, and returns
+    the path of `report.html`. Raises `UserError` if a run there is of another configuration.
     """
     runs = suite.runs(tuned_rates(suite, workdir))
     for run in runs:
@@ -77,8 +76,8 @@ def write_report(suite: Suite, workdir: Path, command):
 def to_markdown(r: Results, costs, **of_workdir):
     """Renders the report as `(Markdown, {name: Figure})`.
 
-    `costs` are of `read_costs`; `of_workdir` has `machines`, `failed`, `tuning` and `command`; what
-    is left out is not shown.
+    `costs` are of `read_costs`. `of_workdir` has `machines`, `failed`, `tuning` and `command`; the
+    report omits those that are missing.
     """
     pictures = {}
 
@@ -144,7 +143,6 @@ def _without_choice(config):
 
 
 def _labels_of(r, holds):
-    """Returns the labels of the arms whose configuration at some size `holds`."""
     arms = [arm for (_, arm), config in r.configs.items() if holds(config)]
     return [r.labels[arm] for arm in dict.fromkeys(arms)]
 
@@ -176,7 +174,6 @@ def _in_words(machine):
 
 
 def states(r: Results):
-    """Counts the runs by state."""
     counts = r.runs["state"].value_counts()
     others = [name for name in ("diverged", "failed", "unfinished") if name in counts]
     finished = f"{counts.get('finished', 0)} of {len(r.runs)} finished"
@@ -220,12 +217,10 @@ def failed(r: Results, workdir: Path):
 
 
 def _as_code(line):
-    """The beginning of a line of a log, whose brackets and pipes are no Markdown."""
     return "`" + line[:200].replace("`", "'").replace("|", "¦") + "`"
 
 
 def not_in_turn(r: Results):
-    """Names the sizes, or their arms, whose steps were not timed in turn."""
     found = []
     for size, runs in r.finished_runs.groupby("size", sort=False):
         others = runs[~runs["timed_in_turn"].astype(bool)]["arm"].unique()
@@ -236,10 +231,7 @@ def not_in_turn(r: Results):
 
 
 def balanced(r: Results):
-    """Groups the arms of each size by kind of layer.
-
-    Rows are `(size, arm, kind, balancing method, first arm of its kind, the first's method)`.
-    """
+    """Returns rows `(size, arm, kind of layer, method, first arm of this kind, its method)`."""
     kinds = {}
     for size, arm in r.pairs:
         if words := balance_of(r, size, arm):
@@ -286,8 +278,7 @@ def balance_of(r: Results, size, arm):
 
 def routed_sizes(r: Results):
     """Returns the sizes whose load is shown: the largest, if analysed, and the one with most arms.
-
-    The first of them is the one for all other figures of routing.
+    All other figures of routing show the first one.
     """
     sizes = [size for size in r.sizes if r.routed(size)]
     if not sizes:
@@ -299,7 +290,7 @@ def routed_sizes(r: Results):
 
 
 def sweeps(r: Results, costs):
-    """Shows costs along sweeps: `name`, `figure`, `caption` and the `rows` of a table of each."""
+    """Returns for each sweep `name`, `figure`, `caption`, and the `rows` of a table."""
     base = r.suite.baseline
     return [_sweep(r, name, frame) for name, frame in costs.items() if (frame["arm"] == base).any()]
 
@@ -339,7 +330,6 @@ def _sweep(r, name, frame):
 
 
 def _model_in_words(frame, sweep, baseline):
-    """Describes the baseline's model and all ranks, without the setting that is swept."""
     of_arm = frame.groupby("arm", sort=False)["config"].first()
     config, setting = of_arm[baseline], sweep.setting
     of_aoe = [other.experts for other in of_arm if other.experts.kind == "aoe"]
@@ -358,9 +348,8 @@ def _model_in_words(frame, sweep, baseline):
 
 
 def at_equal_experts(r: Results, costs):
-    """Compares steps with those of the reference arm with as many experts a token.
-
-    Rows exist only where a sweep over K has the model of a size.
+    """Compares steps with those of the reference arm with as many experts a token. There are rows
+    only where a sweep over K has the model of a size.
     """
     rows = []
     for name, frame in costs.items():
@@ -394,7 +383,6 @@ def _equal_row(r, size, arm, frame):
 
 
 def _step_of(config):
-    """Returns the settings that determine the time of a step."""
     train = config.train
     shape = config.data.seq_len, train.batch_size, train.accumulate
     return config.model, config.experts, config.routing, shape
@@ -421,7 +409,6 @@ def _tuned_cell(nll):
 
 
 def fields_of_arms(r: Results):
-    """Lists the settings of each arm at the first size that has it."""
     return [
         f"{r.labels[run.arm]}: {', '.join(_fields(run.config))}."
         for run in r.first_runs.drop_duplicates("arm").itertuples()
@@ -429,7 +416,6 @@ def fields_of_arms(r: Results):
 
 
 def _fields(config):
-    """Yields the fields of `experts`, `routing` and `balance` that have an effect."""
     for name, value in computed_fields(config).items():
         if name.startswith("experts.") and value is not False:
             yield f"{name.removeprefix('experts.').replace('d_wide', 'width')}={_plain(value)}"

@@ -77,12 +77,10 @@ class Results:
 
     @functools.cached_property
     def labels(self):
-        """Arm -> label."""
         return {name: arm.label for name, arm in self.suite.arms.items()}
 
     @functools.cached_property
     def first_runs(self):
-        """The rows of the first seed of each arm and size."""
         return self.runs.drop_duplicates(["size", "arm"])
 
     @functools.cached_property
@@ -92,12 +90,10 @@ class Results:
 
     @functools.cached_property
     def finished_runs(self):
-        """The rows of the finished runs."""
         return self.runs[self.runs["state"] == "finished"]
 
     @functools.cached_property
     def routing(self):
-        """ROUTING_COLUMNS of all analysed runs."""
         rows = []
         for *keys, report in self.runs.dropna(subset="report")[[*KEYS, "report"]].to_numpy():
             for checkpoint in report["checkpoints"]:
@@ -117,12 +113,10 @@ class Results:
 
     @functools.cached_property
     def sizes(self):
-        """The sizes that have a finished run."""
         return [size for size in self.suite.sizes if self.arms(size)]
 
     @property
     def pairs(self):
-        """`[(size, arm)]` with a finished run."""
         return [(size, arm) for size in self.sizes for arm in self.arms(size)]
 
     def routed(self, size):
@@ -143,7 +137,6 @@ class Results:
         return self.configs[size, arm].routing.name != "expert_choice"
 
     def mean(self, size, arm, column):
-        """Returns the `Estimate` over seeds of a column of `runs`."""
         return mean(self.finished(size, arm)[column])
 
     def ratio(self, size, arm, column):
@@ -152,19 +145,16 @@ class Results:
         return f"{self.mean(size, arm, column).value / other.value:.2f}" if other.n else "-"
 
     def budget(self, size, arms, kind):
-        """Returns the least that arms of a size have spent, of "flops" or "seconds".
-
-        NaN if an arm has not run, or if its cost depends on the data.
+        """Returns the least that arms of a size have spent, of "flops" or "seconds". NaN if an arm
+        has not run, or if its cost depends on the data.
         """
         if any(experts_per_token(self.configs[size, arm]) is None for arm in arms):
             return math.nan
         return float(np.min([self.finished(size, arm)[kind].min() for arm in arms]))
 
     def nlls(self, size, arm, kind="end", budget=None):
-        """Returns the validation nll of an arm by seed, without NaN.
-
-        It is the nll after the last step, or for the `kind` "flops" or "seconds" the nll where the
-        curve reaches the budget.
+        """Returns the validation nll of an arm by seed, without NaN: at the end of training, or for
+        the `kind` "flops" or "seconds" where the curve reaches the budget.
         """
         rows, curves = self.finished(size, arm), self.curves
         if kind == "end":
@@ -178,11 +168,10 @@ class Results:
         return pd.Series(found, dtype=float).dropna()
 
     def difference(self, size, arm, kind="end", to=None):
-        """Returns the `Estimate` of an arm's nll minus another's, seed by seed.
+        """Returns the `Estimate` of an arm's nll minus that of `to` or its reference, seed by seed.
 
-        The other arm is `to`, or the arm's reference. For a `kind` of "flops" or "seconds" the
-        budget is what the cheaper of the two has spent at its end. There are no seeds where one of
-        the two is not comparable.
+        For the `kind` "flops" or "seconds" the budget is what the cheaper of the two has spent. The
+        estimate has no seeds if one of the two is not comparable.
         """
         arms = arm, to or self.suite.reference(arm)
         if not all(self.is_comparable(size, one) for one in arms):
@@ -192,10 +181,10 @@ class Results:
         return mean(nlls - others)
 
     def gaps(self, size):
-        """Returns the arms' validation nll minus that of their references during training.
+        """Returns the arms' validation nll minus that of their references, means over seeds by arm.
 
-        The rows of the frame are the training tokens for each active parameter of the baseline, its
-        columns the arms, its values means over seeds. It is empty without the baseline.
+        The index is the training tokens for each active parameter of the baseline; without the
+        baseline the frame is empty.
         """
         parameters = self.finished(size, self.suite.baseline)["active_non_embedding"]
         curves = self.of_finished(self.curves, size)
@@ -211,7 +200,6 @@ class Results:
         return frame.set_index(frame.index / parameters.mean())
 
     def differences(self):
-        """Returns the frame of `differences.csv`."""
         rows = []
         for size, arm in self.pairs:
             for kind in ("end", "flops", "seconds") if arm != self.suite.baseline else ():
@@ -234,14 +222,11 @@ class Results:
         return [sizes for sizes in in_order if len(sizes) > 2]
 
     def over_sizes(self, sizes, arm):
-        """Returns the rows of the finished runs of an arm at some sizes, in their order."""
         return pd.concat([self.finished(size, arm) for size in sizes])
 
     def isoflops(self, sizes):
-        """Fits parabolas over sizes of `isoflop_sizes`.
-
-        The result is `{arm: ({active parameters: [nll of each seed]}, Fit)}` of the arms to which
-        the sizes cost equal FLOPs.
+        """Fits parabolas over sizes of `isoflop_sizes`, for the arms to which they cost equal
+        FLOPs: `{arm: ({active parameters: [nll of each seed]}, Fit)}`.
         """
         found = {}
         for arm in self.suite.arms:
@@ -253,10 +238,8 @@ class Results:
         return found
 
     def scaling(self, scale):
-        """Fits power laws over sizes, without sizes of equal FLOPs, which have another purpose.
-
-        The result is `{arm: ({x: [nll of each seed]}, Fit)}` of arms with two sizes or more that
-        all differ in x. `scale` is the key of x in SCALES.
+        """Fits power laws over sizes, without those of equal FLOPs, for arms with two or more sizes
+        that all differ in x, a key of SCALES: `{arm: ({x: [nll of each seed]}, Fit)}`.
         """
         isoflop = set().union(*self.isoflop_sizes)
         sizes = [size for size in self.suite.sizes if size not in isoflop]

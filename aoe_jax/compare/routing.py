@@ -67,7 +67,6 @@ def _array(*shape):
 
 
 def _schema(config):
-    """The schema of the routing.json of a run with this configuration."""
     n_layers, n = config.model.n_layers, config.experts.n_experts
     of_layers, of_experts = _array(n_layers), _array(n_layers, n)
     checkpoint = {"step": COUNT, "load": of_experts, "mean_score": of_experts}
@@ -87,7 +86,7 @@ def _schema(config):
 
 
 def _experts_per_token(config):
-    """K of a run, None where it depends on the token."""
+    """K of a run; None if it depends on the token."""
     choice = config.routing.choice(config.experts)
     return config.experts.top_k if choice and choice.is_fixed else None
 
@@ -121,17 +120,13 @@ def observing(decoder: Decoder):
 def oracle_figures(outputs, scores, chosen, k, is_normalised):
     """Compares the chosen experts with the oracle's (see the top of the file).
 
-    Args:
-      outputs: `[t, n, d]` float32, `E_i(x)` of every expert.
-      scores: `[t, n]`.
-      chosen: `[t, n]` bool, k of them.
-      k: K.
-      is_normalised: whether weights are the softmax over the chosen scores, not over all.
+    `outputs [t, n, d]` are `E_i(x)` of every expert, `scores` are `[t, n]`, and `chosen [t, n]`
+    bool has `k` experts of each token. With `is_normalised` the weights are the softmax over the
+    chosen scores, else over all.
 
-    Returns:
-      `[t, 4]` float32: the share of the chosen experts that the oracle takes too, and three
-      distances to the mixture of all experts relative to its length: of the chosen experts, of the
-      oracle's, and of any K experts (the mean over all sets).
+    Returns `[t, 4]` float32: the share of the chosen experts that the oracle takes too, and the
+    distances to the mixture of all experts, relative to its length, of the chosen experts, of the
+    oracle's, and of any K experts (the mean over all sets).
     """
     n = scores.shape[1]
     sets = np.array([np.isin(range(n), best) for best in itertools.combinations(range(n), k)])
@@ -155,8 +150,7 @@ def oracle_figures(outputs, scores, chosen, k, is_normalised):
 def overlap(chosen, final):
     """Computes the mean share of a token's final experts that another model has chosen too.
 
-    `[L, T, n]` bool, twice -> `[L]`. The mean is over tokens that have experts in the end; it is 1
-    where none has.
+    `[L, T, n]` bool, twice -> `[L]`. The mean is over tokens with final experts; 1 without any.
     """
     wanted, in_common = final.sum(axis=-1), (chosen & final).sum(axis=-1)
     shares = in_common / np.maximum(wanted, 1)  # 0 for tokens without experts
@@ -174,12 +168,8 @@ def coactivation(chosen):
 
 
 def analyse(folder: Path, n_tokens: int):
-    """Writes `routing.json` of a run.
-
-    It routes `n_tokens` of the validation split, rounded up to whole batches.
-
-    Raises:
-      UserError: there is no run, or it cannot be read.
+    """Writes `routing.json` of a run, from `n_tokens` of its validation split in whole batches.
+    Raises `UserError` if the run cannot be read.
     """
     steps, model = Checkpoints(folder).steps(), load_model(folder, "newest")
     config = model.config
@@ -210,12 +200,8 @@ def analyse(folder: Path, n_tokens: int):
 
 
 def read_routing(file: Path, config: Config):
-    """Returns the content of the `routing.json` of a run, which `analyse` has written.
-
-    Lists of numbers become float64 arrays, with NaN for numbers that were not finite.
-
-    Raises:
-      UserError: it cannot be read, or it is of a run with another configuration.
+    """Returns the content of a `routing.json`; lists become float64 arrays, with NaN for numbers
+    that were not finite. Raises `UserError` if it cannot be read or is of another configuration.
     """
     wanted = "remove it, and run the command again"
     report = read_json(file, wanted, _schema(config), _MOST_BYTES)
@@ -231,12 +217,10 @@ def read_routing(file: Path, config: Config):
 
 
 def validation_batches(folder, config, size):
-    """Yields the whole batches, of `size` sequences, of a run's validation split, on the host.
+    """Yields the whole batches of `size` sequences of a run's validation split, on the host.
 
-    A split without a whole batch yields its one batch with padding.
-
-    Raises:
-      UserError: the split is not the one that the run had.
+    A split without a whole batch yields its one batch with padding. Raises `UserError` if the split
+    is not the one that the run had.
     """
     corpus = open_corpus(config.data, config.model.vocab_size)
     check_data(folder, corpus)
@@ -263,7 +247,6 @@ def _gathered(results, is_real):
 
 
 def _figures(step, figures, final):
-    """Returns the figures of one checkpoint, ready for JSON, with a list over layers for each."""
     stats, load = figures["stats"], figures["chosen"].mean(axis=1)  # [L, n]
     of_load = figures_of_layers(load, stats.live)
     by_name = {

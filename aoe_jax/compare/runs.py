@@ -24,15 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(workdir: Path, run: Run):
-    """Returns the directory of a run of the suite or of its tuning."""
     return workdir / ("tuning" if run.seed == TUNING_SEED else "runs") / run.name
 
 
 def check_run(folder: Path, run: Run):
-    """Checks that a directory is free or holds this very run with the same number of steps.
+    """Raises `UserError` if a directory holds another run, or another number of steps of this run.
 
-    The number of steps matters because it decides the learning rate at each step. Raises
-    `UserError` if the directory holds another run.
+    The number of steps matters because it decides the learning rate at each step.
     """
     check_workdir(folder, run.config)
     file, steps = folder / "config.json", run.config.train.steps
@@ -45,21 +43,19 @@ def check_run(folder: Path, run: Run):
 
 
 def is_finished(folder: Path, run: Run):
-    """Returns whether a run has been trained to its last step."""
     summary = folder / "summary.json"
     steps = run.config.train.steps
     return summary.exists() and read_summary(summary)["metrics"].get("step") == steps
 
 
 def read_summary(file: Path):
-    """Returns the content of the `summary.json` of a run: `metrics` and `memory`, by name."""
     return read_json(file, schema={"metrics": _NUMBERS, "memory": or_none(_NUMBERS)})
 
 
 def train_suite(suite: Suite, workdir: Path, machine: Machine):
     """Tunes learning rates where the suite says so, and trains the missing runs.
 
-    The caller has made and locked `workdir`. Raises `UserError` if a run in `workdir` is of another
+    The caller has made and locked `workdir`. Raises `UserError` if it has a run of another
     configuration, and `Stopped` if the machine's `stop` was asked.
     """
     _train(suite.tuning_runs().values(), workdir, machine)
@@ -99,10 +95,8 @@ def _job(run, folder):
 
 
 def tuning_nlls(suite: Suite, workdir: Path):
-    """Returns `{arm: {learning rate: validation nll}}` of the tuning.
-
-    The nll is None for a run that is not finished and inf for one that diverged. Raises `UserError`
-    if a run is of another configuration.
+    """Returns `{arm: {learning rate: validation nll}}` of the tuning: None for a run that is not
+    finished, inf for one that diverged. Raises `UserError` as `check_run` does.
     """
     found = {}
     for (arm, rate), run in suite.tuning_runs().items():
@@ -119,8 +113,8 @@ def tuned_rates(suite: Suite, workdir: Path):
     """Returns the peak learning rate with the lowest nll of each arm.
 
     It is None, the configured rate, for an arm none of whose tuning runs has finished. An arm with
-    runs in `workdir` keeps the rate that they began with, even if the tuning has changed since.
-    Raises `UserError` if a run is of another configuration.
+    runs in `workdir` keeps the rate that they began with, if the tuning still has this rate. Raises
+    `UserError` as `check_run` does.
     """
     found, begun = {}, {}
     for run in suite.runs() if suite.tuning else ():

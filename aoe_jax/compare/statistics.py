@@ -30,14 +30,12 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
     def text(self, digits=4):
-        """Writes the mean with its standard error, if there is one."""
         if not self.n:
             return "-"
         error = f" ± {self.error:.{digits}f}" if self.n > 1 else ""
         return f"{self.value:.{digits}f}{error}"
 
     def as_difference(self):
-        """Writes the mean with its sign, standard error and interval."""
         if self.n < 2:
             return f"{self.value:+.4f}" if self.n else "-"
         return f"{self.value:+.4f} ± {self.error:.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -85,11 +83,10 @@ class Fit:
     resampled: np.ndarray  # [B, P]
 
     def __call__(self, x):
-        """Returns the loss at `x` (a number or an array)."""
         return self.curve(np.asarray(x, float), *self.parameters)
 
     def band(self, x):
-        """Returns `(low, high)` of the loss at `x`: the middle CONFIDENCE of the resamples."""
+        """Returns the middle CONFIDENCE of the resampled losses at `x`, `(low, high)`."""
         return _middle(self.curve(np.atleast_1d(x).astype(float), *self.resampled.T[:, :, None]))
 
     def figure(self, function):
@@ -97,9 +94,8 @@ class Fit:
         return float(function(*self.parameters))
 
     def interval(self, function):
-        """Returns `(low, high)` of `exponent` or `minimum`.
-
-        NaN where no size has two seeds, or where a resample has none.
+        """Returns `(low, high)` of `exponent` or `minimum`; NaN if no size has two seeds, or if a
+        resample has no minimum.
         """
         values = function(*self.resampled.T)
         if np.ptp(values) <= 1e-9 * np.abs(values).max():  # equal but for rounding
@@ -112,17 +108,14 @@ def _middle(values):
 
 
 def power_law(x, floor, factor, exponent):
-    """Returns `floor + factor * x ** -exponent`."""
     return floor + factor * x**-exponent
 
 
 def exponent(floor, factor, exponent):
-    """Returns the exponent of a `power_law`."""
     return exponent
 
 
 def parabola(x, square, slope, constant):
-    """Returns `square * log(x)^2 + slope * log(x) + constant`."""
     return (square * np.log(x) + slope) * np.log(x) + constant
 
 
@@ -133,10 +126,7 @@ def minimum(square, slope, constant):
 
 
 def _means(groups, n_resamples):
-    """Returns `(x [N], mean losses [N], mean losses of resamples [B, N])`.
-
-    The bootstrap draws the seeds of each size with replacement.
-    """
+    """Returns `(x [N], mean losses [N], means of bootstrap resamples of the seeds [B, N])`."""
     rng = np.random.default_rng(0)
     losses = [np.asarray(of_size, float) for of_size in groups.values()]
     draws = [rng.choice(of_size, (n_resamples, of_size.size)).mean(axis=1) for of_size in losses]
@@ -145,11 +135,10 @@ def _means(groups, n_resamples):
 
 
 def fit_power_law(groups, n_resamples=N_RESAMPLES):
-    """Fits a `power_law` by least squares in log loss; None for fewer than two sizes.
+    """Fits a `power_law` by least squares in log loss to `{x: [loss of each seed]}` with x > 0.
 
-    `groups` are `{x: [loss of each seed]}` with x > 0, one for each size. Fewer than four sizes
-    cannot separate a floor from an exponent. Then the floor is 0, and the fit is a line in log x
-    and log loss.
+    The result is None for fewer than two sizes. Fewer than four sizes cannot separate a floor from
+    an exponent, so the floor is 0 for them: a line in log x and log loss.
     """
     if len(groups) < MIN_SIZES:
         return None
@@ -180,10 +169,7 @@ def _fit_with_floor(x, losses, guess):
 
 
 def fit_parabola(groups):
-    """Fits a `parabola` by least squares to `{x: [loss of each seed]}` with x > 0.
-
-    None for fewer than three sizes, which are the entries.
-    """
+    """Fits a `parabola` to groups, see `fit_power_law`; None for fewer than three sizes."""
     if len(groups) < MIN_SIZES_OF_PARABOLA:
         return None
     x, means, resampled = _means(groups, N_RESAMPLES)

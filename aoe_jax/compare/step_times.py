@@ -1,4 +1,4 @@
-"""Training steps repeated on one batch, and their times, measured in turn in one process.
+"""Times of training steps that are repeated on one batch, measured in turn in one process.
 
 Times of runs that train at the same time, or on a shared machine, compare badly. Here every arm
 takes a few steps, then the next arm, round by round; on CPU, processor seconds are counted.
@@ -24,7 +24,6 @@ STEPS = 3  # of a round; the first is not counted, because caches still belong t
 
 
 def random_batch(config: Config):
-    """Draws a batch of random tokens `[batch_size, seq_len]`, on the host."""
     shape = (config.train.batch_size, config.data.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape), np.int32)
     return {
@@ -36,7 +35,7 @@ def random_batch(config: Config):
 
 
 class RepeatedStep:
-    """A training step on one batch: a function that takes the next step and returns its metrics.
+    """A function that takes the next training step on one batch and returns its metrics.
 
     `program` is the compiled step, `memory` its `program_memory` in bytes.
     """
@@ -44,9 +43,8 @@ class RepeatedStep:
     def __init__(self, config: Config, folder: Path | None = None):
         """Compiles for all devices of all processes, on the mesh of the configuration.
 
-        With the `folder` of a run of this configuration, steps start from its newest checkpoint,
-        with its last learning rate, on its first validation batch. Else parameters and tokens are
-        random. Raises `UserError` if the run cannot be read.
+        With the `folder` of a run, steps start from its newest checkpoint, on its first validation
+        batch; else parameters and tokens are random. Raises `UserError` if the run cannot be read.
         """
         config = fill_mesh(config, jax.device_count())
         batch = random_batch(config)
@@ -66,7 +64,6 @@ class RepeatedStep:
         self.memory = program_memory(self._state, self.program)
 
     def __call__(self):
-        """Takes a step."""
         with jax.set_mesh(self._mesh):
             self._state, metrics = self.program(self._state, self._batch)
         return metrics

@@ -42,7 +42,6 @@ class Arm:
     reference: str | None = None  # the arm that it is compared to; None: the suite's baseline
 
     def changes_of(self, config: ConfigDict) -> Mapping:
-        """Returns the changes at a size."""
         return self.changes(config) if callable(self.changes) else self.changes
 
 
@@ -84,14 +83,11 @@ class Sweep:
 
     @property
     def is_topology(self):
-        """Whether the values are absent machines, for which a step is traced."""
         return self.setting == "topology"
 
     def changes_at(self, value, batch_size):
-        """Returns the changes, group -> field -> value, for one value of the setting.
-
-        `batch_size` is that of one chip, used for topologies only. Raises `UserError` if the value
-        is not a topology.
+        """Returns the changes for one value; `batch_size` is that of one chip, for topologies only.
+        Raises `UserError` if the value is not a topology.
         """
         if not self.is_topology:
             group, _, name = self.setting.partition(".")
@@ -137,10 +133,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Suite:
-    """Arms x sizes x seeds over a common `base`.
-
-    The arms of a size see the same data in the same order.
-    """
+    """Arms x sizes x seeds over a `base`; arms of a size see the same data in the same order."""
 
     name: str
     base: ConfigDict
@@ -154,9 +147,7 @@ class Suite:
     settings: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
-        """Checks names and values; configurations are checked by `runs` and `swept`. Raises
-        `UserError` if a field is invalid.
-        """
+        """Checks names and values; `runs` and `swept` check configurations. Raises `UserError`."""
         self._check_names("arms", Arm, needed=True)
         self._check_names("sizes", Size, needed=self.tuning or not self.throughput)
         self._check_names("throughput", Sweep, needed=False)
@@ -208,16 +199,13 @@ class Suite:
         return [arm for arm in self.arms if of.arms is None or arm in of.arms]
 
     def arms_of(self, size):
-        """Returns the names of the arms of a size, in the order of the suite."""
         return self._arms(self.sizes[size])
 
     def reference(self, arm):
-        """Returns the arm that an arm is compared to."""
         return self.arms[arm].reference or self.baseline
 
     @property
     def tuning_size(self):
-        """The size at which learning rates are tuned."""
         return self.tuning.size or next(iter(self.sizes))
 
     def _groups(self, arm, *changes):
@@ -240,7 +228,7 @@ class Suite:
         """Returns all runs, size by size and seed by seed.
 
         `learning_rates` are tuned peaks by arm; None keeps the configured rate. Raises `UserError`
-        if a configuration is invalid, or the arms of a size differ in their recipe, or matched arms
+        if a configuration is invalid, the arms of a size differ in their recipe, or matched arms
         differ in total parameters.
         """
         learning_rates, runs = learning_rates or {}, []
@@ -271,9 +259,7 @@ class Suite:
         return found
 
     def swept(self, name):
-        """Returns `{value: {arm: Config}}` of a sweep. Raises `UserError` as `runs` does; the
-        message names sweep, value and arm.
-        """
+        """Returns `{value: {arm: Config}}` of a sweep; raises `UserError` as `runs` does."""
         sweep, found = self.throughput[name], {}
         for value in sweep.values:
             place, found[value] = f"throughput {name}, {sweep.setting}={value}", {}
@@ -307,14 +293,11 @@ class Suite:
 
 
 def one_of(names):
-    """Says which names are allowed, for an error message."""
     return f"choose one of {', '.join(names)}"
 
 
 def _recipe(config):
-    """Returns the fields that all arms of a size share: data, and training but for the rates of
-    learning.
-    """
+    """Returns what all arms of a size share: the data, and training without learning rates."""
     groups = config.to_dict()
     return {
         f"{group}.{name}": value
@@ -338,8 +321,8 @@ def _changed(groups, *changes):
 def load_suite(path: Path, settings=()) -> Suite:
     """Loads the suite of a Python file with `get_suite()`.
 
-    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON, or a word. Raises `UserError` if
-    the file cannot be read, has no suite, or the suite or a setting is invalid.
+    `settings` are `GROUP.FIELD=VALUE` for all runs; VALUE is JSON or a word. Raises `UserError` if
+    the file, the suite or a setting is invalid.
     """
     suite = cli.call_in_file(f"--suite={path}", path, "get_suite")
     wanted = "get_suite() must return an aoe_jax.compare.suite.Suite"

@@ -58,7 +58,6 @@ def load_corpus(name: str, path: str | None, cache: str, text_field: str = "text
             "huggingface:OWNER/NAME[/CONFIG]", which TFDS loads from the Hugging Face hub.
         path: for "text" the folder of .txt files; else the TFDS data_dir, by default
             `<cache>/tfds`.
-        cache: the folder for token stores and downloaded data sets.
         text_field: the feature of a TFDS data set that holds the text.
 
     Raises `UserError` if the name is unknown, the folder has no usable text, or the data set cannot
@@ -77,9 +76,8 @@ def slug(name: str) -> str:
 def _text_folder(path: str | None) -> Corpus:
     """The UTF-8 `.txt` files in a folder and its subfolders, one document a file, sorted by path.
 
-    The hash of its path decides on a file's split: about one in twenty for validation, one in
-    twenty for test, at least one each. In all but small folders, files that are added leave the
-    others in their splits.
+    The hash of its path decides on a file's split: one in twenty for validation and for test, at
+    least one each. In all but small folders, files that are added leave the others in their splits.
     """
     root = parsed_path(path or "", "config.data.path")
     wanted = "no such folder; data.name='text' needs a folder of .txt files"
@@ -140,10 +138,8 @@ def _split_by_hash(names: list[str]) -> dict[str, list[str]]:
 
 
 def _tfds_corpus(builder: tfds.core.DatasetBuilder, name: str, text_field: str) -> Corpus:
-    """The text feature of a prepared TFDS data set.
-
-    If it has no validation or test split, the tenth of every twenty documents of its train split is
-    for validation, the twentieth for test.
+    """The text feature of a prepared TFDS data set. If it has no validation or test split,
+    `sotu.split_of` takes the split from its train split.
     """
     info = builder.info
     text_fields = [key for key, feature in info.features.items() if _is_text(feature)]

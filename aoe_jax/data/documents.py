@@ -29,10 +29,8 @@ _BATCH_ROWS, _BATCH_BYTES = 256, 2**26  # of Parquet that are in memory at a tim
 
 
 class Piece(NamedTuple):
-    """A part of a file: bytes `start` to `stop` of JSON lines, these row groups of Parquet, else
-    the whole file.
-
-    A piece of JSON lines has the lines that begin in it.
+    """A part of a file, `start` to `stop`: of the bytes of JSON lines, with the lines that begin
+    there, or of the row groups of Parquet. A piece of any other format is the whole file.
     """
 
     path: str

@@ -20,9 +20,8 @@ READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 class PackedWindows:
     """Random access to the consecutive windows of a token stream.
 
-    Window `i` has tokens `i * L` to `i * L + L`, where L is `seq_len`. The last token of a window
-    is the first of the next, so each token after the first is a target once. Tokens at the end that
-    fill no window are left out.
+    Window `i` has tokens `i * L` to `i * L + L`, where L is `seq_len`, so each token after the
+    first is a target once. Tokens at the end that fill no window are left out.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, loss_mask: bool = False):
@@ -33,16 +32,14 @@ class PackedWindows:
         self._store, self._seq_len, self._loss_mask = store, seq_len, loss_mask
 
     def __len__(self) -> int:
-        """Number of windows."""
         return (len(self._store) - 1) // self._seq_len
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        """Window `index`, as arrays `[L]`.
+        """Window `index`, arrays `[L]`: `inputs` and `targets` int32, `segment_ids` int32, which
+        number the documents of the inputs from 1, and `weights` float32 of the targets in the loss.
 
-        `inputs` and `targets` are int32. `segment_ids`, int32, numbers the documents of the inputs
-        from 1; a document begins with the end-of-text token before it. `weights`, float32, are the
-        weights of the targets in the loss: 1, or with `loss_mask` 0 for the first token of a
-        document.
+        A document begins with the end-of-text token before it. Weights are 1, or with `loss_mask` 0
+        for the first token of a document.
         """
         start = index.__index__() * self._seq_len
         tokens = self._store.read(start, start + self._seq_len + 1)
@@ -55,16 +52,12 @@ class PackedWindows:
 class Mixture:
     """The order in which an endless mixture takes windows from its sources.
 
-    After any number of windows each source has had its share of them within a few windows, and
-    exactly its share after each multiple of the sum of the weights as whole numbers. The time to
-    find a position depends on the number of sources only, so a run continues anywhere without a
-    replay.
+    After any number of windows each source has had its share of them within a few windows. The time
+    to find a position does not grow with it, so a run continues anywhere without a replay.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], batch_size=1, rows=(0,)):
-        """Turns the weights into the smallest whole numbers in the same proportion; `rows` are
-        those of each batch that are read.
-        """
+        """Takes weights, in proportion to each other, and the `rows` of each batch to read."""
         scale = math.lcm(*(Fraction(weight).denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
         self._weights = [weight // math.gcd(*whole) for weight in whole]
@@ -134,11 +127,10 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless training batches; the order of a source changes from epoch to epoch.
 
-    A batch is a dictionary of arrays `[len(rows), seq_len]`, see `PackedWindows`; `rows` are those
-    of all `batch_size` that this process reads, by default all. A step has the same windows in the
-    same rows for any number of processes. `get_state` and `set_state` save and restore the
-    position: the number of batches, and of windows of each source in them, the same in every
-    process.
+    A batch has the arrays of `PackedWindows`, `[len(rows), seq_len]`; `rows` are those of all
+    `batch_size` that this process reads, by default all. A step has the same windows in the same
+    rows for any number of processes. `get_state` and `set_state` save and restore the position: the
+    number of batches, and of windows of each source in them.
 
     `weights` are the sources' shares of the windows, in proportion to each other; None: the numbers
     of their windows, so that one pass over the mixture is one over every source. Raises `UserError`
@@ -167,11 +159,10 @@ def train_batches(
 def eval_batches(
     store: TokenStore, seq_len: int, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `[batch_size, seq_len]` that have every token of the stream after the first as a
-    target once, in order.
+    """Batches `[batch_size, seq_len]` of the arrays of `PackedWindows`, without a loss mask.
 
-    The arrays are those of `PackedWindows` without a loss mask. All are zero beyond the end of the
-    stream, so `weights` sums to `len(store) - 1` over all batches.
+    Every token after the first is a target once, in order. All arrays are zero beyond the end of
+    the stream, so `weights` sums to `len(store) - 1` over all batches.
     """
     size, end = seq_len * batch_size, len(store) - 1
     for start in range(0, end, size):

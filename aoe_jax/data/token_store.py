@@ -74,13 +74,10 @@ def write_splits(
 ) -> dict[str, dict]:
     """Tokenises documents into shards `SPLIT{suffix}-00000.array_record` and so on in `folder`.
 
-    A few million characters are tokenised at a time, long documents in `tokenizer.pieces`.
-    `documents` are pairs of a split and a text that is not empty. Raises `UserError` if the
+    `documents` are pairs of a split and a text that is not empty. Returns for each split the
+    numbers of `tokens`, `documents` and `bytes` of UTF-8, and the `shards`, which are then safely
+    on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of each. Raises `UserError` if the
     tokenizer encodes a part of a text as its end-of-text token.
-
-    Returns for each split the numbers of `tokens`, `documents` and `bytes` of UTF-8, and the
-    `shards`, which are then safely on the disk: the `name`, `tokens`, `file_bytes` and `sha256` of
-    each.
     """
     with contextlib.ExitStack() as files:
         writers = {}
@@ -166,10 +163,8 @@ class _SplitWriter:
 def write_manifest(
     directory: Path, corpus: str, fingerprint: str, tokenizer: Tokenizer, splits: Mapping[str, dict]
 ):
-    """Writes `manifest.json`, which turns the shards in `directory` into a store.
-
-    `fingerprint` is a text that changes when the corpus does, `splits` the result of
-    `write_splits`.
+    """Writes `manifest.json`, which turns the shards in `directory` into a store. `fingerprint`
+    changes when the corpus does, and `splits` is the result of `write_splits`.
     """
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -186,9 +181,7 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a token store. Raises `UserError` if it is missing, damaged, or has another
-    format version.
-    """
+    """The manifest of a token store; raises `UserError` if it is missing, damaged or outdated."""
     path = directory / "manifest.json"
     if not path.exists():
         if not directory.is_dir():
@@ -233,20 +226,15 @@ def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
 class TokenStore:
     """The "train", "validation" or "test" split of a token store.
 
-    Attributes:
-        manifest: the store's manifest, a dictionary.
-        split: the name of the split.
-        end_of_text: id of the token that separates documents.
-        documents: number of documents in the split.
-        text_bytes: size of the split's documents in UTF-8, for bits per byte.
+    It has `documents` documents of `text_bytes` bytes in UTF-8, separated by token `end_of_text`.
     """
 
     def __init__(self, directory: str | Path, split: str, origin=None):
         """Opens a store on a disk.
 
         With `origin`, a store in an object store, `directory` is its `staged` folder, into which a
-        shard is copied when it is read for the first time. Raises `UserError` if the manifest or a
-        shard is missing or damaged.
+        shard is copied when it is first read. Raises `UserError` if the manifest or a shard is
+        missing or damaged.
         """
         self._directory, self.split, self._origin = Path(directory), split, origin
         self._fetched = set()  # shards that are in the staged folder
@@ -268,7 +256,6 @@ class TokenStore:
                 raise _damaged(place, f"{name} has {sizes[name]} bytes instead of {wanted}")
 
     def __len__(self) -> int:
-        """Number of tokens in the stream."""
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -356,7 +343,6 @@ def staged(origin, cache: str) -> Path:
 
 
 def _file_sizes(directory) -> dict[str, int]:
-    """The size of each file in a folder by its name."""
     if not is_remote(directory):
         entries = filter(os.DirEntry.is_file, os.scandir(directory))
         return {entry.name: entry.stat().st_size for entry in entries}

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenisedCorpus:
-    """One corpus or several with one tokenizer: the token store of each source in each split."""
+    """The token store of each source in each split, and their common tokenizer."""
 
     train: dict[str, TokenStore]
     validation: dict[str, TokenStore]
@@ -83,9 +83,8 @@ def open_corpus(data: DataConfig, vocab_size: int) -> TokenisedCorpus:
 
 
 def opened_before(data: DataConfig, identities: list[str]) -> TokenisedCorpus | None:
-    """The corpora of a `DataConfig` by their `identities`, from the cache, or None if it lacks one.
-
-    No path of the configuration is opened.
+    """The corpora with these `identities`, from the cache; None if it lacks one. No path of the
+    configuration is opened.
     """
     found = {}
     for manifest in Path(data.cache, "tokens").glob("*/manifest.json"):

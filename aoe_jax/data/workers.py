@@ -31,10 +31,8 @@ def work_through(
     task. `tasks` has the name of each task for messages; they are begun in order. Closing the
     iterator kills the processes; if this process is killed, they end after their task.
 
-    Raises:
-        Failure: a task raised it.
-        UserError: three processes died at a task.
-        RuntimeError: a task raised anything else; the message has its traceback.
+    Raises a `Failure` of a task, `UserError` if three processes died at a task, and `RuntimeError`
+    with the traceback if a task raised anything else.
     """
     waiting, busy, deaths = list(reversed(tasks)), {}, Counter()
     alive: dict[Connection, multiprocessing.Process] = {}

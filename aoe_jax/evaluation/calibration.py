@@ -1,6 +1,4 @@
-"""Text on which trained experts are observed before they are changed, and held-out text on which
-the results are compared.
-"""
+"""Text to observe trained experts before they change, and held-out text to compare results."""
 
 import itertools
 from functools import partial
@@ -17,9 +15,8 @@ from aoe_jax.evaluation.perplexity import compile_eval_step, evaluate_batches
 def calibration_batches(model: Model, directory: Path, data: str | None, n_tokens: int, seed: int):
     """Lists of host batches: random ones of the train split, the first of each validation split.
 
-    Each split has `n_tokens`, rounded up to whole batches. `data` names corpora, written like
-    `data.name`; None: those of the run of `model`, which is in `directory`. `seed` draws the random
-    batches. Raises `UserError` if the corpora cannot be read.
+    Each split has `n_tokens`, rounded up to whole batches. `data` names corpora like `data.name`;
+    None: those of the run of `model` in `directory`. Raises `UserError` if they cannot be read.
     """
     corpus = corpus_of(model, directory, data)
     size, seq_len = model.config.train.batch_size, model.config.data.seq_len

@@ -49,10 +49,8 @@ class Contrast:
 
 
 def strong_and_weak(decoder: Decoder, contrast: Contrast):
-    """The decoders of the two passes; both take the parameters of `decoder`.
-
-    Raises `UserError` if the model's kind or selection has no ranks, it has too few experts, or K
-    of the strong pass is set for a selection without K.
+    """The decoders of the two passes; both take the parameters of `decoder`. Raises `UserError` if
+    the selection has no ranks, there are too few experts, or K is set for a selection without K.
     """
     experts, k, rank = decoder.experts, contrast.strong_k, contrast.weak_rank
     wanted = (

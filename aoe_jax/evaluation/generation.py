@@ -58,8 +58,6 @@ def draw(logits, keys, sampling: Sampling):
 
 
 class _State(NamedTuple):
-    """The state of the loop between two tokens."""
-
     logits: jax.Array  # [B, V] float32, of the next token
     caches: tuple[Cache, ...]  # of each decoder, all of equal lengths
     keys: jax.Array  # [B], of each sequence's draws
@@ -69,9 +67,7 @@ class Generator:
     """Continues texts."""
 
     def __init__(self, model: Model, contrast: Contrast | None = None):
-        """Takes a model, and the settings of self-contrast. Raises `UserError` if the model cannot
-        be decoded token by token, or cannot be contrasted.
-        """
+        """Raises `UserError` if the model cannot be decoded token by token, or contrasted."""
         check_decodes(model.decoder)
         self._model = model
         decoders = (model.decoder,)
@@ -105,22 +101,13 @@ class Generator:
         chunk: int = 16,
         is_done: Callable[[int, list[int]], bool] | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Continues prompts, as one batch.
+        """Continues prompts, lists of token ids, as one batch, and yields the next tokens of each.
 
-        A continuation ends before the end-of-text token, after `max_tokens`, or where `is_done`
-        says so. Draws depend on the seed, the prompt and its place among the prompts, not on the
-        other prompts. Raises `UserError` if a prompt is empty, or it and its tokens exceed the
-        model's length.
-
-        Args:
-          prompts: token ids of each, at least one.
-          max_tokens: for all prompts, or for each.
-          sampling, seed: of the draws.
-          chunk: N, how many tokens the compiled loop draws before it returns.
-          is_done: called after each chunk with the number of a prompt and its continuation so far.
-
-        Yields:
-          The next tokens of each prompt; none for those that have ended.
+        A continuation ends before the end-of-text token, after `max_tokens` (for all prompts, or
+        for each), or where `is_done(number of the prompt, continuation so far)` is true after a
+        `chunk` of tokens. Draws depend on the seed, the prompt and its place among the prompts, not
+        on the other prompts. Raises `UserError` if a prompt is empty, or it and its tokens exceed
+        the model's length.
         """
         if not len(prompts):
             return
@@ -179,9 +166,8 @@ def _begin(decoders, contrast, params, routing_state, tokens, lengths, rows, key
 def next_logits(decoders, contrast, params, routing_state, token, caches):
     """Reads a token of each sequence with one decoder, or with those of `strong_and_weak`.
 
-    Takes parameters as of `decoding.unstacked`, routing state `[L, ...]` by name, `token [B]` int32
-    and a `Cache` with a free place for each decoder. Returns logits `[B, V]` float32 of the next
-    token, and the caches with this token.
+    `params` are those of `decoding.unstacked`, `token` is `[B]` int32, and every cache has a free
+    place. Returns logits `[B, V]` float32 of the next token, and the caches with this token.
     """
     results = [
         extend(decoder, params, routing_state, token[:, None], cache)

@@ -42,10 +42,7 @@ def load_statistics(stats: LayerStats):
 
 
 def load_table(statistics):
-    """The statistics as lines of text, a row a layer.
-
-    Loads are in percent of the layer's total, drops in percent of its choices.
-    """
+    """The statistics as text, a row a layer, with shares of its load and dropped choices in %."""
     share = _share(statistics)
     columns = {
         "layer": range(len(share)),
@@ -75,8 +72,7 @@ def _share(statistics):
 def draw_loads(panels, width=None):
     """Draws the shares of load with both entropies at the right, like the paper's Fig. 3.
 
-    `panels` are statistics by title. Shares are written in percent for up to 16 experts; for more,
-    a bar shows the colours.
+    `panels` are statistics by title. Up to 16 experts have numbers in percent, more a colour bar.
     """
     n_layers, n_experts = (max(np.shape(s["load"])[i] for s in panels.values()) for i in (0, 1))
     size = width or min(4 + 0.1 * n_experts, 12), len(panels) * (0.65 + 0.24 * n_layers)

@@ -131,13 +131,12 @@ def _refuse_nan(directory, params, mesh):
 
 
 def corpus_of(model: Model, directory: Path, named: str | None = None):
-    """The `TokenisedCorpus` of a model in `directory`.
+    """The `TokenisedCorpus` of a model: of the corpora `named` like `data.name`, else of its run.
 
-    It is that of corpora that the user has `named`, written like `data.name`; else of the model's
-    run. A model, unlike a run, may come from anywhere, so it cannot choose a file to be read or a
-    data set to be downloaded: without names, only the bundled corpus is opened, or corpora that the
-    user has tokenised here before. Raises `UserError` if it cannot be read, has changed since the
-    run, or must be named.
+    A model, unlike a run, may come from anywhere, so it cannot choose a file to be read or a data
+    set to be downloaded: without names, only the bundled corpus is opened, or corpora that the user
+    has tokenised here before. Raises `UserError` if it cannot be read, has changed since the run,
+    or must be named.
     """
     data, vocab_size = model.config.data, model.config.model.vocab_size
     if named is not None:

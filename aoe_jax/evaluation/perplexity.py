@@ -68,8 +68,8 @@ class Evaluation:
 
 
 def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
-    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)`, on every device; the
-    statistics are over all tokens. `document_mask` is that of `DataConfig`.
+    """A compiled `(params, routing_state, batch) -> (nll sum, tokens, stats)` on every device, over
+    all tokens. `document_mask` is that of `DataConfig`.
     """
     decoder = decoder.clone(balance=dataclasses.replace(decoder.balance, aux_tokens=1.0))
 
@@ -81,11 +81,10 @@ def compile_eval_step(decoder: Decoder, document_mask, mesh: Mesh):
 
 
 def evaluate(score, stores: Mapping[str, TokenStore], seq_len, batch_size, put, progress=False):
-    """The `Evaluation` of a split: every token of every source counts once.
+    """The `Evaluation` of a split, whose `stores` are by source: every token of each counts once.
 
-    `score` is `compile_eval_step` with its parameters and routing state, a function of a batch of
-    `batch_size` windows of `seq_len` tokens; `put` moves a host batch to the devices. The stores
-    are those of the split by source. `progress` shows a bar if this takes seconds.
+    `score` is `compile_eval_step` with its parameters and routing state, for batches of
+    `batch_size` windows of `seq_len` tokens. `put` moves a host batch to the devices.
     """
     sources, total = {}, sum(len(store) - 1 for store in stores.values())
     with tqdm(

@@ -96,8 +96,7 @@ def by_activations(activations, score):
 class ProbeRouter(Method):
     """Top-k of other scores than the router's logits.
 
-    Its record `agreement []` is the mean share of a token's experts that the router would have
-    chosen.
+    Its record `agreement []` is the mean share of a token's experts that the router would choose.
     """
 
     name = "probe"
@@ -135,9 +134,7 @@ ROUNDS = 2  # in which the passes of all probes are timed in turn
 
 
 def check_probes(model: Model):
-    """Checks that a model has a router that can be dropped. Raises `UserError` if its kind, its
-    selection, its mesh or a selection bias is not supported.
-    """
+    """Raises `UserError` if a model's router cannot be dropped, or its mesh splits experts."""
     config, e = model.config, model.config.experts
     settings = (e.kind, config.routing.name, e.factorised_gate, e.large_router)
     wanted = "a probe drops a router; use a model with a plain one and routing.name='top_k'"
@@ -163,16 +160,16 @@ def probe_checkpoint(
     score_neurons=None,
     **settings,
 ):
-    """Probes a model: prints a table, writes `probe.json`.
+    """Probes a model: prints a table, writes `probe.json`, and returns its content.
 
     The arguments are the flags of `aoe_jax.probe`; the settings are those of `tasks.load_tasks`.
-    Raises `UserError` if the model has no router that can be dropped, or as `models.load_model`,
-    `run.read_text` and `tasks.load_tasks` do.
+    Raises `UserError` as `check_probes`, `models.load_model`, `run.read_text` and
+    `tasks.load_tasks` do.
 
-    Returns the content of `probe.json`: `step`, `tokens` and `probes`, a list with for each probe
-    `node`, `norm`, `agreement` (the share of the chosen experts that the router would have chosen),
-    `seconds_per_token`, `time` (relative to the router's), and `nll` and `tasks` for each of
-    `WEIGHTS`; a random choice has equal weights only.
+    The content is `step`, `tokens` and a list of `probes` with `node`, `norm`, `agreement` (the
+    share of the chosen experts that the router would have chosen), `seconds_per_token`, `time`
+    (relative to the router's), and `nll` and `tasks` for each of `WEIGHTS`; a random choice has
+    equal weights only.
     """
     check_split(split)
     make_folder(output, "output")

@@ -32,12 +32,10 @@ def check_split(split):
 
 
 def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data=None):
-    """Scores a checkpoint on a held-out split.
+    """Scores a checkpoint on a held-out split: prints a table, writes `eval.json` and `load.png`.
 
-    It prints a table, and writes `eval.json` and, for models with experts, `load.png`. The
-    arguments are the flags of `eval.py`. Raises `UserError` if the split is unknown, or there is no
-    such run or checkpoint, or it cannot be read, and `DivergedError` if the model's parameters or
-    its nll are not finite.
+    The arguments are the flags of `eval.py`. Raises `UserError` if the split, run or checkpoint
+    does not exist or cannot be read, and `DivergedError` if parameters or the nll are not finite.
 
     Returns the content of `eval.json`: `split`, `step`, `tokens`, `nll`, `perplexity`,
     `bits_per_byte` and `load_statistics` (None for a dense model) over all sources, and `sources`:
@@ -55,8 +53,8 @@ def evaluate_workdir(workdir: Path, split="test", step="newest", mesh=None, data
 def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **settings):
     """`load_on_texts` for a checkpoint and a text file, or the prompts of a task.
 
-    The arguments are the flags of `eval.py`; the settings are those of `tasks.load_tasks`. Raises
-    `UserError` if the file cannot be read, or as `tasks.load_tasks` and `models.load_model` do.
+    The arguments are the flags of `eval.py`. Raises `UserError` as `read_text`, `tasks.load_tasks`
+    and `models.load_model` do.
     """
     if text.startswith("task:"):
         from aoe_jax.evaluation.tasks import load_tasks, prompts
@@ -68,18 +66,17 @@ def evaluate_text(workdir: Path, text, step="newest", mesh=None, limit=None, **s
 
 
 def load_on_texts(model: Model, texts, name, workdir: Path):
-    """Load statistics on one or more texts: attention does not cross from one to another.
+    """Load statistics on texts, between which attention does not cross; their ends count as tokens.
 
     It prints a table, and writes `text.json` and, for models with experts, `text.png`. Returns the
-    content of `text.json`: that of `evaluate_workdir`, with the name `text` and the number `texts`
-    in place of the split. The ends of texts count as tokens.
+    content of `text.json`: that of `evaluate_workdir`, with `text` (the name) and `texts` (their
+    number) in place of `split`.
     """
     stores, about = {name: TextTokens(texts, model.tokenizer)}, {"text": name, "texts": len(texts)}
     return _report(model, stores, True, name, about, workdir / "text.json", "text.png")
 
 
 def _report(model, stores, document_mask, name, about, file, picture):
-    """Evaluates a model; prints, draws and writes the figures, beside what they are `about`."""
     config = model.config
     step = compile_eval_step(model.decoder, document_mask, model.mesh)
     score = partial(step, model.params, model.routing_state)

@@ -31,7 +31,7 @@ class Scorer:
     """Scores continuations of contexts; keeps the compiled programs, one for each shape."""
 
     def __init__(self, model: Model, batch_tokens=BATCH_TOKENS):
-        """Takes a model and about how many tokens a batch has; raises as `check_decodes`."""
+        """`batch_tokens` is about how many tokens a batch has; raises as `check_decodes` does."""
         check_decodes(model.decoder, by_token=False)
         self._shares_contexts = decodes(model.decoder)
         self._model, self._batch_tokens = model, batch_tokens
@@ -43,20 +43,14 @@ class Scorer:
         self._score_choices = compiled(partial(_score_choices, decoder))
 
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], progress=True):
-        """Scores continuations.
+        """Scores pairs of token ids `(context, continuation)`; a context has at least one token.
 
-        A long context of several requests is read once, if the model can be decoded by token.
-        Raises `UserError` if a continuation alone exceeds the model's length, or a log-likelihood
-        is not finite.
+        The first tokens of what exceeds the model's length are dropped. A long context of several
+        requests is read once, if the model can be decoded by token.
 
-        Args:
-          requests: `(context, continuation)`, token ids; a context has at least one. The first
-            tokens of what exceeds the model's length are dropped.
-          progress: whether to show a bar on stderr.
-
-        Returns:
-          `(log-likelihood in nats, whether greedy decoding would give the continuation)` of each
-          request, in their order.
+        Returns `(log-likelihood in nats, whether greedy decoding would give the continuation)` of
+        each pair. Raises `UserError` if a continuation alone exceeds the model's length, or a
+        log-likelihood is not finite.
         """
         texts, results = [self._cut(*request) for request in requests], {}
         hidden = not progress or not texts
@@ -67,7 +61,6 @@ class Scorer:
         return [results[number] for number in range(len(texts))]
 
     def _cut(self, context, continuation):
-        """Cuts a text to the length of the model and a last target."""
         if not len(context):
             raise ValueError("a context has one token at least, such as the end-of-text token")
         max_len = self._model.config.model.max_len
@@ -103,10 +96,7 @@ class Scorer:
                 yield numbers, scores[: len(numbers)]
 
     def _batches(self, groups, n, end):
-        """Cuts groups into batches `(numbers, padded length, rows)`, the longest groups first.
-
-        There are at most two sizes of batches for a length.
-        """
+        """Batches `(numbers, padded length, rows)`, longest first; at most two sizes a length."""
         groups = sorted(groups, key=lambda group: group[0], reverse=True)
         while groups:
             padded = self._rounded(groups[0][0])
@@ -137,7 +127,6 @@ class Scorer:
 
 
 def _texts_arrays(texts, rows, length):
-    """The batch of `_score_texts` for `(context, continuation)` texts."""
     tokens = np.zeros((rows, length + 1), np.int32)
     real, wanted = np.zeros((2, rows, length), bool)
     for i, (context, continuation) in enumerate(texts):
@@ -162,8 +151,8 @@ def _choices_arrays(texts, n_contexts, n, length, end):
 def _score_texts(decoder, params, routing_state, batch):
     """Scores targets of whole texts: `(log-likelihood float32, greedy bool)`, `[B]`.
 
-    A batch has `inputs` and `targets` `[B, S]` int32, `real`, false where inputs are padding, and
-    `wanted`, true for targets to score, `[B, S]` bool.
+    A batch has `inputs` and `targets` `[B, S]` int32, and `[B, S]` bool `real`, false for padding
+    of inputs, and `wanted`, true for targets to score.
     """
     real = batch["real"].astype(jnp.float32)
     hidden, _ = decoder.apply(
@@ -173,11 +162,11 @@ def _score_texts(decoder, params, routing_state, batch):
 
 
 def _score_choices(decoder, params, routing_state, batch):
-    """Reads contexts once, then scores each of their continuations, as `_score_texts`, `[C N]`.
+    """Reads contexts once, then scores each of their continuations as `_score_texts` does, `[C N]`.
 
-    A batch has `contexts [C, P]` int32 without their last tokens, and `known [C, P]` bool, false
-    for padding; `inputs` and `targets` `[C N, S]` int32, from the last token of a context on, and
-    `wanted [C N, S]` bool. The parameters are `decoding.unstacked`.
+    A batch has `contexts [C, P]` int32 without their last tokens, `known [C, P]` bool, false for
+    padding, and `inputs`, `targets` and `wanted` `[C N, S]` from the last token of a context on.
+    The parameters are `decoding.unstacked`.
     """
     n_contexts, length = batch["contexts"].shape
     n_rows, end = batch["inputs"].shape

@@ -20,7 +20,7 @@ CONTEXT_WORDS, CONTINUATION_WORDS = 32, 16  # of a choice
 
 
 def cloze_examples(split):
-    """A list of dictionaries: `passage`, and its last `word` without the full stop."""
+    """Dictionaries: `passage`, and its last `word` without the full stop."""
     examples = []
     for words in _speeches(split):
         passages, start = [], 0
@@ -35,9 +35,7 @@ def cloze_examples(split):
 
 
 def choice_examples(split):
-    """A list of dictionaries: `context`, four `continuations`, and `label`, the number of the right
-    one.
-    """
+    """Dictionaries: `context`, four `continuations`, and `label`, the index of the right one."""
     pieces, size = [], CONTEXT_WORDS + CONTINUATION_WORDS
     for words in _speeches(split):
         for start in _spread(range(0, len(words) - size, size)):

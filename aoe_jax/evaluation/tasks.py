@@ -55,17 +55,15 @@ _SHOTS_SEED = 1234  # lm-eval's own
 
 
 def load_tasks(names, fewshot=None, data: Path | None = None, split="test"):
-    """Loads tasks of lm-eval and their data sets, as `lm_eval.evaluator.evaluate` takes them.
-    Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
+    """Loads tasks and their data sets, as `lm_eval.evaluator.evaluate` takes them.
 
-    Args:
-      names: tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`.
-      fewshot: examples with answers in each prompt; None: as in the paper for its tasks, for others
-        as in lm-eval.
-      data: a folder with `TASK/SPLIT.jsonl`, where lm-eval calls the split `SPLIT`, such as
-        `sst2/train.jsonl` and `mnli/validation_matched.jsonl`: JSON lines with the fields of the
-        hub's data set. None: from the hub.
-      split: of the speeches.
+    `names` are tasks, groups or tags of lm-eval, or `speeches.SPEECH_TASKS`; `split` is that of the
+    speeches. `fewshot` is the number of examples with answers in each prompt; None: as in the paper
+    for its tasks, for others as in lm-eval. `data` is a folder with `TASK/SPLIT.jsonl`, where
+    lm-eval calls the split `SPLIT`, such as `mnli/validation_matched.jsonl`: JSON lines with the
+    fields of the hub's data set. None: from the hub.
+
+    Raises `UserError` if a task is unknown, or its data set cannot be loaded or has other fields.
     """
     names = list(dict.fromkeys(names))
     index = _index([name for name in names if name not in SPEECH_TASKS])
@@ -151,7 +149,6 @@ def _cause(error, data):
 
 @contextmanager
 def _quiet():
-    """Hides what lm-eval prints."""
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="sklearn")  # an undefined F1 counts as 0
         yield
@@ -168,7 +165,7 @@ def prompts(tasks, limit=None):
 
 
 def score_tasks(harness_model, tasks, limit=None):
-    """Scores a `HarnessModel`, or another model of lm-eval, on the first examples of loaded tasks.
+    """Scores a model of lm-eval, such as a `HarnessModel`, on the first examples of loaded tasks.
 
     `limit` is how many examples of each task; None: all. Returns `{task: {"fewshot", "examples",
     "metrics": {metric: {"value", "stderr"}}}}`; a standard error is None where it is undefined, as
@@ -225,12 +222,11 @@ def tasks_table(report):
 
 
 def evaluate_tasks(workdir: Path, names, step="newest", mesh=None, limit=None, **settings):
-    """Scores a checkpoint on tasks.
+    """Scores a checkpoint on tasks, prints a table, and returns what `score_tasks` returns.
 
-    It prints a table, and enters each task in `tasks.json`, which keeps the results of others. The
-    arguments are those of `models.load_model`, `score_tasks` and `load_tasks`. Returns what
-    `score_tasks` returns. Raises `UserError` as `load_tasks`, `models.load_model`, `scoring.Scorer`
-    and, for tasks that generate text, `check_decodes` do.
+    Each task is entered in `tasks.json`, which keeps the results of others. The arguments are those
+    of `models.load_model`, `score_tasks` and `load_tasks`. Raises `UserError` as `load_tasks`,
+    `models.load_model`, `scoring.Scorer` and, for tasks that generate text, `check_decodes` do.
     """
     wanted = "no such directory; name that of a training run or of a model"
     require_flag(workdir.is_dir(), "workdir", workdir, wanted)

@@ -28,9 +28,7 @@ _BALANCED = ("top_k", "top_p", "ranked", "sparsemixer", "erc", "capacity")
 
 
 def computed_fields(config: Config):
-    """`{field: value}` of the fields that decide which function of its parameters a model computes:
-    two models that compute the same function have equal ones.
-    """
+    """`{field: value}` of the fields that decide what a model computes with its parameters."""
     model, experts, routing, groups = config.model, config.experts, config.routing, config.to_dict()
     fields = {
         f"{group}.{name}": value
@@ -179,8 +177,8 @@ def _check_attention(values, model):
 
 
 def _rotary_settings(values):
-    """`rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it. Returns
-    `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
+    """Reads `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes it.
+    Returns `(rope_type, setting)`, where `setting(name, default)` is the value of a setting.
     """
     rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     differ = f"rope_parameters={shown(rope)} and rope_scaling={shown(scaling)} differ; leave one"
@@ -250,8 +248,7 @@ def _with_llama3_factors(values, config):
 
 
 def to_json(config: Config, routing_state=()):
-    """`config.json` of a model with these names of its routing state, without its dtype and its
-    special tokens.
+    """`config.json` of a model with this `routing_state`, without its dtype and special tokens.
 
     The architecture is the first in `_EXPORTED` that can express the whole model, else an `aoe`
     that `transformers` loads, else an `aoe` that it cannot load; the log then says why.

@@ -1,5 +1,5 @@
-"""Converts a router MoE into an AoE: drops the router, and factorises the gates of the experts or
-puts the neurons in front that score.
+"""Converts a router MoE into an AoE: drops the router, and factorises gates or moves the neurons
+that score to the front.
 """
 
 import dataclasses
@@ -45,18 +45,16 @@ def convert(
 ):
     """Writes the AoE of a router MoE to `output`, which appears only once it is complete.
 
-    `checkpoint` is a model of the hub or of `aoe_jax.export`. Either gates are factorised with rank
-    `d_low`, or they stay whole, and `score_neurons` of their neurons score. The other arguments are
-    the flags of `aoe_jax.convert`. Parameters keep their dtypes. Writing holds the experts of one
-    layer and one file in memory; calibration holds the model. Raises `UserError` if the checkpoint
-    cannot be read or has no whole gates, a number is too large, the calibration text cannot be
-    read, or `output` exists or cannot be written.
+    `checkpoint` is a model of the hub or of `aoe_jax.export`; the other arguments are the flags of
+    `aoe_jax.convert`. Writing holds the experts of one layer and one file in memory; calibration
+    holds the model. Raises `UserError` if the checkpoint cannot be read or converted, a number is
+    too large, or the calibration text cannot be read, and as `new_directory` does.
 
-    Returns the content of `convert.json` in `output`: `d_low`, `d_wide`, and `energy_kept`, the
-    share of the squares of W_gate that its factors keep: `mean`, and `mean`, `min` and `experts` by
-    layer; or `score_neurons` and `score`. With whole gates, or if `data` is given, also on held-out
-    text `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the
-    scores choose as well: `mean`, `layers` and `chance`, that of a random choice.
+    Returns the content of `convert.json` in `output`: `score_neurons` and `score`, or `d_low`,
+    `d_wide` and `energy_kept`, the share of the squares of W_gate that its factors keep: `mean`,
+    and `mean`, `min` and `experts` by layer. With `score_neurons` or `data`, also on held-out text
+    `nll`, `before` and `after`, and `agreement`, the share of the router's experts that the scores
+    choose as well: `mean`, `layers` and `chance`, that of a random choice.
     """
     config = read_config(checkpoint)
     converted = _converted(config, checkpoint, d_low, score_neurons, score)
@@ -216,10 +214,11 @@ def _gate(reader, layer):
 
 
 def _factorise(w_gate, rank):
-    """Truncated singular value decompositions of `w_gate [n, d, f]`, in float32.
+    """Truncated singular value decompositions of `w_gate [n, d, f]`, `U S V^T`, in float32.
 
-    Returns `(w_gate_down [n, d, r], w_gate_up [n, r, f], kept)`, with the share of the squares that
-    each expert keeps.
+    Returns `(w_gate_down = U_r S_r [n, d, r], w_gate_up = V_r^T [n, r, f], kept)`, with the share
+    of the squares that each expert keeps. `|x w_gate_down|` is the norm of the kept part of
+    `x w_gate`.
     """
     n, d, f = w_gate.shape
     w_gate_down, w_gate_up = np.empty((n, d, rank), np.float32), np.empty((n, rank, f), np.float32)

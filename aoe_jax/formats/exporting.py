@@ -16,10 +16,8 @@ log = logging.getLogger(__name__)
 def export(workdir: Path, output: Path, step="newest", dtype="float32"):
     """Writes the model of a checkpoint to `output`, which appears only once it is complete.
 
-    `step` is "newest", "best" or a number of steps; `dtype` is that of the tensors.
-
-    Raises:
-      UserError: the run cannot be read, has no such step, or `output` exists or cannot be written.
+    `step` is "newest", "best" or a number; `dtype` is that of the tensors. Raises `UserError` if
+    the run cannot be read or has no such step, and as `new_directory` does.
     """
     config = read_run_config(workdir / "config.json")
     with new_directory(output) as partial_output:

@@ -60,9 +60,7 @@ _TRAINING = """\
 
 
 def training(config: Config, workdir: Path, step: int) -> str:
-    """The section of a card about a run; figures in its `workdir` are shown if they are of this
-    step.
-    """
+    """The section of a card about a run, with the figures in its `workdir` of this step."""
     return _TRAINING.format(
         step=step,
         tokens=step * config.tokens_per_step,
@@ -83,7 +81,7 @@ def made_of(source: Path, step: int | None, command: str, result: str, report: s
 
 def write_card(directory: Path, name: str, values: dict, config: Config, origin: str):
     """Writes the card of a model with the title `name`. `values` is the content of `config.json`,
-    and `origin` the section about its origin, `training` or `made_of`.
+    and `origin` a section of `training` or `made_of`.
     """
     fields = {"model.max_len": config.model.max_len} | computed_fields(config)
     is_own, is_loaded = values["model_type"] == OWN, "auto_map" in values

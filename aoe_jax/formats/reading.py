@@ -114,10 +114,8 @@ class ModelReader:
     """
 
     def __init__(self, directory: Path, config: Config):
-        """Checks that the files have every tensor of the model and no other; reads no tensor.
-
-        Raises `UserError` as `stored_tensors` does, and if a tensor is missing, unknown, or has
-        another shape or dtype than it should.
+        """Checks the names, shapes and dtypes of all tensors, and reads none. Raises `UserError` if
+        one is wrong or missing, and as `stored_tensors` does.
         """
         self._directory, self._stored = directory, stored_tensors(directory)
         self.parameters, own = parameter_shapes(config), read_config(directory)
@@ -137,9 +135,7 @@ class ModelReader:
         self._check_tensors(known | self._of_extra_layers(config, values))
 
     def _of_extra_layers(self, config, values):
-        """The tensors of the layer after the last one that predicts a further token, for training
-        and speculative decoding only.
-        """
+        """The tensors of a layer after the last one, which predicts a further token."""
         if not values.get("num_nextn_predict_layers"):
             return set()
         end = config.model.n_dense_layers + config.model.n_layers
@@ -181,9 +177,8 @@ class ModelReader:
         return self.piece(path, [(layer, layer + 1), *bounds[1:]])[0]
 
     def piece(self, path: str, bounds: Sequence[tuple[int, int]], dtype=None) -> np.ndarray:
-        """The part of a parameter between `bounds`, `(first, end)` of every axis.
-
-        It is in `dtype`, or in that of the file. Raises `UserError` if a file cannot be read.
+        """The part of a parameter between `bounds`, `(first, end)` of every axis, in `dtype` or
+        that of the file. Raises `UserError` if a file cannot be read.
         """
         layout = self._layouts[path]
         out = np.empty([end - first for first, end in bounds], dtype or self.dtype(path))
@@ -194,12 +189,11 @@ class ModelReader:
 
 
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
-    """Reads the parameters of a model, each device's piece by itself.
+    """Reads the decoder's parameters, and its routing state, float32 `[L, ...]` by name.
 
     The host holds one piece at a time: one parameter of all layers on one device. `config` is the
     model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.
-    Raises `UserError`, see `ModelReader`. Returns `(params, routing_state)`: the decoder's
-    parameters, and float32 `[L, ...]` by name.
+    Raises `UserError`, see `ModelReader`.
     """
     reader = ModelReader(directory, config)
 

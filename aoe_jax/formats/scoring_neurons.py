@@ -1,7 +1,7 @@
 """Finds neurons of a router's experts that score a token like the router, and their agreement.
 
 L layers, T tokens, n experts, d model width, f expert width. A neuron of an expert is a column of
-w_gate and w_up and a row of w_down.
+w_gate and w_up and a row of w_down, so the order of neurons leaves its function unchanged.
 """
 
 from collections.abc import Iterable
@@ -23,10 +23,9 @@ _GROWING = {
 
 
 def observed_choices(model: Model, batches: Iterable[dict]):
-    """The inputs and outputs of the router of each layer, over host batches.
+    """The router's inputs, logits and choices in each layer, on the host, over host batches.
 
-    Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])` on the host: tokens, the router's
-    logits, and its choices, 1 or 0, and 0 for padding.
+    Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])`; `chosen` is 1 or 0 (padding: 0).
     """
 
     def observe(ctx, chosen, scores, given):
@@ -47,9 +46,9 @@ def telling_neurons(x, logits, chosen, w_gate, count, score):
     `sum_ti chosen_ti log softmax(scores_t)_i`, which compares scores across experts. Memory holds
     all gate pre-activations, `[n, T, f]` float32.
 
-    `x`, `logits` and `chosen` are those of a layer, see `observed_choices`, and `w_gate` is `[n, d,
-    f]`. `count`, at most f, neurons score by the `score` "norm" or "max". Returns `[n, count]`
-    int32, the neurons in the order of their choice.
+    `x`, `logits` and `chosen` are those of a layer, see `observed_choices`; `w_gate` is
+    `[n, d, f]`. `score` is "norm" or "max", and `count` at most f. Returns `[n, count]` int32, in
+    the order of choice.
     """
     gate = jnp.einsum("td,ndf->ntf", x.astype(jnp.float32), w_gate.astype(jnp.float32))
     (n, n_tokens, f), n_chosen = gate.shape, chosen.sum(axis=1)
@@ -88,13 +87,10 @@ def in_front(neurons, width):
 
 
 def agreement(model: Model, batches: Iterable[dict], w_score, score):
-    """The share of the router's experts that the scores of another layer choose as well.
+    """The share of the router's experts that other scores, `w_score [L, n, d, r]`, choose as well.
 
-    Both see the tokens of the model with its router. A token takes as many experts by score as the
-    router gives it.
-
-    It takes host batches, and `w_score [L, n, d, r]` and a name of `SCORES`, see `moe.scoring`.
-    Returns `(shares [L], the share of a random choice)`.
+    Both see the tokens of the model with its router. A token takes as many experts by `score`, a
+    name of `SCORES`, as the router gives it. Returns `(shares [L], share of a random choice)`.
     """
 
     def observe(ctx, chosen, scores, w_score):

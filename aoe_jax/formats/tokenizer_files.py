@@ -17,11 +17,9 @@ _FILES = ("*token*.json", "tokenizer.model", "generation_config.json", "chat_tem
 
 
 def write_tokenizer(folder: Path, output: Path, max_len: int):
-    """Writes the tokenizer of a run, with settings that add no special tokens to a text.
-
-    Many a `tokenizer.json` of the hub adds tokens by itself; the copy does not. Raises `UserError`
-    if the tokenizer in `folder` cannot be read. Returns the special tokens for `config.json`: texts
-    end with a token, and begin with none.
+    """Writes the tokenizer of a run, with settings that add no special tokens to a text, as in
+    training, and returns the special tokens for `config.json`. Raises `UserError` if the tokenizer
+    in `folder` cannot be read.
     """
     tokenizer = load_tokenizer(saved_tokenizer(folder), setting="tokenizer")
     source, kind = saved_tokenizer(folder), "LlamaTokenizer"
@@ -61,9 +59,7 @@ def read_prefix(folder: Path, tokenizer, begin_token: int | None) -> list[int]:
 
 
 def copy_tokenizer(folder: Path, output: Path):
-    """Copies the tokenizer of a model and its settings unchanged, where it has them. Returns the
-    special tokens for `config.json`, those of the model in `folder`.
-    """
+    """Copies a model's tokenizer and its settings; returns the special tokens for `config.json`."""
     for pattern in _FILES:
         for file in filter(Path.is_file, folder.glob(pattern)):
             shutil.copyfile(file, output / file.name)

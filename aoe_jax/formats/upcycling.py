@@ -142,7 +142,7 @@ def upcycle(
     `checkpoint` is the workdir of a run, whose newest step is taken, or a model of the hub or of
     `aoe_jax.export`. Parameters keep their dtypes. Writing holds one layer; measuring, or reading a
     run, holds the dense model. Raises `UserError` if the checkpoint cannot be read or is not dense,
-    a number does not fit, the text cannot be read, or `output` exists or cannot be written.
+    a number does not fit, or the text cannot be read, and as `new_directory` does.
 
     Returns the content of `convert.json` in `output`: the fields of `form`, and, if `data` is given
     or the model is from a run, `nll` on `n_tokens` tokens of each validation split: `before`, that

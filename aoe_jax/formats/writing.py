@@ -125,9 +125,7 @@ def write_arrays(
 
 
 def write_run(directory: Path, source: Path, step: int | None, config: Config):
-    """Writes which run and step a model is from, and which data that run read; nothing if `source`
-    is a model of no run.
-    """
+    """Writes the run and step of a model, and which data that run read, if `source` is of a run."""
     if not is_of_run(source):
         return
     write_json(directory / RUN_FILE, {"step": step, "config": config.to_dict()})

@@ -235,10 +235,8 @@ def pruned_params(model: Model, moments: Moments, merged_scores, n_experts, meth
 
 
 def _rescale_norms(merged, moments, merged_scores, clusters):
-    """Scales w_gate_down of merged experts to the mean scores of their members' choices.
-
-    Averages are shorter than their members. w_gate_up is scaled by the inverse, so that outputs
-    stay; clusters of one stay as they are.
+    """Scales w_gate_down of merged experts to the mean scores of their members' choices, and
+    w_gate_up by the inverse, so that outputs stay; clusters of one stay as they are.
     """
     members = np.stack([membership(of_layer, moments.mean.shape[1]) for of_layer in clusters])
     several = members.sum(axis=1) > 1

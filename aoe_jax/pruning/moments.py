@@ -40,9 +40,8 @@ class Moments:
         return self.chosen / self.tokens
 
     def plus(self, other: "Moments"):
-        """The moments over the tokens of both.
-
-        The formula (Chan et al. 1979) is precise where means are large beside deviations.
+        """The moments over the tokens of both, by a formula that is precise where means are large
+        beside deviations (Chan et al. 1979).
         """
         tokens, apart = self.tokens + other.tokens, other.mean - self.mean
         between = self.tokens * other.tokens / tokens * apart[:, :, None] * apart[:, None, :]
@@ -58,8 +57,7 @@ class Moments:
 def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
     """The `Moments` of a model's scores over the tokens of host batches, in one forward pass.
 
-    Memory holds `[L, Z, Z]` numbers, never the scores. The choices are the model's, so they depend
-    on its selection bias.
+    Memory holds `[L, Z, Z]` numbers, never the scores. The choices depend on a selection bias.
     """
     step, total = observing_step(model, _score_sums), None
     for batch in tqdm(batches, desc="scores", unit="batch"):
@@ -70,12 +68,11 @@ def score_moments(model: Model, batches: Iterable[dict]) -> Moments:
 
 
 def merged_scores(model: Model, batches: Sequence[dict]):
-    """A function `(w_gate_down, members) -> mean scores` of merged AoE experts.
+    """A function `(w_gate_down [L, D, d, r], members [L, Z, D]) -> mean scores [L, D]`, float64.
 
-    It takes `w_gate_down [L, D, d, r]` of these, and `members [L, Z, D]`, 1 where an expert is
-    merged into one, else 0. The mean scores, `[L, D]` float64, are over the tokens of host batches
-    that chose a member in the model before pruning, counted once for each member that they chose;
-    over all tokens if none did.
+    `members` is 1 where an AoE expert is merged into one, else 0. The means are over the tokens of
+    host batches that chose a member in the model before pruning, counted once for each member that
+    they chose; over all tokens if none did.
     """
     step = observing_step(model, _merged_sums)
 

@@ -42,10 +42,9 @@ def prune(
 ):
     """Writes a model with fewer experts to `output`, which appears only once it is complete.
 
-    It prints a table. The arguments are the flags of `aoe_jax.prune`. Tokens of the train split are
-    drawn at random, and those of each source's validation split are the first ones; both are
-    rounded up to whole batches. Raises `UserError` if the model, the data or the number of experts
-    is not supported, or `output` exists or cannot be written.
+    It prints a table. The arguments are the flags of `aoe_jax.prune`; the tokens are those of
+    `calibration_batches`. Raises `UserError` if the model, the data or the number of experts is not
+    supported, and as `new_directory` does.
 
     Returns the content of `prune.json` in `output`: `method`, `step`, the number of `tokens` that
     scores are from, validation `nll` `before` and after each method, and `layers`, for each its
@@ -104,11 +103,7 @@ def prune(
 
 
 def check_prunes(model: Model, n_experts, workdir):
-    """Checks that a model can be pruned to this number of experts.
-
-    Raises `UserError` if it is dense, its kind or selection is not supported, it has a large
-    router, or `n_experts` is out of range.
-    """
+    """Raises `UserError` if a model cannot be pruned to this number of experts."""
     e, router, reason = model.config.experts, model.config.routing.name, None
     if e.kind == "dense":
         reason = "experts.kind='dense': a dense model has no experts to merge"
@@ -144,7 +139,6 @@ def check_prunes(model: Model, n_experts, workdir):
 
 
 def _pruned(config, n_experts):
-    """The configuration with fewer experts, and without a selection bias."""
     experts = dataclasses.replace(config.experts, n_experts=n_experts)
     balance = dataclasses.replace(config.balance, bias_rate=0.0)
     return dataclasses.replace(config, experts=experts, balance=balance)
