@@ -10,9 +10,7 @@ from aoe_jax.errors import UserError
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """Waits for the lock on `lock_file`, and holds it in the context. Raises `UserError` if the
-    folder of `lock_file` cannot be written.
-    """
+    """Waits for the lock, and holds it; raises `UserError` if its folder cannot be written."""
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         lock_file.touch()
