@@ -65,9 +65,7 @@ class _FieldParser(flags.ArgumentParser):
 
 
 def define_config_flag():
-    """Defines `--config`, a Python file or the `config.json` of a run, and
-    `--config.GROUP.FIELD=VALUE` of every field.
-    """
+    """Defines `--config`, and `--config.GROUP.FIELD=VALUE` of every field."""
     from aoe_jax.config.run import field_types  # imports JAX
 
     for group, fields in field_types().items():
@@ -91,9 +89,7 @@ def define_mesh_flag():
 
 
 def parsed_config(flag, default=None):
-    """The checked `Config` of `--config`, or of the file `default` of the repository, and
-    `--config.GROUP.FIELD`.
-    """
+    """The checked `Config` of `--config`, or of the file `default`, and `--config.GROUP.FIELD`."""
     from aoe_jax.config.run import Config
     from aoe_jax.methods import LAYERS
 
@@ -138,11 +134,9 @@ def _read_config(name):
 
 
 def call_in_file(flag, file, function, *args):
-    """The result of a function in a Python file that the user has written.
-
-    Raises:
-      UserError: the file or the function is missing, or raises an exception. The message begins
-        with `flag`, such as `--config=FILE`.
+    """The result of a function in a Python file that the user has written. Raises `UserError`,
+    whose message begins with `flag`, such as `--config=FILE`, if the function is missing or raises
+    an exception.
     """
     if not Path(file).is_file():
         example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"

@@ -73,9 +73,8 @@ def _inside(eqn, inputs):
 
 
 def collectives(jaxpr, sizes):
-    """`{(kind, mesh axes): [count, bytes received by a device]}` of the collectives of a program.
-
-    Loops of unknown length are left out. `sizes` has the size of each mesh axis.
+    """`{(kind, mesh axes): [count, bytes received by a device]}` of the collectives of a program,
+    without loops of unknown length. `sizes` has the size of each mesh axis.
     """
     total = {}
     for eqn, times in each_collective(jaxpr):

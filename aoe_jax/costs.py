@@ -5,13 +5,12 @@ XLA's `cost_analysis()` counts the body of a loop once and cannot look into Pall
 
 - Memory traffic is what an operation reads from and writes to HBM, with the padding of the layout.
   Arrays that the compiler keeps in on-chip memory (`S(1)` on TPU) are left out. A slice reads what
-  it takes, and an update in place writes what it changes. A fusion reads its parameters once.
+  it takes, and an update in place writes what it changes. An operation reads each array once.
 - FLOPs are those of matrix products and convolutions, two for each multiply-add, and what a kernel
-  states of itself.
-- Cycles are the compiler's estimate, on TPU, where it has one.
-- An array that an operation reads twice counts once. Starting a kernel takes no time.
-- A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism,
-  which balanced loads do not need. A condition counts as its branch with the most traffic.
+  states of itself. Cycles are the compiler's estimate, on TPU. Starting a kernel takes no time.
+- A loop of unknown length counts as zero trips: here, the further rounds of expert parallelism
+  (`moe/parallel/transports.py`), which balanced loads do not need. A condition counts as its branch
+  with the most traffic.
 """
 
 import math
@@ -89,13 +88,11 @@ class Operation:
 
 
 class Program:
-    """A compiled program.
+    """A compiled program, from the text of `hlo.compile_and_read`.
 
-    Args:
-      text: of `hlo.compile_and_read`.
-      kernel_costs: functions `(name, operands, results) -> (flops, traffic[, occupied FLOPs])` of
-        the kernels that they know, by `Array`s; None for others. The name is the target of the
-        custom call, on TPU the name of the kernel.
+    `kernel_costs` are functions `(name, operands, results) -> (flops, traffic[, occupied FLOPs])`
+    of `Array`s, None for kernels that they do not know. The name is the target of the custom call,
+    on TPU the name of the kernel.
     """
 
     def __init__(self, text, kernel_costs=KERNEL_COSTS):
@@ -343,13 +340,11 @@ class Program:
 
 
 def likely_seconds(operation, chip, shape=()):
-    """The likely time of one run of an operation.
-
-    For a collective, that of its bytes by the usual ring algorithms, over the links that its group
-    has, less the time of the work beside it; 0 if that work is unknown. For other operations the
-    compiler's cycles where it has them, or the larger of the times that FLOPs and memory traffic
-    take at the peaks of the `Chip`. `shape` are the chips along each dimension of the slice; ():
-    all links serve every collective.
+    """The likely time of one run of an operation. For a collective, it is that of its bytes by the
+    usual ring algorithms, over the links of its group, less the time of the work beside it; 0 if
+    that work is unknown. For other operations, it is that of the compiler's cycles or, without
+    these, the larger of the times that FLOPs and memory traffic take at the peaks of `chip`.
+    `shape` are the chips along each dimension of the slice; (): all links serve every collective.
     """
     if operation.collective:
         if operation.collective == "collective-permute":  # to a neighbour

@@ -66,9 +66,7 @@ def experts_per_token(config: Config):
 
 def _layer_parameters(config):
     """`[(Parameter, its size)]` of a layer of experts, and the size of the active part of experts.
-
-    AoE's W_gate_down belongs to the expert: with it, experts of both kinds are equal in size
-    (Eq. 5). Under top-p, `top_k` experts are active.
+    AoE's W_gate_down belongs to the expert, so experts of both kinds are equal in size (by Eq. 5).
     """
     c = config.experts
     sizes = c.sizes(config.model.d_model)
@@ -134,10 +132,8 @@ def layer_flops_per_token(config: Config):
 
 
 def forward_flops_per_token(config: Config):
-    """Useful matmul FLOPs per token of a forward pass.
-
-    Causal attention counts the lower triangle only; norms, softmax and the embedding look-up count
-    nothing.
+    """Useful matmul FLOPs per token of a forward pass. Causal attention counts the lower triangle
+    only; norms, softmax and the embedding look-up count nothing.
     """
     m = config.model
     return _other_flops(config) + m.n_layers * layer_flops_per_token(config)[0]

@@ -45,10 +45,9 @@ _END_DELAY = 1.0  # seconds between the agreement to end and the end
 
 
 def start():
-    """Joins the other processes if the command line names any; call it before JAX is used.
-
-    Raises `UserError` if the flags contradict each other, or there is no cluster, and
-    `MachineFault` if a process does not join, or JAX finds no device.
+    """Joins the other processes if the command line names any; call it before JAX is used. Raises
+    `UserError` if the flags contradict each other or there is no cluster, and `MachineFault` if a
+    process does not join or JAX finds no device.
     """
     flags_of_one = (_COORDINATOR, _PROCESSES, _PROCESS)
     given = [flag.name for flag in flags_of_one if flag.value is not None]
@@ -115,10 +114,8 @@ def _initialize():
 
 
 def _meet():
-    """Waits until all processes have reported to process 0, because JAX cannot name a missing one.
-
-    It uses the port that JAX takes next. Raises `UserError` if the address or a number is wrong,
-    and `MachineFault` with the numbers of missing processes.
+    """Waits until all processes have reported to process 0, on the port that JAX takes next,
+    because JAX cannot name a missing one.
     """
     host, _, port = _COORDINATOR.value.rpartition(":")
     address = "must be HOST:PORT of process 0, such as 10.0.0.1:12345"
@@ -185,7 +182,6 @@ def _read_number(connection):
 
 
 def _drop_ended(others):
-    """Forgets the processes that have ended while they waited."""
     for number in [number for number, other in others.items() if _has_hung_up(other)]:
         others.pop(number).close()
 
@@ -227,9 +223,7 @@ def _ask(host, port, deadline):
 
 
 def agree(what, text):
-    """Checks that all processes have the same text; waits for all processes. Raises `UserError` if
-    some differ, for example because they see different disks under one name.
-    """
+    """Waits for all processes; raises `UserError` if they have different texts."""
     digests = gathered(int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big"))
     differing = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
@@ -240,15 +234,11 @@ def agree(what, text):
 
 
 def see_the_same(value, read, what):
-    """Checks that every process can read an int that process 0 has just written to a disk.
+    """Checks that every process can read an int that process 0 has just written; returns it in all.
 
     `value` is that int in process 0 and None in the others; `read()` reads it, or returns None.
-    Returns the int in every process.
-
-    Raises:
-      UserError: a process does not see it within a minute, or within a shorter `--join_timeout`.
-        The message begins with `what`, the place.
-      MachineFault: process 0 does not see it either.
+    After a minute, or a shorter `--join_timeout`, it raises `MachineFault` if process 0 does not
+    see it, else `UserError`. The message begins with `what`, the place.
     """
     if jax.process_count() == 1:
         return value
@@ -271,10 +261,9 @@ def see_the_same(value, read, what):
 
 @contextlib.contextmanager
 def together():
-    """A context that fails in all processes if its body fails in one; waits for all of them.
-
-    The body may not wait for other processes. The processes with the highest exit status raise
-    their own exception, the others raise `FailedElsewhere`.
+    """A context that waits for all processes, and fails in all if its body fails in one. The body
+    may not wait for other processes. The processes with the highest exit status raise their own
+    exception, the others raise `FailedElsewhere`.
     """
     problem = None
     try:

@@ -37,9 +37,7 @@ class DivergedError(Failure):
 
 
 class MachineFault(Failure):
-    """A disk, the network or the memory failed for longer than `--retry_seconds`; a later start
-    may succeed without any change by the user.
-    """
+    """A disk, the network or memory failed for `--retry_seconds`; a later start may succeed."""
 
     status = 5
 

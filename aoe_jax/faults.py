@@ -59,10 +59,8 @@ def _causes(error):
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether the machine, a disk or a network caused an exception.
-
-    Every error of the operating system is a fault, except those that say that a file is missing or
-    is of another kind. A lack of device memory is no fault: a later try would fail too.
+    """Whether the machine, a disk or a network caused an exception. A lack of device memory is no
+    fault: a later try would fail too.
     """
     if fills_device(error):
         return False
@@ -140,10 +138,8 @@ def pauses() -> Iterator[float | None]:
 
 
 def patiently(what, call):
-    """Returns `call()`, which is repeated while faults prevent it.
-
-    `what` begins the messages, such as "checkpoint 5 cannot be read". Raises `MachineFault` if a
-    fault lasted for `retry_seconds`.
+    """Returns `call()`, repeated while faults prevent it; raises `MachineFault` after
+    `retry_seconds`. Messages begin with `what`, such as "checkpoint 5 cannot be read".
     """
     for pause in pauses():
         try:
@@ -173,9 +169,8 @@ def patiently_if_allowed(what, call):
 
 
 class Tolerated:
-    """A context for writing files that a run can do without.
-
-    It suppresses and counts exceptions, and logs the first in a row.
+    """A context for writing files that a run can do without: it suppresses and counts exceptions,
+    and logs the first in a row.
     """
 
     def __init__(self, name):

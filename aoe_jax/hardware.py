@@ -53,10 +53,8 @@ class Chip:
         The group spans whole dimensions of the slice where it can, as the meshes of JAX do;
         otherwise it is placed where it has most links. A whole dimension that closes to a ring
         gives every chip two links. Other dimensions that it spans give one, because a line has
-        ends. Devices of one chip are assumed to exchange data at the rate of all its links.
-
-        `shape` are the chips along each dimension of the slice; () is a machine where all links
-        serve.
+        ends. Devices of one chip are assumed to exchange data at the rate of all its links. `shape`
+        are the chips along each dimension of the slice; (): all links serve.
         """
         ways, n_chips = [], max(1, round(n_devices / self.devices))
         for order in itertools.permutations(shape):
@@ -150,9 +148,7 @@ def slice_shape(devices):
 
 
 def peak_flops_per_device(devices):
-    """The peak FLOPs per second of a device in bfloat16, for devices of one kind; None if it is
-    unknown. Half of a chip has half of its peak.
-    """
+    """Peak bfloat16 FLOPs per second of one of the devices, all of one kind; None if unknown."""
     peak = PEAK_FLOPS.get(devices[0].device_kind)
     return peak and peak * count_chips(devices) / len(devices)
 
@@ -178,8 +174,7 @@ def machine():
 
 
 def topology_devices(topology, n_slices=1):
-    """Returns `(generation, devices)` to compile for; this process runs its own programs on CPU
-    from then on.
+    """`(generation, devices)` to compile for; this process then runs its own programs on CPU.
 
     `topology` is a generation and the shape of a slice, such as "v5e:16x16", or the number of GPUs
     of a node, such as "h100:8". Raises `UserError` for an unknown name or shape, or a compiler that

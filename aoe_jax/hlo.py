@@ -103,10 +103,9 @@ class Instruction:
 
 
 def compile_and_read(lowered):
-    """`(compiled program, its text)`; the text is None except for TPU and GPU.
-
-    It comes from the compiler's dump: `compiled.as_text()` has no cycles on some versions of JAX,
-    and fails on some programs. A program from the compilation cache has no text.
+    """`(compiled program, its text)`; the text is None on CPU and for a program from the
+    compilation cache. It comes from the compiler's dump: `compiled.as_text()` has no cycles on some
+    versions of JAX, and fails on some programs.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -135,9 +134,7 @@ def parse(text):
 
 def _with_elements(instructions):
     """The instructions by name, with a `get-tuple-element` before the user of each operand of the
-    short form `%tuple#index`.
-
-    The tuple may hold arrays only.
+    short form `%tuple#index`. The tuple may hold arrays only.
     """
     known = {}
     for i in instructions:

@@ -80,16 +80,12 @@ def read_text(path: Path, name: str, at_most: int) -> str:
 def read_json(
     path: Path, wanted="name the workdir of a training run", schema=None, at_most: int = _BYTES
 ):
-    """The JSON object in a file. Raises `UserError` if the file cannot be read, is too large, or
-    does not have the schema.
+    """The JSON object in a file. Raises `UserError`, whose message ends with `wanted`, if the file
+    cannot be read, has more than `at_most` bytes, or does not have the schema.
 
-    Args:
-      path: the file.
-      wanted: what would be right, the end of error messages.
-      schema: the object's schema. It is a `Kind`; `[schema]`, a list of values of a schema;
-        `{name: schema}`, an object with at least these fields, where null stands for a missing one;
-        or `{str: schema}`, an object with any fields of a schema.
-      at_most: the largest size of the file in bytes.
+    A schema is a `Kind`; `[schema]`, a list of values of a schema; `{name: schema}`, an object with
+    at least these fields, where null stands for a missing one; or `{str: schema}`, an object with
+    any fields of a schema.
     """
 
     def read():
@@ -128,9 +124,8 @@ def misfit(value, schema, name=""):
 
 
 def read_metrics(path: Path):
-    """Yields the lines of a file of metrics that are whole and have a step; none without a file.
-
-    All values are numbers or null, except `layers`. Raises `UserError` if it cannot be read.
+    """Yields the whole lines of a file of metrics that have a step; none without a file. All values
+    except `layers` are numbers or null. Raises `UserError` if it cannot be read.
     """
     if not path.exists():
         return

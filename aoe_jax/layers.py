@@ -153,8 +153,7 @@ class AoE(_Experts, kw_only=True):
       d_low: rank of a factorised gate; None: `d // 3`, d the width of the model.
       score_neurons: None: factorised gates. A number: whole gates, of which this many values score.
       score: "norm", the paper's, or "max": the largest of the values.
-      d_wide: width of an expert with a factorised gate; None: so that it has the parameters of a
-        traditional one of width `d_ffn` (Eq. 5).
+      d_wide: width of an expert with a factorised gate; None: by Eq. 5 from `d_ffn`.
       round_to: the width of Eq. 5 is rounded to a multiple of this.
       routing: the router; the default gives every token `top_k` experts, weighted by the softmax
         over their scores. `aoe_jax.methods` has others.

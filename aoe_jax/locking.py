@@ -11,9 +11,7 @@ from aoe_jax.faults import is_fault, is_forbidden, patiently
 
 @contextlib.contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """Waits for the lock on `lock_file`, and holds it in the context. Raises `UserError` if the
-    folder of `lock_file` cannot be written.
-    """
+    """Waits for the lock, and holds it; raises `UserError` if its folder cannot be written."""
 
     def touch():
         try:

@@ -75,21 +75,15 @@ class Owner:
     """The ownership of a folder by this process, from `owned`."""
 
     def __init__(self, folder: Path, at, claim: Path, nonce: int):
-        """Begins to renew the ownership, which the file `claim` with this `nonce` shows; `at` is
-        the `place` of the folder.
-        """
+        """Begins to renew the ownership that `claim` shows; `at` is the `place` of the folder."""
         self.nonce, self._place = nonce, at
         self._folder, self._claim, self._ended = folder, claim, threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="renews ownership")
         self._thread.start()
 
     def check(self):
-        """Checks that the folder is still owned by this process.
-
-        Raises:
-          UserError: another process has taken it over.
-          MachineFault: the folder cannot be read, its files are gone, as on a disk that is no
-            longer mounted, or it is on another disk than at the start.
+        """Raises `UserError` if another process has taken the folder over, and `MachineFault` if it
+        cannot be read, its files are gone, or it is on another disk than at the start.
         """
         found = patiently(f"{self._folder} cannot be read", self._read)
         if found.get("nonce") != self.nonce:
@@ -99,9 +93,7 @@ class Owner:
             raise lost(self._folder, self._place, found)
 
     def is_in_place(self):
-        """Whether the folder has the file of this process; False on another disk that is mounted
-        there.
-        """
+        """Whether the folder has this process's file; False if another disk is mounted there."""
         return (_read_object(self._claim) or {}).get("nonce") == self.nonce
 
     def _read(self):
@@ -131,11 +123,8 @@ class Owner:
 
 @contextlib.contextmanager
 def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
-    """Owns a folder. A missing one is made, and removed at the end if it is empty.
-
-    Raises:
-      UserError: the folder cannot be made. The message names the `flag` that gave it.
-      InUse: another process owns it.
+    """Owns a folder; a missing one is made, and removed at the end if it is empty. Raises `InUse`
+    if another process owns it, and otherwise like `make_folder`.
     """
     is_new = make_folder(folder, flag) and not is_remote(folder)
     owner = Owner(folder, place(folder), *_acquire(folder, flag, take_over))
@@ -149,11 +138,8 @@ def owned(folder: Path, flag: str, take_over=False) -> Iterator[Owner]:
 
 
 def make_folder(folder: Path, flag: str):
-    """Makes a folder if there is none; returns whether there was none.
-
-    Raises:
-      UserError: it cannot be made. The message names the `flag` that gave it.
-      MachineFault: its disk fails.
+    """Makes a folder, and returns whether there was none. Raises `UserError`, which names the
+    `flag` that gave the folder, if it cannot be made, and `MachineFault` if its disk fails.
     """
     is_there = folder.exists() if is_remote(folder) else os.path.lexists(folder)
     if is_there and not folder.is_dir():

@@ -1,6 +1,4 @@
-"""The declaration of every parameter, which layers, sharding, optimiser, decoding, formats and
-counts read.
-"""
+"""Declares every parameter, for layers, sharding, optimiser, decoding, formats and counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

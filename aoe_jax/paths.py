@@ -24,11 +24,9 @@ _REPORTS = {"eval.json", "load.png", "tasks.json", "text.json", "text.png", "pro
 
 
 def parsed_path(text: str | os.PathLike, name: str, in_store=False):
-    """Returns the path that a user wrote, such as runs/tiny, ~/runs, gs://BUCKET/runs/tiny or
-    s3://BUCKET/models/tiny.
-
-    `name` is the flag or field, for messages, and `in_store` says whether the path may be in an
-    object store. Raises `UserError` if the scheme is unknown, or its package is missing.
+    """Returns the path that a user wrote, such as ~/runs/tiny or gs://BUCKET/runs/tiny. `name` is
+    the flag or field, for messages, and `in_store` says whether the path may be in an object store.
+    Raises `UserError` for a path that cannot be used, or if the package for its store is missing.
     """
     match = re.match(r"([\w+.-]+):/", str(text))
     if not match:
@@ -135,9 +133,7 @@ def _is_cycle(folder):
 
 
 def size_and_version(path) -> tuple[int, int]:
-    """The size of a file in bytes, and a number that changes with its content. Raises
-    `FileNotFoundError` if there is no such file.
-    """
+    """`(bytes of a file, a number that changes with its content)`; raises `FileNotFoundError`."""
     if is_remote(path):
         return _of_store(file_system(path).info(os.fspath(path)))
     found = os.stat(path)

@@ -40,9 +40,8 @@ class ShardingRules:
     vocab: str | None = None
 
     def spec(self, *axes):
-        """The `PartitionSpec` of an array with these logical axes, None for one that is never
-        split. Raises `ValueError` for an unknown logical axis, or two that are split over the same
-        mesh axis.
+        """The `PartitionSpec` of an array with these logical axes; None is an axis that is never
+        split. Raises `ValueError` for an unknown axis, or two that share a mesh axis.
         """
         known = dataclasses.asdict(self) | {None: None}
         for axis in axes:
@@ -118,9 +117,7 @@ AXES = MeshAxes()
 
 
 def fill_mesh(config, n_devices):
-    """A `Config` with `mesh.data=-1` filled in, checked anew against the mesh that results. Raises
-    `UserError` if the axes do not multiply to the number of devices, or do not divide something.
-    """
+    """A `Config` with `mesh.data=-1` filled in and checked; raises `UserError` if it is wrong."""
     mesh = config.mesh
     inner = mesh.fsdp * mesh.expert * mesh.tensor
     data = n_devices // inner if mesh.data == -1 else mesh.data
@@ -134,9 +131,8 @@ def fill_mesh(config, n_devices):
 
 
 def make_mesh(config, devices):
-    """The mesh of `config.mesh`, which has no -1, in the order of the devices' network. Slices are
-    along `data`. Raises `UserError` if `mesh.data` is not a multiple of the slices, or the network
-    cannot be cut that way.
+    """The mesh of `config.mesh`, which has no -1, in the order of the devices' network, with slices
+    along `data`. Raises `UserError` if the slices or the network cannot be divided that way.
     """
     shape = config.mesh.shape
     n_slices = count_slices(devices)
@@ -156,9 +152,8 @@ def make_mesh(config, devices):
 
 
 def rows_of_process(sharding, n_rows, process):
-    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order.
-
-    On a TPU slice the rows of a host need not be neighbours, and several may hold the same.
+    """The rows of a batch `[n_rows, ...]` that the devices of a process hold, in order. On a TPU
+    slice the rows of a host need not be neighbours, and several hosts may hold the same.
     """
     rows = set()
     for device, (index, *_) in sharding.devices_indices_map((n_rows, 1)).items():
@@ -210,10 +205,8 @@ def with_shardings(abstract, shardings):
 
 
 def put_batch(sharding, batch, n_rows=None):
-    """A global batch from the arrays of this host, by name.
-
-    They have all rows of the batch; or, if `n_rows` is given, the number of rows of the batch, the
-    `rows_of_process`.
+    """A global batch from the arrays of this host, by name. They have all rows of the batch or, if
+    `n_rows` says how many there are, those of `rows_of_process`.
     """
     shapes = {name: (n_rows or len(a), *a.shape[1:]) for name, a in batch.items()}
     with jax.transfer_guard("allow"):  # these transfers are intended

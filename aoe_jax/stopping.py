@@ -24,7 +24,6 @@ os.execv(command[0], command)
 
 def bound(command, core=None):
     """The command line of a child that becomes `command`, which begins with the path of a program.
-
     On Linux the child gets SIGTERM when the thread that has started it ends, also by SIGKILL.
     `core` is the only CPU core that it may use; None: any.
     """
@@ -36,10 +35,9 @@ class StopRequests:
     """Turns signals into an exception or, while training, into an answer at the next step.
 
     A second SIGINT kills. Further SIGTERMs do nothing, because a process often receives one from
-    its supervisor and one from the system.
-
-    With several processes, JAX's preemption service handles a SIGTERM to any of them and stops all
-    at the same step. `advice` says how to go on after a stop outside of training.
+    its supervisor and one from the system. With several processes, JAX's preemption service handles
+    a SIGTERM to any of them and stops all at the same step. `advice` says how to go on after a stop
+    outside of training.
     """
 
     def __init__(

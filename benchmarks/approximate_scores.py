@@ -38,16 +38,9 @@ class Approximation(NamedTuple):
 
 
 def choice_scores(method, x, w_gate_down, prepared, top_k, bias=None):
-    """Scores `[T, n]` to choose by: the estimates, or the exact norms of the candidates and -inf
-    for other experts.
-
-    Args:
-      method: an `Approximation`.
-      x: `[T, d]`.
-      w_gate_down: `[n, d, r]`.
-      prepared: the result of `method.prepare`.
-      top_k: K.
-      bias: `[n]` of loss-free balancing, added to the scores for the choice, or None.
+    """Scores `[T, n]` to choose the `top_k` by: the estimates, or the exact norms of the candidates
+    and -inf for other experts. `x` is `[T, d]`, `w_gate_down` `[n, d, r]`, `prepared` the result of
+    `method.prepare`, and `bias` `[n]` that of loss-free balancing, added to the scores, or None.
     """
     estimates = method.estimate(x, prepared)
     if method.candidates is None:
@@ -68,11 +61,8 @@ def relative_cost(method, n_experts, top_k):
 
 
 def agreement(chosen, other):
-    """The agreement of two choices `[T, K]` of experts.
-
-    Returns:
-      `(overlap [T], identical [T])`: the share of a token's K experts that both have, and whether
-      they have the same set.
+    """`(overlap [T], identical [T])` of two choices `[T, K]` of experts: the share of a token's K
+    experts that both have, and whether they have the same set.
     """
     overlap = (chosen[:, :, None] == other[:, None, :]).sum(axis=(1, 2)) / chosen.shape[1]
     return overlap, overlap == 1

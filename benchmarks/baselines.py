@@ -68,11 +68,7 @@ ROUTER = "router, dropless"
 
 
 def methods():
-    """The layers by name: `(experts.kind, routing)`.
-
-    Raises:
-      UserError: a capacity factor is no number greater than 0.
-    """
+    """`{layer: (experts.kind, routing)}`; raises `UserError` for a wrong capacity factor."""
     found = {ROUTER: ("router", TopK())}
     for text in _FACTORS.value:
         try:

@@ -52,11 +52,8 @@ def expert_shapes():
 
 
 def lower_for(device, backend, m, d, f, n_experts, dtype, product=None):
-    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology; or
-    only one `product` of `PRODUCTS`.
-
-    Returns:
-      A `jax.stages.Lowered`.
+    """Lowers the product `[M, D] x [E, D, F]` and its two gradients for a device of a topology, or
+    only one `product` of `PRODUCTS`; returns a `jax.stages.Lowered`.
     """
     here = SingleDeviceSharding(device)
 

@@ -22,9 +22,7 @@ SOURCES = ("*.pod", "*.rst.txt")
 
 def collect(package, output: Path):
     """Writes the documents of a package, by name or as a `.deb` file, and returns their number.
-
-    Raises:
-      UserError: the package cannot be downloaded or unpacked, or has no text sources.
+    Raises `UserError` if it cannot be downloaded or unpacked, or has no text sources.
     """
     with tempfile.TemporaryDirectory() as folder:
         file, folder = Path(package).absolute(), Path(folder)

@@ -54,11 +54,8 @@ def _tokamax_cost(name, operands, results):
 
 
 def figures(generation, backend, shape, dtype, m, n_experts):
-    """Compiles each product of `PRODUCTS` by a backend.
-
-    Returns:
-      A dict by product, of FLOPs relative to the useful `2 M D F`, bytes of memory traffic and of
-      temporary memory, or an error.
+    """Compiles each product of `PRODUCTS` by a backend; returns, by product, its FLOPs over the
+    useful `2 M D F` and its bytes of memory traffic and of temporary memory, or an error.
     """
     (device,) = topology_devices(f"{generation}:1")[1]
     BACKENDS.update({name: partial(_tokamax, name.removeprefix("tokamax_")) for name in TOKAMAX})

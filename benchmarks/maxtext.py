@@ -191,18 +191,9 @@ _INSTALL = "the docstring of benchmarks/maxtext.py says how to install MaxText"
 
 
 def compile_maxtext(python, fields, xla_flags=""):
-    """Compiles a train step of MaxText in another process.
-
-    Args:
-      python: the Python of an environment with MaxText.
-      fields: of MaxText's `base.yml`.
-      xla_flags: for the compiler.
-
-    Returns:
-      `(figures, text)`: what `maxtext_compile.py` writes, and the optimised HLO.
-
-    Raises:
-      UserError: no such Python, no MaxText there, or MaxText failed.
+    """Compiles a train step of MaxText, with `fields` of its `base.yml`, by the Python of an
+    environment that has it; returns the figures that `maxtext_compile.py` writes, and the optimised
+    HLO. Raises `UserError` if there is no such Python, no MaxText there, or MaxText failed.
     """
     script = Path(__file__).with_name("maxtext_compile.py")
     of_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -259,10 +250,8 @@ def our_size(config):
 
 
 def check_sizes(name, size, reference):
-    """Words about parameters that differ by less than 0.1%; all else must be equal.
-
-    Raises:
-      UserError: names what differs, and both values.
+    """Describes parameters that differ by less than 0.1%; raises `UserError`, with both values, if
+    anything else differs.
     """
     close = ("parameters", "state_numbers")
     for field, value in size.items():

@@ -103,11 +103,7 @@ class Pod:
         ]
 
     def has_ended(self):
-        """Whether all supervisors have ended.
-
-        Raises:
-          Failure: one of them gave up.
-        """
+        """Whether all supervisors have ended; raises `Failure` if one of them gave up."""
         statuses = [host.supervisor.poll() for host in self._hosts]
         if any(status for status in statuses if status is not None):
             self.end()
@@ -228,10 +224,8 @@ def _place(root: Path, in_store, chance):
 
 
 def soak(root: Path, processes, events, seed, settings=None, in_store=False):
-    """Disturbs runs `events` times; returns what happened.
-
-    Raises:
-      Failure: a run ends in another state, or does not end.
+    """Disturbs runs `events` times; returns what happened. Raises `Failure` if a run ends in
+    another state, or does not end.
     """
     chance, began = random.Random(seed), time.monotonic()
     copies = root / "copies"

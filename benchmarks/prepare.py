@@ -141,10 +141,8 @@ def write_texts(folder: Path, size):
 
 
 def watched(command, output: Path, stop_at=None):
-    """Runs a command, and kills it when `stop_at` units of work are done, if that is not None.
-
-    Returns:
-      `(exit status, seconds, largest memory)`.
+    """Runs a command, and kills it when `stop_at` units of work are done, if that is not None;
+    returns `(exit status, seconds, largest memory)`.
     """
     started, largest = time.monotonic(), 0
     process = subprocess.Popen([*command, f"--output={output}"])

@@ -107,10 +107,8 @@ def layer_inputs(config, params, routing_state, batches):
 
 @dataclass(frozen=True)
 class ByApproximation(Method):
-    """Top-k by `choice_scores`.
-
-    Only the choice is approximate: with sparse scoring, weights come from the exact norms of the
-    chosen experts. The state has `prepared` and `selection_bias`.
+    """Top-k by `choice_scores`. Only the choice is approximate: with sparse scoring, weights come
+    from the exact norms of the chosen experts. The state has `prepared` and `selection_bias`.
     """
 
     name = "top_k"
@@ -139,10 +137,8 @@ def nll_with(method, config, params, bias, prepared, batches):
 
 def executed_flops(config, scoring_cost, useful_flops):
     """FLOPs per token, of a training step or a forward pass, where scoring takes `scoring_cost`
-    times exact scoring.
-
-    Useful FLOPs count the scoring of the chosen experts with their other FLOPs; here the scoring of
-    all experts is added to these.
+    times exact scoring. The scoring of all experts is added to the useful FLOPs, which have that of
+    the chosen experts.
     """
     c = config.experts
     one_expert = 2 * config.model.d_model * c.d_low
@@ -157,15 +153,10 @@ def chosen_experts(method, top_k, x, w_gate_down, prepared, bias):
 
 
 def compare(choose, exact, inputs, w_gate_down, prepared, bias):
-    """Mean agreement with the exact choice and share of identical sets, `[L]` each.
-
-    Args:
-      choose: a compiled `chosen_experts`.
-      exact: the exact choice, a list over layers of lists over batches.
-      inputs: a list of `[L, T, d]`.
-      w_gate_down: `[L, n, d, r]`; `prepared` and `bias` are stacked over layers as well.
-      prepared: the results of the method's `prepare`.
-      bias: `[L, n]`.
+    """Mean agreement with the exact choice and share of identical sets, `[L]` each. `choose` is a
+    compiled `chosen_experts`, `exact` a list over layers of lists over batches, `inputs` a list of
+    `[L, T, d]`, `w_gate_down` `[L, n, d, r]`, `prepared` the results of the method's `prepare`,
+    stacked over layers, and `bias` `[L, n]`.
     """
     by_layer = []
     for layer, wanted in enumerate(exact):

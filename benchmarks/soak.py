@@ -57,11 +57,8 @@ class Soak:
     """One run after the other in `root`, all with the same texts."""
 
     def __init__(self, root: Path, settings):
-        """Writes the texts, the addresses of a few decades, one document each.
-
-        Args:
-          root: a directory.
-          settings: fields of the configuration beside `SETTINGS`.
+        """Writes the texts, the addresses of a few decades, one document each. `settings` are
+        fields of the configuration beside `SETTINGS`.
         """
         self._settings = SETTINGS | settings
         self._root, self.texts, self.cache = root, root / "texts", root / "cache"
@@ -102,10 +99,8 @@ class Soak:
         return workdir
 
     def attempt(self, workdir, moment, number, chance):
-        """Starts the run and stops it at `moment` by a signal, unless it ends before.
-
-        Returns:
-          `(exit status, stderr)`.
+        """Starts the run and stops it at `moment` by a signal, unless it ends before; returns
+        `(exit status, stderr)`.
         """
         if moment == "preparation":
             shutil.rmtree(self.cache / "tokens", ignore_errors=True)
@@ -157,11 +152,7 @@ def read_heartbeat(workdir):
 
 
 def check_checkpoints(workdir):
-    """Reads every checkpoint that the run keeps.
-
-    Raises:
-      Failure: one cannot be read or was found damaged.
-    """
+    """Reads every checkpoint that the run keeps; raises `Failure` if one is damaged."""
     if (workdir / "damaged_checkpoints").exists():
         raise Failure(f"{workdir} has damaged checkpoints")
     if not (workdir / "checkpoints").is_dir():
@@ -203,16 +194,9 @@ def result(workdir):
 
 
 def soak(root: Path, kills, terms, seed, settings=None):
-    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; returns what happened.
-
-    Args:
-      root: a new directory.
-      kills, terms: how often.
-      seed: of the order of signals and of the moments.
-      settings: fields of the configuration beside `SETTINGS`.
-
-    Raises:
-      Failure: at the first difference, unreadable checkpoint or wrong exit status.
+    """Stops runs by SIGKILL `kills` times and by SIGTERM `terms` times; `seed` decides the order
+    and the moments. Returns what happened. Raises `Failure` at the first difference, unreadable
+    checkpoint or wrong exit status.
     """
     chance, work = random.Random(seed), Soak(root, settings or {})
     wanted = result(work.finish(root / "whole"))

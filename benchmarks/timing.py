@@ -28,11 +28,8 @@ def compiled(function, *args):
 
 
 def times(functions, repeats):
-    """The seconds of each function, `{name: [seconds]}`, of calls in turn after a first call.
-
-    Args:
-      functions: name -> a function without arguments.
-      repeats: timed calls of each.
+    """The seconds of each function without arguments, `{name: [seconds]}`, of `repeats` calls in
+    turn after a first call.
     """
     seconds = {name: [] for name in functions}
     for _ in range(repeats + 1):
@@ -62,10 +59,8 @@ def configuration(variant, *changes):
 
 
 def torch_packages():
-    """The modules torch, on one thread, and transformers, and their versions in words.
-
-    Raises:
-      UserError: one of them is not installed.
+    """The modules torch, on one thread, and transformers, and their versions in words. Raises
+    `UserError` if one of them is not installed.
     """
     try:
         import torch
@@ -79,11 +74,7 @@ def torch_packages():
 
 
 def new_workdir(flag):
-    """The path of the flag `--workdir`.
-
-    Raises:
-      UserError: the flag is missing, or the path exists.
-    """
+    """The path of the flag `--workdir`; raises `UserError` without it, or if the path exists."""
     root = Path(cli.required(flag)).absolute()
     if root.exists():
         raise UserError(f"--workdir={root} exists already; name a new directory")
@@ -91,21 +82,15 @@ def new_workdir(flag):
 
 
 def check_names(flag, names, known):
-    """Refuses names in the value of a flag that are not known.
-
-    Raises:
-      UserError: names one that is not, and those that are.
-    """
+    """Raises `UserError` if the value of a flag has a name that is not known."""
     for name in names:
         if name not in known:
             raise UserError(f"--{flag}={name} is unknown; choose from {', '.join(known)}")
 
 
 def parse_shapes(shapes, form, n_sizes=4):
-    """Shapes, such as `4096x512x1024x8`, as tuples.
-
-    Raises:
-      UserError: a shape is not of this `form`, words that say what the sizes are.
+    """Shapes, such as `4096x512x1024x8`, as tuples; raises `UserError` if one is not of this
+    `form`, words that say what the sizes are.
     """
     found = []
     for shape in shapes:

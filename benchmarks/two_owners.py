@@ -96,10 +96,8 @@ def left_behind(work, disk: Path):
 
 
 def attempt(work, disk: Path, offset):
-    """Starts two trainers `offset` seconds apart; returns the host that trains.
-
-    Raises:
-      Failure: both train, or none.
+    """Starts two trainers `offset` seconds apart; returns the host that trains. Raises `Failure` if
+    both train, or none.
     """
     trainers = {}
     for host in ("a", "b"):

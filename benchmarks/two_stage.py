@@ -69,10 +69,7 @@ COLOURS = ("#0072B2", "#E69F00")  # distinct for colour-blind readers and in gre
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The choices that the paper leaves open.
-
-    Experts of both kinds have equally many parameters (Eq. 5, rounded).
-    """
+    """Choices that the paper leaves open. Experts of both kinds have equally many parameters."""
 
     steps: int = 1000  # steps of each stage
     d_model: int = 32
@@ -152,9 +149,8 @@ def train(kind, norm_topk_prob, setting, key):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def train_seeds(kind, norm_topk_prob, setting, seeds):
-    """Trains all seeds in one program.
-
-    Returns an `Outcome` of `share [S, 2, C, n]` and `accuracy [S, 2, C]`; axis 1 is the stage.
+    """Trains all seeds in one program; returns an `Outcome`, in which axis 1 is the stage: `share
+    [S, 2, C, n]` and `accuracy [S, 2, C]`.
     """
     # One after the other: a batch of seeds takes longer to compile and hardly less time to run.
     keys = jax.random.split(jax.random.key(0), seeds)
@@ -173,10 +169,7 @@ def ending(share):
 
 
 def of_first_expert(share):
-    """Selects the shares of the expert that serves most of class 1: `[S, C, n] -> [S, C]`.
-
-    The other expert has the rest.
-    """
+    """Selects the shares of the expert that serves most of class 1: `[S, C, n] -> [S, C]`."""
     first = share[:, 0].argmax(axis=-1)
     return np.take_along_axis(share, first[:, None, None], axis=2)[..., 0]
 
@@ -225,9 +218,8 @@ def table(figures):
 
 
 def draw(figures, setting):
-    """Draws a `Figure` like the paper's Fig. 5, a column for each arm and a row for each stage.
-
-    Bars show which part of each class each expert serves; a dot is a seed.
+    """Draws a `Figure` like the paper's Fig. 5: bars show which part of each class each expert
+    serves, a dot is a seed; a column for each arm, a row for each stage.
     """
     figure = Figure(figsize=(2.6 * len(figures), 5.6), layout="constrained")
     axes = figure.subplots(STAGES, len(figures), sharex=True, sharey=True, squeeze=False)

@@ -33,14 +33,13 @@ MODELS = {"aoe": "AoE", "router": "MoE"}
 def examine(config: Config, show=print):
     """Examines all devices of all processes, part after part.
 
-    The mesh of the configuration is filled in, and its batch is made to fit (`steps.fitted`).
-    `show` is called with each line of text as soon as a part is done. Raises `UserError` for a
-    setting that these devices do not allow.
+    The configuration is made to fit (`steps.fitted`). `show` is called with each line of text as
+    soon as a part is done. Raises `UserError` for a setting that these devices do not allow.
 
     Returns `machine`; `configuration`; `backends`, each with `why`; `checks`, see `kernels.check`;
-    `measurements` by name, with `seconds`, `per_second` and `share`; `steps` by model, see
-    `take_steps`; `verdicts`, each with `name`, `passed`, `text` and `fallback`; `passed`;
-    `seconds`. A part that raised an exception has `error` instead of figures.
+    `measurements`, see `measure`; `steps` by model, see `take_steps`; `verdicts`, each with `name`,
+    `passed`, `text` and `fallback`; `passed`; `seconds`. A part that raised an exception has
+    `error` instead of figures.
     """
     started = time.perf_counter()
 
@@ -119,9 +118,8 @@ def _why_plain(device, has_kernels, check):
 
 def check_kernels(config, models, mesh, backends, say):
     """Checks attention, the grouped products and the layers of all models on the mesh in context.
-
-    Raises `UserError` if a backend does not take the platform, a dtype or a width. Returns a list
-    of results of `kernels.check`; of a case that raised, `error` instead of `errors`.
+    Returns results of `kernels.check`; of a case that raised, `error` instead of `errors`. Raises
+    `UserError` if a backend does not take the platform, a dtype or a width.
     """
     attention, *grouped = backends
     cases = kernels.attention_cases(config, attention["backend"])
@@ -154,10 +152,9 @@ def _in_words(result):
 
 
 def measure(config, mesh, backends, say):
-    """Measures what `speed` has, on a mesh in no context.
-
-    Returns figures by name: `seconds`, `per_second` (FLOPs or bytes, as `unit` says), `share` of
-    the measured matmul or of the published peak, as `of` says, None if that is unknown; or `error`.
+    """Measures what `speed` has, on a mesh in no context: by name, `seconds`, `per_second` (FLOPs
+    or bytes, as `unit` says) and the `share` of the measured matmul or of the published peak, as
+    `of` says, None if that is unknown; or `error`.
     """
     attention, *grouped = backends
     row, found = Mesh(mesh.devices.ravel(), ("all",), axis_types=mesh.axis_types[:1]), {}
@@ -177,9 +174,7 @@ def measure(config, mesh, backends, say):
 
 
 def _measured(work, mesh, found):
-    """Seconds and rate of a piece of work, and the share of the peak in `found` or of the published
-    one.
-    """
+    """The figures of `measure` for a piece of work; `found` has those of the pieces before it."""
     seconds, devices = speed.seconds_of(work, mesh), list(mesh.devices.flat)
     rate, peak, of = work.amount / seconds, None, "published"
     if work.peak == "matmul":
@@ -206,9 +201,8 @@ def _rate_in_words(figures):
 
 def take_steps(name, config, measurements, say):
     """The figures of `steps.run_steps`; `peak`, whether MFU is by the published or the measured
-    peak; and the `plan`, see `steps.planned`. A part that raised an exception has `error` instead.
-
-    Figures that are not published for a device are measured.
+    peak; and the `plan`, see `steps.planned`, from measured figures where none are published. A
+    part that raised an exception has `error` instead.
     """
     published = hardware.published_figures(jax.devices())
     peak = hardware.peak_flops_per_device(jax.devices())

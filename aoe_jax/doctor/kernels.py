@@ -78,9 +78,7 @@ def drawn(mesh, shapes, dtype):
 
 
 def with_gradients(function):
-    """The function of `(arrays, g, given)` that returns `function(*arrays, *given)` and, for the
-    gradient g of this result, the gradients of the arrays.
-    """
+    """`(arrays, g, given) -> (y, *gradients of arrays)`; g is the gradient of y."""
 
     def call(arrays, g, given):
         y, pull_back = jax.vjp(lambda *arrays: function(*arrays, *given), *arrays)
@@ -90,9 +88,7 @@ def with_gradients(function):
 
 
 def exactly(function, dtype):
-    """The function with floating arguments in float32, and with products that are exact enough to
-    compare results in `dtype` with.
-    """
+    """The function in float32, with products that are exact enough to check results in `dtype`."""
 
     def widened(a):
         return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -106,11 +102,9 @@ def exactly(function, dtype):
 
 
 def check(case: Case, mesh, dtype):
-    """Computes a case for each of its inputs.
-
-    Returns:
-      A list of `{"kernel", "shape", "input", "errors" by result, "device", "tolerance", "passed"}`;
-      an error is the largest of all devices, and `device` has the largest error of all results.
+    """Computes a case for each of its inputs. Returns a list of `{"kernel", "shape", "input",
+    "errors" by result, "device", "tolerance", "passed"}`. An error is the largest of all devices,
+    and `device` has the largest error of all results.
     """
     eps = float(jnp.finfo(dtype).eps)
     if dtype == "float32":
@@ -209,9 +203,7 @@ def attention_case(backend, shape, inputs):
 
 
 def expert_shapes(config: Config):
-    """The shapes `(E, D, F)` of the grouped products of a layer, by weight, on a device; none for a
-    layer that has no rows by expert.
-    """
+    """`{weight: (E, D, F)}` of a layer's grouped products on a device; {} if it groups no rows."""
     if config.experts.kind not in ("aoe", "router"):
         return {}
     mesh, sizes = config.mesh, config.experts.sizes(config.model.d_model)
@@ -227,9 +219,7 @@ def rows_per_device(config: Config):
 
 
 def group_sizes(m, n_experts):
-    """Ways of m rows to fall into groups, by name: random choices; uneven groups, an empty one
-    among them, and a tenth of the rows in none; one group.
-    """
+    """Sizes of groups by name; "uneven" has an empty group, and a tenth of the m rows in none."""
     rng = np.random.default_rng(0)
     even = rng.multinomial(m, np.full(n_experts, 1 / n_experts))
     uneven = rng.multinomial(m * 9 // 10, rng.dirichlet(np.full(n_experts, 0.5)))

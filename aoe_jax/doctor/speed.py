@@ -37,9 +37,8 @@ class Work(NamedTuple):
 
 
 def seconds_of(work: Work, mesh):
-    """The median seconds of a run on all devices at the same time.
-
-    Runs follow each other in a loop on the devices, so the time to start one does not count.
+    """The median seconds of a run on all devices at the same time. Runs follow each other in a loop
+    on the devices, so the time to start one does not count.
     """
     inner = INNER if mesh.devices.flat[0].platform != "cpu" else 1
 
@@ -112,9 +111,8 @@ def _parts(kernel, case, parts, dtype):
 
 
 def collectives(mesh):
-    """Collectives over all devices of a mesh with one axis, "all".
-
-    A device of n receives (n - 1) / n of the larger of operand and result, by the ring algorithms.
+    """Collectives over all devices of a mesh with the axis "all"; by the ring algorithms, a device
+    of n receives (n - 1) / n of the larger of operand and result.
     """
     n, on_cpu = mesh.size, mesh.devices.flat[0].platform == "cpu"
     rows = max((2**10 if on_cpu else 2**17) // n**2, 1) * n**2  # of 1,024 numbers of 2 bytes

@@ -24,9 +24,7 @@ MAX_TOKENS = 16_384  # of a device in a step
 
 
 def fitted(config: Config, n_devices):
-    """The configuration on a mesh of all devices, in one micro-batch of at most `MAX_TOKENS` tokens
-    a device. Raises `UserError`, see `sharding.fill_mesh`.
-    """
+    """The configuration for all devices, in one micro-batch of at most `MAX_TOKENS` a device."""
     config = fill_mesh(config, n_devices)
     shards, train = math.prod(config.mesh.shape[:3]), config.train
     sequences = train.batch_size // train.accumulate // shards

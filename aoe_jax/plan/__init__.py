@@ -3,14 +3,11 @@
 How the figures are computed:
 
 - Memory is the compiler's: arguments (state and batch), results and temporary memory, per device.
-- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/costs.py`, without
-  further rounds of expert parallelism (`moe/parallel/transports.py`), which balanced loads do not
-  need.
+- FLOPs and memory traffic are those of the optimised program, see `aoe_jax/costs.py`.
 - Collectives are those of the program before compilation, where all are explicit except sums of a
-  few scalars and of the gradients of norm scales. An array that the body of a loop gathers twice
-  counts once. Bytes are what a device receives in a step, by the usual ring algorithms. Those of
-  the optimised program are listed, too: by the kind that the compiler made of them, started early
-  or not, with the larger of operand and result as bytes.
+  few scalars and of the gradients of norm scales. Bytes are what a device receives in a step, by
+  the usual ring algorithms. The collectives of the optimised program are listed, too, with the
+  larger of operand and result as bytes.
 - The step time is bounded by the slowest of arithmetic, HBM (state and activations read and written
   once) and network, each at its peak and perfectly overlapped: no run is faster.
 - The likely step time is the sum over operations: the compiler's own cycles, on TPU, or the time
@@ -69,11 +66,8 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     `hardware.Chip`; None: those of the generation. Unless it `compiles`, the step is only traced,
     in seconds. Memory, compiled FLOPs and whether it fits are then None.
 
-    Returns the content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
-    `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
-    `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
-    `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
-    optimised program. Bytes and FLOPs are per device and step.
+    Returns the content of `--json`. Bytes and FLOPs are per device and step. The keys `LIKELY` and
+    `likely_mfu` are None without an optimised program.
     """
     n_devices = len(devices)
     chip = chip or chip_part(generation, devices)
@@ -168,10 +162,7 @@ def _activation_bytes(config, n_devices):
 
 
 def _compile(traced):
-    """`(bytes of memory per device, temporary bytes among them, optimised HLO)`.
-
-    A program that exceeds the memory has only the first.
-    """
+    """`(bytes per device, temporary bytes, HLO)`; the last two are None if memory is exceeded."""
     try:
         compiled, text = compile_and_read(traced.lower())
     except jax.errors.JaxRuntimeError as e:
@@ -191,8 +182,8 @@ def read_program(text, chip, shape, kernel_costs=KERNEL_COSTS):
     """Figures of a step from its optimised HLO, the text of `hlo.compile_and_read`.
 
     `chip` are the `hardware.Chip` figures of a device, `shape` the chips along each dimension of
-    the slice. Returns a dictionary of `flops` and the keys `LIKELY`; FLOPs and bytes are per
-    device. `seconds_at_peaks` is the sum over operations without the compiler's cycles.
+    the slice. Returns `flops` and the keys `LIKELY`; FLOPs and bytes are per device.
+    `seconds_at_peaks` is the sum over operations without the compiler's cycles.
     """
     operations = Program(text, kernel_costs).operations
     seconds, at_peaks, counts, sent = Counter(), 0.0, Counter(), Counter()
@@ -240,10 +231,9 @@ def candidates(config: Config, n_devices):
 
 
 def suggest(config: Config, generation, devices):
-    """The plan of the nearest mesh that fits, or None; compiles up to `SUGGESTIONS` of them.
-
-    Only meshes with fewer copies of the model are tried, since they split the state further, and
-    every mesh splits the batch over all axes except tensor.
+    """The plan of the nearest mesh that fits, or None; compiles up to `SUGGESTIONS` of them. Only
+    meshes with fewer copies of the model are tried, since they split the state further, and every
+    mesh splits the batch over all axes except tensor.
     """
     others = [c for c in candidates(config, len(devices)) if c.mesh.data < config.mesh.data]
     for changed in others[:SUGGESTIONS]:

@@ -40,11 +40,7 @@ class _Forgiving(ObjectWrapper):
 
 
 class Bar:
-    """Rewrites the last line of a terminal, with the log above it.
-
-    It is a writer of figures (`writers.py`). `step` and `status` update it between logged steps,
-    too. Text that cannot be written to the terminal is dropped.
-    """
+    """A writer of figures (`writers.py`): the last line of a terminal, with the log above it."""
 
     name = "the progress bar"
 
@@ -76,7 +72,7 @@ class Bar:
             self._bar.set_description_str(f"{status:<{_STATUS_WIDTH}}")
 
     def step(self, step, loss):
-        """Shows a finished step."""
+        """Shows a finished step, logged or not."""
         self._loss = f"loss {loss:.4f}"
         if self.shows:
             self._draw(step)

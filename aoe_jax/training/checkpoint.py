@@ -54,16 +54,11 @@ def check_store(workdir: Path):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, `workdir/checkpoints/STEP`.
-
-    Without a `config` they are only read, and no folder is made.
-    """
+    """The checkpoints `workdir/checkpoints/STEP`; without a `config` they are only read."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig | None = None, saved: int = 0):
-        """Opens `workdir/checkpoints`, and reads the validation nlls in `metrics.jsonl`.
-
-        `saved` is the step of the checkpoint that the run continues from, 0 for none. Raises
-        `UserError` if `workdir` is in a store to which Orbax does not write.
+        """Reads the validation nlls in `metrics.jsonl`. `saved` is the step of the checkpoint that
+        the run continues from, 0 for none. Raises `UserError` like `check_store`.
         """
         check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
@@ -131,9 +126,7 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def steps(self):
-        """The steps of all complete checkpoints, the oldest first. Raises `UserError` if their
-        folder is a file.
-        """
+        """Sorted steps of complete checkpoints; raises `UserError` if their folder is a file."""
         return sorted(faults.patiently(f"{self.directory} cannot be read", self._complete_steps))
 
     def _complete_steps(self):
@@ -175,8 +168,7 @@ class Checkpoints:
         return int(which)
 
     def save(self, step, state, data_state, progress: Progress, wait=False):
-        """Saves the `TrainState` after `step` updates in the background; returns as soon as `state`
-        may be donated.
+        """Saves the state after `step` updates in the background; returns once it may be donated.
 
         `data_state` is the JSON-ready position in the data, the same in every process. With `wait`,
         or if the save before this one failed, it returns when this one has succeeded. Raises
@@ -237,9 +229,7 @@ class Checkpoints:
         return faults.reason(self._problem) if self._problem else "another process failed"
 
     def has_failed(self):
-        """Whether the save in the background has failed, for a run of one process; several
-        processes find that out together at their next save.
-        """
+        """Whether the newest save failed; several processes find that out at their next save."""
         if jax.process_count() == 1 and self._saving and not self._manager.is_saving_in_progress():
             self._finish()
         return self._failed
@@ -252,19 +242,12 @@ class Checkpoints:
             self._manager.close()
 
     def restore_newest(self, abstract_state, data_iterator, check_place=lambda: None):
-        """Restores the newest checkpoint that is not damaged.
+        """Restores the newest checkpoint that is not damaged; returns `(step, state, progress)`.
 
-        Damaged ones are moved to `damaged_checkpoints`, with a warning. Each process reads its own
-        part; a checkpoint that is damaged for one of them counts as damaged for all.
-
-        `abstract_state` has shapes, dtypes and shardings, over any mesh and number of processes.
-        `data_iterator` is moved to its position. `check_place` waits while the whole workdir is
-        gone, and raises an exception if it does not come back, so that no checkpoint counts as
-        damaged for that reason. Returns `(step, state, progress)`.
-
-        Raises:
-          UserError: all are damaged, or the newest is of another model.
-          MachineFault: the newest cannot be read; nothing is moved.
+        Damaged ones are moved to `damaged_checkpoints`, with a warning. `data_iterator` is moved to
+        its position. `check_place` waits while the whole workdir is gone, and raises an exception
+        if it does not come back, so that no checkpoint counts as damaged for that reason. Raises
+        like `restore`, but `UserError` if all checkpoints are damaged.
         """
         looked_again = None  # the step that was read once more
         while True:
@@ -303,12 +286,8 @@ class Checkpoints:
                 )
 
     def restore(self, step, abstract_state):
-        """`(state, progress, position in the data)` of a step.
-
-        Raises:
-          Damaged: the checkpoint lacks files or differs from what was saved.
-          UserError: it is of another model.
-          MachineFault: it cannot be read.
+        """`(state, progress, position in the data)` of a step. `abstract_state` has shapes, dtypes
+        and shardings. Raises like `read_checkpoint`.
         """
         state, run = read_checkpoint(self._path(step), vars(abstract_state))
         state = dataclasses.replace(abstract_state, **state)
@@ -317,10 +296,8 @@ class Checkpoints:
         return state, progress, run["data"]
 
     def restore_model(self, step, abstract_state):
-        """`(params, routing_state)` of a step, the parts of a state that evaluation needs.
-
-        Raises `UserError` if the checkpoint is damaged or of another model, and `MachineFault` if
-        it cannot be read.
+        """`(params, routing_state)` of a step, the parts of a state that evaluation needs. Raises
+        like `read_checkpoint`, but `UserError` for a damaged checkpoint.
         """
         wanted = {name: getattr(abstract_state, name) for name in ("params", "routing_state")}
         try:

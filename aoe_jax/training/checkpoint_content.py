@@ -39,9 +39,8 @@ class Damaged(Failure):
 
 
 def beside_arrays(arrays, data_state, progress: dict) -> dict:
-    """The content of a checkpoint beside its arrays, ready for JSON: fingerprints of the `arrays`
-    of the state, a tree; the position in the data, the same in every process; and the fields of
-    `Progress`.
+    """The content of a checkpoint beside the `arrays` of its state, ready for JSON: their shapes,
+    dtypes and fingerprints, the position in the data, and the fields of `Progress`.
     """
     found = fingerprints(arrays)
     run = {"data": data_state, "progress": progress}
@@ -54,14 +53,9 @@ def beside_arrays(arrays, data_state, progress: dict) -> dict:
 def read_checkpoint(path, wanted):
     """The arrays that `wanted` describes, and what `beside_arrays` has saved with them.
 
-    Each process reads its own part of the checkpoint in the folder `path`. `wanted` is a tree of
-    shapes, dtypes and shardings, over any mesh and number of processes. Raises in every process or
-    in none.
-
-    Raises:
-      Damaged: the checkpoint lacks files or differs from what was saved.
-      UserError: it is of another model.
-      MachineFault: it cannot be read.
+    Each process reads its own part of the folder `path`. `wanted` is a tree of shapes, dtypes and
+    shardings, over any mesh and number of processes. Raises in every process or in none: `Damaged`;
+    `UserError` if the checkpoint is of another model; `MachineFault` if it cannot be read.
     """
     try:
         with together():

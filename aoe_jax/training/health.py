@@ -104,10 +104,8 @@ class Heartbeat:
     _tolerated: Tolerated = field(default_factory=lambda: Tolerated("heartbeat.json"))
 
     def beat(self, status, step=None):
-        """Notes a status and, if it has changed, the step.
-
-        Statuses are restoring, compiling, training, validating, saving; at the end finished,
-        preempted, interrupted, diverged or failed.
+        """Notes a status (restoring, compiling, training, validating, saving; at the end finished,
+        preempted, interrupted, diverged or failed) and, if it has changed, the step.
         """
         self.step = self.step if step is None else step
         now = self.moved = time.monotonic()

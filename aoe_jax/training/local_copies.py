@@ -40,24 +40,15 @@ class LocalCopies:
     """The copies of one process: the pieces of the state that are on its devices.
 
     They are the files `checkpoint.local_path/WORKDIR-HASH/process_N/STEP-RUN.npz`. RUN is a hash of
-    the history of the run, its configuration, its data and its number of processes: a run that
-    differs in one of them does not find the copies. Processes neither wait for each other nor fail
-    where a copy cannot be written, which leaves a warning.
-
-    Attributes:
-      saved: the step of the newest copy that this process has written or read, 0 if there is none.
+    history, configuration, data and number of processes: a run that differs in one of them does not
+    find the copies. Saving waits for no other process; a copy that cannot be written leaves a
+    warning. `saved` is the step of the newest copy that this process has written or read, else 0.
     """
 
     def __init__(self, workdir: Path, config: Config, history: int, data: list, nonce: int):
-        """Finds the copies; all processes call it together.
-
-        Args:
-          workdir: the directory of the run.
-          config: its configuration, with the mesh.
-          history: the number in `heartbeat.json` that changes when the run goes back. That of
-            process 0 counts.
-          data: the identities of the token stores.
-          nonce: a number of this start of the run, the same in all processes.
+        """Finds the copies; all processes call it together. `config` has the mesh, `history` is the
+        number in `heartbeat.json` that changes when the run goes back, `data` the identities of the
+        token stores, and `nonce` a number of this start of the run, the same in all processes.
         """
         self._root, self._nonce, self.saved = Path(config.checkpoint.local_path), nonce, 0
         name = workdir if is_remote(workdir) else workdir.absolute()
@@ -71,7 +62,6 @@ class LocalCopies:
         return self._folder / f"{step}-{self._run}.npz"
 
     def _steps(self):
-        """The steps of the newest copies of this run, the oldest first."""
         try:
             names = os.listdir(self._folder)
         except OSError:
@@ -80,9 +70,7 @@ class LocalCopies:
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> int:
-        """The newest step of which every process has a copy, 0 if there is none; all processes call
-        it together.
-        """
+        """The newest step that every process has copied, else 0; all processes call it together."""
         steps = self._steps()[-_KEEP:]
         steps = [0] * (_KEEP - len(steps)) + steps
         of_processes = zip(*[gathered(step) for step in steps], strict=True)
@@ -130,9 +118,8 @@ class LocalCopies:
             self._warn(e)
 
     def save(self, step: int, state, data_state, progress: Progress, sync: Callable):
-        """Writes a copy in the background, after the one before; returns as soon as `state` may be
-        donated. `sync()` must put the figures of the run so far into its workdir, because a copy
-        must not be ahead of them.
+        """Writes a copy in the background; returns as soon as `state` may be donated. `sync()` must
+        put the figures so far into the workdir, because a copy must not be ahead of them.
         """
         self.wait()
         run = {"nonce": self._nonce, "data": data_state, "progress": dataclasses.asdict(progress)}

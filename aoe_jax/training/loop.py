@@ -63,12 +63,8 @@ def train(
     trace of the steps `profile`; and `wandb/` if `wandb` is a project of Weights & Biases. A run
     that is stopped at any moment and started again ends in the same state, on CPU bit for bit.
 
-    Raises:
-      UserError: a mistake of the user, also if `train.steps` is reached already.
-      MachineFault: a disk failed for longer than `faults.retry_seconds`.
-      DivergedError: `train.max_skipped` updates in a row were skipped.
-      FailedElsewhere: another process failed.
-      Stopped: a stop was requested; the state is saved.
+    Raises the exceptions of `errors.py`: `UserError` also if `train.steps` is reached already, and
+    `Stopped` once the state is saved.
     """
     if config.routing.name == "sparsemixer":
         raise UserError(
@@ -254,7 +250,6 @@ class _Run:
         self.bar.status(status)
 
     def open(self, wandb):
-        """Opens what the run writes: figures and checkpoints."""
         config, train, progress = self.config, self.config.train, self.progress
         # A run that lacks only its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps

@@ -18,9 +18,7 @@ def host_memory():
 
 
 def device_memory():
-    """Memory in use, now and at its peak, of the fullest device of this process; {} if the backend
-    does not count it, as on CPU.
-    """
+    """Memory of this process's fullest device, now and at peak; {} where uncounted, as on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"device_memory_bytes": "bytes_in_use", "device_memory_peak_bytes": "peak_bytes_in_use"}
     return {
@@ -31,10 +29,8 @@ def device_memory():
 
 
 def program_memory(state, step):
-    """Memory that training needs on each device, for an evenly split state and a compiled step.
-
-    Returns `{name: bytes}`: `state_bytes`; and by the compiler's count `argument_bytes`, the state
-    with a batch, and `temporary_bytes`.
+    """`{name: bytes}` of each device: `state_bytes` of an evenly split state and, by the compiler's
+    count for a step, `argument_bytes` (state and batch) and `temporary_bytes`.
     """
     analysis = step.memory_analysis()
     return {

@@ -17,11 +17,8 @@ _TRAIN, _VALIDATION = "#0072B2", "#D55E00"  # colours of Okabe and Ito
 
 
 def draw_run(lines, title):
-    """Draws the lines of a `metrics.jsonl`, as `read_metrics` yields them.
-
-    The left panel has the nll of training batches and of the validation split over steps. The right
-    one has the largest load of an expert over the mean load, for each layer over steps; a dense
-    model has none. Returns a matplotlib `Figure`.
+    """A matplotlib `Figure` of the `lines` of a `metrics.jsonl`: the nll over steps and, except for
+    a dense model, the largest load of an expert over the mean load, by layer.
     """
     train = [line for line in lines if line.get("nll") is not None]
     validation = [line for line in lines if line.get("validation_nll") is not None]
@@ -88,10 +85,7 @@ def _column(lines, name):
 
 
 def write_picture(metrics: Path, picture: Path, title):
-    """Draws the run of a `metrics.jsonl` into a PNG file, on a disk or in an object store.
-
-    See `draw_run`.
-    """
+    """Draws the run of a `metrics.jsonl` into a PNG file, on a disk or in an object store."""
     content = io.BytesIO()
     draw_run(list(read_metrics(metrics)), title).savefig(content, dpi=130)
     write_whole(picture, content.getvalue())

@@ -34,11 +34,7 @@ def traced_of_run(steps: range, start_step, total_steps):
 
 
 def run_traced(steps: range, folder: Path, step, function, *args):
-    """Calls `function(*args)`, which is training step `step`; traces it into `folder` if it is one
-    of `steps`.
-
-    The first traced step waits for all steps before it, the last one until it is done.
-    """
+    """Returns `function(*args)`, training step `step`; writes a trace of it if `steps` has it."""
     if step not in steps:
         return function(*args)
     if step == steps[0]:

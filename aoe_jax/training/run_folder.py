@@ -27,10 +27,9 @@ class Start:
 class RunFolder:
     """A workdir that process 0 owns and all processes see.
 
-    Attributes:
-      figures: the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
-        itself or, if that is in an object store, a temporary folder that `upload` copies there.
-      nonce: the nonce of the owner, the same in all processes.
+    `figures` is the folder of `metrics.jsonl`, `tensorboard/`, `wandb/` and `profile/`: the workdir
+    or, if that is in an object store, a temporary folder that `upload` copies there. `nonce` is
+    that of the owner, in all processes.
     """
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
@@ -63,20 +62,14 @@ class RunFolder:
             (self.figures / name).write_bytes(file.read_bytes())
 
     def check_owner(self):
-        """Checks in process 0 that it still owns the workdir; see `Owner.check`.
-
-        It must come before files are replaced: a disk that was not mounted at the start may have
-        the run of another process.
+        """Calls `Owner.check` in process 0. It must come before files are replaced: a disk that was
+        not mounted at the start may have the run of another process.
         """
         if self._owner:
             self._owner.check()
 
     def check_in_place(self):
-        """Checks in every process that it sees the file of the owner.
-
-        Raises `MachineFault` if it is gone, as on a disk that is no longer mounted, or on another
-        disk than at the start, and `UserError` if another process has taken the workdir over.
-        """
+        """Checks in every process that it sees the file of the owner; raises like `Owner.check`."""
         patiently(f"{self._workdir} cannot be read", self._see_owner)
 
     def _see_owner(self):

@@ -52,8 +52,7 @@ def state_from_model(config: Config, mesh, like: TrainState, tokenizer: Path) ->
 
     `config` has passed `check_start`, `like` has the shapes of the state with their shardings, and
     `tokenizer` is the file of the corpora's tokenizer. Raises `UserError` if the model cannot be
-    read, has another tokenizer, or has a routing state that the run does not use, and
-    `FailedElsewhere` if that happened in another process.
+    read, has another tokenizer, or has a routing state that the run does not use.
     """
     with together():
         try:

@@ -43,9 +43,7 @@ def first_state(config: Config, params, routing_state):
 
 
 def train_step_on(mesh, config: Config):
-    """`(step, state)`: the jitted train step on a mesh, and the shapes of its state with their
-    shardings.
-    """
+    """`(jitted train step, shapes of its state with their shardings)` on a mesh."""
     state = jax.eval_shape(lambda: init_state(config, 0))
     shardings = state_shardings(mesh, state)
     results = shardings, replicated(mesh)
@@ -60,17 +58,11 @@ def new_state(config: Config, like: TrainState):
 
 
 def sequence_nll(decoder: Decoder, params, routing_state, batch, document_mask):
-    """Sum of the negative log-likelihood over a batch's targets, in nats.
+    """`(nll, LayerStats stacked over layers)`; nll, [] float32, is the sum over targets in nats.
 
-    Args:
-      decoder, params: the model.
-      routing_state: `Method.state` of all layers, `[L, ...]` by name.
-      batch: `inputs`, `targets`, `segment_ids` `[B, S]` int32, the last 0 for padding, which counts
-        in no statistic; and `weights` `[B, S]` float32, the weight of each target in the sum.
-      document_mask: whether to attend within documents only.
-
-    Returns:
-      `(nll, stats)`: a float32 scalar, and `LayerStats` stacked over layers.
+    `batch` has `inputs`, `targets` and `segment_ids`, `[B, S]` int32, the last 0 for padding, which
+    counts in no statistic; and `weights`, `[B, S]` float32, the weight of each target in the sum.
+    With `document_mask`, tokens attend within their document only.
     """
     hidden, stats = features(decoder, params, routing_state, batch, document_mask)
     return _sum_over_targets(params, batch, cross_entropy, hidden), stats

@@ -57,10 +57,9 @@ class Telemetry:
 
     Time counts from `start` on and is split into `input` (the loop waits for the next batch),
     `checkpoint` (the loop waits for a save) and `compute` (the rest). Devices compute while the
-    loop waits, so waiting costs at most its seconds. Evaluation does not count in the speed.
-
-    MFU is the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that
-    computes in float32. It is left out, with a note in the log, if the chip is unknown.
+    loop waits, so waiting costs at most its seconds. Evaluation does not count in the speed. MFU is
+    the useful FLOPs of training over the peak of the chip in bfloat16, also for a run that computes
+    in float32; it is left out if the chip is unknown.
     """
 
     def __init__(
@@ -74,11 +73,10 @@ class Telemetry:
         began=None,
         bar: Bar | None = None,
     ):
-        """Opens the files of a run that continues after `start_step` updates.
-
-        `validated` says whether the validation of that step is done, `wandb` is a project of
-        Weights & Biases or None, and `writes` is False in all processes but the first. `began` is
-        the time when the run began for the first time; None: now. `bar` is closed with the files.
+        """Opens the files of a run that continues after `start_step` updates. `validated` says
+        whether the validation of that step is done, `wandb` is a project of Weights & Biases or
+        None, and `writes` is False in all processes but the first. `began` is the time when the run
+        began for the first time; None: now. `bar` is closed with the files.
         """
         self._began, self._useful = began or time.time(), 0.0
         self._writers, self._tensorboard = [], None
@@ -142,10 +140,8 @@ class Telemetry:
         self._step_ended, self._step_clocks = self._line_time, self._line_seconds
 
     def step(self, step):
-        """Records the end of a step, and warns if it took much longer than those before.
-
-        It warns again only if a step is twice as slow as the slowest one with the same cause, so
-        that regular saves are logged once.
+        """Records the end of a step, and warns if it was slow; again only if it was twice as slow
+        as the slowest one with the same cause, so that regular saves are logged once.
         """
         now, clocks = time.perf_counter(), self._seconds - self._step_clocks
         total = now - self._step_ended - clocks["evaluation"] - clocks["compile"]

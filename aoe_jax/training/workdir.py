@@ -77,11 +77,9 @@ def check_workdir(workdir: Path, config: Config, has_begun=True):
 
 
 def check_history(workdir: Path, steps):
-    """Checks that the files of a run show no checkpoint beyond those that exist.
-
-    `steps` are those of all complete checkpoints. A checkpoint that was set aside as damaged is not
-    missing. Raises `UserError` if a later checkpoint was complete, there are figures and nothing
-    else, or nothing says of which run the checkpoints are.
+    """Checks that the files of a run show no checkpoint beyond `steps`, those of all complete ones;
+    one that was set aside as damaged is not missing. Raises `UserError` if a later checkpoint was
+    complete, there are figures and nothing else, or nothing says of which run the checkpoints are.
     """
     if steps and (missing := [n for n in _IDENTITY if not (workdir / n).exists()]):
         raise UserError(
@@ -122,10 +120,8 @@ def read_heartbeat(workdir: Path):
 
 
 def set_aside(workdir: Path, go_back: int | None = None):
-    """Moves the files of a run to a new folder in `workdir/set_aside`.
-
-    With `go_back`, only what is newer than the checkpoint of that step is moved. Raises `UserError`
-    if there is no complete checkpoint of that step.
+    """Moves the files of a run to a new folder in `workdir/set_aside`; with `go_back`, only what is
+    newer than the checkpoint of that step. Raises `UserError` if there is no such checkpoint.
     """
     names, metrics = list(_FILES), workdir / "metrics.jsonl"
     if go_back is not None:
@@ -152,9 +148,7 @@ def set_aside(workdir: Path, go_back: int | None = None):
 
 
 def check_data(workdir: Path, corpus: TokenisedCorpus):
-    """Raises `UserError` if the run in `workdir` reads other token stores: a text or the tokenizer
-    has changed since it began.
-    """
+    """Raises `UserError` if a text or the tokenizer has changed since the run began."""
     found = read_identities(workdir) or corpus.identities
     if found != corpus.identities:
         there, here = (
