@@ -207,25 +207,32 @@ def test_export(tmp_path, code):
     assert [path.name for path in tmp_path.iterdir() if "model" in path.name] == []
 
 
+def prepare_command(output):
+    return [
+        *("-m", "aoe_jax.data.prepare", f"--input={corpus_folder()}/*.txt", "--validation=0.3"),
+        *("--test=0.3", f"--output={output}", f"--tokenizer={finished_run() / 'tokenizer.json'}"),
+    ]
+
+
 @pytest.mark.parametrize(
     "case", **ids([("EDQUOT", "w", "store/"), ("EIO", "w", "store/"), ("EIO", "r", "texts/")])
 )
 def test_preparation(tmp_path, case):
-    output = tmp_path / "store"
-    command = ["-m", "aoe_jax.data.prepare", f"--input={corpus_folder()}/*.txt"]
-    command += [
-        "--validation=0.3",
-        "--test=0.3",
-        f"--output={output}",
-        f"--tokenizer={finished_run() / 'tokenizer.json'}",
-    ]
+    command = prepare_command(tmp_path / "store")
     fault = Fault(tmp_path, *case)
     status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
-    assert not (output / "manifest.json").exists()
+    assert not (tmp_path / "store" / "manifest.json").exists()
     fault.end()
     status, _, stderr = run(command)
-    assert status == 0 and (output / "manifest.json").exists(), stderr
+    assert status == 0 and (tmp_path / "store" / "manifest.json").exists(), stderr
+
+
+@pytest.mark.parametrize("case", **ids([("EIO", "w", "store/units"), ("EIO", "r", "texts/")]))
+def test_preparation_that_fails_for_a_while(tmp_path, case):
+    command = prepare_command(tmp_path / "store")
+    status, _, stderr = Fault(tmp_path, *case).passing(command, "next try in")
+    assert status == 0 and (tmp_path / "store" / "manifest.json").exists(), stderr
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,26 @@ def test_an_owner_that_has_ended_is_no_owner(tmp_path, caplog):
     assert "was taken over from process" in caplog.text
 
 
+def test_a_process_that_the_system_hides_may_live(tmp_path, monkeypatch):
+    """As with hidepid, where /proc has no folders of other users' processes."""
+    with owned(tmp_path, "workdir"):
+        here = read_owner(tmp_path)
+    assert ownership._has_ended(here) is False
+
+    def hide(path):
+        raise FileNotFoundError(path)
+
+    there = ownership._kernel()
+    monkeypatch.setattr(ownership, "_kernel", lambda: there)
+    monkeypatch.setattr(ownership.Path, "read_text", hide)
+    assert ownership._has_ended(here) is None
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for pid in (ended.pid, 2**62):
+        assert ownership._has_ended(here | {"pid": pid}) is True
+    assert ownership._has_ended(here | {"started": None}) is None
+
+
 def test_an_owner_on_another_host_that_lives(tmp_path):
     elsewhere(tmp_path)
     ended = threading.Event()

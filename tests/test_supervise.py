@@ -25,6 +25,8 @@ plan = json.loads(sys.argv[2])
 path, count = workdir / "heartbeat.json", workdir / "count"
 number = int(count.read_text()) if count.exists() else 0
 count.write_text(str(number + 1))
+with (workdir / "given").open("a") as given:
+    print(*sys.argv[3:], file=given)
 status, word, steps = plan[min(number, len(plan) - 1)]
 name = "copied" if word == "copied" else "saved"
 saved = json.loads(path.read_text())[name] if path.exists() else 0
@@ -42,13 +44,13 @@ sys.exit(status)
 """
 
 
-def supervise(tmp_path, plan, restarts=2):
+def supervise(tmp_path, plan, restarts=2, flags=()):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "aoe_jax.supervise", f"--restarts={restarts}", "--pause=0.01"),
-            *("--", str(script), f"--workdir={tmp_path / 'run'}", json.dumps(plan)),
+            *("--", str(script), f"--workdir={tmp_path / 'run'}", json.dumps(plan), *flags),
         ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -85,6 +87,19 @@ def test_what_is_started_again(tmp_path, plan, status, count):
     assert [line["exit_status"] for line in lines] == codes
     assert lines[-1]["saved"] == sum(steps for _, _, steps in done)
     assert ("gave up: 3 attempts in a row" in stderr) == (status == 5)
+
+
+def test_a_run_goes_back_until_it_has_begun(tmp_path):
+    """An attempt that fails before it writes a heartbeat has not gone back."""
+    (tmp_path / "run").mkdir()
+    heartbeat = {"status": "diverged", "saved": 3, "time": 1.5}
+    (tmp_path / "run" / "heartbeat.json").write_text(json.dumps(heartbeat))
+    plan = [(5, "silent", 0), (5, "failed", 0), (0, "finished", 1)]
+    process = supervise(tmp_path, plan, flags=["--go-back=2"])
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    given = (tmp_path / "run" / "given").read_text().splitlines()
+    assert given == ["--go-back=2", "--go-back=2", ""]
 
 
 def test_killed_after_the_end_of_the_run(tmp_path):

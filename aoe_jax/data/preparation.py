@@ -277,6 +277,9 @@ def _refuse_change(path: str, before: list, now: Sequence[int], advice: str):
 def _faults_are_named(output: Path) -> Iterator[None]:
     try:
         yield
+    except MachineFault as error:  # of a unit of work, or from `patiently`
+        error.add_note("the same command goes on where it was")
+        raise
     except Exception as error:  # array_record raises RuntimeError, tokenizers bare Exception
         if isinstance(error, Failure) or not is_fault(error):
             raise

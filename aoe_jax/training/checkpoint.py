@@ -56,10 +56,8 @@ def check_store(workdir: Path):
 class Checkpoints:
     """The checkpoints `workdir/checkpoints/STEP`; without a `config` they are only read."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig | None = None, saved: int = 0):
-        """Reads the validation nlls in `metrics.jsonl`. `saved` is the step of the checkpoint that
-        the run continues from, 0 for none. Raises `UserError` like `check_store`.
-        """
+    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+        """Reads the validation nlls in `metrics.jsonl`. Raises `UserError` like `check_store`."""
         check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._manager = None
@@ -74,11 +72,11 @@ class Checkpoints:
             if line.get("validation_nll") is not None:
                 self.validated(line["step"], line["validation_nll"])
         if config is not None:
-            self.open(config, saved)
+            self.open(config, max(self.steps(), default=0))
 
     def open(self, config: CheckpointConfig, saved: int):
-        """Begins to save, as the constructor does with a `config`; all processes call it together.
-        Validation nlls of later steps than `saved` are forgotten.
+        """Begins to save in a run that goes on from the checkpoint of step `saved`, 0 for none; all
+        processes call it together. Validation nlls of later steps are forgotten.
         """
         self._config = config
         self.saved = saved  # the step of the newest checkpoint that is known to be complete

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 
 from aoe_jax import faults
 from aoe_jax.distributed import all_agree, together
-from aoe_jax.errors import FailedElsewhere, Failure, UserError
+from aoe_jax.errors import Failure, UserError
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, misfit, or_none, read_regular
 from aoe_jax.paths import is_remote
 from aoe_jax.training.fingerprints import by_path, fingerprints
@@ -57,15 +57,16 @@ def read_checkpoint(path, wanted):
     shardings, over any mesh and number of processes. Raises in every process or in none: `Damaged`;
     `UserError` if the checkpoint is of another model; `MachineFault` if it cannot be read.
     """
-    try:
-        with together():
+    damage = None
+    with together():
+        try:
             arrays, run = faults.patiently(
                 f"checkpoint {path} cannot be read", lambda: _read_twice(path, wanted)
             )
-    except FailedElsewhere as e:
-        if e.status == Damaged.status:
-            raise Damaged("another process cannot read it") from e
-        raise
+        except Damaged as e:
+            damage = e
+    if not all_agree(damage is None):
+        raise damage or Damaged("another process cannot read it")
     found = fingerprints(arrays)
     differing = [name for name, value in found.items() if run["arrays"][name][2] != value]
     # Processes with other copies of an array may have read other values.

@@ -237,6 +237,7 @@ class _Run:
 
     def claim_workdir(self, given):
         """Makes the workdir the run's own; `given` is the configuration as the user gave it."""
+        self.heartbeat.beat("restoring", self.step)  # each phase has the time of hang_timeout
         with together():
             if self.is_main:
                 self.folder.check_owner()
@@ -251,6 +252,7 @@ class _Run:
 
     def open(self, wandb):
         config, train, progress = self.config, self.config.train, self.progress
+        self.heartbeat.beat("restoring", self.step)
         # A run that lacks only its summary validates its last step again.
         progress.validated = progress.validated and self.step < train.steps
         with together():

@@ -133,14 +133,14 @@ def set_aside(workdir: Path, go_back: int | None = None):
             )
         if metrics.exists():
             metrics.with_name("metrics.jsonl.whole").write_bytes(metrics.read_bytes())
-        names = [f"checkpoints/{step}" for step in steps if step > go_back]
+        names = [f"checkpoints/{step}" for step in reversed(steps) if step > go_back]
         names += ["metrics.jsonl.whole", "summary.json", "training.png"]
     # A clock that was set back gives the same name twice.
     folder = unused(workdir / "set_aside" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     moved = [name for name in names if (workdir / name).exists()]
     for name in moved:
         move(workdir / name, folder / name)
-    if go_back is not None:  # after the moves, so that a run cannot go on if they are interrupted
+    if go_back is not None:  # last, so that no run goes on after moves that were interrupted
         heartbeat = read_heartbeat(workdir) | {"saved": go_back, "history": None}
         write_json(workdir / "heartbeat.json", heartbeat)
     if moved:

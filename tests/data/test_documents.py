@@ -263,6 +263,30 @@ def test_bombs(tmp_path, monkeypatch, name):
         read(tmp_path / name)
 
 
+def test_a_parquet_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_documents, "_RATIO_FROM", 2**16)
+    texts = {"text": [str(n) + "a" * 10**5 for n in range(20)]}
+    options = {"compression": "zstd", "use_dictionary": False}
+    pyarrow.parquet.write_table(pyarrow.table(texts), tmp_path / "a.parquet", **options)
+    with pytest.raises(UserError, match=r"expand to more than 256 times that size"):
+        read(tmp_path / "a.parquet")
+
+
+def test_long_rows_of_parquet_are_read_in_small_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_documents, "_BATCH_BYTES", 10**4)
+    texts, seen = [f"{n}" * 2000 for n in range(10)], []
+    table, path = pyarrow.table({"id": range(10), "text": texts}), tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, use_dictionary=False)
+    iter_batches = pyarrow.parquet.ParquetFile.iter_batches
+
+    def watched(self, size, **settings):
+        seen.append(size)
+        return iter_batches(self, size, **settings)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", watched)
+    assert read(path) == [texts] and seen == [4]
+
+
 def test_fifos_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a\.jsonl is a FIFO or a device; give regular files"):

@@ -108,3 +108,21 @@ def test_heartbeat(tmp_path):
     heartbeat.beat("saving")
     assert json.loads(path.read_text())["status"] == "saving"
     assert json.loads(path.read_text())["step"] == 5
+
+
+def test_the_last_heartbeat_is_tried_again(tmp_path, monkeypatch):
+    """The supervisor knows by it that the run has finished."""
+    heartbeat, path = Heartbeat(tmp_path, may_write=lambda: True), tmp_path / "heartbeat.json"
+    path.with_name("heartbeat.json.partial").mkdir()  # writing fails
+    monkeypatch.setattr("time.sleep", lambda _: path.with_name("heartbeat.json.partial").rmdir())
+    heartbeat.finish(24)
+    found = json.loads(path.read_text())
+    assert (found["status"], found["step"]) == ("finished", 24)
+
+
+def test_the_last_heartbeat_is_given_up_in_time(tmp_path, monkeypatch):
+    heartbeat = Heartbeat(tmp_path, may_write=lambda: True)
+    (tmp_path / "heartbeat.json").mkdir()
+    monkeypatch.setattr("aoe_jax.faults.retry_seconds", 0.5)
+    heartbeat.finish(24)
+    assert (tmp_path / "heartbeat.json").is_dir()

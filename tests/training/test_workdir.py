@@ -11,6 +11,7 @@ from aoe_jax.config.run import Config
 from aoe_jax.data.tokenised import open_corpus
 from aoe_jax.errors import UserError
 from aoe_jax.paths import move
+from aoe_jax.training.checkpoint import Checkpoints
 from aoe_jax.training.workdir import (
     check_data,
     check_history,
@@ -88,6 +89,45 @@ def test_a_move_that_was_interrupted(claimed, monkeypatch):
             with pytest.raises(UserError, match="a checkpoint of step 3 was complete"):
                 check_history(workdir, [])
     assert {path.name for path in workdir.iterdir()} == {"set_aside", "tokenizer.json"}
+
+
+def test_going_back_that_was_interrupted(claimed, monkeypatch):
+    """The run cannot go on as if nothing had been; the same command goes back."""
+    workdir, _ = claimed
+    for step in (3, 6, 9):
+        checkpoint = workdir / "checkpoints" / str(step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "_CHECKPOINT_METADATA").write_text("{}")
+    (workdir / "heartbeat.json").write_text(json.dumps({"saved": 9, "history": 7}))
+
+    def move_one(source, target):
+        move(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("aoe_jax.training.workdir.move", move_one)
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(workdir, 3)
+    assert Checkpoints(workdir).steps() == [3, 6]
+    with pytest.raises(UserError, match="a checkpoint of step 9 was complete"):
+        check_history(workdir, [3, 6])
+    set_aside(workdir, 3)
+    assert Checkpoints(workdir).steps() == [3]
+    check_history(workdir, [3])
+    assert json.loads((workdir / "heartbeat.json").read_text())["history"] is None
+
+
+def test_a_damaged_checkpoint_of_a_finished_run_is_not_missing(claimed):
+    """It was set aside, and a kill came before the run went on from the one before it."""
+    workdir, _ = claimed
+    for name, content in (("heartbeat", {"saved": 6}), ("summary", {"metrics": {"step": 6}})):
+        (workdir / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
+        check_history(workdir, [3])
+    (workdir / "damaged_checkpoints" / "6").mkdir(parents=True)
+    check_history(workdir, [3])
+    with pytest.raises(UserError, match="a checkpoint of step 6 was complete"):
+        check_history(workdir, [])
 
 
 def test_a_file_in_the_place_of_a_folder(claimed):

@@ -1,5 +1,6 @@
 """metrics.jsonl and TensorBoard files, read back without the writer; Weights & Biases offline."""
 
+import importlib
 import json
 import re
 import shutil
@@ -9,8 +10,17 @@ import numpy as np
 import pytest
 
 from aoe_jax.errors import UserError
+from aoe_jax.training.telemetry import Telemetry
 from aoe_jax.training.writers import JsonLines, TensorBoard, check_wandb
-from tests.runs import finish, finished_run, read_events, read_metrics, start, train_command
+from tests.runs import (
+    finish,
+    finished_run,
+    read_events,
+    read_metrics,
+    start,
+    tiny_config,
+    train_command,
+)
 
 LAYERS = {"load_entropy": np.array([1 / 3, 2 / 3], np.float32), "dead_experts": np.array([0, 2])}
 
@@ -92,6 +102,30 @@ def test_wandb_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "wandb.json").write_text('{"project": "mine", "id": "0"}')
     with pytest.raises(UserError, match="--wandb=other: the run in .* belongs to project mine"):
         check_wandb(tmp_path, "other")
+
+
+@pytest.fixture
+def wandb():
+    """The module, which is not left behind: see `test_wandb_is_asked_for`."""
+    yield importlib.import_module("wandb")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
+
+
+def test_wandb_that_cannot_be_reached(tmp_path, monkeypatch, caplog, wandb):
+    """A run goes on without it, but a mistake of the user is said."""
+
+    def refuse(**_):
+        raise error
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    error = wandb.errors.CommError("timed out")
+    telemetry = Telemetry(tmp_path, tiny_config(), 0, wandb="mine")
+    telemetry.close()
+    assert "Weights & Biases cannot be opened (timed out); the run goes on" in caplog.text
+    error = wandb.errors.UsageError("no API key")
+    with pytest.raises(UserError, match="--wandb=mine: no API key; log in with `wandb login`"):
+        Telemetry(tmp_path, tiny_config(), 0, wandb="mine")
 
 
 def test_wandb_offline(tmp_path):
