@@ -21,6 +21,8 @@ from aoe_jax.evaluation.probing import (
 )
 from aoe_jax.sharding import MESH_AXES
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 EXPERTS = ExpertsConfig(kind="router", n_experts=4, top_k=2, d_ffn=12)
 X = jax.random.normal(jax.random.key(0), (8, 6, 16))
 WEIGHTS = (jnp.arange(48) % 5 > 0).reshape(8, 6).astype(jnp.float32)

@@ -24,6 +24,8 @@ from tests.evaluation.public_tasks import write_examples
 from tests.formats.test_writing import EVERYTHING, written
 from tests.runs import scratch, shared, tiny_config
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 WHOLE = {"experts__score_neurons": 4}
 FACTORS = (1.0, 1.0, 1.2, 1.5, 2.0, 4.0, 8.0, 8.0)
 BIASED = {"balance__bias_rate": 0.01}

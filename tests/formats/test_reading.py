@@ -25,6 +25,8 @@ from configs import finetune
 from tests.formats.hub import ARCHITECTURES, hub_models
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 SHARDED = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 
 
