@@ -135,8 +135,8 @@ def _read_config(name):
 
 def call_in_file(flag, file, function, *args):
     """The result of a function in a Python file that the user has written. Raises `UserError`,
-    whose message begins with `flag`, such as `--config=FILE`, if the function is missing or raises
-    an exception.
+    whose message begins with `flag`, such as `--config=FILE`, if the file or the function is
+    missing, or the function raises an exception.
     """
     if not Path(file).is_file():
         example = _EXAMPLE if function == "get_config" else "configs/compare/tiny.py"

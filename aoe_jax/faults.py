@@ -175,17 +175,18 @@ class Tolerated:
 
     def __init__(self, name):
         """`name` is the file's name in the log."""
-        self.failures, self._name, self._failing = 0, name, False
+        self.failures, self._name = 0, name
+        self.error = None  # of the newest write
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
+        before, self.error = self.error, error
         if isinstance(error, Exception):
             self.failures += 1
-            if not self._failing:
+            if before is None:
                 log.warning(f"{self._name} cannot be written ({reason(error)}); the run goes on")
-        elif error is None and self._failing:
+        elif error is None and before is not None:
             log.warning(f"{self._name} is written again; {self.failures} writes have failed so far")
-        self._failing = isinstance(error, Exception)
-        return self._failing
+        return isinstance(error, Exception)

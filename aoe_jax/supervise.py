@@ -9,10 +9,10 @@ after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The super
 `--restarts` restarts in a row that saved no new step. While the files of a run that has begun are
 gone, as on a disk that is no longer mounted, it only waits, because a start would begin a new run.
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
-the command gets SIGTERM (on Linux). `--start-over`, `--go-back` and `--take-over` are left out as
-soon as the run has written its `heartbeat.json`. `WORKDIR/attempts/HOST.jsonl` has a line for every
-attempt, unless the workdir is in an object store. The exit status is 0 if the run has finished,
-else that of the last attempt, where signal N counts as 128 + N.
+the command gets SIGTERM (on Linux). Attempts get `--start-over` and `--go-back` until the run has
+begun anew or gone back, and only the first gets `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a
+line for every attempt, unless the workdir is in an object store. The exit status is 0 if the run
+has finished, else that of the last attempt, where signal N counts as 128 + N.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ _PASSED_ON = {  # signal to the supervisor -> signal to the command
     signal.SIGINT: signal.SIGINT,
     signal.SIGHUP: signal.SIGTERM,
 }
-_ONCE = ("start-over", "go-back", "take-over")  # flags that count until a run has begun
+_MOVES_FILES = ("start-over", "go-back")
 
 
 class Supervisor:
@@ -73,7 +73,8 @@ class Supervisor:
     def run(self, restarts: int, pause: float) -> int:
         """Returns the exit status of the last attempt."""
         attempt, idle, before = 0, 0, self._heartbeat()
-        if self._command == _without(_ONCE, self._command):  # else its files may be moved
+        history = before.get("history")  # it changes when a run begins anew or goes back
+        if self._command == _without(_MOVES_FILES, self._command):
             self._has_begun = self._has_heartbeat() is True
         while True:
             attempt += 1
@@ -81,9 +82,10 @@ class Supervisor:
                 log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
                 status, steps = MachineFault.status, 0
             else:
-                if self._heartbeat() not in ({}, before):
-                    self._command = _without(_ONCE, self._command)
                 status, steps = self._attempt(attempt)
+                self._command = _without(("take-over",), self._command)
+                if self._heartbeat().get("history", history) != history:
+                    self._command = _without(_MOVES_FILES, self._command)
                 self._has_begun = self._has_begun or self._has_heartbeat() is True
             idle = 0 if steps > 0 else idle + 1
             now = self._heartbeat()
@@ -126,6 +128,7 @@ class Supervisor:
         path = self._workdir / "heartbeat.json"
         step = or_none(COUNT)
         schema = {"saved": step, "copied": step, "status": or_none(TEXT), "time": or_none(NUMBER)}
+        schema |= {"history": or_none(COUNT)}
         with contextlib.suppress(Exception):  # the next attempt says why it cannot be read
             return read_json(path, schema=schema)
         return {}

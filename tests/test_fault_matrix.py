@@ -137,7 +137,8 @@ def test_a_read_that_fails_for_a_while(tmp_path):
 
 @pytest.mark.parametrize("operation", ["o", "r"])
 def test_data_that_fails_for_a_while(tmp_path, operation):
-    """In the steps of a run; one that has begun goes on when its disk does."""
+    """The first batch, of a store that is complete."""
+    finished_run()
     fault = Fault(tmp_path, "EIO", operation, SHARD)
     status, _, stderr = fault.passing(train_command(tmp_path / "run"), "cannot be read")
     assert status == 0 and same_end(tmp_path / "run", finished_run()), stderr

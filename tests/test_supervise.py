@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aoe_jax.errors import UserError
-from aoe_jax.supervise import _ONCE, Supervisor, _without, _workdir_of
+from aoe_jax.supervise import Supervisor, _without, _workdir_of
 from tests.hasty import xla_flags
 from tests.runs import ROOT, finished_run, same_end, train_command
 from tests.test_faults import heartbeat, wait_for
@@ -29,9 +29,11 @@ with (workdir / "given").open("a") as given:
     print(*sys.argv[3:], file=given)
 status, word, steps = plan[min(number, len(plan) - 1)]
 name = "copied" if word == "copied" else "saved"
-saved = json.loads(path.read_text())[name] if path.exists() else 0
+before = json.loads(path.read_text()) if path.exists() else {}
+history = before.get("history") if word == "another's" else number
+found = {"status": word, name: before.get(name, 0) + steps, "time": time.time()}
 if word != "silent":
-    path.write_text(json.dumps({"status": word, name: saved + steps, "time": time.time()}))
+    path.write_text(json.dumps(found | {"history": history}))
 if status == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     (workdir / "waits").touch()
@@ -90,16 +92,16 @@ def test_what_is_started_again(tmp_path, plan, status, count):
 
 
 def test_a_run_goes_back_until_it_has_begun(tmp_path):
-    """An attempt that fails before it writes a heartbeat has not gone back."""
+    """An attempt that fails before has not gone back, also if the former process still saves."""
     (tmp_path / "run").mkdir()
-    heartbeat = {"status": "diverged", "saved": 3, "time": 1.5}
+    heartbeat = {"status": "diverged", "saved": 3, "time": 1.5, "history": 7}
     (tmp_path / "run" / "heartbeat.json").write_text(json.dumps(heartbeat))
-    plan = [(5, "silent", 0), (5, "failed", 0), (0, "finished", 1)]
-    process = supervise(tmp_path, plan, flags=["--go-back=2"])
+    plan = [(5, "silent", 0), (5, "another's", 0), (5, "failed", 1), (0, "finished", 1)]
+    process = supervise(tmp_path, plan, flags=["--take-over", "--go-back=2"])
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     given = (tmp_path / "run" / "given").read_text().splitlines()
-    assert given == ["--go-back=2", "--go-back=2", ""]
+    assert given == ["--take-over --go-back=2", "--go-back=2", "--go-back=2", ""]
 
 
 def test_killed_after_the_end_of_the_run(tmp_path):
@@ -179,7 +181,8 @@ def test_the_last_workdir_counts(tmp_path):
 
 def test_flags_of_the_first_attempt():
     command = ["train.py", "--start-over", "--go-back", "7", "--go_back=8", "--workdir=a", "--x"]
-    assert _without(_ONCE, command) == ["train.py", "--workdir=a", "--x"]
+    names = ("start-over", "go-back")
+    assert _without(names, command) == ["train.py", "--workdir=a", "--x"]
 
 
 def test_without_a_command():

@@ -95,7 +95,10 @@ def _text_folder(path: str | None) -> Corpus:
             continue
         names.append(file.relative_to(root).as_posix())
         what = f"data.path={path!r}: {file} cannot be read"
-        found = patiently_if_allowed(what, partial(file_sha256, file))
+        try:
+            found = patiently_if_allowed(what, partial(file_sha256, file))
+        except OSError as error:
+            raise UserError(f"{what} ({error.strerror})") from error
         digest.update(f"{names[-1]!r} {found}\n".encode())
     wanted = "train, validation and test need at least 3 documents, one a file"
     found = f"{len(names)} non-empty .txt file(s); {wanted}"

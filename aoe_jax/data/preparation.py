@@ -8,6 +8,7 @@ folder a token store. `plan.json` stays, for damaged shards to be written again.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import multiprocessing
@@ -42,7 +43,7 @@ from aoe_jax.data.tokenizer import (
 )
 from aoe_jax.data.workers import work_through
 from aoe_jax.errors import Failure, MachineFault, UserError
-from aoe_jax.faults import is_fault, reason
+from aoe_jax.faults import is_fault, patiently_if_allowed, reason
 from aoe_jax.json_files import COUNT, NUMBER, TEXT, Kind, read_json, write_json
 from aoe_jax.ownership import is_own_file, owned
 from aoe_jax.paths import is_remote, put, remove_folder, size_and_version
@@ -115,13 +116,15 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
     """
     planned, files = settings.as_planned(), find_files(inputs, _absolute(output))
     with owned(output, "output"), _faults_are_named(output):
-        plan = _claim(files, planned, output)
+        what = f"{output} cannot be prepared"
+        plan = patiently_if_allowed(what, lambda: _claim(files, planned, output))
         with contextlib.suppress(UserError):  # no manifest, or half of one before a power cut
             read_manifest(output)
             remove_folder(output / "units")
             logger.info(f"{output} is complete already; --check reads it whole")
             return
-        tokenizer, n_units = install_tokenizer(output, plan, settings), len(plan["units"])
+        tokenizer = patiently_if_allowed(what, lambda: install_tokenizer(output, plan, settings))
+        n_units = len(plan["units"])
         there = {path.name for path in output.iterdir()}
         missing = [unit for unit in range(n_units) if not _is_done(output, unit, there)]
         if n_done := n_units - len(missing):
@@ -130,7 +133,7 @@ def prepare(inputs: Sequence[str], settings: Settings, output: Path, processes: 
         _write_units(output, plan, processes, missing)
         seconds = time.monotonic() - started
         results = [_read_unit(output, unit) for unit in range(n_units)]
-        _finish(output, settings, tokenizer, results)
+        patiently_if_allowed(what, lambda: _finish(output, settings, tokenizer, results))
         written = [split["bytes"] for unit in missing for split in results[unit]["splits"].values()]
         rate = sum(written) / seconds / 1e6
         logger.info(
@@ -179,9 +182,10 @@ def check(output: Path) -> list[str]:
         raise UserError(f"{file} is not the tokenizer of this store; bring that file back")
     hashes, damaged = _hashes_of_shards(manifest), []
     for name in tqdm(hashes, desc=f"checking {output.name}", unit="shard", delay=1):
-        found = None
-        with contextlib.suppress(OSError):
-            found = file_sha256(output / name)
+        file, found = output / name, None
+        with contextlib.suppress(OSError):  # it is missing, or no file
+            what = f"{file} cannot be read"
+            found = patiently_if_allowed(what, functools.partial(file_sha256, file))
         if found != hashes[name]:
             damaged.append(name)
     return damaged

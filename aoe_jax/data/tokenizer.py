@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from aoe_jax.config.checks import require
 from aoe_jax.errors import UserError
+from aoe_jax.faults import patiently_if_allowed
 from aoe_jax.json_files import read_regular, write_whole
 from aoe_jax.paths import local_file, parsed_path
 
@@ -263,8 +264,12 @@ def load_tokenizer(
     """
     path = local_file(parsed_path(path, setting, in_store=True))
     wanted = "give the path of a Hugging Face tokenizer.json or a SentencePiece model"
+    what = f"{setting}={str(path)!r}: cannot be read"
     try:
-        content = read_regular(path, FILE_BYTES)
+        content = patiently_if_allowed(what, lambda: read_regular(path, FILE_BYTES))
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror}); {wanted}") from error
+    try:
         kind, given = SentencePieceTokenizer, content
         if content[:1] == b"{":
             kind, given = HuggingFaceTokenizer, content.decode()
@@ -272,9 +277,6 @@ def load_tokenizer(
             return kind(given, threads)
     except UserError as error:
         raise UserError(f"{setting}={str(path)!r}: {error}") from error
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise UserError(f"{setting}={str(path)!r}: {reason}; {wanted}") from error
     except BaseException as error:  # the libraries raise bare Exception, RuntimeError and others
         if not (isinstance(error, Exception) or _is_panic(error)):
             raise

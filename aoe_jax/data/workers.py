@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 
 from aoe_jax import faults
 from aoe_jax.errors import Failure, UserError
-from aoe_jax.faults import patiently
+from aoe_jax.faults import patiently_if_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ def _work(connection: Connection, set_up: Callable, arguments: Sequence, retry_s
             task, name = connection.recv()
             try:
                 do = do or set_up(*arguments)
-                answer = patiently(f"{name} cannot be processed", lambda: do(task)), None
+                what = f"{name} cannot be processed"
+                answer = patiently_if_allowed(what, lambda: do(task)), None
             except Failure as error:
                 answer = None, error
             except Exception:

@@ -189,7 +189,7 @@ class ModelReader:
 
 
 def load_params(directory: Path, config: Config, mesh: Mesh, dtype=None):
-    """Reads the decoder's parameters, and its routing state, float32 `[L, ...]` by name.
+    """`(params, routing_state)` of a model's decoder; the latter by name, float32 `[L, ...]`.
 
     The host holds one piece at a time: one parameter of all layers on one device. `config` is the
     model's, with the mesh `mesh`. The parameters are in `dtype`, by default that of the files.

@@ -23,7 +23,7 @@ _GROWING = {
 
 
 def observed_choices(model: Model, batches: Iterable[dict]):
-    """The router's inputs, logits and choices in each layer, on the host, over host batches.
+    """The router's inputs, logits and choices in each layer for batches of tokens on the host.
 
     Returns `(x [L, T, d], logits [L, T, n], chosen [L, T, n])`; `chosen` is 1 or 0 (padding: 0).
     """

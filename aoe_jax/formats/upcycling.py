@@ -96,8 +96,9 @@ class Upcycling:
         )
 
     def experts(self, layer: int, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The parameters of a layer of experts by name, in the dtypes of the `dense` ones: `w_gate
-        [d, f]`, `w_up [d, f]` and `w_down [f, d]`. The number `layer` decides on noise and router.
+        """The parameters of a layer of experts by name, in the dtypes of the `dense` ones, which
+        are `w_gate [d, f]`, `w_up [d, f]` and `w_down [f, d]`. The number `layer` decides on noise
+        and router.
         """
         order = self._order(dense["w_gate"])
         found = {}

@@ -36,8 +36,8 @@ class Places(NamedTuple):
 def assign_places(expert, weight, n_experts, capacity):
     """`Places` for the choices of each group, first choices first, then in the order of tokens.
 
-    `expert [B, S, K]` int32 has the first choice first, and n for none, as for padding; `weight
-    [B, S, K]` float32.
+    `expert [B, S, K]` int32 has the first choice first, and n for none, as for padding;
+    `weight [B, S, K]` is float32.
     """
     n_groups, n_tokens, k = expert.shape
     chosen = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)

@@ -49,8 +49,9 @@ def expert_balance(active, gates):
 
 
 def token_balance(active, gates, token_weights):
-    """`mean_t f_t G_t`, from means over the experts of each layer `[L, B, S]`; `token_weights
-    [B, S]`, 0 for padding.
+    """`mean_t f_t G_t`, from means over the experts of each layer `[L, B, S]`.
+
+    `token_weights [B, S]` are 0 for padding.
     """
     product = active.mean(axis=0) * gates.mean(axis=0)
     return (product * token_weights).sum() / jnp.maximum(token_weights.sum(), 1)

@@ -68,8 +68,8 @@ _over_chunks.defvjp(_forward, _backward)
 def cross_entropy(hidden, table, targets, weights):
     """Sum over tokens of `weight * -log softmax(hidden table^T)[target]`, `[]` float32, in nats.
 
-    `hidden [N, d]`; `table [V, d]` float32, cast to the dtype of `hidden` for the product; `targets
-    [N]` int32; `weights [N]` float32, without a gradient.
+    `hidden [N, d]`; `table [V, d]` float32, cast to the dtype of `hidden` for the product;
+    `targets [N]` int32; `weights [N]` float32, without a gradient.
     """
     return _over_chunks(_of_one_pass, 1, (hidden,), table, targets, weights)[0]
 
@@ -86,7 +86,8 @@ def _of_one_pass(logits, targets, weights):
 def consistent_cross_entropy(consistency, hidden, table, targets, weights):
     """The cross-entropy of two passes, and the divergence of their predictions.
 
-    `hidden` are `[N, d]` of the first pass and of the second; for others see `cross_entropy`.
+    `hidden` are `[N, d]` of the first pass and of the second, and `consistency` is the weight of
+    the divergence. `cross_entropy` has the other arguments.
 
     Returns:
       `(loss, nll, divergence)`, weighted sums over tokens: `nll` is that of both passes together,

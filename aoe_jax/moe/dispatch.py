@@ -71,6 +71,7 @@ class Local:
     """
 
     def __init__(self, devices, n_experts, all_used=False):
+        """`all_used` says that every slot has an expert, as where each token has K of them."""
         self.devices, self.n_experts, self.all_used = devices, n_experts, all_used
 
     def gather(self, x):

@@ -48,8 +48,10 @@ first_neurons.defvjp(
 def swiglu(rows, gate, row_weight, groups, w):
     """`(weight SiLU(gate) * (x W_up)) W_down` of each row: `[R, d]`; zero for rows of no expert.
 
-    The weight is applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]`,
-    `gate [R, f]`, `row_weight [R]` float32, and `w` has `w_up [n, d, f]` and `w_down [n, f, d]`.
+    The weight is applied before `W_down`, so its gradient needs no expert's output. `rows [R, d]`
+    and `gate [R, f]` are in expert order, and `groups` are the rows of each expert.
+    `row_weight [R]`, float32, is the weight of a row's expert in the output of its token. `w` has
+    the matrices `w_up [n, d, f]` and `w_down [n, f, d]`.
     """
     up = checkpoint_name(grouped_matmul(rows, w["w_up"], groups), KEPT_EXPERTS)
     return grouped_matmul(weighted_product(gate, up, row_weight), w["w_down"], groups)

@@ -203,7 +203,10 @@ class Unchosen(Method):
 
 
 class FixedK(Method):
-    """The base of routers with K experts per token; `balance.bias_rate` balances their load."""
+    """The base of routers that give every token `experts.top_k` experts.
+
+    With `balance.bias_rate`, a bias (state `selection_bias [n]`) balances their load.
+    """
 
     norm_topk_prob = False
 

@@ -2,8 +2,8 @@
 suits the token. AoE takes the norm of an expert's own activations, a router its logit.
 
 An AoE expert is scored by its code: the low-rank activation of a factorised gate (Eq. 4,
-`x W_gate_down`), or the first s pre-activations of a whole gate (`x W_gate[:, :s]`). `w_score
-[n, d, r]` is the matrix of either.
+`x W_gate_down`), or the first s pre-activations of a whole gate (`x W_gate[:, :s]`). The matrix of
+either is `w_score [n, d, r]`.
 """
 
 from functools import partial
@@ -82,8 +82,9 @@ def router_scores(x, weights, layer, ctx):
 
 
 def codes_of_all(x, w_score, dtype=None):
-    """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul: `x [T, d]`, `w_score
-    [n, d, r]` in the dtype of `x` -> `[T, n, r]` in `dtype` (None: that of `x`).
+    """AoE's activation cache `C = x [W_1 ... W_n]` (Eq. 4), as one matmul.
+
+    `x [T, d]`, `w_score [n, d, r]` of its dtype -> `[T, n, r]` in `dtype` (None: that of `x`).
 
     For the one matmul XLA copies `w_score` with d in front. That copy costs more than it saves for
     fewer than `FEW_TOKENS` tokens, so these take one matmul per expert.

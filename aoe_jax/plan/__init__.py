@@ -66,8 +66,11 @@ def plan(config: Config, generation, devices, compiles=True, chip=None):
     `hardware.Chip`; None: those of the generation. Unless it `compiles`, the step is only traced,
     in seconds. Memory, compiled FLOPs and whether it fits are then None.
 
-    Returns the content of `--json`. Bytes and FLOPs are per device and step. The keys `LIKELY` and
-    `likely_mfu` are None without an optimised program.
+    Returns the content of `--json`: `fits`, `parameters`, `tokens_per_step`, `mesh`, `hbm_bytes`,
+    `memory_bytes` {`state`, `activations`, `temp`, `total`}, `flops` {`compiled`, `useful`},
+    `collective_bytes` by kind, `collectives` by kind and mesh axes, `step_seconds`, `bound_by`,
+    `mfu_bound`, `compile_seconds`, `likely_mfu` and the keys `LIKELY`, these None without an
+    optimised program. Bytes and FLOPs are per device and step.
     """
     n_devices = len(devices)
     chip = chip or chip_part(generation, devices)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from aoe_jax.errors import DivergedError
-from aoe_jax.faults import Tolerated, pauses
+from aoe_jax.faults import Tolerated, is_fault, pauses
 from aoe_jax.json_files import write_json
 from aoe_jax.load_figures import dead_experts
 from aoe_jax.paths import is_remote
@@ -124,10 +124,11 @@ class Heartbeat:
                 self._written = -math.inf
 
     def finish(self, step):
-        """Notes the end of a run, by which the supervisor knows it: tries for `retry_seconds`."""
+        """Notes the end of a run, by which its supervisor recognises it; repeated after faults."""
         for pause in pauses():
-            failures, self._written = self._tolerated.failures, -math.inf
+            self._written = -math.inf
             self.beat("finished", step)
-            if self._tolerated.failures == failures or pause is None:
+            error = self._tolerated.error
+            if error is None or not is_fault(error) or pause is None:
                 return
             time.sleep(pause)

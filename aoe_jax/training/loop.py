@@ -205,7 +205,8 @@ class _Run:
             self.state = new_state(config, abstract)
         self.first_step, self.saved_at = self.step, time.monotonic()
         self.heartbeat.beat("restoring", self.step)
-        self.batch = self._next_batch()  # before anything is written
+        with together():  # before anything is written
+            self.batch = self._next_batch()
 
     def _from_disk(self, abstract):
         """The state in the newest local copies or checkpoint, else that of `train.init_from`."""
@@ -244,6 +245,9 @@ class _Run:
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
+        self.heartbeat.saved, self.heartbeat.copied = self.saved_step, None
+        if self.local:
+            self.heartbeat.copied = self.local.saved
         self.heartbeat.may_write = self.folder.is_in_place
 
     def _beat(self, status, step):
@@ -268,10 +272,8 @@ class _Run:
             self.held.enter_context(contextlib.closing(self.telemetry))
         self.health = Health(train.max_skipped, train.batch_size, progress.skipped_in_row)
         self.checkpoints.open(config.checkpoint, self.saved_step)
-        self.heartbeat.saved = self.saved_step
         if self.local:
             self.local.begin(self.step)
-            self.heartbeat.copied = self.local.saved
 
     def compile(self):
         """Compiles the training step; time counts as training from the end of this on."""

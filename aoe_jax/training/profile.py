@@ -34,7 +34,10 @@ def traced_of_run(steps: range, start_step, total_steps):
 
 
 def run_traced(steps: range, folder: Path, step, function, *args):
-    """Returns `function(*args)`, training step `step`; writes a trace of it if `steps` has it."""
+    """Returns `function(*args)`, training step `step`; writes a trace of it if `steps` has it.
+
+    The first traced step waits for all steps before it, and the last one until it is done.
+    """
     if step not in steps:
         return function(*args)
     if step == steps[0]:

@@ -17,8 +17,7 @@ from jax.experimental import multihost_utils
 
 from aoe_jax.config.run import Config
 from aoe_jax.counts import training_flops_per_token
-from aoe_jax.errors import UserError
-from aoe_jax.faults import Tolerated, reason
+from aoe_jax.faults import Tolerated
 from aoe_jax.hardware import peak_flops_per_device
 from aoe_jax.load_figures import figures_of_layers, load_spread
 from aoe_jax.training.bar import Bar
@@ -111,10 +110,8 @@ class Telemetry:
     def _open_wandb(self, workdir, project, config):
         try:
             self._writers.append(Wandb(workdir, project, config.to_dict()))
-        except UserError:
-            raise
-        except Exception as e:
-            log.warning(f"Weights & Biases cannot be opened ({reason(e)}); the run goes on")
+        except ConnectionError as e:
+            log.warning(f"Weights & Biases cannot be reached ({e}); the run goes on without it")
 
     @contextlib.contextmanager
     def clock(self, name):

@@ -10,6 +10,7 @@ TensorBoard keeps the last, as histograms over experts.
 import errno
 import json
 import os
+import re
 import secrets
 import sys
 import time
@@ -143,8 +144,8 @@ class Wandb:
     """A run at Weights & Biases, which continues under the id in `wandb.json`.
 
     Points are placed by their `step`; a run that was killed sends later steps again. Raises
-    `UserError` if Weights & Biases refuses, for example without a login, and `wandb.Error` if it
-    cannot be reached.
+    `UserError` if Weights & Biases refuses, for example without a login, and `ConnectionError` if
+    it cannot be reached.
     """
 
     name = "wandb"
@@ -167,8 +168,11 @@ class Wandb:
                 # stdout and stderr stay as they are
                 settings=wandb.Settings(console="off", finish_timeout=_UPLOAD_SECONDS),
             )
-        except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as e:
+        except wandb.Error as e:
             reason = " ".join(str(e).split())[:200]
+            refused = wandb.errors.AuthenticationError | wandb.errors.UsageError
+            if not isinstance(e, refused) and not re.search(r"error 4\d\d", reason):
+                raise ConnectionError(reason) from e
             raise UserError(
                 f"--wandb={project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from e

@@ -352,8 +352,9 @@ def test_full_disk(inputs, whole, small_disk, monkeypatch):
     with pytest.raises(
         MachineFault,
         match=r"unit 0\) cannot be processed \(No space left on device\)",
-    ):
+    ) as error:
         prepared(inputs, small_disk / "store")
+    assert error.value.__notes__ == ["the same command goes on where it was"]
     filler.write_bytes(bytes(20_900_000))
     for path in (small_disk / "store").glob("*.json"):
         path.unlink()

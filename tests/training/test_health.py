@@ -1,11 +1,13 @@
 """Warnings, the end of a run that diverges, and the heartbeat."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 
 from aoe_jax.errors import DivergedError
+from aoe_jax.training import health
 from aoe_jax.training.health import SPIKE_MINIMUM, Health, Heartbeat
 
 
@@ -111,18 +113,24 @@ def test_heartbeat(tmp_path):
 
 
 def test_the_last_heartbeat_is_tried_again(tmp_path, monkeypatch):
-    """The supervisor knows by it that the run has finished."""
+    """The supervisor recognises by it that the run has finished."""
     heartbeat, path = Heartbeat(tmp_path, may_write=lambda: True), tmp_path / "heartbeat.json"
-    path.with_name("heartbeat.json.partial").mkdir()  # writing fails
-    monkeypatch.setattr("time.sleep", lambda _: path.with_name("heartbeat.json.partial").rmdir())
+    answers, write = [OSError(errno.EIO, "Input/output error"), None], health.write_json
+
+    def fails_once(*arguments):
+        if error := answers.pop(0):
+            raise error
+        write(*arguments)
+
+    monkeypatch.setattr(health, "write_json", fails_once)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     heartbeat.finish(24)
     found = json.loads(path.read_text())
     assert (found["status"], found["step"]) == ("finished", 24)
 
 
-def test_the_last_heartbeat_is_given_up_in_time(tmp_path, monkeypatch):
-    heartbeat = Heartbeat(tmp_path, may_write=lambda: True)
+def test_the_last_heartbeat_is_not_tried_again_in_vain(tmp_path, monkeypatch, caplog):
     (tmp_path / "heartbeat.json").mkdir()
-    monkeypatch.setattr("aoe_jax.faults.retry_seconds", 0.5)
-    heartbeat.finish(24)
-    assert (tmp_path / "heartbeat.json").is_dir()
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))
+    Heartbeat(tmp_path, may_write=lambda: True).finish(24)
+    assert "heartbeat.json cannot be written (Is a directory)" in caplog.text

@@ -33,7 +33,9 @@ def blocked_matmul(rows, weights, groups):
 
 
 def _head_and_block(m, n_experts):
-    """`(B, S)`: the mean group and 1.5 standard deviations of random choices; about B / 4."""
+    """`(B, S)`: B is the mean group plus 1.5 standard deviations of random choices, and S a power
+    of two between B / 8 and B / 4, within `ROW_MULTIPLE` and `MAX_BLOCK`.
+    """
     mean = m / n_experts
     head = math.ceil((mean + 1.5 * math.sqrt(mean)) / ROW_MULTIPLE) * ROW_MULTIPLE
     block = ROW_MULTIPLE
