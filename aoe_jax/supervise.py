@@ -74,10 +74,10 @@ class Supervisor:
         """Returns the exit status of the last attempt."""
         attempt, idle, before = 0, 0, self._heartbeat()
         history = before.get("history")  # it changes when a run begins anew or goes back
-        if self._command == _without(_MOVES_FILES, self._command):
-            self._has_begun = self._has_heartbeat() is True
         while True:
             attempt += 1
+            if self._command == _without(_MOVES_FILES, self._command):
+                self._has_begun = self._has_begun or self._has_heartbeat() is True
             if self._has_begun and self._has_heartbeat() is False:
                 log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
                 status, steps = MachineFault.status, 0
@@ -86,7 +86,6 @@ class Supervisor:
                 self._command = _without(("take-over",), self._command)
                 if self._heartbeat().get("history", history) != history:
                     self._command = _without(_MOVES_FILES, self._command)
-                self._has_begun = self._has_begun or self._has_heartbeat() is True
             idle = 0 if steps > 0 else idle + 1
             now = self._heartbeat()
             if now.get("status") == "finished" and now != before:
