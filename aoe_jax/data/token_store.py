@@ -307,7 +307,7 @@ class TokenStore:
                 is_whole = False
             if not is_whole:
                 raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-            raise OSError(errno.EIO, f"reading failed once: {error}") from error
+            raise OSError(errno.EIO, f"its hash is right, but reading failed: {error}") from error
 
     def _fetch(self, shard: dict, path: Path):
         source = os.fspath(self._origin / shard["name"])

@@ -245,9 +245,8 @@ class _Run:
                 what = f"--workdir={self.workdir} cannot be written"
                 patiently(what, lambda: claim_workdir(self.workdir, given, self.corpus))
                 self.heartbeat.began = read_heartbeat(self.workdir)["began"] or time.time()
-        self.heartbeat.saved, self.heartbeat.copied = self.saved_step, None
-        if self.local:
-            self.heartbeat.copied = self.local.saved
+        self.heartbeat.saved = self.saved_step
+        self.heartbeat.copied = self.local and self.local.saved
         self.heartbeat.may_write = self.folder.is_in_place
 
     def _beat(self, status, step):
@@ -394,7 +393,6 @@ class _Run:
         train = self.config.train
 
         def put(batch):
-            self._beat("validating" if self.has_validated else "compiling", self.step)
             self._stop_if_asked()
             return sharding.put_batch(self.batch_sharding, batch)
 
@@ -405,6 +403,7 @@ class _Run:
             return sums
 
         batch_size, seq_len = train.batch_size // train.accumulate, self.config.data.seq_len
+        self._beat("validating" if self.has_validated else "compiling", self.step)
         with self.telemetry.clock("evaluation"):
             self.validation = evaluate(score, self.corpus.validation, seq_len, batch_size, put)
         self.telemetry.evaluation(self.step, self.validation)
