@@ -56,7 +56,7 @@ def store():
 
 @pytest.fixture(scope="module")
 def s3():
-    """A server of moto with an empty bucket."""
+    """A server of moto with a bucket; the servers of one process have the same content."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="localhost", port=0)
     server.start()
@@ -70,7 +70,7 @@ def s3():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("bucket")
+        fsspec.filesystem("s3").makedirs("bucket", exist_ok=True)
         yield
         fsspec.filesystem("s3").clear_instance_cache()
     server.stop()

@@ -60,7 +60,7 @@ class Checkpoints:
         """Reads the validation nlls in `metrics.jsonl`. Raises `UserError` like `check_store`."""
         check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
-        self._manager = None
+        self._manager = None  # None until it is opened, and after a fault until the next save
         self._saving = None  # the step that is being saved in the background
         self._problem = None  # the fault of the newest save in this process, if there was one
         self._failed = False  # whether the newest save has failed, in any process
@@ -177,8 +177,8 @@ class Checkpoints:
         run = beside_arrays(state, data_state, dataclasses.asdict(progress))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         for pause in faults.pauses():
-            if self._failed:
-                self._open()  # deletes the unfinished save
+            if self._manager is None:
+                self._open()
             self._saving, self._problem = step, None
             with self._problem_kept():
                 self._manager.save(step, args=args, force=True)  # at any step
@@ -198,16 +198,25 @@ class Checkpoints:
             return not self._failed
         with self._problem_kept():
             self._manager.wait_until_finished()
-        if self._problem and self._is_complete(self._saving):
-            log.warning(f"an old checkpoint in {self.directory} cannot be deleted: {self._why()}")
-            self._problem = None
         self._failed = not all_agree(self._problem is None)
         if self._failed:
-            log.warning(f"checkpoint {self._path(self._saving)} cannot be saved: {self._why()}")
-        else:
+            self._close()
+            self._failed = not gathered(self._is_complete(self._saving))[0]
+            result = "cannot be saved" if self._failed else "is complete, but there was a fault"
+            log.warning(f"checkpoint {self._path(self._saving)} {result}: {self._why()}")
+        if not self._failed:
             self.saved = self._saving
         self._saving = None
         return not self._failed
+
+    def _close(self):
+        """Waits for all threads of the manager after a fault. Orbax raises one error at a time,
+        while other threads still write.
+        """
+        while self._manager:
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.close()
+                self._manager = None
 
     def _is_complete(self, step):
         with contextlib.suppress(OSError):
@@ -234,9 +243,9 @@ class Checkpoints:
 
     def close(self):
         """Waits for the save in the background. Raises `MachineFault` if it failed."""
+        if not self._finish():
+            raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")
         if self._manager:
-            if not self._finish():
-                raise MachineFault(f"the newest checkpoint cannot be saved: {self._why()}")
             self._manager.close()
 
     def restore_newest(self, abstract_state, data_iterator, check_place=lambda: None):

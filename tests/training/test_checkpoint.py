@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
 
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
@@ -521,6 +522,28 @@ def test_full_disk(small_disk, monkeypatch, caplog):
     checkpoints.save(4, noise(4), {"next_index": 4}, Progress(1, 1, True))
     checkpoints.close()
     assert checkpoints.saved == 4 and Checkpoints(small_disk).steps() == [4]
+
+
+def test_a_fault_beside_a_save_that_succeeds(tmp_path, monkeypatch, caplog):
+    """Orbax raises the first fault before the save has ended."""
+    write = _MetadataStoreImpl.write
+    faulty = iter([OSError(errno.EIO, "the disk fails")])
+
+    def write_later(self, path, metadata):
+        for fault in faulty:
+            raise fault
+        write(self, path, metadata)
+
+    monkeypatch.setattr(_MetadataStoreImpl, "write", write_later)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=1))
+    checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True), wait=True)
+    assert "checkpoints/1 is complete, but there was a fault: the disk fails" in caplog.text
+    step, state, _ = Checkpoints(tmp_path).restore_newest(ABSTRACT, batches())
+    assert step == 1
+    np.testing.assert_array_equal(state.params["kernel"], noise(1).params["kernel"])
+    checkpoints.save(2, noise(2), {"next_index": 2}, Progress(1, 1, True))
+    checkpoints.close()
+    assert checkpoints.saved == 2 and Checkpoints(tmp_path).steps() == [2]
 
 
 def test_fingerprints_do_not_depend_on_the_sharding():
