@@ -25,40 +25,24 @@ from aoe_jax.parameters import STACKS
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
-@dataclass(frozen=True)
-class ShardingRules:
-    """The mesh axes that each logical axis of an array is split over, or None."""
-
-    batch: tuple = ("data", "fsdp", "expert")  # sequences
-    sequence: str | None = "tensor"  # positions, between the layers' inner parts
-    embed: str | None = "fsdp"  # d_model, of weights
-    experts: str | None = "expert"
-    mlp: str | None = "tensor"  # width of experts
-    # d_low of w_gate_up; w_gate_down is split along d_model instead
-    rank: str | None = "fsdp"
-    heads: str | None = "tensor"
-    vocab: str | None = None
-
-    def spec(self, *axes):
-        """The `PartitionSpec` of an array with these logical axes; None is an axis that is never
-        split. Raises `ValueError` for an unknown axis, or two that share a mesh axis.
-        """
-        known = dataclasses.asdict(self) | {None: None}
-        for axis in axes:
-            if axis not in known:
-                raise ValueError(
-                    f"logical axis {axis!r} is unknown; known are {', '.join(vars(self))}"
-                )
-        split = [known[axis] for axis in axes]
-        used = jax.tree.leaves(split)
-        if len(set(used)) < len(used):
-            raise ValueError(
-                f"logical axes {axes} are split over {used}: a mesh axis can split one of them only"
-            )
-        return PartitionSpec(*split)
+# The mesh axes that each logical axis of an array is split over, or None.
+RULES = {
+    "batch": ("data", "fsdp", "expert"),  # sequences
+    "sequence": "tensor",  # positions, between the layers' inner parts
+    "embed": "fsdp",  # d_model, of weights
+    "experts": "expert",
+    "mlp": "tensor",  # width of experts
+    "rank": "fsdp",  # d_low of w_gate_up; w_gate_down is split along d_model instead
+    "heads": "tensor",
+    "vocab": None,
+}
 
 
-RULES = ShardingRules()
+def spec_of(*axes):
+    """The `PartitionSpec` of an array with these logical axes; None is an axis that is never split.
+    Raises `KeyError` for an unknown axis.
+    """
+    return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
 @dataclass(frozen=True)
@@ -164,7 +148,7 @@ def rows_of_process(sharding, n_rows, process):
 
 def batch_sharding(mesh):
     """The sharding of an array `[B, S]`: sequences are split over the batch axes, positions not."""
-    return NamedSharding(mesh, RULES.spec("batch", None))
+    return NamedSharding(mesh, spec_of("batch", None))
 
 
 def replicated(mesh):
@@ -192,7 +176,7 @@ def state_shardings(mesh, abstract_state):
             raise ValueError(f"parameter {name} is not declared in aoe_jax.parameters or a method")
         is_stacked = names[0] in STACKS
         split = declared[name].split[-(a.ndim - is_stacked) :] if a.ndim > is_stacked else ()
-        return NamedSharding(mesh, RULES.spec(*((None,) * is_stacked), *split))
+        return NamedSharding(mesh, spec_of(*((None,) * is_stacked), *split))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 

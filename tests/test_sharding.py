@@ -12,12 +12,11 @@ from aoe_jax.config.mesh import MeshConfig
 from aoe_jax.config.run import Config, default_config
 from aoe_jax.errors import UserError
 from aoe_jax.sharding import (
-    RULES,
-    ShardingRules,
     batch_sharding,
     fill_mesh,
     make_mesh,
     put_batch,
+    spec_of,
     state_shardings,
 )
 from aoe_jax.training.step import init_state
@@ -34,17 +33,10 @@ def configuration(kind="aoe", **mesh):
 
 
 def test_specs():
-    assert RULES.spec("experts", "embed", "mlp") == PartitionSpec("expert", "fsdp", "tensor")
-    assert RULES.spec("batch", None) == PartitionSpec(("data", "fsdp", "expert"), None)
-
-
-def test_collisions_are_refused():
-    with pytest.raises(ValueError, match="one of them only"):
-        RULES.spec("embed", "rank")
-    with pytest.raises(ValueError, match="one of them only"):
-        ShardingRules(mlp="expert").spec("experts", "mlp")
-    with pytest.raises(ValueError, match="'width' is unknown"):
-        RULES.spec("width")
+    assert spec_of("experts", "embed", "mlp") == PartitionSpec("expert", "fsdp", "tensor")
+    assert spec_of("batch", None) == PartitionSpec(("data", "fsdp", "expert"), None)
+    with pytest.raises(KeyError, match="width"):
+        spec_of("width")
 
 
 def test_the_rest_of_the_devices():

@@ -19,7 +19,7 @@ from aoe_jax.errors import UserError
 from aoe_jax.evaluation.contrast import Contrast, contrasted, strong_and_weak
 from aoe_jax.evaluation.models import Model, multiple
 from aoe_jax.model.decoding import Cache, check_decodes, extend, output_logits, prefill
-from aoe_jax.sharding import RULES, replicated
+from aoe_jax.sharding import replicated, spec_of
 
 LENGTH_MULTIPLE = 64  # of prompts and caches, so that few shapes are compiled
 
@@ -151,7 +151,7 @@ class Generator:
                 )
 
     def _put(self, a):
-        sharding = NamedSharding(self._model.mesh, RULES.spec("batch"))
+        sharding = NamedSharding(self._model.mesh, spec_of("batch"))
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
 

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec
 
 from aoe_jax.moe.parallel.collectives import over_mesh, token_spec
 from aoe_jax.parameters import EMBEDDING
-from aoe_jax.sharding import MESH_AXES, RULES
+from aoe_jax.sharding import MESH_AXES, spec_of
 
-_TABLE = RULES.spec(*EMBEDDING.split)
+_TABLE = spec_of(*EMBEDDING.split)
 
 
 def embed(table, tokens, dtype):

@@ -27,7 +27,7 @@ from aoe_jax.moe.parallel.transports import is_local, make_transport
 from aoe_jax.moe.routing import Context, Method, TopK, softmax_over_chosen
 from aoe_jax.moe.scoring import SCORES, aoe_scores, router_scores, score_columns
 from aoe_jax.parameters import LARGE_ROUTER, ROUTER, SHARED_EXPERT, matrices_of, shared_expert
-from aoe_jax.sharding import AXES, RULES, MeshAxes
+from aoe_jax.sharding import AXES, MeshAxes, spec_of
 
 
 def moe_block(x, weights, layer, ctx):
@@ -228,7 +228,7 @@ class ExpertsLayer(nn.Module):
         return y, stats._replace(per_token=per_token)
 
     def _initialiser(self, parameter):
-        spec = self.axes.spec(RULES.spec(*parameter.split)) if self.axes else ()
+        spec = self.axes.spec(spec_of(*parameter.split)) if self.axes else ()
         if not any(spec):
             return parameter.init
 

@@ -4,7 +4,7 @@ from benchmarks import pod_soak
 from tests.hasty import xla_flags
 
 
-def test_two_events(tmp_path, monkeypatch):
+def test_twenty_events(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", xla_flags())
     monkeypatch.setattr(pod_soak, "LONGEST", 2)
     settings = {
@@ -14,5 +14,5 @@ def test_two_events(tmp_path, monkeypatch):
         "train.eval_every": 0,
         "data.seq_len": 32,
     }
-    figures = pod_soak.soak(tmp_path / "soak", 2, events=2, seed=1, settings=settings)
-    assert sum(figures["events"].values()) == 2 and figures["runs_finished"] >= 1
+    figures = pod_soak.soak(tmp_path / "soak", 2, events=20, seed=1, settings=settings)
+    assert sum(figures["events"].values()) == 20 and figures["runs_finished"] >= 1

@@ -13,9 +13,9 @@ from aoe_jax.model.attention import causal_attention
 from aoe_jax.model.attention.blocks import attention_and_peaks, product
 from aoe_jax.moe.parallel.collectives import over_mesh, token_spec, weight_specs
 from aoe_jax.parameters import ATTENTION
-from aoe_jax.sharding import RULES
+from aoe_jax.sharding import spec_of
 
-_CACHE = RULES.spec("batch", "heads", None, None)
+_CACHE = spec_of("batch", "heads", None, None)
 # The scales of norms by `ModelConfig.qk_norm`.
 _QK_NORMS = {"none": [], "all": ["q_norm", "k_norm"], "head": ["q_head_norm", "k_head_norm"]}
 _OUTPUT = (token_spec(2, None), token_spec(2, None))  # output and concentration
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         with the keys and values of `x`.
         """
         keys, values = cache
-        in_specs = (_CACHE, _CACHE, RULES.spec("batch"))
+        in_specs = (_CACHE, _CACHE, spec_of("batch"))
         out_specs = (*_OUTPUT, (_CACHE, _CACHE))
         return self._over_mesh(self._extend, out_specs, in_specs, x, keys, values, n_past)
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from aoe_jax.hardware import target_device
 from aoe_jax.moe.scoring import safe_root
 from aoe_jax.parameters import EXPERTS, Parameter
-from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes
+from aoe_jax.sharding import AXES, MESH_AXES, RULES, MeshAxes, spec_of
 
 GATHERED_WEIGHT = "gathered_weight"
 RAGGED_PLATFORMS = ("TPU v5", "TPU v6 lite")  # v5p and v6e; it compiles neither for v5e nor for CPU
@@ -122,7 +122,7 @@ class Devices:
         """
         dtype = dtype or w.dtype
         split = parameter.split[-w.ndim :]
-        over_fsdp = [axis is not None and getattr(RULES, axis) == "fsdp" for axis in split]
+        over_fsdp = [axis is not None and RULES[axis] == "fsdp" for axis in split]
         if self.size("fsdp") == 1 or not any(over_fsdp):
             return w.astype(dtype)
         name = self.axes.collective("fsdp")
@@ -350,11 +350,11 @@ def token_spec(n_axes, *trailing):
     """Tokens `[B, S]` (`n_axes` 2), split by sequence and position, or `[T]` (1), split over both;
     then `trailing` axes.
     """
-    batch, sequence = RULES.spec("batch", "sequence")
+    batch, sequence = spec_of("batch", "sequence")
     tokens = (batch, sequence) if n_axes == 2 else ((*batch, sequence),)
     return PartitionSpec(*tokens, *trailing)
 
 
 def weight_specs(parameters, weights):
     """How `weights` by name are split, by the declarations of `parameters`."""
-    return {name: RULES.spec(*parameters[name].split[-w.ndim :]) for name, w in weights.items()}
+    return {name: spec_of(*parameters[name].split[-w.ndim :]) for name, w in weights.items()}
