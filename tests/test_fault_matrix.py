@@ -9,6 +9,7 @@ import pytest
 
 from aoe_jax.errors import MachineFault
 from aoe_jax.formats.exporting import export
+from tests.hasty import xla_flags
 from tests.runs import (
     EVERY,
     ROOT,
@@ -25,7 +26,7 @@ from tests.runs import (
     train_command,
 )
 from tests.test_faults import last_line
-from tests.test_multiprocess import free_port
+from tests.test_multiprocess import MESH, free_port, two_processes
 
 LASTS = 2.0  # seconds of a fault that passes
 
@@ -166,9 +167,9 @@ def test_writes_that_fail(tmp_path, case):
     assert status == 0 and same_end(workdir, finished_run()), stderr
 
 
-@pytest.mark.parametrize("part", ["checkpoints/", "run/metrics.jsonl"])
-def test_writes_that_fail_for_a_while(tmp_path, part):
-    fault = Fault(tmp_path, "EIO", "w", part)
+@pytest.mark.parametrize("case", ["w checkpoints/", "m checkpoints/", "w run/metrics.jsonl"])
+def test_writes_that_fail_for_a_while(tmp_path, case):
+    fault = Fault(tmp_path, "EIO", *case.split())
     status, _, stderr = fault.passing(train_command(tmp_path / "run"), "cannot be")
     assert status == 0 and same_end(tmp_path / "run", finished_run()), stderr
 
@@ -253,3 +254,16 @@ def test_two_processes_of_which_one_cannot_read(tmp_path, case, process):
     assert [status for status, _, _ in outcomes] == [MachineFault.status] * 2, outcomes
     assert f"process {process} failed; see its log" in outcomes[1 - process][2]
     assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_two_processes_of_which_one_cannot_write(tmp_path, process):
+    """A save that one gives up ends in the other, too, and both try again."""
+    whole, _ = two_processes()
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=60"]
+    command = [*train_command(tmp_path / "run", **MESH), *flags]
+    other = start([*command, f"--process={1 - process}"], XLA_FLAGS=xla_flags(2))
+    fault = Fault(tmp_path, "EIO", "w", "checkpoints/")
+    fault.variables["XLA_FLAGS"] = xla_flags(2)
+    status, _, stderr = fault.passing([*command, f"--process={process}"], "cannot be saved")
+    assert [status, finish(other)[0]] == [0, 0] and same_end(tmp_path / "run", whole), stderr

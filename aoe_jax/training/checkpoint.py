@@ -18,10 +18,13 @@ from aoe_jax.errors import MachineFault, UserError
 from aoe_jax.json_files import read_metrics
 from aoe_jax.paths import is_remote, move, unused
 from aoe_jax.training.checkpoint_content import SECOND_LOOK, Damaged, beside_arrays, read_checkpoint
+from aoe_jax.training.save_barrier import SaveBarrier
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
+# tensorstore raises ValueError for errors of the system, and JAX its own for time-outs.
+_ERRORS_OF_SAVES = (OSError, ValueError, jax.errors.JaxRuntimeError)
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Checkpoints:
         check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._manager = None  # None until it is opened, and after a fault until the next save
+        self._n_opened = 0  # how many managers there were
         self._saving = None  # the step that is being saved in the background
         self._problem = None  # the fault of the newest save in this process, if there was one
         self._failed = False  # whether the newest save has failed, in any process
@@ -88,16 +92,24 @@ class Checkpoints:
             if jax.process_index() == 0:
                 problem = f"an unfinished save in {self.directory} cannot be deleted"
                 faults.patiently(problem, self._delete_half_saves)
+                problem = f"{self.directory} cannot be made"
+                faults.patiently(problem, lambda: self.directory.mkdir(parents=True, exist_ok=True))
+        self._n_opened += 1
+        alone = jax.process_count() == 1
+        saving = ocp.AsyncOptions(
+            timeout_secs=int(self._config.timeout),
+            barrier_sync_fn=None if alone else SaveBarrier(f"saves_{self._n_opened}"),
+            # In the background, other threads would wait for minutes for a folder that failed.
+            create_directories_asynchronously=not alone,
+        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self,
-            async_options=ocp.AsyncOptions(timeout_secs=int(self._config.timeout)),
+            create=False, save_root_metadata=False, preservation_policy=self, async_options=saving
         )
-        if jax.process_count() > 1:  # they wait for each other in there
-            self._manager = _Manager(self.directory, options=options)
-            return
-        self._manager = faults.patiently(
-            f"{self.directory} cannot be opened", lambda: _Manager(self.directory, options=options)
-        )
+        with together():
+            self._manager = faults.patiently(
+                f"{self.directory} cannot be opened",
+                lambda: _Manager(self.directory, options=options),
+            )
 
     def _delete_half_saves(self):
         """Deletes the unfinished saves of killed runs and of failed saves, which fill the disk."""
@@ -179,6 +191,9 @@ class Checkpoints:
         for pause in faults.pauses():
             if self._manager is None:
                 self._open()
+                if self._is_complete(step):
+                    self._failed, self.saved = False, step
+                    return
             self._saving, self._problem = step, None
             with self._problem_kept():
                 self._manager.save(step, args=args, force=True)  # at any step
@@ -198,36 +213,39 @@ class Checkpoints:
             return not self._failed
         with self._problem_kept():
             self._manager.wait_until_finished()
+        step, self._saving = self._saving, None
         self._failed = not all_agree(self._problem is None)
         if self._failed:
             self._close()
-            self._failed = not gathered(self._is_complete(self._saving))[0]
+            self._failed = not self._is_complete(step)
             result = "cannot be saved" if self._failed else "is complete, but there was a fault"
-            log.warning(f"checkpoint {self._path(self._saving)} {result}: {self._why()}")
+            log.warning(f"checkpoint {self._path(step)} {result}: {self._why()}")
         if not self._failed:
-            self.saved = self._saving
-        self._saving = None
+            self.saved = step
         return not self._failed
 
     def _close(self):
-        """Waits for all threads of the manager after a fault. Orbax raises one error at a time,
-        while other threads still write.
+        """Closes the manager after a fault. Orbax raises one error at a time, while other threads
+        still write; this waits for them.
         """
         while self._manager:
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 self._manager.close()
                 self._manager = None
+            except _ERRORS_OF_SAVES as e:
+                log.debug("another error of the save that failed: %s", e)
 
     def _is_complete(self, step):
-        with contextlib.suppress(OSError):
-            return step in self._complete_steps()
-        return False
+        with together():
+            # Process 0 alone gives a complete checkpoint its name.
+            is_there = jax.process_index() == 0 and step in self.steps()
+        return bool(gathered(is_there)[0])
 
     @contextlib.contextmanager
     def _problem_kept(self):
         try:
             yield
-        except (OSError, ValueError) as e:  # tensorstore raises ValueError for errors of the system
+        except _ERRORS_OF_SAVES as e:
             if not faults.is_fault(e):
                 raise
             self._problem = self._problem or e
@@ -237,7 +255,8 @@ class Checkpoints:
 
     def has_failed(self):
         """Whether the newest save failed; several processes find that out at their next save."""
-        if jax.process_count() == 1 and self._saving and not self._manager.is_saving_in_progress():
+        alone = jax.process_count() == 1
+        if alone and self._saving and (self._problem or not self._manager.is_saving_in_progress()):
             self._finish()
         return self._failed
 
