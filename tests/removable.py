@@ -29,7 +29,9 @@ import aoe_jax
 from aoe_jax.config.run import Config
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods, paper, tiny
+from aoe_jax.moe import grouped_matmul
 
+grouped_matmul._default_backend = lambda device: "ragged"
 for module in pkgutil.walk_packages(aoe_jax.__path__, "aoe_jax."):
     source = module.module_finder.find_spec(module.name).loader.get_source(module.name)
     if "flags.DEFINE" not in source:  # commands cannot be imported together

@@ -19,6 +19,7 @@ from aoe_jax.counts import (
 from aoe_jax.training.step import init_state, make_train_step
 from configs import methods, paper, tiny
 
+pytestmark = pytest.mark.usefixtures("ragged")
 FILES = {"paper": paper, "tiny": tiny, "methods": methods}
 ALL = {f"{file}:{name}": module for file, module in FILES.items() for name in module.VARIANTS}
 
@@ -173,7 +174,7 @@ def test_flops_against_the_compiler():
     config = Config.from_config_dict(settings)
     model = Decoder.from_config(config)
     tokens = jnp.zeros((4, 32), jnp.int32)
-    params = model.init(jax.random.key(0), tokens)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     compiled = (
         jax.jit(lambda p, t: model.apply(p, t)[0])
         .lower(params, tokens)

@@ -111,7 +111,7 @@ def test_only_its_own_files_are_written():
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_nll_is_exact(split):
+def test_nll_is_exact(split, ragged):
     """Window after window of the stream, unpadded and unbatched, from the logits, in float64."""
     workdir, _, report = evaluated()[split]
     config = Config.from_config_dict(json.loads((workdir / "config.json").read_text()))

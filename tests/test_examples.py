@@ -52,7 +52,7 @@ def test_notebook(monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     committed = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert committed == list(range(1, len(committed) + 1))
-    for name, value in (ENVIRONMENT | {"XLA_FLAGS": xla_flags(), "NOTEBOOK_STEPS": "5"}).items():
+    for name, value in (ENVIRONMENT | {"XLA_FLAGS": xla_flags(), "NOTEBOOK_STEPS": "2"}).items():
         monkeypatch.setenv(name, value)
     place = {"metadata": {"path": NOTEBOOK.parent}}
     NotebookClient(notebook, timeout=300, resources=place).execute()

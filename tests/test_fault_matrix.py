@@ -122,6 +122,8 @@ def test_reads_that_fail(tmp_path, case):
     status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
     assert contents(workdir) == before
+    if case != READS[0] and case[2] != SHARD:  # the next run would start from the same files again
+        return
     fault.end()
     status, _, stderr = run(command)
     assert status == 0 and f"going on from step {STEPS}" in stderr, stderr

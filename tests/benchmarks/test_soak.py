@@ -12,6 +12,8 @@ from tests.runs import start
 def test_three_kills(tmp_path, monkeypatch):
     forking = SimpleNamespace(PIPE=None, Popen=lambda command, **options: start(command[1:]))
     monkeypatch.setattr(soak, "subprocess", forking)
+    files = soak.speech_files()[:20]
+    monkeypatch.setattr(soak, "speech_files", lambda: files)
     settings = {
         "train.steps": 60,
         "train.eval_every": 30,

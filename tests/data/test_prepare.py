@@ -119,7 +119,7 @@ def test_no_jax_is_needed():
 
 
 def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
-    (tmp_path / "texts.jsonl").write_bytes(json_lines(texts(300, 0, longest=140)))
+    (tmp_path / "texts.jsonl").write_bytes(json_lines(texts(60, 0, longest=140)))
     status, stderr = finish(
         f"--input={tmp_path}/texts.jsonl",
         f"--tokenizer={LLAMA}",
@@ -130,7 +130,9 @@ def test_training_on_a_store_of_a_sentencepiece_model(tmp_path):
     store = {
         "data__name": "prepared",
         "data__path": tmp_path / "store",
-        "train__steps": 4,
+        "train__steps": 2,
+        "model__n_layers": 1,
+        "model__d_model": 16,
         "train__eval_every": 0,
     }
     status, _, stderr = run(train_command(tmp_path / "run", **store, model__vocab_size=32000))

@@ -27,15 +27,21 @@ SETTINGS = {
 }
 KINDS = {
     "aoe": {"experts__d_wide": 16},
-    "aoe top_p": {"experts__d_wide": 16, "routing__name": "top_p"},
-    "aoe over all": {"experts__d_wide": 16, "routing__norm_topk_prob": False},
+    "aoe top_p": {"model__n_layers": 1, "experts__d_wide": 16, "routing__name": "top_p"},
+    "aoe over all": {
+        "model__n_layers": 1,
+        "experts__d_wide": 16,
+        "routing__norm_topk_prob": False,
+    },
     "aoe by attention": {
+        "model__n_layers": 1,
         "experts__d_wide": 16,
         "routing__name": "da_moe",
         "experts__top_k": 8,
         "routing__reduce": "max",
     },
     "router, grouped queries": {
+        "model__n_layers": 1,
         "experts__kind": "router",
         "model__n_kv_heads": 2,
         "model__qk_norm": "all",
@@ -50,10 +56,11 @@ KINDS = {
         "model__d_dense": 32,
         "model__rope_share": 0.5,
     },
-    "uoe": {"experts__kind": "uoe"},
+    "uoe": {"model__n_layers": 1, "experts__kind": "uoe"},
     "thor, by token": {"experts__kind": "thor", "routing__inference": "token"},
-    "thor, by sequence": {"experts__kind": "thor"},
+    "thor, by sequence": {"model__n_layers": 1, "experts__kind": "thor"},
     "dense, biases": {
+        "model__n_layers": 1,
         "experts__kind": "dense",
         "model__norm": "layer",
         "model__attention_bias": True,
@@ -179,7 +186,9 @@ def test_draws_depend_on_seed_prompt_and_place():
         for seed, chunk in ((1, 20), (1, 3), (2, 20))
     ]
     assert both[0] == both[1] != both[2]
-    assert generator().generate(prompts(3), 20, sampling=sampling, seed=1) == both[0][:3]
+    others = [*prompts(3), *(prompt[::-1] for prompt in prompts()[3:])]
+    again = generator().generate(others, 20, sampling=sampling, seed=1, chunk=20)
+    assert again[:3] == both[0][:3]
 
 
 @pytest.mark.smoke

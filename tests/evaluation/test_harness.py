@@ -18,6 +18,7 @@ from aoe_jax.formats.writing import write_arrays
 from tests.evaluation.models import make_config, make_model, plain_scores
 from tests.evaluation.public_tasks import known_model
 
+pytestmark = pytest.mark.usefixtures("ragged")
 TEXTS = [
     "the state of the union is the state of law",
     "a cat sat",

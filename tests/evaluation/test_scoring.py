@@ -17,17 +17,20 @@ pytestmark = pytest.mark.usefixtures("ragged")
 KINDS = {
     "aoe": {},
     "top_p, untied": {
+        "model__n_layers": 1,
         "experts__kind": "router",
         "routing__name": "top_p",
         "model__tie_embeddings": False,
     },
-    "dense": {"experts__kind": "dense"},
+    "dense": {"model__n_layers": 1, "experts__kind": "dense"},
     "smear": {
+        "model__n_layers": 1,
         "experts__kind": "smear",
         "routing__segment": 8,
         "balance__aux_weight": 0.0,
     },  # cannot go by token
     "mesh": {
+        "model__n_layers": 1,
         "mesh__fsdp": 2,
         "mesh__expert": 2,
         "mesh__tensor": 2,

@@ -22,7 +22,7 @@ from tests.runs import finished_run, run, scratch
 
 
 @pytest.fixture(autouse=True)
-def data(tmp_path, monkeypatch):
+def data(tmp_path, monkeypatch, ragged):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(tasks, "_BOOTSTRAPS", 20)
     return write_examples(tmp_path / "data")

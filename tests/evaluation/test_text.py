@@ -13,6 +13,8 @@ from aoe_jax.evaluation.run import TextTokens, evaluate_text, load_on_texts, rea
 from aoe_jax.model.decoder import Decoder
 from tests.evaluation.models import WORDS, make_config, make_model, plain_scores
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 
 def load_of(model, inputs):
     apply = Decoder.from_config(model.config).apply

@@ -153,13 +153,13 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_agrees_with_the_reference_in_float64(x64, request, kind, variant, recompute):
-    if not recompute:  # test_random_shapes_in_float32 has the backend of CPUs
+    if not recompute or variant != "chosen":  # the backend of CPUs is tested by random shapes
         request.getfixturevalue("ragged")
     assert_agree(*make(kind, recompute=recompute, **VARIANTS[variant]), TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("kind", ["aoe", "whole"])
-def test_scoring_as_published_agrees_with_the_reference(x64, kind):
+def test_scoring_as_published_agrees_with_the_reference(x64, ragged, kind):
     assert_agree(*make(kind, score_gradient="dense"), TOLERANCE["float64"])
 
 
@@ -177,7 +177,7 @@ def test_whole_gates_with_every_neuron_scoring(x64, ragged):
     assert_agree(*make("whole", score_neurons=16), TOLERANCE["float64"])
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7, 32, 35])
+@pytest.mark.parametrize("n_tokens", [1, 32, 35])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("aoe", {}), ("aoe", {"score_gradient": "dense"}), ("whole", {}), ("router", {})],
@@ -188,7 +188,7 @@ def test_balance_losses_from_some_of_the_tokens(x64, ragged, kind, settings, n_t
 
 
 @pytest.mark.parametrize("kind", ["aoe", "whole"])
-def test_sparse_scoring_without_balance_losses(x64, kind):
+def test_sparse_scoring_without_balance_losses(x64, ragged, kind):
     """No norm but the chosen has a gradient then; outputs and their gradients stay those of
     Algorithm 2.
     """
@@ -261,7 +261,7 @@ def test_sparse_scoring_keeps_no_cache(kind):
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
-def test_selection_bias_chooses_and_does_not_weigh(x64, kind, norm_topk_prob):
+def test_selection_bias_chooses_and_does_not_weigh(x64, ragged, kind, norm_topk_prob):
     layer, params, x = make(kind, routing=TopK(norm_topk_prob))
     bias = jnp.array([0.0, -50, 0, 50, 0])
     y, stats = jax.jit(layer.apply)({"params": params}, x, routing_state={"selection_bias": bias})
@@ -291,7 +291,7 @@ def test_a_shared_expert_agrees_with_the_reference(x64, ragged, kind, shared_gat
 
 
 @pytest.mark.parametrize("ablation", ["factorised_gate", "large_router"])
-def test_ablations_agree_with_the_reference(x64, ablation):
+def test_ablations_agree_with_the_reference(x64, ragged, ablation):
     assert_agree(*make("router", **{ablation: True}), TOLERANCE["float64"])
 
 
@@ -345,7 +345,7 @@ def test_bfloat16(kind):
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_ties_go_to_the_lower_expert(x64, kind):
+def test_ties_go_to_the_lower_expert(x64, ragged, kind):
     layer, params, x = make(kind)
     params = {
         k: jnp.repeat(v[:1], v.shape[0], 0) if k != "w_router" else jnp.ones_like(v)
@@ -393,7 +393,7 @@ def test_all_tokens_choose_the_same_experts(x64, kind, top_k):
         {"n_experts": 1, "top_k": 1},
     ],
 )
-def test_the_first_ranks_are_top_k(settings):
+def test_the_first_ranks_are_top_k(ragged, settings):
     """Bit for bit; an only expert is first and last."""
     layer, params, x = make(**{"kind": "aoe", "dtype": "float32"} | settings)
     ranked = layer.clone(routing=Ranked(tuple(range(layer.experts.top_k))))
@@ -442,7 +442,7 @@ def test_leading_axes_are_tokens(kind):
     np.testing.assert_array_equal(shaped.reshape(24, -1), flat)
 
 
-def test_public_reference_signatures(x64):
+def test_public_reference_signatures(x64, ragged):
     """`aoe_layer` and `router_layer` are the layers of arrays that the documentation promises."""
     for kind, function in (("aoe", reference.aoe_layer), ("router", reference.router_layer)):
         for norm_topk_prob in (True, False):

@@ -47,7 +47,7 @@ def program(config):
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
-def test_what_a_device_holds(fsdp):
+def test_what_a_device_holds(fsdp, ragged):
     """Parameters and two moments of four bytes each, split over `fsdp`, and little else; the
     arguments also have the batch.
     """

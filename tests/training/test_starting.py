@@ -21,6 +21,8 @@ from tests.formats.test_tokenizer_files import byte_level, with_a_first_token
 from tests.formats.test_writing import written
 from tests.runs import tiny_config
 
+pytestmark = pytest.mark.usefixtures("ragged")
+
 
 def first_state(directory, tokenizer, mesh=None, **changes):
     config = dataclasses.replace(
