@@ -23,7 +23,7 @@ from aoe_jax.training.save_barrier import SaveBarrier
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
-# tensorstore raises ValueError for errors of the system, and JAX its own for time-outs.
+# tensorstore raises ValueError for system errors, and JAX JaxRuntimeError for time-outs.
 _ERRORS_OF_SAVES = (OSError, ValueError, jax.errors.JaxRuntimeError)
 
 
@@ -64,7 +64,6 @@ class Checkpoints:
         check_store(workdir)
         self.directory = (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
         self._manager = None  # None until it is opened, and after a fault until the next save
-        self._n_opened = 0  # how many managers there were
         self._saving = None  # the step that is being saved in the background
         self._problem = None  # the fault of the newest save in this process, if there was one
         self._failed = False  # whether the newest save has failed, in any process
@@ -94,12 +93,11 @@ class Checkpoints:
                 faults.patiently(problem, self._delete_half_saves)
                 problem = f"{self.directory} cannot be made"
                 faults.patiently(problem, lambda: self.directory.mkdir(parents=True, exist_ok=True))
-        self._n_opened += 1
         alone = jax.process_count() == 1
         saving = ocp.AsyncOptions(
             timeout_secs=int(self._config.timeout),
-            barrier_sync_fn=None if alone else SaveBarrier(f"saves_{self._n_opened}"),
-            # In the background, other threads would wait for minutes for a folder that failed.
+            barrier_sync_fn=None if alone else SaveBarrier(),
+            # If a folder cannot be made in the background, other threads wait 300 s for it.
             create_directories_asynchronously=not alone,
         )
         options = ocp.CheckpointManagerOptions(

@@ -1,5 +1,6 @@
-"""Where several processes wait for each other in a save of Orbax."""
+"""A barrier for several processes that save a checkpoint together."""
 
+import itertools
 import time
 
 import jax
@@ -7,26 +8,28 @@ import orbax.checkpoint as ocp
 from jax._src import distributed
 
 _LONGEST_PAUSE = 1.0  # seconds between two looks
+_numbers = itertools.count()
 
 
 class SaveBarrier:
-    """A barrier for `orbax.checkpoint.AsyncOptions` that fails at once in a save that has failed.
+    """A barrier for `orbax.checkpoint.AsyncOptions` that fails soon after a write has failed.
 
-    A process whose write fails does not come to the points "async_write_complete" and
-    "async_commit_complete", and Orbax's own barrier would wait for it until the time-out of the
-    save. But it comes to the point at which every save ends, whatever became of it; who waits at
-    one of the other two looks whether a process is there already.
+    Processes wait for each other at "async_write_complete" and "async_commit_complete". A process
+    whose write failed skips both, and Orbax's own barrier would let the others wait until the save
+    times out. But every process reaches "set_value_start" when its save ends, whether it succeeded
+    or not. A process that waits at one of the first two points therefore polls whether another
+    process has already ended this save.
     """
 
-    def __init__(self, name: str):
-        """`name` is the same in all processes, and new for every checkpoint manager."""
-        self._name, self._client = name, distributed.global_state.client
+    def __init__(self):
+        """All processes make the barrier of a new checkpoint manager together."""
+        self._name, self._client = f"saves_{next(_numbers)}", distributed.global_state.client
         self._wait = ocp.multihost.get_barrier_sync_fn()
-        self._changes = 0  # Orbax notes when a save begins and when it ends: two for each save
+        self._changes = 0  # calls with "set_value_start": one when a save begins, one when it ends
 
     def __call__(self, *, key: str, timeout_ms: int):
-        """Waits until all processes have called it with the key; raises `TimeoutError` if another
-        process has ended the save before, or after the time in milliseconds.
+        """Waits until every process has called it with this key. Raises `TimeoutError` if another
+        process has ended this save early, or after `timeout_ms` milliseconds.
         """
         if key.endswith("set_value_start"):
             self._changes += 1
@@ -39,7 +42,8 @@ class SaveBarrier:
         deadline, pause = time.monotonic() + timeout_ms / 1000, 0.01
         self._count(f"{key}/{save}", 1)
         while True:
-            has_ended = self._count(f"ended/{save}", 0)  # before the count of those that are here
+            # This is read first: a save that succeeds ends only after every process was here.
+            has_ended = self._count(f"ended/{save}", 0)
             if self._count(f"{key}/{save}", 0) == jax.process_count():
                 return
             if has_ended or time.monotonic() > deadline:
