@@ -42,7 +42,7 @@ COMMAND = ["--config=configs/tiny.py", *(f"--config.{name}={v}" for name, v in S
 
 def test_all_parts_on_a_mesh(tmp_path):
     file = tmp_path / "report.json"
-    mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.experts.d_wide=32"]
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.expert=2"]
     command = ["-m", "aoe_jax.doctor", *COMMAND, *mesh, f"--json={file}"]
     status, stdout, stderr = finish(start(command, XLA_FLAGS=xla_flags(4)))
     assert status == 0, stdout + stderr
@@ -288,7 +288,7 @@ def test_what_is_not_finite_is_infinitely_wrong(value):
 def test_a_right_kernel_passes_in_bfloat16():
     """Attention, grouped products and layers, on a mesh that splits everything."""
     mesh = {"mesh__fsdp": 2, "mesh__expert": 2, "mesh__tensor": 2}
-    sizes = {"experts__d_ffn": 64, "experts__d_wide": 64}
+    sizes = {"experts__d_ffn": 48, "experts__d_wide": 64}
     config = fitted(small(model__dtype="bfloat16", **mesh, **sizes), 8)
     found = judged(config, twins(config), n_devices=8)
     assert all(verdict["passed"] for verdict in found.values()), found

@@ -116,13 +116,13 @@ def ids(cases):
 
 @pytest.mark.parametrize("case", **ids(READS))
 def test_reads_that_fail(tmp_path, case):
-    """A lasting fault ends the run and nothing is touched; one that passes leaves no trace."""
+    """A lasting fault ends the run and changes no file; the next run goes on."""
     workdir, command = stopped_run(tmp_path / "run")
     fault, before = Fault(tmp_path, *case), contents(workdir)
     status, _, stderr = fault.lasting(command)
     assert status == MachineFault.status and "Traceback" not in stderr, stderr
     assert contents(workdir) == before
-    if case != READS[0] and case[2] != SHARD:  # the next run would start from the same files again
+    if case != READS[0] and case[2] != SHARD:  # the files are as before: one next run is enough
         return
     fault.end()
     status, _, stderr = run(command)
@@ -260,7 +260,7 @@ def test_two_processes_of_which_one_cannot_read(tmp_path, case, process):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_processes_of_which_one_cannot_write(tmp_path, process):
-    """A save that one gives up ends in the other, too, and both try again."""
+    """If a write fails in one process, the save ends in both, and both repeat it."""
     whole, _ = two_processes()
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--retry_seconds=60"]
     command = [*train_command(tmp_path / "run", **MESH), *flags]

@@ -87,11 +87,12 @@ def batches():
 
 
 class Run:
-    """Steps of a method on a mesh; `first` is a state before the first step."""
+    """Steps of a method on a mesh."""
 
-    def __init__(self, config, devices, first):
+    def __init__(self, config, devices):
         self.mesh = make_mesh(config, devices)
         with jax.set_mesh(self.mesh):
+            first = jax.eval_shape(lambda: init_state(config, 0))
             self.shardings = state_shardings(self.mesh, first)
             self.abstract = with_shardings(first, self.shardings)
             self.step = jax.jit(
@@ -122,8 +123,8 @@ def variant(request):
 def alone(variant):
     """`(Run, first state, [state after each half], losses)` on one device."""
     config = dataclasses.replace(configuration(variant), mesh=MeshConfig(data=1))
+    run = Run(config, jax.devices()[:1])
     first = jax.device_get(jax.jit(lambda: init_state(config, 0))())
-    run = Run(config, jax.devices()[:1], first)
     some = list(batches())
     half, losses = run.take(run.put(first), some[: STEPS // 2])
     end, more = run.take(half, some[STEPS // 2 :])
@@ -132,9 +133,9 @@ def alone(variant):
 
 @lru_cache(maxsize=1)
 def on_a_mesh(variant):
-    """Eight devices along three axes, others for every other variant."""
+    """The `Run` of a variant on eight devices along three axes."""
     config = dataclasses.replace(configuration(variant), mesh=mesh_of(variant))
-    return Run(config, jax.devices(), alone(variant)[1])
+    return Run(config, jax.devices())
 
 
 GOLDENS = Path(__file__).with_name("goldens.json")

@@ -120,7 +120,9 @@ def test_from_four_processes_to_two_to_one():
         status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
         assert status == 0, stderr
     train_on(moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], **batch)
-    (stderr, _) = train_on(moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], **batch)
+    (stderr, _) = train_on(
+        moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], model__unroll=2, **batch
+    )
     assert f"going on from step {stages[0]}" in stderr
     status, _, stderr = run(train_command(moved, train__steps=stages[2], **batch))
     assert status == 0, stderr

@@ -243,8 +243,8 @@ def test_run_killed_between_its_last_checkpoint_and_its_summary(tmp_path):
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path):
-    """Also with its texts moved, another cache, and a loop over layers that is unrolled: they are
-    not part of what a run computes.
+    """Its texts may have moved, the cache may be another, and layers may be unrolled: none of these
+    changes the result.
     """
     workdir = shutil.copytree(finished_run(), tmp_path / "run")
     before = (workdir / "metrics.jsonl").read_text()

@@ -23,8 +23,6 @@ from aoe_jax.training.save_barrier import SaveBarrier
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged_checkpoints"
-# tensorstore raises ValueError for system errors, and JAX JaxRuntimeError for time-outs.
-_ERRORS_OF_SAVES = (OSError, ValueError, jax.errors.JaxRuntimeError)
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Checkpoints:
         self._manager = None  # None until it is opened, and after a fault until the next save
         self._saving = None  # the step that is being saved in the background
         self._problem = None  # the fault of the newest save in this process, if there was one
-        self._failed = False  # whether the newest save has failed, in any process
+        self._failed = False  # whether the newest save left no complete checkpoint
         self._nlls = {}  # finite validation nlls by step
         path = workdir / "metrics.jsonl"
         lines = faults.patiently(f"{path} cannot be read", lambda: [*read_metrics(path)])
@@ -104,10 +102,11 @@ class Checkpoints:
             create=False, save_root_metadata=False, preservation_policy=self, async_options=saving
         )
         with together():
-            self._manager = faults.patiently(
+            manager = faults.patiently(
                 f"{self.directory} cannot be opened",
                 lambda: _Manager(self.directory, options=options),
             )
+        self._manager = manager
 
     def _delete_half_saves(self):
         """Deletes the unfinished saves of killed runs and of failed saves, which fill the disk."""
@@ -193,7 +192,9 @@ class Checkpoints:
                     self._failed, self.saved = False, step
                     return
             self._saving, self._problem = step, None
-            with self._problem_kept():
+            # Several processes wait for each other in there, so a fault of one must end the run.
+            alone = jax.process_count() == 1
+            with self._problem_kept() if alone else contextlib.nullcontext():
                 self._manager.save(step, args=args, force=True)  # at any step
             if not wait or self._finish():
                 return
@@ -216,34 +217,37 @@ class Checkpoints:
         if self._failed:
             self._close()
             self._failed = not self._is_complete(step)
-            result = "cannot be saved" if self._failed else "is complete, but there was a fault"
+            result = "cannot be saved" if self._failed else "is complete, but other work failed"
             log.warning(f"checkpoint {self._path(step)} {result}: {self._why()}")
         if not self._failed:
             self.saved = step
         return not self._failed
 
     def _close(self):
-        """Closes the manager after a fault. Orbax raises one error at a time, while other threads
-        still write; this waits for them.
+        """Closes the manager after a fault, when Orbax's threads for the save have ended. Writes
+        that other threads have begun may still go on.
         """
         while self._manager:
             try:
                 self._manager.close()
                 self._manager = None
-            except _ERRORS_OF_SAVES as e:
-                log.debug("another error of the save that failed: %s", e)
+            except Exception as e:  # Orbax raises one error at a time
+                if not isinstance(e, OSError) and not faults.is_fault(e):
+                    raise
+                log.warning("in the save that failed: %s", faults.reason(e))
 
     def _is_complete(self, step):
-        with together():
+        is_there = False
+        with together(), contextlib.suppress(OSError):
             # Process 0 alone gives a complete checkpoint its name.
-            is_there = jax.process_index() == 0 and step in self.steps()
+            is_there = jax.process_index() == 0 and step in self._complete_steps()
         return bool(gathered(is_there)[0])
 
     @contextlib.contextmanager
     def _problem_kept(self):
         try:
             yield
-        except _ERRORS_OF_SAVES as e:
+        except Exception as e:  # of Orbax, tensorstore, JAX and clients of stores
             if not faults.is_fault(e):
                 raise
             self._problem = self._problem or e

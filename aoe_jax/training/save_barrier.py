@@ -16,13 +16,13 @@ class SaveBarrier:
 
     Processes wait for each other at "async_write_complete" and "async_commit_complete". A process
     whose write failed skips both, and Orbax's own barrier would let the others wait until the save
-    times out. But every process reaches "set_value_start" when its save ends, whether it succeeded
-    or not. A process that waits at one of the first two points therefore polls whether another
-    process has already ended this save.
+    times out. But every process reaches "set_value_start" when its background save ends, whether it
+    succeeded or not. A process that waits at one of the first two points therefore polls whether
+    another process has already ended this save.
     """
 
     def __init__(self):
-        """All processes make the barrier of a new checkpoint manager together."""
+        """All processes make their barriers in the same order: the number is part of the keys."""
         self._name, self._client = f"saves_{next(_numbers)}", distributed.global_state.client
         self._wait = ocp.multihost.get_barrier_sync_fn()
         self._changes = 0  # calls with "set_value_start": one when a save begins, one when it ends
@@ -47,7 +47,7 @@ class SaveBarrier:
             if self._count(f"{key}/{save}", 0) == jax.process_count():
                 return
             if has_ended or time.monotonic() > deadline:
-                raise TimeoutError("another process has not saved its part")
+                raise TimeoutError("another process failed in this save, or did not finish in time")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

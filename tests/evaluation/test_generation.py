@@ -186,9 +186,7 @@ def test_draws_depend_on_seed_prompt_and_place():
         for seed, chunk in ((1, 20), (1, 3), (2, 20))
     ]
     assert both[0] == both[1] != both[2]
-    others = [*prompts(3), *(prompt[::-1] for prompt in prompts()[3:])]
-    again = generator().generate(others, 20, sampling=sampling, seed=1, chunk=20)
-    assert again[:3] == both[0][:3]
+    assert generator().generate(prompts(3), 20, sampling=sampling, seed=1) == both[0][:3]
 
 
 @pytest.mark.smoke

@@ -153,13 +153,13 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_agrees_with_the_reference_in_float64(x64, request, kind, variant, recompute):
-    if not recompute or variant != "chosen":  # the backend of CPUs is tested by random shapes
+    if not recompute or variant not in ("chosen", "over all", "top-p"):
         request.getfixturevalue("ragged")
     assert_agree(*make(kind, recompute=recompute, **VARIANTS[variant]), TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("kind", ["aoe", "whole"])
-def test_scoring_as_published_agrees_with_the_reference(x64, ragged, kind):
+def test_scoring_as_published_agrees_with_the_reference(x64, kind):
     assert_agree(*make(kind, score_gradient="dense"), TOLERANCE["float64"])
 
 

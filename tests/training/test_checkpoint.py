@@ -1,5 +1,6 @@
 """Checkpoints of a small state."""
 
+import asyncio
 import dataclasses
 import errno
 import gc
@@ -21,6 +22,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
@@ -526,18 +528,23 @@ def test_full_disk(small_disk, monkeypatch, caplog):
 
 def test_a_fault_beside_a_save_that_succeeds(tmp_path, monkeypatch, caplog):
     """Orbax raises the first fault before the save has ended."""
-    write = _MetadataStoreImpl.write
-    faulty = iter([OSError(errno.EIO, "the disk fails")])
+    write, finalize = _MetadataStoreImpl.write, AtomicRenameTemporaryPath.finalize
+    faulty = [OSError(errno.EIO, "the disk fails")]
 
-    def write_later(self, path, metadata):
-        for fault in faulty:
-            raise fault
+    def fail_once(self, path, metadata):
+        if faulty:
+            raise faulty.pop()
         write(self, path, metadata)
 
-    monkeypatch.setattr(_MetadataStoreImpl, "write", write_later)
+    async def finalize_late(self):
+        await asyncio.sleep(1)
+        await finalize(self)
+
+    monkeypatch.setattr(_MetadataStoreImpl, "write", fail_once)
+    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", finalize_late)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=1))
     checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True), wait=True)
-    assert "checkpoints/1 is complete, but there was a fault: the disk fails" in caplog.text
+    assert "checkpoints/1 is complete, but other work failed: the disk fails" in caplog.text
     step, state, _ = Checkpoints(tmp_path).restore_newest(ABSTRACT, batches())
     assert step == 1
     np.testing.assert_array_equal(state.params["kernel"], noise(1).params["kernel"])
