@@ -13,6 +13,7 @@ def test_twenty_events(tmp_path, monkeypatch):
         "model.n_layers": 1,
         "experts.kind": "dense",
         "balance.aux_weight": 0.0,
+        "balance.bias_rate": 0.0,
         "model.vocab_size": 512,
         "train.steps": 60,
         "train.eval_every": 0,
