@@ -10,9 +10,10 @@ after a mistake of the user (exit status 2), divergence (4) or Ctrl-C. The super
 gone, as on a disk that is no longer mounted, it only waits, because a start would begin a new run.
 It passes SIGTERM, SIGINT and SIGHUP (as SIGTERM) on, and ends with the command. If it is killed,
 the command gets SIGTERM (on Linux). Attempts get `--start-over` and `--go-back` until the run has
-begun anew or gone back, and only the first gets `--take-over`. `WORKDIR/attempts/HOST.jsonl` has a
-line for every attempt, unless the workdir is in an object store. The exit status is 0 if the run
-has finished, else that of the last attempt, where signal N counts as 128 + N.
+begun anew or gone back, later ones `--resume-only`, and only the first gets `--take-over`.
+`WORKDIR/attempts/HOST.jsonl` has a line for every attempt, unless the workdir is in an object
+store. The exit status is 0 if the run has finished, else that of the last attempt, where signal N
+counts as 128 + N.
 """
 
 import contextlib
@@ -52,6 +53,7 @@ _PASSED_ON = {  # signal to the supervisor -> signal to the command
     signal.SIGHUP: signal.SIGTERM,
 }
 _MOVES_FILES = ("start-over", "go-back")
+_RESUME_ONLY = "--resume-only"
 
 
 class Supervisor:
@@ -82,6 +84,8 @@ class Supervisor:
                 log.warning(f"{self._workdir}/heartbeat.json is gone; is its disk mounted?")
                 status, steps = MachineFault.status, 0
             else:
+                if self._has_begun and _RESUME_ONLY not in self._command:
+                    self._command.append(_RESUME_ONLY)  # its disk may vanish before it looks
                 status, steps = self._attempt(attempt)
                 self._command = _without(("take-over",), self._command)
                 if self._heartbeat().get("history", history) != history:

@@ -37,6 +37,10 @@ _TAKE_OVER = flags.DEFINE_bool(
     "take-over", False, "take WORKDIR over without waiting whether its owner still runs"
 )
 
+_RESUME_ONLY = flags.DEFINE_bool(
+    "resume-only", False, "never begin a run: end with status 5 while WORKDIR has none"
+)
+
 
 def main():
     stop = StopRequests()
@@ -50,7 +54,7 @@ def main():
 
     wanted = "give it without --start-over"
     require_flag(not _START_OVER.value or _GO_BACK.value is None, "go-back", _GO_BACK.value, wanted)
-    start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value)
+    start = Start(_START_OVER.value, _GO_BACK.value, _TAKE_OVER.value, _RESUME_ONLY.value)
     summary = train(config, workdir, stop, profile, _WANDB.value, start)
     import jax
 

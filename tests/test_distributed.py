@@ -9,8 +9,8 @@ import pytest
 
 from aoe_jax import distributed
 from aoe_jax.errors import MachineFault, UserError
+from tests.processes import free_port
 from tests.runs import finish, start, train_command
-from tests.test_multiprocess import free_port
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from aoe_jax.errors import MachineFault
 from aoe_jax.formats.exporting import export
 from tests.hasty import xla_flags
+from tests.processes import MESH, free_port, two_processes
 from tests.runs import (
     EVERY,
     ROOT,
@@ -26,7 +27,6 @@ from tests.runs import (
     train_command,
 )
 from tests.test_faults import last_line
-from tests.test_multiprocess import MESH, free_port, two_processes
 
 LASTS = 2.0  # seconds of a fault that passes
 

@@ -303,6 +303,12 @@ def test_unforeseen_exception_has_a_last_line(tmp_path):
     assert heartbeat(tmp_path / "run")["status"] == "failed"
 
 
+def test_a_run_that_must_be_there(tmp_path):
+    status, _, stderr = run([*train_command(tmp_path / "run"), "--resume-only"])
+    assert status == 5 and "heartbeat.json is gone; is its disk mounted?" in last_line(stderr)
+    assert not (tmp_path / "run").exists()
+
+
 def test_history_is_not_erased(tmp_path):
     """A run whose checkpoints are gone stops, until its user says how to begin."""
     workdir = shutil.copytree(finished_run(), tmp_path / "run")

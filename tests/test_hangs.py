@@ -7,10 +7,10 @@ import signal
 import pytest
 
 from aoe_jax.errors import Hang
+from tests.processes import MESH, start_on
 from tests.runs import EVERY, STEPS, finish, finished_run, run, same_end, start, train_command
 from tests.test_fault_matrix import STATE, Fault
 from tests.test_faults import SLOW_SAVES, heartbeat, last_line, patched, wait_for
-from tests.test_multiprocess import MESH, start_on
 
 # The data of a batch never arrives, in process `who`: a read that no signal ends.
 NO_DATA = """

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 
 from aoe_jax.data.tokenised import open_corpus
+from tests.processes import train_on
 from tests.runs import (
     EVERY,
     SETTINGS,
@@ -25,7 +26,7 @@ from tests.runs import (
     untimed,
     write_texts,
 )
-from tests.test_multiprocess import losses, train_on
+from tests.test_multiprocess import losses
 from tests.test_train import kill_when, raw_checkpoint
 
 FIGURES = ("nll", "bits_per_byte")

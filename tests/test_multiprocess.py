@@ -5,12 +5,12 @@ other meshes.
 import json
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
 
 from tests.hasty import xla_flags
+from tests.processes import free_port, start_on, train_on, two_processes
 from tests.runs import (
     EVERY,
     STEPS,
@@ -19,13 +19,10 @@ from tests.runs import (
     read_metrics,
     run,
     scratch,
-    shared,
     start,
     train_command,
 )
 
-# Two devices a process where there are two processes.
-MESH = {"mesh__data": 2, "mesh__expert": 2}
 # JAX notices after 100 s that a process has been killed.
 NOTICES_SOON = """
 import functools
@@ -39,46 +36,8 @@ cli.run(train.main)
 """
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def start_on(workdir, n_processes, n_devices=4, program=("train.py",), **changes):
-    """Starts training on several processes."""
-    port = free_port()
-    command = [*program, *train_command(workdir, **changes)[1:]]
-    flags = (
-        [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
-    )
-    return [
-        start(
-            [*command, *flags, *([f"--process={i}"] if flags else [])],
-            XLA_FLAGS=xla_flags(n_devices // n_processes),
-        )
-        for i in range(n_processes)
-    ]
-
-
-def train_on(workdir, n_processes, n_devices=4, **changes):
-    """Trains on several processes; returns their stderr."""
-    outcomes = [finish(process) for process in start_on(workdir, n_processes, n_devices, **changes)]
-    assert [status for status, _, _ in outcomes] == [0] * n_processes, (
-        outcomes[0][2] + outcomes[-1][2]
-    )
-    return [stderr for _, _, stderr in outcomes]
-
-
 def losses(workdir):
     return [line["loss"] for line in read_metrics(workdir)[0]]
-
-
-@shared
-def two_processes():
-    """Workdir and stderr of a run of two processes."""
-    workdir = scratch("multiprocess") / "two"
-    return workdir, train_on(workdir, 2, **MESH)
 
 
 def test_two_processes_train_as_one_does():
@@ -119,10 +78,10 @@ def test_from_four_processes_to_two_to_one():
     for steps in stages:
         status, _, stderr = run(train_command(alone, train__steps=steps, **batch))
         assert status == 0, stderr
-    train_on(moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], **batch)
-    (stderr, _) = train_on(
-        moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], model__unroll=2, **batch
+    train_on(
+        moved, 4, 8, mesh__data=2, mesh__expert=4, train__steps=stages[0], model__unroll=2, **batch
     )
+    (stderr, _) = train_on(moved, 2, 8, mesh__fsdp=8, train__steps=stages[1], **batch)
     assert f"going on from step {stages[0]}" in stderr
     status, _, stderr = run(train_command(moved, train__steps=stages[2], **batch))
     assert status == 0, stderr

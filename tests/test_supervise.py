@@ -101,7 +101,7 @@ def test_a_run_goes_back_until_it_has_begun(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     given = (tmp_path / "run" / "given").read_text().splitlines()
-    assert given == ["--take-over --go-back=2", "--go-back=2", "--go-back=2", ""]
+    assert given == ["--take-over --go-back=2", "--go-back=2", "--go-back=2", "--resume-only"]
 
 
 def test_killed_after_the_end_of_the_run(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from aoe_jax.distributed import see_the_same, together
+from aoe_jax.errors import MachineFault
 from aoe_jax.faults import patiently
 from aoe_jax.ownership import lost, owned, place, read_owner
 from aoe_jax.paths import Mirror, is_remote
@@ -22,6 +23,7 @@ class Start:
     over: bool = False  # begin anew; the files of the run before are set aside
     go_back: int | None = None  # begin from the checkpoint of this step; newer files are set aside
     take_over: bool = False  # do not wait for an owner that may still run
+    resume_only: bool = False  # never begin: the disk of the run may not be mounted
 
 
 class RunFolder:
@@ -34,7 +36,8 @@ class RunFolder:
 
     def __init__(self, workdir: Path, start: Start, held: contextlib.ExitStack):
         """Owns the workdir until `held` is closed, and sets old files aside if `start` says so.
-        Raises `InUse` if another process owns it, and `UserError` if a process does not see it.
+        Raises `InUse` if another process owns it, `UserError` if a process does not see it, and
+        `MachineFault` if there is no run to resume.
         """
         self.figures, self._workdir = workdir, workdir
         self._owner = self._mirror = None
@@ -49,6 +52,8 @@ class RunFolder:
         )
         with together():
             self._place = place(workdir)
+            if is_main and start.resume_only and not (workdir / "heartbeat.json").exists():
+                raise MachineFault(f"{workdir}/heartbeat.json is gone; is its disk mounted?")
             if is_main and (start.over or start.go_back is not None):
                 set_aside(workdir, start.go_back)
             if is_main and is_remote(workdir):

@@ -1,0 +1,47 @@
+"""Runs of several processes."""
+
+import socket
+
+from tests.hasty import xla_flags
+from tests.runs import finish, scratch, shared, start, train_command
+
+# Two devices a process where there are two processes.
+MESH = {"mesh__data": 2, "mesh__expert": 2}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_on(workdir, n_processes, n_devices=4, program=("train.py",), **changes):
+    """Starts training on several processes."""
+    port = free_port()
+    command = [*program, *train_command(workdir, **changes)[1:]]
+    flags = (
+        [f"--coordinator=localhost:{port}", f"--processes={n_processes}"] if n_processes > 1 else []
+    )
+    return [
+        start(
+            [*command, *flags, *([f"--process={i}"] if flags else [])],
+            XLA_FLAGS=xla_flags(n_devices // n_processes),
+        )
+        for i in range(n_processes)
+    ]
+
+
+def train_on(workdir, n_processes, n_devices=4, **changes):
+    """Trains on several processes; returns their stderr."""
+    outcomes = [finish(process) for process in start_on(workdir, n_processes, n_devices, **changes)]
+    assert [status for status, _, _ in outcomes] == [0] * n_processes, (
+        outcomes[0][2] + outcomes[-1][2]
+    )
+    return [stderr for _, _, stderr in outcomes]
+
+
+@shared
+def two_processes():
+    """Workdir and stderr of a run of two processes."""
+    workdir = scratch("multiprocess") / "two"
+    return workdir, train_on(workdir, 2, **MESH)
