@@ -1,6 +1,5 @@
 """Checkpoints of a small state."""
 
-import asyncio
 import dataclasses
 import errno
 import gc
@@ -19,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from aoe_jax import faults
 from aoe_jax.config.training import CheckpointConfig
@@ -528,20 +526,17 @@ def test_full_disk(small_disk, monkeypatch, caplog):
 
 def test_a_fault_beside_a_save_that_succeeds(tmp_path, monkeypatch, caplog):
     """Orbax raises the first fault before the save has ended."""
-    write, finalize = _MetadataStoreImpl.write, AtomicRenameTemporaryPath.finalize
-    faulty = [OSError(errno.EIO, "the disk fails")]
+    path = type(epath.Path(tmp_path))
+    write, faulty = path.write_text, [OSError(errno.EIO, "the disk fails")]
 
-    def fail_once(self, path, metadata):
-        if faulty:
+    def write_slowly(self, *args, **options):
+        if self.name == "_CHECKPOINT_METADATA" and faulty:
             raise faulty.pop()
-        write(self, path, metadata)
+        if self.name == "_METADATA":
+            time.sleep(1)
+        return write(self, *args, **options)
 
-    async def finalize_late(self):
-        await asyncio.sleep(1)
-        await finalize(self)
-
-    monkeypatch.setattr(_MetadataStoreImpl, "write", fail_once)
-    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", finalize_late)
+    monkeypatch.setattr(path, "write_text", write_slowly)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1, keep=1))
     checkpoints.save(1, noise(1), {"next_index": 1}, Progress(1, 1, True), wait=True)
     assert "checkpoints/1 is complete, but other work failed: the disk fails" in caplog.text
